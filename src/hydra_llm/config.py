@@ -1,0 +1,174 @@
+"""Settings: flag > environment (`HYDRA_...`) > TOML file (`hydra-llm.toml`) > default.
+
+One flat class, so that every run can print and store all that it was run with. Secrets never stand here: the key of an
+endpoint comes from the environment variable that the OpenAI SDK reads. Knows neither torch nor any LLM.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from hydra_llm.errors import SettingsError
+
+SETTINGS_FILE = "hydra-llm.toml"
+
+
+def default_cache_folder() -> Path:
+    """Where answers and features are kept unless `cache` says otherwise (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-llm"
+
+
+class Settings(BaseSettings):
+    """All that changes what hydra-llm does, beside the data and the LLM's own name."""
+
+    model_config = SettingsConfigDict(env_prefix="HYDRA_", extra="forbid", frozen=True, toml_file=SETTINGS_FILE)
+
+    # ---- retrieval and prompt
+    retriever: str = "bm25"
+    """bm25, dense, recent, random, nothing, or a name from the entry-point group `hydra_llm.retrievers`."""
+    retrieved: int = Field(default=10, ge=0)
+    """M: how many records are retrieved and reranked."""
+    k: int = Field(default=4, ge=0)
+    """How many records, after reranking, stand in the prompt."""
+    max_prompt_tokens: int = Field(default=1536, ge=64)
+    """The prompt is cut to this many tokens: last records first, then the query's text."""
+
+    # ---- the black box
+    max_tokens: int = Field(default=48, ge=1)
+    """Longest answer, in the LLM's tokens."""
+    candidates: int = Field(default=8, ge=1)
+    """b: the greedy answer and b − 1 samples (all b sampled where `greedy_first` is off)."""
+    greedy_first: bool = True
+    """Candidate 0 is the temperature-0 answer."""
+    temperature: float = Field(default=0.5, ge=0)
+    """Of the sampled candidates."""
+    constrain: bool = False
+    """Constrain answers of tasks with labels to those labels, where the engine can."""
+    parsing: Literal["lenient", "strict"] = "lenient"
+    concurrency: int = Field(default=8, ge=1)
+    """Calls in flight at once."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds until a call counts as failed."""
+    retries: int = Field(default=3, ge=0)
+    max_calls: int | None = None
+    """Budget: calls that reach the LLM. None is no limit."""
+    max_llm_tokens: int | None = None
+    """Budget: prompt and completion tokens together."""
+    max_cost: float | None = None
+    """Budget: money, by the prices below."""
+    price_prompt: float = Field(default=0.0, ge=0)
+    """Per million prompt tokens."""
+    price_completion: float = Field(default=0.0, ge=0)
+    """Per million completion tokens."""
+    cache: Path = Field(default_factory=default_cache_folder)
+    """Folder of the LLM's answers and the encoder's features."""
+
+    # ---- the factorized model
+    encoder: str = "minilm"
+    """`minilm` (all-MiniLM-L6-v2 from its package), a Hugging Face name, or a folder."""
+    pooling: Literal["mean", "cls"] = "mean"
+    max_length: int = Field(default=256, ge=8)
+    """The encoder's window in tokens; longer texts are cut."""
+    features: Literal["tower", "cross"] = "tower"
+    head: Literal["mlp", "linear", "lowrank", "kernel"] = "kernel"
+    rank: int = Field(default=16, ge=1)
+    """K of the `lowrank` head."""
+    width: int = Field(default=128, ge=8)
+    """H of the shared layer that `tower` features pass through."""
+    prior: Literal["shared", "random"] = "shared"
+    """A new head starts at (and is drawn towards) the shared head, or starts at random as in the authors' code."""
+    tune_encoder: bool = False
+    """Fine-tune the encoder together with base and heads (`cross` only)."""
+
+    # ---- learning
+    users: int | None = None
+    """How many training users; None is all."""
+    queries_per_user: int = Field(default=3, ge=1)
+    """Latest records of a user that serve as queries where pairs cost LLM calls."""
+    label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
+    record_answer: bool = True
+    """The record's answer is part of the reranker's text."""
+    lr: float = Field(default=1e-3, gt=0)
+    batch: int = Field(default=64, ge=1)
+    epochs: int = Field(default=30, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+
+    # ---- choosing
+    choose_from: Literal["sampled", "labels"] = "labels"
+    """Candidates are the LLM's samples, or every label with the LLM's vote share as evidence (tasks with labels)."""
+    select: Literal["best", "expected-gain"] = "expected-gain"
+
+    seed: int = 0
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+PAPER: Mapping[str, Any] = {
+    "encoder": "allenai/longformer-base-4096",
+    "pooling": "cls",
+    "features": "cross",
+    "max_length": 4096,
+    "tune_encoder": True,
+    "head": "mlp",
+    "prior": "random",
+    "lr": 2e-5,
+    "batch": 64,
+    "epochs": 2,
+    "weight_decay": 0.01,
+    "retrieved": 10,
+    "k": 1,
+    "candidates": 8,
+    "greedy_first": False,
+    "temperature": 1.0,
+    "choose_from": "sampled",
+    "select": "best",
+    "label_rule": "above-mean",
+    "record_answer": False,
+    "users": 100,
+}
+"""The authors' settings (paper, appendix on implementation; DESIGN 5)."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+def load_settings(preset: str = "default", file: Path | None = None, **given: Any) -> Settings:
+    """Build the settings of a run. `given` are the flags; entries that are None were not given.
+
+    Raises:
+        SettingsError: an unknown preset or setting, a value out of range, or a file that is not TOML.
+    """
+    if preset not in PRESETS:
+        raise SettingsError(f"unknown preset '{preset}': take one of {', '.join(PRESETS)}")
+    if file is not None and not file.is_file():
+        raise SettingsError(f"{file}: no such settings file")
+    flags = {name: value for name, value in given.items() if value is not None}
+    base = Settings if file is None else _with_file(file)
+    try:
+        return base(**{**PRESETS[preset], **flags})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise SettingsError(f"setting '{place}': {first['msg']} (got {first.get('input')!r})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file or SETTINGS_FILE}: not TOML: {error}") from None
+
+
+def _with_file(file: Path) -> type[Settings]:
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(env_prefix="HYDRA_", extra="forbid", frozen=True, toml_file=file)
+
+    return FromFile
