@@ -257,7 +257,7 @@ def _lenient_rating(text: str, labels: tuple[str, ...]) -> str | None:
 
 @lru_cache(maxsize=256)
 def _the_scale(labels: tuple[str, ...]) -> re.Pattern[str]:
-    low, high = [re.escape(_canonical(end, labels)) for end in scale(labels)]
+    low, high = map(re.escape, (_canonical(end, labels) for end in scale(labels)))
     return re.compile(rf"(?<!\d){low}\s*(?:to|and|through|-|–|—)\s*{high}(?![\d.]*\d)", re.IGNORECASE)
 
 
