@@ -1,0 +1,110 @@
+"""Rows of learning as tensors: groups of pairs, whose they are, and in which order they came.
+
+Knows no texts and no files. Letters: G groups, C candidates, U users.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydra_llm.model.combine import Groups
+from hydra_llm.model.scorer import Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """G labelled groups in each user's order."""
+
+    groups: Groups
+    """With targets."""
+    users: tuple[str, ...]
+    """Whose group: G names; a user's groups stand together, oldest first."""
+    voted: Tensor
+    """[G] True where the evidence holds what the LLM's samples said."""
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(self.users))
+
+    def take(self, index: Sequence[int] | Tensor) -> "Table":
+        index = torch.as_tensor(index, dtype=torch.long)
+        return Table(self.groups[index], tuple(self.users[i] for i in index.tolist()), self.voted[index])
+
+    def of(self, names: Sequence[str]) -> "Table":
+        wanted = set(names)
+        return self.take([i for i, user in enumerate(self.users) if user in wanted])
+
+    def split_late(self, share: float = 0.3) -> tuple["Table", "Table"]:
+        """Each user's earlier and later groups: heads are judged on what came after what they were fitted on."""
+        early: list[int] = []
+        late: list[int] = []
+        for index in self.by_user().values():
+            cut = len(index) - max(1, round(len(index) * share)) if len(index) > 1 else 0
+            early, late = early + index[:cut], late + index[cut:]
+        return self.take(early), self.take(late)
+
+    def by_user(self) -> dict[str, list[int]]:
+        out: dict[str, list[int]] = {}
+        for i, user in enumerate(self.users):
+            out.setdefault(user, []).append(i)
+        return out
+
+
+def chunks_of_users(table: Table, names: Sequence[str], *, numbers: int = 30_000_000, per_group: int = 1) -> Iterator[tuple[list[str], Tensor]]:
+    """Users with padded group indices [U, G] (−1 where there is none), of like length and few enough for memory."""
+    index = table.by_user()
+    ordered = sorted((name for name in names if name in index), key=lambda name: len(index[name]))
+    while ordered:
+        longest = len(index[ordered[-1]])
+        count = max(1, numbers // max(1, longest * per_group))
+        chunk, ordered = ordered[-count:], ordered[:-count]
+        padded = torch.full((len(chunk), longest), -1, dtype=torch.long)
+        for row, name in enumerate(chunk):
+            padded[row, : len(index[name])] = torch.tensor(index[name])
+        yield chunk, padded
+
+
+def folds(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
+    """The users in `count` shuffled parts (fewer where there are too few users)."""
+    order = np.random.default_rng(seed).permutation(len(names))
+    return [part for part in ([names[i] for i in order[k::count]] for k in range(count)) if part]
+
+
+def targets(gains: Tensor, mask: Tensor, *, rule: str, loss: Loss, spread: float | None = None) -> Tensor:
+    """What each candidate should get, from its gain [G, C] (DESIGN 5).
+
+    Listwise: a distribution over the group. `graded`: softmax of the gains, centred in the group and divided by `spread` (their
+    usual deviation within a group); `above-mean`: equal shares for those above the mean. Where exactly one candidate has
+    gain 1 and the others compete for the same gold (labels), pass gains of 0 and 1: both rules give that candidate all.
+    Binary: `above-mean` 0 or 1; `graded` the gain itself. A group whose gains are all equal teaches nothing: all zeros
+    (listwise), or the gains as they are (binary, where right and wrong are absolute).
+    """
+    masked = gains * mask
+    count = mask.sum(-1, keepdim=True).clamp_min(1)
+    centred = (gains - masked.sum(-1, keepdim=True) / count) * mask
+    tells = centred.abs().amax(-1, keepdim=True) > 1e-9
+    above = (centred > 1e-9).float() * mask
+    if loss == "binary":
+        absolute = ((gains == 0) | (gains == 1) | ~mask).all(-1, keepdim=True)  # right or wrong needs no mean
+        return masked if rule == "graded" else torch.where(absolute, masked, above)
+    if rule == "graded":
+        scale = spread if spread else within_group_spread(gains, mask)
+        share = (centred / scale).masked_fill(~mask, -torch.inf).softmax(-1)
+    else:
+        share = above / above.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(tells, share, 0.0).nan_to_num(0.0)
+
+
+def within_group_spread(gains: Tensor, mask: Tensor) -> float:
+    """The root mean square of gains around their group's mean, over the groups where they differ."""
+    count = mask.sum(-1, keepdim=True).clamp_min(1)
+    centred = (gains - (gains * mask).sum(-1, keepdim=True) / count) * mask
+    tells = centred.abs().amax(-1) > 1e-9
+    if not tells.any():
+        return 1.0
+    return float((centred[tells].square().sum() / mask[tells].sum()).sqrt().clamp_min(1e-6))

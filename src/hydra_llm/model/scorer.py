@@ -1,0 +1,134 @@
+"""The factorized scorer: one class, used by the reranker and by the adapter (DESIGN 4, paper sections 3.2 and 3.3).
+
+    score(u, pair) = β · [ g(φ; θ₀ + δᵤ) + w · evidence ] + v · votes
+
+φ comes from a combiner, g and δᵤ from a head bank. The prior mean of a user's score is a function of the history: it enters
+through `evidence` (DESIGN 4: `Prior.mean(history)`), so that a user is served before any head is fitted. β and v calibrate the
+scores so that their softmax over a group may be read as a distribution; v holds what only the LLM's samples tell.
+
+Letters: G groups, C candidates, E evidence width. Knows no texts, no tasks and no files.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hydra_llm.errors import UnknownUser
+from hydra_llm.model.combine import Combiner, Groups, make_combiner
+from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
+
+Loss = Literal["listwise", "binary"]
+NOBODY = -1
+
+
+class FactorizedScorer(nn.Module):
+    """Shared base, shared head, one row per user."""
+
+    def __init__(self, combiner: Combiner, bank: HeadBank, evidence: Sequence[str], *, loss: Loss = "listwise"):
+        super().__init__()
+        self.combiner, self.bank, self.loss = combiner, bank, loss
+        self.evidence_names = tuple(evidence)
+        self.users: dict[str, int] = {}
+        self.evidence_weight = nn.Parameter(torch.zeros(len(self.evidence_names)))
+        self.register_buffer("evidence_mean", torch.zeros(len(self.evidence_names)))
+        self.register_buffer("evidence_scale", torch.ones(len(self.evidence_names)))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("vote_weight", torch.zeros(len(self.evidence_names)))
+        self.register_buffer("prior_precision", torch.tensor(10.0))
+
+    def row(self, user: str) -> int:
+        """The user's row, or `NOBODY`: an unknown user gets the shared head."""
+        return self.users.get(user, NOBODY)
+
+    def rows(self, users: Sequence[str]) -> Tensor:
+        return torch.tensor([self.row(user) for user in users], dtype=torch.long)
+
+    def enrol(self, users: Sequence[str]) -> None:
+        """Give each user a row whose δ is 0; users who have one keep it."""
+        for user in users:
+            self.users.setdefault(user, len(self.users))
+        self.bank.grow(len(self.users))
+
+    def forget(self, user: str) -> None:
+        """Set the user's δ to 0 and drop the name; the row stays empty so that no other row moves.
+
+        Raises:
+            UnknownUser: no such user.
+        """
+        if user not in self.users:
+            raise UnknownUser(f"no head for user '{user}'")
+        self.bank.clear(self.users[user])
+        self.users[f"\0forgotten-{self.users[user]}"] = self.users.pop(user)
+
+    def evidence_score(self, groups: Groups) -> Tensor:
+        """[G, C]: what the evidence alone says, standardised as in training."""
+        return ((groups.evidence - self.evidence_mean) / self.evidence_scale) @ self.evidence_weight
+
+    def core(self, groups: Groups, rows: Tensor) -> Tensor:
+        """[G, C] scores before calibration: what heads are fitted on."""
+        return self.bank(self.combiner, self.combiner(groups), rows) + self.evidence_score(groups)
+
+    def forward(self, groups: Groups, rows: Tensor) -> Tensor:
+        """[G, C] calibrated scores; −inf where there is no candidate."""
+        scores = self.scale * self.core(groups, rows) + groups.evidence @ self.vote_weight
+        return scores.masked_fill(~groups.mask, -torch.inf)
+
+    @torch.inference_mode()
+    def score(self, groups: Groups, users: Sequence[str]) -> Tensor:
+        """[G, C] calibrated scores of G groups, one user each."""
+        return self(groups, self.rows(users))
+
+    @torch.inference_mode()
+    def distribution(self, groups: Groups, users: Sequence[str]) -> Tensor:
+        """[G, C] each group's scores as a distribution: softmax, or normalised probabilities for the binary loss."""
+        scores = self.score(groups, users)
+        if self.loss == "listwise":
+            return scores.softmax(-1)
+        odds = torch.sigmoid(scores)
+        return odds / odds.sum(-1, keepdim=True).clamp_min(1e-12)
+
+    # ---- on disk: plain values and tensors, no pickle
+
+    def config(self) -> dict[str, Any]:
+        """All that is needed to build an empty scorer of the same shape."""
+        return {
+            "combiner": self.combiner.config(),
+            "head": self.bank.kind,
+            "rank": getattr(self.bank, "basis", torch.zeros(0)).shape[0],
+            "evidence": list(self.evidence_names),
+            "loss": self.loss,
+            "users": list(self.users),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number of the scorer under a name."""
+        out = {name: value.detach() for name, value in self.state_dict().items() if isinstance(value, Tensor)}
+        if isinstance(self.bank, KernelBank):
+            for row, (keys, residuals) in enumerate(zip(self.bank.keys, self.bank.residuals, strict=True)):
+                if len(keys):
+                    out[f"bank.keys.{row}"], out[f"bank.residuals.{row}"] = keys, residuals
+        return out
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "FactorizedScorer":
+        """The inverse of `config` and `tensors`.
+
+        Raises:
+            KeyError, RuntimeError: the tensors do not fit the configuration.
+        """
+        combiner = make_combiner(config["combiner"])
+        users = {user: row for row, user in enumerate(config["users"])}
+        bank = make_bank(config["head"], combiner, rank=config["rank"] or 16, users=len(users))
+        scorer = cls(combiner, bank, config["evidence"], loss=config["loss"])
+        scorer.users = users
+        plain = {name: value for name, value in tensors.items() if not name.startswith(("bank.keys.", "bank.residuals."))}
+        if isinstance(bank, KernelBank):
+            for name in tensors:
+                if name.startswith("bank.keys."):
+                    row = int(name.removeprefix("bank.keys."))
+                    bank.remember(row, tensors[name], tensors[f"bank.residuals.{row}"])
+            plain["bank._extra_state"] = bank.get_extra_state()  # type: ignore[assignment]
+        scorer.load_state_dict(plain)
+        return scorer.eval()
