@@ -18,6 +18,7 @@ from hydra_llm.types import Query, Record
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
+Part = Literal["history", "queries"]
 FIELDS = ("user", "id", "time", "input", "output")
 Report = Callable[[DataError], None]
 """What is done about a fault: raise it (`stop`), or keep it in a list and go on (`data check`)."""
@@ -140,19 +141,21 @@ class Builder:
         self._entries: dict[str, dict[str, list[Mapping[str, str]]]] = {"history": {}, "queries": {}}
         self._ids: dict[str, set[tuple[str, str]]] = {"history": set(), "queries": set()}
 
-    def add(self, part: Literal["history", "queries"], entry: Mapping[str, str], file: Path | None = None, line: int | None = None) -> bool:
-        """Take an entry (`user`, `id`, `time`, `input`, `output`; all texts) if nothing is wrong with it; say whether it was taken."""
+    def add(self, part: Part, entry: Mapping[str, str], file: Path | None = None, line: int | None = None, place: str = "") -> None:
+        """Take an entry (`user`, `id`, `time`, `input`, `output`; all texts) if nothing is wrong with it, else report it.
+
+        `place` stands before the field's name where a line number cannot tell, e.g. `[3].profile[7].`.
+        """
         if entry["user"] in self.ignored:
-            return False
+            return
         faults = list(self._faults(part, entry))
         for field, message in faults:
-            self.report(DataError(message, file=file, line=line, field=field))
+            self.report(DataError(message, file=file, line=line, field=place + field))
         if not faults:
             self._entries[part].setdefault(entry["user"], []).append(entry)
             self._ids[part].add((entry["user"], entry["id"]))
-        return not faults
 
-    def _faults(self, part: str, entry: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    def _faults(self, part: Part, entry: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield from ((name, fault) for name in FIELDS if (fault := text_fault(entry[name], may_be_empty=name == "time")))
         if entry["user"] and entry["user"] not in self.splits:
             yield "user", f"'{entry['user']}' is not among the data set's users"
@@ -163,7 +166,7 @@ class Builder:
         if entry["output"] and not self._may_answer(part, entry["output"]):
             yield "output", f"'{entry['output'][:60]}' is not one of the task's labels"
 
-    def _may_answer(self, part: str, output: str) -> bool:
+    def _may_answer(self, part: Part, output: str) -> bool:
         if not self.task.labels or (part == "history" and self.task.extra.get("free_history")):
             return True
         return output in self.task.labels

@@ -36,9 +36,8 @@ Rating = tuple[str, str, str, str]
 def movielens(users_train: int, users_test: int, seed: int = 0, per_user: int = 60, folder: Path | None = None) -> DataSet:
     """MovieLens-100K as a rating task; the same seed gives the same users, and more users keep the ones of fewer.
 
-    Args:
-        per_user: take only a user's latest ratings; their last fifth (1 to 10) are the queries.
-        folder: where `ml-100k.inter` and `ml-100k.item` are; None looks inside the installed wheel.
+    Of each user the `per_user` latest ratings are taken, and the last fifth of those (1 to 10) are the queries. `folder` holds
+    `ml-100k.inter` and `ml-100k.item`; None looks inside the installed wheel.
 
     Raises:
         DataError: the wheel is not installed, or its files are not as expected.
@@ -50,9 +49,9 @@ def movielens(users_train: int, users_test: int, seed: int = 0, per_user: int = 
     if users_train + users_test > len(users) or min(users_train, users_test) < 0:
         raise SettingsError(f"{users_train} + {users_test} users asked for, but MovieLens-100K has {len(users)} with {FEWEST} ratings")
     random.Random(seed).shuffle(users)
-    chosen: dict[str, Split] = {user: "train" for user in users[:users_train]}
-    chosen.update({user: "test" for user in users[len(users) - users_test :]})
-    return _build(ratings, chosen, per_user, notes)
+    train: dict[str, Split] = dict.fromkeys(users[:users_train], "train")
+    test: dict[str, Split] = dict.fromkeys(users[len(users) - users_test :], "test")
+    return _build(ratings, train | test, per_user, notes)
 
 
 def _build(ratings: Mapping[str, list[Rating]], chosen: Mapping[str, Split], per_user: int, notes: list[str]) -> DataSet:

@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Literal
+from typing import Any
 
-from hydra_llm.datasets.dataset import FIELDS, Builder, DataSet, Report, Split, check_split, stop, text_fault
+from hydra_llm.datasets.dataset import FIELDS, Builder, DataSet, Part, Report, Split, check_split, stop, text_fault
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.task import Task
 
@@ -24,9 +24,8 @@ __all__ = ["DataSet", "load", "save"]
 def load(path: Path | str, limit_users: int | None = None, report: Report = stop) -> DataSet:
     """Read a data set: a folder in the native layout, or a folder or file in LaMP's official one.
 
-    Args:
-        limit_users: take only so many users of each split, the first ones of the file.
-        report: what is done about each broken line; the default raises it.
+    `limit_users` takes only so many users of each split, the first of the file. `report` is what is done about each broken
+    line; the default raises it.
 
     Raises:
         DataError: names file, line and field.
@@ -48,7 +47,7 @@ def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataS
     splits = _read_users(folder / "users.jsonl", report)
     kept = _first_users(splits, limit_users)
     builder = Builder(task, kept, report, ignored=frozenset(splits) - frozenset(kept))
-    parts: tuple[Literal["history", "queries"], ...] = ("history", "queries")
+    parts: tuple[Part, ...] = ("history", "queries")
     for part in parts:
         file = _find(folder, part)
         for number, entry in read_entries(file, FIELDS, report):
@@ -178,7 +177,7 @@ def save(dataset: DataSet, folder: Path | str) -> None:
         part = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
         _write(dataset, part)
         part.chmod(0o755)  # mkdtemp makes it private
-        os.replace(part, folder)
+        part.replace(folder)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", file=folder) from None
     finally:
