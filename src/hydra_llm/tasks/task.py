@@ -293,11 +293,8 @@ def _plain(line: str) -> str:
 
 
 def _unquoted(line: str) -> str:
-    for opening, closing in _QUOTES:
-        inner = line[1:-1]
-        if len(line) > 1 and line[0] == opening and line[-1] == closing and opening not in inner and closing not in inner:
-            return inner.strip()
-    return line
+    ends, inner = line[:1] + line[-1:], line[1:-1]
+    return inner.strip() if ends in _QUOTES and not set(ends) & set(inner) else line
 
 
 _PARSERS: Mapping[tuple[str, str], Callable[[str, tuple[str, ...]], str | None]] = {

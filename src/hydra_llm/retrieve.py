@@ -1,0 +1,178 @@
+"""Retrieval: which of a user's earlier records may help with a query. One Protocol, five ways, and a door for more.
+
+Records come in as `history.before` lets them through; nothing here knows time beyond their order, nor any LLM.
+Every retriever is deterministic and takes the later record first where two are equally good.
+
+BM25 is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75, and the weight of
+words that more than half of the records hold raised to a quarter of the mean weight).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from random import Random as Dice
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_llm.errors import SettingsError
+from hydra_llm.history import in_order
+from hydra_llm.types import Query, Ranked, Record
+
+if TYPE_CHECKING:
+    import bm25s
+
+Floats = NDArray[np.float64]
+Embed = Callable[[Sequence[str]], NDArray[np.floating]]
+"""Texts → [N, H]. It is called with all visible records of a user, so it should keep what it has computed."""
+Matched = Literal["input", "both"]
+"""What of a record is matched with the query's text: its input (as LaMP), or its input and its answer."""
+
+GROUP = "hydra_llm.retrievers"
+"""Entry points of this group are called as `factory(embed=..., seed=..., text=...)` and return a `Retriever`."""
+KEPT_INDEXES = 256
+
+
+class Retriever(Protocol):
+    """Anything that orders a user's records for a query."""
+
+    def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
+        """Return at most m of the records, best first. `records` are those that the query may see."""
+        ...
+
+
+def make_retriever(name: str, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input") -> Retriever:
+    """Build the retriever of that name: bm25, dense, recent, random, nothing, or one that a package has registered.
+
+    Raises:
+        SettingsError: no such retriever, or it needs an encoder and `embed` is None.
+    """
+    found = _registered()
+    if name not in found:
+        raise SettingsError(f"unknown retriever '{name}': take one of {', '.join(sorted(found))}")
+    retriever: Retriever = found[name].load()(embed=embed, seed=seed, text=text)
+    return retriever
+
+
+@cache
+def _registered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+class _ByScore:
+    """Orders records by a score of their texts against the query's; equal scores by recency."""
+
+    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
+        if text not in ("input", "both"):
+            raise SettingsError(f"a retriever matches 'input' or 'both' of a record, not '{text}'")
+        self.embed, self.seed, self.text = embed, seed, text
+
+    def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
+        """Return at most m of the records, best first."""
+        if m <= 0 or not records:
+            return []
+        oldest_first = in_order(records)
+        scores = self.scores(query, oldest_first)
+        best = np.lexsort((-np.arange(len(scores)), -scores))[:m]
+        return [Ranked(oldest_first[place], float(scores[place]), rank) for rank, place in enumerate(best)]
+
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        """[N]: how well each record fits, oldest first."""
+        raise NotImplementedError
+
+    def matched(self, records: Sequence[Record]) -> tuple[str, ...]:
+        """The text of each record that is matched with the query's."""
+        if self.text == "input":
+            return tuple(record.input for record in records)
+        return tuple(f"{record.input}\n{record.output}" for record in records)
+
+
+class BM25(_ByScore):
+    """Words in common, rare ones weighing more. The index of exactly the visible records is built once and kept."""
+
+    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
+        super().__init__(embed=embed, seed=seed, text=text)
+        # The key is the texts themselves: an edited record or an earlier slice of time never meets a stale index.
+        self._index = lru_cache(maxsize=KEPT_INDEXES)(_okapi)
+
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        """[N]: BM25Okapi; all 0 where query or records have no words."""
+        words, index = query.input.split(), self._index(self.matched(records))
+        if index is None or not words:  # bm25s raises on an empty query
+            return np.zeros(len(records))
+        return np.asarray(index.get_scores(words), dtype=np.float64)
+
+
+def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
+    """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word (bm25s raises there).
+
+    bm25s has Okapi's term weights as `atire` but no word weights with its floor, so those are put in place of `lucene`'s.
+    """
+    tokens = [text.split() for text in texts]
+    if not any(tokens):
+        return None
+    import bm25s
+
+    index = bm25s.BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
+    index.index(tokens, show_progress=False)
+    holders = np.diff(index.scores["indptr"])  # [V] records that hold each word
+    lucene = np.log1p((len(texts) - holders + 0.5) / (holders + 0.5))
+    index.scores["data"] *= np.repeat(_word_weights(holders, len(texts)) / lucene, holders)
+    return index
+
+
+def _word_weights(holders: NDArray[np.integer], total: int) -> Floats:
+    """[V]: log of the odds that a record does not hold the word; where negative, a quarter of the mean over all words.
+
+    With a few records that mean itself can be negative, and rank_bm25 then puts the best match last; here it stops at 0.
+    """
+    weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
+    return np.where(weights < 0, max(0.0, 0.25 * float(weights.mean())), weights)
+
+
+class Dense(_ByScore):
+    """Nearest in the encoder's space, by cosine."""
+
+    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
+        super().__init__(embed=embed, seed=seed, text=text)
+        if embed is None:
+            raise SettingsError("the dense retriever needs an encoder")
+        self._embed = embed
+        self._rows = lru_cache(maxsize=KEPT_INDEXES)(lambda texts: _unit_rows(embed(texts)))
+
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        """[N]: cosine, -1 to 1; 0 where a vector is zero."""
+        asked = _unit_rows(self._embed((query.input,)))[0]
+        return np.asarray(self._rows(self.matched(records)) @ asked, dtype=np.float64)
+
+
+def _unit_rows(rows: NDArray[np.floating]) -> Floats:
+    """[N, H] → [N, H] of length 1; zero rows stay zero."""
+    wide = np.asarray(rows, dtype=np.float64)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+class Recent(_ByScore):
+    """The latest records; all score 0, so that recency alone decides."""
+
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        """[N]: zeros."""
+        return np.zeros(len(records))
+
+
+class Random(_ByScore):
+    """Records by lot: the same ones for the same seed, user, query and records, on every machine."""
+
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        """[N]: the lots, 0 to 1."""
+        dice = Dice(f"{self.seed}\n{query.user}\n{query.id}")
+        return np.array([dice.random() for _ in records])
+
+
+class Nothing(_ByScore):
+    """No records at all: zero-shot."""
+
+    def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
+        """Return the empty list."""
+        return []
