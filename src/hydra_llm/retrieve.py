@@ -143,14 +143,15 @@ class Dense(_ByScore):
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: cosine, -1 to 1; 0 where a vector is zero."""
-        asked = _unit_rows(self._embed((query.input,)))[0]
-        return np.asarray(self._rows(self.matched(records)) @ asked, dtype=np.float64)
+        similar: Floats = self._rows(self.matched(records)) @ _unit_rows(self._embed((query.input,)))[0]
+        return similar
 
 
 def _unit_rows(rows: NDArray[np.floating]) -> Floats:
     """[N, H] → [N, H] of length 1; zero rows stay zero."""
     wide = np.asarray(rows, dtype=np.float64)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    unit: Floats = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return unit
 
 
 class Recent(_ByScore):
