@@ -22,6 +22,8 @@ class Table:
     """With targets."""
     users: tuple[str, ...]
     """Whose group: G names; a user's groups stand together, oldest first."""
+    positions: Tensor
+    """[G] the query's place in its user's order."""
     voted: Tensor
     """[G] True where the evidence holds what the LLM's samples said."""
 
@@ -33,11 +35,14 @@ class Table:
 
     def take(self, index: Sequence[int] | Tensor) -> "Table":
         index = torch.as_tensor(index, dtype=torch.long)
-        return Table(self.groups[index], tuple(self.users[i] for i in index.tolist()), self.voted[index])
+        return Table(self.groups[index], tuple(self.users[i] for i in index.tolist()), self.positions[index], self.voted[index])
 
     def of(self, names: Sequence[str]) -> "Table":
         wanted = set(names)
         return self.take([i for i, user in enumerate(self.users) if user in wanted])
+
+    def only_voted(self, voted: bool) -> "Table":
+        return self.take((self.voted == voted).nonzero()[:, 0])
 
     def split_late(self, share: float = 0.3) -> tuple["Table", "Table"]:
         """Each user's earlier and later groups: heads are judged on what came after what they were fitted on."""
@@ -47,6 +52,16 @@ class Table:
             cut = len(index) - max(1, round(len(index) * share)) if len(index) > 1 else 0
             early, late = early + index[:cut], late + index[cut:]
         return self.take(early), self.take(late)
+
+    def split_voted(self) -> tuple["Table", "Table"]:
+        """What came before each user's first voted group, and the voted groups; `split_late` where all or none are voted."""
+        if bool(self.voted.all()) or not bool(self.voted.any()):
+            return self.split_late()
+        first: dict[str, int] = {}
+        for user, position in zip(self.users, torch.where(self.voted, self.positions, torch.iinfo(torch.long).max).tolist(), strict=True):
+            first[user] = min(first.get(user, position), position)
+        before = [i for i, user in enumerate(self.users) if not self.voted[i] and self.positions[i] < first[user]]
+        return self.take(before), self.only_voted(True)
 
     def by_user(self) -> dict[str, list[int]]:
         out: dict[str, list[int]] = {}

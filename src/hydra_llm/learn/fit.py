@@ -1,0 +1,267 @@
+"""Learning the shared base and the heads on frozen features (DESIGN 5, paper section 3.1).
+
+Everything here is convex and deterministic, for all users at once:
+    base      shared head and evidence weights, ridge-penalised
+    heads     δᵤ under the Gaussian prior, see `solve`
+    strengths ridge and prior precision are chosen by what counts: the loss on the later groups of users whom the base has
+              never seen and whose heads were fitted on their earlier groups only
+    calibrate β and the weight of the LLM's votes, on the same held-out scores
+`joint.py` holds what is not convex (the shared layer of `tower`, a tuned encoder, `mlp` heads). Knows no texts and no LLM.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydra_llm.learn.kernel import learn_kernel, remember_users
+from hydra_llm.learn.solve import Problem, head_problem, in_basis, losses, solve
+from hydra_llm.learn.table import Table, chunks_of_users, folds
+from hydra_llm.model.heads import KernelBank, LinearBank, LowRankBank
+from hydra_llm.model.scorer import FactorizedScorer
+
+RIDGES = (1.0, 3.0, 10.0, 30.0, 300.0)
+PRECISIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+EVIDENCE_RIDGE = 1.0
+CALIBRATION_RIDGE = 1.0
+
+
+@dataclass
+class FitReport:
+    """What was chosen, and what it reached on held-out later groups of users whom the base had not seen."""
+
+    users: int = 0
+    groups: int = 0
+    ridge: float = RIDGES[1]
+    precision: float = PRECISIONS[3]
+    held_out_groups: int = 0
+    loss_uniform: float = float("nan")
+    """Of equal shares: what knowing nothing costs."""
+    loss_shared: float = float("nan")
+    """With the shared head alone."""
+    loss_user: float = float("nan")
+    """With each user's own head."""
+    loss_calibrated: float = float("nan")
+    """With β and the votes, on the groups that have votes where there are such."""
+    scale: float = 1.0
+    vote_weight: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def fit_base(scorer: FactorizedScorer, table: Table, ridge: float) -> None:
+    """Set the shared head and the evidence weights to the minimiser of the ridge-penalised loss; nobody's δ is used."""
+    groups, size = table.groups, scorer.combiner.size
+    rows = groups.evidence[groups.mask]
+    scorer.evidence_mean = rows.mean(0)
+    spread = rows.std(0, unbiased=False)
+    scorer.evidence_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
+    evidence = ((groups.evidence - scorer.evidence_mean) / scorer.evidence_scale)[None]
+    head = head_problem(scorer.combiner, scorer.combiner(groups)[None], *_padded(groups, None), scorer.loss)
+    problem = Problem(
+        lambda v: head.dot(v[:, : head.size]) + torch.einsum("ugce,ue->ugc", evidence, v[:, head.size :]),
+        lambda r: torch.cat([head.outer(r), torch.einsum("ugce,ugc->ue", evidence, r)], 1),
+        head.size + evidence.shape[-1],
+        head.offset,
+        head.target,
+        head.mask,
+        scorer.loss,
+    )
+    precision = torch.full((problem.size,), ridge)
+    precision[size : head.size], precision[head.size :] = 1e-3, EVIDENCE_RIDGE
+    v = solve(problem, precision)[0]
+    bank = scorer.bank
+    assert isinstance(bank, LinearBank | LowRankBank | KernelBank)
+    bank.shared.copy_(v[:size])
+    bank.shared_bias.copy_(v[size] if head.size > size else torch.zeros(()))
+    scorer.evidence_weight.copy_(v[head.size :])
+
+
+def _padded(groups: Any, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Offset, target and mask with a leading user dimension of 1."""
+    return (torch.zeros_like(groups.target) if offset is None else offset)[None], groups.target[None], groups.mask[None]
+
+
+@torch.no_grad()
+def solve_deltas(scorer: FactorizedScorer, table: Table, names: Sequence[str], precision: float, basis: Tensor | None = None) -> dict[str, Tensor]:
+    """Each user's δ [V] (binary: V + 1 with the bias; with a basis: its K coefficients) on the groups that the table has."""
+    found: dict[str, Tensor] = {}
+    width = scorer.combiner.size if scorer.combiner.kind != "label" else table.groups.left.shape[1]
+    for chunk, index in chunks_of_users(table, names, per_group=width * table.groups.mask.shape[1]):
+        flat = index.clamp_min(0).flatten()
+        groups = table.groups[flat]
+        assert groups.target is not None
+        shape = (*index.shape, groups.mask.shape[1])
+        x = scorer.combiner(groups)
+        nobody = torch.full((len(flat),), -1)
+        offset = scorer.bank(scorer.combiner, x, nobody) + scorer.evidence_score(groups)
+        mask = groups.mask.view(shape) & (index >= 0)[..., None]
+        target = groups.target.view(shape) * mask
+        problem = head_problem(scorer.combiner, x.view(*index.shape, *x.shape[1:]), offset.view(shape), target, mask, scorer.loss)
+        values = solve(problem if basis is None else in_basis(problem, basis), precision)
+        found |= dict(zip(chunk, values, strict=True))
+    return found
+
+
+@torch.no_grad()
+def fit_heads(scorer: FactorizedScorer, table: Table, names: Sequence[str]) -> None:
+    """Fit the heads of some users on all their groups, with everything shared frozen: new users, or old ones again."""
+    scorer.enrol(names)
+    bank, precision = scorer.bank, float(scorer.prior_precision)
+    if isinstance(bank, KernelBank):
+        remember_users(scorer, table, names)
+    elif isinstance(bank, LowRankBank):
+        for name, value in solve_deltas(scorer, table, names, precision, _with_bias(scorer, bank.basis)).items():
+            bank.weight[scorer.row(name)] = value
+    elif isinstance(bank, LinearBank):
+        size = scorer.combiner.size
+        for name, value in solve_deltas(scorer, table, names, precision).items():
+            bank.weight[scorer.row(name)] = value[:size]
+            bank.bias[scorer.row(name)] = value[size] if len(value) > size else 0.0
+    else:
+        raise TypeError(f"{bank.kind} heads are not convex: see joint.py")
+
+
+def _with_bias(scorer: FactorizedScorer, basis: Tensor) -> Tensor:
+    return basis if scorer.loss == "listwise" else torch.cat([basis, basis.new_zeros(len(basis), 1)], 1)
+
+
+def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count: int = 3) -> FitReport:
+    """Choose the strengths, fit base and heads of every user of the table, calibrate. `combiner.prepare` must have run.
+
+    `table` holds the training users' groups; where some are voted and some not (labels), the base and the heads learn from
+    those without votes, and the voted ones only calibrate.
+    """
+    plain = table.only_voted(False) if 0 < int(table.voted.sum()) < len(table) else table
+    names = plain.names()
+    report = FitReport(users=len(names), groups=len(plain))
+    parts = folds(names, min(fold_count, len(names)), seed) if len(names) > 1 else []
+    if parts:
+        _choose_strengths(scorer, plain, parts, report)
+    scorer.prior_precision = torch.tensor(report.precision)
+    held_out = [_held_out(scorer, table, plain, part, report) for part in parts]
+    if held_out:
+        _calibrate(scorer, [h for h in held_out if h is not None], report)
+    fit_base(scorer, plain, report.ridge)
+    if isinstance(scorer.bank, KernelBank):
+        learn_kernel(scorer, plain, parts, lambda train: fit_base(scorer, train, report.ridge))
+        fit_base(scorer, plain, report.ridge)
+    if isinstance(scorer.bank, LowRankBank):
+        _learn_basis(scorer, plain, names, report.precision)
+    fit_heads(scorer, plain, names)
+    return report
+
+
+def _choose_strengths(scorer: FactorizedScorer, plain: Table, parts: list[list[str]], report: FitReport) -> None:
+    """Grid search by the held-out loss of new users; the report keeps the winner and its figures."""
+    everyone = set(plain.names())
+    totals: dict[tuple[float, float], float] = {}
+    shared: dict[float, float] = {}
+    uniform, count = 0.0, 0
+    for part in parts:
+        train = plain.of(sorted(everyone - set(part)))
+        early, late = plain.of(part).split_late()
+        if not len(train) or not len(late):
+            continue
+        for ridge in RIDGES:
+            fit_base(scorer, train, ridge)
+            shared[ridge] = shared.get(ridge, 0.0) + _late_loss(scorer, late, {})
+            for precision in PRECISIONS:
+                deltas = solve_deltas(scorer, early, part, precision) if len(early) else {}
+                totals[ridge, precision] = totals.get((ridge, precision), 0.0) + _late_loss(scorer, late, deltas)
+        uniform += _uniform_loss(scorer, late)
+        count += int((late.groups.target.sum(-1) > 0).sum()) if late.groups.target is not None else 0
+    if totals and count:
+        report.ridge, report.precision = min(totals, key=lambda key: totals[key])
+        report.held_out_groups = count
+        report.loss_user, report.loss_shared = totals[report.ridge, report.precision] / count, shared[report.ridge] / count
+        report.loss_uniform = uniform / count
+
+
+def _late_scores(scorer: FactorizedScorer, late: Table, deltas: dict[str, Tensor]) -> Tensor:
+    """[G, C] core scores of groups with the given δ; users without one get the shared head."""
+    x = scorer.combiner(late.groups)
+    scores = scorer.bank(scorer.combiner, x, torch.full((len(late),), -1)) + scorer.evidence_score(late.groups)
+    if not deltas:
+        return scores
+    size = scorer.combiner.size
+    zero = torch.zeros_like(next(iter(deltas.values())))
+    v = torch.stack([deltas.get(user, zero) for user in late.users])
+    bias = v[:, size:].sum(-1, keepdim=True)
+    return scores + scorer.combiner.dot(x[:, None], v[:, :size])[:, 0] + bias
+
+
+@torch.no_grad()
+def _late_loss(scorer: FactorizedScorer, late: Table, deltas: dict[str, Tensor]) -> float:
+    assert late.groups.target is not None
+    return float(losses(_late_scores(scorer, late, deltas), late.groups.target, late.groups.mask, scorer.loss).sum())
+
+
+def _uniform_loss(scorer: FactorizedScorer, late: Table) -> float:
+    assert late.groups.target is not None
+    return float(losses(torch.zeros_like(late.groups.target), late.groups.target, late.groups.mask, scorer.loss).sum())
+
+
+@torch.no_grad()
+def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[str], report: FitReport) -> tuple[Table, Tensor] | None:
+    """A fold's later (or voted) groups with scores by a base and heads that have not seen them."""
+    train = plain.of(sorted(set(plain.names()) - set(part)))
+    early, late = table.of(part).split_voted()
+    if not len(train) or not len(late):
+        return None
+    fit_base(scorer, train, report.ridge)
+    deltas = solve_deltas(scorer, early, part, report.precision) if len(early) else {}
+    return late, _late_scores(scorer, late, deltas)
+
+
+@torch.no_grad()
+def _calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], report: FitReport) -> None:
+    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight."""
+    if not held_out:
+        return
+    scores = torch.cat([s for _, s in held_out])
+    cat = lambda name: torch.cat([getattr(t.groups, name) for t, _ in held_out])  # noqa: E731
+    evidence, mask, target = cat("evidence"), cat("mask"), cat("target")
+    mixed = any(bool(t.voted.any()) for t, _ in held_out) and float(scorer.evidence_weight[_llm_columns(scorer)].abs().sum()) == 0
+    columns = _llm_columns(scorer) if mixed else []
+    x = torch.cat([scores[..., None], evidence[..., columns]], -1)[None] * mask[None, ..., None]
+    problem = Problem(
+        lambda v: torch.einsum("ugce,ue->ugc", x, v),
+        lambda r: torch.einsum("ugce,ugc->ue", x, r),
+        x.shape[-1],
+        scores[None],
+        target[None],
+        mask[None],
+        scorer.loss,
+    )
+    v = solve(problem, CALIBRATION_RIDGE)
+    scorer.scale = (1 + v[0, 0]).clamp_min(0.05)
+    scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
+    scorer.vote_weight[columns] = v[0, 1:]
+    final = scores + torch.einsum("gce,e->gc", x[0], v[0])
+    told = (target.sum(-1) > 0).sum().clamp_min(1)
+    report.loss_calibrated = float(losses(final, target, mask, scorer.loss).sum() / told)
+    report.scale = float(scorer.scale)
+    report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[0, 1:], strict=True)}
+
+
+def _llm_columns(scorer: FactorizedScorer) -> list[int]:
+    """The evidence that only LLM samples can give: names that begin with `llm_`."""
+    return [i for i, name in enumerate(scorer.evidence_names) if name.startswith("llm_")]
+
+
+@torch.no_grad()
+def _learn_basis(scorer: FactorizedScorer, plain: Table, names: Sequence[str], precision: float) -> None:
+    """The directions in which the training users' own linear heads differ most: the top right singular vectors."""
+    bank = scorer.bank
+    assert isinstance(bank, LowRankBank)
+    deltas = torch.stack(list(solve_deltas(scorer, plain, names, precision).values()))[:, : scorer.combiner.size]
+    _, _, directions = torch.linalg.svd(deltas, full_matrices=False)
+    bank.basis.zero_()
+    top = min(len(bank.basis), len(directions))
+    bank.basis[:top] = directions[:top]
