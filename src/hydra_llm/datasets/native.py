@@ -127,13 +127,23 @@ def read_lines(file: Path, report: Report) -> Iterator[tuple[int, str]]:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
 
 
-def _entry(line: str, fields: tuple[str, ...], file: Path, number: int) -> dict[str, str]:
+def parse_object(line: str, file: Path, number: int) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        DataError: it is not one, or a field stands in it twice.
+    """
     try:
         data = json.loads(line, object_pairs_hook=_no_twins, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}" if line.strip() else "empty line", file=file, line=number) from None
     if not isinstance(data, dict):
         raise DataError("must be a JSON object", file=file, line=number)
+    return data
+
+
+def _entry(line: str, fields: tuple[str, ...], file: Path, number: int) -> dict[str, str]:
+    data = parse_object(line, file, number)
     return {name: _text(data, name, file, number) for name in fields}
 
 

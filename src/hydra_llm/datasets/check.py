@@ -1,0 +1,170 @@
+"""What is in a data set, and what is wrong with it: the content of `hydra-llm data check`. Changes nothing."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hydra_llm.datasets.dataset import SPLITS, DataSet
+from hydra_llm.datasets.native import load
+from hydra_llm.errors import DataError
+from hydra_llm.history import before
+from hydra_llm.types import ALWAYS, Query, Record
+
+MOST_PROBLEMS = 20
+EXAMPLES = 3
+
+
+class _Enough(Exception):
+    """So many problems that more would not help."""
+
+
+def find_problems(path: Path) -> tuple[DataSet | None, list[DataError]]:
+    """Read the whole data set and collect what is broken, up to 20 problems; the data set is None if there are any."""
+    problems: list[DataError] = []
+
+    def keep(problem: DataError) -> None:
+        problems.append(problem)
+        if len(problems) >= MOST_PROBLEMS:
+            raise _Enough
+
+    try:
+        dataset = load(path, report=keep)
+    except DataError as problem:
+        return None, [*problems, problem]
+    except _Enough:
+        return None, problems
+    return (None if problems else dataset), problems
+
+
+def summarize(dataset: DataSet) -> dict[str, Any]:
+    """Counts, spans, shares, duplicates and leaks, as JSON values."""
+    users = dataset.users()
+    records, queries = list(dataset.stream_history()), list(dataset.stream_queries())
+    return {
+        "name": dataset.task.name,
+        "kind": dataset.task.kind,
+        "digest": dataset.digest,
+        "users": {split: len(dataset.users(split)) for split in SPLITS},
+        "records": len(records),
+        "queries": len(queries),
+        "time": _span([*records, *queries]),
+        "records per user": _spread(len(dataset.history(user)) for user in users),
+        "queries per user": _spread(len(dataset.queries(user)) for user in users),
+        "users without history": sum(not dataset.history(user) for user in users),
+        "users without queries": sum(not dataset.queries(user) for user in users),
+        "words per input": {
+            "history": _spread(len(record.input.split()) for record in records),
+            "queries": _spread(len(query.input.split()) for query in queries),
+        },
+        "labels": _shares(dataset, records, queries),
+        "duplicates": _duplicates(records),
+        "leaks": _leaks(dataset),
+        "notes": list(dataset.notes),
+    }
+
+
+def _span(entries: Iterable[Record | Query]) -> dict[str, Any]:
+    known, unknown = [], 0
+    for entry in entries:
+        if entry.span == ALWAYS:
+            unknown += 1
+        else:
+            known.append(entry)
+    first = min(known, key=lambda entry: entry.span[0], default=None)
+    last = max(known, key=lambda entry: entry.span[1], default=None)
+    return {"first": first.time if first else None, "last": last.time if last else None, "unknown": unknown}
+
+
+def _spread(counts: Iterable[int]) -> dict[str, float] | None:
+    values = list(counts)
+    return {"min": min(values), "median": median(values), "max": max(values)} if values else None
+
+
+def _shares(dataset: DataSet, records: list[Record], queries: list[Query]) -> dict[str, dict[str, float]]:
+    """Each label's share of the history's and of the queries' answers."""
+    if dataset.task.extra.get("free_history"):
+        records = []
+    counts: dict[str, Counter[str | None]] = {"history": Counter(r.output for r in records), "queries": Counter(q.gold for q in queries)}
+    return {label: {part: count[label] / count.total() for part, count in counts.items() if count.total()} for label in dataset.task.labels}
+
+
+def _duplicates(records: list[Record]) -> dict[str, Any]:
+    seen: set[tuple[str, str, str]] = set()
+    again = []
+    for record in records:
+        key = (record.user, record.input, record.output)
+        if key in seen:
+            again.append(_name(record))
+        seen.add(key)
+    return _found(again)
+
+
+def _leaks(dataset: DataSet) -> dict[str, Any]:
+    """Ways in which an answer may be known beforehand; each with its count and examples."""
+    texts, ids, late = [], [], []
+    for user in dataset.users():
+        history = dataset.history(user)
+        inputs, numbers = {record.input for record in history}, {record.id for record in history}
+        for query in dataset.queries(user):
+            texts += [_name(query)] * (query.input in inputs)
+            ids += [_name(query)] * (query.id in numbers)
+            late += [_name(query)] * (len(before(history, query)) < len(history))
+    return {
+        "query's text stands in its user's history": _found(texts),
+        "query's id stands in its user's history": _found(ids),
+        "query does not come after all of its history": _found(late),
+        "gold text stands in another user's history": _found(_golds_elsewhere(dataset)),
+    }
+
+
+def _golds_elsewhere(dataset: DataSet) -> list[str]:
+    """Only free texts: a label stands in every history."""
+    if dataset.task.labels:
+        return []
+    owners: dict[str, set[str]] = {}
+    for record in dataset.stream_history():
+        owners.setdefault(record.output, set()).add(record.user)
+    return [_name(query) for query in dataset.stream_queries() if owners.get(query.gold or "", set()) - {query.user}]
+
+
+def _name(entry: Record | Query) -> str:
+    return f"{entry.user}/{entry.id}"
+
+
+def _found(names: list[str]) -> dict[str, Any]:
+    return {"count": len(names), "examples": names[:EXAMPLES]}
+
+
+def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary as lines of a table: what, and how much."""
+    time = summary["time"]
+    return [
+        ("kind", summary["kind"]),
+        ("users", ", ".join(f"{count} {split}" for split, count in summary["users"].items())),
+        *((name, str(summary[name])) for name in ("records", "queries")),
+        ("time", f"{time['first']} to {time['last']}" + (f", {time['unknown']} unknown" if time["unknown"] else "")),
+        *((name, _show(summary[name])) for name in ("records per user", "queries per user")),
+        *((name, str(summary[name])) for name in ("users without history", "users without queries") if summary[name]),
+        *((f"words per input, {part}", _show(spread)) for part, spread in summary["words per input"].items()),
+        *((f"label {label}", _percent(shares)) for label, shares in summary["labels"].items()),
+        ("duplicates within a user", _list(summary["duplicates"])),
+        *((f"leak: {what}", _list(found)) for what, found in summary["leaks"].items()),
+        ("digest", summary["digest"][:16]),
+        *(("note", note) for note in summary["notes"]),
+    ]
+
+
+def _show(spread: Mapping[str, float] | None) -> str:
+    return f"{spread['min']} to {spread['max']}, median {spread['median']:g}" if spread else "none"
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.1%} of {part}" for part, share in shares.items()) or "none"
+
+
+def _list(found: Mapping[str, Any]) -> str:
+    return f"{found['count']}" + (
+        f" ({', '.join(found['examples'])}{', …' if found['count'] > EXAMPLES else ''})" if found["count"] else ""
+    )
