@@ -1,0 +1,72 @@
+"""What holds for every test: no network but loopback, caches in a folder of their own, no settings from the developer's shell."""
+
+import errno
+import ipaddress
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before any test module imports a library that reads them.
+_CACHES = tempfile.TemporaryDirectory(prefix="hydra-llm-tests-")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", XDG_CACHE_HOME=_CACHES.name)
+for _name in [name for name in os.environ if name.startswith(("HYDRA_", "OPENAI_"))]:
+    del os.environ[_name]
+
+
+class NetworkBlocked(OSError):
+    """What a machine without network answers."""
+
+
+def is_local(family: int, address: Any) -> bool:
+    """Whether an address of connect() stays on this machine."""
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    host = address[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Refuse every connection that leaves this machine, and fail the test that tried, even if the code under it caught the error.
+
+    Gives the refused addresses; a test that means to be refused clears them.
+    """
+    addresses: list[Any] = []
+
+    def guarded(name: str) -> Any:
+        real = getattr(socket.socket, name)
+
+        def connect(self: socket.socket, address: Any) -> Any:
+            if is_local(self.family, address):
+                return real(self, address)
+            addresses.append(address)
+            raise NetworkBlocked(errno.ENETUNREACH, f"tests need no network, but something connected to {address!r}")
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(name))
+    yield addresses
+    assert not addresses, f"left this machine: {addresses}"
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of this test, empty at its start."""
+    folder = tmp_path / "caches"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio, as the package does."""
+    return "asyncio"

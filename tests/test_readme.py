@@ -1,0 +1,102 @@
+"""README's code is run, in its order and in one folder: the `hydra-llm` lines of its ```sh blocks, then its ```python blocks.
+
+The folder holds a small data set `my-data`. Lines run with the fake LLM in the place of the one that README names; a line whose
+command needs the network or a long time (PARSED_ONLY) is only parsed. `<!-- not run: REASON -->` above a block leaves it out.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hydra_llm.cli.main import COMMANDS, NAME, load, run
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+PARSED_ONLY = ("demo", "bench run", "data get")
+
+
+def blocks(kind: str, text: str) -> list[str]:
+    """The code blocks of a kind that are to be run, in order."""
+    return [block["code"] for block in BLOCK.finditer(text) if block["kind"] == kind and not block["before"].startswith("<!-- not run: ")]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `hydra-llm` line of the shell blocks, split as a shell does; a backslash joins lines, a `#` begins a comment."""
+    lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{NAME} ")]
+
+
+def offline(arguments: list[str]) -> list[str]:
+    """The same line with the fake LLM."""
+    spec_at = {index + 1 for index, word in enumerate(arguments) if word == "--llm"}
+    spec_at |= {2} if arguments[:2] == ["llm", "check"] else set()
+    return ["fake:echo" if index in spec_at else word for index, word in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where README's lines run: four users who each give one of three labels by their own taste."""
+    place = tmp_path_factory.mktemp("readme")
+    data = place / "my-data"
+    data.mkdir()
+    task = {"name": "tags", "kind": "classification", "labels": ["dry", "sweet", "sour"], "prompt": "Which taste? {input}"}
+    (data / "task.json").write_text(json.dumps({**task, "metrics": ["accuracy"]}))
+    users = [{"user": f"u{number}", "split": "train" if number < 3 else "test"} for number in range(1, 5)]
+    for name, rows in (("users", users), ("history", list(entries(0, 9))), ("queries", list(entries(9, 11)))):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def entries(first: int, last: int) -> Iterator[dict[str, str]]:
+    for user in range(1, 5):
+        for number in range(first, last):
+            answer = ("dry", "sweet", "sour")[(user + number) % 3]
+            stamp = f"2024-01-{number + 1:02}"
+            yield {"user": f"u{user}", "id": f"{user}-{number}", "time": stamp, "input": f"wine number {number % 3}", "output": answer}
+
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments", commands(TEXT), ids=" ".join)
+def test_shell_line(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_EPOCHS", "2")
+    if " ".join(arguments).startswith(PARSED_ONLY):
+        parse(arguments)
+    else:
+        assert run(offline(arguments)) == 0, capsys.readouterr().err
+
+
+def parse(arguments: list[str]) -> None:
+    """Fail where a line names a command or an option that does not exist."""
+    name, rest = arguments[0], arguments[1:]
+    command = load(name)
+    while hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("code", blocks("python", TEXT))
+def test_python_block(code: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_opens_with_the_two_commands_and_has_the_table() -> None:
+    order = [TEXT.index(part) for part in ("make demo", "make test", "<!-- demo table -->", "<!-- /demo table -->")]
+    assert order == sorted(order)
+    assert set(re.findall(r"`hydra-llm (\w+)", TEXT)) <= set(COMMANDS)
+
+
+def test_blocks_and_lines_are_found() -> None:
+    text = "x\n```sh\nhydra-llm ask --llm a:b \\\n  'two words'  # why\nls\n```\n<!-- not run: a key -->\n```sh\nhydra-llm demo\n```\n"
+    assert commands(text) == [["ask", "--llm", "a:b", "two words"]]
+    assert offline(commands(text)[0]) == ["ask", "--llm", "fake:echo", "two words"]
+    assert blocks("python", text + "\n```python\nprint(1)\n```\n") == ["print(1)\n"]
