@@ -156,21 +156,21 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPair:
-    """One row of learning: how good `right` was for `left` in the eyes of `user`."""
+class LabelledGroup:
+    """Pairs of one query that compete with each other, and how good each was in the eyes of the user."""
 
     user: str
-    group: str
-    """Pairs of one query share it; they compete with each other."""
+    query: str
+    """The query's id."""
     left: str
     """The query's text."""
-    right: str
-    """A record with its answer (reranker) or a candidate's text (adapter)."""
-    gain: float
-    """0 to 1, from the task's gain."""
-    positive: bool
-    """By the label rule: right or wrong, or above the group's mean."""
-    evidence: tuple[float, ...] = ()
-    """What is known of the pair beside its text; named by the scorer."""
+    rights: tuple[str, ...]
+    """[C] records with their answers (reranker) or candidates' texts (adapter)."""
+    gains: tuple[float, ...]
+    """[C] 0 to 1, from the task's gain."""
+    evidence: tuple[tuple[float, ...], ...]
+    """[C][E] what is known of each pair beside its text; the columns are named by the scorer."""
     position: int = 0
     """The query's place in the user's order."""
+    voted: bool = False
+    """Whether the evidence holds what the LLM's samples said."""

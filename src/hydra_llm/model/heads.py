@@ -4,7 +4,7 @@ A bank holds the shared head θ₀ and a row δᵤ per user. Rows are gathered b
 same with 10 users and with 1,000,000. Row −1 is "nobody": the shared head alone, which is what a user without records gets.
 
 Letters: U users in the bank, G groups, C candidates, V length of a linear head, H width of φ, K rank, N kept rows.
-Knows no names, no texts, no losses; heads are fitted in `learn/solve.py`.
+Knows no names, no texts, no losses; heads are fitted in `learning/solve.py`.
 """
 
 from typing import Any

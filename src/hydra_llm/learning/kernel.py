@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hydra_llm.learn.solve import losses
-from hydra_llm.learn.table import Table
+from hydra_llm.learning.solve import losses
+from hydra_llm.learning.table import Table
 from hydra_llm.model.heads import KernelBank
 from hydra_llm.model.scorer import FactorizedScorer
 

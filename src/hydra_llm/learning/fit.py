@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_llm.learn.kernel import learn_kernel, remember_users
-from hydra_llm.learn.solve import Problem, head_problem, in_basis, losses, solve
-from hydra_llm.learn.table import Table, chunks_of_users, folds
+from hydra_llm.learning.kernel import learn_kernel, remember_users
+from hydra_llm.learning.solve import Problem, head_problem, in_basis, losses, solve
+from hydra_llm.learning.table import Table, chunks_of_users, folds
 from hydra_llm.model.heads import KernelBank, LinearBank, LowRankBank
 from hydra_llm.model.scorer import FactorizedScorer
 
