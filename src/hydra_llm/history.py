@@ -4,19 +4,26 @@ Knows no files and no torch. Time never leaks: `before` is the only door through
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import lru_cache
 
 from hydra_llm.types import ALWAYS, Query, Record, Span
+
+_CALENDAR = re.compile(r"(\d{4})(?:[-/](\d{1,2})(?:[-/](\d{1,2}))?)?", re.ASCII)
+_COMPACT = re.compile(r"((?:19|20|21)\d\d)(\d\d)(\d\d)", re.ASCII)
+_WEEK = re.compile(r"\d{4}-?W\d\d", re.ASCII)
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
+_DAY = 86400.0
 
 
 @lru_cache(maxsize=65536)
 def parse_time(text: str) -> Span:
     """Read a written time as the interval in which it lies.
 
-    Takes ISO 8601 (with or without time, zone, fraction), a year, a year and month, and seconds or milliseconds
-    since 1970. Times without a zone count as UTC. Empty means unknown (`ALWAYS`).
+    Takes ISO 8601 (with or without time, zone, fraction), a year, a year and month, a day (`2020-01-31`, `2020/1/31`, `20200131`), and
+    seconds or milliseconds since 1970. Times without a zone count as UTC. Empty means unknown (`ALWAYS`).
 
     Raises:
         ValueError: the text is none of these.
@@ -24,18 +31,19 @@ def parse_time(text: str) -> Span:
     text = text.strip()
     if not text:
         return ALWAYS
-    if len(text) == 4 and text.isdigit():
-        return _stamp(datetime(int(text), 1, 1, tzinfo=UTC)), _stamp(datetime(int(text) + 1, 1, 1, tzinfo=UTC))
-    if len(text) == 7 and text[4] in "-/" and text[:4].isdigit() and text[5:].isdigit():
-        year, month = int(text[:4]), int(text[5:])
-        return _stamp(datetime(year, month, 1, tzinfo=UTC)), _stamp(datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC))
-    if _is_number(text):
+    if found := _CALENDAR.fullmatch(text) or _COMPACT.fullmatch(text):
+        return _parse_calendar(*(int(part) for part in found.groups() if part))
+    if _NUMBER.fullmatch(text):
         return _parse_epoch(float(text))
     return _parse_iso(text)
 
 
-def _is_number(text: str) -> bool:
-    return text.lstrip("+-").replace(".", "", 1).isdigit() and text.isascii()
+def _parse_calendar(year: int, month: int | None = None, day: int | None = None) -> Span:
+    start = datetime(year, 1 if month is None else month, 1 if day is None else day, tzinfo=UTC)
+    if day is not None:
+        return _stamp(start), _stamp(start) + _DAY
+    whole_year = month is None or month == 12
+    return _stamp(start), _stamp(start.replace(year=year + 1, month=1) if whole_year else start.replace(month=start.month + 1))
 
 
 def _parse_epoch(number: float) -> Span:
@@ -46,8 +54,10 @@ def _parse_epoch(number: float) -> Span:
 def _parse_iso(text: str) -> Span:
     moment = datetime.fromisoformat(text.replace("/", "-"))
     start = _stamp(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    if _WEEK.fullmatch(text):
+        return start, start + 7 * _DAY
     is_day = len(text) <= 10 and ":" not in text
-    return (start, start + timedelta(days=1).total_seconds()) if is_day else (start, start)
+    return (start, start + _DAY) if is_day else (start, start)
 
 
 def _stamp(moment: datetime) -> float:
@@ -73,7 +83,7 @@ def _overlap(a: Span, b: Span) -> bool:
 
 def before(records: Iterable[Record], query: Record | Query) -> list[Record]:
     """The records that `query` may see, oldest first: those of its user that certainly precede it."""
-    return [record for record in records if record.user == query.user and precedes(record, query)]
+    return in_order(record for record in records if record.user == query.user and precedes(record, query))
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:

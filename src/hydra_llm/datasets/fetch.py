@@ -87,7 +87,8 @@ def _download(client: httpx2.Client, address: str, part: Path, progress: Progres
             return
         except httpx2.HTTPError as error:
             have = part.stat().st_size if part.exists() else 0
-            if attempt == ATTEMPTS or isinstance(error, httpx2.UnsupportedProtocol):
+            unreachable = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol) and attempt == 1
+            if attempt == ATTEMPTS or unreachable:
                 kept = f"; {have} bytes are kept, the same command goes on from there" if have else ""
                 raise HydraError(f"{address}: {_reason(error)}{kept}") from None
         except httpx2.InvalidURL as error:
