@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hydra_llm.config import Settings, load_settings
     from hydra_llm.errors import HydraError, LLMError, UserFault
-    from hydra_llm.learn.api import afit, alearn_bundle, fit, learn_bundle
+    from hydra_llm.learning.api import afit, alearn, fit, learn
     from hydra_llm.llm.base import ChatLLM
     from hydra_llm.personalizer import Personalizer
     from hydra_llm.tasks.task import Task
@@ -32,17 +32,17 @@ __all__ = [
     "Usage",
     "UserFault",
     "afit",
-    "alearn_bundle",
+    "alearn",
     "fit",
-    "learn_bundle",
+    "learn",
     "load_settings",
 ]
 
-# Not `learn`: importing the subpackage of that name would put the module over the function.
+# No subpackage may have the name of one of these: importing it would put the module over the function.
 _HOMES = {
     "hydra_llm.config": ("Settings", "load_settings"),
     "hydra_llm.errors": ("HydraError", "LLMError", "UserFault"),
-    "hydra_llm.learn.api": ("afit", "alearn_bundle", "fit", "learn_bundle"),
+    "hydra_llm.learning.api": ("afit", "alearn", "fit", "learn"),
     "hydra_llm.llm.base": ("ChatLLM",),
     "hydra_llm.personalizer": ("Personalizer",),
     "hydra_llm.tasks.task": ("Task",),

@@ -48,8 +48,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
         table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 10_000, crop=False, soft_wrap=False)
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def say(line: str) -> None:
@@ -97,13 +96,14 @@ class _Lines:
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         now = self._clock()
         due = now - self._last.setdefault(stage, now) >= QUIET_SECONDS
-        finished = stage in self._told and done == total
-        if due or finished:
+        finished = done == total
+        if due or (finished and stage in self._told):
             say(f"{stage}: {done}" + ("" if total is None else f"/{total}"))
             self._last[stage] = now
             self._told.add(stage)
         if finished:
             self._told.discard(stage)
+            del self._last[stage]
 
 
 def _cell(value: Any) -> str:
