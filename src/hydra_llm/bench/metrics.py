@@ -107,8 +107,8 @@ def _confusion(task: Task, pairs: _Pairs) -> Floats:
 def _macro_f1(sums: Floats) -> Floats:
     """Mean F1 over the task's labels; a label that nobody gave and that was never gold counts 0, as in scikit-learn and LaMP."""
     right, given, gold = np.moveaxis(sums.reshape(len(sums), 3, -1), 1, 0)
-    of_labels: Floats = np.divide(2 * right, given + gold, out=np.zeros_like(right), where=given + gold > 0)
-    return of_labels.mean(axis=1)
+    macro: Floats = np.divide(2 * right, given + gold, out=np.zeros_like(right), where=given + gold > 0).mean(axis=1)
+    return macro
 
 
 # ---- rating

@@ -203,7 +203,7 @@ def _lenient_label(text: str, labels: tuple[str, ...]) -> str | None:
     if exact is not None:
         return exact
     for fold, names, words in _readings(labels):
-        folded = fold(text).lstrip("[ \n")
+        folded = fold(text.strip())
         found = [(match.start(), names[" ".join(match[0].split())]) for match in words.finditer(folded)]
         cut = _CUT.search(folded)
         early = [label for place, label in found if cut and place <= cut.start()]
