@@ -75,13 +75,17 @@ class Settings(BaseSettings):
     max_length: int = Field(default=256, ge=8)
     """The encoder's window in tokens; longer texts are cut."""
     features: Literal["tower", "cross"] = "tower"
-    head: Literal["mlp", "linear", "lowrank", "kernel"] = "kernel"
+    head: Literal["mlp", "linear", "lowrank", "kernel"] = "linear"
     rank: int = Field(default=16, ge=1)
     """K of the `lowrank` head."""
     width: int = Field(default=128, ge=8)
     """H of the shared layer that `tower` features pass through."""
     prior: Literal["shared", "random"] = "shared"
     """A new head starts at (and is drawn towards) the shared head, or starts at random as in the authors' code."""
+    label_features: bool = True
+    """For a closed set of labels: a block of weights per label on the query's vector, in place of pair features (`tower` only)."""
+    label_rank: int = Field(default=64, ge=1)
+    """Principal directions of the query's vector that label features keep."""
     tune_encoder: bool = False
     """Fine-tune the encoder together with base and heads (`cross` only)."""
 
@@ -90,6 +94,8 @@ class Settings(BaseSettings):
     """How many training users; None is all."""
     queries_per_user: int = Field(default=3, ge=1)
     """Latest records of a user that serve as queries where pairs cost LLM calls."""
+    loss: Literal["listwise", "binary"] = "listwise"
+    """Candidates of a group compete (listwise), or each pair is right or wrong by itself, as in the paper (binary)."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
     record_answer: bool = True
     """The record's answer is part of the reranker's text."""
@@ -136,6 +142,7 @@ PAPER: Mapping[str, Any] = {
     "temperature": 1.0,
     "choose_from": "sampled",
     "select": "best",
+    "loss": "binary",
     "label_rule": "above-mean",
     "record_answer": False,
     "users": 100,

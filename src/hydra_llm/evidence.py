@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_llm.errors import DataError
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Candidate, Query, Ranked, Record
@@ -71,10 +72,16 @@ class EvidenceMaker:
         """Visible records as vectors; texts that were seen before cost a look-up."""
         inputs = self.store.texts([record.input for record in records])
         if self.task.labels:
-            labels = np.array([self.label_index[record.output] for record in records], dtype=np.int64)
+            labels = self._indices(records)
             return Memory(inputs, inputs[:, :0], labels)
         words = np.array([len(record.output.split()) for record in records], dtype=np.float64)
         return Memory(inputs, self.store.texts([record.output for record in records]), np.zeros(0, dtype=np.int64), words)
+
+    def _indices(self, records: Sequence[Record]) -> NDArray[np.int64]:
+        try:
+            return np.array([self.label_index[record.output] for record in records], dtype=np.int64)
+        except KeyError as error:
+            raise DataError(f"a record's output {error} is none of the labels of task '{self.task.name}'") from None
 
     def label_shares(self, query: NDArray[np.float32], memory: Memory) -> list[Floats]:
         """For each bandwidth, and for none: [L] the share of each label among like records, shrunk to the population's."""
@@ -177,7 +184,7 @@ class EvidenceMaker:
     def _answers_as_labels(self, vector: NDArray[np.float32], records: Sequence[Record], memory: Memory) -> list[Floats]:
         """How likely each record's own answer is the right one for this query, by the user's like records."""
         share = self.label_shares(vector, memory)[1]
-        index = np.array([self.label_index[record.output] for record in records], dtype=np.int64)
+        index = self._indices(records)
         near = -np.abs(self._scale - share @ self._scale) if self._scale is not None else share - share.max()
         return [np.log(share + 1e-4)[index], near[index]]
 

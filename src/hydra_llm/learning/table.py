@@ -1,6 +1,6 @@
 """Rows of learning as tensors: groups of pairs, whose they are, and in which order they came.
 
-Knows no texts and no files. Letters: G groups, C candidates, U users.
+Knows no files and no LLM. Letters: G groups, C candidates, U users.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydra_llm.model.combine import Groups
+from hydra_llm.model.cases import make_groups
+from hydra_llm.model.combine import Combiner, Groups
+from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.scorer import Loss
+from hydra_llm.types import LabelledGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +96,25 @@ def folds(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
 def targets(gains: Tensor, mask: Tensor, *, rule: str, loss: Loss, spread: float | None = None) -> Tensor:
     """What each candidate should get, from its gain [G, C] (DESIGN 5).
 
-    Listwise: a distribution over the group. `graded`: softmax of the gains, centred in the group and divided by `spread` (their
-    usual deviation within a group); `above-mean`: equal shares for those above the mean. Where exactly one candidate has
-    gain 1 and the others compete for the same gold (labels), pass gains of 0 and 1: both rules give that candidate all.
-    Binary: `above-mean` 0 or 1; `graded` the gain itself. A group whose gains are all equal teaches nothing: all zeros
-    (listwise), or the gains as they are (binary, where right and wrong are absolute).
+    Listwise: a distribution over the group. `exact`: equal shares for those with gain 1 (labels: the right one); `above-mean`:
+    for those above the group's mean; `graded`: softmax of the gains, centred in the group and divided by `spread` (their
+    usual deviation within a group). Binary: `exact` and `above-mean` 0 or 1, `graded` the gain itself; where all gains are
+    0 or 1, right and wrong are absolute and need no mean.
+    A group whose gains are all equal teaches nothing about order: all zeros (listwise).
     """
     masked = gains * mask
     count = mask.sum(-1, keepdim=True).clamp_min(1)
     centred = (gains - masked.sum(-1, keepdim=True) / count) * mask
-    tells = centred.abs().amax(-1, keepdim=True) > 1e-9
-    above = (centred > 1e-9).float() * mask
+    right = (masked >= 1 - 1e-9).float()
+    above = right if rule == "exact" else (centred > 1e-9).float() * mask
     if loss == "binary":
-        absolute = ((gains == 0) | (gains == 1) | ~mask).all(-1, keepdim=True)  # right or wrong needs no mean
-        return masked if rule == "graded" else torch.where(absolute, masked, above)
+        absolute = ((gains == 0) | (gains == 1) | ~mask).all(-1, keepdim=True)
+        return masked if rule == "graded" else torch.where(absolute, right, above)
+    tells = (centred.abs().amax(-1, keepdim=True) > 1e-9) & (above.sum(-1, keepdim=True) > 0)
+    share = above / above.sum(-1, keepdim=True).clamp_min(1)
     if rule == "graded":
         scale = spread if spread else within_group_spread(gains, mask)
         share = (centred / scale).masked_fill(~mask, -torch.inf).softmax(-1)
-    else:
-        share = above / above.sum(-1, keepdim=True).clamp_min(1)
     return torch.where(tells, share, 0.0).nan_to_num(0.0)
 
 
@@ -123,3 +126,17 @@ def within_group_spread(gains: Tensor, mask: Tensor) -> float:
     if not tells.any():
         return 1.0
     return float((centred[tells].square().sum() / mask[tells].sum()).sqrt().clamp_min(1e-6))
+
+
+def make_table(store: FeatureStore, combiner: Combiner, groups: Sequence[LabelledGroup], *, rule: str, loss: Loss) -> Table:
+    """Labelled groups as tensors, each user's oldest first; every distinct text is encoded once."""
+    groups = sorted((group for group in groups if group.rights), key=lambda group: (group.user, group.position, group.voted))
+    cases = make_groups(store, combiner, [g.left for g in groups], [g.rights for g in groups], [g.evidence for g in groups])
+    gains = torch.zeros(cases.mask.shape)
+    gains[cases.mask] = torch.tensor([gain for group in groups for gain in group.gains])
+    return Table(
+        cases.with_target(targets(gains, cases.mask, rule=rule, loss=loss)),
+        tuple(group.user for group in groups),
+        torch.tensor([group.position for group in groups], dtype=torch.long),
+        torch.tensor([group.voted for group in groups], dtype=torch.bool),
+    )

@@ -1,0 +1,169 @@
+"""What was learned, together: scorers, encoder, population, records; from and to a folder on disk.
+
+The files themselves are `model/bundle.py`'s business; this module knows what they mean. A bundle holds the records of the
+users that it has heads for (they are what is retrieved): treat it as their data. Knows no LLM beyond its identity.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hydra_llm.adapt import FirstCandidate, LearnedAdapter
+from hydra_llm.config import Settings, load_settings
+from hydra_llm.errors import BundleError, DataError, SettingsError
+from hydra_llm.evidence import EvidenceMaker, Population
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.bundle import BundleFiles, read_bundle, write_bundle
+from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.model.features import FeatureStore
+from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.personalizer import Personalizer
+from hydra_llm.rerank import KeepOrder, LearnedReranker
+from hydra_llm.retrieve import make_retriever
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Record
+
+OF_THIS_MACHINE = ("cache", "concurrency", "timeout", "retries", "max_calls", "max_llm_tokens", "max_cost", "price_prompt", "price_completion")
+"""Settings that a bundle does not carry: they belong to where it runs."""
+
+
+@dataclass
+class Bundle:
+    """A learned reranker and adapter with all that they need to answer."""
+
+    task: Task
+    settings: Settings
+    llm: Mapping[str, Any]
+    """Identity of the LLM that the pairs were labelled with."""
+    store: FeatureStore
+    population: Population
+    reranker: FactorizedScorer | None = None
+    adapter: FactorizedScorer | None = None
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    """Of the users who have a head, oldest first."""
+    trained_on: tuple[str, ...] = ()
+    """The users from whom the shared base was learned; a head of any other user leaves no trace in the base."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """How learning went: strengths, held-out losses, calls, seconds."""
+
+    @property
+    def evidence(self) -> EvidenceMaker:
+        return EvidenceMaker(self.task, self.store, self.population)
+
+    def personalizer(self, llm: ChatLLM, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True) -> Personalizer:
+        """The main path with this bundle's parts; a part that is switched off is the null part."""
+        chosen, evidence = settings or self.settings, self.evidence
+        reranker, adapter = self.reranker if rerank else None, self.adapter if adapt else None
+        return Personalizer(
+            task=self.task,
+            llm=llm,
+            retriever=make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed),
+            settings=chosen,
+            reranker=LearnedReranker(reranker, evidence, with_answer=chosen.record_answer) if reranker else KeepOrder(),
+            adapter=LearnedAdapter(adapter, evidence, select=chosen.select) if adapter else FirstCandidate(),
+            records=self.records,
+        )
+
+    def settings_with(self, **given: object) -> Settings:
+        """The bundle's settings with this machine's own and the given ones on top; None is not given.
+
+        Raises:
+            SettingsError: an unknown setting or a value out of range.
+        """
+        here = load_settings().model_dump(include=set(OF_THIS_MACHINE))
+        return _settings({**self.settings.model_dump(), **here, **{name: value for name, value in given.items() if value is not None}})
+
+    # ---- disk
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the bundle; an older one at the same place is replaced only when this one is complete."""
+        encoder, tuned = self.store.encoder, self.settings.tune_encoder
+        scorers = {name: scorer for name, scorer in (("reranker", self.reranker), ("adapter", self.adapter)) if scorer is not None}
+        config = {
+            "task": self.task.to_json(),
+            "settings": self.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+            "llm": dict(self.llm),
+            "encoder": {
+                "name": "encoder" if tuned else encoder.name,
+                "digest": encoder.digest,
+                "pooling": encoder.pooling,
+                "max_length": encoder.max_length,
+                "width": encoder.width,
+            },
+            "population": asdict(self.population),
+            "scorers": {name: scorer.config() for name, scorer in scorers.items()},
+            "trained_on": list(self.trained_on),
+            "report": self.report,
+        }
+        tensors = {f"{name}.{key}": value.contiguous() for name, scorer in scorers.items() for key, value in scorer.tensors().items()}
+        write_bundle(Path(folder), BundleFiles(config, tensors, self.records, self.card(), encoder if tuned else None))
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: Path | str, *, cache: Path | None = None) -> "Bundle":
+        """Read a bundle.
+
+        Raises:
+            BundleError: not there, damaged, of a newer format, or its encoder is not what it was learned with.
+        """
+        files = read_bundle(Path(folder))
+        config = files.config
+        try:
+            here = load_settings().model_dump(include=set(OF_THIS_MACHINE))
+            settings = _settings({**config["settings"], **here})
+            encoder = files.encoder or _encoder(config["encoder"], folder)
+            scorers = {name: _scorer(name, entry, files.tensors) for name, entry in config["scorers"].items()}
+            population = Population(**{**config["population"], "label_shares": tuple(config["population"]["label_shares"])})
+            return cls(
+                task=Task.from_json(config["task"], f"{folder}/config.json"),
+                settings=settings,
+                llm=config["llm"],
+                store=FeatureStore(encoder, (cache or settings.cache) / "features.sqlite"),
+                population=population,
+                reranker=scorers.get("reranker"),
+                adapter=scorers.get("adapter"),
+                records=files.records,
+                trained_on=tuple(config["trained_on"]),
+                report=config["report"],
+            )
+        except (KeyError, TypeError, RuntimeError, DataError, SettingsError) as error:
+            raise BundleError(f"{folder}: config.json and the weights do not fit together ({type(error).__name__}: {error})") from None
+
+    def card(self) -> str:
+        """The model card: what this is, what it was learned from, what it must not be used for."""
+        heads = {name: s for name, s in (("reranker", self.reranker), ("adapter", self.adapter)) if s is not None}
+        lines = [
+            f"# hydra-llm bundle for task {self.task.name}",
+            "",
+            f"- Kind: {self.task.kind}; labels: {', '.join(self.task.labels) or 'none'}",
+            f"- Learned from {len(self.trained_on)} training users; heads for {len(self.records)} users, whose records it holds.",
+            f"- LLM that labelled the pairs: {self.llm.get('model', self.llm.get('kind', 'unknown'))}",
+            f"- Encoder: {self.store.encoder.name} (digest {self.store.encoder.digest[:12]})",
+            *(f"- {name}: {s.combiner.kind} features, {s.bank.kind} head, {s.bank.numbers_per_user} numbers a user" for name, s in heads.items()),
+            "",
+            "It holds personal records and parameters derived from them: handle it as its users' data. Scores are calibrated on held-out",
+            "users of the training set only; users and tasks unlike those are out of its range.",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"setting '{'.'.join(map(str, first['loc']))}': {first['msg']}") from None
+
+
+def _encoder(config: Mapping[str, Any], folder: Path | str) -> Encoder:
+    encoder = open_encoder(config["name"], pooling=config["pooling"], max_length=config["max_length"])
+    if encoder.digest != config["digest"]:
+        raise BundleError(f"{folder}: learned with another version of encoder '{config['name']}' (digest {config['digest'][:12]})")
+    return encoder
+
+
+def _scorer(name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> FactorizedScorer:
+    return FactorizedScorer.restore(config, {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")})

@@ -1,0 +1,323 @@
+"""Learn a bundle from training users; fit the heads of new users (DESIGN 1 and 5; paper section 3).
+
+    alearn   training users → labelled groups → base, heads → Bundle
+    afit     a new user's history → labelled groups → one head in each bank; nothing shared changes
+
+LLM calls are what this costs: they go through the cache, so that a run that was stopped continues where it was. `learn`
+and `fit` are the same from sync code.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings, load_settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.native import load
+from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
+from hydra_llm.evidence import EvidenceMaker, survey
+from hydra_llm.history import in_order
+from hydra_llm.learning.fit import fit_all, fit_heads
+from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, train_joint
+from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, reranker_groups, training_queries
+from hydra_llm.learning.table import Table, make_table
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.spec import open_llm
+from hydra_llm.model.combine import ByLabel, Combiner, Cross, Tower
+from hydra_llm.model.encoder import open_encoder
+from hydra_llm.model.features import FeatureStore
+from hydra_llm.model.heads import MLPBank, make_bank
+from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.types import LabelledGroup, Query, Record, Usage
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@dataclass
+class Learned:
+    """What learning or fitting did, beside the bundle."""
+
+    bundle: Bundle
+    users: tuple[str, ...]
+    failures: list[str] = field(default_factory=list)
+    """One line per call that failed; its pair was left out."""
+    usage: Usage = Usage()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+# ---- learning the shared base
+
+
+async def alearn(
+    dataset: DataSet | Path | str,
+    llm: ChatLLM | str,
+    settings: Settings | None = None,
+    *,
+    out: Path | str | None = None,
+    progress: StageProgress = _silent,
+) -> Learned:
+    """Learn base and heads from a data set's training users; with `out`, write the bundle there.
+
+    Raises:
+        DataError: the data set is broken or has no training users with records.
+        LLMError: the budget is spent (a repeat continues), or every call failed.
+    """
+    settings, data, model = _opened(dataset, llm, settings)
+    users = data.users("train")[: settings.users]
+    records = {user: _sequence(data, user) for user in users if data.history(user)}
+    if not records:
+        raise DataError("no training user has records: users.jsonl needs users with split 'train'")
+    encoder = open_encoder(settings.encoder, pooling=settings.pooling, max_length=settings.max_length)
+    store = FeatureStore(encoder, settings.cache / "features.sqlite")
+    population = survey(data.task, store, list(records.values()))
+    bundle = Bundle(data.task, settings, dict(model.identity), store, population, records=records, trained_on=tuple(records))
+    learned = Learned(bundle, tuple(records))
+    await _learn_reranker(learned, model, out, progress)
+    await _learn_adapter(learned, model, out, progress)
+    bundle.report |= {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached, "seconds": learned.seconds}
+    if out is not None:
+        bundle.save(out)
+    return learned
+
+
+async def _learn_reranker(learned: Learned, llm: ChatLLM, out: Path | str | None, progress: StageProgress) -> None:
+    bundle = learned.bundle
+    if bundle.settings.retrieved == 0:
+        return
+    collected = await _collect_reranker(learned, bundle.personalizer(llm), learned.users, progress)
+    if not _teaches(collected):
+        bundle.report["reranker"] = {"skipped": "no retrieved record made a difference"}
+        return
+    rule = bundle.settings.label_rule if bundle.settings.label_rule != "gold-positive" else "above-mean"
+    names = bundle.evidence.reranker_names
+    bundle.reranker = _learn_scorer(learned, "reranker", collected.groups, names, rule, ByLabel, out, progress)
+
+
+async def _learn_adapter(learned: Learned, llm: ChatLLM, out: Path | str | None, progress: StageProgress) -> None:
+    bundle = learned.bundle
+    collected = await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), learned.users, progress)
+    groups = [*collected.groups, *_from_labels(bundle, learned.users)]
+    if not any(len(set(group.gains)) > 1 for group in groups):
+        bundle.report["adapter"] = {"skipped": "no two candidates of a query differed in gain"}
+        return
+    rule = "exact" if bundle.task.labels else bundle.settings.label_rule.replace("gold-positive", "above-mean")
+    bundle.adapter = _learn_scorer(learned, "adapter", groups, bundle.evidence.adapter_names, rule, None, out, progress)
+
+
+def _learn_scorer(
+    learned: Learned,
+    name: str,
+    groups: Sequence[LabelledGroup],
+    evidence: Sequence[str],
+    rule: str,
+    never: type | None,
+    out: Path | str | None,
+    progress: StageProgress,
+) -> FactorizedScorer:
+    """Build the features, train what is not convex, fit what is."""
+    bundle, settings, started = learned.bundle, learned.bundle.settings, perf_counter()
+    torch.manual_seed(settings.seed)
+    combiner = _make_combiner(bundle, by_label=never is not ByLabel)
+    bank = make_bank(settings.head, combiner, rank=settings.rank)
+    scorer = FactorizedScorer(combiner, bank, evidence, loss=settings.loss)
+    table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss)
+    progress(f"fit {name}", 0, 1)
+    combiner.prepare(table.groups)
+    plan = _plan(settings)
+    report: dict[str, Any] = {"groups": len(table), "features": combiner.kind, "head": bank.kind}
+    if settings.epochs and (isinstance(bank, MLPBank) or settings.tune_encoder or isinstance(combiner, Tower)):
+        source = TextSource(bundle.store.encoder, _in_table_order(groups)) if settings.tune_encoder else None
+        checkpoint = None if out is None else Path(f"{out}.{name}.checkpoint")
+        done = lambda epoch, total, loss: progress(f"train {name}", epoch, total)  # noqa: E731
+        losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
+        report["epochs"], report["training_loss"] = len(losses), losses[-1] if losses else None
+        if source is not None:  # features of the encoder as it is now
+            table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+    if not isinstance(bank, MLPBank):
+        report |= fit_all(scorer, table, seed=settings.seed).to_json()
+    bundle.report[name] = report
+    learned.seconds[f"fit {name}"] = perf_counter() - started
+    progress(f"fit {name}", 1, 1)
+    return scorer.eval()
+
+
+def _make_combiner(bundle: Bundle, *, by_label: bool) -> Combiner:
+    settings, width = bundle.settings, bundle.store.encoder.width
+    if settings.features == "cross":
+        return Cross(width)
+    if by_label and bundle.task.labels and settings.label_features and settings.head != "mlp":
+        return ByLabel(width, len(bundle.task.labels), settings.label_rank)
+    return Tower(width, settings.width)
+
+
+def _plan(settings: Settings) -> Plan:
+    patience = 0 if settings.tune_encoder or settings.head == "mlp" else 5
+    return Plan(settings.epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.seed)
+
+
+def _in_table_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
+    return sorted((group for group in groups if group.rights), key=lambda group: (group.user, group.position, group.voted))
+
+
+# ---- fitting new users
+
+
+async def afit(
+    dataset: DataSet | Path | str,
+    bundle: Bundle | Path | str,
+    llm: ChatLLM | str,
+    *,
+    users: Sequence[str] | None = None,
+    settings: Settings | None = None,
+    progress: StageProgress = _silent,
+) -> Learned:
+    """Fit the heads of new users on their histories; with a bundle's path, write the bundle back.
+
+    `users` defaults to the data set's new users (split `test`). Heads of users who have one are fitted anew. A user without
+    records gets the shared head.
+
+    Raises:
+        UnknownUser: a user whom the data set does not have.
+        DataError: the data set is of another task than the bundle.
+    """
+    folder = None if isinstance(bundle, Bundle) else Path(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    if settings is not None:
+        loaded = replace(loaded, settings=settings)
+    _, data, model = _opened(dataset, llm, loaded.settings)
+    if data.task.kind != loaded.task.kind or data.task.labels != loaded.task.labels:
+        raise DataError(f"the data set's task '{data.task.name}' is not the bundle's '{loaded.task.name}': kind and labels must agree")
+    names = list(users) if users else data.users("test")
+    unknown = [name for name in names if name not in set(data.users())]
+    if unknown:
+        raise UnknownUser(f"unknown user '{unknown[0]}': the data set has {len(data.users())} users, see `hydra-llm data check`")
+    loaded.records |= {name: in_order(data.history(name)) for name in names}
+    learned = Learned(loaded, tuple(names))
+    await _fit_users(learned, model, progress)
+    if folder is not None:
+        loaded.save(folder)
+    return learned
+
+
+async def _fit_users(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
+    bundle, settings = learned.bundle, learned.bundle.settings
+    if bundle.reranker is not None:
+        collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), learned.users, progress)
+        rule = settings.label_rule.replace("gold-positive", "above-mean")
+        _fit_into(learned, "reranker", bundle.reranker, collected.groups, rule)
+    if bundle.adapter is not None:
+        groups = _from_labels(bundle, learned.users)
+        if not groups:
+            groups = (await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), learned.users, progress)).groups
+        rule = "exact" if bundle.task.labels else settings.label_rule.replace("gold-positive", "above-mean")
+        _fit_into(learned, "adapter", bundle.adapter, groups, rule)
+
+
+def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> None:
+    bundle, started = learned.bundle, perf_counter()
+    scorer.enrol(learned.users)
+    if groups:
+        table = make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss)
+        _fit_table(scorer, table, learned.users, bundle.settings)
+    learned.seconds[f"fit {name}"] = perf_counter() - started
+
+
+def _fit_table(scorer: FactorizedScorer, table: Table, users: Sequence[str], settings: Settings) -> None:
+    if isinstance(scorer.bank, MLPBank):
+        fit_mlp(scorer, table, users, _plan(settings), random_start=settings.prior == "random")
+    else:
+        fit_heads(scorer, table, users)
+
+
+# ---- what both need
+
+
+def _opened(dataset: DataSet | Path | str, llm: ChatLLM | str, settings: Settings | None) -> tuple[Settings, DataSet, ChatLLM]:
+    chosen = settings or load_settings()
+    if chosen.tune_encoder and chosen.features != "cross":
+        raise SettingsError("tune_encoder needs features=cross: a tower keeps its features and cannot be tuned")
+    data = dataset if isinstance(dataset, DataSet) else load(dataset)
+    return chosen, data, open_llm(llm, chosen) if isinstance(llm, str) else llm
+
+
+def _sequence(data: DataSet, user: str) -> list[Record]:
+    """A training user's records, the queries whose answers are known among them."""
+    known = [q for q in data.queries(user) if q.gold is not None]
+    as_records = [Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position) for q in known]
+    return in_order([*data.history(user), *as_records])
+
+
+def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:
+    bundle = learned.bundle
+    return [query for user in users for query in training_queries(bundle.records[user], bundle.settings.queries_per_user)]
+
+
+async def _collect_reranker(learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress) -> Collected:
+    queries = _latest_queries(learned, users)
+    collected = await reranker_groups(personalizer, learned.bundle.evidence, queries, partial(progress, "label records"))
+    return _account(learned, "label records", collected)
+
+
+async def _collect_adapter(learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress) -> Collected:
+    queries = _latest_queries(learned, users)
+    collected = await adapter_groups(personalizer, learned.bundle.evidence, queries, partial(progress, "label candidates"))
+    return _account(learned, "label candidates", collected)
+
+
+def _account(learned: Learned, stage: str, collected: Collected) -> Collected:
+    learned.failures += collected.failures
+    learned.usage += collected.usage
+    learned.seconds[stage] = collected.usage.seconds
+    if collected.failures and not collected.groups:
+        raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
+    return collected
+
+
+def _from_labels(bundle: Bundle, users: Sequence[str]) -> list[LabelledGroup]:
+    """The groups that histories give without an LLM, where the adapter reads labels."""
+    if not bundle.task.labels or bundle.settings.choose_from != "labels":
+        return []
+    return [group for user in users for group in label_groups(bundle.evidence, bundle.records[user])]
+
+
+def _teaches(collected: Collected) -> bool:
+    return any(len(set(group.gains)) > 1 for group in collected.groups)
+
+
+def learn(
+    dataset: DataSet | Path | str,
+    llm: ChatLLM | str,
+    settings: Settings | None = None,
+    *,
+    out: Path | str | None = None,
+    progress: StageProgress = _silent,
+) -> Learned:
+    """`alearn` from sync code."""
+    return run_sync(partial(alearn, dataset, llm, settings, out=out, progress=progress))
+
+
+def fit(
+    dataset: DataSet | Path | str,
+    bundle: Bundle | Path | str,
+    llm: ChatLLM | str,
+    *,
+    users: Sequence[str] | None = None,
+    settings: Settings | None = None,
+    progress: StageProgress = _silent,
+) -> Learned:
+    """`afit` from sync code."""
+    return run_sync(partial(afit, dataset, bundle, llm, users=users, settings=settings, progress=progress))

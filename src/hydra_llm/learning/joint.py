@@ -1,0 +1,243 @@
+"""What is not convex: the shared layer, a tuned encoder and `mlp` heads, trained together with the users' heads by gradient.
+
+This is the paper's own way (section 3.1): base and heads learn jointly from all training users. The convex way of `fit.py`
+runs after it on the frozen features, except for `mlp` heads. Training is reproducible by its seed, and stops and resumes:
+after every epoch all that it needs is written to a checkpoint. Knows no tasks and no LLM.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hydra_llm.errors import BundleError
+from hydra_llm.learning.solve import losses
+from hydra_llm.learning.table import Table, folds
+from hydra_llm.model.combine import Groups
+from hydra_llm.model.encoder import Encoder
+from hydra_llm.model.heads import KernelBank, MLPBank
+from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.types import LabelledGroup
+
+EpochDone = Callable[[int, int, float], None]
+"""Called with (epochs done, epochs, mean training loss per group)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How joint training goes."""
+
+    epochs: int = 30
+    lr: float = 1e-3
+    batch: int = 64
+    """Pairs per step, rounded to whole groups."""
+    weight_decay: float = 0.01
+    patience: int = 5
+    """Epochs without a better loss on held-out users before training stops; 0 trains all epochs, as the paper does."""
+    seed: int = 0
+
+
+class TextSource:
+    """Pairs' features computed with gradients, for a tuned encoder; `None` in its place means the table's kept features."""
+
+    def __init__(self, encoder: Encoder, groups: Sequence[LabelledGroup]):
+        self.encoder = encoder
+        self.texts = [(group.left, group.rights) for group in groups]
+
+    def fill(self, table: Table, index: Tensor) -> Groups:
+        """The groups of `index` with fresh pair vectors [G, C, H]."""
+        groups = table.groups[index]
+        pairs = [(self.texts[i][0], right) for i in index.tolist() for right in self.texts[i][1]]
+        vectors = self.encoder.forward_pairs([left for left, _ in pairs], [right for _, right in pairs])
+        right = vectors.new_zeros(*groups.mask.shape, vectors.shape[-1])
+        right = right.masked_scatter(groups.mask[..., None].expand_as(right), vectors)
+        return Groups(groups.left, right, groups.evidence, groups.mask, groups.target)
+
+
+def train_joint(
+    scorer: FactorizedScorer,
+    table: Table,
+    plan: Plan,
+    *,
+    source: TextSource | None = None,
+    checkpoint: Path | None = None,
+    done: EpochDone | None = None,
+) -> list[float]:
+    """Train combiner, shared head, evidence weights, the users' heads and, with a source, the encoder. Returns the mean loss of each epoch.
+
+    With patience, a fifth of the users are held out to tell when to stop, and what was best for them is kept.
+    """
+    names = table.names()
+    scorer.enrol(names)
+    held = set(folds(names, 5, plan.seed)[0]) if plan.patience and len(names) >= 5 else set()
+    train = torch.tensor([i for i, user in enumerate(table.users) if user not in held])
+    watch = torch.tensor([i for i, user in enumerate(table.users) if user in held], dtype=torch.long)
+    state = _State(scorer, source, plan)
+    history = state.resume(checkpoint)
+    best, best_values, waited = _watch_loss(scorer, table, watch, source), state.values(), 0
+    for epoch in range(len(history), plan.epochs):
+        history.append(_epoch(scorer, table, train, state, source, plan, epoch))
+        if checkpoint is not None:
+            state.write(checkpoint, history)
+        if done is not None:
+            done(epoch + 1, plan.epochs, history[-1])
+        found = _watch_loss(scorer, table, watch, source) if held else -float(epoch)
+        best, best_values, waited = (found, state.values(), 0) if found < best else (best, best_values, waited + 1)
+        if plan.patience and waited >= plan.patience:
+            break
+    state.put(best_values)
+    state.freeze()
+    return history
+
+
+def _epoch(
+    scorer: FactorizedScorer, table: Table, train: Tensor, state: "_State", source: TextSource | None, plan: Plan, epoch: int
+) -> float:
+    order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(plan.seed * 1000 + epoch))]
+    total, count = 0.0, 0
+    torch.manual_seed(plan.seed * 1000 + epoch)  # dropout of a tuned encoder
+    for index in _batches(table, order, plan.batch):
+        groups = source.fill(table, index) if source else table.groups[index]
+        rows = scorer.rows([table.users[i] for i in index.tolist()])
+        assert groups.target is not None
+        loss = losses(scorer.core(groups, rows), groups.target, groups.mask, scorer.loss).sum()
+        state.step((loss + state.prior(rows, table)) / len(index))
+        total, count = total + float(loss.detach()), count + len(index)
+    return total / max(1, count)
+
+
+def _batches(table: Table, order: Tensor, pairs: int) -> Iterator[Tensor]:
+    """Groups in order, as many at once as have about `pairs` pairs."""
+    sizes = table.groups.mask.sum(-1)
+    start, held = 0, 0
+    for end, i in enumerate(order.tolist(), 1):
+        held += int(sizes[i])
+        if held >= pairs or end == len(order):
+            yield order[start:end]
+            start, held = end, 0
+
+
+@torch.no_grad()
+def _watch_loss(scorer: FactorizedScorer, table: Table, index: Tensor, source: TextSource | None) -> float:
+    """Mean loss of the held-out users under the shared head; 0 where nobody is held out."""
+    if not len(index):
+        return 0.0
+    groups = source.fill(table, index) if source else table.groups[index]
+    assert groups.target is not None
+    scores = scorer.core(groups, torch.full((len(index),), -1))
+    return float(losses(scores, groups.target, groups.mask, scorer.loss).mean())
+
+
+class _State:
+    """Everything that training changes: parameters, the bank's rows, the optimizer; to and from a checkpoint."""
+
+    def __init__(self, scorer: FactorizedScorer, source: TextSource | None, plan: Plan):
+        self.scorer, self.plan = scorer, plan
+        self.rows: Tensor | None = None if isinstance(scorer.bank, KernelBank) else scorer.bank.weight.requires_grad_(True)  # type: ignore[union-attr,operator]
+        decayed: list[Tensor] = [p for p in scorer.combiner.parameters()]
+        if source is not None:
+            decayed += list(source.encoder.parameters())
+            source.encoder.train()
+        self.source = source
+        free: list[Tensor] = [*scorer.bank.shared_parameters(), scorer.evidence_weight]
+        free += [] if self.rows is None else [self.rows]
+        self.tensors = decayed + free
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": free, "weight_decay": plan.weight_decay / 10}], lr=plan.lr
+        )
+        self.counts: Tensor | None = None
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.tensors, 1.0)
+        self.optimizer.step()
+
+    def prior(self, rows: Tensor, table: Table) -> Tensor:
+        """½ λ |δᵤ|² of the users in a batch, spread over each user's groups so that an epoch counts it once."""
+        if self.rows is None:
+            return torch.zeros(())
+        if self.counts is None:
+            self.counts = torch.bincount(self.scorer.rows(table.users), minlength=len(self.scorer.users)).clamp_min(1)
+        own = self.rows[rows] ** 2
+        return 0.5 * self.scorer.prior_precision * (own.sum(-1) / self.counts[rows]).sum()
+
+    def values(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.tensors]
+
+    @torch.no_grad()
+    def put(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
+
+    def freeze(self) -> None:
+        """Training is over: nothing asks for gradients any more."""
+        if self.rows is not None:
+            self.scorer.bank.weight = self.rows.detach()
+        if self.source is not None:
+            self.source.encoder.eval()
+
+    # ---- checkpoint: safetensors with the epochs' losses in its header, replaced in one step
+
+    def write(self, path: Path, history: Sequence[float]) -> None:
+        tensors = {f"value.{i}": tensor.detach().contiguous() for i, tensor in enumerate(self.tensors)}
+        for i, tensor in enumerate(self.tensors):
+            for name, value in self.optimizer.state.get(tensor, {}).items():
+                tensors[f"{name}.{i}"] = value.detach().clone().contiguous()
+        temporary = path.with_suffix(".part")
+        save_file(tensors, temporary, {"history": json.dumps(list(history))})
+        os.replace(temporary, path)
+
+    def resume(self, path: Path | None) -> list[float]:
+        """Take up a checkpoint if there is one; returns the losses of the epochs that are done."""
+        if path is None or not path.is_file():
+            return []
+        from safetensors import safe_open
+
+        tensors = load_file(path)
+        if [tensors.get(f"value.{i}", torch.zeros(0)).shape for i in range(len(self.tensors))] != [t.shape for t in self.tensors]:
+            raise BundleError(f"{path}: a checkpoint of other settings or data: delete it to start anew")
+        self.put([tensors[f"value.{i}"] for i in range(len(self.tensors))])
+        for i, tensor in enumerate(self.tensors):
+            entries = {name.rsplit(".", 1)[0]: v for name, v in tensors.items() if name.endswith(f".{i}") and not name.startswith("value")}
+            if entries:
+                self.optimizer.state[tensor] = entries
+        with safe_open(path, "pt") as file:
+            history: list[float] = json.loads(file.metadata()["history"])
+        return history
+
+
+def fit_mlp(scorer: FactorizedScorer, table: Table, names: Sequence[str], plan: Plan, *, random_start: bool) -> None:
+    """Fit `mlp` heads of some users on kept features, everything shared frozen; one small gradient descent for all at once.
+
+    Drawn towards the shared head (the prior), or started at random and only decayed, as the authors' code does.
+    """
+    bank = scorer.bank
+    assert isinstance(bank, MLPBank)
+    scorer.enrol(names)
+    own = table.of(names)
+    rows = scorer.rows(names)
+    delta = bank.random(len(names), plan.seed) - bank.shared.detach() if random_start else bank.weight[rows].clone() * 0
+    delta.requires_grad_(True)
+    place = {name: i for i, name in enumerate(names)}
+    optimizer = torch.optim.AdamW([delta], lr=plan.lr, weight_decay=0.0)
+    with torch.no_grad():
+        x, evidence = scorer.combiner(own.groups), scorer.evidence_score(own.groups)
+    target, mask = own.groups.target, own.groups.mask
+    assert target is not None
+    who = torch.tensor([place[user] for user in own.users], dtype=torch.long)
+    for epoch in range(plan.epochs if len(own) else 0):
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(plan.seed + epoch))
+        for index in _batches(own, order, plan.batch):
+            scores = bank.apply_heads(x[index], bank.shared.detach() + delta[who[index]]) + evidence[index]
+            loss = losses(scores, target[index], mask[index], scorer.loss).sum() / len(index)
+            centre = bank.shared.detach() + delta if random_start else delta
+            optimizer.zero_grad()
+            (loss + 0.5 * plan.weight_decay * centre.square().sum() / len(names)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    bank.weight[rows] = delta.detach()

@@ -1,0 +1,131 @@
+"""From histories to labelled groups: what the reranker and the adapter learn from (DESIGN 5; paper sections 3.2 and 3.3).
+
+A user's own later records serve as queries for the earlier ones; `history.before` decides what each may see.
+    reranker  each retrieved record alone in the prompt; its gain is the gain of the LLM's answer
+    adapter   the candidates of `Personalizer.apropose`, each with its gain
+    labels    for tasks with labels, the record's own answer against the other labels: no LLM call at all
+Knows no scorer but those inside the personalizer. A failed call leaves its pair out and is told.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from hydra_llm.adapt import all_labels, candidate_text
+from hydra_llm.errors import LLMError
+from hydra_llm.evidence import EvidenceMaker
+from hydra_llm.history import as_query, before, in_order
+from hydra_llm.llm.calls import Progress, map_calls
+from hydra_llm.personalizer import Personalizer
+from hydra_llm.prompt import build
+from hydra_llm.rerank import record_text
+from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, Record, Usage
+
+
+@dataclass
+class Collected:
+    """Labelled groups and what they cost."""
+
+    groups: list[LabelledGroup] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    usage: Usage = Usage()
+
+
+def training_queries(records: Sequence[Record], count: int) -> list[Query]:
+    """A user's last records as queries, those that have something to see."""
+    ordered = in_order(records)
+    return [as_query(record) for record in ordered[-count:] if before(records, record)]
+
+
+async def reranker_groups(
+    personalizer: Personalizer, evidence: EvidenceMaker, queries: Sequence[Query], progress: Progress | None = None
+) -> Collected:
+    """Ask the LLM each query once per retrieved record, at temperature 0."""
+    settings, cases = personalizer.settings, []
+    for query in queries:
+        visible = before(personalizer.records[query.user], query)
+        cases += [(query, item) for item in personalizer.retriever.retrieve(query, visible, settings.retrieved)]
+
+    async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage]:
+        query, item = case
+        prompt = build(personalizer.task, query, [item], max_tokens=settings.max_prompt_tokens)
+        one = replace(personalizer, settings=settings.model_copy(update={"candidates": 1}))
+        texts, _, usage, _ = await one._ask(prompt.messages)
+        return personalizer.task.gain(personalizer.task.parse(texts[0], settings.parsing), query.gold or ""), usage
+
+    results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
+    out = Collected()
+    useful: dict[tuple[str, str], list[tuple[Ranked, float]]] = {}
+    for (query, item), result in zip(cases, results, strict=True):
+        if isinstance(result, LLMError):
+            out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
+            out.usage += Usage(failed=1)
+        else:
+            useful.setdefault((query.user, query.id), []).append((item, result[0]))
+            out.usage += result[1]
+    for query in queries:
+        if rows := useful.get((query.user, query.id)):
+            out.groups.append(_reranker_group(personalizer, evidence, query, rows))
+    return out
+
+
+def _reranker_group(
+    personalizer: Personalizer, evidence: EvidenceMaker, query: Query, rows: Sequence[tuple[Ranked, float]]
+) -> LabelledGroup:
+    items = [item for item, _ in rows]
+    memory = evidence.remember(before(personalizer.records[query.user], query))
+    texts = tuple(record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items)
+    table = _frozen(evidence.reranker(query, items, memory).tolist())
+    return LabelledGroup(query.user, query.id, query.input, texts, tuple(gain for _, gain in rows), table, query.position, voted=True)
+
+
+async def adapter_groups(
+    personalizer: Personalizer, evidence: EvidenceMaker, queries: Sequence[Query], progress: Progress | None = None
+) -> Collected:
+    """Let the LLM propose candidates for each query and say what each is worth."""
+    proposals = await map_calls(personalizer.apropose, queries, limit=personalizer.settings.concurrency, progress=progress)
+    out = Collected()
+    for query, proposal in zip(queries, proposals, strict=True):
+        if isinstance(proposal, LLMError):
+            out.failures.append(f"query {query.id}: {proposal}")
+            out.usage += Usage(failed=1)
+            continue
+        out.usage += proposal.usage
+        if group := _adapter_group(personalizer, evidence, proposal):
+            out.groups.append(group)
+    return out
+
+
+def _adapter_group(personalizer: Personalizer, evidence: EvidenceMaker, proposal: Proposal) -> LabelledGroup | None:
+    query, settings = proposal.query, personalizer.settings
+    candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
+    if settings.label_rule == "gold-positive" and query.gold is not None and all(c.answer != query.gold for c in candidates):
+        candidates = [*candidates, Candidate(query.gold, query.gold)]
+    if not candidates:
+        return None
+    return _labelled(personalizer.task.gain, evidence, query, candidates, personalizer.records[query.user], voted=True)
+
+
+def label_groups(evidence: EvidenceMaker, records: Sequence[Record]) -> list[LabelledGroup]:
+    """A user's records, each a query over all labels whose answer the record itself gives; the first sees nothing."""
+    task = evidence.task
+    blank = all_labels(task, [])
+    return [_labelled(task.gain, evidence, as_query(record), blank, records, voted=False) for record in in_order(records)]
+
+
+def _labelled(
+    gain: Callable[[str | None, str], float],
+    evidence: EvidenceMaker,
+    query: Query,
+    candidates: Sequence[Candidate],
+    records: Sequence[Record],
+    *,
+    voted: bool,
+) -> LabelledGroup:
+    gains = tuple(gain(candidate.answer, query.gold or "") for candidate in candidates)
+    table = _frozen(evidence.adapter(query, candidates, evidence.remember(before(records, query))).tolist())
+    texts = tuple(candidate_text(evidence.task, candidate) for candidate in candidates)
+    return LabelledGroup(query.user, query.id, query.input, texts, gains, table, query.position, voted=voted)
+
+
+def _frozen(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in rows)
