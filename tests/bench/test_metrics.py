@@ -1,0 +1,114 @@
+"""Metrics against scikit-learn, rouge_score, sacrebleu, and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
+
+from hydra_llm.bench.metrics import Failed, Metric, score
+from hydra_llm.errors import DataError
+from hydra_llm.tasks.task import Task
+
+LABELS = ("politics", "sports", "food & drink", "never")
+CLASSES = Task("c", "classification", "{input}", LABELS)
+RATINGS = Task("r", "rating", "{input}", ("1", "2", "3", "4", "5"))
+TEXTS = Task("t", "generation", "{input}")
+
+lost = Failed("HTTP 500")
+classified = st.lists(st.tuples(st.sampled_from([*LABELS, None]), st.sampled_from(LABELS[:3])), min_size=1, max_size=30)
+rated = st.lists(st.tuples(st.sampled_from(["1", "2", "3.5", "5", "7"]), st.sampled_from("12345")), min_size=1, max_size=30)
+text = st.lists(st.sampled_from(["the", "cat", "sat", "on", "mat", "a", "Cat", "café", "2.5", "!"]), max_size=12).map(" ".join)
+written = st.lists(st.tuples(text, text), min_size=1, max_size=8)
+
+
+def values(task: Task, pairs: list[tuple[str | None, str]]) -> dict[str, Metric]:
+    return score(task, [answer for answer, _ in pairs], [gold for _, gold in pairs])
+
+
+@given(classified)
+def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
+    found = values(CLASSES, pairs)
+    given_, gold = [answer or "unparsable" for answer, _ in pairs], [gold for _, gold in pairs]
+    assert list(found) == ["accuracy", "macro_f1"]
+    assert found["accuracy"].value == pytest.approx(accuracy_score(gold, given_))
+    assert found["macro_f1"].value == pytest.approx(f1_score(gold, given_, labels=LABELS, average="macro", zero_division=0))
+    assert found["accuracy"].unparsable == sum(answer is None for answer, _ in pairs)
+    assert found["accuracy"].samples.tolist() == [float(answer == gold) for answer, gold in pairs]
+
+
+@given(rated)
+def test_rating_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
+    found = values(RATINGS, pairs)
+    answers, golds = [float(answer or "nan") for answer, _ in pairs], [float(gold) for _, gold in pairs]
+    assert found["mae"].value == pytest.approx(mean_absolute_error(golds, answers))
+    assert found["rmse"].value == pytest.approx(root_mean_squared_error(golds, answers))
+    assert not found["mae"].higher_is_better
+    assert not found["rmse"].higher_is_better
+
+
+def test_an_unparsable_rating_counts_as_the_end_farthest_from_its_gold() -> None:
+    found = values(RATINGS, [(None, "2"), (None, "5"), (None, "3"), ("4", "4")])
+    assert found["mae"].samples.tolist() == [3, 4, 2, 0]
+    assert found["rmse"].value == pytest.approx(math.sqrt((9 + 16 + 4) / 4))
+    assert (found["mae"].unparsable, found["mae"].failed) == (3, 0)
+
+
+@settings(max_examples=40)
+@given(written)
+def test_generation_is_rouge_scores_and_sacrebleus(pairs: list[tuple[str | None, str]]) -> None:
+    found = values(TEXTS, pairs)
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    for name in ("rouge1", "rougeL"):
+        each = [scorer.score(gold, answer or "")[name].fmeasure for answer, gold in pairs]
+        assert found[name].samples.tolist() == each
+        assert found[name].value == pytest.approx(np.mean(each))
+    expected = sacrebleu.corpus_bleu([answer or "" for answer, _ in pairs], [[gold for _, gold in pairs]]).score
+    assert found["bleu"].value == pytest.approx(expected, abs=1e-9)
+
+
+def test_generation_by_hand() -> None:
+    found = values(TEXTS, [("the cat sat", "the cat ran far"), (None, "x y")])
+    assert found["rouge1"].samples.tolist() == [pytest.approx(4 / 7), 0]
+    assert found["rougeL"].value == pytest.approx(2 / 7)
+    same = values(TEXTS, [("a b c d e", "a b c d e")])
+    assert same["bleu"].value == pytest.approx(100)
+
+
+def test_a_failed_call_is_nan_and_counted_and_never_zero() -> None:
+    found = score(RATINGS, ["4", lost, None], ["5", "1", "1"])
+    assert found["mae"].value == pytest.approx((1 + 4) / 2)
+    assert np.isnan(found["mae"].samples).tolist() == [False, True, False]
+    assert (found["mae"].failed, found["mae"].unparsable) == (1, 1)
+
+
+@pytest.mark.parametrize(("task", "gold"), [(CLASSES, "sports"), (RATINGS, "1"), (TEXTS, "x")])
+def test_where_every_call_failed_no_figure_is_given(task: Task, gold: str) -> None:
+    for metric in score(task, [lost, lost], [gold, gold]).values():
+        assert math.isnan(metric.value)
+        assert metric.failed == 2
+
+
+@given(classified, st.data())
+def test_failed_samples_change_no_figure(pairs: list[tuple[str | None, str]], data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(pairs)))
+    answers: list[str | Failed | None] = [answer for answer, _ in pairs]
+    golds = [gold for _, gold in pairs]
+    whole = score(CLASSES, answers, golds)
+    with_failure = score(CLASSES, [*answers[:place], lost, *answers[place:]], [*golds[:place], "sports", *golds[place:]])
+    assert {name: m.value for name, m in whole.items()} == {name: m.value for name, m in with_failure.items()}
+
+
+def test_only_the_tasks_metrics_are_computed() -> None:
+    assert list(score(Task("t", "generation", "{input}", metrics=("rougeL",)), ["a"], ["a"])) == ["rougeL"]
+
+
+def test_golds_that_do_not_fit_are_told() -> None:
+    with pytest.raises(DataError, match="'five' is not a number"):
+        score(RATINGS, ["5"], ["five"])
+    with pytest.raises(ValueError, match="shorter"):
+        score(RATINGS, ["5", "4"], ["5"])
