@@ -57,9 +57,9 @@ class DataSet:
         """
         builder = Builder(task, splits)
         for record in records:
-            builder.add("history", _fields(record, record.output))
+            builder.add("history", _fields(record, record.output), place=f"{record.user}/{record.id}.")
         for query in queries:
-            builder.add("queries", _fields(query, query.gold or ""))
+            builder.add("queries", _fields(query, query.gold or ""), place=f"{query.user}/{query.id}.")
         return builder.build()
 
     def users(self, split: str | None = None) -> list[str]:
