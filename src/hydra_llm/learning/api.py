@@ -25,7 +25,7 @@ from hydra_llm.evidence import EvidenceMaker, survey
 from hydra_llm.history import in_order
 from hydra_llm.learning.fit import fit_all, fit_heads
 from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, train_joint
-from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, reranker_groups, training_queries
+from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, offers_all, reads_labels, reranker_groups, training_queries
 from hydra_llm.learning.table import Table, make_table
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.calls import run_sync
@@ -100,9 +100,9 @@ async def _learn_reranker(learned: Learned, llm: ChatLLM, out: Path | str | None
     if not _teaches(collected):
         bundle.report["reranker"] = {"skipped": "no retrieved record made a difference"}
         return
-    rule = bundle.settings.label_rule if bundle.settings.label_rule != "gold-positive" else "above-mean"
+    rule = bundle.settings.label_rule.replace("gold-positive", "above-mean")
     names = bundle.evidence.reranker_names
-    bundle.reranker = _learn_scorer(learned, "reranker", collected.groups, names, rule, ByLabel, out, progress)
+    bundle.reranker = _learn_scorer(learned, "reranker", collected.groups, names, rule, False, out, progress)
 
 
 async def _learn_adapter(learned: Learned, llm: ChatLLM, out: Path | str | None, progress: StageProgress) -> None:
@@ -113,7 +113,7 @@ async def _learn_adapter(learned: Learned, llm: ChatLLM, out: Path | str | None,
         bundle.report["adapter"] = {"skipped": "no two candidates of a query differed in gain"}
         return
     rule = "exact" if bundle.task.labels else bundle.settings.label_rule.replace("gold-positive", "above-mean")
-    bundle.adapter = _learn_scorer(learned, "adapter", groups, bundle.evidence.adapter_names, rule, None, out, progress)
+    bundle.adapter = _learn_scorer(learned, "adapter", groups, bundle.evidence.adapter_names, rule, reads_labels(bundle.task, bundle.settings), out, progress)
 
 
 def _learn_scorer(
@@ -122,14 +122,14 @@ def _learn_scorer(
     groups: Sequence[LabelledGroup],
     evidence: Sequence[str],
     rule: str,
-    never: type | None,
+    by_label: bool,
     out: Path | str | None,
     progress: StageProgress,
 ) -> FactorizedScorer:
     """Build the features, train what is not convex, fit what is."""
     bundle, settings, started = learned.bundle, learned.bundle.settings, perf_counter()
     torch.manual_seed(settings.seed)
-    combiner = _make_combiner(bundle, by_label=never is not ByLabel)
+    combiner = _make_combiner(bundle, by_label)
     bank = make_bank(settings.head, combiner, rank=settings.rank)
     scorer = FactorizedScorer(combiner, bank, evidence, loss=settings.loss)
     table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss)
@@ -155,11 +155,11 @@ def _learn_scorer(
     return scorer.eval()
 
 
-def _make_combiner(bundle: Bundle, *, by_label: bool) -> Combiner:
+def _make_combiner(bundle: Bundle, by_label: bool) -> Combiner:
     settings, width = bundle.settings, bundle.store.encoder.width
     if settings.features == "cross":
         return Cross(width)
-    if by_label and bundle.task.labels and settings.label_features and settings.head != "mlp":
+    if by_label:
         return ByLabel(width, len(bundle.task.labels), settings.label_rank)
     return Tower(width, settings.width)
 
@@ -289,7 +289,7 @@ def _account(learned: Learned, stage: str, collected: Collected) -> Collected:
 
 def _from_labels(bundle: Bundle, users: Sequence[str]) -> list[LabelledGroup]:
     """The groups that histories give without an LLM, where the adapter reads labels."""
-    if not bundle.task.labels or bundle.settings.choose_from != "labels":
+    if not offers_all(bundle.task, bundle.settings):
         return []
     return [group for user in users for group in label_groups(bundle.evidence, bundle.records[user])]
 

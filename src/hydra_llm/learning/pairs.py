@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hydra_llm.adapt import all_labels, candidate_text
+from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError
 from hydra_llm.evidence import EvidenceMaker
 from hydra_llm.history import as_query, before, in_order
@@ -18,6 +19,7 @@ from hydra_llm.llm.calls import Progress, map_calls
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.prompt import build
 from hydra_llm.rerank import record_text
+from hydra_llm.tasks.task import Task
 from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, Record, Usage
 
 
@@ -98,11 +100,23 @@ async def adapter_groups(
 def _adapter_group(personalizer: Personalizer, evidence: EvidenceMaker, proposal: Proposal) -> LabelledGroup | None:
     query, settings = proposal.query, personalizer.settings
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
-    if settings.label_rule == "gold-positive" and query.gold is not None and all(c.answer != query.gold for c in candidates):
+    if offers_all(personalizer.task, settings):
+        candidates = all_labels(personalizer.task, candidates)
+    if not personalizer.task.labels and settings.label_rule == "gold-positive" and query.gold is not None and all(c.answer != query.gold for c in candidates):
         candidates = [*candidates, Candidate(query.gold, query.gold)]
     if not candidates:
         return None
     return _labelled(personalizer.task.gain, evidence, query, candidates, personalizer.records[query.user], voted=True)
+
+
+def offers_all(task: Task, settings: Settings) -> bool:
+    """Whether the adapter learns from every label (DESIGN 5), not from the sampled ones alone."""
+    return bool(task.labels) and (settings.choose_from == "labels" or reads_labels(task, settings))
+
+
+def reads_labels(task: Task, settings: Settings) -> bool:
+    """Whether the adapter's features are label features."""
+    return bool(task.labels) and settings.label_features and settings.features == "tower" and settings.head != "mlp"
 
 
 def label_groups(evidence: EvidenceMaker, records: Sequence[Record]) -> list[LabelledGroup]:
