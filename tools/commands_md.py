@@ -15,7 +15,7 @@ HEAD = """# Commands
 
 Written by `make docs` from each command's help; `make check` holds it up to date.
 
-Every option can also come from the environment, as `HYDRA_LLM_<COMMAND>_<OPTION>`: `HYDRA_LLM_ASK_SEED=3 hydra-llm ask ...` is
+Every option can also come from the environment, by the name that its help gives: `HYDRA_LLM_ASK_SEED=3 hydra-llm ask ...` is
 `hydra-llm ask ... --seed 3`. A setting that holds for every command is `HYDRA_<SETTING>`, or a line of `hydra-llm.toml`.
 The order is flag, environment, file, default.
 
