@@ -22,7 +22,7 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/python tools/commands_md.py --check
 	@$(BIN)/python -m pytest -q tests/test_readme.py
 
