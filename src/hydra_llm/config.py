@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     # ---- the black box
     max_tokens: int = Field(default=48, ge=1)
     """Longest answer, in the LLM's tokens."""
-    candidates: int = Field(default=8, ge=1)
+    samples: int = Field(default=8, ge=1)
     """b: the greedy answer and b − 1 samples (all b sampled where `greedy_first` is off)."""
     greedy_first: bool = True
     """Candidate 0 is the temperature-0 answer."""
@@ -92,6 +92,8 @@ class Settings(BaseSettings):
     # ---- learning
     users: int | None = None
     """How many training users; None is all."""
+    asked_users: int | None = None
+    """How many of them have pairs that cost LLM calls; the others teach by their histories alone (tasks with labels). None is all."""
     queries_per_user: int = Field(default=3, ge=1)
     """Latest records of a user that serve as queries where pairs cost LLM calls."""
     loss: Literal["listwise", "binary"] = "listwise"
@@ -105,7 +107,7 @@ class Settings(BaseSettings):
     weight_decay: float = Field(default=0.01, ge=0)
 
     # ---- choosing
-    choose_from: Literal["sampled", "labels"] = "labels"
+    candidates: Literal["sampled", "labels"] = "labels"
     """Candidates are the LLM's samples, or every label with the LLM's vote share as evidence (tasks with labels)."""
     select: Literal["best", "expected-gain"] = "expected-gain"
 
@@ -137,10 +139,10 @@ PAPER: Mapping[str, Any] = {
     "weight_decay": 0.01,
     "retrieved": 10,
     "k": 1,
-    "candidates": 8,
+    "samples": 8,
     "greedy_first": False,
     "temperature": 1.0,
-    "choose_from": "sampled",
+    "candidates": "sampled",
     "select": "best",
     "loss": "binary",
     "label_rule": "above-mean",

@@ -82,10 +82,10 @@ class Personalizer:
     async def _ask(self, messages: Sequence[Message]) -> tuple[list[str], int, Usage, list[str]]:
         """Texts (the greedy ones first), how many are greedy, what it cost, and a line for each call that failed."""
         settings = self.settings
-        greedy = int(settings.greedy_first or settings.candidates == 1)
+        greedy = int(settings.greedy_first or settings.samples == 1)
         wanted = [(greedy, 0.0)] if greedy else []
-        if settings.candidates > greedy:
-            wanted.append((settings.candidates - greedy, settings.temperature))
+        if settings.samples > greedy:
+            wanted.append((settings.samples - greedy, settings.temperature))
         results: list[Generation | LLMError] = [LLMError("not asked")] * len(wanted)
 
         async def call(slot: int, n: int, temperature: float) -> None:
@@ -163,7 +163,7 @@ def _merge(results: Sequence[Generation | LLMError], greedy: bool) -> tuple[list
 
 def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) -> tuple[tuple[Candidate, ...], list[str]]:
     """Texts of the LLM as candidates: equal answers are one with several votes, in order of appearance; the first `greedy` texts
-    are the temperature-0 answer. With `choose_from = labels` every label is a candidate, the greedy one first.
+    are the temperature-0 answer. With `candidates = labels` every label is a candidate, the greedy one first.
 
     A text that cannot be parsed stays a candidate of its own, without an answer, and is told in a note.
     """
@@ -176,7 +176,7 @@ def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) ->
         old = found.get(key) or Candidate(text if not task.kind == "generation" else answer or text, answer)
         found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
     notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
-    if task.labels and settings.choose_from == "labels":
+    if task.labels and settings.candidates == "labels":
         labels = all_labels(task, [candidate for candidate in found.values() if candidate.answer is not None])
         return tuple(sorted(labels, key=lambda candidate: (not candidate.greedy, -candidate.votes))), notes
     return tuple(found.values()), notes

@@ -96,7 +96,7 @@ async def _learn_reranker(learned: Learned, llm: ChatLLM, out: Path | str | None
     bundle = learned.bundle
     if bundle.settings.retrieved == 0:
         return
-    collected = await _collect_reranker(learned, bundle.personalizer(llm), learned.users, progress)
+    collected = await _collect_reranker(learned, bundle.personalizer(llm), _asked(learned), progress)
     if not _teaches(collected):
         bundle.report["reranker"] = {"skipped": "no retrieved record made a difference"}
         return
@@ -107,7 +107,7 @@ async def _learn_reranker(learned: Learned, llm: ChatLLM, out: Path | str | None
 
 async def _learn_adapter(learned: Learned, llm: ChatLLM, out: Path | str | None, progress: StageProgress) -> None:
     bundle = learned.bundle
-    collected = await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), learned.users, progress)
+    collected = await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), _asked(learned), progress)
     groups = [*collected.groups, *_from_labels(bundle, learned.users)]
     if not any(len(set(group.gains)) > 1 for group in groups):
         bundle.report["adapter"] = {"skipped": "no two candidates of a query differed in gain"}
@@ -259,6 +259,11 @@ def _sequence(data: DataSet, user: str) -> list[Record]:
     known = [q for q in data.queries(user) if q.gold is not None]
     as_records = [Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position) for q in known]
     return in_order([*data.history(user), *as_records])
+
+
+def _asked(learned: Learned) -> Sequence[str]:
+    """The training users whose pairs may cost LLM calls."""
+    return learned.users[: learned.bundle.settings.asked_users]
 
 
 def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:

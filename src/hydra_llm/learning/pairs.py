@@ -50,7 +50,7 @@ async def reranker_groups(
     async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage]:
         query, item = case
         prompt = build(personalizer.task, query, [item], max_tokens=settings.max_prompt_tokens)
-        one = replace(personalizer, settings=settings.model_copy(update={"candidates": 1}))
+        one = replace(personalizer, settings=settings.model_copy(update={"samples": 1, "greedy_first": True}))
         texts, _, usage, _ = await one._ask(prompt.messages)
         return personalizer.task.gain(personalizer.task.parse(texts[0], settings.parsing), query.gold or ""), usage
 
@@ -111,7 +111,7 @@ def _adapter_group(personalizer: Personalizer, evidence: EvidenceMaker, proposal
 
 def offers_all(task: Task, settings: Settings) -> bool:
     """Whether the adapter learns from every label (DESIGN 5), not from the sampled ones alone."""
-    return bool(task.labels) and (settings.choose_from == "labels" or reads_labels(task, settings))
+    return bool(task.labels) and (settings.candidates == "labels" or reads_labels(task, settings))
 
 
 def reads_labels(task: Task, settings: Settings) -> bool:

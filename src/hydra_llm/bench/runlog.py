@@ -1,0 +1,88 @@
+"""A run's folder: what was run, one line per sample, results. Only whole lines count, so that a kill loses at most a line.
+
+Knows no methods and no LLM.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra_llm.errors import SettingsError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One query answered by one method."""
+
+    method: str
+    user: str
+    query: str
+    """The query's id."""
+    gold: str
+    answer: str | None
+    """The parsed answer; None if it could not be read."""
+    error: str = ""
+    """Why there is no answer at all; such a sample is not scored."""
+    calls: int = 0
+    """LLM calls that this answer takes, cached ones included."""
+    tokens: int = 0
+    llm_seconds: float = 0.0
+    """Seconds that the LLM took, as measured when it was asked."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds per stage of this run."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.method, self.user, self.query
+
+
+class RunLog:
+    """Appends samples to `samples.jsonl`; a run that was stopped goes on where it was."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder, self.samples = folder, dict[tuple[str, str, str], Sample]()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._agree({"format": FORMAT, **manifest})
+        self._file = folder / "samples.jsonl"
+        if self._file.exists():
+            self._read()
+
+    def _agree(self, manifest: Mapping[str, Any]) -> None:
+        """The folder is empty, or of the same run."""
+        file = self.folder / "manifest.json"
+        wanted = json.loads(json.dumps(manifest))
+        if not file.exists():
+            file.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
+        found = json.loads(file.read_text(encoding="utf-8"))
+        different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if different:
+            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in different)
+            raise SettingsError(f"{self.folder} holds another run ({told[:300]}): take another --out")
+
+    def _read(self) -> None:
+        whole = self._file.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end != len(whole):  # the line in which the run was killed
+            with self._file.open("r+b") as file:
+                file.truncate(end)
+        for line in whole[:end].decode().splitlines():
+            sample = Sample(**{**(entry := json.loads(line)), "notes": tuple(entry["notes"])})
+            if not sample.error:  # what failed is tried again
+                self.samples[sample.key] = sample
+
+    def add(self, sample: Sample) -> None:
+        self.samples[sample.key] = sample
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+
+    def finish(self, results: Sequence[Mapping[str, Any]]) -> Path:
+        """Write `results.json`; returns its path."""
+        file = self.folder / "results.json"
+        file.write_text(json.dumps(list(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return file
