@@ -20,7 +20,9 @@ TITLES = Task("titles", "generation", "Write a title: {input}", metrics=("rouge1
 CHOICE = {"name": "t", "kind": "classification", "prompt": "Which? {input}", "labels": ["yes", "no"]}
 
 texts = st.one_of(
-    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda text: bool(text.strip())),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+        lambda text: bool(text.strip())
+    ),
     st.sampled_from(["😀👩‍👩‍👧", "שלום עולם", "مرحبا", "\u202eright\u202c", '"{input}"', "a\nb", "a\u2028b", "\ufeffx", "NaN", "\\u0000"]),
 )
 times = st.sampled_from(["", "2020", "2020-05", "2020-05-01", "2020-05-01T10:00:00", "2020-05-01T10:00:00+02:00", "893214333"])
@@ -226,7 +228,7 @@ def test_no_data_set_is_said_so(tmp_path: Path) -> None:
 
 
 def test_entries_in_memory_are_checked_too() -> None:
-    with pytest.raises(DataError, match="field 'u/1.time'"):
+    with pytest.raises(DataError, match=r"field 'u/1\.time'"):
         DataSet.from_records(TITLES, {"u": "train"}, [Record("u", "1", "x", "y", "soon")], [])
 
 

@@ -9,7 +9,7 @@ import typer
 
 from hydra_llm.cli import console
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import DataError
+from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.tasks.task import KINDS, Kind
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -95,7 +95,7 @@ def _kind(given: str | None) -> Kind | None:
         if given == kind:
             return kind
     if given is not None:
-        raise DataError(f"unknown kind '{given}': take one of {', '.join(KINDS)}")
+        raise SettingsError(f"unknown kind '{given}': take one of {', '.join(KINDS)}")
     return None
 
 

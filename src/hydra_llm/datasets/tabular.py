@@ -58,7 +58,7 @@ def read_table(
     Raises:
         DataError: names file, line and field of what is broken.
     """
-    rows = list(_rows(file, columns, report))
+    rows = list(_once(_rows(file, columns, report), file, columns, report))
     if not rows:
         raise DataError("holds no record", file=file)
     task, note = _task(rows, kind, prompt, name or re.sub(r"\..*", "", file.name), file)
@@ -71,6 +71,17 @@ def read_table(
             builder.add("history" if at < first_query else "queries", entry, file, line)
     missing = [f"no {split} user: give another seed or test share" for split in ("train", "test") if split not in splits.values()]
     return builder.build([note, *missing])
+
+
+def _once(rows: Iterator[Row], file: Path, columns: Columns, report: Report) -> Iterator[Row]:
+    """Rows whose id is new to their user. Asked before the rows are dealt out, or one could be history and its twin a query."""
+    seen: set[tuple[str, str]] = set()
+    for line, entry in rows:
+        if (key := (entry["user"], entry["id"])) in seen:
+            report(DataError(f"user '{key[0]}' has the id '{key[1]}' twice", file=file, line=line, field=columns.id))
+        else:
+            seen.add(key)
+            yield line, entry
 
 
 def _split(user: str, test_share: float, seed: int) -> Split:
@@ -143,7 +154,7 @@ def _csv_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Pat
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", file=file, line=reader.line_num) from None
+        raise DataError(f"not CSV: {error}", file=file, line=reader.reader.line_num) from None
 
 
 def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
