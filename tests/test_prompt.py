@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import SettingsError
@@ -144,6 +144,7 @@ def test_an_instruction_without_room_is_told() -> None:
         build(RATING, ask("x"), [], max_tokens=100, style="list")  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(styles, st.lists(st.tuples(texts, texts), max_size=5), texts, st.integers(30, 400), st.sampled_from([words, estimate, len]))
 def test_the_budget_holds_and_every_cut_is_told_once(
     style: Style, shown: Sequence[tuple[str, str]], text: str, room: int, count: Count

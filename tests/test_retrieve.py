@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint
 import bm25s
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm import retrieve
@@ -60,6 +60,7 @@ def okapi(corpus: list[list[str]], query: list[str]) -> np.ndarray:
 # ---- BM25
 
 
+@settings(deadline=None)
 @given(st.lists(sentence, min_size=1, max_size=12).filter(lambda texts: any(text.split() for text in texts)), sentence)
 def test_bm25_is_okapi(texts: list[str], query: str) -> None:
     records = history(*texts)
@@ -129,6 +130,7 @@ def test_trap_records_that_are_added_or_edited_are_found() -> None:
     assert retriever.retrieve(ask("bird"), records, 1)[0].score == 0
 
 
+@settings(deadline=None)
 @given(st.lists(sentence, min_size=2, max_size=8), sentence, st.data())
 def test_an_earlier_slice_of_time_is_scored_as_if_nothing_came_later(texts: list[str], query: str, data: st.DataObject) -> None:
     records, kept = history(*texts), BM25()
@@ -217,6 +219,7 @@ def test_nothing_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+@settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=20) | sentence, max_size=6), query=st.text(max_size=20) | sentence, m=st.integers(-1, 8))
 def test_every_retriever_keeps_the_contract(name: str, texts: list[str], query: str, m: int) -> None:
     retriever, records = make_retriever(name, embed=lengths), history(*texts)

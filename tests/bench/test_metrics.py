@@ -30,6 +30,7 @@ def values(task: Task, pairs: list[tuple[str | None, str]]) -> dict[str, Metric]
     return score(task, [answer for answer, _ in pairs], [gold for _, gold in pairs])
 
 
+@settings(deadline=None)
 @given(classified)
 def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
     found = values(CLASSES, pairs)
@@ -41,6 +42,7 @@ def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) ->
     assert found["accuracy"].samples.tolist() == [float(answer == gold) for answer, gold in pairs]
 
 
+@settings(deadline=None)
 @given(rated)
 def test_rating_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
     found = values(RATINGS, pairs)
@@ -58,7 +60,7 @@ def test_an_unparsable_rating_counts_as_the_end_farthest_from_its_gold() -> None
     assert (found["mae"].unparsable, found["mae"].failed) == (3, 0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(written)
 def test_generation_is_rouge_scores_and_sacrebleus(pairs: list[tuple[str | None, str]]) -> None:
     found = values(TEXTS, pairs)
@@ -93,6 +95,7 @@ def test_where_every_call_failed_no_figure_is_given(task: Task, gold: str) -> No
         assert metric.failed == 2
 
 
+@settings(deadline=None)
 @given(classified, st.data())
 def test_failed_samples_change_no_figure(pairs: list[tuple[str | None, str]], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(pairs)))

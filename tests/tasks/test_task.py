@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -190,6 +190,7 @@ def test_strict_reading(task: Task, text: str, answer: str | None) -> None:
     assert task.parse(text, "strict") == answer
 
 
+@settings(deadline=None)
 @given(labels)
 @example(["a", "A"])
 @example(["food", "food, drink"])
@@ -200,6 +201,7 @@ def test_every_label_reads_as_itself(names: list[str]) -> None:
         assert task.parse(name, "strict") == task.parse(name) == task.parse(f" {name}\n") == name
 
 
+@settings(deadline=None)
 @given(scales)
 def test_every_rating_label_reads_as_itself(numbers: list[float]) -> None:
     task = ratings(numbers)
@@ -207,6 +209,7 @@ def test_every_rating_label_reads_as_itself(numbers: list[float]) -> None:
         assert task.parse(name, "strict") == task.parse(name) == name
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abcdefg", min_size=1, max_size=6), min_size=2, max_size=6, unique=True), st.data())
 def test_a_label_alone_in_a_sentence_is_found(names: list[str], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(names))
@@ -214,12 +217,14 @@ def test_a_label_alone_in_a_sentence_is_found(names: list[str], data: st.DataObj
         assert classes(names).parse(text) == name
 
 
+@settings(deadline=None)
 @given(labels, anything)
 def test_lenient_reads_all_that_strict_reads_as_a_label(names: list[str], text: str) -> None:
     strict = classes(names).parse(text, "strict")
     assert strict is None or classes(names).parse(text) == strict
 
 
+@settings(deadline=None)
 @given(scales, anything | st.floats().map(str) | st.integers().map(str))
 def test_ratings_are_read_in_range_and_the_same_way_by_both(numbers: list[float], text: str) -> None:
     task = ratings(numbers)
@@ -230,6 +235,7 @@ def test_ratings_are_read_in_range_and_the_same_way_by_both(numbers: list[float]
         assert lenient == strict
 
 
+@settings(deadline=None)
 @given(anything)
 @example("Title: Headline: 'x'")
 @example("\0")
@@ -240,6 +246,7 @@ def test_reading_a_text_again_changes_nothing(text: str) -> None:
         assert answer is None or (answer == HEADLINE.parse(answer, parsing) and answer == answer.strip() != "")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(), max_size=300), st.sampled_from(list(LAMP.values())))
 def test_reading_never_raises_and_gives_a_label_or_none(text: str, task: Task) -> None:
     for parsing in ("lenient", "strict"):
@@ -270,6 +277,7 @@ def test_a_gold_rating_that_is_no_number_is_told() -> None:
 rouge = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 
 
+@settings(deadline=None)
 @given(words, words)
 @example("a a b", "a b b a")
 @example("Don't stop", "don t STOP")
@@ -286,6 +294,7 @@ def test_generation_gain_sees_other_scripts() -> None:
     assert overlap("🙂", "🙁") == overlap("", "x") == 0
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["rating", "classification", "generation"]), st.data())
 def test_gain_matrix_is_symmetric_within_0_and_1_with_1_on_the_diagonal(kind: str, data: st.DataObject) -> None:
     task = {"rating": RATING, "classification": NEWS, "generation": HEADLINE}[kind]
