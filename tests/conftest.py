@@ -13,7 +13,7 @@ import pytest
 
 # Before any test module imports a library that reads them.
 _CACHES = tempfile.TemporaryDirectory(prefix="hydra-llm-tests-")
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", XDG_CACHE_HOME=_CACHES.name)
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE", XDG_CACHE_HOME=_CACHES.name)
 for _name in [name for name in os.environ if name.startswith(("HYDRA_", "OPENAI_"))]:
     del os.environ[_name]
 

@@ -26,7 +26,17 @@ from hydra_llm.retrieve import make_retriever
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Record
 
-OF_THIS_MACHINE = ("cache", "concurrency", "timeout", "retries", "max_calls", "max_llm_tokens", "max_cost", "price_prompt", "price_completion")
+OF_THIS_MACHINE = (
+    "cache",
+    "concurrency",
+    "timeout",
+    "retries",
+    "max_calls",
+    "max_llm_tokens",
+    "max_cost",
+    "price_prompt",
+    "price_completion",
+)
 """Settings that a bundle does not carry: they belong to where it runs."""
 
 
@@ -142,7 +152,10 @@ class Bundle:
             f"- Learned from {len(self.trained_on)} training users; heads for {len(self.records)} users, whose records it holds.",
             f"- LLM that labelled the pairs: {self.llm.get('model', self.llm.get('kind', 'unknown'))}",
             f"- Encoder: {self.store.encoder.name} (digest {self.store.encoder.digest[:12]})",
-            *(f"- {name}: {s.combiner.kind} features, {s.bank.kind} head, {s.bank.numbers_per_user} numbers a user" for name, s in heads.items()),
+            *(
+                f"- {name}: {s.combiner.kind} features, {s.bank.kind} head, {s.bank.numbers_per_user} numbers a user"
+                for name, s in heads.items()
+            ),
             "",
             "It holds personal records and parameters derived from them: handle it as its users' data. Scores are calibrated on held-out",
             "users of the training set only; users and tasks unlike those are out of its range.",

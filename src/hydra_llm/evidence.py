@@ -102,7 +102,8 @@ class EvidenceMaker:
         if self.task.kind != "rating":
             return None
         values = np.array([float(label) for label in self.task.labels])
-        return (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+        scaled: Floats = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+        return scaled
 
     # ---- the adapter: candidates
 

@@ -173,7 +173,7 @@ def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) ->
         answer = _answer(task, text, settings)
         unread += answer is None
         key = answer if answer is not None else f"\0{text}"
-        old = found.get(key) or Candidate(text if not task.kind == "generation" else answer or text, answer)
+        old = found.get(key) or Candidate(text if task.kind != "generation" else answer or text, answer)
         found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
     notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
     if task.labels and settings.candidates == "labels":

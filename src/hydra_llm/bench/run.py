@@ -115,7 +115,10 @@ def _row(task: Task, method: str, own: Sequence[Sample]) -> Row:
         span = interval(metric, users) if not math.isnan(metric.value) else None
         metrics[name] = (metric.value, span.low, span.high) if span else (math.nan,) * 3
     good = [sample for sample in own if not sample.error]
-    mean = lambda of: sum(map(of, good)) / max(1, len(good))  # noqa: E731
+
+    def mean(of: Callable[[Sample], float]) -> float:
+        return sum(map(of, good)) / max(1, len(good))
+
     return Row(
         method,
         metrics,
@@ -135,7 +138,9 @@ def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         cells: dict[str, Any] = {"method": row.method}
         for name, (value, low, high) in row.metrics.items():
-            cells[name.upper() if name in ("mae", "rmse") else name] = "failed" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            cells[name.upper() if name in ("mae", "rmse") else name] = (
+                "failed" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            )
         cells |= {"queries": row.queries, "LLM calls": round(row.calls, 1), "LLM s": round(row.llm_seconds, 2)}
         cells |= {"failed": row.failed, "unparsable": row.unparsable}
         table.append(cells)

@@ -21,7 +21,7 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
-from hydra_llm.evidence import EvidenceMaker, survey
+from hydra_llm.evidence import survey
 from hydra_llm.history import in_order
 from hydra_llm.learning.fit import fit_all, fit_heads
 from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, train_joint
@@ -113,7 +113,9 @@ async def _learn_adapter(learned: Learned, llm: ChatLLM, out: Path | str | None,
         bundle.report["adapter"] = {"skipped": "no two candidates of a query differed in gain"}
         return
     rule = "exact" if bundle.task.labels else bundle.settings.label_rule.replace("gold-positive", "above-mean")
-    bundle.adapter = _learn_scorer(learned, "adapter", groups, bundle.evidence.adapter_names, rule, reads_labels(bundle.task, bundle.settings), out, progress)
+    bundle.adapter = _learn_scorer(
+        learned, "adapter", groups, bundle.evidence.adapter_names, rule, reads_labels(bundle.task, bundle.settings), out, progress
+    )
 
 
 def _learn_scorer(

@@ -88,7 +88,9 @@ def _padded(groups: Any, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def solve_deltas(scorer: FactorizedScorer, table: Table, names: Sequence[str], precision: float, basis: Tensor | None = None) -> dict[str, Tensor]:
+def solve_deltas(
+    scorer: FactorizedScorer, table: Table, names: Sequence[str], precision: float, basis: Tensor | None = None
+) -> dict[str, Tensor]:
     """Each user's δ [V] (binary: V + 1 with the bias; with a basis: its K coefficients) on the groups that the table has."""
     found: dict[str, Tensor] = {}
     width = scorer.combiner.size if scorer.combiner.kind != "label" else table.groups.left.shape[1]
@@ -186,7 +188,8 @@ def _choose_strengths(scorer: FactorizedScorer, plain: Table, parts: list[list[s
 def _late_scores(scorer: FactorizedScorer, late: Table, deltas: dict[str, Tensor]) -> Tensor:
     """[G, C] core scores of groups with the given δ; users without one get the shared head."""
     x = scorer.combiner(late.groups)
-    scores = scorer.bank(scorer.combiner, x, torch.full((len(late),), -1)) + scorer.evidence_score(late.groups)
+    nobody = torch.full((len(late),), -1)
+    scores: Tensor = scorer.bank(scorer.combiner, x, nobody) + scorer.evidence_score(late.groups)
     if not deltas:
         return scores
     size = scorer.combiner.size
@@ -225,8 +228,7 @@ def _calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], r
     if not held_out:
         return
     scores = torch.cat([s for _, s in held_out])
-    cat = lambda name: torch.cat([getattr(t.groups, name) for t, _ in held_out])  # noqa: E731
-    evidence, mask, target = cat("evidence"), cat("mask"), cat("target")
+    evidence, mask, target = (torch.cat([getattr(t.groups, name) for t, _ in held_out]) for name in ("evidence", "mask", "target"))
     mixed = any(bool(t.voted.any()) for t, _ in held_out) and float(scorer.evidence_weight[_llm_columns(scorer)].abs().sum()) == 0
     columns = _llm_columns(scorer) if mixed else []
     x = torch.cat([scores[..., None], evidence[..., columns]], -1)[None] * mask[None, ..., None]

@@ -6,7 +6,6 @@ after every epoch all that it needs is written to a checkpoint. Knows no tasks a
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from hydra_llm.learning.solve import losses
 from hydra_llm.learning.table import Table, folds
 from hydra_llm.model.combine import Groups
 from hydra_llm.model.encoder import Encoder
-from hydra_llm.model.heads import KernelBank, MLPBank
+from hydra_llm.model.heads import LinearBank, LowRankBank, MLPBank
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.types import LabelledGroup
 
@@ -138,8 +137,9 @@ class _State:
 
     def __init__(self, scorer: FactorizedScorer, source: TextSource | None, plan: Plan):
         self.scorer, self.plan = scorer, plan
-        self.rows: Tensor | None = None if isinstance(scorer.bank, KernelBank) else scorer.bank.weight.requires_grad_(True)  # type: ignore[union-attr,operator]
-        decayed: list[Tensor] = [p for p in scorer.combiner.parameters()]
+        bank = scorer.bank
+        self.rows = bank.weight.requires_grad_(True) if isinstance(bank, LinearBank | LowRankBank | MLPBank) else None
+        decayed: list[Tensor] = list(scorer.combiner.parameters())
         if source is not None:
             decayed += list(source.encoder.parameters())
             source.encoder.train()
@@ -154,7 +154,7 @@ class _State:
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.tensors, 1.0)
         self.optimizer.step()
 
@@ -191,7 +191,7 @@ class _State:
                 tensors[f"{name}.{i}"] = value.detach().clone().contiguous()
         temporary = path.with_suffix(".part")
         save_file(tensors, temporary, {"history": json.dumps(list(history))})
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     def resume(self, path: Path | None) -> list[float]:
         """Take up a checkpoint if there is one; returns the losses of the epochs that are done."""
@@ -238,6 +238,6 @@ def fit_mlp(scorer: FactorizedScorer, table: Table, names: Sequence[str], plan: 
             loss = losses(scores, target[index], mask[index], scorer.loss).sum() / len(index)
             centre = bank.shared.detach() + delta if random_start else delta
             optimizer.zero_grad()
-            (loss + 0.5 * plan.weight_decay * centre.square().sum() / len(names)).backward()  # type: ignore[no-untyped-call]
+            (loss + 0.5 * plan.weight_decay * centre.square().sum() / len(names)).backward()
             optimizer.step()
     bank.weight[rows] = delta.detach()

@@ -69,7 +69,7 @@ def learn_kernel(scorer: FactorizedScorer, plain: Table, parts: list[list[str]],
     for _ in range(STEPS):
         optimiser.zero_grad()
         total = torch.stack([_case_loss(scorer, bank, *case) for case in cases]).sum()
-        (total + 0.1 * (bank.strength - 1).square()).backward()  # type: ignore[no-untyped-call]
+        (total + 0.1 * (bank.strength - 1).square()).backward()
         optimiser.step()
 
 
@@ -80,7 +80,9 @@ def _case(scorer: FactorizedScorer, own: Table) -> tuple[Table, Tensor, Tensor, 
     return own, x.flatten(0, -2), scores, keys, values, (place[None] < here[:, None]).float()
 
 
-def _case_loss(scorer: FactorizedScorer, bank: KernelBank, own: Table, x: Tensor, scores: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+def _case_loss(
+    scorer: FactorizedScorer, bank: KernelBank, own: Table, x: Tensor, scores: Tensor, keys: Tensor, values: Tensor, seen: Tensor
+) -> Tensor:
     assert own.groups.target is not None
     extra = bank.evidence(x, keys, values, seen).view_as(scores)
     return losses(scores + extra, own.groups.target, own.groups.mask, scorer.loss).sum()

@@ -102,7 +102,8 @@ def _adapter_group(personalizer: Personalizer, evidence: EvidenceMaker, proposal
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
     if offers_all(personalizer.task, settings):
         candidates = all_labels(personalizer.task, candidates)
-    if not personalizer.task.labels and settings.label_rule == "gold-positive" and query.gold is not None and all(c.answer != query.gold for c in candidates):
+    wants_gold = settings.label_rule == "gold-positive" and not personalizer.task.labels
+    if wants_gold and query.gold is not None and all(candidate.answer != query.gold for candidate in candidates):
         candidates = [*candidates, Candidate(query.gold, query.gold)]
     if not candidates:
         return None

@@ -73,7 +73,9 @@ class Table:
         return out
 
 
-def chunks_of_users(table: Table, names: Sequence[str], *, numbers: int = 30_000_000, per_group: int = 1) -> Iterator[tuple[list[str], Tensor]]:
+def chunks_of_users(
+    table: Table, names: Sequence[str], *, numbers: int = 30_000_000, per_group: int = 1
+) -> Iterator[tuple[list[str], Tensor]]:
     """Users with padded group indices [U, G] (−1 where there is none), of like length and few enough for memory."""
     index = table.by_user()
     ordered = sorted((name for name in names if name in index), key=lambda name: len(index[name]))

@@ -37,8 +37,9 @@ class Groups:
         return len(self.mask)
 
     def __getitem__(self, index: Tensor | slice | list[int]) -> "Groups":
-        pick = lambda t: None if t is None else t[index]  # noqa: E731
-        return Groups(self.left[index], pick(self.right), self.evidence[index], self.mask[index], pick(self.target))
+        right = None if self.right is None else self.right[index]
+        target = None if self.target is None else self.target[index]
+        return Groups(self.left[index], right, self.evidence[index], self.mask[index], target)
 
     def with_target(self, target: Tensor) -> "Groups":
         return replace(self, target=target)

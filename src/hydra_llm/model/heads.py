@@ -47,7 +47,9 @@ class HeadBank(nn.Module):
 
 def _pick(table: Tensor, rows: Tensor) -> Tensor:
     """Rows of a table; zeros where the row is −1. Reads only what it needs."""
-    return table[rows.clamp_min(0)] * (rows >= 0).view(-1, *[1] * (table.dim() - 1)) if len(table) else table.new_zeros(len(rows), *table.shape[1:])
+    if not len(table):
+        return table.new_zeros(len(rows), *table.shape[1:])
+    return table[rows.clamp_min(0)] * (rows >= 0).view(-1, *[1] * (table.dim() - 1))
 
 
 def _grown(table: Tensor, users: int) -> Tensor:
@@ -58,6 +60,8 @@ class LinearBank(HeadBank):
     """δᵤ = (wᵤ, bᵤ): V + 1 numbers a user."""
 
     kind = "linear"
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, size: int, users: int = 0):
         super().__init__()
@@ -92,13 +96,14 @@ class LowRankBank(HeadBank):
     """δᵤ = cᵤ·B with a basis B [K, V] that all users share: K numbers a user."""
 
     kind = "lowrank"
+    basis: Tensor
+    weight: Tensor
 
     def __init__(self, size: int, rank: int, users: int = 0):
         super().__init__()
         self.shared = nn.Parameter(torch.zeros(size))
         self.shared_bias = nn.Parameter(torch.zeros(()))
         self.register_buffer("basis", torch.zeros(rank, size))
-        self.register_buffer("variance", torch.ones(rank))
         self.register_buffer("weight", torch.zeros(users, rank))
 
     def __len__(self) -> int:
@@ -126,6 +131,7 @@ class MLPBank(HeadBank):
     """H×H, tanh, H→2 per user, as the paper has it: 592,130 numbers at H = 768. The score is logit₁ − logit₀."""
 
     kind = "mlp"
+    weight: Tensor
 
     def __init__(self, size: int, users: int = 0):
         super().__init__()
@@ -154,7 +160,7 @@ class MLPBank(HeadBank):
         H, G = self.size, len(heads)
         w1, b1, w2, b2 = heads.split([H * H, H, 2 * H, 2], 1)
         hidden = torch.tanh(x @ w1.view(G, H, H).transpose(1, 2) + b1[:, None])
-        logits = hidden @ w2.view(G, 2, H).transpose(1, 2) + b2[:, None]
+        logits: Tensor = hidden @ w2.view(G, 2, H).transpose(1, 2) + b2[:, None]
         return logits[..., 1] - logits[..., 0]
 
     def grow(self, users: int) -> None:
@@ -213,7 +219,8 @@ class KernelBank(HeadBank):
         weight = ((cosine - 1) / self.log_bandwidth.exp()).exp()
         if seen is not None:
             weight = weight * seen
-        return self.strength * (weight @ residuals) / (self.log_ridge.exp() + weight.sum(-1, keepdim=True))
+        out: Tensor = self.strength * (weight @ residuals) / (self.log_ridge.exp() + weight.sum(-1, keepdim=True))
+        return out
 
     def grow(self, users: int) -> None:
         more = users - len(self)

@@ -26,6 +26,12 @@ NOBODY = -1
 class FactorizedScorer(nn.Module):
     """Shared base, shared head, one row per user."""
 
+    evidence_mean: Tensor
+    evidence_scale: Tensor
+    scale: Tensor
+    vote_weight: Tensor
+    prior_precision: Tensor
+
     def __init__(self, combiner: Combiner, bank: HeadBank, evidence: Sequence[str], *, loss: Loss = "listwise"):
         super().__init__()
         self.combiner, self.bank, self.loss = combiner, bank, loss
@@ -64,11 +70,13 @@ class FactorizedScorer(nn.Module):
 
     def evidence_score(self, groups: Groups) -> Tensor:
         """[G, C]: what the evidence alone says, standardised as in training."""
-        return ((groups.evidence - self.evidence_mean) / self.evidence_scale) @ self.evidence_weight
+        standard = (groups.evidence - self.evidence_mean) / self.evidence_scale
+        return standard @ self.evidence_weight
 
     def core(self, groups: Groups, rows: Tensor) -> Tensor:
         """[G, C] scores before calibration: what heads are fitted on."""
-        return self.bank(self.combiner, self.combiner(groups), rows) + self.evidence_score(groups)
+        own: Tensor = self.bank(self.combiner, self.combiner(groups), rows)
+        return own + self.evidence_score(groups)
 
     def forward(self, groups: Groups, rows: Tensor) -> Tensor:
         """[G, C] calibrated scores; −inf where there is no candidate."""
@@ -78,12 +86,13 @@ class FactorizedScorer(nn.Module):
     @torch.inference_mode()
     def score(self, groups: Groups, users: Sequence[str]) -> Tensor:
         """[G, C] calibrated scores of G groups, one user each."""
-        return self(groups, self.rows(users))
+        scores: Tensor = self(groups, self.rows(users))
+        return scores
 
     @torch.inference_mode()
     def distribution(self, groups: Groups, users: Sequence[str]) -> Tensor:
         """[G, C] each group's scores as a distribution: softmax, or normalised probabilities for the binary loss."""
-        scores = self.score(groups, users)
+        scores: Tensor = self.score(groups, users)
         if self.loss == "listwise":
             return scores.softmax(-1)
         odds = torch.sigmoid(scores)

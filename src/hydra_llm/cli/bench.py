@@ -1,0 +1,69 @@
+"""`hydra-llm bench`: compare methods on the same users and queries."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hydra_llm.cli import console
+from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Limit, Seed, Set, given
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods."""
+    from hydra_llm.bench.methods import METHODS
+
+    console.emit([{"method": m.name, "group": m.group, "what": m.what} for m in METHODS.values()], as_json)
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
+    llm: LLM,
+    bundle: BundleFolder,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command continues a stopped one.")],
+    methods: Annotated[str, typer.Option(help="Names with commas, or all.")] = "all",
+    users: Annotated[int | None, typer.Option(min=1, help="At most so many new users; all who have a head otherwise.")] = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer new users' queries by each method and print the table; `--limit` takes each user's first queries."""
+    from hydra_llm.bench.methods import Parts, find_methods
+    from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
+    from hydra_llm.bench.runlog import RunLog
+    from hydra_llm.bundle import OF_THIS_MACHINE, Bundle
+    from hydra_llm.datasets.native import load
+    from hydra_llm.errors import DataError
+    from hydra_llm.llm.calls import run_sync
+    from hydra_llm.llm.spec import open_llm
+
+    chosen = find_methods([name.strip() for name in methods.split(",") if name.strip()])
+    dataset, loaded = load(data), Bundle.load(bundle)
+    settings = loaded.settings_with(**given(set_, seed=seed))
+    names = [user for user in dataset.users("test") if user in loaded.records][:users]
+    queries = chosen_queries(dataset, names, limit)
+    if not queries:
+        raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {bundle}` first")
+    model = open_llm(llm, settings)
+    manifest: dict[str, Any] = {
+        "data": dataset.digest,
+        "task": dataset.task.name,
+        "llm": dict(model.identity),
+        "trained_on": len(loaded.trained_on),
+        "users": len(names),
+        "queries": len(queries),
+        "settings": settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+    }
+    log = RunLog(out, manifest)
+    parts = Parts(loaded, model, settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
+    with console.progress() as report:
+        samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
+    rows = tabulate(dataset.task, samples)
+    console.say(f"wrote {log.finish([row.to_json() for row in rows])}")
+    console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)

@@ -1,0 +1,76 @@
+"""`hydra-llm learn` and `hydra-llm fit`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hydra_llm.cli import console
+from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Config, Limit, Preset, Seed, Select, Set, settings_of
+
+if TYPE_CHECKING:
+    from hydra_llm.learning.api import Learned
+
+
+def learn(
+    data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
+    llm: LLM,
+    out: Annotated[Path, typer.Option(help="Folder of the new bundle; an older one there is replaced when this one is complete.")],
+    limit: Limit = None,
+    seed: Seed = None,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Set = None,
+    candidates: Candidates = None,
+    select: Select = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a bundle from a data set's training users; `--limit` takes the first of them. A repeat continues a stopped run."""
+    from hydra_llm.learning.api import learn as run
+
+    settings = settings_of(preset, config, set_, seed=seed, users=limit, candidates=candidates, select=select)
+    with console.progress() as report:
+        learned = run(data, llm, settings, out=out, progress=report)
+    _tell(learned, out, as_json)
+
+
+def fit(
+    data: Annotated[Path, typer.Argument(help="A data set that has the users' histories.")],
+    bundle: BundleFolder,
+    llm: LLM,
+    user: Annotated[list[str] | None, typer.Option(help="A user to fit; may be repeated. Without it all users of split 'test'.")] = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the heads of new users; nothing shared changes. `--limit` takes the first users."""
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.cli.options import given
+    from hydra_llm.datasets.native import load
+    from hydra_llm.learning.api import fit as run
+
+    loaded, dataset = Bundle.load(bundle), load(data)
+    users = (user or dataset.users("test"))[:limit]
+    with console.progress() as report:
+        learned = run(dataset, loaded, llm, users=users, settings=loaded.settings_with(**given(set_, seed=seed)), progress=report)
+    learned.bundle.save(bundle)
+    _tell(learned, bundle, as_json)
+
+
+def _tell(learned: "Learned", folder: Path, as_json: bool) -> None:
+    for failure in learned.failures[:5]:
+        console.say(f"left out: {failure}")
+    if len(learned.failures) > 5:
+        console.say(f"left out: {len(learned.failures) - 5} more")
+    summary: dict[str, Any] = {
+        "bundle": str(folder),
+        "users": len(learned.users),
+        "llm_calls": learned.usage.calls,
+        "llm_calls_cached": learned.usage.cached,
+        "failed": len(learned.failures),
+        "seconds": {stage: round(seconds, 3) for stage, seconds in learned.seconds.items()},
+    }
+    if as_json:
+        summary |= {"report": learned.bundle.report, "failures": learned.failures}
+    console.emit(summary, as_json)

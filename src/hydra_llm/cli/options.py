@@ -1,0 +1,42 @@
+"""Options that several commands share. Knows no data and no LLM."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hydra_llm.config import Settings, load_settings
+from hydra_llm.errors import SettingsError
+
+LLM = Annotated[str, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; see `hydra-llm llm check`.")]
+BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, for a first look.")]
+Preset = Annotated[str | None, typer.Option(help="default, or paper: the authors' settings.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings; without it hydra-llm.toml of this folder, if there.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of docs/settings.md, e.g. --set head=kernel.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Candidates = Annotated[str | None, typer.Option(help="sampled: the LLM's samples; labels: every label, samples are votes.")]
+Select = Annotated[str | None, typer.Option(help="best score, or expected-gain.")]
+
+
+def given(pairs: list[str] | None, **flags: Any) -> dict[str, Any]:
+    """`--set` pairs and flags as settings; a flag wins.
+
+    Raises:
+        SettingsError: a pair without `=`.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {pair}: write NAME=VALUE")
+        out[name.strip().replace("-", "_")] = value.strip()
+    return out | {name: value for name, value in flags.items() if value is not None}
+
+
+def settings_of(preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any) -> Settings:
+    """The settings of a command: flags over environment over file over preset over default."""
+    return load_settings(preset or "default", config, **given(pairs, **flags))
