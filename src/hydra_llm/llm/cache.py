@@ -1,0 +1,229 @@
+"""Keeps every text that an LLM gave, so that a repeat costs nothing and gives the same (DESIGN 6). Wraps any `ChatLLM`.
+
+A SQLite file with two tables: `requests` (all that was asked, as JSON, under its SHA-256) and `answers` (one text, under its
+request and its index among the candidates). JSON only, never pickle. Index i is the same row whether 4 or 8 candidates were asked
+for; only missing ones are asked for. Several processes may share the file: what was stored first stays. Knows no budget and no prices.
+"""
+
+import hashlib
+import json
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from hydra_llm.errors import LLMError, UserFault
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.types import Generation, Message, Usage
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (id TEXT PRIMARY KEY, payload TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (
+    request TEXT NOT NULL REFERENCES requests (id), candidate INTEGER NOT NULL, payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
+) WITHOUT ROWID;
+"""
+Row = Mapping[str, Any]
+"""One stored text: `text`, `calls`, `prompt_tokens`, `completion_tokens`, `seconds`; the shares of a call's rows add up to the call."""
+
+
+def request_of(
+    identity: Mapping[str, Any],
+    messages: Sequence[Message],
+    *,
+    temperature: float,
+    max_tokens: int,
+    stop: Sequence[str],
+    seed: int | None,
+    choices: Sequence[str],
+) -> dict[str, Any]:
+    """All that changes the output. A greedy answer has no seed: it depends on none."""
+    return {
+        "llm": dict(identity),
+        "messages": [dict(message) for message in messages],
+        "temperature": float(temperature),
+        "max_tokens": max_tokens,
+        "stop": list(stop),
+        "seed": seed if temperature > 0 else None,
+        "choices": list(choices),
+    }
+
+
+def key_of(request: Mapping[str, Any]) -> str:
+    """The SHA-256 of the request's canonical JSON."""
+    return hashlib.sha256(_json(request).encode()).hexdigest()
+
+
+class CachedLLM:
+    """Any LLM with its answers kept in `path`. With `replay_only` a missing answer is an error, and the LLM is never asked.
+
+    Raises:
+        UserFault: the file cannot be opened, or is damaged.
+    """
+
+    def __init__(self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False):
+        self.inner, self.path, self.replay_only = inner, Path(path), replay_only
+        self._replayed = Usage()
+        self._unwritten: dict[tuple[str, int], Row] = {}  # answers that the disk refused: kept for this process
+        self._turns: dict[str, anyio.Lock] = {}
+        self._database = self._open()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self.inner.identity
+
+    @property
+    def usage(self) -> Usage:
+        """What the inner LLM spent (if it counts), and what the cache answered: tokens and seconds as they once were, cost 0."""
+        spent: Usage = getattr(self.inner, "usage", Usage())
+        return spent + self._replayed
+
+    async def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        choices: Sequence[str] = (),
+    ) -> Generation:
+        """Return n texts, kept ones first looked up; identical calls in flight are made once, n greedy texts are one call.
+
+        Raises:
+            LLMError: as the inner LLM says, or `replay_only` and the answer is not there.
+        """
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "stop": stop, "choices": choices}
+        request = request_of(self.identity, messages, seed=seed, **options)
+        key, distinct = key_of(request), n if temperature > 0 else 1
+        async with self._turn(key):
+            rows = self._read(key, distinct)
+            usage = _replayed(rows)
+            self._replayed += usage
+            for first, count in _runs([index for index in range(distinct) if index not in rows]):
+                if self.replay_only:
+                    raise LLMError(f"{self.path}: no kept answer for request {key}, candidate {first}, and nothing may be asked")
+                shifted = None if seed is None else seed + first  # sample i is drawn with seed + i, however many are asked for at once
+                made = await self.inner.generate(messages, n=count, seed=shifted, **options)
+                rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
+                usage += made.usage
+        texts = tuple(rows[index]["text"] for index in range(distinct))
+        return Generation(texts * (n // distinct), usage)
+
+    def rows(self) -> Iterator[tuple[Mapping[str, Any], int, Row]]:
+        """Everything in the file: the request, the candidate's index, the stored text with its share of the usage."""
+        query = "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request ORDER BY r.id, a.candidate"
+        for request, candidate, payload in self._run(query):
+            yield json.loads(request), candidate, json.loads(payload)
+
+    async def aclose(self) -> None:
+        self._database.close()
+        await self.inner.aclose()
+
+    @asynccontextmanager
+    async def _turn(self, key: str) -> AsyncIterator[None]:
+        """One identical call at a time: the next one finds the answers kept."""
+        lock = self._turns.setdefault(key, anyio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.statistics().tasks_waiting:
+                self._turns.pop(key, None)
+
+    def _read(self, key: str, count: int) -> dict[int, Row]:
+        found = self._run("SELECT candidate, payload FROM answers WHERE request = ? AND candidate < ?", key, count)
+        unwritten = {index: row for (request, index), row in self._unwritten.items() if request == key and index < count}
+        return unwritten | {index: json.loads(payload) for index, payload in found}
+
+    def _write(self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]) -> Mapping[int, Row]:
+        """Keep the rows; returns them as they are kept: where another process was first, its text is the answer."""
+        try:
+            with self._database:  # one transaction: a kill leaves all of a call or nothing
+                self._database.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, _json(request)))
+                self._database.executemany(
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", [(key, index, _json(row)) for index, row in rows.items()]
+                )
+        except sqlite3.OperationalError as error:
+            self._warn(error)
+            self._unwritten |= {(key, index): row for index, row in rows.items()}
+            return rows
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+        kept = self._read(key, max(rows) + 1)
+        return {index: kept[index] for index in rows}
+
+    def _warn(self, error: Exception) -> None:
+        if not self._unwritten:
+            print(f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without", file=sys.stderr)
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise UserFault(f"{self.path}: cannot open the cache ({error}): name another folder by --cache or HYDRA_CACHE") from None
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.executescript(SCHEMA)
+        except sqlite3.OperationalError as error:  # a disk that is full or not writable: kept answers may still be read
+            print(f"hydra-llm: {self.path}: cannot prepare the cache ({error})", file=sys.stderr)
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+        return database
+
+    def _run(self, query: str, *values: str | int) -> list[Any]:
+        try:
+            return self._database.execute(query, values).fetchall()
+        except sqlite3.OperationalError:
+            return []  # the tables could not be made: said when the file was opened
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> UserFault:
+        return UserFault(f"{self.path}: the cache is damaged ({error}): delete or move the file, and the answers are asked for again")
+
+
+def _rows(made: Generation) -> list[Row]:
+    """One row per text; what the call cost is shared out: calls and prompt to the first, the rest evenly."""
+    count, usage = len(made.texts), made.usage
+    even, rest = divmod(usage.completion_tokens, count)
+    return [
+        {
+            "text": text,
+            "calls": usage.calls if index == 0 else 0,
+            "prompt_tokens": usage.prompt_tokens if index == 0 else 0,
+            "completion_tokens": even + (index < rest),
+            "seconds": usage.seconds / count,
+        }
+        for index, text in enumerate(made.texts)
+    ]
+
+
+def _replayed(rows: Mapping[int, Row]) -> Usage:
+    """What kept rows cost when they were made, as cached calls; no money is spent again."""
+    total = Usage()
+    for row in rows.values():
+        total += Usage(
+            cached=row["calls"],
+            prompt_tokens=row["prompt_tokens"],
+            completion_tokens=row["completion_tokens"],
+            seconds=row["seconds"],
+        )
+    return total
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring indices as (first, count): each run is one call."""
+    groups = [list(group) for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    return [(group[0][1], len(group)) for group in groups]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

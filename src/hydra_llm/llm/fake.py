@@ -1,0 +1,178 @@
+"""LLMs that are none, for tests, dry runs and demonstrations without a model: everything that they say is made up by a rule.
+
+They are called fake wherever their answers are reported. Deterministic: the same messages, index and seed give the same text;
+at temperature 0 the seed and the index count for nothing. Tokens are words.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.types import Generation, Message, Usage
+
+Rule = Callable[[Sequence[Message], int, random.Random], str]
+"""(messages, index of the sample, source of chance) -> text."""
+FAILURES = ("error", "refused", "hang")
+
+
+class RuleLLM:
+    """A fake whose answers are `rule(messages, index, rng)`, or `choose(messages, index, rng, choices)` where choices are given.
+
+    Constrains to choices only if it has `choose`; `calls` is what it was asked, in order.
+    """
+
+    def __init__(
+        self, rule: Rule, *, name: str = "rule", choose: Callable[[Sequence[Message], int, random.Random, Sequence[str]], str] | None = None
+    ):
+        self._rule, self._choose, self.name = rule, choose, name
+        self.calls: list[tuple[Message, ...]] = []
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"kind": "fake", "model": f"fake:{self.name}", "constrains": self._choose is not None}
+
+    async def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        choices: Sequence[str] = (),
+    ) -> Generation:
+        """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
+        self.calls.append(tuple(messages))
+        texts = []
+        for index in range(n):
+            sample, salt = (index, (seed or 0) + index) if temperature > 0 else (0, 0)
+            rng = random.Random(_digest([dict(message) for message in messages], salt))
+            if choices and self._choose:
+                texts.append(self._choose(messages, sample, rng, choices))
+            else:
+                texts.append(_cut(self._rule(messages, sample, rng), max_tokens, stop))
+        prompt = sum(_words(message["content"]) for message in messages)
+        return Generation(tuple(texts), Usage(calls=1, prompt_tokens=prompt, completion_tokens=sum(map(_words, texts))))
+
+    async def aclose(self) -> None:
+        """Nothing to release."""
+
+
+class FailingLLM:
+    """A fake that fails: each `every`-th call raises `LLMError` or `LLMRefused`, or hangs; the others go to `inner`."""
+
+    def __init__(self, inner: ChatLLM, kind: str = "error", *, every: int = 1):
+        self.inner, self.kind, self.every = inner, kind, every
+        self._asked = 0
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**self.inner.identity, "fails": f"{self.kind}, every {self.every}"}
+
+    async def generate(self, messages: Sequence[Message], **options: Any) -> Generation:
+        self._asked += 1
+        if self._asked % self.every:
+            return await self.inner.generate(messages, **options)
+        if self.kind == "hang":
+            await anyio.sleep_forever()
+        raise (LLMRefused if self.kind == "refused" else LLMError)(f"fake:fail={self.kind}: call {self._asked} failed as wished")
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def echo() -> RuleLLM:
+    """Answers with the last message."""
+    return RuleLLM(lambda messages, index, rng: messages[-1]["content"], name="echo")
+
+
+def label_rule() -> RuleLLM:
+    """Picks among the choices by chance, or echoes the first 8 words of the last user message."""
+
+    def words(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        return " ".join(asked[-1].split()[:8]) if asked else ""
+
+    return RuleLLM(words, name="rule=labels", choose=lambda messages, index, rng, choices: rng.choice(list(choices)))
+
+
+def scripted(path: Path) -> RuleLLM:
+    """Answers from a JSON file: a list gives the texts in order, a map gives the text whose key is in the last message.
+
+    Raises:
+        SettingsError: the file cannot be read or is neither.
+        LLMError: when asked: the list is used up, or no key fits.
+    """
+    try:
+        script = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"fake:script={path}: cannot be read as JSON ({error})") from None
+    name = f"script={_digest(script, 0)[:12]}"
+    if isinstance(script, list):
+        return RuleLLM(_in_order(iter(script), path), name=name)
+    if isinstance(script, dict):
+        return RuleLLM(_by_key(script, path), name=name)
+    raise SettingsError(f"fake:script={path}: must be a list of texts, or a map from a part of the message to a text")
+
+
+def _in_order(texts: Any, path: Path) -> Rule:
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        for text in texts:
+            return str(text)
+        raise LLMError(f"fake:script={path}: every text of the list is used up")
+
+    return rule
+
+
+def _by_key(script: Mapping[str, Any], path: Path) -> Rule:
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        for part, text in script.items():
+            if part in messages[-1]["content"]:
+                return str(text)
+        raise LLMError(f"fake:script={path}: no key is part of the last message")
+
+    return rule
+
+
+def from_spec(rest: str, settings: Settings) -> ChatLLM:
+    """`fake:echo`, `fake:rule=labels`, `fake:script=PATH`, `fake:fail=KIND[,every=N]`; `fake` alone is `rule=labels`."""
+    kind, _, value = rest.partition("=")
+    if rest == "echo":
+        return echo()
+    if rest in ("", "rule=labels"):
+        return label_rule()
+    if kind == "script" and value:
+        return scripted(Path(value).expanduser())
+    if kind == "fail":
+        return _failing(value, rest)
+    raise SettingsError(f"unknown LLM 'fake:{rest}': take fake:echo, fake:rule=labels, fake:script=PATH or fake:fail=KIND[,every=N]")
+
+
+def _failing(value: str, rest: str) -> FailingLLM:
+    kind, _, every = value.partition(",every=")
+    if kind not in FAILURES or not (every or "1").isdigit() or int(every or 1) < 1:
+        raise SettingsError(f"fake:{rest}: take fake:fail=KIND[,every=N] with KIND one of {', '.join(FAILURES)} and N at least 1")
+    return FailingLLM(label_rule(), kind, every=int(every or 1))
+
+
+def _digest(value: Any, salt: int) -> str:
+    return hashlib.sha256(json.dumps([value, salt], sort_keys=True).encode()).hexdigest()
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _cut(text: str, max_tokens: int, stop: Sequence[str]) -> str:
+    for mark in stop:
+        text = text.split(mark, 1)[0] if mark else text
+    return text if _words(text) <= max_tokens else " ".join(text.split()[:max_tokens])

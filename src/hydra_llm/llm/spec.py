@@ -1,0 +1,52 @@
+"""From a written name to a black box: `openai:MODEL[@URL]`, `gguf:PATH`, `smollm2`, `fake:...`, or a plug-in's name.
+
+A plug-in is an entry point of the group `hydra_llm.llms`: a function `(rest of the spec, settings) -> ChatLLM`. The built-in ones are
+entry points too, only written down here. Each is wrapped as cache around meter, so that kept answers cost no budget.
+"""
+
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import SettingsError
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.meter import Budget, Meter, Prices
+
+GROUP = "hydra_llm.llms"
+BUILT_IN = (
+    EntryPoint("openai", "hydra_llm.llm.openai:from_spec", GROUP),
+    EntryPoint("gguf", "hydra_llm.llm.gguf:from_path", GROUP),
+    EntryPoint("smollm2", "hydra_llm.llm.gguf:smollm2", GROUP),
+    EntryPoint("fake", "hydra_llm.llm.fake:from_spec", GROUP),
+)
+FORMS = "openai:MODEL[@URL], gguf:PATH, smollm2, fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
+
+
+def open_llm(spec: str, settings: Settings) -> CachedLLM:
+    """Build the LLM that `spec` names, cached in `settings.cache`, metered, priced and limited by the settings.
+
+    Raises:
+        SettingsError: an unknown spec, or what it needs is not there.
+        UserFault: the cache cannot be opened.
+    """
+    return wrap(bare_llm(spec, settings), settings)
+
+
+def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLLM:
+    """Cache around meter around `llm`; the cache lies in `path` or in the settings' folder."""
+    prices = Prices(settings.price_prompt, settings.price_completion)
+    budget = Budget(settings.max_calls, settings.max_llm_tokens, settings.max_cost)
+    meter = Meter(llm, prices=prices, budget=budget, concurrency=settings.concurrency)
+    return CachedLLM(meter, path or settings.cache / "llm.sqlite")
+
+
+def bare_llm(spec: str, settings: Settings) -> ChatLLM:
+    """The LLM itself, without cache and meter."""
+    name, _, rest = spec.partition(":")
+    known = {entry.name: entry for entry in (*entry_points(group=GROUP), *BUILT_IN)}
+    if name not in known:
+        others = "".join(f", {other}:..." for other in sorted(known.keys() - {entry.name for entry in BUILT_IN}))
+        raise SettingsError(f"unknown LLM '{spec}': take one of {FORMS}{others}")
+    llm: ChatLLM = known[name].load()(rest, settings)
+    return llm
