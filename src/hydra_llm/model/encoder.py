@@ -35,7 +35,7 @@ _told_of_cut = False
 
 
 class Encoder(torch.nn.Module):
-    """A transformer, its tokenizer and the way its token vectors become one. Safe to call from several threads."""
+    """A transformer, its tokenizer and the way its token vectors become one. Several threads may use it, except in training mode."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, pooling: Pooling = "mean", max_length: int = 256):
         super().__init__()
@@ -175,14 +175,15 @@ def open_encoder(name: str, *, pooling: Pooling = "mean", max_length: int = 256,
     """
     if name == "minilm":
         model, tokenizer = _load(_minilm_folder(), local=True)
-    elif Path(name).expanduser().is_dir():
+    elif name and Path(name).expanduser().is_dir():
         model, tokenizer = _load(str(Path(name).expanduser()), local=True)
-    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         raise SettingsError(f"encoder '{name}': no such folder")
     else:
         model, tokenizer = _load_from_hub(name)
     _check(name, model, tokenizer)
-    return Encoder(model.to(device).eval(), tokenizer, name=name, pooling=pooling, max_length=max_length)
+    encoder = Encoder(model, tokenizer, name=name, pooling=pooling, max_length=max_length)
+    return encoder.to(device).eval()  # the whole of it: encode() puts back the mode that it finds
 
 
 def _minilm_folder() -> str:
@@ -239,6 +240,9 @@ def _check(name: str, model: Any, tokenizer: Any) -> None:
         raise SettingsError(f"encoder '{name}': '{model.config.model_type}' is no encoder-only model")
     if not tokenizer.is_fast:
         raise SettingsError(f"encoder '{name}': its tokenizer has no tokenizer.json")
+    vocabulary = tokenizer.get_vocab()
+    if not len(tokenizer.all_special_tokens) < len(vocabulary) <= model.config.vocab_size:  # a lost file leaves special tokens alone
+        raise SettingsError(f"encoder '{name}': its tokenizer has {len(vocabulary)} tokens, the model {model.config.vocab_size}")
     if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
         raise SettingsError(f"encoder '{name}': its tokenizer has no padding or no special tokens, so it is none for whole texts")
 
