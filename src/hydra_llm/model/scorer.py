@@ -108,7 +108,7 @@ class FactorizedScorer(nn.Module):
             "rank": getattr(self.bank, "basis", torch.zeros(0)).shape[0],
             "evidence": list(self.evidence_names),
             "loss": self.loss,
-            "users": list(self.users),
+            "users": sorted(self.users, key=self.row),  # by row: a forgotten user's name stands last in the dict
         }
 
     def tensors(self) -> dict[str, Tensor]:
