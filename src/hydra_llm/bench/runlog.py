@@ -71,7 +71,7 @@ class RunLog:
         if end != len(whole):  # the line in which the run was killed
             with self._file.open("r+b") as file:
                 file.truncate(end)
-        for line in whole[:end].decode().splitlines():
+        for line in whole[:end].decode().split("\n")[:-1]:  # splitlines() would also cut at U+2028, which JSON leaves as it is
             sample = Sample(**{**(entry := json.loads(line)), "notes": tuple(entry["notes"])})
             if not sample.error:  # what failed is tried again
                 self.samples[sample.key] = sample
