@@ -85,7 +85,7 @@ def train_joint(
             state.write(checkpoint, history)
         if done is not None:
             done(epoch + 1, plan.epochs, history[-1])
-        found = _watch_loss(scorer, table, watch, source) if held else -float(epoch)
+        found = _watch_loss(scorer, table, watch, source) if held else -float(epoch + 1)  # without a watch the last epoch is the best
         best, best_values, waited = (found, state.values(), 0) if found < best else (best, best_values, waited + 1)
         if plan.patience and waited >= plan.patience:
             break
