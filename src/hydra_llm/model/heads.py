@@ -143,7 +143,8 @@ class MLPBank(HeadBank):
         """[users, P] freshly initialised heads, as torch initialises a linear layer."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         count = self.size * self.size + 3 * self.size + 2
-        return (torch.rand(users, count, generator=generator) * 2 - 1) / self.size**0.5
+        heads: Tensor = (torch.rand(users, count, generator=generator) * 2 - 1) / float(self.size) ** 0.5
+        return heads
 
     def __len__(self) -> int:
         return len(self.weight)
