@@ -38,6 +38,7 @@ CONFIG, CARD, WEIGHTS, HISTORY, ENCODER, LOCK = "config.json", "README.md", "wei
 CONTENT = re.compile(r"content-[0-9a-f]{8}")
 FILE_NAME = re.compile(r"(encoder/)?[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.(safetensors|json|txt|model|jinja|md|jsonl\.gz)")
 """What a content file may be called: no way out of the folder, and nothing that is loaded by pickle."""
+ENCODER_KEYS = ("name", "digest", "pooling", "max_length", "width")
 READ_AGAIN = 5
 """How often a reader starts anew because the bundle was replaced under it."""
 
@@ -58,7 +59,7 @@ class BundleFiles:
 
 def encoder_config(encoder: Encoder) -> dict[str, Any]:
     """What `config["encoder"]` says of an encoder."""
-    return {key: getattr(encoder, key) for key in ("name", "digest", "pooling", "max_length", "width")}
+    return {key: getattr(encoder, key) for key in ENCODER_KEYS}
 
 
 def encoder_of(files: BundleFiles, device: str = "cpu") -> Encoder:
@@ -261,6 +262,10 @@ def _check_names(place: Path, config: Mapping[str, Any]) -> None:
     for name in (WEIGHTS, HISTORY, CARD):
         if name not in files:
             raise BundleError(f"{place}: damaged, '{name}' is not listed")
+    said = config.get("encoder")
+    described = isinstance(said, dict) and set(ENCODER_KEYS) <= said.keys()
+    if not described and any(name.startswith(ENCODER + "/") for name in files):
+        raise BundleError(f"{place}: damaged, no description of its encoder")
 
 
 def _read(folder: Path, config: dict[str, Any]) -> BundleFiles:
