@@ -1,0 +1,125 @@
+"""Does scoring 20 candidates for one user cost the same with few users in the bank as with very many? What does a user weigh?
+
+    python benchmarks/scoring_users.py [--runs 60] [--seed 0] [--json]
+
+Each run scores for users drawn by lot, so that a large bank cannot live on the processor's cache; banks of both sizes take
+turns. `cross` features at H = 768. Exits with 1 where the large bank is more than 1.2 times as slow, or where a user takes
+other than what DESIGN 4 says. Memory is that of the bank's tensors, and beside it the growth of the process.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Limit, finish, in_turn, options, show, summary
+
+from hydra_llm.model.combine import Cross, Groups
+from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
+from hydra_llm.model.scorer import FactorizedScorer
+
+H, CANDIDATES, RANK, PAIRS, CALLS = 768, 20, 16, 4, 20
+"""Width, candidates, K, kept pairs of a user of `kernel`, calls within one timed run."""
+KINDS = {"linear": (100, 100_000), "lowrank": (100, 100_000), "kernel": (100, 100_000), "mlp": (100, 1_000)}
+"""Users in the small and in the large bank; 1,000 `mlp` heads are 2.4 GB."""
+NUMBERS = {"linear": 769, "lowrank": RANK, "kernel": PAIRS * (H + 1), "mlp": 592_130}
+"""32-bit numbers of one user by DESIGN 4 (`kernel`: φ and one residual for each kept pair)."""
+
+
+def main() -> None:
+    given = options(__doc__, runs=60).parse_args()
+    torch.manual_seed(given.seed)
+    rows = [measure(kind, given) for kind in KINDS]
+    limits = [limit for row in rows for limit in limits_of(row)]
+    finish(given, {"rows": rows}, [line for row in rows for line in lines_of(row)], limits)
+
+
+def measure(kind: str, given: argparse.Namespace) -> dict[str, Any]:
+    sizes, grown = KINDS[kind], []
+    scorers: dict[int, FactorizedScorer] = {}
+    for users in sizes:
+        before = resident()
+        scorers[users] = filled(kind, users)
+        grown.append(resident() - before)
+    jobs: dict[str, Callable[[], object]] = {str(users): scoring(scorer, given.seed) for users, scorer in scorers.items()}
+    times = {name: [value / CALLS for value in values] for name, values in in_turn(jobs, given.runs, warm_up=3).items()}
+    small, large = (summary(times[str(users)]) for users in sizes)
+    weight = (tensor_bytes(scorers[sizes[1]].bank) - tensor_bytes(scorers[sizes[0]].bank)) / (sizes[1] - sizes[0])
+    return {
+        "head": kind,
+        "users": sizes,
+        "small": small,
+        "large": large,
+        "ratio": large["median_ms"] / small["median_ms"],
+        "numbers_per_user": weight / 4,
+        "numbers_expected": NUMBERS[kind],
+        "process_bytes_per_user": grown[1] / sizes[1],
+    }
+
+
+def filled(kind: str, users: int) -> FactorizedScorer:
+    """A scorer whose bank holds a head of random numbers for each user."""
+    combiner = Cross(H)
+    scorer = FactorizedScorer(combiner, make_bank(kind, combiner, rank=RANK), ())
+    scorer.enrol([f"user {i}" for i in range(users)])
+    if isinstance(scorer.bank, KernelBank):
+        for row in range(users):
+            scorer.bank.remember(row, torch.randn(PAIRS, H), torch.randn(PAIRS, 1))
+    else:
+        for table in scorer.bank.buffers():
+            if table.dim() and len(table) == users:
+                table.normal_()
+    return scorer.eval()
+
+
+def scoring(scorer: FactorizedScorer, seed: int) -> Callable[[], object]:
+    lots, users = random.Random(seed), list(scorer.users)
+    groups = Groups(torch.zeros(1, 0), torch.randn(1, CANDIDATES, H), torch.zeros(1, CANDIDATES, 0), torch.ones(1, CANDIDATES, dtype=torch.bool))
+
+    def run() -> None:
+        for _ in range(CALLS):
+            scorer.score(groups, [lots.choice(users)])
+
+    return run
+
+
+def tensor_bytes(bank: HeadBank) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(bank))
+
+
+def tensors_of(bank: HeadBank) -> Iterator[torch.Tensor]:
+    yield from bank.parameters()
+    yield from bank.buffers()
+    if isinstance(bank, KernelBank):
+        yield from bank.keys
+        yield from bank.residuals
+
+
+def resident() -> int:
+    """Bytes of this process in memory (Linux); 0 where that cannot be read."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
+
+
+def limits_of(row: dict[str, Any]) -> list[Limit]:
+    low, high = (f"{users:,}" for users in row["users"])
+    return [
+        Limit(f"{row['head']}: time with {high} users / with {low}", row["ratio"], 1.2),
+        Limit(f"{row['head']}: numbers per user / DESIGN's", row["numbers_per_user"] / row["numbers_expected"], 1.0),
+    ]
+
+
+def lines_of(row: dict[str, Any]) -> list[str]:
+    small, large = row["users"]
+    weight = f"{row['numbers_per_user']:,.0f} numbers a user ({row['numbers_per_user'] * 4 / 1024:,.1f} KiB)"
+    return [
+        show(f"{row['head']}, {small:,} users", row["small"], digits=3),
+        show(f"{row['head']}, {large:,} users", row["large"], f"  ratio {row['ratio']:.2f}", digits=3),
+        f"    {weight}; the process grew by {row['process_bytes_per_user'] / 1024:,.1f} KiB a user",
+    ]
+
+
+if __name__ == "__main__":
+    main()
