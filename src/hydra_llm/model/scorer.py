@@ -65,8 +65,9 @@ class FactorizedScorer(nn.Module):
         """
         if user not in self.users:
             raise UnknownUser(f"no head for user '{user}'")
-        self.bank.clear(self.users[user])
-        self.users[f"\0forgotten-{self.users[user]}"] = self.users.pop(user)
+        row = self.users.pop(user)
+        self.bank.clear(row)
+        self.users[f"\0forgotten-{row}"] = row
 
     def evidence_score(self, groups: Groups) -> Tensor:
         """[G, C]: what the evidence alone says, standardised as in training."""
