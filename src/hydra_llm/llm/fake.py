@@ -68,10 +68,10 @@ class RuleLLM:
 
 
 class FailingLLM:
-    """A fake that fails: each `every`-th call raises `LLMError` or `LLMRefused`, or hangs; the others go to `inner`."""
+    """A fake that fails: each `every`-th call raises `LLMError` or `LLMRefused`, or hangs `timeout` seconds; the others go to `inner`."""
 
-    def __init__(self, inner: ChatLLM, kind: str = "error", *, every: int = 1):
-        self.inner, self.kind, self.every = inner, kind, every
+    def __init__(self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0):
+        self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
         self._asked = 0
 
     @property
@@ -83,7 +83,7 @@ class FailingLLM:
         if self._asked % self.every:
             return await self.inner.generate(messages, **options)
         if self.kind == "hang":
-            await anyio.sleep_forever()
+            await anyio.sleep(self.timeout)
         raise (LLMRefused if self.kind == "refused" else LLMError)(f"fake:fail={self.kind}: call {self._asked} failed as wished")
 
     async def aclose(self) -> None:
@@ -153,15 +153,15 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
     if kind == "script" and value:
         return scripted(Path(value).expanduser())
     if kind == "fail":
-        return _failing(value, rest)
+        return _failing(value, settings.timeout)
     raise SettingsError(f"unknown LLM 'fake:{rest}': take fake:echo, fake:rule=labels, fake:script=PATH or fake:fail=KIND[,every=N]")
 
 
-def _failing(value: str, rest: str) -> FailingLLM:
+def _failing(value: str, timeout: float) -> FailingLLM:
     kind, _, every = value.partition(",every=")
     if kind not in FAILURES or not (every or "1").isdigit() or int(every or 1) < 1:
-        raise SettingsError(f"fake:{rest}: take fake:fail=KIND[,every=N] with KIND one of {', '.join(FAILURES)} and N at least 1")
-    return FailingLLM(label_rule(), kind, every=int(every or 1))
+        raise SettingsError(f"fake:fail={value}: take fake:fail=KIND[,every=N] with KIND one of {', '.join(FAILURES)} and N at least 1")
+    return FailingLLM(label_rule(), kind, every=int(every or 1), timeout=timeout)
 
 
 def _digest(value: Any, salt: int) -> str:

@@ -7,10 +7,12 @@ Knows no cache and no budget.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import anyio.lowlevel
 import openai
 from openai.types.chat import ChatCompletion
 
@@ -44,12 +46,14 @@ class OpenAILLM:
         http_client: Any = None,
     ):
         self.model = model
+        self._build = partial(_client, base_url, api_key, timeout, retries, http_client)
         try:
-            self._client = _client(base_url, api_key, timeout, retries, http_client)
+            self._client = self._build()
         except openai.OpenAIError:
             raise SettingsError(f"openai:{model} needs a key: set OPENAI_API_KEY (any text for an endpoint without keys)") from None
         self.native_n: bool | None = None
         """Whether the endpoint draws n texts in one call; None until it was asked for more than one."""
+        self._loop: object = None
         self._without: set[str] = set()
         self._limit_name = "max_tokens"
 
@@ -136,7 +140,7 @@ class OpenAILLM:
         sent = {name: value for name, value in body.items() if name not in self._without}
         sent[self._limit_name] = sent.pop("max_tokens")
         try:
-            answer = await self._client.chat.completions.create(model=self.model, **sent)
+            answer = await self._client_here().chat.completions.create(model=self.model, **sent)
         except openai.APIStatusError as error:
             text = self._line(f"HTTP {error.status_code}: {error.message}")
             raise (_Refusal(text, error) if error.status_code in REFUSED else LLMError(text)) from None
@@ -147,6 +151,14 @@ class OpenAILLM:
         except (openai.OpenAIError, ValueError) as error:
             raise LLMError(self._line(f"an answer that cannot be read: {error}")) from None
         return self._read(answer)
+
+    def _client_here(self) -> openai.AsyncOpenAI:
+        """The client of this event loop: open connections cannot follow to another one, and sync callers start one per call."""
+        loop = anyio.lowlevel.current_token()
+        if self._loop not in (None, loop):
+            self._client = self._build()
+        self._loop = loop
+        return self._client
 
     def _read(self, answer: ChatCompletion) -> Generation:
         try:  # the SDK checks nothing: an endpoint's nonsense arrives as it is
