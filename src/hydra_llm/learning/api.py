@@ -232,6 +232,8 @@ async def _fit_users(learned: Learned, llm: ChatLLM, progress: StageProgress) ->
 def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> None:
     bundle, started = learned.bundle, perf_counter()
     scorer.enrol(learned.users)
+    for user in learned.users:  # fitted anew: a user without groups has the shared head
+        scorer.bank.clear(scorer.row(user))
     if groups:
         table = make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss)
         _fit_table(scorer, table, learned.users, bundle.settings)

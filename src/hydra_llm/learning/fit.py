@@ -115,6 +115,8 @@ def fit_heads(scorer: FactorizedScorer, table: Table, names: Sequence[str]) -> N
     """Fit the heads of some users on all their groups, with everything shared frozen: new users, or old ones again."""
     scorer.enrol(names)
     bank, precision = scorer.bank, float(scorer.prior_precision)
+    for name in names:  # whoever has no groups any more has the shared head again
+        bank.clear(scorer.row(name))
     if isinstance(bank, KernelBank):
         remember_users(scorer, table, names)
     elif isinstance(bank, LowRankBank):
