@@ -203,6 +203,8 @@ class _Refusal(LLMRefused):
 
 
 def _client(base_url: str | None, api_key: str | None, timeout: float, retries: int, http_client: Any) -> openai.AsyncOpenAI:
+    # The SDK's own HTTP client closes itself in whatever loop is running when it is collected, and fails there; this one does not.
+    http_client = http_client or openai.DefaultAsyncHttpxClient(timeout=timeout)
     options: dict[str, Any] = {"base_url": base_url, "timeout": timeout, "max_retries": retries, "http_client": http_client}
     try:
         return openai.AsyncOpenAI(api_key=api_key, **options)

@@ -1,0 +1,181 @@
+"""The OpenAI client against real HTTP endpoints that refuse, limit, fail, hang, hang up and talk nonsense."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.llm.openai import OpenAILLM, from_spec
+from hydra_llm.types import Usage
+
+pytestmark = pytest.mark.anyio
+MESSAGES = [{"role": "user", "content": "Hi"}]
+KEY = "sk-secret-key"
+
+
+def texts_of(body: dict[str, Any]) -> list[str]:
+    return [f"text {body.get('seed', 0)}.{i}" for i in range(body.get("n", 1))]
+
+
+def client(endpoint: Any, **options: Any) -> OpenAILLM:
+    return OpenAILLM("m", base_url=endpoint.url, api_key=KEY, **{"timeout": 5.0, "retries": 0, **options})
+
+
+async def test_sends_what_was_asked_and_reads_texts_and_tokens(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.completion(*texts_of(body)))
+    made = await client(endpoint).generate(MESSAGES, n=3, temperature=0.5, max_tokens=9, stop=["\n"], seed=4)
+    assert made.texts == ("text 4.0", "text 4.1", "text 4.2")
+    assert made.usage == Usage(calls=1, prompt_tokens=7, completion_tokens=6)
+    assert endpoint.asked == [{"model": "m", "messages": MESSAGES, "n": 3, "temperature": 0.5, "max_tokens": 9, "stop": ["\n"], "seed": 4}]
+    assert endpoint.keys == [f"Bearer {KEY}"]
+
+
+async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.completion(texts_of(body)[0]))
+    llm = client(endpoint)
+    made = await llm.generate(MESSAGES, n=4, temperature=1.0, seed=10)
+    assert made.texts == ("text 10.0", "text 11.0", "text 12.0", "text 13.0")
+    assert made.usage == Usage(calls=4, prompt_tokens=28, completion_tokens=8)
+    assert llm.native_n is False
+    await llm.generate(MESSAGES, n=2, temperature=1.0, seed=20)
+    assert ["n" in body for body in endpoint.asked] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ("Value not allowed", {"param": "n"}),
+        ("'n' must be 1 for this model", {}),
+        ("n > 1 is not supported", {}),
+        ("Unsupported parameter: n", {}),
+    ],
+)
+async def test_an_endpoint_that_refuses_n_gets_n_requests(serve: Any, wire: Any, message: str, fields: dict[str, str]) -> None:
+    endpoint = serve(lambda body, count: wire.refusal(400, message, **fields) if "n" in body else wire.completion(texts_of(body)[0]))
+    llm = client(endpoint)
+    made = await llm.generate(MESSAGES, n=3, temperature=1.0, seed=1)
+    assert made.texts == ("text 1.0", "text 2.0", "text 3.0")
+    assert (llm.native_n, made.usage.calls) == (False, 3)
+
+
+async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.refusal(400, "messages: invalid role in a conversation"))
+    with pytest.raises(LLMRefused, match="invalid role"):
+        await client(endpoint).generate(MESSAGES, n=3, temperature=1.0)
+    assert len(endpoint.asked) == 1
+
+
+async def test_a_failed_single_request_fails_the_call(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.refusal(500, "broken") if count == 2 else wire.completion("one"))
+    with pytest.raises(LLMError, match="HTTP 500"):
+        await client(endpoint).generate(MESSAGES, n=4, temperature=1.0)
+
+
+async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(serve: Any, wire: Any) -> None:
+    def picky(body: dict[str, Any], count: int) -> Any:
+        if "max_tokens" in body:
+            said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            return wire.refusal(400, said, param="max_tokens", code="unsupported_parameter")
+        if "temperature" in body:
+            said = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+            return wire.refusal(400, said, param="temperature", code="unsupported_value")
+        return wire.completion("fine")
+
+    endpoint = serve(picky)
+    llm = client(endpoint)
+    assert (await llm.generate(MESSAGES, max_tokens=9)).texts == ("fine",)
+    assert endpoint.asked[-1] == {"model": "m", "messages": MESSAGES, "max_completion_tokens": 9}
+    await llm.generate(MESSAGES, max_tokens=9)
+    assert len(endpoint.asked) == 4
+
+
+async def test_a_value_out_of_range_is_refused_and_not_left_out(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.refusal(400, "temperature must be at most 2", param="temperature"))
+    with pytest.raises(LLMRefused, match="at most 2"):
+        await client(endpoint).generate(MESSAGES, temperature=3.0)
+    assert len(endpoint.asked) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+async def test_refusals_are_not_tried_again(serve: Any, wire: Any, status: int) -> None:
+    endpoint = serve(lambda body, count: wire.refusal(status, f"no:\n{KEY} will not do"))
+    with pytest.raises(LLMRefused) as caught:
+        await client(endpoint, retries=3).generate(MESSAGES)
+    assert len(endpoint.asked) == 1
+    assert f"HTTP {status}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+async def test_429_waits_as_long_as_it_says_and_goes_on(serve: Any, wire: Any) -> None:
+    times: list[float] = []
+
+    def limited(body: dict[str, Any], count: int) -> Any:
+        times.append(time.monotonic())
+        return wire.reply(429, {"error": {"message": "slow down"}}, Retry_After="1") if count == 0 else wire.completion("fine")
+
+    made = await client(serve(limited), retries=1).generate(MESSAGES)
+    assert made.texts == ("fine",)
+    assert times[1] - times[0] >= 1
+
+
+async def test_500_is_tried_again_and_then_an_error(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.reply(500, {"error": {"message": "broken"}}, Retry_After_Ms="1"))
+    with pytest.raises(LLMError, match="HTTP 500: .*broken") as caught:
+        await client(endpoint, retries=2).generate(MESSAGES)
+    assert not isinstance(caught.value, LLMRefused)
+    assert len(endpoint.asked) == 3
+
+
+async def test_a_hang_ends_at_the_timeout(serve: Any, wire: Any) -> None:
+    endpoint: Any = None
+
+    def hang(body: dict[str, Any], count: int) -> Any:
+        endpoint.release.wait(30)
+
+    endpoint = serve(hang)
+    with pytest.raises(LLMError, match="no answer within 0.2 s"):
+        await client(endpoint, timeout=0.2).generate(MESSAGES)
+
+
+async def test_a_cut_connection_is_an_error(serve: Any) -> None:
+    with pytest.raises(LLMError, match="no connection"):
+        await client(serve(lambda body, count: None)).generate(MESSAGES)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b'{"choices": []}', b'{"choices": [{"index": 0}]}', b'{"choices": 3}', b""])
+async def test_nonsense_is_an_error(serve: Any, wire: Any, content: bytes) -> None:
+    with pytest.raises(LLMError, match="an answer"):
+        await client(serve(lambda body, count: wire.reply(200, content))).generate(MESSAGES)
+
+
+async def test_no_content_is_an_empty_text(serve: Any, wire: Any) -> None:
+    made = await client(serve(lambda body, count: wire.completion(None, ""))).generate(MESSAGES, n=2, temperature=1.0)
+    assert made.texts == ("", "")
+
+
+def test_the_client_serves_one_event_loop_after_another(serve: Any, wire: Any) -> None:
+    llm = client(serve(lambda body, count: wire.completion("fine")))
+    ask: Callable[[], Any] = lambda: llm.generate(MESSAGES)  # noqa: E731
+    assert [anyio.run(ask).texts for _ in range(3)] == [("fine",)] * 3
+
+
+def test_key_and_url_come_from_spec_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="OPENAI_API_KEY"):
+        from_spec("gpt", Settings())
+    with pytest.raises(SettingsError, match="needs a model"):
+        from_spec("", Settings())
+    own = from_spec("org/model@v2@http://user:pass@127.0.0.1:1/v1", Settings())
+    assert (own.model, own.base_url) == ("org/model@v2", "http://127.0.0.1:1/v1/")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:2/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert from_spec("gpt", Settings()).identity == {
+        "kind": "openai",
+        "model": "gpt",
+        "base_url": "http://127.0.0.1:2/v1/",
+        "constrains": False,
+    }
