@@ -172,8 +172,10 @@ class CachedLLM:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
             database.executescript(SCHEMA)
-        except sqlite3.OperationalError as error:  # a disk that is full or not writable: kept answers may still be read
-            print(f"hydra-llm: {self.path}: cannot prepare the cache ({error})", file=sys.stderr)
+        except sqlite3.OperationalError as error:  # a disk that is full or not writable
+            print(f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without", file=sys.stderr)
+            database = sqlite3.connect(":memory:", check_same_thread=False)
+            database.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
         return database
@@ -181,8 +183,6 @@ class CachedLLM:
     def _run(self, query: str, *values: str | int) -> list[Any]:
         try:
             return self._database.execute(query, values).fetchall()
-        except sqlite3.OperationalError:
-            return []  # the tables could not be made: said when the file was opened
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
 

@@ -1,0 +1,370 @@
+"""The cache: keys, replay, two processes, a kill in the middle of writes, a full disk, a damaged file."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.errors import LLMError, UserFault
+from hydra_llm.llm.cache import CachedLLM, key_of, request_of
+from hydra_llm.llm.fake import FailingLLM, RuleLLM
+from hydra_llm.llm.meter import Meter, Prices
+from hydra_llm.types import Generation, Message, Usage
+
+pytestmark = pytest.mark.anyio
+MESSAGES = [{"role": "user", "content": "Name a film"}]
+
+
+class Counting:
+    """Answers that are never the same twice, and a list of what was asked."""
+
+    identity: Mapping[str, Any] = {"kind": "fake", "model": "counting", "constrains": False}
+
+    def __init__(self, prefix: str = "") -> None:
+        self.asked: list[tuple[int, int | None]] = []
+        self.prefix = prefix
+        self.given = 0
+
+    async def generate(self, messages: Sequence[Message], *, n: int = 1, seed: int | None = None, **options: Any) -> Generation:
+        self.asked.append((n, seed))
+        await asyncio.sleep(0.01)
+        texts = tuple(f"{self.prefix}{self.given + i}" for i in range(n))
+        self.given += n
+        return Generation(texts, Usage(calls=1, prompt_tokens=10, completion_tokens=3 * n + 1, seconds=0.5))
+
+    async def aclose(self) -> None:
+        pass
+
+
+async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(tmp_path: Path) -> None:
+    meter = Meter(Counting(), prices=Prices(prompt=1e6, completion=1e6))
+    llm = CachedLLM(meter, tmp_path / "c.sqlite")
+    first = await llm.generate(MESSAGES, n=4, temperature=1.0)
+    again = await llm.generate(MESSAGES, n=4, temperature=1.0)
+    assert again.texts == first.texts == ("0", "1", "2", "3")
+    assert first.usage == Usage(calls=1, prompt_tokens=10, completion_tokens=13, cost=23.0, seconds=0.5)
+    assert again.usage == Usage(cached=1, prompt_tokens=10, completion_tokens=13, seconds=0.5)
+    assert llm.usage == first.usage + again.usage
+    assert meter.usage == first.usage
+    await llm.aclose()
+
+
+async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Path) -> None:
+    first = CachedLLM(Counting(), tmp_path / "c.sqlite")
+    made = [(await first.generate(MESSAGES, n=n, temperature=t, seed=1)).texts for n, t in [(3, 1.0), (1, 0.0), (2, 0.5)]]
+    await first.aclose()
+    inner = Counting()
+    later = CachedLLM(inner, tmp_path / "c.sqlite", replay_only=True)
+    # in another order: it does not matter
+    again = [(await later.generate(MESSAGES, n=n, temperature=t, seed=1)).texts for n, t in [(2, 0.5), (1, 0.0), (3, 1.0)]]
+    assert again[::-1] == made
+    assert inner.asked == []
+    with pytest.raises(LLMError, match=r"no kept answer for request [0-9a-f]{64}, candidate 3"):
+        await later.generate(MESSAGES, n=4, temperature=1.0, seed=1)
+    assert inner.asked == []
+
+
+async def test_only_missing_candidates_are_asked_for_each_with_its_own_seed(tmp_path: Path) -> None:
+    inner = Counting()
+    llm = CachedLLM(inner, tmp_path / "c.sqlite")
+    four = await llm.generate(MESSAGES, n=4, temperature=1.0, seed=7)
+    eight = await llm.generate(MESSAGES, n=8, temperature=1.0, seed=7)
+    two = await llm.generate(MESSAGES, n=2, temperature=1.0, seed=7)
+    assert eight.texts[:4] == four.texts
+    assert two.texts == four.texts[:2]
+    assert inner.asked == [(4, 7), (4, 11)]
+    assert (eight.usage.calls, eight.usage.cached) == (1, 1)
+
+
+async def test_samples_with_one_seed_are_the_same_by_way_of_four_as_of_eight(tmp_path: Path) -> None:
+    def drawn(messages: Sequence[Message], index: int, rng: Any) -> str:
+        return str(rng.random())
+
+    at_once = CachedLLM(RuleLLM(drawn), tmp_path / "a.sqlite")
+    in_steps = CachedLLM(RuleLLM(drawn), tmp_path / "b.sqlite")
+    await in_steps.generate(MESSAGES, n=3, temperature=1.0, seed=5)
+    whole = (await at_once.generate(MESSAGES, n=8, temperature=1.0, seed=5)).texts
+    assert (await in_steps.generate(MESSAGES, n=8, temperature=1.0, seed=5)).texts == whole
+    assert len(set(whole)) == 8
+
+
+async def test_greedy_texts_are_one_call(tmp_path: Path) -> None:
+    inner = Counting()
+    llm = CachedLLM(inner, tmp_path / "c.sqlite")
+    assert (await llm.generate(MESSAGES, n=5, temperature=0.0, seed=1)).texts == ("0",) * 5
+    assert (await llm.generate(MESSAGES, n=1, temperature=0.0, seed=2)).texts == ("0",)
+    assert [n for n, _ in inner.asked] == [1]
+
+
+async def test_identical_calls_in_flight_are_made_once(tmp_path: Path) -> None:
+    inner = Counting()
+    llm = CachedLLM(inner, tmp_path / "c.sqlite")
+    made: list[Generation] = []
+
+    async def one(n: int) -> None:
+        made.append(await llm.generate(MESSAGES, n=n, temperature=1.0))
+
+    async with anyio.create_task_group() as group:
+        for n in (3, 3, 2, 3):
+            group.start_soon(one, n)
+    assert len(inner.asked) == 1
+    assert {generation.texts[:2] for generation in made} == {("0", "1")}
+    assert llm._turns == {}
+
+
+async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path) -> None:
+    llm = CachedLLM(FailingLLM(RuleLLM(lambda messages, index, rng: "fine"), every=2), tmp_path / "c.sqlite")
+    llm.inner._asked = 1  # type: ignore[attr-defined]
+    with pytest.raises(LLMError):
+        await llm.generate(MESSAGES)
+    assert list(llm.rows()) == []
+    assert (await llm.generate(MESSAGES)).texts == ("fine",)
+    ((request, candidate, row),) = llm.rows()
+    assert (request["messages"], candidate, row["text"]) == (MESSAGES, 0, "fine")
+
+
+# ---- keys
+
+content = st.text(max_size=12)
+requests = st.fixed_dictionaries(
+    {
+        "identity": st.dictionaries(st.sampled_from(["kind", "model", "sha256"]), st.text(max_size=4), min_size=1),
+        "messages": st.lists(
+            st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": content}), min_size=1, max_size=3
+        ),
+        "temperature": st.floats(0.01, 2),
+        "max_tokens": st.integers(1, 99),
+        "stop": st.lists(content, max_size=2),
+        "seed": st.none() | st.integers(0, 99),
+        "choices": st.lists(content, max_size=2),
+    }
+)
+
+
+def key(request: dict[str, Any]) -> str:
+    request = dict(request)
+    return key_of(request_of(request.pop("identity"), request.pop("messages"), **request))
+
+
+@given(requests, requests)
+def test_requests_have_one_key_if_and_only_if_they_are_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert (key(one) == key(other)) == (one == other)
+
+
+@given(requests, requests, st.sampled_from(["identity", "messages", "temperature", "max_tokens", "stop", "seed", "choices"]))
+def test_each_single_input_changes_the_key(one: dict[str, Any], other: dict[str, Any], name: str) -> None:
+    changed = {**one, name: other[name]}
+    assert (key(one) == key(changed)) == (one[name] == other[name])
+
+
+def test_the_key_is_the_sha256_of_sorted_json() -> None:
+    request = request_of({"model": "m"}, [{"role": "user", "content": "é"}], temperature=1, max_tokens=2, stop=(), seed=3, choices=("a",))
+    written = (
+        '{"choices":["a"],"llm":{"model":"m"},"max_tokens":2,"messages":[{"content":"\\u00e9","role":"user"}],'
+        '"seed":3,"stop":[],"temperature":1.0}'
+    )
+    assert key_of(request) == hashlib.sha256(written.encode()).hexdigest()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    calls=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 5), st.sampled_from([0.0, 1.0])), min_size=1, max_size=6), data=st.data()
+)
+def test_the_order_of_calls_does_not_matter(calls: list[tuple[str, int, float]], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(calls))
+
+    def rule(messages: Sequence[Message], index: int, rng: Any) -> str:
+        return messages[0]["content"] + str(rng.random())
+
+    async def all_of(order: Sequence[tuple[str, int, float]], path: Path) -> dict[Any, tuple[str, ...]]:
+        llm = CachedLLM(RuleLLM(rule), path)
+        try:
+            return {
+                call: (await llm.generate([{"role": "user", "content": call[0]}], n=call[1], temperature=call[2], seed=3)).texts
+                for call in order
+            }
+        finally:
+            await llm.aclose()
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert asyncio.run(all_of(calls, Path(folder, "a"))) == asyncio.run(all_of(shuffled, Path(folder, "b")))
+
+
+# ---- several processes, and machines that fail
+
+WORKER = textwrap.dedent(
+    """
+    import asyncio, json, sys
+    from hydra_llm.llm.cache import CachedLLM
+    from hydra_llm.llm.fake import RuleLLM
+
+    path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+    async def main():
+        llm = CachedLLM(RuleLLM(lambda messages, index, rng: f"{name} {messages[0]['content']} {index} " + "x" * 500, name="same"), path)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for i in range(count):
+            made = await llm.generate([{"role": "user", "content": str(i)}], n=3, temperature=1.0)
+            print(json.dumps([i, *made.texts]), flush=True)
+
+    asyncio.run(main())
+    """
+)
+
+
+def start(path: Path, name: str, count: int) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(path), name, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def release(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def stored(path: Path) -> dict[tuple[str, int], str]:
+    with sqlite3.connect(path) as database:
+        query = "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request"
+        rows = [(json.loads(r)["messages"][0]["content"], c, json.loads(a)["text"]) for r, c, a in database.execute(query)]
+    found = {(content, candidate): text for content, candidate, text in rows}
+    assert len(found) == len(rows)  # nothing twice
+    return found
+
+
+def test_two_processes_share_a_cache_and_what_was_stored_first_is_the_answer_of_both(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    both = [start(path, name, 60) for name in ("one", "two")]
+    for process in both:
+        release(process)
+    told = [[json.loads(line) for line in process.communicate()[0].splitlines()] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert told[0] == told[1]
+    assert stored(path) == {(str(i), candidate): text for i, *texts in told[0] for candidate, text in enumerate(texts)}
+    assert len(stored(path)) == 180
+
+
+def test_a_kill_in_the_middle_of_writes_loses_no_told_answer_and_leaves_no_half_call(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    process = start(path, "one", 100_000)
+    release(process)
+    assert process.stdout is not None
+    told = [json.loads(process.stdout.readline()) for _ in range(40)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = stored(path)
+    for i, *texts in told:
+        assert [kept[str(i), candidate] for candidate in range(3)] == texts
+    per_call = [sum((content, c) in kept for c in range(3)) for content in {content for content, _ in kept}]
+    assert set(per_call) == {3}
+    again = start(path, "two", 40)
+    assert [json.loads(line) for line in again.communicate("\n")[0].splitlines()] == told
+
+
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+"""
+
+
+def test_a_full_disk_is_told_once_and_the_run_goes_on_with_every_answer(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    script = FULL_DISK + WORKER
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(path), "one", "300"], input="\n", capture_output=True, text=True, check=True, timeout=120
+    )
+    answers = [json.loads(line) for line in run.stdout.splitlines()[1:]]
+    assert len(answers) == 300
+    assert run.stderr.count("\n") == 1
+    assert str(path) in run.stderr
+    assert "cannot keep answers" in run.stderr
+    kept = stored(path)
+    assert 0 < len(kept) < 900
+    told = {(str(i), candidate): text for i, *texts in answers for candidate, text in enumerate(texts)}
+    assert all(told[place] == text for place, text in kept.items())
+
+
+async def test_answers_that_the_disk_refused_are_kept_for_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inner = Counting()
+    llm = CachedLLM(inner, tmp_path / "c.sqlite")
+    llm._database.execute("PRAGMA query_only = ON")  # every write fails from now on
+    first = await llm.generate(MESSAGES, n=3, temperature=1.0)
+    other = await llm.generate([{"role": "user", "content": "other"}])
+    assert (await llm.generate(MESSAGES, n=3, temperature=1.0)).texts == first.texts
+    assert (await llm.generate([{"role": "user", "content": "other"}])).texts == other.texts
+    assert len(inner.asked) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_damaged_file_is_one_line_that_names_it_and_the_fix(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    path.write_bytes(b"this is no database, " * 100)
+    with pytest.raises(UserFault, match="c.sqlite: the cache is damaged .*: delete or move the file"):
+        CachedLLM(Counting(), path)
+
+
+async def test_damage_in_the_middle_of_the_file_is_the_same_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    llm = CachedLLM(RuleLLM(lambda messages, index, rng: "fine"), path)
+    for i in range(300):
+        await llm.generate([{"role": "user", "content": str(i) + "x" * 200}])
+    await llm.aclose()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    with pytest.raises(UserFault, match="damaged"):
+        await CachedLLM(llm.inner, path).generate(MESSAGES)
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_once_too(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    script = FULL_DISK.replace("200_000", "0") + WORKER
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(path), "one", "3"], input="\n", capture_output=True, text=True, check=True, timeout=120
+    )
+    assert len(run.stdout.splitlines()) == 4
+    assert run.stderr.count("\n") == 1
+    assert "cannot keep answers" in run.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserFault, match="cannot open the cache"):
+        CachedLLM(Counting(), tmp_path / "file" / "c.sqlite")
+
+
+def test_a_second_process_that_writes_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    llm = CachedLLM(Counting(), path)
+    script = f"""
+import sqlite3, sys, time
+d = sqlite3.connect({str(path)!r}, isolation_level=None)
+d.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+time.sleep(0.7)
+d.execute("COMMIT")
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    asyncio.run(llm.generate(MESSAGES))
+    assert process.wait() == 0
+    assert len(list(llm.rows())) == 1
+    assert llm._unwritten == {}
