@@ -35,6 +35,8 @@ class Settings(BaseSettings):
     """M: how many records are retrieved and reranked."""
     k: int = Field(default=4, ge=0)
     """How many records, after reranking, stand in the prompt."""
+    prompt_style: Literal["auto", "block", "turns"] = "auto"
+    """Records as a list in one message, or as earlier turns; auto: turns for tasks with labels, a block for texts."""
     max_prompt_tokens: int = Field(default=1536, ge=64)
     """The prompt is cut to this many tokens: last records first, then the query's text."""
 

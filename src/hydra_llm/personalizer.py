@@ -19,11 +19,11 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.calls import run_sync
-from hydra_llm.prompt import build
+from hydra_llm.prompt import Prompt, build
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
 from hydra_llm.tasks.task import Task
-from hydra_llm.types import Answer, Candidate, Generation, Message, Proposal, Query, Record, Usage
+from hydra_llm.types import Answer, Candidate, Generation, Message, Proposal, Query, Ranked, Record, Usage
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
@@ -56,7 +56,7 @@ class Personalizer:
         clock.lap("retrieve")
         ranked = self.reranker.order(query, retrieved, visible)
         clock.lap("rerank")
-        prompt = build(self.task, query, ranked[: self.settings.k], max_tokens=self.settings.max_prompt_tokens)
+        prompt = self.prompt(query, ranked[: self.settings.k])
         clock.lap("prompt")
         texts, greedy, usage, failures = await self._ask(prompt.messages)
         clock.lap("llm")
@@ -64,6 +64,13 @@ class Personalizer:
         return Proposal(
             query, tuple(retrieved), tuple(ranked), prompt.messages, candidates, usage, clock.seconds, (*prompt.notes, *failures, *unread)
         )
+
+    def prompt(self, query: Query, records: Sequence[Ranked]) -> Prompt:
+        """What the LLM is asked when it sees these records."""
+        style = self.settings.prompt_style
+        if style == "auto":  # small models repeat a list of scores, and answer after turns (measured with SmolLM2-135M)
+            style = "turns" if self.task.labels else "block"
+        return build(self.task, query, records, max_tokens=self.settings.max_prompt_tokens, style=style)
 
     async def aanswer(self, query: Query) -> Answer:
         """`apropose`, then the adapter's pick."""

@@ -17,7 +17,6 @@ from hydra_llm.evidence import EvidenceMaker
 from hydra_llm.history import as_query, before, in_order
 from hydra_llm.llm.calls import Progress, map_calls
 from hydra_llm.personalizer import Personalizer
-from hydra_llm.prompt import build
 from hydra_llm.rerank import record_text
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, Record, Usage
@@ -49,7 +48,7 @@ async def reranker_groups(
 
     async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage]:
         query, item = case
-        prompt = build(personalizer.task, query, [item], max_tokens=settings.max_prompt_tokens)
+        prompt = personalizer.prompt(query, [item])
         one = replace(personalizer, settings=settings.model_copy(update={"samples": 1, "greedy_first": True}))
         texts, _, usage, _ = await one._ask(prompt.messages)
         return personalizer.task.gain(personalizer.task.parse(texts[0], settings.parsing), query.gold or ""), usage
