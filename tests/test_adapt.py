@@ -1,0 +1,175 @@
+"""Choosing: what maximises the expected gain, by brute force; ties; scorers that see what is not there."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.adapt import FirstCandidate, LearnedAdapter, RandomCandidate, all_labels, candidate_text, select
+from hydra_llm.evidence import EvidenceMaker, Population
+from hydra_llm.model.combine import ByLabel, Combiner, Tower
+from hydra_llm.model.heads import LinearBank, make_bank
+from hydra_llm.model.scorer import FactorizedScorer, Loss
+from hydra_llm.tasks.task import Task, overlap
+from hydra_llm.types import Candidate, Query, Record
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
+TITLES = Task("titles", "generation", "Title of: {input}")
+QUERY = Query("u", "q", "rain night")
+
+
+class Hashed:
+    """Texts as vectors of their words, without an encoder."""
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(texts), 8), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.split() or [""]:
+                row += np.random.default_rng(sum(map(ord, word))).standard_normal(8).astype(np.float32)
+            row /= np.linalg.norm(row)
+        return rows
+
+
+def texts(*answers: str) -> list[Candidate]:
+    return [Candidate(answer, answer, votes=1) for answer in answers]
+
+
+shares = st.lists(st.integers(0, 20), min_size=5, max_size=5).filter(any)
+
+
+@given(shares)
+def test_the_pick_of_ratings_is_the_median(weights: list[int]) -> None:
+    share = np.array(weights) / sum(weights)
+    pick = select(STARS, texts(*STARS.labels), np.log(share + 1e-9), share, "expected-gain")
+    below, above = sum(weights[: pick + 1]), sum(weights[pick:])
+    assert 2 * below >= sum(weights) <= 2 * above  # half of the mass or more on either side, the pick included
+
+
+@given(st.lists(st.floats(-5, 5), min_size=3, max_size=3))
+def test_the_pick_of_labels_is_the_mode(scores: list[float]) -> None:
+    odds = np.exp(scores)
+    for how in ("expected-gain", "best"):
+        assert select(TAGS, texts(*TAGS.labels), np.array(scores), odds / odds.sum(), how) == scores.index(max(scores))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(["a b", "a c", "b a c", "d", "d e f"]), min_size=1, max_size=5, unique=True), shares)
+def test_the_pick_of_texts_has_the_least_bayes_risk(answers: list[str], weights: list[int]) -> None:
+    weights = [weight + 1 for weight in weights[: len(answers)]]
+    share = np.array(weights) / sum(weights)
+    expected = [sum(p * overlap(mine, gold) for p, gold in zip(share, answers, strict=True)) for mine in answers]
+    pick = select(TITLES, texts(*answers), np.log(share), share, "expected-gain")
+    assert expected[pick] == pytest.approx(max(expected))
+    assert all(value < max(expected) - 1e-13 for value in expected[:pick])  # the first of equals
+    assert select(TITLES, texts(*answers), np.log(share), share, "best") == weights.index(max(weights))
+
+
+@pytest.mark.parametrize(("task", "how"), list(product((TAGS, STARS, TITLES), ("best", "expected-gain"))))
+def test_ties_go_to_the_first(task: Task, how: str) -> None:
+    answers = task.labels[1:3] or ("rain", "night")
+    assert select(task, texts(*answers), np.zeros(2), np.full(2, 0.5), how) == 0
+    assert select(task, texts(*reversed(answers)), np.zeros(2), np.full(2, 0.5), how) == 0
+
+
+def adapter(
+    task: Task, *, by_label: bool = False, weights: dict[str, float] | None = None, select: str = "best", loss: Loss = "listwise"
+) -> LearnedAdapter:
+    """A scorer that knows its evidence's weights, and of user u that everything is a little different."""
+    evidence = EvidenceMaker(task, Hashed(), Population())  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    combiner: Combiner = ByLabel(8, len(task.labels), 4) if by_label else Tower(8, 4)
+    scorer = FactorizedScorer(combiner, make_bank("linear", combiner), evidence.adapter_names, loss=loss).eval()
+    for name, weight in (weights or {}).items():
+        scorer.vote_weight[evidence.adapter_names.index(name)] = weight
+    return LearnedAdapter(scorer, evidence, select=select)
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> None:
+    chooser = adapter(TAGS, by_label=by_label, weights={"llm_votes": 1.0})
+    given = [Candidate("what?", None, 9), Candidate("odd", "odd", 1), Candidate("The tag is calm", "calm", 5)]
+    scored, chosen = chooser.choose(QUERY, given, [])
+    assert chosen == 2
+    assert [(c.text, c.answer, c.votes) for c in scored] == [(c.text, c.answer, c.votes) for c in given]
+    assert scored[0].score is None is scored[0].probability  # what cannot be read is not scored
+    assert sum(c.probability or 0.0 for c in scored) == pytest.approx(1)
+    assert (scored[2].score or 0) > (scored[1].score or 0)
+    assert (scored[2].probability or 0) > (scored[1].probability or 0)
+
+
+def test_label_features_score_a_label_alike_whichever_others_are_offered() -> None:
+    chooser = adapter(TAGS, by_label=True)
+    assert isinstance(chooser.scorer.bank, LinearBank)
+    chooser.scorer.bank.shared.data.copy_(torch.randn(chooser.scorer.combiner.size))
+    alone, _ = chooser.choose(QUERY, texts("odd"), [])
+    turned, _ = chooser.choose(QUERY, texts("odd", "calm", "loud"), [])
+    assert turned[0].score == pytest.approx(alone[0].score)
+    assert alone[0].probability == pytest.approx(1)
+
+
+def test_binary_scores_become_shares_of_their_odds() -> None:
+    chooser = adapter(TAGS, loss="binary", weights={"llm_greedy": 2.0})
+    scored, chosen = chooser.choose(QUERY, [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)], [])
+    odds = [1 / (1 + np.exp(-(c.score or 0.0))) for c in scored]
+    assert chosen == 1
+    assert [c.probability for c in scored] == pytest.approx([odd / sum(odds) for odd in odds])
+
+
+def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
+    chooser = adapter(TITLES)
+    assert isinstance(chooser.scorer.bank, LinearBank)
+    chooser.scorer.enrol(["u"])
+    candidates = texts("loud war film", "rain song", "quiet night")
+    strangers, first = chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])
+    assert first == 0
+    assert {c.score for c in strangers} == {0.0}
+    features = []
+    for c in candidates:  # a head that points at the second candidate's features
+        one, _ = chooser.choose(QUERY, [c], [])
+        features.append(one[0].score)
+    from hydra_llm.model.cases import make_groups
+
+    rows = chooser.evidence.adapter(QUERY, candidates, chooser.evidence.remember([]))
+    cases = make_groups(chooser.evidence.store, chooser.scorer.combiner, [QUERY.input], [[c.text for c in candidates]], [rows.tolist()])
+    phi = chooser.scorer.combiner(cases)[0].detach()
+    chooser.scorer.bank.weight[0] = 10 * (phi[1] - (phi[0] + phi[2]) / 2)
+    assert chooser.choose(QUERY, candidates, [])[1] == 1
+    assert chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])[1] == 0
+
+
+def test_nothing_readable_leaves_the_first() -> None:
+    candidates = [Candidate("?", None, 2), Candidate("!", None, 1)]
+    assert adapter(TAGS).choose(QUERY, candidates, []) == (candidates, 0)
+    assert FirstCandidate().choose(QUERY, candidates, []) == (candidates, 0)
+
+
+def test_the_users_history_moves_the_evidence() -> None:
+    chooser = adapter(TAGS, by_label=True, weights={"share_all": 1.0})
+    past = [Record("u", str(i), "rain night", "odd", position=i) for i in range(5)]
+    assert chooser.choose(QUERY, texts("calm", "loud", "odd"), past)[1] == 2
+    assert chooser.choose(QUERY, texts("calm", "loud", "odd"), [])[1] == 0
+
+
+def test_every_label_is_offered_once_with_its_votes() -> None:
+    odd = Candidate("It is odd", "odd", 3, greedy=True)
+    offered = all_labels(TAGS, [odd])
+    assert [c.answer for c in offered] == ["calm", "loud", "odd"]
+    assert offered[2] == odd
+    assert [c.votes for c in offered] == [0, 0, 3]
+    assert [candidate_text(TAGS, c) for c in offered] == ["calm", "loud", "odd"]  # not the LLM's wording
+    assert candidate_text(TITLES, Candidate("A text", "a text")) == "A text"
+
+
+def test_a_random_candidate_is_as_likely_as_its_votes_and_the_same_again() -> None:
+    candidates = [Candidate("a", "a", votes=3), Candidate("b", "b", votes=1), Candidate("c", "c", votes=0)]
+    picks = [RandomCandidate(7).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
+    assert picks == [RandomCandidate(7).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
+    assert picks.count(2) == 0
+    assert 0.70 < picks.count(0) / 800 < 0.80
+    assert picks != [RandomCandidate(8).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
+    assert RandomCandidate().choose(QUERY, [Candidate("a", "a"), Candidate("b", "b")], [])[1] == 0
