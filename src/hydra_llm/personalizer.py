@@ -185,7 +185,8 @@ def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) ->
     notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
     if task.labels and settings.candidates == "labels":
         labels = all_labels(task, [candidate for candidate in found.values() if candidate.answer is not None])
-        return tuple(sorted(labels, key=lambda candidate: (not candidate.greedy, -candidate.votes))), notes
+        unreadable = [candidate for candidate in found.values() if candidate.answer is None]  # else a baseline would answer the first label
+        return tuple(sorted([*labels, *unreadable], key=lambda candidate: (not candidate.greedy, -candidate.votes))), notes
     return tuple(found.values()), notes
 
 
