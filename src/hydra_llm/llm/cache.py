@@ -133,7 +133,7 @@ class CachedLLM:
             async with lock:
                 yield
         finally:
-            if not lock.statistics().tasks_waiting:
+            if not lock.locked():  # else it has passed on to one that waited
                 self._turns.pop(key, None)
 
     def _read(self, key: str, count: int) -> dict[int, Row]:
