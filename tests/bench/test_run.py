@@ -1,0 +1,272 @@
+"""A run: failed samples stay visible and unscored, a killed run goes on where it was, and another run's folder is refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.bench.methods import METHODS, Parts, find_methods, typical
+from hydra_llm.bench.run import Row, as_table, run_methods, tabulate
+from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings
+from hydra_llm.errors import BudgetExceeded, LLMError, SettingsError
+from hydra_llm.evidence import Population
+from hydra_llm.llm.calls import map_calls, run_sync
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Message, Query, Record
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud"), metrics=("accuracy",))
+USERS = ("ann", "bob", "cid")
+RECORDS = {user: [Record(user, str(i), f"rain {i}", TAGS.labels[i % 2], position=i) for i in range(4)] for user in USERS}
+QUERIES = [Query(user, f"q{i}", f"war {i}", TAGS.labels[i % 2], position=9) for user in USERS for i in range(4)]
+MANIFEST = {"methods": ["zero-shot", "rag"], "seed": 0}
+
+
+def no_texts(texts: Sequence[str]) -> np.ndarray:
+    return np.zeros((len(texts), 2), dtype=np.float32)
+
+
+class Store:
+    texts = staticmethod(no_texts)
+
+
+def parts(llm: Any, **chosen: Any) -> Parts:
+    given = Settings(**{"concurrency": 1, "samples": 2, "k": 1, **chosen})
+    return Parts(Bundle(TAGS, given, {}, Store(), Population()), llm, given, RECORDS)  # type: ignore[arg-type]
+
+
+def asked_of(messages: Sequence[Message]) -> int:
+    return int(messages[-1]["content"].split()[-1])
+
+
+def right(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+    return TAGS.labels[asked_of(messages) % 2]
+
+
+def run(llm: Any, log: RunLog | None = None, names: Sequence[str] = ("zero-shot",), **chosen: Any) -> list[Sample]:
+    return run_sync(lambda: run_methods(find_methods(names), parts(llm, **chosen), QUERIES, log))
+
+
+def test_failed_samples_stay_visible_and_are_not_scored(tmp_path: Path) -> None:
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        at = asked_of(messages)
+        if at == 2:
+            raise LLMError("HTTP 500")
+        return "who knows" if at == 1 else right(messages, index, rng)
+
+    samples = run(RuleLLM(rule), RunLog(tmp_path / "run", MANIFEST))
+    assert [(s.user, s.query) for s in samples] == [(q.user, q.id) for q in QUERIES]
+    assert {s.query for s in samples if s.error} == {"q2"}
+    assert {s.error for s in samples} == {"", "HTTP 500"}
+    (row,) = tabulate(TAGS, samples)
+    assert (row.queries, row.failed, row.unparsable) == (12, 3, 3)
+    assert row.metrics["accuracy"][0] == pytest.approx(6 / 9)  # unreadable is wrong, failed is not counted
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert sum(line["error"] == "HTTP 500" and line["answer"] is None for line in lines) == 3
+    assert as_table([row])[0]["failed"] == 3
+
+
+def test_a_method_of_which_every_call_failed_has_no_figure() -> None:
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        raise LLMError("HTTP 500")
+
+    (row,) = tabulate(TAGS, run(RuleLLM(rule)))
+    assert all(np.isnan(row.metrics["accuracy"]))
+    assert row.to_json()["metrics"]["accuracy"] == [None, None, None]
+    assert as_table([row])[0]["accuracy"] == "failed"
+    json.dumps(row.to_json(), allow_nan=False)
+
+
+def test_failed_samples_are_tried_again_and_the_others_are_not(tmp_path: Path) -> None:
+    broken = True
+    calls: list[int] = []
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        calls.append(asked_of(messages))
+        if broken and asked_of(messages) == 2:
+            raise LLMError("HTTP 500")
+        return right(messages, index, rng)
+
+    run(RuleLLM(rule), RunLog(tmp_path, MANIFEST))
+    assert len(calls) == 12
+    broken, calls = False, []
+    samples = run(RuleLLM(rule), RunLog(tmp_path, MANIFEST))
+    assert calls == [2, 2, 2]
+    assert not any(sample.error for sample in samples)
+    calls = []
+    assert run(RuleLLM(rule), RunLog(tmp_path, MANIFEST)) == samples
+    assert calls == []
+
+
+def test_a_spent_budget_stops_the_run_and_keeps_what_is_done(tmp_path: Path) -> None:
+    left = 5
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise BudgetExceeded("5 calls are spent")
+        return right(messages, index, rng)
+
+    with pytest.raises(BudgetExceeded):
+        run(RuleLLM(rule), RunLog(tmp_path, MANIFEST))
+    assert len(RunLog(tmp_path, MANIFEST).samples) == 5
+    left = 7
+    assert len(run(RuleLLM(rule), RunLog(tmp_path, MANIFEST))) == 12
+
+
+KILLED = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("test_run", {this!r})
+here = importlib.util.module_from_spec(spec)
+sys.modules["test_run"] = here
+spec.loader.exec_module(here)
+here.run(here.RuleLLM(here.noting(Path({calls!r}), {fatal})), here.RunLog(Path({run!r}), here.MANIFEST), ("zero-shot", "rag"))
+"""
+
+
+def noting(calls: Path, fatal: int) -> Callable[[Sequence[Message], int, random.Random], str]:
+    """Answers right, writes each call down, and is killed at call number `fatal`."""
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        with calls.open("a") as file:
+            file.write(f"{messages[-1]['content']}\n")
+        if len(calls.read_text().splitlines()) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(messages, index, rng)
+
+    return rule
+
+
+def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
+    calls, folder = tmp_path / "calls", tmp_path / "run"
+    script = KILLED.format(this=__file__, calls=str(calls), run=str(folder), fatal=17)
+    killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with (folder / "samples.jsonl").open("a") as file:  # as a kill in the middle of a line leaves it
+        file.write('{"method": "rag", "user": "bob", "que')
+    log = RunLog(folder, MANIFEST)
+    assert len(log.samples) == 16
+    samples = run(RuleLLM(noting(calls, -1)), log, ("zero-shot", "rag"))
+    assert len(calls.read_text().splitlines()) == 25  # the one that was killed is asked again
+    assert len(samples) == 24
+    assert {s.key for s in samples} == {(m, q.user, q.id) for m in ("zero-shot", "rag") for q in QUERIES}
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len({(line["method"], line["user"], line["query"]) for line in lines}) == len(lines) == 24
+    plain = run(RuleLLM(right), None, ("zero-shot", "rag"))
+    assert [(s.key, s.answer, s.gold) for s in samples] == [(s.key, s.answer, s.gold) for s in plain]
+
+
+def test_another_runs_folder_is_refused_by_name_of_what_differs(tmp_path: Path) -> None:
+    RunLog(tmp_path, MANIFEST)
+    with pytest.raises(SettingsError, match="seed: 0 there, 1 asked") as caught:
+        RunLog(tmp_path, {**MANIFEST, "seed": 1})
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(SettingsError, match="limit: None there, 5 asked"):
+        RunLog(tmp_path, {**MANIFEST, "limit": 5})
+    RunLog(tmp_path, dict(reversed(MANIFEST.items())))
+
+
+def test_a_kill_while_the_manifest_is_written_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": 1, "meth')
+    RunLog(tmp_path, MANIFEST)
+
+
+@settings(max_examples=40, deadline=None)
+@given(answer=st.none() | st.text(max_size=8), error=st.text(max_size=8), note=st.text(max_size=8), cut=st.integers(0, 30))
+def test_samples_of_any_text_are_read_back(
+    answer: str | None, error: str, note: str, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    first = Sample("m", "u\u2028", "q\x85\n", answer or "", answer, "", 2, 3, 0.5, {"llm": 0.25}, (note,))
+    log = RunLog(folder, MANIFEST)
+    log.add(first)
+    log.add(Sample("m", "u", "failed", "", None, error or "HTTP 500"))
+    size = (folder / "samples.jsonl").stat().st_size
+    log.add(Sample("m", "u", "last", "x", "x", notes=("cut",)))
+    with (folder / "samples.jsonl").open("r+b") as file:
+        file.truncate(size + cut)
+    again = RunLog(folder, MANIFEST)
+    assert list(again.samples.values()) == [first]
+    again.add(Sample("m", "u", "last", "x", "x"))
+    assert list(RunLog(folder, MANIFEST).samples) == [first.key, ("m", "u", "last")]
+
+
+# ---- methods
+
+
+def test_a_method_without_an_adapter_that_cannot_be_read_answers_nothing() -> None:
+    for name in ("zero-shot", "rag", "hydra-reranker", "random"):
+        samples = run(RuleLLM(lambda *_: "who knows"), None, (name,))
+        assert {sample.answer for sample in samples} == {None}, name
+
+
+def test_baselines_see_what_they_say() -> None:
+    llm = RuleLLM(right)
+    run(llm, None, ("zero-shot",))
+    assert not any("rain" in message["content"] for call in llm.calls for message in call)
+    llm = RuleLLM(right)
+    run(llm, None, ("rag",), k=2)
+    assert all(sum("rain" in line for message in call for line in message["content"].splitlines()) == 2 for call in llm.calls)
+    assert len(llm.calls) == 12  # one answer, no samples
+    llm = RuleLLM(right)
+    samples = run(llm, None, ("user-majority",))
+    assert llm.calls == []
+    assert {sample.answer for sample in samples} == {"loud"}  # the latest of equals
+
+
+def test_typical_answers() -> None:
+    stars = Task("stars", "rating", "{input}", ("1", "2", "3", "4", "5"))
+    assert typical(stars, ["5", "1", "4", "2"]) == "2"
+    assert typical(stars, []) == "3"
+    assert typical(TAGS, ["calm", "loud", "calm", "loud"]) == "loud"
+    assert typical(Task("t", "generation", "{input}"), ["a", "b"]) == "b"
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(SettingsError, match="unknown method 'best'"):
+        find_methods(["rag", "best"])
+    assert [method.name for method in find_methods(["all"])] == list(METHODS)
+
+
+def test_rows_say_what_an_answer_cost() -> None:
+    samples = [
+        Sample("m", "a", "1", "calm", "calm", calls=2, tokens=30, llm_seconds=1.0, seconds={"llm": 9.0, "rerank": 0.5, "adapt": 0.25}),
+        Sample("m", "a", "2", "calm", "loud", calls=4, tokens=10, llm_seconds=2.0, seconds={"llm": 9.0}),
+        Sample("m", "a", "3", "calm", None, "HTTP 500"),
+    ]
+    (row,) = tabulate(TAGS, samples)
+    assert isinstance(row, Row)
+    assert (row.calls, row.tokens, row.llm_seconds, row.own_seconds) == (3, 20, 1.5, 0.375)
+
+
+# ---- many calls at once
+
+
+def test_calls_keep_their_order_and_failures_their_place() -> None:
+    told: list[tuple[int, int]] = []
+
+    async def half(item: int) -> int:
+        import anyio
+
+        await anyio.sleep(0.002 * (6 - item))
+        if item == 3:
+            raise LLMError("three")
+        return item * 10
+
+    found = run_sync(lambda: map_calls(half, range(6), limit=3, progress=lambda done, total: told.append((done, total))))
+    assert [str(result) for result in found] == ["0", "10", "20", "three", "40", "50"]
+    assert told == [(i, 6) for i in range(1, 7)]
