@@ -72,10 +72,16 @@ class EvidenceMaker:
         """Visible records as vectors; texts that were seen before cost a look-up."""
         inputs = self.store.texts([record.input for record in records])
         if self.task.labels:
-            labels = self._indices(records)
-            return Memory(inputs, inputs[:, :0], labels)
+            return self._labelled_memory(records, inputs)
         words = np.array([len(record.output.split()) for record in records], dtype=np.float64)
         return Memory(inputs, self.store.texts([record.output for record in records]), np.zeros(0, dtype=np.int64), words)
+
+    def _labelled_memory(self, records: Sequence[Record], inputs: NDArray[np.float32]) -> Memory:
+        """Where a task's histories hold no labels (LaMP-1's papers), they tell nothing about labels."""
+        if self.task.extra.get("free_history"):
+            labelled = [i for i, record in enumerate(records) if record.output in self.label_index]
+            records, inputs = [records[i] for i in labelled], inputs[labelled]
+        return Memory(inputs, inputs[:, :0], self._indices(records))
 
     def _indices(self, records: Sequence[Record]) -> NDArray[np.int64]:
         try:
@@ -184,6 +190,8 @@ class EvidenceMaker:
 
     def _answers_as_labels(self, vector: NDArray[np.float32], records: Sequence[Record], memory: Memory) -> list[Floats]:
         """How likely each record's own answer is the right one for this query, by the user's like records."""
+        if self.task.extra.get("free_history"):
+            return [np.zeros(len(records)), np.zeros(len(records))]
         share = self.label_shares(vector, memory)[1]
         index = self._indices(records)
         near = -np.abs(self._scale - share @ self._scale) if self._scale is not None else share - share.max()

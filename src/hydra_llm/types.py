@@ -171,6 +171,6 @@ class LabelledGroup:
     evidence: tuple[tuple[float, ...], ...]
     """[C][E] what is known of each pair beside its text; the columns are named by the scorer."""
     position: int = 0
-    """The query's place in the user's order."""
+    """The query's place in the user's order: how many records it may see."""
     voted: bool = False
     """Whether the evidence holds what the LLM's samples said."""

@@ -115,7 +115,7 @@ def test_an_earlier_record_does_change_the_group(task: Task) -> None:
 def test_training_queries_are_the_last_records_that_have_something_to_see(data: st.DataObject) -> None:
     records = data.draw(records_of_one_user(TAGS))
     count = data.draw(st.integers(1, 8))
-    found = training_queries(records, count)
+    found = training_queries(TAGS, records, count)
     assert [query.id for query in found] == [r.id for r in in_order(records)[-count:] if before(records, r)]
     assert all(query.gold is not None for query in found)
 
@@ -182,7 +182,7 @@ def test_every_record_teaches_all_labels_without_the_llm() -> None:
 
 def test_what_failed_is_told_and_left_out() -> None:
     records = [Record("u", str(i), f"rain {i}", "calm", position=i) for i in range(6)]
-    queries = training_queries(records, 2)
+    queries = training_queries(TAGS, records, 2)
     door = personalizer(TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm"), every=2), retrieved=3)
     found = run_sync(lambda: reranker_groups(door, maker(TAGS), queries))
     assert len(found.failures) == 3 == found.usage.failed
@@ -197,9 +197,6 @@ def test_what_failed_is_told_and_left_out() -> None:
         run_sync(lambda: door.apropose(queries[0]))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a group carries its record's line number: where a file is not sorted by time, tables order by lines, not time"
-)
 def test_groups_of_a_history_that_is_not_sorted_stand_in_the_order_of_time() -> None:
     from hydra_llm.learning.table import make_table
     from hydra_llm.model.combine import ByLabel

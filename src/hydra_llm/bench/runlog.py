@@ -57,7 +57,9 @@ class RunLog:
         file = self.folder / "manifest.json"
         wanted = json.loads(json.dumps(manifest))
         if not file.exists():
-            file.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary = file.with_suffix(".part")  # a kill leaves no half manifest
+            temporary.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.replace(file)
             return
         found = json.loads(file.read_text(encoding="utf-8"))
         different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]

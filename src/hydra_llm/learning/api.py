@@ -272,7 +272,7 @@ def _asked(learned: Learned) -> Sequence[str]:
 
 def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:
     bundle = learned.bundle
-    return [query for user in users for query in training_queries(bundle.records[user], bundle.settings.queries_per_user)]
+    return [query for user in users for query in training_queries(bundle.task, bundle.records[user], bundle.settings.queries_per_user)]
 
 
 async def _collect_reranker(learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress) -> Collected:

@@ -59,7 +59,7 @@ def fit_base(scorer: FactorizedScorer, table: Table, ridge: float) -> None:
     groups, size = table.groups, scorer.combiner.size
     rows = groups.evidence[groups.mask]
     scorer.evidence_mean = rows.mean(0)
-    spread = rows.std(0, unbiased=False)
+    spread = (rows - scorer.evidence_mean).square().mean(0).sqrt()
     scorer.evidence_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
     evidence = ((groups.evidence - scorer.evidence_mean) / scorer.evidence_scale)[None]
     head = head_problem(scorer.combiner, scorer.combiner(groups)[None], *_padded(groups, None), scorer.loss)

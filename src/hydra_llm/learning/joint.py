@@ -5,12 +5,14 @@ runs after it on the frozen features, except for `mlp` heads. Training is reprod
 after every epoch all that it needs is written to a checkpoint. Knows no tasks and no LLM.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,22 +78,19 @@ def train_joint(
     held = set(folds(names, 5, plan.seed)[0]) if plan.patience and len(names) >= 5 else set()
     train = torch.tensor([i for i, user in enumerate(table.users) if user not in held])
     watch = torch.tensor([i for i, user in enumerate(table.users) if user in held], dtype=torch.long)
-    state = _State(scorer, source, plan)
-    history = state.resume(checkpoint)
-    best, best_values, waited = _watch_loss(scorer, table, watch, source), state.values(), 0
-    for epoch in range(len(history), plan.epochs):
-        history.append(_epoch(scorer, table, train, state, source, plan, epoch))
+    state = _State(scorer, source, plan, _fingerprint(table, plan))
+    run = state.resume(checkpoint) or _Run(_watch_loss(scorer, table, watch, source), state.values())
+    while len(run.losses) < plan.epochs and not (plan.patience and run.waited >= plan.patience):
+        run.losses.append(_epoch(scorer, table, train, state, source, plan, len(run.losses)))
+        # without held-out users the last epoch is the best
+        run.watch(_watch_loss(scorer, table, watch, source) if held else -float(len(run.losses)), state)
         if checkpoint is not None:
-            state.write(checkpoint, history)
+            state.write(checkpoint, run)
         if done is not None:
-            done(epoch + 1, plan.epochs, history[-1])
-        found = _watch_loss(scorer, table, watch, source) if held else -float(epoch + 1)  # without a watch the last epoch is the best
-        best, best_values, waited = (found, state.values(), 0) if found < best else (best, best_values, waited + 1)
-        if plan.patience and waited >= plan.patience:
-            break
-    state.put(best_values)
+            done(len(run.losses), plan.epochs, run.losses[-1])
+    state.put(run.best_values)
     state.freeze()
-    return history
+    return run.losses
 
 
 def _epoch(
@@ -135,8 +134,8 @@ def _watch_loss(scorer: FactorizedScorer, table: Table, index: Tensor, source: T
 class _State:
     """Everything that training changes: parameters, the bank's rows, the optimizer; to and from a checkpoint."""
 
-    def __init__(self, scorer: FactorizedScorer, source: TextSource | None, plan: Plan):
-        self.scorer, self.plan = scorer, plan
+    def __init__(self, scorer: FactorizedScorer, source: TextSource | None, plan: Plan, fingerprint: str):
+        self.scorer, self.plan, self.fingerprint = scorer, plan, fingerprint
         bank = scorer.bank
         self.rows = bank.weight.requires_grad_(True) if isinstance(bank, LinearBank | LowRankBank | MLPBank) else None
         decayed: list[Tensor] = list(scorer.combiner.parameters())
@@ -182,34 +181,71 @@ class _State:
         if self.source is not None:
             self.source.encoder.eval()
 
-    # ---- checkpoint: safetensors with the epochs' losses in its header, replaced in one step
+    # ---- checkpoint: safetensors with the course of the run in its header, replaced in one step
 
-    def write(self, path: Path, history: Sequence[float]) -> None:
+    def write(self, path: Path, run: "_Run") -> None:
         tensors = {f"value.{i}": tensor.detach().contiguous() for i, tensor in enumerate(self.tensors)}
+        tensors |= {f"best.{i}": tensor.contiguous() for i, tensor in enumerate(run.best_values)}
         for i, tensor in enumerate(self.tensors):
             for name, value in self.optimizer.state.get(tensor, {}).items():
-                tensors[f"{name}.{i}"] = value.detach().clone().contiguous()
+                tensors[f"optimizer.{name}.{i}"] = value.detach().clone().contiguous()
+        course = {"losses": run.losses, "best": run.best, "waited": run.waited, "fingerprint": self.fingerprint}
         temporary = path.with_suffix(".part")
-        save_file(tensors, temporary, {"history": json.dumps(list(history))})
+        save_file(tensors, temporary, {"course": json.dumps(course)})
         temporary.replace(path)
 
-    def resume(self, path: Path | None) -> list[float]:
-        """Take up a checkpoint if there is one; returns the losses of the epochs that are done."""
-        if path is None or not path.is_file():
-            return []
-        from safetensors import safe_open
+    def resume(self, path: Path | None) -> "_Run | None":
+        """Take up a checkpoint if there is one.
 
-        tensors = load_file(path)
-        if [tensors.get(f"value.{i}", torch.zeros(0)).shape for i in range(len(self.tensors))] != [t.shape for t in self.tensors]:
+        Raises:
+            BundleError: it is damaged, or of other settings or data.
+        """
+        if path is None or not path.is_file():
+            return None
+        try:
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                course = json.loads(file.metadata()["course"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{path}: a damaged checkpoint ({error}): delete it to start anew") from None
+        shapes = [tensors[f"value.{i}"].shape if f"value.{i}" in tensors else None for i in range(len(self.tensors))]
+        if course["fingerprint"] != self.fingerprint or shapes != [tensor.shape for tensor in self.tensors]:
             raise BundleError(f"{path}: a checkpoint of other settings or data: delete it to start anew")
         self.put([tensors[f"value.{i}"] for i in range(len(self.tensors))])
         for i, tensor in enumerate(self.tensors):
-            entries = {name.rsplit(".", 1)[0]: v for name, v in tensors.items() if name.endswith(f".{i}") and not name.startswith("value")}
-            if entries:
-                self.optimizer.state[tensor] = entries
-        with safe_open(path, "pt") as file:
-            history: list[float] = json.loads(file.metadata()["history"])
-        return history
+            found = {name.split(".")[1]: v for name, v in tensors.items() if name.startswith("optimizer.") and name.endswith(f".{i}")}
+            if found:
+                self.optimizer.state[tensor] = found
+        return _Run(course["best"], [tensors[f"best.{i}"] for i in range(len(self.tensors))], course["losses"], course["waited"])
+
+
+@dataclass
+class _Run:
+    """How far training has come, and what was best so far."""
+
+    best: float
+    """Lowest loss of the held-out users."""
+    best_values: list[Tensor]
+    losses: list[float] = field(default_factory=list)
+    """Mean training loss of each epoch."""
+    waited: int = 0
+    """Epochs since the best one."""
+
+    def watch(self, found: float, state: _State) -> None:
+        if found < self.best:
+            self.best, self.best_values, self.waited = found, state.values(), 0
+        else:
+            self.waited += 1
+
+
+def _fingerprint(table: Table, plan: Plan) -> str:
+    """Names the settings and the data, so that no other run goes on from its checkpoint; the number of epochs may grow."""
+    groups = table.groups
+    hasher = hashlib.sha256(json.dumps([plan.lr, plan.batch, plan.weight_decay, plan.patience, plan.seed, list(table.users)]).encode())
+    for tensor in (groups.left, groups.right, groups.evidence, groups.mask, groups.target):
+        if tensor is not None:
+            hasher.update(tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def fit_mlp(scorer: FactorizedScorer, table: Table, names: Sequence[str], plan: Plan, *, random_start: bool) -> None:

@@ -31,9 +31,9 @@ class Collected:
     usage: Usage = Usage()
 
 
-def training_queries(records: Sequence[Record], count: int) -> list[Query]:
-    """A user's last records as queries, those that have something to see."""
-    ordered = in_order(records)
+def training_queries(task: Task, records: Sequence[Record], count: int) -> list[Query]:
+    """A user's last records as queries, those that have something to see and an answer of the task."""
+    ordered = [record for record in in_order(records) if not task.labels or record.output in task.labels]
     return [as_query(record) for record in ordered[-count:] if before(records, record)]
 
 
@@ -73,10 +73,11 @@ def _reranker_group(
     personalizer: Personalizer, evidence: EvidenceMaker, query: Query, rows: Sequence[tuple[Ranked, float]]
 ) -> LabelledGroup:
     items = [item for item, _ in rows]
-    memory = evidence.remember(before(personalizer.records[query.user], query))
+    visible = before(personalizer.records[query.user], query)
+    memory = evidence.remember(visible)
     texts = tuple(record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items)
     table = _frozen(evidence.reranker(query, items, memory).tolist())
-    return LabelledGroup(query.user, query.id, query.input, texts, tuple(gain for _, gain in rows), table, query.position, voted=True)
+    return LabelledGroup(query.user, query.id, query.input, texts, tuple(gain for _, gain in rows), table, len(visible), voted=True)
 
 
 async def adapter_groups(
@@ -123,7 +124,8 @@ def label_groups(evidence: EvidenceMaker, records: Sequence[Record]) -> list[Lab
     """A user's records, each a query over all labels whose answer the record itself gives; the first sees nothing."""
     task = evidence.task
     blank = all_labels(task, [])
-    return [_labelled(task.gain, evidence, as_query(record), blank, records, voted=False) for record in in_order(records)]
+    queries = [as_query(record) for record in in_order(records) if record.output in task.labels]
+    return [_labelled(task.gain, evidence, query, blank, records, voted=False) for query in queries]
 
 
 def _labelled(
@@ -136,9 +138,10 @@ def _labelled(
     voted: bool,
 ) -> LabelledGroup:
     gains = tuple(gain(candidate.answer, query.gold or "") for candidate in candidates)
-    table = _frozen(evidence.adapter(query, candidates, evidence.remember(before(records, query))).tolist())
+    visible = before(records, query)
+    table = _frozen(evidence.adapter(query, candidates, evidence.remember(visible)).tolist())
     texts = tuple(candidate_text(evidence.task, candidate) for candidate in candidates)
-    return LabelledGroup(query.user, query.id, query.input, texts, gains, table, query.position, voted=voted)
+    return LabelledGroup(query.user, query.id, query.input, texts, gains, table, len(visible), voted=voted)
 
 
 def _frozen(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
