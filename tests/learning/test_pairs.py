@@ -130,13 +130,13 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
         return lines[0].removeprefix("Label: ")
 
     llm = RuleLLM(repeat)
-    door = personalizer(TAGS, {"u": records}, llm, retrieved=10, record_answer=True)
+    door = personalizer(TAGS, {"u": records}, llm, retrieved=10, record_answer=True, prompt_style="block")
     found = run_sync(lambda: reranker_groups(door, maker(TAGS), [as_query(records[4])]))
     (group,) = found.groups
     assert dict(zip(group.rights, group.gains, strict=True)) == {f"rain {i} → {records[i].output}": float(i in (0, 2)) for i in range(4)}
     assert found.usage.calls == len(llm.calls) == 4
     assert group.voted
-    blind = personalizer(TAGS, {"u": records}, RuleLLM(repeat), retrieved=10, record_answer=False)
+    blind = personalizer(TAGS, {"u": records}, RuleLLM(repeat), retrieved=10, record_answer=False, prompt_style="block")
     assert set(run_sync(lambda: reranker_groups(blind, maker(TAGS), [as_query(records[4])])).groups[0].rights) == {
         f"rain {i}" for i in range(4)
     }

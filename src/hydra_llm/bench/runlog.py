@@ -56,16 +56,28 @@ class RunLog:
         """The folder is empty, or of the same run."""
         file = self.folder / "manifest.json"
         wanted = json.loads(json.dumps(manifest))
-        if not file.exists():
+        found = self._found(file)
+        if found is None:
             temporary = file.with_suffix(".part")  # a kill leaves no half manifest
             temporary.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary.replace(file)
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
         different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if different:
             told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in different)
             raise SettingsError(f"{self.folder} holds another run ({told[:300]}): take another --out")
+
+    def _found(self, file: Path) -> dict[str, Any] | None:
+        """The manifest that is there; half of one without any sample is none."""
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            if (self.folder / "samples.jsonl").exists():
+                raise SettingsError(f"{file} cannot be read ({error}): take another --out") from None
+            return None
 
     def _read(self) -> None:
         whole = self._file.read_bytes()
