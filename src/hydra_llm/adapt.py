@@ -3,7 +3,7 @@
     best            the candidate with the highest score, as published
     expected-gain   the scores are read as a distribution over what the user wants, and the pick maximises the expected gain
                     under the task's own gain: the mode for labels, the median for ratings, minimum Bayes risk for texts
-Knows no LLM. `FirstCandidate`, `RandomCandidate` and `MostVotes` are the null part and the controls.
+Knows no LLM. `FirstCandidate` is the null part, `RandomCandidate` a control.
 """
 
 import random
