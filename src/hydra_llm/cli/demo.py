@@ -11,13 +11,13 @@ from hydra_llm.cli.options import AsJson
 if TYPE_CHECKING:
     from hydra_llm.types import Answer
 
-TRAINING_USERS, NEW_USERS, QUERIES = 80, 16, 4
+TRAINING_USERS, NEW_USERS, QUERIES = 100, 12, 4
 SETTINGS: dict[str, Any] = {
     "constrain": True,
     "max_tokens": 4,
     "k": 4,
     "retrieved": 5,
-    "queries_per_user": 3,
+    "queries_per_user": 2,
     "asked_users": 12,
     "samples": 8,
 }

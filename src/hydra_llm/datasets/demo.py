@@ -19,8 +19,7 @@ from hydra_llm.tasks.task import METRICS, Task
 RATING = Task(
     name="movielens-100k",
     kind="rating",
-    prompt="What score would this person give the following film on a scale of 1 to 5? "
-    "Just answer with 1, 2, 3, 4, or 5 without further explanation. film: {input}",
+    prompt="What score from 1 to 5 would this person give this film? Answer with the number alone. film: {input}",
     labels=("1", "2", "3", "4", "5"),
     metrics=METRICS["rating"],
     like="LaMP-3",

@@ -26,7 +26,7 @@ from hydra_llm.history import in_order
 from hydra_llm.learning.fit import fit_all, fit_heads
 from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, train_joint
 from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, offers_all, reads_labels, reranker_groups, training_queries
-from hydra_llm.learning.table import Table, make_table
+from hydra_llm.learning.table import Table, gain_spread, make_table
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.llm.spec import open_llm
@@ -134,7 +134,8 @@ def _learn_scorer(
     combiner = _make_combiner(bundle, by_label)
     bank = make_bank(settings.head, combiner, rank=settings.rank)
     scorer = FactorizedScorer(combiner, bank, evidence, loss=settings.loss)
-    table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss)
+    scorer.gain_spread = torch.tensor(spread := gain_spread(groups))
+    table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss, spread=spread)
     progress(f"fit {name}", 0, 1)
     combiner.prepare(table.groups)
     plan = _plan(settings)
@@ -146,7 +147,7 @@ def _learn_scorer(
         losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
         report["epochs"], report["training_loss"] = len(losses), losses[-1] if losses else None
         if source is not None:  # features of the encoder as it is now
-            table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss)
+            table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss, spread=spread)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
     if not isinstance(bank, MLPBank):
@@ -235,7 +236,7 @@ def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Seq
     for user in learned.users:  # fitted anew: a user without groups has the shared head
         scorer.bank.clear(scorer.row(user))
     if groups:
-        table = make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss)
+        table = make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss, spread=float(scorer.gain_spread))
         _fit_table(scorer, table, learned.users, bundle.settings)
     learned.seconds[f"fit {name}"] = perf_counter() - started
 

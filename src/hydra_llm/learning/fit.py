@@ -20,10 +20,10 @@ from hydra_llm.learning.kernel import learn_kernel, remember_users
 from hydra_llm.learning.solve import Problem, head_problem, in_basis, losses, solve
 from hydra_llm.learning.table import Table, chunks_of_users, folds
 from hydra_llm.model.heads import KernelBank, LinearBank, LowRankBank
-from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.model.scorer import FactorizedScorer, Loss
 
 RIDGES = (1.0, 3.0, 10.0, 30.0, 300.0)
-PRECISIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+PRECISIONS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 EVIDENCE_RIDGE = 1.0
 CALIBRATION_RIDGE = 1.0
 
@@ -46,8 +46,10 @@ class FitReport:
     loss_calibrated: float = float("nan")
     """With β and the votes, on the groups that have votes where there are such."""
     scale: float = 1.0
+    """β of users with a head."""
+    cold_scale: float = 1.0
+    """β of users without."""
     vote_weight: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,46 +214,63 @@ def _uniform_loss(scorer: FactorizedScorer, late: Table) -> float:
     return float(losses(torch.zeros_like(late.groups.target), late.groups.target, late.groups.mask, scorer.loss).sum())
 
 
-@torch.no_grad()
-def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[str], report: FitReport) -> tuple[Table, Tensor] | None:
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
     """A fold's later (or voted) groups with scores by a base and heads that have not seen them."""
+
+    table: Table
+    scores: Tensor
+    """[G, C] with the users' own heads."""
+    cold: Tensor
+    """[G, C] with the shared head alone."""
+
+
+@torch.no_grad()
+def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[str], report: FitReport) -> _HeldOut | None:
     train = plain.of(sorted(set(plain.names()) - set(part)))
     early, late = table.of(part).split_voted()
     if not len(train) or not len(late):
         return None
     fit_base(scorer, train, report.ridge)
     deltas = solve_deltas(scorer, early, part, report.precision) if len(early) else {}
-    return late, _late_scores(scorer, late, deltas)
+    return _HeldOut(late, _late_scores(scorer, late, deltas), _late_scores(scorer, late, {}))
 
 
 @torch.no_grad()
-def _calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], report: FitReport) -> None:
-    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight."""
+def _calibrate(scorer: FactorizedScorer, held_out: list[_HeldOut], report: FitReport) -> None:
+    """Fit β, for users with a head and for those without, and the weights of the LLM's columns, on held-out scores."""
     if not held_out:
         return
-    scores = torch.cat([s for _, s in held_out])
-    evidence, mask, target = (torch.cat([getattr(t.groups, name) for t, _ in held_out]) for name in ("evidence", "mask", "target"))
-    mixed = any(bool(t.voted.any()) for t, _ in held_out) and float(scorer.evidence_weight[_llm_columns(scorer)].abs().sum()) == 0
-    columns = _llm_columns(scorer) if mixed else []
-    x = torch.cat([scores[..., None], evidence[..., columns]], -1)[None] * mask[None, ..., None]
+    scores, cold = torch.cat([h.scores for h in held_out]), torch.cat([h.cold for h in held_out])
+    evidence, mask, target = (torch.cat([getattr(h.table.groups, name) for h in held_out]) for name in ("evidence", "mask", "target"))
+    columns = _llm_columns(scorer)
+    if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(h.table.voted.any()) for h in held_out):
+        columns = []  # the base has weighed them already, or nobody was asked
+    known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
+    v = _mix(known, scores, target, mask, scorer.loss)
+    scorer.scale = (1 + v[0]).clamp_min(0.05)
+    scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
+    scorer.vote_weight[columns] = v[1:]
+    votes = known[..., 1:] @ v[1:]
+    scorer.cold_scale = (1 + _mix((cold * mask)[..., None], cold + votes, target, mask, scorer.loss)[0]).clamp_min(0.05)
+    told = (target.sum(-1) > 0).sum().clamp_min(1)
+    report.loss_calibrated = float(losses(scorer.scale * scores + votes, target, mask, scorer.loss).sum() / told)
+    report.scale, report.cold_scale = float(scorer.scale), float(scorer.cold_scale)
+    report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[1:], strict=True)}
+
+
+def _mix(x: Tensor, offset: Tensor, target: Tensor, mask: Tensor, loss: Loss) -> Tensor:
+    """The weights [X] of the columns of x [G, C, X] that, added to the offset, fit the targets best; drawn towards 0."""
     problem = Problem(
-        lambda v: torch.einsum("ugce,ue->ugc", x, v),
-        lambda r: torch.einsum("ugce,ugc->ue", x, r),
+        lambda v: torch.einsum("gcx,ux->ugc", x, v),
+        lambda r: torch.einsum("gcx,ugc->ux", x, r),
         x.shape[-1],
-        scores[None],
+        offset[None],
         target[None],
         mask[None],
-        scorer.loss,
+        loss,
     )
-    v = solve(problem, CALIBRATION_RIDGE)
-    scorer.scale = (1 + v[0, 0]).clamp_min(0.05)
-    scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
-    scorer.vote_weight[columns] = v[0, 1:]
-    final = scores + torch.einsum("gce,e->gc", x[0], v[0])
-    told = (target.sum(-1) > 0).sum().clamp_min(1)
-    report.loss_calibrated = float(losses(final, target, mask, scorer.loss).sum() / told)
-    report.scale = float(scorer.scale)
-    report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[0, 1:], strict=True)}
+    return solve(problem, CALIBRATION_RIDGE)[0]
 
 
 def _llm_columns(scorer: FactorizedScorer) -> list[int]:

@@ -130,14 +130,25 @@ def within_group_spread(gains: Tensor, mask: Tensor) -> float:
     return float((centred[tells].square().sum() / mask[tells].sum()).sqrt().clamp_min(1e-6))
 
 
-def make_table(store: FeatureStore, combiner: Combiner, groups: Sequence[LabelledGroup], *, rule: str, loss: Loss) -> Table:
-    """Labelled groups as tensors, each user's oldest first; every distinct text is encoded once."""
+def gain_spread(groups: Sequence[LabelledGroup]) -> float:
+    """How far gains lie apart within the training groups: kept with the scorer, so that no user's targets depend on another's."""
+    width = max((len(group.gains) for group in groups), default=0)
+    gains, mask = torch.zeros(len(groups), width), torch.zeros(len(groups), width, dtype=torch.bool)
+    for row, group in enumerate(groups):
+        gains[row, : len(group.gains)], mask[row, : len(group.gains)] = torch.tensor(group.gains), True
+    return within_group_spread(gains, mask)
+
+
+def make_table(
+    store: FeatureStore, combiner: Combiner, groups: Sequence[LabelledGroup], *, rule: str, loss: Loss, spread: float | None = None
+) -> Table:
+    """Labelled groups as tensors, each user's oldest first; every distinct text is encoded once. `spread` as in `targets`."""
     groups = sorted((group for group in groups if group.rights), key=lambda group: (group.user, group.position, group.voted))
     cases = make_groups(store, combiner, [g.left for g in groups], [g.rights for g in groups], [g.evidence for g in groups])
     gains = torch.zeros(cases.mask.shape)
     gains[cases.mask] = torch.tensor([gain for group in groups for gain in group.gains])
     return Table(
-        cases.with_target(targets(gains, cases.mask, rule=rule, loss=loss)),
+        cases.with_target(targets(gains, cases.mask, rule=rule, loss=loss, spread=spread)),
         tuple(group.user for group in groups),
         torch.tensor([group.position for group in groups], dtype=torch.long),
         torch.tensor([group.voted for group in groups], dtype=torch.bool),
