@@ -63,7 +63,7 @@ def main() -> None:
     store = FeatureStore(encoder)
     training, cases, chances = rows_of(given, store)
     began = time.perf_counter()
-    scorers = {name: learn_scorer(store, settings, CLASSIFY, name, getattr(training, name), (), RULE) for name in SCORERS}
+    scorers = {name: learn_scorer(store, settings, CLASSIFY, name, getattr(training, name), (), RULE)[0] for name in SCORERS}
     learned_in = time.perf_counter() - began
     times = timed(cases[0], scorers, encoder, store, given)
     quality = judged(cases, scorers, store, chances, given.seed)
@@ -164,10 +164,14 @@ def kept(groups: Groups, store: FeatureStore) -> tuple[Tensor, Tensor]:
 # ---- time
 
 
-def timed(case: Case, scorers: dict[str, FactorizedScorer], encoder: Encoder, store: FeatureStore, given: argparse.Namespace) -> dict[str, list[float]]:
+def timed(
+    case: Case, scorers: dict[str, FactorizedScorer], encoder: Encoder, store: FeatureStore, given: argparse.Namespace
+) -> dict[str, list[float]]:
     fresh = (f"another {i}" for i in count())
     slow: dict[str, Callable[[], object]] = {
-        "the authors' way": lambda: [authors_way(groups, encoder.forward_pairs, encoder.width, given.seed) for groups in case.known.values()],
+        "the authors' way": lambda: [
+            authors_way(groups, encoder.forward_pairs, encoder.width, given.seed) for groups in case.known.values()
+        ],
         "ours, the encoder's pass included": lambda: ours(case, scorers, FeatureStore(encoder), next(fresh)),
         "the fairer rival, features kept": lambda: [fairer_rival(groups, store, given.seed) for groups in case.known.values()],
     }
@@ -178,7 +182,9 @@ def timed(case: Case, scorers: dict[str, FactorizedScorer], encoder: Encoder, st
     for name, scorer in scorers.items():
         table = make_table(store, scorer.combiner, case.known[name], rule=RULE, loss=scorer.loss)
         steps: dict[str, Callable[[], object]] = {
-            f"  {name}: look the features up": lambda n=name, s=scorer: make_table(store, s.combiner, case.known[n], rule=RULE, loss=s.loss),  # type: ignore[misc]
+            f"  {name}: look the features up": lambda n=name, s=scorer: make_table(
+                store, s.combiner, case.known[n], rule=RULE, loss=s.loss
+            ),  # type: ignore[misc]
             f"  {name}: fit the head": lambda s=scorer, t=table: fit_heads(s, t, [case.name]),  # type: ignore[misc]
         }
         times |= in_turn(steps, 10 * given.runs)
@@ -250,7 +256,10 @@ def report(
     limits = [
         Limit("both heads of a new user, features kept, ms", own, 100.0),
         Limit("the authors' way / ours, features kept", theirs / own, 50.0, at_least=True),
-        *(Limit(f"log-loss of the {name}, ours - the authors'", quality["ours"][name] - quality["the authors' way"][name], 0.0) for name in SCORERS),
+        *(
+            Limit(f"log-loss of the {name}, ours - the authors'", quality["ours"][name] - quality["the authors' way"][name], 0.0)
+            for name in SCORERS
+        ),
     ]
     sizes = {name: [len(cases[0].known[name]), len(pairs(cases[0].known[name])[2])] for name in SCORERS}
     ratios = {"features_kept": theirs / own, "with_our_one_pass": theirs / whole}
@@ -262,7 +271,14 @@ def report(
         *(f"{way:<40} {by['reranker']:9.3f} {by['adapter']:9.3f}" for way, by in quality.items()),
     ]
     given.data = str(given.data) if given.data else None
-    result: dict[str, Any] = {"timed_user": sizes, "new_users": len(cases), "learned_in_s": learned_in, "times": rows, "ratios": ratios, "log_loss": quality}
+    result: dict[str, Any] = {
+        "timed_user": sizes,
+        "new_users": len(cases),
+        "learned_in_s": learned_in,
+        "times": rows,
+        "ratios": ratios,
+        "log_loss": quality,
+    }
     finish(given, result, lines, limits)
 
 

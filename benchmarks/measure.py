@@ -73,7 +73,12 @@ def options(doc: str | None, runs: int) -> argparse.ArgumentParser:
 def finish(given: argparse.Namespace, result: Mapping[str, Any], lines: Sequence[str], limits: Sequence[Limit]) -> None:
     """Print the report and leave: with 1, and a line for each limit that is missed."""
     if given.json:
-        machine = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+        machine = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        }
         checked = [{**asdict(limit), "holds": limit.holds} for limit in limits]
         print(json.dumps({"options": vars(given), "machine": machine, **result, "limits": checked}, indent=2))
     else:

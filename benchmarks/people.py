@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,12 +18,12 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet, Split
 from hydra_llm.evidence import Population
-from hydra_llm.history import as_query, before, in_order
+from hydra_llm.history import before, in_order
 from hydra_llm.learning.api import Learned, _learn_scorer
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.tasks.task import Task
-from hydra_llm.types import LabelledGroup, Query, Record
+from hydra_llm.types import LabelledGroup, Record
 
 TOPICS = {
     "football": "striker goalkeeper penalty league coach stadium midfield derby transfer referee",
@@ -38,7 +39,9 @@ TOPICS = {
     "fashion": "runway designer dress silk couture handbag heels tailor boutique collection",
     "computers": "software laptop server hacker processor keyboard database encryption browser code",
 }
-FILLERS = "the new story about people who say that after many years this week another long report shows how they still want more of it".split()
+FILLERS = (
+    "the new story about people who say that after many years this week another long report shows how they still want more of it".split()
+)
 LABELS = tuple(TOPICS)
 CLASSIFY = Task("topics", "classification", "Which topic would this person file this under? {input}", LABELS, ("accuracy",))
 HEADLINE = Task("headlines", "generation", "Generate a headline for the following article: {input}", (), ("rouge1",))
@@ -164,19 +167,23 @@ def _histories(task: Task, persons: Sequence[Person], records: int, seed: int) -
 
 
 def learn_scorer(
-    store: FeatureStore, settings: Settings, task: Task, name: str, groups: Sequence[LabelledGroup], evidence: Sequence[str], rule: str, by_label: bool = False
-) -> FactorizedScorer:
-    """The very way in which `hydra_llm.learn` makes a scorer from labelled groups."""
+    store: FeatureStore,
+    settings: Settings,
+    task: Task,
+    name: str,
+    groups: Sequence[LabelledGroup],
+    evidence: Sequence[str],
+    rule: str,
+    by_label: bool = False,
+) -> tuple[FactorizedScorer, dict[str, Any]]:
+    """A scorer from labelled groups in the very way of `hydra_llm.learn`, and its report."""
     torch.manual_seed(settings.seed)
     bundle = Bundle(task, settings, {}, store, Population())
     learned = Learned(bundle, tuple(dict.fromkeys(group.user for group in groups)))
-    return _learn_scorer(learned, name, groups, evidence, rule, by_label, None, lambda stage, done, total: None)
+    return _learn_scorer(learned, name, groups, evidence, rule, by_label, None, lambda stage, done, total: None), bundle.report[name]
 
 
 def open_data(folder: Path) -> DataSet:
     from hydra_llm.datasets.native import load
 
     return load(folder)
-
-
-__all__ = ["CLASSIFY", "HEADLINE", "Person", "Query", "Rows", "all_records", "as_query", "learn_scorer", "made_up_data", "made_up_rows", "open_data", "people", "real_rows", "words"]

@@ -76,7 +76,9 @@ def filled(kind: str, users: int) -> FactorizedScorer:
 
 def scoring(scorer: FactorizedScorer, seed: int) -> Callable[[], object]:
     lots, users = random.Random(seed), list(scorer.users)
-    groups = Groups(torch.zeros(1, 0), torch.randn(1, CANDIDATES, H), torch.zeros(1, CANDIDATES, 0), torch.ones(1, CANDIDATES, dtype=torch.bool))
+    groups = Groups(
+        torch.zeros(1, 0), torch.randn(1, CANDIDATES, H), torch.zeros(1, CANDIDATES, 0), torch.ones(1, CANDIDATES, dtype=torch.bool)
+    )
 
     def run() -> None:
         for _ in range(CALLS):

@@ -11,7 +11,7 @@ from hydra_llm.bench.methods import Answerer, Method, Parts
 from hydra_llm.bench.metrics import Failed, score
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import LLMError
+from hydra_llm.errors import BudgetExceeded, LLMError
 from hydra_llm.llm.calls import map_calls
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Answer, Query
@@ -53,32 +53,34 @@ def chosen_queries(dataset: DataSet, users: Sequence[str], limit: int | None) ->
 async def run_methods(
     methods: Sequence[Method], parts: Parts, queries: Sequence[Query], log: RunLog | None = None, progress: StageProgress | None = None
 ) -> list[Sample]:
-    """Answer every query by every method; a sample that is in the log is taken from there. A failed call stays as a failed sample."""
-    samples: list[Sample] = []
-    for method in methods:
-        answerer = method.build(parts)
-        done = {} if log is None else log.samples
-        todo = [query for query in queries if (method.name, query.user, query.id) not in done]
-        told = None if progress is None else partial(progress, method.name)
-        one = partial(_sample, method.name, answerer, log)
-        found = await map_calls(one, todo, limit=parts.settings.concurrency, progress=told)
-        made = {s.key: s for s in found if isinstance(s, Sample)}
-        samples += [made.get((method.name, q.user, q.id)) or done[method.name, q.user, q.id] for q in queries]
-    return samples
+    """Answer every query by every method; a sample that is in the log is taken from there. A failed call stays as a failed sample.
+
+    All methods answer a query before the next query's turn: an embedded engine still holds the prompts that they share.
+    """
+    answerers = {method.name: method.build(parts) for method in methods}
+    done = {} if log is None else dict(log.samples)
+    todo = [(name, query) for query in queries for name in answerers if (name, query.user, query.id) not in done]
+
+    async def one(case: tuple[str, Query]) -> Sample:
+        sample = await _sample(case[0], answerers[case[0]], case[1])
+        if log is not None:
+            log.add(sample)
+        return sample
+
+    told = None if progress is None else partial(progress, "answer")
+    for found in await map_calls(one, todo, limit=parts.settings.concurrency, progress=told):
+        assert isinstance(found, Sample)  # what fails is a failed sample
+        done[found.key] = found
+    return [done[name, query.user, query.id] for name in answerers for query in queries]
 
 
-async def _sample(method: str, answerer: Answerer, log: RunLog | None, query: Query) -> Sample:
-    from hydra_llm.errors import BudgetExceeded
-
+async def _sample(method: str, answerer: Answerer, query: Query) -> Sample:
     try:
-        sample = _of_answer(method, query, await answerer.aanswer(query))
+        return _of_answer(method, query, await answerer.aanswer(query))
     except BudgetExceeded:
         raise
     except LLMError as error:
-        sample = Sample(method, query.user, query.id, query.gold or "", None, str(error))
-    if log is not None:
-        log.add(sample)
-    return sample
+        return Sample(method, query.user, query.id, query.gold or "", None, str(error))
 
 
 def _of_answer(method: str, query: Query, answer: Answer) -> Sample:

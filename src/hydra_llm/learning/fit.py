@@ -46,9 +46,6 @@ class FitReport:
     loss_calibrated: float = float("nan")
     """With β and the votes, on the groups that have votes where there are such."""
     scale: float = 1.0
-    """β of users with a head."""
-    cold_scale: float = 1.0
-    """β of users without."""
     vote_weight: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -214,37 +211,27 @@ def _uniform_loss(scorer: FactorizedScorer, late: Table) -> float:
     return float(losses(torch.zeros_like(late.groups.target), late.groups.target, late.groups.mask, scorer.loss).sum())
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldOut:
-    """A fold's later (or voted) groups with scores by a base and heads that have not seen them."""
-
-    table: Table
-    scores: Tensor
-    """[G, C] with the users' own heads."""
-    cold: Tensor
-    """[G, C] with the shared head alone."""
-
-
 @torch.no_grad()
-def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[str], report: FitReport) -> _HeldOut | None:
+def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[str], report: FitReport) -> tuple[Table, Tensor] | None:
+    """A fold's later (or voted) groups with scores by a base and heads that have not seen them."""
     train = plain.of(sorted(set(plain.names()) - set(part)))
     early, late = table.of(part).split_voted()
     if not len(train) or not len(late):
         return None
     fit_base(scorer, train, report.ridge)
     deltas = solve_deltas(scorer, early, part, report.precision) if len(early) else {}
-    return _HeldOut(late, _late_scores(scorer, late, deltas), _late_scores(scorer, late, {}))
+    return late, _late_scores(scorer, late, deltas)
 
 
 @torch.no_grad()
-def _calibrate(scorer: FactorizedScorer, held_out: list[_HeldOut], report: FitReport) -> None:
-    """Fit β, for users with a head and for those without, and the weights of the LLM's columns, on held-out scores."""
+def _calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], report: FitReport) -> None:
+    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight."""
     if not held_out:
         return
-    scores, cold = torch.cat([h.scores for h in held_out]), torch.cat([h.cold for h in held_out])
-    evidence, mask, target = (torch.cat([getattr(h.table.groups, name) for h in held_out]) for name in ("evidence", "mask", "target"))
+    scores = torch.cat([s for _, s in held_out])
+    evidence, mask, target = (torch.cat([getattr(t.groups, name) for t, _ in held_out]) for name in ("evidence", "mask", "target"))
     columns = _llm_columns(scorer)
-    if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(h.table.voted.any()) for h in held_out):
+    if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(t.voted.any()) for t, _ in held_out):
         columns = []  # the base has weighed them already, or nobody was asked
     known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
     v = _mix(known, scores, target, mask, scorer.loss)
@@ -252,10 +239,9 @@ def _calibrate(scorer: FactorizedScorer, held_out: list[_HeldOut], report: FitRe
     scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
     scorer.vote_weight[columns] = v[1:]
     votes = known[..., 1:] @ v[1:]
-    scorer.cold_scale = (1 + _mix((cold * mask)[..., None], cold + votes, target, mask, scorer.loss)[0]).clamp_min(0.05)
     told = (target.sum(-1) > 0).sum().clamp_min(1)
     report.loss_calibrated = float(losses(scorer.scale * scores + votes, target, mask, scorer.loss).sum() / told)
-    report.scale, report.cold_scale = float(scorer.scale), float(scorer.cold_scale)
+    report.scale = float(scorer.scale)
     report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[1:], strict=True)}
 
 

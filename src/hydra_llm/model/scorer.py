@@ -29,7 +29,6 @@ class FactorizedScorer(nn.Module):
     evidence_mean: Tensor
     evidence_scale: Tensor
     scale: Tensor
-    cold_scale: Tensor
     gain_spread: Tensor
     vote_weight: Tensor
     prior_precision: Tensor
@@ -43,7 +42,6 @@ class FactorizedScorer(nn.Module):
         self.register_buffer("evidence_mean", torch.zeros(len(self.evidence_names)))
         self.register_buffer("evidence_scale", torch.ones(len(self.evidence_names)))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("cold_scale", torch.ones(()))  # β of those who have no head yet
         self.register_buffer("gain_spread", torch.ones(()))  # how far gains lie apart within a training group
         self.register_buffer("vote_weight", torch.zeros(len(self.evidence_names)))
         self.register_buffer("prior_precision", torch.tensor(10.0))
@@ -85,8 +83,7 @@ class FactorizedScorer(nn.Module):
 
     def forward(self, groups: Groups, rows: Tensor) -> Tensor:
         """[G, C] calibrated scores; −inf where there is no candidate."""
-        scale = torch.where(rows >= 0, self.scale, self.cold_scale)[:, None]
-        scores = scale * self.core(groups, rows) + groups.evidence @ self.vote_weight
+        scores = self.scale * self.core(groups, rows) + groups.evidence @ self.vote_weight
         return scores.masked_fill(~groups.mask, -torch.inf)
 
     @torch.inference_mode()
