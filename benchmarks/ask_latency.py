@@ -94,15 +94,19 @@ def material(given: argparse.Namespace) -> tuple[DataSet, Iterator[str], Iterato
     """The data set, and texts and headlines that it does not hold."""
     dice = random.Random(given.seed)
     if given.data is None:
-        fresh = lambda count: iter(lambda: words(dice.sample(LABELS, 2), count, dice), "")  # noqa: E731
-        return made_up_data(HEADLINE, people(given.users, given.seed), 60, given.seed), fresh(20), fresh(10)
+        return made_up_data(HEADLINE, people(given.users, given.seed), 60, given.seed), endless(20, dice), endless(10, dice)
     data = open_data(given.data)
-    users = data.users()
-    mine = {text for user in users[: given.users] for record in all_records(data, user) for text in (record.input, record.output)}
-    others = [record for user in users[given.users :] for record in all_records(data, user)]
+    in_bundle = data.users("train")[: given.users]
+    mine = {text for user in in_bundle for record in all_records(data, user) for text in (record.input, record.output)}
+    others = [record for user in data.users() if user not in in_bundle for record in all_records(data, user)]
     dice.shuffle(others)
     inputs = dict.fromkeys(record.input for record in others if record.input not in mine)
     return data, iter(inputs), iter(dict.fromkeys(record.output for record in others if record.output not in mine))
+
+
+def endless(count: int, dice: random.Random) -> Iterator[str]:
+    while True:
+        yield words(dice.sample(LABELS, 2), count, dice)
 
 
 def learned(kind: str, data: DataSet, given: argparse.Namespace, headlines: Iterator[str], folder: Path) -> tuple[Bundle, Settings]:

@@ -1,17 +1,18 @@
 """Is it better to tune the encoder or to leave it frozen, per minute of learning?
 
-    python benchmarks/encoder_frozen_or_tuned.py [--data FOLDER] [--users 12] [--new 8] [--groups 8] [--epochs 1 2] [--seed 0] [--json]
+    python benchmarks/encoder_frozen_or_tuned.py [--data FOLDER] [--users 12] [--new 16] [--groups 8] [--epochs 1 2] [--seed 0] [--json]
 
 Four ways to learn the adapter from the same labelled groups, each as `hydra_llm.learn` does it:
     label   one block of weights per label on the frozen encoder's vector of the query (tasks with labels)
     tower   frozen encoder, each text once, a shared trained layer
     cross   frozen encoder, each pair as one text
     tuned   as cross, the encoder fine-tuned with base and heads (learning rate 5e-5), for each number of epochs
-Judged by new users' later groups, heads fitted on their earlier ones: cross-entropy per group, with the shared head and with the
-user's own. "In folds" is the loss of the shared head by which learning chose its strengths, on training users whom the shared head
-had not seen, but a tuned encoder had: where it is far below the other, that choice was misled. Minutes are those of learning, encoding included. A user's records are the queries, all labels the candidates; no
-LLM is asked. Without `--evidence` no figures of the history stand beside the texts, so that the encoder carries the load.
-Nothing here has a limit: it is the measurement behind a default.
+Judged by new users' later groups, heads fitted on their earlier ones: cross-entropy per group, with the shared head and with
+the user's own. "In folds" is the shared head's loss by which learning chose its strengths, on training users whom that head had
+not seen, but a tuned encoder had: where it is far below the other, the choice was misled. Minutes are those of learning,
+encoding included. A user's records are the queries, all labels the candidates; no LLM is asked. Without `--evidence` no figures
+of the history stand beside the texts, so that the encoder carries the load. Nothing here has a limit: it is the measurement
+behind a default.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument("--data", type=Path, help="a data set's folder (a task with labels); without it, users are made up")
     parser.add_argument("--users", type=int, default=12, help="training users")
-    parser.add_argument("--new", type=int, default=8, help="new users")
+    parser.add_argument("--new", type=int, default=16, help="new users")
     parser.add_argument("--groups", type=int, default=8, help="latest records of each user that serve as groups")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 2], help="of the tuned encoder")
     parser.add_argument("--evidence", action="store_true", help="figures of the history stand beside the texts")
@@ -59,8 +60,8 @@ def main() -> None:
     old, new, names = rows_of(data, given)
     rows = [measure(way, settings, data, old, new, names) for way, settings in ways(given).items()]
     given.data = str(given.data) if given.data else None
-    result = {"groups": {"training": len(old), "new users": len(new), "pairs of one": len(old[0].rights)}, "rows": rows}
-    finish(given, result, table_of(rows, result["groups"]), [])
+    groups = {"training": len(old), "new users": len(new), "pairs of one": len(old[0].rights)}
+    finish(given, {"groups": groups, "rows": rows}, table_of(rows, groups), [])
 
 
 def ways(given: argparse.Namespace) -> dict[str, Settings]:
@@ -124,13 +125,14 @@ def hits(scorer: FactorizedScorer, late: Table) -> float:
 
 def table_of(rows: Sequence[dict[str, Any]], groups: dict[str, int]) -> list[str]:
     head = f"{'way':<18} {'minutes':>8} {'in folds':>9} {'loss shared':>12} {'loss own':>9} {'accuracy':>9} {'nats gained a minute':>21}"
-    about = f"{groups['training']} training groups of {groups['pairs of one']}; {rows[0]['held_out_groups']} held-out groups, equal shares {rows[0]['loss_uniform']:.3f}"
+    held, uniform = rows[0]["held_out_groups"], rows[0]["loss_uniform"]
+    about = f"{groups['training']} training groups of {groups['pairs of one']}; {held} held-out groups, equal shares {uniform:.3f}"
     return [about, head, *(line_of(row) for row in rows)]
 
 
 def line_of(row: dict[str, Any]) -> str:
-    figures = f"{row['minutes']:8.2f} {row['loss_shared_in_folds']:9.3f} {row['loss_shared']:12.3f} {row['loss_user']:9.3f} {row['accuracy_user']:9.2f}"
-    return f"{row['way']:<18} {figures} {row['gained_nats_per_minute']:21.2f}"
+    found = f"{row['loss_shared_in_folds']:9.3f} {row['loss_shared']:12.3f} {row['loss_user']:9.3f} {row['accuracy_user']:9.2f}"
+    return f"{row['way']:<18} {row['minutes']:8.2f} {found} {row['gained_nats_per_minute']:21.2f}"
 
 
 if __name__ == "__main__":

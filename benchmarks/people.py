@@ -39,9 +39,8 @@ TOPICS = {
     "fashion": "runway designer dress silk couture handbag heels tailor boutique collection",
     "computers": "software laptop server hacker processor keyboard database encryption browser code",
 }
-FILLERS = (
-    "the new story about people who say that after many years this week another long report shows how they still want more of it".split()
-)
+FILLERS_TEXT = "the new story about people who say that after many years this week another long report shows how they want more"
+FILLERS = tuple(FILLERS_TEXT.split())
 LABELS = tuple(TOPICS)
 CLASSIFY = Task("topics", "classification", "Which topic would this person file this under? {input}", LABELS, ("accuracy",))
 HEADLINE = Task("headlines", "generation", "Generate a headline for the following article: {input}", (), ("rouge1",))
