@@ -24,14 +24,16 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/python tools/commands_md.py --check
+	@$(BIN)/python tools/settings_md.py --check
 	@$(BIN)/python -m pytest -q tests/test_readme.py
 
 format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-docs: $(READY) ## Write docs/commands.md anew from the commands' help
+docs: $(READY) ## Write docs/commands.md and docs/settings.md anew from the code
 	@$(BIN)/python tools/commands_md.py
+	@$(BIN)/python tools/settings_md.py
 
 bench: $(READY) ## Start-up times (more scripts, one question each, are in benchmarks/)
 	@$(BIN)/python benchmarks/startup.py

@@ -52,11 +52,13 @@ class Settings(BaseSettings):
     constrain: bool = False
     """Constrain answers of tasks with labels to those labels, where the engine can."""
     parsing: Literal["lenient", "strict"] = "lenient"
+    """How answers are read: `strict` as LaMP does, `lenient` also finds the answer within a sentence."""
     concurrency: int = Field(default=8, ge=1)
     """Calls in flight at once."""
     timeout: float = Field(default=120.0, gt=0)
     """Seconds until a call counts as failed."""
     retries: int = Field(default=3, ge=0)
+    """Of a failed call, by the endpoint's SDK, which waits as long as the endpoint asks."""
     max_calls: int | None = None
     """Budget: calls that reach the LLM. None is no limit."""
     max_llm_tokens: int | None = None
@@ -74,10 +76,13 @@ class Settings(BaseSettings):
     encoder: str = "minilm"
     """`minilm` (all-MiniLM-L6-v2 from its package), a Hugging Face name, or a folder."""
     pooling: Literal["mean", "cls"] = "mean"
+    """How the encoder's tokens become one vector."""
     max_length: int = Field(default=256, ge=8)
     """The encoder's window in tokens; longer texts are cut."""
     features: Literal["tower", "cross"] = "tower"
+    """tower: each text is encoded once; cross: each pair is encoded as one text, as in the paper."""
     head: Literal["mlp", "linear", "lowrank", "kernel"] = "linear"
+    """What a user's own part is, from 592,130 numbers (mlp) to K (lowrank)."""
     rank: int = Field(default=16, ge=1)
     """K of the `lowrank` head."""
     width: int = Field(default=128, ge=8)
@@ -101,19 +106,26 @@ class Settings(BaseSettings):
     loss: Literal["listwise", "binary"] = "listwise"
     """Candidates of a group compete (listwise), or each pair is right or wrong by itself, as in the paper (binary)."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
+    """What teaches: those above the group's mean, the gains themselves, or the gold answer added as the one positive (texts)."""
     record_answer: bool = True
     """The record's answer is part of the reranker's text."""
     lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of joint training."""
     batch: int = Field(default=64, ge=1)
+    """Pairs per step of joint training."""
     epochs: int = Field(default=30, ge=0)
+    """At most, of joint training; 0 leaves the shared layer where it starts."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of joint training."""
 
     # ---- choosing
     candidates: Literal["sampled", "labels"] = "labels"
     """Candidates are the LLM's samples, or every label with the LLM's vote share as evidence (tasks with labels)."""
     select: Literal["best", "expected-gain"] = "expected-gain"
+    """The best score, as published, or the pick with the greatest expected gain under the scores' distribution."""
 
     seed: int = 0
+    """Of sampling, folds and training."""
 
     @classmethod
     def settings_customise_sources(
