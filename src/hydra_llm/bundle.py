@@ -53,7 +53,7 @@ class Bundle:
     reranker: FactorizedScorer | None = None
     adapter: FactorizedScorer | None = None
     records: dict[str, list[Record]] = field(default_factory=dict)
-    """Of the users who have a head, oldest first."""
+    """Of the users who have a head, oldest first; empty for one without a history."""
     trained_on: tuple[str, ...] = ()
     """The users from whom the shared base was learned; a head of any other user leaves no trace in the base."""
     report: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +106,7 @@ class Bundle:
             "population": asdict(self.population),
             "scorers": {name: scorer.config() for name, scorer in scorers.items()},
             "trained_on": list(self.trained_on),
+            "without_records": [user for user, its in self.records.items() if not its],
             "report": self.report,
         }
         tensors = {f"{name}.{key}": value.contiguous() for name, scorer in scorers.items() for key, value in scorer.tensors().items()}
@@ -135,7 +136,7 @@ class Bundle:
                 population=population,
                 reranker=scorers.get("reranker"),
                 adapter=scorers.get("adapter"),
-                records=files.records,
+                records=files.records | {user: [] for user in config.get("without_records", ())},
                 trained_on=tuple(config["trained_on"]),
                 report=config["report"],
             )
