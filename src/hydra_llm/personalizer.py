@@ -15,6 +15,7 @@ import anyio
 
 from hydra_llm.adapt import Adapter, FirstCandidate, all_labels
 from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM
@@ -137,8 +138,8 @@ class Personalizer:
         if user is None or user not in self.records:
             known = ", ".join(list(self.records)[:3])
             raise UnknownUser(f"unknown user '{user}': {len(self.records)} users are known{f' ({known}, …)' if known else ''}")
-        if not text.strip():
-            raise UserFault("the text is empty: there is nothing to answer")
+        if fault := text_fault(text):
+            raise UserFault(f"the text to answer {fault}")
         return Query(user, "asked", text)
 
     @classmethod
@@ -162,10 +163,15 @@ def _merge(results: Sequence[Generation | LLMError], greedy: bool) -> tuple[list
     fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
     if fatal or len(errors) == len(results):
         raise (fatal or errors)[0]
-    texts = [text for result in results if isinstance(result, Generation) for text in result.texts]
+    texts = [_whole(text) for result in results if isinstance(result, Generation) for text in result.texts]
     usage = sum((result.usage for result in results if isinstance(result, Generation)), Usage(failed=len(errors)))
     first = results[0]
     return texts, len(first.texts) if greedy and isinstance(first, Generation) else 0, usage, [f"a call failed: {e}" for e in errors]
+
+
+def _whole(text: str) -> str:
+    """Half of a surrogate pair, as an answer cut inside an emoji leaves it, becomes U+FFFD: no file and no terminal would take it."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) -> tuple[tuple[Candidate, ...], list[str]]:
