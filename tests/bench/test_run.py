@@ -20,7 +20,7 @@ from hydra_llm.bench.run import Row, as_table, run_methods, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
-from hydra_llm.errors import BudgetExceeded, LLMError, SettingsError
+from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, SettingsError
 from hydra_llm.evidence import Population
 from hydra_llm.llm.calls import map_calls, run_sync
 from hydra_llm.llm.fake import RuleLLM
@@ -80,13 +80,26 @@ def test_failed_samples_stay_visible_and_are_not_scored(tmp_path: Path) -> None:
 
 def test_a_method_of_which_every_call_failed_has_no_figure() -> None:
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        raise LLMError("HTTP 500")
+        if len(messages) == 1:
+            raise LLMError("HTTP 500")
+        return right(messages, index, rng)
 
-    (row,) = tabulate(TAGS, run(RuleLLM(rule)))
+    row, other = tabulate(TAGS, run(RuleLLM(rule), names=("zero-shot", "rag")))
+    assert not np.isnan(other.metrics["accuracy"][0])
     assert all(np.isnan(row.metrics["accuracy"]))
     assert row.to_json()["metrics"]["accuracy"] == [None, None, None]
     assert as_table([row])[0]["accuracy"] == "failed"
     json.dumps(row.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("error", [LLMError("HTTP 500"), LLMRefused("HTTP 401")])
+def test_a_run_of_which_every_call_failed_ends_with_the_first_error_and_keeps_its_samples(tmp_path: Path, error: LLMError) -> None:
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run(RuleLLM(rule), RunLog(tmp_path, MANIFEST))
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) >= 1
 
 
 def test_failed_samples_are_tried_again_and_the_others_are_not(tmp_path: Path) -> None:

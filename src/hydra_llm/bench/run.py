@@ -56,13 +56,17 @@ async def run_methods(
     """Answer every query by every method; a sample that is in the log is taken from there. A failed call stays as a failed sample.
 
     All methods answer a query before the next query's turn: an embedded engine still holds the prompts that they share.
+
+    Raises:
+        LLMError: the budget is spent, or every call failed (the first one's error).
     """
     answerers = {method.name: method.build(parts) for method in methods}
     done = {} if log is None else dict(log.samples)
+    faults: list[LLMError] = []
     todo = [(name, query) for query in queries for name in answerers if (name, query.user, query.id) not in done]
 
     async def one(case: tuple[str, Query]) -> Sample:
-        sample = await _sample(case[0], answerers[case[0]], case[1])
+        sample = await _sample(case[0], answerers[case[0]], case[1], faults)
         if log is not None:
             log.add(sample)
         return sample
@@ -71,15 +75,18 @@ async def run_methods(
     for found in await map_calls(one, todo, limit=parts.settings.concurrency, progress=told):
         assert isinstance(found, Sample)  # what fails is a failed sample
         done[found.key] = found
+    if faults and not any(sample.calls for sample in done.values()):
+        raise faults[0]  # no call at all came through: a wrong key or a dead endpoint, which a table would hide
     return [done[name, query.user, query.id] for name in answerers for query in queries]
 
 
-async def _sample(method: str, answerer: Answerer, query: Query) -> Sample:
+async def _sample(method: str, answerer: Answerer, query: Query, faults: list[LLMError]) -> Sample:
     try:
         return _of_answer(method, query, await answerer.aanswer(query))
     except BudgetExceeded:
         raise
     except LLMError as error:
+        faults.append(error)
         return Sample(method, query.user, query.id, query.gold or "", None, str(error))
 
 

@@ -46,7 +46,11 @@ def run(
     chosen = find_methods([name.strip() for name in methods.split(",") if name.strip()])
     dataset, loaded = load(data), Bundle.load(bundle)
     settings = loaded.settings_with(**given(set_, seed=seed))
-    names = [user for user in dataset.users("test") if user in loaded.records][:users]
+    new = dataset.users("test")
+    fitted = [user for user in new if user in loaded.records]
+    if fitted and len(fitted) < len(new):
+        console.say(f"{len(new) - len(fitted)} of {len(new)} new users have no head and are left out: run `hydra-llm fit {data}` for them")
+    names = fitted[:users]
     queries = chosen_queries(dataset, names, limit)
     if not queries:
         raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {bundle}` first")
@@ -65,5 +69,7 @@ def run(
     with console.progress() as report:
         samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
     rows = tabulate(dataset.task, samples)
+    if errors := [sample.error for sample in samples if sample.error]:
+        console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")
     console.say(f"wrote {log.finish([row.to_json() for row in rows])}")
     console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
