@@ -59,6 +59,8 @@ def fit(
 
 
 def _tell(learned: "Learned", folder: Path, as_json: bool) -> None:
+    for note in learned.notes:
+        console.say(note)
     for failure in learned.failures[:5]:
         console.say(f"left out: {failure}")
     if len(learned.failures) > 5:
@@ -72,5 +74,5 @@ def _tell(learned: "Learned", folder: Path, as_json: bool) -> None:
         "seconds": {stage: round(seconds, 3) for stage, seconds in learned.seconds.items()},
     }
     if as_json:
-        summary |= {"report": learned.bundle.report, "failures": learned.failures}
+        summary |= {"report": learned.bundle.report, "failures": learned.failures, "notes": learned.notes}
     console.emit(summary, as_json)

@@ -7,7 +7,7 @@ LLM calls are what this costs: they go through the cache, so that a run that was
 and `fit` are the same from sync code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,8 @@ class Learned:
     users: tuple[str, ...]
     failures: list[str] = field(default_factory=list)
     """One line per call that failed; its pair was left out."""
+    notes: list[str] = field(default_factory=list)
+    """One line for each thing that was left out or differs from what was asked for."""
     usage: Usage = Usage()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -83,7 +85,7 @@ async def alearn(
     store = FeatureStore(encoder, settings.cache / "features.sqlite")
     population = survey(data.task, store, list(records.values()))
     bundle = Bundle(data.task, settings, dict(model.identity), store, population, records=records, trained_on=tuple(records))
-    learned = Learned(bundle, tuple(records))
+    learned = Learned(bundle, tuple(records), notes=_told(users, records, "have no records and were left out"))
     await _learn_reranker(learned, model, out, progress)
     await _learn_adapter(learned, model, out, progress)
     bundle.report |= {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached, "seconds": learned.seconds}
@@ -209,7 +211,7 @@ async def afit(
     if unknown:
         raise UnknownUser(f"unknown user '{unknown[0]}': the data set has {len(data.users())} users, see `hydra-llm data check`")
     loaded.records |= {name: in_order(data.history(name)) for name in names}
-    learned = Learned(loaded, tuple(names))
+    learned = Learned(loaded, tuple(names), notes=_told(names, loaded.records, "have no records: they get the shared head"))
     await _fit_users(learned, model, progress)
     if folder is not None:
         loaded.save(folder)
@@ -264,6 +266,12 @@ def _sequence(data: DataSet, user: str) -> list[Record]:
     known = [q for q in data.queries(user) if q.gold is not None]
     as_records = [Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position) for q in known]
     return in_order([*data.history(user), *as_records])
+
+
+def _told(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
+    without = [user for user in users if not records.get(user)]
+    named = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
+    return [f"{len(without)} of {len(users)} users {fate} ({named})"] if without else []
 
 
 def _asked(learned: Learned) -> Sequence[str]:
