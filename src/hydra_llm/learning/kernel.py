@@ -13,7 +13,9 @@ from hydra_llm.learning.table import Table
 from hydra_llm.model.heads import KernelBank
 from hydra_llm.model.scorer import FactorizedScorer
 
-STEPS, MOST_USERS = 150, 48
+STEPS = 150
+MOST_SIMILARITIES = 3_000_000
+"""Three numbers need no more data than this; it keeps learning them at seconds where every pair is a key of its own."""
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def learn_kernel(scorer: FactorizedScorer, plain: Table, parts: list[list[str]],
         train = plain.of(sorted(set(plain.names()) - set(part)))
         if len(train):
             refit(train)
-            cases += [_case(scorer, plain.of([user])) for user in part[: MOST_USERS // len(parts)]]
+            cases += _cases(scorer, plain, part, MOST_SIMILARITIES // len(parts))
     if not cases:
         return
     parameters = [bank.log_bandwidth, bank.strength, bank.log_ridge]
@@ -71,6 +73,20 @@ def learn_kernel(scorer: FactorizedScorer, plain: Table, parts: list[list[str]],
         total = torch.stack([_case_loss(scorer, bank, *case) for case in cases]).sum()
         (total + 0.1 * (bank.strength - 1).square()).backward()
         optimiser.step()
+
+
+def _cases(
+    scorer: FactorizedScorer, plain: Table, part: list[str], room: int
+) -> list[tuple[Table, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The users of a part, as many as have `room` similarities together; at least one."""
+    cases = []
+    for user in part:
+        case = _case(scorer, plain.of([user]))
+        room -= case[-1].numel()
+        if room < 0 and cases:
+            break
+        cases.append(case)
+    return cases
 
 
 def _case(scorer: FactorizedScorer, own: Table) -> tuple[Table, Tensor, Tensor, Tensor, Tensor, Tensor]:
