@@ -1,0 +1,62 @@
+"""`hydra-llm demo` with the real SmolLM2, smaller: offline (conftest refuses all but loopback), whole, and replayed by a repeat."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from hydra_llm.bench.methods import METHODS
+from hydra_llm.cli import demo
+from hydra_llm.cli.main import run
+from hydra_llm.llm.gguf import GgufLLM
+
+SMALL = {"TRAINING_USERS": 6, "NEW_USERS": 2, "QUERIES": 1}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What reached the engine."""
+    calls: list[Any] = []
+    real = GgufLLM.generate
+
+    async def generate(self: GgufLLM, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return await real(self, *arguments, **options)
+
+    monkeypatch.setattr(GgufLLM, "generate", generate)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(demo, name, value)
+    smaller = {"k": 1, "retrieved": 2, "queries_per_user": 1, "asked_users": 2, "samples": 3, "epochs": 1, "width": 16}
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **smaller})
+    return calls
+
+
+@pytest.mark.llm
+@pytest.mark.slow
+def test_it_needs_no_network_and_a_repeat_asks_nothing(asked: list[Any], refused: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> str:
+        assert run(["demo", "--users", "2", "--seed", "3", *arguments]) == 0
+        return capsys.readouterr().out
+
+    table = shown()
+    assert asked
+    assert not refused
+    asked.clear()
+    again = json.loads(shown("--json"))
+    assert not asked
+
+    assert [row["method"] for row in again["rows"]] == list(METHODS)
+    assert len(METHODS) == 8
+    for row in again["rows"]:
+        assert (row["queries"], row["failed"]) == (2, 0)
+        value, low, high = row["metrics"]["mae"]
+        assert math.isfinite(value)
+        assert 0 <= low <= value <= high <= 4
+        (line,) = (line for line in table.splitlines() if line.split()[:1] == [row["method"]])
+        assert f" {value:.3f} [{low:.3f}, {high:.3f}] " in line
+        assert line.split()[-5:-3] == [str(row["queries"]), f"{row['calls']:.4g}"]
+    example = again["example"]
+    assert {candidate["answer"] for candidate in example["candidates"]} == set("12345")
+    assert example["answer"] == example["candidates"][example["chosen"]]["answer"]
+    assert f"The pick: {example['answer']}\n" in table
