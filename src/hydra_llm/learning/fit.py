@@ -24,7 +24,9 @@ from hydra_llm.model.scorer import FactorizedScorer, Loss
 
 RIDGES = (1.0, 3.0, 10.0, 30.0, 300.0)
 PRECISIONS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
-EVIDENCE_RIDGE = 1.0
+EVIDENCE_RIDGES = (1.0, 10.0, 100.0)
+SMALL_TABLE = 2000
+"""Groups above which a handful of evidence weights need no choice of ridge."""
 CALIBRATION_RIDGE = 1.0
 
 
@@ -35,6 +37,7 @@ class FitReport:
     users: int = 0
     groups: int = 0
     ridge: float = RIDGES[1]
+    evidence_ridge: float = EVIDENCE_RIDGES[0]
     precision: float = PRECISIONS[3]
     held_out_groups: int = 0
     loss_uniform: float = float("nan")
@@ -53,7 +56,7 @@ class FitReport:
 
 
 @torch.no_grad()
-def fit_base(scorer: FactorizedScorer, table: Table, ridge: float) -> None:
+def fit_base(scorer: FactorizedScorer, table: Table, ridge: float, evidence_ridge: float = 1.0) -> None:
     """Set the shared head and the evidence weights to the minimiser of the ridge-penalised loss; nobody's δ is used."""
     groups, size = table.groups, scorer.combiner.size
     rows = groups.evidence[groups.mask]
@@ -72,7 +75,7 @@ def fit_base(scorer: FactorizedScorer, table: Table, ridge: float) -> None:
         scorer.loss,
     )
     precision = torch.full((problem.size,), ridge)
-    precision[size : head.size], precision[head.size :] = 1e-3, EVIDENCE_RIDGE
+    precision[size : head.size], precision[head.size :] = 1e-3, evidence_ridge
     v = solve(problem, precision)[0]
     bank = scorer.bank
     assert isinstance(bank, LinearBank | LowRankBank | KernelBank)
@@ -150,10 +153,10 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     held_out = [_held_out(scorer, table, plain, part, report) for part in parts]
     if held_out:
         _calibrate(scorer, [h for h in held_out if h is not None], report)
-    fit_base(scorer, plain, report.ridge)
+    fit_base(scorer, plain, report.ridge, report.evidence_ridge)
     if isinstance(scorer.bank, KernelBank):
-        learn_kernel(scorer, plain, parts, lambda train: fit_base(scorer, train, report.ridge))
-        fit_base(scorer, plain, report.ridge)
+        learn_kernel(scorer, plain, parts, lambda train: fit_base(scorer, train, report.ridge, report.evidence_ridge))
+        fit_base(scorer, plain, report.ridge, report.evidence_ridge)
     if isinstance(scorer.bank, LowRankBank):
         _learn_basis(scorer, plain, names, report.precision)
     fit_heads(scorer, plain, names)
@@ -161,29 +164,38 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
 
 
 def _choose_strengths(scorer: FactorizedScorer, plain: Table, parts: list[list[str]], report: FitReport) -> None:
-    """Grid search by the held-out loss of new users; the report keeps the winner and its figures."""
+    """First the ridges, by the loss of users whom the base has not seen; then the prior's precision, by the loss on their later
+    groups with heads from their earlier ones. The report keeps the winners and their figures.
+    """
     everyone = set(plain.names())
-    totals: dict[tuple[float, float], float] = {}
-    shared: dict[float, float] = {}
-    uniform, count = 0.0, 0
-    for part in parts:
-        train = plain.of(sorted(everyone - set(part)))
-        early, late = plain.of(part).split_late()
-        if not len(train) or not len(late):
-            continue
-        for ridge in RIDGES:
-            fit_base(scorer, train, ridge)
-            shared[ridge] = shared.get(ridge, 0.0) + _late_loss(scorer, late, {})
-            for precision in PRECISIONS:
-                deltas = solve_deltas(scorer, early, part, precision) if len(early) else {}
-                totals[ridge, precision] = totals.get((ridge, precision), 0.0) + _late_loss(scorer, late, deltas)
-        uniform += _uniform_loss(scorer, late)
-        count += int((late.groups.target.sum(-1) > 0).sum()) if late.groups.target is not None else 0
-    if totals and count:
-        report.ridge, report.precision = min(totals, key=lambda key: totals[key])
-        report.held_out_groups = count
-        report.loss_user, report.loss_shared = totals[report.ridge, report.precision] / count, shared[report.ridge] / count
-        report.loss_uniform = uniform / count
+    splits = [(plain.of(sorted(everyone - set(part))), plain.of(part)) for part in parts]
+    splits = [(train, unseen) for train, unseen in splits if len(train) and len(unseen)]
+    if not splits:
+        return
+    of_ridges = {
+        (ridge, own): sum(_unseen_loss(scorer, train, unseen, ridge, own) for train, unseen in splits)
+        for ridge in RIDGES
+        for own in (EVIDENCE_RIDGES if len(plain) <= SMALL_TABLE else EVIDENCE_RIDGES[:1])
+    }
+    report.ridge, report.evidence_ridge = min(of_ridges, key=lambda key: of_ridges[key])
+    totals = dict.fromkeys(PRECISIONS, 0.0)
+    shared, uniform, count = 0.0, 0.0, 0
+    for train, unseen in splits:
+        fit_base(scorer, train, report.ridge, report.evidence_ridge)
+        early, late = unseen.split_late()
+        for precision in PRECISIONS:
+            totals[precision] += _late_loss(scorer, late, solve_deltas(scorer, early, unseen.names(), precision) if len(early) else {})
+        shared, uniform = shared + _late_loss(scorer, late, {}), uniform + _uniform_loss(scorer, late)
+        assert late.groups.target is not None
+        count += int((late.groups.target.sum(-1) > 0).sum())
+    report.precision, report.held_out_groups = min(totals, key=lambda key: totals[key]), count
+    told = max(1, count)
+    report.loss_user, report.loss_shared, report.loss_uniform = totals[report.precision] / told, shared / told, uniform / told
+
+
+def _unseen_loss(scorer: FactorizedScorer, train: Table, unseen: Table, ridge: float, evidence_ridge: float) -> float:
+    fit_base(scorer, train, ridge, evidence_ridge)
+    return _late_loss(scorer, unseen, {})
 
 
 def _late_scores(scorer: FactorizedScorer, late: Table, deltas: dict[str, Tensor]) -> Tensor:
@@ -218,7 +230,7 @@ def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[s
     early, late = table.of(part).split_voted()
     if not len(train) or not len(late):
         return None
-    fit_base(scorer, train, report.ridge)
+    fit_base(scorer, train, report.ridge, report.evidence_ridge)
     deltas = solve_deltas(scorer, early, part, report.precision) if len(early) else {}
     return late, _late_scores(scorer, late, deltas)
 

@@ -13,6 +13,8 @@ from hydra_llm.learning.table import Table
 from hydra_llm.model.heads import KernelBank
 from hydra_llm.model.scorer import FactorizedScorer
 
+Case = tuple[Table, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""A user's groups, their x, shared scores, keys, residuals, and which pair may see which."""
 STEPS = 150
 MOST_SIMILARITIES = 3_000_000
 """Three numbers need no more data than this; it keeps learning them at seconds where every pair is a key of its own."""
@@ -58,7 +60,7 @@ def learn_kernel(scorer: FactorizedScorer, plain: Table, parts: list[list[str]],
     """Fit τ, w and λ so that users whom the base has not seen are predicted best, each group from the user's earlier groups only."""
     bank = scorer.bank
     assert isinstance(bank, KernelBank)
-    cases = []
+    cases: list[Case] = []
     for part in parts:
         train = plain.of(sorted(set(plain.names()) - set(part)))
         if len(train):
@@ -75,11 +77,9 @@ def learn_kernel(scorer: FactorizedScorer, plain: Table, parts: list[list[str]],
         optimiser.step()
 
 
-def _cases(
-    scorer: FactorizedScorer, plain: Table, part: list[str], room: int
-) -> list[tuple[Table, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _cases(scorer: FactorizedScorer, plain: Table, part: list[str], room: int) -> list[Case]:
     """The users of a part, as many as have `room` similarities together; at least one."""
-    cases = []
+    cases: list[Case] = []
     for user in part:
         case = _case(scorer, plain.of([user]))
         room -= case[-1].numel()
@@ -89,7 +89,7 @@ def _cases(
     return cases
 
 
-def _case(scorer: FactorizedScorer, own: Table) -> tuple[Table, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _case(scorer: FactorizedScorer, own: Table) -> Case:
     x, scores, residual = residuals(scorer, own)
     keys, values, place = as_memory(scorer, own, x, residual)
     here = torch.arange(len(own)).repeat_interleave(1 if x.dim() == 2 else x.shape[1])
