@@ -239,3 +239,228 @@ def test_an_answer_that_is_none_is_counted_and_the_run_goes_on(hydra: Hydra, dat
     }
     assert (rows["rag"]["unparsable"], rows["rag"]["failed"], rows["rag"]["metrics"]["mae"][0]) == (6, 0, 1.0)  # the farthest end from a 2
     assert rows["hydra"]["unparsable"] == 0
+
+
+# ---- endpoints
+
+
+Behaviour = Callable[[int], tuple[int, dict[str, str], str] | None]
+"""How many requests came before → status, headers, what is said; None cuts the connection."""
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news: only the command's own lines count."""
+
+
+class Endpoint:
+    """A real HTTP endpoint on loopback; counts what it was asked."""
+
+    def __init__(self, behaviour: Behaviour):
+        self.asked: list[str] = []
+        lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                with lock:
+                    before = len(outer.asked)
+                    outer.asked.append(body)
+                answer = behaviour(before)
+                if answer is None:
+                    self.close_connection = True
+                    return
+                status, headers, said = answer
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+                content = json.dumps({"choices": [choice]} if status == 200 else {"error": {"message": said}}).encode()
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
+        self.llm = f"openai:m@http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Behaviour], Endpoint]]:
+    started: list[Endpoint] = []
+
+    def start(behaviour: Behaviour) -> Endpoint:
+        started.append(Endpoint(behaviour))
+        return started[-1]
+
+    yield start
+    for endpoint in started:
+        endpoint.server.shutdown()
+        endpoint.server.server_close()
+
+
+Serve = Callable[[Behaviour], Endpoint]
+
+
+def slowly(seconds: float, said: str = "2") -> Behaviour:
+    def behave(before: int) -> tuple[int, dict[str, str], str]:
+        time.sleep(seconds)
+        return 200, {}, said
+
+    return behave
+
+
+QUICK = ["--set", "retries=0", "--set", "timeout=0.5"]
+BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
+    "401": (lambda _: (401, {}, "wrong key"), 2, "HTTP 401"),
+    "404": (lambda _: (404, {}, "no such model"), 2, "HTTP 404"),
+    "500": (lambda _: (500, {}, "out of order"), 1, "HTTP 500"),
+    "hang": (slowly(3), 1, "no answer within 0.5 s"),
+    "cut": (lambda _: None, 1, "no connection"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ENDPOINTS)
+def test_an_endpoint_that_never_answers_well_ends_every_command_in_one_line(
+    hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path, name: str
+) -> None:
+    behaviour, code, line = BAD_ENDPOINTS[name]
+    llm, out, log = serve(behaviour).llm, tmp_path / "bundle", tmp_path / "run"
+    for command in (
+        ["ask", "--bundle", bundle, "--llm", llm, "--user", "new", *QUICK, "rain"],
+        ["learn", data, "--llm", llm, "--out", out, *SMALL, *QUICK],
+        ["bench", "run", data, "--bundle", bundle, "--llm", llm, "--out", log, "--methods", "rag,user-majority", *QUICK],
+    ):
+        told = hydra(*command)
+        assert told.code == code, told.lines
+        assert line in told.only
+    assert not out.exists()
+    errors = [json.loads(sample)["error"] for sample in (log / "samples.jsonl").read_text().splitlines()]
+    assert len([error for error in errors if line in error]) == 6  # recorded, not lost
+
+
+def test_a_flawed_endpoint_costs_what_failed_and_a_repeat_asks_for_that_alone(
+    hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path
+) -> None:
+    flawed = True
+    endpoint = serve(lambda before: (500, {}, "out of order") if flawed and before % 3 == 1 else (200, {}, "2"))
+    run_ = [
+        "bench",
+        "run",
+        data,
+        "--llm",
+        endpoint.llm,
+        "--bundle",
+        bundle,
+        "--out",
+        tmp_path / "run",
+        "--methods",
+        "rag",
+        *QUICK,
+        "--json",
+    ]
+    told = hydra(*run_)
+    assert told.code == 0
+    assert re.match(r"2 of 6 answers failed, the first with: m at http://127.0.0.1:\d+/v1/: HTTP 500", told.lines[0])
+    assert told.json[0]["failed"] == 2
+    flawed, first = False, len(endpoint.asked)
+    assert hydra(*run_).json[0]["failed"] == 0
+    assert len(endpoint.asked) - first == 2
+    assert hydra(*run_).json[0]["failed"] == 0
+    assert len(endpoint.asked) - first == 2
+
+
+def test_too_many_requests_are_asked_again_when_the_endpoint_says(hydra: Hydra, serve: Serve, bundle: Path) -> None:
+    endpoint = serve(lambda before: (429, {"Retry-After": "0.01"}, "slow down") if before < 2 else (200, {}, "2"))
+    told = hydra("ask", "--bundle", bundle, "--llm", endpoint.llm, "--user", "new", "--json", "rain")
+    assert (told.code, told.lines, told.json["usage"]["failed"]) == (0, [], 0)
+    assert len(endpoint.asked) == 4
+
+
+# ---- the machine
+
+
+FULL = """
+import resource, signal, sys
+from hydra_llm.cli.main import run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 40_000], ids=["from the start", "in the middle"])
+def test_a_full_disk_under_the_cache_costs_the_cache_alone(serve: Serve, bundle: Path, tmp_path: Path, limit: int) -> None:
+    """A disk that is full for every file: the answer comes, the fault is told, and the cache that stands is whole."""
+    endpoint = serve(lambda _: (200, {}, "2"))
+    command = [
+        "ask",
+        "--bundle",
+        str(bundle),
+        "--llm",
+        endpoint.llm,
+        "--user",
+        "new",
+        "--set",
+        f"cache={tmp_path / 'cache'}",
+        "--set",
+        "samples=8",
+    ]
+    done = subprocess.run([sys.executable, "-c", FULL, str(limit), *command, "rain " * 900], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout.strip() in STARS["labels"]) == (0, True), done.stderr
+    assert len(re.findall(r"llm\.sqlite: cannot keep answers .* the run goes on without", done.stderr)) == 1
+    assert "Traceback" not in done.stderr
+    assert run([*command, "rain " * 900]) == 0
+    with sqlite3.connect(tmp_path / "cache" / "llm.sqlite") as file:
+        assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert file.execute("SELECT count(*) FROM answers").fetchone() == (8,)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from hydra_llm.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_second_process_on_the_same_cache_and_ctrl_c_in_the_middle(hydra: Hydra, serve: Serve, data: Path, tmp_path: Path) -> None:
+    """A real SIGINT after three answers; the same command goes on, beside another one: no answer is asked for again or kept twice."""
+    fast = threading.Event()
+
+    def behave(before: int) -> tuple[int, dict[str, str], str]:
+        if before >= 3:
+            fast.wait(60)
+        return 200, {}, "2" if before % 2 else "3"
+
+    endpoint, cache = serve(behave), tmp_path / "cache"
+    learn = ["learn", data, "--llm", endpoint.llm, *SMALL, "--set", "concurrency=1", "--set", f"cache={cache}"]
+    process = start(*learn, "--out", tmp_path / "one")
+    while len(endpoint.asked) < 4:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "hydra-llm: stopped; the same command continues\n")
+    assert not (tmp_path / "one").exists()
+    answered, pending = endpoint.asked[:3], endpoint.asked[3:]
+    assert len(pending) == 1
+
+    fast.set()
+    again = [start(*learn, "--out", tmp_path / name) for name in ("one", "two")]
+    ends = [(*each.communicate(timeout=200), each.returncode) for each in again]
+    assert [code for _, _, code in ends] == [0, 0], ends
+    assert not set(endpoint.asked[4:]) & set(answered)  # what was answered before the stop is never asked again
+    with sqlite3.connect(cache / "llm.sqlite") as file:
+        kept = file.execute("SELECT count(*), count(DISTINCT request || ':' || candidate) FROM answers").fetchone()
+    assert kept == (len(set(endpoint.asked)),) * 2
+
+    before = len(endpoint.asked)
+    told = hydra(*learn, "--out", tmp_path / "three", "--json")
+    assert (told.code, told.json["llm_calls"], len(endpoint.asked)) == (0, 0, before)
+    one, two, three = (json.loads((tmp_path / name / "config.json").read_text())["report"] for name in ("one", "two", "three"))
+    same = [{name: report.get(name) for name in ("reranker", "adapter")} for report in (one, two, three)]
+    assert same[0] == same[1] == same[2]
