@@ -211,8 +211,8 @@ def judged(
             losses = {
                 "ours": our_loss(scorer, one.later[name], one.name, store),
                 "the shared head alone": our_loss(scorer, one.later[name], "", store),
-                "the authors' way": float(cross_entropy(authors_way(one.known[name], kept_rows, x.shape[1], seed)(x), labels)),
-                "the fairer rival": float(cross_entropy(fairer_rival(one.known[name], store, seed)(x), labels)),
+                "the authors' way": float(cross_entropy(authors_way(one.known[name], kept_rows, x.shape[1], seed)(x), labels).detach()),
+                "the fairer rival": float(cross_entropy(fairer_rival(one.known[name], store, seed)(x), labels).detach()),
                 "the share of ones": share_loss(pairs(one.known[name])[2], labels),
             }
             if chances:
