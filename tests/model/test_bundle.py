@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -376,7 +377,9 @@ def test_a_reader_never_sees_a_mix_while_a_writer_replaces(tmp_path: Path) -> No
     writer.start()
     try:
         tags = set()
-        for _ in range(40):
+        reads, deadline = 0, time.monotonic() + 60
+        while (reads < 40 or len(tags) < 3) and time.monotonic() < deadline:  # on a slow disk the writer may need a while
+            reads += 1
             read = read_bundle(tmp_path)
             tags.add(read.config["tag"])
             assert read.tensors["index"].item() == read.config["tag"]
@@ -384,4 +387,4 @@ def test_a_reader_never_sees_a_mix_while_a_writer_replaces(tmp_path: Path) -> No
     finally:
         stop.set()
         writer.join()
-    assert len(tags) > 1
+    assert len(tags) > 2  # the reader met several bundles
