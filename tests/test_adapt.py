@@ -26,6 +26,8 @@ QUERY = Query("u", "q", "rain night")
 class Hashed:
     """Texts as vectors of their words, without an encoder."""
 
+    version = 0
+
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(texts), 8), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import DataError
-from hydra_llm.evidence import BANDWIDTHS, PSEUDO_COUNT, EvidenceMaker, Population, survey
+from hydra_llm.evidence import BANDWIDTHS, PSEUDO_COUNT, RECENT_MEMORIES, EvidenceMaker, Population, survey
 from hydra_llm.tasks.task import Task, overlap
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
@@ -20,6 +21,8 @@ TITLES = Task("titles", "generation", "Title of: {input}")
 
 class Hashed:
     """Texts as vectors of their words, without an encoder."""
+
+    version = 0
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(texts), 8), dtype=np.float32)
@@ -144,15 +147,18 @@ def test_evidence_is_always_finite(task: Task, texts: list[str], votes: list[int
         assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, memory)).all()
 
 
-@pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
-def test_a_memorys_beginning_is_the_memory_of_the_beginning(task: Task) -> None:
-    own = maker(task)
-    for count in range(5):
-        part, expected = own.remember(HISTORY).first(count), own.remember(HISTORY[:count])
-        assert len(part) == count
-        assert np.array_equal(part.inputs, expected.inputs)
-        assert np.array_equal(part.labels, expected.labels)
-        assert np.array_equal(part.words, expected.words)
+def test_the_last_histories_are_kept_as_vectors_until_the_features_are_others() -> None:
+    own = maker(TAGS)
+    store: Hashed = own.store  # type: ignore[assignment]
+    first = own.remember(HISTORY)
+    assert own.remember(list(HISTORY)) is first  # another list of the same records
+    assert own.remember([*HISTORY[:-1], replace(HISTORY[-1], output="odd")]) is not first
+    for _ in range(RECENT_MEMORIES):
+        own.remember(past(("rain", "odd")))
+    again = own.remember(HISTORY)
+    assert again is not first
+    store.version = 1
+    assert own.remember(HISTORY) is not again
 
 
 def test_an_unknown_label_is_named() -> None:

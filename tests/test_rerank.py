@@ -27,6 +27,8 @@ RETRIEVED = [Ranked(PAST[2], 3.0, 0), Ranked(PAST[0], 2.0, 1), Ranked(PAST[1], 1
 class Seen:
     """Texts and pairs as vectors of their words; remembers what it was asked."""
 
+    version = 0
+
     def __init__(self) -> None:
         self.asked: list[str] = []
 

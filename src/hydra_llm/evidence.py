@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 
 BANDWIDTHS = (0.05, 0.15, 0.5)
 """τ of exp(cos / τ): from "the nearest record alone" to "nearly all alike"; the weights of each are learned."""
+RECENT_MEMORIES = 16
+"""Histories as vectors that are kept at hand: the reranker and the adapter of a question see the same one."""
 PSEUDO_COUNT = 2.0
 """How many records the population's label shares count for."""
 
@@ -55,9 +57,6 @@ class Memory:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def first(self, count: int) -> "Memory":
-        return Memory(self.inputs[:count], self.answers[:count], self.labels[:count], self.words[:count])
-
 
 class EvidenceMaker:
     """Makes the evidence of both scorers for one task. Stateless but for the population's figures."""
@@ -65,11 +64,23 @@ class EvidenceMaker:
     def __init__(self, task: Task, store: FeatureStore, population: Population):
         self.task, self.store, self.population = task, store, population
         self.label_index = {label: i for i, label in enumerate(task.labels)}
+        self._recent: dict[tuple[int, ...], tuple[tuple[Record, ...], Memory]] = {}
+        self._version = store.version
 
     # ---- the user's history
 
     def remember(self, records: Sequence[Record]) -> Memory:
-        """Visible records as vectors; texts that were seen before cost a look-up."""
+        """Visible records as vectors; texts that were seen before cost a look-up, the last few histories not even that."""
+        if self._version != self.store.version:
+            self._recent, self._version = {}, self.store.version
+        key = tuple(map(id, records))
+        if key not in self._recent:
+            while len(self._recent) >= RECENT_MEMORIES:
+                self._recent.pop(next(iter(self._recent)), None)
+            self._recent[key] = (tuple(records), self._vectors(records))  # the records are kept: else another might get the same id
+        return self._recent[key][1]
+
+    def _vectors(self, records: Sequence[Record]) -> Memory:
         inputs = self.store.texts([record.input for record in records])
         if self.task.labels:
             return self._labelled_memory(records, inputs)

@@ -40,6 +40,7 @@ def no_texts(texts: Sequence[str]) -> np.ndarray:
 
 class Store:
     texts = staticmethod(no_texts)
+    version = 0
 
 
 def parts(llm: Any, **chosen: Any) -> Parts:

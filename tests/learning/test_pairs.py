@@ -31,6 +31,8 @@ WORDS = ("rain night", "old war", "love song", "night war film")
 class Hashed:
     """Texts as vectors of their words, without an encoder."""
 
+    version = 0
+
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(texts), 16), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):

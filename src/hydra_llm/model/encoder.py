@@ -56,15 +56,22 @@ class Encoder(torch.nn.Module):
         self._backend.no_padding()
         self._backend.enable_truncation(self.max_length, strategy="longest_first")
         self._digest: tuple[int, str] | None = None
+        self._tensors: list[Tensor] | None = None  # kept: walking the modules at every look-up costs more than the look-up
 
     @property
     def digest(self) -> str:
         """sha256 over weights, tokenizer, pooling and max_length: the identity under which features are kept."""
-        state = self.model.state_dict()
-        version = sum(tensor._version for tensor in state.values())  # grows with every step of an optimizer
+        if self._tensors is None:
+            self._tensors = [*self.model.parameters(), *self.model.buffers()]
+        version = sum(tensor._version for tensor in self._tensors)  # grows with every step of an optimizer and every load
         if self._digest is None or self._digest[0] != version:
-            self._digest = version, self._compute_digest(state)
+            self._digest = version, self._compute_digest(self.model.state_dict())
         return self._digest[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `.to()` and its like go through: they put other tensors in place."""
+        self._digest = self._tensors = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _compute_digest(self, state: dict[str, Tensor]) -> str:
         hasher = hashlib.sha256(json.dumps([self.pooling, self.max_length]).encode())

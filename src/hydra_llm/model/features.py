@@ -42,10 +42,16 @@ class FeatureStore:
         """Distinct texts or pairs that were there."""
         self.misses = 0
         """Distinct texts or pairs that had to be encoded."""
+        self._forgotten = 0
         self._lock = Lock()
         self._memory: dict[bytes, np.ndarray] = {}
         self._keeps = path is not None
         self._file = self._open(path) if path is not None else None
+
+    @property
+    def version(self) -> tuple[str, int]:
+        """Changes when the encoder does and when texts are forgotten: what others keep of these features is old then."""
+        return self.encoder.digest, self._forgotten
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode`: [B, H] float32, rows of length 1."""
@@ -64,6 +70,7 @@ class FeatureStore:
         """
         hashes = [(_hash(text),) for text in texts]
         with self._lock:
+            self._forgotten += 1
             self._memory.clear()
             if self._file is None:
                 return
