@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Limit, finish, options, show, summary
-from people import HEADLINE, LABELS, all_records, made_up_data, open_data, people, words
+from people import HEADLINE, LABELS, made_up_data, open_data, people, words
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
@@ -97,8 +97,8 @@ def material(given: argparse.Namespace) -> tuple[DataSet, Iterator[str], Iterato
         return made_up_data(HEADLINE, people(given.users, given.seed), 60, given.seed), endless(20, dice), endless(10, dice)
     data = open_data(given.data)
     in_bundle = data.users("train")[: given.users]
-    mine = {text for user in in_bundle for record in all_records(data, user) for text in (record.input, record.output)}
-    others = [record for user in data.users() if user not in in_bundle for record in all_records(data, user)]
+    mine = {text for user in in_bundle for record in data.answered(user) for text in (record.input, record.output)}
+    others = [record for user in data.users() if user not in in_bundle for record in data.answered(user)]
     dice.shuffle(others)
     inputs = dict.fromkeys(record.input for record in others if record.input not in mine)
     return data, iter(inputs), iter(dict.fromkeys(record.output for record in others if record.output not in mine))

@@ -2,14 +2,15 @@
 
     python benchmarks/encoder_frozen_or_tuned.py [--data FOLDER] [--users 12] [--new 16] [--groups 8] [--epochs 1 2] [--seed 0] [--json]
 
-Four ways to learn the adapter from the same labelled groups, each as `hydra_llm.learn` does it:
+Five ways to learn the adapter from the same labelled groups, each as `hydra_llm.learn` does it:
     label   one block of weights per label on the frozen encoder's vector of the query (tasks with labels)
-    tower   frozen encoder, each text once, a shared trained layer
+    tower   frozen encoder, each text once, a shared layer of principal directions: nothing is trained by gradient
+    trained as tower, the shared layer trained together with base and heads
     cross   frozen encoder, each pair as one text
     tuned   as cross, the encoder fine-tuned with base and heads (learning rate 5e-5), for each number of epochs
 Judged by new users' later groups, heads fitted on their earlier ones: cross-entropy per group, with the shared head and with
-the user's own. "In folds" is the shared head's loss by which learning chose its strengths, on training users whom that head had
-not seen, but a tuned encoder had: where it is far below the other, the choice was misled. Minutes are those of learning,
+the user's own. "In folds" is the shared head's loss by which learning chose its strengths, on training users whom neither that head
+nor a trained layer or encoder had seen: where it is far below the other, the choice was misled. Minutes are those of learning,
 encoding included. A user's records are the queries, all labels the candidates; no LLM is asked. Without `--evidence` no figures
 of the history stand beside the texts, so that the encoder carries the load. Nothing here has a limit: it is the measurement
 behind a default.
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from measure import finish, options
-from people import CLASSIFY, all_records, learn_scorer, made_up_data, open_data, people
+from people import CLASSIFY, learn_scorer, made_up_data, open_data, people
 
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
@@ -67,14 +68,20 @@ def main() -> None:
 def ways(given: argparse.Namespace) -> dict[str, Settings]:
     base = {"seed": given.seed}
     tuned = {f"tuned, {n} epochs": load_settings(**base, features="cross", tune_encoder=True, lr=TUNED_LR, epochs=n) for n in given.epochs}
-    return {"label": load_settings(**base), "tower": load_settings(**base), "cross": load_settings(**base, features="cross"), **tuned}
+    frozen = {
+        "label": load_settings(**base),
+        "tower": load_settings(**base),
+        "trained": load_settings(**base, epochs=30),
+        "cross": load_settings(**base, features="cross"),
+    }
+    return frozen | tuned
 
 
 def rows_of(data: DataSet, given: argparse.Namespace) -> tuple[list[LabelledGroup], list[LabelledGroup], tuple[str, ...]]:
     """Groups of training and of new users, and the names of the evidence."""
     store = FeatureStore(open_encoder("minilm"))
     users = {split: data.users(split)[:many] for split, many in (("train", given.users), ("test", given.new))}
-    histories = {user: all_records(data, user) for names in users.values() for user in names}
+    histories = {user: data.answered(user) for names in users.values() for user in names}
     maker = EvidenceMaker(data.task, store, survey(data.task, store, [histories[user] for user in users["train"]]))
     old, new = ([group for user in names for group in label_groups(maker, histories[user])[-given.groups :]] for names in users.values())
     if given.evidence:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
-from people import CLASSIFY, Rows, all_records, learn_scorer, made_up_rows, open_data, people, real_rows
+from people import CLASSIFY, Rows, learn_scorer, made_up_rows, open_data, people, real_rows
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -79,7 +79,7 @@ def rows_of(given: argparse.Namespace, store: FeatureStore) -> tuple[Rows, list[
         new = made_up_rows(people(given.new, given.seed, "new"), KNOWN + HELD_OUT, given.seed)
     else:
         data = open_data(given.data)
-        longest = sorted(data.users("test"), key=lambda user: -len(all_records(data, user)))[: given.new]
+        longest = sorted(data.users("test"), key=lambda user: -len(data.answered(user)))[: given.new]
         training = real_rows(data, data.users("train")[: given.users], store, TRAINING_GROUPS, given.seed)
         new = real_rows(data, longest, store, KNOWN + HELD_OUT, given.seed)
     names = list(dict.fromkeys(group.user for group in new.adapter))

@@ -18,8 +18,9 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet, Split
 from hydra_llm.evidence import Population
-from hydra_llm.history import before, in_order
-from hydra_llm.learning.api import Learned, _learn_scorer
+from hydra_llm.history import before
+from hydra_llm.learning import api
+from hydra_llm.learning.api import Learned, Lesson
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.tasks.task import Task
@@ -121,7 +122,7 @@ def real_rows(data: DataSet, users: Sequence[str], store: FeatureStore, count: i
     others = [record for user in data.users("train")[:40] for record in data.history(user)]
     vectors = store.texts([record.input for record in others]) if not data.task.labels else None
     for user in users:
-        records = all_records(data, user)
+        records = data.answered(user)
         for record in records[-count:]:
             seen = before(records, record)
             drawn = dice.sample(seen, min(CANDIDATES, len(seen)))
@@ -142,12 +143,6 @@ def real_rows(data: DataSet, users: Sequence[str], store: FeatureStore, count: i
             right = tuple(float(answer == record.output) for answer in offered)
             rows.adapter.append(LabelledGroup(user, record.id, record.input, tuple(offered), right, ((),) * len(offered), record.position))
     return rows
-
-
-def all_records(data: DataSet, user: str) -> list[Record]:
-    """History and queries of a user, oldest first."""
-    asked = [Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position) for q in data.queries(user)]
-    return in_order([*data.history(user), *asked])
 
 
 def made_up_data(task: Task, persons: Sequence[Person], records: int, seed: int, new: int = 0) -> DataSet:
@@ -179,7 +174,8 @@ def learn_scorer(
     torch.manual_seed(settings.seed)
     bundle = Bundle(task, settings, {}, store, Population())
     learned = Learned(bundle, tuple(dict.fromkeys(group.user for group in groups)))
-    return _learn_scorer(learned, name, groups, evidence, rule, by_label, None, lambda stage, done, total: None), bundle.report[name]
+    scorer = api.learn_scorer(learned, Lesson(name, groups, evidence, rule, by_label), tune=settings.tune_encoder)
+    return scorer, bundle.report[name]
 
 
 def open_data(folder: Path) -> DataSet:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from hydra_llm.evidence import EvidenceMaker
 from hydra_llm.model.cases import make_groups
@@ -54,26 +55,26 @@ class LearnedAdapter:
 
     def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
         task = self.evidence.task
-        readable = [candidate for candidate in candidates if candidate.answer is not None]
-        if not readable:
+        places = [place for place, candidate in enumerate(candidates) if candidate.answer is not None]
+        if not places:
             return list(candidates), 0
-        by_label = self.scorer.combiner.kind == "label"
-        offered = all_labels(task, readable) if by_label else readable
-        rows = self.evidence.adapter(query, offered, self.evidence.remember(visible))
-        texts = [candidate_text(task, candidate) for candidate in offered]
-        groups = make_groups(self.evidence.store, self.scorer.combiner, [query.input], [texts], [rows.tolist()])
-        scores = dict(zip([c.answer for c in offered], self.scorer.score(groups, [query.user])[0].tolist(), strict=True))
-        own = np.array([scores[candidate.answer] for candidate in readable])
-        shares = self._shares(own)
-        pick = readable[select(task, readable, own, shares, self.select)]
-        score_of = {id(c): (float(s), float(p)) for c, s, p in zip(readable, own, shares, strict=True)}
-        scored = [replace(c, score=score_of[id(c)][0], probability=score_of[id(c)][1]) if id(c) in score_of else c for c in candidates]
-        return scored, next(i for i, candidate in enumerate(candidates) if candidate is pick)
+        readable = [candidates[place] for place in places]
+        offered = all_labels(task, readable) if self.scorer.combiner.kind == "label" else readable
+        by_answer = dict(zip([candidate.answer for candidate in offered], self._scores(query, offered, visible), strict=True))
+        scores = torch.stack([by_answer[candidate.answer] for candidate in readable])
+        shares = self.scorer.shares(scores)
+        pick = select(task, readable, scores.numpy(), shares.numpy(), self.select)
+        scored = list(candidates)
+        for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
+            scored[place] = replace(candidates[place], score=score, probability=share)
+        return scored, places[pick]
 
-    def _shares(self, scores: np.ndarray) -> np.ndarray:
-        """Scores of a group as a distribution."""
-        odds = np.exp(scores - scores.max()) if self.scorer.loss == "listwise" else 1 / (1 + np.exp(-scores))
-        return np.asarray(odds / max(float(odds.sum()), 1e-12))
+    def _scores(self, query: Query, offered: Sequence[Candidate], visible: Sequence[Record]) -> torch.Tensor:
+        """[C] the user's scores of the offered candidates."""
+        rows = self.evidence.adapter(query, offered, self.evidence.remember(visible))
+        texts = [candidate_text(self.evidence.task, candidate) for candidate in offered]
+        groups = make_groups(self.evidence.store, self.scorer.combiner, [query.input], [texts], [rows.tolist()])
+        return self.scorer.score(groups, [query.user])[0]
 
 
 def select(task: Task, candidates: Sequence[Candidate], scores: np.ndarray, shares: np.ndarray, how: str) -> int:

@@ -16,8 +16,7 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.evidence import EvidenceMaker, Population
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.model.bundle import BundleFiles, read_bundle, write_bundle
-from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.model.bundle import BundleFiles, encoder_config, encoder_of, read_bundle, write_bundle
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.personalizer import Personalizer
@@ -58,6 +57,8 @@ class Bundle:
     """The users from whom the shared base was learned; a head of any other user leaves no trace in the base."""
     report: dict[str, Any] = field(default_factory=dict)
     """How learning went: strengths, held-out losses, calls, seconds."""
+    weights: str = ""
+    """SHA-256 of the weights' file that this was read from: two bundles of other scorers differ in it."""
 
     @property
     def evidence(self) -> EvidenceMaker:
@@ -96,13 +97,7 @@ class Bundle:
             "task": self.task.to_json(),
             "settings": self.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
             "llm": dict(self.llm),
-            "encoder": {
-                "name": "encoder" if tuned else encoder.name,
-                "digest": encoder.digest,
-                "pooling": encoder.pooling,
-                "max_length": encoder.max_length,
-                "width": encoder.width,
-            },
+            "encoder": encoder_config(encoder),
             "population": asdict(self.population),
             "scorers": {name: scorer.config() for name, scorer in scorers.items()},
             "trained_on": list(self.trained_on),
@@ -121,11 +116,10 @@ class Bundle:
             BundleError: not there, damaged, of a newer format, or its encoder is not what it was learned with.
         """
         files = read_bundle(Path(folder))
-        config = files.config
+        config, encoder = files.config, encoder_of(files)
         try:
             here = load_settings().model_dump(include=set(OF_THIS_MACHINE))
             settings = _settings({**config["settings"], **here})
-            encoder = files.encoder or _encoder(config["encoder"], folder)
             scorers = {name: _scorer(name, entry, files.tensors) for name, entry in config["scorers"].items()}
             population = Population(**{**config["population"], "label_shares": tuple(config["population"]["label_shares"])})
             return cls(
@@ -139,6 +133,7 @@ class Bundle:
                 records=files.records | {user: [] for user in config.get("without_records", ())},
                 trained_on=tuple(config["trained_on"]),
                 report=config["report"],
+                weights=config["files"]["weights.safetensors"]["sha256"],
             )
         except (KeyError, TypeError, RuntimeError, DataError, SettingsError) as error:
             raise BundleError(f"{folder}: config.json and the weights do not fit together ({type(error).__name__}: {error})") from None
@@ -170,13 +165,6 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"setting '{'.'.join(map(str, first['loc']))}': {first['msg']}") from None
-
-
-def _encoder(config: Mapping[str, Any], folder: Path | str) -> Encoder:
-    encoder = open_encoder(config["name"], pooling=config["pooling"], max_length=config["max_length"])
-    if encoder.digest != config["digest"]:
-        raise BundleError(f"{folder}: learned with another version of encoder '{config['name']}' (digest {config['digest'][:12]})")
-    return encoder
 
 
 def _scorer(name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> FactorizedScorer:

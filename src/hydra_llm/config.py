@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     width: int = Field(default=128, ge=8)
     """H of the shared layer that `tower` features pass through."""
     prior: Literal["shared", "random"] = "shared"
-    """A new head starts at (and is drawn towards) the shared head, or starts at random as in the authors' code."""
+    """A new `mlp` head starts at (and is drawn towards) the shared head, or starts at random as in the authors' code."""
     label_features: bool = True
     """For a closed set of labels: a block of weights per label on the query's vector, in place of pair features (`tower` only)."""
     label_rank: int = Field(default=64, ge=1)
@@ -113,8 +113,9 @@ class Settings(BaseSettings):
     """Learning rate of joint training."""
     batch: int = Field(default=64, ge=1)
     """Pairs per step of joint training."""
-    epochs: int = Field(default=30, ge=0)
-    """At most, of joint training; 0 leaves the shared layer where it starts."""
+    epochs: int | None = Field(default=None, ge=0)
+    """At most, of joint training; 0 is none. By default 30 for `mlp` heads, 2 for a tuned encoder, and none for what is convex:
+    the shared layer of `tower` stays at its principal directions (benchmarks/encoder_frozen_or_tuned.py)."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of joint training."""
 

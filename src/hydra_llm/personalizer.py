@@ -59,17 +59,14 @@ class Personalizer:
         clock.lap("rerank")
         prompt = self.prompt(query, ranked[: self.settings.k])
         clock.lap("prompt")
-        texts, greedy, usage, failures = await self._ask(prompt.messages)
+        candidates, usage, notes = await self.aask(prompt)
         clock.lap("llm")
-        candidates, unread = gather(self.task, texts, greedy, self.settings)
-        return Proposal(
-            query, tuple(retrieved), tuple(ranked), prompt.messages, candidates, usage, clock.seconds, (*prompt.notes, *failures, *unread)
-        )
+        return Proposal(query, tuple(retrieved), tuple(ranked), prompt.messages, candidates, usage, clock.seconds, (*prompt.notes, *notes))
 
     def prompt(self, query: Query, records: Sequence[Ranked]) -> Prompt:
         """What the LLM is asked when it sees these records."""
         style = self.settings.prompt_style
-        if style == "auto":  # small models repeat a list of scores, and answer after turns (measured with SmolLM2-135M)
+        if style == "auto":  # small models repeat a list of scores, and answer after turns (benchmarks/prompt_style.py)
             style = "turns" if self.task.labels else "block"
         return build(self.task, query, records, max_tokens=self.settings.max_prompt_tokens, style=style)
 
@@ -87,8 +84,12 @@ class Personalizer:
         timed = replace(proposal, seconds={**proposal.seconds, **clock.seconds})
         return Answer(pick.answer if pick.answer is not None else pick.text, timed, tuple(candidates), chosen)
 
-    async def _ask(self, messages: Sequence[Message]) -> tuple[list[str], int, Usage, list[str]]:
-        """Texts (the greedy ones first), how many are greedy, what it cost, and a line for each call that failed."""
+    async def aask(self, prompt: Prompt) -> tuple[tuple[Candidate, ...], Usage, list[str]]:
+        """The LLM's candidates for a prompt, what they cost, and a line for each call that failed or answer that was unreadable.
+
+        Raises:
+            LLMError: the LLM gave no answer at all.
+        """
         settings = self.settings
         greedy = int(settings.greedy_first or settings.samples == 1)
         wanted = [(greedy, 0.0)] if greedy else []
@@ -98,14 +99,16 @@ class Personalizer:
 
         async def call(slot: int, n: int, temperature: float) -> None:
             try:
-                results[slot] = await self._generate(messages, n, temperature)
+                results[slot] = await self._generate(prompt.messages, n, temperature)
             except LLMError as error:
                 results[slot] = error
 
         async with anyio.create_task_group() as group:
             for slot, (n, temperature) in enumerate(wanted):
                 group.start_soon(call, slot, n, temperature)
-        return _merge(results, bool(greedy))
+        texts, certain, usage, failures = _merge(results, bool(greedy))
+        candidates, unread = gather(self.task, texts, certain, settings)
+        return candidates, usage, failures + unread
 
     async def _generate(self, messages: Sequence[Message], n: int, temperature: float) -> Generation:
         settings = self.settings

@@ -12,11 +12,9 @@ from hydra_llm.bench.metrics import Failed, score
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, LLMError
-from hydra_llm.llm.calls import map_calls
+from hydra_llm.llm.calls import StageProgress, map_calls
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Answer, Query
-
-StageProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

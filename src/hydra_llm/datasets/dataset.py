@@ -86,6 +86,12 @@ class DataSet:
         self._check_user(user)
         return list(self._queries.get(user, ()))
 
+    def answered(self, user: str) -> list[Record]:
+        """The user's history and, as records, the queries whose answers are known; oldest first. For training users only."""
+        known = [query for query in self.queries(user) if query.gold is not None]
+        asked = [Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position) for q in known]
+        return in_order([*self.history(user), *asked])
+
     def stream_history(self) -> Iterator[Record]:
         """Every record, user by user, as the file orders them."""
         for user in self.splits:

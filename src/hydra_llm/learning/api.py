@@ -7,7 +7,7 @@ LLM calls are what this costs: they go through the cache, so that a run that was
 and `fit` are the same from sync code.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,21 +24,19 @@ from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
 from hydra_llm.evidence import survey
 from hydra_llm.history import in_order
 from hydra_llm.learning.fit import fit_all, fit_heads
-from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, train_joint
+from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, held_out_users, train_joint
 from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, offers_all, reads_labels, reranker_groups, training_queries
-from hydra_llm.learning.table import Table, gain_spread, make_table
+from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_table
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.calls import StageProgress, run_sync
 from hydra_llm.llm.spec import open_llm
 from hydra_llm.model.combine import ByLabel, Combiner, Cross, Tower
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.heads import MLPBank, make_bank
 from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.rerank import record_text
 from hydra_llm.types import LabelledGroup, Query, Record, Usage
-
-StageProgress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -78,7 +76,7 @@ async def alearn(
     """
     settings, data, model = _opened(dataset, llm, settings)
     users = data.users("train")[: settings.users]
-    records = {user: _sequence(data, user) for user in users if data.history(user)}
+    records = {user: data.answered(user) for user in users if data.history(user)}
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
     encoder = open_encoder(settings.encoder, pooling=settings.pooling, max_length=settings.max_length)
@@ -86,78 +84,106 @@ async def alearn(
     population = survey(data.task, store, list(records.values()))
     bundle = Bundle(data.task, settings, dict(model.identity), store, population, records=records, trained_on=tuple(records))
     learned = Learned(bundle, tuple(records), notes=_told(users, records, "have no records and were left out"))
-    await _learn_reranker(learned, model, out, progress)
-    await _learn_adapter(learned, model, out, progress)
+    tune = settings.tune_encoder
+    ranking = await _reranker_lesson(learned, model, progress)
+    if ranking is not None:
+        bundle.reranker = learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
+    picking = await _adapter_lesson(learned, model, progress)
+    if picking is not None:
+        bundle.adapter = learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
+    if tune and ranking is not None and picking is not None:  # the adapter's tuning has moved the encoder under the reranker
+        bundle.reranker = learn_scorer(learned, ranking, out=out, progress=progress)
     bundle.report |= {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached, "seconds": learned.seconds}
     if out is not None:
         bundle.save(out)
     return learned
 
 
-async def _learn_reranker(learned: Learned, llm: ChatLLM, out: Path | str | None, progress: StageProgress) -> None:
+@dataclass(frozen=True)
+class Lesson:
+    """What a scorer is to learn from."""
+
+    name: str
+    """reranker or adapter."""
+    groups: Sequence[LabelledGroup]
+    evidence: Sequence[str]
+    """Names of the evidence's columns."""
+    rule: str
+    """How gains become targets, see `table.targets`."""
+    by_label: bool = False
+    """Label features, in place of features of pairs."""
+
+
+async def _reranker_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
     bundle = learned.bundle
     if bundle.settings.retrieved == 0:
-        return
-    collected = await _collect_reranker(learned, bundle.personalizer(llm), _asked(learned), progress)
-    if not _teaches(collected):
+        return None
+    collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), _asked(learned), progress)
+    if not _teaches(collected.groups):
         bundle.report["reranker"] = {"skipped": "no retrieved record made a difference"}
-        return
-    rule = bundle.settings.label_rule.replace("gold-positive", "above-mean")
-    names = bundle.evidence.reranker_names
-    bundle.reranker = _learn_scorer(learned, "reranker", collected.groups, names, rule, False, out, progress)
+        return None
+    return Lesson("reranker", collected.groups, bundle.evidence.reranker_names, _rule(bundle, "reranker"))
 
 
-async def _learn_adapter(learned: Learned, llm: ChatLLM, out: Path | str | None, progress: StageProgress) -> None:
+async def _adapter_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
     bundle = learned.bundle
     collected = await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), _asked(learned), progress)
     groups = [*collected.groups, *_from_labels(bundle, learned.users)]
-    if not any(len(set(group.gains)) > 1 for group in groups):
+    if not _teaches(groups):
         bundle.report["adapter"] = {"skipped": "no two candidates of a query differed in gain"}
-        return
-    rule = "exact" if bundle.task.labels else bundle.settings.label_rule.replace("gold-positive", "above-mean")
-    bundle.adapter = _learn_scorer(
-        learned, "adapter", groups, bundle.evidence.adapter_names, rule, reads_labels(bundle.task, bundle.settings), out, progress
-    )
+        return None
+    by_label = reads_labels(bundle.task, bundle.settings)
+    return Lesson("adapter", groups, bundle.evidence.adapter_names, _rule(bundle, "adapter"), by_label)
 
 
-def _learn_scorer(
-    learned: Learned,
-    name: str,
-    groups: Sequence[LabelledGroup],
-    evidence: Sequence[str],
-    rule: str,
-    by_label: bool,
-    out: Path | str | None,
-    progress: StageProgress,
+def learn_scorer(
+    learned: Learned, lesson: Lesson, *, tune: bool = False, out: Path | str | None = None, progress: StageProgress = _silent
 ) -> FactorizedScorer:
-    """Build the features, train what is not convex, fit what is."""
-    bundle, settings, started = learned.bundle, learned.bundle.settings, perf_counter()
+    """Build the features, train what is not convex (with `tune`, the bundle's encoder too), fit what is."""
+    bundle, settings, name, started = learned.bundle, learned.bundle.settings, lesson.name, perf_counter()
     torch.manual_seed(settings.seed)
-    combiner = _make_combiner(bundle, by_label)
-    bank = make_bank(settings.head, combiner, rank=settings.rank)
-    scorer = FactorizedScorer(combiner, bank, evidence, loss=settings.loss)
-    scorer.gain_spread = torch.tensor(spread := gain_spread(groups))
-    table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss, spread=spread)
+    combiner = _make_combiner(bundle, lesson.by_label)
+    scorer = FactorizedScorer(combiner, make_bank(settings.head, combiner, rank=settings.rank), lesson.evidence, loss=settings.loss)
+    scorer.gain_spread = torch.tensor(gain_spread(lesson.groups))
     progress(f"fit {name}", 0, 1)
+    table = _table(bundle, scorer, lesson.groups, lesson.rule)
     combiner.prepare(table.groups)
+    report: dict[str, Any] = {"groups": len(table), "features": combiner.kind, "head": scorer.bank.kind}
     plan = _plan(settings)
-    report: dict[str, Any] = {"groups": len(table), "features": combiner.kind, "head": bank.kind}
-    if settings.epochs and (isinstance(bank, MLPBank) or settings.tune_encoder or isinstance(combiner, Tower)):
-        source = TextSource(bundle.store.encoder, _in_table_order(groups)) if settings.tune_encoder else None
-        checkpoint = None if out is None else Path(f"{out}.{name}.checkpoint")
-        done = lambda epoch, total, loss: progress(f"train {name}", epoch, total)  # noqa: E731
-        losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
-        report["epochs"], report["training_loss"] = len(losses), losses[-1] if losses else None
-        if source is not None:  # features of the encoder as it is now
-            table = make_table(bundle.store, combiner, groups, rule=rule, loss=settings.loss, spread=spread)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-    if not isinstance(bank, MLPBank):
-        report |= fit_all(scorer, table, seed=settings.seed).to_json()
+    trains = plan.epochs > 0 and (tune or isinstance(scorer.bank, MLPBank) or isinstance(combiner, Tower))
+    if trains:
+        losses = _train(bundle, scorer, table, lesson, plan, tune, out, progress)
+        report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
+        table = _table(bundle, scorer, lesson.groups, lesson.rule) if tune else table  # features of the encoder as it is now
+    if not isinstance(scorer.bank, MLPBank):
+        report |= fit_all(scorer, table, seed=settings.seed, unseen=held_out_users(table, plan) if trains else ()).to_json()
     bundle.report[name] = report
     learned.seconds[f"fit {name}"] = perf_counter() - started
     progress(f"fit {name}", 1, 1)
     return scorer.eval()
+
+
+def _train(
+    bundle: Bundle,
+    scorer: FactorizedScorer,
+    table: Table,
+    lesson: Lesson,
+    plan: Plan,
+    tune: bool,
+    out: Path | str | None,
+    progress: StageProgress,
+) -> list[float]:
+    """Joint training with a checkpoint beside the bundle that is to come."""
+    source = TextSource(bundle.store.encoder, in_table_order(lesson.groups)) if tune else None
+    checkpoint = None if out is None else Path(f"{out}.{lesson.name}.checkpoint")
+
+    def done(epoch: int, total: int, loss: float) -> None:
+        progress(f"train {lesson.name}", epoch, total)
+
+    losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return losses
 
 
 def _make_combiner(bundle: Bundle, by_label: bool) -> Combiner:
@@ -170,12 +196,10 @@ def _make_combiner(bundle: Bundle, by_label: bool) -> Combiner:
 
 
 def _plan(settings: Settings) -> Plan:
-    patience = 0 if settings.tune_encoder or settings.head == "mlp" else 5
-    return Plan(settings.epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.seed)
-
-
-def _in_table_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
-    return sorted((group for group in groups if group.rights), key=lambda group: (group.user, group.position, group.voted))
+    usual = 30 if settings.head == "mlp" else 0
+    epochs = settings.epochs if settings.epochs is not None else 2 if settings.tune_encoder else usual
+    patience = 0 if settings.head == "mlp" else 5  # nothing is chosen on held-out users for `mlp` heads
+    return Plan(epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.seed)
 
 
 # ---- fitting new users
@@ -219,28 +243,33 @@ async def afit(
 
 
 async def _fit_users(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
-    bundle, settings = learned.bundle, learned.bundle.settings
+    bundle = learned.bundle
     if bundle.reranker is not None:
         collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), learned.users, progress)
-        rule = settings.label_rule.replace("gold-positive", "above-mean")
-        _fit_into(learned, "reranker", bundle.reranker, collected.groups, rule)
+        _fit_into(learned, "reranker", bundle.reranker, collected.groups)
+        _warm(bundle, learned.users)
     if bundle.adapter is not None:
         groups = _from_labels(bundle, learned.users)
         if not groups:
             groups = (await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), learned.users, progress)).groups
-        rule = "exact" if bundle.task.labels else settings.label_rule.replace("gold-positive", "above-mean")
-        _fit_into(learned, "adapter", bundle.adapter, groups, rule)
+        _fit_into(learned, "adapter", bundle.adapter, groups)
 
 
-def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> None:
+def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Sequence[LabelledGroup]) -> None:
     bundle, started = learned.bundle, perf_counter()
     scorer.enrol(learned.users)
     for user in learned.users:  # fitted anew: a user without groups has the shared head
         scorer.bank.clear(scorer.row(user))
     if groups:
-        table = make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss, spread=float(scorer.gain_spread))
-        _fit_table(scorer, table, learned.users, bundle.settings)
+        _fit_table(scorer, _table(bundle, scorer, groups, _rule(bundle, name)), learned.users, bundle.settings)
     learned.seconds[f"fit {name}"] = perf_counter() - started
+
+
+def _warm(bundle: Bundle, users: Sequence[str]) -> None:
+    """Encode what the reranker will read of these users' records, so that their first question does not wait for it."""
+    if bundle.settings.features == "tower":
+        with_answer = bundle.settings.record_answer
+        bundle.store.texts([record_text(record, with_answer=with_answer) for user in users for record in bundle.records[user]])
 
 
 def _fit_table(scorer: FactorizedScorer, table: Table, users: Sequence[str], settings: Settings) -> None:
@@ -253,19 +282,23 @@ def _fit_table(scorer: FactorizedScorer, table: Table, users: Sequence[str], set
 # ---- what both need
 
 
+def _rule(bundle: Bundle, name: str) -> str:
+    """How gains become targets: labels are right or wrong; a gold answer among the candidates is above the mean anyway."""
+    if name == "adapter" and bundle.task.labels:
+        return "exact"
+    return bundle.settings.label_rule.replace("gold-positive", "above-mean")
+
+
+def _table(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
+    return make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss, spread=float(scorer.gain_spread))
+
+
 def _opened(dataset: DataSet | Path | str, llm: ChatLLM | str, settings: Settings | None) -> tuple[Settings, DataSet, ChatLLM]:
     chosen = settings or load_settings()
     if chosen.tune_encoder and chosen.features != "cross":
         raise SettingsError("tune_encoder needs features=cross: a tower keeps its features and cannot be tuned")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     return chosen, data, open_llm(llm, chosen) if isinstance(llm, str) else llm
-
-
-def _sequence(data: DataSet, user: str) -> list[Record]:
-    """A training user's records, the queries whose answers are known among them."""
-    known = [q for q in data.queries(user) if q.gold is not None]
-    as_records = [Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position) for q in known]
-    return in_order([*data.history(user), *as_records])
 
 
 def _told(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
@@ -312,8 +345,8 @@ def _from_labels(bundle: Bundle, users: Sequence[str]) -> list[LabelledGroup]:
     return [group for user in users for group in label_groups(bundle.evidence, bundle.records[user])]
 
 
-def _teaches(collected: Collected) -> bool:
-    return any(len(set(group.gains)) > 1 for group in collected.groups)
+def _teaches(groups: Sequence[LabelledGroup]) -> bool:
+    return any(len(set(group.gains)) > 1 for group in groups)
 
 
 def learn(

@@ -22,9 +22,9 @@ from hydra_llm.learning.table import Table, chunks_of_users, folds
 from hydra_llm.model.heads import KernelBank, LinearBank, LowRankBank
 from hydra_llm.model.scorer import FactorizedScorer, Loss
 
-RIDGES = (1.0, 3.0, 10.0, 30.0, 300.0)
+RIDGES = (1.0, 3.0, 10.0, 30.0, 300.0, 3000.0)
 PRECISIONS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
-EVIDENCE_RIDGES = (1.0, 10.0, 100.0)
+EVIDENCE_RIDGES = (1.0, 10.0, 100.0, 1000.0)
 SMALL_TABLE = 2000
 """Groups above which a handful of evidence weights need no choice of ridge."""
 CALIBRATION_RIDGE = 1.0
@@ -137,8 +137,11 @@ def _with_bias(scorer: FactorizedScorer, basis: Tensor) -> Tensor:
     return basis if scorer.loss == "listwise" else torch.cat([basis, basis.new_zeros(len(basis), 1)], 1)
 
 
-def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count: int = 3) -> FitReport:
+def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count: int = 3, unseen: Sequence[str] = ()) -> FitReport:
     """Choose the strengths, fit base and heads of every user of the table, calibrate. `combiner.prepare` must have run.
+
+    `unseen` are the users from whom a trained combiner has not learned: only they can tell what helps a new user. Without
+    them the users take turns in folds, which is fair where the combiner has seen no labels.
 
     `table` holds the training users' groups; where some are voted and some not (labels), the base and the heads learn from
     those without votes, and the voted ones only calibrate.
@@ -146,7 +149,7 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     plain = table.only_voted(False) if 0 < int(table.voted.sum()) < len(table) else table
     names = plain.names()
     report = FitReport(users=len(names), groups=len(plain))
-    parts = folds(names, min(fold_count, len(names)), seed) if len(names) > 1 else []
+    parts = [list(unseen)] if unseen else folds(names, min(fold_count, len(names)), seed) if len(names) > 1 else []
     if parts:
         _choose_strengths(scorer, plain, parts, report)
     scorer.prior_precision = torch.tensor(report.precision)

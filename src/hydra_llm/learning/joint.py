@@ -75,7 +75,7 @@ def train_joint(
     """
     names = table.names()
     scorer.enrol(names)
-    held = set(folds(names, 5, plan.seed)[0]) if plan.patience and len(names) >= 5 else set()
+    held = set(held_out_users(table, plan))
     train = torch.tensor([i for i, user in enumerate(table.users) if user not in held])
     watch = torch.tensor([i for i, user in enumerate(table.users) if user in held], dtype=torch.long)
     state = _State(scorer, source, plan, _fingerprint(table, plan))
@@ -91,6 +91,12 @@ def train_joint(
     state.put(run.best_values)
     state.freeze()
     return run.losses
+
+
+def held_out_users(table: Table, plan: Plan) -> list[str]:
+    """The fifth of the users from whom `train_joint` does not learn; nobody without patience, or where there are fewer than five."""
+    names = table.names()
+    return folds(names, 5, plan.seed)[0] if plan.patience and len(names) >= 5 else []
 
 
 def _epoch(

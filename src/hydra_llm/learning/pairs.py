@@ -46,12 +46,13 @@ async def reranker_groups(
         visible = before(personalizer.records[query.user], query)
         cases += [(query, item) for item in personalizer.retriever.retrieve(query, visible, settings.retrieved)]
 
+    greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
+    once = replace(personalizer, settings=settings.model_copy(update=greedy))
+
     async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage]:
         query, item = case
-        prompt = personalizer.prompt(query, [item])
-        one = replace(personalizer, settings=settings.model_copy(update={"samples": 1, "greedy_first": True}))
-        texts, _, usage, _ = await one._ask(prompt.messages)
-        return personalizer.task.gain(personalizer.task.parse(texts[0], settings.parsing), query.gold or ""), usage
+        (answer,), usage, _ = await once.aask(once.prompt(query, [item]))
+        return once.task.gain(answer.answer, query.gold or ""), usage
 
     results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
     out = Collected()

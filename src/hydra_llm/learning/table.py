@@ -139,11 +139,16 @@ def gain_spread(groups: Sequence[LabelledGroup]) -> float:
     return within_group_spread(gains, mask)
 
 
+def in_table_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
+    """The groups that have candidates, each user's together, oldest first."""
+    return sorted((group for group in groups if group.rights), key=lambda group: (group.user, group.position, group.voted))
+
+
 def make_table(
     store: FeatureStore, combiner: Combiner, groups: Sequence[LabelledGroup], *, rule: str, loss: Loss, spread: float | None = None
 ) -> Table:
     """Labelled groups as tensors, each user's oldest first; every distinct text is encoded once. `spread` as in `targets`."""
-    groups = sorted((group for group in groups if group.rights), key=lambda group: (group.user, group.position, group.voted))
+    groups = in_table_order(groups)
     cases = make_groups(store, combiner, [g.left for g in groups], [g.rights for g in groups], [g.evidence for g in groups])
     gains = torch.zeros(cases.mask.shape)
     gains[cases.mask] = torch.tensor([gain for group in groups for gain in group.gains])

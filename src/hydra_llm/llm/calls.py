@@ -16,6 +16,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+StageProgress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
 
 
 async def map_calls(

@@ -56,7 +56,19 @@ def _grown(table: Tensor, users: int) -> Tensor:
     return torch.cat([table, table.new_zeros(users - len(table), *table.shape[1:])]) if users > len(table) else table
 
 
-class LinearBank(HeadBank):
+class _LinearShared(HeadBank):
+    """Banks whose shared head is a vector θ₀ [V] and a bias."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.shared = nn.Parameter(torch.zeros(size))
+        self.shared_bias = nn.Parameter(torch.zeros(()))
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return [self.shared, self.shared_bias]
+
+
+class LinearBank(_LinearShared):
     """δᵤ = (wᵤ, bᵤ): V + 1 numbers a user."""
 
     kind = "linear"
@@ -64,9 +76,7 @@ class LinearBank(HeadBank):
     bias: Tensor
 
     def __init__(self, size: int, users: int = 0):
-        super().__init__()
-        self.shared = nn.Parameter(torch.zeros(size))
-        self.shared_bias = nn.Parameter(torch.zeros(()))
+        super().__init__(size)
         self.register_buffer("weight", torch.zeros(users, size))
         self.register_buffer("bias", torch.zeros(users))
 
@@ -88,11 +98,8 @@ class LinearBank(HeadBank):
     def clear(self, row: int) -> None:
         self.weight[row], self.bias[row] = 0.0, 0.0
 
-    def shared_parameters(self) -> list[nn.Parameter]:
-        return [self.shared, self.shared_bias]
 
-
-class LowRankBank(HeadBank):
+class LowRankBank(_LinearShared):
     """δᵤ = cᵤ·B with a basis B [K, V] that all users share: K numbers a user."""
 
     kind = "lowrank"
@@ -100,9 +107,7 @@ class LowRankBank(HeadBank):
     weight: Tensor
 
     def __init__(self, size: int, rank: int, users: int = 0):
-        super().__init__()
-        self.shared = nn.Parameter(torch.zeros(size))
-        self.shared_bias = nn.Parameter(torch.zeros(()))
+        super().__init__(size)
         self.register_buffer("basis", torch.zeros(rank, size))
         self.register_buffer("weight", torch.zeros(users, rank))
 
@@ -122,9 +127,6 @@ class LowRankBank(HeadBank):
 
     def clear(self, row: int) -> None:
         self.weight[row] = 0.0
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        return [self.shared, self.shared_bias]
 
 
 class MLPBank(HeadBank):
@@ -174,7 +176,7 @@ class MLPBank(HeadBank):
         return [self.shared]
 
 
-class KernelBank(HeadBank):
+class KernelBank(_LinearShared):
     """The user's own labelled pairs, each counting by its similarity to the case at hand (DESIGN 4: `kernel`).
 
     δᵤ(x) = w · Σᵢ kᵢ rᵢ / (λ + Σᵢ kᵢ) with kᵢ = exp((cos(x, xᵢ) − 1) / τ) and rᵢ what the shared head left unexplained of
@@ -185,9 +187,7 @@ class KernelBank(HeadBank):
     kind = "kernel"
 
     def __init__(self, size: int, users: int = 0):
-        super().__init__()
-        self.shared = nn.Parameter(torch.zeros(size))
-        self.shared_bias = nn.Parameter(torch.zeros(()))
+        super().__init__(size)
         self.log_bandwidth = nn.Parameter(torch.tensor(-1.5))
         self.strength = nn.Parameter(torch.tensor(1.0))
         self.log_ridge = nn.Parameter(torch.tensor(0.0))
@@ -236,9 +236,6 @@ class KernelBank(HeadBank):
 
     def clear(self, row: int) -> None:
         self.keys[row], self.residuals[row] = torch.zeros(0), torch.zeros(0)
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        return [self.shared, self.shared_bias]
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"keys": self.keys, "residuals": self.residuals}

@@ -95,7 +95,10 @@ class FactorizedScorer(nn.Module):
     @torch.inference_mode()
     def distribution(self, groups: Groups, users: Sequence[str]) -> Tensor:
         """[G, C] each group's scores as a distribution: softmax, or normalised probabilities for the binary loss."""
-        scores: Tensor = self.score(groups, users)
+        return self.shares(self.score(groups, users))
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """Calibrated scores [..., C] as a distribution over C."""
         if self.loss == "listwise":
             return scores.softmax(-1)
         odds = torch.sigmoid(scores)
