@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hydra_llm.errors import BundleError
-from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, train_joint
+from hydra_llm.learning.fit import fit_all
+from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, fit_unseen, held_out_users, train_joint
 from hydra_llm.learning.table import Table, make_table
 from hydra_llm.model.combine import Cross, Groups, Tower
 from hydra_llm.model.encoder import Encoder, open_encoder
@@ -282,3 +283,66 @@ def test_a_head_with_the_shared_prior_stays_nearer_to_the_shared_head() -> None:
     fit_mlp(scorer, new.take([0, 1]), new.names(), replace(PLAN, epochs=5), random_start=False)
     assert not scorer.bank.weight[rows[1:]].any()  # without groups the head is the shared one
     assert scorer.bank.weight[rows[0]].any()
+
+
+# ---- what is chosen on users whom nothing was trained on
+
+
+def by_lot(users: int, groups: int = 12) -> Table:
+    """Targets that nothing tells: whoever seems to know them has seen them."""
+    table = towers(users)
+    draw = torch.Generator().manual_seed(5)
+    count = users * groups
+    cases = Groups(
+        torch.randn(count, 5, generator=draw),
+        torch.randn(count, 4, 5, generator=draw),
+        torch.zeros(count, 4, 0),
+        torch.ones(count, 4, dtype=torch.bool),
+        torch.nn.functional.one_hot(torch.randint(4, (count,), generator=draw), 4).float(),
+    )
+    names = tuple(f"u{i:02}" for i in range(users) for _ in range(groups))
+    return replace(
+        table, groups=cases, users=names, positions=torch.arange(groups).repeat(users), voted=torch.zeros(count, dtype=torch.bool)
+    )
+
+
+def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> None:
+    table, plan = by_lot(20), replace(PLAN, epochs=60, patience=100, lr=0.03)
+    torch.manual_seed(0)
+    combiner = Tower(5, 16)
+    combiner.prepare(table.groups)
+    scorer = FactorizedScorer(combiner, make_bank("linear", combiner), ())
+    train_joint(scorer, table, plan)
+    state = [tensor.clone() for tensor in combiner.parameters()]
+    torch.manual_seed(0)
+    everyone = FactorizedScorer(combiner, make_bank("linear", combiner), ())
+    train_joint(everyone, table, replace(plan, patience=0))
+    seen = fit_all(everyone, table)
+    with torch.no_grad():
+        for tensor, value in zip(combiner.parameters(), state, strict=True):
+            tensor.copy_(value)
+    unseen = fit_all(scorer, table, unseen=held_out_users(table, plan))
+    assert seen.loss_shared < 0.97 * seen.loss_uniform  # the mistake that `unseen` is there for
+    assert unseen.loss_shared > 0.99 * unseen.loss_uniform
+    late = table.of(held_out_users(table, plan)).split_late()[1]
+    assert unseen.held_out_groups == len(late)
+
+
+def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen() -> None:
+    table, plan = by_lot(20), replace(PLAN, epochs=40, patience=100, lr=0.05)
+    scorer = scorer_of(table)
+    train_joint(scorer, table, plan)
+    report = fit_unseen(scorer, table, plan, random_start=True)
+    assert report.scale == pytest.approx(0.05)  # heads that only know chance must not be believed
+    assert report.loss_user > report.loss_calibrated
+    assert report.loss_calibrated == pytest.approx(report.loss_uniform, rel=0.02)
+    held = scorer.rows(held_out_users(table, plan))
+    assert scorer.bank.weight[held].any(dim=1).all()  # type: ignore[union-attr,operator]
+
+
+def test_mlp_heads_without_held_out_users_stay_as_they_are() -> None:
+    table = towers(4)
+    scorer = scorer_of(table)
+    train_joint(scorer, table, PLAN)
+    report = fit_unseen(scorer, table, PLAN, random_start=False)
+    assert (report.held_out_groups, report.scale, float(scorer.scale)) == (0, 1.0, 1.0)

@@ -24,7 +24,7 @@ from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
 from hydra_llm.evidence import survey
 from hydra_llm.history import in_order
 from hydra_llm.learning.fit import fit_all, fit_heads
-from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, held_out_users, train_joint
+from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, fit_unseen, held_out_users, train_joint
 from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, offers_all, reads_labels, reranker_groups, training_queries
 from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_table
 from hydra_llm.llm.base import ChatLLM
@@ -155,7 +155,9 @@ def learn_scorer(
         losses = _train(bundle, scorer, table, lesson, plan, tune, out, progress)
         report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
         table = _table(bundle, scorer, lesson.groups, lesson.rule) if tune else table  # features of the encoder as it is now
-    if not isinstance(scorer.bank, MLPBank):
+    if isinstance(scorer.bank, MLPBank):
+        report |= fit_unseen(scorer, table, plan, random_start=settings.prior == "random").to_json(convex=False)
+    else:
         report |= fit_all(scorer, table, seed=settings.seed, unseen=held_out_users(table, plan) if trains else ()).to_json()
     bundle.report[name] = report
     learned.seconds[f"fit {name}"] = perf_counter() - started
@@ -198,7 +200,7 @@ def _make_combiner(bundle: Bundle, by_label: bool) -> Combiner:
 def _plan(settings: Settings) -> Plan:
     usual = 30 if settings.head == "mlp" else 0
     epochs = settings.epochs if settings.epochs is not None else 2 if settings.tune_encoder else usual
-    patience = 0 if settings.head == "mlp" else 5  # nothing is chosen on held-out users for `mlp` heads
+    patience = 0 if settings.prior == "random" else 5  # as published, all training users are trained on, for all epochs
     return Plan(epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.seed)
 
 

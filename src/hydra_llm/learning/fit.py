@@ -51,18 +51,17 @@ class FitReport:
     scale: float = 1.0
     vote_weight: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self, *, convex: bool = True) -> dict[str, Any]:
+        """Everything; the strengths only where they were used."""
+        strengths = {"ridge", "evidence_ridge", "precision"}
+        return {name: value for name, value in asdict(self).items() if convex or name not in strengths}
 
 
 @torch.no_grad()
 def fit_base(scorer: FactorizedScorer, table: Table, ridge: float, evidence_ridge: float = 1.0) -> None:
     """Set the shared head and the evidence weights to the minimiser of the ridge-penalised loss; nobody's δ is used."""
     groups, size = table.groups, scorer.combiner.size
-    rows = groups.evidence[groups.mask]
-    scorer.evidence_mean = rows.mean(0)
-    spread = (rows - scorer.evidence_mean).square().mean(0).sqrt()
-    scorer.evidence_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
+    standardise(scorer, table)
     evidence = ((groups.evidence - scorer.evidence_mean) / scorer.evidence_scale)[None]
     head = head_problem(scorer.combiner, scorer.combiner(groups)[None], *_padded(groups, None), scorer.loss)
     problem = Problem(
@@ -82,6 +81,14 @@ def fit_base(scorer: FactorizedScorer, table: Table, ridge: float, evidence_ridg
     bank.shared.copy_(v[:size])
     bank.shared_bias.copy_(v[size] if head.size > size else torch.zeros(()))
     scorer.evidence_weight.copy_(v[head.size :])
+
+
+def standardise(scorer: FactorizedScorer, table: Table) -> None:
+    """From here on the evidence counts in deviations from its mean in this table."""
+    rows = table.groups.evidence[table.groups.mask]
+    scorer.evidence_mean = rows.mean(0)
+    spread = (rows - scorer.evidence_mean).square().mean(0).sqrt()
+    scorer.evidence_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
 
 
 def _padded(groups: Any, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +162,7 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     scorer.prior_precision = torch.tensor(report.precision)
     held_out = [_held_out(scorer, table, plain, part, report) for part in parts]
     if held_out:
-        _calibrate(scorer, [h for h in held_out if h is not None], report)
+        calibrate(scorer, [h for h in held_out if h is not None], report)
     fit_base(scorer, plain, report.ridge, report.evidence_ridge)
     if isinstance(scorer.bank, KernelBank):
         learn_kernel(scorer, plain, parts, lambda train: fit_base(scorer, train, report.ridge, report.evidence_ridge))
@@ -188,9 +195,8 @@ def _choose_strengths(scorer: FactorizedScorer, plain: Table, parts: list[list[s
         early, late = unseen.split_late()
         for precision in PRECISIONS:
             totals[precision] += _late_loss(scorer, late, solve_deltas(scorer, early, unseen.names(), precision) if len(early) else {})
-        shared, uniform = shared + _late_loss(scorer, late, {}), uniform + _uniform_loss(scorer, late)
-        assert late.groups.target is not None
-        count += int((late.groups.target.sum(-1) > 0).sum())
+        shared, uniform = shared + _late_loss(scorer, late, {}), uniform + loss_of(scorer, late, torch.zeros(late.groups.mask.shape))
+        count += tells(late)
     report.precision, report.held_out_groups = min(totals, key=lambda key: totals[key]), count
     told = max(1, count)
     report.loss_user, report.loss_shared, report.loss_uniform = totals[report.precision] / told, shared / told, uniform / told
@@ -217,13 +223,19 @@ def _late_scores(scorer: FactorizedScorer, late: Table, deltas: dict[str, Tensor
 
 @torch.no_grad()
 def _late_loss(scorer: FactorizedScorer, late: Table, deltas: dict[str, Tensor]) -> float:
-    assert late.groups.target is not None
-    return float(losses(_late_scores(scorer, late, deltas), late.groups.target, late.groups.mask, scorer.loss).sum())
+    return loss_of(scorer, late, _late_scores(scorer, late, deltas))
 
 
-def _uniform_loss(scorer: FactorizedScorer, late: Table) -> float:
-    assert late.groups.target is not None
-    return float(losses(torch.zeros_like(late.groups.target), late.groups.target, late.groups.mask, scorer.loss).sum())
+def loss_of(scorer: FactorizedScorer, table: Table, scores: Tensor) -> float:
+    """The summed loss of scores [G, C]."""
+    assert table.groups.target is not None
+    return float(losses(scores, table.groups.target, table.groups.mask, scorer.loss).sum())
+
+
+def tells(table: Table) -> int:
+    """How many groups have a candidate that is better than another."""
+    assert table.groups.target is not None
+    return int((table.groups.target.sum(-1) > 0).sum())
 
 
 @torch.no_grad()
@@ -239,7 +251,7 @@ def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[s
 
 
 @torch.no_grad()
-def _calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], report: FitReport) -> None:
+def calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], report: FitReport) -> None:
     """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight."""
     if not held_out:
         return

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hydra_llm.errors import BundleError
+from hydra_llm.learning.fit import FitReport, calibrate, loss_of, standardise, tells
 from hydra_llm.learning.solve import losses
 from hydra_llm.learning.table import Table, folds
 from hydra_llm.model.combine import Groups
@@ -75,6 +76,7 @@ def train_joint(
     """
     names = table.names()
     scorer.enrol(names)
+    standardise(scorer, table)
     held = set(held_out_users(table, plan))
     train = torch.tensor([i for i, user in enumerate(table.users) if user not in held])
     watch = torch.tensor([i for i, user in enumerate(table.users) if user in held], dtype=torch.long)
@@ -283,3 +285,21 @@ def fit_mlp(scorer: FactorizedScorer, table: Table, names: Sequence[str], plan: 
             (loss + 0.5 * plan.weight_decay * centre.square().sum() / len(names)).backward()
             optimizer.step()
     bank.weight[rows] = delta.detach()
+
+
+def fit_unseen(scorer: FactorizedScorer, table: Table, plan: Plan, *, random_start: bool) -> FitReport:
+    """The users whom joint training held out get `mlp` heads: of their earlier groups, to calibrate on the later ones; then of all."""
+    unseen = held_out_users(table, plan)
+    report = FitReport(users=len(table.names()), groups=len(table))
+    if not unseen:
+        return report
+    early, late = table.of(unseen).split_late()
+    fit_mlp(scorer, early, unseen, plan, random_start=random_start)
+    with torch.no_grad():
+        nobody, own = (scorer.core(late.groups, rows) for rows in (torch.full((len(late),), -1), scorer.rows(late.users)))
+        told = max(1, tells(late))
+        report.held_out_groups, report.loss_uniform = tells(late), loss_of(scorer, late, torch.zeros_like(own)) / told
+        report.loss_shared, report.loss_user = loss_of(scorer, late, nobody) / told, loss_of(scorer, late, own) / told
+        calibrate(scorer, [(late, own)], report)
+    fit_mlp(scorer, table, unseen, plan, random_start=random_start)
+    return report
