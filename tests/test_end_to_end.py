@@ -85,7 +85,9 @@ def answers_of(personalizer: Personalizer, queries: Sequence[Query]) -> list[str
     return [personalizer.answer(query).text for query in queries]
 
 
-@pytest.mark.parametrize(("task", "head"), [(TAGS, "linear"), (STARS, "kernel"), (TAGS, "mlp")], ids=["tags-linear", "stars-kernel", "tags-mlp"])
+@pytest.mark.parametrize(
+    ("task", "head"), [(TAGS, "linear"), (STARS, "kernel"), (TAGS, "mlp")], ids=["tags-linear", "stars-kernel", "tags-mlp"]
+)
 def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, head: str, tmp_path: Path) -> None:
     here, llm, folder = world(task), crowd_pleaser(task), tmp_path / "bundle"
     settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, width=64, head=head, max_length=32)  # type: ignore[arg-type]

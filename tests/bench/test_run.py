@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def test_failed_samples_stay_visible_and_are_not_scored(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert sum(line["error"] == "HTTP 500" and line["answer"] is None for line in lines) == 3
     assert as_table([row])[0]["failed"] == 3
+    assert re.fullmatch(r"0\.667 \[0\.\d+, [01]\.\d+\]", as_table([row])[0]["accuracy"])
+    assert as_table(tabulate(TAGS, [sample for sample in samples if sample.user == QUERIES[0].user]))[0]["accuracy"] == "0.667"
 
 
 def test_a_method_of_which_every_call_failed_has_no_figure() -> None:

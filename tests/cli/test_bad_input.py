@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 
 SMALL = ["--set", "epochs=0", "--set", "samples=2", "--set", "retrieved=2", "--set", "queries_per_user=1", "--set", "k=1"]
@@ -100,6 +102,29 @@ def hydra(capsys: pytest.CaptureFixture[str]) -> Hydra:
         return Told(code, *capsys.readouterr())
 
     return call
+
+
+# ---- places
+
+
+def test_a_bundle_that_cannot_be_written_is_told_before_the_llm_is_asked(hydra: Hydra, data: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    learned = hydra("learn", data, "--llm", "fake:failing", "--out", taken, *SMALL)
+    assert learned.fault == f"{taken}: is a file: a bundle is a folder, choose another name"
+    assert taken.read_text() == "mine"
+
+
+def test_a_run_of_another_bundle_is_refused(hydra: Hydra, data: Path, bundle: Path, tmp_path: Path) -> None:
+    other, cache = tmp_path / "other", ["--set", f"cache={tmp_path / 'cache'}"]
+    shutil.copytree(bundle, other)
+    bench = ["bench", "run", data, "--llm", "fake:rule=labels", "--methods", "rag", "--out", tmp_path / "run", *cache]
+    assert hydra(*bench, "--bundle", other, "--limit", 1).code == 0
+    learned = Bundle.load(other)
+    assert learned.adapter is not None
+    learned.adapter.scale *= 2
+    learned.save(other)
+    assert "holds another run (weights:" in hydra(*bench, "--bundle", other, "--limit", 1).fault
 
 
 # ---- users

@@ -175,3 +175,8 @@ def test_each_command_loads_and_explains_every_option(name: str) -> None:
         unexplained = [option.name for option in leaf.params if option.param_type_name == "option" and not option.help]
         assert leaf.help, leaf.name
         assert not unexplained, f"{name} {leaf.name}: {unexplained}"
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "hydra_llm", "--version"], capture_output=True, text=True, check=True)
+    assert __version__ in done.stdout

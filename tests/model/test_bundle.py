@@ -275,8 +275,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         write_bundle(tmp_path, some_files())
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"config.json"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="cannot be written"):
+    with pytest.raises(BundleError, match="is a file"):
         write_bundle(tmp_path / "file", some_files())
+    with pytest.raises(BundleError, match="cannot be written"):
+        write_bundle(tmp_path / "file" / "below", some_files())
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:

@@ -139,15 +139,20 @@ def _row(task: Task, method: str, own: Sequence[Sample]) -> Row:
     )
 
 
+def _cell(value: float, low: float, high: float) -> str:
+    """A metric with its interval; one user alone has none."""
+    if math.isnan(value):
+        return "failed"
+    return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows for people: metrics with their intervals."""
     table = []
     for row in rows:
         cells: dict[str, Any] = {"method": row.method}
-        for name, (value, low, high) in row.metrics.items():
-            cells[name.upper() if name in ("mae", "rmse") else name] = (
-                "failed" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            )
+        for name, figures in row.metrics.items():
+            cells[name.upper() if name in ("mae", "rmse") else name] = _cell(*figures)
         cells |= {"queries": row.queries, "LLM calls": round(row.calls, 1), "LLM s": round(row.llm_seconds, 2)}
         cells |= {"failed": row.failed, "unparsable": row.unparsable}
         table.append(cells)

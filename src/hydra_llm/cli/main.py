@@ -151,6 +151,6 @@ def _complain_of_group(group: BaseExceptionGroup[BaseException]) -> int:
 
 def main() -> None:
     """The entry point of the command `hydra-llm`."""
-    # Threads that wait must not spin: the encoder, the solver and an embedded LLM share the cores (up to 20 times slower otherwise).
+    # Threads that wait must not spin: the encoder, the solver and an embedded LLM share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))

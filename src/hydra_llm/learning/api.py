@@ -30,6 +30,7 @@ from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_ta
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.calls import StageProgress, run_sync
 from hydra_llm.llm.spec import open_llm
+from hydra_llm.model.bundle import check_place
 from hydra_llm.model.combine import ByLabel, Combiner, Cross, Tower
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.features import FeatureStore
@@ -71,9 +72,12 @@ async def alearn(
     """Learn base and heads from a data set's training users; with `out`, write the bundle there.
 
     Raises:
+        BundleError: `out` is a file, or a folder of something else.
         DataError: the data set is broken or has no training users with records.
         LLMError: the budget is spent (a repeat continues), or every call failed.
     """
+    if out is not None:
+        check_place(Path(out))
     settings, data, model = _opened(dataset, llm, settings)
     users = data.users("train")[: settings.users]
     records = {user: data.answered(user) for user in users if data.history(user)}

@@ -218,8 +218,7 @@ class _Engine:
 def _import_engine() -> Any:
     """Import xllamacpp with OpenMP threads that sleep while they wait.
 
-    Spinning ones bring a machine that does anything else to a crawl: 20 times slower beside another busy process, measured.
-    libgomp reads the variable once, when it is loaded.
+    Spinning ones bring a machine that does anything else to a crawl. libgomp reads the variable once, when it is loaded.
     """
     wished = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

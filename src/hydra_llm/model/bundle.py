@@ -81,13 +81,30 @@ def write_bundle(folder: Path, files: BundleFiles) -> None:
     Raises:
         BundleError: another process is writing there, the folder holds something else, or the disk fails.
     """
+    check_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_writer(folder):
-            _refuse_foreign(folder)
+            check_place(folder)
             _replace(folder, files)
     except OSError as error:
         raise BundleError(f"{folder}: cannot be written ({error}); a bundle that stood there is still whole") from error
+
+
+def check_place(folder: Path) -> None:
+    """See before long work whether a bundle may be written there: never into a folder that is somebody's for something else.
+
+    Raises:
+        BundleError: it is a file, or a folder that holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BundleError(f"{folder}: is a file: a bundle is a folder, choose another name")
+    if not folder.is_dir() or _config_or_none(folder) is not None:
+        return
+    ours = (LOCK, CONFIG + ".new")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours and not CONTENT.fullmatch(path.name))
+    if foreign:
+        raise BundleError(f"{folder}: holds '{foreign[0]}' and is no bundle: choose another folder")
 
 
 def read_bundle(folder: Path) -> BundleFiles:
@@ -116,16 +133,6 @@ def _only_writer(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise BundleError(f"{folder}: another process is writing this bundle: wait for it, or choose another folder") from None
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Never write into a folder that is somebody's for something else."""
-    if _config_or_none(folder) is not None:
-        return
-    ours = (LOCK, CONFIG + ".new")
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours and not CONTENT.fullmatch(path.name))
-    if foreign:
-        raise BundleError(f"{folder}: holds '{foreign[0]}' and is no bundle: choose another folder")
 
 
 def _config_or_none(folder: Path) -> dict[str, Any] | None:
