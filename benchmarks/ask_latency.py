@@ -112,7 +112,7 @@ def endless(count: int, dice: random.Random) -> Iterator[str]:
 def learned(kind: str, data: DataSet, given: argparse.Namespace, headlines: Iterator[str], folder: Path) -> tuple[Bundle, Settings]:
     """A bundle of few users, learned with the fake, as loaded from disk."""
     settings = load_settings(
-        features=kind, cache=folder / kind, users=given.users, queries_per_user=2, retrieved=10, samples=8, epochs=3, seed=given.seed
+        features=kind, cache=folder / kind, users=given.users, queries_per_user=2, retrieved=10, samples=8, seed=given.seed
     )
     learn(data, Writer(headlines), settings, out=folder / f"{kind}-bundle")
     bundle = Bundle.load(folder / f"{kind}-bundle", cache=folder / kind)

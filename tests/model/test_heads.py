@@ -169,6 +169,21 @@ def test_growing_to_fewer_users_loses_nobody(kind: str) -> None:
 # ---- combiners
 
 
+@pytest.mark.parametrize("kind", ["linear", "lowrank", "mlp"])
+def test_enrolling_one_after_another_seldom_copies_everybody(kind: str) -> None:
+    bank = make_bank(kind, Cross(3), rank=2)
+    places = set()
+    for users in range(1, 401):
+        bank.grow(users)
+        assert isinstance(bank.weight, Tensor)
+        assert len(bank.weight) == users
+        assert not bank.weight[-1].any()
+        bank.weight[-1] = users
+        places.add(bank.weight.data_ptr())
+    assert torch.equal(bank.weight[:, 0], torch.arange(1.0, 401.0))
+    assert len(places) < 40
+
+
 def test_label_features_are_one_hot_kronecker_products() -> None:
     combiner, groups = combiner_of("label"), random_groups(7)
     assert isinstance(combiner, ByLabel)

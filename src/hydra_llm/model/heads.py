@@ -7,6 +7,7 @@ Letters: U users in the bank, G groups, C candidates, V length of a linear head,
 Knows no names, no texts, no losses; heads are fitted in `learning/solve.py`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -53,7 +54,17 @@ def _pick(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def _grown(table: Tensor, users: int) -> Tensor:
-    return torch.cat([table, table.new_zeros(users - len(table), *table.shape[1:])]) if users > len(table) else table
+    """The table with rows of zeros below, until it has `users`. A quarter more is set aside, so that enrolling one user after
+    another does not copy everybody's rows each time.
+    """
+    if users <= len(table):
+        return table
+    shape = (users, *table.shape[1:])
+    if table.untyped_storage().nbytes() >= table.element_size() * math.prod(shape):
+        return torch.as_strided(table, shape, table.stride())  # what was set aside is still zero
+    roomy = table.new_zeros(users + len(table) // 4, *table.shape[1:])
+    roomy[: len(table)] = table
+    return roomy[:users]
 
 
 class _LinearShared(HeadBank):
