@@ -64,6 +64,15 @@ class Bundle:
     def evidence(self) -> EvidenceMaker:
         return EvidenceMaker(self.task, self.store, self.population)
 
+    def check_task(self, task: Task) -> None:
+        """See that data of this task can be read, fitted and scored by this bundle.
+
+        Raises:
+            DataError: it is of another kind, or has other labels.
+        """
+        if task.kind != self.task.kind or task.labels != self.task.labels:
+            raise DataError(f"the data set's task '{task.name}' is not the bundle's '{self.task.name}': kind and labels must agree")
+
     def personalizer(self, llm: ChatLLM, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True) -> Personalizer:
         """The main path with this bundle's parts; a part that is switched off is the null part."""
         chosen, evidence = settings or self.settings, self.evidence

@@ -127,6 +127,22 @@ def test_a_run_of_another_bundle_is_refused(hydra: Hydra, data: Path, bundle: Pa
     assert "holds another run (weights:" in hydra(*bench, "--bundle", other, "--limit", 1).fault
 
 
+OTHER_TASKS: dict[str, dict[str, Any]] = {
+    "generation": {"name": "other", "kind": "generation", "prompt": "{input}"},
+    "classification": {"name": "other", "kind": "classification", "prompt": "{input}", "labels": ["1", "2", "3"]},
+    "labels": {"name": "other", "kind": "rating", "prompt": "{input}", "labels": ["1", "2", "3", "4"]},
+}
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_data_of_another_task_than_the_bundle_is_refused(hydra: Hydra, bundle: Path, tmp_path: Path, task: str) -> None:
+    data = write(tmp_path / "data", films("new"), QUERIES, OTHER_TASKS[task])
+    line = "the data set's task 'other' is not the bundle's 'stars': kind and labels must agree"
+    assert hydra("fit", data, "--bundle", bundle, "--llm", "fake:echo").fault == line
+    assert hydra("bench", "run", data, "--bundle", bundle, "--llm", "fake:echo", "--out", tmp_path / "run").fault == line
+    assert not (tmp_path / "run").exists()
+
+
 # ---- users
 
 

@@ -67,6 +67,7 @@ def _planned(
     from hydra_llm.llm.spec import open_llm
 
     dataset, loaded = load(data), Bundle.load(bundle)
+    loaded.check_task(dataset.task)
     new = dataset.users("test")
     fitted = [user for user in new if user in loaded.records]
     if fitted and len(fitted) < len(new):
