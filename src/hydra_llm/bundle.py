@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from hydra_llm.adapt import FirstCandidate, LearnedAdapter
-from hydra_llm.config import Settings, load_settings
+from hydra_llm.config import OF_THIS_MACHINE, Settings, checked, load_settings, settings_over
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.evidence import EvidenceMaker, Population
 from hydra_llm.llm.base import ChatLLM
@@ -24,20 +22,6 @@ from hydra_llm.rerank import KeepOrder, LearnedReranker
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Record
-
-OF_THIS_MACHINE = (
-    "cache",
-    "concurrency",
-    "timeout",
-    "retries",
-    "max_calls",
-    "max_llm_tokens",
-    "max_cost",
-    "price_prompt",
-    "price_completion",
-)
-"""Settings that a bundle does not carry: they belong to where it runs."""
-
 
 @dataclass
 class Bundle:
@@ -59,6 +43,13 @@ class Bundle:
     """How learning went: strengths, held-out losses, calls, seconds."""
     weights: str = ""
     """SHA-256 of the weights' file that this was read from: two bundles of other scorers differ in it."""
+    learned_with: Settings | None = None
+    """What `save` writes: by default the first `settings`; a copy that answers or fits with others keeps these."""
+    versions: dict[Path, str] = field(default_factory=dict)
+    """Folder → SHA-256 of the config.json that was last read or written there; copies of this bundle share it."""
+
+    def __post_init__(self) -> None:
+        self.learned_with = self.learned_with or self.settings
 
     @property
     def evidence(self) -> EvidenceMaker:
@@ -87,24 +78,27 @@ class Bundle:
             records=self.records,
         )
 
-    def settings_with(self, **given: object) -> Settings:
-        """The bundle's settings with this machine's own and the given ones on top; None is not given.
+    def settings_with(self, preset: str = "default", file: Path | None = None, **given: object) -> Settings:
+        """The bundle's settings with preset, settings file, environment and the given ones on top; None is not given.
 
         Raises:
-            SettingsError: an unknown setting or a value out of range.
+            SettingsError: an unknown setting, a value out of range, or another value for what was fixed in learning.
         """
-        here = load_settings().model_dump(include=set(OF_THIS_MACHINE))
-        return _settings({**self.settings.model_dump(), **here, **{name: value for name, value in given.items() if value is not None}})
+        return settings_over(self.settings, preset, file, **given)
 
     # ---- disk
 
     def save(self, folder: Path | str) -> Path:
-        """Write the bundle; an older one at the same place is replaced only when this one is complete."""
-        encoder, tuned = self.store.encoder, self.settings.tune_encoder
+        """Write the bundle; an older one at the same place is replaced only when this one is complete.
+
+        Raises:
+            BundleError: another process is writing there or has changed the bundle since this one was read, or the disk fails.
+        """
+        folder, encoder, settings = Path(folder), self.store.encoder, self.learned_with or self.settings
         scorers = {name: scorer for name, scorer in (("reranker", self.reranker), ("adapter", self.adapter)) if scorer is not None}
         config = {
             "task": self.task.to_json(),
-            "settings": self.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+            "settings": settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
             "llm": dict(self.llm),
             "encoder": encoder_config(encoder),
             "population": asdict(self.population),
@@ -114,21 +108,23 @@ class Bundle:
             "report": self.report,
         }
         tensors = {f"{name}.{key}": value.contiguous() for name, scorer in scorers.items() for key, value in scorer.tensors().items()}
-        write_bundle(Path(folder), BundleFiles(config, tensors, self.records, self.card(), encoder if tuned else None))
-        return Path(folder)
+        files = BundleFiles(config, tensors, self.records, self.card(), encoder if settings.tune_encoder else None)
+        self.versions[folder.resolve()] = write_bundle(folder, files, replaces=self.versions.get(folder.resolve()))
+        return folder
 
     @classmethod
-    def load(cls, folder: Path | str, *, cache: Path | None = None) -> "Bundle":
-        """Read a bundle.
+    def load(cls, folder: Path | str, *, cache: Path | None = None, here: Settings | None = None) -> "Bundle":
+        """Read a bundle. `here` tells what a bundle does not carry (`OF_THIS_MACHINE`); by default environment and file do.
 
         Raises:
             BundleError: not there, damaged, of a newer format, or its encoder is not what it was learned with.
+            SettingsError: the environment or the settings file is at fault.
         """
+        machine = (here or load_settings()).model_dump(include=set(OF_THIS_MACHINE))
         files = read_bundle(Path(folder))
         config, encoder = files.config, encoder_of(files)
         try:
-            here = load_settings().model_dump(include=set(OF_THIS_MACHINE))
-            settings = _settings({**config["settings"], **here})
+            settings = checked({**config["settings"], **machine})
             scorers = {name: _scorer(name, entry, files.tensors) for name, entry in config["scorers"].items()}
             population = Population(**{**config["population"], "label_shares": tuple(config["population"]["label_shares"])})
             return cls(
@@ -143,6 +139,7 @@ class Bundle:
                 trained_on=tuple(config["trained_on"]),
                 report=config["report"],
                 weights=config["files"]["weights.safetensors"]["sha256"],
+                versions={Path(folder).resolve(): config["sha256"]},
             )
         except (KeyError, TypeError, RuntimeError, DataError, SettingsError) as error:
             raise BundleError(f"{folder}: config.json and the weights do not fit together ({type(error).__name__}: {error})") from None
@@ -166,14 +163,6 @@ class Bundle:
             "users of the training set only; users and tasks unlike those are out of its range.",
         ]
         return "\n".join(lines) + "\n"
-
-
-def _settings(values: Mapping[str, Any]) -> Settings:
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"setting '{'.'.join(map(str, first['loc']))}': {first['msg']}") from None
 
 
 def _scorer(name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> FactorizedScorer:

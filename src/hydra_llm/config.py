@@ -1,4 +1,4 @@
-"""Settings: flag > environment (`HYDRA_...`) > TOML file (`hydra-llm.toml`) > default.
+"""Settings: flag > environment (`HYDRA_...`) > TOML file (`hydra-llm.toml`) > preset > default, or what a bundle was learned with.
 
 One flat class, so that every run can print and store all that it was run with. Secrets never stand here: the key of an
 endpoint comes from the environment variable that the OpenAI SDK reads. Knows neither torch nor any LLM.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from hydra_llm.errors import SettingsError
 
@@ -24,9 +24,12 @@ def default_cache_folder() -> Path:
 
 
 class Settings(BaseSettings):
-    """All that changes what hydra-llm does, beside the data and the LLM's own name."""
+    """All that changes what hydra-llm does, beside the data and the LLM's own name.
 
-    model_config = SettingsConfigDict(env_prefix="HYDRA_", extra="forbid", frozen=True, toml_file=SETTINGS_FILE)
+    `Settings(...)` is exactly what it is given; `load_settings` also reads environment, file and preset.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="HYDRA_", extra="forbid", frozen=True, allow_inf_nan=False)
 
     # ---- retrieval and prompt
     retriever: str = "bm25"
@@ -88,7 +91,8 @@ class Settings(BaseSettings):
     width: int = Field(default=128, ge=8)
     """H of the shared layer that `tower` features pass through."""
     prior: Literal["shared", "random"] = "shared"
-    """A new `mlp` head starts at (and is drawn towards) the shared head, or starts at random as in the authors' code."""
+    """A new `mlp` head starts at (and is drawn towards) the shared head, or starts at random as in the authors' code. With `random`,
+    as published, all training users are trained on: no user is held out, so the scores of `mlp` heads are not calibrated."""
     label_features: bool = True
     """For a closed set of labels: a block of weights per label on the query's vector, in place of pair features (`tower` only)."""
     label_rank: int = Field(default=64, ge=1)
@@ -97,9 +101,9 @@ class Settings(BaseSettings):
     """Fine-tune the encoder together with base and heads (`cross` only)."""
 
     # ---- learning
-    users: int | None = None
+    users: int | None = Field(default=None, ge=1)
     """How many training users; None is all."""
-    asked_users: int | None = None
+    asked_users: int | None = Field(default=None, ge=0)
     """How many of them have pairs that cost LLM calls; the others teach by their histories alone (tasks with labels). None is all."""
     queries_per_user: int = Field(default=3, ge=1)
     """Latest records of a user that serve as queries where pairs cost LLM calls."""
@@ -137,7 +141,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return (init_settings,)
 
 
 PAPER: Mapping[str, Any] = {
@@ -169,30 +173,90 @@ PAPER: Mapping[str, Any] = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
 
 
+OF_THIS_MACHINE = frozenset(
+    {
+        "cache",
+        "concurrency",
+        "timeout",
+        "retries",
+        "max_calls",
+        "max_llm_tokens",
+        "max_cost",
+        "price_prompt",
+        "price_completion",
+    }
+)
+"""Settings that a bundle does not carry: they belong to where it runs."""
+
+OF_LEARNING = frozenset(
+    {
+        *("encoder", "pooling", "max_length", "tune_encoder"),  # what the features are
+        *("features", "width", "label_features", "label_rank", "record_answer"),  # what the scorers read
+        *("head", "rank", "prior", "loss", "label_rule"),  # what a head is, and what it is fitted to
+        *("lr", "batch", "epochs", "weight_decay"),  # how `mlp` heads are fitted: scores are calibrated for heads of that kind
+        *("users", "asked_users"),  # who taught
+    }
+)
+"""Settings that are fixed when a bundle is learned: its scorers mean nothing under others. `fit`, `ask` and `bench run` may change
+the rest, which is how the LLM is asked and how an answer is chosen."""
+
+
 def load_settings(preset: str = "default", file: Path | None = None, **given: Any) -> Settings:
     """Build the settings of a run. `given` are the flags; entries that are None were not given.
 
     Raises:
         SettingsError: an unknown preset or setting, a value out of range, or a file that is not TOML.
     """
+    return checked({**_around(preset, file), **_flags(given)})
+
+
+def settings_over(learned: Settings, preset: str = "default", file: Path | None = None, **given: Any) -> Settings:
+    """A bundle's settings with preset, file, environment and flags on top, but for those of `OF_LEARNING`, which stay.
+
+    Raises:
+        SettingsError: as `load_settings`, or a flag for what was fixed when the bundle was learned.
+    """
+    around = {name: value for name, value in _around(preset, file).items() if name not in OF_LEARNING}
+    chosen = checked({**learned.model_dump(), **around, **_flags(given)})
+    for name in sorted(OF_LEARNING):
+        fixed, asked = getattr(learned, name), getattr(chosen, name)
+        if fixed != asked:
+            raise SettingsError(f"setting '{name}': was fixed to {fixed!r} when the bundle was learned; learn another bundle for {asked!r}")
+    return chosen
+
+
+def _around(preset: str, file: Path | None) -> dict[str, Any]:
+    """What preset, file and environment say, the later over the earlier."""
     if preset not in PRESETS:
         raise SettingsError(f"unknown preset '{preset}': take one of {', '.join(PRESETS)}")
-    if file is not None and not file.is_file():
+    return {**PRESETS[preset], **_of_file(file), **EnvSettingsSource(Settings)()}
+
+
+def _of_file(file: Path | None) -> dict[str, Any]:
+    place = file or Path(SETTINGS_FILE)
+    if not place.is_file():
+        if file is None:
+            return {}
         raise SettingsError(f"{file}: no such settings file")
-    flags = {name: value for name, value in given.items() if value is not None}
-    base = Settings if file is None else _with_file(file)
     try:
-        return base(**{**PRESETS[preset], **flags})
+        return tomllib.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"{place}: not TOML: {error}") from None
+
+
+def _flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.lower(): value for name, value in given.items() if value is not None}
+
+
+def checked(values: Mapping[str, Any]) -> Settings:
+    """Settings of these values and defaults alone.
+
+    Raises:
+        SettingsError: an unknown setting or a value out of range.
+    """
+    try:
+        return Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "settings"
         raise SettingsError(f"setting '{place}': {first['msg']} (got {first.get('input')!r})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{file or SETTINGS_FILE}: not TOML: {error}") from None
-
-
-def _with_file(file: Path) -> type[Settings]:
-    class FromFile(Settings):
-        model_config = SettingsConfigDict(env_prefix="HYDRA_", extra="forbid", frozen=True, toml_file=file)
-
-    return FromFile

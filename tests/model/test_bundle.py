@@ -81,7 +81,7 @@ def test_the_config_lists_every_content_file_with_hash_and_size(tmp_path: Path) 
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 
@@ -107,6 +107,22 @@ def test_a_newer_bundle_replaces_the_older_one_whole(tmp_path: Path) -> None:
     assert (again.config["tag"], again.tensors, again.records, again.card) == (2, {}, {}, "second")
     assert again.config["created"] == read.config["created"]
     assert [path.name for path in tmp_path.glob("content-*")] == [again.config["content"]]
+
+
+def test_a_number_that_is_none_is_null(tmp_path: Path) -> None:
+    write_bundle(tmp_path, BundleFiles({"report": {"loss": math.nan, "worst": [math.inf, -math.inf, 0.5]}}))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    config = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert config["report"] == {"loss": None, "worst": [None, None, 0.5]} == read_bundle(tmp_path).config["report"]
+
+
+def test_a_bundle_with_nan_of_an_older_version_is_still_read(tmp_path: Path) -> None:
+    write_bundle(tmp_path, some_files())
+    edit_config(tmp_path, lambda config: config.update(loss=math.nan))
+    assert math.isnan(read_bundle(tmp_path).config["loss"])
 
 
 # ---- the encoder
@@ -287,6 +303,24 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         write_bundle(tmp_path, some_files(2))
     assert read_bundle(tmp_path).config["tag"] == 1
     write_bundle(tmp_path, some_files(3))
+
+
+def test_a_writer_does_not_undo_what_another_wrote_since_it_read(tmp_path: Path) -> None:
+    write_bundle(tmp_path, some_files(1))
+    mine, theirs = read_bundle(tmp_path), read_bundle(tmp_path)
+    mine.config["tag"], theirs.config["tag"] = 2, 3
+    written = write_bundle(tmp_path, theirs, replaces=theirs.config["sha256"])
+    with pytest.raises(BundleError, match="was changed by another process since it was read") as caught:
+        write_bundle(tmp_path, mine, replaces=mine.config["sha256"])
+    assert "\n" not in str(caught.value)
+    assert read_bundle(tmp_path).config["tag"] == 3
+    assert read_bundle(tmp_path).config["sha256"] == written
+    assert len(list(tmp_path.glob("content-*"))) == 1
+    write_bundle(tmp_path, mine, replaces=written)
+    assert read_bundle(tmp_path).config["tag"] == 2
+    write_bundle(tmp_path, some_files(4))  # learned anew: replaces whatever stands there
+    write_bundle(tmp_path / "new", mine, replaces=written)  # nothing stands there that could be lost
+    assert read_bundle(tmp_path).config["tag"] == 4
 
 
 def test_what_fails_or_is_interrupted_leaves_the_older_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,18 +75,21 @@ def encoder_of(files: BundleFiles, device: str = "cpu") -> Encoder:
     return _open_said(files.config["encoder"], name, f"encoder '{name}' here", device)
 
 
-def write_bundle(folder: Path, files: BundleFiles) -> None:
-    """Write a bundle, or replace an older one once the new one is complete.
+def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = None) -> str:
+    """Write a bundle, or replace an older one once the new one is complete; returns `config["sha256"]` of what was written.
+
+    `replaces` is the `config["sha256"]` that this one was made from: nothing that came in between may be lost. None replaces any.
 
     Raises:
-        BundleError: another process is writing there, the folder holds something else, or the disk fails.
+        BundleError: another process is writing there, or has changed the bundle; the folder holds something else; the disk fails.
     """
     check_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_writer(folder):
             check_place(folder)
-            _replace(folder, files)
+            _check_unchanged(folder, replaces)
+            return _replace(folder, files)
     except OSError as error:
         raise BundleError(f"{folder}: cannot be written ({error}); a bundle that stood there is still whole") from error
 
@@ -143,13 +146,24 @@ def _config_or_none(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and {"format", "hydra_llm"} <= config.keys() else None
 
 
-def _replace(folder: Path, files: BundleFiles) -> None:
+def _check_unchanged(folder: Path, replaces: str | None) -> None:
+    there = _config_or_none(folder)
+    if replaces is not None and there is not None and there.get("sha256") != replaces:
+        raise BundleError(
+            f"{folder}: was changed by another process since it was read, and would lose that: the same command again continues, "
+            "the LLM's answers are in the cache"
+        )
+
+
+def _replace(folder: Path, files: BundleFiles) -> str:
     _remove_stale(folder)
     content = folder / f"content-{token_hex(4)}"
     try:
         _write_content(content, files)
-        _write_new(folder / CONFIG, json.dumps(_complete(content, files), indent=1).encode())  # from here on the new bundle counts
+        config = _complete(content, files)
+        _write_new(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())  # from here on the new bundle counts
         _write_new(folder / CARD, files.card.encode())
+        return str(config["sha256"])
     finally:
         _remove_stale(folder)
 
@@ -187,7 +201,7 @@ def _complete(content: Path, files: BundleFiles) -> dict[str, Any]:
         "content": content.name,
         "files": {path.relative_to(content).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths},
     }
-    config = json.loads(json.dumps(config))  # keys and tuples as they will be read
+    config = json.loads(json.dumps(config), parse_constant=lambda _: None)  # as it will be read: JSON has neither tuples nor NaN
     return {**config, "sha256": _config_sha256(config)}
 
 
