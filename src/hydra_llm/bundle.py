@@ -6,6 +6,7 @@ users that it has heads for (they are what is retrieved): treat it as their data
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hydra_llm.rerank import KeepOrder, LearnedReranker
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Record
+
 
 @dataclass
 class Bundle:
@@ -51,7 +53,7 @@ class Bundle:
     def __post_init__(self) -> None:
         self.learned_with = self.learned_with or self.settings
 
-    @property
+    @cached_property
     def evidence(self) -> EvidenceMaker:
         return EvidenceMaker(self.task, self.store, self.population)
 
@@ -78,7 +80,7 @@ class Bundle:
             records=self.records,
         )
 
-    def settings_with(self, preset: str = "default", file: Path | None = None, **given: object) -> Settings:
+    def settings_with(self, preset: str = "default", file: Path | None = None, /, **given: object) -> Settings:
         """The bundle's settings with preset, settings file, environment and the given ones on top; None is not given.
 
         Raises:

@@ -127,8 +127,10 @@ def find_methods(names: Sequence[str]) -> list[Method]:
     """The methods of these names; `all` is every one.
 
     Raises:
-        SettingsError: an unknown name.
+        SettingsError: an unknown name, or none at all.
     """
+    if not names:
+        raise SettingsError(f"no method is named: take some of {', '.join(METHODS)}, or all")
     if list(names) == ["all"]:
         return list(METHODS.values())
     for name in names:

@@ -4,14 +4,22 @@ Knows no methods and no LLM.
 """
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra_llm import __version__
 from hydra_llm.errors import SettingsError
 
 FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    """What the figures of a run depend on beside its settings."""
+    return {"hydra_llm": __version__, "python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,11 @@ class RunLog:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
         self.folder, self.samples = folder, dict[tuple[str, str, str], Sample]()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._agree({"format": FORMAT, **manifest})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise SettingsError(f"{error.filename}: is a file: a run is a folder, take another --out") from None
+        self._agree({"format": FORMAT, **versions(), **manifest})
         self._file = folder / "samples.jsonl"
         if self._file.exists():
             self._read()
@@ -62,6 +73,9 @@ class RunLog:
             temporary.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary.replace(file)
             return
+        if isinstance(found.get("format"), int) and found["format"] > FORMAT:
+            newer = f"format {found['format']} is made by a newer hydra-llm ({found.get('hydra_llm')})"
+            raise SettingsError(f"{file}: {newer}: upgrade to continue it, or take another --out")
         different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if different:
             told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in different)
@@ -70,7 +84,9 @@ class RunLog:
     def _found(self, file: Path) -> dict[str, Any] | None:
         """The manifest that is there; half of one without any sample is none."""
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no JSON object")
             return found
         except FileNotFoundError:
             return None
@@ -85,10 +101,17 @@ class RunLog:
         if end != len(whole):  # the line in which the run was killed
             with self._file.open("r+b") as file:
                 file.truncate(end)
-        for line in whole[:end].decode().split("\n")[:-1]:  # splitlines() would also cut at U+2028, which JSON leaves as it is
-            sample = Sample(**{**(entry := json.loads(line)), "notes": tuple(entry["notes"])})
+        for number, line in enumerate(whole[:end].split(b"\n")[:-1], 1):
+            sample = self._parse(line, number)
             if not sample.error:  # what failed is tried again
                 self.samples[sample.key] = sample
+
+    def _parse(self, line: bytes, number: int) -> Sample:
+        try:
+            entry = json.loads(line)
+            return Sample(**{**entry, "notes": tuple(entry["notes"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise SettingsError(f"{self._file}:{number}: is no sample ({error}): remove the line, or take another --out") from None
 
     def add(self, sample: Sample) -> None:
         self.samples[sample.key] = sample

@@ -1,13 +1,13 @@
 """`hydra-llm ask`."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Seed, Select, Set, given
+from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Config, Preset, Seed, Select, Set, open_bundle
 
 if TYPE_CHECKING:
     from hydra_llm.types import Answer
@@ -19,17 +19,22 @@ def ask(
     llm: LLM,
     user: Annotated[str, typer.Option(help="For whom.")],
     k: Annotated[int | None, typer.Option(min=0, help="Records in the prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the user's latest so many records are seen.")] = None,
     seed: Seed = None,
+    preset: Preset = None,
+    config: Config = None,
     candidates: Candidates = None,
     select: Select = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one text for one user. `--json` gives records, order, prompt, candidates, scores, usage and seconds per stage."""
-    from hydra_llm.personalizer import Personalizer
+    from hydra_llm.llm.spec import open_llm
 
-    settings = given(set_, k=k, seed=seed, candidates=candidates, select=select)
-    personalizer = Personalizer.load(str(bundle), llm, **settings)
+    loaded, settings = open_bundle(bundle, preset, config, set_, k=k, seed=seed, candidates=candidates, select=select)
+    personalizer = loaded.personalizer(open_llm(llm, settings), settings)
+    if limit is not None and user in loaded.records:
+        personalizer = replace(personalizer, records={**loaded.records, user: loaded.records[user][-limit:]})
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:
         console.say(note)

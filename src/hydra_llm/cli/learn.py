@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Config, Limit, Preset, Seed, Select, Set, settings_of
+from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Config, Limit, Preset, Seed, Select, Set, open_bundle, settings_of
 
 if TYPE_CHECKING:
     from hydra_llm.learning.api import Learned
@@ -41,19 +41,20 @@ def fit(
     user: Annotated[list[str] | None, typer.Option(help="A user to fit; may be repeated. Without it all users of split 'test'.")] = None,
     limit: Limit = None,
     seed: Seed = None,
+    preset: Preset = None,
+    config: Config = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit the heads of new users; nothing shared changes. `--limit` takes the first users."""
-    from hydra_llm.bundle import Bundle
-    from hydra_llm.cli.options import given
     from hydra_llm.datasets.native import load
     from hydra_llm.learning.api import fit as run
 
-    loaded, dataset = Bundle.load(bundle), load(data)
+    loaded, settings = open_bundle(bundle, preset, config, set_, seed=seed)
+    dataset = load(data)
     users = (user or dataset.users("test"))[:limit]
     with console.progress() as report:
-        learned = run(dataset, loaded, llm, users=users, settings=loaded.settings_with(**given(set_, seed=seed)), progress=report)
+        learned = run(dataset, loaded, llm, users=users, settings=settings, progress=report)
     learned.bundle.save(bundle)
     _tell(learned, bundle, as_json)
 

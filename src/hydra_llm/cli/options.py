@@ -1,12 +1,15 @@
 """Options that several commands share. Knows no data and no LLM."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import SettingsError
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
 
 LLM = Annotated[str, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; see `hydra-llm llm check`.")]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
@@ -40,3 +43,12 @@ def given(pairs: list[str] | None, **flags: Any) -> dict[str, Any]:
 def settings_of(preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any) -> Settings:
     """The settings of a command: flags over environment over file over preset over default."""
     return load_settings(preset or "default", config, **given(pairs, **flags))
+
+
+def open_bundle(folder: Path, preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any) -> "tuple[Bundle, Settings]":
+    """A bundle and its settings for a command: flags over environment over file over preset over the bundle's own."""
+    from hydra_llm.bundle import Bundle
+
+    name, asked = preset or "default", given(pairs, **flags)
+    bundle = Bundle.load(folder, here=load_settings(name, config, **asked))
+    return bundle, bundle.settings_with(name, config, **asked)
