@@ -174,7 +174,7 @@ def learn_scorer(
     torch.manual_seed(settings.seed)
     bundle = Bundle(task, settings, {}, store, Population())
     learned = Learned(bundle, tuple(dict.fromkeys(group.user for group in groups)))
-    scorer = api.learn_scorer(learned, Lesson(name, groups, evidence, rule, by_label), tune=settings.tune_encoder)
+    scorer = api.learn_scorer(learned, Lesson(name, lambda: list(groups), evidence, rule, by_label), tune=settings.tune_encoder)
     return scorer, bundle.report[name]
 
 

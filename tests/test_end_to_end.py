@@ -1,5 +1,6 @@
 """Learn, save, fit new users, load, answer: users whose tastes are known must be recovered, and shuffled users must not."""
 
+import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,18 @@ from hydra_llm.bench.run import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.evidence import survey
+from hydra_llm.history import as_query
+from hydra_llm.history import before as before_query
+from hydra_llm.learning import api
+from hydra_llm.learning.table import Table
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.model.encoder import open_encoder
+from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.tasks.task import Task, rating
-from hydra_llm.types import Message, Query, Record
+from hydra_llm.types import LabelledGroup, Message, Query, Record
 
 TOPICS = {
     "sea": ("whales under the waves", "a sailor and his boat", "the storm at the harbour", "fishermen on the ocean"),
@@ -164,3 +172,59 @@ def test_nothing_of_a_new_user_reaches_the_base() -> None:
     for name, tensors in before.items():
         after = getattr(one, name).tensors()
         assert all((after[key][: len(value)] == value).all() if value.dim() else (after[key] == value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("head", ["linear", "lowrank", "kernel", "mlp"])
+def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_head(head: str) -> None:
+    """Later records are other records with other answers: the answer to an earlier query stays, and that to a later one does not."""
+    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, head=head, width=16, max_length=32, users=6)  # type: ignore[arg-type]
+    learned = learn(here.data, llm, settings).bundle
+    user, cut = here.new[0], RECORDS // 2
+    history = here.data.history(user)
+    flipped = dict(zip(TAGS.labels, TAGS.labels[1:] + TAGS.labels[:1], strict=True))
+    other = [*history[:cut], *(replace(record, output=flipped[record.output]) for record in history[cut:])]
+    early = Query(user, "early", history[cut].input, history[cut].output, history[cut].time, position=history[cut].position)
+    late = here.data.queries(user)[0]
+    found = []
+    for records in (history, other):
+        data = DataSet.from_records(TAGS, {user: "test"}, records, [early, late])
+        bundle = fit(data, replace(learned, records=dict(learned.records)), llm, users=[user]).bundle
+        answers = [bundle.personalizer(llm).answer(query) for query in (early, late)]
+        found.append([[c.probability for c in answer.candidates] + [r.usefulness for r in answer.proposal.records] for answer in answers])
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("model_conftest", Path(__file__).with_name("model") / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    seen: dict[str, dict[tuple[str, str, bool], LabelledGroup]] = {}
+    real = api._table
+
+    def table(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
+        seen["adapter" if "llm_votes" in scorer.evidence_names else "reranker"] = {(g.user, g.query, g.voted): g for g in groups}
+        return real(bundle, scorer, groups, rule)
+
+    monkeypatch.setattr(api, "_table", table)
+    encoder = str(conftest._save_model(tmp_path / "bert"))
+    settings = Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=6, max_length=16, cache=tmp_path)
+    tuned = settings.model_copy(update={"encoder": encoder, "features": "cross", "tune_encoder": True, "lr": 0.01})
+    before = open_encoder(encoder, max_length=16).digest
+    bundle = learn(here.data, llm, tuned).bundle
+    assert bundle.store.encoder.digest != before
+    assert bundle.population == survey(TAGS, bundle.store, [bundle.records[user] for user in bundle.trained_on])
+    now = [group for user in bundle.trained_on for group in api.label_groups(bundle.evidence, bundle.records[user])]
+    assert len(now) > 50
+    assert all(group.evidence == seen["adapter"][group.user, group.query, False].evidence for group in now)
+    for (user, place, _), group in seen["reranker"].items():
+        record = next(record for record in bundle.records[user] if record.id == place)
+        visible = before_query(bundle.records[user], as_query(record))
+        retrieved = bundle.personalizer(llm).retriever.retrieve(as_query(record), visible, 3)
+        assert group.evidence == tuple(
+            map(tuple, bundle.evidence.reranker(as_query(record), retrieved, bundle.evidence.remember(visible)).tolist())
+        )

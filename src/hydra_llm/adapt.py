@@ -74,7 +74,7 @@ class LearnedAdapter:
         rows = self.evidence.adapter(query, offered, self.evidence.remember(visible))
         texts = [candidate_text(self.evidence.task, candidate) for candidate in offered]
         groups = make_groups(self.evidence.store, self.scorer.combiner, [query.input], [texts], [rows.tolist()])
-        return self.scorer.score(groups, [query.user])[0]
+        return self.scorer.score(groups, [query.user], [len(visible)])[0]
 
 
 def select(task: Task, candidates: Sequence[Candidate], scores: np.ndarray, shares: np.ndarray, how: str) -> int:

@@ -41,7 +41,7 @@ class LearnedReranker:
         evidence = self.evidence.reranker(query, retrieved, self.evidence.remember(visible))
         texts = [record_text(item.record, with_answer=self.with_answer) for item in retrieved]
         groups = make_groups(self.evidence.store, self.scorer.combiner, [query.input], [texts], [evidence.tolist()])
-        scores = self.scorer.score(groups, [query.user])[0].tolist()
+        scores = self.scorer.score(groups, [query.user], [len(visible)])[0].tolist()
         scored = [replace(item, usefulness=score) for item, score in zip(retrieved, scores, strict=True)]
         return sorted(scored, key=lambda item: (-(item.usefulness or 0.0), item.rank))
 

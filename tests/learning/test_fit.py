@@ -104,15 +104,16 @@ def expected_calibration_error(chances: Tensor, hits: Tensor, bins: int = 10) ->
     return total
 
 
-@pytest.mark.parametrize("head", ["linear", "lowrank"])
-def test_scores_may_be_read_as_chances(head: str, quick: None) -> None:
+@pytest.mark.parametrize(("head", "rank"), [("linear", 1), ("lowrank", 5), ("lowrank", 1), ("kernel", 1)])
+def test_scores_may_be_read_as_chances(head: str, rank: int, quick: None) -> None:
     """On later cases of new users, where the truth is known; undoing the calibration by a factor of 2 must be seen."""
     table, _ = simulate(220, 14, differ=1.0, candidates=3)
     train, new = table.of(table.names()[:80]), table.of(table.names()[80:])
     early, late = new.split_late(0.5)
-    scorer = cross_scorer(head, table)
-    fit_all(scorer, train)
+    scorer = cross_scorer(head, table, rank=rank)
+    report = fit_all(scorer, train)
     fit_heads(scorer, early, new.names())
+    assert loss_of(scorer, late) == pytest.approx(report.loss_calibrated, rel=0.1)  # judged with the kind of head that serves
     assert late.groups.target is not None
     there, hits = late.groups.mask, late.groups.target[late.groups.mask]
     error = expected_calibration_error(scorer.distribution(late.groups, late.users)[there], hits)

@@ -66,7 +66,7 @@ def collect(task: Task, records: dict[str, list[Record]], queries: Sequence[Quer
 
     reranker, adapter = run_sync(both)
     assert not reranker.failures
-    found = [*reranker.groups, *adapter.groups]
+    found = [*reranker.groups(), *adapter.groups()]
     if task.labels:
         found += [group for query in queries for group in label_groups(evidence, records[query.user]) if group.query == query.id]
     return found
@@ -134,12 +134,12 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
     llm = RuleLLM(repeat)
     door = personalizer(TAGS, {"u": records}, llm, retrieved=10, record_answer=True, prompt_style="block")
     found = run_sync(lambda: reranker_groups(door, maker(TAGS), [as_query(records[4])]))
-    (group,) = found.groups
+    (group,) = found.groups()
     assert dict(zip(group.rights, group.gains, strict=True)) == {f"rain {i} → {records[i].output}": float(i in (0, 2)) for i in range(4)}
     assert found.usage.calls == len(llm.calls) == 4
     assert group.voted
     blind = personalizer(TAGS, {"u": records}, RuleLLM(repeat), retrieved=10, record_answer=False, prompt_style="block")
-    assert set(run_sync(lambda: reranker_groups(blind, maker(TAGS), [as_query(records[4])])).groups[0].rights) == {
+    assert set(run_sync(lambda: reranker_groups(blind, maker(TAGS), [as_query(records[4])])).groups()[0].rights) == {
         f"rain {i}" for i in range(4)
     }
 
@@ -155,7 +155,7 @@ def test_candidates_are_the_samples_or_every_label() -> None:
         said = iter(["loud", "calm", "gibberish"])
         llm = RuleLLM(lambda messages, index, rng, said=said: next(said))
         door = personalizer(TAGS, {"u": records}, llm, candidates=candidates, label_features=features)
-        (group,) = run_sync(lambda door=door: adapter_groups(door, maker(TAGS), [as_query(records[2])])).groups
+        (group,) = run_sync(lambda door=door: adapter_groups(door, maker(TAGS), [as_query(records[2])])).groups()
         assert dict(zip(group.rights, group.gains, strict=True)) == expected
         assert offers_all(TAGS, door.settings) == (len(expected) == 3)
         votes = dict(zip(group.rights, [row[maker(TAGS).adapter_names.index("llm_votes")] for row in group.evidence], strict=True))
@@ -167,7 +167,7 @@ def test_the_users_own_text_is_a_candidate_only_where_that_is_asked_for() -> Non
     records = [Record("u", str(i), "rain", "a quiet night", position=i) for i in range(2)]
     for rule, expected in (("graded", ["the loud war"]), ("gold-positive", ["the loud war", "a quiet night"])):
         door = personalizer(TITLES, {"u": records}, RuleLLM(lambda *_: "the loud war"), label_rule=rule)
-        (group,) = run_sync(lambda door=door: adapter_groups(door, maker(TITLES), [as_query(records[1])])).groups
+        (group,) = run_sync(lambda door=door: adapter_groups(door, maker(TITLES), [as_query(records[1])])).groups()
         assert list(group.rights) == expected
         assert group.gains[-1] == (1.0 if rule == "gold-positive" else 0.0)
 
@@ -189,11 +189,11 @@ def test_what_failed_is_told_and_left_out() -> None:
     found = run_sync(lambda: reranker_groups(door, maker(TAGS), queries))
     assert len(found.failures) == 3 == found.usage.failed
     assert all("query" in line and "record" in line for line in found.failures)
-    assert sum(len(group.rights) for group in found.groups) == 3
-    assert all(gain == 1.0 for group in found.groups for gain in group.gains)  # failed is not zero
+    assert sum(len(group.rights) for group in found.groups()) == 3
+    assert all(gain == 1.0 for group in found.groups() for gain in group.gains)  # failed is not zero
     door = personalizer(TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm")))
     found = run_sync(lambda: adapter_groups(door, maker(TAGS), queries))
-    assert found.groups == []
+    assert found.groups() == []
     assert [line.split(":")[0] for line in found.failures] == ["query 4", "query 5"]
     with pytest.raises(LLMError):
         run_sync(lambda: door.apropose(queries[0]))

@@ -7,7 +7,7 @@ LLM calls are what this costs: they go through the cache, so that a run that was
 and `fit` are the same from sync code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,8 @@ class Lesson:
 
     name: str
     """reranker or adapter."""
-    groups: Sequence[LabelledGroup]
+    groups: Callable[[], list[LabelledGroup]]
+    """Makes the labelled groups, with evidence from the encoder as it is now."""
     evidence: Sequence[str]
     """Names of the evidence's columns."""
     rule: str
@@ -123,8 +124,8 @@ async def _reranker_lesson(learned: Learned, llm: ChatLLM, progress: StageProgre
     if bundle.settings.retrieved == 0:
         return None
     collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), _asked(learned), progress)
-    if not _teaches(collected.groups):
-        bundle.report["reranker"] = {"skipped": "no retrieved record made a difference"}
+    if not _teaches(collected.groups()):
+        _skip(learned, "reranker", "no retrieved record changed what the LLM's answer was worth")
         return None
     return Lesson("reranker", collected.groups, bundle.evidence.reranker_names, _rule(bundle, "reranker"))
 
@@ -132,12 +133,20 @@ async def _reranker_lesson(learned: Learned, llm: ChatLLM, progress: StageProgre
 async def _adapter_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
     bundle = learned.bundle
     collected = await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), _asked(learned), progress)
-    groups = [*collected.groups, *_from_labels(bundle, learned.users)]
-    if not _teaches(groups):
-        bundle.report["adapter"] = {"skipped": "no two candidates of a query differed in gain"}
+
+    def groups() -> list[LabelledGroup]:
+        return [*collected.groups(), *_from_labels(bundle, learned.users)]
+
+    if not _teaches(groups()):
+        _skip(learned, "adapter", "no two candidates of a query differed in what they were worth")
         return None
     by_label = reads_labels(bundle.task, bundle.settings)
     return Lesson("adapter", groups, bundle.evidence.adapter_names, _rule(bundle, "adapter"), by_label)
+
+
+def _skip(learned: Learned, name: str, why: str) -> None:
+    learned.bundle.report[name] = {"skipped": why}
+    learned.notes.append(f"no {name} was learned: {why}")
 
 
 def learn_scorer(
@@ -148,17 +157,21 @@ def learn_scorer(
     torch.manual_seed(settings.seed)
     combiner = _make_combiner(bundle, lesson.by_label)
     scorer = FactorizedScorer(combiner, make_bank(settings.head, combiner, rank=settings.rank), lesson.evidence, loss=settings.loss)
-    scorer.gain_spread = torch.tensor(gain_spread(lesson.groups))
+    groups = lesson.groups()
+    scorer.gain_spread = torch.tensor(gain_spread(groups))
     progress(f"fit {name}", 0, 1)
-    table = _table(bundle, scorer, lesson.groups, lesson.rule)
+    table = _table(bundle, scorer, groups, lesson.rule)
     combiner.prepare(table.groups)
     report: dict[str, Any] = {"groups": len(table), "features": combiner.kind, "head": scorer.bank.kind}
     plan = _plan(settings)
     trains = plan.epochs > 0 and (tune or isinstance(scorer.bank, MLPBank) or isinstance(combiner, Tower))
     if trains:
-        losses = _train(bundle, scorer, table, lesson, plan, tune, out, progress)
+        source = TextSource(bundle.store.encoder, in_table_order(groups)) if tune else None
+        losses = _train(scorer, table, plan, source, name, out, progress)
         report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
-        table = _table(bundle, scorer, lesson.groups, lesson.rule) if tune else table  # features of the encoder as it is now
+        if tune:  # features and evidence of the encoder as it is now
+            _survey(bundle)
+            table = _table(bundle, scorer, lesson.groups(), lesson.rule)
     if isinstance(scorer.bank, MLPBank):
         report |= fit_unseen(scorer, table, plan, random_start=settings.prior == "random").to_json(convex=False)
     else:
@@ -169,22 +182,26 @@ def learn_scorer(
     return scorer.eval()
 
 
+def _survey(bundle: Bundle) -> None:
+    """The population's figures, by the encoder as it is now."""
+    histories = [bundle.records[user] for user in bundle.trained_on]
+    bundle.population = bundle.evidence.population = survey(bundle.task, bundle.store, histories)
+
+
 def _train(
-    bundle: Bundle,
     scorer: FactorizedScorer,
     table: Table,
-    lesson: Lesson,
     plan: Plan,
-    tune: bool,
+    source: TextSource | None,
+    name: str,
     out: Path | str | None,
     progress: StageProgress,
 ) -> list[float]:
     """Joint training with a checkpoint beside the bundle that is to come."""
-    source = TextSource(bundle.store.encoder, in_table_order(lesson.groups)) if tune else None
-    checkpoint = None if out is None else Path(f"{out}.{lesson.name}.checkpoint")
+    checkpoint = None if out is None else Path(f"{out}.{name}.checkpoint")
 
     def done(epoch: int, total: int, loss: float) -> None:
-        progress(f"train {lesson.name}", epoch, total)
+        progress(f"train {name}", epoch, total)
 
     losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
     if checkpoint is not None:
@@ -234,8 +251,7 @@ async def afit(
     if settings is not None:
         loaded = replace(loaded, settings=settings)
     _, data, model = _opened(dataset, llm, loaded.settings)
-    if data.task.kind != loaded.task.kind or data.task.labels != loaded.task.labels:
-        raise DataError(f"the data set's task '{data.task.name}' is not the bundle's '{loaded.task.name}': kind and labels must agree")
+    loaded.check_task(data.task)
     names = list(users) if users else data.users("test")
     unknown = [name for name in names if name not in set(data.users())]
     if unknown:
@@ -252,12 +268,12 @@ async def _fit_users(learned: Learned, llm: ChatLLM, progress: StageProgress) ->
     bundle = learned.bundle
     if bundle.reranker is not None:
         collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), learned.users, progress)
-        _fit_into(learned, "reranker", bundle.reranker, collected.groups)
+        _fit_into(learned, "reranker", bundle.reranker, collected.groups())
         _warm(bundle, learned.users)
     if bundle.adapter is not None:
         groups = _from_labels(bundle, learned.users)
         if not groups:
-            groups = (await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), learned.users, progress)).groups
+            groups = (await _collect_adapter(learned, bundle.personalizer(llm, adapt=False), learned.users, progress)).groups()
         _fit_into(learned, "adapter", bundle.adapter, groups)
 
 
@@ -339,7 +355,9 @@ def _account(learned: Learned, stage: str, collected: Collected) -> Collected:
     learned.failures += collected.failures
     learned.usage += collected.usage
     learned.seconds[stage] = collected.usage.seconds
-    if collected.failures and not collected.groups:
+    if collected.notes:
+        learned.notes.append(f"{stage}: {len(collected.notes)} notes on {collected.calls} questions, the first: {collected.notes[0]}")
+    if collected.failures and len(collected.failures) == collected.calls:
         raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
     return collected
 

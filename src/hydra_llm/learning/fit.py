@@ -9,9 +9,9 @@ Everything here is convex and deterministic, for all users at once:
 `joint.py` holds what is not convex (the shared layer of `tower`, a tuned encoder, `mlp` heads). Knows no texts and no LLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,23 @@ class FitReport:
         """Everything; the strengths only where they were used."""
         strengths = {"ridge", "evidence_ridge", "precision"}
         return {name: value for name, value in asdict(self).items() if convex or name not in strengths}
+
+
+class HeldOut(NamedTuple):
+    """Groups that nothing was fitted on, with scores before calibration [G, C]."""
+
+    late: Table
+    shared: Tensor
+    """By a base that has not seen these users."""
+    own: Tensor
+    """By heads, of the kind that will serve, fitted on these users' earlier groups."""
+
+
+class Split(NamedTuple):
+    """Users who teach, and the names of others who judge."""
+
+    train: Table
+    part: list[str]
 
 
 @torch.no_grad()
@@ -124,8 +141,10 @@ def fit_heads(scorer: FactorizedScorer, table: Table, names: Sequence[str]) -> N
     """Fit the heads of some users on all their groups, with everything shared frozen: new users, or old ones again."""
     scorer.enrol(names)
     bank, precision = scorer.bank, float(scorer.prior_precision)
+    seen = table.seen()
     for name in names:  # whoever has no groups any more has the shared head again
         bank.clear(scorer.row(name))
+        scorer.learned_from(name, seen.get(name, 0))
     if isinstance(bank, KernelBank):
         remember_users(scorer, table, names)
     elif isinstance(bank, LowRankBank):
@@ -155,51 +174,47 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     """
     plain = table.only_voted(False) if 0 < int(table.voted.sum()) < len(table) else table
     names = plain.names()
+    scorer.enrol(names)
     report = FitReport(users=len(names), groups=len(plain))
     parts = [list(unseen)] if unseen else folds(names, min(fold_count, len(names)), seed) if len(names) > 1 else []
-    if parts:
-        _choose_strengths(scorer, plain, parts, report)
+    splits = [Split(train, part) for part in parts if len(train := plain.of(sorted(set(names) - set(part))))]
+    if splits:
+        _choose_strengths(scorer, plain, splits, report)
     scorer.prior_precision = torch.tensor(report.precision)
-    held_out = [_held_out(scorer, table, plain, part, report) for part in parts]
-    if held_out:
-        calibrate(scorer, [h for h in held_out if h is not None], report)
-    fit_base(scorer, plain, report.ridge, report.evidence_ridge)
+
+    def base_of(train: Table) -> None:
+        fit_base(scorer, train, report.ridge, report.evidence_ridge)
+
     if isinstance(scorer.bank, KernelBank):
-        learn_kernel(scorer, plain, parts, lambda train: fit_base(scorer, train, report.ridge, report.evidence_ridge))
-        fit_base(scorer, plain, report.ridge, report.evidence_ridge)
-    if isinstance(scorer.bank, LowRankBank):
-        _learn_basis(scorer, plain, names, report.precision)
+        learn_kernel(scorer, plain, splits, base_of)
+    if splits:
+        judge(scorer, _held_out(scorer, plain, splits, base_of, Table.split_late), report)
+        calibrate(scorer, _held_out(scorer, table, splits, base_of, Table.split_voted), report)
+    base_of(plain)
+    _ready(scorer, plain)
     fit_heads(scorer, plain, names)
     return report
 
 
-def _choose_strengths(scorer: FactorizedScorer, plain: Table, parts: list[list[str]], report: FitReport) -> None:
+def _choose_strengths(scorer: FactorizedScorer, plain: Table, splits: Sequence[Split], report: FitReport) -> None:
     """First the ridges, by the loss of users whom the base has not seen; then the prior's precision, by the loss on their later
-    groups with heads from their earlier ones. The report keeps the winners and their figures.
+    groups with heads from their earlier ones. The report keeps the winners.
     """
-    everyone = set(plain.names())
-    splits = [(plain.of(sorted(everyone - set(part))), plain.of(part)) for part in parts]
-    splits = [(train, unseen) for train, unseen in splits if len(train) and len(unseen)]
-    if not splits:
-        return
     of_ridges = {
-        (ridge, own): sum(_unseen_loss(scorer, train, unseen, ridge, own) for train, unseen in splits)
+        (ridge, own): sum(_unseen_loss(scorer, train, plain.of(part), ridge, own) for train, part in splits)
         for ridge in RIDGES
         for own in (EVIDENCE_RIDGES if len(plain) <= SMALL_TABLE else EVIDENCE_RIDGES[:1])
     }
     report.ridge, report.evidence_ridge = min(of_ridges, key=lambda key: of_ridges[key])
+    if isinstance(scorer.bank, KernelBank):
+        return  # has no precision: its three numbers are learned
     totals = dict.fromkeys(PRECISIONS, 0.0)
-    shared, uniform, count = 0.0, 0.0, 0
-    for train, unseen in splits:
+    for train, part in splits:
         fit_base(scorer, train, report.ridge, report.evidence_ridge)
-        early, late = unseen.split_late()
+        early, late = plain.of(part).split_late()
         for precision in PRECISIONS:
-            totals[precision] += _late_loss(scorer, late, solve_deltas(scorer, early, unseen.names(), precision) if len(early) else {})
-        shared, uniform = shared + _late_loss(scorer, late, {}), uniform + loss_of(scorer, late, torch.zeros(late.groups.mask.shape))
-        count += tells(late)
-    report.precision, report.held_out_groups = min(totals, key=lambda key: totals[key]), count
-    told = max(1, count)
-    report.loss_user, report.loss_shared, report.loss_uniform = totals[report.precision] / told, shared / told, uniform / told
+            totals[precision] += _late_loss(scorer, late, solve_deltas(scorer, early, part, precision) if len(early) else {})
+    report.precision = min(totals, key=lambda key: totals[key])
 
 
 def _unseen_loss(scorer: FactorizedScorer, train: Table, unseen: Table, ridge: float, evidence_ridge: float) -> float:
@@ -238,27 +253,51 @@ def tells(table: Table) -> int:
     return int((table.groups.target.sum(-1) > 0).sum())
 
 
-@torch.no_grad()
-def _held_out(scorer: FactorizedScorer, table: Table, plain: Table, part: list[str], report: FitReport) -> tuple[Table, Tensor] | None:
-    """A fold's later (or voted) groups with scores by a base and heads that have not seen them."""
-    train = plain.of(sorted(set(plain.names()) - set(part)))
-    early, late = table.of(part).split_voted()
-    if not len(train) or not len(late):
-        return None
-    fit_base(scorer, train, report.ridge, report.evidence_ridge)
-    deltas = solve_deltas(scorer, early, part, report.precision) if len(early) else {}
-    return late, _late_scores(scorer, late, deltas)
+def _ready(scorer: FactorizedScorer, train: Table) -> None:
+    """What a bank shares beside the base."""
+    if isinstance(scorer.bank, LowRankBank):
+        _learn_basis(scorer, train, train.names(), float(scorer.prior_precision))
 
 
 @torch.no_grad()
-def calibrate(scorer: FactorizedScorer, held_out: list[tuple[Table, Tensor]], report: FitReport) -> None:
+def _held_out(
+    scorer: FactorizedScorer,
+    table: Table,
+    splits: Sequence[Split],
+    base_of: Callable[[Table], None],
+    cut: Callable[[Table], tuple[Table, Table]],
+) -> list[HeldOut]:
+    """Each part's later groups, as `cut` parts them."""
+    found = []
+    for train, part in splits:
+        early, late = cut(table.of(part))
+        if len(late):
+            base_of(train)
+            _ready(scorer, train)
+            fit_heads(scorer, early, part)
+            nobody = torch.full((len(late),), -1)
+            found.append(HeldOut(late, scorer.core(late.groups, nobody), scorer.core(late.groups, scorer.rows(late.users))))
+    return found
+
+
+def judge(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
+    """The report's losses on held-out groups: of equal shares, of the shared head, of the users' own."""
+    report.held_out_groups = sum(tells(held.late) for held in held_out)
+    told = max(1, report.held_out_groups)
+    report.loss_uniform = sum(loss_of(scorer, held.late, torch.zeros_like(held.own)) for held in held_out) / told
+    report.loss_shared = sum(loss_of(scorer, held.late, held.shared) for held in held_out) / told
+    report.loss_user = sum(loss_of(scorer, held.late, held.own) for held in held_out) / told
+
+
+@torch.no_grad()
+def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
     """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight."""
     if not held_out:
         return
-    scores = torch.cat([s for _, s in held_out])
-    evidence, mask, target = (torch.cat([getattr(t.groups, name) for t, _ in held_out]) for name in ("evidence", "mask", "target"))
+    scores = torch.cat([held.own for held in held_out])
+    evidence, mask, target = (torch.cat([getattr(held.late.groups, name) for held in held_out]) for name in ("evidence", "mask", "target"))
     columns = _llm_columns(scorer)
-    if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(t.voted.any()) for t, _ in held_out):
+    if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(held.late.voted.any()) for held in held_out):
         columns = []  # the base has weighed them already, or nobody was asked
     known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
     v = _mix(known, scores, target, mask, scorer.loss)

@@ -7,6 +7,7 @@ after every epoch all that it needs is written to a checkpoint. Knows no tasks a
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hydra_llm.errors import BundleError
-from hydra_llm.learning.fit import FitReport, calibrate, loss_of, standardise, tells
+from hydra_llm.learning.fit import FitReport, HeldOut, calibrate, judge, standardise
 from hydra_llm.learning.solve import losses
 from hydra_llm.learning.table import Table, folds
 from hydra_llm.model.combine import Groups
@@ -80,7 +81,7 @@ def train_joint(
     held = set(held_out_users(table, plan))
     train = torch.tensor([i for i, user in enumerate(table.users) if user not in held])
     watch = torch.tensor([i for i, user in enumerate(table.users) if user in held], dtype=torch.long)
-    state = _State(scorer, source, plan, _fingerprint(table, plan))
+    state = _State(scorer, source, plan, _fingerprint(table, plan, scorer.loss))
     run = state.resume(checkpoint) or _Run(_watch_loss(scorer, table, watch, source), state.values())
     while len(run.losses) < plan.epochs and not (plan.patience and run.waited >= plan.patience):
         run.losses.append(_epoch(scorer, table, train, state, source, plan, len(run.losses)))
@@ -92,6 +93,8 @@ def train_joint(
             done(len(run.losses), plan.epochs, run.losses[-1])
     state.put(run.best_values)
     state.freeze()
+    for name, records in table.seen().items():
+        scorer.learned_from(name, records)
     return run.losses
 
 
@@ -246,10 +249,11 @@ class _Run:
             self.waited += 1
 
 
-def _fingerprint(table: Table, plan: Plan) -> str:
+def _fingerprint(table: Table, plan: Plan, loss: str) -> str:
     """Names the settings and the data, so that no other run goes on from its checkpoint; the number of epochs may grow."""
     groups = table.groups
-    hasher = hashlib.sha256(json.dumps([plan.lr, plan.batch, plan.weight_decay, plan.patience, plan.seed, list(table.users)]).encode())
+    settings = [plan.lr, plan.batch, plan.weight_decay, plan.patience, plan.seed, loss, list(table.users)]
+    hasher = hashlib.sha256(json.dumps(settings).encode())
     for tensor in (groups.left, groups.right, groups.evidence, groups.mask, groups.target):
         if tensor is not None:
             hasher.update(tensor.contiguous().numpy().tobytes())
@@ -257,34 +261,44 @@ def _fingerprint(table: Table, plan: Plan) -> str:
 
 
 def fit_mlp(scorer: FactorizedScorer, table: Table, names: Sequence[str], plan: Plan, *, random_start: bool) -> None:
-    """Fit `mlp` heads of some users on kept features, everything shared frozen; one small gradient descent for all at once.
+    """Fit `mlp` heads of some users on kept features, everything shared frozen: each by a small gradient descent of its own, so that
+    nobody's head depends on who else is fitted. Whoever has no groups has the shared head.
 
-    Drawn towards the shared head (the prior), or started at random and only decayed, as the authors' code does.
+    Drawn towards the shared head (the prior, as strong as the weight decay), or started at random and only decayed, as the
+    authors' code does.
     """
     bank = scorer.bank
     assert isinstance(bank, MLPBank)
     scorer.enrol(names)
-    own = table.of(names)
-    rows = scorer.rows(names)
-    delta = bank.random(len(names), plan.seed) - bank.shared.detach() if random_start else bank.weight[rows].clone() * 0
+    groups, seen = table.by_user(), table.seen()
+    for name in names:
+        bank.clear(scorer.row(name))
+        scorer.learned_from(name, seen.get(name, 0))
+        if name in groups:
+            bank.weight[scorer.row(name)] = _descend(scorer, bank, table.take(groups[name]), plan, random_start)
+
+
+def _descend(scorer: FactorizedScorer, bank: MLPBank, own: Table, plan: Plan, random_start: bool) -> Tensor:
+    """One user's δ."""
+    shared = bank.shared.detach()
+    lot = zlib.crc32(own.users[0].encode("utf-8", "surrogatepass")) ^ plan.seed
+    delta = bank.random(1, lot)[0] - shared if random_start else torch.zeros_like(shared)
     delta.requires_grad_(True)
-    place = {name: i for i, name in enumerate(names)}
     optimizer = torch.optim.AdamW([delta], lr=plan.lr, weight_decay=0.0)
     with torch.no_grad():
         x, evidence = scorer.combiner(own.groups), scorer.evidence_score(own.groups)
     target, mask = own.groups.target, own.groups.mask
     assert target is not None
-    who = torch.tensor([place[user] for user in own.users], dtype=torch.long)
-    for epoch in range(plan.epochs if len(own) else 0):
+    for epoch in range(plan.epochs):
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(plan.seed + epoch))
         for index in _batches(own, order, plan.batch):
-            scores = bank.apply_heads(x[index], bank.shared.detach() + delta[who[index]]) + evidence[index]
-            loss = losses(scores, target[index], mask[index], scorer.loss).sum() / len(index)
-            centre = bank.shared.detach() + delta if random_start else delta
+            heads = (shared + delta).expand(len(index), -1)
+            loss = losses(bank.apply_heads(x[index], heads) + evidence[index], target[index], mask[index], scorer.loss).sum() / len(index)
+            pull = shared + delta if random_start else delta
             optimizer.zero_grad()
-            (loss + 0.5 * plan.weight_decay * centre.square().sum() / len(names)).backward()
+            (loss + 0.5 * plan.weight_decay * pull.square().sum()).backward()
             optimizer.step()
-    bank.weight[rows] = delta.detach()
+    return delta.detach()
 
 
 def fit_unseen(scorer: FactorizedScorer, table: Table, plan: Plan, *, random_start: bool) -> FitReport:
@@ -297,9 +311,7 @@ def fit_unseen(scorer: FactorizedScorer, table: Table, plan: Plan, *, random_sta
     fit_mlp(scorer, early, unseen, plan, random_start=random_start)
     with torch.no_grad():
         nobody, own = (scorer.core(late.groups, rows) for rows in (torch.full((len(late),), -1), scorer.rows(late.users)))
-        told = max(1, tells(late))
-        report.held_out_groups, report.loss_uniform = tells(late), loss_of(scorer, late, torch.zeros_like(own)) / told
-        report.loss_shared, report.loss_user = loss_of(scorer, late, nobody) / told, loss_of(scorer, late, own) / told
-        calibrate(scorer, [(late, own)], report)
+    judge(scorer, held_out := [HeldOut(late, nobody, own)], report)
+    calibrate(scorer, held_out, report)
     fit_mlp(scorer, table, unseen, plan, random_start=random_start)
     return report

@@ -56,16 +56,16 @@ def remember_users(scorer: FactorizedScorer, table: Table, names: Sequence[str])
             bank.remember(scorer.row(name), keys.clone(), values.clone())
 
 
-def learn_kernel(scorer: FactorizedScorer, plain: Table, parts: list[list[str]], refit: Callable[[Table], None]) -> None:
+def learn_kernel(
+    scorer: FactorizedScorer, plain: Table, splits: Sequence[tuple[Table, list[str]]], base_of: Callable[[Table], None]
+) -> None:
     """Fit τ, w and λ so that users whom the base has not seen are predicted best, each group from the user's earlier groups only."""
     bank = scorer.bank
     assert isinstance(bank, KernelBank)
     cases: list[Case] = []
-    for part in parts:
-        train = plain.of(sorted(set(plain.names()) - set(part)))
-        if len(train):
-            refit(train)
-            cases += _cases(scorer, plain, part, MOST_SIMILARITIES // len(parts))
+    for train, part in splits:
+        base_of(train)
+        cases += _cases(scorer, plain, part, MOST_SIMILARITIES // len(splits))
     if not cases:
         return
     parameters = [bank.log_bandwidth, bank.strength, bank.log_ridge]

@@ -24,10 +24,16 @@ from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, R
 
 @dataclass
 class Collected:
-    """Labelled groups and what they cost."""
+    """What the LLM did, ready to be made into groups."""
 
-    groups: list[LabelledGroup] = field(default_factory=list)
+    groups: Callable[[], list[LabelledGroup]]
+    """Makes the labelled groups, with evidence from the encoder as it is now: a tuned one changes it."""
+    calls: int = 0
+    """Questions that the LLM was asked."""
     failures: list[str] = field(default_factory=list)
+    """One line for each that failed; its pair is left out."""
+    notes: list[str] = field(default_factory=list)
+    """What was cut from prompts, and answers that could not be read."""
     usage: Usage = Usage()
 
 
@@ -49,14 +55,20 @@ async def reranker_groups(
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
-    async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage]:
+    async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage, list[str]]:
         query, item = case
-        (answer,), usage, _ = await once.aask(once.prompt(query, [item]))
-        return once.task.gain(answer.answer, query.gold or ""), usage
+        prompt = once.prompt(query, [item])
+        (answer,), usage, notes = await once.aask(prompt)
+        return once.task.gain(answer.answer, query.gold or ""), usage, [*prompt.notes, *notes]
 
     results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
-    out = Collected()
     useful: dict[tuple[str, str], list[tuple[Ranked, float]]] = {}
+
+    def groups() -> list[LabelledGroup]:
+        told = [(query, useful[key]) for query in queries if (key := (query.user, query.id)) in useful]
+        return [_reranker_group(personalizer, evidence, query, rows) for query, rows in told]
+
+    out = Collected(groups, calls=len(cases))
     for (query, item), result in zip(cases, results, strict=True):
         if isinstance(result, LLMError):
             out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
@@ -64,9 +76,7 @@ async def reranker_groups(
         else:
             useful.setdefault((query.user, query.id), []).append((item, result[0]))
             out.usage += result[1]
-    for query in queries:
-        if rows := useful.get((query.user, query.id)):
-            out.groups.append(_reranker_group(personalizer, evidence, query, rows))
+            out.notes += result[2]
     return out
 
 
@@ -86,15 +96,19 @@ async def adapter_groups(
 ) -> Collected:
     """Let the LLM propose candidates for each query and say what each is worth."""
     proposals = await map_calls(personalizer.apropose, queries, limit=personalizer.settings.concurrency, progress=progress)
-    out = Collected()
+    good = [proposal for proposal in proposals if not isinstance(proposal, LLMError)]
+
+    def groups() -> list[LabelledGroup]:
+        return [group for proposal in good if (group := _adapter_group(personalizer, evidence, proposal))]
+
+    out = Collected(groups, calls=len(queries))
     for query, proposal in zip(queries, proposals, strict=True):
         if isinstance(proposal, LLMError):
             out.failures.append(f"query {query.id}: {proposal}")
             out.usage += Usage(failed=1)
-            continue
-        out.usage += proposal.usage
-        if group := _adapter_group(personalizer, evidence, proposal):
-            out.groups.append(group)
+        else:
+            out.usage += proposal.usage
+            out.notes += proposal.notes
     return out
 
 

@@ -66,6 +66,10 @@ class Table:
         before = [i for i, user in enumerate(self.users) if not self.voted[i] and self.positions[i] < first[user]]
         return self.take(before), self.only_voted(True)
 
+    def seen(self) -> dict[str, int]:
+        """How many of each user's records a head knows that was fitted on these groups: the last query's own answer is among them."""
+        return {user: int(self.positions[index].max()) + 1 for user, index in self.by_user().items()}
+
     def by_user(self) -> dict[str, list[int]]:
         out: dict[str, list[int]] = {}
         for i, user in enumerate(self.users):

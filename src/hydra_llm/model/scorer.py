@@ -38,6 +38,7 @@ class FactorizedScorer(nn.Module):
         self.combiner, self.bank, self.loss = combiner, bank, loss
         self.evidence_names = tuple(evidence)
         self.users: dict[str, int] = {}
+        self.known: dict[str, int] = {}
         self.evidence_weight = nn.Parameter(torch.zeros(len(self.evidence_names)))
         self.register_buffer("evidence_mean", torch.zeros(len(self.evidence_names)))
         self.register_buffer("evidence_scale", torch.ones(len(self.evidence_names)))
@@ -52,6 +53,14 @@ class FactorizedScorer(nn.Module):
 
     def rows(self, users: Sequence[str]) -> Tensor:
         return torch.tensor([self.row(user) for user in users], dtype=torch.long)
+
+    def learned_from(self, user: str, records: int) -> None:
+        """Note how many of a user's records, oldest first, the head was fitted on: it may only answer where all of them may be seen."""
+        self.known[user] = records
+
+    def serving_row(self, user: str, visible: int | None = None) -> int:
+        """The user's row, or `NOBODY` for a query that may see fewer records than the head was fitted on: time never leaks."""
+        return NOBODY if visible is not None and visible < self.known.get(user, 0) else self.row(user)
 
     def enrol(self, users: Sequence[str]) -> None:
         """Give each user a row whose δ is 0; users who have one keep it."""
@@ -68,6 +77,7 @@ class FactorizedScorer(nn.Module):
         if user not in self.users:
             raise UnknownUser(f"no head for user '{user}'")
         row = self.users.pop(user)
+        self.known.pop(user, None)
         self.bank.clear(row)
         self.users[f"\0forgotten-{row}"] = row
 
@@ -87,9 +97,11 @@ class FactorizedScorer(nn.Module):
         return scores.masked_fill(~groups.mask, -torch.inf)
 
     @torch.inference_mode()
-    def score(self, groups: Groups, users: Sequence[str]) -> Tensor:
-        """[G, C] calibrated scores of G groups, one user each."""
-        scores: Tensor = self(groups, self.rows(users))
+    def score(self, groups: Groups, users: Sequence[str], visible: Sequence[int] | None = None) -> Tensor:
+        """[G, C] calibrated scores of G groups, one user each; `visible`: how many records each query may see, see `serving_row`."""
+        seen = [None] * len(users) if visible is None else visible
+        rows = [self.serving_row(user, count) for user, count in zip(users, seen, strict=True)]
+        scores: Tensor = self(groups, torch.tensor(rows, dtype=torch.long))
         return scores
 
     @torch.inference_mode()
@@ -114,7 +126,8 @@ class FactorizedScorer(nn.Module):
             "rank": getattr(self.bank, "basis", torch.zeros(0)).shape[0],
             "evidence": list(self.evidence_names),
             "loss": self.loss,
-            "users": sorted(self.users, key=self.row),  # by row: a forgotten user's name stands last in the dict
+            "users": (users := sorted(self.users, key=self.row)),  # by row: a forgotten user's name stands last in the dict
+            "known": [self.known.get(user, 0) for user in users],
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -146,4 +159,5 @@ class FactorizedScorer(nn.Module):
                     bank.remember(row, tensors[name], tensors[f"bank.residuals.{row}"])
             plain["bank._extra_state"] = bank.get_extra_state()  # type: ignore[assignment]
         scorer.load_state_dict(plain)
+        scorer.known = dict(zip(config["users"], config["known"], strict=True))
         return scorer.eval()
