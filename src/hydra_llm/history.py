@@ -1,6 +1,7 @@
 """One user's records: read written times, order them, and show a query only what came before it.
 
-Knows no files and no torch. Time never leaks: `before` is the only door through which records reach a query.
+Knows no files and no torch. Time never leaks: `before` is the only door through which records reach a query, and a head answers no
+query that may see fewer records than the head was fitted on (`FactorizedScorer.serving_row`).
 """
 
 import math
