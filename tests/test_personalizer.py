@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
+from hydra_llm.llm.calls import map_calls, run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.personalizer import Personalizer, gather
 from hydra_llm.retrieve import BM25
@@ -160,6 +161,67 @@ def test_every_second_call_failing_is_told_in_each_proposal() -> None:
         proposal = door(llm).propose(Query("u", "q", "rain"))
         assert proposal.usage.failed == 1
         assert len(proposal.notes) == 1
+
+
+# ---- a prompt beyond the LLM's window
+
+
+class Window:
+    """An LLM whose tokens are characters: refuses what is longer than its window, telling how much would fit, or not."""
+
+    identity: Mapping[str, Any] = {"kind": "fake", "model": "fake:window", "constrains": False}
+
+    def __init__(self, size: int, fits: float | None = None, sampled_size: int | None = None):
+        self.size, self.fits, self.sampled_size = size, fits, sampled_size or size
+        self.asked: list[tuple[float, str]] = []
+
+    async def generate(self, messages: Sequence[Message], *, temperature: float = 0.0, n: int = 1, **options: Any) -> Generation:
+        text = shown(messages)
+        self.asked.append((temperature, text))
+        if len(text) > (size := self.sampled_size if temperature else self.size):
+            raise LLMRefused("too long", fits=self.fits or size / len(text))
+        return Generation(("odd",) * n, Usage(calls=1, prompt_tokens=len(text)))
+
+    async def aclose(self) -> None: ...
+
+
+LONG = Query("u", "q", "0123456789" * 200)  # 2000 characters, 572 tokens by estimate
+
+
+@pytest.mark.parametrize("fits", [None, 0.6])
+def test_a_prompt_that_the_llm_finds_too_long_is_cut_again_and_told_once(fits: float | None) -> None:
+    llm = Window(800, fits)
+    proposal = door(llm).propose(LONG)
+    assert [c.answer for c in proposal.candidates] == ["odd"]
+    assert 400 < len(shown(proposal.messages)) <= 800
+    assert {text for _, text in llm.asked[-2:]} == {shown(proposal.messages)}  # greedy and sampled ones
+    assert sum("cut again" in note for note in proposal.notes) == 1
+    assert sum("text of query 'q'" in note for note in proposal.notes) == 1
+    assert (proposal.usage.calls, proposal.usage.failed) == (2, len(llm.asked) - 2)
+
+
+def test_samples_and_the_greedy_answer_are_of_the_same_prompt_even_if_only_one_was_refused() -> None:
+    llm = Window(5000, sampled_size=1000)
+    proposal = door(llm).propose(LONG)
+    assert {text for _, text in llm.asked[-2:]} == {shown(proposal.messages)}
+    assert proposal.candidates[0].votes == 4
+    assert proposal.usage.prompt_tokens == sum(len(text) for temperature, text in llm.asked if len(text) <= (1000 if temperature else 5000))
+
+
+@pytest.mark.parametrize("fits", [0.9, 0.0001])
+def test_what_is_refused_at_any_length_stays_refused(fits: float) -> None:
+    llm = Window(3, fits)
+    with pytest.raises(LLMRefused, match="too long"):
+        door(llm, samples=1).propose(LONG)
+    assert len(llm.asked) == (4 if fits == 0.9 else 1)  # three cuts, or no room for the instruction
+
+
+def test_one_prompt_that_is_too_long_does_not_stop_the_others() -> None:
+    llm = Window(100, fits=0.9)
+    queries = [LONG, Query("v", "short", "rain")]
+    results = run_sync(lambda: map_calls(door(llm, samples=1).apropose, queries, limit=1))
+    assert isinstance(results[0], LLMRefused)
+    assert not isinstance(results[1], LLMError)
 
 
 # ---- what the LLM sees

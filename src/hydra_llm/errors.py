@@ -55,9 +55,14 @@ class LLMError(HydraError):
 
 
 class LLMRefused(LLMError):
-    """A call that fails again as it stands: wrong key, unknown model, malformed request."""
+    """A call that fails again as it stands: wrong key, unknown model, malformed request, a prompt beyond the LLM's window."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, fits: float | None = None):
+        super().__init__(message)
+        self.fits = fits
+        """Where the prompt was too long: the share of it that would fit. A shorter prompt may be asked."""
 
 
 class BudgetExceeded(LLMError):

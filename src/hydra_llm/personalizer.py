@@ -29,6 +29,11 @@ from hydra_llm.types import Answer, Candidate, Generation, Message, Proposal, Qu
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
 
+MOST_CUTS = 3
+"""How often a prompt is made shorter because the LLM finds it too long."""
+CUT_MARGIN = 0.9
+"""Of what should fit, as estimated tokens are not the LLM's; to the power of the number of cuts."""
+
 
 @dataclass(frozen=True)
 class Personalizer:
@@ -59,7 +64,7 @@ class Personalizer:
         clock.lap("rerank")
         prompt = self.prompt(query, ranked[: self.settings.k])
         clock.lap("prompt")
-        candidates, usage, notes = await self.aask(prompt)
+        prompt, candidates, usage, notes = await self._ask(prompt)
         clock.lap("llm")
         return Proposal(query, tuple(retrieved), tuple(ranked), prompt.messages, candidates, usage, clock.seconds, (*prompt.notes, *notes))
 
@@ -90,6 +95,25 @@ class Personalizer:
         Raises:
             LLMError: the LLM gave no answer at all.
         """
+        return (await self._ask(prompt))[1:]
+
+    async def _ask(self, prompt: Prompt) -> tuple[Prompt, tuple[Candidate, ...], Usage, list[str]]:
+        """`aask`, and the prompt that was asked in the end: a shorter one, for all samples, where the LLM's window is smaller."""
+        spent = Usage()
+        for cut in range(1, MOST_CUTS + 2):
+            results = await self._results(prompt.messages)
+            fits = [result.fits for result in results if isinstance(result, LLMRefused) and result.fits is not None]
+            shorter = prompt.shorter(min(fits) * CUT_MARGIN**cut) if fits and cut <= MOST_CUTS else None
+            if shorter is None:
+                break
+            prompt, spent = shorter, spent + _spent(results)
+        greedy = self.settings.greedy_first or self.settings.samples == 1
+        texts, certain, failures = _merge(results, greedy)
+        candidates, unread = gather(self.task, texts, certain, self.settings)
+        return prompt, candidates, spent + _spent(results), failures + unread
+
+    async def _results(self, messages: Sequence[Message]) -> list[Generation | LLMError]:
+        """The greedy call and the one for samples, at the same time; an error stands where its texts would be."""
         settings = self.settings
         greedy = int(settings.greedy_first or settings.samples == 1)
         wanted = [(greedy, 0.0)] if greedy else []
@@ -99,16 +123,14 @@ class Personalizer:
 
         async def call(slot: int, n: int, temperature: float) -> None:
             try:
-                results[slot] = await self._generate(prompt.messages, n, temperature)
+                results[slot] = await self._generate(messages, n, temperature)
             except LLMError as error:
                 results[slot] = error
 
         async with anyio.create_task_group() as group:
             for slot, (n, temperature) in enumerate(wanted):
                 group.start_soon(call, slot, n, temperature)
-        texts, certain, usage, failures = _merge(results, bool(greedy))
-        candidates, unread = gather(self.task, texts, certain, settings)
-        return candidates, usage, failures + unread
+        return results
 
     async def _generate(self, messages: Sequence[Message], n: int, temperature: float) -> Generation:
         settings = self.settings
@@ -160,16 +182,19 @@ class Personalizer:
         return loaded.personalizer(open_llm(llm, chosen) if isinstance(llm, str) else llm, chosen)
 
 
-def _merge(results: Sequence[Generation | LLMError], greedy: bool) -> tuple[list[str], int, Usage, list[str]]:
+def _spent(results: Sequence[Generation | LLMError]) -> Usage:
+    return sum((result.usage if isinstance(result, Generation) else Usage(failed=1) for result in results), Usage())
+
+
+def _merge(results: Sequence[Generation | LLMError], greedy: bool) -> tuple[list[str], int, list[str]]:
     """Put the calls' texts together; fail only where none gave a text, or where going on makes no sense."""
     errors = [result for result in results if isinstance(result, LLMError)]
     fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
     if fatal or len(errors) == len(results):
         raise (fatal or errors)[0]
     texts = [_whole(text) for result in results if isinstance(result, Generation) for text in result.texts]
-    usage = sum((result.usage for result in results if isinstance(result, Generation)), Usage(failed=len(errors)))
     first = results[0]
-    return texts, len(first.texts) if greedy and isinstance(first, Generation) else 0, usage, [f"a call failed: {e}" for e in errors]
+    return texts, len(first.texts) if greedy and isinstance(first, Generation) else 0, [f"a call failed: {e}" for e in errors]
 
 
 def _whole(text: str) -> str:

@@ -3,13 +3,14 @@
 Knows neither retrieval nor any LLM beyond a function that counts a text's tokens. The best record stands last, nearest to
 the question: small instruct models lean on what they read last, and with one record it makes no difference.
 What must go to stay inside the budget goes in this order: the worst records, the end of the last record's input, the end
-of the query's text. Each cut is told in one note.
+of the query's text. Each cut is told in one note. Where the LLM itself finds a prompt too long, `Prompt.shorter` builds it again.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 from hydra_llm.errors import SettingsError
@@ -36,6 +37,20 @@ class Prompt:
     """The records that stand in the prompt, best first."""
     notes: tuple[str, ...] = ()
     """One line for each thing that was cut."""
+    tokens: int = 0
+    """Its length, as it was counted or estimated."""
+    again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
+    """Builds it again in other `max_tokens`."""
+
+    def shorter(self, share: float) -> "Prompt | None":
+        """The same question in `share` of its length; None where not even the instruction has room."""
+        room = int(self.tokens * share)
+        try:
+            made = self.again(max_tokens=room) if self.again else None
+        except SettingsError:
+            return None
+        note = f"prompt: cut again to {room} tokens by estimate, the LLM's window is smaller"
+        return made and replace(made, notes=(note, *made.notes))
 
 
 def build(
@@ -64,7 +79,8 @@ def build(
     if asked is None:
         raise SettingsError(f"a prompt of {max_tokens} tokens has no room for the instruction of task '{task.name}' alone")
     notes = _notes(examples, shown, page) + _told(f"the text of query '{query.id}'", text, asked, page)
-    return Prompt(page.messages(shown, asked), tuple(records[: len(shown)]), tuple(notes))
+    again = partial(build, task, query, records, count=count, style=style)
+    return Prompt(page.messages(shown, asked), tuple(records[: len(shown)]), tuple(notes), page.tokens(shown, asked), again)
 
 
 def estimate(text: str) -> int:
@@ -141,8 +157,11 @@ class _Page:
     def messages(self, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
         return self.layout(self.task, shown, text)
 
+    def tokens(self, shown: Sequence[_Example], text: str) -> int:
+        return sum(self.count(message["content"]) + PER_MESSAGE for message in self.messages(shown, text))
+
     def fits(self, shown: Sequence[_Example], text: str) -> bool:
-        return sum(self.count(message["content"]) + PER_MESSAGE for message in self.messages(shown, text)) <= self.max_tokens
+        return self.tokens(shown, text) <= self.max_tokens
 
 
 def _fit_records(page: _Page, examples: list[_Example], text: str) -> list[_Example]:

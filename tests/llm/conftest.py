@@ -25,7 +25,7 @@ def completion(*texts: str | None) -> Reply:
     return reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, "usage": usage})
 
 
-def refusal(status: int, message: str, **fields: str) -> Reply:
+def refusal(status: int, message: str, **fields: Any) -> Reply:
     return reply(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None, **fields}})
 
 

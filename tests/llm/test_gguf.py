@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMRefused
 from hydra_llm.llm.gguf import GgufLLM, _Engine, _safe, grammar, smollm2
-from hydra_llm.types import Message
+from hydra_llm.personalizer import Personalizer
+from hydra_llm.retrieve import Nothing
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Message, Query
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llm]
 
@@ -111,17 +114,39 @@ async def test_stop_cuts_the_text(llm: GgufLLM) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "\x00", "a\x00b", "\ud800", "🦊 שלום", "{input} {% x %}"])
-async def test_odd_texts_are_answered(llm: GgufLLM, text: str) -> None:
+async def test_odd_texts_reach_the_engine_whole(llm: GgufLLM, engine: _Engine, text: str) -> None:
     made = await llm.generate(ask(text), max_tokens=3)
-    assert made.usage.completion_tokens >= 1
+    reaching = text.replace("\ud800", "?")  # half of a surrogate pair has no bytes
+    assert made.usage.prompt_tokens == len(prompt_ids(engine, *ask(reaching)))
+    assert 1 <= len(engine._tokenize(made.texts[0], parse_special=False)) <= 3
 
 
 async def test_a_prompt_beyond_the_context_is_one_line(llm: GgufLLM) -> None:
-    with pytest.raises(LLMRefused, match=r"prompt has \d+ tokens, the context 2048: shorten it") as caught:
+    with pytest.raises(LLMRefused, match=r"prompt has \d+ tokens, the context 2048, the answer needs 128: shorten it") as caught:
         await llm.generate(ask("word " * 3000))
     assert "\n" not in str(caught.value)
     with pytest.raises(LLMRefused, match="unknown role 'tool<'"):
         await llm.generate([{"role": "tool<", "content": "x"}])
+
+
+async def test_a_text_of_many_tokens_is_cut_by_the_engines_own_count(engine: _Engine) -> None:
+    """Digits are a token each, 3.5 times what the estimate says."""
+    small = GgufLLM(smollm2("", Settings()).path, context_per_slot=512)
+    task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
+    asker = Personalizer(task, small, Nothing(), Settings(samples=1, max_tokens=2))
+    proposal = await asker.apropose(Query("u", "q", "1234567890" * 500))
+    await small.aclose()
+    assert 256 < proposal.usage.prompt_tokens <= 512 - 2
+    assert proposal.usage.prompt_tokens == len(prompt_ids(engine, *proposal.messages))
+    assert sum("cut again" in note for note in proposal.notes) == 1
+
+
+def test_a_window_of_another_size_is_another_llm_and_the_usual_one_keeps_its_old_name() -> None:
+    path = smollm2("", Settings()).path
+    usual = GgufLLM(path).identity
+    assert list(usual) == ["kind", "model", "sha256", "engine", "sampler", "constrains"]
+    assert GgufLLM(path, context_per_slot=2048).identity == usual
+    assert GgufLLM(path, context_per_slot=512).identity == {**usual, "context": 512}
 
 
 async def test_old_prompts_in_a_small_pool_make_room_for_new_ones() -> None:

@@ -10,7 +10,10 @@ import pytest
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.openai import OpenAILLM, from_spec
-from hydra_llm.types import Usage
+from hydra_llm.personalizer import Personalizer
+from hydra_llm.retrieve import Nothing
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Query, Usage
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -73,6 +76,60 @@ async def test_a_failed_single_request_fails_the_call(serve: Any, wire: Any) -> 
     endpoint = serve(lambda body, count: wire.refusal(500, "broken") if count == 2 else wire.completion("one"))
     with pytest.raises(LLMError, match="HTTP 500"):
         await client(endpoint).generate(MESSAGES, n=4, temperature=1.0)
+
+
+WINDOW = 600
+"""Of the endpoint below, whose tokens are characters."""
+LENGTHY = {
+    "openai": (400, "This model's maximum context length is {window} tokens. However, your messages resulted in {asked} tokens.", {}),
+    "openai, total": (
+        400,
+        "This model's maximum context length is {window} tokens. However, you requested {total} tokens ({asked} in the messages, 48 in the "
+        "completion). Please reduce the length of the messages or completion.",
+        {"code": "context_length_exceeded"},
+    ),
+    "vllm": (400, "This model's maximum context length is {window} tokens. However, your request has {asked} input tokens.", {}),
+    "llama.cpp": (400, "request ({asked} tokens) exceeds the available context size ({window} tokens), try increasing it", {}),
+    "llama.cpp, numbers": (
+        400,
+        "the request exceeds the available context size. try increasing the context size or enable context shift",
+        {"type": "exceed_context_size_error", "n_prompt_tokens": "{asked}", "n_ctx": "{window}"},
+    ),
+    "claude": (400, "prompt is too long: {asked} tokens > {window} maximum", {}),
+    "no numbers": (413, "the input is too long", {}),
+    "code alone": (400, "no", {"code": "context_length_exceeded"}),
+}
+
+
+@pytest.mark.parametrize("wording", LENGTHY)
+async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(serve: Any, wire: Any, wording: str) -> None:
+    status, message, fields = LENGTHY[wording]
+
+    def narrow(body: dict[str, Any], count: int) -> Any:
+        asked = len(body["messages"][0]["content"])
+        if asked + body["max_tokens"] <= WINDOW:
+            return wire.completion(*["odd"] * body.get("n", 1))
+        numbers = {"window": WINDOW, "asked": asked, "total": asked + body["max_tokens"]}
+        filled = {name: value.format(**numbers) for name, value in fields.items()}
+        filled |= {name: int(value) for name, value in filled.items() if value.isdigit()}
+        return wire.refusal(status, message.format(**numbers), **filled)
+
+    endpoint = serve(narrow)
+    task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
+    proposal = await Personalizer(task, client(endpoint), Nothing(), Settings(samples=4)).apropose(Query("u", "q", "0123456789" * 150))
+    assert proposal.candidates[0].votes == 4
+    assert {body["messages"][0]["content"] for body in endpoint.asked[-2:]} == {proposal.messages[0]["content"]}
+    assert len(proposal.messages[0]["content"]) > WINDOW // 3
+    assert sum("cut again" in note for note in proposal.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(400, "messages: invalid role"), (401, "no context length for you"), (404, "too long a name")]
+)
+async def test_other_refusals_say_nothing_about_the_window(serve: Any, wire: Any, status: int, message: str) -> None:
+    with pytest.raises(LLMRefused) as caught:
+        await client(serve(lambda body, count: wire.refusal(status, message))).generate(MESSAGES)
+    assert caught.value.fits is None
 
 
 async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(serve: Any, wire: Any) -> None:

@@ -27,7 +27,7 @@ async def map_calls(
 
     Raises:
         BudgetExceeded: the first one stops the others; finished calls are in the cache.
-        LLMRefused: the very first answer was a refusal, so every other would be one too.
+        LLMRefused: the very first answer was a refusal (of more than one prompt's length), so every other would be one too.
     """
     results: list[R | LLMError | None] = [None] * len(items)
     fatal: list[LLMError] = []
@@ -41,7 +41,7 @@ async def map_calls(
                 results[index] = await function(items[index])
             except LLMError as error:
                 results[index] = error
-                if isinstance(error, BudgetExceeded) or (isinstance(error, LLMRefused) and done == 0):
+                if isinstance(error, BudgetExceeded) or (isinstance(error, LLMRefused) and error.fits is None and done == 0):
                     fatal.append(error)
                     group.cancel_scope.cancel()
         done += 1

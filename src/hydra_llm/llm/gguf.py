@@ -37,6 +37,7 @@ from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.types import Generation, Message, Usage
 
 ROLES = ("system", "user", "assistant")
+CONTEXT = 2048
 SAMPLER = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}
 """llama.cpp's own defaults, named so that a later engine keeps them: small models write noise without them."""
 
@@ -52,7 +53,13 @@ class GgufLLM:
     """
 
     def __init__(
-        self, path: Path | str, *, slots: int = 8, context_per_slot: int = 2048, threads: int | None = None, model_name: str | None = None
+        self,
+        path: Path | str,
+        *,
+        slots: int = 8,
+        context_per_slot: int = CONTEXT,
+        threads: int | None = None,
+        model_name: str | None = None,
     ):
         self.path = Path(path)
         _check_file(self.path)
@@ -69,7 +76,9 @@ class GgufLLM:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         engine = f"xllamacpp {version('xllamacpp')}"
-        return {"kind": "gguf", "model": self.model, "sha256": digest, "engine": engine, "sampler": SAMPLER, "constrains": True}
+        named = {"kind": "gguf", "model": self.model, "sha256": digest, "engine": engine, "sampler": SAMPLER, "constrains": True}
+        # The window may cut an answer. The usual one is not named: answers that were kept before it had a name stay valid.
+        return named if self._context == CONTEXT else named | {"context": self._context}
 
     async def generate(
         self,
@@ -129,8 +138,11 @@ class GgufLLM:
     def _fit(self, engine: "_Engine", body: dict[str, Any]) -> int:
         tokens: int = engine.post("/v1/chat/completions/input_tokens", {"messages": body["messages"]})["input_tokens"]
         room = engine.context - tokens
-        if room < 1 or ("grammar" in body and room < body["max_tokens"]):
-            raise LLMRefused(f"{self.model}: the prompt has {tokens} tokens, the context {engine.context}: shorten it (max_prompt_tokens)")
+        # A long answer may be cut, but not to a word or two.
+        needed = body["max_tokens"] if "grammar" in body else min(body["max_tokens"], engine.context // 4)
+        if room < needed:
+            said = f"{self.model}: the prompt has {tokens} tokens, the context {engine.context}, the answer needs {needed}"
+            raise LLMRefused(f"{said}: shorten it (max_prompt_tokens)", fits=max(0, engine.context - needed) / tokens)
         body["max_tokens"] = min(body["max_tokens"], room)
         return tokens
 

@@ -25,6 +25,13 @@ REFUSED = (400, 401, 403, 404, 405, 413, 422)
 NAMES_N = re.compile(
     r"""['"`]n['"`]|\bn\b\s*(?:=|>|<|!|must|is|should|has|cannot|parameter|other)|parameter:? n\b|multiple (?:choices|completions)"""
 )
+TOO_LONG = re.compile(r"context[ _](?:length|size|window)|(?:prompt|input|message)s? (?:is|are) too long", re.IGNORECASE)
+"""How endpoints say that a prompt is beyond the window: OpenAI, vLLM, llama.cpp (`exceed_context_size_error`) and proxies."""
+WINDOW = re.compile(r"context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)", re.IGNORECASE)
+ASKED = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
+"""Numbers of tokens in such a message; the largest is what was asked for."""
+FITS = 0.6
+"""Share of a prompt that is taken to fit where the endpoint does not tell."""
 UNSUPPORTED = re.compile(r"unsupported|not supported|does not support|unrecognized|unknown|not permitted|deprecated", re.IGNORECASE)
 
 
@@ -188,7 +195,7 @@ class _Refusal(LLMRefused):
     """A refusal with what the endpoint said about a parameter."""
 
     def __init__(self, text: str, error: openai.APIStatusError):
-        super().__init__(text)
+        super().__init__(text, fits=_fits(error))
         self._said, self._param = str(error.message), error.param
         self._unsupported = bool(UNSUPPORTED.search(f"{error.code} {self._said}"))
 
@@ -200,6 +207,20 @@ class _Refusal(LLMRefused):
         """Whether this parameter is not known at all; a value out of range is the caller's to mend."""
         said = self._param == parameter or re.search(rf"\b{parameter}\b", self._said) is not None
         return self._unsupported and said
+
+
+def _fits(error: openai.APIStatusError) -> float | None:
+    """The share of a prompt that was too long that would fit; None where the refusal is about something else."""
+    said = f"{error.code} {error.message} {error.body}"
+    if error.status_code not in (400, 413, 422) or not TOO_LONG.search(said):
+        return None
+    windows, asked = _numbers(WINDOW, said), _numbers(ASKED, said)
+    share = min(windows, default=0) / max(asked, default=1)
+    return share if 0 < share < 1 else FITS
+
+
+def _numbers(pattern: re.Pattern[str], text: str) -> list[int]:
+    return [int(number) for found in pattern.findall(text) for number in found if number]
 
 
 def _client(base_url: str | None, api_key: str | None, timeout: float, retries: int, http_client: Any) -> openai.AsyncOpenAI:
