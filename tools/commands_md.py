@@ -17,7 +17,7 @@ Written by `make docs` from each command's help; `make check` holds it up to dat
 
 Every option can also come from the environment, by the name that its help gives: `HYDRA_LLM_ASK_SEED=3 hydra-llm ask ...` is
 `hydra-llm ask ... --seed 3`. A setting that holds for every command is `HYDRA_<SETTING>`, or a line of `hydra-llm.toml`.
-The order is flag, environment, file, default.
+The order is flag, environment, file, preset, and then what the bundle was learned with or the default.
 
 Exit codes: 0 done; 1 the LLM failed, or a bug (with its traceback); 2 something to mend, named in one line; 130 Ctrl-C.
 """

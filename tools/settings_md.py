@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydra_llm.config import OF_LEARNING
+
 ROOT = Path(__file__).parents[1]
 SOURCE, TARGET = ROOT / "src" / "hydra_llm" / "config.py", ROOT / "docs" / "settings.md"
 HEAD = """# Settings
@@ -13,11 +15,14 @@ HEAD = """# Settings
 Written by `make docs` from `config.py`; `make check` holds it up to date.
 
 Every setting can be given as `--set NAME=VALUE` (some have a flag of their own, see [commands](commands.md)), as the environment
-variable `HYDRA_NAME`, or as a line of `hydra-llm.toml`; the order is flag, environment, file, `--preset`, default. A bundle carries
-the settings that it was learned with. `--preset paper` takes the authors' settings.
+variable `HYDRA_NAME`, or as a line of `hydra-llm.toml` (another file: `--config`); the order is flag, environment, file, `--preset`,
+default. `--preset paper` takes the authors' settings.
 
-| setting | default | paper | what it does |
-|---|---|---|---|
+A bundle carries the settings that it was learned with, and `fit`, `ask` and `bench run` take them in place of the defaults. What is
+marked *fixed* belongs to the learned scorers: preset, file and environment leave it as it is, and a flag for another value is refused.
+
+| setting | default | paper | fixed | what it does |
+|---|---|---|---|---|
 """
 
 
@@ -44,7 +49,7 @@ def text() -> str:
     assigned = (node for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
     paper = ast.literal_eval(next(node.value for node in assigned if node.target.id == "PAPER"))  # type: ignore[union-attr,arg-type]
     rows = [
-        f"| `{name}` | `{default}` | {f'`{paper[name]!r}`' if name in paper else ''} | {told.replace('|', '&#124;')} |"
+        f"| `{name}` | `{default}` | {f'`{paper[name]!r}`' if name in paper else ''} | {'fixed' * (name in OF_LEARNING)} | {told.replace('|', '&#124;')} |"
         for name, default, told in fields(tree)
     ]
     return HEAD + "\n".join(rows) + "\n"

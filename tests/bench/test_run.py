@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hydra_llm import __version__
 from hydra_llm.bench.methods import METHODS, Parts, find_methods, typical
 from hydra_llm.bench.run import Row, as_table, run_methods, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -200,6 +201,53 @@ def test_another_runs_folder_is_refused_by_name_of_what_differs(tmp_path: Path) 
 def test_a_kill_while_the_manifest_is_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 1, "meth')
     RunLog(tmp_path, MANIFEST)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert {name: written[name] for name in MANIFEST} == MANIFEST
+    with pytest.raises(SettingsError, match="holds another run"):
+        RunLog(tmp_path, {**MANIFEST, "seed": 1})
+
+
+def test_a_run_names_its_versions_and_is_not_continued_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunLog(tmp_path, MANIFEST)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    import torch
+    import transformers
+
+    assert written["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert (written["torch"], written["transformers"]) == (torch.__version__, transformers.__version__)
+    monkeypatch.setattr("hydra_llm.bench.runlog.__version__", "9.9")
+    with pytest.raises(SettingsError, match=f"hydra_llm: '{__version__}' there, '9.9' asked"):
+        RunLog(tmp_path, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [('{"format": 2, "hydra_llm": "9.1", "more": []}', r"format 2 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
+)
+def test_a_manifest_that_cannot_be_continued_is_one_line(tmp_path: Path, manifest: str, said: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "samples.jsonl").touch()
+    with pytest.raises(SettingsError, match=rf"manifest\.json.*{said}.*take another --out"):
+        RunLog(tmp_path, MANIFEST)
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"{}", b"\xff", b'{"notes": [], "colour": 1}', b'{"notes": 5}'])
+def test_a_damaged_sample_is_named_by_its_line(tmp_path: Path, damage: bytes) -> None:
+    log = RunLog(tmp_path, MANIFEST)
+    log.add(Sample("m", "u", "q", "x", "x"))
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(file.read_bytes() + damage + b"\n" + file.read_bytes())
+    with pytest.raises(SettingsError, match=r"samples\.jsonl:2: is no sample") as caught:
+        RunLog(tmp_path, MANIFEST)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for place in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(SettingsError, match=r"taken(/below)?: is a file, or lies in one: a run is a folder"):
+            RunLog(place, MANIFEST)
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 @settings(max_examples=40, deadline=None)
@@ -256,6 +304,8 @@ def test_typical_answers() -> None:
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(SettingsError, match="unknown method 'best'"):
         find_methods(["rag", "best"])
+    with pytest.raises(SettingsError, match="no method is named: take some of zero-shot, "):
+        find_methods([])
     assert [method.name for method in find_methods(["all"])] == list(METHODS)
 
 

@@ -56,8 +56,8 @@ class RunLog:
         self.folder, self.samples = folder, dict[tuple[str, str, str], Sample]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise SettingsError(f"{error.filename}: is a file: a run is a folder, take another --out") from None
+        except (FileExistsError, NotADirectoryError):
+            raise SettingsError(f"{folder}: is a file, or lies in one: a run is a folder, take another --out") from None
         self._agree({"format": FORMAT, **versions(), **manifest})
         self._file = folder / "samples.jsonl"
         if self._file.exists():

@@ -1,0 +1,161 @@
+"""`fit`, `ask` and `bench run` on a learned bundle: whose settings count, what stays in the bundle, and who may write it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_llm import fit, learn
+from hydra_llm.bundle import Bundle
+from hydra_llm.cli.main import run
+from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.native import save
+from hydra_llm.errors import BundleError
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Query, Record
+
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3"))
+USERS = {"t0": "train", "t1": "train", "one": "test", "two": "test"}
+RECORDS = [
+    Record(user, f"r{i}", f"rain {i} of {user}", str(1 + (i + at) % 3), str(2000 + i)) for at, user in enumerate(USERS) for i in range(5)
+]
+QUERIES = [Query(user, "q", "a film", "2", "2010") for user in ("one", "two")]
+LEARNED = {"epochs": 0, "samples": 2, "retrieved": 3, "queries_per_user": 1, "k": 1, "max_length": 32}
+LABELS = "fake:rule=labels"
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set and a bundle with a head for user `two`."""
+    folder = tmp_path_factory.mktemp("learned")
+    dataset = DataSet.from_records(STARS, USERS, RECORDS, QUERIES)  # type: ignore[arg-type]
+    save(dataset, folder / "data")
+    learn(dataset, LABELS, Settings(**LEARNED, cache=folder / "cache"), out=folder / "bundle")  # type: ignore[arg-type]
+    fit(dataset, folder / "bundle", LABELS, users=["two"])
+    return folder
+
+
+@pytest.fixture
+def bundle(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that a test may change, and a working folder that holds nothing else."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(learned / "bundle", tmp_path / "bundle"))
+
+
+Hydra = Callable[..., Any]
+
+
+@pytest.fixture
+def hydra(capsys: pytest.CaptureFixture[str]) -> Hydra:
+    """The JSON that a command line prints, or the one line with which it ends."""
+
+    def call(*arguments: object) -> Any:
+        capsys.readouterr()
+        code = run([*map(str, arguments), "--json"])
+        told = capsys.readouterr()
+        if code:
+            assert (code, told.out, told.err.count("\n")) == (2, "", 1), told
+            return told.err.removeprefix("hydra-llm: ").rstrip("\n")
+        return json.loads(told.out)
+
+    return call
+
+
+def stored(bundle: Path) -> Any:
+    return json.loads((bundle / "config.json").read_text())["settings"]
+
+
+def test_flag_environment_file_preset_bundle_in_this_order(hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def votes(*more: object) -> int:
+        told = hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "two", *more, "rain")
+        return sum(candidate["votes"] for candidate in told["candidates"])
+
+    Path("own.toml").write_text("samples = 3")
+    assert votes() == 2
+    assert votes("--preset", "paper") == 8
+    assert votes("--preset", "paper", "--config", "own.toml") == 3
+    Path("hydra-llm.toml").write_text("samples = 5")
+    assert votes("--preset", "paper") == 5
+    monkeypatch.setenv("HYDRA_SAMPLES", "4")
+    assert votes("--preset", "paper") == 4
+    assert votes("--preset", "paper", "--set", "samples=6") == 6
+
+
+def test_an_ask_sees_the_latest_records_alone(hydra: Hydra, bundle: Path) -> None:
+    ask = ["ask", "--bundle", bundle, "--llm", LABELS, "--user", "two"]
+    assert len(hydra(*ask, "rain")["retrieved"]) == 3
+    assert {record["id"] for record in hydra(*ask, "--limit", 2, "rain")["retrieved"]} == {"r3", "r4"}
+    assert len(hydra(*ask, "--limit", 9, "rain")["retrieved"]) == 3
+    assert hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "none", "--limit", 2, "rain").startswith("unknown user 'none'")
+
+
+@pytest.mark.parametrize(("name", "value", "was"), [("features", "cross", "tower"), ("head", "mlp", "linear"), ("max_length", 64, 32)])
+def test_what_learning_fixed_is_refused_by_every_command(
+    hydra: Hydra, learned: Path, bundle: Path, name: str, value: object, was: object
+) -> None:
+    data, common = learned / "data", ["--bundle", bundle, "--llm", LABELS, "--set", "candidates=sampled"]
+    line = f"setting '{name}': was fixed to {was!r} when the bundle was learned; learn another bundle for {value!r}"
+    asked = ["--set", f"{name}={value}"]
+    assert hydra("fit", data, *common, *asked) == line
+    assert hydra("ask", "--user", "two", *common, *asked, "rain") == line
+    assert hydra("bench", "run", data, "--out", "run", *common, *asked) == line
+    assert not Path("run").exists()
+    assert hydra("fit", data, *common, "--set", f"{name}={was}")["users"] == 2
+
+
+def test_sampled_candidates_can_be_chosen_from_where_the_adapter_reads_labels(hydra: Hydra, bundle: Path) -> None:
+    told = hydra("ask", "--bundle", bundle, "--llm", "fake:echo", "--user", "two", "--candidates", "sampled", "2")
+    assert [candidate["answer"] for candidate in told["candidates"]] == ["2"]
+    assert told["candidates"][0]["probability"] == pytest.approx(1)
+
+
+def test_fit_leaves_the_settings_that_the_bundle_was_learned_with(
+    hydra: Hydra, learned: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stored(bundle)
+    monkeypatch.setenv("HYDRA_K", "0")
+    told = hydra("fit", learned / "data", "--bundle", bundle, "--llm", LABELS, "--preset", "paper", "--seed", 3, "--set", "retrieved=1")
+    assert told["users"] == 2
+    assert stored(bundle) == before
+    assert {key: before[key] for key in LEARNED} == LEARNED
+
+
+def test_a_benchmark_takes_a_preset_and_says_what_it_ran_with(hydra: Hydra, learned: Path, bundle: Path) -> None:
+    methods = ["--methods", "rag,hydra-published", "--out", "run", "--preset", "paper"]
+    rows = hydra("bench", "run", learned / "data", "--bundle", bundle, "--llm", LABELS, *methods)
+    assert [row["failed"] for row in rows] == [0, 0]
+    ran = json.loads(Path("run/manifest.json").read_text())["settings"]
+    assert (ran["samples"], ran["candidates"], ran["head"], ran["epochs"]) == (8, "sampled", "linear", 0)
+
+
+@pytest.mark.parametrize("command", ["ask", "fit", "bench run"])
+def test_a_wrong_environment_or_file_is_said_as_everywhere(
+    hydra: Hydra, learned: Path, bundle: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = {"ask": ["--user", "two", "rain"], "fit": [learned / "data"], "bench run": [learned / "data", "--out", "run"]}[command]
+    line = [*command.split(), "--bundle", bundle, "--llm", LABELS, *rest]
+    with monkeypatch.context() as patch:
+        patch.setenv("HYDRA_K", "abc")
+        assert hydra(*line).startswith("setting 'k': Input should be a valid integer")
+    Path("hydra-llm.toml").write_text("k =")
+    assert hydra(*line).startswith("hydra-llm.toml: not TOML: ")
+
+
+def test_heads_that_another_process_saved_in_between_are_not_lost(learned: Path, bundle: Path) -> None:
+    dataset = DataSet.from_records(STARS, USERS, RECORDS, QUERIES)  # type: ignore[arg-type]
+    mine, theirs = Bundle.load(bundle), Bundle.load(bundle)
+    ours = fit(dataset, mine, LABELS, users=["one"], settings=mine.settings_with(seed=1)).bundle
+    fit(dataset, theirs, LABELS, users=["two"]).bundle.save(bundle)
+    theirs.save(bundle)  # its own work stands there
+    with pytest.raises(BundleError, match="was changed by another process since it was read"):
+        ours.save(bundle)
+    assert set(Bundle.load(bundle).records) == {"t0", "t1", "two"}
+    fit(dataset, bundle, LABELS, users=["one"])
+    assert set(Bundle.load(bundle).records) == {"t0", "t1", "one", "two"}
+    ours.save(bundle.parent / "elsewhere")
+    ours.save(bundle.parent / "elsewhere")
+    assert set(Bundle.load(bundle.parent / "elsewhere").records) == {"t0", "t1", "one", "two"}
