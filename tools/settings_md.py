@@ -32,7 +32,7 @@ def fields(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
     for node, after in zip(settings.body, [*settings.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             told = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            yield node.target.id, default_of(node.value), " ".join(str(told).split())
+            yield node.target.id, default_of(node.value), " ".join(str(told).split()).replace("|", "&#124;")
 
 
 def default_of(value: ast.expr) -> str:
@@ -49,7 +49,7 @@ def text() -> str:
     assigned = (node for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
     paper = ast.literal_eval(next(node.value for node in assigned if node.target.id == "PAPER"))  # type: ignore[union-attr,arg-type]
     rows = [
-        f"| `{name}` | `{default}` | {f'`{paper[name]!r}`' if name in paper else ''} | {'fixed' * (name in OF_LEARNING)} | {told.replace('|', '&#124;')} |"
+        f"| `{name}` | `{default}` | {f'`{paper[name]!r}`' if name in paper else ''} | {'fixed' * (name in OF_LEARNING)} | {told} |"
         for name, default, told in fields(tree)
     ]
     return HEAD + "\n".join(rows) + "\n"
