@@ -7,6 +7,7 @@
     │   ├── UnknownUser      the bundle or data set has no such user
     │   └── BundleError      a bundle is damaged, newer than this version, or does not fit
     └── LLMError             a call to the black box failed; it is recorded, never scored 0
+        ├── PartlyFailed     some of its texts arrived and are kept (llm/base.py)
         ├── LLMRefused       it will fail again as it stands (401, 403, 404, 400)
         └── BudgetExceeded   the run's budget is spent; the run stops cleanly and resumes
 

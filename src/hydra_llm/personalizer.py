@@ -18,7 +18,7 @@ from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
 from hydra_llm.history import before
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import ChatLLM, PartlyFailed
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.prompt import Prompt, build
 from hydra_llm.rerank import KeepOrder, Reranker
@@ -183,7 +183,13 @@ class Personalizer:
 
 
 def _spent(results: Sequence[Generation | LLMError]) -> Usage:
-    return sum((result.usage if isinstance(result, Generation) else Usage(failed=1) for result in results), Usage())
+    """What calls cost, those that failed among them."""
+
+    def cost(result: Generation | LLMError) -> Usage:
+        made = result.made if isinstance(result, PartlyFailed) else result
+        return made.usage if isinstance(made, Generation) else Usage(failed=1)
+
+    return sum(map(cost, results), Usage())
 
 
 def _merge(results: Sequence[Generation | LLMError], greedy: bool) -> tuple[list[str], int, list[str]]:
@@ -193,6 +199,8 @@ def _merge(results: Sequence[Generation | LLMError], greedy: bool) -> tuple[list
     if fatal or len(errors) == len(results):
         raise (fatal or errors)[0]
     texts = [_whole(text) for result in results if isinstance(result, Generation) for text in result.texts]
+    if not texts:
+        raise LLMError("the LLM gave no text")
     first = results[0]
     return texts, len(first.texts) if greedy and isinstance(first, Generation) else 0, [f"a call failed: {e}" for e in errors]
 

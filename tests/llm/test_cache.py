@@ -18,11 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_llm.errors import LLMError, UserFault
+from hydra_llm.config import Settings
+from hydra_llm.errors import LLMError, LLMRefused, UserFault
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Meter, Prices
-from hydra_llm.types import Generation, Message, Usage
+from hydra_llm.personalizer import Personalizer
+from hydra_llm.retrieve import Nothing
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Generation, Message, Query, Usage
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "Name a film"}]
@@ -134,6 +138,69 @@ async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path
     assert (await llm.generate(MESSAGES)).texts == ("fine",)
     ((request, candidate, row),) = llm.rows()
     assert (request["messages"], candidate, row["text"]) == (MESSAGES, 0, "fine")
+
+
+class Miserly(Counting):
+    """A plug-in that gives fewer texts than it was asked for."""
+
+    most = 2
+
+    async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+        return await super().generate(messages, n=min(n, self.most), **options)
+
+
+async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path: Path) -> None:
+    inner = Miserly()
+    llm = CachedLLM(meter := Meter(inner), tmp_path / "c.sqlite")
+    with pytest.raises(LLMError, match=r"^the LLM gave 2 of 5 texts$"):
+        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
+    with pytest.raises(LLMError, match=r"^the LLM gave 2 of 3 texts$"):
+        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
+    assert (await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)).texts == ("0", "1", "2", "3", "4")
+    assert inner.asked == [(2, 7), (2, 9), (1, 11)]
+    inner.most = 0
+    with pytest.raises(LLMError, match="0 of 1"):
+        await llm.generate([{"role": "user", "content": "other"}])
+    assert meter.usage.calls == 4
+
+
+async def test_too_many_texts_are_cut_to_what_was_asked_for(tmp_path: Path) -> None:
+    class Generous(Counting):
+        async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+            return await super().generate(messages, n=n + 1, **options)
+
+    llm = CachedLLM(Generous(), tmp_path / "c.sqlite")
+    assert (await llm.generate(MESSAGES, n=2, temperature=1.0)).texts == ("0", "1")
+    assert len(list(llm.rows())) == 2
+
+
+class Narrow(Counting):
+    """Refuses a prompt that is longer than its window."""
+
+    window = 20
+
+    async def generate(self, messages: Sequence[Message], **options: Any) -> Generation:
+        if len(messages[0]["content"]) > self.window:
+            raise LLMRefused("too long", fits=0.5)
+        return await super().generate(messages, **options)
+
+
+async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Path) -> None:
+    task, query = Task("t", "generation", "{input}"), Query("u", "q", "x" * 50)
+
+    def asker(inner: Counting, *, replay_only: bool = False) -> Personalizer:
+        return Personalizer(task, CachedLLM(inner, tmp_path / "c.sqlite", replay_only=replay_only), Nothing(), Settings(samples=3))
+
+    first = await asker(Narrow()).apropose(query)
+    again = await asker(unasked := Narrow(), replay_only=True).apropose(query)
+    assert (again.messages, again.candidates, again.notes) == (first.messages, first.candidates, first.notes)
+    assert unasked.asked == []
+    grown = Narrow()
+    grown.window = 99  # an LLM at hand is asked again: its window may have grown
+    whole = await asker(grown).apropose(query)
+    assert whole.messages[0]["content"] == query.input
+    assert (await asker(unasked, replay_only=True).apropose(query)).candidates == whole.candidates
+    assert all("text" in row for _, _, row in asker(unasked).llm.rows())  # type: ignore[attr-defined]
 
 
 # ---- keys
@@ -348,6 +415,19 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserFault, match="cannot open the cache"):
         CachedLLM(Counting(), tmp_path / "file" / "c.sqlite")
+
+
+def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    llm = CachedLLM(Counting(), path)
+    llm._database.execute("PRAGMA journal_mode = DELETE")  # as on a shared disk, where readers wait for a writer
+    llm._database.execute("PRAGMA busy_timeout = 20")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(UserFault, match=r"c\.sqlite: another process holds the cache \(database is locked\)"):
+        asyncio.run(llm.generate(MESSAGES))
+    other.execute("COMMIT")
+    assert asyncio.run(llm.generate(MESSAGES)).texts == ("0",)
 
 
 def test_a_second_process_that_writes_for_a_while_is_waited_for(tmp_path: Path) -> None:

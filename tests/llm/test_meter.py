@@ -9,6 +9,7 @@ import pytest
 
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
 from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.calls import map_calls
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Budget, Meter, Prices
 from hydra_llm.types import Generation, Message, Usage
@@ -108,6 +109,43 @@ async def test_the_budget_of_calls_holds_for_calls_in_flight() -> None:
         for i in range(9):
             group.start_soon(one, i)
     assert (meter.usage.calls, refused) == (5, 4)
+
+
+class OneByOne:
+    """Each text is a call of its own."""
+
+    identity: Mapping[str, Any] = {"kind": "fake", "model": "one by one", "constrains": False}
+
+    async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+        await anyio.sleep(0.01)
+        return Generation(("fine",) * n, Usage(calls=n))
+
+    async def aclose(self) -> None:
+        pass
+
+
+async def test_where_each_text_is_a_call_the_budget_knows_it_after_the_first() -> None:
+    meter = Meter(OneByOne(), budget=Budget(max_calls=20))
+    await meter.generate(ask("first"), n=4)
+    with pytest.raises(BudgetExceeded):  # 4 + 4 × 4 = 20
+        await map_calls(lambda i: meter.generate(ask(str(i)), n=4), range(9), limit=9)
+    assert meter.usage.calls == 20
+
+
+async def test_a_stopped_call_is_counted_as_one_that_failed() -> None:
+    meter = Meter(FailingLLM(four_words(), "hang"))
+    with anyio.move_on_after(0.02):
+        await meter.generate(ask("a"))
+    assert (meter.usage.calls, meter.usage.failed) == (1, 1)
+    assert meter.errors == {"stopped before it answered": 1}
+
+
+async def test_what_is_in_flight_when_the_budget_ends_is_not_thrown_away(tmp_path: Path) -> None:
+    llm = CachedLLM(Meter(Slow(), budget=Budget(max_calls=3)), tmp_path / "c.sqlite")
+    with pytest.raises(BudgetExceeded):
+        await map_calls(lambda i: llm.generate(ask(str(i))), range(8), limit=4)
+    assert llm.usage.calls == len(list(llm.rows())) == 3
+    await llm.aclose()
 
 
 def test_one_meter_serves_one_event_loop_after_another() -> None:

@@ -1,7 +1,10 @@
 """The OpenAI client against real HTTP endpoints that refuse, limit, fail, hang, hang up and talk nonsense."""
 
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -9,7 +12,11 @@ import pytest
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.llm.base import PartlyFailed
+from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.meter import Meter, Prices
 from hydra_llm.llm.openai import OpenAILLM, from_spec
+from hydra_llm.llm.spec import wrap
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.task import Task
@@ -72,10 +79,59 @@ async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any,
     assert len(endpoint.asked) == 1
 
 
-async def test_a_failed_single_request_fails_the_call(serve: Any, wire: Any) -> None:
-    endpoint = serve(lambda body, count: wire.refusal(500, "broken") if count == 2 else wire.completion("one"))
+def breaking(wire: Any, seed: int) -> Callable[[dict[str, Any], int], Any]:
+    """Draws one text a request, and fails at one seed."""
+    return lambda body, count: wire.refusal(500, "broken") if body.get("seed") == seed else wire.completion(texts_of(body)[0])
+
+
+async def test_a_failed_single_request_fails_the_call_and_loses_nothing_that_was_paid_for(serve: Any, wire: Any) -> None:
+    endpoint = serve(breaking(wire, seed=12))
+    with pytest.raises(PartlyFailed, match="HTTP 500") as caught:
+        await client(endpoint).generate(MESSAGES, n=5, temperature=1.0, seed=10)
+    assert caught.value.made.texts == ("text 10.0", "text 11.0")  # those behind the gap have no place of their own
+    assert caught.value.made.usage == Usage(calls=5, failed=1, prompt_tokens=4 * 7, completion_tokens=4 * 2)
+    assert len(endpoint.asked) == 5
+
+
+async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(serve: Any, wire: Any, tmp_path: Path) -> None:
+    endpoint = serve(breaking(wire, seed=12))
+    meter = Meter(client(endpoint), prices=Prices(prompt=1e6))
+    llm = CachedLLM(meter, tmp_path / "c.sqlite")
+    with pytest.raises(PartlyFailed):
+        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=10)
+    assert meter.usage.calls == len(endpoint.asked) == 5
+    assert (meter.usage.failed, meter.usage.prompt_tokens, meter.usage.cost) == (1, 28, 28.0)
+    assert [row["text"] for _, _, row in llm.rows()] == ["text 10.0", "text 11.0"]
     with pytest.raises(LLMError, match="HTTP 500"):
-        await client(endpoint).generate(MESSAGES, n=4, temperature=1.0)
+        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=10)
+    assert [body["seed"] for body in endpoint.asked[5:]] == [12]
+    asker = Personalizer(Task("t", "generation", "{input}"), llm, Nothing(), Settings(samples=6, seed=8))
+    proposal = await asker.apropose(Query("u", "q", "Hi"))
+    assert (proposal.usage.calls, proposal.usage.failed, proposal.usage.prompt_tokens) == (6, 1, 5 * 7)  # the last sample fails
+    assert meter.usage.calls == len(endpoint.asked)
+    await llm.aclose()
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(serve: Any, wire: Any, limit: int, tmp_path: Path) -> None:
+    now, most, lock = 0, 0, threading.Lock()
+
+    def crowded(body: dict[str, Any], count: int) -> Any:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return wire.completion(texts_of(body)[0])
+
+    settings = Settings(concurrency=limit, cache=tmp_path)
+    llm = wrap(from_spec(f"m@{serve(crowded).url}", settings), settings)
+    async with anyio.create_task_group() as group:
+        for i in range(4):
+            group.start_soon(partial(llm.generate, [{"role": "user", "content": str(i)}], n=8, temperature=1.0, seed=1))
+    assert (most, llm.usage.calls) == (limit, 32)
+    await llm.aclose()
 
 
 WINDOW = 600

@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from hydra_llm.errors import LLMError
 from hydra_llm.types import Generation, Message
+
+
+class PartlyFailed(LLMError):
+    """A call for several texts of which some arrived. They were paid for: the cache keeps them, the meter counts them."""
+
+    def __init__(self, message: str, made: Generation):
+        super().__init__(message)
+        self.made = made
+        """The first texts, up to the first that is missing, and what the whole call cost: texts behind a gap and failures too."""
 
 
 @runtime_checkable
@@ -31,6 +41,7 @@ class ChatLLM(Protocol):
 
         Raises:
             LLMRefused: the same call would fail again.
+            PartlyFailed: some of the texts arrived.
             LLMError: it failed after its retries.
         """
         ...

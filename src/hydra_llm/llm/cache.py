@@ -1,7 +1,8 @@
 """Keeps every text that an LLM gave, so that a repeat costs nothing and gives the same (DESIGN 6). Wraps any `ChatLLM`.
 
 A SQLite file with two tables: `requests` (all that was asked, as JSON, under its SHA-256) and `answers` (one text, under its
-request and its index among the candidates). JSON only, never pickle. Index i is the same row whether 4 or 8 candidates were asked
+request and its index among the candidates; a prompt that was too long has its refusal at index -1, for a replay without the LLM
+to cut it as it was cut). JSON only, never pickle. Index i is the same row whether 4 or 8 candidates were asked
 for; only missing ones are asked for. Several processes may share the file: what was stored first stays. Knows no budget and no prices.
 """
 
@@ -9,7 +10,7 @@ import hashlib
 import json
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 
 import anyio
 
-from hydra_llm.errors import LLMError, UserFault
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.errors import LLMError, LLMRefused, UserFault
+from hydra_llm.llm.base import ChatLLM, PartlyFailed
 from hydra_llm.types import Generation, Message, Usage
 
 SCHEMA = """
@@ -27,6 +28,8 @@ CREATE TABLE IF NOT EXISTS answers (
     request TEXT NOT NULL REFERENCES requests (id), candidate INTEGER NOT NULL, payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
 ) WITHOUT ROWID;
 """
+REFUSED = -1
+"""Where a request's refusal stands among its answers."""
 Row = Mapping[str, Any]
 """One stored text: `text`, `calls`, `prompt_tokens`, `completion_tokens`, `seconds`; the shares of a call's rows add up to the call."""
 
@@ -96,7 +99,7 @@ class CachedLLM:
         """Return n texts, kept ones first looked up; identical calls in flight are made once, n greedy texts are one call.
 
         Raises:
-            LLMError: as the inner LLM says, or `replay_only` and the answer is not there.
+            LLMError: as the inner LLM says, or it gave too few texts, or `replay_only` and the answer is not there.
         """
         options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "stop": stop, "choices": choices}
         request = request_of(self.identity, messages, seed=seed, **options)
@@ -107,17 +110,22 @@ class CachedLLM:
             self._replayed += usage
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
                 if self.replay_only:
-                    raise LLMError(f"{self.path}: no kept answer for request {key}, candidate {first}, and nothing may be asked")
+                    raise self._not_kept(key, first)
                 shifted = None if seed is None else seed + first  # sample i is drawn with seed + i, however many are asked for at once
-                made = await self.inner.generate(messages, n=count, seed=shifted, **options)
+                made, fault = await _arrived(self.inner.generate(messages, n=count, seed=shifted, **options), count)
                 rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
                 usage += made.usage
+                if isinstance(fault, LLMRefused) and fault.fits is not None:
+                    self._write(key, request, {REFUSED: {"refused": str(fault), "fits": fault.fits}})
+                if fault:
+                    raise fault
         texts = tuple(rows[index]["text"] for index in range(distinct))
         return Generation(texts * (n // distinct), usage)
 
     def rows(self) -> Iterator[tuple[Mapping[str, Any], int, Row]]:
         """Everything in the file: the request, the candidate's index, the stored text with its share of the usage."""
-        query = "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request ORDER BY r.id, a.candidate"
+        query = "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request"
+        query += " WHERE a.candidate >= 0 ORDER BY r.id, a.candidate"
         for request, candidate, payload in self._run(query):
             yield json.loads(request), candidate, json.loads(payload)
 
@@ -136,13 +144,22 @@ class CachedLLM:
             if not lock.locked():  # else it has passed on to one that waited
                 self._turns.pop(key, None)
 
-    def _read(self, key: str, count: int) -> dict[int, Row]:
-        found = self._run("SELECT candidate, payload FROM answers WHERE request = ? AND candidate < ?", key, count)
-        unwritten = {index: row for (request, index), row in self._unwritten.items() if request == key and index < count}
+    def _read(self, key: str, count: int, first: int = 0) -> dict[int, Row]:
+        query = "SELECT candidate, payload FROM answers WHERE request = ? AND candidate >= ? AND candidate < ?"
+        found = self._run(query, key, first, count)
+        unwritten = {index: row for (request, index), row in self._unwritten.items() if request == key and first <= index < count}
         return unwritten | {index: json.loads(payload) for index, payload in found}
+
+    def _not_kept(self, key: str, candidate: int) -> LLMError:
+        """The refusal that was kept, or that there is nothing."""
+        if refused := self._read(key, 0, REFUSED).get(REFUSED):
+            return LLMRefused(refused["refused"], fits=refused["fits"])
+        return LLMError(f"{self.path}: no kept answer for request {key}, candidate {candidate}, and nothing may be asked")
 
     def _write(self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]) -> Mapping[int, Row]:
         """Keep the rows; returns them as they are kept: where another process was first, its text is the answer."""
+        if not rows:
+            return rows
         try:
             with self._database:  # one transaction: a kill leaves all of a call or nothing
                 self._database.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, _json(request)))
@@ -154,8 +171,8 @@ class CachedLLM:
             self._unwritten |= {(key, index): row for index, row in rows.items()}
             return rows
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
-        kept = self._read(key, max(rows) + 1)
+            raise self._unreadable(error) from None
+        kept = self._read(key, max(rows) + 1, REFUSED)
         return {index: kept[index] for index in rows}
 
     def _warn(self, error: Exception) -> None:
@@ -177,23 +194,42 @@ class CachedLLM:
             database = sqlite3.connect(":memory:", check_same_thread=False)
             database.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self._unreadable(error) from None
         return database
 
     def _run(self, query: str, *values: str | int) -> list[Any]:
         try:
             return self._database.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self._unreadable(error) from None
 
-    def _damaged(self, error: Exception) -> UserFault:
-        return UserFault(f"{self.path}: the cache is damaged ({error}): delete or move the file, and the answers are asked for again")
+    def _unreadable(self, error: sqlite3.DatabaseError) -> UserFault:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the extended codes say more in higher bits
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return UserFault(f"{self.path}: another process holds the cache ({error}): wait for it to end, or take another --cache")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+            fix = "delete or move the file, and the answers are asked for again"
+            return UserFault(f"{self.path}: the cache is damaged ({error}): {fix}")
+        return UserFault(f"{self.path}: the cache cannot be read ({error}): check the disk, or take another --cache")
+
+
+async def _arrived(call: Awaitable[Generation], count: int) -> tuple[Generation, LLMError | None]:
+    """The texts that came, `count` at most, and the error if there are fewer."""
+    try:
+        made = await call
+    except PartlyFailed as error:
+        return error.made, error
+    except LLMError as error:
+        return Generation(()), error
+    if len(made.texts) < count:
+        return made, PartlyFailed(f"the LLM gave {len(made.texts)} of {count} texts", made)
+    return Generation(made.texts[:count], made.usage), None
 
 
 def _rows(made: Generation) -> list[Row]:
     """One row per text; what the call cost is shared out: calls and prompt to the first, the rest evenly."""
     count, usage = len(made.texts), made.usage
-    even, rest = divmod(usage.completion_tokens, count)
+    even, rest = divmod(usage.completion_tokens, count or 1)
     return [
         {
             "text": text,

@@ -26,7 +26,7 @@ async def map_calls(
     """Apply an async function to each item, `limit` at once; results in the items' order, an `LLMError` where one failed.
 
     Raises:
-        BudgetExceeded: the first one stops the others; finished calls are in the cache.
+        BudgetExceeded: after the first one nothing new is begun; what was paid for and is in flight still comes into the cache.
         LLMRefused: the very first answer was a refusal (of more than one prompt's length), so every other would be one too.
     """
     results: list[R | LLMError | None] = [None] * len(items)
@@ -37,11 +37,15 @@ async def map_calls(
     async def one(index: int, group: anyio.abc.TaskGroup) -> None:
         nonlocal done
         async with gate:
+            if fatal:
+                return
             try:
                 results[index] = await function(items[index])
             except LLMError as error:
                 results[index] = error
-                if isinstance(error, BudgetExceeded) or (isinstance(error, LLMRefused) and error.fits is None and done == 0):
+                if isinstance(error, BudgetExceeded):
+                    fatal.append(error)
+                elif isinstance(error, LLMRefused) and error.fits is None and done == 0:
                     fatal.append(error)
                     group.cancel_scope.cancel()
         done += 1

@@ -38,6 +38,7 @@ from hydra_llm.types import Generation, Message, Usage
 
 ROLES = ("system", "user", "assistant")
 CONTEXT = 2048
+"""The usual window of one conversation, in tokens."""
 SAMPLER = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}
 """llama.cpp's own defaults, named so that a later engine keeps them: small models write noise without them."""
 

@@ -1,6 +1,7 @@
 """Counts what an LLM costs and stops a run before it costs more than was allowed (DESIGN 6). Wraps any `ChatLLM`; knows no cache.
 
-A failed call is counted and its error kept; it is raised to whoever asked, never turned into an answer.
+A failed call is counted and its error kept; it is raised to whoever asked, never turned into an answer. A call that was stopped
+in the middle counts as failed too: it reached the LLM, though nobody knows its tokens.
 """
 
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import anyio
 
 from hydra_llm.errors import BudgetExceeded, LLMError
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import ChatLLM, PartlyFailed
 from hydra_llm.types import Generation, Message, Usage
 
 
@@ -47,6 +48,7 @@ class Meter:
         """How often each failure was met."""
         self._slots = anyio.Semaphore(concurrency)
         self._in_flight = 0
+        self._one_by_one = False  # whether n texts were seen to be n calls
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -70,34 +72,40 @@ class Meter:
             LLMError: as the inner LLM says.
         """
         async with self._slots:
-            self._check_budget()
-            self._in_flight += 1
+            calls = n if self._one_by_one else 1
+            self._check_budget(calls)
+            self._in_flight += calls
             started = time.perf_counter()
             try:
                 made = await self.inner.generate(
                     messages, n=n, temperature=temperature, max_tokens=max_tokens, stop=stop, seed=seed, choices=choices
                 )
-            except LLMError as error:
-                self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
+            except PartlyFailed as error:
                 self.errors[str(error)] += 1
+                raise PartlyFailed(str(error), self._counted(error.made, n, time.perf_counter() - started)) from None
+            except (LLMError, anyio.get_cancelled_exc_class()) as error:
+                self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
+                self.errors[str(error) if isinstance(error, LLMError) else "stopped before it answered"] += 1
                 raise
             finally:
-                self._in_flight -= 1
-            return self._counted(made, time.perf_counter() - started)
+                self._in_flight -= calls
+            return self._counted(made, n, time.perf_counter() - started)
 
     async def aclose(self) -> None:
         await self.inner.aclose()
 
-    def _counted(self, made: Generation, waited: float) -> Generation:
+    def _counted(self, made: Generation, n: int, waited: float) -> Generation:
+        self._one_by_one |= made.usage.calls >= n > 1
         # An engine whose calls queue knows better than we how long this one took.
         usage = replace(made.usage, cost=self.prices.cost(made.usage), seconds=made.usage.seconds or waited)
         self.usage += usage
         return Generation(made.texts, usage)
 
-    def _check_budget(self) -> None:
+    def _check_budget(self, calls: int) -> None:
+        """Whether there is room for so many calls more, beside those in flight."""
         tokens = self.usage.prompt_tokens + self.usage.completion_tokens
         for name, spent, limit in (
-            ("max_calls", self.usage.calls + self._in_flight, self.budget.max_calls),
+            ("max_calls", self.usage.calls + self._in_flight + calls - 1, self.budget.max_calls),
             ("max_llm_tokens", tokens, self.budget.max_tokens),
             ("max_cost", self.usage.cost, self.budget.max_cost),
         ):

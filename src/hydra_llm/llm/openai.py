@@ -8,6 +8,7 @@ Knows no cache and no budget.
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from openai.types.chat import ChatCompletion
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.llm.base import PartlyFailed
 from hydra_llm.types import Generation, Message, Usage
 
 REFUSED = (400, 401, 403, 404, 405, 413, 422)
@@ -50,6 +52,7 @@ class OpenAILLM:
         api_key: str | None = None,
         timeout: float = 120.0,
         retries: int = 3,
+        concurrency: int = 8,
         http_client: Any = None,
     ):
         self.model = model
@@ -60,6 +63,7 @@ class OpenAILLM:
             raise SettingsError(f"openai:{model} needs a key: set OPENAI_API_KEY (any text for an endpoint without keys)") from None
         self.native_n: bool | None = None
         """Whether the endpoint draws n texts in one call; None until it was asked for more than one."""
+        self._slots = anyio.Semaphore(concurrency)  # of requests: where the endpoint draws one text each, a call is many
         self._loop: object = None
         self._without: set[str] = set()
         self._limit_name = "max_tokens"
@@ -88,7 +92,8 @@ class OpenAILLM:
         """Return n texts, in one request where the endpoint can and in n where it cannot; `choices` are ignored.
 
         Raises:
-            LLMRefused: key, model or request are wrong.
+            LLMRefused: key, model or request are wrong, or the prompt is too long.
+            PartlyFailed: one of n requests failed.
             LLMError: the endpoint failed, hung, hung up or answered nonsense, after the SDK's retries.
         """
         body: dict[str, Any] = {"messages": [dict(message) for message in messages], "temperature": temperature, "max_tokens": max_tokens}
@@ -129,10 +134,12 @@ class OpenAILLM:
         async with anyio.create_task_group() as group:
             for index in range(len(made.texts), n):
                 group.start_soon(single, index)
+        rest = [singles[index] for index in takewhile(singles.__contains__, range(len(made.texts), n))]
+        made = Generation((*made.texts, *(one.texts[0] for one in rest)), sum((one.usage for one in singles.values()), made.usage))
         if failures:
-            raise failures[0]
-        rest = [singles[index] for index in sorted(singles)]
-        return Generation((*made.texts, *(one.texts[0] for one in rest)), sum((one.usage for one in rest), made.usage))
+            failed = Usage(calls=len(failures), failed=len(failures))
+            raise PartlyFailed(str(failures[0]), Generation(made.texts, made.usage + failed))
+        return made
 
     async def _send(self, body: dict[str, Any]) -> Generation:
         """One request, and a second one where the endpoint names a parameter that it does not know."""
@@ -147,7 +154,8 @@ class OpenAILLM:
         sent = {name: value for name, value in body.items() if name not in self._without}
         sent[self._limit_name] = sent.pop("max_tokens")
         try:
-            answer = await self._client_here().chat.completions.create(model=self.model, **sent)
+            async with self._slots:
+                answer = await self._client_here().chat.completions.create(model=self.model, **sent)
         except openai.APIStatusError as error:
             text = self._line(f"HTTP {error.status_code}: {error.message}")
             raise (_Refusal(text, error) if error.status_code in REFUSED else LLMError(text)) from None
@@ -252,4 +260,4 @@ def from_spec(rest: str, settings: Settings) -> OpenAILLM:
     found = re.fullmatch(r"(.+?)(?:@(https?://.+))?", rest)
     if found is None:
         raise SettingsError("openai: needs a model: openai:MODEL, or openai:MODEL@URL for another endpoint")
-    return OpenAILLM(found[1], base_url=found[2], timeout=settings.timeout, retries=settings.retries)
+    return OpenAILLM(found[1], base_url=found[2], timeout=settings.timeout, retries=settings.retries, concurrency=settings.concurrency)
