@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 
 from hydra_llm.datasets.lamp import read_gold_ids, stream_questions
-from hydra_llm.errors import DataError, HydraError, SettingsError
+from hydra_llm.errors import DataError, SettingsError, UserFault
 
 BASE_URL = "https://ciir.cs.umass.edu/downloads/LaMP/"
 FOLDERS: Mapping[str, str] = {
@@ -61,7 +61,7 @@ def fetch(
     After a broken transfer it waits `pause` seconds, a little longer each time, and goes on where it was.
 
     Raises:
-        HydraError: the server cannot be reached; what has arrived is kept for the next call.
+        UserFault: the server cannot be reached; what has arrived is kept for the next call.
         DataError: what arrived is not what was asked for.
     """
     wanted = addresses(task, split, base_url)
@@ -72,7 +72,7 @@ def fetch(
                 if not (folder / name).is_file() and not (folder / f"{name}.whole").is_file():
                     _download(session, address, folder / f"{name}.part", progress, pause)
         except OSError as error:
-            raise HydraError(f"{folder}: cannot be written: {error.strerror}; what has arrived is kept") from None
+            raise UserFault(f"{folder}: cannot be written: {error.strerror}; what has arrived is kept") from None
     for part in PARTS:
         _accept(folder / f"{part}_questions.json", folder / f"{part}_outputs.json", wanted)
     return [folder / name for name in wanted]
@@ -90,9 +90,9 @@ def _download(client: httpx2.Client, address: str, part: Path, progress: Progres
             unreachable = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol) and attempt == 1
             if attempt == ATTEMPTS or unreachable:
                 kept = f"; {have} bytes are kept, the same command goes on from there" if have else ""
-                raise HydraError(f"{address}: {_reason(error)}{kept}") from None
+                raise UserFault(f"{address}: {_reason(error)}{kept}") from None
         except httpx2.InvalidURL as error:
-            raise HydraError(f"{address}: {error}") from None
+            raise UserFault(f"{address}: {error}") from None
         time.sleep(pause * attempt)
     raise AssertionError("the last attempt returns or raises")
 
@@ -115,7 +115,7 @@ def _transfer(client: httpx2.Client, address: str, part: Path, progress: Progres
         if response.status_code == 429 or response.status_code >= 500:
             raise httpx2.ReadError(f"HTTP {response.status_code} {response.reason_phrase}".rstrip())
         if response.status_code not in (200, 206):
-            raise HydraError(f"{address}: HTTP {response.status_code} {response.reason_phrase}".rstrip())
+            raise UserFault(f"{address}: HTTP {response.status_code} {response.reason_phrase}".rstrip())
         start = _start(response, have)
         size = start + int(response.headers["content-length"]) if "content-length" in response.headers else None
         tag = response.headers.get("etag") or response.headers.get("last-modified")

@@ -59,6 +59,8 @@ def read_table(
         DataError: names file, line and field of what is broken.
     """
     rows = list(_once(_rows(file, columns, report), file, columns, report))
+    if kind == "rating":
+        rows = list(_numbered(rows, file, columns, report))
     if not rows:
         raise DataError("holds no record", file=file)
     task, note = _task(rows, kind, prompt, name or re.sub(r"\..*", "", file.name), file)
@@ -81,6 +83,15 @@ def _once(rows: Iterator[Row], file: Path, columns: Columns, report: Report) -> 
             report(DataError(f"user '{key[0]}' has the id '{key[1]}' twice", file=file, line=line, field=columns.id))
         else:
             seen.add(key)
+            yield line, entry
+
+
+def _numbered(rows: list[Row], file: Path, columns: Columns, report: Report) -> Iterator[Row]:
+    """Rows whose output is a number; an empty one is the builder's to report."""
+    for line, entry in rows:
+        if (output := entry["output"].strip()) and _number(output) is None:
+            report(DataError(f"'{output[:60]}' is no number, and this is a rating", file=file, line=line, field=columns.output))
+        else:
             yield line, entry
 
 
@@ -111,6 +122,8 @@ def _rows(file: Path, columns: Columns, report: Report) -> Iterator[Row]:
     first = next(lines, None)
     if first is None:
         return
+    if first[1].lstrip().startswith("["):
+        raise DataError("is one JSON array: write one JSON object a line", file=file, line=first[0])
     raw = _json_rows(first, lines, file, report) if first[1].lstrip().startswith("{") else _csv_rows(first, lines, file)
     for number, data in raw:
         entry = {one.name: _cell(data, getattr(columns, one.name)) for one in fields(Columns)}
@@ -205,15 +218,15 @@ def _labels(outputs: set[str], kind: Kind) -> list[str]:
         return []
     numbers = [_number(output) for output in outputs]
     known = sorted(number for number in numbers if number is not None)
-    if kind == "classification" or len(known) < len(numbers):
-        return sorted(outputs)  # a rating that is no number is refused by the task, which names it
+    if kind == "classification":
+        return sorted(outputs)
     if all(number.is_integer() for number in known):
         return [str(value) for value in range(int(known[0]), int(known[-1]) + 1)] if known else []
     return [f"{number:g}" for number in known]
 
 
 def _prompt(kind: Kind, labels: list[str]) -> str:
-    if kind == "rating":
+    if kind == "rating" and labels:
         return f"What score would this person give, from {labels[0]} to {labels[-1]}? Answer with the number alone.\n\n{{input}}"
     if kind == "classification":
         return f"Which of these would this person choose: {', '.join(labels)}? Answer with it alone.\n\n{{input}}"
