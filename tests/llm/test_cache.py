@@ -428,6 +428,9 @@ def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path: Path
         asyncio.run(llm.generate(MESSAGES))
     other.execute("COMMIT")
     assert asyncio.run(llm.generate(MESSAGES)).texts == ("0",)
+    asyncio.run(llm.aclose())
+    with pytest.raises(UserFault, match="cannot be read .*closed"):  # nor one that was closed: nobody should delete it
+        asyncio.run(llm.generate(MESSAGES))
 
 
 def test_a_second_process_that_writes_for_a_while_is_waited_for(tmp_path: Path) -> None:

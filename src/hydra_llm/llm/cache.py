@@ -204,7 +204,7 @@ class CachedLLM:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: sqlite3.DatabaseError) -> UserFault:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the extended codes say more in higher bits
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF  # the extended codes say more in higher bits
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return UserFault(f"{self.path}: another process holds the cache ({error}): wait for it to end, or take another --cache")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):

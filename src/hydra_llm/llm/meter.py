@@ -30,7 +30,10 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may spend; None is no limit. Checked before each call, so tokens and cost can pass it by the calls in flight."""
+    """What a run may spend; None is no limit. Checked before each call, so tokens and cost can pass it by the calls in flight.
+
+    Where an endpoint draws one text per call, the first answer tells; until then a request for n texts counts as one call.
+    """
 
     max_calls: int | None = None
     max_tokens: int | None = None
