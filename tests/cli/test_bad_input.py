@@ -143,6 +143,17 @@ def test_data_of_another_task_than_the_bundle_is_refused(hydra: Hydra, bundle: P
     assert not (tmp_path / "run").exists()
 
 
+def test_queries_amid_the_history_are_told(hydra: Hydra, tmp_path: Path) -> None:
+    queries = [("new", "q0", "2002", "a film", "2"), ("new", "q1", "2020", "a film", "2")]
+    folder, cache = write(tmp_path / "amid", films("t0", "t1", "new"), queries), ["--set", f"cache={tmp_path / 'cache'}"]
+    llm, bundle = ["--llm", "fake:rule=labels"], tmp_path / "b"
+    assert hydra("learn", folder, *llm, "--out", bundle, *SMALL, *cache).code == 0
+    assert hydra("fit", folder, *llm, "--bundle", bundle, "--user", "new", *cache).code == 0
+    told = hydra("bench", "run", folder, *llm, "--bundle", bundle, "--methods", "hydra", "--out", tmp_path / "run", *cache)
+    assert told.code == 0
+    assert "1 of 2 queries may not see all that their user's head was fitted on: the shared head answers them" in "\n".join(told.lines)
+
+
 # ---- users
 
 

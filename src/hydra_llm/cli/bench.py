@@ -60,6 +60,7 @@ def run(
     if not queries:
         raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {bundle}` first")
     parts = Parts(loaded, open_llm(llm, settings), settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
+    _tell_of_time(parts, queries)
     log = RunLog(out, _manifest(dataset, parts, queries))
     with console.progress() as report:
         samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
@@ -77,6 +78,17 @@ def _fitted(dataset: "DataSet", bundle: "Bundle", data: Path) -> list[str]:
     if fitted and len(fitted) < len(new):
         console.say(f"{len(new) - len(fitted)} of {len(new)} new users have no head and are left out: run `hydra-llm fit {data}` for them")
     return fitted
+
+
+def _tell_of_time(parts: "Parts", queries: Sequence["Query"]) -> None:
+    """Say how many queries their users' own heads may not answer."""
+    from hydra_llm.history import before
+
+    scorers = [scorer for scorer in (parts.bundle.reranker, parts.bundle.adapter) if scorer is not None]
+    seen = [(query.user, len(before(parts.records[query.user], query))) for query in queries]
+    amid = sum(any(scorer.serving_row(*case) != scorer.row(case[0]) for scorer in scorers) for case in seen)
+    if amid:
+        console.say(f"{amid} of {len(queries)} queries may not see all that their user's head was fitted on: the shared head answers them")
 
 
 def _manifest(dataset: "DataSet", parts: "Parts", queries: Sequence["Query"]) -> dict[str, Any]:
