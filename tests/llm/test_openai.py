@@ -166,7 +166,7 @@ async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(serve
         if asked + body["max_tokens"] <= WINDOW:
             return wire.completion(*["odd"] * body.get("n", 1))
         numbers = {"window": WINDOW, "asked": asked, "total": asked + body["max_tokens"]}
-        filled = {name: value.format(**numbers) for name, value in fields.items()}
+        filled: dict[str, Any] = {name: value.format(**numbers) for name, value in fields.items()}
         filled |= {name: int(value) for name, value in filled.items() if value.isdigit()}
         return wire.refusal(status, message.format(**numbers), **filled)
 
