@@ -14,6 +14,7 @@ from hydra_llm.bench.run import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.errors import SettingsError
 from hydra_llm.evidence import survey
 from hydra_llm.history import as_query
 from hydra_llm.history import before as before_query
@@ -228,3 +229,12 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(tmp_p
         assert group.evidence == tuple(
             map(tuple, bundle.evidence.reranker(as_query(record), retrieved, bundle.evidence.remember(visible)).tolist())
         )
+
+
+def test_fitting_does_not_change_what_learning_fixed() -> None:
+    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    bundle = learn(here.data, llm, Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=4, max_length=32)).bundle
+    with pytest.raises(SettingsError, match=r"setting 'head': was fixed to 'linear'"):
+        fit(here.data, bundle, llm, settings=Settings(head="kernel", users=4, max_length=32))
+    fitted = fit(here.data, bundle, llm, users=here.new[:1], settings=bundle.settings_with(k=2))
+    assert (fitted.bundle.settings.k, bundle.settings.k) == (2, 1)

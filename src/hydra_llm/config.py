@@ -217,7 +217,15 @@ def settings_over(learned: Settings, preset: str = "default", file: Path | None 
         SettingsError: as `load_settings`, or a flag for what was fixed when the bundle was learned.
     """
     around = {name: value for name, value in _around(preset, file).items() if name not in OF_LEARNING}
-    chosen = checked({**learned.model_dump(), **around, **_flags(given)})
+    return as_learned(learned, checked({**learned.model_dump(), **around, **_flags(given)}))
+
+
+def as_learned(learned: Settings, chosen: Settings) -> Settings:
+    """`chosen`, if it leaves alone what was fixed in learning.
+
+    Raises:
+        SettingsError: names the first setting that it does not.
+    """
     for name in sorted(OF_LEARNING):
         fixed, asked = getattr(learned, name), getattr(chosen, name)
         if fixed != asked:

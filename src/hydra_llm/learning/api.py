@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.config import Settings, load_settings
+from hydra_llm.config import Settings, as_learned, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
@@ -243,13 +243,14 @@ async def afit(
     records gets the shared head.
 
     Raises:
+        SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes some that do not.
         UnknownUser: a user whom the data set does not have.
         DataError: the data set is of another task than the bundle.
     """
     folder = None if isinstance(bundle, Bundle) else Path(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
-        loaded = replace(loaded, settings=settings)
+        loaded = replace(loaded, settings=as_learned(loaded.settings, settings))
     _, data, model = _opened(dataset, llm, loaded.settings)
     loaded.check_task(data.task)
     names = list(users) if users else data.users("test")
