@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hydra_llm.bench.methods import METHODS
+from hydra_llm.bench.methods import DEMO
 from hydra_llm.cli import demo
 from hydra_llm.cli.main import run
 from hydra_llm.llm.gguf import GgufLLM
@@ -46,8 +46,8 @@ def test_it_needs_no_network_and_a_repeat_asks_nothing(asked: list[Any], refused
     again = json.loads(shown("--json"))
     assert not asked
 
-    assert [row["method"] for row in again["rows"]] == list(METHODS)
-    assert len(METHODS) == 8
+    assert [row["method"] for row in again["rows"]] == list(DEMO)
+    assert len(DEMO) == 8
     for row in again["rows"]:
         assert (row["queries"], row["failed"]) == (2, 0)
         value, low, high = row["metrics"]["mae"]

@@ -115,11 +115,12 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, he
     swapped = [replace(query, user=others[query.user], position=10**6) for query in queries]
     shuffled = gains(task, answers_of(personalizer, swapped), queries)
     controls = {}
-    for name in ("zero-shot", "rag", "random", "user-majority"):
+    for name in ("zero-shot", "rag@2", "random", "user-majority", "hydra-shared", "self-consistency", "mbr@3"):
         samples = run_sync(
             lambda name=name: run_methods(find_methods([name]), Parts(bundle, llm, bundle.settings, bundle.records), queries)
         )
         controls[name] = gains(task, [sample.answer for sample in samples], queries)
+    shared = controls.pop("hydra-shared")  # sees the user's history as evidence, but no head
     stranger = [replace(query, user="stranger") for query in queries]
     nobody = gains(task, answers_of(personalizer, stranger), queries)
 
@@ -128,6 +129,7 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, he
     )  # seeds 0 to 3 reach .80 to .97 and .95 to .97, the best control .57 and .83; mlp .67 to .93
     assert hydra > least, (hydra, controls)
     assert hydra > max(*controls.values(), nobody, shuffled) + margin, (hydra, shuffled, nobody, controls)
+    assert hydra >= shared > max(nobody, shuffled), (hydra, shared)
     in_memory = fitted.bundle.personalizer(llm)
     assert answers_of(in_memory, queries[:6]) == answers_of(personalizer, queries[:6])  # the disk changes nothing
 

@@ -5,7 +5,8 @@ users that it has heads for (they are what is retrieved): treat it as their data
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class Bundle:
             adapter=LearnedAdapter(adapter, evidence, select=chosen.select) if adapter else FirstCandidate(),
             records=self.records,
         )
+
+    def without_heads(self) -> "Bundle":
+        """The same bundle for which everybody is a stranger: the shared heads answer. The non-personal control."""
+        return replace(self, reranker=_headless(self.reranker), adapter=_headless(self.adapter))
 
     def settings_with(self, preset: str = "default", file: Path | None = None, /, **given: object) -> Settings:
         """The bundle's settings with preset, settings file, environment and the given ones on top; None is not given.
@@ -169,3 +174,12 @@ class Bundle:
 
 def _scorer(name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> FactorizedScorer:
     return FactorizedScorer.restore(config, {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")})
+
+
+def _headless(scorer: FactorizedScorer | None) -> FactorizedScorer | None:
+    """The scorer, all else shared with it, without the names of its users."""
+    if scorer is None:
+        return None
+    stranger = copy(scorer)
+    stranger.users, stranger.known = {}, {}
+    return stranger

@@ -5,17 +5,19 @@ Knows neither data sets nor metrics. Sources: HYDRA, sections 4.1 and 4.2; LaMP;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from hydra_llm.adapt import FirstCandidate, RandomCandidate
+import numpy as np
+
+from hydra_llm.adapt import Adapter, RandomCandidate, all_labels, select
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.personalizer import Personalizer
-from hydra_llm.retrieve import Nothing
-from hydra_llm.tasks.task import Task
+from hydra_llm.retrieve import Nothing, Retriever, make_retriever
+from hydra_llm.tasks.task import KINDS, Kind, Task
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
 
 
@@ -47,23 +49,62 @@ class Method:
     """A line of the table."""
 
     name: str
+    """`NAME`, or with its parameters `NAME@k`, `NAME@b`, `NAME@k,b`; without them the settings' k and samples hold."""
     what: str
     """One line for people."""
     group: str
-    """prompt, hydra or control."""
+    """prompt, hydra, sampling, control or bound."""
     build: Callable[[Parts], Answerer]
+    takes: tuple[str, ...] = ()
+    """Which parameters the name may carry: k records, b candidates."""
+    source: str = ""
+    kinds: tuple[Kind, ...] = KINDS
+    """Kinds of task that it can answer."""
+
+    def at(self, given: Mapping[str, int]) -> "Method":
+        """The method with parameters in place of the settings' own."""
+        build, numbers = self.build, ",".join(str(number) for number in given.values())
+        chosen = {PARAMETERS[name]: number for name, number in given.items()}
+
+        def bound(parts: Parts) -> Answerer:
+            enough = {"retrieved": max(parts.settings.retrieved, given.get("k", 0))}
+            return build(replace(parts, settings=parts.settings.model_copy(update=chosen | enough)))
+
+        return replace(self, name=f"{self.name}@{numbers}", build=bound)
+
+
+PARAMETERS = {"k": "k", "b": "samples"}
+"""Parameter of a method → the setting that it stands for."""
+ONE: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
+"""The LLM's greedy answer alone."""
+
+
+# ---- prompts without learning
 
 
 def _zero_shot(parts: Parts) -> Answerer:
-    return replace(parts.personalizer(samples=1, greedy_first=True, k=0), retriever=Nothing(), adapter=FirstCandidate())
+    return replace(parts.personalizer(**ONE, k=0), retriever=Nothing())
 
 
 def _rag(parts: Parts) -> Answerer:
-    return parts.personalizer(samples=1, greedy_first=True)
+    return parts.personalizer(**ONE)
+
+
+def _retrieving(name: str) -> Callable[[Parts], Answerer]:
+    """As `rag`, with another retriever."""
+
+    def build(parts: Parts) -> Answerer:
+        retriever = make_retriever(name, embed=parts.bundle.store.texts, seed=parts.settings.seed)
+        return replace(parts.personalizer(**ONE), retriever=retriever)
+
+    return build
+
+
+# ---- hydra
 
 
 def _reranker(parts: Parts) -> Answerer:
-    return parts.personalizer(rerank=True, samples=1, greedy_first=True)
+    return parts.personalizer(rerank=True, **ONE)
 
 
 def _adapter(parts: Parts) -> Answerer:
@@ -79,8 +120,44 @@ def _hydra(parts: Parts) -> Answerer:
     return parts.personalizer(rerank=True, adapt=True)
 
 
-def _random(parts: Parts) -> Answerer:
-    return replace(parts.personalizer(rerank=True), adapter=RandomCandidate(parts.settings.seed))
+def _shared(parts: Parts) -> Answerer:
+    return _hydra(replace(parts, bundle=parts.bundle.without_heads()))
+
+
+# ---- samples without learning, and bounds: the candidates are those of `hydra`
+
+
+def _choosing(adapter: Callable[[Parts], Adapter]) -> Callable[[Parts], Answerer]:
+    return lambda parts: replace(parts.personalizer(rerank=True), adapter=adapter(parts))
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A bound: the best of the LLM's candidates, by the gold answer."""
+
+    task: Task
+
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+        gains = [self.task.gain(candidate.answer, query.gold or "") for candidate in candidates]
+        return list(candidates), gains.index(max(gains))
+
+
+@dataclass(frozen=True)
+class ByVotes:
+    """The LLM's own votes as the distribution: most votes (self-consistency), or the greatest expected gain (minimum Bayes risk)."""
+
+    task: Task
+    how: str
+
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+        readable = [place for place, candidate in enumerate(candidates) if candidate.answer is not None and candidate.votes]
+        if not readable:
+            return list(candidates), 0
+        votes = np.array([float(candidates[place].votes) for place in readable])
+        return list(candidates), readable[select(self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how)]
+
+
+# ---- controls without any LLM
 
 
 @dataclass(frozen=True)
@@ -97,6 +174,45 @@ class UserMajority:
         return Answer(text, Proposal(query, (), (), (), (candidate,)), (candidate,), 0)
 
 
+@dataclass(frozen=True)
+class CopyNearest:
+    """The answer of the user's most similar record: what a look-up reaches without any LLM."""
+
+    task: Task
+    records: Mapping[str, Sequence[Record]]
+    nearest: Retriever
+
+    async def aanswer(self, query: Query) -> Answer:
+        visible = before(self.records.get(query.user, ()), query)
+        found = self.nearest.retrieve(query, visible, 1)
+        text = found[0].record.output if found else typical(self.task, [])
+        candidate = Candidate(text, text)
+        return Answer(text, Proposal(query, tuple(found), tuple(found), (), (candidate,)), (candidate,), 0)
+
+
+@dataclass(frozen=True)
+class ScorerOnly:
+    """Every label by the factorized scorer, without any vote of the LLM: what is missing to `hydra` is what the LLM adds."""
+
+    task: Task
+    records: Mapping[str, Sequence[Record]]
+    adapter: Adapter
+
+    async def aanswer(self, query: Query) -> Answer:
+        visible = before(self.records.get(query.user, ()), query)
+        blank = tuple(all_labels(self.task, []))
+        candidates, chosen = self.adapter.choose(query, blank, visible)
+        return Answer(candidates[chosen].text, Proposal(query, (), (), (), blank), tuple(candidates), chosen)
+
+
+def _copy_nearest(parts: Parts) -> Answerer:
+    return CopyNearest(parts.bundle.task, parts.records, make_retriever("dense", embed=parts.bundle.store.texts))
+
+
+def _scorer_only(parts: Parts) -> Answerer:
+    return ScorerOnly(parts.bundle.task, parts.records, parts.personalizer(adapt=True).adapter)
+
+
 def typical(task: Task, outputs: Sequence[str]) -> str:
     """The lower median of ratings, the most frequent label (the latest of equals), the latest text; without records the middle label."""
     if not outputs:
@@ -108,32 +224,100 @@ def typical(task: Task, outputs: Sequence[str]) -> str:
     return max(reversed(outputs), key=list(outputs).count)
 
 
+LABELS: tuple[Kind, ...] = ("classification", "rating")
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot),
-        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag),
-        Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker),
-        Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter),
-        Method("hydra-published", "reranker and adapter: sampled candidates at temperature 1, best score", "hydra", _published),
-        Method("hydra", "reranker and adapter with this project's choosing", "hydra", _hydra),
-        Method("random", "one of hydra's sampled answers by lot", "control", _random),
+        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot, source="HYDRA 4.1"),
+        Method("icl-random", "k records by lot in the prompt", "prompt", _retrieving("random"), ("k",), "HYDRA 4.1"),
+        Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP"),
+        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1"),
+        Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP"),
+        Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker, ("k",), "HYDRA 4.2"),
+        Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter, ("b",), "HYDRA 4.2"),
+        Method(
+            "hydra-published",
+            "reranker and adapter: sampled candidates at temperature 1, best score",
+            "hydra",
+            _published,
+            ("k", "b"),
+            "HYDRA 4.2",
+        ),
+        Method("hydra", "reranker and adapter with this project's choosing", "hydra", _hydra, ("k", "b"), "HYDRA 4.2; DESIGN 5"),
+        Method("hydra-shared", "hydra with the shared heads for everybody", "control", _shared, ("k", "b"), "DESIGN 4"),
+        Method(
+            "self-consistency",
+            "the answer with most votes among hydra's samples",
+            "sampling",
+            _choosing(lambda parts: ByVotes(parts.bundle.task, "best")),
+            ("b",),
+            "Wang et al. 2023",
+        ),
+        Method(
+            "mbr",
+            "the sample that is closest to the others",
+            "sampling",
+            _choosing(lambda parts: ByVotes(parts.bundle.task, "expected-gain")),
+            ("b",),
+            "Kumar and Byrne 2004",
+        ),
+        Method(
+            "random",
+            "one of hydra's samples by lot",
+            "bound",
+            _choosing(lambda parts: RandomCandidate(parts.settings.seed)),
+            ("b",),
+        ),
+        Method("oracle", "the best of hydra's samples", "bound", _choosing(lambda parts: Oracle(parts.bundle.task)), ("b",)),
         Method("user-majority", "the user's own median or majority, no LLM", "control", lambda p: UserMajority(p.bundle.task, p.records)),
+        Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest),
+        Method("scorer-only", "all labels by the adapter, no LLM", "control", _scorer_only, kinds=LABELS),
     )
 }
+DEMO = (
+    *("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra"),
+    *("random", "user-majority"),
+)
+"""The methods of the demo's table."""
 
 
-def find_methods(names: Sequence[str]) -> list[Method]:
-    """The methods of these names; `all` is every one.
+def find_methods(names: Sequence[str], kind: Kind | None = None) -> list[Method]:
+    """The methods of these names, with their parameters; `all` is every one that can answer tasks of the kind.
 
     Raises:
-        SettingsError: an unknown name, or none at all.
+        SettingsError: no name, an unknown one, a parameter that it does not take, or a kind that it cannot answer.
     """
     if not names:
         raise SettingsError(f"no method is named: take some of {', '.join(METHODS)}, or all")
     if list(names) == ["all"]:
-        return list(METHODS.values())
-    for name in names:
-        if name not in METHODS:
-            raise SettingsError(f"unknown method '{name}': take some of {', '.join(METHODS)}, or all")
-    return [METHODS[name] for name in names]
+        return [method for method in METHODS.values() if kind is None or kind in method.kinds]
+    found = [_find(name) for name in names]
+    for method in found:
+        if kind is not None and kind not in method.kinds:
+            raise SettingsError(f"method '{method.name}' answers {' and '.join(method.kinds)} tasks only, this one is {kind}")
+    return found
+
+
+def _find(name: str) -> Method:
+    plain, at, numbers = name.partition("@")
+    if plain not in METHODS:
+        raise SettingsError(f"unknown method '{name}': take some of {', '.join(METHODS)}, or all")
+    method = METHODS[plain]
+    if not at:
+        return method
+    values = numbers.split(",")
+    if len(values) != len(method.takes) or not all(value.isdecimal() and int(value) > 0 for value in values):
+        form = f"{plain}@{','.join(method.takes)}" if method.takes else f"{plain}, without parameters"
+        raise SettingsError(f"method '{name}': write it as {form}, with whole numbers from 1")
+    return method.at(dict(zip(method.takes, map(int, values), strict=True)))
+
+
+def split_names(text: str) -> list[str]:
+    """`rag@1,hydra@4,8,mbr` → rag@1, hydra@4,8, mbr: a number after a comma belongs to the name before it."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if names and "@" in names[-1] and part.isdecimal():
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return names

@@ -24,7 +24,11 @@ def methods(as_json: AsJson = False) -> None:
     """List the methods."""
     from hydra_llm.bench.methods import METHODS
 
-    console.emit([{"method": m.name, "group": m.group, "what": m.what} for m in METHODS.values()], as_json)
+    rows = [
+        {"method": "@".join(filter(None, (m.name, ",".join(m.takes)))), "group": m.group, "what": m.what, "source": m.source}
+        for m in METHODS.values()
+    ]
+    console.emit(rows, as_json)
 
 
 @app.command()
@@ -33,7 +37,7 @@ def run(
     llm: LLM,
     bundle: BundleFolder,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command continues a stopped one.")],
-    methods: Annotated[str, typer.Option(help="Names with commas, or all.")] = "all",
+    methods: Annotated[str, typer.Option(help="Names with commas (rag, hydra@4,8 as k,b), or all; see `bench methods`.")] = "all",
     users: Annotated[int | None, typer.Option(min=1, help="At most so many new users; all who have a head otherwise.")] = None,
     limit: Limit = None,
     seed: Seed = None,
@@ -43,7 +47,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer new users' queries by each method and print the table; `--limit` takes each user's first queries."""
-    from hydra_llm.bench.methods import Parts, find_methods
+    from hydra_llm.bench.methods import Parts, find_methods, split_names
     from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
     from hydra_llm.bench.runlog import RunLog
     from hydra_llm.datasets.native import load
@@ -51,10 +55,12 @@ def run(
     from hydra_llm.llm.calls import run_sync
     from hydra_llm.llm.spec import open_llm
 
-    chosen = find_methods([name.strip() for name in methods.split(",") if name.strip()])
+    wanted = split_names(methods)
+    find_methods(wanted)  # a wrong name is told before anything is read
     loaded, settings = open_bundle(bundle, preset, config, set_, seed=seed)
     dataset = load(data)
     loaded.check_task(dataset.task)
+    chosen = find_methods(wanted, dataset.task.kind)
     names = _fitted(dataset, loaded, data)[:users]
     queries = chosen_queries(dataset, names, limit)
     if not queries:

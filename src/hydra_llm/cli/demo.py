@@ -30,7 +30,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """What score, 1 to 5, would this person give this film? Learns from MovieLens users, then answers for new ones."""
-    from hydra_llm.bench.methods import METHODS, Parts
+    from hydra_llm.bench.methods import DEMO, Parts, find_methods
     from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.demo import movielens
@@ -48,7 +48,7 @@ def demo(
         bundle = fitted.bundle
         parts = Parts(bundle, model, settings, bundle.records)
         queries = chosen_queries(dataset, fitted.users, QUERIES)
-        samples = await run_methods(list(METHODS.values()), parts, queries, None, report)
+        samples = await run_methods(find_methods(DEMO), parts, queries, None, report)
         example = await bundle.personalizer(model).aanswer(queries[0])
         return tabulate(dataset.task, samples), example
 

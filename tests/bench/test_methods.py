@@ -1,0 +1,160 @@
+"""Each method is what its name says: what the LLM is shown, what is picked, and what it costs."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hydra_llm.bench.methods import ByVotes, CopyNearest, Oracle, Parts, find_methods, split_names
+from hydra_llm.bench.run import run_methods
+from hydra_llm.bench.runlog import Sample
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings
+from hydra_llm.errors import SettingsError
+from hydra_llm.evidence import Population
+from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.retrieve import make_retriever
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Candidate, Message, Query, Record
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"), metrics=("accuracy",))
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
+TITLES = Task("titles", "generation", "Title of: {input}")
+TEXTS = ("rain one", "war two", "love three", "rain four")
+RECORDS = {"u": [Record("u", str(i), text, TAGS.labels[i % 3], position=i) for i, text in enumerate(TEXTS)]}
+QUERY = Query("u", "q", "war five", "odd", position=9)
+
+
+class Store:
+    """Vectors that count the letter a text begins with, so that `war` is near `war`."""
+
+    version = 0
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.array([[text.startswith(word) for word in ("rain", "war", "love")] for text in texts], dtype=np.float32)
+
+
+def parts(llm: Any, task: Task = TAGS, **chosen: Any) -> Parts:
+    given = Settings(**{"samples": 4, "k": 2, "retrieved": 3, "prompt_style": "block", **chosen})
+    return Parts(Bundle(task, given, {}, Store(), Population()), llm, given, RECORDS)  # type: ignore[arg-type]
+
+
+def answer(name: str, llm: RuleLLM, **chosen: Any) -> Sample:
+    (sample,) = run_sync(lambda: run_methods(find_methods([name]), parts(llm, **chosen), [QUERY]))
+    assert not sample.error
+    return sample
+
+
+def loud(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+    return "loud"
+
+
+def shown(llm: RuleLLM) -> list[str]:
+    """The records' texts in the first prompt, in its order."""
+    text = "".join(message["content"] for message in llm.calls[0])
+    return sorted((record for record in TEXTS if record in text), key=text.index)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("zero-shot", []),
+        ("rag", ["rain four", "war two"]),  # the best stands last
+        ("rag@1", ["war two"]),
+        ("rag@4", ["rain one", "love three", "rain four", "war two"]),  # more than are retrieved by default
+        ("recent@2", ["love three", "rain four"]),
+        ("rag-dense@1", ["war two"]),
+    ],
+)
+def test_the_llm_is_shown_what_the_name_says(name: str, expected: list[str]) -> None:
+    llm = RuleLLM(loud)
+    assert answer(name, llm).method == name
+    assert shown(llm) == expected
+    assert len(llm.calls) == 1
+
+
+def test_records_by_lot_change_with_the_seed_and_not_with_the_run() -> None:
+    drawn = []
+    for seed in (0, 0, 1, 2, 3, 4):
+        llm = RuleLLM(loud)
+        answer("icl-random@2", llm, seed=seed)
+        drawn.append(tuple(shown(llm)))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 2
+
+
+@pytest.mark.parametrize("name", ["self-consistency@3", "mbr@3", "random@3", "oracle@3", "hydra@2,3", "hydra-adapter@3"])
+def test_candidates_are_as_many_as_the_name_says(name: str) -> None:
+    texts = 0
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        nonlocal texts
+        texts += 1
+        return "loud"
+
+    answer(name, RuleLLM(rule), candidates="sampled")
+    assert texts == 3
+
+
+@pytest.mark.parametrize("name", ["user-majority", "copy-nearest"])
+def test_controls_ask_no_llm(name: str) -> None:
+    llm = RuleLLM(loud)
+    assert answer(name, llm).calls == 0
+    assert llm.calls == []
+
+
+def test_the_nearest_records_answer_is_copied() -> None:
+    assert answer("copy-nearest", RuleLLM(loud)).answer == "loud"  # of "war two"
+    control = CopyNearest(STARS, {}, make_retriever("recent"))
+    assert run_sync(lambda: control.aanswer(Query("new", "q", "x"))).text == "3"  # nothing to copy: the middle of the scale
+
+
+def of(**votes: int) -> list[Candidate]:
+    return [Candidate(text.strip("_"), None if text == "_" else text.strip("_"), count) for text, count in votes.items()]
+
+
+def test_votes_pick_the_mode_the_median_and_the_middle() -> None:
+    stars = of(_1=3, _4=2, _5=2)
+    assert ByVotes(STARS, "best").choose(QUERY, stars, [])[1] == 0
+    assert ByVotes(STARS, "expected-gain").choose(QUERY, stars, [])[1] == 1  # the median of 1 1 1 4 4 5 5
+    texts = [Candidate(text, text, 1) for text in ("a storm at sea", "the great war", "the great war again")]
+    assert ByVotes(TITLES, "expected-gain").choose(QUERY, texts, [])[1] == 1
+    assert ByVotes(TAGS, "best").choose(QUERY, of(_=9, calm=1, loud=2), [])[1] == 2  # what cannot be read has no vote
+    assert ByVotes(TAGS, "best").choose(QUERY, of(_=9), [])[1] == 0
+
+
+def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
+    assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2, odd=1), [])[1] == 2
+    assert Oracle(STARS).choose(Query("u", "q", "", "4"), of(_1=1, _3=1), [])[1] == 1
+    assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2), [])[1] == 0
+
+
+def test_names_carry_parameters() -> None:
+    assert split_names("rag@1, hydra@4,8,mbr,") == ["rag@1", "hydra@4,8", "mbr"]
+    assert [method.name for method in find_methods(["rag@1", "hydra@4,8", "rag"])] == ["rag@1", "hydra@4,8", "rag"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("rag@", "rag@k"),
+        ("rag@0", "rag@k"),
+        ("rag@1,2", "rag@k"),
+        ("hydra@4", "hydra@k,b"),
+        ("rag@x", "rag@k"),
+        ("user-majority@1", "without"),
+    ],
+)
+def test_a_wrong_parameter_is_told_with_the_right_form(name: str, form: str) -> None:
+    with pytest.raises(SettingsError, match=f"method '{name}': write it as .*{form}"):
+        find_methods([name])
+
+
+def test_a_method_for_labels_is_left_out_or_refused_for_texts() -> None:
+    assert "scorer-only" not in {method.name for method in find_methods(["all"], "generation")}
+    assert "scorer-only" in {method.name for method in find_methods(["all"], "rating")}
+    with pytest.raises(SettingsError, match="'scorer-only' answers classification and rating tasks only, this one is generation"):
+        find_methods(["scorer-only"], "generation")
