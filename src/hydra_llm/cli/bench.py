@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Config, Limit, Preset, Seed, Set, open_bundle
+from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Config, Limit, Preset, Record, Seed, Set, open_bundle, opened_llm
 
 if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
@@ -44,6 +44,7 @@ def run(
     preset: Preset = None,
     config: Config = None,
     set_: Set = None,
+    record: Record = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer new users' queries by each method and print the table; `--limit` takes each user's first queries."""
@@ -53,7 +54,6 @@ def run(
     from hydra_llm.datasets.native import load
     from hydra_llm.errors import DataError
     from hydra_llm.llm.calls import run_sync
-    from hydra_llm.llm.spec import open_llm
 
     wanted = split_names(methods)
     find_methods(wanted)  # a wrong name is told before anything is read
@@ -65,11 +65,12 @@ def run(
     queries = chosen_queries(dataset, names, limit)
     if not queries:
         raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {bundle}` first")
-    parts = Parts(loaded, open_llm(llm, settings), settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
-    _tell_of_time(parts, queries)
-    log = RunLog(out, _manifest(dataset, parts, queries))
-    with console.progress() as report:
-        samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
+    with opened_llm(llm, settings, record) as model:
+        parts = Parts(loaded, model, settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
+        _tell_of_time(parts, queries)
+        log = RunLog(out, _manifest(dataset, parts, queries))
+        with console.progress() as report:
+            samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
     rows = tabulate(parts.bundle.task, samples)
     if errors := [sample.error for sample in samples if sample.error]:
         console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")

@@ -6,7 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Config, Limit, Preset, Seed, Select, Set, open_bundle, settings_of
+from hydra_llm.cli.options import (
+    LLM,
+    AsJson,
+    BundleFolder,
+    Candidates,
+    Config,
+    Limit,
+    Preset,
+    Record,
+    Seed,
+    Select,
+    Set,
+    open_bundle,
+    opened_llm,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from hydra_llm.learning.api import Learned
@@ -23,14 +38,15 @@ def learn(
     set_: Set = None,
     candidates: Candidates = None,
     select: Select = None,
+    record: Record = None,
     as_json: AsJson = False,
 ) -> None:
     """Learn a bundle from a data set's training users; `--limit` takes the first of them. A repeat continues a stopped run."""
     from hydra_llm.learning.api import learn as run
 
     settings = settings_of(preset, config, set_, seed=seed, users=limit, candidates=candidates, select=select)
-    with console.progress() as report:
-        learned = run(data, llm, settings, out=out, progress=report)
+    with opened_llm(llm, settings, record) as model, console.progress() as report:
+        learned = run(data, model, settings, out=out, progress=report)
     _tell(learned, out, as_json)
 
 
@@ -44,6 +60,7 @@ def fit(
     preset: Preset = None,
     config: Config = None,
     set_: Set = None,
+    record: Record = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit the heads of new users; nothing shared changes. `--limit` takes the first users."""
@@ -53,8 +70,8 @@ def fit(
     loaded, settings = open_bundle(bundle, preset, config, set_, seed=seed)
     dataset = load(data)
     users = (user or dataset.users("test"))[:limit]
-    with console.progress() as report:
-        learned = run(dataset, loaded, llm, users=users, settings=settings, progress=report)
+    with opened_llm(llm, settings, record) as model, console.progress() as report:
+        learned = run(dataset, loaded, model, users=users, settings=settings, progress=report)
     learned.bundle.save(bundle)
     _tell(learned, bundle, as_json)
 

@@ -1,5 +1,7 @@
 """Options that several commands share. Knows no data and no LLM."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +12,9 @@ from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
+    from hydra_llm.llm.cache import CachedLLM
 
-LLM = Annotated[str, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; see `hydra-llm llm check`.")]
+LLM = Annotated[str, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND; see `llm check`.")]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, for a first look.")]
@@ -19,6 +22,10 @@ Preset = Annotated[str | None, typer.Option(help="default, or paper: the authors
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; without it hydra-llm.toml of this folder, if there.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of docs/settings.md, e.g. --set head=kernel.")
+]
+Record = Annotated[
+    Path | None,
+    typer.Option(help="Add what the LLM answered to this file; `--llm replay:FILE` repeats the command without the LLM."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Candidates = Annotated[str | None, typer.Option(help="sampled: the LLM's samples; labels: every label, samples are votes.")]
@@ -52,3 +59,17 @@ def open_bundle(folder: Path, preset: str | None, config: Path | None, pairs: li
     name, asked = preset or "default", given(pairs, **flags)
     bundle = Bundle.load(folder, here=load_settings(name, config, **asked))
     return bundle, bundle.settings_with(name, config, **asked)
+
+
+@contextmanager
+def opened_llm(spec: str, settings: Settings, record: Path | None) -> "Iterator[CachedLLM]":
+    """The LLM of a command; what it answered is recorded however the command ends."""
+    from hydra_llm.llm.recording import write_recording
+    from hydra_llm.llm.spec import open_llm
+
+    llm = open_llm(spec, settings)
+    try:
+        yield llm
+    finally:
+        if record is not None:
+            write_recording(record, llm)

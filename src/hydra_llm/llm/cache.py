@@ -10,7 +10,7 @@ import hashlib
 import json
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 from pathlib import Path
@@ -68,8 +68,10 @@ class CachedLLM:
         UserFault: the file cannot be opened, or is damaged.
     """
 
-    def __init__(self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False):
-        self.inner, self.path, self.replay_only = inner, Path(path), replay_only
+    def __init__(self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False, name: str = ""):
+        self.inner, self.path, self.replay_only, self.name = inner, Path(path), replay_only, name or str(path)
+        self.used: dict[str, set[int]] = {}
+        """Key of each request that this process made → which candidates it got (`REFUSED` among them): what a recording holds."""
         self._replayed = Usage()
         self._unwritten: dict[tuple[str, int], Row] = {}  # answers that the disk refused: kept for this process
         self._turns: dict[str, anyio.Lock] = {}
@@ -116,11 +118,24 @@ class CachedLLM:
                 rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
                 usage += made.usage
                 if isinstance(fault, LLMRefused) and fault.fits is not None:
+                    self._use(key, [REFUSED])
                     self._write(key, request, {REFUSED: {"refused": str(fault), "fits": fault.fits}})
                 if fault:
                     raise fault
+        self._use(key, range(distinct))
         texts = tuple(rows[index]["text"] for index in range(distinct))
         return Generation(texts * (n // distinct), usage)
+
+    def kept(self, key: str) -> dict[int, Row]:
+        """What is stored under a request's key: candidate → row."""
+        return self._read(key, sys.maxsize, REFUSED)
+
+    def keep(self, key: str, rows: Mapping[int, Row]) -> None:
+        """Store rows of a recording, whose requests are known by their keys alone."""
+        self._write(key, {}, rows)
+
+    def _use(self, key: str, candidates: Iterable[int]) -> None:
+        self.used.setdefault(key, set()).update(candidates)
 
     def rows(self) -> Iterator[tuple[Mapping[str, Any], int, Row]]:
         """Everything in the file: the request, the candidate's index, the stored text with its share of the usage."""
@@ -153,8 +168,9 @@ class CachedLLM:
     def _not_kept(self, key: str, candidate: int) -> LLMError:
         """The refusal that was kept, or that there is nothing."""
         if refused := self._read(key, 0, REFUSED).get(REFUSED):
+            self._use(key, [REFUSED])
             return LLMRefused(refused["refused"], fits=refused["fits"])
-        return LLMError(f"{self.path}: no kept answer for request {key}, candidate {candidate}, and nothing may be asked")
+        return LLMError(f"{self.name}: no kept answer for request {key}, candidate {candidate}, and nothing may be asked")
 
     def _write(self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]) -> Mapping[int, Row]:
         """Keep the rows; returns them as they are kept: where another process was first, its text is the answer."""

@@ -1,4 +1,4 @@
-"""From a written name to a black box: `openai:MODEL[@URL]`, `gguf:PATH`, `smollm2`, `fake:...`, or a plug-in's name.
+"""From a written name to a black box: `openai:MODEL[@URL]`, `gguf:PATH`, `smollm2`, `replay:FILE`, `fake:...`, or a plug-in's name.
 
 A plug-in is an entry point of the group `hydra_llm.llms`: a function `(rest of the spec, settings) -> ChatLLM`. The built-in ones are
 entry points too, only written down here. Each is wrapped as cache around meter, so that kept answers cost no budget.
@@ -12,6 +12,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Budget, Meter, Prices
+from hydra_llm.llm.recording import replayed
 
 GROUP = "hydra_llm.llms"
 BUILT_IN = (
@@ -20,7 +21,9 @@ BUILT_IN = (
     EntryPoint("smollm2", "hydra_llm.llm.gguf:smollm2", GROUP),
     EntryPoint("fake", "hydra_llm.llm.fake:from_spec", GROUP),
 )
-FORMS = "openai:MODEL[@URL], gguf:PATH, smollm2, fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
+REPLAY = "replay:"
+"""A recording in place of an LLM: it needs neither cache nor meter."""
+FORMS = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING, fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
 
 
 def open_llm(spec: str, settings: Settings) -> CachedLLM:
@@ -30,6 +33,8 @@ def open_llm(spec: str, settings: Settings) -> CachedLLM:
         SettingsError: an unknown spec, or what it needs is not there.
         UserFault: the cache cannot be opened.
     """
+    if spec.startswith(REPLAY):
+        return replayed(Path(spec.removeprefix(REPLAY)))
     return wrap(bare_llm(spec, settings), settings)
 
 

@@ -1,0 +1,96 @@
+"""A run's answers in one file, so that anyone can repeat the run without the LLM: `bench run --record FILE`, `--llm replay:FILE`.
+
+Gzipped JSON lines: the LLM's identity, then each request's key (the SHA-256 of all that was asked, never a prompt) with the texts that
+it got and what they cost. The same run gives the same bytes. Knows no benchmark.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra_llm.errors import UserFault
+from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.types import Generation
+
+FORMAT = 1
+IN_MEMORY = ":memory:"
+
+
+class Recorded:
+    """The LLM of a recording: known by name, never asked."""
+
+    def __init__(self, identity: Mapping[str, Any]):
+        self.identity = identity
+
+    async def generate(self, *args: Any, **options: Any) -> Generation:
+        """Never called: `CachedLLM` only replays."""
+        raise AssertionError("a recorded LLM was asked")
+
+    async def aclose(self) -> None:
+        """Nothing to release."""
+
+
+def write_recording(file: Path, llm: CachedLLM) -> int:
+    """Write what this process asked `llm` for, beside what the file holds already; returns how many requests it now has.
+
+    Raises:
+        UserFault: the file cannot be written, or is a recording of another LLM.
+    """
+    found = {key: llm.kept(key) for key in llm.used}
+    requests = {key: {index: found[key][index] for index in sorted(used) if index in found[key]} for key, used in llm.used.items()}
+    if file.exists():
+        identity, known = read_recording(file)
+        if identity != dict(llm.identity):
+            raise UserFault(f"{file}: is a recording of another LLM ({identity.get('model')}): take another file")
+        requests = {key: known.get(key, {}) | requests.get(key, {}) for key in {**known, **requests}}
+    lines = [{"format": FORMAT, "llm": dict(llm.identity)}, *({"key": key, "rows": requests[key]} for key in sorted(requests))]
+    text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)
+    temporary = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(gzip.compress(text.encode("ascii"), mtime=0))
+        temporary.replace(file)
+    except OSError as error:
+        raise UserFault(f"{file}: the recording cannot be written ({error.strerror})") from None
+    return len(requests)
+
+
+def read_recording(file: Path) -> tuple[dict[str, Any], dict[str, dict[int, dict[str, Any]]]]:
+    """The LLM's identity, and each request's rows by candidate.
+
+    Raises:
+        UserFault: not there, damaged, or of a newer format.
+    """
+    lines = _lines(file)
+    try:
+        header = next(lines)
+        if header["format"] > FORMAT:
+            raise UserFault(f"{file}: format {header['format']} is made by a newer hydra-llm: install that one")
+        return header["llm"], {line["key"]: {int(index): row for index, row in line["rows"].items()} for line in lines}
+    except (StopIteration, KeyError, TypeError, AttributeError) as error:
+        raise UserFault(f"{file}: is no recording ({type(error).__name__}: {error})") from None
+
+
+def _lines(file: Path) -> Iterator[Any]:
+    try:
+        yield from map(json.loads, gzip.decompress(file.read_bytes()).decode("ascii").splitlines())
+    except OSError as error:  # not there, or no gzip
+        raise UserFault(f"{file}: the recording cannot be read ({error})") from None
+    except (ValueError, EOFError, zlib.error) as error:
+        raise UserFault(f"{file}: the recording is damaged ({error})") from None
+
+
+def replayed(file: Path) -> CachedLLM:
+    """The recorded LLM: answers what it answered then, and names what it was not asked.
+
+    Raises:
+        UserFault: as `read_recording`.
+    """
+    identity, requests = read_recording(file)
+    llm = CachedLLM(Recorded(identity), IN_MEMORY, replay_only=True, name=str(file))
+    for key, rows in requests.items():
+        llm.keep(key, rows)
+    return llm
