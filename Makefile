@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "hydra-llm needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; false; }; }
 
-.PHONY: demo test check format docs bench clean help
+.PHONY: demo test check format docs bench bench-replay clean help
 
 help: ## Show these lines
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 demo: $(READY) ## Set up, then learn from real users and personalize a real LLM, offline
 	@$(BIN)/hydra-llm demo
@@ -37,6 +37,10 @@ docs: $(READY) ## Write docs/commands.md and docs/settings.md anew from the code
 
 bench: $(READY) ## Start-up times (more scripts, one question each, are in benchmarks/)
 	@$(BIN)/python benchmarks/startup.py
+
+bench-replay: $(READY) ## Repeat every committed result from its recording, without an LLM: make bench-replay DATA=FOLDER
+	@test -d "$(DATA)" || { echo "name the folder in which the data sets lie: make bench-replay DATA=FOLDER" >&2; exit 2; }
+	@$(BIN)/python benchmarks/replay.py "$(DATA)"
 
 clean: ## Remove the virtual environment and all caches of tools
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
