@@ -13,7 +13,7 @@ from hydra_llm.errors import LLMError, LLMRefused, UserFault
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.llm.recording import read_recording, replayed, write_recording
+from hydra_llm.llm.recording import read_recording, replayed, take_up, write_recording
 from hydra_llm.llm.spec import open_llm
 from hydra_llm.types import Message
 
@@ -91,6 +91,19 @@ def test_what_is_no_recording_is_told_in_one_line(content: bytes | None, said: s
     assert str(caught.value).startswith(str(file))
 
 
+def test_a_run_goes_on_from_a_recording_where_another_machine_stopped(tmp_path: Path) -> None:
+    llm, file = numbered(tmp_path), tmp_path / "r.jsonl.gz"
+    given = ask(llm, n=2)
+    write_recording(file, llm)
+    fake = RuleLLM(lambda messages, index, rng: "new")
+    here = CachedLLM(fake, tmp_path / "empty")
+    take_up(file, here)
+    assert ask(here, n=3) == (*given, "new")
+    assert len(fake.calls) == 1
+    assert write_recording(file, here) == 1
+    assert ask(replayed(file), n=3) == (*given, "new")
+
+
 def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
     llm, other = numbered(tmp_path), CachedLLM(RuleLLM(lambda *_: "x", name="other"), tmp_path / "cache")
     file = tmp_path / "r.jsonl.gz"
@@ -99,6 +112,8 @@ def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
     write_recording(file, llm)
     with pytest.raises(UserFault, match="another LLM"):
         write_recording(file, other)
+    with pytest.raises(UserFault, match="another LLM"):
+        take_up(file, other)
 
 
 def test_a_benchmark_is_repeated_without_the_llm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

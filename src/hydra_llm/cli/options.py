@@ -63,11 +63,13 @@ def open_bundle(folder: Path, preset: str | None, config: Path | None, pairs: li
 
 @contextmanager
 def opened_llm(spec: str, settings: Settings, record: Path | None) -> "Iterator[CachedLLM]":
-    """The LLM of a command; what it answered is recorded however the command ends."""
-    from hydra_llm.llm.recording import write_recording
+    """The LLM of a command; what a recording holds it need not be asked, and what it answers is added however the command ends."""
+    from hydra_llm.llm.recording import take_up, write_recording
     from hydra_llm.llm.spec import open_llm
 
     llm = open_llm(spec, settings)
+    if record is not None and record.exists():
+        take_up(record, llm)
     try:
         yield llm
     finally:

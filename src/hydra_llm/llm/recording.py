@@ -41,11 +41,8 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
     """
     found = {key: llm.kept(key) for key in llm.used}
     requests = {key: {index: found[key][index] for index in sorted(used) if index in found[key]} for key, used in llm.used.items()}
-    if file.exists():
-        identity, known = read_recording(file)
-        if identity != dict(llm.identity):
-            raise UserFault(f"{file}: is a recording of another LLM ({identity.get('model')}): take another file")
-        requests = {key: known.get(key, {}) | requests.get(key, {}) for key in {**known, **requests}}
+    known = _of_llm(file, llm) if file.exists() else {}
+    requests = {key: known.get(key, {}) | requests.get(key, {}) for key in {**known, **requests}}
     lines = [{"format": FORMAT, "llm": dict(llm.identity)}, *({"key": key, "rows": requests[key]} for key in sorted(requests))]
     text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)
     temporary = file.with_name(file.name + ".part")
@@ -56,6 +53,23 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
     except OSError as error:
         raise UserFault(f"{file}: the recording cannot be written ({error.strerror})") from None
     return len(requests)
+
+
+def take_up(file: Path, llm: CachedLLM) -> None:
+    """Put a recording's answers into the cache of `llm`: a run that was stopped on another machine goes on where it was.
+
+    Raises:
+        UserFault: as `read_recording`, or it is a recording of another LLM.
+    """
+    for key, rows in _of_llm(file, llm).items():
+        llm.keep(key, rows)
+
+
+def _of_llm(file: Path, llm: CachedLLM) -> dict[str, dict[int, dict[str, Any]]]:
+    identity, requests = read_recording(file)
+    if identity != dict(llm.identity):
+        raise UserFault(f"{file}: is a recording of another LLM ({identity.get('model')}): take another file")
+    return requests
 
 
 def read_recording(file: Path) -> tuple[dict[str, Any], dict[str, dict[int, dict[str, Any]]]]:
