@@ -130,6 +130,7 @@ def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
     assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2, odd=1), [])[1] == 2
     assert Oracle(STARS).choose(Query("u", "q", "", "4"), of(_1=1, _3=1), [])[1] == 1
     assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2), [])[1] == 0
+    assert Oracle(TAGS).choose(QUERY, of(calm=5, odd=0), [])[1] == 0  # the right label, but the LLM did not say it
 
 
 def test_names_carry_parameters() -> None:

@@ -110,7 +110,7 @@ def hydra(capsys: pytest.CaptureFixture[str]) -> Hydra:
 def test_a_bundle_that_cannot_be_written_is_told_before_the_llm_is_asked(hydra: Hydra, data: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    learned = hydra("learn", data, "--llm", "fake:failing", "--out", taken, *SMALL)
+    learned = hydra("learn", data, "--llm", "fake:fail=refused", "--out", taken, *SMALL)
     assert learned.fault == f"{taken}: is a file: a bundle is a folder, choose another name"
     assert taken.read_text() == "mine"
 

@@ -133,12 +133,12 @@ def _choosing(adapter: Callable[[Parts], Adapter]) -> Callable[[Parts], Answerer
 
 @dataclass(frozen=True)
 class Oracle:
-    """A bound: the best of the LLM's candidates, by the gold answer."""
+    """A bound: the best of what the LLM said, by the gold answer. Labels that it never named are no candidates here."""
 
     task: Task
 
     def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
-        gains = [self.task.gain(candidate.answer, query.gold or "") for candidate in candidates]
+        gains = [self.task.gain(each.answer, query.gold or "") if each.votes else -1.0 for each in candidates]
         return list(candidates), gains.index(max(gains))
 
 

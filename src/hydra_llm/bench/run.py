@@ -139,7 +139,7 @@ def _row(task: Task, method: str, own: Sequence[Sample]) -> Row:
     )
 
 
-def _cell(value: float, low: float, high: float) -> str:
+def cell(value: float, low: float, high: float) -> str:
     """A metric with its interval; one user alone has none."""
     if math.isnan(value):
         return "failed"
@@ -152,7 +152,7 @@ def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         cells: dict[str, Any] = {"method": row.method}
         for name, figures in row.metrics.items():
-            cells[name.upper() if name in ("mae", "rmse") else name] = _cell(*figures)
+            cells[name.upper() if name in ("mae", "rmse") else name] = cell(*figures)
         cells |= {"queries": row.queries, "LLM calls": round(row.calls, 1), "LLM s": round(row.llm_seconds, 2)}
         cells |= {"failed": row.failed, "unparsable": row.unparsable}
         table.append(cells)

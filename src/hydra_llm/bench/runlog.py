@@ -96,22 +96,11 @@ class RunLog:
             return None
 
     def _read(self) -> None:
-        whole = self._file.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end != len(whole):  # the line in which the run was killed
+        samples, whole = _samples(self._file)
+        if whole != self._file.stat().st_size:  # the line in which the run was killed
             with self._file.open("r+b") as file:
-                file.truncate(end)
-        for number, line in enumerate(whole[:end].split(b"\n")[:-1], 1):
-            sample = self._parse(line, number)
-            if not sample.error:  # what failed is tried again
-                self.samples[sample.key] = sample
-
-    def _parse(self, line: bytes, number: int) -> Sample:
-        try:
-            entry = json.loads(line)
-            return Sample(**{**entry, "notes": tuple(entry["notes"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise SettingsError(f"{self._file}:{number}: is no sample ({error}): remove the line, or take another --out") from None
+                file.truncate(whole)
+        self.samples |= {sample.key: sample for sample in samples if not sample.error}  # what failed is tried again
 
     def add(self, sample: Sample) -> None:
         self.samples[sample.key] = sample
@@ -123,3 +112,38 @@ class RunLog:
         file = self.folder / "results.json"
         file.write_text(json.dumps(list(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return file
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
+    """The manifest of a run and its samples; of a sample that failed and was tried again the last try. Changes nothing.
+
+    Raises:
+        SettingsError: no run is there, it is damaged, or made by a newer version.
+    """
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder}: is no run ({error}): name the --out of `hydra-llm bench run`") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise SettingsError(f"{folder}: is no run (manifest.json is of something else)")
+    if manifest["format"] > FORMAT:
+        raise SettingsError(f"{file}: format {manifest['format']} is made by a newer hydra-llm ({manifest.get('hydra_llm')}): upgrade")
+    samples = folder / "samples.jsonl"
+    found = _samples(samples)[0] if samples.exists() else []
+    return manifest, list({sample.key: sample for sample in found}.values())
+
+
+def _samples(file: Path) -> tuple[list[Sample], int]:
+    """The samples of whole lines, and how many bytes those are."""
+    text = file.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    return [_parse(file, line, number) for number, line in enumerate(text[:whole].split(b"\n")[:-1], 1)], whole
+
+
+def _parse(file: Path, line: bytes, number: int) -> Sample:
+    try:
+        entry = json.loads(line)
+        return Sample(**{**entry, "notes": tuple(entry["notes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingsError(f"{file}:{number}: is no sample ({error}): remove the line, or take another --out") from None

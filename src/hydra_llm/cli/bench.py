@@ -78,6 +78,48 @@ def run(
     console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
 
 
+@app.command()
+def show(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    against: Annotated[str | None, typer.Option(help="The baseline; the best prompt-based method otherwise.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print runs as tables: figures with intervals, and paired differences from a baseline."""
+    from hydra_llm.bench import report
+
+    read = [report.open_run(folder) for folder in runs]
+    tables = [(run, report.lines_of(run, against)) for run in read]
+    named = [next((line.row.method for line in lines if line.against is None), "nothing") for _, lines in tables]
+    if markdown is not None:
+        markdown.write_text("\n".join(report.markdown(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)))
+        console.say(f"wrote {markdown}")
+    if as_json:
+        console.emit([report.to_json(run, lines) for run, lines in tables], True)
+        return
+    for (run, lines), name in zip(tables, named, strict=True):
+        console.print_table(report.as_rows(run, lines), f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked")
+        differences = {line.row.method: line.against for line in lines if line.against is not None}
+        if differences:
+            console.print_table(report.as_differences(differences), f"Paired differences from {name}, 95 % intervals over users")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another run on the same data.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print how two runs differ, method by method, second minus first: two versions of the code, or of the settings."""
+    from hydra_llm.bench import report
+
+    found = report.compare_runs(report.open_run(first), report.open_run(second))
+    if as_json:
+        console.emit({method: each.to_json() for method, each in found.items()}, True)
+        return
+    console.print_table(report.as_differences(found), f"{second} minus {first}, 95 % intervals over users")
+
+
 def _fitted(dataset: "DataSet", bundle: "Bundle", data: Path) -> list[str]:
     """The new users who have a head; that others have none is told."""
     new = dataset.users("test")
@@ -104,7 +146,7 @@ def _manifest(dataset: "DataSet", parts: "Parts", queries: Sequence["Query"]) ->
 
     return {
         "data": dataset.digest,
-        "task": dataset.task.name,
+        "task": dataset.task.to_json(),
         "llm": dict(parts.llm.identity),
         "weights": parts.bundle.weights,
         "trained_on": len(parts.bundle.trained_on),

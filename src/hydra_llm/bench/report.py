@@ -1,0 +1,281 @@
+"""A run as tables to read: figures with intervals, best and second best, paired differences, what they cost the users.
+
+Bounds and controls stand apart and are never the best. Differences are paired on the same queries and resampled by user, see
+`compare`. Reads run folders only: a run may be stopped, or still going on. Knows no LLM.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydra_llm.bench.compare import Paired, paired
+from hydra_llm.bench.methods import METHODS
+from hydra_llm.bench.metrics import Failed, Metric, score
+from hydra_llm.bench.run import Row, cell, tabulate
+from hydra_llm.bench.runlog import Sample, read_run
+from hydra_llm.errors import SettingsError
+from hydra_llm.tasks.task import Task
+
+GROUPS = {"prompt": "prompts", "hydra": "HYDRA", "sampling": "samples without learning", "control": "controls", "bound": "bounds"}
+"""Group of a method → how its part of the table is called, in the table's order."""
+RANKED = ("prompt", "hydra", "sampling")
+"""Groups among which the best is named."""
+POWER = 2.8
+"""Standard errors that a difference must be worth to be found four times in five at the 5 % level: 1.96 + 0.84."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """A method beside the baseline, on the queries that both answered."""
+
+    metrics: Mapping[str, Paired]
+    """Method minus baseline."""
+    wins: int
+    """Users whose mean gain is higher."""
+    ties: int
+    losses: int
+    worst_tenth: float
+    """Mean change of gain of the tenth of users who lose most (at least one user): nobody should pay for the average."""
+    needed: Mapping[str, int | None]
+    """Queries that would show the difference as it is; None where there is none."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "metrics": {name: found._asdict() for name, found in self.metrics.items()}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    task: Task
+    samples: tuple[Sample, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order of `METHODS`."""
+        places = list(METHODS)
+        names = dict.fromkeys(sample.method for sample in self.samples)
+        return sorted(names, key=lambda name: (places.index(plain(name)) if plain(name) in METHODS else len(places), name))
+
+    def of(self, method: str) -> dict[tuple[str, str], Sample]:
+        return {(sample.user, sample.query): sample for sample in self.samples if sample.method == method}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method in the table."""
+
+    group: str
+    row: Row
+    over_prompts: float | None
+    """Mean relative improvement over the best prompt-based method of each metric, as the paper counts it (HYDRA 4.2)."""
+    against: Against | None
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        SettingsError: it is none, is damaged, or of another version.
+    """
+    manifest, samples = read_run(folder)
+    if not isinstance(manifest.get("task"), dict):
+        raise SettingsError(f"{folder}: its manifest does not say how answers are scored: it was made by an older hydra-llm, run it again")
+    if not samples:
+        raise SettingsError(f"{folder}: holds no answer yet")
+    return Run(folder, manifest, Task.from_json(manifest["task"], f"{folder}/manifest.json"), tuple(samples))
+
+
+def plain(method: str) -> str:
+    """`hydra@4,8` → hydra."""
+    return method.partition("@")[0]
+
+
+def group_of(method: str) -> str:
+    """Its part of the table."""
+    return METHODS[plain(method)].group if plain(method) in METHODS else "hydra"
+
+
+# ---- the table
+
+
+def lines_of(run: Run, baseline: str | None = None) -> list[Line]:
+    """Every method of a run, against the baseline (without a name: the best prompt-based method by the first metric).
+
+    Raises:
+        SettingsError: the run has no such baseline.
+    """
+    rows = {row.method: row for row in tabulate(run.task, sorted(run.samples, key=lambda sample: run.methods.index(sample.method)))}
+    best = {name: _best(run, rows, name) for name in next(iter(rows.values())).metrics}
+    against = baseline or next(iter(best.values()))
+    if against is not None and against not in rows:
+        raise SettingsError(f"{run.folder}: no method '{against}': take one of {', '.join(rows)}")
+    return [
+        Line(
+            group_of(name),
+            row,
+            _over(run, row, {metric: rows[top] for metric, top in best.items() if top}),
+            compare(run.task, run.of(name), run.of(against)) if against and name != against else None,
+        )
+        for name, row in rows.items()
+    ]
+
+
+def _best(run: Run, rows: Mapping[str, Row], metric: str) -> str | None:
+    """The best prompt-based method by a metric."""
+    found = [name for name in rows if group_of(name) == "prompt" and not math.isnan(rows[name].metrics[metric][0])]
+    return min(found, key=lambda name: -_sign(run.task, metric) * rows[name].metrics[metric][0], default=None)
+
+
+def _sign(task: Task, metric: str) -> int:
+    """1 where more is better, −1 where less is."""
+    return 1 if score(task, [], [])[metric].higher_is_better else -1
+
+
+def _over(run: Run, row: Row, best: Mapping[str, Row]) -> float | None:
+    changes = []
+    for metric, top in best.items():
+        own, base = row.metrics[metric][0], top.metrics[metric][0]
+        if base and not math.isnan(own):
+            changes.append(_sign(run.task, metric) * (own - base) / abs(base))
+    return float(np.mean(changes)) if changes else None
+
+
+def marks(run: Run, lines: Sequence[Line]) -> dict[tuple[str, str], int]:
+    """(method, metric) → 1 for the best of the ranked groups, 2 for the second best; equal values share their place."""
+    out: dict[tuple[str, str], int] = {}
+    for metric in lines[0].row.metrics:
+        sign = _sign(run.task, metric)
+        values = {line.row.method: sign * line.row.metrics[metric][0] for line in lines if line.group in RANKED}
+        values = {method: value for method, value in values.items() if not math.isnan(value)}
+        for place, value in enumerate(sorted(set(values.values()), reverse=True)[:2], 1):
+            out |= {(method, metric): place for method, own in values.items() if own == value}
+    return out
+
+
+# ---- two methods on the same queries
+
+
+def compare(task: Task, own: Mapping[tuple[str, str], Sample], base: Mapping[tuple[str, str], Sample]) -> Against:
+    """How `own` differs from `base`, samples by (user, query), on the queries that both have."""
+    keys = [key for key in own if key in base]
+    users = [user for user, _ in keys]
+    ours, theirs = (_scored(task, [samples[key] for key in keys]) for samples in (own, base))
+    metrics = {name: paired(ours[name], theirs[name], users) for name in ours}
+    change = _by_user(task, [(own[key], base[key]) for key in keys])
+    worst = np.sort(change)[: max(1, len(change) // 10)]
+    return Against(
+        metrics,
+        int((change > 0).sum()),
+        int((change == 0).sum()),
+        int((change < 0).sum()),
+        float(worst.mean()) if len(worst) else math.nan,
+        {name: needed(found) for name, found in metrics.items()},
+    )
+
+
+def _scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
+    return score(task, [Failed(s.error) if s.error else s.answer for s in samples], [s.gold for s in samples])
+
+
+def _by_user(task: Task, pairs: Sequence[tuple[Sample, Sample]]) -> np.ndarray:
+    """Each user's mean change of gain, over the queries that neither failed."""
+    changes: dict[str, list[float]] = {}
+    for own, base in pairs:
+        if not own.error and not base.error:
+            changes.setdefault(own.user, []).append(task.gain(own.answer, own.gold) - task.gain(base.answer, base.gold))
+    return np.round([np.mean(values) for values in changes.values()], 12)
+
+
+def needed(found: Paired) -> int | None:
+    """How many queries, of as many users as they come from here, would show this difference (power .8, level .05)."""
+    error = (found.high - found.low) / (2 * 1.96)
+    if not found.difference or not error > 0:
+        return None
+    return math.ceil(found.samples * (POWER * error / abs(found.difference)) ** 2)
+
+
+def compare_runs(a: Run, b: Run) -> dict[str, Against]:
+    """The methods that both runs have: b minus a.
+
+    Raises:
+        SettingsError: they have none in common, or answer other data.
+    """
+    if a.manifest["data"] != b.manifest["data"]:
+        raise SettingsError(f"{a.folder} and {b.folder} answer other data sets: their answers cannot be paired")
+    common = [method for method in a.methods if method in b.methods]
+    if not common:
+        raise SettingsError(f"{a.folder} and {b.folder} have no method in common")
+    return {method: compare(a.task, b.of(method), a.of(method)) for method in common}
+
+
+# ---- for people
+
+
+def as_rows(run: Run, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """One row per method, parts of the table one after the other; * is the best, ' the second best."""
+    places = marks(run, lines)
+    out = []
+    for group, title in GROUPS.items():
+        for line in (line for line in lines if line.group == group):
+            row = line.row
+            cells: dict[str, Any] = {"part": title, "method": row.method}
+            for name, figures in row.metrics.items():
+                cells[name] = cell(*figures) + {1: " *", 2: " '"}.get(places.get((row.method, name), 0), "")
+            over = "" if line.over_prompts is None else f"{line.over_prompts:+.1%}"
+            cells |= {"over best prompts": over, "queries": row.queries, "LLM calls": round(row.calls, 1), "failed": row.failed}
+            out.append(cells)
+    return out
+
+
+def as_differences(differences: Mapping[str, Against]) -> list[dict[str, Any]]:
+    """One row per method: paired differences, users, and what it would take to be sure."""
+    out = []
+    for method, found in differences.items():
+        cells: dict[str, Any] = {"method": method}
+        for name, difference in found.metrics.items():
+            cells[name] = f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] p {difference.p:.3f}"
+        users = found.wins + found.ties + found.losses
+        cells |= {"users better, same, worse": f"{found.wins}, {found.ties}, {found.losses}"}
+        cells |= {"worse": f"{found.losses / users:.0%}" if users else "", "worst tenth": f"{found.worst_tenth:+.3f}"}
+        first = next(iter(found.needed.values()), None)
+        cells["queries needed"] = "" if first is None else first
+        out.append(cells)
+    return out
+
+
+def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
+    """The report of one run, without any text of the data."""
+    differences = {line.row.method: line.against for line in lines if line.against is not None}
+    about = f"{run.task.name}, {run.manifest['llm'].get('model')}, {run.manifest['users']} users, {run.manifest['queries']} queries"
+    parts = [f"## {about}", _as_markdown(as_rows(run, lines)), "`*` best, `'` second best of what is ranked; 95 % intervals over users."]
+    return "\n\n".join([*parts, f"### Against {baseline}", _as_markdown(as_differences(differences))]) + "\n"
+
+
+def _as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "(nothing to compare)"
+    names = list(rows[0])
+    table = [names, ["---"] * len(names), *([str(row[name]).replace("|", "\\|") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def to_json(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
+    """All of it for machines."""
+    rows = [
+        {
+            "group": line.group,
+            **line.row.to_json(),
+            "over_prompts": line.over_prompts,
+            "against": None if line.against is None else json.loads(json.dumps(line.against.to_json()).replace("NaN", "null")),
+        }
+        for line in lines
+    ]
+    return {"run": str(run.folder), "task": run.task.name, "methods": rows}

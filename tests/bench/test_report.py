@@ -1,0 +1,137 @@
+"""Tables of a run: the right figure at the right place, the best of what is ranked, and differences by user."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hydra_llm.bench import report
+from hydra_llm.bench.compare import Paired
+from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.cli.main import run
+from hydra_llm.errors import SettingsError
+from hydra_llm.tasks.task import Task
+
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
+USERS = tuple(f"u{i:02}" for i in range(12))
+MANIFEST = {"data": "d", "task": STARS.to_json(), "llm": {"model": "m"}, "users": 12, "queries": 24}
+
+
+def write(folder: Path, answers: Mapping[str, Sequence[str | None]], manifest: Mapping[str, object] = MANIFEST) -> Path:
+    """A run in which each user has two queries whose gold answer is 3; `answers` by method, one for each user."""
+    log = RunLog(folder, manifest)
+    for place, user in enumerate(USERS):
+        for query in ("a", "b"):
+            for method, given in answers.items():
+                log.add(Sample(method, user, query, "3", given[place], calls=1))
+    return folder
+
+
+OFF_BY = {0: "3", 1: "4", 2: "5"}
+
+
+def answers(*errors: int) -> list[str | None]:
+    """Twelve users' answers that are off by so much, repeated in turn."""
+    return [OFF_BY[errors[i % len(errors)]] for i in range(12)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = {"user-majority": answers(0), "hydra@4,8": answers(1, 0), "rag@4": answers(1), "rag@1": answers(2), "mbr": answers(1, 0, 0)}
+    return write(tmp_path / "run", {**found, "oracle": answers(0)})
+
+
+def test_every_method_stands_with_its_figures_in_its_part(folder: Path) -> None:
+    lines = report.lines_of(report.open_run(folder))
+    found = {line.row.method: (line.group, line.row.metrics["mae"][0]) for line in lines}
+    assert found == {
+        "rag@1": ("prompt", 2.0),
+        "rag@4": ("prompt", 1.0),
+        "hydra@4,8": ("hydra", 0.5),
+        "mbr": ("sampling", pytest.approx(1 / 3)),
+        "oracle": ("bound", 0.0),
+        "user-majority": ("control", 0.0),
+    }
+    assert list(found) == ["rag@1", "rag@4", "hydra@4,8", "mbr", "oracle", "user-majority"]
+
+
+def test_bounds_and_controls_are_not_ranked_and_less_is_better_for_errors(folder: Path) -> None:
+    opened = report.open_run(folder)
+    places = report.marks(opened, report.lines_of(opened))
+    assert {key: place for key, place in places.items() if key[1] == "mae"} == {("mbr", "mae"): 1, ("hydra@4,8", "mae"): 2}
+
+
+def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(folder: Path) -> None:
+    lines = {line.row.method: line for line in report.lines_of(report.open_run(folder))}
+    assert lines["rag@4"].against is None
+    assert lines["hydra@4,8"].over_prompts == pytest.approx((0.5 + 1 - math.sqrt(0.5)) / 2)  # MAE 1 to .5, RMSE 1 to .71
+    assert lines["rag@1"].over_prompts == pytest.approx(-1)
+    named = {line.row.method: line for line in report.lines_of(report.open_run(folder), "mbr")}
+    assert named["mbr"].against is None
+    with pytest.raises(SettingsError, match="no method 'best'"):
+        report.lines_of(report.open_run(folder), "best")
+
+
+def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
+    def samples(values: Sequence[str]) -> dict[tuple[str, str], Sample]:
+        return {(user, query): Sample("m", user, query, "3", value) for user, value in zip(USERS, values, strict=True) for query in "ab"}
+
+    base = samples(["4"] * 12)
+    own = samples(["3"] * 5 + ["4"] * 4 + ["5"] * 3)
+    found = report.compare(STARS, own, base)
+    assert (found.wins, found.ties, found.losses) == (5, 4, 3)
+    assert found.worst_tenth == pytest.approx(-0.25)  # one step of four
+    assert found.metrics["mae"].difference == pytest.approx((-5 + 3) / 12)
+    assert found.metrics["mae"].samples == 24
+    broken = {key: replace(sample, answer=None, error="HTTP 500") if key[0] == "u11" else sample for key, sample in own.items()}
+    without = report.compare(STARS, broken, base)
+    assert (without.wins, without.ties, without.losses) == (5, 4, 2)  # failed is neither lost nor won
+    assert without.metrics["mae"].samples == 22
+
+
+def test_a_difference_needs_the_more_queries_the_smaller_it_is() -> None:
+    assert report.needed(Paired(0.1, 0.1 - 0.196, 0.1 + 0.196, 0.3, 100)) == math.ceil(100 * 2.8**2)  # one standard error
+    assert report.needed(Paired(0.28, 0.28 - 0.196, 0.28 + 0.196, 0.0, 100)) == 100
+    assert report.needed(Paired(0.0, -0.1, 0.1, 1.0, 100)) is None
+    assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1)) is None
+
+
+def test_two_runs_are_compared_on_their_common_methods(folder: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", {"rag@4": answers(0), "new": answers(1)})
+    (method, found), *more = report.compare_runs(report.open_run(folder), report.open_run(other)).items()
+    assert (method, more) == ("rag@4", [])
+    assert (found.wins, found.metrics["mae"].difference) == (12, -1.0)
+    foreign = write(tmp_path / "foreign", {"rag@4": answers(0)}, {**MANIFEST, "data": "e"})
+    with pytest.raises(SettingsError, match="other data sets"):
+        report.compare_runs(report.open_run(folder), report.open_run(foreign))
+    lonely = write(tmp_path / "lonely", {"new": answers(0)})
+    with pytest.raises(SettingsError, match="no method in common"):
+        report.compare_runs(report.open_run(folder), report.open_run(lonely))
+
+
+def test_a_run_that_goes_on_is_read_and_left_as_it_is(folder: Path) -> None:
+    file = folder / "samples.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"method": "rag@4", "us')  # another process is writing
+    before = file.read_bytes()
+    assert len(report.open_run(folder).samples) == 6 * 24
+    assert file.read_bytes() == before
+
+
+def test_the_commands_print_it_and_write_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "report.md"
+    assert run(["bench", "show", str(folder), "--markdown", str(text), "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    by_method = {row["method"]: row for row in shown["methods"]}
+    assert by_method["mbr"]["against"]["wins"] == 8
+    written = text.read_text()
+    assert "| samples without learning | mbr | 0.333 [" in written
+    assert "### Against rag@4" in written
+    assert "film" not in written
+    assert run(["bench", "compare", str(folder), str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mbr"]["ties"] == 12
+    for wrong, said in ((tmp_path, "is no run"), (write(tmp_path / "old", {}, {**MANIFEST, "task": "stars"}), "older hydra-llm")):
+        assert run(["bench", "show", str(wrong)]) == 2
+        assert said in capsys.readouterr().err
