@@ -47,6 +47,8 @@ class Personalizer:
     adapter: Adapter = field(default_factory=FirstCandidate)
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     """Each known user's records; answers for other users see none."""
+    about: str = ""
+    """What is known of the person, for the system message; nothing by default."""
 
     # ---- the pipeline
 
@@ -73,7 +75,7 @@ class Personalizer:
         style = self.settings.prompt_style
         if style == "auto":  # small models repeat a list of scores, and answer after turns (benchmarks/prompt_style.py)
             style = "turns" if self.task.labels else "block"
-        return build(self.task, query, records, max_tokens=self.settings.max_prompt_tokens, style=style)
+        return build(self.task, query, records, max_tokens=self.settings.max_prompt_tokens, style=style, about=self.about)
 
     async def aanswer(self, query: Query) -> Answer:
         """`apropose`, then the adapter's pick."""

@@ -61,9 +61,11 @@ def build(
     max_tokens: int,
     count: Count | None = None,
     style: Style = "block",
+    about: str = "",
 ) -> Prompt:
     """Show `records` (best first), then ask the query. Without records it is exactly the task's instruction.
 
+    `about` is what is known of the person; it stands before all else, as the system message.
     `count` measures a text in tokens; without it `estimate` does.
 
     Raises:
@@ -71,7 +73,7 @@ def build(
     """
     if style not in _STYLES:
         raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(_STYLES)}")
-    page = _Page(task, _STYLES[style], max_tokens, count or estimate)
+    page = _Page(task, _STYLES[style], max_tokens, count or estimate, _printable(about))
     text = _printable(query.input)
     examples = [_example(item) for item in records]
     shown = _fit_records(page, examples, text)
@@ -79,7 +81,7 @@ def build(
     if asked is None:
         raise SettingsError(f"a prompt of {max_tokens} tokens has no room for the instruction of task '{task.name}' alone")
     notes = _notes(examples, shown, page) + _told(f"the text of query '{query.id}'", text, asked, page)
-    again = partial(build, task, query, records, count=count, style=style)
+    again = partial(build, task, query, records, count=count, style=style, about=about)
     return Prompt(page.messages(shown, asked), tuple(records[: len(shown)]), tuple(notes), page.tokens(shown, asked), again)
 
 
@@ -153,9 +155,11 @@ class _Page:
     layout: _Layout
     max_tokens: int
     count: Count
+    about: str = ""
 
     def messages(self, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
-        return self.layout(self.task, shown, text)
+        first: tuple[Message, ...] = ({"role": "system", "content": self.about},) if self.about else ()
+        return first + self.layout(self.task, shown, text)
 
     def tokens(self, shown: Sequence[_Example], text: str) -> int:
         return sum(self.count(message["content"]) + PER_MESSAGE for message in self.messages(shown, text))

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_the_llm_is_shown_what_the_name_says(name: str, expected: list[str]) -> 
     assert answer(name, llm).method == name
     assert shown(llm) == expected
     assert len(llm.calls) == 1
+
+
+def test_a_profile_is_written_once_from_the_history_and_stands_before_the_records() -> None:
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        return "likes it loud" if "characteristic" in messages[-1]["content"] else "loud"
+
+    llm, later = RuleLLM(rule), [replace(QUERY, id=f"q{i}") for i in range(3)]
+    samples = run_sync(lambda: run_methods(find_methods(["pag@1"]), parts(llm), later))
+    about, *asked = llm.calls
+    assert all(f"{record.input} → {record.output}" in about[0]["content"] for record in RECORDS["u"])
+    assert [call[0] for call in asked] == [{"role": "system", "content": "likes it loud"}] * 3
+    assert all("war two" in call[-1]["content"] for call in asked)
+    assert sorted(sample.calls for sample in samples) == [1, 1, 2]
+    early = RuleLLM(rule)
+    run_sync(lambda: run_methods(find_methods(["pag@1"]), parts(early), [replace(QUERY, position=1)]))
+    assert "war two" not in str(early.calls)  # nor is a profile written from what came later
+    assert len(early.calls) == 2
 
 
 def test_records_by_lot_change_with_the_seed_and_not_with_the_run() -> None:

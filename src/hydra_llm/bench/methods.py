@@ -4,9 +4,10 @@ Knows neither data sets nor metrics. Sources: HYDRA, sections 4.1 and 4.2; LaMP;
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import anyio
 import numpy as np
 
 from hydra_llm.adapt import Adapter, RandomCandidate, all_labels, select
@@ -18,7 +19,7 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.retrieve import Nothing, Retriever, make_retriever
 from hydra_llm.tasks.task import KINDS, Kind, Task
-from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
+from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record, Usage
 
 
 class Answerer(Protocol):
@@ -98,6 +99,46 @@ def _retrieving(name: str) -> Callable[[Parts], Answerer]:
         return replace(parts.personalizer(**ONE), retriever=retriever)
 
     return build
+
+
+PROFILE_RECORDS, PROFILE_TOKENS = 20, 96
+"""Latest records that a profile is written from, and its longest text."""
+PROFILE = (
+    "Below are earlier texts of one person, each with what this person answered.\n\n{records}\n\n"
+    "In at most three sentences, say what is characteristic of this person's answers."
+)
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A profile that the LLM writes from the history stands before the records: once per user, as long as the history is the same."""
+
+    inner: Personalizer
+    profiles: dict[tuple[str, int], str] = field(default_factory=dict)
+    locks: dict[tuple[str, int], anyio.Lock] = field(default_factory=dict)
+
+    async def aanswer(self, query: Query) -> Answer:
+        visible = before(self.inner.records.get(query.user, ()), query)
+        if not visible:
+            return await self.inner.aanswer(query)
+        key, usage = (query.user, len(visible)), Usage()
+        async with self.locks.setdefault(key, anyio.Lock()):
+            if key not in self.profiles:
+                made = await self.inner.llm.generate(self._question(visible), max_tokens=PROFILE_TOKENS)
+                self.profiles[key], usage = made.texts[0].strip(), made.usage
+        answer = await replace(self.inner, about=self.profiles[key]).aanswer(query)
+        return replace(answer, proposal=replace(answer.proposal, usage=answer.proposal.usage + usage))
+
+    def _question(self, visible: Sequence[Record]) -> list[Message]:
+        """As many of the latest records as there is room for; of each at most its share."""
+        latest = list(visible)[-PROFILE_RECORDS:]
+        room = int(self.inner.settings.max_prompt_tokens * 3 / len(latest)) // 2
+        lines = [f"{' '.join(record.input.split())[:room]} → {' '.join(record.output.split())[:room]}" for record in latest]
+        return [{"role": "user", "content": PROFILE.replace("{records}", "\n".join(lines))}]
+
+
+def _profiled(parts: Parts) -> Answerer:
+    return Profiled(parts.personalizer(**ONE))
 
 
 # ---- hydra
@@ -233,6 +274,7 @@ METHODS: Mapping[str, Method] = {
         Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP"),
         Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1"),
         Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP"),
+        Method("pag", "a profile written by the LLM, and k records", "prompt", _profiled, ("k",), "Richardson et al. 2023; HYDRA 4.1"),
         Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker, ("k",), "HYDRA 4.2"),
         Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter, ("b",), "HYDRA 4.2"),
         Method(
