@@ -139,3 +139,11 @@ def test_a_benchmark_is_repeated_without_the_llm(tmp_path: Path, capsys: pytest.
         assert len(rows) > 15
         tables.append([{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows])
     assert tables[0] == tables[1]
+    capsys.readouterr()
+    alone = ["bench", "run", str(data), "--llm", f"replay:{file}", "--out", str(tmp_path / "alone"), "--json", "--users", "1", *few]
+    for _ in range(2):  # without a bundle it learns one; a repeat takes it up
+        assert run([*alone, "--set", f"cache={tmp_path / 'three'}"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows] == tables[0]
+    assert run([*alone, "--set", "head=kernel"]) == 2
+    assert "setting 'head': was fixed to 'linear'" in capsys.readouterr().err

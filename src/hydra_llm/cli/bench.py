@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Config, Limit, Preset, Record, Seed, Set, open_bundle, opened_llm
+from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Seed, Set, open_bundle, opened_llm, settings_of
 
 if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
     from hydra_llm.bundle import Bundle
+    from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
+    from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.types import Query
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -35,10 +37,10 @@ def methods(as_json: AsJson = False) -> None:
 def run(
     data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
     llm: LLM,
-    bundle: BundleFolder,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command continues a stopped one.")],
+    bundle: Annotated[Path | None, typer.Option(help="A learned bundle; without it one is learned in the run's folder.")] = None,
     methods: Annotated[str, typer.Option(help="Names with commas (rag, hydra@4,8 as k,b), or all; see `bench methods`.")] = "all",
-    users: Annotated[int | None, typer.Option(min=1, help="At most so many new users; all who have a head otherwise.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="At most so many new users.")] = None,
     limit: Limit = None,
     seed: Seed = None,
     preset: Preset = None,
@@ -47,7 +49,10 @@ def run(
     record: Record = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer new users' queries by each method and print the table; `--limit` takes each user's first queries."""
+    """Answer new users' queries by each method and print the table; `--limit` takes each user's first queries.
+
+    Without `--bundle` it learns from the training users and fits the new ones first, with the same settings.
+    """
     from hydra_llm.bench.methods import Parts, find_methods, split_names
     from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
     from hydra_llm.bench.runlog import RunLog
@@ -55,17 +60,21 @@ def run(
     from hydra_llm.errors import DataError
     from hydra_llm.llm.calls import run_sync
 
-    wanted = split_names(methods)
+    wanted, folder = split_names(methods), bundle or out / "bundle"
     find_methods(wanted)  # a wrong name is told before anything is read
-    loaded, settings = open_bundle(bundle, preset, config, set_, seed=seed)
+    opened = partial(open_bundle, folder, preset, config, set_, seed=seed)
+    settings = opened()[1] if bundle else settings_of(preset, config, set_, seed=seed)
     dataset = load(data)
-    loaded.check_task(dataset.task)
     chosen = find_methods(wanted, dataset.task.kind)
-    names = _fitted(dataset, loaded, data)[:users]
-    queries = chosen_queries(dataset, names, limit)
-    if not queries:
-        raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {bundle}` first")
     with opened_llm(llm, settings, record) as model:
+        if not bundle:
+            _learn_here(folder, dataset, model, settings, users)
+        loaded, settings = opened()
+        loaded.check_task(dataset.task)
+        names = _fitted(dataset, loaded, data)[:users]
+        queries = chosen_queries(dataset, names, limit)
+        if not queries:
+            raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {folder}` first")
         parts = Parts(loaded, model, settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
         _tell_of_time(parts, queries)
         log = RunLog(out, _manifest(dataset, parts, queries))
@@ -118,6 +127,22 @@ def compare(
         console.emit({method: each.to_json() for method, each in found.items()}, True)
         return
     console.print_table(report.as_differences(found), f"{second} minus {first}, 95 % intervals over users")
+
+
+def _learn_here(folder: Path, dataset: "DataSet", llm: "CachedLLM", settings: "Settings", users: int | None) -> None:
+    """Learn the run's own bundle, and fit the new users whom it lacks; what is there already stays."""
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.learning.api import fit, learn
+
+    with console.progress() as report:
+        if not (folder / "config.json").exists():
+            told = learn(dataset, llm, settings, out=folder, progress=report)
+            for line in [*told.notes, *told.failures[:3]]:
+                console.say(line)
+        bundle = Bundle.load(folder)
+        missing = [user for user in dataset.users("test")[:users] if user not in bundle.records]
+        if missing:
+            fit(dataset, bundle, llm, users=missing, progress=report).bundle.save(folder)
 
 
 def _fitted(dataset: "DataSet", bundle: "Bundle", data: Path) -> list[str]:
