@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hydra_llm.cli.main import run
 from hydra_llm.datasets.lamp import is_official, stream_questions
 from hydra_llm.datasets.native import DataSet, load, save
 from hydra_llm.errors import DataError
@@ -285,3 +286,26 @@ def test_questions_are_streamed(tmp_path: Path) -> None:
         list(stream)
     assert is_official(file)
     assert not is_official(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(("task", "llm"), [("LaMP-2N", "rule=labels"), ("LaMP-3", "rule=labels"), ("LaMP-4", "echo")])
+def test_a_benchmark_runs_on_the_official_layout(task: str, llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each question is a user of its own; nine in ten answers of a profile are the user's usual one, which is the gold."""
+    usual = {"LaMP-2N": NEWS, "LaMP-3": ["1", "3", "5"], "LaMP-4": ["rain again", "war ends", "love wins"]}[task]
+    for part, count in (("train", 6), ("dev", 3)):
+        golds = {f"{part}{at}": usual[at % 3] for at in range(count)}
+        made = []
+        for key, gold in golds.items():
+            profile = [(f"news {key} {i}", gold if i else usual[0]) for i in range(6)]
+            made.append(question(task, key, f"news {key}", profile))
+        write_part(tmp_path / "lamp", part, task, made, golds)
+    few = [f"--set={name}" for name in (f"cache={tmp_path}", "retrieved=3", "samples=3", "queries_per_user=1", "max_length=32")]
+    given = ["--llm", f"fake:{llm}", "--methods", "zero-shot,rag@2,hydra@2,3,user-majority,copy-nearest", "--out", str(tmp_path / "run")]
+    assert run(["bench", "run", str(tmp_path / "lamp"), *given, "--json", *few]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["zero-shot", "rag@2", "hydra@2,3", "user-majority", "copy-nearest"]
+    assert {row["queries"] for row in rows.values()} == {3}
+    metric, perfect = {"LaMP-2N": ("accuracy", 1), "LaMP-3": ("mae", 0), "LaMP-4": ("rouge1", 1)}[task]
+    assert rows["user-majority"]["metrics"][metric][0] == pytest.approx(perfect)
+    assert rows["zero-shot"]["metrics"][metric][0] != pytest.approx(perfect)
+    assert rows["hydra@2,3"]["calls"] == 2

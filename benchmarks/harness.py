@@ -1,0 +1,77 @@
+"""What a benchmark costs beside the LLM: replay a method on 1,000 queries.
+
+    python benchmarks/harness.py [--queries 1000] [--methods rag@4 hydra@4,8] [--seed 0] [--json]
+
+Made-up users rate by topic (people.py), the LLM is a fake whose answers are in the cache after a first run; timed is the second
+run of each method into a new run folder: retrieval, reranking, prompts, look-ups, adapting, the sample's line, and the table with its
+bootstrap. The limit is for the first method. Exits with 1 where it is missed.
+"""
+
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import Limit, finish, options
+from people import CLASSIFY, made_up_data, people
+
+from hydra_llm.bench.methods import Parts, find_methods
+from hydra_llm.bench.run import run_methods, tabulate
+from hydra_llm.bench.runlog import RunLog
+from hydra_llm.config import load_settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.history import as_query
+from hydra_llm.learning.api import fit, learn
+from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.spec import wrap
+from hydra_llm.types import Message
+
+LIMIT = 60.0
+"""Seconds for 1,000 queries."""
+PER_USER = 10
+
+
+def main() -> None:
+    parser = options(__doc__, runs=1)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--methods", nargs="+", default=["rag@4", "hydra@4,8"])
+    given = parser.parse_args()
+    users = max(2, given.queries // PER_USER)
+    whole = made_up_data(CLASSIFY, people(users + 10, given.seed), 50, given.seed, new=users)
+    new = whole.users("test")
+    earlier = [record for user in whole.users() for record in whole.history(user)[: -PER_USER if user in new else None]]
+    queries = [as_query(record) for user in new for record in whole.history(user)[-PER_USER:]][: given.queries]
+    data = DataSet.from_records(CLASSIFY, whole.splits, earlier, queries)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load_settings(cache=Path(folder), seed=given.seed, asked_users=10, queries_per_user=1)
+        llm = wrap(RuleLLM(by_lot), settings)
+        bundle = fit(data, learn(data, llm, settings).bundle, llm, settings=settings).bundle
+        parts = Parts(bundle, llm, settings, bundle.records)
+        seconds = {name: replayed(name, parts, queries, Path(folder)) for name in given.methods}
+    rows = {name: {"seconds": found, "ms_per_query": 1000 * found / len(queries)} for name, found in seconds.items()}
+    lines = [
+        f"{name:<14} {row['seconds']:6.1f} s for {len(queries)} queries, {row['ms_per_query']:.1f} ms each" for name, row in rows.items()
+    ]
+    first = given.methods[0]
+    finish(given, {"rows": rows}, lines, [Limit(f"{first} replayed on 1,000 queries, s", seconds[first] * 1000 / len(queries), LIMIT)])
+
+
+def by_lot(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+    return rng.choice(CLASSIFY.labels)
+
+
+def replayed(name: str, parts: Parts, queries: Sequence[Any], folder: Path) -> float:
+    """Seconds of the second run."""
+    for turn in ("first", "second"):
+        began = time.perf_counter()
+        log = RunLog(folder / f"{name}-{turn}", {"method": name})
+        samples = run_sync(lambda log=log: run_methods(find_methods([name]), parts, queries, log))
+        tabulate(parts.bundle.task, samples)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
