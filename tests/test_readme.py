@@ -18,7 +18,7 @@ from hydra_llm.cli.main import COMMANDS, NAME, load, run
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-PARSED_ONLY = ("demo", "bench run", "data get")
+PARSED_ONLY = ("demo", "data get")
 
 
 def blocks(kind: str, text: str) -> list[str]:

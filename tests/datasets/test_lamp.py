@@ -301,7 +301,7 @@ def test_a_benchmark_runs_on_the_official_layout(task: str, llm: str, tmp_path: 
         write_part(tmp_path / "lamp", part, task, made, golds)
     few = [f"--set={name}" for name in (f"cache={tmp_path}", "retrieved=3", "samples=3", "queries_per_user=1", "max_length=32")]
     given = ["--llm", f"fake:{llm}", "--methods", "zero-shot,rag@2,hydra@2,3,user-majority,copy-nearest", "--out", str(tmp_path / "run")]
-    assert run(["bench", "run", str(tmp_path / "lamp"), *given, "--json", *few]) == 0
+    assert run(["bench", "run", str(tmp_path / "lamp"), *given, "--json", "--export-lamp", *few]) == 0
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == ["zero-shot", "rag@2", "hydra@2,3", "user-majority", "copy-nearest"]
     assert {row["queries"] for row in rows.values()} == {3}
@@ -309,3 +309,6 @@ def test_a_benchmark_runs_on_the_official_layout(task: str, llm: str, tmp_path: 
     assert rows["user-majority"]["metrics"][metric][0] == pytest.approx(perfect)
     assert rows["zero-shot"]["metrics"][metric][0] != pytest.approx(perfect)
     assert rows["hydra@2,3"]["calls"] == 2
+    theirs = json.loads((tmp_path / "lamp" / "dev_outputs.json").read_text())
+    assert json.loads((tmp_path / "run" / "lamp" / "user-majority.json").read_text()) == theirs  # all right: LaMP's own file
+    assert len(json.loads((tmp_path / "run" / "lamp" / "hydra@2,3.json").read_text())["golds"]) == 3

@@ -114,6 +114,20 @@ class RunLog:
         return file
 
 
+def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
+    """Write each method's answers as LaMP's evaluation reads them, `lamp/METHOD.json`; an answer that failed or was unreadable is empty.
+
+    `like` is the LaMP task's name, LaMP-2N and LaMP-2M being its LaMP_2.
+    """
+    place = folder / "lamp"
+    place.mkdir(exist_ok=True)
+    for method in dict.fromkeys(sample.method for sample in samples):
+        golds = [{"id": sample.query, "output": sample.answer or ""} for sample in samples if sample.method == method]
+        content = {"task": like.replace("-", "_")[:6], "golds": golds}
+        (place / f"{method}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return place
+
+
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     """The manifest of a run and its samples; of a sample that failed and was tried again the last try. Changes nothing.
 

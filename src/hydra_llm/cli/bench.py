@@ -47,6 +47,7 @@ def run(
     config: Config = None,
     set_: Set = None,
     record: Record = None,
+    lamp: Annotated[bool, typer.Option("--export-lamp", help="Also write the answers in LaMP's outputs layout, a file a method.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer new users' queries by each method and print the table; `--limit` takes each user's first queries.
@@ -55,7 +56,7 @@ def run(
     """
     from hydra_llm.bench.methods import Parts, find_methods, split_names
     from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
-    from hydra_llm.bench.runlog import RunLog
+    from hydra_llm.bench.runlog import RunLog, export_lamp
     from hydra_llm.datasets.native import load
     from hydra_llm.errors import DataError
     from hydra_llm.llm.calls import run_sync
@@ -83,6 +84,8 @@ def run(
     rows = tabulate(parts.bundle.task, samples)
     if errors := [sample.error for sample in samples if sample.error]:
         console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")
+    if lamp:
+        console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, samples)}")
     console.say(f"wrote {log.finish([row.to_json() for row in rows])}")
     console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
 
