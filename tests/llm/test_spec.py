@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "one two"}]
 
 @pytest.mark.parametrize("name", ["", "nope", "nope:x", "smollm3", "gpt-4o"])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(SettingsError, match=r"openai:MODEL\[@URL\], gguf:PATH, smollm2, fake:echo"):
+    with pytest.raises(SettingsError, match=r"openai:MODEL\[@URL\], gguf:PATH, smollm2, replay:RECORDING, fake:echo"):
         bare_llm(name, Settings())
 
 
