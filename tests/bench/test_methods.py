@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.methods import ByVotes, CopyNearest, Oracle, Parts, find_methods, split_names
+from hydra_llm.bench.methods import ByVotes, Oracle, Parts, find_methods, split_names
 from hydra_llm.bench.run import run_methods
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bundle import Bundle
@@ -17,7 +17,6 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.evidence import Population
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.retrieve import make_retriever
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Candidate, Message, Query, Record
 
@@ -126,7 +125,8 @@ def test_controls_ask_no_llm(name: str) -> None:
 
 def test_the_nearest_records_answer_is_copied() -> None:
     assert answer("copy-nearest", RuleLLM(loud)).answer == "loud"  # of "war two"
-    control = CopyNearest(STARS, {}, make_retriever("recent"))
+    (method,) = find_methods(["copy-nearest"])
+    control = method.build(parts(RuleLLM(loud), STARS))
     assert run_sync(lambda: control.aanswer(Query("new", "q", "x"))).text == "3"  # nothing to copy: the middle of the scale
 
 

@@ -17,7 +17,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.personalizer import Personalizer
-from hydra_llm.retrieve import Nothing, Retriever, make_retriever
+from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.tasks.task import KINDS, Kind, Task
 from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record, Usage
 
@@ -130,7 +130,7 @@ class Profiled:
         return replace(answer, proposal=replace(answer.proposal, usage=answer.proposal.usage + usage))
 
     def _question(self, visible: Sequence[Record]) -> list[Message]:
-        """As many of the latest records as there is room for; of each at most its share."""
+        """The latest records, each cut to its share of the prompt."""
         latest = list(visible)[-PROFILE_RECORDS:]
         room = int(self.inner.settings.max_prompt_tokens * 3 / len(latest)) // 2
         lines = [f"{' '.join(record.input.split())[:room]} → {' '.join(record.output.split())[:room]}" for record in latest]
@@ -202,33 +202,30 @@ class ByVotes:
 
 
 @dataclass(frozen=True)
-class UserMajority:
-    """The user's own most frequent label, or median rating: a control without any LLM."""
+class WithoutLLM:
+    """What the user's visible records alone answer."""
 
-    task: Task
     records: Mapping[str, Sequence[Record]]
+    answer: Callable[[Query, Sequence[Record]], str]
 
     async def aanswer(self, query: Query) -> Answer:
-        visible = before(self.records.get(query.user, ()), query)
-        text = typical(self.task, [record.output for record in visible])
+        text = self.answer(query, before(self.records.get(query.user, ()), query))
         candidate = Candidate(text, text)
         return Answer(text, Proposal(query, (), (), (), (candidate,)), (candidate,), 0)
 
 
-@dataclass(frozen=True)
-class CopyNearest:
-    """The answer of the user's most similar record: what a look-up reaches without any LLM."""
+def _user_majority(parts: Parts) -> Answerer:
+    return WithoutLLM(parts.records, lambda query, visible: typical(parts.bundle.task, [record.output for record in visible]))
 
-    task: Task
-    records: Mapping[str, Sequence[Record]]
-    nearest: Retriever
 
-    async def aanswer(self, query: Query) -> Answer:
-        visible = before(self.records.get(query.user, ()), query)
-        found = self.nearest.retrieve(query, visible, 1)
-        text = found[0].record.output if found else typical(self.task, [])
-        candidate = Candidate(text, text)
-        return Answer(text, Proposal(query, tuple(found), tuple(found), (), (candidate,)), (candidate,), 0)
+def _copy_nearest(parts: Parts) -> Answerer:
+    nearest = make_retriever("dense", embed=parts.bundle.store.texts)
+
+    def copied(query: Query, visible: Sequence[Record]) -> str:
+        found = nearest.retrieve(query, visible, 1)
+        return found[0].record.output if found else typical(parts.bundle.task, [])
+
+    return WithoutLLM(parts.records, copied)
 
 
 @dataclass(frozen=True)
@@ -244,10 +241,6 @@ class ScorerOnly:
         blank = tuple(all_labels(self.task, []))
         candidates, chosen = self.adapter.choose(query, blank, visible)
         return Answer(candidates[chosen].text, Proposal(query, (), (), (), blank), tuple(candidates), chosen)
-
-
-def _copy_nearest(parts: Parts) -> Answerer:
-    return CopyNearest(parts.bundle.task, parts.records, make_retriever("dense", embed=parts.bundle.store.texts))
 
 
 def _scorer_only(parts: Parts) -> Answerer:
@@ -311,15 +304,12 @@ METHODS: Mapping[str, Method] = {
             ("b",),
         ),
         Method("oracle", "the best of hydra's samples", "bound", _choosing(lambda parts: Oracle(parts.bundle.task)), ("b",)),
-        Method("user-majority", "the user's own median or majority, no LLM", "control", lambda p: UserMajority(p.bundle.task, p.records)),
+        Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority),
         Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest),
         Method("scorer-only", "all labels by the adapter, no LLM", "control", _scorer_only, kinds=LABELS),
     )
 }
-DEMO = (
-    *("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra"),
-    *("random", "user-majority"),
-)
+DEMO = ("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "random", "user-majority")
 """The methods of the demo's table."""
 
 

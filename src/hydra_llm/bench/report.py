@@ -4,7 +4,6 @@ Bounds and controls stand apart and are never the best. Differences are paired o
 `compare`. Reads run folders only: a run may be stopped, or still going on. Knows no LLM.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -274,7 +273,7 @@ def to_json(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
             "group": line.group,
             **line.row.to_json(),
             "over_prompts": line.over_prompts,
-            "against": None if line.against is None else json.loads(json.dumps(line.against.to_json()).replace("NaN", "null")),
+            "against": line.against and line.against.to_json(),
         }
         for line in lines
     ]

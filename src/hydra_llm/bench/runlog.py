@@ -73,9 +73,7 @@ class RunLog:
             temporary.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary.replace(file)
             return
-        if isinstance(found.get("format"), int) and found["format"] > FORMAT:
-            newer = f"format {found['format']} is made by a newer hydra-llm ({found.get('hydra_llm')})"
-            raise SettingsError(f"{file}: {newer}: upgrade to continue it, or take another --out")
+        _refuse_newer(file, found)
         different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if different:
             told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in different)
@@ -141,11 +139,16 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
         raise SettingsError(f"{folder}: is no run ({error}): name the --out of `hydra-llm bench run`") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise SettingsError(f"{folder}: is no run (manifest.json is of something else)")
-    if manifest["format"] > FORMAT:
-        raise SettingsError(f"{file}: format {manifest['format']} is made by a newer hydra-llm ({manifest.get('hydra_llm')}): upgrade")
+    _refuse_newer(file, manifest)
     samples = folder / "samples.jsonl"
     found = _samples(samples)[0] if samples.exists() else []
     return manifest, list({sample.key: sample for sample in found}.values())
+
+
+def _refuse_newer(file: Path, manifest: Mapping[str, Any]) -> None:
+    if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
+        newer = f"format {manifest['format']} is made by a newer hydra-llm ({manifest.get('hydra_llm')})"
+        raise SettingsError(f"{file}: {newer}: upgrade, or take another --out")
 
 
 def _samples(file: Path) -> tuple[list[Sample], int]:

@@ -12,10 +12,12 @@ from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Se
 
 if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
+    from hydra_llm.bench.runlog import RunLog, Sample
     from hydra_llm.bundle import Bundle
     from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
     from hydra_llm.llm.cache import CachedLLM
+    from hydra_llm.tasks.task import Task
     from hydra_llm.types import Query
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -55,7 +57,7 @@ def run(
     Without `--bundle` it learns from the training users and fits the new ones first, with the same settings.
     """
     from hydra_llm.bench.methods import Parts, find_methods, split_names
-    from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
+    from hydra_llm.bench.run import chosen_queries, run_methods
     from hydra_llm.bench.runlog import RunLog, export_lamp
     from hydra_llm.datasets.native import load
     from hydra_llm.errors import DataError
@@ -73,19 +75,25 @@ def run(
         loaded, settings = opened()
         loaded.check_task(dataset.task)
         names = _fitted(dataset, loaded, data)[:users]
-        queries = chosen_queries(dataset, names, limit)
-        if not queries:
-            raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {folder}` first")
         parts = Parts(loaded, model, settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
+        if not (queries := chosen_queries(dataset, names, limit)):
+            raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {folder}` first")
         _tell_of_time(parts, queries)
         log = RunLog(out, _manifest(dataset, parts, queries))
         with console.progress() as report:
             samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
-    rows = tabulate(parts.bundle.task, samples)
-    if errors := [sample.error for sample in samples if sample.error]:
-        console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")
     if lamp:
         console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, samples)}")
+    _tell(log, parts.bundle.task, samples, as_json)
+
+
+def _tell(log: "RunLog", task: "Task", samples: Sequence["Sample"], as_json: bool) -> None:
+    """Write the results and print the table."""
+    from hydra_llm.bench.run import as_table, tabulate
+
+    rows = tabulate(task, samples)
+    if errors := [sample.error for sample in samples if sample.error]:
+        console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")
     console.say(f"wrote {log.finish([row.to_json() for row in rows])}")
     console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
 
