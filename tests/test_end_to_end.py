@@ -25,6 +25,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.personalizer import Personalizer
+from hydra_llm.rerank import KeepOrder, LearnedReranker
 from hydra_llm.tasks.task import Task, rating
 from hydra_llm.types import LabelledGroup, Message, Query, Record
 
@@ -240,3 +241,21 @@ def test_fitting_does_not_change_what_learning_fixed() -> None:
         fit(here.data, bundle, llm, settings=Settings(head="kernel", users=4, max_length=32))
     fitted = fit(here.data, bundle, llm, users=here.new[:1], settings=bundle.settings_with(k=2))
     assert (fitted.bundle.settings.k, bundle.settings.k) == (2, 1)
+
+
+def test_new_users_cost_no_call_where_histories_teach_and_the_retrievers_order_stands_where_that_is_better() -> None:
+    """Tasks with labels need the LLM for neither head; a reranker that was worth less on held-out users is learned, kept, and not used."""
+    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    learned = learn(here.data, llm, Settings(samples=2, retrieved=4, k=2, queries_per_user=1, users=6, max_length=32))
+    asked = len(llm.calls)
+    bundle = fit(here.data, learned.bundle, llm).bundle
+    assert len(llm.calls) == asked
+    assert bundle.reranker is not None
+    told = bundle.report["reranker"]
+    assert 0 <= told["gain_first"] <= told["gain_best"] <= 1
+    for pick, first, used in ((0.6, 0.5, True), (0.5, 0.5, False), (0.4, 0.5, False), (float("nan"), float("nan"), True)):
+        bundle.report["reranker"] = {"gain_pick": pick, "gain_first": first}
+        assert bundle.reranks is used
+        assert isinstance(bundle.personalizer(llm).reranker, LearnedReranker if used else KeepOrder)
+        always = bundle.settings_with(rerank="always")
+        assert isinstance(bundle.personalizer(llm, always).reranker, LearnedReranker)

@@ -48,10 +48,10 @@ class RandomCandidate:
 
 
 class LearnedAdapter:
-    """Picks by the user's factorized scorer."""
+    """Picks by the user's factorized scorer; without `votes`, labels are scored as if nobody had been asked."""
 
-    def __init__(self, scorer: FactorizedScorer, evidence: EvidenceMaker, *, select: str = "expected-gain"):
-        self.scorer, self.evidence, self.select = scorer, evidence, select
+    def __init__(self, scorer: FactorizedScorer, evidence: EvidenceMaker, *, select: str = "expected-gain", votes: bool = True):
+        self.scorer, self.evidence, self.select, self.votes = scorer, evidence, select, votes
 
     def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
         task = self.evidence.task
@@ -71,6 +71,8 @@ class LearnedAdapter:
 
     def _scores(self, query: Query, offered: Sequence[Candidate], visible: Sequence[Record]) -> torch.Tensor:
         """[C] the user's scores of the offered candidates."""
+        if not self.votes and self.evidence.task.labels:
+            offered = [replace(candidate, votes=0, greedy=False) for candidate in offered]
         rows = self.evidence.adapter(query, offered, self.evidence.remember(visible))
         texts = [candidate_text(self.evidence.task, candidate) for candidate in offered]
         groups = make_groups(self.evidence.store, self.scorer.combiner, [query.input], [texts], [rows.tolist()])

@@ -58,6 +58,12 @@ class Bundle:
     def evidence(self) -> EvidenceMaker:
         return EvidenceMaker(self.task, self.store, self.population)
 
+    @property
+    def reranks(self) -> bool:
+        """Whether the reranker's first records were worth more than the retriever's on held-out users (unknown counts as yes)."""
+        told = self.report.get("reranker", {})
+        return not told.get("gain_pick", 1.0) <= told.get("gain_first", 0.0)
+
     def check_task(self, task: Task) -> None:
         """See that data of this task can be read, fitted and scored by this bundle.
 
@@ -70,6 +76,7 @@ class Bundle:
     def personalizer(self, llm: ChatLLM, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True) -> Personalizer:
         """The main path with this bundle's parts; a part that is switched off is the null part."""
         chosen, evidence = settings or self.settings, self.evidence
+        rerank = rerank and (self.reranks or chosen.rerank == "always")
         reranker, adapter = self.reranker if rerank else None, self.adapter if adapt else None
         return Personalizer(
             task=self.task,
@@ -77,7 +84,7 @@ class Bundle:
             retriever=make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed),
             settings=chosen,
             reranker=LearnedReranker(reranker, evidence, with_answer=chosen.record_answer) if reranker else KeepOrder(),
-            adapter=LearnedAdapter(adapter, evidence, select=chosen.select) if adapter else FirstCandidate(),
+            adapter=LearnedAdapter(adapter, evidence, select=chosen.select, votes=chosen.votes) if adapter else FirstCandidate(),
             records=self.records,
         )
 

@@ -109,6 +109,11 @@ class Settings(BaseSettings):
     """Latest records of a user that serve as queries where pairs cost LLM calls."""
     loss: Literal["listwise", "binary"] = "listwise"
     """Candidates of a group compete (listwise), or each pair is right or wrong by itself, as in the paper (binary)."""
+    reranker_labels: Literal["history", "llm"] = "history"
+    """What the reranker learns from. history: how good each record's own answer would be for the query, which costs no call; what the
+    LLM made of single records then calibrates and judges. llm: that alone, as in the paper (benchmarks/reranker_labels.py)."""
+    rerank: Literal["auto", "always"] = "auto"
+    """auto: the retriever's order stands where the reranker was no better than chance on the LLM's answers for held-out users."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
     """What teaches: those above the group's mean, the gains themselves, or the gold answer added as the one positive (texts)."""
     record_answer: bool = True
@@ -128,9 +133,13 @@ class Settings(BaseSettings):
     """Candidates are the LLM's samples, or every label with the LLM's vote share as evidence (tasks with labels)."""
     select: Literal["best", "expected-gain"] = "expected-gain"
     """The best score, as published, or the pick with the greatest expected gain under the scores' distribution."""
+    votes: bool = True
+    """Whether what the LLM's samples say counts in the adapter's score (tasks with labels)."""
 
     seed: int = 0
-    """Of sampling, folds and training."""
+    """Of the LLM's samples, of retrieval by lot, and of folds and training."""
+    fit_seed: int | None = Field(default=None, ge=0)
+    """Of folds and training alone; None is `seed`. Bundles of several share labels and candidates."""
 
     @classmethod
     def settings_customise_sources(
@@ -142,6 +151,11 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of folds and training."""
+        return self.seed if self.fit_seed is None else self.fit_seed
 
 
 PAPER: Mapping[str, Any] = {
@@ -166,6 +180,8 @@ PAPER: Mapping[str, Any] = {
     "loss": "binary",
     "label_rule": "above-mean",
     "record_answer": False,
+    "reranker_labels": "llm",
+    "rerank": "always",
     "users": 100,
 }
 """The authors' settings (paper, appendix on implementation; DESIGN 5)."""
@@ -192,8 +208,8 @@ OF_LEARNING = frozenset(
     {
         *("encoder", "pooling", "max_length", "tune_encoder"),  # what the features are
         *("features", "width", "label_features", "label_rank", "record_answer"),  # what the scorers read
-        *("head", "rank", "prior", "loss", "label_rule"),  # what a head is, and what it is fitted to
-        *("lr", "batch", "epochs", "weight_decay"),  # how `mlp` heads are fitted: scores are calibrated for heads of that kind
+        *("head", "rank", "prior", "loss", "label_rule", "reranker_labels"),  # what a head is, and what it is fitted to
+        *("lr", "batch", "epochs", "weight_decay", "fit_seed"),  # how `mlp` heads are fitted: scores are calibrated for heads of that kind
         *("users", "asked_users"),  # who taught
     }
 )

@@ -10,6 +10,7 @@ import pytest
 
 from hydra_llm.bench import report
 from hydra_llm.bench.compare import Paired
+from hydra_llm.bench.run import tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError
@@ -76,8 +77,8 @@ def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(fold
 
 
 def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
-    def samples(values: Sequence[str]) -> dict[tuple[str, str], Sample]:
-        return {(user, query): Sample("m", user, query, "3", value) for user, value in zip(USERS, values, strict=True) for query in "ab"}
+    def samples(values: Sequence[str]) -> list[Sample]:
+        return [Sample("m", user, query, "3", value) for user, value in zip(USERS, values, strict=True) for query in "ab"]
 
     base = samples(["4"] * 12)
     own = samples(["3"] * 5 + ["4"] * 4 + ["5"] * 3)
@@ -86,17 +87,41 @@ def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
     assert found.worst_tenth == pytest.approx(-0.25)  # one step of four
     assert found.metrics["mae"].difference == pytest.approx((-5 + 3) / 12)
     assert found.metrics["mae"].samples == 24
-    broken = {key: replace(sample, answer=None, error="HTTP 500") if key[0] == "u11" else sample for key, sample in own.items()}
+    broken = [replace(sample, answer=None, error="HTTP 500") if sample.user == "u11" else sample for sample in own]
     without = report.compare(STARS, broken, base)
     assert (without.wins, without.ties, without.losses) == (5, 4, 2)  # failed is neither lost nor won
     assert without.metrics["mae"].samples == 22
 
 
+def seeded(answers: Mapping[int, str], user: str = "u") -> list[Sample]:
+    return [Sample("m", user, "q", "3", answer, seed=seed) for seed, answer in answers.items()]
+
+
+def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
+    def answers_of(own: Mapping[int, str], base: Mapping[int, str]) -> list[tuple[str | None, str | None]]:
+        return [(mine.answer, its.answer) for mine, its in report.pair(seeded(own), seeded(base))]
+
+    assert answers_of({0: "1", 1: "2"}, {1: "4", 0: "3"}) == [("1", "3"), ("2", "4")]
+    assert answers_of({0: "1", 1: "2"}, {0: "3"}) == [("1", "3"), ("2", "3")]
+    assert answers_of({7: "1"}, {0: "3", 1: "4"}) == [("1", "3"), ("1", "4")]
+    assert answers_of({0: "1", 1: "2", 2: "5"}, {1: "3", 2: "4", 3: "1"}) == [("2", "3"), ("5", "4")]
+    assert report.pair(seeded({0: "1"}), seeded({0: "1"}, "another")) == []
+
+
+def test_a_row_over_seeds_counts_its_queries_once_and_names_each_seeds_figure() -> None:
+    samples = [each for user, own in (("a", "1"), ("b", "3")) for each in seeded({0: own, 1: "3"}, user)]
+    (row,) = tabulate(STARS, samples)
+    assert (row.queries, row.metrics["mae"][0]) == (2, 0.5)
+    assert {seed: found["mae"] for seed, found in row.seeds.items()} == {0: 1.0, 1: 0.0}
+    (single,) = tabulate(STARS, samples[:1])
+    assert single.seeds == {}
+
+
 def test_a_difference_needs_the_more_queries_the_smaller_it_is() -> None:
-    assert report.needed(Paired(0.1, 0.1 - 0.196, 0.1 + 0.196, 0.3, 100)) == math.ceil(100 * 2.8**2)  # one standard error
-    assert report.needed(Paired(0.28, 0.28 - 0.196, 0.28 + 0.196, 0.0, 100)) == 100
-    assert report.needed(Paired(0.0, -0.1, 0.1, 1.0, 100)) is None
-    assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1)) is None
+    assert report.needed(Paired(0.1, 0.1 - 0.196, 0.1 + 0.196, 0.3, 100), 100) == math.ceil(100 * 2.8**2)  # one standard error
+    assert report.needed(Paired(0.28, 0.28 - 0.196, 0.28 + 0.196, 0.0, 300), 100) == 100  # three seeds of each
+    assert report.needed(Paired(0.0, -0.1, 0.1, 1.0, 100), 100) is None
+    assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1), 1) is None
 
 
 def test_two_runs_are_compared_on_their_common_methods(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     samples = run(RuleLLM(noting(calls, -1)), log, ("zero-shot", "rag"))
     assert len(calls.read_text().splitlines()) == 25  # the one that was killed is asked again
     assert len(samples) == 24
-    assert {s.key for s in samples} == {(m, q.user, q.id) for m in ("zero-shot", "rag") for q in QUERIES}
+    assert {s.key for s in samples} == {(m, q.user, q.id, 0) for m in ("zero-shot", "rag") for q in QUERIES}
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len({(line["method"], line["user"], line["query"]) for line in lines}) == len(lines) == 24
     plain = run(RuleLLM(right), None, ("zero-shot", "rag"))
@@ -222,7 +223,7 @@ def test_a_run_names_its_versions_and_is_not_continued_by_another(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("manifest", "said"),
-    [('{"format": 2, "hydra_llm": "9.1", "more": []}', r"format 2 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
+    [('{"format": 3, "hydra_llm": "9.1", "more": []}', r"format 3 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
 )
 def test_a_manifest_that_cannot_be_continued_is_one_line(tmp_path: Path, manifest: str, said: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
@@ -256,7 +257,7 @@ def test_samples_of_any_text_are_read_back(
     answer: str | None, error: str, note: str, cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
-    first = Sample("m", "u\u2028", "q\x85\n", answer or "", answer, "", 2, 3, 0.5, {"llm": 0.25}, (note,))
+    first = Sample("m", "u\u2028", "q\x85\n", answer or "", answer, "", 2, 3, 1, 0.5, {"llm": 0.25}, (note,), 4)
     log = RunLog(folder, MANIFEST)
     log.add(first)
     log.add(Sample("m", "u", "failed", "", None, error or "HTTP 500"))
@@ -267,7 +268,7 @@ def test_samples_of_any_text_are_read_back(
     again = RunLog(folder, MANIFEST)
     assert list(again.samples.values()) == [first]
     again.add(Sample("m", "u", "last", "x", "x"))
-    assert list(RunLog(folder, MANIFEST).samples) == [first.key, ("m", "u", "last")]
+    assert list(RunLog(folder, MANIFEST).samples) == [first.key, ("m", "u", "last", 0)]
 
 
 # ---- methods
@@ -306,7 +307,23 @@ def test_an_unknown_method_is_named() -> None:
         find_methods(["rag", "best"])
     with pytest.raises(SettingsError, match="no method is named: take some of zero-shot, "):
         find_methods([])
-    assert [method.name for method in find_methods(["all"])] == list(METHODS)
+
+
+def test_all_is_every_method_at_each_k_and_b() -> None:
+    names = [method.name for method in find_methods(["all"], records=(1, 4), budget=(2,))]
+    assert {name.partition("@")[0] for name in names} == set(METHODS)
+    assert [name for name in names if name.startswith(("rag@", "hydra@", "mbr"))] == ["rag@1", "rag@4", "hydra@1,2", "hydra@4,2", "mbr@2"]
+    assert "zero-shot" in names
+    assert "scorer-only" not in [method.name for method in find_methods(["all"], "generation")]
+    twice = find_methods(["rag@4", "all", "rag@4"], records=(4,))
+    assert len({method.name for method in twice}) == len(twice)
+
+
+def test_a_method_that_learns_answers_with_each_seed_and_the_others_once() -> None:
+    llm = RuleLLM(right)
+    several = [replace(parts(llm), seed=seed) for seed in (3, 5)]
+    samples = run_sync(lambda: run_methods(find_methods(["rag", "hydra"]), several, QUERIES))
+    assert [(s.method, s.seed) for s in samples] == [("rag", 3)] * 12 + [("hydra", 3)] * 12 + [("hydra", 5)] * 12
 
 
 def test_rows_say_what_an_answer_cost() -> None:

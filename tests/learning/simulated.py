@@ -37,7 +37,7 @@ def simulate(
         target = (torch.rand(scores.shape, generator=draw) < scores.sigmoid()).float()
     places = torch.arange(groups).repeat(users)
     cases = Groups(torch.zeros(count, 0), x * mask[..., None], torch.zeros(count, candidates, 0), mask, target)
-    return Table(cases, names, places, torch.zeros(count, dtype=torch.bool)), truth
+    return Table(cases, names, places, torch.zeros(count, dtype=torch.bool), cases.target), truth
 
 
 def cross_scorer(head: str, table: Table, *, loss: Loss = "listwise", rank: int = 3, evidence: tuple[str, ...] = ()) -> FactorizedScorer:

@@ -194,7 +194,7 @@ def tastes(users: int, groups: int, seed: int) -> Table:
     label = maps[torch.arange(users).repeat_interleave(groups), kind]
     cases = Groups(left, None, torch.zeros(count, 3, 0), torch.ones(count, 3, dtype=torch.bool), torch.eye(3)[label])
     names = tuple(f"u{i}" for i in range(users) for _ in range(groups))
-    return Table(cases, names, torch.arange(groups).repeat(users), torch.zeros(count, dtype=torch.bool))
+    return Table(cases, names, torch.arange(groups).repeat(users), torch.zeros(count, dtype=torch.bool), cases.target)
 
 
 def label_scorer(head: str, table: Table) -> FactorizedScorer:

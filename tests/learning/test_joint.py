@@ -315,7 +315,12 @@ def by_lot(users: int, groups: int = 12) -> Table:
     )
     names = tuple(f"u{i:02}" for i in range(users) for _ in range(groups))
     return replace(
-        table, groups=cases, users=names, positions=torch.arange(groups).repeat(users), voted=torch.zeros(count, dtype=torch.bool)
+        table,
+        groups=cases,
+        users=names,
+        positions=torch.arange(groups).repeat(users),
+        voted=torch.zeros(count, dtype=torch.bool),
+        gains=cases.target,
     )
 
 

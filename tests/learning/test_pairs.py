@@ -13,7 +13,7 @@ from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError
 from hydra_llm.evidence import EvidenceMaker, Population
 from hydra_llm.history import as_query, before, in_order, parse_time, precedes
-from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, offers_all, reranker_groups, training_queries
+from hydra_llm.learning.pairs import Collected, adapter_groups, copy_groups, label_groups, offers_all, reranker_groups, training_queries
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.personalizer import Personalizer
@@ -58,7 +58,7 @@ def personalizer(task: Task, records: dict[str, list[Record]], llm: Any = None, 
 
 
 def collect(task: Task, records: dict[str, list[Record]], queries: Sequence[Query]) -> list[LabelledGroup]:
-    """Every group of these queries, of all three kinds."""
+    """Every group of these queries, of all four kinds."""
     evidence, door = maker(task), personalizer(task, records)
 
     async def both() -> tuple[Collected, Collected]:
@@ -67,6 +67,7 @@ def collect(task: Task, records: dict[str, list[Record]], queries: Sequence[Quer
     reranker, adapter = run_sync(both)
     assert not reranker.failures
     found = [*reranker.groups(), *adapter.groups()]
+    found += [group for query in queries for group in copy_groups(door, evidence, query.user) if group.query == query.id]
     if task.labels:
         found += [group for query in queries for group in label_groups(evidence, records[query.user]) if group.query == query.id]
     return found
@@ -212,3 +213,28 @@ def test_groups_of_a_history_that_is_not_sorted_stand_in_the_order_of_time() -> 
     latest = next(group for group in groups if group.query == max(times))
     assert late.positions.tolist() == [latest.position]
     assert len(early) == 2
+
+
+# ---- what the history teaches the reranker without the LLM
+
+
+@pytest.mark.parametrize("task", [TAGS, STARS, TITLES], ids=lambda task: task.name)
+def test_a_record_is_worth_what_its_own_answer_would_be(task: Task) -> None:
+    records = [Record("u", f"r{i}", WORDS[i % 4], OUTPUTS[task.name][i % 3], position=i) for i in range(6)]
+    llm = RuleLLM(answers_by_the_prompt)
+    door = personalizer(task, {"u": records}, llm)
+    groups = copy_groups(door, maker(task), "u")
+    assert llm.calls == []
+    assert [group.query for group in groups] == ["r2", "r3", "r4", "r5"]  # the first sees nothing, the second has no choice
+    for group in groups:
+        query = as_query(next(record for record in records if record.id == group.query))
+        retrieved = BM25().retrieve(query, before(records, query), 3)
+        assert group.gains == pytest.approx([task.gain(item.record.output, query.gold or "") for item in retrieved])
+        assert group.rights == tuple(f"{item.record.input} → {item.record.output}" for item in retrieved)
+        assert not group.voted
+
+
+def test_a_history_without_labels_teaches_nothing_by_copies() -> None:
+    task = Task("pick", "classification", "Which? {input}", ("[1]", "[2]"), extra={"free_history": True})
+    records = [Record("u", f"r{i}", f"rain {i}", f"a title {i}", position=i) for i in range(4)]
+    assert copy_groups(personalizer(task, {"u": records}), maker(task), "u") == []

@@ -119,7 +119,8 @@ def table_of(rows: list[tuple[str, int, bool]]) -> Table:
     size = len(ordered)
     groups = Groups(torch.zeros(size, 1), None, torch.zeros(size, 2, 0), torch.ones(size, 2, dtype=torch.bool), torch.zeros(size, 2))
     places = torch.tensor([position for _, position, _ in ordered])
-    return Table(groups, tuple(user for user, _, _ in ordered), places, torch.tensor([voted for *_, voted in ordered]))
+    users, voted = tuple(user for user, _, _ in ordered), torch.tensor([voted for *_, voted in ordered])
+    return Table(groups, users, places, voted, torch.zeros(size, 2))
 
 
 @settings(max_examples=100, deadline=None)

@@ -5,12 +5,14 @@ Knows neither data sets nor metrics. Sources: HYDRA, sections 4.1 and 4.2; LaMP;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Protocol
 
 import anyio
 import numpy as np
 
 from hydra_llm.adapt import Adapter, RandomCandidate, all_labels, select
+from hydra_llm.bench.bbox import bbox_adapter
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
@@ -38,6 +40,8 @@ class Parts:
     llm: ChatLLM
     settings: Settings
     records: Mapping[str, Sequence[Record]]
+    seed: int = 0
+    """Of the learned parts."""
 
     def personalizer(self, *, rerank: bool = False, adapt: bool = False, **settings: object) -> Personalizer:
         """The main path with the chosen parts; the others are null parts. Records are those of the run's users."""
@@ -54,13 +58,15 @@ class Method:
     what: str
     """One line for people."""
     group: str
-    """prompt, hydra, sampling, control or bound."""
+    """prompt, hydra, adapter, sampling, control or bound."""
     build: Callable[[Parts], Answerer]
     takes: tuple[str, ...] = ()
     """Which parameters the name may carry: k records, b candidates."""
     source: str = ""
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of task that it can answer."""
+    learned: bool = True
+    """Whether its answers depend on what was learned, so that they differ from seed to seed."""
 
     def at(self, given: Mapping[str, int]) -> "Method":
         """The method with parameters in place of the settings' own."""
@@ -262,12 +268,20 @@ LABELS: tuple[Kind, ...] = ("classification", "rating")
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot, source="HYDRA 4.1"),
-        Method("icl-random", "k records by lot in the prompt", "prompt", _retrieving("random"), ("k",), "HYDRA 4.1"),
-        Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP"),
-        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1"),
-        Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP"),
-        Method("pag", "a profile written by the LLM, and k records", "prompt", _profiled, ("k",), "Richardson et al. 2023; HYDRA 4.1"),
+        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot, source="HYDRA 4.1", learned=False),
+        Method("icl-random", "k records by lot in the prompt", "prompt", _retrieving("random"), ("k",), "HYDRA 4.1", learned=False),
+        Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP", learned=False),
+        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1", learned=False),
+        Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP", learned=False),
+        Method(
+            "pag",
+            "a profile written by the LLM, and k records",
+            "prompt",
+            _profiled,
+            ("k",),
+            "Richardson et al. 2023; HYDRA 4.1",
+            learned=False,
+        ),
         Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker, ("k",), "HYDRA 4.2"),
         Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter, ("b",), "HYDRA 4.2"),
         Method(
@@ -280,6 +294,14 @@ METHODS: Mapping[str, Method] = {
         ),
         Method("hydra", "reranker and adapter with this project's choosing", "hydra", _hydra, ("k", "b"), "HYDRA 4.2; DESIGN 5"),
         Method("hydra-shared", "hydra with the shared heads for everybody", "control", _shared, ("k", "b"), "DESIGN 4"),
+        Method(
+            "bbox-adapter",
+            "one energy for all users, adapted to each in online rounds, picks",
+            "adapter",
+            bbox_adapter,
+            ("b",),
+            "Sun et al. 2024; HYDRA 4.1",
+        ),
         Method(
             "self-consistency",
             "the answer with most votes among hydra's samples",
@@ -304,8 +326,8 @@ METHODS: Mapping[str, Method] = {
             ("b",),
         ),
         Method("oracle", "the best of hydra's samples", "bound", _choosing(lambda parts: Oracle(parts.bundle.task)), ("b",)),
-        Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority),
-        Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest),
+        Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority, learned=False),
+        Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest, learned=False),
         Method("scorer-only", "all labels by the adapter, no LLM", "control", _scorer_only, kinds=LABELS),
     )
 }
@@ -313,21 +335,37 @@ DEMO = ("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published"
 """The methods of the demo's table."""
 
 
-def find_methods(names: Sequence[str], kind: Kind | None = None) -> list[Method]:
-    """The methods of these names, with their parameters; `all` is every one that can answer tasks of the kind.
+RECORDS, BUDGET = (1, 2, 4), (8,)
+"""k and b of `all`: a method that takes k stands in the table once for each."""
+
+
+def find_methods(
+    names: Sequence[str], kind: Kind | None = None, *, records: Sequence[int] = RECORDS, budget: Sequence[int] = BUDGET
+) -> list[Method]:
+    """The methods of these names, with their parameters; `all` is every one that can answer tasks of the kind, at each k and b.
 
     Raises:
         SettingsError: no name, an unknown one, a parameter that it does not take, or a kind that it cannot answer.
     """
     if not names:
         raise SettingsError(f"no method is named: take some of {', '.join(METHODS)}, or all")
-    if list(names) == ["all"]:
-        return [method for method in METHODS.values() if kind is None or kind in method.kinds]
-    found = [_find(name) for name in names]
+    found = []
+    for name in names:
+        if name == "all":
+            found += [
+                each for method in METHODS.values() if kind is None or kind in method.kinds for each in _at_each(method, records, budget)
+            ]
+        else:
+            found.append(_find(name))
     for method in found:
         if kind is not None and kind not in method.kinds:
             raise SettingsError(f"method '{method.name}' answers {' and '.join(method.kinds)} tasks only, this one is {kind}")
-    return found
+    return list({method.name: method for method in found}.values())
+
+
+def _at_each(method: Method, records: Sequence[int], budget: Sequence[int]) -> list[Method]:
+    values = [{"k": records, "b": budget}[name] for name in method.takes]
+    return [method.at(dict(zip(method.takes, chosen, strict=True))) if chosen else method for chosen in product(*values)]
 
 
 def _find(name: str) -> Method:

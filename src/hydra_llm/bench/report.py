@@ -14,15 +14,23 @@ import numpy as np
 
 from hydra_llm.bench.compare import Paired, paired
 from hydra_llm.bench.methods import METHODS
-from hydra_llm.bench.metrics import Failed, Metric, score
-from hydra_llm.bench.run import Row, cell, tabulate
+from hydra_llm.bench.metrics import score
+from hydra_llm.bench.run import Row, cell, scored, tabulate
 from hydra_llm.bench.runlog import Sample, read_run
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.task import Task
 
-GROUPS = {"prompt": "prompts", "hydra": "HYDRA", "sampling": "samples without learning", "control": "controls", "bound": "bounds"}
+GROUPS = {
+    "prompt": "prompts",
+    "hydra": "HYDRA",
+    "adapter": "adapter of others",
+    "sampling": "samples without learning",
+    "control": "controls",
+    "bound": "bounds",
+}
 """Group of a method → how its part of the table is called, in the table's order."""
-RANKED = ("prompt", "hydra", "sampling")
+RANKED = ("prompt", "hydra", "adapter", "sampling")
 """Groups among which the best is named."""
 POWER = 2.8
 """Standard errors that a difference must be worth to be found four times in five at the 5 % level: 1.96 + 0.84."""
@@ -63,8 +71,8 @@ class Run:
         names = dict.fromkeys(sample.method for sample in self.samples)
         return sorted(names, key=lambda name: (places.index(plain(name)) if plain(name) in METHODS else len(places), name))
 
-    def of(self, method: str) -> dict[tuple[str, str], Sample]:
-        return {(sample.user, sample.query): sample for sample in self.samples if sample.method == method}
+    def of(self, method: str) -> list[Sample]:
+        return [sample for sample in self.samples if sample.method == method]
 
 
 @dataclass(frozen=True)
@@ -105,13 +113,13 @@ def group_of(method: str) -> str:
 # ---- the table
 
 
-def lines_of(run: Run, baseline: str | None = None) -> list[Line]:
+def lines_of(run: Run, baseline: str | None = None, prices: Prices = FREE) -> list[Line]:
     """Every method of a run, against the baseline (without a name: the best prompt-based method by the first metric).
 
     Raises:
         SettingsError: the run has no such baseline.
     """
-    rows = {row.method: row for row in tabulate(run.task, sorted(run.samples, key=lambda sample: run.methods.index(sample.method)))}
+    rows = {row.method: row for row in tabulate(run.task, sorted(run.samples, key=lambda sample: run.methods.index(sample.method)), prices)}
     best = {name: _best(run, rows, name) for name in next(iter(rows.values())).metrics}
     against = baseline or next(iter(best.values()))
     if against is not None and against not in rows:
@@ -162,13 +170,13 @@ def marks(run: Run, lines: Sequence[Line]) -> dict[tuple[str, str], int]:
 # ---- two methods on the same queries
 
 
-def compare(task: Task, own: Mapping[tuple[str, str], Sample], base: Mapping[tuple[str, str], Sample]) -> Against:
-    """How `own` differs from `base`, samples by (user, query), on the queries that both have."""
-    keys = [key for key in own if key in base]
-    users = [user for user, _ in keys]
-    ours, theirs = (_scored(task, [samples[key] for key in keys]) for samples in (own, base))
+def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Against:
+    """How `own` differs from `base` on the queries that both have; a method of one seed stands beside each of the other's."""
+    pairs = pair(own, base)
+    users, queries = [mine.user for mine, _ in pairs], len({(mine.user, mine.query) for mine, _ in pairs})
+    ours, theirs = (scored(task, [each[side] for each in pairs]) for side in (0, 1))
     metrics = {name: paired(ours[name], theirs[name], users) for name in ours}
-    change = _by_user(task, [(own[key], base[key]) for key in keys])
+    change = _by_user(task, pairs)
     worst = np.sort(change)[: max(1, len(change) // 10)]
     return Against(
         metrics,
@@ -176,12 +184,22 @@ def compare(task: Task, own: Mapping[tuple[str, str], Sample], base: Mapping[tup
         int((change == 0).sum()),
         int((change < 0).sum()),
         float(worst.mean()) if len(worst) else math.nan,
-        {name: needed(found) for name, found in metrics.items()},
+        {name: needed(found, queries) for name, found in metrics.items()},
     )
 
 
-def _scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
-    return score(task, [Failed(s.error) if s.error else s.answer for s in samples], [s.gold for s in samples])
+def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """The samples of the same query and seed; where only one side has several seeds, the other's one sample goes with each."""
+    sides: list[dict[tuple[str, str], dict[int, Sample]]] = [{}, {}]
+    for side, samples in zip(sides, (own, base), strict=True):
+        for sample in samples:
+            side.setdefault((sample.user, sample.query), {})[sample.seed] = sample
+    pairs = []
+    for key in (key for key in sides[0] if key in sides[1]):
+        ours, theirs = sides[0][key], sides[1][key]
+        seeds = set(ours if len(theirs) == 1 else theirs if len(ours) == 1 else ours.keys() & theirs.keys())
+        pairs += [(ours.get(seed) or next(iter(ours.values())), theirs.get(seed) or next(iter(theirs.values()))) for seed in sorted(seeds)]
+    return pairs
 
 
 def _by_user(task: Task, pairs: Sequence[tuple[Sample, Sample]]) -> np.ndarray:
@@ -193,12 +211,12 @@ def _by_user(task: Task, pairs: Sequence[tuple[Sample, Sample]]) -> np.ndarray:
     return np.round([np.mean(values) for values in changes.values()], 12)
 
 
-def needed(found: Paired) -> int | None:
-    """How many queries, of as many users as they come from here, would show this difference (power .8, level .05)."""
+def needed(found: Paired, queries: int) -> int | None:
+    """How many queries, of as many users as these come from, would show this difference (power .8, level .05)."""
     error = (found.high - found.low) / (2 * 1.96)
     if not found.difference or not error > 0:
         return None
-    return math.ceil(found.samples * (POWER * error / abs(found.difference)) ** 2)
+    return math.ceil(queries * (POWER * error / abs(found.difference)) ** 2)
 
 
 def compare_runs(a: Run, b: Run) -> dict[str, Against]:

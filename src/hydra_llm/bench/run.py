@@ -8,13 +8,14 @@ from typing import Any
 
 from hydra_llm.bench.compare import interval
 from hydra_llm.bench.methods import Answerer, Method, Parts
-from hydra_llm.bench.metrics import Failed, score
-from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.bench.metrics import Failed, Metric, score
+from hydra_llm.bench.runlog import Key, RunLog, Sample
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, LLMError
 from hydra_llm.llm.calls import StageProgress, map_calls
+from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.task import Task
-from hydra_llm.types import Answer, Query
+from hydra_llm.types import Answer, Query, Usage
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Row:
     metrics: Mapping[str, tuple[float, float, float]]
     """Metric → value, lower and upper end of its 95 % interval (bootstrap over users); NaN where nothing was scored."""
     queries: int
+    """Each counted once, however many seeds answered it."""
     failed: int
     unparsable: int
     calls: float
@@ -35,11 +37,19 @@ class Row:
     """Seconds of LLM per query, as measured when it was asked."""
     own_seconds: float
     """Seconds per query of everything else, in this run."""
+    seconds: Mapping[str, float]
+    """Seconds per query and stage, in this run: retrieve, rerank, prompt, llm (near 0 where answers were kept), adapt."""
+    cost: float
+    """Money per query, at the prices that were given."""
+    seeds: Mapping[int, Mapping[str, float]]
+    """Seed of the learned parts → metric → value; the figures above are over all of them."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; what was not scored is null."""
         plain = {name: [None if math.isnan(v) else round(v, 6) for v in values] for name, values in self.metrics.items()}
-        rest = {name: getattr(self, name) for name in ("queries", "failed", "unparsable", "calls", "tokens", "llm_seconds", "own_seconds")}
+        named = ("queries", "failed", "unparsable", "calls", "tokens", "llm_seconds", "own_seconds", "cost")
+        seeds = {seed: {name: None if math.isnan(v) else round(v, 6) for name, v in values.items()} for seed, values in self.seeds.items()}
+        rest = {name: getattr(self, name) for name in named} | {"seconds": dict(self.seconds), "seeds": seeds}
         return {"method": self.method, "metrics": plain, **rest}
 
 
@@ -48,47 +58,62 @@ def chosen_queries(dataset: DataSet, users: Sequence[str], limit: int | None) ->
     return [query for user in users for query in [q for q in dataset.queries(user) if q.gold is not None][:limit]]
 
 
+Case = tuple[str, int, Query]
+"""Method, seed, query."""
+
+
 async def run_methods(
-    methods: Sequence[Method], parts: Parts, queries: Sequence[Query], log: RunLog | None = None, progress: StageProgress | None = None
+    methods: Sequence[Method],
+    parts: Parts | Sequence[Parts],
+    queries: Sequence[Query],
+    log: RunLog | None = None,
+    progress: StageProgress | None = None,
 ) -> list[Sample]:
     """Answer every query by every method; a sample that is in the log is taken from there. A failed call stays as a failed sample.
 
-    All methods answer a query before the next query's turn: an embedded engine still holds the prompts that they share.
+    `parts` of several seeds: a method that learns answers with each, the others with the first. All methods answer a query before
+    the next query's turn: an embedded engine still holds the prompts that they share.
 
     Raises:
         LLMError: the budget is spent, or every call failed (the first one's error).
     """
-    answerers = {method.name: method.build(parts) for method in methods}
+    every = [parts] if isinstance(parts, Parts) else list(parts)
+    answerers = {(method.name, part.seed): method.build(part) for method in methods for part in (every if method.learned else every[:1])}
     done = {} if log is None else dict(log.samples)
     faults: list[LLMError] = []
-    todo = [(name, query) for query in queries for name in answerers if (name, query.user, query.id) not in done]
+    todo = [(*name, query) for query in queries for name in answerers if _key(*name, query) not in done]
 
-    async def one(case: tuple[str, Query]) -> Sample:
-        sample = await _sample(case[0], answerers[case[0]], case[1], faults)
+    async def one(case: Case) -> Sample:
+        sample = await _sample(case, answerers[case[:2]], faults)
         if log is not None:
             log.add(sample)
         return sample
 
     told = None if progress is None else partial(progress, "answer")
-    for found in await map_calls(one, todo, limit=parts.settings.concurrency, progress=told):
+    for found in await map_calls(one, todo, limit=every[0].settings.concurrency, progress=told):
         assert isinstance(found, Sample)  # what fails is a failed sample
         done[found.key] = found
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # no call at all came through: a wrong key or a dead endpoint, which a table would hide
-    return [done[name, query.user, query.id] for name in answerers for query in queries]
+    return [done[_key(*name, query)] for name in answerers for query in queries]
 
 
-async def _sample(method: str, answerer: Answerer, query: Query, faults: list[LLMError]) -> Sample:
+def _key(method: str, seed: int, query: Query) -> Key:
+    return method, query.user, query.id, seed
+
+
+async def _sample(case: Case, answerer: Answerer, faults: list[LLMError]) -> Sample:
+    method, seed, query = case
     try:
-        return _of_answer(method, query, await answerer.aanswer(query))
+        return _of_answer(method, seed, query, await answerer.aanswer(query))
     except BudgetExceeded:
         raise
     except LLMError as error:
         faults.append(error)
-        return Sample(method, query.user, query.id, query.gold or "", None, str(error))
+        return Sample(method, query.user, query.id, query.gold or "", None, str(error), seed=seed)
 
 
-def _of_answer(method: str, query: Query, answer: Answer) -> Sample:
+def _of_answer(method: str, seed: int, query: Query, answer: Answer) -> Sample:
     usage = answer.usage
     return Sample(
         method,
@@ -98,44 +123,56 @@ def _of_answer(method: str, query: Query, answer: Answer) -> Sample:
         answer.candidates[answer.chosen].answer,
         calls=usage.calls + usage.cached,
         tokens=usage.prompt_tokens + usage.completion_tokens,
+        completion_tokens=usage.completion_tokens,
         llm_seconds=usage.seconds,
         seconds=dict(answer.seconds),
         notes=answer.proposal.notes,
+        seed=seed,
     )
 
 
-def tabulate(task: Task, samples: Sequence[Sample]) -> list[Row]:
+def tabulate(task: Task, samples: Sequence[Sample], prices: Prices = FREE) -> list[Row]:
     """One row per method, in the order in which methods first appear."""
     rows = []
     for method in dict.fromkeys(sample.method for sample in samples):
         own = [sample for sample in samples if sample.method == method]
-        rows.append(_row(task, method, own))
+        rows.append(_row(task, method, own, prices))
     return rows
 
 
-def _row(task: Task, method: str, own: Sequence[Sample]) -> Row:
-    answers = [Failed(sample.error) if sample.error else sample.answer for sample in own]
-    scored = score(task, answers, [sample.gold for sample in own])
+def scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
+    """The samples by every metric of the task."""
+    return score(task, [Failed(sample.error) if sample.error else sample.answer for sample in samples], [s.gold for s in samples])
+
+
+def _row(task: Task, method: str, own: Sequence[Sample], prices: Prices) -> Row:
     users = [sample.user for sample in own]
     metrics = {}
-    for name, metric in scored.items():
+    for name, metric in scored(task, own).items():
         span = interval(metric, users) if not math.isnan(metric.value) else None
         metrics[name] = (metric.value, span.low, span.high) if span else (math.nan,) * 3
     good = [sample for sample in own if not sample.error]
+    seeds = sorted({sample.seed for sample in own})
+    of_seed = {seed: scored(task, [sample for sample in own if sample.seed == seed]) for seed in (seeds if len(seeds) > 1 else ())}
 
     def mean(of: Callable[[Sample], float]) -> float:
         return sum(map(of, good)) / max(1, len(good))
 
+    stages = list(dict.fromkeys(stage for sample in good for stage in sample.seconds))
+    seconds = {stage: mean(lambda s, stage=stage: s.seconds.get(stage, 0.0)) for stage in stages}  # type: ignore[misc]
     return Row(
         method,
         metrics,
-        len(own),
+        len({(sample.user, sample.query) for sample in own}),
         sum(bool(sample.error) for sample in own),
         sum(sample.answer is None for sample in good),
         mean(lambda s: s.calls),
         mean(lambda s: s.tokens),
         mean(lambda s: s.llm_seconds),
-        mean(lambda s: sum(t for stage, t in s.seconds.items() if stage != "llm")),
+        sum(time for stage, time in seconds.items() if stage != "llm"),
+        seconds,
+        mean(lambda s: prices.cost(Usage(prompt_tokens=s.tokens - s.completion_tokens, completion_tokens=s.completion_tokens))),
+        {seed: {name: metric.value for name, metric in found.items()} for seed, found in of_seed.items()},
     )
 
 

@@ -5,6 +5,7 @@ Knows no methods and no LLM.
 
 import json
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -14,7 +15,19 @@ from typing import Any
 from hydra_llm import __version__
 from hydra_llm.errors import SettingsError
 
-FORMAT = 1
+FORMAT = 2
+NOTED = ("commit",)
+"""Entries of a manifest that are told and not compared."""
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this code runs from, with + where files differ from it; None for an installed package."""
+    folder = Path(__file__).parent
+    told = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def versions() -> dict[str, str]:
@@ -38,27 +51,36 @@ class Sample:
     calls: int = 0
     """LLM calls that this answer takes, cached ones included."""
     tokens: int = 0
+    """Of prompts and answers together."""
+    completion_tokens: int = 0
+    """Of the answers alone."""
     llm_seconds: float = 0.0
     """Seconds that the LLM took, as measured when it was asked."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds per stage of this run."""
     notes: tuple[str, ...] = ()
+    seed: int = 0
+    """Of the learned parts; methods that learn nothing are run for the first seed alone."""
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.method, self.user, self.query
+    def key(self) -> "Key":
+        return self.method, self.user, self.query, self.seed
+
+
+Key = tuple[str, str, str, int]
+"""Method, user, query, seed."""
 
 
 class RunLog:
     """Appends samples to `samples.jsonl`; a run that was stopped goes on where it was."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
-        self.folder, self.samples = folder, dict[tuple[str, str, str], Sample]()
+        self.folder, self.samples = folder, dict[Key, Sample]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise SettingsError(f"{folder}: is a file, or lies in one: a run is a folder, take another --out") from None
-        self._agree({"format": FORMAT, **versions(), **manifest})
+        self._agree({"format": FORMAT, **versions(), "commit": commit(), **manifest})
         self._file = folder / "samples.jsonl"
         if self._file.exists():
             self._read()
@@ -74,7 +96,7 @@ class RunLog:
             temporary.replace(file)
             return
         _refuse_newer(file, found)
-        different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        different = [key for key in {**found, **wanted} if key not in NOTED and found.get(key) != wanted.get(key)]
         if different:
             told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in different)
             raise SettingsError(f"{self.folder} holds another run ({told[:300]}): take another --out")
@@ -105,22 +127,28 @@ class RunLog:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
-    def finish(self, results: Sequence[Mapping[str, Any]]) -> Path:
-        """Write `results.json`; returns its path."""
-        file = self.folder / "results.json"
-        file.write_text(json.dumps(list(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def finish(self, results: Sequence[Mapping[str, Any]], learning: Sequence[Mapping[str, Any]] = ()) -> Path:
+        """Write `results.json`, a row per method, and `learning.json`, what each seed's learning did; returns the first's path."""
+        if learning:
+            self._write("learning.json", learning)
+        return self._write("results.json", results)
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+        file = self.folder / name
+        file.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return file
 
 
 def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
     """Write each method's answers as LaMP's evaluation reads them, `lamp/METHOD.json`; an answer that failed or was unreadable is empty.
 
-    `like` is the LaMP task's name, LaMP-2N and LaMP-2M being its LaMP_2.
+    `like` is the LaMP task's name, LaMP-2N and LaMP-2M being its LaMP_2. Of several seeds it writes the first.
     """
     place = folder / "lamp"
     place.mkdir(exist_ok=True)
     for method in dict.fromkeys(sample.method for sample in samples):
-        golds = [{"id": sample.query, "output": sample.answer or ""} for sample in samples if sample.method == method]
+        own = [sample for sample in samples if sample.method == method]
+        golds = [{"id": sample.query, "output": sample.answer or ""} for sample in own if sample.seed == own[0].seed]
         content = {"task": like.replace("-", "_")[:6], "golds": golds}
         (place / f"{method}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return place

@@ -1,9 +1,7 @@
 """`hydra-llm bench`: compare methods on the same users and queries."""
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,14 +9,11 @@ from hydra_llm.cli import console
 from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Seed, Set, open_bundle, opened_llm, settings_of
 
 if TYPE_CHECKING:
-    from hydra_llm.bench.methods import Parts
-    from hydra_llm.bench.runlog import RunLog, Sample
+    from hydra_llm.bench.experiment import Experiment, Outcome
     from hydra_llm.bundle import Bundle
     from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
-    from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.tasks.task import Task
-    from hydra_llm.types import Query
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -37,11 +32,14 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def run(
-    data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
+    data: Annotated[str, typer.Argument(help="A data set: native folder, LaMP's files, or lamp-1 … lamp-7 (downloaded once).")],
     llm: LLM,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command continues a stopped one.")],
     bundle: Annotated[Path | None, typer.Option(help="A learned bundle; without it one is learned in the run's folder.")] = None,
     methods: Annotated[str, typer.Option(help="Names with commas (rag, hydra@4,8 as k,b), or all; see `bench methods`.")] = "all",
+    k: Annotated[str, typer.Option(help="Records in the prompt, for each of which `all` takes a method.")] = "1,2,4",
+    b: Annotated[str, typer.Option("--b", help="Candidates, likewise.")] = "8",
+    seeds: Annotated[str | None, typer.Option(help="Seeds of the learned parts, with commas: 0,1,2. They share labels.")] = None,
     users: Annotated[int | None, typer.Option(min=1, help="At most so many new users.")] = None,
     limit: Limit = None,
     seed: Seed = None,
@@ -49,6 +47,8 @@ def run(
     config: Config = None,
     set_: Set = None,
     record: Record = None,
+    base_url: Annotated[str | None, typer.Option(help="A mirror of LaMP's download folder, for lamp-1 … lamp-7.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run will cost, from a few calls; answer nothing.")] = False,
     lamp: Annotated[bool, typer.Option("--export-lamp", help="Also write the answers in LaMP's outputs layout, a file a method.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,46 +56,91 @@ def run(
 
     Without `--bundle` it learns from the training users and fits the new ones first, with the same settings.
     """
-    from hydra_llm.bench.methods import Parts, find_methods, split_names
-    from hydra_llm.bench.run import chosen_queries, run_methods
-    from hydra_llm.bench.runlog import RunLog, export_lamp
-    from hydra_llm.datasets.native import load
-    from hydra_llm.errors import DataError
-    from hydra_llm.llm.calls import run_sync
+    from hydra_llm.bench.experiment import Experiment, run_experiment
+    from hydra_llm.bench.methods import find_methods, split_names
+    from hydra_llm.bench.runlog import export_lamp
+    from hydra_llm.datasets.fetch import BASE_URL, load_named
+    from hydra_llm.errors import SettingsError
 
-    wanted, folder = split_names(methods), bundle or out / "bundle"
-    find_methods(wanted)  # a wrong name is told before anything is read
-    opened = partial(open_bundle, folder, preset, config, set_, seed=seed)
-    settings = opened()[1] if bundle else settings_of(preset, config, set_, seed=seed)
-    dataset = load(data)
-    chosen = find_methods(wanted, dataset.task.kind)
+    wanted = split_names(methods)
+    records, budget = whole_numbers("--k", k), whole_numbers("--b", b)
+    find_methods(wanted, records=records, budget=budget)  # a wrong name is told before anything is read
+    if bundle and seeds:
+        raise SettingsError("--seeds learns a bundle for each: leave --bundle out")
+    learned = of_seeds = None
+    settings = settings_of(preset, config, set_, seed=seed)
+    if bundle:
+        learned, settings = open_bundle(bundle, preset, config, set_, seed=seed)
+    if seeds:
+        of_seeds = whole_numbers("--seeds", seeds, least=0)
+    with console.progress() as report:
+        dataset = load_named(data, settings.cache / "lamp", base_url=base_url or BASE_URL, progress=report)
+    if learned:
+        learned.check_task(dataset.task)
+        _tell_unfitted(dataset, learned, data)
+    chosen = find_methods(wanted, dataset.task.kind, records=records, budget=budget)
     with opened_llm(llm, settings, record) as model:
-        if not bundle:
-            _learn_here(folder, dataset, model, settings, users)
-        loaded, settings = opened()
-        loaded.check_task(dataset.task)
-        names = _fitted(dataset, loaded, data)[:users]
-        parts = Parts(loaded, model, settings, {**loaded.records, **{name: dataset.history(name) for name in names}})
-        if not (queries := chosen_queries(dataset, names, limit)):
-            raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle {folder}` first")
-        _tell_of_time(parts, queries)
-        log = RunLog(out, _manifest(dataset, parts, queries))
+        experiment = Experiment(dataset, model, settings, chosen, out, users, limit, of_seeds or ())
+        if dry_run:
+            _tell_plan(experiment, learned, as_json)
+            return
         with console.progress() as report:
-            samples = run_sync(partial(run_methods, chosen, parts, queries, log, report))
+            outcome = run_experiment(experiment, report, console.say, learned)
     if lamp:
-        console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, samples)}")
-    _tell(log, parts.bundle.task, samples, as_json)
+        console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, outcome.samples)}")
+    _tell(outcome, dataset.task, settings, as_json)
 
 
-def _tell(log: "RunLog", task: "Task", samples: Sequence["Sample"], as_json: bool) -> None:
+def whole_numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
+    """`1,2,4` → (1, 2, 4).
+
+    Raises:
+        SettingsError: something else stands there.
+    """
+    from hydra_llm.errors import SettingsError
+
+    values = [part.strip() for part in text.split(",")]
+    if not all(value.isdecimal() and int(value) >= least for value in values):
+        raise SettingsError(f"{option} {text}: write whole numbers from {least} with commas, as 1,2,4")
+    return tuple(dict.fromkeys(map(int, values)))
+
+
+def _tell(outcome: "Outcome", task: "Task", settings: "Settings", as_json: bool) -> None:
     """Write the results and print the table."""
     from hydra_llm.bench.run import as_table, tabulate
+    from hydra_llm.llm.meter import Prices
 
-    rows = tabulate(task, samples)
+    samples = outcome.samples
+    rows = tabulate(task, samples, Prices(settings.price_prompt, settings.price_completion))
     if errors := [sample.error for sample in samples if sample.error]:
         console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")
-    console.say(f"wrote {log.finish([row.to_json() for row in rows])}")
+    console.say(f"wrote {outcome.log.finish([row.to_json() for row in rows], outcome.learning)}")
     console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
+
+
+def _tell_plan(experiment: "Experiment", bundle: "Bundle | None", as_json: bool) -> None:
+    """Print what a run will need."""
+    from hydra_llm.bench.plan import as_rows, plan
+
+    with console.progress() as report:
+        found = plan(experiment, report, bundle)
+    console.emit(found.to_json() if as_json else as_rows(found), as_json)
+
+
+def _tell_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
+    """That some new users have no head in the given bundle; none at all is an error.
+
+    Raises:
+        DataError: nobody has one.
+    """
+    from hydra_llm.errors import DataError
+
+    new = dataset.users("test")
+    missing = [user for user in new if user not in bundle.records]
+    if new and len(missing) == len(new):
+        raise DataError(f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle BUNDLE` first")
+    if missing:
+        console.say(f"{len(missing)} of {len(new)} new users have no head and are left out: run `hydra-llm fit {data}` for them")
 
 
 @app.command()
@@ -103,6 +148,9 @@ def show(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     against: Annotated[str | None, typer.Option(help="The baseline; the best prompt-based method otherwise.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write tables, plots and sampled answers to this file, which needs no network.")] = None,
+    answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Sampled answers in the HTML file; they quote the data.")] = True,
+    plots: Annotated[Path | None, typer.Option(help="Write the plots to this folder, as SVG.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print runs as tables: figures with intervals, and paired differences from a baseline."""
@@ -112,8 +160,18 @@ def show(
     tables = [(run, report.lines_of(run, against)) for run in read]
     named = [next((line.row.method for line in lines if line.against is None), "nothing") for _, lines in tables]
     if markdown is not None:
-        markdown.write_text("\n".join(report.markdown(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)))
+        _write(markdown, "\n".join(report.markdown(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)))
         console.say(f"wrote {markdown}")
+    if html is not None:
+        from hydra_llm.bench.html import page
+
+        _write(html, page(tables, answers))
+        console.say(f"wrote {html}" + (": it quotes the data, --no-answers leaves that out" if answers else ""))
+    if plots is not None:
+        from hydra_llm.bench.plots import write
+
+        for place, (run, lines) in enumerate(tables, 1):
+            console.say(f"wrote {write(run, lines, plots / f'{place}-{run.folder.name}' if len(tables) > 1 else plots)}")
     if as_json:
         console.emit([report.to_json(run, lines) for run, lines in tables], True)
         return
@@ -122,6 +180,17 @@ def show(
         differences = {line.row.method: line.against for line in lines if line.against is not None}
         if differences:
             console.print_table(report.as_differences(differences), f"Paired differences from {name}, 95 % intervals over users")
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a report, in a new folder if need be."""
+    from hydra_llm.errors import SettingsError
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be written ({error.strerror}): name another file") from None
 
 
 @app.command()
@@ -138,55 +207,3 @@ def compare(
         console.emit({method: each.to_json() for method, each in found.items()}, True)
         return
     console.print_table(report.as_differences(found), f"{second} minus {first}, 95 % intervals over users")
-
-
-def _learn_here(folder: Path, dataset: "DataSet", llm: "CachedLLM", settings: "Settings", users: int | None) -> None:
-    """Learn the run's own bundle, and fit the new users whom it lacks; what is there already stays."""
-    from hydra_llm.bundle import Bundle
-    from hydra_llm.learning.api import fit, learn
-
-    with console.progress() as report:
-        if not (folder / "config.json").exists():
-            told = learn(dataset, llm, settings, out=folder, progress=report)
-            for line in [*told.notes, *told.failures[:3]]:
-                console.say(line)
-        bundle = Bundle.load(folder)
-        missing = [user for user in dataset.users("test")[:users] if user not in bundle.records]
-        if missing:
-            fit(dataset, bundle, llm, users=missing, progress=report).bundle.save(folder)
-
-
-def _fitted(dataset: "DataSet", bundle: "Bundle", data: Path) -> list[str]:
-    """The new users who have a head; that others have none is told."""
-    new = dataset.users("test")
-    fitted = [user for user in new if user in bundle.records]
-    if fitted and len(fitted) < len(new):
-        console.say(f"{len(new) - len(fitted)} of {len(new)} new users have no head and are left out: run `hydra-llm fit {data}` for them")
-    return fitted
-
-
-def _tell_of_time(parts: "Parts", queries: Sequence["Query"]) -> None:
-    """Say how many queries their users' own heads may not answer."""
-    from hydra_llm.history import before
-
-    scorers = [scorer for scorer in (parts.bundle.reranker, parts.bundle.adapter) if scorer is not None]
-    seen = [(query.user, len(before(parts.records[query.user], query))) for query in queries]
-    amid = sum(any(scorer.serving_row(*case) != scorer.row(case[0]) for scorer in scorers) for case in seen)
-    if amid:
-        console.say(f"{amid} of {len(queries)} queries may not see all that their user's head was fitted on: the shared head answers them")
-
-
-def _manifest(dataset: "DataSet", parts: "Parts", queries: Sequence["Query"]) -> dict[str, Any]:
-    """What names the run: samples of another one are not mixed with its own."""
-    from hydra_llm.config import OF_THIS_MACHINE
-
-    return {
-        "data": dataset.digest,
-        "task": dataset.task.to_json(),
-        "llm": dict(parts.llm.identity),
-        "weights": parts.bundle.weights,
-        "trained_on": len(parts.bundle.trained_on),
-        "users": len({query.user for query in queries}),
-        "queries": len(queries),
-        "settings": parts.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
-    }

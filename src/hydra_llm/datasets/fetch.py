@@ -12,7 +12,9 @@ from pathlib import Path
 
 import httpx2
 
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.lamp import read_gold_ids, stream_questions
+from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, SettingsError, UserFault
 
 BASE_URL = "https://ciir.cs.umass.edu/downloads/LaMP/"
@@ -76,6 +78,20 @@ def fetch(
     for part in PARTS:
         _accept(folder / f"{part}_questions.json", folder / f"{part}_outputs.json", wanted)
     return [folder / name for name in wanted]
+
+
+def load_named(name: str, folder: Path, *, base_url: str = BASE_URL, progress: Progress = lambda name, done, size: None) -> DataSet:
+    """Load a data set by path, or by the name of one of LaMP's, whose files are downloaded into `folder` once.
+
+    Raises:
+        DataError: it is broken, or not there.
+        UserFault: the server cannot be reached.
+    """
+    place = Path(name)
+    if name.lower() in FOLDERS and not place.exists():
+        place = folder / name.lower()
+        fetch(name.lower(), "user", place, base_url=base_url, progress=progress)
+    return load(place)
 
 
 def _download(client: httpx2.Client, address: str, part: Path, progress: Progress, pause: float) -> None:

@@ -25,7 +25,16 @@ from hydra_llm.evidence import survey
 from hydra_llm.history import in_order
 from hydra_llm.learning.fit import fit_all, fit_heads
 from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, fit_unseen, held_out_users, train_joint
-from hydra_llm.learning.pairs import Collected, adapter_groups, label_groups, offers_all, reads_labels, reranker_groups, training_queries
+from hydra_llm.learning.pairs import (
+    Collected,
+    adapter_groups,
+    copy_groups,
+    label_groups,
+    offers_all,
+    reads_labels,
+    reranker_groups,
+    training_queries,
+)
 from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_table
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.calls import StageProgress, run_sync
@@ -36,7 +45,9 @@ from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.heads import MLPBank, make_bank
 from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.personalizer import Personalizer
 from hydra_llm.rerank import record_text
+from hydra_llm.tasks.task import Task
 from hydra_llm.types import LabelledGroup, Query, Record, Usage
 
 
@@ -83,15 +94,14 @@ async def alearn(
     records = {user: data.answered(user) for user in users if data.history(user)}
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
-    encoder = open_encoder(settings.encoder, pooling=settings.pooling, max_length=settings.max_length)
-    store = FeatureStore(encoder, settings.cache / "features.sqlite")
-    population = survey(data.task, store, list(records.values()))
-    bundle = Bundle(data.task, settings, dict(model.identity), store, population, records=records, trained_on=tuple(records))
+    bundle = replace(_bundle_of(data.task, settings, model, records), trained_on=tuple(records))
     learned = Learned(bundle, tuple(records), notes=_told(users, records, "have no records and were left out"))
     tune = settings.tune_encoder
     ranking = await _reranker_lesson(learned, model, progress)
     if ranking is not None:
         bundle.reranker = learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
+        if not bundle.reranks:
+            learned.notes.append("the retriever's order stands: on held-out users the reranker's first records were worth no more")
     picking = await _adapter_lesson(learned, model, progress)
     if picking is not None:
         bundle.adapter = learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
@@ -101,6 +111,17 @@ async def alearn(
     if out is not None:
         bundle.save(out)
     return learned
+
+
+def blank_bundle(dataset: DataSet, llm: ChatLLM, settings: Settings, users: Sequence[str]) -> Bundle:
+    """A bundle that has learned nothing: the parts of methods that need no more than these users' records."""
+    return _bundle_of(dataset.task, settings, llm, {user: in_order(dataset.history(user)) for user in users})
+
+
+def _bundle_of(task: Task, settings: Settings, llm: ChatLLM, records: dict[str, list[Record]]) -> Bundle:
+    encoder = open_encoder(settings.encoder, pooling=settings.pooling, max_length=settings.max_length)
+    store = FeatureStore(encoder, settings.cache / "features.sqlite")
+    return Bundle(task, settings, dict(llm.identity), store, survey(task, store, list(records.values())), records=records)
 
 
 @dataclass(frozen=True)
@@ -123,11 +144,16 @@ async def _reranker_lesson(learned: Learned, llm: ChatLLM, progress: StageProgre
     bundle = learned.bundle
     if bundle.settings.retrieved == 0:
         return None
-    collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), _asked(learned), progress)
-    if not _teaches(collected.groups()):
+    door = bundle.personalizer(llm, rerank=False)
+    collected = await _collect_reranker(learned, door, _asked(learned), progress)
+
+    def groups() -> list[LabelledGroup]:
+        return [*collected.groups(), *_from_copies(bundle, door, learned.users)]
+
+    if not _teaches(groups()):
         _skip(learned, "reranker", "no retrieved record changed what the LLM's answer was worth")
         return None
-    return Lesson("reranker", collected.groups, bundle.evidence.reranker_names, _rule(bundle, "reranker"))
+    return Lesson("reranker", groups, bundle.evidence.reranker_names, _rule(bundle, "reranker"))
 
 
 async def _adapter_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
@@ -154,7 +180,7 @@ def learn_scorer(
 ) -> FactorizedScorer:
     """Build the features, train what is not convex (with `tune`, the bundle's encoder too), fit what is."""
     bundle, settings, name, started = learned.bundle, learned.bundle.settings, lesson.name, perf_counter()
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.training_seed)
     combiner = _make_combiner(bundle, lesson.by_label)
     scorer = FactorizedScorer(combiner, make_bank(settings.head, combiner, rank=settings.rank), lesson.evidence, loss=settings.loss)
     groups = lesson.groups()
@@ -175,7 +201,7 @@ def learn_scorer(
     if isinstance(scorer.bank, MLPBank):
         report |= fit_unseen(scorer, table, plan, random_start=settings.prior == "random").to_json(convex=False)
     else:
-        report |= fit_all(scorer, table, seed=settings.seed, unseen=held_out_users(table, plan) if trains else ()).to_json()
+        report |= fit_all(scorer, table, seed=settings.training_seed, unseen=held_out_users(table, plan) if trains else ()).to_json()
     bundle.report[name] = report
     learned.seconds[f"fit {name}"] = perf_counter() - started
     progress(f"fit {name}", 1, 1)
@@ -222,7 +248,7 @@ def _plan(settings: Settings) -> Plan:
     usual = 30 if settings.head == "mlp" else 0
     epochs = settings.epochs if settings.epochs is not None else 2 if settings.tune_encoder else usual
     patience = 0 if settings.prior == "random" else 5  # as published, all training users are trained on, for all epochs
-    return Plan(epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.seed)
+    return Plan(epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.training_seed)
 
 
 # ---- fitting new users
@@ -268,8 +294,11 @@ async def afit(
 async def _fit_users(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
     bundle = learned.bundle
     if bundle.reranker is not None:
-        collected = await _collect_reranker(learned, bundle.personalizer(llm, rerank=False), learned.users, progress)
-        _fit_into(learned, "reranker", bundle.reranker, collected.groups())
+        door = bundle.personalizer(llm, rerank=False)
+        groups = _from_copies(bundle, door, learned.users)
+        if bundle.settings.reranker_labels == "llm":
+            groups = (await _collect_reranker(learned, door, learned.users, progress)).groups()
+        _fit_into(learned, "reranker", bundle.reranker, groups)
         _warm(bundle, learned.users)
     if bundle.adapter is not None:
         groups = _from_labels(bundle, learned.users)
@@ -368,6 +397,13 @@ def _from_labels(bundle: Bundle, users: Sequence[str]) -> list[LabelledGroup]:
     if not offers_all(bundle.task, bundle.settings):
         return []
     return [group for user in users for group in label_groups(bundle.evidence, bundle.records[user])]
+
+
+def _from_copies(bundle: Bundle, door: Personalizer, users: Sequence[str]) -> list[LabelledGroup]:
+    """The reranker's groups that histories give without an LLM; none where it learns as published."""
+    if bundle.settings.reranker_labels == "llm":
+        return []
+    return [group for user in users for group in copy_groups(door, bundle.evidence, user)]
 
 
 def _teaches(groups: Sequence[LabelledGroup]) -> bool:

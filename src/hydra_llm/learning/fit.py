@@ -48,6 +48,12 @@ class FitReport:
     """With each user's own head."""
     loss_calibrated: float = float("nan")
     """With β and the votes, on the groups that have votes where there are such."""
+    gain_first: float = float("nan")
+    """Mean gain of the first candidates of those groups: the retriever's first record, the LLM's greedy text, the task's first label."""
+    gain_pick: float = float("nan")
+    """Of those that the users' own heads score highest."""
+    gain_best: float = float("nan")
+    """Of the best there are: no scorer can do more."""
     scale: float = 1.0
     vote_weight: dict[str, float] = field(default_factory=dict)
 
@@ -189,7 +195,9 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
         learn_kernel(scorer, plain, splits, base_of)
     if splits:
         judge(scorer, _held_out(scorer, plain, splits, base_of, Table.split_late), report)
-        calibrate(scorer, _held_out(scorer, table, splits, base_of, Table.split_voted), report)
+        judged = _held_out(scorer, table, splits, base_of, Table.split_voted)
+        calibrate(scorer, judged, report)
+        weigh_picks(scorer, judged, report)
     base_of(plain)
     _ready(scorer, plain)
     fit_heads(scorer, plain, names)
@@ -287,6 +295,19 @@ def judge(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitRepo
     report.loss_uniform = sum(loss_of(scorer, held.late, torch.zeros_like(held.own)) for held in held_out) / told
     report.loss_shared = sum(loss_of(scorer, held.late, held.shared) for held in held_out) / told
     report.loss_user = sum(loss_of(scorer, held.late, held.own) for held in held_out) / told
+
+
+@torch.no_grad()
+def weigh_picks(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
+    """What the calibrated scorer's first choices are worth on held-out groups, beside the first candidates and the best."""
+    worth: list[Tensor] = []
+    for late, _, own in held_out:
+        mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
+        scores = (scorer.scale * own + late.groups.evidence @ scorer.vote_weight).masked_fill(~mask, -torch.inf)
+        first, pick, best = mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)
+        worth.append(gains.gather(1, torch.stack([first, pick, best], 1)))
+    if worth:
+        report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hydra_llm.errors import BundleError
-from hydra_llm.learning.fit import FitReport, HeldOut, calibrate, judge, standardise
+from hydra_llm.learning.fit import FitReport, HeldOut, calibrate, judge, standardise, weigh_picks
 from hydra_llm.learning.solve import losses
 from hydra_llm.learning.table import Table, folds
 from hydra_llm.model.combine import Groups
@@ -313,5 +313,6 @@ def fit_unseen(scorer: FactorizedScorer, table: Table, plan: Plan, *, random_sta
         nobody, own = (scorer.core(late.groups, rows) for rows in (torch.full((len(late),), -1), scorer.rows(late.users)))
     judge(scorer, held_out := [HeldOut(late, nobody, own)], report)
     calibrate(scorer, held_out, report)
+    weigh_picks(scorer, held_out, report)
     fit_mlp(scorer, table, unseen, plan, random_start=random_start)
     return report

@@ -2,6 +2,7 @@
 
 A user's own later records serve as queries for the earlier ones; `history.before` decides what each may see.
     reranker  each retrieved record alone in the prompt; its gain is the gain of the LLM's answer
+    copies    the same records, each worth what its own answer would be for the query: no LLM call at all
     adapter   the candidates of `Personalizer.apropose`, each with its gain
     labels    for tasks with labels, the record's own answer against the other labels: no LLM call at all
 Knows no scorer but those inside the personalizer. A failed call leaves its pair out and is told.
@@ -66,7 +67,7 @@ async def reranker_groups(
 
     def groups() -> list[LabelledGroup]:
         told = [(query, useful[key]) for query in queries if (key := (query.user, query.id)) in useful]
-        return [_reranker_group(personalizer, evidence, query, rows) for query, rows in told]
+        return [_reranker_group(personalizer, evidence, query, rows, voted=True) for query, rows in told]
 
     out = Collected(groups, calls=len(cases))
     for (query, item), result in zip(cases, results, strict=True):
@@ -80,15 +81,35 @@ async def reranker_groups(
     return out
 
 
+def copy_groups(personalizer: Personalizer, evidence: EvidenceMaker, user: str) -> list[LabelledGroup]:
+    """Each of a user's records as a query for those before it; a record is worth what its own answer would be there.
+
+    An LLM that is shown one record leans on that record's answer, so that the two gains go together (measured on training users:
+    benchmarks/reranker_labels.py), and histories give many more such groups than an LLM can be asked for.
+    """
+    task, records, found = personalizer.task, personalizer.records[user], []
+    for query in training_queries(task, records, len(records)):
+        retrieved = personalizer.retriever.retrieve(query, before(records, query), personalizer.settings.retrieved)
+        rows = [(item, task.gain(_own_answer(task, item.record), query.gold or "")) for item in retrieved]
+        if len(rows) > 1:
+            found.append(_reranker_group(personalizer, evidence, query, rows, voted=False))
+    return found
+
+
+def _own_answer(task: Task, record: Record) -> str | None:
+    """A record's output as an answer; None where it is none of the labels (LaMP-1's papers)."""
+    return record.output if not task.labels or record.output in task.labels else None
+
+
 def _reranker_group(
-    personalizer: Personalizer, evidence: EvidenceMaker, query: Query, rows: Sequence[tuple[Ranked, float]]
+    personalizer: Personalizer, evidence: EvidenceMaker, query: Query, rows: Sequence[tuple[Ranked, float]], *, voted: bool
 ) -> LabelledGroup:
     items = [item for item, _ in rows]
     visible = before(personalizer.records[query.user], query)
     memory = evidence.remember(visible)
     texts = tuple(record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items)
     table = _frozen(evidence.reranker(query, items, memory).tolist())
-    return LabelledGroup(query.user, query.id, query.input, texts, tuple(gain for _, gain in rows), table, len(visible), voted=True)
+    return LabelledGroup(query.user, query.id, query.input, texts, tuple(gain for _, gain in rows), table, len(visible), voted=voted)
 
 
 async def adapter_groups(

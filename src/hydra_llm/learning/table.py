@@ -28,7 +28,9 @@ class Table:
     positions: Tensor
     """[G] the query's place in its user's order."""
     voted: Tensor
-    """[G] True where the evidence holds what the LLM's samples said."""
+    """[G] True where the LLM was asked: the evidence holds what its samples said, or the gains are what it made of the records."""
+    gains: Tensor
+    """[G, C] what each candidate is worth, 0 to 1."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -38,7 +40,8 @@ class Table:
 
     def take(self, index: Sequence[int] | Tensor) -> "Table":
         index = torch.as_tensor(index, dtype=torch.long)
-        return Table(self.groups[index], tuple(self.users[i] for i in index.tolist()), self.positions[index], self.voted[index])
+        users = tuple(self.users[i] for i in index.tolist())
+        return Table(self.groups[index], users, self.positions[index], self.voted[index], self.gains[index])
 
     def of(self, names: Sequence[str]) -> "Table":
         wanted = set(names)
@@ -161,4 +164,5 @@ def make_table(
         tuple(group.user for group in groups),
         torch.tensor([group.position for group in groups], dtype=torch.long),
         torch.tensor([group.voted for group in groups], dtype=torch.bool),
+        gains,
     )

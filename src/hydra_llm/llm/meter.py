@@ -28,6 +28,9 @@ class Prices:
         return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
 
 
+FREE = Prices()
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a run may spend; None is no limit. Checked before each call, so tokens and cost can pass it by the calls in flight.
@@ -43,7 +46,7 @@ class Budget:
 class Meter:
     """Any LLM with its calls counted, priced, limited in number at once, and stopped at a budget."""
 
-    def __init__(self, inner: ChatLLM, *, prices: Prices = Prices(), budget: Budget = Budget(), concurrency: int = 8):
+    def __init__(self, inner: ChatLLM, *, prices: Prices = FREE, budget: Budget = Budget(), concurrency: int = 8):
         self.inner, self.prices, self.budget = inner, prices, budget
         self.usage = Usage()
         """All that was spent, failed calls among it."""

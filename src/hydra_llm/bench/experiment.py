@@ -1,0 +1,155 @@
+"""One run of the benchmark: data set → a bundle for each seed → answers by every method → log.
+
+`bench run` is one of these, a study several with other settings. The bundles of several seeds share the LLM's labels, as `fit_seed`
+changes folds and training alone. Knows no tables and prints nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra_llm.bench.methods import Method, Parts
+from hydra_llm.bench.run import chosen_queries, run_methods
+from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import OF_THIS_MACHINE, Settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.errors import DataError
+from hydra_llm.history import before
+from hydra_llm.learning.api import blank_bundle, fit, learn
+from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.calls import StageProgress, run_sync
+from hydra_llm.types import Query, Usage
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run."""
+
+    data: DataSet
+    llm: CachedLLM
+    settings: Settings
+    methods: Sequence[Method]
+    out: Path
+    users: int | None = None
+    """At most so many new users."""
+    limit: int | None = None
+    """Each one's first queries."""
+    seeds: tuple[int, ...] = ()
+    """Of the learned parts; none is the settings' own."""
+    fit: bool = True
+    """Without it new users have records and no head: the shared heads answer them."""
+
+    @property
+    def new_users(self) -> list[str]:
+        return self.data.users("test")[: self.users]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    log: RunLog
+    samples: list[Sample]
+    learning: list[dict[str, Any]]
+    """One entry per seed: what learning and fitting reached and cost."""
+
+
+def run_experiment(experiment: Experiment, progress: StageProgress, say: Say, bundle: Bundle | None = None) -> Outcome:
+    """Learn what is not there yet, answer what is not answered yet. A given bundle is used as it is.
+
+    Raises:
+        DataError: no new user has a query with a known answer.
+        SettingsError: the folder holds another run.
+        LLMError: the budget is spent (a repeat continues), or every call failed.
+    """
+    if not chosen_queries(experiment.data, experiment.new_users, experiment.limit):
+        raise DataError("no new user has a query whose answer is known: users.jsonl needs users with split 'test'")
+    bundles = {0: bundle} if bundle is not None else learned_bundles(experiment, progress, say)
+    parts = [_parts(experiment, seed, each) for seed, each in bundles.items()]
+    names = [user for user in experiment.new_users if user in parts[0].bundle.records]
+    queries = chosen_queries(experiment.data, names, experiment.limit)
+    if not queries:
+        raise DataError("no new user with a head has a query: fit them first")
+    _tell_of_time(parts[0], queries, say)
+    log = RunLog(experiment.out, manifest(experiment, parts, queries))
+    samples = run_sync(partial(run_methods, experiment.methods, parts, queries, log, progress))
+    return Outcome(log, samples, [{"seed": seed, **each.report} for seed, each in bundles.items()])
+
+
+def _parts(experiment: Experiment, seed: int, bundle: Bundle) -> Parts:
+    records = {**bundle.records, **{name: experiment.data.history(name) for name in experiment.new_users if name in bundle.records}}
+    return Parts(bundle, experiment.llm, experiment.settings, records, seed)
+
+
+# ---- the bundles
+
+
+def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -> dict[int, Bundle]:
+    """A bundle for each seed, learned and fitted in the run's folder; what is there already stays. Without a method that learns,
+    there is nothing to learn and no call to make.
+    """
+    settings = experiment.settings
+    if not any(method.learned for method in experiment.methods):
+        return {settings.training_seed: blank_bundle(experiment.data, experiment.llm, settings, experiment.new_users)}
+    if not experiment.seeds:
+        return {settings.training_seed: learned_bundle(experiment, settings, experiment.out / "bundle", progress, say)}
+    return {
+        seed: learned_bundle(experiment, settings.model_copy(update={"fit_seed": seed}), experiment.out / f"bundle-{seed}", progress, say)
+        for seed in experiment.seeds
+    }
+
+
+def learned_bundle(experiment: Experiment, settings: Settings, folder: Path, progress: StageProgress, say: Say) -> Bundle:
+    """Learn the bundle of these settings in `folder`, and fit the new users whom it lacks."""
+    if not (folder / "config.json").exists():
+        told = learn(experiment.data, experiment.llm, settings, out=folder, progress=progress)
+        for line in [*told.notes, *told.failures[:3]]:
+            say(line)
+    bundle = Bundle.load(folder, here=settings)
+    if not experiment.fit:
+        return replace(bundle.without_heads(), records=bundle.records | {name: experiment.data.history(name) for name in experiment.new_users})
+    missing = [user for user in experiment.new_users if user not in bundle.records]
+    if missing:
+        fitted = fit(experiment.data, bundle, experiment.llm, users=missing, progress=progress)
+        bundle = fitted.bundle
+        bundle.report["fitted"] = {"users": len(missing), "seconds": fitted.seconds, **_calls(fitted.usage)}
+        bundle.save(folder)
+        bundle = Bundle.load(folder, here=settings)
+    return bundle
+
+
+def _calls(usage: Usage) -> dict[str, int]:
+    return {"calls": usage.calls + usage.cached, "tokens": usage.prompt_tokens + usage.completion_tokens}
+
+
+# ---- what names the run, and what is told of it
+
+
+def manifest(experiment: Experiment, parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, Any]:
+    """What names the run: samples of another one are not mixed with its own."""
+    return {
+        "data": experiment.data.digest,
+        "task": experiment.data.task.to_json(),
+        "llm": dict(experiment.llm.identity),
+        "weights": {str(part.seed): part.bundle.weights for part in parts},
+        "trained_on": len(parts[0].bundle.trained_on),
+        "users": len({query.user for query in queries}),
+        "queries": len(queries),
+        "settings": experiment.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+        **({} if experiment.fit else {"fit": False}),
+    }
+
+
+def _tell_of_time(parts: Parts, queries: Sequence[Query], say: Say) -> None:
+    """Say how many queries their users' own heads may not answer."""
+    scorers = [scorer for scorer in (parts.bundle.reranker, parts.bundle.adapter) if scorer is not None]
+    records: Mapping[str, Sequence[Any]] = parts.records
+    seen = [(query.user, len(before(records[query.user], query))) for query in queries]
+    amid = sum(any(scorer.serving_row(*case) != scorer.row(case[0]) for scorer in scorers) for case in seen)
+    if amid:
+        say(f"{amid} of {len(queries)} queries may not see all that their user's head was fitted on: the shared head answers them")
