@@ -130,14 +130,16 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, he
     )  # seeds 0 to 3 reach .80 to .97 and .95 to .97, the best control .57 and .83; mlp .67 to .93
     assert hydra > least, (hydra, controls)
     assert hydra > max(*controls.values(), nobody, shuffled) + margin, (hydra, shuffled, nobody, controls)
-    assert hydra >= shared > max(nobody, shuffled), (hydra, shared)
+    told = learned.bundle.report["adapter"]
+    assert told["loss_user"] < told["loss_shared"] < told["loss_uniform"]  # heads add to what the history tells as evidence
+    assert min(hydra, shared) > max(nobody, shuffled), (hydra, shared)
     in_memory = fitted.bundle.personalizer(llm)
     assert answers_of(in_memory, queries[:6]) == answers_of(personalizer, queries[:6])  # the disk changes nothing
 
 
 def test_an_answer_tells_how_it_came_about() -> None:
     here, llm = world(STARS), crowd_pleaser(STARS)
-    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, epochs=1, width=16, max_length=32)
+    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, epochs=1, width=16, max_length=32, rerank="always")
     bundle = fit(here.data, learn(here.data, llm, settings).bundle, llm, users=here.new[:1]).bundle
     answer = bundle.personalizer(llm).answer(here.queries[0])
     assert len(answer.proposal.retrieved) == 4
@@ -253,7 +255,7 @@ def test_new_users_cost_no_call_where_histories_teach_and_the_retrievers_order_s
     assert bundle.reranker is not None
     told = bundle.report["reranker"]
     assert 0 <= told["gain_first"] <= told["gain_best"] <= 1
-    for pick, first, used in ((0.6, 0.5, True), (0.5, 0.5, False), (0.4, 0.5, False), (float("nan"), float("nan"), True)):
+    for pick, first, used in ((0.6, 0.5, True), (0.5, 0.5, True), (0.4, 0.5, False), (float("nan"), float("nan"), True), (None, None, True)):
         bundle.report["reranker"] = {"gain_pick": pick, "gain_first": first}
         assert bundle.reranks is used
         assert isinstance(bundle.personalizer(llm).reranker, LearnedReranker if used else KeepOrder)

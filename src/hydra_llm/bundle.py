@@ -60,9 +60,9 @@ class Bundle:
 
     @property
     def reranks(self) -> bool:
-        """Whether the reranker's first records were worth more than the retriever's on held-out users (unknown counts as yes)."""
-        told = self.report.get("reranker", {})
-        return not told.get("gain_pick", 1.0) <= told.get("gain_first", 0.0)
+        """Whether the reranker orders: not where its first records were worth less than the retriever's on held-out users."""
+        pick, first = (self.report.get("reranker", {}).get(name) for name in ("gain_pick", "gain_first"))
+        return pick is None or first is None or not pick < first
 
     def check_task(self, task: Task) -> None:
         """See that data of this task can be read, fitted and scored by this bundle.

@@ -113,7 +113,7 @@ class Settings(BaseSettings):
     """What the reranker learns from. history: how good each record's own answer would be for the query, which costs no call; what the
     LLM made of single records then calibrates and judges. llm: that alone, as in the paper (benchmarks/reranker_labels.py)."""
     rerank: Literal["auto", "always"] = "auto"
-    """auto: the retriever's order stands where the reranker was no better than chance on the LLM's answers for held-out users."""
+    """auto: the retriever's order stands where the LLM's answers with the reranker's first records were worth less, on held-out users."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
     """What teaches: those above the group's mean, the gains themselves, or the gold answer added as the one positive (texts)."""
     record_answer: bool = True

@@ -112,7 +112,8 @@ def learned_bundle(experiment: Experiment, settings: Settings, folder: Path, pro
             say(line)
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
-        return replace(bundle.without_heads(), records=bundle.records | {name: experiment.data.history(name) for name in experiment.new_users})
+        records = bundle.records | {name: experiment.data.history(name) for name in experiment.new_users}
+        return replace(bundle.without_heads(), records=records)
     missing = [user for user in experiment.new_users if user not in bundle.records]
     if missing:
         fitted = fit(experiment.data, bundle, experiment.llm, users=missing, progress=progress)

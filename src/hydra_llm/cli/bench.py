@@ -1,18 +1,22 @@
 """`hydra-llm bench`: compare methods on the same users and queries."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Seed, Set, open_bundle, opened_llm, settings_of
+from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Seed, Set, given, open_bundle, opened_llm, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
     from hydra_llm.bench.experiment import Experiment, Outcome
     from hydra_llm.bundle import Bundle
     from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
+    from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.tasks.task import Task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -191,6 +195,54 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{file}: cannot be written ({error.strerror}): name another file") from None
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study: benchmarks/studies/*.toml, or one of your own.")],
+    data: Annotated[str, typer.Argument(help="A data set, as `bench run` takes it.")],
+    llm: LLM,
+    out: Annotated[Path, typer.Option(help="Folder of the study, a run in it for each point; the same command continues a stopped one.")],
+    users: Annotated[int | None, typer.Option(min=1, help="At most so many new users.")] = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Set = None,
+    record: Record = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the plot to this file; without it to study.svg in the study's folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the methods of a study file at each of its points, print what came out and draw it.
+
+    `--set` stands above the file's settings, and its points above `--set`. `--record` takes down the LLM of `--llm` alone.
+    """
+    from hydra_llm.bench import plots
+    from hydra_llm.bench import study as studies
+    from hydra_llm.config import load_settings
+    from hydra_llm.datasets.fetch import load_named
+
+    chosen = studies.open_study(file)
+    if plot is not None:
+        plots.require()
+    asked = given(set_, seed=seed)
+    for name in sorted(asked.keys() & {name for point in chosen.points for name in point.settings}):
+        console.say(f"{name} is what the study's points set: yours counts only where they do not")
+
+    def settings(own: "Mapping[str, Any]") -> "Settings":
+        return load_settings(preset or "default", config, **{**chosen.settings, **asked, **own})
+
+    def opened(spec: str | None) -> "AbstractContextManager[CachedLLM]":
+        return opened_llm(spec or llm, settings({}), None if spec else record)
+
+    with console.progress() as report:
+        dataset = load_named(data, settings({}).cache / "lamp", progress=report)
+        bench = studies.Bench(dataset, out, settings, opened, users, limit)
+        found = studies.run_study(chosen, bench, report, console.say)
+    console.say(f"wrote {studies.write_json(found, out)}")
+    if plot is not None or studies.can_draw(console.say):
+        console.say(f"wrote {studies.write_plot(found, plot or out / 'study.svg')}")
+    console.emit(studies.to_json(found) if as_json else studies.as_table(found), as_json)
 
 
 @app.command()

@@ -101,7 +101,7 @@ async def alearn(
     if ranking is not None:
         bundle.reranker = learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
         if not bundle.reranks:
-            learned.notes.append("the retriever's order stands: on held-out users the reranker's first records were worth no more")
+            learned.notes.append("the retriever's order stands: on held-out users the reranker's first records were worth less")
     picking = await _adapter_lesson(learned, model, progress)
     if picking is not None:
         bundle.adapter = learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
