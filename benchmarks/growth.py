@@ -31,6 +31,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw them there, as SVG (altair, vl-convert)")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and asyncio then does less
     began, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), given.seed)

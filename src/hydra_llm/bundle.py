@@ -38,7 +38,7 @@ class Bundle:
     population: Population
     reranker: FactorizedScorer | None = None
     adapter: FactorizedScorer | None = None
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    records: dict[str, list[Record]] = field(default_factory=dict, repr=False)
     """Of the users who have a head, oldest first; empty for one without a history."""
     trained_on: tuple[str, ...] = ()
     """The users from whom the shared base was learned; a head of any other user leaves no trace in the base."""

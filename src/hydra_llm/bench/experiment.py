@@ -1,7 +1,7 @@
 """One run of the benchmark: data set → a bundle for each seed → answers by every method → log.
 
-`bench run` is one of these, a study several with other settings. The bundles of several seeds share the LLM's labels, as `fit_seed`
-changes folds and training alone. Knows no tables and prints nothing.
+`bench run` is one of these, a study several with other settings. The bundles of several seeds share the LLM's labels, and the first
+one's reranker, so that they share the candidates too: further seeds of the adapter cost no call. Knows no tables and prints nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -94,20 +94,23 @@ def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -
     there is nothing to learn and no call to make.
     """
     settings = experiment.settings
-    if not any(method.learned for method in experiment.methods):
+    if not any(method.needs for method in experiment.methods):
         return {settings.training_seed: blank_bundle(experiment.data, experiment.llm, settings, experiment.new_users)}
-    if not experiment.seeds:
-        return {settings.training_seed: learned_bundle(experiment, settings, experiment.out / "bundle", progress, say)}
-    return {
-        seed: learned_bundle(experiment, settings.model_copy(update={"fit_seed": seed}), experiment.out / f"bundle-{seed}", progress, say)
-        for seed in experiment.seeds
-    }
+    found: dict[int, Bundle] = {}
+    for seed in experiment.seeds or (settings.training_seed,):
+        folder = experiment.out / (f"bundle-{seed}" if experiment.seeds else "bundle")
+        seeded = settings.model_copy(update={"fit_seed": seed}) if experiment.seeds else settings
+        first = next(iter(found.values()), None)
+        found[seed] = learned_bundle(experiment, seeded, folder, progress, say, first)
+    return found
 
 
-def learned_bundle(experiment: Experiment, settings: Settings, folder: Path, progress: StageProgress, say: Say) -> Bundle:
-    """Learn the bundle of these settings in `folder`, and fit the new users whom it lacks."""
+def learned_bundle(
+    experiment: Experiment, settings: Settings, folder: Path, progress: StageProgress, say: Say, first: Bundle | None = None
+) -> Bundle:
+    """Learn the bundle of these settings in `folder`, and fit the new users whom it lacks. The reranker is the first seed's."""
     if not (folder / "config.json").exists():
-        told = learn(experiment.data, experiment.llm, settings, out=folder, progress=progress)
+        told = learn(experiment.data, experiment.llm, settings, out=folder, progress=progress, first=first)
         for line in [*told.notes, *told.failures[:3]]:
             say(line)
     bundle = Bundle.load(folder, here=settings)

@@ -65,8 +65,8 @@ class Method:
     source: str = ""
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of task that it can answer."""
-    learned: bool = True
-    """Whether its answers depend on what was learned, so that they differ from seed to seed."""
+    needs: tuple[str, ...] = ("reranker", "adapter")
+    """What must have been learned. Seeds share the reranker, and with it the candidates: answers that need the adapter differ by seed."""
 
     def at(self, given: Mapping[str, int]) -> "Method":
         """The method with parameters in place of the settings' own."""
@@ -268,11 +268,11 @@ LABELS: tuple[Kind, ...] = ("classification", "rating")
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot, source="HYDRA 4.1", learned=False),
-        Method("icl-random", "k records by lot in the prompt", "prompt", _retrieving("random"), ("k",), "HYDRA 4.1", learned=False),
-        Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP", learned=False),
-        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1", learned=False),
-        Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP", learned=False),
+        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot, source="HYDRA 4.1", needs=()),
+        Method("icl-random", "k records by lot in the prompt", "prompt", _retrieving("random"), ("k",), "HYDRA 4.1", needs=()),
+        Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP", needs=()),
+        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1", needs=()),
+        Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP", needs=()),
         Method(
             "pag",
             "a profile written by the LLM, and k records",
@@ -280,10 +280,10 @@ METHODS: Mapping[str, Method] = {
             _profiled,
             ("k",),
             "Richardson et al. 2023; HYDRA 4.1",
-            learned=False,
+            needs=(),
         ),
-        Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker, ("k",), "HYDRA 4.2"),
-        Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter, ("b",), "HYDRA 4.2"),
+        Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker, ("k",), "HYDRA 4.2", needs=("reranker",)),
+        Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter, ("b",), "HYDRA 4.2", needs=("adapter",)),
         Method(
             "hydra-published",
             "reranker and adapter: sampled candidates at temperature 1, best score",
@@ -309,6 +309,7 @@ METHODS: Mapping[str, Method] = {
             _choosing(lambda parts: ByVotes(parts.bundle.task, "best")),
             ("b",),
             "Wang et al. 2023",
+            needs=("reranker",),
         ),
         Method(
             "mbr",
@@ -317,6 +318,7 @@ METHODS: Mapping[str, Method] = {
             _choosing(lambda parts: ByVotes(parts.bundle.task, "expected-gain")),
             ("b",),
             "Kumar and Byrne 2004",
+            needs=("reranker",),
         ),
         Method(
             "random",
@@ -324,11 +326,19 @@ METHODS: Mapping[str, Method] = {
             "bound",
             _choosing(lambda parts: RandomCandidate(parts.settings.seed)),
             ("b",),
+            needs=("reranker",),
         ),
-        Method("oracle", "the best of hydra's samples", "bound", _choosing(lambda parts: Oracle(parts.bundle.task)), ("b",)),
-        Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority, learned=False),
-        Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest, learned=False),
-        Method("scorer-only", "all labels by the adapter, no LLM", "control", _scorer_only, kinds=LABELS),
+        Method(
+            "oracle",
+            "the best of hydra's samples",
+            "bound",
+            _choosing(lambda parts: Oracle(parts.bundle.task)),
+            ("b",),
+            needs=("reranker",),
+        ),
+        Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority, needs=()),
+        Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest, needs=()),
+        Method("scorer-only", "all labels by the adapter, no LLM", "control", _scorer_only, kinds=LABELS, needs=("adapter",)),
     )
 }
 DEMO = ("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "random", "user-majority")

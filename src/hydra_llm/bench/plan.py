@@ -154,7 +154,7 @@ def plan(experiment: Experiment, progress: StageProgress, bundle: Bundle | None 
 async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StageProgress, bundle: Bundle | None) -> None:
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
-    learns = bundle is None and any(method.learned for method in experiment.methods)
+    learns = bundle is None and any(method.needs for method in experiment.methods)
     known = bundle or replace(blank_bundle(data, llm, settings, [*training, *new]), trained_on=tuple(training))
     parts = PlannedParts(known, experiment.llm, settings, {**known.records, **{user: data.history(user) for user in new}})
     parts = replace(parts, llm=llm)

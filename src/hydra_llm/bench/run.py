@@ -71,14 +71,15 @@ async def run_methods(
 ) -> list[Sample]:
     """Answer every query by every method; a sample that is in the log is taken from there. A failed call stays as a failed sample.
 
-    `parts` of several seeds: a method that learns answers with each, the others with the first. All methods answer a query before
-    the next query's turn: an embedded engine still holds the prompts that they share.
+    `parts` of several seeds: a method that needs the adapter answers with each, the others with the first. All methods answer a
+    query before the next query's turn: an embedded engine still holds the prompts that they share.
 
     Raises:
         LLMError: the budget is spent, or every call failed (the first one's error).
     """
     every = [parts] if isinstance(parts, Parts) else list(parts)
-    answerers = {(method.name, part.seed): method.build(part) for method in methods for part in (every if method.learned else every[:1])}
+    seeded = [(method, part) for method in methods for part in (every if "adapter" in method.needs else every[:1])]
+    answerers = {(method.name, part.seed): method.build(part) for method, part in seeded}
     done = {} if log is None else dict(log.samples)
     faults: list[LLMError] = []
     todo = [(*name, query) for query in queries for name in answerers if _key(*name, query) not in done]

@@ -10,12 +10,14 @@ Each point is an `Experiment` in a folder of its own, so that a stopped study go
 terminal and no LLM.
 """
 
+import hashlib
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +25,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hydra_llm.bench import plots
-from hydra_llm.bench.experiment import Experiment, Say, run_experiment
+from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
 from hydra_llm.bench.methods import BUDGET, RECORDS, find_methods
 from hydra_llm.bench.metrics import score
 from hydra_llm.bench.report import Against, compare
 from hydra_llm.bench.run import Row, cell, tabulate
 from hydra_llm.bench.runlog import Sample
-from hydra_llm.config import Settings, checked
+from hydra_llm.config import OF_THIS_MACHINE, Settings, checked
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
 from hydra_llm.history import precedes
@@ -143,7 +145,8 @@ def _written(value: Any) -> float | str:
 def _told(error: ValidationError) -> str:
     """The first fault: the key, counted from 1 as a reader does, and what is wrong."""
     first = error.errors()[0]
-    place = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
+    parts = [str(part + 1) if isinstance(part, int) else part for part in first["loc"]]
+    place = ".".join(part for part in parts if re.fullmatch(r"\w+", part) and part not in ("int", "float", "str"))  # no names of types
     return f"{place}: unknown key" if first["type"] == "extra_forbidden" else f"{place}: {first['msg']}"
 
 
@@ -258,9 +261,24 @@ def _run_point(study: Study, point: StudyPoint, bench: Bench, llm: CachedLLM, pr
         run.seeds,
         point.fit,
     )
+    if sum((each.llm, each.settings) == (point.llm, point.settings) for each in study.points) > 1:
+        _copy_base(replace(experiment, data=bench.data), bench.out / "bases", progress, say)
     outcome = run_experiment(experiment, progress, say)
     outcome.log.finish([row.to_json() for row in tabulate(data.task, outcome.samples)], outcome.learning)
     return outcome.samples
+
+
+def _copy_base(experiment: Experiment, bases: Path, progress: StageProgress, say: Say) -> None:
+    """Points that differ in their new users alone learn from the same training users: once, and each has a copy to fit its heads in."""
+    settings = experiment.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE))
+    told = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
+    base = bases / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    learned_bundles(replace(experiment, out=base, users=0), progress, say)
+    for bundle in base.glob("bundle*"):
+        own, part = experiment.out / bundle.name, experiment.out / f"{bundle.name}.part"
+        if not own.exists():
+            shutil.copytree(bundle, part, dirs_exist_ok=True)
+            part.replace(own)  # a kill leaves no half bundle
 
 
 def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:

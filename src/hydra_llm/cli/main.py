@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 the LLM failed or a bug, 2 the user can mend it, 130 Ctrl-
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -153,4 +154,5 @@ def main() -> None:
     """The entry point of the command `hydra-llm`."""
     # Threads that wait must not spin: the encoder, the solver and an embedded LLM share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends a job ends it as Ctrl-C does: recordings are written
     sys.exit(run(sys.argv[1:]))

@@ -8,6 +8,7 @@ and `fit` are the same from sync code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -79,8 +80,11 @@ async def alearn(
     *,
     out: Path | str | None = None,
     progress: StageProgress = _silent,
+    first: Bundle | None = None,
 ) -> Learned:
     """Learn base and heads from a data set's training users; with `out`, write the bundle there.
+
+    With `first`, a bundle of the same users, only the adapter is learned: the reranker is taken over, and with it the candidates.
 
     Raises:
         BundleError: `out` is a file, or a folder of something else.
@@ -97,7 +101,10 @@ async def alearn(
     bundle = replace(_bundle_of(data.task, settings, model, records), trained_on=tuple(records))
     learned = Learned(bundle, tuple(records), notes=_told(users, records, "have no records and were left out"))
     tune = settings.tune_encoder
-    ranking = await _reranker_lesson(learned, model, progress)
+    ranking = await _reranker_lesson(learned, model, progress) if first is None else None
+    if first is not None:
+        bundle.reranker = deepcopy(first.reranker)
+        bundle.report["reranker"] = first.report.get("reranker", {})
     if ranking is not None:
         bundle.reranker = learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
         if not bundle.reranks:
@@ -417,9 +424,10 @@ def learn(
     *,
     out: Path | str | None = None,
     progress: StageProgress = _silent,
+    first: Bundle | None = None,
 ) -> Learned:
     """`alearn` from sync code."""
-    return run_sync(partial(alearn, dataset, llm, settings, out=out, progress=progress))
+    return run_sync(partial(alearn, dataset, llm, settings, out=out, progress=progress, first=first))
 
 
 def fit(

@@ -1,0 +1,231 @@
+"""Whole runs: seeds that cost no call, a plan that counts what is asked, a stop by SIGTERM, and data of many shapes."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_llm.bench.experiment import Experiment, run_experiment
+from hydra_llm.bench.methods import find_methods, split_names
+from hydra_llm.bench.plan import plan
+from hydra_llm.bench.run import tabulate
+from hydra_llm.cli.main import run
+from hydra_llm.config import load_settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.native import save
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.spec import wrap
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Message, Query, Record
+
+WORDS = ("rain", "war", "love", "night", "star", "sea", "old", "song")
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
+TITLES = Task("titles", "generation", "Title of: {input}")
+SMALL: dict[str, Any] = {"samples": 3, "retrieved": 3, "k": 2, "queries_per_user": 2, "max_length": 32, "width": 16}
+
+
+def users_data(task: Task, train: int = 4, new: int = 2, records: int = 8, queries: int = 2) -> DataSet:
+    dice = random.Random(1)
+
+    def text() -> str:
+        return " ".join(dice.sample(WORDS, 3))
+
+    splits, history, asked = {}, [], []
+    for number in range(train + new):
+        user = f"u{number}"
+        splits[user] = "train" if number < train else "test"
+        for i in range(records + queries):
+            output = dice.choice(task.labels) if task.labels else text()
+            if i < records:
+                history.append(Record(user, f"r{i}", text(), output, str(2000 + i)))
+            elif number >= train:
+                asked.append(Query(user, f"q{i}", text(), output, str(2000 + i)))
+    return DataSet.from_records(task, splits, history, asked)  # type: ignore[arg-type]
+
+
+def by_lot(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+    return rng.choice((*TAGS.labels, "a song of rain", "the old sea"))
+
+
+def experiment(task: Task, folder: Path, methods: str = "all", llm: RuleLLM | None = None, **given: Any) -> Experiment:
+    settings = load_settings(cache=folder / "cache", **SMALL)
+    found = find_methods(split_names(methods), task.kind, records=(1, 2), budget=(3,))
+    return Experiment(users_data(task), wrap(llm or RuleLLM(by_lot), settings), settings, found, folder / "run", **given)
+
+
+def told(stage: str, done: int, total: int) -> None:
+    """Progress that nobody reads."""
+
+
+@pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
+def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(task: Task, tmp_path: Path) -> None:
+    llm = RuleLLM(by_lot)
+    once = run_experiment(experiment(task, tmp_path, llm=llm, seeds=(0,)), told, print)
+    asked = len(llm.calls)
+    more = experiment(task, tmp_path, llm=llm, seeds=(0, 1, 2))
+    outcome = run_experiment(Experiment(**{**more.__dict__, "out": tmp_path / "more"}), told, print)
+    assert len(llm.calls) == asked
+    of_first = {sample.key: sample.answer for sample in outcome.samples if sample.seed == 0}
+    assert of_first == {sample.key: sample.answer for sample in once.samples}
+    by_method = {method: {s.seed for s in outcome.samples if s.method == method} for method in {s.method for s in outcome.samples}}
+    assert by_method["hydra@1,3"] == by_method["bbox-adapter@3"] == {0, 1, 2}
+    assert by_method["rag@1"] == by_method["oracle@3"] == by_method["hydra-reranker@2"] == {0}
+    assert [entry["seed"] for entry in outcome.learning] == [0, 1, 2]
+    assert outcome.learning[1]["reranker"] == outcome.learning[0]["reranker"]
+
+    lines = (tmp_path / "more" / "samples.jsonl").read_text()
+    again = run_experiment(Experiment(**{**more.__dict__, "out": tmp_path / "more"}), told, print)
+    assert (tmp_path / "more" / "samples.jsonl").read_text() == lines
+    assert [row.to_json() for row in tabulate(task, again.samples)] == [row.to_json() for row in tabulate(task, outcome.samples)]
+
+
+@pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
+def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
+    """Exactly, where no reranker puts records in an order that nobody can know before; else never less."""
+    llm = RuleLLM(by_lot)
+    plain = experiment(task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm)
+    found = plan(plain, told)
+    made = len(llm.calls)
+    assert 0 < found.sampled <= 5
+    assert {stage.stage.split()[0] for stage in found.stages} == {"label", "answer"} | ({"fit"} if task is TITLES else set())
+    run_experiment(plain, told, print)
+    spent = len({json.dumps([list(map(dict, call))]) for call in llm.calls})  # the fake is called once for each text
+    assert found.total.calls >= spent - made
+    after = plan(plain, told)
+    assert after.total.kept > 0
+    assert after.total.calls < found.total.calls
+
+    prompts = experiment(task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(by_lot))
+    counted, made = plan(prompts, told), len(llm.calls)
+    assert 8 < counted.total.calls <= 16  # two methods may show the same records
+    run_experiment(prompts, told, print)
+    assert len(llm.calls) == counted.total.calls  # those that the plan made are kept
+    assert made == counted.sampled == 5
+    assert (nothing := plan(prompts, told)).total.calls == 0
+    assert nothing.total.kept == counted.total.calls
+
+
+def test_a_plan_prices_and_times_by_what_it_saw(tmp_path: Path) -> None:
+    one = experiment(TAGS, tmp_path, "zero-shot")
+    priced = Experiment(**{**one.__dict__, "settings": one.settings.model_copy(update={"price_prompt": 2e6, "price_completion": 0.0})})
+    found = plan(priced, told)
+    (stage,) = found.stages
+    assert stage.cost == 2 * stage.prompt_tokens > 0
+    assert stage.calls == 4
+
+
+def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:
+    llm = RuleLLM(by_lot)
+    outcome = run_experiment(experiment(TAGS, tmp_path, "rag@1,user-majority,copy-nearest", llm), told, print)
+    assert len(llm.calls) == 4
+    assert not (tmp_path / "run" / "bundle").exists()
+    assert {sample.method for sample in outcome.samples} == {"rag@1", "user-majority", "copy-nearest"}
+
+
+def test_the_command_takes_k_b_and_seeds_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(users_data(TAGS), tmp_path / "data")
+    settings = [f"--set={name}={value}" for name, value in SMALL.items()]
+    common = ["bench", "run", str(tmp_path / "data"), "--llm", "fake:rule=labels", *settings, "--set", f"cache={tmp_path / 'cache'}"]
+    out = ["--out", str(tmp_path / "run")]
+    assert run([*common, *out, "--methods", "all", "--k", "1", "--b", "3", "--seeds", "0,4", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["calls"] > 0
+    assert not (tmp_path / "run").exists()
+    assert run([*common, *out, "--methods", "rag,hydra@1,3", "--seeds", "0,4", "--set", "price_prompt=1000000", "--json"]) == 0
+    rag, hydra = json.loads(capsys.readouterr().out)
+    assert (rag["seeds"], set(hydra["seeds"]), hydra["queries"]) == ({}, {"0", "4"}, 4)
+    assert rag["cost"] > 0
+    assert set(rag["seconds"]) == {"retrieve", "rerank", "prompt", "llm", "adapt"}
+    learning = json.loads((tmp_path / "run" / "learning.json").read_text())
+    assert [entry["seed"] for entry in learning] == [0, 4]
+    assert learning[0]["fitted"]["calls"] == 0
+    for wrong, said in (
+        (["--k", "1,x"], "--k 1,x: write whole numbers from 1 with commas, as 1,2,4"),
+        (["--seeds", "-1"], "--seeds -1: write whole numbers from 0"),
+        (["--seeds", "0", "--bundle", str(tmp_path / "run" / "bundle-0")], "--seeds learns a bundle for each: leave --bundle out"),
+    ):
+        assert run([*common, *out, *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_user_without_queries_is_no_user_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(users_data(TAGS, queries=0), tmp_path / "data")
+    assert run(["bench", "run", str(tmp_path / "data"), "--llm", "fake:echo", "--out", str(tmp_path / "run"), "--methods", "rag"]) == 2
+    assert "no new user has a query whose answer is known: users.jsonl needs users with split 'test'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_changed_since_the_run_began_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(users_data(TAGS), tmp_path / "data")
+    command = ["bench", "run", str(tmp_path / "data"), "--llm", "fake:rule=labels", "--out", str(tmp_path / "run"), "--methods", "rag"]
+    assert run([*command, "--set", f"cache={tmp_path / 'cache'}"]) == 0
+    save(users_data(TAGS, queries=3), tmp_path / "other")
+    assert run([*command[:2], str(tmp_path / "other"), *command[4 - 1 :], "--set", f"cache={tmp_path / 'cache'}"]) == 2
+    assert re.search(r"holds another run \(data: '\w+' there, '\w+' asked", capsys.readouterr().err)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that answers three times and then lets everybody wait."""
+
+    asked = 0
+    go = threading.Event()
+
+    def do_POST(self) -> None:
+        type(self).asked += 1
+        if type(self).asked > 3:
+            type(self).go.wait(60)
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "calm"}}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        body = json.dumps(
+            {"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [message], "usage": usage}
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """A test's server says nothing."""
+
+
+def test_whoever_ends_the_job_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM amid a run, as a scheduler sends it: what was answered is in the recording, and nothing of it is asked again."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    Answers.asked, Answers.go = 0, threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    save(users_data(TAGS), tmp_path / "data")
+    llm = f"openai:m@http://127.0.0.1:{server.server_address[1]}/v1"
+    command = ["bench", "run", str(tmp_path / "data"), "--llm", llm, "--methods", "rag@1,recent@2", "--set", "concurrency=1"]
+
+    def begun(cache: str, out: str) -> subprocess.Popen[str]:
+        places = ["--set", f"cache={tmp_path / cache}", "--out", str(tmp_path / out), "--record", str(tmp_path / "recording.jsonl.gz")]
+        entry = [sys.executable, "-c", "from hydra_llm.cli.main import main; main()"]
+        return subprocess.Popen([*entry, *command, *places], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = begun("one", "first")
+    while Answers.asked < 4:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "hydra-llm: stopped; the same command continues")
+    assert len((tmp_path / "first" / "samples.jsonl").read_text().splitlines()) == 3
+    Answers.go.set()
+    Answers.asked = 0
+    _, err = (other := begun("two", "second")).communicate(timeout=120)  # another machine: no cache, the recording alone
+    assert other.returncode == 0, err
+    assert Answers.asked == 5
+    server.shutdown()
+    server.server_close()
