@@ -255,7 +255,8 @@ def test_new_users_cost_no_call_where_histories_teach_and_the_retrievers_order_s
     assert bundle.reranker is not None
     told = bundle.report["reranker"]
     assert 0 <= told["gain_first"] <= told["gain_best"] <= 1
-    for pick, first, used in ((0.6, 0.5, True), (0.5, 0.5, True), (0.4, 0.5, False), (float("nan"), float("nan"), True), (None, None, True)):
+    cases = ((0.6, 0.5, True), (0.5, 0.5, True), (0.4, 0.5, False), (float("nan"), float("nan"), True), (None, None, True))
+    for pick, first, used in cases:
         bundle.report["reranker"] = {"gain_pick": pick, "gain_first": first}
         assert bundle.reranks is used
         assert isinstance(bundle.personalizer(llm).reranker, LearnedReranker if used else KeepOrder)

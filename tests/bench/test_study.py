@@ -56,7 +56,8 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_points_and_grids_are_the_points_of_a_study(tmp_path: Path) -> None:
-    grid = 'vary = { k = [1, 4], votes = [true, false], history = [3] }\n\n[[points]]\nx = "none"\nmethods = ["zero-shot"]\nsettings = { k = 0 }\n'
+    grid = "vary = { k = [1, 4], votes = [true, false], history = [3] }\n\n"
+    grid += '[[points]]\nx = "none"\nmethods = ["zero-shot"]\nsettings = { k = 0 }\n'
     found = open_study(written(tmp_path, HEAD + grid))
     assert [(point.x, point.series, point.settings, point.history) for point in found.points] == [
         ("none", "", {"k": 0}, "all"),

@@ -16,8 +16,8 @@ from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import OF_THIS_MACHINE, Settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import DataError
-from hydra_llm.history import before
+from hydra_llm.errors import DataError, SettingsError
+from hydra_llm.history import before, in_order
 from hydra_llm.learning.api import blank_bundle, fit, learn
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.calls import StageProgress, run_sync
@@ -95,7 +95,8 @@ def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -
     """
     settings = experiment.settings
     if not any(method.needs for method in experiment.methods):
-        return {settings.training_seed: blank_bundle(experiment.data, experiment.llm, settings, experiment.new_users)}
+        records = {user: in_order(experiment.data.history(user)) for user in experiment.new_users}
+        return {settings.training_seed: blank_bundle(experiment.data.task, experiment.llm, settings, records)}
     found: dict[int, Bundle] = {}
     for seed in experiment.seeds or (settings.training_seed,):
         folder = experiment.out / (f"bundle-{seed}" if experiment.seeds else "bundle")
@@ -114,6 +115,7 @@ def learned_bundle(
         for line in [*told.notes, *told.failures[:3]]:
             say(line)
     bundle = Bundle.load(folder, here=settings)
+    _agree(bundle, settings, folder)
     if not experiment.fit:
         records = bundle.records | {name: experiment.data.history(name) for name in experiment.new_users}
         return replace(bundle.without_heads(), records=records)
@@ -125,6 +127,20 @@ def learned_bundle(
         bundle.save(folder)
         bundle = Bundle.load(folder, here=settings)
     return bundle
+
+
+def _agree(bundle: Bundle, settings: Settings, folder: Path) -> None:
+    """A run that was stopped while it learned left a bundle and no manifest yet.
+
+    Raises:
+        SettingsError: the bundle there was learned with other settings.
+    """
+    there, asked = (
+        {name: value for name, value in each.model_dump().items() if name not in OF_THIS_MACHINE} for each in (bundle.settings, settings)
+    )
+    different = [f"{name}: {there[name]!r} there, {value!r} asked" for name, value in asked.items() if there[name] != value]
+    if different:
+        raise SettingsError(f"{folder} was learned with other settings ({'; '.join(different)[:300]}): take another --out")
 
 
 def _calls(usage: Usage) -> dict[str, int]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hydra_llm.bench.costs import as_costs, as_learning
+from hydra_llm.bench.findings import findings
 from hydra_llm.bench.plots import BARS, baseline_of, plots, require, svg
 from hydra_llm.bench.report import GROUPS, Line, Run, as_differences, as_rows, marks
 from hydra_llm.bench.runlog import Sample
@@ -75,7 +77,10 @@ def _shown(run: Run, lines: Sequence[Line], answers: bool) -> dict[str, Any]:
         "metrics": list(lines[0].row.metrics),
         "parts": parts(run, lines),
         "baseline": None if against is None else against.row.method,
+        "findings": findings(run, lines),
         "differences": as_differences(differences),
+        "costs": as_costs(lines),
+        "learning": as_learning(run),
         "figures": _figures(plots(run, lines)),
         "asked": sampled(run) if answers else [],
     }
@@ -98,7 +103,7 @@ def about(run: Run) -> dict[str, str]:
             f"{name} {manifest[name]}" for name in ("hydra_llm", "commit", "python", "torch", "transformers") if manifest.get(name)
         ),
         "data": str(manifest.get("data", ""))[:16],
-        "weights": str(manifest.get("weights", ""))[:16],
+        "weights": ", ".join(f"seed {seed}: {digest[:12]}" for seed, digest in manifest.get("weights", {}).items() if digest),
     }
     return {name: str(value) for name, value in found.items() if value not in (None, "")}
 

@@ -155,7 +155,8 @@ async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StagePro
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
     learns = bundle is None and any(method.needs for method in experiment.methods)
-    known = bundle or replace(blank_bundle(data, llm, settings, [*training, *new]), trained_on=tuple(training))
+    records = {user: data.answered(user) for user in training} | {user: in_order(data.history(user)) for user in new}
+    known = bundle or replace(blank_bundle(data.task, llm, settings, records), trained_on=tuple(training))
     parts = PlannedParts(known, experiment.llm, settings, {**known.records, **{user: data.history(user) for user in new}})
     parts = replace(parts, llm=llm)
     if learns:

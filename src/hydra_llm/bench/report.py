@@ -16,7 +16,7 @@ from hydra_llm.bench.compare import Paired, paired
 from hydra_llm.bench.methods import METHODS
 from hydra_llm.bench.metrics import score
 from hydra_llm.bench.run import Row, cell, scored, tabulate
-from hydra_llm.bench.runlog import Sample, read_run
+from hydra_llm.bench.runlog import Sample, read_learning, read_run
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.task import Task
@@ -63,6 +63,8 @@ class Run:
     manifest: Mapping[str, Any]
     task: Task
     samples: tuple[Sample, ...]
+    learning: tuple[Mapping[str, Any], ...] = ()
+    """What each seed's learning told."""
 
     @property
     def methods(self) -> list[str]:
@@ -97,7 +99,8 @@ def open_run(folder: Path) -> Run:
         raise SettingsError(f"{folder}: its manifest does not say how answers are scored: it was made by an older hydra-llm, run it again")
     if not samples:
         raise SettingsError(f"{folder}: holds no answer yet")
-    return Run(folder, manifest, Task.from_json(manifest["task"], f"{folder}/manifest.json"), tuple(samples))
+    task = Task.from_json(manifest["task"], f"{folder}/manifest.json")
+    return Run(folder, manifest, task, tuple(samples), tuple(read_learning(folder)))
 
 
 def plain(method: str) -> str:
@@ -266,22 +269,6 @@ def as_differences(differences: Mapping[str, Against]) -> list[dict[str, Any]]:
         cells["queries needed"] = "" if first is None else first
         out.append(cells)
     return out
-
-
-def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
-    """The report of one run, without any text of the data."""
-    differences = {line.row.method: line.against for line in lines if line.against is not None}
-    about = f"{run.task.name}, {run.manifest['llm'].get('model')}, {run.manifest['users']} users, {run.manifest['queries']} queries"
-    parts = [f"## {about}", _as_markdown(as_rows(run, lines)), "`*` best, `'` second best of what is ranked; 95 % intervals over users."]
-    return "\n\n".join([*parts, f"### Against {baseline}", _as_markdown(as_differences(differences))]) + "\n"
-
-
-def _as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return "(nothing to compare)"
-    names = list(rows[0])
-    table = [names, ["---"] * len(names), *([str(row[name]).replace("|", "\\|") for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def to_json(run: Run, lines: Sequence[Line]) -> dict[str, Any]:

@@ -115,13 +115,14 @@ async def _sample(case: Case, answerer: Answerer, faults: list[LLMError]) -> Sam
 
 
 def _of_answer(method: str, seed: int, query: Query, answer: Answer) -> Sample:
-    usage = answer.usage
+    usage, pick = answer.usage, answer.candidates[answer.chosen]
+    votes = [candidate.votes for candidate in answer.candidates]
     return Sample(
         method,
         query.user,
         query.id,
         query.gold or "",
-        answer.candidates[answer.chosen].answer,
+        pick.answer,
         calls=usage.calls + usage.cached,
         tokens=usage.prompt_tokens + usage.completion_tokens,
         completion_tokens=usage.completion_tokens,
@@ -129,6 +130,8 @@ def _of_answer(method: str, seed: int, query: Query, answer: Answer) -> Sample:
         seconds=dict(answer.seconds),
         notes=answer.proposal.notes,
         seed=seed,
+        probability=pick.probability,
+        agreement=max(votes) / sum(votes) if sum(votes) > 1 else None,
     )
 
 

@@ -61,6 +61,10 @@ class Sample:
     notes: tuple[str, ...] = ()
     seed: int = 0
     """Of the learned parts; methods that learn nothing are run for the first seed alone."""
+    probability: float | None = None
+    """What the adapter gives its pick; None where none chose."""
+    agreement: float | None = None
+    """The share of the LLM's samples that the most frequent answer has; None where there was one sample, or none."""
 
     @property
     def key(self) -> "Key":
@@ -152,6 +156,16 @@ def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
         content = {"task": like.replace("-", "_")[:6], "golds": golds}
         (place / f"{method}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return place
+
+
+def read_learning(folder: Path) -> list[dict[str, Any]]:
+    """What each seed's learning told; nothing for a run that has not ended, or learned nothing."""
+    file = folder / "learning.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read ({error}): run the same `bench run` again, it writes it anew") from None
+    return [told for told in found if isinstance(told, dict)] if isinstance(found, list) else []
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:

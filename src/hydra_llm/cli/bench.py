@@ -9,10 +9,11 @@ from hydra_llm.cli import console
 from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Seed, Set, given, open_bundle, opened_llm, settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from hydra_llm.bench.experiment import Experiment, Outcome
+    from hydra_llm.bench.report import Line, Run
     from hydra_llm.bundle import Bundle
     from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
@@ -155,16 +156,23 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write tables, plots and sampled answers to this file, which needs no network.")] = None,
     answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Sampled answers in the HTML file; they quote the data.")] = True,
     plots: Annotated[Path | None, typer.Option(help="Write the plots to this folder, as SVG.")] = None,
+    costs: Annotated[bool, typer.Option("--costs", help="Also print what a query and what learning cost.")] = False,
+    price_prompt: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
+    price_completion: Annotated[float, typer.Option(min=0, help="Money per million tokens of answers.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print runs as tables: figures with intervals, and paired differences from a baseline."""
+    """Print runs as tables: figures with intervals, paired differences from a baseline, and what they say of HYDRA."""
     from hydra_llm.bench import report
+    from hydra_llm.bench.findings import findings
+    from hydra_llm.llm.meter import Prices
 
     read = [report.open_run(folder) for folder in runs]
-    tables = [(run, report.lines_of(run, against)) for run in read]
+    tables = [(run, report.lines_of(run, against, Prices(price_prompt, price_completion))) for run in read]
     named = [next((line.row.method for line in lines if line.against is None), "nothing") for _, lines in tables]
     if markdown is not None:
-        _write(markdown, "\n".join(report.markdown(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)))
+        from hydra_llm.bench.markdown import markdown as text_of
+
+        _write(markdown, "\n".join(text_of(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)))
         console.say(f"wrote {markdown}")
     if html is not None:
         from hydra_llm.bench.html import page
@@ -177,13 +185,26 @@ def show(
         for place, (run, lines) in enumerate(tables, 1):
             console.say(f"wrote {write(run, lines, plots / f'{place}-{run.folder.name}' if len(tables) > 1 else plots)}")
     if as_json:
-        console.emit([report.to_json(run, lines) for run, lines in tables], True)
+        more = [{"findings": findings(run, lines), "learning": list(run.learning)} for run, lines in tables]
+        console.emit([report.to_json(run, lines) | each for (run, lines), each in zip(tables, more, strict=True)], True)
         return
     for (run, lines), name in zip(tables, named, strict=True):
         console.print_table(report.as_rows(run, lines), f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked")
         differences = {line.row.method: line.against for line in lines if line.against is not None}
         if differences:
             console.print_table(report.as_differences(differences), f"Paired differences from {name}, 95 % intervals over users")
+        if costs:
+            _print_costs(run, lines)
+        for sentence in findings(run, lines):
+            print(f"- {sentence}")
+
+
+def _print_costs(run: "Run", lines: "Sequence[Line]") -> None:
+    from hydra_llm.bench.costs import as_costs, as_learning
+
+    console.print_table(as_costs(lines), "What a query costs")
+    if learning := as_learning(run):
+        console.print_table(learning, "What learning cost")
 
 
 def _write(file: Path, text: str) -> None:

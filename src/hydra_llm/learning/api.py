@@ -98,7 +98,7 @@ async def alearn(
     records = {user: data.answered(user) for user in users if data.history(user)}
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
-    bundle = replace(_bundle_of(data.task, settings, model, records), trained_on=tuple(records))
+    bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
     learned = Learned(bundle, tuple(records), notes=_told(users, records, "have no records and were left out"))
     tune = settings.tune_encoder
     ranking = await _reranker_lesson(learned, model, progress) if first is None else None
@@ -120,12 +120,8 @@ async def alearn(
     return learned
 
 
-def blank_bundle(dataset: DataSet, llm: ChatLLM, settings: Settings, users: Sequence[str]) -> Bundle:
-    """A bundle that has learned nothing: the parts of methods that need no more than these users' records."""
-    return _bundle_of(dataset.task, settings, llm, {user: in_order(dataset.history(user)) for user in users})
-
-
-def _bundle_of(task: Task, settings: Settings, llm: ChatLLM, records: dict[str, list[Record]]) -> Bundle:
+def blank_bundle(task: Task, llm: ChatLLM, settings: Settings, records: dict[str, list[Record]]) -> Bundle:
+    """A bundle that has learned nothing: what there is before learning, and all that prompts need."""
     encoder = open_encoder(settings.encoder, pooling=settings.pooling, max_length=settings.max_length)
     store = FeatureStore(encoder, settings.cache / "features.sqlite")
     return Bundle(task, settings, dict(llm.identity), store, survey(task, store, list(records.values())), records=records)

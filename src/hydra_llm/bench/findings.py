@@ -1,0 +1,138 @@
+"""What a run says of HYDRA, in sentences with their numbers: whom it beats, whom it does not, and why not.
+
+    against   paired differences from every prompt, control and rival: separated by their interval or not
+    room      what choosing could gain (a sample by lot → the best sample), and how much of it HYDRA's pick gains
+    samples   how far the LLM's samples agree: where they all say the same, no adapter has a choice
+    sure      how the adapter's probabilities compare with how often it is right
+    learned   what reranker and heads reached on held-out training users
+A sentence is there only where the run holds its numbers. Knows no LLM.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hydra_llm.bench.compare import Paired
+from hydra_llm.bench.metrics import score
+from hydra_llm.bench.report import Line, Run, compare, plain
+from hydra_llm.bench.runlog import Sample
+
+RIVALS = ("prompt", "adapter", "sampling", "control")
+"""Groups that HYDRA is held against; bounds are no rivals, and its parts are itself."""
+BINS = 10
+
+
+def findings(run: Run, lines: Sequence[Line]) -> list[str]:
+    """The sentences of a run, HYDRA's variants one after the other."""
+    own = [line for line in lines if plain(line.row.method) == "hydra"]
+    found = [sentence for line in own for sentence in _of_method(run, lines, line)]
+    return [*found, *(sentence for told in run.learning[:1] for sentence in _of_learning(told))]
+
+
+def _of_method(run: Run, lines: Sequence[Line], own: Line) -> Iterator[str]:
+    name, samples = own.row.method, run.of(own.row.method)
+    rivals = {line.row.method: line for line in lines if line.group in RIVALS}
+    metric = next(iter(own.row.metrics))
+    better = 1 if score(run.task, [], [])[metric].higher_is_better else -1
+    differences = {rival: compare(run.task, samples, run.of(rival)).metrics[metric] for rival in rivals}
+    yield from _against(name, metric, differences, better)
+    yield from _room(lines, own, metric)
+    yield from _agreement(name, samples)
+    if run.task.labels:
+        yield from _sureness(name, samples)
+
+
+# ---- against whom
+
+
+def _against(name: str, metric: str, differences: Mapping[str, Paired], better: int) -> Iterator[str]:
+    """Three sentences at most: separated above, separated below, and neither."""
+
+    def told(rivals: Sequence[str]) -> str:
+        return ", ".join(f"{rival} ({_signed(differences[rival])})" for rival in rivals)
+
+    known = {rival: found for rival, found in differences.items() if not math.isnan(found.difference)}
+    above = [rival for rival, found in known.items() if min(better * found.low, better * found.high) > 0]
+    below = [rival for rival, found in known.items() if max(better * found.low, better * found.high) < 0]
+    open_ = [rival for rival in known if rival not in above and rival not in below]
+    if above:
+        yield f"{name} is better in {metric} than {told(above)}."
+    if below:
+        yield f"{name} is worse in {metric} than {told(below)}."
+    if open_:
+        behind = [rival for rival in open_ if better * known[rival].difference <= 0]
+        yield f"{name} is not separated in {metric} from {told(open_)}" + (f"; it is not ahead of {', '.join(behind)}." if behind else ".")
+
+
+def _signed(found: Paired) -> str:
+    interval = "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{found.difference:+.3f}{interval}"
+
+
+# ---- why
+
+
+def _room(lines: Sequence[Line], own: Line, metric: str) -> Iterator[str]:
+    """The bounds of the same samples: k and b are those of the settings, so only the variant of that k has them."""
+    bounds = {plain(line.row.method): line.row.metrics[metric][0] for line in lines if line.group == "bound"}
+    value = own.row.metrics[metric][0]
+    lot, best = bounds.get("random", math.nan), bounds.get("oracle", math.nan)
+    if math.isnan(lot) or math.isnan(best) or lot == best:
+        return
+    yield (
+        f"Choosing among the LLM's samples can move {metric} from {lot:.3f} (one by lot) to {best:.3f} (the best one); "
+        f"{own.row.method} reaches {value:.3f}, {(value - lot) / (best - lot):.0%} of that way."
+    )
+
+
+def _agreement(name: str, samples: Sequence[Sample]) -> Iterator[str]:
+    shares = [sample.agreement for sample in samples if sample.agreement is not None]
+    if shares:
+        same = np.mean([share > 1 - 1e-9 for share in shares])
+        usual = f"For {name} the most frequent answer has {np.mean(shares):.0%} of the LLM's samples"
+        yield f"{usual}; in {same:.0%} of the queries they all agree."
+
+
+def _sureness(name: str, samples: Sequence[Sample]) -> Iterator[str]:
+    """Mean probability of the picks beside the share of right ones, and the expected calibration error in ten bins."""
+    said = [(sample.probability, sample.answer == sample.gold) for sample in samples if sample.probability is not None and not sample.error]
+    if not said:
+        return
+    sure, right = (np.array(column, dtype=np.float64) for column in zip(*said, strict=True))
+    yield (
+        f"{name} gives its picks a probability of {sure.mean():.2f} on average, and {right.mean():.2f} of them are the user's answer; "
+        f"expected calibration error {calibration_error(sure, right):.3f}."
+    )
+
+
+def calibration_error(sure: np.ndarray, right: np.ndarray) -> float:
+    """Mean distance of probability [N] and share of right ones [N] in ten equal bins, weighted by their size (Naeini et al. 2015)."""
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    return float(sum(abs(sure[bins == place].mean() - right[bins == place].mean()) * (bins == place).mean() for place in np.unique(bins)))
+
+
+# ---- what learning says
+
+
+def _of_learning(told: Mapping[str, Any]) -> Iterator[str]:
+    for name, what, first in (("reranker", "records", "the retriever's first"), ("adapter", "candidates", "")):
+        report = told.get(name) or {}
+        if report.get("skipped"):
+            yield f"No {name} was learned: {report['skipped']}."
+        if all(_number(report.get(key)) for key in ("loss_uniform", "loss_shared", "loss_user")):
+            yield (
+                f"On held-out training users the {name}'s cross-entropy over {what} is {report['loss_uniform']:.3f} for equal shares, "
+                f"{report['loss_shared']:.3f} for the shared head, {report['loss_user']:.3f} for the users' own."
+            )
+        if first and all(_number(report.get(key)) for key in ("gain_first", "gain_pick", "gain_best")):
+            used = "its order is used" if report["gain_pick"] >= report["gain_first"] else "so the retriever's order stands in hydra"
+            yield (
+                f"There the LLM's answer is worth {report['gain_pick']:.3f} with the {name}'s first record, "
+                f"{report['gain_first']:.3f} with {first}, {report['gain_best']:.3f} with the best: {used}."
+            )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)

@@ -1,0 +1,36 @@
+"""Runs as Markdown: tables and findings, no text of the data, so that it may be committed. Knows no LLM."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra_llm.bench.costs import as_costs, as_learning
+from hydra_llm.bench.findings import findings
+from hydra_llm.bench.report import Line, Run, as_differences, as_rows
+
+
+def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
+    """The report of one run."""
+    differences = {line.row.method: line.against for line in lines if line.against is not None}
+    about = f"{run.task.name}, {run.manifest['llm'].get('model')}, {run.manifest['users']} users, {run.manifest['queries']} queries"
+    like = (
+        f"LaMP-style, shaped like {run.task.like}; not LaMP: no figure here can be set beside a published LaMP figure."
+        if run.task.like
+        else ""
+    )
+    legend = "`*` best, `'` second best of what is ranked (controls and bounds are not); 95 % intervals over users."
+    parts = [f"## {about}", like, as_markdown(as_rows(run, lines)), legend]
+    if said := findings(run, lines):
+        parts += ["### What it says", "\n".join(f"- {sentence}" for sentence in said)]
+    parts += [f"### Against {baseline}", as_markdown(as_differences(differences)), "### What a query costs", as_markdown(as_costs(lines))]
+    if learning := as_learning(run):
+        parts += ["### What learning cost", as_markdown(learning)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a table."""
+    if not rows:
+        return "(nothing to compare)"
+    names = list(rows[0])
+    table = [names, ["---"] * len(names), *([str(row[name]).replace("|", "\\|") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)

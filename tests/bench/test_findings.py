@@ -1,0 +1,112 @@
+"""What a run says of itself: every sentence stands on the run's own numbers, and is absent where there are none."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hydra_llm.bench.costs import as_costs, as_learning
+from hydra_llm.bench.findings import calibration_error, findings
+from hydra_llm.bench.markdown import markdown
+from hydra_llm.bench.report import Run, lines_of, open_run
+from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.cli.main import run
+from hydra_llm.errors import SettingsError
+from hydra_llm.llm.meter import Prices
+from hydra_llm.tasks.task import Task
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud"), metrics=("accuracy",), like="LaMP-2")
+USERS = tuple(f"u{i:02}" for i in range(20))
+MANIFEST = {"data": "d", "task": TAGS.to_json(), "llm": {"model": "m"}, "users": 20, "queries": 80}
+RIGHT: Mapping[str, int] = {"rag@4": 1, "hydra@4,8": 3, "mbr@8": 3, "scorer-only": 4, "random@8": 2, "oracle@8": 4}
+"""How many of a user's four queries a method answers right."""
+LEARNED = {
+    "seed": 0,
+    "users": 10,
+    "seconds": {"label records": 30.0, "fit adapter": 1.0},
+    "fitted": {"users": 20, "seconds": {"fit adapter": 0.5}, "calls": 0, "tokens": 0},
+    "reranker": {"loss_uniform": 1.6, "loss_shared": 1.5, "loss_user": 1.4, "gain_first": 0.6, "gain_pick": 0.7, "gain_best": 0.9},
+    "adapter": {"loss_uniform": 0.7, "loss_shared": 0.6, "loss_user": math.nan},
+}
+
+
+def made(folder: Path, learning: list[dict[str, Any]]) -> Run:
+    log = RunLog(folder, MANIFEST)
+    for user in USERS:
+        for place in range(4):
+            for method, right in RIGHT.items():
+                own = {"probability": 0.75, "agreement": 1.0 if place else 0.5} if method == "hydra@4,8" else {}
+                answer = "calm" if place < right else "loud"
+                costs = {"calls": 2, "tokens": 110, "completion_tokens": 10, "llm_seconds": 2.0, "seconds": {"retrieve": 0.5, "llm": 9.0}}
+                log.add(Sample(method, user, str(place), "calm", answer, **costs, **own))  # type: ignore[arg-type]
+    log.finish([], learning)
+    return open_run(folder)
+
+
+def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) -> None:
+    opened = made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}])
+    assert findings(opened, lines_of(opened)) == [
+        "hydra@4,8 is better in accuracy than rag@4 (+0.500 [+0.500, +0.500]).",
+        "hydra@4,8 is worse in accuracy than scorer-only (-0.250 [-0.250, -0.250]).",
+        "hydra@4,8 is not separated in accuracy from mbr@8 (+0.000 [+0.000, +0.000]); it is not ahead of mbr@8.",
+        "Choosing among the LLM's samples can move accuracy from 0.500 (one by lot) to 1.000 (the best one); "
+        "hydra@4,8 reaches 0.750, 50% of that way.",
+        "For hydra@4,8 the most frequent answer has 88% of the LLM's samples; in 75% of the queries they all agree.",
+        "hydra@4,8 gives its picks a probability of 0.75 on average, and 0.75 of them are the user's answer; "
+        "expected calibration error 0.000.",
+        "On held-out training users the reranker's cross-entropy over records is 1.600 for equal shares, 1.500 for the shared head, "
+        "1.400 for the users' own.",
+        "There the LLM's answer is worth 0.700 with the reranker's first record, 0.600 with the retriever's first, 0.900 with the best: "
+        "its order is used.",
+    ]
+
+
+def test_what_was_not_measured_is_not_said(tmp_path: Path) -> None:
+    skipped = {"reranker": {"skipped": "no record mattered"}, "adapter": {}}
+    said = findings(opened := made(tmp_path, [skipped]), lines_of(opened))
+    assert said[-1] == "No reranker was learned: no record mattered."
+    alone = Run(opened.folder, opened.manifest, opened.task, tuple(s for s in opened.samples if s.method == "rag@4"))
+    assert findings(alone, lines_of(alone)) == []
+
+
+def test_calibration_error_against_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    sure, right = rng.random(500), (rng.random(500) < 0.5).astype(float)
+    expected = 0.0
+    for low in np.arange(10) / 10:
+        inside = [(s, r) for s, r in zip(sure, right, strict=True) if low <= s < low + 0.1]
+        expected += len(inside) / 500 * abs(np.mean([s for s, _ in inside]) - np.mean([r for _, r in inside]))
+    assert calibration_error(sure, right) == pytest.approx(expected)
+    assert calibration_error(np.ones(3), np.ones(3)) == 0.0
+
+
+def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
+    opened = made(tmp_path, [LEARNED])
+    rows = {row["method"]: row for row in as_costs(lines_of(opened, prices=Prices(prompt=1e6, completion=2e6)))}
+    assert (rows["rag@4"]["money"], rows["rag@4"]["LLM s"], rows["rag@4"]["retrieve ms"]) == (120.0, 2.0, 500.0)
+    assert as_learning(opened) == [
+        {"seed": 0, "stage": "label records", "users": 10, "seconds": 30.0, "s per user": 3.0},
+        {"seed": 0, "stage": "fit adapter", "users": 10, "seconds": 1.0, "s per user": 0.1},
+        {"seed": 0, "stage": "fit adapter, new users", "users": 20, "seconds": 0.5, "s per user": 0.025},
+    ]
+
+
+def test_the_command_prints_costs_and_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(tmp_path / "run", [LEARNED])
+    assert run(["bench", "show", str(tmp_path / "run"), "--costs", "--price-prompt", "1000000"]) == 0
+    printed = capsys.readouterr().out
+    assert "What a query costs" in printed
+    assert "- hydra@4,8 is better in accuracy than rag@4" in printed
+    assert run(["bench", "show", str(tmp_path / "run"), "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (len(shown["findings"]), shown["learning"][0]["users"]) == (8, 10)
+    text = markdown(opened := open_run(tmp_path / "run"), lines_of(opened), "rag@4")
+    assert "LaMP-style, shaped like LaMP-2" in text
+    assert "### What it says\n\n- hydra@4,8 is better" in text
+    (tmp_path / "run" / "learning.json").write_text("[")
+    with pytest.raises(SettingsError, match=r"learning\.json cannot be read"):
+        open_run(tmp_path / "run")
