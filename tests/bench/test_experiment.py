@@ -1,6 +1,7 @@
 """Whole runs: seeds that cost no call, a plan that counts what is asked, a stop by SIGTERM, and data of many shapes."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -229,3 +230,55 @@ def test_whoever_ends_the_job_loses_no_answer(tmp_path: Path, monkeypatch: pytes
     assert Answers.asked == 5
     server.shutdown()
     server.server_close()
+
+
+KILLED = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("test_experiment", {this!r})
+here = importlib.util.module_from_spec(spec)
+sys.modules["test_experiment"] = here
+spec.loader.exec_module(here)
+here.noted_run(Path({folder!r}), {fatal})
+"""
+
+
+def noted_run(folder: Path, fatal: int) -> list[Any]:
+    """A run whose LLM writes each call down, and is killed at call number `fatal`."""
+    calls = folder / "calls"
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        with calls.open("a") as file:
+            file.write(json.dumps([[dict(message) for message in messages], index]) + "\n")
+        if len(calls.read_text().splitlines()) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return by_lot(messages, index, rng)
+
+    methods = "zero-shot,rag@2,hydra@2,3,bbox-adapter@3"
+    one = experiment(TITLES, folder, methods, RuleLLM(rule), seeds=(0, 1))
+    outcome = run_experiment(Experiment(**{**one.__dict__, "settings": one.settings.model_copy(update={"concurrency": 1})}), told, print)
+    return [(sample.key, sample.answer, sample.error) for sample in outcome.samples]
+
+
+@pytest.mark.slow
+def test_a_kill_in_any_stage_loses_the_call_in_flight_and_changes_nothing(tmp_path: Path) -> None:
+    """kill -9 while records are labelled, candidates are labelled, new users are fitted, and queries are answered."""
+    (tmp_path / "whole").mkdir()
+    expected = noted_run(tmp_path / "whole", -1)
+    whole = (tmp_path / "whole" / "calls").read_text().splitlines()
+    script = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    for share in (0.1, 0.45, 0.7, 0.95):
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        fatal = int(share * len(whole))
+        killed = subprocess.run([sys.executable, "-c", KILLED.format(this=__file__, folder=str(folder), fatal=fatal)], **script)  # type: ignore[call-overload]
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert noted_run(folder, -1) == expected
+        again = (folder / "calls").read_text().splitlines()
+        assert len(again) - len(whole) <= one_call(again[fatal - 1 :], again[: fatal - 1])
+
+
+def one_call(after: Sequence[str], before: Sequence[str]) -> int:
+    """Texts of the call in flight: those of its prompt that were written down before the kill."""
+    prompt = json.loads(after[0])[0]
+    return 1 + sum(json.loads(line)[0] == prompt for line in before)
