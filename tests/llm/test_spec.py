@@ -2,11 +2,13 @@
 
 import importlib.util
 import sys
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import anyio
 import pytest
 
 from hydra_llm.config import Settings
@@ -14,7 +16,7 @@ from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
 from hydra_llm.llm import spec
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.meter import Meter
-from hydra_llm.llm.spec import bare_llm, open_llm
+from hydra_llm.llm.spec import bare_llm, open_llm, wrap
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "one two"}]
@@ -36,6 +38,37 @@ async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(tm
         await llm.generate([{"role": "user", "content": "other"}])
     assert (llm.usage.calls, llm.usage.cached, llm.usage.cost) == (1, 1, 22.0)
     assert (tmp_path / "llm.sqlite").is_file()
+    await llm.aclose()
+
+
+async def test_an_engine_that_runs_one_call_at_a_time_gets_them_in_order(tmp_path: Path) -> None:
+    """A greedy call and the samples on the same prompt stay neighbours, however many questions are asked at once."""
+    order: list[str] = []
+    running = most = 0
+
+    class Engine(RuleLLM):
+        parallel = 1
+
+        async def generate(self, messages: Any, **options: Any) -> Any:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await anyio.sleep(0.001)
+            order.append(messages[0]["content"])
+            running -= 1
+            return await super().generate(messages, **options)
+
+    llm = wrap(Engine(lambda *_: "said"), Settings(cache=tmp_path, concurrency=8))
+
+    async def ask(text: str) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(llm.generate, [{"role": "user", "content": text}]))
+            group.start_soon(partial(llm.generate, [{"role": "user", "content": text}], n=3, temperature=1.0, seed=0))
+
+    async with anyio.create_task_group() as group:
+        for text in "abcdef":
+            group.start_soon(ask, text)
+    assert (order, most) == (list("aabbccddeeff"), 1)
     await llm.aclose()
 
 

@@ -84,6 +84,8 @@ PARAMETERS = {"k": "k", "b": "samples"}
 """Parameter of a method → the setting that it stands for."""
 ONE: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
 """The LLM's greedy answer alone."""
+ALWAYS: Mapping[str, Any] = {"rerank": "always"}
+"""The paper's methods show the reranker as it is, also where `hydra` would keep the retriever's order."""
 
 
 # ---- prompts without learning
@@ -151,7 +153,7 @@ def _profiled(parts: Parts) -> Answerer:
 
 
 def _reranker(parts: Parts) -> Answerer:
-    return parts.personalizer(rerank=True, **ONE)
+    return parts.personalizer(rerank=True, **ALWAYS, **ONE)
 
 
 def _adapter(parts: Parts) -> Answerer:
@@ -160,7 +162,7 @@ def _adapter(parts: Parts) -> Answerer:
 
 def _published(parts: Parts) -> Answerer:
     sampled = {"candidates": "sampled", "select": "best", "temperature": 1.0, "greedy_first": False}
-    return parts.personalizer(rerank=True, adapt=True, **sampled)
+    return parts.personalizer(rerank=True, adapt=True, **ALWAYS, **sampled)
 
 
 def _hydra(parts: Parts) -> Answerer:

@@ -53,6 +53,9 @@ class GgufLLM:
     `context_per_slot` is the longest prompt with its answer, in tokens; the pool of all slots is twice that.
     """
 
+    parallel = 1
+    """Calls that run side by side."""
+
     def __init__(
         self,
         path: Path | str,

@@ -42,7 +42,9 @@ def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLL
     """Cache around meter around `llm`; the cache lies in `path` or in the settings' folder."""
     prices = Prices(settings.price_prompt, settings.price_completion)
     budget = Budget(settings.max_calls, settings.max_llm_tokens, settings.max_cost)
-    meter = Meter(llm, prices=prices, budget=budget, concurrency=settings.concurrency)
+    # An engine that runs one call at a time gets them in the order in which they were made: the next one often shares its prompt.
+    concurrency = min(settings.concurrency, getattr(llm, "parallel", settings.concurrency))
+    meter = Meter(llm, prices=prices, budget=budget, concurrency=concurrency)
     return CachedLLM(meter, path or settings.cache / "llm.sqlite")
 
 
