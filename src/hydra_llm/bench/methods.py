@@ -84,8 +84,6 @@ PARAMETERS = {"k": "k", "b": "samples"}
 """Parameter of a method → the setting that it stands for."""
 ONE: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
 """The LLM's greedy answer alone."""
-ALWAYS: Mapping[str, Any] = {"rerank": "always"}
-"""The paper's methods show the reranker as it is, also where `hydra` would keep the retriever's order."""
 
 
 # ---- prompts without learning
@@ -152,8 +150,13 @@ def _profiled(parts: Parts) -> Answerer:
 # ---- hydra
 
 
+def _as_learned(parts: Parts) -> Parts:
+    """The paper's methods show the reranker as it is, also where `hydra` would keep the retriever's order."""
+    return replace(parts, settings=parts.settings.model_copy(update={"rerank": "always"}))
+
+
 def _reranker(parts: Parts) -> Answerer:
-    return parts.personalizer(rerank=True, **ALWAYS, **ONE)
+    return _as_learned(parts).personalizer(rerank=True, **ONE)
 
 
 def _adapter(parts: Parts) -> Answerer:
@@ -162,7 +165,7 @@ def _adapter(parts: Parts) -> Answerer:
 
 def _published(parts: Parts) -> Answerer:
     sampled = {"candidates": "sampled", "select": "best", "temperature": 1.0, "greedy_first": False}
-    return parts.personalizer(rerank=True, adapt=True, **ALWAYS, **sampled)
+    return _as_learned(parts).personalizer(rerank=True, adapt=True, **sampled)
 
 
 def _hydra(parts: Parts) -> Answerer:
