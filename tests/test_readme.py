@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     data = place / "my-data"
     data.mkdir()
+    (place / "benchmarks").symlink_to(README.parent / "benchmarks")
     task = {"name": "tags", "kind": "classification", "labels": ["dry", "sweet", "sour"], "prompt": "Which taste? {input}"}
     (data / "task.json").write_text(json.dumps({**task, "metrics": ["accuracy"]}))
     users = [{"user": f"u{number}", "split": "train" if number < 3 else "test"} for number in range(1, 5)]

@@ -202,6 +202,7 @@ class _State:
                 tensors[f"optimizer.{name}.{i}"] = value.detach().clone().contiguous()
         course = {"losses": run.losses, "best": run.best, "waited": run.waited, "fingerprint": self.fingerprint}
         temporary = path.with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)  # the bundle's own folder comes last
         save_file(tensors, temporary, {"course": json.dumps(course)})
         temporary.replace(path)
 
