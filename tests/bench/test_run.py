@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm import __version__
-from hydra_llm.bench.methods import METHODS, Parts, find_methods, typical
+from hydra_llm.bench.controls import typical
+from hydra_llm.bench.methods import METHODS, Parts, find_methods
 from hydra_llm.bench.run import Row, as_table, run_methods, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle

@@ -9,10 +9,10 @@ from itertools import product
 from typing import Any, Protocol
 
 import anyio
-import numpy as np
 
-from hydra_llm.adapt import Adapter, RandomCandidate, all_labels, select
+from hydra_llm.adapt import Adapter, RandomCandidate
 from hydra_llm.bench.bbox import bbox_adapter
+from hydra_llm.bench.controls import ByVotes, Oracle, ScorerOnly, WithoutLLM, typical
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
@@ -20,8 +20,8 @@ from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
-from hydra_llm.tasks.task import KINDS, Kind, Task
-from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record, Usage
+from hydra_llm.tasks.task import KINDS, Kind
+from hydra_llm.types import Answer, Message, Query, Record, Usage
 
 
 class Answerer(Protocol):
@@ -183,46 +183,7 @@ def _choosing(adapter: Callable[[Parts], Adapter]) -> Callable[[Parts], Answerer
     return lambda parts: replace(parts.personalizer(rerank=True), adapter=adapter(parts))
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """A bound: the best of what the LLM said, by the gold answer. Labels that it never named are no candidates here."""
-
-    task: Task
-
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
-        gains = [self.task.gain(each.answer, query.gold or "") if each.votes else -1.0 for each in candidates]
-        return list(candidates), gains.index(max(gains))
-
-
-@dataclass(frozen=True)
-class ByVotes:
-    """The LLM's own votes as the distribution: most votes (self-consistency), or the greatest expected gain (minimum Bayes risk)."""
-
-    task: Task
-    how: str
-
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
-        readable = [place for place, candidate in enumerate(candidates) if candidate.answer is not None and candidate.votes]
-        if not readable:
-            return list(candidates), 0
-        votes = np.array([float(candidates[place].votes) for place in readable])
-        return list(candidates), readable[select(self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how)]
-
-
 # ---- controls without any LLM
-
-
-@dataclass(frozen=True)
-class WithoutLLM:
-    """What the user's visible records alone answer."""
-
-    records: Mapping[str, Sequence[Record]]
-    answer: Callable[[Query, Sequence[Record]], str]
-
-    async def aanswer(self, query: Query) -> Answer:
-        text = self.answer(query, before(self.records.get(query.user, ()), query))
-        candidate = Candidate(text, text)
-        return Answer(text, Proposal(query, (), (), (), (candidate,)), (candidate,), 0)
 
 
 def _user_majority(parts: Parts) -> Answerer:
@@ -239,34 +200,8 @@ def _copy_nearest(parts: Parts) -> Answerer:
     return WithoutLLM(parts.records, copied)
 
 
-@dataclass(frozen=True)
-class ScorerOnly:
-    """Every label by the factorized scorer, without any vote of the LLM: what is missing to `hydra` is what the LLM adds."""
-
-    task: Task
-    records: Mapping[str, Sequence[Record]]
-    adapter: Adapter
-
-    async def aanswer(self, query: Query) -> Answer:
-        visible = before(self.records.get(query.user, ()), query)
-        blank = tuple(all_labels(self.task, []))
-        candidates, chosen = self.adapter.choose(query, blank, visible)
-        return Answer(candidates[chosen].text, Proposal(query, (), (), (), blank), tuple(candidates), chosen)
-
-
 def _scorer_only(parts: Parts) -> Answerer:
     return ScorerOnly(parts.bundle.task, parts.records, parts.personalizer(adapt=True).adapter)
-
-
-def typical(task: Task, outputs: Sequence[str]) -> str:
-    """The lower median of ratings, the most frequent label (the latest of equals), the latest text; without records the middle label."""
-    if not outputs:
-        return task.labels[len(task.labels) // 2] if task.labels else ""
-    if task.kind == "rating":
-        return sorted(outputs, key=float)[(len(outputs) - 1) // 2]
-    if task.kind == "generation":
-        return outputs[-1]
-    return max(reversed(outputs), key=list(outputs).count)
 
 
 LABELS: tuple[Kind, ...] = ("classification", "rating")

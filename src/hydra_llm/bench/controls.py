@@ -1,0 +1,85 @@
+"""Controls and bounds: what the samples alone, the history alone, or the scorer alone would answer.
+
+`Oracle` and `ByVotes` choose among HYDRA's own candidates; `WithoutLLM` and `ScorerOnly` ask no LLM. A method that does not beat them
+has shown nothing. Knows no metrics.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hydra_llm.adapt import Adapter, all_labels, select
+from hydra_llm.history import before
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
+
+# ---- among the LLM's samples
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A bound: the best of what the LLM said, by the gold answer. Labels that it never named are no candidates here."""
+
+    task: Task
+
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+        gains = [self.task.gain(each.answer, query.gold or "") if each.votes else -1.0 for each in candidates]
+        return list(candidates), gains.index(max(gains))
+
+
+@dataclass(frozen=True)
+class ByVotes:
+    """The LLM's own votes as the distribution: most votes (self-consistency), or the greatest expected gain (minimum Bayes risk)."""
+
+    task: Task
+    how: str
+
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+        readable = [place for place, candidate in enumerate(candidates) if candidate.answer is not None and candidate.votes]
+        if not readable:
+            return list(candidates), 0
+        votes = np.array([float(candidates[place].votes) for place in readable])
+        return list(candidates), readable[select(self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how)]
+
+
+# ---- without any LLM
+
+
+@dataclass(frozen=True)
+class WithoutLLM:
+    """What the user's visible records alone answer."""
+
+    records: Mapping[str, Sequence[Record]]
+    answer: Callable[[Query, Sequence[Record]], str]
+
+    async def aanswer(self, query: Query) -> Answer:
+        text = self.answer(query, before(self.records.get(query.user, ()), query))
+        candidate = Candidate(text, text)
+        return Answer(text, Proposal(query, (), (), (), (candidate,)), (candidate,), 0)
+
+
+@dataclass(frozen=True)
+class ScorerOnly:
+    """Every label by the factorized scorer, without any vote of the LLM: what is missing to `hydra` is what the LLM adds."""
+
+    task: Task
+    records: Mapping[str, Sequence[Record]]
+    adapter: Adapter
+
+    async def aanswer(self, query: Query) -> Answer:
+        visible = before(self.records.get(query.user, ()), query)
+        blank = tuple(all_labels(self.task, []))
+        candidates, chosen = self.adapter.choose(query, blank, visible)
+        return Answer(candidates[chosen].text, Proposal(query, (), (), (), blank), tuple(candidates), chosen)
+
+
+def typical(task: Task, outputs: Sequence[str]) -> str:
+    """The lower median of ratings, the most frequent label (the latest of equals), the latest text; without records the middle label."""
+    if not outputs:
+        return task.labels[len(task.labels) // 2] if task.labels else ""
+    if task.kind == "rating":
+        return sorted(outputs, key=float)[(len(outputs) - 1) // 2]
+    if task.kind == "generation":
+        return outputs[-1]
+    return max(reversed(outputs), key=list(outputs).count)
