@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.methods import ByVotes, Oracle, Parts, find_methods, split_names
+from hydra_llm.bench.controls import ByVotes, Oracle
+from hydra_llm.bench.methods import Parts, find_methods, split_names
 from hydra_llm.bench.run import run_methods
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bundle import Bundle
