@@ -1,6 +1,8 @@
 """Put a finished run among the committed results: figures, report and plots, and the recording that repeats it; no text of the data.
 
-    python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE -- [arguments of `bench run` beside DATA, --llm, --out, --record]
+    python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE -- ARGUMENTS
+
+ARGUMENTS are those of `bench run` beside DATA, --llm, --out and --record.
 
 Writes benchmarks/results/NAME, which `benchmarks/replay.py` then repeats. `samples.jsonl` stays behind: it quotes the data.
 """
