@@ -1,14 +1,15 @@
 """Put a finished run among the committed results: figures, report and plots, and the recording that repeats it; no text of the data.
 
-    python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE -- ARGUMENTS
+    python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE --arguments "--methods all --seeds 0,1,2"
 
-ARGUMENTS are those of `bench run` beside DATA, --llm, --out and --record.
+`--arguments` are those of `bench run` beside DATA, --llm, --out and --record.
 
 Writes benchmarks/results/NAME, which `benchmarks/replay.py` then repeats. `samples.jsonl` stays behind: it quotes the data.
 """
 
 import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--data", required=True, help="the data set's folder among the others")
     parser.add_argument("--recording", type=Path, required=True)
-    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--arguments", type=shlex.split, default=[])
     given = parser.parse_args()
     place = RESULTS / given.name
     place.mkdir(parents=True, exist_ok=True)

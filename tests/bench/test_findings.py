@@ -21,7 +21,7 @@ from hydra_llm.tasks.task import Task
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud"), metrics=("accuracy",), like="LaMP-2")
 USERS = tuple(f"u{i:02}" for i in range(20))
-MANIFEST = {"data": "d", "task": TAGS.to_json(), "llm": {"model": "m"}, "users": 20, "queries": 80}
+MANIFEST = {"data": "d", "task": TAGS.to_json(), "llm": {"model": "m"}, "users": 20, "queries": 80, "settings": {"k": 4}}
 RIGHT: Mapping[str, int] = {"rag@4": 1, "hydra@4,8": 3, "mbr@8": 3, "scorer-only": 4, "random@8": 2, "oracle@8": 4}
 """How many of a user's four queries a method answers right."""
 LEARNED = {
@@ -63,6 +63,13 @@ def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) ->
         "There the LLM's answer is worth 0.700 with the reranker's first record, 0.600 with the retriever's first, 0.900 with the best: "
         "its order is used.",
     ]
+
+
+def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
+    opened = made(tmp_path, [])
+    other = Run(opened.folder, {**opened.manifest, "settings": {"k": 2}}, opened.task, opened.samples)
+    assert any("Choosing among" in sentence for sentence in findings(opened, lines_of(opened)))
+    assert not any("Choosing among" in sentence for sentence in findings(other, lines_of(other)))
 
 
 def test_what_was_not_measured_is_not_said(tmp_path: Path) -> None:

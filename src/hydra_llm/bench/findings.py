@@ -38,7 +38,8 @@ def _of_method(run: Run, lines: Sequence[Line], own: Line) -> Iterator[str]:
     better = 1 if score(run.task, [], [])[metric].higher_is_better else -1
     differences = {rival: compare(run.task, samples, run.of(rival)).metrics[metric] for rival in rivals}
     yield from _against(name, metric, differences, better)
-    yield from _room(lines, own, metric)
+    if records_of(name) in (None, run.manifest.get("settings", {}).get("k")):
+        yield from _room(lines, own, metric)
     yield from _agreement(name, samples)
     if run.task.labels:
         yield from _sureness(name, samples)
@@ -74,8 +75,14 @@ def _signed(found: Paired) -> str:
 # ---- why
 
 
+def records_of(name: str) -> int | None:
+    """`hydra@4,8` → 4; None where the name has no parameters, so that the settings' hold."""
+    numbers = name.partition("@")[2]
+    return int(numbers.split(",")[0]) if numbers else None
+
+
 def _room(lines: Sequence[Line], own: Line, metric: str) -> Iterator[str]:
-    """The bounds of the same samples: k and b are those of the settings, so only the variant of that k has them."""
+    """How far the pick comes between the bounds of its own samples; the bounds take the settings' k, so only that variant has them."""
     bounds = {plain(line.row.method): line.row.metrics[metric][0] for line in lines if line.group == "bound"}
     value = own.row.metrics[metric][0]
     lot, best = bounds.get("random", math.nan), bounds.get("oracle", math.nan)
