@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from hydra_llm.cli.main import run
-from hydra_llm.datasets.fetch import addresses, fetch
+from hydra_llm.datasets.fetch import addresses, fetch, load_named
 from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, UserFault
 
@@ -137,6 +137,16 @@ def test_the_four_files_arrive_and_load(server: Server, tmp_path: Path) -> None:
     assert {(name, size) for name, done, size in told if done == size} == {(name, len(content)) for name, content in WHOLE.items()}
     dataset = load(tmp_path / "d")
     assert (len(dataset.users("train")), len(dataset.users("test"))) == (200, 200)
+
+
+def test_a_name_of_lamps_is_downloaded_once_and_a_path_is_a_path(server: Server, tmp_path: Path) -> None:
+    named = load_named("LaMP-4", tmp_path / "kept", base_url=server.url)
+    assert named.digest == load(tmp_path / "kept" / "lamp-4").digest
+    server.asked.clear()
+    assert load_named("lamp-4", tmp_path / "kept", base_url=server.url).digest == named.digest
+    assert load_named(str(tmp_path / "kept" / "lamp-4"), tmp_path / "other", base_url=server.url).digest == named.digest
+    assert server.asked == []
+    assert not (tmp_path / "other").exists()
 
 
 def test_files_that_are_there_are_not_asked_for_again(server: Server, tmp_path: Path) -> None:
