@@ -19,8 +19,7 @@ from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet, Split
 from hydra_llm.evidence import Population
 from hydra_llm.history import before
-from hydra_llm.learning import api
-from hydra_llm.learning.api import Learned, Lesson
+from hydra_llm.learning import lesson
 from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.tasks.task import Task
@@ -173,8 +172,7 @@ def learn_scorer(
     """A scorer from labelled groups in the very way of `hydra_llm.learn`, and its report."""
     torch.manual_seed(settings.seed)
     bundle = Bundle(task, settings, {}, store, Population())
-    learned = Learned(bundle, tuple(dict.fromkeys(group.user for group in groups)))
-    scorer = api.learn_scorer(learned, Lesson(name, lambda: list(groups), evidence, rule, by_label), tune=settings.tune_encoder)
+    scorer = lesson.learn_scorer(bundle, lesson.Lesson(name, lambda: list(groups), evidence, rule, by_label), tune=settings.tune_encoder)
     return scorer, bundle.report[name]
 
 

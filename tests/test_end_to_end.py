@@ -18,7 +18,8 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.evidence import survey
 from hydra_llm.history import as_query
 from hydra_llm.history import before as before_query
-from hydra_llm.learning import api
+from hydra_llm.learning import lesson
+from hydra_llm.learning.pairs import label_groups
 from hydra_llm.learning.table import Table
 from hydra_llm.llm.calls import run_sync
 from hydra_llm.llm.fake import RuleLLM
@@ -210,13 +211,13 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(tmp_p
     spec.loader.exec_module(conftest)
     here, llm = world(TAGS), crowd_pleaser(TAGS)
     seen: dict[str, dict[tuple[str, str, bool], LabelledGroup]] = {}
-    real = api._table
+    real = lesson._table
 
     def table(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
         seen["adapter" if "llm_votes" in scorer.evidence_names else "reranker"] = {(g.user, g.query, g.voted): g for g in groups}
         return real(bundle, scorer, groups, rule)
 
-    monkeypatch.setattr(api, "_table", table)
+    monkeypatch.setattr(lesson, "_table", table)
     encoder = str(conftest._save_model(tmp_path / "bert"))
     settings = Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=6, max_length=16, cache=tmp_path)
     tuned = settings.model_copy(update={"encoder": encoder, "features": "cross", "tune_encoder": True, "lr": 0.01})
@@ -224,7 +225,7 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(tmp_p
     bundle = learn(here.data, llm, tuned).bundle
     assert bundle.store.encoder.digest != before
     assert bundle.population == survey(TAGS, bundle.store, [bundle.records[user] for user in bundle.trained_on])
-    now = [group for user in bundle.trained_on for group in api.label_groups(bundle.evidence, bundle.records[user])]
+    now = [group for user in bundle.trained_on for group in label_groups(bundle.evidence, bundle.records[user])]
     assert len(now) > 50
     assert all(group.evidence == seen["adapter"][group.user, group.query, False].evidence for group in now)
     for (user, place, _), group in seen["reranker"].items():

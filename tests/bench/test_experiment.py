@@ -158,6 +158,24 @@ def test_the_command_takes_k_b_and_seeds_and_plans(tmp_path: Path, capsys: pytes
         assert said in capsys.readouterr().err
 
 
+def test_a_recording_takes_the_place_of_the_llm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(users_data(TAGS), tmp_path / "data")
+    settings = [f"--set={name}={value}" for name, value in SMALL.items()]
+    common = ["bench", "run", str(tmp_path / "data"), "--methods", "rag,hydra@1,3", "--json", *settings]
+    recording = str(tmp_path / "answers.jsonl.gz")
+    llm = ["--llm", "fake:rule=labels"]
+    first = [*llm, "--record", recording, "--out", str(tmp_path / "first"), "--set", f"cache={tmp_path / 'cache'}"]
+    again = ["--replay", recording, "--out", str(tmp_path / "again"), "--set", f"cache={tmp_path / 'other'}"]
+    assert run([*common, *first]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    assert run([*common, *again]) == 0
+    for before, after in zip(asked, json.loads(capsys.readouterr().out), strict=True):
+        assert (before["metrics"], before["calls"]) == (after["metrics"], after["calls"])
+    for both in ([*llm, *again], again[2:]):
+        assert run([*common, *both]) == 2
+        assert "give one of --llm SPEC and --replay FILE" in capsys.readouterr().err
+
+
 def test_a_user_without_queries_is_no_user_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(users_data(TAGS, queries=0), tmp_path / "data")
     assert run(["bench", "run", str(tmp_path / "data"), "--llm", "fake:echo", "--out", str(tmp_path / "run"), "--methods", "rag"]) == 2

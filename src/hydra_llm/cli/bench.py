@@ -6,7 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, Config, Limit, Preset, Record, Seed, Set, given, open_bundle, opened_llm, settings_of
+from hydra_llm.cli.options import (
+    AsJson,
+    Config,
+    Limit,
+    MaybeLLM,
+    Preset,
+    Record,
+    Replay,
+    Seed,
+    Set,
+    given,
+    llm_or_replay,
+    open_bundle,
+    opened_llm,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,8 +53,9 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 def run(
     data: Annotated[str, typer.Argument(help="A data set: native folder, LaMP's files, or lamp-1 … lamp-7 (downloaded once).")],
-    llm: LLM,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command continues a stopped one.")],
+    llm: MaybeLLM = None,
+    replay: Replay = None,
     bundle: Annotated[Path | None, typer.Option(help="A learned bundle; without it one is learned in the run's folder.")] = None,
     methods: Annotated[str, typer.Option(help="Names with commas (rag, hydra@4,8 as k,b), or all; see `bench methods`.")] = "all",
     k: Annotated[str, typer.Option(help="Records in the prompt, for each of which `all` takes a method.")] = "1,2,4",
@@ -67,6 +83,7 @@ def run(
     from hydra_llm.datasets.fetch import BASE_URL, load_named
     from hydra_llm.errors import SettingsError
 
+    spec = llm_or_replay(llm, replay)
     wanted = split_names(methods)
     records, budget = whole_numbers("--k", k), whole_numbers("--b", b)
     find_methods(wanted, records=records, budget=budget)  # a wrong name is told before anything is read
@@ -84,7 +101,7 @@ def run(
         learned.check_task(dataset.task)
         _tell_unfitted(dataset, learned, data)
     chosen = find_methods(wanted, dataset.task.kind, records=records, budget=budget)
-    with opened_llm(llm, settings, record) as model:
+    with opened_llm(spec, settings, record) as model:
         experiment = Experiment(dataset, model, settings, chosen, out, users, limit, of_seeds or ())
         if dry_run:
             _tell_plan(experiment, learned, as_json)
@@ -222,8 +239,9 @@ def _write(file: Path, text: str) -> None:
 def study(
     file: Annotated[Path, typer.Argument(help="A study: benchmarks/studies/*.toml, or one of your own.")],
     data: Annotated[str, typer.Argument(help="A data set, as `bench run` takes it.")],
-    llm: LLM,
     out: Annotated[Path, typer.Option(help="Folder of the study, a run in it for each point; the same command continues a stopped one.")],
+    llm: MaybeLLM = None,
+    replay: Replay = None,
     users: Annotated[int | None, typer.Option(min=1, help="At most so many new users.")] = None,
     limit: Limit = None,
     seed: Seed = None,
@@ -243,6 +261,7 @@ def study(
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.fetch import load_named
 
+    main = llm_or_replay(llm, replay)
     chosen = studies.open_study(file)
     if plot is not None:
         plots.require()
@@ -254,7 +273,7 @@ def study(
         return load_settings(preset or "default", config, **{**chosen.settings, **asked, **own})
 
     def opened(spec: str | None) -> "AbstractContextManager[CachedLLM]":
-        return opened_llm(spec or llm, settings({}), None if spec else record)
+        return opened_llm(spec or main, settings({}), None if spec else record)
 
     with console.progress() as report:
         dataset = load_named(data, settings({}).cache / "lamp", progress=report)

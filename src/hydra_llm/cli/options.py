@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hydra_llm.llm.cache import CachedLLM
 
 LLM = Annotated[str, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND; see `llm check`.")]
+MaybeLLM = Annotated[str | None, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay.")]
+Replay = Annotated[Path | None, typer.Option(help="In place of --llm: take every answer from this recording, ask no LLM.")]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, for a first look.")]
@@ -25,7 +27,7 @@ Set = Annotated[
 ]
 Record = Annotated[
     Path | None,
-    typer.Option(help="Add what the LLM answered to this file; `--llm replay:FILE` repeats the command without the LLM."),
+    typer.Option(help="Add what the LLM answered to this file; `replay:FILE` as the LLM repeats the command without it."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Candidates = Annotated[str | None, typer.Option(help="sampled: the LLM's samples; labels: every label, samples are votes.")]
@@ -59,6 +61,17 @@ def open_bundle(folder: Path, preset: str | None, config: Path | None, pairs: li
     name, asked = preset or "default", given(pairs, **flags)
     bundle = Bundle.load(folder, here=load_settings(name, config, **asked))
     return bundle, bundle.settings_with(name, config, **asked)
+
+
+def llm_or_replay(llm: str | None, replay: Path | None) -> str:
+    """The LLM's spec from `--llm SPEC` or `--replay FILE`.
+
+    Raises:
+        SettingsError: both, or neither.
+    """
+    if (llm is None) == (replay is None):
+        raise SettingsError("give one of --llm SPEC and --replay FILE")
+    return llm or f"replay:{replay}"
 
 
 @contextmanager

@@ -7,15 +7,13 @@ LLM calls are what this costs: they go through the cache, so that a run that was
 and `fit` are the same from sync code.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-import torch
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, as_learned, load_settings
@@ -24,8 +22,7 @@ from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
 from hydra_llm.evidence import survey
 from hydra_llm.history import in_order
-from hydra_llm.learning.fit import fit_all, fit_heads
-from hydra_llm.learning.joint import Plan, TextSource, fit_mlp, fit_unseen, held_out_users, train_joint
+from hydra_llm.learning.lesson import Lesson, fit_groups, learn_scorer, rule_of, silent
 from hydra_llm.learning.pairs import (
     Collected,
     adapter_groups,
@@ -36,24 +33,17 @@ from hydra_llm.learning.pairs import (
     reranker_groups,
     training_queries,
 )
-from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_table
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.calls import StageProgress, run_sync
 from hydra_llm.llm.spec import open_llm
 from hydra_llm.model.bundle import check_place
-from hydra_llm.model.combine import ByLabel, Combiner, Cross, Tower
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.features import FeatureStore
-from hydra_llm.model.heads import MLPBank, make_bank
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.rerank import record_text
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import LabelledGroup, Query, Record, Usage
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 @dataclass
@@ -79,7 +69,7 @@ async def alearn(
     settings: Settings | None = None,
     *,
     out: Path | str | None = None,
-    progress: StageProgress = _silent,
+    progress: StageProgress = silent,
     first: Bundle | None = None,
 ) -> Learned:
     """Learn base and heads from a data set's training users; with `out`, write the bundle there.
@@ -106,14 +96,14 @@ async def alearn(
         bundle.reranker = deepcopy(first.reranker)
         bundle.report["reranker"] = first.report.get("reranker", {})
     if ranking is not None:
-        bundle.reranker = learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
+        bundle.reranker = _learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
         if not bundle.reranks:
             learned.notes.append("the retriever's order stands: on held-out users the reranker's first records were worth less")
     picking = await _adapter_lesson(learned, model, progress)
     if picking is not None:
-        bundle.adapter = learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
+        bundle.adapter = _learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
     if tune and ranking is not None and picking is not None:  # the adapter's tuning has moved the encoder under the reranker
-        bundle.reranker = learn_scorer(learned, ranking, out=out, progress=progress)
+        bundle.reranker = _learn_scorer(learned, ranking, out=out, progress=progress)
     bundle.report |= {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached, "seconds": learned.seconds}
     if out is not None:
         bundle.save(out)
@@ -125,22 +115,6 @@ def blank_bundle(task: Task, llm: ChatLLM, settings: Settings, records: dict[str
     encoder = open_encoder(settings.encoder, pooling=settings.pooling, max_length=settings.max_length)
     store = FeatureStore(encoder, settings.cache / "features.sqlite")
     return Bundle(task, settings, dict(llm.identity), store, survey(task, store, list(records.values())), records=records)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a scorer is to learn from."""
-
-    name: str
-    """reranker or adapter."""
-    groups: Callable[[], list[LabelledGroup]]
-    """Makes the labelled groups, with evidence from the encoder as it is now."""
-    evidence: Sequence[str]
-    """Names of the evidence's columns."""
-    rule: str
-    """How gains become targets, see `table.targets`."""
-    by_label: bool = False
-    """Label features, in place of features of pairs."""
 
 
 async def _reranker_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
@@ -156,7 +130,7 @@ async def _reranker_lesson(learned: Learned, llm: ChatLLM, progress: StageProgre
     if not _teaches(groups()):
         _skip(learned, "reranker", "no retrieved record changed what the LLM's answer was worth")
         return None
-    return Lesson("reranker", groups, bundle.evidence.reranker_names, _rule(bundle, "reranker"))
+    return Lesson("reranker", groups, bundle.evidence.reranker_names, rule_of(bundle, "reranker"))
 
 
 async def _adapter_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
@@ -170,88 +144,21 @@ async def _adapter_lesson(learned: Learned, llm: ChatLLM, progress: StageProgres
         _skip(learned, "adapter", "no two candidates of a query differed in what they were worth")
         return None
     by_label = reads_labels(bundle.task, bundle.settings)
-    return Lesson("adapter", groups, bundle.evidence.adapter_names, _rule(bundle, "adapter"), by_label)
+    return Lesson("adapter", groups, bundle.evidence.adapter_names, rule_of(bundle, "adapter"), by_label)
+
+
+def _learn_scorer(
+    learned: Learned, lesson: Lesson, *, tune: bool = False, out: Path | str | None, progress: StageProgress
+) -> FactorizedScorer:
+    started = perf_counter()
+    scorer = learn_scorer(learned.bundle, lesson, tune=tune, out=out, progress=progress)
+    learned.seconds[f"fit {lesson.name}"] = perf_counter() - started
+    return scorer
 
 
 def _skip(learned: Learned, name: str, why: str) -> None:
     learned.bundle.report[name] = {"skipped": why}
     learned.notes.append(f"no {name} was learned: {why}")
-
-
-def learn_scorer(
-    learned: Learned, lesson: Lesson, *, tune: bool = False, out: Path | str | None = None, progress: StageProgress = _silent
-) -> FactorizedScorer:
-    """Build the features, train what is not convex (with `tune`, the bundle's encoder too), fit what is."""
-    bundle, settings, name, started = learned.bundle, learned.bundle.settings, lesson.name, perf_counter()
-    torch.manual_seed(settings.training_seed)
-    combiner = _make_combiner(bundle, lesson.by_label)
-    scorer = FactorizedScorer(combiner, make_bank(settings.head, combiner, rank=settings.rank), lesson.evidence, loss=settings.loss)
-    groups = lesson.groups()
-    scorer.gain_spread = torch.tensor(gain_spread(groups))
-    progress(f"fit {name}", 0, 1)
-    table = _table(bundle, scorer, groups, lesson.rule)
-    combiner.prepare(table.groups)
-    report: dict[str, Any] = {"groups": len(table), "features": combiner.kind, "head": scorer.bank.kind}
-    plan = _plan(settings)
-    trains = plan.epochs > 0 and (tune or isinstance(scorer.bank, MLPBank) or isinstance(combiner, Tower))
-    if trains:
-        source = TextSource(bundle.store.encoder, in_table_order(groups)) if tune else None
-        losses = _train(scorer, table, plan, source, name, out, progress)
-        report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
-        if tune:  # features and evidence of the encoder as it is now
-            _survey(bundle)
-            table = _table(bundle, scorer, lesson.groups(), lesson.rule)
-    if isinstance(scorer.bank, MLPBank):
-        report |= fit_unseen(scorer, table, plan, random_start=settings.prior == "random").to_json(convex=False)
-    else:
-        report |= fit_all(scorer, table, seed=settings.training_seed, unseen=held_out_users(table, plan) if trains else ()).to_json()
-    bundle.report[name] = report
-    learned.seconds[f"fit {name}"] = perf_counter() - started
-    progress(f"fit {name}", 1, 1)
-    return scorer.eval()
-
-
-def _survey(bundle: Bundle) -> None:
-    """The population's figures, by the encoder as it is now."""
-    histories = [bundle.records[user] for user in bundle.trained_on]
-    bundle.population = bundle.evidence.population = survey(bundle.task, bundle.store, histories)
-
-
-def _train(
-    scorer: FactorizedScorer,
-    table: Table,
-    plan: Plan,
-    source: TextSource | None,
-    name: str,
-    out: Path | str | None,
-    progress: StageProgress,
-) -> list[float]:
-    """Joint training with a checkpoint beside the bundle that is to come."""
-    checkpoint = None if out is None else Path(f"{out}.{name}.checkpoint")
-
-    def done(epoch: int, total: int, loss: float) -> None:
-        progress(f"train {name}", epoch, total)
-
-    losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return losses
-
-
-def _make_combiner(bundle: Bundle, by_label: bool) -> Combiner:
-    settings, width = bundle.settings, bundle.store.encoder.width
-    if settings.features == "cross":
-        return Cross(width)
-    if by_label:
-        return ByLabel(width, len(bundle.task.labels), settings.label_rank)
-    return Tower(width, settings.width)
-
-
-def _plan(settings: Settings) -> Plan:
-    usual = 30 if settings.head == "mlp" else 0
-    epochs = settings.epochs if settings.epochs is not None else 2 if settings.tune_encoder else usual
-    patience = 0 if settings.prior == "random" else 5  # as published, all training users are trained on, for all epochs
-    return Plan(epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.training_seed)
 
 
 # ---- fitting new users
@@ -264,7 +171,7 @@ async def afit(
     *,
     users: Sequence[str] | None = None,
     settings: Settings | None = None,
-    progress: StageProgress = _silent,
+    progress: StageProgress = silent,
 ) -> Learned:
     """Fit the heads of new users on their histories; with a bundle's path, write the bundle back.
 
@@ -316,7 +223,7 @@ def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Seq
     for user in learned.users:  # fitted anew: a user without groups has the shared head
         scorer.bank.clear(scorer.row(user))
     if groups:
-        _fit_table(scorer, _table(bundle, scorer, groups, _rule(bundle, name)), learned.users, bundle.settings)
+        fit_groups(bundle, name, scorer, groups, learned.users)
     learned.seconds[f"fit {name}"] = perf_counter() - started
 
 
@@ -327,25 +234,7 @@ def _warm(bundle: Bundle, users: Sequence[str]) -> None:
         bundle.store.texts([record_text(record, with_answer=with_answer) for user in users for record in bundle.records[user]])
 
 
-def _fit_table(scorer: FactorizedScorer, table: Table, users: Sequence[str], settings: Settings) -> None:
-    if isinstance(scorer.bank, MLPBank):
-        fit_mlp(scorer, table, users, _plan(settings), random_start=settings.prior == "random")
-    else:
-        fit_heads(scorer, table, users)
-
-
 # ---- what both need
-
-
-def _rule(bundle: Bundle, name: str) -> str:
-    """How gains become targets: labels are right or wrong; a gold answer among the candidates is above the mean anyway."""
-    if name == "adapter" and bundle.task.labels:
-        return "exact"
-    return bundle.settings.label_rule.replace("gold-positive", "above-mean")
-
-
-def _table(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
-    return make_table(bundle.store, scorer.combiner, groups, rule=rule, loss=scorer.loss, spread=float(scorer.gain_spread))
 
 
 def _opened(dataset: DataSet | Path | str, llm: ChatLLM | str, settings: Settings | None) -> tuple[Settings, DataSet, ChatLLM]:
@@ -419,7 +308,7 @@ def learn(
     settings: Settings | None = None,
     *,
     out: Path | str | None = None,
-    progress: StageProgress = _silent,
+    progress: StageProgress = silent,
     first: Bundle | None = None,
 ) -> Learned:
     """`alearn` from sync code."""
@@ -433,7 +322,7 @@ def fit(
     *,
     users: Sequence[str] | None = None,
     settings: Settings | None = None,
-    progress: StageProgress = _silent,
+    progress: StageProgress = silent,
 ) -> Learned:
     """`afit` from sync code."""
     return run_sync(partial(afit, dataset, bundle, llm, users=users, settings=settings, progress=progress))

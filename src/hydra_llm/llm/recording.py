@@ -1,4 +1,4 @@
-"""A run's answers in one file, so that anyone can repeat the run without the LLM: `bench run --record FILE`, `--llm replay:FILE`.
+"""A run's answers in one file, so that anyone can repeat the run without the LLM: `bench run --record FILE`, `bench run --replay FILE`.
 
 Gzipped JSON lines: the LLM's identity, then each request's key (the SHA-256 of all that was asked, never a prompt) with the texts that
 it got and what they cost. The same run gives the same bytes. Knows no benchmark.
