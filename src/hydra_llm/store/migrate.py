@@ -1,0 +1,98 @@
+"""Tables of an older version → tables of this one, by Alembic. Knows no rows."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, inspect
+
+from hydra_llm.errors import StoreError
+from hydra_llm.store import schema
+
+FOLDER = Path(__file__).parent / "migrations"
+
+
+def prepare(engine: Engine) -> None:
+    """Give an empty database its tables; refuse one of another version.
+
+    Raises:
+        StoreError: the tables are older or newer than this version, or somebody else's.
+    """
+    found, others = _look(engine)
+    if found is None and not others:
+        upgrade(engine)
+    elif found != latest():
+        raise StoreError(_mend(found))
+
+
+def _look(engine: Engine) -> tuple[str | None, bool]:
+    """The version of the tables, and whether there are any of our names."""
+    with engine.connect() as connection, connection.begin():
+        return revision(connection), bool(set(inspect(connection).get_table_names()) & set(schema.metadata.tables))
+
+
+def _mend(found: str | None) -> str:
+    if found is None:
+        return "store: there are tables of these names that hydra-llm has not made: take another database"
+    if found in _versions():
+        return f"store: its tables are of version {found}, this program needs {latest()}: run `hydra-llm store migrate`"
+    return f"store: its tables are of version {found}, which a newer hydra-llm has made: this one knows {latest()}"
+
+
+def upgrade(engine: Engine) -> str:
+    """Bring the tables to this version, in one transaction; returns it. Two processes at once: the second finds them done."""
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    return latest()
+
+
+def migrated(engine: Engine) -> tuple[str | None, str]:
+    """`upgrade`, and the version before it.
+
+    Raises:
+        StoreError: the tables are newer than this version, or somebody else's.
+    """
+    found, others = _look(engine)
+    if (found is None and others) or (found is not None and found not in _versions()):
+        raise StoreError(_mend(found))
+    return found, upgrade(engine)
+
+
+def revision(connection: Connection) -> str | None:
+    """The version of the tables; None where there are none of ours."""
+    found: str | None = MigrationContext.configure(connection).get_current_revision()
+    return found
+
+
+def latest() -> str:
+    """The version that this program needs."""
+    head = _scripts().get_current_head()
+    assert head is not None
+    return head
+
+
+def differences(connection: Connection) -> list[str]:
+    """Where the tables are unlike the schema."""
+    found = compare_metadata(MigrationContext.configure(connection), schema.metadata)
+    return [f"unlike the schema: {' '.join(map(str, change))}" for change in found]
+
+
+def _versions() -> set[str]:
+    return {script.revision for script in _scripts().walk_revisions()}
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())

@@ -1,0 +1,402 @@
+"""Users, records, heads, feedback and keys in SQLite or PostgreSQL: only this package speaks SQL (DESIGN 2).
+
+    store.state(name)          one number per user: whether what a server holds in memory is still true
+    with store.change(name)    the user's row is locked, everything inside is one transaction, the version grows if anything changed
+
+Every method is one transaction, and has been written to the disk when it returns. A database that fails raises `StoreError`, whatever
+it was: nothing was acknowledged then. Methods block: a server calls them in threads. Knows no HTTP, no LLM and no scorer.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from hydra_llm.errors import StoreError
+from hydra_llm.history import parse_time
+from hydra_llm.store import migrate, schema
+from hydra_llm.store.change import UserChange
+from hydra_llm.store.database import engine_of, shown, told
+from hydra_llm.store.values import Added, Head, Job, Key, Request, Stale, UserState
+from hydra_llm.types import Record
+
+ROWS_AT_ONCE = 500
+"""Rows that a copy holds in memory."""
+
+
+class Store:
+    """All that the gateway keeps. Any number of threads and processes may use one database."""
+
+    def __init__(self, url: str):
+        """Open the database and look at its tables; an empty one gets them.
+
+        Raises:
+            SettingsError: the URL is none, or of a database that is not supported, or its driver is missing.
+            StoreError: the database cannot be reached, or its tables are of another version.
+        """
+        self.engine = engine_of(url)
+        self.url = self.engine.url
+        with told(self.url):
+            migrate.prepare(self.engine)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether it is a file of this machine."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with told(self.url), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with told(self.url), self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _bare(self) -> Iterator[Connection]:
+        """Outside of any transaction: what cleans up wants none."""
+        options: dict[str, Any] = {"bare": True} if self.on_sqlite else {"isolation_level": "AUTOCOMMIT"}
+        with told(self.url), self.engine.connect().execution_options(**options) as connection:
+            yield connection
+
+    # ---- a user
+
+    def state(self, name: str) -> UserState:
+        """The user's version and the bundle in use, in one statement."""
+        version = sa.select(schema.users.c.version).where(schema.users.c.name == name).scalar_subquery()
+        bundle = sa.select(schema.serving.c.value).where(schema.serving.c.name == "bundle").scalar_subquery()
+        with self._read() as connection:
+            found = connection.execute(sa.select(version, bundle)).one()
+        return UserState(found[0], found[1])
+
+    def users(self) -> list[str]:
+        """Every user's name, in the order in which they came."""
+        with self._read() as connection:
+            return list(connection.scalars(sa.select(schema.users.c.name).order_by(schema.users.c.key)))
+
+    def records(self, name: str) -> tuple[int | None, list[Record]]:
+        """The user's version and the records that belong to it, oldest first; (None, []) for an unknown user."""
+        table, users = schema.records.c, schema.users.c
+        rows = sa.select(users.version, table.id, table.input, table.output, table.time, table.position)
+        rows = rows.join_from(schema.users, schema.records, isouter=True).where(users.name == name).order_by(table.position)
+        with self._read() as connection:
+            found = connection.execute(rows).all()
+        return (found[0].version if found else None), [_record(name, row) for row in found if row.id is not None]
+
+    @contextmanager
+    def change(self, name: str, *, version: int | None = None, create: bool = False) -> Iterator[UserChange]:
+        """Change a user: all or nothing, and nobody else at the same time.
+
+        Raises:
+            Stale: `version` was given and is not the user's any more.
+            StoreError: no such user (unless `create`), or the database fails.
+        """
+        with self._write() as connection:
+            found = _locked(connection, name)
+            if found is None and create:
+                _insert(connection, schema.users, [{"name": name, "version": 0, "created": time.time()}])
+                found = _locked(connection, name)
+            if found is None:
+                raise StoreError("no such user")
+            if version is not None and found.version != version:
+                raise Stale(f"the user is at version {found.version}, not {version}: read again")
+            change = UserChange(connection, found.key, name)
+            yield change
+            if change.changed:
+                at = schema.users.c.key == found.key
+                connection.execute(sa.update(schema.users).where(at).values(version=schema.users.c.version + 1))
+
+    def add_records(self, name: str, records: Sequence[Record]) -> Added:
+        """Add records, and the user with them; the same records again change nothing."""
+        with self.change(name, create=True) as user:
+            return user.add(records)
+
+    def delete_user(self, name: str) -> dict[str, int] | None:
+        """Delete the user and everything about the user: rows per table, or None for an unknown user.
+
+        A key that spoke for this user alone is deleted too: it names the user. In SQLite the bytes are overwritten; PostgreSQL's
+        stay in its files until `scrub`.
+        """
+        counts: dict[str, int] = {}
+        with self._write() as connection:
+            found = _locked(connection, name)
+            if found is None:
+                return None
+            for table in schema.OF_USERS:
+                counts[table.name] = connection.execute(sa.delete(table).where(table.c.user == found.key)).rowcount
+            counts["keys"] = _delete_keys_of(connection, name)
+            connection.execute(sa.delete(schema.users).where(schema.users.c.key == found.key))
+        self._shorten_log()
+        return counts
+
+    def export_user(self, name: str) -> dict[str, Any] | None:
+        """All that is kept about a user, as plain values; heads as lists of bytes are the caller's to write."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(schema.users).where(schema.users.c.name == name)).one_or_none()
+            if row is None:
+                return None
+            of_user = {table.name: _rows_of(connection, table, row.key) for table in reversed(schema.OF_USERS)}
+            named = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users).where(schema.key_users.c.name == name)
+            keys = [dict(each._mapping) for each in connection.execute(named)]
+        return {"user": name, "version": row.version, "created": row.created, **of_user, "keys": keys}
+
+    # ---- heads
+
+    def heads(self, name: str, bundle: str) -> dict[str, Head]:
+        """The user's heads for a bundle, by scorer; empty where none was fitted."""
+        table = schema.heads.c
+        rows = sa.select(table.scorer, table.known, table.delta).join_from(schema.heads, schema.users)
+        with self._read() as connection:
+            found = connection.execute(rows.where(schema.users.c.name == name, table.bundle == bundle)).all()
+        return {row.scorer: Head(row.known, row.delta) for row in found}
+
+    # ---- answered requests
+
+    def keep_request(self, request: Request) -> None:
+        """Keep an answered request of a known user; of a user who was deleted in the meantime nothing is kept."""
+        table = schema.requests
+        key = sa.select(schema.users.c.key).where(schema.users.c.name == request.user)
+        with self._write() as connection:
+            user = connection.scalar(key.with_for_update(read=True))
+            if user is not None:
+                values = {"id": request.id, "user": user, "created": request.created, "bundle": request.bundle, "content": request.content}
+                connection.execute(sa.insert(table).values(values))
+
+    def request(self, id: str) -> Request | None:
+        """A kept request."""
+        table = schema.requests.c
+        rows = sa.select(table.id, schema.users.c.name, table.created, table.bundle, table.content)
+        with self._read() as connection:
+            row = connection.execute(rows.join_from(schema.requests, schema.users).where(table.id == id)).one_or_none()
+        return None if row is None else Request(*row)
+
+    def drop_requests(self, before: float) -> int:
+        """Forget requests that were answered before a time; returns how many."""
+        with self._write() as connection:
+            return connection.execute(sa.delete(schema.requests).where(schema.requests.c.created < before)).rowcount
+
+    # ---- API keys
+
+    def add_key(self, key: Key) -> None:
+        """Keep a new key."""
+        with self._write() as connection:
+            plain = {name: getattr(key, name) for name in ("id", "hash", "label", "admin", "created", "revoked")}
+            connection.execute(sa.insert(schema.keys).values(plain))
+            if key.users:
+                connection.execute(sa.insert(schema.key_users), [{"key": key.id, "name": name} for name in key.users])
+
+    def keys(self) -> list[Key]:
+        """Every key, oldest first, revoked ones among them."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(schema.keys).order_by(schema.keys.c.created, schema.keys.c.id)).all()
+            named = connection.execute(sa.select(schema.key_users).order_by(schema.key_users.c.name)).all()
+        return [_key(row, [each.name for each in named if each.key == row.id]) for row in rows]
+
+    def key(self, id: str) -> Key | None:
+        """A key by its public id."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(schema.keys).where(schema.keys.c.id == id)).one_or_none()
+            names = connection.scalars(sa.select(schema.key_users.c.name).where(schema.key_users.c.key == id)).all()
+        return None if row is None else _key(row, sorted(names))
+
+    def has_keys(self) -> bool:
+        """Whether any key was ever made: then every request needs one."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.exists(sa.select(schema.keys.c.id)))) is True
+
+    def revoke_key(self, id: str) -> bool:
+        """Make a key useless from the next request on; False if there is none of that id."""
+        at = schema.keys.c.id == id
+        with self._write() as connection:
+            connection.execute(sa.update(schema.keys).where(at, schema.keys.c.revoked.is_(None)).values(revoked=time.time()))
+            return connection.scalar(sa.select(sa.exists(sa.select(schema.keys.c.id).where(at)))) is True
+
+    # ---- jobs
+
+    def add_job(self, id: str, name: str, kind: str) -> Job | None:
+        """A new job that waits; None for an unknown user."""
+        now = time.time()
+        with self._write() as connection:
+            found = _locked(connection, name)
+            if found is None:
+                return None
+            job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
+            values = {column: getattr(job, column) for column in ("id", "kind", "state", "done", "total", "error", "created", "updated")}
+            connection.execute(sa.insert(schema.jobs).values(user=found.key, **values))
+        return job
+
+    def job(self, id: str) -> Job | None:
+        """A job as it stands."""
+        with self._read() as connection:
+            row = connection.execute(_jobs().where(schema.jobs.c.id == id)).one_or_none()
+        return None if row is None else Job(*row)
+
+    def claim_job(self, *, abandoned_after: float = 60.0) -> Job | None:
+        """The oldest waiting job, or one whose server has not been heard of for so many seconds; it is the caller's now."""
+        table, now = schema.jobs.c, time.time()
+        lost = (table.state == "running") & (table.updated < now - abandoned_after)
+        first = _jobs().where((table.state == "waiting") | lost).order_by(table.created, table.id).limit(1)
+        with self._write() as connection:
+            row = connection.execute(first.with_for_update(skip_locked=True, of=schema.jobs)).one_or_none()
+            if row is None:
+                return None
+            connection.execute(sa.update(schema.jobs).where(table.id == row.id).values(state="running", updated=now))
+        return Job(*row)
+
+    def tell_job(self, id: str, done: int, total: int, *, state: str = "running", error: str = "") -> None:
+        """How far a job is, or how it ended; also the sign of life of whoever works on it."""
+        values = {"done": done, "total": total, "state": state, "error": error, "updated": time.time()}
+        with self._write() as connection:
+            connection.execute(sa.update(schema.jobs).where(schema.jobs.c.id == id).values(values))
+
+    # ---- what all servers share
+
+    def use_bundle(self, folder: str | None) -> None:
+        """The bundle that all servers answer with from their next request on."""
+        with self._write() as connection:
+            connection.execute(sa.delete(schema.serving).where(schema.serving.c.name == "bundle"))
+            if folder is not None:
+                connection.execute(sa.insert(schema.serving).values(name="bundle", value=folder))
+
+    # ---- upkeep
+
+    def scrub(self) -> None:
+        """Give what was deleted back to the system, so that no byte of it is left in the database's files."""
+        with self._bare() as connection:
+            connection.exec_driver_sql("VACUUM" if self.on_sqlite else "VACUUM (FULL, ANALYZE)")
+        self._shorten_log()
+
+    def _shorten_log(self) -> None:
+        """SQLite's log still holds pages as they were: write it back and empty it, as far as readers allow."""
+        if self.on_sqlite:
+            with self._bare() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each table."""
+        with self._read() as connection:
+            return {
+                table.name: connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in schema.metadata.sorted_tables
+            }
+
+    def check(self) -> list[str]:
+        """A line for each thing that is wrong: a damaged file, tables unlike this version's, rows that hang on no user."""
+        with self._read() as connection:
+            faults = migrate.differences(connection)
+            if self.on_sqlite:
+                faults += [f"damaged: {line}" for line in connection.scalars(sa.text("PRAGMA integrity_check")) if line != "ok"]
+            for table in schema.OF_USERS:
+                orphans = sa.select(sa.func.count()).where(table.c.user.not_in(sa.select(schema.users.c.key)))
+                if count := connection.scalar(orphans.select_from(table)):
+                    faults.append(f"{table.name}: {count} rows of users who are not there")
+        return faults
+
+    def backup(self, file: Path) -> dict[str, int]:
+        """Copy everything, as it is at one moment, into a new SQLite file, which is a store too; returns rows per table.
+
+        Raises:
+            StoreError: the file exists already, or cannot be written.
+        """
+        if file.exists():
+            raise StoreError(f"{file}: exists already, name a new file")
+        part = file.with_name(file.name + ".part")
+        part.unlink(missing_ok=True)
+        other = Store(f"sqlite:///{part}")
+        try:
+            counts = self._copy_to(other)
+            other._shorten_log()
+        finally:
+            other.close()
+        part.replace(file)
+        return counts
+
+    def restore(self, file: Path) -> dict[str, int]:
+        """Fill this store, which must be empty, from a backup; returns rows per table.
+
+        Raises:
+            StoreError: there are rows already, or the file is no backup.
+        """
+        if any(self.counts().values()):
+            raise StoreError(f"{shown(self.url)}: is not empty: restore into a new store")
+        if not file.is_file():
+            raise StoreError(f"{file}: no such file")
+        other = Store(f"sqlite:///{file}")
+        try:
+            return other._copy_to(self)
+        finally:
+            other.close()
+
+    def _copy_to(self, other: "Store") -> dict[str, int]:
+        counts: dict[str, int] = {}
+        with self._snapshot() as source, other._write() as target:
+            for table in schema.metadata.sorted_tables:
+                rows = source.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table))
+                counts[table.name] = 0
+                for part in rows.partitions():
+                    target.execute(sa.insert(table), [dict(row._mapping) for row in part])
+                    counts[table.name] += len(part)
+            if not other.on_sqlite:  # keys were given, not drawn: the sequence must go on behind them
+                last = sa.select(sa.func.max(schema.users.c.key)).scalar_subquery()
+                target.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence("users", "key"), sa.func.coalesce(last, 1))))
+        return counts
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[Connection]:
+        """All that is read inside is of one moment."""
+        level: dict[str, Any] = {} if self.on_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with told(self.url), self.engine.connect().execution_options(**level) as connection, connection.begin():
+            yield connection
+
+
+# ---- statements and rows
+
+
+def _locked(connection: Connection, name: str) -> Any:
+    """The user's row, which nobody else changes until the transaction ends."""
+    rows = sa.select(schema.users.c.key, schema.users.c.version).where(schema.users.c.name == name)
+    return connection.execute(rows.with_for_update()).one_or_none()
+
+
+def _insert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows; those that are there already stay as they are."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
+
+
+def _delete_keys_of(connection: Connection, name: str) -> int:
+    table = schema.key_users
+    held = list(connection.scalars(sa.select(table.c.key).where(table.c.name == name)))
+    connection.execute(sa.delete(table).where(table.c.name == name))
+    left = set(connection.scalars(sa.select(table.c.key).where(table.c.key.in_(held))))
+    empty = [key for key in held if key not in left]
+    return connection.execute(sa.delete(schema.keys).where(schema.keys.c.id.in_(empty), schema.keys.c.admin.is_(False))).rowcount
+
+
+def _rows_of(connection: Connection, table: sa.Table, user: int) -> list[dict[str, Any]]:
+    rows = connection.execute(sa.select(table).where(table.c.user == user))
+    return [{name: value for name, value in row._mapping.items() if name != "user"} for row in rows]
+
+
+def _jobs() -> "sa.Select[Any]":
+    table = schema.jobs.c
+    columns = (table.id, schema.users.c.name, table.kind, table.state, table.done, table.total, table.error, table.created, table.updated)
+    return sa.select(*columns).join_from(schema.jobs, schema.users)
+
+
+def _key(row: Any, users: Sequence[str]) -> Key:
+    return Key(row.id, row.hash, row.label, row.admin, tuple(users), row.created, row.revoked)
+
+
+def _record(name: str, row: Any) -> Record:
+    return Record(name, row.id, row.input, row.output, row.time, parse_time(row.time), row.position)

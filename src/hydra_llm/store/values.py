@@ -1,0 +1,81 @@
+"""What the store gives and takes, beside records. Knows no database."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_llm.errors import StoreError
+
+
+class Stale(StoreError):
+    """Somebody else has changed the user since the version that the caller read: read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserState:
+    """What a server asks before it trusts its memory."""
+
+    version: int | None
+    """Grows with every change of the user's records or heads; None for an unknown user."""
+    bundle: str | None
+    """Folder of the bundle that all servers of this store answer with; None where none was chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of records that were sent."""
+
+    added: int = 0
+    changed: int = 0
+    """Known id, other content: replaced, at the same place in the user's order."""
+    unchanged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One user's δ of one scorer of one bundle."""
+
+    known: int
+    """How many of the user's records it was fitted on."""
+    delta: bytes
+    """Little-endian float32 numbers, in the order that the head bank gives them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An answered request, kept so that feedback can refer to it."""
+
+    id: str
+    user: str
+    created: float
+    bundle: str
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key; its secret is nowhere, its hash in the store alone."""
+
+    id: str
+    hash: str
+    label: str
+    admin: bool
+    users: tuple[str, ...]
+    """For whom it may speak; an admin's key speaks for all."""
+    created: float
+    revoked: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work that goes on after the request that asked for it."""
+
+    id: str
+    user: str
+    kind: str
+    state: str
+    """waiting, running, done or failed."""
+    done: int
+    total: int
+    error: str
+    created: float
+    updated: float

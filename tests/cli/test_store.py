@@ -1,0 +1,55 @@
+"""`hydra-llm store`: a database's life from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from hydra_llm.cli.main import run
+from hydra_llm.store.store import Store
+from hydra_llm.types import Record
+
+
+def test_a_store_is_made_checked_copied_and_filled_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url, other, backup = f"sqlite:///{tmp_path / 'a.db'}", f"sqlite:///{tmp_path / 'b.db'}", str(tmp_path / "backup.db")
+    assert run(["store", "migrate", "--store", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0001"}
+    store = Store(url)
+    store.add_records("ada", [Record("ada", "r1", "question", "yes")])
+    store.close()
+    assert run(["store", "migrate", "--store", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"from": "0001", "to": "0001"}
+    assert run(["store", "backup", backup, "--store", url]) == 0
+    assert f"wrote {backup}: it holds users' texts" in capsys.readouterr().err
+    assert run(["store", "restore", backup, "--store", other, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 1
+    assert run(["store", "scrub", "--store", other]) == 0
+    assert run(["store", "check", "--store", other, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["faults"], found["rows"]["users"]) == ([], 1)
+
+
+def test_what_is_wrong_with_a_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.db"
+    url = f"sqlite:///{file}"
+    for arguments, said in (
+        (["check", "--store", "nonsense"], "store 'nonsense': no database URL: sqlite:///FILE or postgresql+psycopg://..."),
+        (["restore", str(tmp_path / "none.db"), "--store", url], "none.db: no such file"),
+        (["backup", str(file), "--store", url], "a.db: exists already, name a new file"),
+    ):
+        assert run(["store", *arguments]) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP INDEX ix_jobs_state")
+    engine.dispose()
+    assert run(["store", "check", "--store", url]) == 1
+    assert "unlike the schema: add_index" in capsys.readouterr().err
+    with sa.create_engine(url).begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    for command in ("check", "migrate"):
+        assert run(["store", command, "--store", url]) == 2
+        assert "which a newer hydra-llm has made: this one knows 0001" in capsys.readouterr().err

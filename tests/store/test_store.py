@@ -1,0 +1,458 @@
+"""The store, on both databases: what was written is there, once, for everybody, and what was deleted is nowhere."""
+
+import dataclasses
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.errors import SettingsError, StoreError
+from hydra_llm.history import parse_time
+from hydra_llm.store import migrate, schema
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Added, Head, Key, Request, Stale
+from hydra_llm.types import Record
+
+
+def record(id: str, output: str = "yes", time: str = "2020-01-01", user: str = "ada") -> Record:
+    return Record(user, id, f"question {id}", output, time, parse_time(time))
+
+
+def request(id: str, user: str = "ada", **content: object) -> Request:
+    return Request(id, user, 1.0, "bundle", content)
+
+
+# ---- records
+
+
+def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> None:
+    sent = [record("b"), record("a"), record("c", time="")]
+    assert store.add_records("ada", sent) == Added(3, 0, 0)
+    version, found = store.records("ada")
+    assert version == store.state("ada").version == 1
+    assert found == [dataclasses.replace(each, position=i) for i, each in enumerate(sent)]
+    assert store.add_records("ada", sent) == Added(0, 0, 3)
+    assert store.state("ada").version == 1, "nothing changed, so nobody need read again"
+    assert store.add_records("ada", [record("a", "no"), record("d")]) == Added(1, 1, 0)
+    assert [(each.id, each.output, each.position) for each in store.records("ada")[1]] == [
+        ("b", "yes", 0),
+        ("a", "no", 1),
+        ("c", "yes", 2),
+        ("d", "yes", 3),
+    ]
+    assert store.state("ada").version == 2
+
+
+def test_a_user_who_is_unknown_has_nothing(store: Store) -> None:
+    assert store.state("bob").version is None
+    assert store.records("bob") == (None, [])
+    assert store.heads("bob", "bundle") == {}
+    assert store.delete_user("bob") is None
+    assert store.export_user("bob") is None
+    assert store.add_job("j", "bob", "fit") is None
+    with pytest.raises(StoreError, match="no such user"), store.change("bob"):
+        raise AssertionError("a change of nobody began")
+
+
+def test_a_removed_record_takes_the_heads_with_it_and_leaves_a_gap(store: Store) -> None:
+    store.add_records("ada", [record("a"), record("b")])
+    with store.change("ada") as ada:
+        ada.put_heads("bundle", {"adapter": Head(2, b"\0\1")})
+    with store.change("ada") as ada:
+        assert not ada.remove("z")
+        assert ada.remove("a")
+    assert store.heads("ada", "bundle") == {}
+    store.add_records("ada", [record("c")])
+    assert [(each.id, each.position) for each in store.records("ada")[1]] == [("b", 1), ("c", 2)]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.tuples(st.sampled_from("abcd"), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))))))
+def test_any_order_of_writes_ends_as_a_dict_would(store: Store, batches: list[list[tuple[str, str]]]) -> None:
+    store.delete_user("ada")
+    known: dict[str, str] = {}
+    for batch in batches:
+        store.add_records("ada", [record(id, output) for id, output in batch])
+        known.update(batch)
+    assert {each.id: each.output for each in store.records("ada")[1]} == known
+
+
+# ---- versions
+
+
+def test_a_writer_that_read_an_older_version_is_refused_and_changes_nothing(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+    read = store.state("ada").version
+    store.add_records("ada", [record("b")])
+    with pytest.raises(Stale, match="at version 2, not 1"), store.change("ada", version=read) as ada:
+        ada.put_heads("bundle", {"adapter": Head(1, b"old")})
+    assert store.heads("ada", "bundle") == {}
+
+
+def test_an_error_inside_a_change_undoes_all_of_it(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+
+    def begin_and_fail() -> None:
+        with store.change("ada") as ada:
+            ada.add([record("b")])
+            ada.put_heads("bundle", {"adapter": Head(1, b"x")})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        begin_and_fail()
+    assert [each.id for each in store.records("ada")[1]] == ["a"]
+    assert store.heads("ada", "bundle") == {}
+    assert store.state("ada").version == 1
+
+
+def test_no_update_is_lost_between_threads_and_connections(store: Store, url: str) -> None:
+    other = Store(url)
+    failures: list[BaseException] = []
+
+    def add(place: Store, name: str) -> None:
+        try:
+            for i in range(10):
+                place.add_records("ada", [record(f"{name}{i}")])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=add, args=(place, f"{i}-")) for i, place in enumerate((store, other, store, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    other.close()
+    assert not failures
+    version, found = store.records("ada")
+    assert (version, len(found)) == (40, 40)
+    assert [each.position for each in found] == list(range(40))
+
+
+def test_another_process_sees_a_write_at_once(store: Store, url: str) -> None:
+    other = Store(url)
+    assert other.state("ada").version is None
+    store.add_records("ada", [record("a")])
+    assert other.state("ada").version == 1
+    store.use_bundle("/bundles/new")
+    assert other.state("ada").bundle == "/bundles/new"
+    store.use_bundle(None)
+    assert other.state("ada").bundle is None
+    other.close()
+
+
+# ---- feedback, requests, keys, jobs
+
+
+def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+    said = {"chosen": 1, "why": ["ü"]}
+    with store.change("ada") as ada:
+        assert ada.put_feedback("r1", said)
+    with store.change("ada") as ada:
+        assert not ada.put_feedback("r1", said)
+    with pytest.raises(Stale, match="other feedback"), store.change("ada") as ada:
+        ada.put_feedback("r1", {"chosen": 2})
+    assert store.counts()["feedback"] == 1
+
+
+def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+    store.keep_request(request("r1", candidates=["x", "y"]))
+    store.keep_request(dataclasses.replace(request("r2"), created=9.0))
+    store.keep_request(request("r3", user="nobody"))
+    assert store.request("r1") == request("r1", candidates=["x", "y"])
+    assert store.request("r3") is None
+    assert store.drop_requests(5.0) == 1
+    assert store.request("r1") is None
+    assert store.request("r2") is not None
+
+
+def test_keys(store: Store) -> None:
+    admin = Key("k1", "hash1", "for all", True, (), 1.0, None)
+    bound = Key("k2", "hash2", "for two", False, ("ada", "bob"), 2.0, None)
+    assert not store.has_keys()
+    store.add_key(admin)
+    store.add_key(bound)
+    assert store.has_keys()
+    assert store.keys() == [admin, bound]
+    assert store.key("k2") == bound
+    assert store.key("k3") is None
+    assert store.revoke_key("k2")
+    assert not store.revoke_key("k3")
+    revoked = store.key("k2")
+    assert revoked is not None
+    assert revoked.revoked is not None
+    assert store.revoke_key("k2")
+    assert store.key("k2") == revoked, "a key is revoked once"
+
+
+def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: Store, url: str) -> None:
+    store.add_records("ada", [record("a")])
+    assert store.claim_job() is None
+    made = store.add_job("j1", "ada", "fit")
+    assert made is not None
+    assert store.job("j1") == made
+    other, claimed = Store(url), []
+    threads = [threading.Thread(target=lambda place=place: claimed.append(place.claim_job())) for place in (store, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    other.close()
+    assert [job.id for job in claimed if job] == ["j1"]
+    store.tell_job("j1", 3, 10)
+    assert store.claim_job() is None
+    time.sleep(0.02)
+    again = store.claim_job(abandoned_after=0.01)
+    assert again is not None
+    assert (again.id, again.done, again.total) == ("j1", 3, 10)
+    store.tell_job("j1", 10, 10, state="done")
+    assert store.claim_job(abandoned_after=0.0) is None
+
+
+# ---- deletion and export
+
+
+def fill(store: Store, name: str, secret: str) -> None:
+    """Everything that can be kept about a user, with `secret` in each text."""
+    store.add_records(name, [record(f"{secret}-{i}", f"{secret} answer", user=name) for i in range(50)])
+    with store.change(name) as user:
+        user.put_heads("bundle", {"adapter": Head(50, secret.encode() * 100), "reranker": Head(50, secret.encode())})
+        user.put_feedback(f"request-{name}", {"edited": secret})
+    store.keep_request(request(f"request-{name}", user=name, text=secret))
+    store.add_job(f"job-{name}", name, "fit")
+    store.tell_job(f"job-{name}", 0, 0, state="failed", error=secret)
+    store.add_key(Key(f"key-{name}", f"hash-{name}", secret, False, (name,), 1.0, None))
+
+
+def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
+    fill(store, "ada", "marmalade")
+    found = store.export_user("ada")
+    deleted = store.delete_user("ada")
+    assert found is not None
+    assert deleted == {name: len(found[name]) for name in ("feedback", "requests", "jobs", "heads", "records", "keys")}
+    assert deleted["records"] == 50
+    assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys"}
+
+
+def test_after_a_deletion_no_byte_is_left_and_nobody_else_has_changed(store: Store, tmp_path: Path) -> None:
+    fill(store, "lovelace", "marmalade")
+    fill(store, "bob", "rhubarb")
+    store.add_key(Key("both", "hash-both", "two people", False, ("lovelace", "bob"), 1.0, None))
+    before = store.export_user("bob")
+    assert _bytes_with(store, tmp_path, b"marmalade")
+    store.delete_user("lovelace")
+    store.scrub()
+    assert not _bytes_with(store, tmp_path, b"marmalade")
+    assert not _bytes_with(store, tmp_path, b"lovelace")
+    assert _bytes_with(store, tmp_path, b"rhubarb")
+    assert store.export_user("bob") == before
+    key = store.key("both")
+    assert key is not None
+    assert key.users == ("bob",)
+    fill_again = store.add_records("lovelace", [record("a")])
+    assert fill_again == Added(1, 0, 0)
+
+
+def test_sqlite_leaves_no_byte_even_before_it_is_scrubbed(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'store.db'}")
+    fill(store, "ada", "marmalade")
+    store.delete_user("ada")
+    assert not _bytes_with(store, tmp_path, b"marmalade")
+    store.close()
+
+
+def _bytes_with(store: Store, folder: Path, needle: bytes) -> bool:
+    """Whether the database's files hold the bytes: SQLite's own, or the files of PostgreSQL's tables."""
+    if store.on_sqlite:
+        return any(needle in file.read_bytes() for file in folder.iterdir())
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("CHECKPOINT")
+        of_ours = "FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+        ours = sa.text(f"SELECT pg_relation_filepath(oid) {of_ours} AND relkind IN ('r', 'i')")
+        toasts = sa.text(f"SELECT pg_relation_filepath(reltoastrelid) {of_ours}")
+        paths = [path for statement in (ours, toasts) for path in connection.scalars(statement) if path]
+    data = Path(os.environ["TEST_POSTGRES_DATA"])
+    return any(needle in (data / path).read_bytes() for path in paths)
+
+
+# ---- backup, check, migrations
+
+
+def test_a_backup_is_a_store_and_fills_an_empty_one(store: Store, tmp_path: Path) -> None:
+    fill(store, "ada", "marmalade")
+    fill(store, "bob", "rhubarb")
+    file = tmp_path / "backup.db"
+    counts = store.backup(file)
+    assert counts == store.counts()
+    with pytest.raises(StoreError, match="exists already"):
+        store.backup(file)
+    with pytest.raises(StoreError, match="is not empty"):
+        store.restore(file)
+    exports = {name: store.export_user(name) for name in store.users()}
+    for name in exports:
+        store.delete_user(name)
+    assert store.restore(file) == counts
+    assert {name: store.export_user(name) for name in store.users()} == exports
+    store.add_records("eve", [record("a")])
+    assert store.users() == ["ada", "bob", "eve"]
+    assert store.check() == []
+
+
+def test_what_is_wrong_is_told(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+    assert store.check() == []
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN more INTEGER")
+        connection.exec_driver_sql("DROP INDEX ix_jobs_state")
+    assert len(store.check()) == 2
+
+
+def test_a_damaged_file_is_told_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "store.db"
+    store = Store(f"sqlite:///{file}")
+    store.add_records("ada", [record(f"r{i}", "x" * 500) for i in range(200)])
+    store.close()
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2 : len(raw) // 2 + 20000] = random.Random(0).randbytes(20000)
+    file.write_bytes(raw)
+    with pytest.raises(StoreError, match=r"^store sqlite:.*malformed$"):
+        Store(f"sqlite:///{file}").check()
+
+
+def test_the_migrations_make_the_schema(store: Store) -> None:
+    with store.engine.connect() as connection:
+        assert migrate.differences(connection) == []
+        assert migrate.revision(connection) == migrate.latest()
+
+
+def test_tables_of_another_version_are_refused_with_the_fix(store: Store, url: str) -> None:
+    def set_version(value: str) -> None:
+        with store.engine.begin() as connection:
+            connection.execute(sa.text("UPDATE alembic_version SET version_num = :v"), {"v": value})
+
+    set_version("9999")
+    with pytest.raises(StoreError, match="which a newer hydra-llm has made"):
+        Store(url)
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE alembic_version")
+    with pytest.raises(StoreError, match="take another database"):
+        Store(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense", "no database URL"),
+        ("mysql://host/db", "mysql is not supported"),
+        ("sqlite://", "name a file"),
+    ],
+)
+def test_urls_that_cannot_be_opened(url: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Store(url)
+
+
+def test_a_database_that_is_not_there_is_one_line_without_the_password(tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as found:
+        Store("postgresql+psycopg://me:secret-word@127.0.0.1:1/db")
+    assert "secret-word" not in str(found.value)
+    assert "\n" not in str(found.value)
+    with pytest.raises(StoreError, match="unable to open"):
+        Store(f"sqlite:///{tmp_path / 'no' / 'folder' / 'store.db'}")
+
+
+# ---- kill -9
+
+WRITER = """
+import itertools, sys
+from hydra_llm.store.store import Store
+from hydra_llm.types import Record
+store = Store(sys.argv[1])
+start = int(sys.argv[2])
+for i in itertools.count(start):
+    store.add_records("ada", [Record("ada", f"r{i}", f"question {i}", "yes"), Record("ada", f"s{i}", f"other {i}", "no")])
+    print(i, flush=True)
+"""
+
+
+def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
+    acknowledged = 0
+    for _ in range(50):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, url, str(acknowledged)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        said = [writer.stdout.readline() for _ in range(3)]
+        writer.send_signal(signal.SIGKILL)
+        said += writer.stdout.read().splitlines()
+        writer.wait()
+        acknowledged = max(int(line) for line in said if line.strip()) + 1
+        store = Store(url)
+        ids = [each.id for each in store.records("ada")[1]]
+        assert store.check() == []
+        store.close()
+        assert ids[: 2 * acknowledged] == [f"{kind}{i}" for i in range(acknowledged) for kind in "rs"]
+        assert len(ids) % 2 == 0, "half of a write is none"
+        assert len(ids) - 2 * acknowledged <= 2, "at most the write that was under way came through unacknowledged"
+
+
+def test_a_restarted_postgresql_is_met_again_and_has_kept_what_it_acknowledged() -> None:
+    """A server of this test alone: others keep theirs."""
+    tool = Path(__file__).parents[2] / "tools" / "with_postgres.py"
+    spec = importlib.util.spec_from_file_location("with_postgres", tool)
+    assert spec is not None
+    assert spec.loader is not None
+    with_postgres = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(with_postgres)
+    programs = with_postgres.binaries()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    with with_postgres.server(programs) as found:
+        store = Store(found["TEST_POSTGRES_URL"])
+        acknowledged: list[str] = []
+        refused: list[str] = []
+        ended = threading.Event()
+
+        def write() -> None:
+            while not ended.is_set():
+                id = f"r{len(acknowledged) + len(refused)}"
+                try:
+                    store.add_records("ada", [record(id)])
+                    acknowledged.append(id)
+                except StoreError as error:
+                    refused.append(str(error))
+                    time.sleep(0.01)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        for _ in range(3):
+            before = len(acknowledged)
+            _until(lambda before=before: len(acknowledged) > before + 5)
+            with_postgres.restart(programs, found["TEST_POSTGRES_DATA"])
+        before = len(acknowledged)
+        _until(lambda: len(acknowledged) > before + 5)
+        ended.set()
+        writer.join()
+        there = {each.id for each in store.records("ada")[1]}
+        store.close()
+    assert refused, "it was restarted under load"
+    assert all("\n" not in line for line in refused)
+    assert set(acknowledged) <= there
+    assert len(there - set(acknowledged)) <= 3, "a write whose acknowledgement was lost may be there, once a restart"
+
+
+def _until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
