@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from hydra_llm.learning.solve import Problem, _objective, _slope, head_problem, in_basis, losses, solve
+from hydra_llm.learning.solve import Problem, _objective, head_problem, in_basis, losses, slope, solve
 from hydra_llm.model.combine import ByLabel, Cross
 from hydra_llm.model.scorer import Loss
 
@@ -140,7 +140,7 @@ def test_slopes_are_autograds(loss: Loss) -> None:
 
     (gradient,) = torch.autograd.grad(total(scores), scores)
     _, product = torch.autograd.functional.hvp(total, scores, direction)
-    found, hessian = _slope(scores.detach(), problem)
+    found, hessian = slope(scores.detach(), problem)
     assert torch.allclose(found, gradient, atol=1e-10)
     assert torch.allclose(hessian(direction), product, atol=1e-10)
 

@@ -201,7 +201,19 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     base_of(plain)
     _ready(scorer, plain)
     fit_heads(scorer, plain, names)
+    if not isinstance(scorer.bank, KernelBank):
+        measure_curvature(scorer, plain)
     return report
+
+
+@torch.no_grad()
+def measure_curvature(scorer: FactorizedScorer, table: Table) -> None:
+    """How much one group says about a head, where the users' own heads stand: what moves a head with feedback (online.py)."""
+    assert table.groups.target is not None
+    telling = table.take((table.groups.target.sum(-1) > 0).nonzero()[:, 0])
+    if len(telling):
+        own = scorer.core(telling.groups, scorer.rows(telling.users))
+        scorer.curvature.measure(scorer.combiner, scorer.bank, telling.groups, own, binary=scorer.loss == "binary")
 
 
 def _choose_strengths(scorer: FactorizedScorer, plain: Table, splits: Sequence[Split], report: FitReport) -> None:

@@ -75,7 +75,7 @@ def losses(scores: Tensor, target: Tensor, mask: Tensor, loss: Loss) -> Tensor:
     return -(target * logp * mask).sum(-1)
 
 
-def _slope(scores: Tensor, problem: Problem) -> tuple[Tensor, Apply]:
+def slope(scores: Tensor, problem: Problem) -> tuple[Tensor, Apply]:
     """Gradient of the losses by the scores, and the product with their Hessian."""
     mask, target = problem.mask, problem.target
     if problem.loss == "binary":
@@ -96,7 +96,7 @@ def solve(problem: Problem, precision: float | Tensor, *, steps: int = 25, toler
     value = _objective(v, problem, precision)
     floor: Tensor | None = None
     for _ in range(steps):
-        g_scores, curvature = _slope(problem.offset + problem.dot(v), problem)
+        g_scores, curvature = slope(problem.offset + problem.dot(v), problem)
         gradient = problem.outer(g_scores) + precision * v
         worst = gradient.abs().amax(-1)
         floor = worst.clamp_min(1.0) * tolerance if floor is None else floor

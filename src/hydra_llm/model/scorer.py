@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hydra_llm.errors import UnknownUser
 from hydra_llm.model.combine import Combiner, Groups, make_combiner
+from hydra_llm.model.curvature import Curvature
 from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
 
 Loss = Literal["listwise", "binary"]
@@ -36,6 +37,7 @@ class FactorizedScorer(nn.Module):
     def __init__(self, combiner: Combiner, bank: HeadBank, evidence: Sequence[str], *, loss: Loss = "listwise"):
         super().__init__()
         self.combiner, self.bank, self.loss = combiner, bank, loss
+        self.curvature = Curvature()
         self.evidence_names = tuple(evidence)
         self.users: dict[str, int] = {}
         self.known: dict[str, int] = {}
@@ -151,6 +153,7 @@ class FactorizedScorer(nn.Module):
         bank = make_bank(config["head"], combiner, rank=config["rank"] or 16, users=len(users))
         scorer = cls(combiner, bank, config["evidence"], loss=config["loss"])
         scorer.users = users
+        scorer.curvature = Curvature(*(len(tensors.get(f"curvature.{part}", ())) for part in ("left", "right")))
         plain = {name: value for name, value in tensors.items() if not name.startswith(("bank.keys.", "bank.residuals."))}
         if isinstance(bank, KernelBank):
             for name in tensors:
@@ -158,6 +161,7 @@ class FactorizedScorer(nn.Module):
                     row = int(name.removeprefix("bank.keys."))
                     bank.remember(row, tensors[name], tensors[f"bank.residuals.{row}"])
             plain["bank._extra_state"] = bank.get_extra_state()  # type: ignore[assignment]
-        scorer.load_state_dict(plain)
+        empty = {f"curvature.{name}": value for name, value in Curvature().state_dict().items()}
+        scorer.load_state_dict({**empty, **plain})  # bundles of before have no curvature
         scorer.known = dict(zip(config["users"], config["known"], strict=True))
         return scorer.eval()

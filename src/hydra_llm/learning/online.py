@@ -1,0 +1,59 @@
+"""A head moves with feedback: the latest groups that were judged, exactly, and all that came before as a Gaussian (DESIGN 2: online).
+
+    minimise over δ   Σ over ≤ WINDOW judged groups of loss(δ)  +  ½ (δ − δ_fit)ᵀ (λ + N·F) (δ − δ_fit)
+
+δ_fit is the head as it was fitted on N records, λ the prior's precision, F the mean curvature of a group (model/curvature.py). The head is
+a function of the fitted head and of a set of judged groups: whoever adds the same ones in another order, or one of them twice, gets the
+same head, and memory and time are bounded. What leaves the window is not lost: accepted answers are records, which the next fit sees.
+`kernel` and `mlp` heads wait for that fit, and so does the bias of a binary loss: no choice depends on it.
+
+Letters: G groups, C candidates, V length of a head (low rank: K coefficients). Knows no texts and no files.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hydra_llm.learning.solve import Problem, in_basis, solve
+from hydra_llm.learning.table import Table
+from hydra_llm.model.heads import LinearBank, LowRankBank
+from hydra_llm.model.scorer import FactorizedScorer
+
+WINDOW = 64
+"""Judged groups that count, the latest."""
+
+
+def moves(scorer: FactorizedScorer) -> bool:
+    """Whether this scorer's heads can move with feedback: linear and low-rank heads of a bundle whose curvature was measured."""
+    return isinstance(scorer.bank, LinearBank | LowRankBank) and scorer.curvature.known
+
+
+@torch.no_grad()
+def moved(scorer: FactorizedScorer, row: int, known: int, judged: Table) -> Tensor:
+    """The head [V] that serves, where the bank's `row` holds the head as it was fitted on `known` records.
+
+    `judged` holds one user's groups with targets, oldest first; of more than `WINDOW` the latest count.
+    """
+    bank, combiner, curvature = scorer.bank, scorer.combiner, scorer.curvature
+    assert isinstance(bank, LinearBank | LowRankBank)
+    groups = judged.groups[-WINDOW:]
+    fitted = bank.weight[row].clone() if row >= 0 else torch.zeros(bank.weight.shape[1])
+    if not len(groups):
+        return fitted
+    assert groups.target is not None
+    x, offset = combiner(groups)[None], scorer.core(groups, torch.full((len(groups),), row))[None]
+    problem = Problem(
+        lambda v: combiner.dot(x, v),
+        lambda r: combiner.outer(x, r),
+        combiner.size,
+        offset,
+        groups.target[None],
+        groups.mask[None],
+        scorer.loss,
+    )
+    if isinstance(bank, LowRankBank):
+        problem = in_basis(problem, bank.basis)
+    turned = replace(problem, dot=lambda v: problem.dot(curvature.turn(v)), outer=lambda r: curvature.back(problem.outer(r)))
+    precision = float(scorer.prior_precision) + known * curvature.values
+    return fitted + curvature.turn(solve(turned, precision))[0]
