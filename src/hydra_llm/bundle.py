@@ -188,5 +188,5 @@ def _headless(scorer: FactorizedScorer | None) -> FactorizedScorer | None:
     if scorer is None:
         return None
     stranger = copy(scorer)
-    stranger.users, stranger.known = {}, {}
+    stranger.users, stranger.known, stranger.empty = {}, {}, []
     return stranger

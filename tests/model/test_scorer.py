@@ -109,6 +109,26 @@ def test_forgetting_enrolling_and_saving_in_any_order_keep_everyone_elses_scores
         assert torch.equal(scorer.score(groups, [name]), expected.get(name, shared)), name
 
 
+@pytest.mark.parametrize("head", ["linear", "lowrank", "mlp", "kernel"])
+def test_a_head_that_was_kept_elsewhere_comes_back_into_a_row_that_was_freed(head: str) -> None:
+    scorer, groups = scorer_of(head), random_groups(1)
+    expected = {name: scorer.score(groups, [name]) for name in NAMES}
+    kept = {name: (scorer.head_of(name), scorer.known.get(name, 0)) for name in NAMES}
+    rows = len(scorer.bank)
+    for name in NAMES:
+        scorer.forget(name)
+    for name in reversed(NAMES):
+        scorer.put_head(name, *kept[name])
+    assert len(scorer.bank) == rows
+    assert {name: scorer.known[name] for name in NAMES} == {name: known for name, (_, known) in kept.items()}
+    for name in NAMES:
+        assert torch.equal(scorer.score(groups, [name]), expected[name])
+    with pytest.raises(ValueError, match="numbers"):
+        scorer.put_head("ann", torch.ones(5), 0)
+    with pytest.raises(UnknownUser):
+        scorer.head_of("stranger")
+
+
 def test_forgetting_leaves_none_of_the_users_numbers() -> None:
     for head in ("linear", "lowrank", "mlp", "kernel"):
         scorer = scorer_of(head)

@@ -42,8 +42,25 @@ class HeadBank(nn.Module):
         """Set the δ of a row to 0: the user is forgotten."""
         raise NotImplementedError
 
+    def take(self, row: int) -> Tensor:
+        """One user's δ as a flat vector, a copy: what is kept of a user elsewhere."""
+        raise NotImplementedError
+
+    def put(self, row: int, numbers: Tensor) -> None:
+        """Set a row to what `take` gave.
+
+        Raises:
+            ValueError: it is of another length than this bank's.
+        """
+        raise NotImplementedError
+
     def shared_parameters(self) -> list[nn.Parameter]:
         raise NotImplementedError
+
+
+def _check_length(numbers: Tensor, wanted: int) -> None:
+    if numbers.shape != (wanted,):
+        raise ValueError(f"a head of {len(numbers)} numbers, where this bank has {wanted} a user")
 
 
 def _pick(table: Tensor, rows: Tensor) -> Tensor:
@@ -109,6 +126,13 @@ class LinearBank(_LinearShared):
     def clear(self, row: int) -> None:
         self.weight[row], self.bias[row] = 0.0, 0.0
 
+    def take(self, row: int) -> Tensor:
+        return torch.cat([self.weight[row], self.bias[row : row + 1]])
+
+    def put(self, row: int, numbers: Tensor) -> None:
+        _check_length(numbers, self.numbers_per_user)
+        self.weight[row], self.bias[row] = numbers[:-1], numbers[-1]
+
 
 class LowRankBank(_LinearShared):
     """δᵤ = cᵤ·B with a basis B [K, V] that all users share: K numbers a user."""
@@ -138,6 +162,13 @@ class LowRankBank(_LinearShared):
 
     def clear(self, row: int) -> None:
         self.weight[row] = 0.0
+
+    def take(self, row: int) -> Tensor:
+        return self.weight[row].clone()
+
+    def put(self, row: int, numbers: Tensor) -> None:
+        _check_length(numbers, self.numbers_per_user)
+        self.weight[row] = numbers
 
 
 class MLPBank(HeadBank):
@@ -182,6 +213,13 @@ class MLPBank(HeadBank):
 
     def clear(self, row: int) -> None:
         self.weight[row] = 0.0
+
+    def take(self, row: int) -> Tensor:
+        return self.weight[row].clone()
+
+    def put(self, row: int, numbers: Tensor) -> None:
+        _check_length(numbers, self.numbers_per_user)
+        self.weight[row] = numbers
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [self.shared]
@@ -247,6 +285,23 @@ class KernelBank(_LinearShared):
 
     def clear(self, row: int) -> None:
         self.keys[row], self.residuals[row] = torch.zeros(0), torch.zeros(0)
+
+    def take(self, row: int) -> Tensor:
+        keys, residuals = self.keys[row], self.residuals[row]
+        if not len(keys):
+            return torch.zeros(0)
+        shape = torch.tensor([float(keys.shape[1]), float(residuals.shape[1])])
+        return torch.cat([shape, torch.cat([keys, residuals], 1).flatten()])
+
+    def put(self, row: int, numbers: Tensor) -> None:
+        self.clear(row)
+        if len(numbers) < 2:
+            return
+        width, depth = (int(number) for number in numbers[:2])
+        if width < 1 or depth < 1 or (len(numbers) - 2) % (width + depth):
+            raise ValueError(f"{len(numbers)} numbers are no pairs of {width} and {depth}")
+        pairs = numbers[2:].view(-1, width + depth)
+        self.keys[row], self.residuals[row] = pairs[:, :width].clone(), pairs[:, width:].clone()
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"keys": self.keys, "residuals": self.residuals}

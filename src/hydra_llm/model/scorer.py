@@ -22,6 +22,8 @@ from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
 
 Loss = Literal["listwise", "binary"]
 NOBODY = -1
+FORGOTTEN = "\0forgotten-"
+"""What stands in place of the name of a user who was forgotten, before the row's number."""
 
 
 class FactorizedScorer(nn.Module):
@@ -41,6 +43,7 @@ class FactorizedScorer(nn.Module):
         self.evidence_names = tuple(evidence)
         self.users: dict[str, int] = {}
         self.known: dict[str, int] = {}
+        self.empty: list[int] = []
         self.evidence_weight = nn.Parameter(torch.zeros(len(self.evidence_names)))
         self.register_buffer("evidence_mean", torch.zeros(len(self.evidence_names)))
         self.register_buffer("evidence_scale", torch.ones(len(self.evidence_names)))
@@ -67,11 +70,40 @@ class FactorizedScorer(nn.Module):
     def enrol(self, users: Sequence[str]) -> None:
         """Give each user a row whose δ is 0; users who have one keep it."""
         for user in users:
-            self.users.setdefault(user, len(self.users))
+            if user not in self.users:
+                self.users[user] = self._empty_row()
         self.bank.grow(len(self.users))
 
+    def _empty_row(self) -> int:
+        """The row of somebody who was forgotten, or a new one."""
+        if not self.empty:
+            return len(self.users)
+        row = self.empty.pop()
+        del self.users[f"{FORGOTTEN}{row}"]
+        return row
+
+    def head_of(self, user: str) -> Tensor:
+        """The user's δ as a flat vector: what is kept of a user outside of this scorer.
+
+        Raises:
+            UnknownUser: no such user.
+        """
+        if user not in self.users:
+            raise UnknownUser(f"no head for user '{user}'")
+        return self.bank.take(self.row(user))
+
+    def put_head(self, user: str, numbers: Tensor, known: int) -> None:
+        """Give the user, who may be new, a δ that `head_of` gave, fitted on `known` records.
+
+        Raises:
+            ValueError: it is of another kind of head.
+        """
+        self.enrol([user])
+        self.bank.put(self.row(user), numbers)
+        self.learned_from(user, known)
+
     def forget(self, user: str) -> None:
-        """Set the user's δ to 0 and drop the name; the row stays empty so that no other row moves.
+        """Set the user's δ to 0 and drop the name; the row stays empty, for whoever is enrolled next, so that no other row moves.
 
         Raises:
             UnknownUser: no such user.
@@ -81,7 +113,8 @@ class FactorizedScorer(nn.Module):
         row = self.users.pop(user)
         self.known.pop(user, None)
         self.bank.clear(row)
-        self.users[f"\0forgotten-{row}"] = row
+        self.users[f"{FORGOTTEN}{row}"] = row
+        self.empty.append(row)
 
     def evidence_score(self, groups: Groups) -> Tensor:
         """[G, C]: what the evidence alone says, standardised as in training."""
@@ -153,6 +186,7 @@ class FactorizedScorer(nn.Module):
         bank = make_bank(config["head"], combiner, rank=config["rank"] or 16, users=len(users))
         scorer = cls(combiner, bank, config["evidence"], loss=config["loss"])
         scorer.users = users
+        scorer.empty = [row for user, row in users.items() if user.startswith(FORGOTTEN)]
         scorer.curvature = Curvature(*(len(tensors.get(f"curvature.{part}", ())) for part in ("left", "right")))
         plain = {name: value for name, value in tensors.items() if not name.startswith(("bank.keys.", "bank.residuals."))}
         if isinstance(bank, KernelBank):
