@@ -1,6 +1,7 @@
 """Choosing: what maximises the expected gain, by brute force; ties; scorers that see what is not there."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hydra_llm.adapt import FirstCandidate, LearnedAdapter, RandomCandidate, all_labels, candidate_text, select
 from hydra_llm.evidence import EvidenceMaker, Population
 from hydra_llm.model.combine import ByLabel, Combiner, Tower
+from hydra_llm.model.curvature import Curvature
 from hydra_llm.model.heads import LinearBank, make_bank
 from hydra_llm.model.scorer import FactorizedScorer, Loss
 from hydra_llm.tasks.task import Task, overlap
@@ -95,7 +97,7 @@ def adapter(
 def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> None:
     chooser = adapter(TAGS, by_label=by_label, weights={"llm_votes": 1.0})
     given = [Candidate("what?", None, 9), Candidate("odd", "odd", 1), Candidate("The tag is calm", "calm", 5)]
-    scored, chosen = chooser.choose(QUERY, given, [])
+    scored, chosen, _ = chooser.choose(QUERY, given, [])
     assert chosen == 2
     assert [(c.text, c.answer, c.votes) for c in scored] == [(c.text, c.answer, c.votes) for c in given]
     assert scored[0].score is None is scored[0].probability  # what cannot be read is not scored
@@ -108,15 +110,15 @@ def test_label_features_score_a_label_alike_whichever_others_are_offered() -> No
     chooser = adapter(TAGS, by_label=True)
     assert isinstance(chooser.scorer.bank, LinearBank)
     chooser.scorer.bank.shared.data.copy_(torch.randn(chooser.scorer.combiner.size))
-    alone, _ = chooser.choose(QUERY, texts("odd"), [])
-    turned, _ = chooser.choose(QUERY, texts("odd", "calm", "loud"), [])
+    alone, *_ = chooser.choose(QUERY, texts("odd"), [])
+    turned, *_ = chooser.choose(QUERY, texts("odd", "calm", "loud"), [])
     assert turned[0].score == pytest.approx(alone[0].score)
     assert alone[0].probability == pytest.approx(1)
 
 
 def test_binary_scores_become_shares_of_their_odds() -> None:
     chooser = adapter(TAGS, loss="binary", weights={"llm_greedy": 2.0})
-    scored, chosen = chooser.choose(QUERY, [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)], [])
+    scored, chosen, _ = chooser.choose(QUERY, [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)], [])
     odds = [1 / (1 + np.exp(-(c.score or 0.0))) for c in scored]
     assert chosen == 1
     assert [c.probability for c in scored] == pytest.approx([odd / sum(odds) for odd in odds])
@@ -127,12 +129,12 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
     assert isinstance(chooser.scorer.bank, LinearBank)
     chooser.scorer.enrol(["u"])
     candidates = texts("loud war film", "rain song", "quiet night")
-    strangers, first = chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])
+    strangers, first, _ = chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])
     assert first == 0
     assert {c.score for c in strangers} == {0.0}
     features = []
     for c in candidates:  # a head that points at the second candidate's features
-        one, _ = chooser.choose(QUERY, [c], [])
+        one, *_ = chooser.choose(QUERY, [c], [])
         features.append(one[0].score)
     from hydra_llm.model.cases import make_groups
 
@@ -146,8 +148,8 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
 
 def test_nothing_readable_leaves_the_first() -> None:
     candidates = [Candidate("?", None, 2), Candidate("!", None, 1)]
-    assert adapter(TAGS).choose(QUERY, candidates, []) == (candidates, 0)
-    assert FirstCandidate().choose(QUERY, candidates, []) == (candidates, 0)
+    assert adapter(TAGS).choose(QUERY, candidates, []) == (candidates, 0, False)
+    assert FirstCandidate().choose(QUERY, candidates, []) == (candidates, 0, False)
 
 
 def test_the_users_history_moves_the_evidence() -> None:
@@ -175,3 +177,44 @@ def test_a_random_candidate_is_as_likely_as_its_votes_and_the_same_again() -> No
     assert 0.70 < picks.count(0) / 800 < 0.80
     assert picks != [RandomCandidate(8).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
     assert RandomCandidate().choose(QUERY, [Candidate("a", "a"), Candidate("b", "b")], [])[1] == 0
+
+
+@pytest.mark.parametrize(("task", "by_label"), [(TAGS, True), (TAGS, False), (TITLES, False), (STARS, True)])
+def test_caution_leaves_the_first_where_the_lead_is_less_than_the_heads_uncertainty(task: Task, by_label: bool) -> None:
+    chooser = adapter(task, by_label=by_label, weights={"llm_votes": 0.2, "llm_greedy": -0.5}, select="expected-gain")
+    scorer, (first, *others) = chooser.scorer, task.labels or ("quiet rain night", "loud war film", "rain song in the night")
+    offered = [Candidate(first, first, 1, greedy=True), *(replace(c, votes=3) for c in texts(*others))]
+    chooser.caution = 1.0
+    assert not chooser.choose(QUERY, offered, []).abstained, "nothing is known of this bundle's uncertainty"
+    left = len(task.labels) if by_label else 1
+    scorer.curvature = Curvature(left, scorer.combiner.size // left)
+    scorer.prior_precision = torch.tensor(1e-4)
+    unsure = chooser.choose(QUERY, offered, [])
+    assert (unsure.abstained, unsure.chosen) == (True, 0)
+    scorer.prior_precision = torch.tensor(1e8)
+    sure = chooser.choose(QUERY, offered, [])
+    assert not sure.abstained
+    assert sure.chosen != 0
+    assert unsure.candidates == sure.candidates, "scores do not depend on caution"
+
+
+def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -> None:
+    for task, by_label in ((TAGS, True), (TITLES, False)):
+        chooser = adapter(task, by_label=by_label)
+        scorer = chooser.scorer
+        left = len(task.labels) if by_label else 1
+        scorer.curvature = Curvature(left, scorer.combiner.size // left)
+        scorer.curvature._keep(torch.eye(left), torch.eye(scorer.combiner.size // left))
+        scorer.prior_precision, scorer.scale = torch.tensor(2.0), torch.tensor(1.5)
+        scorer.enrol(["u"])
+        scorer.learned_from("u", 7)
+        groups = chooser._groups(QUERY, texts("calm", "loud", "odd"), [])
+        heads = torch.randn(20_000, scorer.combiner.size, generator=torch.Generator().manual_seed(0)) / 9**0.5
+        x = scorer.combiner(groups)
+        drawn = 1.5 * scorer.combiner.dot(x[None].expand(len(heads), *x.shape), heads)[:, 0].detach()
+        found = scorer.covariance(groups, "u")
+        assert found is not None
+        assert torch.allclose(found, torch.cov(drawn.T), atol=0.05 * float(found.diagonal().max()))
+        stranger = scorer.covariance(groups, "stranger")
+        assert stranger is not None
+        assert torch.allclose(stranger, found * 9 / 2, atol=1e-5), "who has no head is less certain"

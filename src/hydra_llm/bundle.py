@@ -84,7 +84,9 @@ class Bundle:
             retriever=make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed),
             settings=chosen,
             reranker=LearnedReranker(reranker, evidence, with_answer=chosen.record_answer) if reranker else KeepOrder(),
-            adapter=LearnedAdapter(adapter, evidence, select=chosen.select, votes=chosen.votes) if adapter else FirstCandidate(),
+            adapter=LearnedAdapter(adapter, evidence, select=chosen.select, votes=chosen.votes, caution=chosen.caution)
+            if adapter
+            else FirstCandidate(),
             records=self.records,
         )
 

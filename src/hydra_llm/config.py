@@ -133,6 +133,9 @@ class Settings(BaseSettings):
     """Candidates are the LLM's samples, or every label with the LLM's vote share as evidence (tasks with labels)."""
     select: Literal["best", "expected-gain"] = "expected-gain"
     """The best score, as published, or the pick with the greatest expected gain under the scores' distribution."""
+    caution: float = Field(default=0.0, ge=0)
+    """The first candidate stands where the pick's expected lead is less than so many standard deviations of what the user's head leaves
+    uncertain; 0 takes every lead."""
     votes: bool = True
     """Whether what the LLM's samples say counts in the adapter's score (tasks with labels)."""
 

@@ -85,11 +85,11 @@ class Personalizer:
         """The adapter's pick among a proposal's candidates; makes no LLM call."""
         clock = _Clock()
         visible = before(self.records.get(proposal.query.user, ()), proposal.query)
-        candidates, chosen = self.adapter.choose(proposal.query, proposal.candidates, visible)
+        candidates, chosen, abstained = self.adapter.choose(proposal.query, proposal.candidates, visible)
         clock.lap("adapt")
         pick = candidates[chosen]
         timed = replace(proposal, seconds={**proposal.seconds, **clock.seconds})
-        return Answer(pick.answer if pick.answer is not None else pick.text, timed, tuple(candidates), chosen)
+        return Answer(pick.answer if pick.answer is not None else pick.text, timed, tuple(candidates), chosen, abstained)
 
     async def aask(self, prompt: Prompt) -> tuple[tuple[Candidate, ...], Usage, list[str]]:
         """The LLM's candidates for a prompt, what they cost, and a line for each call that failed or answer that was unreadable.

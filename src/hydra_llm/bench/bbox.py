@@ -23,7 +23,7 @@ import anyio
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.adapt import all_labels, candidate_text
+from hydra_llm.adapt import Choice, all_labels, candidate_text
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
 from hydra_llm.history import before
@@ -122,10 +122,10 @@ class ByEnergy:
     bundle: Bundle
     energy: Energy
 
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
         places = [place for place, candidate in enumerate(candidates) if candidate.answer is not None]
         if not places:
-            return list(candidates), 0
+            return Choice(list(candidates), 0)
         offered = _offered(self.bundle, [candidates[place] for place in places])
         with torch.no_grad():
             energies = self.energy(_groups(self.bundle, self.energy.combiner, [query], [offered]))
@@ -135,7 +135,7 @@ class ByEnergy:
         for place in places:
             score, share = found[candidates[place].answer]
             scored[place] = replace(candidates[place], score=score, probability=share)
-        return scored, max(places, key=lambda place: found[candidates[place].answer][0])
+        return Choice(scored, max(places, key=lambda place: found[candidates[place].answer][0]))
 
 
 def _offered(bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None) -> list[Candidate]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hydra_llm.adapt import Adapter, all_labels, select
+from hydra_llm.adapt import Adapter, Choice, all_labels, select
 from hydra_llm.history import before
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
@@ -23,9 +23,9 @@ class Oracle:
 
     task: Task
 
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
         gains = [self.task.gain(each.answer, query.gold or "") if each.votes else -1.0 for each in candidates]
-        return list(candidates), gains.index(max(gains))
+        return Choice(list(candidates), gains.index(max(gains)))
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class ByVotes:
     task: Task
     how: str
 
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> tuple[list[Candidate], int]:
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
         readable = [place for place, candidate in enumerate(candidates) if candidate.answer is not None and candidate.votes]
         if not readable:
-            return list(candidates), 0
+            return Choice(list(candidates), 0)
         votes = np.array([float(candidates[place].votes) for place in readable])
-        return list(candidates), readable[select(self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how)]
+        pick = select(self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how)
+        return Choice(list(candidates), readable[pick])
 
 
 # ---- without any LLM
@@ -70,7 +71,7 @@ class ScorerOnly:
     async def aanswer(self, query: Query) -> Answer:
         visible = before(self.records.get(query.user, ()), query)
         blank = tuple(all_labels(self.task, []))
-        candidates, chosen = self.adapter.choose(query, blank, visible)
+        candidates, chosen, _ = self.adapter.choose(query, blank, visible)
         return Answer(candidates[chosen].text, Proposal(query, (), (), (), blank), tuple(candidates), chosen)
 
 

@@ -30,9 +30,9 @@ class Curvature(nn.Module):
     def __init__(self, left: int = 0, right: int = 0):
         super().__init__()
         self.register_buffer("left", torch.zeros(left))
-        self.register_buffer("left_vectors", torch.zeros(left, left))
+        self.register_buffer("left_vectors", torch.eye(left))
         self.register_buffer("right", torch.zeros(right))
-        self.register_buffer("right_vectors", torch.zeros(right, right))
+        self.register_buffer("right_vectors", torch.eye(right))
 
     @property
     def known(self) -> bool:

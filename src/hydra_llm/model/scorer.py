@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hydra_llm.errors import UnknownUser
 from hydra_llm.model.combine import Combiner, Groups, make_combiner
 from hydra_llm.model.curvature import Curvature
-from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
+from hydra_llm.model.heads import HeadBank, KernelBank, LinearBank, LowRankBank, make_bank
 
 Loss = Literal["listwise", "binary"]
 NOBODY = -1
@@ -150,6 +150,23 @@ class FactorizedScorer(nn.Module):
             return scores.softmax(-1)
         odds = torch.sigmoid(scores)
         return odds / odds.sum(-1, keepdim=True).clamp_min(1e-12)
+
+    @torch.inference_mode()
+    def covariance(self, groups: Groups, user: str, visible: int | None = None) -> Tensor | None:
+        """[C, C] how uncertain the scores of one group (G = 1) are, as far as the user's head is: β² φ (λ + N·F)⁻¹ φᵀ after N records.
+
+        None where that is not known: `kernel` and `mlp` heads, and bundles without curvature.
+        """
+        if not self.curvature.known or not isinstance(self.bank, LinearBank | LowRankBank):
+            return None
+        count = groups.mask.shape[1]
+        x = self.combiner(groups)
+        rows = self.combiner.outer(x[None].expand(count, *x.shape), torch.eye(count)[:, None])
+        rows = rows @ self.bank.basis.T if isinstance(self.bank, LowRankBank) else rows
+        known = 0 if self.serving_row(user, visible) == NOBODY else self.known.get(user, 0)
+        turned = self.curvature.back(rows) * (self.prior_precision + known * self.curvature.values).rsqrt()
+        spread: Tensor = self.scale.square() * turned @ turned.T
+        return spread
 
     # ---- on disk: plain values and tensors, no pickle
 
