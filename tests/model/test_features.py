@@ -98,6 +98,19 @@ def test_what_is_forgotten_is_gone_from_the_file_too(tiny: Encoder, tmp_path: Pa
         assert again.misses == misses + (again is store)  # the other one finds what the first made anew
 
 
+def test_what_others_still_have_is_not_encoded_again(tiny: Encoder, tmp_path: Path) -> None:
+    """Bit by bit the same: an encoder's last bits depend on what else is in the batch."""
+    for path in (None, tmp_path / "features.sqlite"):
+        store = FeatureStore(tiny, path)
+        kept = store.texts(["rain", "a long old star of war", "love"])[0]
+        store.forget(["love"])
+        misses = store.misses
+        assert np.array_equal(store.texts(["rain"])[0], kept)
+        assert store.misses == misses
+        store.texts(["love"])
+        assert store.misses == misses + 1
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """A disk that is full: no file may grow beyond `size` bytes."""

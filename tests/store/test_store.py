@@ -21,7 +21,7 @@ from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Head, Key, Request, Stale
+from hydra_llm.store.values import Added, Contradiction, Head, Judged, Key, Request, Stale
 from hydra_llm.types import Record
 
 
@@ -30,7 +30,7 @@ def record(id: str, output: str = "yes", time: str = "2020-01-01", user: str = "
 
 
 def request(id: str, user: str = "ada", **content: object) -> Request:
-    return Request(id, user, 1.0, "bundle", content)
+    return Request(id, user, 1.0, "bundle", "asked", content)
 
 
 # ---- records
@@ -156,14 +156,23 @@ def test_another_process_sees_a_write_at_once(store: Store, url: str) -> None:
 
 def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None:
     store.add_records("ada", [record("a")])
-    said = {"chosen": 1, "why": ["ü"]}
+    said = Judged("r1", 5.0, {"said": {"chosen": 1}, "why": ["ü"], "score": 0.1})
     with store.change("ada") as ada:
-        assert ada.put_feedback("r1", said)
+        assert ada.put_feedback(said)
     with store.change("ada") as ada:
-        assert not ada.put_feedback("r1", said)
-    with pytest.raises(Stale, match="other feedback"), store.change("ada") as ada:
-        ada.put_feedback("r1", {"chosen": 2})
-    assert store.counts()["feedback"] == 1
+        assert not ada.put_feedback(dataclasses.replace(said, content={**said.content, "score": 0.2}))
+    with pytest.raises(Contradiction, match="other feedback"), store.change("ada") as ada:
+        ada.put_feedback(Judged("r1", 5.0, {"said": {"chosen": 2}}))
+    with store.change("ada") as ada:
+        ada.put_feedback(Judged("r0", 7.0, {"said": {}}))
+        ada.put_feedback(Judged("r2", 3.0, {"said": {}}))
+    assert [each.request for each in store.judged("ada", 10)] == ["r2", "r1", "r0"]
+    assert store.judged("ada", 2)[0] == said
+    with store.change("ada") as ada:
+        ada.fold_feedback()
+        ada.put_feedback(Judged("r3", 1.0, {"said": {}}))
+    assert [each.request for each in store.judged("ada", 10)] == ["r3"]
+    assert store.counts()["feedback"] == 4
 
 
 def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
@@ -176,6 +185,14 @@ def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
     assert store.drop_requests(5.0) == 1
     assert store.request("r1") is None
     assert store.request("r2") is not None
+
+
+def test_texts_that_somebody_still_has_are_told(store: Store) -> None:
+    store.add_records("ada", [Record("ada", "1", "a", "b"), Record("ada", "2", "c", "d")])
+    store.keep_request(request("r1"))
+    assert store.still_held(["a", "b", "a → b", "c → b", "e", "asked", "a → b → c"]) == {"a", "b", "a → b", "asked"}
+    assert store.still_held([f"text {i}" for i in range(1200)] + ["d"]) == {"d"}
+    assert store.still_held([]) == set()
 
 
 def test_keys(store: Store) -> None:
@@ -229,7 +246,7 @@ def fill(store: Store, name: str, secret: str) -> None:
     store.add_records(name, [record(f"{secret}-{i}", f"{secret} answer", user=name) for i in range(50)])
     with store.change(name) as user:
         user.put_heads("bundle", {"adapter": Head(50, secret.encode() * 100), "reranker": Head(50, secret.encode())})
-        user.put_feedback(f"request-{name}", {"edited": secret})
+        user.put_feedback(Judged(f"request-{name}", 1.0, {"said": {"edited": secret}}))
     store.keep_request(request(f"request-{name}", user=name, text=secret))
     store.add_job(f"job-{name}", name, "fit")
     store.tell_job(f"job-{name}", 0, 0, state="failed", error=secret)

@@ -43,6 +43,7 @@ class FeatureStore:
         self.misses = 0
         """Distinct texts or pairs that had to be encoded."""
         self._forgotten = 0
+        self._paired = False
         self._lock = Lock()
         self._memory: dict[bytes, np.ndarray] = {}
         self._keeps = path is not None
@@ -59,6 +60,7 @@ class FeatureStore:
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
+        self._paired = True
         items = list(zip(left, right, strict=True))
         return self._rows(items, lambda new: self.encoder.encode_pairs([item[0] for item in new], [item[-1] for item in new]))
 
@@ -68,10 +70,14 @@ class FeatureStore:
         Raises:
             UserFault: they could not be deleted from the file.
         """
+        texts = list(texts)
         hashes = [(_hash(text),) for text in texts]
         with self._lock:
             self._forgotten += 1
-            self._memory.clear()
+            if self._paired:  # nobody can tell of which texts a pair in memory was made
+                self._memory.clear()
+            for text in texts:
+                self._memory.pop(_key(self.encoder.digest.encode(), (text,)), None)
             if self._file is None:
                 return
             try:

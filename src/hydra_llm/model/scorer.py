@@ -116,6 +116,11 @@ class FactorizedScorer(nn.Module):
         self.users[f"{FORGOTTEN}{row}"] = row
         self.empty.append(row)
 
+    def forget_all(self) -> None:
+        """Forget every user: what is left is shared."""
+        for user in [user for user in self.users if not user.startswith(FORGOTTEN)]:
+            self.forget(user)
+
     def evidence_score(self, groups: Groups) -> Tensor:
         """[G, C]: what the evidence alone says, standardised as in training."""
         standard = (groups.evidence - self.evidence_mean) / self.evidence_scale

@@ -3,13 +3,12 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
-from hydra_llm.store.values import Added, Head, Stale
+from hydra_llm.store.values import Added, Contradiction, Head, Judged
 from hydra_llm.types import Record
 
 ASKED_AT_ONCE = 500
@@ -41,6 +40,15 @@ class UserChange:
         self.changed = self.changed or bool(new or other)
         return Added(len(new), len(other), len(wanted) - len(new) - len(other))
 
+    def count(self) -> int:
+        """How many records the user has."""
+        return self._connection.scalar(sa.select(sa.func.count()).where(schema.records.c.user == self._key)) or 0
+
+    def new(self, records: Sequence[Record]) -> int:
+        """How many of these records the user has not."""
+        ids = list(dict.fromkeys(record.id for record in records))
+        return len(ids) - len(self._known(ids))
+
     def remove(self, id: str) -> bool:
         """Delete one record; False if there is none of that id. Heads that knew it are deleted too: they hold traces of it."""
         table = schema.records
@@ -63,21 +71,27 @@ class UserChange:
             self._connection.execute(sa.insert(table), rows)
         self.changed = True
 
-    def put_feedback(self, request: str, content: Any) -> bool:
+    def put_feedback(self, judged: Judged) -> bool:
         """Keep what was said of a request; False if exactly this was said before.
 
         Raises:
-            Stale: something else was said of this request before.
+            Contradiction: something else was said of this request before.
         """
-        table = schema.feedback
-        before = self._connection.execute(sa.select(table.c.content).where(table.c.request == request)).one_or_none()
+        table, content = schema.feedback, json.loads(json.dumps(judged.content))
+        before = self._connection.execute(sa.select(table.c.content).where(table.c.request == judged.request)).one_or_none()
         if before is None:
-            values = {"request": request, "user": self._key, "created": time.time(), "content": content}
+            values = {"request": judged.request, "user": self._key, "created": judged.created, "folded": False, "content": content}
             self._connection.execute(sa.insert(table).values(values))
+            self.changed = True
             return True
-        if before.content != json.loads(json.dumps(content)):
-            raise Stale("this request has other feedback already")
+        if before.content["said"] != content["said"]:
+            raise Contradiction("this request has other feedback already")
         return False
+
+    def fold_feedback(self) -> None:
+        """From here on the feedback that there is counts as known to the head: call it with the head that was fitted."""
+        table = schema.feedback
+        self._connection.execute(sa.update(table).where(table.c.user == self._key).values(folded=True))
 
     def _known(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
         table, found = schema.records.c, {}

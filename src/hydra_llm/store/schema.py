@@ -68,6 +68,7 @@ requests = Table(
     _user(),
     Column("created", Double, nullable=False),
     Column("bundle", String(64), nullable=False),
+    Column("question", Text, nullable=False),
     Column("content", JSON, nullable=False),
     Index("ix_requests_user", "user"),
     Index("ix_requests_created", "created"),
@@ -79,9 +80,12 @@ feedback = Table(
     Column("request", String(64), primary_key=True),
     _user(),
     Column("created", Double, nullable=False),
+    Column("folded", Boolean, nullable=False),
     Column("content", JSON, nullable=False),
     Index("ix_feedback_user", "user"),
 )
+
+"""`folded`: a head was fitted since, which knows what it brought."""
 
 keys = Table(
     "keys",

@@ -7,6 +7,7 @@ Every method is one transaction, and has been written to the disk when it return
 it was: nothing was acknowledged then. Methods block: a server calls them in threads. Knows no HTTP, no LLM and no scorer.
 """
 
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange
 from hydra_llm.store.database import engine_of, shown, told
-from hydra_llm.store.values import Added, Head, Job, Key, Request, Stale, UserState
+from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Stale, UserState
 from hydra_llm.types import Record
 
 ROWS_AT_ONCE = 500
-"""Rows that a copy holds in memory."""
+"""Rows that a copy holds in memory, and values of one IN (…)."""
+ARROW = " → "
+"""Between a record's input and its answer, where a scorer reads both as one text."""
 
 
 class Store:
@@ -161,6 +164,14 @@ class Store:
             found = connection.execute(rows.where(schema.users.c.name == name, table.bundle == bundle)).all()
         return {row.scorer: Head(row.known, row.delta) for row in found}
 
+    def judged(self, name: str, count: int) -> list[Judged]:
+        """The user's latest feedback that no fitted head knows yet, oldest first."""
+        table = schema.feedback.c
+        rows = sa.select(table.request, table.created, table.content).join_from(schema.feedback, schema.users)
+        rows = rows.where(schema.users.c.name == name, table.folded.is_(False)).order_by(table.created.desc(), table.request.desc())
+        with self._read() as connection:
+            return [Judged(*row) for row in reversed(connection.execute(rows.limit(count)).all())]
+
     # ---- answered requests
 
     def keep_request(self, request: Request) -> None:
@@ -170,16 +181,29 @@ class Store:
         with self._write() as connection:
             user = connection.scalar(key.with_for_update(read=True))
             if user is not None:
-                values = {"id": request.id, "user": user, "created": request.created, "bundle": request.bundle, "content": request.content}
-                connection.execute(sa.insert(table).values(values))
+                values = {name: getattr(request, name) for name in ("id", "created", "bundle", "question", "content")}
+                connection.execute(sa.insert(table).values(user=user, **values))
 
     def request(self, id: str) -> Request | None:
         """A kept request."""
         table = schema.requests.c
-        rows = sa.select(table.id, schema.users.c.name, table.created, table.bundle, table.content)
+        rows = sa.select(table.id, schema.users.c.name, table.created, table.bundle, table.question, table.content)
         with self._read() as connection:
             row = connection.execute(rows.join_from(schema.requests, schema.users).where(table.id == id)).one_or_none()
         return None if row is None else Request(*row)
+
+    def still_held(self, texts: Sequence[str]) -> set[str]:
+        """Those of the texts that stand in somebody's records (input, output, or `input → output`) or questions."""
+        wanted, held = set(texts), set()
+        inputs = [text.partition(ARROW)[0] for text in wanted]
+        records, asked = schema.records.c, schema.requests.c
+        with self._read() as connection:
+            for part in _parts(list({*wanted, *inputs})):
+                for row in connection.execute(sa.select(records.input, records.output).where(records.input.in_(part)).distinct()):
+                    held |= {row.input, f"{row.input}{ARROW}{row.output}"}
+                held |= set(connection.scalars(sa.select(records.output).where(records.output.in_(part)).distinct()))
+                held |= set(connection.scalars(sa.select(asked.question).where(asked.question.in_(part)).distinct()))
+        return held & wanted
 
     def drop_requests(self, before: float) -> int:
         """Forget requests that were answered before a time; returns how many."""
@@ -268,6 +292,18 @@ class Store:
             connection.execute(sa.delete(schema.serving).where(schema.serving.c.name == "bundle"))
             if folder is not None:
                 connection.execute(sa.insert(schema.serving).values(name="bundle", value=folder))
+
+    def bundle(self) -> str | None:
+        """The bundle that was chosen for all servers."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(schema.serving.c.value).where(schema.serving.c.name == "bundle"))
+
+    def salt(self) -> str:
+        """What names are hashed with; drawn when it is first asked for."""
+        with self._write() as connection:
+            _insert(connection, schema.serving, [{"name": "salt", "value": secrets.token_hex(32)}])
+            found: str = connection.scalars(sa.select(schema.serving.c.value).where(schema.serving.c.name == "salt")).one()
+        return found
 
     # ---- upkeep
 
@@ -381,6 +417,10 @@ def _delete_keys_of(connection: Connection, name: str) -> int:
     left = set(connection.scalars(sa.select(table.c.key).where(table.c.key.in_(held))))
     empty = [key for key in held if key not in left]
     return connection.execute(sa.delete(schema.keys).where(schema.keys.c.id.in_(empty), schema.keys.c.admin.is_(False))).rowcount
+
+
+def _parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (values[start : start + ROWS_AT_ONCE] for start in range(0, len(values), ROWS_AT_ONCE))
 
 
 def _rows_of(connection: Connection, table: sa.Table, user: int) -> list[dict[str, Any]]:

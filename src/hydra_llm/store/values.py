@@ -10,6 +10,20 @@ class Stale(StoreError):
     """Somebody else has changed the user since the version that the caller read: read again."""
 
 
+class Contradiction(StoreError):
+    """Something else was said of this request before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Feedback on one answered request."""
+
+    request: str
+    created: float
+    """When the request was answered: the order of feedback, whenever it came."""
+    content: Any
+
+
 @dataclass(frozen=True, slots=True)
 class UserState:
     """What a server asks before it trusts its memory."""
@@ -48,6 +62,7 @@ class Request:
     user: str
     created: float
     bundle: str
+    question: str
     content: Any
 
 

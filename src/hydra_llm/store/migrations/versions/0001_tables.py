@@ -45,6 +45,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(64), nullable=False),
         sa.Column("created", sa.Double(), nullable=False),
         sa.Column("bundle", sa.String(64), nullable=False),
+        sa.Column("question", sa.Text(), nullable=False),
         sa.Column("content", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_requests"),
     )
@@ -54,6 +55,7 @@ def upgrade() -> None:
         "feedback",
         sa.Column("request", sa.String(64), nullable=False),
         sa.Column("created", sa.Double(), nullable=False),
+        sa.Column("folded", sa.Boolean(), nullable=False),
         sa.Column("content", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("request", name="pk_feedback"),
     )

@@ -1,0 +1,253 @@
+"""The gateway as an ASGI application: who is let in, which errors go out, what starts and ends with the server."""
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import anyio
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from hydra_llm import __version__
+from hydra_llm.errors import HydraError, StoreError
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.server import openai_api, users_api
+from hydra_llm.server.auth import caller_of
+from hydra_llm.server.jobs import Worker
+from hydra_llm.server.observe import Observer, log
+from hydra_llm.server.personal import Gateway
+from hydra_llm.server.serving import open_serving
+from hydra_llm.server.settings import ServeSettings
+from hydra_llm.server.upstream import Upstream, UpstreamError
+from hydra_llm.server.wire import ApiError
+from hydra_llm.store.store import Store
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+OPEN = ("/health/", "/metrics", "/docs", "/openapi.json")
+"""Paths that need no key: they tell nothing about anybody."""
+WATCH_SECONDS = 1.0
+PRUNE_SECONDS = 600.0
+DAY = 86400.0
+
+
+def make_app(
+    store: Store,
+    upstream: Upstream,
+    settings: ServeSettings | None = None,
+    *,
+    bundle: str | None = None,
+    llm: ChatLLM | None = None,
+    on_loopback: bool = True,
+) -> FastAPI:
+    """The application. `bundle` is used until the store says otherwise; `llm` labels candidates where a fit needs that.
+
+    Raises:
+        BundleError: there is no such bundle.
+        StoreError: the store fails.
+    """
+    settings, observer = settings or ServeSettings(), Observer()
+    serving = open_serving(store, store.bundle() or bundle, settings)
+    gateway = Gateway(store, upstream, settings, serving, observer, store.salt())
+    worker = Worker(store, lambda: gateway.serving, llm)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
+        yield
+        for task in tasks:
+            task.cancel()
+        await anyio.to_thread.run_sync(worker.close)
+        await anyio.to_thread.run_sync(gateway.serving.close)
+        await upstream.aclose()
+
+    app = FastAPI(title="hydra-llm", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.state.gateway, app.state.worker = gateway, worker
+    app.include_router(openai_api.router)
+    app.include_router(users_api.router)
+    _add_health(app, store, observer)
+    _add_errors(app)
+    app.add_middleware(Door, store=store, settings=settings, observer=observer, on_loopback=on_loopback)
+    return app
+
+
+# ---- the door
+
+
+class Door:
+    """Lets in whoever may come in, counts, and keeps bodies within their size. ASGI itself, so that streams stay streams."""
+
+    def __init__(self, app: Any, *, store: Store, settings: ServeSettings, observer: Observer, on_loopback: bool):
+        self._app, self._store, self._settings, self._observer, self._on_loopback = app, store, settings, observer, on_loopback
+        self._pace = Pace(settings.requests_per_minute)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._observer.in_flight.inc()
+        try:
+            try:
+                if not scope["path"].startswith(OPEN):
+                    await self._let_in(scope)
+                receive = self._limited(scope, receive)
+            except (ApiError, StoreError) as error:
+                await _error_response(error)(scope, receive, counted)
+                return
+            await self._app(scope, receive, counted)
+        finally:
+            self._observer.in_flight.dec()
+            self._observer.request(getattr(scope.get("route"), "path", "unknown"), status)
+
+    async def _let_in(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        caller = await anyio.to_thread.run_sync(partial(caller_of, self._store, authorization, on_loopback=self._on_loopback))
+        self._pace.check(caller.key)
+        scope.setdefault("state", {})["caller"] = caller
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        most, seen = self._settings.max_body_bytes, 0
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length) > most:
+            raise _too_large(most)
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise HTTPException(413, f"the body has more than {most} bytes")  # FastAPI lets this class through as it is
+            return message
+
+        return counted
+
+
+class Pace:
+    """How many requests a minute each key may make: a bucket that fills steadily."""
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
+        self._per_minute, self._clock = per_minute, clock
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def check(self, key: str) -> None:
+        """Count a request.
+
+        Raises:
+            ApiError: 429, too many.
+        """
+        if self._per_minute is None:
+            return
+        now = self._clock()
+        left, since = self._left.get(key, (float(self._per_minute), now))
+        left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
+        self._left[key] = (max(0.0, left - 1), now)
+        self._left.move_to_end(key)
+        if len(self._left) > 100_000:
+            self._left.popitem(last=False)
+        if left < 1:
+            raise ApiError(429, f"more than {self._per_minute} requests a minute: wait a little", code="rate_limit_exceeded")
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
+
+
+# ---- errors, in OpenAI's shape
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def told(_: Request, error: Exception) -> Response:
+        return _error_response(error)
+
+    for kind in (ApiError, UpstreamError, StoreError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, told)
+
+
+def _error_response(error: Exception) -> JSONResponse:
+    if isinstance(error, ApiError):
+        return JSONResponse(error.body(), error.status)
+    if isinstance(error, UpstreamError):
+        return JSONResponse(error.body, error.status, headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        made = ApiError(400, f"{place or 'body'}: {first['msg']}", param=place or None, code="invalid_request")
+    elif isinstance(error, HTTPException):
+        made = ApiError(error.status_code, str(error.detail))
+    elif isinstance(error, StoreError):
+        log.error("the store failed: %s", type(error).__name__)
+        made = ApiError(503, "the store does not answer: nothing was changed, try again", code="store_unavailable")
+    else:
+        log.error("a bug: %s", type(error).__name__, exc_info=error)
+        made = ApiError(500, "something went wrong here", code="internal_error")
+    return JSONResponse(made.body(), made.status)
+
+
+# ---- health
+
+
+def _add_health(app: FastAPI, store: Store, observer: Observer) -> None:
+    @app.get("/health/liveness", tags=["health"])
+    async def liveness() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/health/readiness", tags=["health"])
+    async def readiness(response: Response) -> dict[str, str]:
+        """The store answers; no LLM is asked."""
+        try:
+            await anyio.to_thread.run_sync(store.bundle)
+        except HydraError:
+            response.status_code = 503
+            return {"status": "the store does not answer"}
+        return {"status": "ok"}
+
+    @app.get("/metrics", tags=["health"], response_class=Response)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(observer.text(), media_type="text/plain; version=0.0.4")
+
+
+# ---- what goes on beside the requests
+
+
+async def _watch(gateway: Gateway) -> None:
+    """Switch to the bundle that the store names; requests in flight end with the one that they began with."""
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        try:
+            wanted = await anyio.to_thread.run_sync(gateway.store.bundle)
+            if wanted is not None and wanted != gateway.serving.folder:
+                new = await anyio.to_thread.run_sync(partial(open_serving, gateway.store, wanted, gateway.settings))
+                old, gateway.serving = gateway.serving, new
+                log.info("bundle %s is in use", new.id[:12])
+                asyncio.get_running_loop().call_later(gateway.settings.deadline + 60, threading.Thread(target=old.close).start)
+        except HydraError as error:
+            gateway.observer.failed("bundle", error)
+
+
+async def _prune(gateway: Gateway) -> None:
+    """Forget answered requests that nobody may comment on any more."""
+    while True:
+        with suppress(HydraError):
+            await anyio.to_thread.run_sync(partial(gateway.store.drop_requests, time.time() - gateway.settings.keep_days * DAY))
+        await asyncio.sleep(PRUNE_SECONDS)

@@ -1,0 +1,118 @@
+"""Work that goes on after its request: fitting a user's heads. One thread a server; a job of a server that died is taken up by another.
+
+A fit uses scorers of its own, so that no answer waits for it. Knows no HTTP.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.errors import HydraError
+from hydra_llm.learning.api import fit
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.server.people import as_head
+from hydra_llm.server.serving import Serving
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Head, Job, Stale
+
+log = logging.getLogger("hydra_llm.server")
+IDLE_SECONDS = 1.0
+TRIES = 5
+
+
+class Worker:
+    """Does the store's jobs, one after the other."""
+
+    def __init__(self, store: Store, serving: Callable[[], Serving], llm: ChatLLM | None):
+        self._store, self._serving, self._llm = store, serving, llm
+        self._wake, self._ended = threading.Event(), False
+        self._own: tuple[str, Bundle] | None = None
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Finish the job that is under way, if any."""
+        self._ended = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended:
+            try:
+                job = self._store.claim_job()
+            except HydraError as error:
+                log.warning("jobs: the store failed: %s", type(error).__name__)
+                job = None
+            if job is not None:
+                self._do(job)
+            else:
+                self._wake.wait(IDLE_SECONDS)
+                self._wake.clear()
+
+    def _do(self, job: Job) -> None:
+        try:
+            self._fit(job)
+            self._store.tell_job(job.id, 1, 1, state="done")
+        except Exception as error:
+            said = str(error) if isinstance(error, HydraError) else f"{type(error).__name__}"
+            log.warning("jobs: a %s failed: %s", job.kind, type(error).__name__)
+            try:
+                self._store.tell_job(job.id, 0, 1, state="failed", error=said)
+            except HydraError:
+                log.warning("jobs: the store failed; the job will be taken up again")
+
+    def _fit(self, job: Job) -> None:
+        serving = self._serving()
+        if serving.bundle is None:
+            raise HydraError("there is no bundle: nothing to fit")
+        for _ in range(TRIES):
+            version, _ = self._store.records(job.user)
+            heads = self.heads(serving, job)
+            try:
+                with self._store.change(job.user, version=version) as change:
+                    change.put_heads(serving.id, heads)
+                    change.fold_feedback()
+                return
+            except Stale:
+                continue
+        raise HydraError("the user changes faster than heads are fitted")
+
+    def heads(self, serving: Serving, job: Job) -> dict[str, Head]:
+        """The user's heads, fitted on all records that the bundle can read."""
+        bundle = self._private(serving)
+        _, records = self._store.records(job.user)
+        readable = serving.readable(tuple(records))
+        data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
+
+        def tell(stage: str, done: int, total: int) -> None:
+            self._store.tell_job(job.id, done, total)
+
+        fit(data, bundle, self._llm or "fake:echo", users=[job.user], progress=tell)
+        scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
+        found = {name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0)) for name, scorer in scorers.items()}
+        for scorer in scorers.values():
+            scorer.forget(job.user)
+        bundle.records.clear()
+        return found
+
+    def _private(self, serving: Serving) -> Bundle:
+        """The bundle with scorers of this thread alone, and nobody in them."""
+        assert serving.bundle is not None
+        if self._own is None or self._own[0] != serving.id:
+            bare = Bundle.load(serving.folder or "")
+            bundle = replace(bare, store=serving.bundle.store, records={})
+            for scorer in (bundle.reranker, bundle.adapter):
+                if scorer is not None:
+                    scorer.forget_all()
+            self._own = (serving.id, bundle)
+        return self._own[1]

@@ -1,0 +1,61 @@
+"""What operators see: Prometheus counters, one log line for a fault, GenAI spans. Never a user's id, never a text.
+
+Each `Observer` has a registry of its own, so that two servers in one process do not meet.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+log = logging.getLogger("hydra_llm.server")
+tracer = trace.get_tracer("hydra_llm")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Observer:
+    """Counts what happens."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter("hydra_requests", "HTTP requests", ["route", "status"], registry=self.registry)
+        self._answers = Counter("hydra_answers", "Chat completions, by why they are not personal", ["reason"], registry=self.registry)
+        self._failures = Counter("hydra_failures", "What was left out of an answer because it failed", ["part"], registry=self.registry)
+        self._feedback = Counter("hydra_feedback", "Feedback, by kind", ["kind"], registry=self.registry)
+        self._abstained = Counter("hydra_abstained", "Answers at which the adapter left the first candidate", registry=self.registry)
+        self._stages = Histogram("hydra_stage_seconds", "Seconds by stage", ["stage"], buckets=SECONDS, registry=self.registry)
+        self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
+
+    def request(self, route: str, status: int) -> None:
+        """An HTTP request has ended; `route` is the path's pattern, without anybody's id."""
+        self._requests.labels(route, str(status)).inc()
+
+    def answered(self, reason: str | None, seconds: dict[str, float], *, abstained: bool = False) -> None:
+        """A chat completion has gone out."""
+        self._answers.labels(reason or "personal").inc()
+        for stage, spent in seconds.items():
+            self._stages.labels(stage).observe(spent)
+        if abstained:
+            self._abstained.inc()
+
+    def failed(self, part: str, error: BaseException) -> None:
+        """A part failed and was left out. The log names the error's class: its message may quote somebody."""
+        self._failures.labels(part).inc()
+        log.warning("%s failed and was left out: %s", part, type(error).__name__)
+
+    def heard(self, kind: str) -> None:
+        """Feedback has come."""
+        self._feedback.labels(kind).inc()
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' format."""
+        return generate_latest(self.registry)
+
+    @contextmanager
+    def span(self, model: str) -> Iterator[trace.Span]:
+        """A GenAI span around a chat completion: model and tokens, no content."""
+        attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": model, "gen_ai.provider.name": "hydra-llm"}
+        with tracer.start_as_current_span(f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes) as span:
+            yield span

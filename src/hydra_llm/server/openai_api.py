@@ -1,0 +1,113 @@
+"""OpenAI's endpoints: /v1/chat/completions and /v1/models. Reads requests, streams answers; what an answer is, is personal.py's."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from hydra_llm.server.auth import Caller
+from hydra_llm.server.names import named_user
+from hydra_llm.server.personal import Gateway, Plan
+from hydra_llm.server.upstream import DONE, UpstreamError, event, first_of
+from hydra_llm.server.wire import ChatRequest, chunks_of, role_chunk
+
+KEEP_ALIVE_SECONDS = 5.0
+KEEP_ALIVE = b": still working\n\n"
+"""A comment: parsers skip it, proxies see that the line is alive."""
+STREAM = "text/event-stream"
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(request: ChatRequest, http: Request, x_hydra_user: str | None = Header(default=None, max_length=200)) -> Response:
+    """Answer a conversation, as this user would want where the user has a history."""
+    gateway: Gateway = http.app.state.gateway
+    body = json.loads(await http.body())
+    user = _user(http.state.caller, body, x_hydra_user)
+    with gateway.observer.span(request.model):
+        plan = await gateway.plan(request, body, user)
+        if request.stream:
+            return await _stream(gateway, plan, request)
+        reply = await gateway.answer(plan)
+        gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=_abstained(reply.completion))
+        return JSONResponse(reply.completion, headers=_headers(reply.plan))
+
+
+@router.get("/v1/models", response_model=None)
+async def models(http: Request) -> Any:
+    """The upstream's models."""
+    return JSONResponse(await http.app.state.gateway.upstream.models())
+
+
+@router.get("/v1/models/{id:path}", response_model=None)
+async def model(id: str, http: Request) -> Any:
+    """One of the upstream's models."""
+    return JSONResponse(await http.app.state.gateway.upstream.models(id))
+
+
+def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | None:
+    """The user for whom a request is.
+
+    Raises:
+        ApiError: 403 for a user for whom this caller may not speak.
+    """
+    named = named_user(body, header)
+    if caller.bound is not None and named is None:
+        return caller.bound
+    if named is not None:
+        caller.check(named)
+    return named
+
+
+async def _stream(gateway: Gateway, plan: Plan, request: ChatRequest) -> Response:
+    if plan.candidates > 1 and plan.reason is None:
+        wants_usage = bool((request.stream_options or {}).get("include_usage"))
+        pieces = _picked_stream(gateway, plan, request.model, request.n or 1, wants_usage)
+    else:
+        first, rest = await first_of(gateway.stream(plan))
+        pieces = _whole(first, rest)
+        gateway.observer.answered(plan.reason, plan.seconds)
+    return StreamingResponse(pieces, media_type=STREAM, headers=_headers(plan) | {"cache-control": "no-cache"})
+
+
+async def _whole(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    try:
+        async for piece in rest:
+            yield piece
+    except UpstreamError as error:  # the status is out already: the error is the stream's last event
+        yield event(error.body)
+
+
+async def _picked_stream(gateway: Gateway, plan: Plan, model: str, count: int, wants_usage: bool) -> AsyncIterator[bytes]:
+    """The role at once, comments while the candidates run, then the pick."""
+    id = f"chatcmpl-{plan.id}"
+    yield event(role_chunk(id, model, count))
+    answer = asyncio.create_task(gateway.answer(plan))
+    try:
+        while not (await asyncio.wait({answer}, timeout=KEEP_ALIVE_SECONDS))[0]:
+            yield KEEP_ALIVE
+        reply = answer.result()
+    except UpstreamError as error:  # the status is out already: the error is the stream's last event
+        yield event(error.body)
+        return
+    finally:
+        answer.cancel()
+    gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=_abstained(reply.completion))
+    for chunk in chunks_of({**reply.completion, "id": id}, usage=wants_usage):
+        yield event(chunk)
+    yield DONE
+
+
+def _headers(plan: Plan) -> dict[str, str]:
+    if plan.reason is not None:
+        return {"x-hydra-personalized": f"false; reason={plan.reason}"}
+    return {"x-hydra-personalized": "true", "x-hydra-request-id": plan.id}
+
+
+def _abstained(completion: dict[str, Any]) -> bool:
+    return bool((completion.get("personalization") or {}).get("abstained"))

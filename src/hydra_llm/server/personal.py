@@ -1,0 +1,340 @@
+"""THE GATEWAY'S MAIN PATH: conversation → person → retrieve → rerank → place → upstream → adapt → reply.
+
+Never worse: what fails on the way is left out and counted. Without a user, history or question the caller's request goes through as it
+is; without a reranker the retriever's order stands; of the candidates those that came in time are enough; without an adapter the first
+is the answer. Knows the store by its methods and the upstream by its three.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from secrets import token_hex
+from typing import Any
+
+import anyio
+
+from hydra_llm.errors import HydraError
+from hydra_llm.personalizer import gather
+from hydra_llm.server.names import Names
+from hydra_llm.server.observe import Observer
+from hydra_llm.server.place import place
+from hydra_llm.server.serving import Serving
+from hydra_llm.server.settings import ServeSettings
+from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
+from hydra_llm.server.wire import ChatRequest, Wishes, has_more_than_text, text_of
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Request
+from hydra_llm.types import Candidate, Query, Ranked, Record
+
+LATER = 2**62
+"""The position of a question that comes after every record."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be asked for whom, before the upstream is."""
+
+    body: dict[str, Any]
+    """For the upstream, with records in its messages where there are any."""
+    plain: dict[str, Any]
+    """For the upstream, as the caller wrote it."""
+    reason: str | None
+    """Why it goes through as it is; None where it is personal."""
+    serving: Serving
+    user: str = ""
+    question: str = ""
+    visible: tuple[Record, ...] = ()
+    shown: tuple[Record, ...] = ()
+    candidates: int = 1
+    explain: bool = False
+    id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A completion, and why it is not personal if it is not."""
+
+    completion: dict[str, Any]
+    plan: Plan
+
+
+class Gateway:
+    """Answers chat requests as each user would want."""
+
+    def __init__(self, store: Store, upstream: Upstream, settings: ServeSettings, serving: Serving, observer: Observer, salt: str):
+        self.store, self.upstream, self.settings, self.observer = store, upstream, settings, observer
+        self.serving = serving
+        self.names = Names(salt)
+        self._native_n = True
+
+    # ---- before the upstream
+
+    async def plan(self, request: ChatRequest, body: Mapping[str, Any], user: str | None) -> Plan:
+        """Everything up to what the upstream is asked."""
+        plain = self.names.hidden({name: value for name, value in body.items() if name != "personalization"})
+        serving, wishes = self.serving, request.personalization or Wishes()
+        messages = body["messages"]
+        reason = _why_not(request, messages, user, wishes)
+        if reason is not None or user is None:
+            return Plan(plain, plain, reason or "no-user", serving)
+        started = time.perf_counter()
+        try:
+            state = await anyio.to_thread.run_sync(self.store.state, user)
+            question = text_of(messages[-1])
+            found = await serving.together.run(lambda: _find(serving, user, state.version, question, self.observer), [question])
+        except HydraError as error:
+            self.observer.failed("store", error)
+            return Plan(plain, plain, "store-failure", serving)
+        if isinstance(found, str):
+            return Plan(plain, plain, found, serving)
+        k = self.settings.k if wishes.k is None else wishes.k
+        placed, shown = place(messages, found.ranked[:k], placement=self.settings.placement, max_tokens=self.settings.max_prompt_tokens)
+        wanted = wishes.candidates or self.settings.candidates
+        many = max(wanted, request.n or 1) if serving.picks else 1
+        asked = {**plain, "messages": placed}
+        seconds = {**found.seconds, "prepare": time.perf_counter() - started}
+        return Plan(asked, plain, None, serving, user, question, found.visible, tuple(shown), many, wishes.explain, seconds=seconds)
+
+    # ---- the upstream
+
+    async def answer(self, plan: Plan) -> Reply:
+        """The completion for a plan.
+
+        Raises:
+            UpstreamError: the upstream gave none.
+        """
+        if plan.reason is not None:
+            return Reply(await self._timed(plan, plan.plain), plan)
+        try:
+            made = await self._candidates(plan) if plan.candidates > 1 else [await self._timed(plan, plan.body)]
+        except UpstreamError as error:
+            if error.status not in (400, 413, 422):
+                raise
+            # The records may be what the upstream cannot take: without them it is what the caller asked.
+            self.observer.failed("records", error)
+            plan = replace(plan, reason="upstream-refused")
+            return Reply(await self._timed(plan, plan.plain), plan)
+        return await self._reply(plan, made)
+
+    async def _timed(self, plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            completion: dict[str, Any] = await self.upstream.complete({**body, "stream": False})
+        finally:
+            plan.seconds["upstream"] = time.perf_counter() - started
+        return completion
+
+    async def _candidates(self, plan: Plan) -> list[dict[str, Any]]:
+        """The caller's own request first, and samples beside it; those that came before the deadline.
+
+        Raises:
+            UpstreamError: none came.
+        """
+        body = {name: value for name, value in plan.body.items() if name not in ("stream", "stream_options")}
+        first = {**body, "n": 1} if "n" in body else body
+        warm = max(float(body.get("temperature") or 0.0), self.settings.temperature)
+        samples = {**body, "temperature": warm, **({"seed": body["seed"] + 1} if isinstance(body.get("seed"), int) else {})}
+        wanted = plan.candidates - 1
+        bodies = [first, {**samples, "n": wanted}] if self._native_n else [first, *_singles(samples, wanted)]
+        made: list[dict[str, Any] | UpstreamError] = [UpstreamError(504, "the upstream did not answer before the deadline")] * len(bodies)
+        started = time.perf_counter()
+
+        async def ask(place: int) -> None:
+            try:
+                made[place] = await self.upstream.complete(bodies[place])
+            except UpstreamError as error:
+                made[place] = error
+
+        with anyio.move_on_after(self.settings.deadline):
+            async with anyio.create_task_group() as group:
+                for place in range(len(bodies)):
+                    group.start_soon(ask, place)
+        plan.seconds["upstream"] = time.perf_counter() - started
+        good = [completion for completion in made if not isinstance(completion, UpstreamError)]
+        for completion in made:
+            if isinstance(completion, UpstreamError):
+                self.observer.failed("candidates", completion)
+        if not good:
+            raise next(completion for completion in made if isinstance(completion, UpstreamError))
+        if self._native_n and not isinstance(made[-1], UpstreamError) and len(made[-1]["choices"]) < wanted:
+            self._native_n = False  # from now on each sample is a request of its own
+        return good
+
+    # ---- behind the upstream
+
+    async def _reply(self, plan: Plan, made: Sequence[dict[str, Any]]) -> Reply:
+        choices = [choice for completion in made for choice in completion["choices"]]
+        picked = await self._pick(plan, choices) if plan.candidates > 1 else _as_they_came(choices)
+        count = int(plan.plain.get("n") or 1)
+        out = [{**picked.choices[i], "index": place} for place, i in enumerate(picked.order[:count])]
+        completion = {**made[0], "choices": out, "usage": usage_of(made)}
+        kept = await self._keep(plan, picked)
+        if self.settings.personalization:
+            completion["personalization"] = _told(plan, picked, kept)
+        return Reply(completion, plan)
+
+    async def _pick(self, plan: Plan, choices: Sequence[dict[str, Any]]) -> "_Picked":
+        """The adapter's order of what came; as it came where the adapter fails."""
+        started = time.perf_counter()
+        try:
+            texts = [text_of(choice["message"]) for choice in choices]
+            picked = await plan.serving.together.run(lambda: _choose(plan, choices, texts), texts)
+        except Exception as error:  # whatever it is, it must not cost the caller an answer
+            self.observer.failed("adapter", error)
+            picked = _as_they_came(choices)
+        plan.seconds["adapt"] = time.perf_counter() - started
+        return picked
+
+    async def _keep(self, plan: Plan, picked: "_Picked") -> bool:
+        """Keep the request for feedback; whether it was."""
+        candidates = [
+            {"text": c.text, "answer": c.answer, "votes": c.votes, "greedy": c.greedy, "score": c.score} for c in picked.candidates
+        ]
+        content = {"candidates": candidates, "chosen": picked.chosen, "visible": len(plan.visible)}
+        try:
+            request = Request(plan.id, plan.user, time.time(), plan.serving.id, plan.question, content)
+            await anyio.to_thread.run_sync(self.store.keep_request, request)
+        except HydraError as error:
+            self.observer.failed("store", error)
+            return False
+        return True
+
+    # ---- streams
+
+    async def stream(self, plan: Plan) -> AsyncIterator[bytes]:
+        """The upstream's own stream, for a plan with one candidate; what a personal one said is kept for feedback at its end.
+
+        Raises:
+            UpstreamError: before the first byte.
+        """
+        heard = _Heard()
+        async for piece in self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True}):
+            heard.take(piece)
+            yield piece
+        if plan.reason is None and heard.text:
+            await self._keep(plan, _as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
+
+
+# ---- in the scoring thread
+
+
+@dataclass(frozen=True)
+class _Found:
+    visible: tuple[Record, ...]
+    ranked: list[Ranked]
+    seconds: dict[str, float]
+
+
+def _find(serving: Serving, user: str, version: int | None, question: str, observer: Observer) -> _Found | str:
+    """The user's records for a question, best first; or why there are none."""
+    person = serving.people.get(user, version)
+    if person is None:
+        return "unknown-user"
+    visible = serving.readable(person.records)
+    if not visible:
+        return "no-history"
+    query, clock = Query(user, "asked", question, position=LATER), [time.perf_counter()]
+    retrieved = serving.retriever.retrieve(query, visible, serving.settings.retrieved)
+    clock.append(time.perf_counter())
+    try:
+        ranked = serving.reranker.order(query, retrieved, visible)
+    except Exception as error:  # the retriever's order is what an answer without this program would get
+        observer.failed("reranker", error)
+        ranked = retrieved
+    clock.append(time.perf_counter())
+    return _Found(tuple(visible), ranked, {"retrieve": clock[1] - clock[0], "rerank": clock[2] - clock[1]})
+
+
+@dataclass(frozen=True)
+class _Picked:
+    choices: list[dict[str, Any]]
+    order: list[int]
+    """Indices of choices, the pick first."""
+    candidates: tuple[Candidate, ...] = ()
+    chosen: int = 0
+    """Index of the pick among the candidates."""
+    abstained: bool = False
+
+
+def _as_they_came(choices: Sequence[dict[str, Any]]) -> _Picked:
+    texts = [text_of(choice["message"]) for choice in choices]
+    return _Picked(list(choices), list(range(len(choices))), tuple(Candidate(text, text, 1) for text in texts))
+
+
+def _choose(plan: Plan, choices: Sequence[dict[str, Any]], texts: Sequence[str]) -> _Picked:
+    """The user's order of the candidates: the pick, then by score; equal answers behind all others."""
+    serving = plan.serving
+    offered, _ = gather(serving.task, texts, 1, serving.settings)
+    chosen = serving.adapter.choose(Query(plan.user, "asked", plan.question, position=LATER), offered, plan.visible)
+    out, order = list(choices), []
+    scores = [candidate.score if candidate.score is not None else float("-inf") for candidate in chosen.candidates]
+    for which in sorted(range(len(offered)), key=lambda i: (i != chosen.chosen, -scores[i], i)):
+        candidate = chosen.candidates[which]
+        said = [i for i, text in enumerate(texts) if text == candidate.text or serving.task.parse(text) == candidate.answer]
+        if said:
+            order.append(said[0])
+        elif which == chosen.chosen:  # a label that no sample named: the scorer's word against the LLM's
+            out.append({**choices[0], "message": {"role": "assistant", "content": candidate.text}})
+            order.append(len(out) - 1)
+    order = list(dict.fromkeys(order))
+    return _Picked(
+        out, order + [i for i in range(len(choices)) if i not in order], tuple(chosen.candidates), chosen.chosen, chosen.abstained
+    )
+
+
+# ---- small things
+
+
+class _Heard:
+    """What a stream of chunks said, of its first choice, put together as it passes."""
+
+    def __init__(self) -> None:
+        self.text, self._rest = "", b""
+
+    def take(self, piece: bytes) -> None:
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and (said := line[5:].strip()) != b"[DONE]":
+                with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+                    choice = json.loads(said)["choices"][0]
+                    if choice.get("index", 0) == 0:
+                        self.text += choice["delta"].get("content") or ""
+
+
+def _why_not(request: ChatRequest, messages: Sequence[Mapping[str, Any]], user: str | None, wishes: Wishes) -> str | None:
+    if user is None:
+        return "no-user"
+    if not wishes.enabled:
+        return "disabled"
+    if request.tools or request.functions or has_more_than_text(messages):
+        return "tools"
+    if messages[-1].get("role") != "user" or not text_of(messages[-1]).strip():
+        return "no-question"
+    return None
+
+
+def _singles(body: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    seed = body.get("seed")
+    bare = {name: value for name, value in body.items() if name != "n"}
+    return [{**bare, "seed": seed + i} if isinstance(seed, int) else bare for i in range(count)]
+
+
+def _told(plan: Plan, picked: _Picked, kept: bool) -> dict[str, Any]:
+    """The object `personalization` of a reply."""
+    told: dict[str, Any] = {
+        "request_id": plan.id if kept else None,
+        "records": [record.id for record in plan.shown],
+        "candidates": len(picked.candidates),
+        "chosen": picked.chosen,
+        "abstained": picked.abstained,
+        "scores": [candidate.score for candidate in picked.candidates],
+        "seconds": {stage: round(seconds, 4) for stage, seconds in plan.seconds.items()},
+    }
+    if plan.explain:
+        told["texts"] = [candidate.text for candidate in picked.candidates]
+        told["probabilities"] = [candidate.probability for candidate in picked.candidates]
+        told["shown"] = [{"id": record.id, "input": record.input, "output": record.output} for record in plan.shown]
+    return told

@@ -1,0 +1,79 @@
+"""What answers are made with: a bundle's parts, or BM25 alone where there is no bundle. Replaced as a whole when the bundle changes."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from hydra_llm.adapt import Adapter, FirstCandidate
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings, load_settings
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.rerank import KeepOrder, Reranker
+from hydra_llm.retrieve import Retriever, make_retriever
+from hydra_llm.server.people import People
+from hydra_llm.server.settings import ServeSettings
+from hydra_llm.server.together import Together
+from hydra_llm.store.store import Store
+from hydra_llm.tasks.task import Task
+from hydra_llm.types import Record
+
+ANY_TASK = Task("chat", "generation", "{input}")
+"""What is answered where no bundle says more."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A bundle at work."""
+
+    folder: str | None
+    """Where the bundle lies; None where there is none."""
+    id: str
+    """SHA-256 of its weights: heads belong to it. Empty where there is none."""
+    task: Task
+    settings: Settings
+    retriever: Retriever
+    reranker: Reranker
+    adapter: Adapter
+    people: People
+    together: Together
+    scorers: dict[str, FactorizedScorer]
+    bundle: Bundle | None = None
+
+    @property
+    def picks(self) -> bool:
+        """Whether there is an adapter, so that several candidates are worth asking for."""
+        return "adapter" in self.scorers
+
+    def readable(self, records: tuple[Record, ...]) -> list[Record]:
+        """The records that this bundle can read: for a task with labels those whose answer is one."""
+        if not self.task.labels or self.task.extra.get("free_history"):
+            return list(records)
+        labels = set(self.task.labels)
+        return [record for record in records if record.output in labels]
+
+    def close(self) -> None:
+        """End the scoring thread."""
+        self.together.close()
+
+
+def open_serving(store: Store, folder: str | Path | None, settings: ServeSettings) -> Serving:
+    """Load a bundle and put it to work on a store's users.
+
+    Raises:
+        BundleError: it is not there, damaged, or newer.
+    """
+    if folder is None:
+        plain = load_settings()
+        people = People(store, None, settings.users_in_memory)
+        return Serving(None, "", ANY_TASK, plain, make_retriever("bm25"), KeepOrder(), FirstCandidate(), people, Together(None), {})
+    loaded = Bundle.load(folder)
+    chosen = loaded.settings.model_copy(update={"caution": settings.caution, "retrieved": settings.retrieved})
+    bundle = replace(loaded, settings=chosen, records={})  # the store's records are the ones that count
+    people = People(store, bundle, settings.users_in_memory)
+    parts = bundle.personalizer(cast(ChatLLM, None))
+    scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
+    together = Together(bundle.store.texts)
+    return Serving(
+        str(folder), bundle.weights, bundle.task, chosen, parts.retriever, parts.reranker, parts.adapter, people, together, scorers, bundle
+    )

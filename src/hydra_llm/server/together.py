@@ -1,0 +1,68 @@
+"""One thread for everything that scores, and requests that wait together are encoded together.
+
+Work comes with the texts that it will need. While the thread is busy more of it gathers; then the texts of all that wait go through the
+encoder in one batch, and each piece of work runs on features that are there. Knows no users and no HTTP.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+Encode = Callable[[Sequence[str]], Any]
+MOST_AT_ONCE = 64
+"""Pieces of work whose texts go into one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    texts: Sequence[str]
+    do: Callable[[], Any]
+    result: "Future[Any]"
+
+
+class Together:
+    """A thread that encodes and scores."""
+
+    def __init__(self, encode: Encode | None):
+        self._encode = encode
+        self._waiting: SimpleQueue[_Work | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
+        self._thread.start()
+
+    async def run(self, do: Callable[[], R], texts: Sequence[str] = ()) -> R:
+        """Await `do()` in the scoring thread; its texts are encoded before, together with those of whoever else waits."""
+        work = _Work(texts, do, Future())
+        self._waiting.put(work)
+        return await asyncio.wrap_future(work.result)
+
+    def close(self) -> None:
+        """Finish what waits, then end the thread."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            batch = [self._waiting.get()]
+            while len(batch) < MOST_AT_ONCE and not self._waiting.empty():
+                batch.append(self._waiting.get())
+            ended = None in batch
+            self._do([work for work in batch if work is not None])
+
+    def _do(self, batch: list[_Work]) -> None:
+        batch = [work for work in batch if work.result.set_running_or_notify_cancel()]
+        texts = list(dict.fromkeys(text for work in batch for text in work.texts))
+        if texts and self._encode is not None:
+            with contextlib.suppress(Exception):  # whoever needs one of these texts meets the same fault, and it is told there
+                self._encode(texts)
+        for work in batch:
+            try:
+                work.result.set_result(work.do())
+            except BaseException as error:
+                work.result.set_exception(error)

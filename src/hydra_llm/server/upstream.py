@@ -1,0 +1,239 @@
+"""The LLM behind the gateway: an OpenAI-compatible endpoint, or any LLM of the core inside this process.
+
+    complete  a request's body → a chat completion, as plain JSON
+    stream    a request's body → the bytes of a stream of chunks
+    models    what there is
+
+Bodies pass as they are: what this program does not know, the endpoint may. The URL comes from settings, never from a request, and
+the caller's key goes nowhere. No retries here: the caller's SDK does them. Knows no users.
+"""
+
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from secrets import token_hex
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httpx2
+
+from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.server.wire import ApiError, chunks_of, role_chunk, text_of
+
+OPENAI_URL = "https://api.openai.com/v1"
+STRAIGHT_THROUGH = ("retry-after", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-should-retry")
+"""Headers of an upstream's error that the caller's SDK acts on."""
+
+
+class UpstreamError(Exception):
+    """The upstream answered with an error, not at all, or with nonsense."""
+
+    def __init__(self, status: int, body: Any, headers: Mapping[str, str] | None = None):
+        self.status, self.headers = status, dict(headers or {})
+        self.body = body if isinstance(body, dict) and "error" in body else ApiError(status, str(body)).body()
+        super().__init__(str(self.body["error"]))
+
+
+class Upstream(Protocol):
+    """What the gateway asks."""
+
+    def complete(self, body: Mapping[str, Any]) -> Any:
+        """Await a chat completion.
+
+        Raises:
+            UpstreamError: there is none.
+        """
+        ...
+
+    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        """The bytes of server-sent events, as they come.
+
+        Raises:
+            UpstreamError: before the first byte.
+        """
+        ...
+
+    def models(self, id: str | None = None) -> Any:
+        """Await the list of models, or one of them.
+
+        Raises:
+            UpstreamError: as the upstream says.
+        """
+        ...
+
+    def aclose(self) -> Any:
+        """Await the end of all connections."""
+        ...
+
+
+class HttpUpstream:
+    """An OpenAI-compatible endpoint."""
+
+    def __init__(self, base_url: str, key: str, *, timeout: float, transport: httpx2.AsyncBaseTransport | None = None):
+        limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.AsyncClient(
+            base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout, limits=limits, transport=transport
+        )
+
+    async def complete(self, body: Mapping[str, Any]) -> Any:
+        answer = await self._send("POST", "chat/completions", body)
+        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
+            raise UpstreamError(502, "the upstream answered without choices")
+        return answer
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        try:
+            async with self._client.stream("POST", "chat/completions", json=dict(body)) as response:
+                if response.status_code >= 300:
+                    raise _error_of(response.status_code, await response.aread(), response.headers)
+                async for piece in response.aiter_bytes():
+                    yield piece
+        except httpx2.HTTPError as error:
+            raise _unreached(error) from None
+
+    async def models(self, id: str | None = None) -> Any:
+        return await self._send("GET", "models" if id is None else f"models/{id}")
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            response = await self._client.request(method, path, json=None if body is None else dict(body))
+        except httpx2.HTTPError as error:
+            raise _unreached(error) from None
+        if response.status_code >= 300:
+            raise _error_of(response.status_code, response.content, response.headers)
+        try:
+            return response.json()
+        except ValueError:
+            raise UpstreamError(502, "the upstream's answer is not JSON") from None
+
+
+def _error_of(status: int, content: bytes, headers: Mapping[str, str]) -> UpstreamError:
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = "the upstream answered with an error that is not JSON"
+    if status < 400:  # a redirect: nobody follows one with somebody's texts
+        status, body = 502, "the upstream answered with a redirect"
+    return UpstreamError(status, body, {name: headers[name] for name in STRAIGHT_THROUGH if name in headers})
+
+
+def _unreached(error: httpx2.HTTPError) -> UpstreamError:
+    if isinstance(error, httpx2.TimeoutException):
+        return UpstreamError(504, "the upstream did not answer in time")
+    return UpstreamError(502, f"the upstream cannot be reached ({type(error).__name__})")
+
+
+class EmbeddedUpstream:
+    """An LLM of the core: an embedded model, or a fake. Calls queue where the engine takes one at a time."""
+
+    def __init__(self, llm: ChatLLM, max_tokens: int = 512):
+        self._llm, self._max_tokens = llm, max_tokens
+        self._model, self._since = str(llm.identity.get("model", "llm")), int(time.time())
+
+    async def complete(self, body: Mapping[str, Any]) -> Any:
+        texts, usage = await self._generate(body)
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": "stop"}
+            for i, text in enumerate(texts)
+        ]
+        used = {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+        head = {"id": f"chatcmpl-{token_hex(12)}", "object": "chat.completion", "created": int(time.time()), "model": self._model}
+        return {**head, "choices": choices, "usage": used}
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        made = await self.complete(body)
+        wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        for chunk in (role_chunk(made["id"], made["model"], len(made["choices"])), *chunks_of(made, usage=wants_usage)):
+            yield event(chunk)
+        yield DONE
+
+    async def models(self, id: str | None = None) -> Any:
+        model = {"id": self._model, "object": "model", "created": self._since, "owned_by": "hydra-llm"}
+        if id is None:
+            return {"object": "list", "data": [model]}
+        if id != self._model:
+            raise UpstreamError(404, ApiError(404, f"the model '{id}' does not exist", code="model_not_found").body())
+        return model
+
+    async def aclose(self) -> None:
+        await self._llm.aclose()
+
+    async def _generate(self, body: Mapping[str, Any]) -> Any:
+        if body.get("model") != self._model:
+            raise UpstreamError(404, ApiError(404, f"the model '{body.get('model')}' does not exist", code="model_not_found").body())
+        stop = body.get("stop")
+        try:
+            made = await self._llm.generate(
+                [{"role": _role(message), "content": text_of(message)} for message in body["messages"]],
+                n=body.get("n") or 1,
+                temperature=1.0 if body.get("temperature") is None else body["temperature"],
+                max_tokens=body.get("max_completion_tokens") or body.get("max_tokens") or self._max_tokens,
+                stop=[stop] if isinstance(stop, str) else list(stop or ()),
+                seed=body.get("seed"),
+            )
+        except LLMRefused as error:
+            raise UpstreamError(400, str(error)) from None
+        except LLMError as error:
+            raise UpstreamError(502, str(error)) from None
+        return made.texts, made.usage
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    role = str(message.get("role"))
+    return "system" if role == "developer" else role
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(chunk: Mapping[str, Any]) -> bytes:
+    """A chunk as a server-sent event."""
+    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+
+
+async def first_of(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[bytes]]:
+    """A stream's first bytes and the rest of it, so that an error before them can still be an error.
+
+    Raises:
+        UpstreamError: there are none.
+    """
+    try:
+        first = await anext(stream)
+    except StopAsyncIteration:
+        raise UpstreamError(502, "the upstream's stream is empty") from None
+    return first, stream
+
+
+def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
+    """The upstream of a written LLM: `openai:MODEL[@URL]` is an endpoint, with the key of OPENAI_API_KEY; else `bare` is asked.
+
+    Raises:
+        SettingsError: an endpoint without a key, or neither.
+    """
+    if spec.startswith("openai:"):
+        url = spec.partition("@")[2] or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise SettingsError(f"{spec}: '{url}' is no URL of an endpoint")
+        key = os.environ.get("OPENAI_API_KEY", "")
+        if not key and url == OPENAI_URL:
+            raise SettingsError(f"{spec} needs a key: set OPENAI_API_KEY")
+        return HttpUpstream(url, key, timeout=timeout)
+    if bare is None:
+        raise SettingsError(f"{spec}: is no LLM that can be served")
+    return EmbeddedUpstream(bare)
+
+
+def usage_of(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several completions spent together."""
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return {name: sum(int((each.get("usage") or {}).get(name) or 0) for each in completions) for name in names}

@@ -1,0 +1,192 @@
+"""The gateway's own endpoints: records, feedback, fits, export and deletion of users. What they do is the store's and feedback.py's."""
+
+import base64
+import json
+from functools import partial
+from secrets import token_hex
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Path, Request, Response
+
+from hydra_llm.datasets.dataset import text_fault
+from hydra_llm.history import parse_time
+from hydra_llm.server.feedback import take_feedback
+from hydra_llm.server.people import texts_of
+from hydra_llm.server.wire import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
+from hydra_llm.store.store import Store
+from hydra_llm.types import Record
+
+router = APIRouter(prefix="/v1", tags=["users"])
+User = Annotated[Id, Path(description="The user's id, as the application names the user.")]
+
+
+@router.post("/users/{user}/records")
+async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, int]:
+    """Add records, and the user with them. Idempotent: the same id and content again change nothing."""
+    store, settings = _store(http, user), http.app.state.gateway.settings
+    if len(sent.records) > settings.max_records_per_request:
+        raise ApiError(413, f"at most {settings.max_records_per_request} records a request", param="records")
+    records = [_record(user, place, each, settings.max_text) for place, each in enumerate(sent.records)]
+    added = await _in_thread(partial(_add, store, user, records, settings.max_records))
+    return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
+
+
+@router.get("/users/{user}/records")
+async def get_records(user: User, http: Request) -> dict[str, Any]:
+    """All records of a user, oldest first."""
+    version, records = await _in_thread(partial(_store(http, user).records, user))
+    if version is None:
+        raise _unknown()
+    data = [{"id": r.id, "input": r.input, "output": r.output, "time": r.time} for r in records]
+    return {"object": "list", "data": data}
+
+
+@router.delete("/users/{user}/records/{id}")
+async def delete_record(user: User, id: Id, http: Request) -> dict[str, Any]:
+    """Delete one record, and the heads that knew it."""
+    store = _store(http, user)
+    gone = await _in_thread(partial(_remove, store, user, id))
+    if gone is None:
+        raise ApiError(404, "no such record", code="record_not_found")
+    await _forget_texts(http, store, texts_of([gone]))
+    return {"id": id, "deleted": True}
+
+
+@router.post("/feedback")
+async def feedback(said: FeedbackIn, http: Request) -> dict[str, Any]:
+    """What the user made of an answer: it becomes a record where it tells what was wanted, and moves the user's head."""
+    kind = said.kind()
+    gateway = http.app.state.gateway
+    request = await _in_thread(partial(gateway.store.request, said.request_id))
+    caller = http.state.caller
+    if request is None or not (caller.admin or request.user in caller.users):
+        raise ApiError(404, "no such request, or it is too long ago", code="request_not_found", param="request_id")
+    taken = await take_feedback(gateway.store, gateway.serving, said, request)
+    gateway.observer.heard(kind)
+    return {"request_id": said.request_id, "repeated": taken.repeated, "record": taken.record, "head_moved": taken.moved}
+
+
+@router.post("/users/{user}/fit", status_code=202)
+async def fit(user: User, http: Request) -> dict[str, Any]:
+    """Fit the user's heads on all records, as a job."""
+    store = _store(http, user)
+    if http.app.state.gateway.serving.bundle is None:
+        raise ApiError(409, "there is no bundle yet: learn one first", code="no_bundle")
+    job = await _in_thread(partial(store.add_job, f"job_{token_hex(12)}", user, "fit"))
+    if job is None:
+        raise _unknown()
+    http.app.state.worker.wake()
+    return _job(job)
+
+
+@router.get("/users/{user}/jobs/{id}")
+async def job(user: User, id: Id, http: Request) -> dict[str, Any]:
+    """How far a job is: waiting, running, done or failed."""
+    found = await _in_thread(partial(_store(http, user).job, id))
+    if found is None or found.user != user:
+        raise ApiError(404, "no such job", code="job_not_found")
+    return _job(found)
+
+
+@router.get("/users/{user}/export")
+async def export(user: User, http: Request) -> Response:
+    """All that is kept about a user, heads included, as one JSON file."""
+    found = await _in_thread(partial(_store(http, user).export_user, user))
+    if found is None:
+        raise _unknown()
+    content = json.dumps(found, ensure_ascii=False, default=lambda raw: base64.b64encode(raw).decode())
+    return Response(content, media_type="application/json", headers={"content-disposition": 'attachment; filename="export.json"'})
+
+
+@router.delete("/users/{user}")
+async def delete_user(user: User, http: Request) -> dict[str, Any]:
+    """Delete everything about a user: records, heads, feedback, requests, features, keys that speak for nobody else."""
+    gateway, store = http.app.state.gateway, _store(http, user)
+    texts = await _in_thread(partial(_texts, store, user))
+    counts = await _in_thread(partial(store.delete_user, user))
+    await gateway.serving.together.run(partial(gateway.serving.people.drop, user))
+    if counts is None:
+        raise _unknown()
+    await _forget_texts(http, store, texts)
+    trained = gateway.serving.bundle is not None and user in gateway.serving.bundle.trained_on
+    return {"deleted": counts, "in_shared_base": trained}
+
+
+# ---- in threads
+
+
+def _add(store: Store, user: str, records: list[Record], most: int) -> Any:
+    with store.change(user, create=True) as change:
+        if change.count() + change.new(records) > most:
+            raise ApiError(413, f"a user has at most {most} records: delete some first", param="records")
+        return change.add(records)
+
+
+def _remove(store: Store, user: str, id: str) -> Record | None:
+    version, records = store.records(user)
+    found = next((record for record in records if record.id == id), None)
+    if version is None or found is None:
+        return None
+    with store.change(user) as change:
+        return found if change.remove(id) else None
+
+
+def _texts(store: Store, user: str) -> list[str]:
+    """Every text of which there may be features."""
+    _, records = store.records(user)
+    kept = store.export_user(user) or {"requests": [], "feedback": []}
+    of_requests = [
+        text for row in kept["requests"] for text in (row["question"], *(candidate["text"] for candidate in row["content"]["candidates"]))
+    ]
+    groups = [row["content"]["group"] for row in kept["feedback"] if row["content"].get("group")]
+    return [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
+
+
+async def _forget_texts(http: Request, store: Store, texts: list[str]) -> None:
+    """Forget the features of texts that nobody has any more; those that others have stay, and their answers with them."""
+    bundle = http.app.state.gateway.serving.bundle
+    if bundle is not None:
+        held = await _in_thread(partial(store.still_held, texts))
+        await _in_thread(partial(bundle.store.forget, [text for text in texts if text not in held]))
+
+
+# ---- small things
+
+
+def _store(http: Request, user: str) -> Store:
+    """The store, for a caller who may speak for the user.
+
+    Raises:
+        ApiError: 403.
+    """
+    http.state.caller.check(user)
+    store: Store = http.app.state.gateway.store
+    return store
+
+
+def _record(user: str, place: int, sent: RecordIn, most: int) -> Record:
+    for name in ("input", "output", "time", "id"):
+        text = getattr(sent, name)
+        fault = text_fault(text, may_be_empty=name == "time")
+        if len(text) > most:
+            fault = f"is longer than {most} characters"
+        if fault:
+            raise ApiError(400, f"records[{place}].{name} {fault}", param=f"records[{place}].{name}")
+    try:
+        span = parse_time(sent.time)
+    except ValueError as error:
+        raise ApiError(400, f"records[{place}].time: {error}", param=f"records[{place}].time") from None
+    return Record(user, sent.id, sent.input, sent.output, sent.time, span)
+
+
+def _job(job: Any) -> dict[str, Any]:
+    return {"id": job.id, "kind": job.kind, "state": job.state, "done": job.done, "total": job.total, "error": job.error or None}
+
+
+def _unknown() -> ApiError:
+    return ApiError(404, "no such user", code="user_not_found")
+
+
+async def _in_thread(function: Any) -> Any:
+    return await anyio.to_thread.run_sync(function)

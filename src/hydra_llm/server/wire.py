@@ -1,0 +1,172 @@
+"""What goes over the wire: OpenAI's shapes as far as the gateway must know them, and its own. Unknown fields pass.
+
+Errors have OpenAI's body and status, so that the official SDK raises its own classes. Knows no store and no model.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""Of a user, a record or a request: no control characters."""
+
+
+class ApiError(Exception):
+    """An error that the caller is told, in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error body."""
+        return {"error": {"message": self.message, "type": _KINDS.get(self.status, "api_error"), "param": self.param, "code": self.code}}
+
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+class Wishes(BaseModel):
+    """What one request wants of personalization."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool = True
+    k: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Records in the prompt."""
+    candidates: Annotated[int, Field(ge=1, le=64)] | None = None
+    explain: bool = False
+    """Also tell the candidates with their scores, and the records' texts."""
+
+
+class Message(BaseModel):
+    """One message of a conversation; what is in it is the upstream's business."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: Any = None
+
+
+class ChatRequest(BaseModel):
+    """A request for a chat completion; fields that are not named here go to the upstream as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, Any] | None = None
+    personalization: Wishes | None = None
+
+
+class RecordIn(BaseModel):
+    """One thing that a user did."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    input: str
+    output: str
+    time: Annotated[str, Field(max_length=100)] = ""
+    """ISO 8601, a year, a day, or seconds since 1970; empty if unknown."""
+
+
+class RecordsIn(BaseModel):
+    """Records to add; the same again change nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    records: Annotated[list[RecordIn], Field(min_length=1)]
+
+
+class FeedbackIn(BaseModel):
+    """What a user made of an answer: exactly one of the four."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request_id: Id
+    chosen: Annotated[int, Field(ge=0)] | None = None
+    """Index of the candidate that the user took."""
+    rating: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How good the answer was."""
+    edited: Annotated[str, Field(min_length=1)] | None = None
+    """What the user made of it."""
+    rejected: Literal[True] | None = None
+
+    def kind(self) -> str:
+        """Which of the four was given.
+
+        Raises:
+            ApiError: none, or more than one.
+        """
+        found = [name for name in ("chosen", "rating", "edited", "rejected") if getattr(self, name) is not None]
+        if len(found) != 1:
+            raise ApiError(400, "give exactly one of chosen, rating, edited, rejected", param="feedback")
+        return found[0]
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message's text: its content, or the text parts of it."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+def has_more_than_text(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a conversation holds tools' calls or results: such a one is passed through as it is."""
+    return any(message.get("role") in ("tool", "function") or message.get("tool_calls") for message in messages)
+
+
+def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+    """A completion as the chunks of a stream, behind the role's chunk: the text in pieces, the ends, and the usage if it was asked for."""
+    head = chunk_head(completion["id"], completion["model"], completion.get("created"))
+    out: list[dict[str, Any]] = []
+    for choice in completion["choices"]:
+        text = text_of(choice["message"])
+        for start in range(0, len(text), PIECE):
+            out.append({**head, "choices": [_delta(choice["index"], {"content": text[start : start + PIECE]})]})
+        out.append({**head, "choices": [_delta(choice["index"], {}, choice.get("finish_reason") or "stop")]})
+    if "personalization" in completion:
+        out[-1] = {**out[-1], "personalization": completion["personalization"]}
+    if usage:
+        out.append({**head, "choices": [], "usage": completion.get("usage")})
+    return out
+
+
+PIECE = 64
+"""Characters in a chunk of an answer that is there already."""
+
+
+def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:
+    """What a stream begins with."""
+    choices = [_delta(index, {"role": "assistant", "content": ""}) for index in range(count)]
+    return {**chunk_head(id, model), "choices": choices}
+
+
+def chunk_head(id: str, model: str, created: int | None = None) -> dict[str, Any]:
+    """What all chunks of a stream have in common."""
+    return {"id": id, "object": "chat.completion.chunk", "created": created or int(time.time()), "model": model}
+
+
+def _delta(index: int, delta: Mapping[str, Any], end: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": end}

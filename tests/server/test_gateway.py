@@ -1,0 +1,470 @@
+"""The gateway as applications meet it: the official SDK, the headers, what the upstream sees, and what happens when parts fail."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from hydra_llm.server.upstream import UpstreamError
+from hydra_llm.store.store import Store
+from hydra_llm.types import Record
+
+from .conftest import TAGS, TOPICS, World, records_of, running, tastes
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+QUESTION = "the battle for the bridge in winter"
+
+
+async def fitted(world: World, user: str) -> None:
+    """Fit a user's heads, and wait for it."""
+    answer = await world.http.post(f"/v1/users/{user}/fit")
+    assert answer.status_code == 202
+    for _ in range(400):
+        job = (await world.http.get(f"/v1/users/{user}/jobs/{answer.json()['id']}")).json()
+        if job["state"] in ("done", "failed"):
+            assert job["state"] == "done", job
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("the job does not end")
+
+
+# ---- without a bundle
+
+
+async def test_who_has_no_history_is_passed_through_and_who_has_one_is_shown_it(store: Store) -> None:
+    async with running(store) as world:
+        for user, reason in ((None, "no-user"), ("ada", "unknown-user")):
+            answer = await world.ask(QUESTION, user)
+            assert answer.headers["x-hydra-personalized"] == f"false; reason={reason}"
+            assert [m["content"] for m in world.upstream.bodies[-1]["messages"]] == [QUESTION]
+        store.add_records("ada", [Record("ada", "bridge", "the battle for the bridge in spring", "odd"), *records_of("ada")])
+        answer = await world.ask(QUESTION, personalization={"k": 2})
+        assert answer.headers["x-hydra-personalized"] == "true"
+        asked = world.upstream.bodies[-1]
+        assert [m["role"] for m in asked["messages"]] == ["user", "assistant"] * 2 + ["user"]
+        assert "battle" in asked["messages"][2]["content"], "the nearest record stands next to the question"
+        assert asked["messages"][-1] == {"role": "user", "content": QUESTION}
+        assert "personalization" not in asked
+        assert len(answer.json()["personalization"]["records"]) == 2
+
+
+async def test_the_callers_messages_and_unknown_fields_arrive_as_they_are(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:x"}}]},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": QUESTION, "extra": 1},
+    ]
+    async with running(store, placement="block") as world:
+        body = {"model": "m", "messages": messages, "user": "ada", "top_p": 0.3, "made_up": {"a": [1]}}
+        answer = await world.http.post("/v1/chat/completions", json=body)
+        assert answer.headers["x-hydra-personalized"] == "true"
+        asked = world.upstream.bodies[-1]
+        assert [m for m in asked["messages"] if m in messages] == messages
+        (block,) = [m for m in asked["messages"] if m not in messages]
+        assert block["role"] == "system"
+        assert asked["messages"].index(block) == 1
+        assert (asked["top_p"], asked["made_up"]) == (0.3, {"a": [1]})
+        with_tools = await world.http.post("/v1/chat/completions", json={**body, "tools": [{"type": "function"}]})
+        assert with_tools.headers["x-hydra-personalized"] == "false; reason=tools"
+        assert world.upstream.bodies[-1]["messages"] == messages
+        off = await world.http.post("/v1/chat/completions", json={**body, "personalization": {"enabled": False}})
+        assert off.headers["x-hydra-personalized"] == "false; reason=disabled"
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers"),
+    [
+        ({}, {"x-hydra-user": "ada"}),
+        ({"user": "ada"}, {}),
+        ({"safety_identifier": "ada"}, {}),
+        ({"metadata": {"user_id": "ada", "other": "x"}}, {}),
+        ({"user": "nobody"}, {"x-hydra-user": "ada"}),
+    ],
+)
+async def test_the_user_is_found_and_the_upstream_never_sees_the_id(store: Store, fields: dict[str, Any], headers: dict[str, str]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}], **fields}
+        answer = await world.http.post("/v1/chat/completions", json=body, headers=headers)
+        assert answer.headers["x-hydra-personalized"] == "true"
+        assert '"ada"' not in json.dumps(world.upstream.bodies[-1])
+        assert set(fields) <= set(world.upstream.bodies[-1])
+
+
+async def test_the_official_sdk(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        client = world.sdk()
+        made = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", n=2)
+        assert len(made.choices) == 2
+        assert made.usage is not None
+        assert made.usage.total_tokens == 12
+        assert made.model_extra is not None
+        assert "personalization" in made.model_extra
+        stream = await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "calm"
+        assert chunks[-1].usage is not None
+        assert [model.id async for model in client.models.list()] == ["m"]
+        assert (await client.models.retrieve("m")).id == "m"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("other")
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            await client.chat.completions.create(model="m", messages=[])
+        world.upstream.faults = [UpstreamError(429, {"error": {"message": "slow down", "type": "x"}}, {"retry-after": "7"})]
+        with pytest.raises(openai.RateLimitError, match="slow down") as limited:
+            await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}])
+        assert limited.value.response.headers["retry-after"] == "7"
+        with pytest.raises(openai.NotFoundError):
+            await client.get("/nowhere", cast_to=object)
+
+
+# ---- with a bundle
+
+
+async def test_users_get_their_own_of_several_candidates(store: Store, bundles: dict[str, Path]) -> None:
+    users = [f"user{i}" for i in range(6)]
+    for user in users:
+        store.add_records(user, records_of(user))
+    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+        right = alone = 0
+        for user in users:
+            await fitted(world, user)
+            for topic, texts in TOPICS.items():
+                answer = (await world.ask(f"{texts[0]} told twice", user)).json()
+                right += answer["choices"][0]["message"]["content"] == tastes(user)[topic]
+                alone += tastes(user)[topic] == "calm"  # what the upstream says first
+        assert right > alone + 4
+        assert right >= 14
+        told = answer["personalization"]
+        assert told["candidates"] == 3
+        assert len(told["scores"]) == 3
+        assert answer["usage"]["total_tokens"] == 11 + 12, "what all candidates cost"
+        three = (await world.ask(QUESTION, "user0", n=3)).json()
+        assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+        assert {choice["message"]["content"] for choice in three["choices"]} == set(TAGS.labels)
+        scores = three["personalization"]["scores"]
+        assert three["personalization"]["chosen"] == scores.index(max(scores))
+
+
+async def test_a_stream_of_the_pick_begins_at_once_and_ends_with_it(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        stream = await world.sdk().chat.completions.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", stream=True
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TAGS.labels
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert chunks[-1].model_extra is not None
+        assert chunks[-1].model_extra["personalization"]["request_id"]
+
+
+async def test_feedback_moves_the_head_once_in_any_order(store: Store, bundles: dict[str, Path], tmp_path: Path) -> None:
+    other = Store(f"sqlite:///{tmp_path / 'other.db'}")
+    heads = []
+    for place, order in ((store, [0, 1, 2, 3]), (other, [2, 0, 3, 1])):
+        place.add_records("ada", records_of("ada", 6))
+        async with running(place, bundles["titles"], candidates=3) as world:
+            ids = [(await world.ask(f"{texts[1]} again")).json()["personalization"]["request_id"] for texts in [*TOPICS.values()]]
+            ids.append((await world.ask(QUESTION)).json()["personalization"]["request_id"])
+            said = [{"chosen": 1}, {"rejected": True}, {"rating": 0.9}, {"edited": "calm at last"}]
+            for i in order:
+                answer = await world.http.post("/v1/feedback", json={"request_id": ids[i], **said[i]})
+                assert answer.status_code == 200, answer.text
+            assert answer.json()["head_moved"]
+            again = await world.http.post("/v1/feedback", json={"request_id": ids[0], **said[0]})
+            assert again.json()["repeated"]
+            differs = await world.http.post("/v1/feedback", json={"request_id": ids[0], "chosen": 0})
+            assert differs.status_code == 409
+            bundle = world.app.state.gateway.serving.id
+            heads.append(place.heads("ada", bundle)["adapter"].delta)
+            outputs = [record.output for record in place.records("ada")[1]]
+            assert "calm at last" in outputs
+            assert len(outputs) == 6 + 3, "what was chosen, rated well or edited is a record; what was rejected is none"
+    other.close()
+    assert heads[0] != b"\0" * len(heads[0])
+    import numpy as np
+
+    assert np.allclose(*(np.frombuffer(head, "<f4") for head in heads), atol=1e-4)
+
+
+async def test_feedback_changes_what_is_picked(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+        await fitted(world, "ada")
+        before = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
+        wanted = next(label for label in TAGS.labels if label != before)
+        for _ in range(8):
+            told = (await world.ask(QUESTION)).json()["personalization"]
+            await world.http.post("/v1/feedback", json={"request_id": told["request_id"], "edited": wanted})
+        after = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
+        assert (before, after) == (tastes("ada")["war"], wanted)
+        await fitted(world, "ada")
+        assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == wanted, "a new fit knows it from the records"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ({}, 400),
+        ({"chosen": 0, "rejected": True}, 400),
+        ({"chosen": 99}, 400),
+        ({"rating": 2}, 400),
+        ({"chosen": 0, "request_id": "req_unknown"}, 404),
+    ],
+)
+async def test_feedback_that_makes_no_sense(store: Store, said: dict[str, Any], status: int) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+        answer = await world.http.post("/v1/feedback", json={"request_id": id, **said})
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+# ---- never worse
+
+
+async def test_whatever_fails_the_caller_gets_an_answer(store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add_records("ada", records_of("ada"))
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError("a bug with ada's texts")
+
+    async with running(store, bundles["tags"], candidates=3) as world:
+        serving = world.app.state.gateway.serving
+        fault = UpstreamError(500, "down")
+        world.upstream.faults = [fault]  # the first candidate fails, the samples come
+        assert (await world.ask(QUESTION)).status_code == 200
+        world.upstream.faults = [None, fault]
+        assert (await world.ask(QUESTION)).json()["usage"]["total_tokens"] == 11, "the first candidate alone"
+        world.upstream.faults = [fault, fault]
+        assert (await world.ask(QUESTION)).status_code == 500
+        world.upstream.faults = [UpstreamError(400, "too long"), UpstreamError(400, "too long")]
+        plain = await world.ask(QUESTION)
+        assert plain.headers["x-hydra-personalized"] == "false; reason=upstream-refused"
+        assert len(world.upstream.bodies[-1]["messages"]) == 1
+        monkeypatch.setattr(serving.adapter, "choose", broken)
+        assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == "calm"
+        monkeypatch.setattr(serving.reranker, "order", broken)
+        assert (await world.ask(QUESTION)).headers["x-hydra-personalized"] == "true"
+        figures = (await world.http.get("/metrics")).text
+        for part in ("candidates", "records", "adapter", "reranker"):
+            assert f'hydra_failures_total{{part="{part}"}}' in figures
+        assert '"ada"' not in figures
+        store.engine.dispose()
+        monkeypatch.setattr(world.app.state.gateway.store, "state", lambda user: (_ for _ in ()).throw(_store_error()))
+        answer = await world.ask(QUESTION)
+        assert answer.headers["x-hydra-personalized"] == "false; reason=store-failure"
+
+
+def _store_error() -> Exception:
+    from hydra_llm.errors import StoreError
+
+    return StoreError("gone")
+
+
+async def test_an_upstream_that_gives_one_choice_at_a_time_is_asked_for_each(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=4) as world:
+        world.upstream.most = 1
+        assert (await world.ask(QUESTION)).json()["usage"]["total_tokens"] == 22, "the caller's own and one sample"
+        world.upstream.bodies.clear()
+        said = iter(["odd", "loud", "calm", "odd"])
+        world.upstream.rule = lambda body, index: next(said)
+        assert (await world.ask(QUESTION, seed=5)).json()["usage"]["total_tokens"] == 44
+        assert [body.get("seed") for body in world.upstream.bodies] == [5, 6, 7, 8]
+        assert all("n" not in body or body["n"] == 1 for body in world.upstream.bodies)
+
+
+# ---- records, deletion, keys
+
+
+async def test_records_are_added_listed_and_deleted(store: Store) -> None:
+    async with running(store, max_records=3, max_records_per_request=2) as world:
+        one = {"id": "1", "input": "a", "output": "b", "time": "2020"}
+        assert (await world.http.post("/v1/users/ada/records", json={"records": [one]})).json() == {
+            "added": 1,
+            "changed": 0,
+            "unchanged": 0,
+        }
+        assert (await world.http.post("/v1/users/ada/records", json={"records": [one]})).json()["unchanged"] == 1
+        assert (await world.http.get("/v1/users/ada/records")).json()["data"] == [one]
+        two = [{"id": i, "input": "a", "output": "b"} for i in ("2", "3")]
+        assert (await world.http.post("/v1/users/ada/records", json={"records": two})).status_code == 200
+        assert (await world.http.post("/v1/users/ada/records", json={"records": [{**one, "id": "4"}]})).status_code == 413
+        assert (await world.http.delete("/v1/users/ada/records/1")).status_code == 200
+        assert (await world.http.delete("/v1/users/ada/records/1")).status_code == 404
+        for broken in ({"input": ""}, {"output": "x\0y"}, {"time": "yesterday"}, {"id": ""}, {"more": 1}):
+            answer = await world.http.post("/v1/users/ada/records", json={"records": [{**one, **broken}]})
+            assert answer.status_code == 400, broken
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_after_a_deletion_nothing_is_left_and_others_answers_are_the_same_bits(
+    store: Store, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("ada", "bob"):
+        store.add_records(user, records_of(user))
+    store.add_records("ada", [records_of("marmalade", 1)[0]])
+    async with running(store, bundles["tags"], candidates=3) as world:
+        for user in ("ada", "bob"):
+            await fitted(world, user)
+        told = (await world.ask("marmalade question")).json()["personalization"]
+        await world.http.post("/v1/feedback", json={"request_id": told["request_id"], "edited": "odd"})
+        before = (await world.ask(QUESTION, "bob")).json()
+        assert before["personalization"]["scores"] == (await world.ask(QUESTION, "bob")).json()["personalization"]["scores"]
+        export = (await world.http.get("/v1/users/ada/export")).json()
+        assert {head["scorer"] for head in export["heads"]} >= {"adapter", "reranker", "fitted"}
+        deleted = (await world.http.delete("/v1/users/ada")).json()
+        assert deleted["deleted"]["feedback"] == 1
+        assert deleted["in_shared_base"] is False
+        assert (await world.ask(QUESTION, "ada")).headers["x-hydra-personalized"] == "false; reason=unknown-user"
+        after = (await world.ask(QUESTION, "bob")).json()
+        assert after["personalization"]["scores"] == before["personalization"]["scores"]
+        assert after["choices"] == before["choices"]
+        for path in ("export", "records"):
+            assert (await world.http.get(f"/v1/users/ada/{path}")).status_code == 404
+        store.scrub()
+        assert not holds(tmp_path, b"marmalade question")
+
+
+def holds(folder: Path, needle: bytes) -> bool:
+    """Whether any file in a folder holds these bytes."""
+    return any(needle in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+ENDPOINTS = [
+    ("POST", "/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}], "user": "{user}"}),
+    ("POST", "/v1/users/{user}/records", {"records": [{"id": "9", "input": "a", "output": "b"}]}),
+    ("GET", "/v1/users/{user}/records", None),
+    ("DELETE", "/v1/users/{user}/records/r1", None),
+    ("POST", "/v1/feedback", {"request_id": "req_{user}", "rejected": True}),
+    ("POST", "/v1/users/{user}/fit", None),
+    ("GET", "/v1/users/{user}/jobs/job-{user}", None),
+    ("GET", "/v1/users/{user}/export", None),
+    ("DELETE", "/v1/users/{user}", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
+async def test_nobody_reaches_another_user(
+    store: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    from hydra_llm.server.auth import make_key
+    from hydra_llm.store.values import Request
+
+    for user in ("ada", "bob"):
+        store.add_records(user, records_of(user))
+        store.add_job(f"job-{user}", user, "fit")
+        content = {"candidates": [{"text": "a", "answer": "a", "votes": 1, "greedy": True}], "chosen": 0, "visible": 1}
+        store.keep_request(Request(f"req_{user}", user, time.time(), "", "q", content))
+    keys = {
+        "admin": make_key(store, admin=True)[1],
+        "ada": make_key(store, users=["ada"])[1],
+        "two": make_key(store, users=["ada", "x"])[1],
+    }
+    revoked, secret = make_key(store, users=["bob"])
+    store.revoke_key(revoked.id)
+    keys |= {"revoked": secret, "wrong": keys["ada"][:-1] + ("a" if keys["ada"][-1] != "a" else "b"), "none": ""}
+
+    def filled(user: str) -> tuple[str, Any]:
+        return path.replace("{user}", user), json.loads(json.dumps(body).replace("{user}", user))
+
+    async with running(store, bundles["tags"], candidates=2) as world:
+        for name, key in keys.items():
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            where, sent = filled("bob")
+            before = store.export_user("bob") if name != "admin" else None
+            answer = await world.http.request(method, where, json=sent, headers=headers)
+            if name == "admin":
+                assert answer.status_code < 300, answer.text
+                store.add_records("bob", records_of("bob"))
+                continue
+            wanted = (404 if "feedback" in path else 403) if name in ("ada", "two") else 401
+            assert answer.status_code == wanted, (name, answer.text)
+            now = store.export_user("bob")
+            assert before is not None
+            assert now is not None
+            assert {k: v for k, v in now.items() if k != "jobs"} == {k: v for k, v in before.items() if k != "jobs"}
+        where, sent = filled("ada")
+        answer = await world.http.request(method, where, json=sent, headers={"authorization": f"Bearer {keys['ada']}"})
+        assert answer.status_code < 300, answer.text
+
+
+async def test_beyond_loopback_nobody_comes_in_without_a_key(store: Store) -> None:
+    async with running(store, on_loopback=False) as world:
+        assert (await world.ask(QUESTION)).status_code == 401
+        assert (await world.http.get("/health/liveness")).status_code == 200
+        assert (await world.http.get("/metrics")).status_code == 200
+
+
+async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
+    from hydra_llm.server.auth import make_key
+
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        _, secret = make_key(store, users=["ada"])
+        made = await world.sdk(secret).chat.completions.with_raw_response.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}]
+        )
+        assert made.headers["x-hydra-personalized"] == "true"
+        with pytest.raises(openai.AuthenticationError):
+            await world.sdk("hk-nope").models.list()
+        with pytest.raises(openai.PermissionDeniedError):
+            await world.sdk(secret).chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}], user="bob")
+
+
+async def test_limits(store: Store) -> None:
+    async with running(store, max_body_bytes=2048, requests_per_minute=3) as world:
+        assert (await world.ask("x" * 3000)).status_code == 413
+        codes = [(await world.ask("x")).status_code for _ in range(4)]
+        assert codes[-1] == 429
+        assert 200 in codes
+
+
+async def test_a_running_server_switches_to_another_bundle(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, candidates=3) as world:
+        assert (await world.ask(QUESTION)).json()["personalization"]["candidates"] == 1
+        store.use_bundle(str(bundles["tags"]))
+        for _ in range(100):
+            codes = [answer.status_code for answer in await asyncio.gather(*(world.ask(QUESTION) for _ in range(5)))]
+            assert codes == [200] * 5
+            if world.app.state.gateway.serving.folder is not None:
+                break
+            await asyncio.sleep(0.05)
+        assert (await world.ask(QUESTION)).json()["personalization"]["candidates"] == 3
+
+
+async def test_another_servers_write_is_seen_at_the_next_request(store: Store, bundles: dict[str, Path]) -> None:
+    other = Store(str(store.url))
+    store.add_records("ada", records_of("ada", 3))
+    async with running(store, bundles["tags"], candidates=2) as world, running(other, bundles["tags"], candidates=2) as second:
+        first = (await world.ask(QUESTION, personalization={"k": 64})).json()["personalization"]["records"]
+        new = records_of("ada", 9)[3:]
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in new]
+        await second.http.post("/v1/users/ada/records", json={"records": sent})
+        assert len((await world.ask(QUESTION, personalization={"k": 64})).json()["personalization"]["records"]) == len(first) + 6
+        await fitted(second, "ada")
+        serving = world.app.state.gateway.serving
+        await world.ask(QUESTION)
+        assert "adapter" in serving.people.get("ada", store.state("ada").version).heads
+    other.close()
