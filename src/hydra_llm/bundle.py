@@ -4,7 +4,7 @@ The files themselves are `model/bundle.py`'s business; this module knows what th
 users that it has heads for (they are what is retrieved): treat it as their data. Knows no LLM beyond its identity.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -93,6 +93,11 @@ class Bundle:
     def without_heads(self) -> "Bundle":
         """The same bundle for which everybody is a stranger: the shared heads answer. The non-personal control."""
         return replace(self, reranker=_headless(self.reranker), adapter=_headless(self.adapter))
+
+    def without_people(self, hashed: Callable[[str], str]) -> "Bundle":
+        """What is shared alone: no head, no record, and who taught under hashes; for where heads and records have their own store."""
+        scorers = [None if scorer is None else scorer.without_users() for scorer in (self.reranker, self.adapter)]
+        return replace(self, reranker=scorers[0], adapter=scorers[1], records={}, trained_on=tuple(map(hashed, self.trained_on)))
 
     def settings_with(self, preset: str = "default", file: Path | None = None, /, **given: object) -> Settings:
         """The bundle's settings with preset, settings file, environment and the given ones on top; None is not given.

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 
 def learn(
-    data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
     llm: LLM,
     out: Annotated[Path, typer.Option(help="Folder of the new bundle; an older one there is replaced when this one is complete.")],
+    data: Annotated[Path | None, typer.Argument(help="A data set: native folder, or LaMP's files; or give --store.")] = None,
+    store: Annotated[str | None, typer.Option(help="The gateway's database: learn from all users that it holds.")] = None,
+    task: Annotated[Path | None, typer.Option(help="With --store: a task.json that says what is answered; else texts of any kind.")] = None,
     limit: Limit = None,
     seed: Seed = None,
     preset: Preset = None,
@@ -41,12 +43,20 @@ def learn(
     record: Record = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn a bundle from a data set's training users; `--limit` takes the first of them. A repeat continues a stopped run."""
+    """Learn a bundle from a data set's training users, or from a store's users; `--limit` takes the first. A repeat continues."""
+    from hydra_llm.errors import SettingsError
     from hydra_llm.learning.api import learn as run
 
     settings = settings_of(preset, config, set_, seed=seed, users=limit, candidates=candidates, select=select)
+    if (data is None) == (store is None):
+        raise SettingsError("give one of a data set and --store")
     with opened_llm(llm, settings, record) as model, console.progress() as report:
-        learned = run(data, model, settings, out=out, progress=report)
+        if store is not None:
+            from hydra_llm.server.learn import learn_from_store
+
+            learned = learn_from_store(store, model, settings, out, task=task, progress=report)
+        elif data is not None:
+            learned = run(data, model, settings, out=out, progress=report)
     _tell(learned, out, as_json)
 
 

@@ -116,11 +116,6 @@ class FactorizedScorer(nn.Module):
         self.users[f"{FORGOTTEN}{row}"] = row
         self.empty.append(row)
 
-    def forget_all(self) -> None:
-        """Forget every user: what is left is shared."""
-        for user in [user for user in self.users if not user.startswith(FORGOTTEN)]:
-            self.forget(user)
-
     def evidence_score(self, groups: Groups) -> Tensor:
         """[G, C]: what the evidence alone says, standardised as in training."""
         standard = (groups.evidence - self.evidence_mean) / self.evidence_scale
@@ -172,6 +167,15 @@ class FactorizedScorer(nn.Module):
         turned = self.curvature.back(rows) * (self.prior_precision + known * self.curvature.values).rsqrt()
         spread: Tensor = self.scale.square() * turned @ turned.T
         return spread
+
+    def without_users(self) -> "FactorizedScorer":
+        """A copy of what is shared, with nobody in it."""
+        own = ("bank.keys.", "bank.residuals.")
+        tensors = {name: value.clone() for name, value in self.tensors().items() if not name.startswith(own)}
+        for name in ("bank.weight", "bank.bias"):
+            if name in tensors:
+                tensors[name] = tensors[name][:0]
+        return FactorizedScorer.restore({**self.config(), "users": [], "known": []}, tensors)
 
     # ---- on disk: plain values and tensors, no pickle
 

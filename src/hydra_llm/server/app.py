@@ -12,7 +12,6 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from hydra_llm import __version__
@@ -26,7 +25,7 @@ from hydra_llm.server.personal import Gateway
 from hydra_llm.server.serving import open_serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.upstream import Upstream, UpstreamError
-from hydra_llm.server.wire import ApiError
+from hydra_llm.server.wire import ApiError, Json
 from hydra_llm.store.store import Store
 
 Scope = MutableMapping[str, Any]
@@ -182,11 +181,11 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, told)
 
 
-def _error_response(error: Exception) -> JSONResponse:
+def _error_response(error: Exception) -> Json:
     if isinstance(error, ApiError):
-        return JSONResponse(error.body(), error.status)
+        return Json(error.body(), error.status)
     if isinstance(error, UpstreamError):
-        return JSONResponse(error.body, error.status, headers=error.headers)
+        return Json(error.body, error.status, headers=error.headers)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
@@ -199,7 +198,7 @@ def _error_response(error: Exception) -> JSONResponse:
     else:
         log.error("a bug: %s", type(error).__name__, exc_info=error)
         made = ApiError(500, "something went wrong here", code="internal_error")
-    return JSONResponse(made.body(), made.status)
+    return Json(made.body(), made.status)
 
 
 # ---- health

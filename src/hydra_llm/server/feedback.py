@@ -13,6 +13,7 @@ import anyio
 import torch
 
 from hydra_llm.adapt import all_labels, candidate_text
+from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.learning.lesson import rule_of
 from hydra_llm.learning.online import WINDOW, moved, moves
 from hydra_llm.learning.table import make_table
@@ -49,11 +50,13 @@ async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, reques
         StoreError: the store failed; nothing was changed.
     """
     kind = said.kind()
+    if said.edited is not None and (fault := text_fault(said.edited)):
+        raise ApiError(400, f"edited {fault}", param="edited")
     candidates = [Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in request.content["candidates"]]
     if kind == "chosen" and (said.chosen or 0) >= len(candidates):
         raise ApiError(400, f"there were {len(candidates)} candidates: chosen must be below that", param="chosen")
     wanted = _wanted(said, candidates, request.content["chosen"])
-    record = None if wanted is None else Record(request.user, f"feedback:{request.id}", request.question, wanted)
+    record = None if not wanted or text_fault(wanted) else Record(request.user, f"feedback:{request.id}", request.question, wanted)
     for _ in range(TRIES):
         version, records = await anyio.to_thread.run_sync(store.records, request.user)
         if version is None:

@@ -109,10 +109,6 @@ class Worker:
         """The bundle with scorers of this thread alone, and nobody in them."""
         assert serving.bundle is not None
         if self._own is None or self._own[0] != serving.id:
-            bare = Bundle.load(serving.folder or "")
-            bundle = replace(bare, store=serving.bundle.store, records={})
-            for scorer in (bundle.reranker, bundle.adapter):
-                if scorer is not None:
-                    scorer.forget_all()
+            bundle = replace(Bundle.load(serving.folder or "").without_people(str), store=serving.bundle.store)
             self._own = (serving.id, bundle)
         return self._own[1]

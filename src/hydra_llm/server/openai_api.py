@@ -6,18 +6,21 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Header, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
+from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.server.auth import Caller
 from hydra_llm.server.names import named_user
 from hydra_llm.server.personal import Gateway, Plan
 from hydra_llm.server.upstream import DONE, UpstreamError, event, first_of
-from hydra_llm.server.wire import ChatRequest, chunks_of, role_chunk
+from hydra_llm.server.wire import ApiError, ChatRequest, Json, chunks_of, role_chunk
 
 KEEP_ALIVE_SECONDS = 5.0
 KEEP_ALIVE = b": still working\n\n"
 """A comment: parsers skip it, proxies see that the line is alive."""
 STREAM = "text/event-stream"
+
+LONGEST_ID = 200
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -34,19 +37,19 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: str | None = H
             return await _stream(gateway, plan, request)
         reply = await gateway.answer(plan)
         gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=_abstained(reply.completion))
-        return JSONResponse(reply.completion, headers=_headers(reply.plan))
+        return Json(reply.completion, headers=_headers(reply.plan))
 
 
 @router.get("/v1/models", response_model=None)
 async def models(http: Request) -> Any:
     """The upstream's models."""
-    return JSONResponse(await http.app.state.gateway.upstream.models())
+    return Json(await http.app.state.gateway.upstream.models())
 
 
 @router.get("/v1/models/{id:path}", response_model=None)
 async def model(id: str, http: Request) -> Any:
     """One of the upstream's models."""
-    return JSONResponse(await http.app.state.gateway.upstream.models(id))
+    return Json(await http.app.state.gateway.upstream.models(id))
 
 
 def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | None:
@@ -56,6 +59,8 @@ def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | Non
         ApiError: 403 for a user for whom this caller may not speak.
     """
     named = named_user(body, header)
+    if named is not None and (len(named) > LONGEST_ID or text_fault(named)):
+        raise ApiError(400, f"the user's id {text_fault(named) or f'is longer than {LONGEST_ID} characters'}", param="user")
     if caller.bound is not None and named is None:
         return caller.bound
     if named is not None:

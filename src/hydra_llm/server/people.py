@@ -41,8 +41,6 @@ class People:
         self._scorers: dict[str, FactorizedScorer] = {}
         if bundle is not None:
             self._scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
-            for scorer in self._scorers.values():  # whoever the bundle was learned with is a user of the store like any other
-                scorer.forget_all()
 
     def get(self, name: str, version: int | None) -> Person | None:
         """The user as of at least `version`; None for one who is not there."""

@@ -23,7 +23,7 @@ from hydra_llm.server.place import place
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.server.wire import ChatRequest, Wishes, has_more_than_text, text_of
+from hydra_llm.server.wire import ChatRequest, Wishes, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.types import Candidate, Query, Ranked, Record
@@ -75,6 +75,8 @@ class Gateway:
     async def plan(self, request: ChatRequest, body: Mapping[str, Any], user: str | None) -> Plan:
         """Everything up to what the upstream is asked."""
         plain = self.names.hidden({name: value for name, value in body.items() if name != "personalization"})
+        if request.n is not None:
+            plain["n"] = request.n  # as it was read: 2.0 is a 2 to JSON's eyes
         serving, wishes = self.serving, request.personalization or Wishes()
         messages = body["messages"]
         reason = _why_not(request, messages, user, wishes)
@@ -83,7 +85,7 @@ class Gateway:
         started = time.perf_counter()
         try:
             state = await anyio.to_thread.run_sync(self.store.state, user)
-            question = text_of(messages[-1])
+            question = readable(text_of(messages[-1]))
             found = await serving.together.run(lambda: _find(serving, user, state.version, question, self.observer), [question])
         except HydraError as error:
             self.observer.failed("store", error)
@@ -180,7 +182,7 @@ class Gateway:
         """The adapter's order of what came; as it came where the adapter fails."""
         started = time.perf_counter()
         try:
-            texts = [text_of(choice["message"]) for choice in choices]
+            texts = [readable(text_of(choice["message"])) for choice in choices]
             picked = await plan.serving.together.run(lambda: _choose(plan, choices, texts), texts)
         except Exception as error:  # whatever it is, it must not cost the caller an answer
             self.observer.failed("adapter", error)
@@ -260,7 +262,7 @@ class _Picked:
 
 
 def _as_they_came(choices: Sequence[dict[str, Any]]) -> _Picked:
-    texts = [text_of(choice["message"]) for choice in choices]
+    texts = [readable(text_of(choice["message"])) for choice in choices]
     return _Picked(list(choices), list(range(len(choices))), tuple(Candidate(text, text, 1) for text in texts))
 
 

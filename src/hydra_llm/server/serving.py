@@ -69,7 +69,8 @@ def open_serving(store: Store, folder: str | Path | None, settings: ServeSetting
         return Serving(None, "", ANY_TASK, plain, make_retriever("bm25"), KeepOrder(), FirstCandidate(), people, Together(None), {})
     loaded = Bundle.load(folder)
     chosen = loaded.settings.model_copy(update={"caution": settings.caution, "retrieved": settings.retrieved})
-    bundle = replace(loaded, settings=chosen, records={})  # the store's records are the ones that count
+    # Whoever the bundle was learned with is a user of the store like any other: its records and heads are the ones that count.
+    bundle = replace(loaded.without_people(str), settings=chosen)
     people = People(store, bundle, settings.users_in_memory)
     parts = bundle.personalizer(cast(ChatLLM, None))
     scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}

@@ -22,6 +22,7 @@ from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server.wire import ApiError, chunks_of, role_chunk, text_of
 
+AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
 STRAIGHT_THROUGH = ("retry-after", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
@@ -86,7 +87,7 @@ class HttpUpstream:
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         try:
-            async with self._client.stream("POST", "chat/completions", json=dict(body)) as response:
+            async with self._client.stream("POST", "chat/completions", content=json.dumps(body), headers=AS_JSON) as response:
                 if response.status_code >= 300:
                     raise _error_of(response.status_code, await response.aread(), response.headers)
                 async for piece in response.aiter_bytes():
@@ -102,7 +103,7 @@ class HttpUpstream:
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            response = await self._client.request(method, path, json=None if body is None else dict(body))
+            response = await self._client.request(method, path, content=None if body is None else json.dumps(body), headers=AS_JSON)
         except httpx2.HTTPError as error:
             raise _unreached(error) from None
         if response.status_code >= 300:
@@ -171,21 +172,29 @@ class EmbeddedUpstream:
     async def _generate(self, body: Mapping[str, Any]) -> Any:
         if body.get("model") != self._model:
             raise UpstreamError(404, ApiError(404, f"the model '{body.get('model')}' does not exist", code="model_not_found").body())
-        stop = body.get("stop")
         try:
             made = await self._llm.generate(
-                [{"role": _role(message), "content": text_of(message)} for message in body["messages"]],
-                n=body.get("n") or 1,
-                temperature=1.0 if body.get("temperature") is None else body["temperature"],
-                max_tokens=body.get("max_completion_tokens") or body.get("max_tokens") or self._max_tokens,
-                stop=[stop] if isinstance(stop, str) else list(stop or ()),
-                seed=body.get("seed"),
+                [{"role": _role(message), "content": text_of(message)} for message in body["messages"]], **_sampling(body, self._max_tokens)
             )
+        except (TypeError, ValueError) as error:
+            raise UpstreamError(400, f"a field of the request has a value that cannot be used: {error}") from None
         except LLMRefused as error:
             raise UpstreamError(400, str(error)) from None
         except LLMError as error:
             raise UpstreamError(502, str(error)) from None
         return made.texts, made.usage
+
+
+def _sampling(body: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+    """How the LLM is to sample, from a request's fields."""
+    stop, seed = body.get("stop"), body.get("seed")
+    return {
+        "n": int(body.get("n") or 1),
+        "temperature": 1.0 if body.get("temperature") is None else float(body["temperature"]),
+        "max_tokens": int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens),
+        "stop": [stop] if isinstance(stop, str) else [str(each) for each in stop or ()],
+        "seed": None if seed is None else int(seed),
+    }
 
 
 def _role(message: Mapping[str, Any]) -> str:
@@ -198,7 +207,7 @@ DONE = b"data: [DONE]\n\n"
 
 def event(chunk: Mapping[str, Any]) -> bytes:
     """A chunk as a server-sent event."""
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
 async def first_of(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[bytes]]:

@@ -109,8 +109,8 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     if counts is None:
         raise _unknown()
     await _forget_texts(http, store, texts)
-    trained = gateway.serving.bundle is not None and user in gateway.serving.bundle.trained_on
-    return {"deleted": counts, "in_shared_base": trained}
+    taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
+    return {"deleted": counts, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
 
 
 # ---- in threads

@@ -3,10 +3,12 @@
 Errors have OpenAI's body and status, so that the official SDK raises its own classes. Knows no store and no model.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -130,6 +132,22 @@ def text_of(message: Mapping[str, Any]) -> str:
         return content
     parts = content if isinstance(content, list) else []
     return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+def readable(text: str) -> str:
+    """A text that every file, database and encoder takes: halves of surrogate pairs become U+FFFD, NUL a space."""
+    whole = text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", " ")
+
+
+class Json(JSONResponse):
+    """JSON that can also hold half of a surrogate pair, as somebody's message or an LLM's answer may: escaped, as it came."""
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return super().render(content)
+        except UnicodeEncodeError:
+            return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
 def has_more_than_text(messages: Sequence[Mapping[str, Any]]) -> bool:

@@ -1,0 +1,222 @@
+"""What the gateway adds to an answer, over a mock upstream of fixed latency on loopback, beside the LiteLLM proxy where that is there.
+
+    python benchmarks/gateway.py [--seconds 20] [--litellm VENV/bin/litellm] [--json]
+
+One server process, the mock in a second, the client in a third, all on this machine's cores. The client sends at a fixed rate, whether
+or not earlier requests have been answered; the added latency is the client's time minus that of the mock asked directly, in the same
+run. `personal`: a user with 100 records, 10 retrieved, 8 candidates, tower features. `cold`: users whom the server has not seen since it
+began, 1,000 of them with 100 records each in SQLite; their records' features are kept. `most`: requests a second with 64 in flight.
+"""
+
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from measure import Limit, finish, options
+from people import HEADLINE, LABELS, people, words
+
+LATENCY = 0.05
+HERE = Path(__file__).parent
+COMMAND = Path(sys.executable).with_name("hydra-llm")
+
+
+def main() -> None:
+    parser = options(__doc__, runs=1)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each series")
+    parser.add_argument("--users", type=int, default=1000)
+    parser.add_argument("--records", type=int, default=100)
+    parser.add_argument("--features", choices=("tower", "cross"), default="tower")
+    parser.add_argument("--litellm", type=Path, help="the command of a LiteLLM proxy in an environment of its own")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = asyncio.run(measure(given, Path(folder)))
+    lines = [f"{name:<28} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()) for name, row in result.items()]
+    added, personal = result["passed through"], result["personal"]
+    limits = [
+        Limit("pass-through at 100/s, added p50 in ms", added["added_p50"], 5),
+        Limit("pass-through at 100/s, added p99 in ms", added["added_p99"], 25),
+        Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
+        Limit("first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250),
+    ]
+    if "litellm" in result:
+        most, theirs = result["passed through, most"]["per_s"], result["litellm, most"]["per_s"]
+        limits += [
+            Limit("added p50 beside LiteLLM's", added["added_p50"] / result["litellm"]["added_p50"], 0.5),
+            Limit("throughput beside LiteLLM's", most / theirs, 2, at_least=True),
+        ]
+    finish(given, {"series": result}, lines, limits)
+
+
+async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
+    url = prepare(given, folder)
+    environment = {**os.environ, "OPENAI_API_KEY": "none", "HYDRA_CACHE": str(folder / "cache")}
+    with mock() as upstream:
+        flags = ["--llm", f"openai:mock@{upstream}/v1", "--store", url, "--bundle", str(folder / "bundle"), "--set", "candidates=8"]
+        direct = await steady(chat(upstream, None), 100, given.seconds)
+        out = {"direct": direct}
+        with server([str(COMMAND), "serve", *flags], environment, "/health/readiness") as gateway:
+            await steady(chat(gateway, None), 50, 2)
+            out["passed through"] = minus(await steady(chat(gateway, None), 100, given.seconds), direct)
+            out["passed through, most"] = await flat_out(chat(gateway, None), given.seconds)
+            names = [f"person{i}" for i in range(given.users)]
+            random.Random(given.seed).shuffle(names)
+            out["cold"] = minus(await one_by_one([chat(gateway, name) for name in names[:100]]), direct)
+            await steady(chat(gateway, names[0]), 5, 3)
+            out["personal"] = minus(await steady(chat(gateway, names[0]), 10, given.seconds), direct)
+            out["personal, most"] = await flat_out(chat(gateway, names[0]), given.seconds)
+        if given.litellm:
+            config = folder / "litellm.yaml"
+            model = {"model": "openai/mock", "api_base": f"{upstream}/v1", "api_key": "none"}
+            config.write_text(json.dumps({"model_list": [{"model_name": "mock", "litellm_params": model}]}))
+            with server([str(given.litellm), "--config", str(config), "--host", "127.0.0.1"], environment, "/health/liveliness") as proxy:
+                await steady(chat(proxy, None), 20, 3)
+                out["litellm"] = minus(await steady(chat(proxy, None), 100, given.seconds), direct)
+                out["litellm, most"] = await flat_out(chat(proxy, None), given.seconds)
+    return out
+
+
+# ---- what is served
+
+
+def prepare(given: Any, folder: Path) -> str:
+    """A bundle from made-up people, and a store of others with their records; every record's features are kept, as after a fit."""
+    from hydra_llm.config import load_settings
+    from hydra_llm.datasets.dataset import DataSet
+    from hydra_llm.learning.api import learn
+    from hydra_llm.llm.fake import RuleLLM
+    from hydra_llm.store.store import Store
+    from hydra_llm.types import Record
+
+    settings = load_settings(cache=folder / "cache", features=given.features, samples=4, retrieved=4, queries_per_user=1)
+    teachers = people(6, given.seed)
+    dice = random.Random(given.seed)
+
+    def records(name: str, count: int) -> list[Record]:
+        return [Record(name, f"r{i}", words(LABELS[:3], 12, dice), words(LABELS[:2], 8, dice)) for i in range(count)]
+
+    train = {person.name: "train" for person in teachers}
+    data = DataSet.from_records(HEADLINE, train, [r for name in train for r in records(name, 12)], [])  # type: ignore[arg-type]
+    said = RuleLLM(lambda messages, index, rng: words(LABELS[:3], 8, rng))
+    bundle = learn(data, said, settings, out=folder / "bundle").bundle
+    store = Store(f"sqlite:///{folder / 'store.db'}")
+    for i in range(given.users):
+        own = records(f"person{i}", given.records)
+        store.add_records(f"person{i}", own)
+        if i < 100 and given.features == "tower":
+            bundle.store.texts([text for r in own for text in (r.input, r.output, f"{r.input} → {r.output}")])
+    store.close()
+    return f"sqlite:///{folder / 'store.db'}"
+
+
+# ---- processes
+
+
+@contextmanager
+def mock() -> Iterator[str]:
+    with server([sys.executable, str(HERE / "mock_upstream.py"), "--latency", str(LATENCY)], dict(os.environ), "/v1/models") as url:
+        yield url
+
+
+@contextmanager
+def server(command: list[str], environment: dict[str, str], ready: str) -> Iterator[str]:
+    """A server process at a free port, once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        ends = time.monotonic() + 120
+        while True:
+            try:
+                if httpx2.get(url + ready, timeout=2).status_code == 200:
+                    break
+            except httpx2.HTTPError:
+                pass
+            if process.poll() is not None or time.monotonic() > ends:
+                raise SystemExit(f"{command[0]} does not come up")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+# ---- the client
+
+Ask = Callable[[httpx2.AsyncClient], Awaitable[float]]
+
+
+def chat(url: str, user: str | None) -> Ask:
+    """One request; its milliseconds."""
+    body: dict[str, Any] = {"model": "mock", "messages": [{"role": "user", "content": "what of the night and the old war?"}]}
+    if user is not None:
+        body["user"] = user
+
+    async def ask(client: httpx2.AsyncClient) -> float:
+        begin = time.perf_counter()
+        answer = await client.post(f"{url}/v1/chat/completions", json=body, headers={"authorization": "Bearer any"})
+        answer.raise_for_status()
+        return (time.perf_counter() - begin) * 1000
+
+    return ask
+
+
+def client() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(timeout=60, limits=httpx2.Limits(max_connections=500, max_keepalive_connections=500))
+
+
+async def steady(ask: Ask, per_second: float, seconds: float) -> dict[str, float]:
+    """At a fixed rate, whatever is still under way."""
+    async with client() as http:
+        await ask(http)
+        tasks, begin = [], time.perf_counter()
+        for i in range(int(per_second * seconds)):
+            await asyncio.sleep(max(0.0, begin + i / per_second - time.perf_counter()))
+            tasks.append(asyncio.create_task(ask(http)))
+        return spread(await asyncio.gather(*tasks))
+
+
+async def one_by_one(asks: list[Ask]) -> dict[str, float]:
+    async with client() as http:
+        return spread([await ask(http) for ask in asks])
+
+
+async def flat_out(ask: Ask, seconds: float, at_once: int = 64) -> dict[str, float]:
+    """As many as go through."""
+    times: list[float] = []
+
+    async def on_and_on(http: httpx2.AsyncClient, ends: float) -> None:
+        while time.perf_counter() < ends:
+            times.append(await ask(http))
+
+    async with client() as http:
+        begin = time.perf_counter()
+        await asyncio.gather(*(on_and_on(http, begin + seconds) for _ in range(at_once)))
+        return {"per_s": len(times) / (time.perf_counter() - begin), **spread(times)}
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98], "max": max(times)}
+
+
+def minus(row: dict[str, float], direct: dict[str, float]) -> dict[str, float]:
+    """With what was added to the mock's own median."""
+    return {**row, **{f"added_{name}": value - direct["p50"] for name, value in row.items()}}
+
+
+if __name__ == "__main__":
+    main()
