@@ -1,14 +1,17 @@
 """README's code is run, in its order and in one folder: the `hydra-llm` lines of its ```sh blocks, then its ```python blocks.
 
 The folder holds a small data set `my-data`. Lines run with the fake LLM in the place of the one that README names; a line whose
-command needs the network or a long time (PARSED_ONLY) is only parsed. `<!-- not run: REASON -->` above a block leaves it out.
+command needs the network or a long time (PARSED_ONLY) is only parsed. `<!-- not run: REASON -->` above a block leaves it out. Blocks
+below `<!-- gateway -->` run in their order beside `hydra-llm serve` with the fake LLM.
 """
 
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +21,14 @@ from hydra_llm.cli.main import COMMANDS, NAME, load, run
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-PARSED_ONLY = ("demo", "data get")
+PARSED_ONLY = ("demo", "data get", "serve")
+GATEWAY = "<!-- gateway -->"
 
 
 def blocks(kind: str, text: str) -> list[str]:
     """The code blocks of a kind that are to be run, in order."""
-    return [block["code"] for block in BLOCK.finditer(text) if block["kind"] == kind and not block["before"].startswith("<!-- not run: ")]
+    elsewhere = ("<!-- not run: ", GATEWAY)
+    return [block["code"] for block in BLOCK.finditer(text) if block["kind"] == kind and not block["before"].startswith(elsewhere)]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -88,6 +93,40 @@ def parse(arguments: list[str]) -> None:
 def test_python_block(code: str, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gateways_blocks(folder: Path) -> None:
+    """Start, curl, SDK, feedback, deletion."""
+    found = [(block["kind"], block["code"]) for block in BLOCK.finditer(TEXT) if block["before"] == GATEWAY]
+    assert {kind for kind, _ in found} == {"bash", "python"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    serve = [sys.executable, "-m", NAME.replace("-", "_"), "serve", "--llm", "fake:echo", "--bundle", "my-bundle"]
+    server = subprocess.Popen([*serve, "--port", port], cwd=folder)
+    try:
+        _wait_for(int(port), server)
+        for kind, code in found:
+            here = code.replace("8000", port).replace("gpt-4o-mini", "fake:echo")
+            command = ["bash", "-euc", here] if kind == "bash" else [sys.executable, "-c", here]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            assert "error" not in done.stdout
+            assert ("head_moved" in done.stdout) == (kind == "python")
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
+    ends = time.monotonic() + seconds
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None
+        assert time.monotonic() < ends
+        time.sleep(0.1)
 
 
 def test_readme_opens_with_the_two_commands_and_has_the_table() -> None:

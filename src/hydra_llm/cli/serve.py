@@ -1,5 +1,6 @@
 """`hydra-llm serve`, `keys` and `bundles`: the gateway and who may use it."""
 
+import contextlib
 import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +54,9 @@ def serve(
             app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=int(settings.drain)
         )
         console.say(f"serving on http://{host}:{port}/v1")
-        uvicorn.Server(server).run()
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has let the requests in flight end, and raises the signal again
+            uvicorn.Server(server).run()
+        console.say("stopped; requests in flight have ended")
 
 
 def is_loopback(host: str) -> bool:
