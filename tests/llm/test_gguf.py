@@ -106,6 +106,13 @@ def test_a_grammar_escapes_what_would_end_its_strings() -> None:
     assert grammar(['a"b', "c\\d", "e\n"]) == 'root ::= "a\\"b" | "c\\\\d" | "e\\U0000000A"'
 
 
+async def test_the_first_text_is_heard_as_it_comes(llm: GgufLLM) -> None:
+    heard: list[str] = []
+    made = await llm.generate(STORY, n=3, temperature=0.9, max_tokens=12, seed=1, heard=heard.append)
+    assert "".join(heard) == made.texts[0]
+    assert len(heard) > 3
+
+
 async def test_stop_cuts_the_text(llm: GgufLLM) -> None:
     whole = (await llm.generate(STORY, max_tokens=20)).texts[0]
     word = whole.split()[3]

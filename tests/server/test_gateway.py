@@ -468,3 +468,26 @@ async def test_another_servers_write_is_seen_at_the_next_request(store: Store, b
         await world.ask(QUESTION)
         assert "adapter" in serving.people.get("ada", store.state("ada").version).heads
     other.close()
+
+
+async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
+    """The real SmolLM2 through the official SDK."""
+    from hydra_llm.config import Settings
+    from hydra_llm.llm.gguf import smollm2
+    from hydra_llm.server.upstream import EmbeddedUpstream
+
+    async with running(store) as world:
+        llm = smollm2("", Settings())
+        world.app.state.gateway.upstream = EmbeddedUpstream(llm)
+        client, messages = world.sdk(), [{"role": "user", "content": "Tell me of a fox and the moon."}]
+        stream = await client.chat.completions.create(
+            model=llm.model, messages=messages, max_tokens=16, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        whole = await client.chat.completions.create(model=llm.model, messages=messages, max_tokens=16, temperature=0)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+        assert len(chunks) > 10
+        assert chunks[-1].usage == whole.usage
+        with pytest.raises(openai.BadRequestError, match="the context"):
+            await client.chat.completions.create(model=llm.model, messages=[{"role": "user", "content": "fox " * 5000}], stream=True)
+        await llm.aclose()

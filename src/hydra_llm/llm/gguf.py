@@ -55,6 +55,8 @@ class GgufLLM:
 
     parallel = 1
     """Calls that run side by side."""
+    streams = True
+    """`generate` takes `heard`."""
 
     def __init__(
         self,
@@ -94,8 +96,10 @@ class GgufLLM:
         stop: Sequence[str] = (),
         seed: int | None = None,
         choices: Sequence[str] = (),
+        heard: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Return n texts; with `choices` each is one of them, whatever `max_tokens` says.
+        """Return n texts; with `choices` each is one of them, whatever `max_tokens` says. `heard` gets the pieces of the first text as
+        they come, in the engine's thread.
 
         Raises:
             LLMRefused: the prompt is longer than the context, or a role is unknown.
@@ -107,7 +111,7 @@ class GgufLLM:
             body |= {"grammar": grammar(choices), "max_tokens": max(max_tokens, longest + 1)}
         abandoned = threading.Event()
         try:
-            return await to_thread.run_sync(self._answer, messages, n, seed, body, abandoned, abandon_on_cancel=True)
+            return await to_thread.run_sync(self._answer, messages, n, seed, body, abandoned, heard, abandon_on_cancel=True)
         finally:
             abandoned.set()
 
@@ -121,7 +125,13 @@ class GgufLLM:
                 engine.close()
 
     def _answer(
-        self, messages: Sequence[Message], n: int, seed: int | None, body: dict[str, Any], abandoned: threading.Event
+        self,
+        messages: Sequence[Message],
+        n: int,
+        seed: int | None,
+        body: dict[str, Any],
+        abandoned: threading.Event,
+        heard: Callable[[str], None] | None,
     ) -> Generation:
         with self._one_at_a_time:
             started = time.perf_counter()
@@ -134,7 +144,7 @@ class GgufLLM:
             usage = Usage()
             while len(texts) < distinct and not abandoned.is_set():
                 count = min(per_call, distinct - len(texts))
-                drawn, used = engine.chat(body | _seeded(seed, len(texts)) | {"n": count}, abandoned)
+                drawn, used = engine.chat(body | _seeded(seed, len(texts)) | {"n": count}, abandoned, None if texts else heard)
                 texts, usage = texts + drawn, usage + used
             seconds = time.perf_counter() - started
         return Generation(tuple(texts * (n // distinct)), usage + Usage(seconds=seconds))
@@ -188,7 +198,7 @@ class _Engine:
         _raise_error(answer)
         return answer
 
-    def chat(self, body: Mapping[str, Any], abandoned: threading.Event) -> tuple[list[str], Usage]:
+    def chat(self, body: dict[str, Any], abandoned: threading.Event, heard: Callable[[str], None] | None = None) -> tuple[list[str], Usage]:
         """The texts of one request, by index, and its tokens; the prompt's count once."""
         texts, tokens, prompt, errors = [""] * body["n"], 0, 0, []
 
@@ -197,7 +207,10 @@ class _Engine:
             if "error" in chunk:
                 errors.append(chunk)
             for choice in chunk.get("choices", ()):
-                texts[choice["index"]] += choice["delta"].get("content") or ""
+                piece = choice["delta"].get("content") or ""
+                texts[choice["index"]] += piece
+                if heard is not None and piece and choice["index"] == 0:
+                    heard(piece)
             if used := chunk.get("usage"):
                 tokens, prompt = tokens + used["completion_tokens"], used["prompt_tokens"]
             return abandoned.is_set()

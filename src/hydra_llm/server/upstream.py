@@ -8,6 +8,7 @@ Bodies pass as they are: what this program does not know, the endpoint may. The 
 the caller's key goes nowhere. No retries here: the caller's SDK does them. Knows no users.
 """
 
+import asyncio
 import json
 import os
 import time
@@ -20,7 +21,8 @@ import httpx2
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.server.wire import ApiError, chunks_of, role_chunk, text_of
+from hydra_llm.server.wire import ApiError, chunk_head, chunks_of, delta, role_chunk, text_of
+from hydra_llm.types import Usage
 
 AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
@@ -143,19 +145,41 @@ class EmbeddedUpstream:
             {"index": i, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": "stop"}
             for i, text in enumerate(texts)
         ]
-        used = {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        }
         head = {"id": f"chatcmpl-{token_hex(12)}", "object": "chat.completion", "created": int(time.time()), "model": self._model}
-        return {**head, "choices": choices, "usage": used}
+        return {**head, "choices": choices, "usage": _used(usage)}
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        made = await self.complete(body)
         wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        if getattr(self._llm, "streams", False) and (body.get("n") or 1) == 1:
+            async for piece in self._as_it_comes(body, wants_usage):
+                yield piece
+            return
+        made = await self.complete(body)
         for chunk in (role_chunk(made["id"], made["model"], len(made["choices"])), *chunks_of(made, usage=wants_usage)):
             yield event(chunk)
+        yield DONE
+
+    async def _as_it_comes(self, body: Mapping[str, Any], wants_usage: bool) -> AsyncIterator[bytes]:
+        """One answer, token by token."""
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        work = asyncio.create_task(self._generate(body, heard=lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text)))
+        work.add_done_callback(lambda _: pieces.put_nowait(None))
+        head = chunk_head(f"chatcmpl-{token_hex(12)}", self._model)
+        try:
+            piece = await pieces.get()
+            if piece is None:
+                await work  # an error before the first token is still an error
+            yield event(role_chunk(head["id"], self._model, 1))
+            while piece is not None:
+                yield event({**head, "choices": [delta(0, {"content": piece})]})
+                piece = await pieces.get()
+            _, usage = await work
+        finally:
+            work.cancel()
+        yield event({**head, "choices": [delta(0, {}, "stop")]})
+        if wants_usage:
+            yield event({**head, "choices": [], "usage": _used(usage)})
         yield DONE
 
     async def models(self, id: str | None = None) -> Any:
@@ -169,12 +193,14 @@ class EmbeddedUpstream:
     async def aclose(self) -> None:
         await self._llm.aclose()
 
-    async def _generate(self, body: Mapping[str, Any]) -> Any:
+    async def _generate(self, body: Mapping[str, Any], **more: Any) -> Any:
         if body.get("model") != self._model:
             raise UpstreamError(404, ApiError(404, f"the model '{body.get('model')}' does not exist", code="model_not_found").body())
         try:
             made = await self._llm.generate(
-                [{"role": _role(message), "content": text_of(message)} for message in body["messages"]], **_sampling(body, self._max_tokens)
+                [{"role": _role(message), "content": text_of(message)} for message in body["messages"]],
+                **_sampling(body, self._max_tokens),
+                **more,
             )
         except (TypeError, ValueError) as error:
             raise UpstreamError(400, f"a field of the request has a value that cannot be used: {error}") from None
@@ -183,6 +209,11 @@ class EmbeddedUpstream:
         except LLMError as error:
             raise UpstreamError(502, str(error)) from None
         return made.texts, made.usage
+
+
+def _used(usage: Usage) -> dict[str, int]:
+    total = usage.prompt_tokens + usage.completion_tokens
+    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
 
 
 def _sampling(body: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:

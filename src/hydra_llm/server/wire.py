@@ -162,8 +162,8 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
     for choice in completion["choices"]:
         text = text_of(choice["message"])
         for start in range(0, len(text), PIECE):
-            out.append({**head, "choices": [_delta(choice["index"], {"content": text[start : start + PIECE]})]})
-        out.append({**head, "choices": [_delta(choice["index"], {}, choice.get("finish_reason") or "stop")]})
+            out.append({**head, "choices": [delta(choice["index"], {"content": text[start : start + PIECE]})]})
+        out.append({**head, "choices": [delta(choice["index"], {}, choice.get("finish_reason") or "stop")]})
     if "personalization" in completion:
         out[-1] = {**out[-1], "personalization": completion["personalization"]}
     if usage:
@@ -177,7 +177,7 @@ PIECE = 64
 
 def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:
     """What a stream begins with."""
-    choices = [_delta(index, {"role": "assistant", "content": ""}) for index in range(count)]
+    choices = [delta(index, {"role": "assistant", "content": ""}) for index in range(count)]
     return {**chunk_head(id, model), "choices": choices}
 
 
@@ -186,5 +186,6 @@ def chunk_head(id: str, model: str, created: int | None = None) -> dict[str, Any
     return {"id": id, "object": "chat.completion.chunk", "created": created or int(time.time()), "model": model}
 
 
-def _delta(index: int, delta: Mapping[str, Any], end: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": end}
+def delta(index: int, content: Mapping[str, Any], end: str | None = None) -> dict[str, Any]:
+    """A choice of a chunk."""
+    return {"index": index, "delta": dict(content), "logprobs": None, "finish_reason": end}
