@@ -1,6 +1,7 @@
 """The gateway as an ASGI application: who is let in, which errors go out, what starts and ends with the server."""
 
 import asyncio
+import hashlib
 import threading
 import time
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from hydra_llm import __version__
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server import openai_api, users_api
-from hydra_llm.server.auth import caller_of
+from hydra_llm.server.auth import Caller, caller_of
 from hydra_llm.server.jobs import Worker
 from hydra_llm.server.observe import Observer, log
 from hydra_llm.server.personal import Gateway
@@ -35,6 +36,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/health/", "/metrics", "/docs", "/openapi.json")
 """Paths that need no key: they tell nothing about anybody."""
 WATCH_SECONDS = 1.0
+REMEMBERED_SECONDS = 300.0
+"""How long a caller is known while the store is down."""
 PRUNE_SECONDS = 600.0
 DAY = 86400.0
 
@@ -89,6 +92,7 @@ class Door:
     def __init__(self, app: Any, *, store: Store, settings: ServeSettings, observer: Observer, on_loopback: bool):
         self._app, self._store, self._settings, self._observer, self._on_loopback = app, store, settings, observer, on_loopback
         self._pace = Pace(settings.requests_per_minute)
+        self._let_in_before: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,10 +122,29 @@ class Door:
 
     async def _let_in(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
-        caller = await anyio.to_thread.run_sync(partial(caller_of, self._store, authorization, on_loopback=self._on_loopback))
+        caller = await self._caller(headers.get(b"authorization", b"").decode("latin-1"))
         self._pace.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
+
+    async def _caller(self, authorization: str) -> Caller:
+        """Who it is. While the store is down, whoever was let in within the last minutes is let in again: no answer is lost for that."""
+        digest, now = hashlib.sha256(authorization.encode()).digest(), time.monotonic()
+        try:
+            caller = await anyio.to_thread.run_sync(partial(caller_of, self._store, authorization, on_loopback=self._on_loopback))
+        except StoreError as error:
+            known = self._let_in_before.get(digest)
+            if known is None or known[1] < now - REMEMBERED_SECONDS:
+                raise
+            self._observer.failed("keys", error)
+            return known[0]
+        except ApiError:
+            self._let_in_before.pop(digest, None)
+            raise
+        self._let_in_before[digest] = (caller, now)
+        self._let_in_before.move_to_end(digest)
+        if len(self._let_in_before) > 10_000:
+            self._let_in_before.popitem(last=False)
+        return caller
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._settings.max_body_bytes, 0
