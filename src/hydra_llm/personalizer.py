@@ -221,7 +221,7 @@ def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) ->
     found: dict[str, Candidate] = {}
     unread = 0
     for place, text in enumerate(texts):
-        answer = _answer(task, text, settings)
+        answer = read_answer(task, text, settings)
         unread += answer is None
         key = answer if answer is not None else f"\0{text}"
         old = found.get(key) or Candidate(text if task.kind != "generation" else answer or text, answer)
@@ -234,7 +234,7 @@ def gather(task: Task, texts: Sequence[str], greedy: int, settings: Settings) ->
     return tuple(found.values()), notes
 
 
-def _answer(task: Task, text: str, settings: Settings) -> str | None:
+def read_answer(task: Task, text: str, settings: Settings) -> str | None:
     """The parsed answer; a rating between two labels counts for the nearer one."""
     answer = task.parse(text, settings.parsing)
     if answer is None or task.kind != "rating" or answer in task.labels:
@@ -255,4 +255,4 @@ class _Clock:
         self._last = now
 
 
-__all__ = ["Personalizer", "gather"]
+__all__ = ["Personalizer", "gather", "read_answer"]

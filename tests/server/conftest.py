@@ -71,7 +71,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Scripted:
     """An upstream that a test can break; it notes what it was asked."""
 
-    rule: Callable[[Mapping[str, Any], int], str] = lambda body, index: TAGS.labels[index % 3]
+    rule: Callable[[Mapping[str, Any], int], str] = lambda body, index: TAGS.labels[(index + ("temperature" in body)) % 3]
+    """The caller's own request gets the first label, samples the others."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     faults: list[Exception | None] = field(default_factory=list)
     """For each call in turn; None, or none left, is no fault."""

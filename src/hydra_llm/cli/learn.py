@@ -24,6 +24,7 @@ from hydra_llm.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from hydra_llm.config import Settings
     from hydra_llm.learning.api import Learned
 
 
@@ -50,14 +51,28 @@ def learn(
     settings = settings_of(preset, config, set_, seed=seed, users=limit, candidates=candidates, select=select)
     if (data is None) == (store is None):
         raise SettingsError("give one of a data set and --store")
-    with opened_llm(llm, settings, record) as model, console.progress() as report:
-        if store is not None:
-            from hydra_llm.server.learn import learn_from_store
-
-            learned = learn_from_store(store, model, settings, out, task=task, progress=report)
-        elif data is not None:
+    if store is not None:
+        learned = _learn_from_store(store, llm, settings, out, task)
+    elif data is not None:
+        with opened_llm(llm, settings, record) as model, console.progress() as report:
             learned = run(data, model, settings, out=out, progress=report)
     _tell(learned, out, as_json)
+
+
+def _learn_from_store(store: str, llm: str, settings: "Settings", out: Path, task: Path | None) -> "Learned":
+    """The LLM's answers are kept in a file of their own until the bundle is there: they quote users, who may be deleted later."""
+    from hydra_llm.llm.calls import run_sync
+    from hydra_llm.llm.spec import bare_llm, wrap
+    from hydra_llm.server.learn import learn_from_store
+
+    answers = out.with_name(f"{out.name}.answers.sqlite")
+    model = wrap(bare_llm(llm, settings), settings, answers)
+    with console.progress() as report:
+        learned = learn_from_store(store, model, settings, out, task=task, progress=report)
+    run_sync(model.aclose)
+    for file in (answers, *(answers.with_name(f"{answers.name}{end}") for end in ("-wal", "-shm"))):
+        file.unlink(missing_ok=True)
+    return learned
 
 
 def fit(

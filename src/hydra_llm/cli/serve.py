@@ -42,16 +42,21 @@ def serve(
 
     settings = load_serve_settings(config, **given(set_))
     inside = is_loopback(host)
-    with opened(store) as found:
+    with opened(store, settings.patience) as found:
         if not found.has_keys():
             if not inside:
                 raise SettingsError(f"--host {host}: others could come in without a key: run `hydra-llm keys create --admin` first")
             console.say("no key was made yet: any key is taken, from this machine alone; `hydra-llm keys create --admin` changes that")
         model = bare_llm(llm, load_settings())
-        upstream = open_upstream(llm, model, timeout=settings.deadline)
+        upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         app = make_app(found, upstream, settings, bundle=str(bundle) if bundle else None, llm=model, on_loopback=inside)
         server = uvicorn.Config(
-            app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=int(settings.drain)
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=None if settings.drain is None else int(settings.drain),
         )
         console.say(f"serving on http://{host}:{port}/v1")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has let the requests in flight end, and raises the signal again
@@ -108,10 +113,11 @@ def revoke_key(id: Annotated[str, typer.Argument(help="The key's id, as `keys li
 def use_bundle(bundle: Annotated[Path, typer.Argument(help="Folder of a learned bundle.")], store: URL = STORE) -> None:
     """Have all servers of a store answer with this bundle; requests in flight end with the one that they began with."""
     from hydra_llm.model.bundle import read_bundle
+    from hydra_llm.server.serving import named
 
-    read_bundle(bundle)
+    weights = read_bundle(bundle).config["files"]["weights.safetensors"]["sha256"]
     with opened(store) as found:
-        found.use_bundle(str(bundle.resolve()))
+        found.use_bundle(named(bundle.resolve(), weights))
     console.say(f"servers of this store take {bundle} within a second or two; users' heads are fitted by POST /v1/users/ID/fit")
 
 

@@ -67,11 +67,11 @@ def scrub(store: URL) -> None:
 
 
 @contextmanager
-def opened(url: str) -> "Iterator[Store]":
-    """A store that is closed in the end."""
+def opened(url: str, patience: float = 3600.0) -> "Iterator[Store]":
+    """A store that is closed in the end; who looks after it has time."""
     from hydra_llm.store.store import Store
 
-    store = Store(url)
+    store = Store(url, patience=patience)
     try:
         yield store
     finally:

@@ -115,6 +115,11 @@ class GgufLLM:
         finally:
             abandoned.set()
 
+    @property
+    def window(self) -> int:
+        """Tokens of the longest prompt with its answer, as it was asked for; the model's own may be smaller."""
+        return self._context
+
     async def aclose(self) -> None:
         await to_thread.run_sync(self._close)
 

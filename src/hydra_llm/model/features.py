@@ -54,9 +54,9 @@ class FeatureStore:
         """Changes when the encoder does and when texts are forgotten: what others keep of these features is old then."""
         return self.encoder.digest, self._forgotten
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """As `Encoder.encode`: [B, H] float32, rows of length 1."""
-        return self._rows([(text,) for text in texts], lambda new: self.encoder.encode([item[0] for item in new]))
+    def texts(self, texts: Sequence[str], *, keep: bool = True) -> np.ndarray:
+        """As `Encoder.encode`: [B, H] float32, rows of length 1. Without `keep` they stay in memory alone."""
+        return self._rows([(text,) for text in texts], lambda new: self.encoder.encode([item[0] for item in new]), keep)
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
@@ -81,10 +81,7 @@ class FeatureStore:
             if self._file is None:
                 return
             try:
-                with self._file:
-                    self._file.executemany("DELETE FROM features WHERE first = ?", hashes)
-                    self._file.executemany("DELETE FROM features WHERE second = ?", hashes)
-                self._file.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was deleted until it is folded in
+                _delete(self._file, hashes)
             except sqlite3.Error as error:
                 raise UserFault(f"{self.path}: features could not be deleted ({error}): delete the file, it is made anew") from error
 
@@ -96,7 +93,7 @@ class FeatureStore:
             self._file = None
             self._keeps = False
 
-    def _rows(self, items: Sequence[Item], encode: Callable[[list[Item]], np.ndarray]) -> np.ndarray:
+    def _rows(self, items: Sequence[Item], encode: Callable[[list[Item]], np.ndarray], keep: bool = True) -> np.ndarray:
         """The features of items, [B, H]; those that are missing are encoded once each, and kept."""
         digest = self.encoder.digest.encode()
         keys = [_key(digest, item) for item in items]
@@ -109,7 +106,7 @@ class FeatureStore:
         with self._lock:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
-            self._remember(found, missing)
+            self._remember(found, missing if keep else {})
         return np.stack([found[key] for key in keys]) if keys else np.empty((0, self.encoder.width), np.float32)
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
@@ -173,6 +170,32 @@ class FeatureStore:
 
     def _damaged(self, problem: Exception | str) -> UserFault:
         return UserFault(f"{self.path}: the file of kept features is damaged ({problem}): delete it, it is made anew")
+
+
+def forget_features(path: Path, texts: Iterable[str]) -> None:
+    """Delete every feature of these texts from a file, for whoever has no encoder at hand.
+
+    Raises:
+        UserFault: they could not be deleted.
+    """
+    if not path.exists():
+        return
+    try:
+        file = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        try:
+            file.execute("PRAGMA secure_delete = ON")
+            _delete(file, [(_hash(text),) for text in texts])
+        finally:
+            file.close()
+    except sqlite3.Error as error:
+        raise UserFault(f"{path}: features could not be deleted ({error}): delete the file, it is made anew") from error
+
+
+def _delete(file: sqlite3.Connection, hashes: list[tuple[bytes]]) -> None:
+    with file:
+        file.executemany("DELETE FROM features WHERE first = ?", hashes)
+        file.executemany("DELETE FROM features WHERE second = ?", hashes)
+    file.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was deleted until it is folded in
 
 
 def _hash(text: str) -> bytes:

@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import math
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
@@ -23,7 +25,7 @@ from hydra_llm.server.auth import Caller, caller_of
 from hydra_llm.server.jobs import Worker
 from hydra_llm.server.observe import Observer, log
 from hydra_llm.server.personal import Gateway
-from hydra_llm.server.serving import open_serving
+from hydra_llm.server.serving import folder_of, open_serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.upstream import Upstream, UpstreamError
 from hydra_llm.server.wire import ApiError, Json
@@ -58,8 +60,10 @@ def make_app(
         StoreError: the store fails.
     """
     settings, observer = settings or ServeSettings(), Observer()
-    serving = open_serving(store, store.bundle() or bundle, settings)
+    wanted = store.bundle()
+    serving = open_serving(store, folder_of(wanted) if wanted else bundle, settings)
     gateway = Gateway(store, upstream, settings, serving, observer, store.salt())
+    gateway.wanted = wanted
     worker = Worker(store, lambda: gateway.serving, llm)
 
     @asynccontextmanager
@@ -115,7 +119,10 @@ class Door:
             except (ApiError, StoreError) as error:
                 await _error_response(error)(scope, receive, counted)
                 return
-            await self._app(scope, receive, counted)
+            try:
+                await self._app(scope, receive, counted)
+            except Exception as error:  # it was answered and told already; its message may quote somebody
+                self._observer.failed("request", error)
         finally:
             self._observer.in_flight.dec()
             self._observer.request(getattr(scope.get("route"), "path", "unknown"), status)
@@ -181,12 +188,13 @@ class Pace:
         now = self._clock()
         left, since = self._left.get(key, (float(self._per_minute), now))
         left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
-        self._left[key] = (max(0.0, left - 1), now)
+        self._left[key] = (left - 1 if left >= 1 else left, now)
         self._left.move_to_end(key)
         if len(self._left) > 100_000:
             self._left.popitem(last=False)
         if left < 1:
-            raise ApiError(429, f"more than {self._per_minute} requests a minute: wait a little", code="rate_limit_exceeded")
+            wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
+            raise ApiError(429, f"more than {self._per_minute} requests a minute", code="rate_limit_exceeded", headers=wait)
 
 
 def _too_large(most: int) -> ApiError:
@@ -206,7 +214,7 @@ def _add_errors(app: FastAPI) -> None:
 
 def _error_response(error: Exception) -> Json:
     if isinstance(error, ApiError):
-        return Json(error.body(), error.status)
+        return Json(error.body(), error.status, headers=error.headers)
     if isinstance(error, UpstreamError):
         return Json(error.body, error.status, headers=error.headers)
     if isinstance(error, RequestValidationError):
@@ -219,7 +227,9 @@ def _error_response(error: Exception) -> Json:
         log.error("the store failed: %s", type(error).__name__)
         made = ApiError(503, "the store does not answer: nothing was changed, try again", code="store_unavailable")
     else:
-        log.error("a bug: %s", type(error).__name__, exc_info=error)
+        log.error(
+            "a bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
+        )  # no message, it may quote somebody
         made = ApiError(500, "something went wrong here", code="internal_error")
     return Json(made.body(), made.status)
 
@@ -258,8 +268,9 @@ async def _watch(gateway: Gateway) -> None:
         await asyncio.sleep(WATCH_SECONDS)
         try:
             wanted = await anyio.to_thread.run_sync(gateway.store.bundle)
-            if wanted is not None and wanted != gateway.serving.folder:
-                new = await anyio.to_thread.run_sync(partial(open_serving, gateway.store, wanted, gateway.settings))
+            if wanted is not None and wanted != gateway.wanted:
+                gateway.wanted = wanted
+                new = await anyio.to_thread.run_sync(partial(open_serving, gateway.store, folder_of(wanted), gateway.settings))
                 old, gateway.serving = gateway.serving, new
                 log.info("bundle %s is in use", new.id[:12])
                 asyncio.get_running_loop().call_later(gateway.settings.deadline + 60, threading.Thread(target=old.close).start)

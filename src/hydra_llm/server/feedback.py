@@ -4,7 +4,7 @@ Everything that feedback changes, the feedback itself, the record and the head, 
 comes in between makes this one read again. The same feedback twice is one, and the head does not know in which order it came.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,9 @@ from hydra_llm.learning.online import WINDOW, moved, moves
 from hydra_llm.learning.table import make_table
 from hydra_llm.server.people import as_head, as_numbers
 from hydra_llm.server.serving import Serving
+from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.wire import ApiError, FeedbackIn
+from hydra_llm.store.change import FEEDBACK
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Contradiction, Head, Judged, Request, Stale
 from hydra_llm.types import Candidate, LabelledGroup, Query, Record
@@ -42,7 +44,7 @@ class Taken:
     """Whether the user's head has moved."""
 
 
-async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, request: Request) -> Taken:
+async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, request: Request, settings: ServeSettings) -> Taken:
     """Learn from one piece of feedback.
 
     Raises:
@@ -50,15 +52,23 @@ async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, reques
         StoreError: the store failed; nothing was changed.
     """
     kind = said.kind()
-    if said.edited is not None and (fault := text_fault(said.edited)):
+    fault = text_fault(said.edited) if said.edited is not None else ""
+    if said.edited is not None and len(said.edited) > settings.max_text:
+        fault = f"is longer than {settings.max_text} characters"
+    if fault:
         raise ApiError(400, f"edited {fault}", param="edited")
     candidates = [Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in request.content["candidates"]]
     if kind == "chosen" and (said.chosen or 0) >= len(candidates):
         raise ApiError(400, f"there were {len(candidates)} candidates: chosen must be below that", param="chosen")
-    wanted = _wanted(said, candidates, request.content["chosen"])
-    record = None if not wanted or text_fault(wanted) else Record(request.user, f"feedback:{request.id}", request.question, wanted)
+    wanted = _wanted(said, candidates)
+    output = _wanted_text(serving, said, request.content["candidates"])
+    record = (
+        None if not wanted or text_fault(wanted) else Record(request.user, f"{FEEDBACK}{request.id}", request.question, output or wanted)
+    )
     for _ in range(TRIES):
         version, records = await anyio.to_thread.run_sync(store.records, request.user)
+        if len(records) >= settings.max_records or len(request.question) > settings.max_text:
+            record = None
         if version is None:
             raise ApiError(404, "no such request", code="request_not_found")
         heads = await anyio.to_thread.run_sync(store.heads, request.user, serving.id)
@@ -90,15 +100,23 @@ def _write(store: Store, user: str, version: int, judged: Judged, record: Record
         return True
 
 
-def _wanted(said: FeedbackIn, candidates: Sequence[Candidate], chosen: int) -> str | None:
-    """The answer that the user wanted, as far as it was told."""
+def _wanted(said: FeedbackIn, candidates: Sequence[Candidate]) -> str | None:
+    """The answer that the user wanted, as far as it was told; the first candidate is what the user got."""
     if said.edited is not None:
         return said.edited
     if said.chosen is not None:
         return _answer(candidates[said.chosen])
     if said.rating is not None and said.rating >= ACCEPTED:
-        return _answer(candidates[chosen])
+        return _answer(candidates[0])
     return None
+
+
+def _wanted_text(serving: Serving, said: FeedbackIn, candidates: Sequence[Mapping[str, Any]]) -> str | None:
+    """It as it was written, where the answer is a text: what the adapter reads of one may be its first line."""
+    if serving.task.labels or said.edited is not None:
+        return None
+    text: str = candidates[said.chosen or 0]["said"]
+    return text
 
 
 def _answer(candidate: Candidate) -> str:
@@ -122,7 +140,7 @@ def _group(
     if adapter is None or serving.bundle is None or not moves(adapter) or not readable:
         return None
     offered = all_labels(serving.task, readable) if serving.task.labels else readable
-    gains = _gains(serving, said, offered, _answer(candidates[request.content["chosen"]]), wanted)
+    gains = _gains(serving, said, offered, _answer(candidates[0]), wanted)
     if len(set(gains)) < 2:
         return None
     visible = serving.readable(tuple(records))[: request.content["visible"]]

@@ -97,18 +97,23 @@ class Worker:
         def tell(stage: str, done: int, total: int) -> None:
             self._store.tell_job(job.id, done, total)
 
-        fit(data, bundle, self._llm or "fake:echo", users=[job.user], progress=tell)
         scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
-        found = {name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0)) for name, scorer in scorers.items()}
-        for scorer in scorers.values():
-            scorer.forget(job.user)
-        bundle.records.clear()
-        return found
+        try:
+            fit(data, bundle, self._llm or "fake:echo", users=[job.user], progress=tell)
+            return {name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0)) for name, scorer in scorers.items()}
+        finally:
+            bundle.records.clear()
+            for scorer in scorers.values():
+                if job.user in scorer.users:
+                    scorer.forget(job.user)
 
     def _private(self, serving: Serving) -> Bundle:
         """The bundle with scorers of this thread alone, and nobody in them."""
         assert serving.bundle is not None
         if self._own is None or self._own[0] != serving.id:
-            bundle = replace(Bundle.load(serving.folder or "").without_people(str), store=serving.bundle.store)
+            loaded = Bundle.load(serving.folder or "")
+            if loaded.weights != serving.id:
+                raise HydraError("another bundle lies in that folder now: run `hydra-llm bundles use` for it")
+            bundle = replace(loaded.without_people(str), store=serving.bundle.store)
             self._own = (serving.id, bundle)
         return self._own[1]

@@ -28,6 +28,8 @@ def learn_from_store(
         StoreError: the store fails.
     """
     what = ANY_TASK if task is None else _task(task)
+    if task is None:  # of a conversation's answer every line counts
+        settings = settings.model_copy(update={"parsing": "strict"})
     store = Store(url)
     try:
         versions, data = _dataset(store, what)

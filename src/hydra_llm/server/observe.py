@@ -57,5 +57,7 @@ class Observer:
     def span(self, model: str) -> Iterator[trace.Span]:
         """A GenAI span around a chat completion: model and tokens, no content."""
         attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": model, "gen_ai.provider.name": "hydra-llm"}
-        with tracer.start_as_current_span(f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes) as span:
+        with tracer.start_as_current_span(
+            f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes, record_exception=False, set_status_on_exception=False
+        ) as span:
             yield span

@@ -58,11 +58,11 @@ def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | Non
     Raises:
         ApiError: 403 for a user for whom this caller may not speak.
     """
+    if caller.bound is not None:
+        return caller.bound
     named = named_user(body, header)
     if named is not None and (len(named) > LONGEST_ID or text_fault(named)):
         raise ApiError(400, f"the user's id {text_fault(named) or f'is longer than {LONGEST_ID} characters'}", param="user")
-    if caller.bound is not None and named is None:
-        return caller.bound
     if named is not None:
         caller.check(named)
     return named
@@ -73,7 +73,11 @@ async def _stream(gateway: Gateway, plan: Plan, request: ChatRequest) -> Respons
         wants_usage = bool((request.stream_options or {}).get("include_usage"))
         pieces = _picked_stream(gateway, plan, request.model, request.n or 1, wants_usage)
     else:
-        first, rest = await first_of(gateway.stream(plan))
+        try:
+            first, rest = await first_of(gateway.stream(plan))
+        except UpstreamError as error:
+            plan = gateway.without_records(plan, error)
+            first, rest = await first_of(gateway.stream(plan))
         pieces = _whole(first, rest)
         gateway.observer.answered(plan.reason, plan.seconds)
     return StreamingResponse(pieces, media_type=STREAM, headers=_headers(plan) | {"cache-control": "no-cache"})
@@ -84,8 +88,8 @@ async def _whole(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
     try:
         async for piece in rest:
             yield piece
-    except UpstreamError as error:  # the status is out already: the error is the stream's last event
-        yield event(error.body)
+    except UpstreamError as error:  # the status is out already: the error is the stream's last event, whatever came before it
+        yield b"\n\n" + event(error.body)
 
 
 async def _picked_stream(gateway: Gateway, plan: Plan, model: str, count: int, wants_usage: bool) -> AsyncIterator[bytes]:

@@ -5,6 +5,7 @@ is; without a reranker the retriever's order stands; of the candidates those tha
 is the answer. Knows the store by its methods and the upstream by its three.
 """
 
+import asyncio
 import contextlib
 import json
 import time
@@ -16,12 +17,13 @@ from typing import Any
 import anyio
 
 from hydra_llm.errors import HydraError
-from hydra_llm.personalizer import gather
+from hydra_llm.personalizer import gather, read_answer
 from hydra_llm.server.names import Names
 from hydra_llm.server.observe import Observer
 from hydra_llm.server.place import place
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
+from hydra_llm.server.together import Overloaded
 from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.server.wire import ChatRequest, Wishes, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
@@ -45,6 +47,8 @@ class Plan:
     serving: Serving
     user: str = ""
     question: str = ""
+    version: int | None = None
+    """The user's, as the store said."""
     visible: tuple[Record, ...] = ()
     shown: tuple[Record, ...] = ()
     candidates: int = 1
@@ -68,7 +72,10 @@ class Gateway:
         self.store, self.upstream, self.settings, self.observer = store, upstream, settings, observer
         self.serving = serving
         self.names = Names(salt)
-        self._native_n = True
+        self._room = min(settings.max_prompt_tokens, getattr(upstream, "room", settings.max_prompt_tokens))
+        self.wanted: str | None = None
+        """The bundle that the store named last."""
+        self._native_n = self._own_temperature = True
 
     # ---- before the upstream
 
@@ -87,18 +94,23 @@ class Gateway:
             state = await anyio.to_thread.run_sync(self.store.state, user)
             question = readable(text_of(messages[-1]))
             found = await serving.together.run(lambda: _find(serving, user, state.version, question, self.observer), [question])
-        except HydraError as error:
+        except Overloaded as error:
+            self.observer.failed("scoring", error)
+            return Plan(plain, plain, "overloaded", serving)
+        except Exception as error:  # whatever it is, it must not cost the caller an answer
             self.observer.failed("store", error)
             return Plan(plain, plain, "store-failure", serving)
         if isinstance(found, str):
             return Plan(plain, plain, found, serving)
         k = self.settings.k if wishes.k is None else wishes.k
-        placed, shown = place(messages, found.ranked[:k], placement=self.settings.placement, max_tokens=self.settings.max_prompt_tokens)
+        placed, shown = place(messages, found.ranked[:k], placement=self.settings.placement, max_tokens=self._room)
         wanted = wishes.candidates or self.settings.candidates
         many = max(wanted, request.n or 1) if serving.picks else 1
         asked = {**plain, "messages": placed}
         seconds = {**found.seconds, "prepare": time.perf_counter() - started}
-        return Plan(asked, plain, None, serving, user, question, found.visible, tuple(shown), many, wishes.explain, seconds=seconds)
+        return Plan(
+            asked, plain, None, serving, user, question, state.version, found.visible, tuple(shown), many, wishes.explain, seconds=seconds
+        )
 
     # ---- the upstream
 
@@ -113,13 +125,20 @@ class Gateway:
         try:
             made = await self._candidates(plan) if plan.candidates > 1 else [await self._timed(plan, plan.body)]
         except UpstreamError as error:
-            if error.status not in (400, 413, 422):
-                raise
-            # The records may be what the upstream cannot take: without them it is what the caller asked.
-            self.observer.failed("records", error)
-            plan = replace(plan, reason="upstream-refused")
+            plan = self.without_records(plan, error)
             return Reply(await self._timed(plan, plan.plain), plan)
         return await self._reply(plan, made)
+
+    def without_records(self, plan: Plan, error: UpstreamError) -> Plan:
+        """The plan as the caller asked, where the records may be what the upstream cannot take.
+
+        Raises:
+            UpstreamError: the given one, where it is about something else.
+        """
+        if plan.reason is not None or error.status not in (400, 413, 422):
+            raise error
+        self.observer.failed("records", error)
+        return replace(plan, reason="upstream-refused")
 
     async def _timed(self, plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -137,8 +156,9 @@ class Gateway:
         """
         body = {name: value for name, value in plan.body.items() if name not in ("stream", "stream_options")}
         first = {**body, "n": 1} if "n" in body else body
-        warm = max(float(body.get("temperature") or 0.0), self.settings.temperature)
-        samples = {**body, "temperature": warm, **({"seed": body["seed"] + 1} if isinstance(body.get("seed"), int) else {})}
+        samples = {**body, **({"seed": body["seed"] + 1} if isinstance(body.get("seed"), int) else {})}
+        if self._own_temperature:
+            samples["temperature"] = max(float(body.get("temperature") or 0.0), self.settings.temperature)
         wanted = plan.candidates - 1
         bodies = [first, {**samples, "n": wanted}] if self._native_n else [first, *_singles(samples, wanted)]
         made: list[dict[str, Any] | UpstreamError] = [UpstreamError(504, "the upstream did not answer before the deadline")] * len(bodies)
@@ -150,10 +170,14 @@ class Gateway:
             except UpstreamError as error:
                 made[place] = error
 
-        with anyio.move_on_after(self.settings.deadline):
-            async with anyio.create_task_group() as group:
-                for place in range(len(bodies)):
-                    group.start_soon(ask, place)
+        tasks = [asyncio.create_task(ask(place)) for place in range(len(bodies))]
+        try:
+            await asyncio.wait(tasks, timeout=self.settings.deadline)
+            if all(isinstance(each, UpstreamError) for each in made):
+                await tasks[0]  # nothing has come: the caller's own request has as long as it would have had without this program
+        finally:
+            for task in tasks:
+                task.cancel()
         plan.seconds["upstream"] = time.perf_counter() - started
         good = [completion for completion in made if not isinstance(completion, UpstreamError)]
         for completion in made:
@@ -161,9 +185,16 @@ class Gateway:
                 self.observer.failed("candidates", completion)
         if not good:
             raise next(completion for completion in made if isinstance(completion, UpstreamError))
-        if self._native_n and not isinstance(made[-1], UpstreamError) and len(made[-1]["choices"]) < wanted:
-            self._native_n = False  # from now on each sample is a request of its own
+        self._learn(made[0], made[-1], wanted)
         return good
+
+    def _learn(self, first: Any, last: Any, wanted: int) -> None:
+        """What this upstream does not take, seen from its answers to the caller's own request and to the samples."""
+        refused = isinstance(last, UpstreamError) and last.status in (400, 422) and not isinstance(first, UpstreamError)
+        if self._native_n and (refused or (not isinstance(last, UpstreamError) and len(last["choices"]) < wanted)):
+            self._native_n = False  # from now on each sample is a request of its own
+        elif refused:
+            self._own_temperature = False  # and at the caller's temperature
 
     # ---- behind the upstream
 
@@ -171,7 +202,7 @@ class Gateway:
         choices = [choice for completion in made for choice in completion["choices"]]
         picked = await self._pick(plan, choices) if plan.candidates > 1 else _as_they_came(choices)
         count = int(plan.plain.get("n") or 1)
-        out = [{**picked.choices[i], "index": place} for place, i in enumerate(picked.order[:count])]
+        out = [{**choice, "index": place} for place, choice in enumerate(picked.choices[:count])]
         completion = {**made[0], "choices": out, "usage": usage_of(made)}
         kept = await self._keep(plan, picked)
         if self.settings.personalization:
@@ -192,10 +223,12 @@ class Gateway:
 
     async def _keep(self, plan: Plan, picked: "_Picked") -> bool:
         """Keep the request for feedback; whether it was."""
+        said = [readable(text_of(choice["message"])) for choice in picked.choices]
         candidates = [
-            {"text": c.text, "answer": c.answer, "votes": c.votes, "greedy": c.greedy, "score": c.score} for c in picked.candidates
+            {"said": text, "text": c.text, "answer": c.answer, "votes": c.votes, "greedy": c.greedy, "score": c.score}
+            for c, text in zip(picked.candidates, said, strict=False)
         ]
-        content = {"candidates": candidates, "chosen": picked.chosen, "visible": len(plan.visible)}
+        content = {"candidates": candidates, "visible": len(plan.visible)}
         try:
             request = Request(plan.id, plan.user, time.time(), plan.serving.id, plan.question, content)
             await anyio.to_thread.run_sync(self.store.keep_request, request)
@@ -212,11 +245,12 @@ class Gateway:
         Raises:
             UpstreamError: before the first byte.
         """
-        heard = _Heard()
+        heard = _Heard() if plan.reason is None else None
         async for piece in self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True}):
-            heard.take(piece)
+            if heard is not None:
+                heard.take(piece)
             yield piece
-        if plan.reason is None and heard.text:
+        if heard is not None and heard.text:
             await self._keep(plan, _as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
 
 
@@ -252,39 +286,48 @@ def _find(serving: Serving, user: str, version: int | None, question: str, obser
 
 @dataclass(frozen=True)
 class _Picked:
+    """Choices in this user's order, and the candidates that they are: one for each choice that differs from those before it."""
+
     choices: list[dict[str, Any]]
-    order: list[int]
-    """Indices of choices, the pick first."""
-    candidates: tuple[Candidate, ...] = ()
-    chosen: int = 0
-    """Index of the pick among the candidates."""
+    candidates: list[Candidate]
+    """[i] is what the adapter read of choice i; the choices behind them are repetitions."""
     abstained: bool = False
 
 
 def _as_they_came(choices: Sequence[dict[str, Any]]) -> _Picked:
     texts = [readable(text_of(choice["message"])) for choice in choices]
-    return _Picked(list(choices), list(range(len(choices))), tuple(Candidate(text, text, 1) for text in texts))
+    return _Picked(list(choices), [Candidate(text, text, 1) for text in texts])
 
 
 def _choose(plan: Plan, choices: Sequence[dict[str, Any]], texts: Sequence[str]) -> _Picked:
-    """The user's order of the candidates: the pick, then by score; equal answers behind all others."""
+    """The user's order of the choices: the pick, then by score; equal answers behind all others."""
     serving = plan.serving
+    if serving.task.labels and serving.task.parse(texts[0], "strict") is None:
+        return _as_they_came(choices)  # the LLM was not asked for a label: no label is an answer
+    serving.people.get(plan.user, plan.version)  # feedback or others may have pushed the head out
     offered, _ = gather(serving.task, texts, 1, serving.settings)
     chosen = serving.adapter.choose(Query(plan.user, "asked", plan.question, position=LATER), offered, plan.visible)
-    out, order = list(choices), []
+    said: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        said.setdefault(_key(text, read_answer(serving.task, text, serving.settings)), i)
     scores = [candidate.score if candidate.score is not None else float("-inf") for candidate in chosen.candidates]
+    out, candidates, used = [], [], set()
     for which in sorted(range(len(offered)), key=lambda i: (i != chosen.chosen, -scores[i], i)):
         candidate = chosen.candidates[which]
-        said = [i for i, text in enumerate(texts) if text == candidate.text or serving.task.parse(text) == candidate.answer]
-        if said:
-            order.append(said[0])
-        elif which == chosen.chosen:  # a label that no sample named: the scorer's word against the LLM's
-            out.append({**choices[0], "message": {"role": "assistant", "content": candidate.text}})
-            order.append(len(out) - 1)
-    order = list(dict.fromkeys(order))
-    return _Picked(
-        out, order + [i for i in range(len(choices)) if i not in order], tuple(chosen.candidates), chosen.chosen, chosen.abstained
-    )
+        place = said.get(_key(candidate.text, candidate.answer))
+        if place is None and which != chosen.chosen:
+            continue  # a label that nobody said
+        # The pick may be such a label: the scorer's word against the LLM's.
+        out.append(choices[place] if place is not None else {**choices[0], "message": {"role": "assistant", "content": candidate.text}})
+        candidates.append(candidate)
+        used.add(place)
+    rest = [choice for i, choice in enumerate(choices) if i not in used]
+    return _Picked(out + rest, candidates, chosen.abstained)
+
+
+def _key(text: str, answer: str | None) -> str:
+    """What makes two texts the same candidate."""
+    return answer if answer is not None else f"\0{text}"
 
 
 # ---- small things
@@ -300,7 +343,7 @@ class _Heard:
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:") and (said := line[5:].strip()) != b"[DONE]":
-                with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+                with contextlib.suppress(Exception):  # what cannot be read is not heard; it has gone out as it came
                     choice = json.loads(said)["choices"][0]
                     if choice.get("index", 0) == 0:
                         self.text += choice["delta"].get("content") or ""
@@ -330,13 +373,12 @@ def _told(plan: Plan, picked: _Picked, kept: bool) -> dict[str, Any]:
         "request_id": plan.id if kept else None,
         "records": [record.id for record in plan.shown],
         "candidates": len(picked.candidates),
-        "chosen": picked.chosen,
         "abstained": picked.abstained,
         "scores": [candidate.score for candidate in picked.candidates],
         "seconds": {stage: round(seconds, 4) for stage, seconds in plan.seconds.items()},
     }
     if plan.explain:
-        told["texts"] = [candidate.text for candidate in picked.candidates]
+        told["texts"] = [text_of(choice["message"]) for choice in picked.choices[: len(picked.candidates)]]
         told["probabilities"] = [candidate.probability for candidate in picked.candidates]
         told["shown"] = [{"id": record.id, "input": record.input, "output": record.output} for record in plan.shown]
     return told

@@ -25,7 +25,7 @@ def place(
     for item in records:
         made = _LAYOUTS[placement]([*shown, item.record])
         if sum(estimate(str(message["content"])) + PER_MESSAGE for message in made) > room:
-            break
+            continue
         shown.append(item.record)
     return [*own[:head], *_LAYOUTS[placement](shown), *own[head:]], shown
 

@@ -1,6 +1,7 @@
 """What answers are made with: a bundle's parts, or BM25 alone where there is no bundle. Replaced as a whole when the bundle changes."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -57,6 +58,16 @@ class Serving:
         self.together.close()
 
 
+def named(folder: Path, weights: str) -> str:
+    """How the store names a bundle: another one in the same folder is another one."""
+    return f"{weights[:16]}:{folder}"
+
+
+def folder_of(name: str) -> str:
+    """The folder in a name that `named` gave."""
+    return name.partition(":")[2]
+
+
 def open_serving(store: Store, folder: str | Path | None, settings: ServeSettings) -> Serving:
     """Load a bundle and put it to work on a store's users.
 
@@ -64,9 +75,9 @@ def open_serving(store: Store, folder: str | Path | None, settings: ServeSetting
         BundleError: it is not there, damaged, or newer.
     """
     if folder is None:
-        plain = load_settings()
-        people = People(store, None, settings.users_in_memory)
-        return Serving(None, "", ANY_TASK, plain, make_retriever("bm25"), KeepOrder(), FirstCandidate(), people, Together(None), {})
+        plain, people = load_settings(parsing="strict"), People(store, None, settings.users_in_memory)
+        null, together = (make_retriever("bm25"), KeepOrder(), FirstCandidate()), Together(None, settings.waiting)
+        return Serving(None, "", ANY_TASK, plain, *null, people, together, {})
     loaded = Bundle.load(folder)
     chosen = loaded.settings.model_copy(update={"caution": settings.caution, "retrieved": settings.retrieved})
     # Whoever the bundle was learned with is a user of the store like any other: its records and heads are the ones that count.
@@ -74,7 +85,9 @@ def open_serving(store: Store, folder: str | Path | None, settings: ServeSetting
     people = People(store, bundle, settings.users_in_memory)
     parts = bundle.personalizer(cast(ChatLLM, None))
     scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
-    together = Together(bundle.store.texts)
+    together = Together(
+        partial(bundle.store.texts, keep=False), settings.waiting
+    )  # questions and answers come and go: nothing of them is kept
     return Serving(
         str(folder), bundle.weights, bundle.task, chosen, parts.retriever, parts.reranker, parts.adapter, people, together, scorers, bundle
     )

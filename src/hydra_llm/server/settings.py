@@ -32,7 +32,9 @@ class ServeSettings(BaseSettings):
     max_prompt_tokens: int = Field(default=4096, ge=64)
     """Records are shown as long as the prompt stays within this; the caller's own messages are never cut."""
     deadline: float = Field(default=60.0, gt=0)
-    """Seconds after which the candidates that have come must do."""
+    """Seconds after which the candidates that have come must do; where none has, the caller's own is waited for."""
+    upstream_timeout: float = Field(default=600.0, gt=0)
+    """Seconds until an upstream that says nothing counts as failed."""
     personalization: bool = True
     """Whether replies carry the object `personalization`."""
 
@@ -51,8 +53,12 @@ class ServeSettings(BaseSettings):
     """Of one key; None is no limit."""
     users_in_memory: int = Field(default=10_000, ge=1)
     """Histories and heads at hand; others are read from the store when they are asked for."""
-    drain: float = Field(default=30.0, ge=0)
-    """Seconds that requests in flight get when the server is told to stop."""
+    drain: float | None = Field(default=None, ge=0)
+    """Seconds that requests in flight get when the server is told to stop; None is as long as they take."""
+    patience: float = Field(default=10.0, gt=0)
+    """Seconds that a request waits for the store, before it goes without."""
+    waiting: int = Field(default=256, ge=1)
+    """Requests that may wait to be scored; more go through as they are."""
 
     @classmethod
     def settings_customise_sources(

@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from hydra_llm.errors import HydraError
+
 R = TypeVar("R")
 Encode = Callable[[Sequence[str]], Any]
 MOST_AT_ONCE = 64
 """Pieces of work whose texts go into one batch."""
+
+
+class Overloaded(HydraError):
+    """There is more to score than there is time for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,20 @@ class _Work:
 class Together:
     """A thread that encodes and scores."""
 
-    def __init__(self, encode: Encode | None):
-        self._encode = encode
+    def __init__(self, encode: Encode | None, most_waiting: int = 256):
+        self._encode, self._most_waiting = encode, most_waiting
         self._waiting: SimpleQueue[_Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
     async def run(self, do: Callable[[], R], texts: Sequence[str] = ()) -> R:
-        """Await `do()` in the scoring thread; its texts are encoded before, together with those of whoever else waits."""
+        """Await `do()` in the scoring thread; its texts are encoded before, together with those of whoever else waits.
+
+        Raises:
+            Overloaded: too many wait already.
+        """
+        if self._waiting.qsize() >= self._most_waiting:
+            raise Overloaded("more requests wait to be scored than this machine can score")
         work = _Work(texts, do, Future())
         self._waiting.put(work)
         return await asyncio.wrap_future(work.result)

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from secrets import token_hex
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx2
 
@@ -83,9 +83,9 @@ class HttpUpstream:
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
         answer = await self._send("POST", "chat/completions", body)
-        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
+        if not isinstance(answer, dict) or not _are_choices(answer.get("choices")):
             raise UpstreamError(502, "the upstream answered without choices")
-        return answer
+        return {"id": f"chatcmpl-{token_hex(12)}", "model": body.get("model"), **answer}
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         try:
@@ -98,7 +98,11 @@ class HttpUpstream:
             raise _unreached(error) from None
 
     async def models(self, id: str | None = None) -> Any:
-        return await self._send("GET", "models" if id is None else f"models/{id}")
+        if id is None:
+            return await self._send("GET", "models")
+        if any(part in ("", ".", "..") for part in id.split("/")):  # no way to the endpoint's other paths, which the server's key opens
+            raise UpstreamError(404, ApiError(404, "no such model", code="model_not_found").body())
+        return await self._send("GET", f"models/{quote(id, safe='/')}")
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -106,7 +110,7 @@ class HttpUpstream:
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             response = await self._client.request(method, path, content=None if body is None else json.dumps(body), headers=AS_JSON)
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _unreached(error) from None
         if response.status_code >= 300:
             raise _error_of(response.status_code, response.content, response.headers)
@@ -116,17 +120,26 @@ class HttpUpstream:
             raise UpstreamError(502, "the upstream's answer is not JSON") from None
 
 
+def _are_choices(found: Any) -> bool:
+    """Whether these are choices as far as the gateway reads them."""
+    return (
+        isinstance(found, list) and bool(found) and all(isinstance(each, dict) and isinstance(each.get("message"), dict) for each in found)
+    )
+
+
 def _error_of(status: int, content: bytes, headers: Mapping[str, str]) -> UpstreamError:
     try:
         body = json.loads(content)
     except ValueError:
         body = "the upstream answered with an error that is not JSON"
+    if status in (401, 403):  # it is the server's own key that was refused, and some endpoints quote it
+        body = ApiError(status, "the upstream refused the gateway's own key", code="upstream_key").body()
     if status < 400:  # a redirect: nobody follows one with somebody's texts
         status, body = 502, "the upstream answered with a redirect"
     return UpstreamError(status, body, {name: headers[name] for name in STRAIGHT_THROUGH if name in headers})
 
 
-def _unreached(error: httpx2.HTTPError) -> UpstreamError:
+def _unreached(error: Exception) -> UpstreamError:
     if isinstance(error, httpx2.TimeoutException):
         return UpstreamError(504, "the upstream did not answer in time")
     return UpstreamError(502, f"the upstream cannot be reached ({type(error).__name__})")
@@ -138,6 +151,10 @@ class EmbeddedUpstream:
     def __init__(self, llm: ChatLLM, max_tokens: int = 512):
         self._llm, self._max_tokens = llm, max_tokens
         self._model, self._since = str(llm.identity.get("model", "llm")), int(time.time())
+        self.room = max(64, int(getattr(llm, "window", 2**20)) - max_tokens)
+        """Tokens of the longest prompt that leaves room for an answer."""
+        # Whoever waits for the engine waits here, not in a thread that others need.
+        self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
         texts, usage = await self._generate(body)
@@ -197,12 +214,12 @@ class EmbeddedUpstream:
         if body.get("model") != self._model:
             raise UpstreamError(404, ApiError(404, f"the model '{body.get('model')}' does not exist", code="model_not_found").body())
         try:
-            made = await self._llm.generate(
-                [{"role": _role(message), "content": text_of(message)} for message in body["messages"]],
-                **_sampling(body, self._max_tokens),
-                **more,
-            )
-        except (TypeError, ValueError) as error:
+            sampling = _sampling(body, self._max_tokens)
+            async with self._turn:
+                made = await self._llm.generate(
+                    [{"role": _role(message), "content": text_of(message)} for message in body["messages"]], **sampling, **more
+                )
+        except (TypeError, ValueError, OverflowError) as error:
             raise UpstreamError(400, f"a field of the request has a value that cannot be used: {error}") from None
         except LLMRefused as error:
             raise UpstreamError(400, str(error)) from None
@@ -222,7 +239,7 @@ def _sampling(body: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
     return {
         "n": int(body.get("n") or 1),
         "temperature": 1.0 if body.get("temperature") is None else float(body["temperature"]),
-        "max_tokens": int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens),
+        "max_tokens": max(1, int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)),
         "stop": [stop] if isinstance(stop, str) else [str(each) for each in stop or ()],
         "seed": None if seed is None else int(seed),
     }
@@ -273,7 +290,9 @@ def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstrea
     return EmbeddedUpstream(bare)
 
 
-def usage_of(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several completions spent together."""
+def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
+    """What several completions spent together; of a single one all that the upstream tells."""
+    if len(completions) == 1:
+        return completions[0].get("usage")
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     return {name: sum(int((each.get("usage") or {}).get(name) or 0) for each in completions) for name in names}

@@ -9,8 +9,11 @@ from typing import Annotated, Any
 import anyio
 from fastapi import APIRouter, Path, Request, Response
 
+from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import text_fault
+from hydra_llm.errors import UserFault
 from hydra_llm.history import parse_time
+from hydra_llm.model.features import forget_features
 from hydra_llm.server.feedback import take_feedback
 from hydra_llm.server.people import texts_of
 from hydra_llm.server.wire import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
@@ -42,14 +45,14 @@ async def get_records(user: User, http: Request) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-@router.delete("/users/{user}/records/{id}")
+@router.delete("/users/{user}/records/{id:path}")
 async def delete_record(user: User, id: Id, http: Request) -> dict[str, Any]:
     """Delete one record, and the heads that knew it."""
     store = _store(http, user)
     gone = await _in_thread(partial(_remove, store, user, id))
     if gone is None:
         raise ApiError(404, "no such record", code="record_not_found")
-    await _forget_texts(http, store, texts_of([gone]))
+    await _forget_texts(http, store, texts_of([gone]), but=None)
     return {"id": id, "deleted": True}
 
 
@@ -62,7 +65,7 @@ async def feedback(said: FeedbackIn, http: Request) -> dict[str, Any]:
     caller = http.state.caller
     if request is None or not (caller.admin or request.user in caller.users):
         raise ApiError(404, "no such request, or it is too long ago", code="request_not_found", param="request_id")
-    taken = await take_feedback(gateway.store, gateway.serving, said, request)
+    taken = await take_feedback(gateway.store, gateway.serving, said, request, gateway.settings)
     gateway.observer.heard(kind)
     return {"request_id": said.request_id, "repeated": taken.repeated, "record": taken.record, "head_moved": taken.moved}
 
@@ -103,12 +106,12 @@ async def export(user: User, http: Request) -> Response:
 async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys that speak for nobody else."""
     gateway, store = http.app.state.gateway, _store(http, user)
-    texts = await _in_thread(partial(_texts, store, user))
+    # First what cannot be undone halfway: if features cannot be deleted, the user is still there to be deleted again.
+    await _forget_texts(http, store, await _in_thread(partial(_texts, store, user)), but=user)
     counts = await _in_thread(partial(store.delete_user, user))
     await gateway.serving.together.run(partial(gateway.serving.people.drop, user))
     if counts is None:
         raise _unknown()
-    await _forget_texts(http, store, texts)
     taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
     return {"deleted": counts, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
 
@@ -143,12 +146,20 @@ def _texts(store: Store, user: str) -> list[str]:
     return [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
 
 
-async def _forget_texts(http: Request, store: Store, texts: list[str]) -> None:
-    """Forget the features of texts that nobody has any more; those that others have stay, and their answers with them."""
+async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> None:
+    """Forget the features of texts that nobody (but that one) has; those that others have stay, and their answers with them.
+
+    Raises:
+        ApiError: 503, they cannot be deleted.
+    """
     bundle = http.app.state.gateway.serving.bundle
-    if bundle is not None:
-        held = await _in_thread(partial(store.still_held, texts))
-        await _in_thread(partial(bundle.store.forget, [text for text in texts if text not in held]))
+    held = await _in_thread(partial(store.still_held, texts, but=but))
+    gone = [text for text in texts if text not in held]
+    forget = bundle.store.forget if bundle else partial(forget_features, load_settings().cache / "features.sqlite")
+    try:
+        await _in_thread(partial(forget, gone))
+    except UserFault:
+        raise ApiError(503, "the features of these texts cannot be deleted: nothing was, try again", code="features_unavailable") from None
 
 
 # ---- small things

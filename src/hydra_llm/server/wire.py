@@ -18,9 +18,11 @@ Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[
 class ApiError(Exception):
     """An error that the caller is told, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+    ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
@@ -67,7 +69,7 @@ class ChatRequest(BaseModel):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
-    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -146,7 +148,7 @@ class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         try:
             return super().render(content)
-        except UnicodeEncodeError:
+        except ValueError:  # also NaN, which no JSON is but an upstream may have sent
             return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 

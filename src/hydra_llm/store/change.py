@@ -11,6 +11,8 @@ from hydra_llm.store import schema
 from hydra_llm.store.values import Added, Contradiction, Head, Judged
 from hydra_llm.types import Record
 
+FEEDBACK = "feedback:"
+"""What the id of a record begins with that an answered request became."""
 ASKED_AT_ONCE = 500
 """Values of one IN (…): SQLite's oldest limit is 999."""
 
@@ -55,6 +57,10 @@ class UserChange:
         gone = self._connection.execute(sa.delete(table).where(table.c.user == self._key, table.c.id == id)).rowcount > 0
         if gone:
             self._connection.execute(sa.delete(schema.heads).where(schema.heads.c.user == self._key))
+        if gone and id.startswith(FEEDBACK):  # what it came from would bring it back
+            request = id.removeprefix(FEEDBACK)
+            self._connection.execute(sa.delete(schema.feedback).where(schema.feedback.c.request == request))
+            self._connection.execute(sa.delete(schema.requests).where(schema.requests.c.id == request))
         self.changed = self.changed or gone
         return gone
 

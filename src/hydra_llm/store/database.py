@@ -13,17 +13,14 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from hydra_llm.errors import SettingsError, StoreError
 
-BUSY_SECONDS = 30.0
-"""How long a writer waits for another one."""
 
-
-def engine_of(url: str) -> Engine:
-    """A database as SQLAlchemy sees it; nothing is opened yet.
+def engine_of(url: str, *, patience: float = 30.0) -> Engine:
+    """A database as SQLAlchemy sees it; nothing is opened yet. `patience`: seconds until a statement has failed.
 
     Raises:
         SettingsError: the URL is none, or of a database that is not supported, or its driver is missing.
     """
-    return _engine(_checked(url))
+    return _engine(_checked(url), patience)
 
 
 def _checked(url: str) -> URL:
@@ -38,11 +35,12 @@ def _checked(url: str) -> URL:
     return made.set(drivername="postgresql+psycopg") if made.drivername == "postgresql" else made
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, patience: float) -> Engine:
     try:
         if url.get_backend_name() != "sqlite":
-            return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
-        engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+            limits = {"connect_timeout": max(1, int(patience)), "options": f"-c statement_timeout={int(patience * 1000)}"}
+            return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=patience, connect_args=limits)
+        engine = sa.create_engine(url, connect_args={"timeout": patience})
     except ModuleNotFoundError as error:
         raise SettingsError(f"store: {error.name} is not installed: pip install 'hydra-llm[server]'") from None
     sa.event.listen(engine, "connect", _set_up_sqlite)

@@ -35,14 +35,14 @@ ARROW = " → "
 class Store:
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
-    def __init__(self, url: str):
-        """Open the database and look at its tables; an empty one gets them.
+    def __init__(self, url: str, *, patience: float = 30.0):
+        """Open the database and look at its tables; an empty one gets them. `patience`: seconds until a statement has failed.
 
         Raises:
             SettingsError: the URL is none, or of a database that is not supported, or its driver is missing.
             StoreError: the database cannot be reached, or its tables are of another version.
         """
-        self.engine = engine_of(url)
+        self.engine = engine_of(url, patience=patience)
         self.url = self.engine.url
         with told(self.url):
             migrate.prepare(self.engine)
@@ -108,7 +108,7 @@ class Store:
         with self._write() as connection:
             found = _locked(connection, name)
             if found is None and create:
-                _insert(connection, schema.users, [{"name": name, "version": 0, "created": time.time()}])
+                _insert(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
                 found = _locked(connection, name)
             if found is None:
                 raise StoreError("no such user")
@@ -134,11 +134,11 @@ class Store:
         counts: dict[str, int] = {}
         with self._write() as connection:
             found = _locked(connection, name)
+            counts["keys"] = _delete_keys_of(connection, name)
             if found is None:
-                return None
+                return counts if counts["keys"] else None
             for table in schema.OF_USERS:
                 counts[table.name] = connection.execute(sa.delete(table).where(table.c.user == found.key)).rowcount
-            counts["keys"] = _delete_keys_of(connection, name)
             connection.execute(sa.delete(schema.users).where(schema.users.c.key == found.key))
         self._shorten_log()
         return counts
@@ -192,17 +192,21 @@ class Store:
             row = connection.execute(rows.join_from(schema.requests, schema.users).where(table.id == id)).one_or_none()
         return None if row is None else Request(*row)
 
-    def still_held(self, texts: Sequence[str]) -> set[str]:
-        """Those of the texts that stand in somebody's records (input, output, or `input → output`) or questions."""
+    def still_held(self, texts: Sequence[str], *, but: str | None = None) -> set[str]:
+        """Those of the texts that stand in records (input, output, or `input → output`) or questions of anybody but that user."""
         wanted, held = set(texts), set()
         inputs = [text.partition(ARROW)[0] for text in wanted]
         records, asked = schema.records.c, schema.requests.c
         with self._read() as connection:
+            own = connection.scalar(sa.select(schema.users.c.key).where(schema.users.c.name == but)) if but is not None else None
+            of_others = [column != (-1 if own is None else own) for column in (records.user, asked.user)]
+            pairs = sa.select(records.input, records.output).where(of_others[0]).distinct()
+            answers, questions = sa.select(records.output).where(of_others[0]), sa.select(asked.question).where(of_others[1])
             for part in _parts(list({*wanted, *inputs})):
-                for row in connection.execute(sa.select(records.input, records.output).where(records.input.in_(part)).distinct()):
+                for row in connection.execute(pairs.where(records.input.in_(part))):
                     held |= {row.input, f"{row.input}{ARROW}{row.output}"}
-                held |= set(connection.scalars(sa.select(records.output).where(records.output.in_(part)).distinct()))
-                held |= set(connection.scalars(sa.select(asked.question).where(asked.question.in_(part)).distinct()))
+                held |= set(connection.scalars(answers.where(records.output.in_(part)).distinct()))
+                held |= set(connection.scalars(questions.where(asked.question.in_(part)).distinct()))
         return held & wanted
 
     def drop_requests(self, before: float) -> int:
@@ -215,6 +219,8 @@ class Store:
     def add_key(self, key: Key) -> None:
         """Keep a new key."""
         with self._write() as connection:
+            # For good: when the last key goes, with the user for whom it spoke, nobody is let in for that.
+            _insert(connection, schema.serving, [{"name": "keys", "value": "were made"}])
             plain = {name: getattr(key, name) for name in ("id", "hash", "label", "admin", "created", "revoked")}
             connection.execute(sa.insert(schema.keys).values(plain))
             if key.users:
@@ -236,8 +242,9 @@ class Store:
 
     def has_keys(self) -> bool:
         """Whether any key was ever made: then every request needs one."""
+        mark = sa.select(schema.serving.c.value).where(schema.serving.c.name == "keys")
         with self._read() as connection:
-            return connection.scalar(sa.select(sa.exists(sa.select(schema.keys.c.id)))) is True
+            return connection.scalar(mark) is not None
 
     def revoke_key(self, id: str) -> bool:
         """Make a key useless from the next request on; False if there is none of that id."""
@@ -352,9 +359,12 @@ class Store:
         try:
             counts = self._copy_to(other)
             other._shorten_log()
-        finally:
             other.close()
-        part.replace(file)
+            part.replace(file)
+        except BaseException:
+            other.close()
+            part.unlink(missing_ok=True)  # half of everybody's texts
+            raise
         return counts
 
     def restore(self, file: Path) -> dict[str, int]:
@@ -363,7 +373,7 @@ class Store:
         Raises:
             StoreError: there are rows already, or the file is no backup.
         """
-        if any(self.counts().values()):
+        if any(count for table, count in self.counts().items() if table != "serving"):
             raise StoreError(f"{shown(self.url)}: is not empty: restore into a new store")
         if not file.is_file():
             raise StoreError(f"{file}: no such file")
@@ -377,6 +387,7 @@ class Store:
         counts: dict[str, int] = {}
         with self._snapshot() as source, other._write() as target:
             for table in schema.metadata.sorted_tables:
+                target.execute(sa.delete(table))  # an empty store may have drawn a salt already: the copy has that of its original
                 rows = source.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table))
                 counts[table.name] = 0
                 for part in rows.partitions():
