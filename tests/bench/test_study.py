@@ -184,7 +184,7 @@ def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
     def shares(votes: bool, candidates: Sequence[Candidate]) -> list[float | None]:
         made = bundle.personalizer(asked.llm, asked.settings.model_copy(update={"votes": votes})).adapter
         assert isinstance(made, LearnedAdapter)
-        scored, _ = made.choose(query, candidates, visible)
+        scored, *_ = made.choose(query, candidates, visible)
         assert [each.votes for each in scored] == [each.votes for each in candidates]  # they are shown, only not counted
         return [each.probability for each in scored]
 

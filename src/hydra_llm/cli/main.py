@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
     "llm": ("hydra_llm.cli.llm:app", "Look at the LLMs that can be asked."),
-    "serve": ("hydra_llm.cli.serve:serve", "Serve an OpenAI-compatible endpoint whose answers are each user's own."),
+    "serve": ("hydra_llm.cli.serve:serve", "Serve answers that are each user's own (OpenAI-compatible)."),
     "keys": ("hydra_llm.cli.serve:keys_app", "Make, list and revoke the gateway's API keys."),
     "bundles": ("hydra_llm.cli.serve:bundles_app", "Say which bundle running servers answer with."),
     "store": ("hydra_llm.cli.store:app", "Look after the gateway's database."),
