@@ -4,8 +4,9 @@
 
 One server process, the mock in a second, the client in a third, all on this machine's cores. The client sends at a fixed rate, whether
 or not earlier requests have been answered; the added latency is the client's time minus that of the mock asked directly, in the same
-run. `personal`: a user with 100 records, 10 retrieved, 8 candidates, tower features. `cold`: users whom the server has not seen since it
-began, 1,000 of them with 100 records each in SQLite; their records' features are kept. `most`: requests a second with 64 in flight.
+run. No two questions and no two answers are alike. `personal`: a user with 100 records, 10 retrieved, 8 candidates, tower features. `cold`:
+users whom the server has not seen since it began, of 1,000 with 100 records each in SQLite, their records' features kept as after a fit, or
+never encoded. `most`: requests a second with 64 in flight.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from measure import Limit, finish, options
 from people import HEADLINE, LABELS, people, words
 
 LATENCY = 0.05
+KEPT = 50
+"""Users whose records' features are kept, as after a fit."""
 HERE = Path(__file__).parent
 COMMAND = Path(sys.executable).with_name("hydra-llm")
 
@@ -71,8 +74,8 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
             out["passed through"] = minus(await steady(chat(gateway, None), 100, given.seconds), direct)
             out["passed through, most"] = await flat_out(chat(gateway, None), given.seconds)
             names = [f"person{i}" for i in range(given.users)]
-            random.Random(given.seed).shuffle(names)
-            out["cold"] = minus(await one_by_one([chat(gateway, name) for name in names[:100]]), direct)
+            out["cold"] = minus(await one_by_one([chat(gateway, name) for name in names[:KEPT]]), direct)
+            out["cold, never encoded"] = minus(await one_by_one([chat(gateway, name) for name in names[KEPT : 2 * KEPT]]), direct)
             await steady(chat(gateway, names[0]), 5, 3)
             out["personal"] = minus(await steady(chat(gateway, names[0]), 10, given.seconds), direct)
             out["personal, most"] = await flat_out(chat(gateway, names[0]), given.seconds)
@@ -114,7 +117,7 @@ def prepare(given: Any, folder: Path) -> str:
     for i in range(given.users):
         own = records(f"person{i}", given.records)
         store.add_records(f"person{i}", own)
-        if i < 100 and given.features == "tower":
+        if i < KEPT and given.features == "tower":
             bundle.store.texts([text for r in own for text in (r.input, r.output, f"{r.input} → {r.output}")])
     store.close()
     return f"sqlite:///{folder / 'store.db'}"
@@ -161,11 +164,11 @@ Ask = Callable[[httpx2.AsyncClient], Awaitable[float]]
 
 def chat(url: str, user: str | None) -> Ask:
     """One request; its milliseconds."""
-    body: dict[str, Any] = {"model": "mock", "messages": [{"role": "user", "content": "what of the night and the old war?"}]}
-    if user is not None:
-        body["user"] = user
+    body: dict[str, Any] = {"model": "mock", **({} if user is None else {"user": user})}
+    dice = random.Random(0)
 
     async def ask(client: httpx2.AsyncClient) -> float:
+        body["messages"] = [{"role": "user", "content": f"what of {words(LABELS[:3], 8, dice)}?"}]
         begin = time.perf_counter()
         answer = await client.post(f"{url}/v1/chat/completions", json=body, headers={"authorization": "Bearer any"})
         answer.raise_for_status()

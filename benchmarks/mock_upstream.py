@@ -2,12 +2,13 @@
 
     python benchmarks/mock_upstream.py --port 9000 --latency 0.05
 
-Bare ASGI, so that it costs as little as can be; `n` gives as many choices, each of them a little different.
+Bare ASGI, so that it costs as little as can be; `n` gives as many choices, no two answers alike.
 """
 
 import argparse
 import asyncio
 import json
+import random
 from typing import Any
 
 HEADERS = [(b"content-type", b"application/json")]
@@ -34,7 +35,7 @@ WORDS = (
 
 def completion(body: dict[str, Any]) -> bytes:
     count = body.get("n") or 1
-    texts = [" ".join(WORDS[i % 5 : i % 5 + 12]) + f" {i}" for i in range(count)]
+    texts = [" ".join(random.sample(WORDS, 12)) for _ in range(count)]
     choices = [{"index": i, "message": {"role": "assistant", "content": t}, "finish_reason": "stop"} for i, t in enumerate(texts)]
     usage = {"prompt_tokens": 50, "completion_tokens": 12 * count, "total_tokens": 50 + 12 * count}
     made = {"id": "chatcmpl-mock", "object": "chat.completion", "created": 1, "model": body.get("model", "mock")}

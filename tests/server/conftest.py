@@ -17,6 +17,7 @@ from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.server.app import make_app
+from hydra_llm.server.people import texts_of
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.upstream import EmbeddedUpstream, UpstreamError
 from hydra_llm.store.store import Store
@@ -137,12 +138,17 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @asynccontextmanager
-async def running(store: Store, bundle: Path | None = None, *, on_loopback: bool = True, **settings: Any) -> AsyncIterator[World]:
-    """A gateway that is up."""
+async def running(
+    store: Store, bundle: Path | None = None, *, on_loopback: bool = True, warm: bool = True, **settings: Any
+) -> AsyncIterator[World]:
+    """A gateway that is up, and has encoded the records that are there."""
     upstream = Scripted()
     app = make_app(
         store, upstream, ServeSettings(**settings), bundle=str(bundle) if bundle else None, llm=RuleLLM(anything), on_loopback=on_loopback
     )
+    serving = app.state.gateway.serving
+    if warm and serving.bundle is not None:
+        serving.bundle.store.texts([text for user in store.users() for text in texts_of(store.records(user)[1])])
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx2.AsyncClient(transport=transport, base_url="http://gateway") as http:
         yield World(app, store, upstream, http)

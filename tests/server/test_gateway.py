@@ -452,6 +452,24 @@ async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
                 await world.sdk(of_two).chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}], **how)
 
 
+async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answer(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))  # nobody's features are here
+    many = [Record("ada", f"r{i}", f"{word} number {i} of the sea", "calm") for i, word in enumerate(["storm", "whale", "boat"] * 30)]
+    store.add_records("ada", many)
+    async with running(store, bundles["tags"], warm=False, candidates=3) as world:
+        first = await world.ask(QUESTION)
+        assert first.headers["x-hydra-personalized"] == "true"
+        assert first.json()["personalization"]["candidates"] == 1
+        for _ in range(200):
+            if (await world.ask(QUESTION)).json()["personalization"]["candidates"] > 1:
+                break
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("the history is never warm")
+
+
 async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
     """The server's own key must not open what the caller's does not."""
     import httpx2

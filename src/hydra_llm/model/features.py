@@ -58,6 +58,13 @@ class FeatureStore:
         """As `Encoder.encode`: [B, H] float32, rows of length 1. Without `keep` they stay in memory alone."""
         return self._rows([(text,) for text in texts], lambda new: self.encoder.encode([item[0] for item in new]), keep)
 
+    def missing(self, texts: Sequence[str]) -> int:
+        """How many of these texts would have to be encoded."""
+        digest = self.encoder.digest.encode()
+        keys = list({_key(digest, (text,)) for text in texts})
+        with self._lock:
+            return len(keys) - len(self._recall(keys))
+
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
         self._paired = True

@@ -19,6 +19,9 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Head
 from hydra_llm.types import Record
 
+MOST_MISSING = 24
+"""Texts that a request may wait for: a few new records, not a whole history."""
+
 
 @dataclass(frozen=True, slots=True)
 class Person:
@@ -38,6 +41,7 @@ class People:
     def __init__(self, store: Store, bundle: Bundle | None, size: int):
         self._store, self._bundle, self._size = store, bundle, size
         self._at_hand: OrderedDict[str, Person] = OrderedDict()
+        self._warm: dict[str, int] = {}
         self._scorers: dict[str, FactorizedScorer] = {}
         if bundle is not None:
             self._scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
@@ -56,11 +60,21 @@ class People:
 
     def drop(self, name: str) -> None:
         """Let go of a user."""
+        self._warm.pop(name, None)
         if self._at_hand.pop(name, None) is None:
             return
         for scorer in self._scorers.values():
             if name in scorer.users:
                 scorer.forget(name)
+
+    def is_warm(self, person: Person, records: Sequence[Record]) -> bool:
+        """Whether these records have been encoded, so that scoring need not wait for that."""
+        if self._bundle is None or self._bundle.settings.features != "tower" or self._warm.get(person.name) == person.version:
+            return True
+        warm = self._bundle.store.missing(texts_of(records)) <= MOST_MISSING
+        if warm:
+            self._warm[person.name] = person.version
+        return warm
 
     def __len__(self) -> int:
         return len(self._at_hand)

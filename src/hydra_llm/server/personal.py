@@ -16,10 +16,12 @@ from typing import Any
 
 import anyio
 
+from hydra_llm.bundle import Bundle
 from hydra_llm.errors import HydraError
 from hydra_llm.personalizer import gather, read_answer
 from hydra_llm.server.names import Names
 from hydra_llm.server.observe import Observer
+from hydra_llm.server.people import texts_of
 from hydra_llm.server.place import place
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
@@ -30,6 +32,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
+WARMED_AT_ONCE = 12
 LATER = 2**62
 """The position of a question that comes after every record."""
 
@@ -73,6 +76,7 @@ class Gateway:
         self.serving = serving
         self.names = Names(salt)
         self._room = min(settings.max_prompt_tokens, getattr(upstream, "room", settings.max_prompt_tokens))
+        self._warming: set[asyncio.Task[None]] = set()
         self.wanted: str | None = None
         """The bundle that the store named last."""
         self._native_n = self._own_temperature = True
@@ -105,12 +109,21 @@ class Gateway:
         k = self.settings.k if wishes.k is None else wishes.k
         placed, shown = place(messages, found.ranked[:k], placement=self.settings.placement, max_tokens=self._room)
         wanted = wishes.candidates or self.settings.candidates
-        many = max(wanted, request.n or 1) if serving.picks else 1
+        many = max(wanted, request.n or 1) if serving.picks and found.warm else 1
+        if not found.warm:
+            self.warm(serving, found.visible)
         asked = {**plain, "messages": placed}
         seconds = {**found.seconds, "prepare": time.perf_counter() - started}
         return Plan(
             asked, plain, None, serving, user, question, state.version, found.visible, tuple(shown), many, wishes.explain, seconds=seconds
         )
+
+    def warm(self, serving: Serving, records: Sequence[Record]) -> None:
+        """Have records encoded, a few at a time between what others wait for, so that no question has to wait for it."""
+        if serving.bundle is not None and serving.settings.features == "tower":
+            task = asyncio.create_task(_warm(serving, serving.bundle, texts_of(records)))
+            self._warming.add(task)
+            task.add_done_callback(self._warming.discard)
 
     # ---- the upstream
 
@@ -254,6 +267,13 @@ class Gateway:
             await self._keep(plan, _as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
 
 
+async def _warm(serving: Serving, bundle: Bundle, texts: Sequence[str]) -> None:
+    for start in range(0, len(texts), WARMED_AT_ONCE):
+        part = texts[start : start + WARMED_AT_ONCE]
+        with contextlib.suppress(HydraError):  # overloaded: the next question of this user tries again
+            await serving.together.run(lambda part=part: bundle.store.texts(part))  # type: ignore[misc]
+
+
 # ---- in the scoring thread
 
 
@@ -262,6 +282,8 @@ class _Found:
     visible: tuple[Record, ...]
     ranked: list[Ranked]
     seconds: dict[str, float]
+    warm: bool = True
+    """Whether the records have been encoded: until then the retriever's order and the first answer are what there is time for."""
 
 
 def _find(serving: Serving, user: str, version: int | None, question: str, observer: Observer) -> _Found | str:
@@ -275,6 +297,8 @@ def _find(serving: Serving, user: str, version: int | None, question: str, obser
     query, clock = Query(user, "asked", question, position=LATER), [time.perf_counter()]
     retrieved = serving.retriever.retrieve(query, visible, serving.settings.retrieved)
     clock.append(time.perf_counter())
+    if not serving.people.is_warm(person, visible):
+        return _Found(tuple(visible), retrieved, {"retrieve": clock[1] - clock[0], "rerank": 0.0}, warm=False)
     try:
         ranked = serving.reranker.order(query, retrieved, visible)
     except Exception as error:  # the retriever's order is what an answer without this program would get

@@ -32,6 +32,7 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
         raise ApiError(413, f"at most {settings.max_records_per_request} records a request", param="records")
     records = [_record(user, place, each, settings.max_text) for place, each in enumerate(sent.records)]
     added = await _in_thread(partial(_add, store, user, records, settings.max_records))
+    http.app.state.gateway.warm(http.app.state.gateway.serving, records)
     return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
 
 
