@@ -11,12 +11,12 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
 import anyio
 
-from hydra_llm.bundle import Bundle
 from hydra_llm.errors import HydraError
 from hydra_llm.personalizer import gather, read_answer
 from hydra_llm.server.names import Names
@@ -32,7 +32,8 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
-WARMED_AT_ONCE = 12
+WARMED_AT_ONCE = 4
+"""Texts that whoever comes meanwhile waits for: some hundredths of a second."""
 LATER = 2**62
 """The position of a question that comes after every record."""
 
@@ -76,7 +77,6 @@ class Gateway:
         self.serving = serving
         self.names = Names(salt)
         self._room = min(settings.max_prompt_tokens, getattr(upstream, "room", settings.max_prompt_tokens))
-        self._warming: set[asyncio.Task[None]] = set()
         self.wanted: str | None = None
         """The bundle that the store named last."""
         self._native_n = self._own_temperature = True
@@ -119,11 +119,11 @@ class Gateway:
         )
 
     def warm(self, serving: Serving, records: Sequence[Record]) -> None:
-        """Have records encoded, a few at a time between what others wait for, so that no question has to wait for it."""
+        """Have records encoded when nobody waits, a few at a time, so that no question has to wait for it."""
         if serving.bundle is not None and serving.settings.features == "tower":
-            task = asyncio.create_task(_warm(serving, serving.bundle, texts_of(records)))
-            self._warming.add(task)
-            task.add_done_callback(self._warming.discard)
+            texts, keep = texts_of(records), serving.bundle.store.texts
+            for start in range(0, len(texts), WARMED_AT_ONCE):
+                serving.together.later(partial(keep, texts[start : start + WARMED_AT_ONCE]))
 
     # ---- the upstream
 
@@ -265,13 +265,6 @@ class Gateway:
             yield piece
         if heard is not None and heard.text:
             await self._keep(plan, _as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
-
-
-async def _warm(serving: Serving, bundle: Bundle, texts: Sequence[str]) -> None:
-    for start in range(0, len(texts), WARMED_AT_ONCE):
-        part = texts[start : start + WARMED_AT_ONCE]
-        with contextlib.suppress(HydraError):  # overloaded: the next question of this user tries again
-            await serving.together.run(lambda part=part: bundle.store.texts(part))  # type: ignore[misc]
 
 
 # ---- in the scoring thread

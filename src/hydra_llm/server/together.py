@@ -7,10 +7,10 @@ encoder in one batch, and each piece of work runs on features that are there. Kn
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from hydra_llm.errors import HydraError
@@ -37,7 +37,10 @@ class Together:
 
     def __init__(self, encode: Encode | None, most_waiting: int = 256):
         self._encode, self._most_waiting = encode, most_waiting
-        self._waiting: SimpleQueue[_Work | None] = SimpleQueue()
+        self._waiting: deque[_Work] = deque()
+        self._later: deque[Callable[[], Any]] = deque()
+        self._ended = False
+        self._something = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
@@ -47,25 +50,40 @@ class Together:
         Raises:
             Overloaded: too many wait already.
         """
-        if self._waiting.qsize() >= self._most_waiting:
-            raise Overloaded("more requests wait to be scored than this machine can score")
         work = _Work(texts, do, Future())
-        self._waiting.put(work)
+        with self._something:
+            if len(self._waiting) >= self._most_waiting:
+                raise Overloaded("more requests wait to be scored than this machine can score")
+            self._waiting.append(work)
+            self._something.notify()
         return await asyncio.wrap_future(work.result)
+
+    def later(self, do: Callable[[], Any]) -> None:
+        """Do it when nobody waits: it must be short, since whoever comes meanwhile waits for it. Lost when the thread ends."""
+        with self._something:
+            self._later.append(do)
+            self._something.notify()
 
     def close(self) -> None:
         """Finish what waits, then end the thread."""
-        self._waiting.put(None)
+        with self._something:
+            self._ended = True
+            self._something.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
-            batch = [self._waiting.get()]
-            while len(batch) < MOST_AT_ONCE and not self._waiting.empty():
-                batch.append(self._waiting.get())
-            ended = None in batch
-            self._do([work for work in batch if work is not None])
+        while True:
+            with self._something:
+                self._something.wait_for(lambda: self._waiting or self._later or self._ended)
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
+                if not batch and self._ended:
+                    return
+                idle = None if batch else self._later.popleft()
+            if idle is None:
+                self._do(batch)
+            else:
+                with contextlib.suppress(Exception):  # whoever needs it meets the same fault, and it is told there
+                    idle()
 
     def _do(self, batch: list[_Work]) -> None:
         batch = [work for work in batch if work.result.set_running_or_notify_cancel()]
