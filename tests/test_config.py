@@ -98,3 +98,15 @@ def test_what_learning_fixed_stays_fixed(here: Path, monkeypatch: pytest.MonkeyP
 def test_no_setting_is_both_the_machines_and_fixed_by_learning() -> None:
     assert set(Settings.model_fields) >= OF_LEARNING | OF_THIS_MACHINE
     assert not OF_LEARNING & OF_THIS_MACHINE
+
+
+def test_the_gateways_table_is_no_setting_of_other_commands(tmp_path: Path) -> None:
+    from hydra_llm.server.settings import load_serve_settings
+
+    file = tmp_path / "hydra-llm.toml"
+    file.write_text("k = 2\n[serve]\nk = 7\n")
+    assert load_settings(file=file).k == 2
+    assert load_serve_settings(file).k == 7
+    file.write_text("serve = 3\n")
+    with pytest.raises(SettingsError, match="must be a table"):
+        load_serve_settings(file)

@@ -59,6 +59,11 @@ class Bundle:
         return EvidenceMaker(self.task, self.store, self.population)
 
     @property
+    def scorers(self) -> dict[str, FactorizedScorer]:
+        """The scorers that there are, by name."""
+        return {name: scorer for name, scorer in (("reranker", self.reranker), ("adapter", self.adapter)) if scorer is not None}
+
+    @property
     def reranks(self) -> bool:
         """Whether the reranker orders: not where its first records were worth less than the retriever's on held-out users."""
         pick, first = (self.report.get("reranker", {}).get(name) for name in ("gain_pick", "gain_first"))
@@ -116,7 +121,7 @@ class Bundle:
             BundleError: another process is writing there or has changed the bundle since this one was read, or the disk fails.
         """
         folder, encoder, settings = Path(folder), self.store.encoder, self.learned_with or self.settings
-        scorers = {name: scorer for name, scorer in (("reranker", self.reranker), ("adapter", self.adapter)) if scorer is not None}
+        scorers = self.scorers
         config = {
             "task": self.task.to_json(),
             "settings": settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
@@ -167,7 +172,7 @@ class Bundle:
 
     def card(self) -> str:
         """The model card: what this is, what it was learned from, what it must not be used for."""
-        heads = {name: s for name, s in (("reranker", self.reranker), ("adapter", self.adapter)) if s is not None}
+        heads = self.scorers
         lines = [
             f"# hydra-llm bundle for task {self.task.name}",
             "",

@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from hydra_llm.errors import SettingsError
 
 SETTINGS_FILE = "hydra-llm.toml"
+SERVE_TABLE = "serve"
+"""The gateway's table in it (server/settings.py)."""
 
 
 def default_cache_folder() -> Path:
@@ -23,7 +25,22 @@ def default_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-llm"
 
 
-class Settings(BaseSettings):
+class Given(BaseSettings):
+    """Settings that are exactly what they are given; environment and file are read by whoever loads them."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+class Settings(Given):
     """All that changes what hydra-llm does, beside the data and the LLM's own name.
 
     `Settings(...)` is exactly what it is given; `load_settings` also reads environment, file and preset.
@@ -144,17 +161,6 @@ class Settings(BaseSettings):
     fit_seed: int | None = Field(default=None, ge=0)
     """Of folds and training alone; None is `seed`. Bundles of several share labels and candidates."""
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
-
     @property
     def training_seed(self) -> int:
         """The seed of folds and training."""
@@ -256,10 +262,20 @@ def _around(preset: str, file: Path | None) -> dict[str, Any]:
     """What preset, file and environment say, the later over the earlier."""
     if preset not in PRESETS:
         raise SettingsError(f"unknown preset '{preset}': take one of {', '.join(PRESETS)}")
-    return {**PRESETS[preset], **_of_file(file), **EnvSettingsSource(Settings)()}
+    return {**PRESETS[preset], **_of_commands(file), **EnvSettingsSource(Settings)()}
 
 
-def _of_file(file: Path | None) -> dict[str, Any]:
+def _of_commands(file: Path | None) -> dict[str, Any]:
+    """What the settings file says, but for the gateway's own table."""
+    return {name: value for name, value in settings_file(file).items() if name != SERVE_TABLE}
+
+
+def settings_file(file: Path | None) -> dict[str, Any]:
+    """The settings file, or the one of this folder; nothing where there is none.
+
+    Raises:
+        SettingsError: the named file is not there, or it is not TOML.
+    """
     place = file or Path(SETTINGS_FILE)
     if not place.is_file():
         if file is None:

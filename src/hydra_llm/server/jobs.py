@@ -5,7 +5,7 @@ A fit uses scorers of its own, so that no answer waits for it. Knows no HTTP.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hydra_llm.bundle import Bundle
@@ -17,6 +17,7 @@ from hydra_llm.server.people import as_head
 from hydra_llm.server.serving import Serving
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Head, Job, Stale
+from hydra_llm.types import Record
 
 log = logging.getLogger("hydra_llm.server")
 IDLE_SECONDS = 1.0
@@ -76,8 +77,8 @@ class Worker:
         if serving.bundle is None:
             raise HydraError("there is no bundle: nothing to fit")
         for _ in range(TRIES):
-            version, _ = self._store.records(job.user)
-            heads = self.heads(serving, job)
+            version, records = self._store.records(job.user)
+            heads = self.heads(serving, job, records)
             try:
                 with self._store.change(job.user, version=version) as change:
                     change.put_heads(serving.id, heads)
@@ -87,19 +88,20 @@ class Worker:
                 continue
         raise HydraError("the user changes faster than heads are fitted")
 
-    def heads(self, serving: Serving, job: Job) -> dict[str, Head]:
+    def heads(self, serving: Serving, job: Job, records: Sequence[Record]) -> dict[str, Head]:
         """The user's heads, fitted on all records that the bundle can read."""
+        if self._llm is None:
+            raise HydraError("this server has no LLM that could label candidates")
         bundle = self._private(serving)
-        _, records = self._store.records(job.user)
         readable = serving.readable(tuple(records))
         data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
 
         def tell(stage: str, done: int, total: int) -> None:
             self._store.tell_job(job.id, done, total)
 
-        scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
+        scorers = bundle.scorers
         try:
-            fit(data, bundle, self._llm or "fake:echo", users=[job.user], progress=tell)
+            fit(data, bundle, self._llm, users=[job.user], progress=tell)
             return {name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0)) for name, scorer in scorers.items()}
         finally:
             bundle.records.clear()

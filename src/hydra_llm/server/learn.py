@@ -35,11 +35,10 @@ def learn_from_store(
         versions, data = _dataset(store, what)
         learned = learn(data, llm, settings, progress=progress)
         bundle = learned.bundle
-        scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
         bundle.without_people(Names(store.salt()).hashed).save(out)
         weights = type(bundle).load(out).weights
         for user in learned.users:
-            heads = {name: as_head(s.head_of(user), s.known.get(user, 0)) for name, s in scorers.items() if user in s.users}
+            heads = {name: as_head(s.head_of(user), s.known.get(user, 0)) for name, s in bundle.scorers.items() if user in s.users}
             try:
                 with store.change(user, version=versions[user]) as change:
                     change.put_heads(weights, heads)

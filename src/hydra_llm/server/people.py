@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Head
 from hydra_llm.types import Record
@@ -42,9 +41,7 @@ class People:
         self._store, self._bundle, self._size = store, bundle, size
         self._at_hand: OrderedDict[str, Person] = OrderedDict()
         self._warm: dict[str, int] = {}
-        self._scorers: dict[str, FactorizedScorer] = {}
-        if bundle is not None:
-            self._scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
+        self._scorers = bundle.scorers if bundle is not None else {}
 
     def get(self, name: str, version: int | None) -> Person | None:
         """The user as of at least `version`; None for one who is not there."""

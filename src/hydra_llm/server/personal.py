@@ -6,8 +6,6 @@ is the answer. Knows the store by its methods and the upstream by its three.
 """
 
 import asyncio
-import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +25,7 @@ from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Overloaded
 from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.server.wire import ChatRequest, Wishes, has_more_than_text, readable, text_of
+from hydra_llm.server.wire import ChatRequest, Heard, Wishes, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.types import Candidate, Query, Ranked, Record
@@ -258,7 +256,7 @@ class Gateway:
         Raises:
             UpstreamError: before the first byte.
         """
-        heard = _Heard() if plan.reason is None else None
+        heard = Heard() if plan.reason is None else None
         async for piece in self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True}):
             if heard is not None:
                 heard.take(piece)
@@ -348,22 +346,6 @@ def _key(text: str, answer: str | None) -> str:
 
 
 # ---- small things
-
-
-class _Heard:
-    """What a stream of chunks said, of its first choice, put together as it passes."""
-
-    def __init__(self) -> None:
-        self.text, self._rest = "", b""
-
-    def take(self, piece: bytes) -> None:
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (said := line[5:].strip()) != b"[DONE]":
-                with contextlib.suppress(Exception):  # what cannot be read is not heard; it has gone out as it came
-                    choice = json.loads(said)["choices"][0]
-                    if choice.get("index", 0) == 0:
-                        self.text += choice["delta"].get("content") or ""
 
 
 def _why_not(request: ChatRequest, messages: Sequence[Mapping[str, Any]], user: str | None, wishes: Wishes) -> str | None:

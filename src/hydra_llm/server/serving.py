@@ -84,10 +84,7 @@ def open_serving(store: Store, folder: str | Path | None, settings: ServeSetting
     bundle = replace(loaded.without_people(str), settings=chosen)
     people = People(store, bundle, settings.users_in_memory)
     parts = bundle.personalizer(cast(ChatLLM, None))
-    scorers = {name: s for name, s in (("reranker", bundle.reranker), ("adapter", bundle.adapter)) if s is not None}
-    together = Together(
-        partial(bundle.store.texts, keep=False), settings.waiting
-    )  # questions and answers come and go: nothing of them is kept
-    return Serving(
-        str(folder), bundle.weights, bundle.task, chosen, parts.retriever, parts.reranker, parts.adapter, people, together, scorers, bundle
-    )
+    # Questions and answers come and go: nothing of them is kept.
+    together = Together(partial(bundle.store.texts, keep=False), settings.waiting)
+    chain = (parts.retriever, parts.reranker, parts.adapter)
+    return Serving(str(folder), bundle.weights, bundle.task, chosen, *chain, people, together, bundle.scorers, bundle)

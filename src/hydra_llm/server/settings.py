@@ -1,17 +1,16 @@
 """Settings of the gateway: flag > environment (`HYDRA_SERVE_...`) > `[serve]` of `hydra-llm.toml` > default. Secrets never stand here."""
 
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import EnvSettingsSource, SettingsConfigDict
 
-from hydra_llm.config import SETTINGS_FILE
+from hydra_llm.config import SERVE_TABLE, SETTINGS_FILE, Given, settings_file
 from hydra_llm.errors import SettingsError
 
 
-class ServeSettings(BaseSettings):
+class ServeSettings(Given):
     """All that changes what the gateway does, beside its LLM, store and bundle."""
 
     model_config = SettingsConfigDict(env_prefix="HYDRA_SERVE_", extra="forbid", frozen=True, allow_inf_nan=False)
@@ -60,17 +59,6 @@ class ServeSettings(BaseSettings):
     waiting: int = Field(default=256, ge=1)
     """Requests that may wait to be scored; more go through as they are."""
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
-
 
 def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings:
     """The gateway's settings; entries of `given` that are None were not given.
@@ -89,15 +77,7 @@ def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings
 
 
 def _of_file(file: Path | None) -> dict[str, Any]:
-    place = file or Path(SETTINGS_FILE)
-    if not place.is_file():
-        if file is None:
-            return {}
-        raise SettingsError(f"{file}: no such settings file")
-    try:
-        found = tomllib.loads(place.read_text(encoding="utf-8")).get("serve", {})
-    except ValueError as error:
-        raise SettingsError(f"{place}: not TOML: {error}") from None
+    found = settings_file(file).get(SERVE_TABLE, {})
     if not isinstance(found, dict):
-        raise SettingsError(f"{place}: 'serve' must be a table")
+        raise SettingsError(f"{file or SETTINGS_FILE}: '{SERVE_TABLE}' must be a table")
     return found

@@ -3,6 +3,7 @@
 Errors have OpenAI's body and status, so that the official SDK raises its own classes. Knows no store and no model.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -171,6 +172,23 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
     if usage:
         out.append({**head, "choices": [], "usage": completion.get("usage")})
     return out
+
+
+class Heard:
+    """What a stream of chunks said, of its first choice, put together as it passes."""
+
+    def __init__(self) -> None:
+        self.text, self._rest = "", b""
+
+    def take(self, piece: bytes) -> None:
+        """The next bytes of the stream."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and (said := line[5:].strip()) != b"[DONE]":
+                with contextlib.suppress(Exception):  # what cannot be read is not heard; it has gone out as it came
+                    choice = json.loads(said)["choices"][0]
+                    if choice.get("index", 0) == 0:
+                        self.text += choice["delta"].get("content") or ""
 
 
 PIECE = 64
