@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from random import Random as Dice
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,15 @@ class Retriever(Protocol):
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
         """Return at most m of the records, best first. `records` are those that the query may see."""
+        ...
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A retriever that keeps something made of records, and lets go of it when it is told to."""
+
+    def forget(self) -> None:
+        """Keep nothing of what was seen until now."""
         ...
 
 
@@ -103,6 +112,10 @@ class BM25(_ByScore):
             return np.zeros(len(records))
         return np.asarray(index.get_scores(words), dtype=np.float64)
 
+    def forget(self) -> None:
+        """Let go of every index."""
+        self._index.cache_clear()
+
 
 def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
     """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word (bm25s raises there).
@@ -145,6 +158,10 @@ class Dense(_ByScore):
         """[N]: cosine, -1 to 1; 0 where a vector is zero."""
         similar: Floats = self._rows(self.matched(records)) @ _unit_rows(self._embed((query.input,)))[0]
         return similar
+
+    def forget(self) -> None:
+        """Let go of every row."""
+        self._rows.cache_clear()
 
 
 def _unit_rows(rows: NDArray[np.floating]) -> Floats:

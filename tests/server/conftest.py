@@ -137,6 +137,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
     made.close()
 
 
+@pytest.fixture
+def either(url: str) -> Iterator[Store]:
+    """A store in SQLite, and one in PostgreSQL."""
+    made = Store(url)
+    yield made
+    made.close()
+
+
 @asynccontextmanager
 async def running(
     store: Store, bundle: Path | None = None, *, on_loopback: bool = True, warm: bool = True, **settings: Any

@@ -1,7 +1,6 @@
 """Upstreams that fail in every way, a database that is restarted under load, and a server that is told to stop."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import with_postgres
 
 from hydra_llm.server.upstream import HttpUpstream, open_upstream
 from hydra_llm.store.store import Store
@@ -174,12 +174,6 @@ def test_an_endpoints_url_and_key_come_from_the_server_alone(monkeypatch: pytest
 
 
 async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str, Path]) -> None:
-    tool = Path(__file__).parents[2] / "tools" / "with_postgres.py"
-    spec = importlib.util.spec_from_file_location("with_postgres", tool)
-    assert spec is not None
-    assert spec.loader is not None
-    with_postgres = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(with_postgres)
     programs = with_postgres.binaries()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from hydra_llm.cli.main import run
+from hydra_llm.server.people import texts_of
 from hydra_llm.server.upstream import UpstreamError
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
@@ -105,9 +106,9 @@ async def test_the_user_is_found_and_the_upstream_never_sees_the_id(store: Store
         assert set(fields) <= set(world.upstream.bodies[-1])
 
 
-async def test_the_official_sdk(store: Store) -> None:
-    store.add_records("ada", records_of("ada"))
-    async with running(store) as world:
+async def test_the_official_sdk(either: Store) -> None:
+    either.add_records("ada", records_of("ada"))
+    async with running(either) as world:
         client = world.sdk()
         made = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", n=2)
         assert len(made.choices) == 2
@@ -175,10 +176,10 @@ async def test_a_stream_of_the_pick_begins_at_once_and_ends_with_it(store: Store
         assert chunks[-1].model_extra["personalization"]["request_id"]
 
 
-async def test_feedback_moves_the_head_once_in_any_order(store: Store, bundles: dict[str, Path], tmp_path: Path) -> None:
+async def test_feedback_moves_the_head_once_in_any_order(either: Store, bundles: dict[str, Path], tmp_path: Path) -> None:
     other = Store(f"sqlite:///{tmp_path / 'other.db'}")
     heads = []
-    for place, order in ((store, [0, 1, 2, 3]), (other, [2, 0, 3, 1])):
+    for place, order in ((either, [0, 1, 2, 3]), (other, [2, 0, 3, 1])):
         place.add_records("ada", records_of("ada", 6))
         async with running(place, bundles["titles"], candidates=3) as world:
             ids = [(await world.ask(f"{texts[1]} again")).json()["personalization"]["request_id"] for texts in [*TOPICS.values()]]
@@ -204,9 +205,9 @@ async def test_feedback_moves_the_head_once_in_any_order(store: Store, bundles: 
     assert np.allclose(*(np.frombuffer(head, "<f4") for head in heads), atol=1e-4)
 
 
-async def test_feedback_changes_what_is_picked(store: Store, bundles: dict[str, Path]) -> None:
-    store.add_records("ada", records_of("ada"))
-    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+async def test_feedback_changes_what_is_picked(either: Store, bundles: dict[str, Path]) -> None:
+    either.add_records("ada", records_of("ada"))
+    async with running(either, bundles["tags"], candidates=3, caution=0) as world:
         await fitted(world, "ada")
         before = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
         wanted = next(label for label in TAGS.labels if label != before)
@@ -217,6 +218,22 @@ async def test_feedback_changes_what_is_picked(store: Store, bundles: dict[str, 
         assert (before, after) == (tastes("ada")["war"], wanted)
         await fitted(world, "ada")
         assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == wanted, "a new fit knows it from the records"
+
+
+async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str, Path]) -> None:
+    """A rejected answer becomes no record, so that the fitted head alone would have forgotten it."""
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        bundle = world.app.state.gateway.serving.id
+        for said in ({"rejected": True}, {"rating": 0.1}, {"edited": "calm"}):
+            id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+            assert (await world.http.post("/v1/feedback", json={"request_id": id, **said})).json()["head_moved"]
+        await fitted(world, "ada")
+        heads = store.heads("ada", bundle)
+        assert heads["adapter"].delta != heads["fitted"].delta
+        assert [each.content["said"] for each in store.judged("ada")] == [{"rejected": True}, {"rating": 0.1}], "the edit is a record"
+        await fitted(world, "ada")
+        assert store.heads("ada", bundle) == heads, "and again, from the fitted head, not on top"
 
 
 @pytest.mark.parametrize(
@@ -293,11 +310,43 @@ async def test_an_upstream_that_gives_one_choice_at_a_time_is_asked_for_each(sto
         assert all("n" not in body or body["n"] == 1 for body in world.upstream.bodies)
 
 
+async def test_the_callers_own_n_is_kept_whatever_becomes_of_the_samples(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=4) as world:
+        world.upstream.faults = [None, UpstreamError(500, "down")]
+        assert len((await world.ask(QUESTION, n=3)).json()["choices"]) == 3
+        assert [body["n"] for body in world.upstream.bodies] == [3, 1]
+        world.upstream.bodies.clear()
+        assert len((await world.ask(QUESTION, n=6)).json()["choices"]) == 6
+        assert [body["n"] for body in world.upstream.bodies] == [6], "more than candidates: there is nothing to add"
+
+
+async def test_a_streamed_pick_keeps_what_else_the_upstream_said(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    logprobs = {"content": [{"token": "calm", "logprob": -0.5, "bytes": None, "top_logprobs": []}]}
+    async with running(store, bundles["titles"], candidates=2) as world:
+        plain = world.upstream.complete
+
+        async def with_more(body: Any) -> Any:
+            made = await plain(body)
+            for choice in made["choices"]:
+                choice["message"]["refusal"], choice["logprobs"] = "I would rather not", logprobs
+            return made
+
+        world.upstream.complete = with_more  # type: ignore[method-assign]
+        messages = [{"role": "user", "content": QUESTION}]
+        stream = await world.sdk().chat.completions.create(model="m", messages=messages, user="ada", stream=True)
+        choices = [chunk.choices[0] async for chunk in stream if chunk.choices]
+    assert "".join(choice.delta.refusal or "" for choice in choices) == "I would rather not"
+    assert "".join(choice.delta.content or "" for choice in choices)
+    assert [choice.logprobs.content[0].token for choice in choices if choice.logprobs] == ["calm"]
+
+
 # ---- records, deletion, keys
 
 
-async def test_records_are_added_listed_and_deleted(store: Store) -> None:
-    async with running(store, max_records=3, max_records_per_request=2) as world:
+async def test_records_are_added_listed_and_deleted(either: Store) -> None:
+    async with running(either, max_records=3, max_records_per_request=2) as world:
         one = {"id": "1", "input": "a", "output": "b", "time": "2020"}
         assert (await world.http.post("/v1/users/ada/records", json={"records": [one]})).json() == {
             "added": 1,
@@ -370,43 +419,43 @@ ENDPOINTS = [
 
 @pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
 async def test_nobody_reaches_another_user(
-    store: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
+    either: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     from hydra_llm.server.auth import make_key
     from hydra_llm.store.values import Request
 
     for user in ("ada", "bob"):
-        store.add_records(user, records_of(user))
-        store.add_job(f"job-{user}", user, "fit")
+        either.add_records(user, records_of(user))
+        either.add_job(f"job-{user}", user, "fit")
         content = {"candidates": [{"text": "a", "answer": "a", "votes": 1, "greedy": True}], "chosen": 0, "visible": 1}
-        store.keep_request(Request(f"req_{user}", user, time.time(), "", "q", content))
+        either.keep_request(Request(f"req_{user}", user, time.time(), "", "q", content))
     keys = {
-        "admin": make_key(store, admin=True)[1],
-        "ada": make_key(store, users=["ada"])[1],
-        "two": make_key(store, users=["ada", "x"])[1],
+        "admin": make_key(either, admin=True)[1],
+        "ada": make_key(either, users=["ada"])[1],
+        "two": make_key(either, users=["ada", "x"])[1],
     }
-    revoked, secret = make_key(store, users=["bob"])
-    store.revoke_key(revoked.id)
+    revoked, secret = make_key(either, users=["bob"])
+    either.revoke_key(revoked.id)
     keys |= {"revoked": secret, "wrong": keys["ada"][:-1] + ("a" if keys["ada"][-1] != "a" else "b"), "none": ""}
 
     def filled(user: str) -> tuple[str, Any]:
         return path.replace("{user}", user), json.loads(json.dumps(body).replace("{user}", user))
 
-    async with running(store, bundles["tags"], candidates=2) as world:
+    async with running(either, bundles["tags"], candidates=2) as world:
         for name, key in keys.items():
             headers = {"authorization": f"Bearer {key}"} if key else {}
             where, sent = filled("bob")
-            before = store.export_user("bob") if name != "admin" else None
+            before = either.export_user("bob") if name != "admin" else None
             answer = await world.http.request(method, where, json=sent, headers=headers)
             if name == "admin":
                 assert answer.status_code < 300, answer.text
-                store.add_records("bob", records_of("bob"))
+                either.add_records("bob", records_of("bob"))
                 continue
             wanted = (404 if "feedback" in path else 403) if name in ("ada", "two") else 401
             if name == "ada" and path.endswith("completions"):
                 wanted = 200  # as ada: the key's only user stands above what a request names
             assert answer.status_code == wanted, (name, answer.text)
-            now = store.export_user("bob")
+            now = either.export_user("bob")
             assert before is not None
             assert now is not None
             assert {k: v for k, v in now.items() if k != "jobs"} == {k: v for k, v in before.items() if k != "jobs"}
@@ -468,6 +517,29 @@ async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answe
             await asyncio.sleep(0.05)
         else:
             raise AssertionError("the history is never warm")
+
+
+async def test_a_deletion_amid_the_warming_leaves_no_features(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    records = [Record("ada", f"r{i}", f"storm number {i} of the sea", "calm") for i in range(60)]
+    async with running(store, bundles["tags"], warm=False, candidates=2) as world:
+        serving = world.app.state.gateway.serving
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
+        await world.http.post("/v1/users/ada/records", json={"records": sent})
+        await world.ask(QUESTION)
+        assert serving.retriever._index.cache_info().currsize == 1
+        assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
+        assert (await world.http.delete("/v1/users/ada")).status_code == 200
+        for _ in range(500):
+            if not serving.together._later:
+                break
+            await asyncio.sleep(0.02)
+        await serving.together.run(lambda: None)
+        mine = [text for text in texts_of(records) if text != "calm"]
+        assert serving.bundle.store.missing(mine) == len(mine)
+        assert serving.retriever._index.cache_info().currsize == 0
 
 
 async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
@@ -556,18 +628,18 @@ def test_a_steady_caller_is_not_starved() -> None:
     assert waits == {"1"}
 
 
-async def test_learning_from_the_store(store: Store, tmp_path: Path) -> None:
+async def test_learning_from_the_store(either: Store, tmp_path: Path) -> None:
     for i in range(6):
-        store.add_records(f"user{i}", records_of(f"user{i}"))
+        either.add_records(f"user{i}", records_of(f"user{i}"))
     task = {"name": "tags", "kind": "classification", "prompt": "{input}", "labels": list(TAGS.labels)}
     (tmp_path / "task.json").write_text(json.dumps(task))
-    command = ["learn", "--store", str(store.url), "--llm", "fake:rule=labels", "--out", str(tmp_path / "bundle")]
+    command = ["learn", "--store", str(either.url), "--llm", "fake:rule=labels", "--out", str(tmp_path / "bundle")]
     small = [f"--set={pair}" for pair in ("samples=3", "retrieved=3", "k=2", "max_length=32", f"cache={tmp_path / 'cache'}")]
     assert await asyncio.to_thread(run, [*command, "--task", str(tmp_path / "task.json"), *small]) == 0
     assert not holds(tmp_path / "bundle", b"user3")
     assert {name for name in names(tmp_path) if name.startswith("bundle")} == {"bundle"}, "the LLM's answers quote users"
-    assert await asyncio.to_thread(run, ["bundles", "use", str(tmp_path / "bundle"), "--store", str(store.url)]) == 0
-    async with running(store, candidates=3, caution=0) as world:
+    assert await asyncio.to_thread(run, ["bundles", "use", str(tmp_path / "bundle"), "--store", str(either.url)]) == 0
+    async with running(either, candidates=3, caution=0) as world:
         right = 0
         for i in range(6):
             for topic, texts in TOPICS.items():
@@ -601,10 +673,10 @@ async def test_a_running_server_switches_to_another_bundle(store: Store, bundles
             raise AssertionError("it does not switch")
 
 
-async def test_another_servers_write_is_seen_at_the_next_request(store: Store, bundles: dict[str, Path]) -> None:
-    other = Store(str(store.url))
-    store.add_records("ada", records_of("ada", 3))
-    async with running(store, bundles["tags"], candidates=2) as world, running(other, bundles["tags"], candidates=2) as second:
+async def test_another_servers_write_is_seen_at_the_next_request(either: Store, bundles: dict[str, Path]) -> None:
+    other = Store(str(either.url))
+    either.add_records("ada", records_of("ada", 3))
+    async with running(either, bundles["tags"], candidates=2) as world, running(other, bundles["tags"], candidates=2) as second:
         first = (await world.ask(QUESTION, personalization={"k": 64})).json()["personalization"]["records"]
         new = records_of("ada", 9)[3:]
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in new]
@@ -613,7 +685,7 @@ async def test_another_servers_write_is_seen_at_the_next_request(store: Store, b
         await fitted(second, "ada")
         serving = world.app.state.gateway.serving
         await world.ask(QUESTION)
-        assert "adapter" in serving.people.get("ada", store.state("ada").version).heads
+        assert "adapter" in serving.people.get("ada", either.state("ada").version).heads
     other.close()
 
 

@@ -33,8 +33,10 @@ def migrate(store: URL, as_json: AsJson = False) -> None:
 @app.command()
 def backup(file: Annotated[Path, typer.Argument(help="A new SQLite file.")], store: URL, as_json: AsJson = False) -> None:
     """Copy everything, as it is at one moment, into a file; servers may go on. The file is a store: `--store sqlite:///FILE`."""
+    from hydra_llm.store.backup import backup as copied
+
     with opened(store) as found:
-        counts = found.backup(file)
+        counts = copied(found, file)
     console.say(f"wrote {file}: it holds users' texts")
     console.emit(counts, as_json)
 
@@ -42,8 +44,10 @@ def backup(file: Annotated[Path, typer.Argument(help="A new SQLite file.")], sto
 @app.command()
 def restore(file: Annotated[Path, typer.Argument(help="A backup.")], store: URL, as_json: AsJson = False) -> None:
     """Fill an empty store from a backup, of whichever database."""
+    from hydra_llm.store.backup import restore as filled
+
     with opened(store) as found:
-        console.emit(found.restore(file), as_json)
+        console.emit(filled(found, file), as_json)
 
 
 @app.command()

@@ -283,4 +283,5 @@ async def _prune(gateway: Gateway) -> None:
     while True:
         with suppress(HydraError):
             await anyio.to_thread.run_sync(partial(gateway.store.drop_requests, time.time() - gateway.settings.keep_days * DAY))
+            await anyio.to_thread.run_sync(gateway.store.shorten_log)
         await asyncio.sleep(PRUNE_SECONDS)

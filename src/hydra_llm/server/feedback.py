@@ -13,6 +13,7 @@ import anyio
 import torch
 
 from hydra_llm.adapt import all_labels, candidate_text
+from hydra_llm.bundle import Bundle
 from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.learning.lesson import rule_of
 from hydra_llm.learning.online import WINDOW, moved, moves
@@ -44,6 +45,30 @@ class Taken:
     """Whether the user's head has moved."""
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What was said of an answer, as far as it does not depend on what the store holds."""
+
+    kind: str
+    value: Any
+    candidates: list[Candidate]
+    wanted: str | None
+    """The answer that the user wanted, as far as it was told."""
+    record: Record | None
+    """What the wanted answer becomes."""
+
+
+@dataclass(frozen=True)
+class _Now:
+    """The user, as of a version."""
+
+    version: int
+    records: list[Record]
+    heads: dict[str, Head]
+    judged: list[Judged]
+    """Feedback that no fitted head knows."""
+
+
 async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, request: Request, settings: ServeSettings) -> Taken:
     """Learn from one piece of feedback.
 
@@ -51,41 +76,47 @@ async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, reques
         ApiError: 400 for a candidate that there was not, 409 where something else was said of this request before.
         StoreError: the store failed; nothing was changed.
     """
-    kind = said.kind()
-    fault = text_fault(said.edited) if said.edited is not None else ""
-    if said.edited is not None and len(said.edited) > settings.max_text:
-        fault = f"is longer than {settings.max_text} characters"
-    if fault:
-        raise ApiError(400, f"edited {fault}", param="edited")
-    candidates = [Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in request.content["candidates"]]
-    if kind == "chosen" and (said.chosen or 0) >= len(candidates):
-        raise ApiError(400, f"there were {len(candidates)} candidates: chosen must be below that", param="chosen")
-    wanted = _wanted(said, candidates)
-    output = _wanted_text(serving, said, request.content["candidates"])
-    record = (
-        None if not wanted or text_fault(wanted) else Record(request.user, f"{FEEDBACK}{request.id}", request.question, output or wanted)
-    )
+    told = _understood(serving, said, request, settings)
+    texts = [request.question, *(candidate.text for candidate in told.candidates)]
     for _ in range(TRIES):
-        version, records = await anyio.to_thread.run_sync(store.records, request.user)
-        if len(records) >= settings.max_records or len(request.question) > settings.max_text:
-            record = None
-        if version is None:
-            raise ApiError(404, "no such request", code="request_not_found")
-        heads = await anyio.to_thread.run_sync(store.heads, request.user, serving.id)
-        known = await anyio.to_thread.run_sync(store.judged, request.user, WINDOW)
-        texts = [request.question, *(candidate.text for candidate in candidates)]
-        group = await serving.together.run(partial(_group, serving, said, candidates, request, wanted, records), texts)
-        content = {"said": {kind: getattr(said, kind)}, "bundle": serving.id, "group": group}
-        judged = Judged(request.id, request.created, content)
-        new = await serving.together.run(partial(_move, serving, request.user, heads, [*known, judged])) if group else {}
+        now = await anyio.to_thread.run_sync(partial(_read, store, request.user, serving.id))
+        record = told.record if len(now.records) < settings.max_records else None
+        judged, heads = await serving.together.run(partial(_learned, serving, told, request, now), texts)
         try:
-            fresh = await anyio.to_thread.run_sync(partial(_write, store, request.user, version, judged, record, serving.id, heads | new))
+            write = partial(_write, store, request.user, now.version, judged, record, serving.id, now.heads | heads if heads else {})
+            fresh = await anyio.to_thread.run_sync(write)
         except Stale:
             continue
         except Contradiction as error:
             raise ApiError(409, str(error), code="other_feedback") from None
-        return Taken(not fresh, record.id if record else None, bool(fresh and new))
+        return Taken(not fresh, record.id if record else None, bool(fresh and heads))
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
+
+
+def _understood(serving: Serving, said: FeedbackIn, request: Request, settings: ServeSettings) -> _Told:
+    kind = said.kind()
+    if said.edited is not None and (fault := _fault(said.edited, settings.max_text)):
+        raise ApiError(400, f"edited {fault}", param="edited")
+    kept = request.content["candidates"]
+    candidates = [Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in kept]
+    if kind == "chosen" and (said.chosen or 0) >= len(candidates):
+        raise ApiError(400, f"there were {len(candidates)} candidates: chosen must be below that", param="chosen")
+    wanted, record = _wanted(said, candidates), None
+    if wanted and not text_fault(wanted) and len(request.question) <= settings.max_text:
+        output = _wanted_text(serving, said, kept) or wanted
+        record = Record(request.user, f"{FEEDBACK}{request.id}", request.question, output)
+    return _Told(kind, getattr(said, kind), candidates, wanted, record)
+
+
+def _fault(text: str, most: int) -> str:
+    return text_fault(text) or (f"is longer than {most} characters" if len(text) > most else "")
+
+
+def _read(store: Store, user: str, bundle: str) -> _Now:
+    version, records = store.records(user)
+    if version is None:
+        raise ApiError(404, "no such request", code="request_not_found")
+    return _Now(version, records, store.heads(user, bundle), store.judged(user, WINDOW))
 
 
 def _write(store: Store, user: str, version: int, judged: Judged, record: Record | None, bundle: str, heads: dict[str, Head]) -> bool:
@@ -126,21 +157,24 @@ def _answer(candidate: Candidate) -> str:
 # ---- in the scoring thread
 
 
-def _group(
-    serving: Serving,
-    said: FeedbackIn,
-    candidates: Sequence[Candidate],
-    request: Request,
-    wanted: str | None,
-    records: Sequence[Record],
-) -> dict[str, Any] | None:
-    """The candidates with what each was worth, as plain values; None where that teaches nothing or nobody learns from it."""
+def _learned(serving: Serving, told: _Told, request: Request, now: _Now) -> tuple[Judged, dict[str, Head]]:
+    """What is kept of the feedback, and the heads that it moves; none where it teaches nothing or nobody learns from it."""
+    group = _group(serving, told, request, now.records)
+    judged = Judged(request.id, request.created, {"said": {told.kind: told.value}, "bundle": serving.id, "group": group})
+    if group is None or serving.bundle is None:
+        return judged, {}
+    serving.people.drop(request.user)
+    return judged, heads_after(serving.bundle, request.user, now.heads, [*now.judged, judged])
+
+
+def _group(serving: Serving, told: _Told, request: Request, records: Sequence[Record]) -> dict[str, Any] | None:
+    """The candidates with what each was worth, as plain values."""
     adapter = serving.scorers.get("adapter")
-    readable = [candidate for candidate in candidates if candidate.answer is not None]
+    readable = [candidate for candidate in told.candidates if candidate.answer is not None]
     if adapter is None or serving.bundle is None or not moves(adapter) or not readable:
         return None
     offered = all_labels(serving.task, readable) if serving.task.labels else readable
-    gains = _gains(serving, said, offered, _answer(candidates[0]), wanted)
+    gains = _gains(serving, told, offered)
     if len(set(gains)) < 2:
         return None
     visible = serving.readable(tuple(records))[: request.content["visible"]]
@@ -151,39 +185,42 @@ def _group(
     return {"left": request.question, "rights": texts, "gains": gains, "evidence": rows}
 
 
-def _gains(serving: Serving, said: FeedbackIn, offered: Sequence[Candidate], picked: str, wanted: str | None) -> list[float]:
+def _gains(serving: Serving, told: _Told, offered: Sequence[Candidate]) -> list[float]:
     """What each candidate was worth: against the wanted answer; or what the pick was rated, and the others the rest."""
-    if wanted is not None:
-        gold = serving.task.parse(wanted) or wanted
+    if told.wanted is not None:
+        gold = serving.task.parse(told.wanted) or told.wanted
         return [serving.task.gain(candidate.answer, gold) for candidate in offered]
-    rated = said.rating or 0.0
+    rated = told.value if told.kind == "rating" else 0.0
+    picked = _answer(told.candidates[0])
     return [rated if candidate.answer == picked else 1.0 - rated for candidate in offered]
 
 
-def _move(serving: Serving, user: str, heads: dict[str, Head], judged: Sequence[Judged]) -> dict[str, Head]:
-    """The adapter's head after all feedback since it was fitted, and the fitted one beside it."""
-    bundle, scorer = serving.bundle, serving.scorers["adapter"]
-    assert bundle is not None
+def heads_after(bundle: Bundle, user: str, heads: dict[str, Head], judged: Sequence[Judged]) -> dict[str, Head]:
+    """The adapter's head after all feedback since it was fitted, and the fitted one beside it; the scorer keeps neither."""
+    scorer = bundle.scorers["adapter"]
     nothing = as_head(torch.zeros(scorer.bank.numbers_per_user), 0)
     fitted = heads.get(FITTED) or heads.get("adapter") or nothing
-    latest = {each.request: each for each in judged if each.content["bundle"] == serving.id and each.content["group"]}
-    ordered = sorted(latest.values(), key=lambda each: (each.created, each.request))[-WINDOW:]
-    groups = [_labelled(user, place, each) for place, each in enumerate(ordered)]
     table = make_table(
         bundle.store,
         scorer.combiner,
-        groups,
+        _groups(bundle, user, judged),
         rule=rule_of(bundle, "adapter"),
         loss=scorer.loss,
         spread=float(scorer.gain_spread),
     )
-    serving.people.drop(user)
     scorer.put_head(user, as_numbers(fitted), fitted.known)
     numbers = scorer.head_of(user)
     vector = moved(scorer, scorer.row(user), fitted.known, table)
     numbers[: len(vector)] = vector
     scorer.forget(user)
     return {FITTED: fitted, "adapter": as_head(numbers, fitted.known)}
+
+
+def _groups(bundle: Bundle, user: str, judged: Sequence[Judged]) -> list[LabelledGroup]:
+    """The latest judged groups of this bundle, each request's once, oldest first."""
+    latest = {each.request: each for each in judged if each.content["bundle"] == bundle.weights and each.content["group"]}
+    ordered = sorted(latest.values(), key=lambda each: (each.created, each.request))[-WINDOW:]
+    return [_labelled(user, place, each) for place, each in enumerate(ordered)]
 
 
 def _labelled(user: str, place: int, judged: Judged) -> LabelledGroup:

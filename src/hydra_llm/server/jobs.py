@@ -12,11 +12,14 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError
 from hydra_llm.learning.api import fit
+from hydra_llm.learning.online import moves
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.server.feedback import heads_after
 from hydra_llm.server.people import as_head
 from hydra_llm.server.serving import Serving
+from hydra_llm.store.change import FEEDBACK
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Head, Job, Stale
+from hydra_llm.store.values import Head, Job, Judged, Stale
 from hydra_llm.types import Record
 
 log = logging.getLogger("hydra_llm.server")
@@ -78,18 +81,19 @@ class Worker:
             raise HydraError("there is no bundle: nothing to fit")
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
-            heads = self.heads(serving, job, records)
+            known, judged = _told_apart(self._store.judged(job.user), records)
+            heads = self.heads(serving, job, records, judged)
             try:
                 with self._store.change(job.user, version=version) as change:
                     change.put_heads(serving.id, heads)
-                    change.fold_feedback()
+                    change.fold_feedback([each.request for each in known])
                 return
             except Stale:
                 continue
         raise HydraError("the user changes faster than heads are fitted")
 
-    def heads(self, serving: Serving, job: Job, records: Sequence[Record]) -> dict[str, Head]:
-        """The user's heads, fitted on all records that the bundle can read."""
+    def heads(self, serving: Serving, job: Job, records: Sequence[Record], judged: Sequence[Judged] = ()) -> dict[str, Head]:
+        """The user's heads, fitted on all records that the bundle can read, and moved by the feedback that became no record."""
         if self._llm is None:
             raise HydraError("this server has no LLM that could label candidates")
         bundle = self._private(serving)
@@ -102,12 +106,15 @@ class Worker:
         scorers = bundle.scorers
         try:
             fit(data, bundle, self._llm, users=[job.user], progress=tell)
-            return {name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0)) for name, scorer in scorers.items()}
+            heads = {name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0)) for name, scorer in scorers.items()}
         finally:
             bundle.records.clear()
             for scorer in scorers.values():
                 if job.user in scorer.users:
                     scorer.forget(job.user)
+        if judged and "adapter" in scorers and moves(scorers["adapter"]):
+            heads |= heads_after(bundle, job.user, heads, judged)
+        return heads
 
     def _private(self, serving: Serving) -> Bundle:
         """The bundle with scorers of this thread alone, and nobody in them."""
@@ -119,3 +126,10 @@ class Worker:
             bundle = replace(loaded.without_people(str), store=serving.bundle.store)
             self._own = (serving.id, bundle)
         return self._own[1]
+
+
+def _told_apart(judged: Sequence[Judged], records: Sequence[Record]) -> tuple[list[Judged], list[Judged]]:
+    """Feedback that became a record, which a fit knows; and rejections and the like, which only the moved head does."""
+    ids = {record.id for record in records}
+    known = [each for each in judged if f"{FEEDBACK}{each.request}" in ids]
+    return known, [each for each in judged if f"{FEEDBACK}{each.request}" not in ids]

@@ -109,19 +109,19 @@ class Gateway:
         wanted = wishes.candidates or self.settings.candidates
         many = max(wanted, request.n or 1) if serving.picks and found.warm else 1
         if not found.warm:
-            self.warm(serving, found.visible)
+            self.warm(serving, user, found.visible)
         asked = {**plain, "messages": placed}
         seconds = {**found.seconds, "prepare": time.perf_counter() - started}
         return Plan(
             asked, plain, None, serving, user, question, state.version, found.visible, tuple(shown), many, wishes.explain, seconds=seconds
         )
 
-    def warm(self, serving: Serving, records: Sequence[Record]) -> None:
+    def warm(self, serving: Serving, user: str, records: Sequence[Record]) -> None:
         """Have records encoded when nobody waits, a few at a time, so that no question has to wait for it."""
         if serving.bundle is not None and serving.settings.features == "tower":
-            texts, keep = texts_of(records), serving.bundle.store.texts
+            texts = texts_of(records)
             for start in range(0, len(texts), WARMED_AT_ONCE):
-                serving.together.later(partial(keep, texts[start : start + WARMED_AT_ONCE]))
+                serving.together.later(partial(_encode, self.store, serving, user, texts[start : start + WARMED_AT_ONCE]))
 
     # ---- the upstream
 
@@ -165,15 +165,32 @@ class Gateway:
         Raises:
             UpstreamError: none came.
         """
-        body = {name: value for name, value in plan.body.items() if name not in ("stream", "stream_options")}
-        first = {**body, "n": 1} if "n" in body else body
-        samples = {**body, **({"seed": body["seed"] + 1} if isinstance(body.get("seed"), int) else {})}
-        if self._own_temperature:
-            samples["temperature"] = max(float(body.get("temperature") or 0.0), self.settings.temperature)
-        wanted = plan.candidates - 1
-        bodies = [first, {**samples, "n": wanted}] if self._native_n else [first, *_singles(samples, wanted)]
-        made: list[dict[str, Any] | UpstreamError] = [UpstreamError(504, "the upstream did not answer before the deadline")] * len(bodies)
+        own = int(plan.plain.get("n") or 1)
         started = time.perf_counter()
+        made = await self._asked(self._bodies(plan, plan.candidates - own), own)
+        plan.seconds["upstream"] = time.perf_counter() - started
+        good = [each for each in made if not isinstance(each, UpstreamError)]
+        errors = [each for each in made if isinstance(each, UpstreamError)]
+        for error in errors:
+            self.observer.failed("candidates", error)
+        if not good:
+            raise errors[0]
+        self._learn(made[0], made[-1], plan.candidates - own)
+        return good
+
+    def _bodies(self, plan: Plan, samples: int) -> list[dict[str, Any]]:
+        """The caller's own request, as many answers as the caller wants, and what brings so many samples."""
+        first = {name: value for name, value in plan.body.items() if name not in ("stream", "stream_options")}
+        more = {**first, **({"seed": first["seed"] + 1} if isinstance(first.get("seed"), int) else {})}
+        if self._own_temperature:
+            more["temperature"] = max(float(first.get("temperature") or 0.0), self.settings.temperature)
+        if samples < 1:
+            return [first]
+        return [first, {**more, "n": samples}] if self._native_n else [first, *_singles(more, samples)]
+
+    async def _asked(self, bodies: Sequence[dict[str, Any]], own: int) -> list[Any]:
+        """Completions or `UpstreamError`s, in the bodies' order, as of the deadline, with at least what the caller's own request brings."""
+        made: list[Any] = [UpstreamError(504, "the upstream did not answer before the deadline")] * len(bodies)
 
         async def ask(place: int) -> None:
             try:
@@ -184,20 +201,12 @@ class Gateway:
         tasks = [asyncio.create_task(ask(place)) for place in range(len(bodies))]
         try:
             await asyncio.wait(tasks, timeout=self.settings.deadline)
-            if all(isinstance(each, UpstreamError) for each in made):
-                await tasks[0]  # nothing has come: the caller's own request has as long as it would have had without this program
+            if sum(len(each["choices"]) for each in made if not isinstance(each, UpstreamError)) < own:
+                await tasks[0]  # the caller's own request has as long as it would have had without this program
         finally:
             for task in tasks:
                 task.cancel()
-        plan.seconds["upstream"] = time.perf_counter() - started
-        good = [completion for completion in made if not isinstance(completion, UpstreamError)]
-        for completion in made:
-            if isinstance(completion, UpstreamError):
-                self.observer.failed("candidates", completion)
-        if not good:
-            raise next(completion for completion in made if isinstance(completion, UpstreamError))
-        self._learn(made[0], made[-1], wanted)
-        return good
+        return made
 
     def _learn(self, first: Any, last: Any, wanted: int) -> None:
         """What this upstream does not take, seen from its answers to the caller's own request and to the samples."""
@@ -268,6 +277,14 @@ class Gateway:
 # ---- in the scoring thread
 
 
+def _encode(store: Store, serving: Serving, user: str, texts: Sequence[str]) -> None:
+    """Keep the features of those texts that are still the user's: what was deleted meanwhile must not come back."""
+    person = serving.people.get(user, store.state(user).version)
+    held = set(texts_of(person.records)) if person is not None else set()
+    if serving.bundle is not None and (kept := [text for text in texts if text in held]):
+        serving.bundle.store.texts(kept)
+
+
 @dataclass(frozen=True)
 class _Found:
     visible: tuple[Record, ...]
@@ -333,11 +350,15 @@ def _choose(plan: Plan, choices: Sequence[dict[str, Any]], texts: Sequence[str])
         if place is None and which != chosen.chosen:
             continue  # a label that nobody said
         # The pick may be such a label: the scorer's word against the LLM's.
-        out.append(choices[place] if place is not None else {**choices[0], "message": {"role": "assistant", "content": candidate.text}})
+        out.append(choices[place] if place is not None else _said_by_nobody(choices[0], candidate.text))
         candidates.append(candidate)
         used.add(place)
     rest = [choice for i, choice in enumerate(choices) if i not in used]
     return _Picked(out + rest, candidates, chosen.abstained)
+
+
+def _said_by_nobody(like: dict[str, Any], text: str) -> dict[str, Any]:
+    return {**like, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": "stop"}
 
 
 def _key(text: str, answer: str | None) -> str:

@@ -11,7 +11,7 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.rerank import KeepOrder, Reranker
-from hydra_llm.retrieve import Retriever, make_retriever
+from hydra_llm.retrieve import Forgetful, Retriever, make_retriever
 from hydra_llm.server.people import People
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Together
@@ -52,6 +52,12 @@ class Serving:
             return list(records)
         labels = set(self.task.labels)
         return [record for record in records if record.output in labels]
+
+    def forget(self, user: str) -> None:
+        """Let go of all that is in memory of a user; of other users' indexes too, which nobody can tell from this one's."""
+        self.people.drop(user)
+        if isinstance(self.retriever, Forgetful):
+            self.retriever.forget()
 
     def close(self) -> None:
         """End the scoring thread."""

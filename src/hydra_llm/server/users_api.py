@@ -32,7 +32,7 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
         raise ApiError(413, f"at most {settings.max_records_per_request} records a request", param="records")
     records = [_record(user, place, each, settings.max_text) for place, each in enumerate(sent.records)]
     added = await _in_thread(partial(_add, store, user, records, settings.max_records))
-    http.app.state.gateway.warm(http.app.state.gateway.serving, records)
+    http.app.state.gateway.warm(http.app.state.gateway.serving, user, records)
     return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
 
 
@@ -53,6 +53,7 @@ async def delete_record(user: User, id: Id, http: Request) -> dict[str, Any]:
     gone = await _in_thread(partial(_remove, store, user, id))
     if gone is None:
         raise ApiError(404, "no such record", code="record_not_found")
+    await _let_go(http, user)
     await _forget_texts(http, store, texts_of([gone]), but=None)
     return {"id": id, "deleted": True}
 
@@ -108,9 +109,11 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys that speak for nobody else."""
     gateway, store = http.app.state.gateway, _store(http, user)
     # First what cannot be undone halfway: if features cannot be deleted, the user is still there to be deleted again.
-    await _forget_texts(http, store, await _in_thread(partial(_texts, store, user)), but=user)
+    texts = await _in_thread(partial(_texts, store, user))
+    await _forget_texts(http, store, texts, but=user)
     counts = await _in_thread(partial(store.delete_user, user))
-    await gateway.serving.together.run(partial(gateway.serving.people.drop, user))
+    await _let_go(http, user)
+    await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
     if counts is None:
         raise _unknown()
     taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
@@ -145,6 +148,12 @@ def _texts(store: Store, user: str) -> list[str]:
     ]
     groups = [row["content"]["group"] for row in kept["feedback"] if row["content"].get("group")]
     return [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
+
+
+async def _let_go(http: Request, user: str) -> None:
+    """Drop what is in memory of a user; what the scoring thread has begun is done when this returns."""
+    serving = http.app.state.gateway.serving
+    await serving.together.run(partial(serving.forget, user))
 
 
 async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> None:

@@ -164,8 +164,13 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
     out: list[dict[str, Any]] = []
     for choice in completion["choices"]:
         text = text_of(choice["message"])
-        for start in range(0, len(text), PIECE):
-            out.append({**head, "choices": [delta(choice["index"], {"content": text[start : start + PIECE]})]})
+        pieces = [{"content": text[start : start + PIECE]} for start in range(0, len(text), PIECE)]
+        # What else the upstream said of its answer: a refusal, its reasoning, the tokens' probabilities.
+        beside = {name: value for name, value in choice["message"].items() if name not in ("role", "content") and value is not None}
+        said = [delta(choice["index"], piece) for piece in (*([beside] if beside else []), *pieces)]
+        if said and choice.get("logprobs"):
+            said[0]["logprobs"] = choice["logprobs"]
+        out += [{**head, "choices": [each]} for each in said]
         out.append({**head, "choices": [delta(choice["index"], {}, choice.get("finish_reason") or "stop")]})
     if "personalization" in completion:
         out[-1] = {**out[-1], "personalization": completion["personalization"]}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -94,19 +94,25 @@ class UserChange:
             raise Contradiction("this request has other feedback already")
         return False
 
-    def fold_feedback(self) -> None:
-        """From here on the feedback that there is counts as known to the head: call it with the head that was fitted."""
+    def fold_feedback(self, requests: Sequence[str]) -> None:
+        """From here on the feedback on these requests counts as known to the head: call it with the head that was fitted."""
         table = schema.feedback
-        self._connection.execute(sa.update(table).where(table.c.user == self._key).values(folded=True))
+        for part in parts(requests):
+            at = (table.c.user == self._key) & table.c.request.in_(part)
+            self._connection.execute(sa.update(table).where(at).values(folded=True))
 
     def _known(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
         table, found = schema.records.c, {}
-        for start in range(0, len(ids), ASKED_AT_ONCE):
-            part = ids[start : start + ASKED_AT_ONCE]
+        for part in parts(ids):
             rows = sa.select(table.id, table.input, table.output, table.time).where(table.user == self._key, table.id.in_(part))
             for row in self._connection.execute(rows):
                 found[row.id] = {"input": row.input, "output": row.output, "time": row.time}
         return found
+
+
+def parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Values, as many at once as every database takes."""
+    return (values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE))
 
 
 def _content(record: Record) -> dict[str, str]:

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,13 +20,11 @@ from sqlalchemy.engine import Connection
 from hydra_llm.errors import StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import UserChange
-from hydra_llm.store.database import engine_of, shown, told
+from hydra_llm.store.change import UserChange, parts
+from hydra_llm.store.database import engine_of, told
 from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Stale, UserState
 from hydra_llm.types import Record
 
-ROWS_AT_ONCE = 500
-"""Rows that a copy holds in memory, and values of one IN (…)."""
 ARROW = " → "
 """Between a record's input and its answer, where a scorer reads both as one text."""
 
@@ -62,8 +59,16 @@ class Store:
             yield connection
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """One transaction, for this package."""
         with told(self.url), self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """All that is read inside is of one moment."""
+        level: dict[str, Any] = {} if self.on_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with told(self.url), self.engine.connect().execution_options(**level) as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -105,7 +110,7 @@ class Store:
             Stale: `version` was given and is not the user's any more.
             StoreError: no such user (unless `create`), or the database fails.
         """
-        with self._write() as connection:
+        with self.writing() as connection:
             found = _locked(connection, name)
             if found is None and create:
                 _insert(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
@@ -132,7 +137,7 @@ class Store:
         stay in its files until `scrub`.
         """
         counts: dict[str, int] = {}
-        with self._write() as connection:
+        with self.writing() as connection:
             found = _locked(connection, name)
             counts["keys"] = _delete_keys_of(connection, name)
             if found is None:
@@ -140,7 +145,7 @@ class Store:
             for table in schema.OF_USERS:
                 counts[table.name] = connection.execute(sa.delete(table).where(table.c.user == found.key)).rowcount
             connection.execute(sa.delete(schema.users).where(schema.users.c.key == found.key))
-        self._shorten_log()
+        self.shorten_log()
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
@@ -164,8 +169,8 @@ class Store:
             found = connection.execute(rows.where(schema.users.c.name == name, table.bundle == bundle)).all()
         return {row.scorer: Head(row.known, row.delta) for row in found}
 
-    def judged(self, name: str, count: int) -> list[Judged]:
-        """The user's latest feedback that no fitted head knows yet, oldest first."""
+    def judged(self, name: str, count: int | None = None) -> list[Judged]:
+        """The user's latest feedback that no fitted head knows yet, oldest first; without `count` all of it."""
         table = schema.feedback.c
         rows = sa.select(table.request, table.created, table.content).join_from(schema.feedback, schema.users)
         rows = rows.where(schema.users.c.name == name, table.folded.is_(False)).order_by(table.created.desc(), table.request.desc())
@@ -178,7 +183,7 @@ class Store:
         """Keep an answered request of a known user; of a user who was deleted in the meantime nothing is kept."""
         table = schema.requests
         key = sa.select(schema.users.c.key).where(schema.users.c.name == request.user)
-        with self._write() as connection:
+        with self.writing() as connection:
             user = connection.scalar(key.with_for_update(read=True))
             if user is not None:
                 values = {name: getattr(request, name) for name in ("id", "created", "bundle", "question", "content")}
@@ -202,7 +207,7 @@ class Store:
             of_others = [column != (-1 if own is None else own) for column in (records.user, asked.user)]
             pairs = sa.select(records.input, records.output).where(of_others[0]).distinct()
             answers, questions = sa.select(records.output).where(of_others[0]), sa.select(asked.question).where(of_others[1])
-            for part in _parts(list({*wanted, *inputs})):
+            for part in parts(list({*wanted, *inputs})):
                 for row in connection.execute(pairs.where(records.input.in_(part))):
                     held |= {row.input, f"{row.input}{ARROW}{row.output}"}
                 held |= set(connection.scalars(answers.where(records.output.in_(part)).distinct()))
@@ -211,14 +216,14 @@ class Store:
 
     def drop_requests(self, before: float) -> int:
         """Forget requests that were answered before a time; returns how many."""
-        with self._write() as connection:
+        with self.writing() as connection:
             return connection.execute(sa.delete(schema.requests).where(schema.requests.c.created < before)).rowcount
 
     # ---- API keys
 
     def add_key(self, key: Key) -> None:
         """Keep a new key."""
-        with self._write() as connection:
+        with self.writing() as connection:
             # For good: when the last key goes, with the user for whom it spoke, nobody is let in for that.
             _insert(connection, schema.serving, [{"name": "keys", "value": "were made"}])
             plain = {name: getattr(key, name) for name in ("id", "hash", "label", "admin", "created", "revoked")}
@@ -249,7 +254,7 @@ class Store:
     def revoke_key(self, id: str) -> bool:
         """Make a key useless from the next request on; False if there is none of that id."""
         at = schema.keys.c.id == id
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(sa.update(schema.keys).where(at, schema.keys.c.revoked.is_(None)).values(revoked=time.time()))
             return connection.scalar(sa.select(sa.exists(sa.select(schema.keys.c.id).where(at)))) is True
 
@@ -258,7 +263,7 @@ class Store:
     def add_job(self, id: str, name: str, kind: str) -> Job | None:
         """A new job that waits; None for an unknown user."""
         now = time.time()
-        with self._write() as connection:
+        with self.writing() as connection:
             found = _locked(connection, name)
             if found is None:
                 return None
@@ -278,7 +283,7 @@ class Store:
         table, now = schema.jobs.c, time.time()
         lost = (table.state == "running") & (table.updated < now - abandoned_after)
         first = _jobs().where((table.state == "waiting") | lost).order_by(table.created, table.id).limit(1)
-        with self._write() as connection:
+        with self.writing() as connection:
             row = connection.execute(first.with_for_update(skip_locked=True, of=schema.jobs)).one_or_none()
             if row is None:
                 return None
@@ -288,14 +293,14 @@ class Store:
     def tell_job(self, id: str, done: int, total: int, *, state: str = "running", error: str = "") -> None:
         """How far a job is, or how it ended; also the sign of life of whoever works on it."""
         values = {"done": done, "total": total, "state": state, "error": error, "updated": time.time()}
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(sa.update(schema.jobs).where(schema.jobs.c.id == id).values(values))
 
     # ---- what all servers share
 
     def use_bundle(self, folder: str | None) -> None:
         """The bundle that all servers answer with from their next request on."""
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(sa.delete(schema.serving).where(schema.serving.c.name == "bundle"))
             if folder is not None:
                 connection.execute(sa.insert(schema.serving).values(name="bundle", value=folder))
@@ -307,7 +312,7 @@ class Store:
 
     def salt(self) -> str:
         """What names are hashed with; drawn when it is first asked for."""
-        with self._write() as connection:
+        with self.writing() as connection:
             _insert(connection, schema.serving, [{"name": "salt", "value": secrets.token_hex(32)}])
             found: str = connection.scalars(sa.select(schema.serving.c.value).where(schema.serving.c.name == "salt")).one()
         return found
@@ -315,16 +320,22 @@ class Store:
     # ---- upkeep
 
     def scrub(self) -> None:
-        """Give what was deleted back to the system, so that no byte of it is left in the database's files."""
+        """Give what was deleted back to the system, so that no byte of it is left in the database's files.
+
+        Raises:
+            StoreError: somebody read SQLite's log all the time.
+        """
         with self._bare() as connection:
             connection.exec_driver_sql("VACUUM" if self.on_sqlite else "VACUUM (FULL, ANALYZE)")
-        self._shorten_log()
+        if not self.shorten_log():
+            raise StoreError("the log is in use, and still holds pages as they were: try again")
 
-    def _shorten_log(self) -> None:
-        """SQLite's log still holds pages as they were: write it back and empty it, as far as readers allow."""
-        if self.on_sqlite:
-            with self._bare() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    def shorten_log(self) -> bool:
+        """SQLite's log still holds pages as they were: write it back and empty it. False where somebody reads it all the time."""
+        if not self.on_sqlite:
+            return True
+        with self._bare() as connection:
+            return bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar_one() == 0)
 
     def counts(self) -> dict[str, int]:
         """Rows of each table."""
@@ -344,66 +355,6 @@ class Store:
                 if count := connection.scalar(orphans.select_from(table)):
                     faults.append(f"{table.name}: {count} rows of users who are not there")
         return faults
-
-    def backup(self, file: Path) -> dict[str, int]:
-        """Copy everything, as it is at one moment, into a new SQLite file, which is a store too; returns rows per table.
-
-        Raises:
-            StoreError: the file exists already, or cannot be written.
-        """
-        if file.exists():
-            raise StoreError(f"{file}: exists already, name a new file")
-        part = file.with_name(file.name + ".part")
-        part.unlink(missing_ok=True)
-        other = Store(f"sqlite:///{part}")
-        try:
-            counts = self._copy_to(other)
-            other._shorten_log()
-            other.close()
-            part.replace(file)
-        except BaseException:
-            other.close()
-            part.unlink(missing_ok=True)  # half of everybody's texts
-            raise
-        return counts
-
-    def restore(self, file: Path) -> dict[str, int]:
-        """Fill this store, which must be empty, from a backup; returns rows per table.
-
-        Raises:
-            StoreError: there are rows already, or the file is no backup.
-        """
-        if any(count for table, count in self.counts().items() if table != "serving"):
-            raise StoreError(f"{shown(self.url)}: is not empty: restore into a new store")
-        if not file.is_file():
-            raise StoreError(f"{file}: no such file")
-        other = Store(f"sqlite:///{file}")
-        try:
-            return other._copy_to(self)
-        finally:
-            other.close()
-
-    def _copy_to(self, other: "Store") -> dict[str, int]:
-        counts: dict[str, int] = {}
-        with self._snapshot() as source, other._write() as target:
-            for table in schema.metadata.sorted_tables:
-                target.execute(sa.delete(table))  # an empty store may have drawn a salt already: the copy has that of its original
-                rows = source.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table))
-                counts[table.name] = 0
-                for part in rows.partitions():
-                    target.execute(sa.insert(table), [dict(row._mapping) for row in part])
-                    counts[table.name] += len(part)
-            if not other.on_sqlite:  # keys were given, not drawn: the sequence must go on behind them
-                last = sa.select(sa.func.max(schema.users.c.key)).scalar_subquery()
-                target.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence("users", "key"), sa.func.coalesce(last, 1))))
-        return counts
-
-    @contextmanager
-    def _snapshot(self) -> Iterator[Connection]:
-        """All that is read inside is of one moment."""
-        level: dict[str, Any] = {} if self.on_sqlite else {"isolation_level": "REPEATABLE READ"}
-        with told(self.url), self.engine.connect().execution_options(**level) as connection, connection.begin():
-            yield connection
 
 
 # ---- statements and rows
@@ -428,10 +379,6 @@ def _delete_keys_of(connection: Connection, name: str) -> int:
     left = set(connection.scalars(sa.select(table.c.key).where(table.c.key.in_(held))))
     empty = [key for key in held if key not in left]
     return connection.execute(sa.delete(schema.keys).where(schema.keys.c.id.in_(empty), schema.keys.c.admin.is_(False))).rowcount
-
-
-def _parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (values[start : start + ROWS_AT_ONCE] for start in range(0, len(values), ROWS_AT_ONCE))
 
 
 def _rows_of(connection: Connection, table: sa.Table, user: int) -> list[dict[str, Any]]:
