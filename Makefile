@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "hydra-llm needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; false; }; }
 
-.PHONY: demo test check format docs bench bench-replay clean help
+.PHONY: demo test check format docs bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -41,6 +41,9 @@ bench: $(READY) ## Start-up times (more scripts, one question each, are in bench
 bench-replay: $(READY) ## Repeat every committed result from its recording, without an LLM: make bench-replay DATA=FOLDER
 	@test -d "$(DATA)" || { echo "name the folder in which the data sets lie: make bench-replay DATA=FOLDER" >&2; exit 2; }
 	@$(BIN)/python benchmarks/replay.py "$(DATA)"
+
+audit: $(READY) ## Known vulnerabilities of the pinned packages, where the data on them can be reached
+	@$(BIN)/python tools/audit.py
 
 clean: ## Remove the virtual environment and all caches of tools
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,12 +1,14 @@
 """What the gateway adds to an answer, over a mock upstream of fixed latency on loopback, beside the LiteLLM proxy where that is there.
 
-    python benchmarks/gateway.py [--seconds 20] [--litellm VENV/bin/litellm] [--json]
+    python benchmarks/gateway.py [--seconds 20] [--features cross] [--soak 300] [--litellm VENV/bin/litellm] [--json]
 
 One server process, the mock in a second, the client in a third, all on this machine's cores. The client sends at a fixed rate, whether
 or not earlier requests have been answered; the added latency is the client's time minus that of the mock asked directly, in the same
 run. No two questions and no two answers are alike. `personal`: a user with 100 records, 10 retrieved, 8 candidates, tower features. `cold`:
 users whom the server has not seen since it began, of 1,000 with 100 records each in SQLite, their records' features kept as after a fit, or
-never encoded. `most`: requests a second with 64 in flight.
+never encoded. `most`: requests a second with 64 in flight. `feedback`: one piece of it after another, each moves the head; the window of
+64 is nearly full in the end. `soak`: 200 clients, each sends its next request when it has its answer, half of them for users; memory is the
+server's resident set.
 """
 
 import asyncio
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--features", choices=("tower", "cross"), default="tower")
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds of 200 clients")
     parser.add_argument("--litellm", type=Path, help="the command of a LiteLLM proxy in an environment of its own")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +55,13 @@ def main() -> None:
         Limit("pass-through at 100/s, added p99 in ms", added["added_p99"], 25),
         Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
         Limit("first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250),
+        Limit("a piece of feedback, p50 in ms", result["feedback"]["p50"], 20),
     ]
+    if "soak" in result:
+        limits += [
+            Limit("200 clients: requests that failed", result["soak"]["failed"], 0),
+            Limit("200 clients: memory at the end over that after a minute", result["soak"]["memory_ratio"], 1.05),
+        ]
     if "litellm" in result:
         most, theirs = result["passed through, most"]["per_s"], result["litellm, most"]["per_s"]
         limits += [
@@ -78,6 +87,9 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
             await steady(chat(gateway, names[0]), 5, 3)
             out["personal"] = minus(await steady(chat(gateway, names[0]), 10, given.seconds), direct)
             out["personal, most"] = await flat_out(chat(gateway, names[0]), given.seconds)
+            out["feedback"] = await feedback(gateway, names[1], 100)
+            if given.soak:
+                out["soak"] = await soak(gateway, names[:KEPT], given.soak)
             # Last: their histories are encoded behind it, on the same cores.
             out["cold, never encoded"] = minus(await one_by_one([chat(gateway, name) for name in names[KEPT : 2 * KEPT]]), direct)
         if given.litellm:
@@ -126,6 +138,15 @@ def prepare(given: Any, folder: Path) -> str:
 
 # ---- processes
 
+PROCESSES: dict[str, int] = {}
+"""Of each server's URL."""
+
+
+def resident(url: str) -> float:
+    """Megabytes of a server's memory."""
+    pages = int(Path(f"/proc/{PROCESSES[url]}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
 
 @contextmanager
 def mock() -> Iterator[str]:
@@ -141,6 +162,7 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
         port = probe.getsockname()[1]
     process = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
+    PROCESSES[url] = process.pid
     try:
         ends = time.monotonic() + 120
         while True:
@@ -191,6 +213,49 @@ async def steady(ask: Ask, per_second: float, seconds: float) -> dict[str, float
             await asyncio.sleep(max(0.0, begin + i / per_second - time.perf_counter()))
             tasks.append(asyncio.create_task(ask(http)))
         return spread(await asyncio.gather(*tasks))
+
+
+async def feedback(gateway: str, name: str, count: int) -> dict[str, float]:
+    """Milliseconds of each piece of feedback, of the last half: by then the window is full or nearly so."""
+    times = []
+    async with client() as http:
+        for i in range(count):
+            body = {
+                "model": "mock",
+                "user": name,
+                "messages": [{"role": "user", "content": f"what of {i} and {words(LABELS[:3], 6, random.Random(i))}?"}],
+            }
+            made = (await http.post(f"{gateway}/v1/chat/completions", json=body)).json()
+            said = {"request_id": made["personalization"]["request_id"], "chosen": made["personalization"]["candidates"] - 1}
+            begin = time.perf_counter()
+            answer = await http.post(f"{gateway}/v1/feedback", json=said)
+            times.append((time.perf_counter() - begin) * 1000)
+            assert answer.json()["head_moved"], answer.text
+    return spread(times[count // 2 :])
+
+
+async def soak(gateway: str, names: list[str], seconds: float, at_once: int = 200) -> dict[str, float]:
+    """Clients that never rest, and what the server's memory does meanwhile."""
+    counts, memory, ends = {"answered": 0, "failed": 0}, [], time.perf_counter() + seconds
+
+    async def on_and_on(http: httpx2.AsyncClient, ask: Ask) -> None:
+        while time.perf_counter() < ends:
+            try:
+                await ask(http)
+                counts["answered"] += 1
+            except httpx2.HTTPError:
+                counts["failed"] += 1
+
+    async def look() -> None:
+        while time.perf_counter() < ends:
+            memory.append(resident(gateway))
+            await asyncio.sleep(min(10.0, seconds / 6))
+
+    async with client() as http:
+        asks = [chat(gateway, names[i % len(names)] if i % 2 else None) for i in range(at_once)]
+        await asyncio.gather(look(), *(on_and_on(http, ask) for ask in asks))
+    after = memory[min(6, len(memory) - 1)]
+    return {**{name: float(value) for name, value in counts.items()}, "memory_mb": memory[-1], "memory_ratio": memory[-1] / after}
 
 
 async def one_by_one(asks: list[Ask]) -> dict[str, float]:

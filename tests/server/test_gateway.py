@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -710,3 +711,11 @@ async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
         with pytest.raises(openai.BadRequestError, match="the context"):
             await client.chat.completions.create(model=llm.model, messages=[{"role": "user", "content": "fox " * 5000}], stream=True)
         await llm.aclose()
+
+
+async def test_the_page_of_the_docs_loads_nothing_from_elsewhere(store: Store) -> None:
+    async with running(store) as world:
+        page = (await world.http.get("/docs")).text
+        assert "https://" not in page
+        for name in re.findall(r'(?:src|href)="([^"]+)"', page):
+            assert (await world.http.get(name)).status_code == 200, name

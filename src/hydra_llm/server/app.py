@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from hydra_llm import __version__
@@ -77,7 +78,8 @@ def make_app(
         await anyio.to_thread.run_sync(gateway.serving.close)
         await upstream.aclose()
 
-    app = FastAPI(title="hydra-llm", version=__version__, lifespan=lifespan, redoc_url=None)
+    # Its /docs loads nothing from elsewhere.
+    app = FastAPIOffline(title="hydra-llm", version=__version__, lifespan=lifespan, redoc_url=None, static_url="/docs/static")
     app.state.gateway, app.state.worker = gateway, worker
     app.include_router(openai_api.router)
     app.include_router(users_api.router)
