@@ -14,12 +14,12 @@ from hydra_llm.types import Record
 def test_a_store_is_made_checked_copied_and_filled_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, other, backup = f"sqlite:///{tmp_path / 'a.db'}", f"sqlite:///{tmp_path / 'b.db'}", str(tmp_path / "backup.db")
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0001"}
+    assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0002"}
     store = Store(url)
     store.add_records("ada", [Record("ada", "r1", "question", "yes")])
     store.close()
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"from": "0001", "to": "0001"}
+    assert json.loads(capsys.readouterr().out) == {"from": "0002", "to": "0002"}
     assert run(["store", "backup", backup, "--store", url]) == 0
     assert f"wrote {backup}: it holds users' texts" in capsys.readouterr().err
     assert run(["store", "restore", backup, "--store", other, "--json"]) == 0
@@ -52,4 +52,4 @@ def test_what_is_wrong_with_a_store_is_one_line(tmp_path: Path, capsys: pytest.C
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     for command in ("check", "migrate"):
         assert run(["store", command, "--store", url]) == 2
-        assert "which a newer hydra-llm has made: this one knows 0001" in capsys.readouterr().err
+        assert "which a newer hydra-llm has made: this one knows 0002" in capsys.readouterr().err

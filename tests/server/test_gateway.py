@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import openai
 import pytest
 
 from hydra_llm.cli.main import run
+from hydra_llm.server.auth import make_key
+from hydra_llm.server.habits import Habit, Habits
 from hydra_llm.server.people import texts_of
+from hydra_llm.server.together import Overloaded
 from hydra_llm.server.upstream import UpstreamError
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
@@ -422,7 +426,6 @@ ENDPOINTS = [
 async def test_nobody_reaches_another_user(
     either: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
 ) -> None:
-    from hydra_llm.server.auth import make_key
     from hydra_llm.store.values import Request
 
     for user in ("ada", "bob"):
@@ -473,8 +476,6 @@ async def test_beyond_loopback_nobody_comes_in_without_a_key(store: Store) -> No
 
 
 async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
-    from hydra_llm.server.auth import make_key
-
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
         _, secret = make_key(store, users=["ada"])
@@ -719,3 +720,162 @@ async def test_the_page_of_the_docs_loads_nothing_from_elsewhere(store: Store) -
         assert "https://" not in page
         for name in re.findall(r'(?:src|href)="([^"]+)"', page):
             assert (await world.http.get(name)).status_code == 200, name
+
+
+# ---- what a review found
+
+
+async def test_a_key_of_two_users_is_never_bound_to_the_one_who_is_left(either: Store) -> None:
+    for user in ("ada", "bob"):
+        either.add_records(user, records_of(user))
+    _, admin = make_key(either, admin=True)
+    _, secret = make_key(either, users=["ada", "bob"])
+    async with running(either) as world:
+        headers = {"authorization": f"Bearer {admin}"}
+        assert (await world.http.delete("/v1/users/ada", headers=headers)).status_code == 200
+        with pytest.raises(openai.PermissionDeniedError):
+            await world.sdk(secret).chat.completions.create(model="m", messages=[{"role": "user", "content": QUESTION}], user="ada")
+        body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}]}
+        unnamed = await world.http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"})
+        assert unnamed.headers["x-hydra-personalized"] == "false; reason=no-user"
+
+
+async def test_a_deleted_user_leaves_no_features_whatever_was_done(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        serving = world.app.state.gateway.serving
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of("ada")]
+        await world.http.post("/v1/users/ada/records", json={"records": sent})
+        await world.http.post("/v1/users/ada/records", json={"records": [{**sent[0], "input": "another text altogether"}]})
+        await fitted(world, "ada")
+        assert kept(tmp_path) > 0
+        id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+        await world.http.post("/v1/feedback", json={"request_id": id, "edited": "calm at last"})
+        await world.ask(QUESTION)
+        assert (await world.http.delete("/v1/users/ada")).status_code == 200
+        await serving.together.run(lambda: None)
+        assert kept(tmp_path) == 0
+
+
+def kept(folder: Path) -> int:
+    """Features in the file."""
+    with sqlite3.connect(folder / "cache" / "features.sqlite") as file:
+        return int(file.execute("SELECT count(*) FROM features").fetchone()[0])
+
+
+async def test_a_replaced_record_takes_its_heads_with_it(either: Store, bundles: dict[str, Path]) -> None:
+    either.add_records("ada", records_of("ada"))
+    async with running(either, bundles["tags"]) as world:
+        await fitted(world, "ada")
+        bundle = world.app.state.gateway.serving.id
+        assert either.heads("ada", bundle)
+        assert (await world.http.post("/v1/users/ada/records", json={"records": [{"id": "r0", "input": "x", "output": "odd"}]})).json()[
+            "changed"
+        ] == 1
+        assert not either.heads("ada", bundle)
+
+
+async def test_what_comes_after_a_switch_of_bundles_still_gets_an_answer(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        gateway = world.app.state.gateway
+        plain = world.upstream.complete
+
+        async def slow(body: Any) -> Any:
+            gateway.serving.close()  # as when the old scorers' time is up
+            return await plain(body)
+
+        world.upstream.complete = slow  # type: ignore[method-assign]
+        answer = await world.ask(QUESTION)
+        assert answer.json()["choices"][0]["message"]["content"] == "calm"
+        assert (await world.ask(QUESTION)).headers["x-hydra-personalized"] == "false; reason=overloaded"
+
+
+async def test_a_bug_is_answered_in_openais_shape_and_its_text_stays_here(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quoted = "".join(["a", "d", "a"])  # a traceback shows lines of code, which may not name her here
+
+    def broken(name: str) -> Any:
+        raise RuntimeError(f"a bug with {name}'s texts, that is {quoted}'s")
+
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        monkeypatch.setattr(store, "records", broken)
+        answer = await world.http.get("/v1/users/ada/records")
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal_error"
+        monkeypatch.setattr(store, "records", lambda name: (_ for _ in ()).throw(Overloaded("full")))
+        assert (await world.http.get("/v1/users/ada/records")).json()["error"]["code"] == "overloaded"
+    assert "RuntimeError" in caplog.text
+    assert quoted not in caplog.text
+
+
+async def test_logs_and_figures_hold_no_texts_no_keys_and_no_ids(
+    store: Store, bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    _, secret = make_key(store, users=["marmalade"])
+    store.add_records("marmalade", records_of("marmalade"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        world.http.headers["authorization"] = f"Bearer {secret}"
+        world.upstream.faults = [None, UpstreamError(500, "marmalade again")]
+        answer = await world.ask("a question of rhubarb", None)
+        assert answer.headers["x-hydra-personalized"] == "true"
+        said = {"request_id": answer.json()["personalization"]["request_id"], "edited": "loud"}
+        assert (await world.http.post("/v1/feedback", json=said)).status_code == 200
+        await fitted(world, "marmalade")
+        await world.http.post("/v1/chat/completions", content=b"rhubarb")
+        figures = (await world.http.get("/metrics")).text
+        assert (await world.http.delete("/v1/users/marmalade")).status_code == 200
+    said_here = "\n".join(record.getMessage() for record in caplog.records if record.name != "httpx2")  # which is the client's too
+    for word in ("marmalade", "rhubarb", "storm", secret, secret.split("-")[-1]):
+        assert word not in said_here
+        assert word not in figures
+    assert "candidates failed" in said_here
+
+
+async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        plain = world.upstream.complete
+
+        async def odd(body: Any) -> Any:
+            return {**await plain(body), "usage": {"prompt_tokens": "many", "total_tokens": 3} if body.get("n") else "n/a"}
+
+        world.upstream.complete = odd  # type: ignore[method-assign]
+        assert (await world.ask(QUESTION)).json()["usage"] == {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 3}
+
+
+async def test_a_users_header_may_be_utf_8(store: Store) -> None:
+    store.add_records("zoë", records_of("zoë"))
+    async with running(store) as world:
+        body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}]}
+        answer = await world.http.post("/v1/chat/completions", json=body, headers={"x-hydra-user": "zoë".encode()})
+        assert answer.headers["x-hydra-personalized"] == "true"
+
+
+def test_habits_are_a_models_own_pass_and_are_not_learned_from_a_callers_seed() -> None:
+    now = [0.0]
+    habits, fine = Habits(lambda: now[0]), {"choices": [{}]}
+    refused = UpstreamError(400, "no")
+    habits.learn({"model": "a", "seed": 1}, [fine, refused], 3)
+    habits.learn({"model": "a"}, [refused, refused], 3)
+    assert habits.of({"model": "a"}) == Habit()
+    habits.learn({"model": "a"}, [fine, refused], 3)
+    assert (habits.of({"model": "a"}).native_n, habits.of({"model": "b"}).native_n) == (False, True)
+    habits.learn({"model": "a"}, [fine, fine, refused], 3)
+    assert not habits.of({"model": "a"}).own_temperature
+    now[0] = 601.0
+    assert habits.of({"model": "a"}) == Habit()
+
+
+async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:
+    async with running(store) as world:
+        schema = (await world.http.get("/openapi.json")).json()["paths"]
+    there = {(method.upper(), re.sub(r"{[^}]+}", "*", path)) for path, ways in schema.items() for method in ways}
+    tested = {(method, re.sub(r"(users|records|jobs)/[^/]+", r"\1/*", path)) for method, path, _ in ENDPOINTS}
+    nobodys = ("/health", "/metrics", "/v1/models")
+    assert {each for each in there if not each[1].startswith(nobodys)} == tested

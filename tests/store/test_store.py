@@ -21,6 +21,7 @@ from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, restore
+from hydra_llm.store.database import engine_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Added, Contradiction, Head, Judged, Key, Request, Stale
 from hydra_llm.types import Record
@@ -46,7 +47,9 @@ def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> No
     assert found == [dataclasses.replace(each, position=i) for i, each in enumerate(sent)]
     assert store.add_records("ada", sent) == Added(0, 0, 3)
     assert store.state("ada").version == version, "nothing changed, so nobody need read again"
-    assert store.add_records("ada", [record("a", "no"), record("d")]) == Added(1, 1, 0)
+    added = store.add_records("ada", [record("a", "no"), record("d")])
+    assert (added.added, added.changed, added.unchanged) == (1, 1, 0)
+    assert [(each.id, each.input, each.output) for each in added.replaced] == [("a", "question a", "yes")]
     assert [(each.id, each.output, each.position) for each in store.records("ada")[1]] == [
         ("b", "yes", 0),
         ("a", "no", 1),
@@ -194,6 +197,25 @@ def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None
         ada.put_feedback(Judged("r3", 1.0, {"said": {}}))
     assert [each.request for each in store.judged("ada")] == ["r3", "r2"]
     assert store.counts()["feedback"] == 4
+
+
+def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+    with store.change("ada") as ada:
+        for i in range(9):
+            content = {"said": {}, "bundle": "x" if i % 3 else "y", "group": {"gains": [0, 1]} if i % 2 else None}
+            ada.put_feedback(Judged(f"r{i}", float(i), content))
+    assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
+    assert len(store.judged("ada")) == 9
+
+
+def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store) -> None:
+    began = time.time()
+    store.add_records("ada", [record("a")])
+    store.keep_request(request("r1"), since=began - 1)
+    assert store.request("r1") is None
+    store.keep_request(request("r1"), since=time.time())
+    assert store.request("r1") is not None
 
 
 def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
@@ -388,6 +410,28 @@ def test_the_migrations_make_the_schema(store: Store) -> None:
     with store.engine.connect() as connection:
         assert migrate.differences(connection) == []
         assert migrate.revision(connection) == migrate.latest()
+
+
+def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
+    engine = engine_of(url)
+    migrate.upgrade(engine, "0001")
+    with engine.begin() as connection:
+        for id, admin, names in (("one", False, ["ada"]), ("two", False, ["ada", "bob"]), ("all", True, [])):
+            values = {"id": id, "hash": id, "label": "", "admin": admin, "created": 1.0}
+            connection.execute(
+                sa.text("INSERT INTO keys (id, hash, label, admin, created) VALUES (:id, :hash, :label, :admin, :created)"), values
+            )
+            for name in names:
+                connection.execute(sa.text("INSERT INTO key_users (key, name) VALUES (:key, :name)"), {"key": id, "name": name})
+    with pytest.raises(StoreError, match="run `hydra-llm store migrate`"):
+        Store(url)
+    assert migrate.migrated(engine) == ("0001", "0002")
+    engine.dispose()
+    store = Store(url)
+    found = [store.key(id) for id in ("one", "two", "all")]
+    assert [(key.bound, key.users) for key in found if key] == [(True, ("ada",)), (False, ("ada", "bob")), (False, ())]
+    assert store.check() == []
+    store.close()
 
 
 def test_tables_of_another_version_are_refused_with_the_fix(store: Store, url: str) -> None:

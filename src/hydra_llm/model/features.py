@@ -38,6 +38,8 @@ class FeatureStore:
     def __init__(self, encoder: Encoder, path: Path | None = None):
         self.encoder = encoder
         self.path = path
+        self.keep = True
+        """Whether what is encoded is written to the file, unless a call says otherwise."""
         self.hits = 0
         """Distinct texts or pairs that were there."""
         self.misses = 0
@@ -54,8 +56,8 @@ class FeatureStore:
         """Changes when the encoder does and when texts are forgotten: what others keep of these features is old then."""
         return self.encoder.digest, self._forgotten
 
-    def texts(self, texts: Sequence[str], *, keep: bool = True) -> np.ndarray:
-        """As `Encoder.encode`: [B, H] float32, rows of length 1. Without `keep` they stay in memory alone."""
+    def texts(self, texts: Sequence[str], *, keep: bool | None = None) -> np.ndarray:
+        """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: all of them are in the file then, or none is written."""
         return self._rows([(text,) for text in texts], lambda new: self.encoder.encode([item[0] for item in new]), keep)
 
     def missing(self, texts: Sequence[str]) -> int:
@@ -100,8 +102,8 @@ class FeatureStore:
             self._file = None
             self._keeps = False
 
-    def _rows(self, items: Sequence[Item], encode: Callable[[list[Item]], np.ndarray], keep: bool = True) -> np.ndarray:
-        """The features of items, [B, H]; those that are missing are encoded once each, and kept."""
+    def _rows(self, items: Sequence[Item], encode: Callable[[list[Item]], np.ndarray], keep: bool | None = None) -> np.ndarray:
+        """The features of items, [B, H]; those that are missing are encoded once each."""
         digest = self.encoder.digest.encode()
         keys = [_key(digest, item) for item in items]
         wanted = dict(zip(keys, items, strict=True))
@@ -113,7 +115,7 @@ class FeatureStore:
         with self._lock:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
-            self._remember(found, missing if keep else {})
+            self._remember(found, wanted if keep else missing if keep is None and self.keep else {})
         return np.stack([found[key] for key in keys]) if keys else np.empty((0, self.encoder.width), np.float32)
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
@@ -144,7 +146,10 @@ class FeatureStore:
         for key in list(islice(self._memory, surplus)):
             del self._memory[key]
         if self._keeps and self._file is not None and new:
-            self._write(self._file, [(key, *_hashes(item), found[key].astype("<f4").tobytes()) for key, item in new.items()])
+            there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
+            rows = [(key, *_hashes(item), found[key].astype("<f4").tobytes()) for key, item in new.items() if key not in there]
+            if rows:
+                self._write(self._file, rows)
 
     def _write(self, file: sqlite3.Connection, rows: list[tuple[bytes, bytes, bytes | None, bytes]]) -> None:
         try:

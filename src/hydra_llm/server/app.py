@@ -28,6 +28,7 @@ from hydra_llm.server.observe import Observer, log
 from hydra_llm.server.personal import Gateway
 from hydra_llm.server.serving import folder_of, open_serving
 from hydra_llm.server.settings import ServeSettings
+from hydra_llm.server.together import Overloaded
 from hydra_llm.server.upstream import Upstream, UpstreamError
 from hydra_llm.server.wire import ApiError, Json
 from hydra_llm.store.store import Store
@@ -104,12 +105,12 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        status, started = 500, False
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
             await send(message)
 
         self._observer.in_flight.inc()
@@ -123,8 +124,11 @@ class Door:
                 return
             try:
                 await self._app(scope, receive, counted)
-            except Exception as error:  # it was answered and told already; its message may quote somebody
+            except Exception as error:
                 self._observer.failed("request", error)
+                if started:
+                    raise  # the connection is cut: half an answer must not look like a whole one
+                await _error_response(error)(scope, receive, counted)
         finally:
             self._observer.in_flight.dec()
             self._observer.request(getattr(scope.get("route"), "path", "unknown"), status)
@@ -210,7 +214,7 @@ def _add_errors(app: FastAPI) -> None:
     async def told(_: Request, error: Exception) -> Response:
         return _error_response(error)
 
-    for kind in (ApiError, UpstreamError, StoreError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, UpstreamError, HydraError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, told)
 
 
@@ -225,6 +229,8 @@ def _error_response(error: Exception) -> Json:
         made = ApiError(400, f"{place or 'body'}: {first['msg']}", param=place or None, code="invalid_request")
     elif isinstance(error, HTTPException):
         made = ApiError(error.status_code, str(error.detail))
+    elif isinstance(error, Overloaded):
+        made = ApiError(503, "more waits here than this machine can do: try again", code="overloaded")
     elif isinstance(error, StoreError):
         log.error("the store failed: %s", type(error).__name__)
         made = ApiError(503, "the store does not answer: nothing was changed, try again", code="store_unavailable")
@@ -271,12 +277,13 @@ async def _watch(gateway: Gateway) -> None:
         try:
             wanted = await anyio.to_thread.run_sync(gateway.store.bundle)
             if wanted is not None and wanted != gateway.wanted:
-                gateway.wanted = wanted
                 new = await anyio.to_thread.run_sync(partial(open_serving, gateway.store, folder_of(wanted), gateway.settings))
-                old, gateway.serving = gateway.serving, new
+                old, gateway.serving, gateway.wanted = gateway.serving, new, wanted
                 log.info("bundle %s is in use", new.id[:12])
-                asyncio.get_running_loop().call_later(gateway.settings.deadline + 60, threading.Thread(target=old.close).start)
-        except HydraError as error:
+                asyncio.get_running_loop().call_later(
+                    gateway.settings.deadline + gateway.settings.upstream_timeout, threading.Thread(target=old.close).start
+                )
+        except Exception as error:  # tried again: its files may still be under way
             gateway.observer.failed("bundle", error)
 
 

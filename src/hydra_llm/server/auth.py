@@ -27,11 +27,8 @@ class Caller:
     admin: bool
     users: tuple[str, ...]
     """For whom this caller may speak, unless admin."""
-
-    @property
-    def bound(self) -> str | None:
-        """The one user for whom this caller speaks, where the key names one."""
-        return self.users[0] if len(self.users) == 1 and not self.admin else None
+    bound: str | None = None
+    """The one user for whom the key was made; nobody else need be named."""
 
     def check(self, user: str) -> None:
         """May this caller speak for the user?
@@ -59,7 +56,7 @@ ANYBODY = Caller("", True, ())
 def make_key(store: Store, *, label: str = "", admin: bool = False, users: Sequence[str] = ()) -> tuple[Key, str]:
     """Make a key; its secret is in the second value and nowhere else."""
     id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-    key = Key(id, _hash(secret), label, admin, tuple(users), time.time(), None)
+    key = Key(id, _hash(secret), label, admin, tuple(users), time.time(), None, bound=len(set(users)) == 1 and not admin)
     store.add_key(key)
     return key, f"{PREFIX}-{id}-{secret}"
 
@@ -77,7 +74,7 @@ def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> 
     # The same work for a key that is not there: how long it takes tells nothing.
     right = hmac.compare_digest(_hash(secret), key.hash if key else NOBODYS_HASH)
     if key and right and key.revoked is None:
-        return Caller(key.id, key.admin, key.users)
+        return Caller(key.id, key.admin, key.users, key.users[0] if key.bound and key.users else None)
     if not on_loopback or store.has_keys():
         raise ApiError(401, "this key is not valid: pass `Authorization: Bearer hk-...`", code="invalid_api_key")
     return ANYBODY

@@ -116,7 +116,7 @@ def _read(store: Store, user: str, bundle: str) -> _Now:
     version, records = store.records(user)
     if version is None:
         raise ApiError(404, "no such request", code="request_not_found")
-    return _Now(version, records, store.heads(user, bundle), store.judged(user, WINDOW))
+    return _Now(version, records, store.heads(user, bundle), store.judged(user, WINDOW, bundle=bundle))
 
 
 def _write(store: Store, user: str, version: int, judged: Judged, record: Record | None, bundle: str, heads: dict[str, Head]) -> bool:

@@ -15,7 +15,7 @@ from hydra_llm.learning.api import fit
 from hydra_llm.learning.online import moves
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server.feedback import heads_after
-from hydra_llm.server.people import as_head
+from hydra_llm.server.people import as_head, texts_of
 from hydra_llm.server.serving import Serving
 from hydra_llm.store.change import FEEDBACK
 from hydra_llm.store.store import Store
@@ -25,6 +25,10 @@ from hydra_llm.types import Record
 log = logging.getLogger("hydra_llm.server")
 IDLE_SECONDS = 1.0
 TRIES = 5
+
+
+class Stopped(Exception):
+    """The server ends: the job waits for another."""
 
 
 class Worker:
@@ -45,7 +49,7 @@ class Worker:
         self._wake.set()
 
     def close(self) -> None:
-        """Finish the job that is under way, if any."""
+        """End; a job that is under way stops where it next tells how far it is, and waits for another server."""
         self._ended = True
         self._wake.set()
         self._thread.join()
@@ -67,6 +71,8 @@ class Worker:
         try:
             self._fit(job)
             self._store.tell_job(job.id, 1, 1, state="done")
+        except Stopped:
+            self._store.tell_job(job.id, 0, 1, state="waiting")  # for the next server
         except Exception as error:
             said = str(error) if isinstance(error, HydraError) else f"{type(error).__name__}"
             log.warning("jobs: a %s failed: %s", job.kind, type(error).__name__)
@@ -86,6 +92,8 @@ class Worker:
             try:
                 with self._store.change(job.user, version=version) as change:
                     change.put_heads(serving.id, heads)
+                    if serving.warming is not None:  # encoded for the fit already; amid the transaction, so that a deletion comes after it
+                        serving.bundle.store.texts(texts_of(serving.readable(tuple(records))), keep=True)
                     change.fold_feedback([each.request for each in known])
                 return
             except Stale:
@@ -101,6 +109,8 @@ class Worker:
         data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
 
         def tell(stage: str, done: int, total: int) -> None:
+            if self._ended:
+                raise Stopped
             self._store.tell_job(job.id, done, total)
 
         scorers = bundle.scorers

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
@@ -14,7 +15,7 @@ from hydra_llm.server.names import Names
 from hydra_llm.server.people import as_head
 from hydra_llm.server.serving import ANY_TASK
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Stale
+from hydra_llm.store.values import Stale, Unknown
 from hydra_llm.tasks.task import Task
 
 
@@ -33,7 +34,8 @@ def learn_from_store(
     store = Store(url)
     try:
         versions, data = _dataset(store, what)
-        learned = learn(data, llm, settings, progress=progress)
+        with TemporaryDirectory() as folder:  # features of what the LLM made of users' records: nobody could delete them later
+            learned = learn(data, llm, settings.model_copy(update={"cache": Path(folder)}), progress=progress)
         bundle = learned.bundle
         bundle.without_people(Names(store.salt()).hashed).save(out)
         weights = type(bundle).load(out).weights
@@ -42,6 +44,8 @@ def learn_from_store(
             try:
                 with store.change(user, version=versions[user]) as change:
                     change.put_heads(weights, heads)
+            except Unknown:
+                continue  # deleted meanwhile
             except Stale:  # more has come since: a fit will see it
                 learned.notes.append("a user has changed while the bundle was learned: fit that user's heads")
     finally:

@@ -30,7 +30,7 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: str | None = H
     """Answer a conversation, as this user would want where the user has a history."""
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
-    user = _user(http.state.caller, body, x_hydra_user)
+    user = _user(http.state.caller, body, _in_utf8(x_hydra_user))
     with gateway.observer.span(request.model):
         plan = await gateway.plan(request, body, user)
         if request.stream:
@@ -50,6 +50,16 @@ async def models(http: Request) -> Any:
 async def model(id: str, http: Request) -> Any:
     """One of the upstream's models."""
     return Json(await http.app.state.gateway.upstream.models(id))
+
+
+def _in_utf8(header: str | None) -> str | None:
+    """A header as it was meant: ASGI reads headers as Latin-1, clients send UTF-8."""
+    if header is None or header.isascii():
+        return header
+    try:
+        return header.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return header
 
 
 def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | None:

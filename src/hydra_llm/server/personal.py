@@ -17,9 +17,9 @@ import anyio
 
 from hydra_llm.errors import HydraError
 from hydra_llm.personalizer import gather, read_answer
+from hydra_llm.server.habits import Habits
 from hydra_llm.server.names import Names
 from hydra_llm.server.observe import Observer
-from hydra_llm.server.people import texts_of
 from hydra_llm.server.place import place
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
@@ -30,8 +30,6 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
-WARMED_AT_ONCE = 4
-"""Texts that whoever comes meanwhile waits for: some hundredths of a second."""
 LATER = 2**62
 """The position of a question that comes after every record."""
 
@@ -49,6 +47,7 @@ class Plan:
     serving: Serving
     user: str = ""
     question: str = ""
+    began: float = field(default_factory=time.time)
     version: int | None = None
     """The user's, as the store said."""
     visible: tuple[Record, ...] = ()
@@ -77,7 +76,7 @@ class Gateway:
         self._room = min(settings.max_prompt_tokens, getattr(upstream, "room", settings.max_prompt_tokens))
         self.wanted: str | None = None
         """The bundle that the store named last."""
-        self._native_n = self._own_temperature = True
+        self._habits = Habits()
 
     # ---- before the upstream
 
@@ -108,20 +107,24 @@ class Gateway:
         placed, shown = place(messages, found.ranked[:k], placement=self.settings.placement, max_tokens=self._room)
         wanted = wishes.candidates or self.settings.candidates
         many = max(wanted, request.n or 1) if serving.picks and found.warm else 1
-        if not found.warm:
-            self.warm(serving, user, found.visible)
+        if not found.warm and serving.warming is not None:
+            serving.warming.begin(user)
         asked = {**plain, "messages": placed}
         seconds = {**found.seconds, "prepare": time.perf_counter() - started}
         return Plan(
-            asked, plain, None, serving, user, question, state.version, found.visible, tuple(shown), many, wishes.explain, seconds=seconds
+            asked,
+            plain,
+            None,
+            serving,
+            user,
+            question,
+            version=state.version,
+            visible=found.visible,
+            shown=tuple(shown),
+            candidates=many,
+            explain=wishes.explain,
+            seconds=seconds,
         )
-
-    def warm(self, serving: Serving, user: str, records: Sequence[Record]) -> None:
-        """Have records encoded when nobody waits, a few at a time, so that no question has to wait for it."""
-        if serving.bundle is not None and serving.settings.features == "tower":
-            texts = texts_of(records)
-            for start in range(0, len(texts), WARMED_AT_ONCE):
-                serving.together.later(partial(_encode, self.store, serving, user, texts[start : start + WARMED_AT_ONCE]))
 
     # ---- the upstream
 
@@ -154,7 +157,8 @@ class Gateway:
     async def _timed(self, plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            completion: dict[str, Any] = await self.upstream.complete({**body, "stream": False})
+            bare = {name: value for name, value in body.items() if name != "stream_options"}
+            completion: dict[str, Any] = await self.upstream.complete({**bare, "stream": False})
         finally:
             plan.seconds["upstream"] = time.perf_counter() - started
         return completion
@@ -169,24 +173,25 @@ class Gateway:
         started = time.perf_counter()
         made = await self._asked(self._bodies(plan, plan.candidates - own), own)
         plan.seconds["upstream"] = time.perf_counter() - started
+        self._habits.learn(plan.body, made, plan.candidates - own)
         good = [each for each in made if not isinstance(each, UpstreamError)]
         errors = [each for each in made if isinstance(each, UpstreamError)]
         for error in errors:
             self.observer.failed("candidates", error)
         if not good:
             raise errors[0]
-        self._learn(made[0], made[-1], plan.candidates - own)
         return good
 
     def _bodies(self, plan: Plan, samples: int) -> list[dict[str, Any]]:
         """The caller's own request, as many answers as the caller wants, and what brings so many samples."""
         first = {name: value for name, value in plan.body.items() if name not in ("stream", "stream_options")}
         more = {**first, **({"seed": first["seed"] + 1} if isinstance(first.get("seed"), int) else {})}
-        if self._own_temperature:
+        habit = self._habits.of(plan.body)
+        if habit.own_temperature:
             more["temperature"] = max(float(first.get("temperature") or 0.0), self.settings.temperature)
         if samples < 1:
             return [first]
-        return [first, {**more, "n": samples}] if self._native_n else [first, *_singles(more, samples)]
+        return [first, {**more, "n": samples}] if habit.native_n else [first, *_singles(more, samples)]
 
     async def _asked(self, bodies: Sequence[dict[str, Any]], own: int) -> list[Any]:
         """Completions or `UpstreamError`s, in the bodies' order, as of the deadline, with at least what the caller's own request brings."""
@@ -207,14 +212,6 @@ class Gateway:
             for task in tasks:
                 task.cancel()
         return made
-
-    def _learn(self, first: Any, last: Any, wanted: int) -> None:
-        """What this upstream does not take, seen from its answers to the caller's own request and to the samples."""
-        refused = isinstance(last, UpstreamError) and last.status in (400, 422) and not isinstance(first, UpstreamError)
-        if self._native_n and (refused or (not isinstance(last, UpstreamError) and len(last["choices"]) < wanted)):
-            self._native_n = False  # from now on each sample is a request of its own
-        elif refused:
-            self._own_temperature = False  # and at the caller's temperature
 
     # ---- behind the upstream
 
@@ -251,7 +248,7 @@ class Gateway:
         content = {"candidates": candidates, "visible": len(plan.visible)}
         try:
             request = Request(plan.id, plan.user, time.time(), plan.serving.id, plan.question, content)
-            await anyio.to_thread.run_sync(self.store.keep_request, request)
+            await anyio.to_thread.run_sync(partial(self.store.keep_request, request, since=plan.began))
         except HydraError as error:
             self.observer.failed("store", error)
             return False
@@ -275,14 +272,6 @@ class Gateway:
 
 
 # ---- in the scoring thread
-
-
-def _encode(store: Store, serving: Serving, user: str, texts: Sequence[str]) -> None:
-    """Keep the features of those texts that are still the user's: what was deleted meanwhile must not come back."""
-    person = serving.people.get(user, store.state(user).version)
-    held = set(texts_of(person.records)) if person is not None else set()
-    if serving.bundle is not None and (kept := [text for text in texts if text in held]):
-        serving.bundle.store.texts(kept)
 
 
 @dataclass(frozen=True)

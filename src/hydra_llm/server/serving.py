@@ -1,7 +1,6 @@
 """What answers are made with: a bundle's parts, or BM25 alone where there is no bundle. Replaced as a whole when the bundle changes."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +14,7 @@ from hydra_llm.retrieve import Forgetful, Retriever, make_retriever
 from hydra_llm.server.people import People
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Together
+from hydra_llm.server.warming import Warming
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Record
@@ -40,6 +40,8 @@ class Serving:
     together: Together
     scorers: dict[str, FactorizedScorer]
     bundle: Bundle | None = None
+    warming: Warming | None = None
+    """Where scoring needs a user's records encoded."""
 
     @property
     def picks(self) -> bool:
@@ -90,7 +92,9 @@ def open_serving(store: Store, folder: str | Path | None, settings: ServeSetting
     bundle = replace(loaded.without_people(str), settings=chosen)
     people = People(store, bundle, settings.users_in_memory)
     parts = bundle.personalizer(cast(ChatLLM, None))
-    # Questions and answers come and go: nothing of them is kept.
-    together = Together(partial(bundle.store.texts, keep=False), settings.waiting)
+    # Questions and answers come and go: of users' records alone something is kept in the file, by warming.
+    bundle.store.keep = False
+    together = Together(bundle.store.texts, settings.waiting)
+    warming = Warming(store, people, bundle.store, together) if chosen.features == "tower" else None
     chain = (parts.retriever, parts.reranker, parts.adapter)
-    return Serving(str(folder), bundle.weights, bundle.task, chosen, *chain, people, together, bundle.scorers, bundle)
+    return Serving(str(folder), bundle.weights, bundle.task, chosen, *chain, people, together, bundle.scorers, bundle, warming)

@@ -19,6 +19,8 @@ R = TypeVar("R")
 Encode = Callable[[Sequence[str]], Any]
 MOST_AT_ONCE = 64
 """Pieces of work whose texts go into one batch."""
+ONE_LATER_IN = 8
+"""Batches after which a piece of what is for later has its turn, however many wait."""
 
 
 class Overloaded(HydraError):
@@ -44,15 +46,17 @@ class Together:
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
-    async def run(self, do: Callable[[], R], texts: Sequence[str] = ()) -> R:
+    async def run(self, do: Callable[[], R], texts: Sequence[str] = (), *, must: bool = False) -> R:
         """Await `do()` in the scoring thread; its texts are encoded before, together with those of whoever else waits.
 
         Raises:
-            Overloaded: too many wait already.
+            Overloaded: too many wait already, which does not stop what `must` be done; or the thread has ended.
         """
         work = _Work(texts, do, Future())
         with self._something:
-            if len(self._waiting) >= self._most_waiting:
+            if self._ended:
+                raise Overloaded("these scorers are not in use any more")
+            if len(self._waiting) >= self._most_waiting and not must:
                 raise Overloaded("more requests wait to be scored than this machine can score")
             self._waiting.append(work)
             self._something.notify()
@@ -72,16 +76,18 @@ class Together:
         self._thread.join()
 
     def _run(self) -> None:
+        batches = 0
         while True:
             with self._something:
                 self._something.wait_for(lambda: self._waiting or self._later or self._ended)
                 batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
                 if not batch and self._ended:
                     return
-                idle = None if batch else self._later.popleft()
-            if idle is None:
+                batches = batches + 1 if batch else 0
+                idle = self._later.popleft() if self._later and batches % ONE_LATER_IN == 0 and not self._ended else None
+            if batch:
                 self._do(batch)
-            else:
+            if idle is not None:
                 with contextlib.suppress(Exception):  # whoever needs it meets the same fault, and it is told there
                     idle()
 

@@ -295,4 +295,5 @@ def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
     if len(completions) == 1:
         return completions[0].get("usage")
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    return {name: sum(int((each.get("usage") or {}).get(name) or 0) for each in completions) for name in names}
+    told = [each["usage"] for each in completions if isinstance(each.get("usage"), Mapping)]
+    return {name: sum(count for usage in told if isinstance(count := usage.get(name), int)) for name in names}

@@ -18,8 +18,10 @@ from hydra_llm.server.feedback import take_feedback
 from hydra_llm.server.people import texts_of
 from hydra_llm.server.wire import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
 from hydra_llm.store.store import Store
+from hydra_llm.store.values import Stale
 from hydra_llm.types import Record
 
+TRIES = 8
 router = APIRouter(prefix="/v1", tags=["users"])
 User = Annotated[Id, Path(description="The user's id, as the application names the user.")]
 
@@ -32,7 +34,11 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
         raise ApiError(413, f"at most {settings.max_records_per_request} records a request", param="records")
     records = [_record(user, place, each, settings.max_text) for place, each in enumerate(sent.records)]
     added = await _in_thread(partial(_add, store, user, records, settings.max_records))
-    http.app.state.gateway.warm(http.app.state.gateway.serving, user, records)
+    if added.replaced:
+        await _let_go(http, user)
+        await _forget_texts(http, store, texts_of(added.replaced), but=None)
+    if (warming := http.app.state.gateway.serving.warming) is not None:
+        warming.begin(user)
     return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
 
 
@@ -108,10 +114,17 @@ async def export(user: User, http: Request) -> Response:
 async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys that speak for nobody else."""
     gateway, store = http.app.state.gateway, _store(http, user)
-    # First what cannot be undone halfway: if features cannot be deleted, the user is still there to be deleted again.
-    texts = await _in_thread(partial(_texts, store, user))
-    await _forget_texts(http, store, texts, but=user)
-    counts = await _in_thread(partial(store.delete_user, user))
+    for _ in range(TRIES):
+        version, texts = await _in_thread(partial(_texts, store, user))
+        # First what cannot be undone halfway: if features cannot be deleted, the user is still there to be deleted again.
+        await _forget_texts(http, store, texts, but=user)
+        try:
+            counts = await _in_thread(partial(store.delete_user, user, version=version))
+            break
+        except Stale:  # more has come: of that too no features may stay
+            continue
+    else:
+        raise ApiError(409, "the user changes faster than it can be deleted: try again", code="busy")
     await _let_go(http, user)
     await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
     if counts is None:
@@ -139,21 +152,21 @@ def _remove(store: Store, user: str, id: str) -> Record | None:
         return found if change.remove(id) else None
 
 
-def _texts(store: Store, user: str) -> list[str]:
-    """Every text of which there may be features."""
-    _, records = store.records(user)
+def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
+    """Every text of which there may be features, as of a version of the user."""
+    version, records = store.records(user)
     kept = store.export_user(user) or {"requests": [], "feedback": []}
     of_requests = [
         text for row in kept["requests"] for text in (row["question"], *(candidate["text"] for candidate in row["content"]["candidates"]))
     ]
     groups = [row["content"]["group"] for row in kept["feedback"] if row["content"].get("group")]
-    return [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
+    return version, [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
 
 
 async def _let_go(http: Request, user: str) -> None:
     """Drop what is in memory of a user; what the scoring thread has begun is done when this returns."""
     serving = http.app.state.gateway.serving
-    await serving.together.run(partial(serving.forget, user))
+    await serving.together.run(partial(serving.forget, user), must=True)
 
 
 async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> None:

@@ -36,11 +36,14 @@ class UserChange:
             start = 0 if last is None else last + 1
             rows = [{"user": self._key, "id": r.id, "position": start + i, **_content(r)} for i, r in enumerate(new)]
             self._connection.execute(sa.insert(table), rows)
+        if other:  # heads hold traces of what is replaced
+            self._connection.execute(sa.delete(schema.heads).where(schema.heads.c.user == self._key))
         for record in other:
             at = (table.c.user == self._key) & (table.c.id == record.id)
             self._connection.execute(sa.update(table).where(at).values(_content(record)))
         self.changed = self.changed or bool(new or other)
-        return Added(len(new), len(other), len(wanted) - len(new) - len(other))
+        before = tuple(Record(self.name, record.id, known[record.id]["input"], known[record.id]["output"]) for record in other)
+        return Added(len(new), len(other), len(wanted) - len(new) - len(other), before)
 
     def count(self) -> int:
         """How many records the user has."""

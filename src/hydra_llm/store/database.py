@@ -38,7 +38,15 @@ def _checked(url: str) -> URL:
 def _engine(url: URL, patience: float) -> Engine:
     try:
         if url.get_backend_name() != "sqlite":
-            limits = {"connect_timeout": max(1, int(patience)), "options": f"-c statement_timeout={int(patience * 1000)}"}
+            # A server that fails is told by an error, one that has gone silent by the network's own clocks.
+            limits = {
+                "connect_timeout": max(2, int(patience)),
+                "options": f"-c statement_timeout={int(patience * 1000)}",
+                "tcp_user_timeout": int(patience * 1000),
+                "keepalives_idle": max(1, int(patience)),
+                "keepalives_interval": 1,
+                "keepalives_count": 3,
+            }
             return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=patience, connect_args=limits)
         engine = sa.create_engine(url, connect_args={"timeout": patience})
     except ModuleNotFoundError as error:

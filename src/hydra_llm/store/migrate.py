@@ -42,14 +42,14 @@ def _mend(found: str | None) -> str:
     return f"store: its tables are of version {found}, which a newer hydra-llm has made: this one knows {latest()}"
 
 
-def upgrade(engine: Engine) -> str:
-    """Bring the tables to this version, in one transaction; returns it. Two processes at once: the second finds them done."""
+def upgrade(engine: Engine, version: str = "head") -> str:
+    """Bring the tables to a version, this program's, in one transaction; returns it. Two processes at once: the second finds them done."""
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
         config = _config()
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, version)
     return latest()
 
 

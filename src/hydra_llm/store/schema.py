@@ -6,7 +6,22 @@ the user in memory asks for this one number, and a writer that has read an older
 Times are seconds since 1970 (UTC). Knows no statement: `store.py` alone speaks SQL.
 """
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    false,
+)
 
 metadata = MetaData(
     naming_convention={
@@ -94,9 +109,11 @@ keys = Table(
     Column("hash", String(64), nullable=False, unique=True),
     Column("label", Text, nullable=False),
     Column("admin", Boolean, nullable=False),
+    Column("bound", Boolean, nullable=False, server_default=false()),
     Column("created", Double, nullable=False),
     Column("revoked", Double, nullable=True),
 )
+"""`bound`: made for one user, so that a request need not name any. It stays false when all but one of several are deleted."""
 
 key_users = Table(
     "key_users",

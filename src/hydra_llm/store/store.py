@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,9 +21,9 @@ from sqlalchemy.engine import Connection
 from hydra_llm.errors import StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import UserChange, parts
+from hydra_llm.store.change import ASKED_AT_ONCE, UserChange, parts
 from hydra_llm.store.database import engine_of, told
-from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Stale, UserState
+from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Stale, Unknown, UserState
 from hydra_llm.types import Record
 
 ARROW = " → "
@@ -108,7 +109,7 @@ class Store:
 
         Raises:
             Stale: `version` was given and is not the user's any more.
-            StoreError: no such user (unless `create`), or the database fails.
+            Unknown: no such user, unless `create`.
         """
         with self.writing() as connection:
             found = _locked(connection, name)
@@ -116,9 +117,8 @@ class Store:
                 _insert(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
                 found = _locked(connection, name)
             if found is None:
-                raise StoreError("no such user")
-            if version is not None and found.version != version:
-                raise Stale(f"the user is at version {found.version}, not {version}: read again")
+                raise Unknown("no such user")
+            _check_version(found, version)
             change = UserChange(connection, found.key, name)
             yield change
             if change.changed:
@@ -130,15 +130,19 @@ class Store:
         with self.change(name, create=True) as user:
             return user.add(records)
 
-    def delete_user(self, name: str) -> dict[str, int] | None:
+    def delete_user(self, name: str, *, version: int | None = None) -> dict[str, int] | None:
         """Delete the user and everything about the user: rows per table, or None for an unknown user.
 
         A key that spoke for this user alone is deleted too: it names the user. In SQLite the bytes are overwritten; PostgreSQL's
         stay in its files until `scrub`.
+
+        Raises:
+            Stale: `version` was given and is not the user's any more; nothing was deleted.
         """
         counts: dict[str, int] = {}
         with self.writing() as connection:
             found = _locked(connection, name)
+            _check_version(found, version)
             counts["keys"] = _delete_keys_of(connection, name)
             if found is None:
                 return counts if counts["keys"] else None
@@ -169,20 +173,27 @@ class Store:
             found = connection.execute(rows.where(schema.users.c.name == name, table.bundle == bundle)).all()
         return {row.scorer: Head(row.known, row.delta) for row in found}
 
-    def judged(self, name: str, count: int | None = None) -> list[Judged]:
-        """The user's latest feedback that no fitted head knows yet, oldest first; without `count` all of it."""
+    def judged(self, name: str, count: int | None = None, *, bundle: str | None = None) -> list[Judged]:
+        """The user's latest feedback that no fitted head knows yet, oldest first; without `count` all of it.
+
+        `bundle`: of that bundle, and such as teaches (has a group).
+        """
         table = schema.feedback.c
         rows = sa.select(table.request, table.created, table.content).join_from(schema.feedback, schema.users)
         rows = rows.where(schema.users.c.name == name, table.folded.is_(False)).order_by(table.created.desc(), table.request.desc())
         with self._read() as connection:
-            return [Judged(*row) for row in reversed(connection.execute(rows.limit(count)).all())]
+            found = (Judged(*row) for row in connection.execution_options(yield_per=ASKED_AT_ONCE).execute(rows))
+            wanted = (each for each in found if bundle is None or (each.content.get("bundle") == bundle and each.content.get("group")))
+            return list(islice(wanted, count))[::-1]
 
     # ---- answered requests
 
-    def keep_request(self, request: Request) -> None:
-        """Keep an answered request of a known user; of a user who was deleted in the meantime nothing is kept."""
+    def keep_request(self, request: Request, *, since: float | None = None) -> None:
+        """Keep an answered request of a known user, known at `since` already: of who was deleted meanwhile nothing is kept."""
         table = schema.requests
         key = sa.select(schema.users.c.key).where(schema.users.c.name == request.user)
+        if since is not None:
+            key = key.where(schema.users.c.created <= since)
         with self.writing() as connection:
             user = connection.scalar(key.with_for_update(read=True))
             if user is not None:
@@ -226,7 +237,7 @@ class Store:
         with self.writing() as connection:
             # For good: when the last key goes, with the user for whom it spoke, nobody is let in for that.
             _insert(connection, schema.serving, [{"name": "keys", "value": "were made"}])
-            plain = {name: getattr(key, name) for name in ("id", "hash", "label", "admin", "created", "revoked")}
+            plain = {name: getattr(key, name) for name in ("id", "hash", "label", "admin", "bound", "created", "revoked")}
             connection.execute(sa.insert(schema.keys).values(plain))
             if key.users:
                 connection.execute(sa.insert(schema.key_users), [{"key": key.id, "name": name} for name in key.users])
@@ -278,7 +289,7 @@ class Store:
             row = connection.execute(_jobs().where(schema.jobs.c.id == id)).one_or_none()
         return None if row is None else Job(*row)
 
-    def claim_job(self, *, abandoned_after: float = 60.0) -> Job | None:
+    def claim_job(self, *, abandoned_after: float = 600.0) -> Job | None:
         """The oldest waiting job, or one whose server has not been heard of for so many seconds; it is the caller's now."""
         table, now = schema.jobs.c, time.time()
         lost = (table.state == "running") & (table.updated < now - abandoned_after)
@@ -366,6 +377,11 @@ def _locked(connection: Connection, name: str) -> Any:
     return connection.execute(rows.with_for_update()).one_or_none()
 
 
+def _check_version(found: Any, version: int | None) -> None:
+    if version is not None and (found is None or found.version != version):
+        raise Stale(f"the user is at version {found.version if found else 'none'}, not {version}: read again")
+
+
 def _insert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert rows; those that are there already stay as they are."""
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
@@ -393,7 +409,7 @@ def _jobs() -> "sa.Select[Any]":
 
 
 def _key(row: Any, users: Sequence[str]) -> Key:
-    return Key(row.id, row.hash, row.label, row.admin, tuple(users), row.created, row.revoked)
+    return Key(row.id, row.hash, row.label, row.admin, tuple(users), row.created, row.revoked, row.bound)
 
 
 def _record(name: str, row: Any) -> Record:

@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra_llm.errors import StoreError
+from hydra_llm.types import Record
 
 
 class Stale(StoreError):
     """Somebody else has changed the user since the version that the caller read: read again."""
+
+
+class Unknown(StoreError):
+    """No such user, or not any more."""
 
 
 class Contradiction(StoreError):
@@ -42,6 +47,8 @@ class Added:
     changed: int = 0
     """Known id, other content: replaced, at the same place in the user's order."""
     unchanged: int = 0
+    replaced: tuple[Record, ...] = ()
+    """Those that changed, with the texts that they had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,8 @@ class Key:
     """For whom it may speak; an admin's key speaks for all."""
     created: float
     revoked: float | None
+    bound: bool = False
+    """Whether it was made for one user, who need not be named."""
 
 
 @dataclass(frozen=True, slots=True)
