@@ -11,7 +11,7 @@ from typing import Protocol
 from hydra_llm.evidence import EvidenceMaker
 from hydra_llm.model.cases import make_groups
 from hydra_llm.model.scorer import FactorizedScorer
-from hydra_llm.types import Query, Ranked, Record
+from hydra_llm.types import Query, Ranked, Record, as_one_text
 
 
 class Reranker(Protocol):
@@ -48,4 +48,4 @@ class LearnedReranker:
 
 def record_text(record: Record, *, with_answer: bool) -> str:
     """What the reranker reads of a record. The authors leave the answer out; it is what makes a record useful (DESIGN 5)."""
-    return f"{record.input} → {record.output}" if with_answer else record.input
+    return as_one_text(record.input, record.output) if with_answer else record.input

@@ -34,6 +34,14 @@ class Record:
     """Place in the user's order; decides where times are equal or too coarse to tell."""
 
 
+ARROW = " → "
+
+
+def as_one_text(input: str, output: str) -> str:
+    """A record's input and answer, where a scorer reads both: features are kept, and deleted, under this text too."""
+    return f"{input}{ARROW}{output}"
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """What is to be answered for a user. `gold` is None where nobody knows the answer."""
@@ -95,6 +103,8 @@ class Generation:
 
     texts: tuple[str, ...]
     usage: Usage = Usage()
+    ends: tuple[str, ...] = ()
+    """Why each text ended, `stop` or `length`; empty where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,6 +197,42 @@ async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str
         store.close()
 
 
+async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(bundles: dict[str, Path]) -> None:
+    """Stopped, not killed: the network still acknowledges, and no driver notices."""
+    programs = with_postgres.binaries()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    with with_postgres.server(programs) as found:
+        store = Store(found["TEST_POSTGRES_URL"])
+        store.add_records("ada", records_of("ada"))
+        async with running(store, bundles["tags"], candidates=2, patience=1.0) as world:
+            assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
+            of_it = processes_of(found["TEST_POSTGRES_DATA"])
+            for pid in of_it:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                answers = await asyncio.wait_for(asyncio.gather(*(world.ask("x") for _ in range(60))), 20)
+            finally:
+                for pid in of_it:
+                    os.kill(pid, signal.SIGCONT)
+            assert {answer.status_code for answer in answers} == {200}
+            assert {answer.headers["x-hydra-personalized"] for answer in answers} == {"false; reason=store-failure"}
+            for _ in range(100):
+                if (await world.ask("x")).headers["x-hydra-personalized"] == "true":
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise AssertionError("it does not recover")
+        store.close()
+
+
+def processes_of(data: str) -> list[int]:
+    """A PostgreSQL's first process and those that it has made."""
+    first = (Path(data) / "postmaster.pid").read_text().split()[0]
+    made = subprocess.run(["pgrep", "-P", first], capture_output=True, check=True).stdout.split()
+    return [int(first), *map(int, made)]
+
+
 def started(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env={**os.environ, "OPENAI_API_KEY": "x"}, stderr=subprocess.PIPE)
 

@@ -6,10 +6,13 @@ import re
 import sqlite3
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan
 
 from hydra_llm.cli.main import run
 from hydra_llm.server.auth import make_key
@@ -535,7 +538,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
         for _ in range(500):
-            if not serving.together._later:
+            if serving.warming.idle:
                 break
             await asyncio.sleep(0.02)
         await serving.together.run(lambda: None)
@@ -687,7 +690,7 @@ async def test_another_servers_write_is_seen_at_the_next_request(either: Store, 
         await fitted(second, "ada")
         serving = world.app.state.gateway.serving
         await world.ask(QUESTION)
-        assert "adapter" in serving.people.get("ada", either.state("ada").version).heads
+        assert "adapter" in serving.people.at_hand("ada", either.state("ada").version).heads
     other.close()
 
 
@@ -709,6 +712,11 @@ async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
         assert len(chunks) > 10
         assert chunks[-1].usage == whole.usage
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+        assert whole.choices[0].finish_reason == "length"
+        tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        with pytest.raises(openai.BadRequestError, match="texts alone"):
+            await client.chat.completions.create(model=llm.model, messages=messages, tools=[tool])
         with pytest.raises(openai.BadRequestError, match="the context"):
             await client.chat.completions.create(model=llm.model, messages=[{"role": "user", "content": "fox " * 5000}], stream=True)
         await llm.aclose()
@@ -879,3 +887,49 @@ async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:
     tested = {(method, re.sub(r"(users|records|jobs)/[^/]+", r"\1/*", path)) for method, path, _ in ENDPOINTS}
     nobodys = ("/health", "/metrics", "/v1/models")
     assert {each for each in there if not each[1].startswith(nobodys)} == tested
+
+
+async def test_ids_may_hold_whatever_a_url_can_encode(store: Store) -> None:
+    user, id = "org/ada 1%2F?#ü", "records/1/x?%"
+    async with running(store) as world:
+        place = f"/v1/users/{quote(user, safe='')}"
+        sent = {"records": [{"id": id, "input": "a question", "output": "b"}]}
+        assert (await world.http.post(f"{place}/records", json=sent)).json()["added"] == 1
+        assert store.users() == [user]
+        assert (await world.ask("a question", user)).headers["x-hydra-personalized"] == "true"
+        assert [each["id"] for each in (await world.http.get(f"{place}/records")).json()["data"]] == [id]
+        assert (await world.http.get(f"{place}/export")).json()["user"] == user
+        assert (await world.http.delete(f"{place}/records/{quote(id, safe='')}")).status_code == 200
+        assert (await world.http.delete(place)).json()["deleted"]["requests"] == 1
+
+
+async def test_spans_have_models_and_tokens_and_end_with_the_stream(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[Any] = []
+
+    class Fake(NonRecordingSpan):
+        def __init__(self, **attributes: Any):
+            super().__init__(INVALID_SPAN_CONTEXT)
+            self.attributes, self.ended = attributes, 0
+
+        def set_attribute(self, key: str, value: Any) -> None:
+            self.attributes[key] = value
+
+        def end(self, end_time: int | None = None) -> None:
+            self.ended += 1
+
+    def start(name: str, *, kind: Any, attributes: dict[str, Any]) -> Any:
+        spans.append(Fake(**attributes))
+        return spans[-1]
+
+    monkeypatch.setattr("hydra_llm.server.observe.tracer", SimpleNamespace(start_span=start))
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=2) as world:
+        await world.ask(QUESTION)
+        await world.ask(QUESTION, stream=True)
+        world.upstream.faults = [UpstreamError(500, "down")] * 2
+        await world.ask(QUESTION)
+    assert [span.ended for span in spans] == [1, 1, 1]
+    assert [span.attributes.get("gen_ai.usage.output_tokens") for span in spans] == [2, 2, None]
+    assert "ada" not in str([span.attributes for span in spans])

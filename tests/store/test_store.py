@@ -293,6 +293,7 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
     assert (again.id, again.done, again.total) == ("j1", 3, 10)
     store.tell_job("j1", 10, 10, state="done")
     assert store.claim_job(abandoned_after=0.0) is None
+    assert (store.drop_jobs(0.0), store.drop_jobs(time.time() + 1), store.counts()["jobs"]) == (0, 1, 0)
 
 
 # ---- deletion and export

@@ -146,13 +146,14 @@ class GgufLLM:
             distinct = n if body["temperature"] > 0 else 1
             per_call = max(1, min(self._slots, (2 * engine.context - prompt_tokens) // body["max_tokens"]))
             texts: list[str] = []
+            ends: list[str] = []
             usage = Usage()
             while len(texts) < distinct and not abandoned.is_set():
                 count = min(per_call, distinct - len(texts))
-                drawn, used = engine.chat(body | _seeded(seed, len(texts)) | {"n": count}, abandoned, None if texts else heard)
-                texts, usage = texts + drawn, usage + used
+                drawn, why, used = engine.chat(body | _seeded(seed, len(texts)) | {"n": count}, abandoned, None if texts else heard)
+                texts, ends, usage = texts + drawn, ends + why, usage + used
             seconds = time.perf_counter() - started
-        return Generation(tuple(texts * (n // distinct)), usage + Usage(seconds=seconds))
+        return Generation(tuple(texts * (n // distinct)), usage + Usage(seconds=seconds), tuple(ends * (n // distinct)))
 
     def _fit(self, engine: "_Engine", body: dict[str, Any]) -> int:
         tokens: int = engine.post("/v1/chat/completions/input_tokens", {"messages": body["messages"]})["input_tokens"]
@@ -203,9 +204,11 @@ class _Engine:
         _raise_error(answer)
         return answer
 
-    def chat(self, body: dict[str, Any], abandoned: threading.Event, heard: Callable[[str], None] | None = None) -> tuple[list[str], Usage]:
-        """The texts of one request, by index, and its tokens; the prompt's count once."""
-        texts, tokens, prompt, errors = [""] * body["n"], 0, 0, []
+    def chat(
+        self, body: dict[str, Any], abandoned: threading.Event, heard: Callable[[str], None] | None = None
+    ) -> tuple[list[str], list[str], Usage]:
+        """The texts of one request, by index, why they ended, and its tokens; the prompt's count once."""
+        texts, ends, tokens, prompt, errors = [""] * body["n"], ["stop"] * body["n"], 0, 0, []
 
         def read(chunk: Mapping[str, Any]) -> bool:
             nonlocal tokens, prompt
@@ -214,6 +217,7 @@ class _Engine:
             for choice in chunk.get("choices", ()):
                 piece = choice["delta"].get("content") or ""
                 texts[choice["index"]] += piece
+                ends[choice["index"]] = choice.get("finish_reason") or ends[choice["index"]]
                 if heard is not None and piece and choice["index"] == 0:
                     heard(piece)
             if used := chunk.get("usage"):
@@ -224,7 +228,7 @@ class _Engine:
         self._server.handle_chat_completions({**body, **stream}, read)
         for error in errors:
             _raise_error(error)
-        return texts, Usage(calls=1, prompt_tokens=prompt, completion_tokens=tokens)
+        return texts, ends, Usage(calls=1, prompt_tokens=prompt, completion_tokens=tokens)
 
     def neutral(self, text: str) -> str:
         """The text with a space in each special token, so that the engine reads it as text: `< |im_end|>`."""

@@ -25,6 +25,7 @@ from hydra_llm.server import openai_api, users_api
 from hydra_llm.server.auth import Caller, caller_of
 from hydra_llm.server.jobs import Worker
 from hydra_llm.server.observe import Observer, log
+from hydra_llm.server.patient import PatientReads
 from hydra_llm.server.personal import Gateway
 from hydra_llm.server.serving import folder_of, open_serving
 from hydra_llm.server.settings import ServeSettings
@@ -62,9 +63,9 @@ def make_app(
         StoreError: the store fails.
     """
     settings, observer = settings or ServeSettings(), Observer()
-    wanted = store.bundle()
-    serving = open_serving(store, folder_of(wanted) if wanted else bundle, settings)
-    gateway = Gateway(store, upstream, settings, serving, observer, store.salt())
+    wanted, reads = store.bundle(), PatientReads(settings.patience)
+    serving = open_serving(store, reads, folder_of(wanted) if wanted else bundle, settings)
+    gateway = Gateway(store, reads, upstream, settings, serving, observer, store.salt())
     gateway.wanted = wanted
     worker = Worker(store, lambda: gateway.serving, llm)
 
@@ -84,9 +85,9 @@ def make_app(
     app.state.gateway, app.state.worker = gateway, worker
     app.include_router(openai_api.router)
     app.include_router(users_api.router)
-    _add_health(app, store, observer)
+    _add_health(app, store, reads, observer)
     _add_errors(app)
-    app.add_middleware(Door, store=store, settings=settings, observer=observer, on_loopback=on_loopback)
+    app.add_middleware(Door, store=store, reads=reads, settings=settings, observer=observer, on_loopback=on_loopback)
     return app
 
 
@@ -96,8 +97,9 @@ def make_app(
 class Door:
     """Lets in whoever may come in, counts, and keeps bodies within their size. ASGI itself, so that streams stay streams."""
 
-    def __init__(self, app: Any, *, store: Store, settings: ServeSettings, observer: Observer, on_loopback: bool):
-        self._app, self._store, self._settings, self._observer, self._on_loopback = app, store, settings, observer, on_loopback
+    def __init__(self, app: Any, *, store: Store, reads: PatientReads, settings: ServeSettings, observer: Observer, on_loopback: bool):
+        self._app, self._store, self._reads, self._settings = app, store, reads, settings
+        self._observer, self._on_loopback = observer, on_loopback
         self._pace = Pace(settings.requests_per_minute)
         self._let_in_before: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
 
@@ -113,6 +115,7 @@ class Door:
                 status, started = message["status"], True
             await send(message)
 
+        scope = _undecoded(scope)
         self._observer.in_flight.inc()
         try:
             try:
@@ -143,7 +146,7 @@ class Door:
         """Who it is. While the store is down, whoever was let in within the last minutes is let in again: no answer is lost for that."""
         digest, now = hashlib.sha256(authorization.encode()).digest(), time.monotonic()
         try:
-            caller = await anyio.to_thread.run_sync(partial(caller_of, self._store, authorization, on_loopback=self._on_loopback))
+            caller = await self._reads.read(partial(caller_of, self._store, authorization, on_loopback=self._on_loopback))
         except StoreError as error:
             known = self._let_in_before.get(digest)
             if known is None or known[1] < now - REMEMBERED_SECONDS:
@@ -174,6 +177,14 @@ class Door:
             return message
 
         return counted
+
+
+def _undecoded(scope: Scope) -> Scope:
+    """With the path of a user as it was sent: a decoded `%2F` would end an id in its midst (users_api.py decodes)."""
+    raw = scope.get("raw_path")
+    if not raw or not scope["path"].startswith("/v1/users/"):
+        return scope
+    return {**scope, "path": raw.decode("latin-1")}
 
 
 class Pace:
@@ -245,7 +256,7 @@ def _error_response(error: Exception) -> Json:
 # ---- health
 
 
-def _add_health(app: FastAPI, store: Store, observer: Observer) -> None:
+def _add_health(app: FastAPI, store: Store, reads: PatientReads, observer: Observer) -> None:
     @app.get("/health/liveness", tags=["health"])
     async def liveness() -> dict[str, str]:
         """The process answers."""
@@ -255,7 +266,7 @@ def _add_health(app: FastAPI, store: Store, observer: Observer) -> None:
     async def readiness(response: Response) -> dict[str, str]:
         """The store answers; no LLM is asked."""
         try:
-            await anyio.to_thread.run_sync(store.bundle)
+            await reads.read(store.bundle)
         except HydraError:
             response.status_code = 503
             return {"status": "the store does not answer"}
@@ -275,9 +286,11 @@ async def _watch(gateway: Gateway) -> None:
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         try:
-            wanted = await anyio.to_thread.run_sync(gateway.store.bundle)
+            wanted = await gateway.reads.read(gateway.store.bundle)
             if wanted is not None and wanted != gateway.wanted:
-                new = await anyio.to_thread.run_sync(partial(open_serving, gateway.store, folder_of(wanted), gateway.settings))
+                new = await anyio.to_thread.run_sync(
+                    partial(open_serving, gateway.store, gateway.reads, folder_of(wanted), gateway.settings)
+                )
                 old, gateway.serving, gateway.wanted = gateway.serving, new, wanted
                 log.info("bundle %s is in use", new.id[:12])
                 asyncio.get_running_loop().call_later(
@@ -291,6 +304,8 @@ async def _prune(gateway: Gateway) -> None:
     """Forget answered requests that nobody may comment on any more."""
     while True:
         with suppress(HydraError):
-            await anyio.to_thread.run_sync(partial(gateway.store.drop_requests, time.time() - gateway.settings.keep_days * DAY))
+            before = time.time() - gateway.settings.keep_days * DAY
+            await anyio.to_thread.run_sync(partial(gateway.store.drop_requests, before))
+            await anyio.to_thread.run_sync(partial(gateway.store.drop_jobs, before))
             await anyio.to_thread.run_sync(gateway.store.shorten_log)
         await asyncio.sleep(PRUNE_SECONDS)

@@ -4,8 +4,10 @@ Each `Observer` has a registry of its own, so that two servers in one process do
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from opentelemetry import trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -54,10 +56,44 @@ class Observer:
         return generate_latest(self.registry)
 
     @contextmanager
-    def span(self, model: str) -> Iterator[trace.Span]:
-        """A GenAI span around a chat completion: model and tokens, no content."""
+    def span(self, model: str) -> "Iterator[Span]":
+        """A GenAI span around a chat completion: models and tokens, no content. A stream that it is put around ends it."""
         attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": model, "gen_ai.provider.name": "hydra-llm"}
-        with tracer.start_as_current_span(
-            f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes, record_exception=False, set_status_on_exception=False
-        ) as span:
-            yield span
+        made = Span(tracer.start_span(f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes))
+        try:
+            with trace.use_span(made.span, record_exception=False, set_status_on_exception=False):
+                yield made
+        except BaseException:
+            made.span.end()
+            raise
+        if not made.streams:
+            made.span.end()
+
+    def spent(self, span: "Span", completion: Mapping[str, Any]) -> None:
+        """What an answer took, as GenAI's conventions name it."""
+        span.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
+        usage = completion.get("usage")
+        for name, kind in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
+            if isinstance(usage, Mapping) and isinstance(count := usage.get(name), int):
+                span.span.set_attribute(f"gen_ai.usage.{kind}", count)
+
+
+@dataclass
+class Span:
+    """A span that may outlive its handler."""
+
+    span: trace.Span
+    streams: bool = False
+
+    def around(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The same stream; the span ends with it."""
+        self.streams = True
+
+        async def passed() -> AsyncIterator[bytes]:
+            try:
+                async for piece in pieces:
+                    yield piece
+            finally:
+                self.span.end()
+
+        return passed()

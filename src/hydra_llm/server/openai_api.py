@@ -11,7 +11,8 @@ from fastapi.responses import StreamingResponse
 from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.server.auth import Caller
 from hydra_llm.server.names import named_user
-from hydra_llm.server.personal import Gateway, Plan
+from hydra_llm.server.observe import Span
+from hydra_llm.server.personal import Gateway, Plan, Reply
 from hydra_llm.server.upstream import DONE, UpstreamError, event, first_of
 from hydra_llm.server.wire import ApiError, ChatRequest, Json, chunks_of, role_chunk
 
@@ -31,12 +32,12 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: str | None = H
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
     user = _user(http.state.caller, body, _in_utf8(x_hydra_user))
-    with gateway.observer.span(request.model):
+    with gateway.observer.span(request.model) as span:
         plan = await gateway.plan(request, body, user)
         if request.stream:
-            return await _stream(gateway, plan, request)
+            return await _stream(gateway, plan, request, span)
         reply = await gateway.answer(plan)
-        gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=_abstained(reply.completion))
+        _answered(gateway, reply, span)
         return Json(reply.completion, headers=_headers(reply.plan))
 
 
@@ -78,10 +79,10 @@ def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | Non
     return named
 
 
-async def _stream(gateway: Gateway, plan: Plan, request: ChatRequest) -> Response:
+async def _stream(gateway: Gateway, plan: Plan, request: ChatRequest, span: Span) -> Response:
     if plan.candidates > 1 and plan.reason is None:
         wants_usage = bool((request.stream_options or {}).get("include_usage"))
-        pieces = _picked_stream(gateway, plan, request.model, request.n or 1, wants_usage)
+        pieces = _picked_stream(gateway, plan, request, wants_usage, span)
     else:
         try:
             first, rest = await first_of(gateway.stream(plan))
@@ -90,7 +91,7 @@ async def _stream(gateway: Gateway, plan: Plan, request: ChatRequest) -> Respons
             first, rest = await first_of(gateway.stream(plan))
         pieces = _whole(first, rest)
         gateway.observer.answered(plan.reason, plan.seconds)
-    return StreamingResponse(pieces, media_type=STREAM, headers=_headers(plan) | {"cache-control": "no-cache"})
+    return StreamingResponse(span.around(pieces), media_type=STREAM, headers=_headers(plan) | {"cache-control": "no-cache"})
 
 
 async def _whole(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -102,10 +103,10 @@ async def _whole(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
         yield b"\n\n" + event(error.body)
 
 
-async def _picked_stream(gateway: Gateway, plan: Plan, model: str, count: int, wants_usage: bool) -> AsyncIterator[bytes]:
+async def _picked_stream(gateway: Gateway, plan: Plan, request: ChatRequest, wants_usage: bool, span: Span) -> AsyncIterator[bytes]:
     """The role at once, comments while the candidates run, then the pick."""
     id = f"chatcmpl-{plan.id}"
-    yield event(role_chunk(id, model, count))
+    yield event(role_chunk(id, request.model, request.n or 1))
     answer = asyncio.create_task(gateway.answer(plan))
     try:
         while not (await asyncio.wait({answer}, timeout=KEEP_ALIVE_SECONDS))[0]:
@@ -116,7 +117,7 @@ async def _picked_stream(gateway: Gateway, plan: Plan, model: str, count: int, w
         return
     finally:
         answer.cancel()
-    gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=_abstained(reply.completion))
+    _answered(gateway, reply, span)
     for chunk in chunks_of({**reply.completion, "id": id}, usage=wants_usage):
         yield event(chunk)
     yield DONE
@@ -128,5 +129,6 @@ def _headers(plan: Plan) -> dict[str, str]:
     return {"x-hydra-personalized": "true", "x-hydra-request-id": plan.id}
 
 
-def _abstained(completion: dict[str, Any]) -> bool:
-    return bool((completion.get("personalization") or {}).get("abstained"))
+def _answered(gateway: Gateway, reply: Reply, span: Span) -> None:
+    gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=reply.abstained)
+    gateway.observer.spent(span, reply.completion)

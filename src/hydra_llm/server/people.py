@@ -3,11 +3,12 @@
 A request asks the store for one number, the user's version; where it is the one that is at hand, nothing is read. Other processes'
 writes are so seen at the next request. The least recently asked users make room. Knows no HTTP and no LLM.
 
-Everything here runs in the one thread that scores (together.py): a head never changes under a score.
+`load` reads the store, in any thread; what changes heads (`seat`, `drop`) runs in the one thread that scores (together.py), so that a head
+never changes under a score, and no score ever waits for the store.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from hydra_llm.bundle import Bundle
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Head
-from hydra_llm.types import Record
+from hydra_llm.types import Record, as_one_text
 
 MOST_MISSING = 24
 """Texts that a request may wait for: a few new records, not a whole history."""
@@ -30,8 +31,8 @@ class Person:
     version: int
     records: tuple[Record, ...]
     """Oldest first."""
-    heads: frozenset[str] = frozenset()
-    """The scorers in which this user has a head."""
+    heads: Mapping[str, Head]
+    """By scorer."""
 
 
 class People:
@@ -43,17 +44,31 @@ class People:
         self._warm: dict[str, int] = {}
         self._scorers = bundle.scorers if bundle is not None else {}
 
-    def get(self, name: str, version: int | None) -> Person | None:
-        """The user as of at least `version`; None for one who is not there."""
-        if version is None:
-            self.drop(name)
-            return None
+    def at_hand(self, name: str, version: int) -> Person | None:
+        """The user as of at least `version`, where that is in memory."""
         person = self._at_hand.get(name)
-        if person is None or person.version < version:
-            person = self._read(name)
-        if person is not None:
-            self._at_hand.move_to_end(name)
-        return person
+        return person if person is not None and person.version >= version else None
+
+    def load(self, name: str) -> Person | None:
+        """The user as the store has it; None for one who is not there."""
+        version, records = self._store.records(name)
+        if version is None:
+            return None
+        heads = self._store.heads(name, self._bundle.weights) if self._bundle is not None else {}
+        return Person(name, version, tuple(records), {scorer: head for scorer, head in heads.items() if scorer in self._scorers})
+
+    def seat(self, person: Person) -> Person:
+        """Have this user's heads in the scorers, or newer ones that are there already; returns whoever is at hand then."""
+        found = self.at_hand(person.name, person.version)
+        if found is None:
+            self.drop(person.name)
+            for scorer, head in person.heads.items():
+                self._scorers[scorer].put_head(person.name, as_numbers(head), head.known)
+            self._at_hand[person.name] = found = person
+        self._at_hand.move_to_end(person.name)
+        while len(self._at_hand) > self._size:
+            self.drop(next(iter(self._at_hand)))
+        return found
 
     def drop(self, name: str) -> None:
         """Let go of a user."""
@@ -76,26 +91,6 @@ class People:
     def __len__(self) -> int:
         return len(self._at_hand)
 
-    def _read(self, name: str) -> Person | None:
-        self.drop(name)
-        version, records = self._store.records(name)
-        if version is None:
-            return None
-        heads = self._put_heads(name) if self._bundle else frozenset()
-        person = Person(name, version, tuple(records), heads)
-        self._at_hand[name] = person
-        while len(self._at_hand) > self._size:
-            self.drop(next(iter(self._at_hand)))
-        return person
-
-    def _put_heads(self, name: str) -> frozenset[str]:
-        assert self._bundle is not None
-        found = self._store.heads(name, self._bundle.weights)
-        for scorer_name, head in found.items():
-            if scorer_name in self._scorers:
-                self._scorers[scorer_name].put_head(name, as_numbers(head), head.known)
-        return frozenset(found) & frozenset(self._scorers)
-
 
 def as_numbers(head: Head) -> torch.Tensor:
     """A kept head as the scorer takes it."""
@@ -109,4 +104,4 @@ def as_head(numbers: torch.Tensor, known: int) -> Head:
 
 def texts_of(records: Sequence[Record]) -> list[str]:
     """Every text that is kept of records, and of which features may have been."""
-    return [text for record in records for text in (record.input, record.output, f"{record.input} → {record.output}")]
+    return [text for record in records for text in (record.input, record.output, as_one_text(record.input, record.output))]

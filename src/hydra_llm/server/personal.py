@@ -13,13 +13,13 @@ from functools import partial
 from secrets import token_hex
 from typing import Any
 
-import anyio
-
 from hydra_llm.errors import HydraError
 from hydra_llm.personalizer import gather, read_answer
 from hydra_llm.server.habits import Habits
 from hydra_llm.server.names import Names
 from hydra_llm.server.observe import Observer
+from hydra_llm.server.patient import PatientReads
+from hydra_llm.server.people import Person
 from hydra_llm.server.place import place
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
@@ -45,11 +45,9 @@ class Plan:
     reason: str | None
     """Why it goes through as it is; None where it is personal."""
     serving: Serving
-    user: str = ""
+    person: Person | None = None
     question: str = ""
     began: float = field(default_factory=time.time)
-    version: int | None = None
-    """The user's, as the store said."""
     visible: tuple[Record, ...] = ()
     shown: tuple[Record, ...] = ()
     candidates: int = 1
@@ -64,13 +62,24 @@ class Reply:
 
     completion: dict[str, Any]
     plan: Plan
+    abstained: bool = False
+    """Whether the adapter left the first candidate."""
 
 
 class Gateway:
     """Answers chat requests as each user would want."""
 
-    def __init__(self, store: Store, upstream: Upstream, settings: ServeSettings, serving: Serving, observer: Observer, salt: str):
-        self.store, self.upstream, self.settings, self.observer = store, upstream, settings, observer
+    def __init__(
+        self,
+        store: Store,
+        reads: PatientReads,
+        upstream: Upstream,
+        settings: ServeSettings,
+        serving: Serving,
+        observer: Observer,
+        salt: str,
+    ):
+        self.store, self.reads, self.upstream, self.settings, self.observer = store, reads, upstream, settings, observer
         self.serving = serving
         self.names = Names(salt)
         self._room = min(settings.max_prompt_tokens, getattr(upstream, "room", settings.max_prompt_tokens))
@@ -86,45 +95,60 @@ class Gateway:
         if request.n is not None:
             plain["n"] = request.n  # as it was read: 2.0 is a 2 to JSON's eyes
         serving, wishes = self.serving, request.personalization or Wishes()
-        messages = body["messages"]
-        reason = _why_not(request, messages, user, wishes)
+        as_it_is, question = partial(Plan, plain, plain, serving=serving), readable(text_of(body["messages"][-1]))
+        reason = _why_not(request, body["messages"], user, wishes)
         if reason is not None or user is None:
-            return Plan(plain, plain, reason or "no-user", serving)
+            return as_it_is(reason or "no-user")
         started = time.perf_counter()
-        try:
-            state = await anyio.to_thread.run_sync(self.store.state, user)
-            question = readable(text_of(messages[-1]))
-            found = await serving.together.run(lambda: _find(serving, user, state.version, question, self.observer), [question])
-        except Overloaded as error:
-            self.observer.failed("scoring", error)
-            return Plan(plain, plain, "overloaded", serving)
-        except Exception as error:  # whatever it is, it must not cost the caller an answer
-            self.observer.failed("store", error)
-            return Plan(plain, plain, "store-failure", serving)
+        found = await self._found(serving, user, question)
         if isinstance(found, str):
-            return Plan(plain, plain, found, serving)
+            return as_it_is(found)
         k = self.settings.k if wishes.k is None else wishes.k
-        placed, shown = place(messages, found.ranked[:k], placement=self.settings.placement, max_tokens=self._room)
+        placed, shown = place(body["messages"], found.ranked[:k], placement=self.settings.placement, max_tokens=self._room)
         wanted = wishes.candidates or self.settings.candidates
-        many = max(wanted, request.n or 1) if serving.picks and found.warm else 1
-        if not found.warm and serving.warming is not None:
-            serving.warming.begin(user)
-        asked = {**plain, "messages": placed}
-        seconds = {**found.seconds, "prepare": time.perf_counter() - started}
         return Plan(
-            asked,
+            {**plain, "messages": placed},
             plain,
             None,
             serving,
-            user,
+            found.person,
             question,
-            version=state.version,
             visible=found.visible,
             shown=tuple(shown),
-            candidates=many,
+            candidates=max(wanted, request.n or 1) if serving.picks and found.warm else 1,
             explain=wishes.explain,
-            seconds=seconds,
+            seconds={**found.seconds, "prepare": time.perf_counter() - started},
         )
+
+    async def _found(self, serving: Serving, user: str, question: str) -> "_Found | str":
+        """The user with the records for a question; or why there are none. Whatever fails must not cost the caller an answer."""
+        try:
+            person = await self._person(serving, user)
+        except Exception as error:
+            self.observer.failed("store", error)
+            return "store-failure"
+        if person is None:
+            return "unknown-user"
+        try:
+            found = await serving.together.run(partial(_find, serving, person, question, self.observer), [question])
+        except Overloaded as error:
+            self.observer.failed("scoring", error)
+            return "overloaded"
+        except Exception as error:
+            self.observer.failed("retriever", error)
+            return "scoring-failure"
+        if found is None:
+            return "no-history"
+        if not found.warm and serving.warming is not None:
+            serving.warming.begin(user)
+        return found
+
+    async def _person(self, serving: Serving, user: str) -> Person | None:
+        """The user as the store has it now, from memory where that is the same."""
+        version = (await self.reads.read(partial(self.store.state, user))).version
+        if version is None:
+            return None
+        return serving.people.at_hand(user, version) or await self.reads.read(partial(serving.people.load, user))
 
     # ---- the upstream
 
@@ -224,7 +248,7 @@ class Gateway:
         kept = await self._keep(plan, picked)
         if self.settings.personalization:
             completion["personalization"] = _told(plan, picked, kept)
-        return Reply(completion, plan)
+        return Reply(completion, plan, picked.abstained)
 
     async def _pick(self, plan: Plan, choices: Sequence[dict[str, Any]]) -> "_Picked":
         """The adapter's order of what came; as it came where the adapter fails."""
@@ -247,12 +271,15 @@ class Gateway:
         ]
         content = {"candidates": candidates, "visible": len(plan.visible)}
         try:
-            request = Request(plan.id, plan.user, time.time(), plan.serving.id, plan.question, content)
-            await anyio.to_thread.run_sync(partial(self.store.keep_request, request, since=plan.began))
+            assert plan.person is not None
+            request = Request(plan.id, plan.person.name, time.time(), plan.serving.id, plan.question, content)
+            kept = await self.reads.read(partial(self.store.keep_request, request, since=plan.began))
         except HydraError as error:
             self.observer.failed("store", error)
             return False
-        return True
+        if not kept:  # deleted while the upstream was asked
+            await plan.serving.together.run(partial(plan.serving.forget, plan.person.name), must=True)
+        return kept
 
     # ---- streams
 
@@ -276,6 +303,7 @@ class Gateway:
 
 @dataclass(frozen=True)
 class _Found:
+    person: Person
     visible: tuple[Record, ...]
     ranked: list[Ranked]
     seconds: dict[str, float]
@@ -283,26 +311,24 @@ class _Found:
     """Whether the records have been encoded: until then the retriever's order and the first answer are what there is time for."""
 
 
-def _find(serving: Serving, user: str, version: int | None, question: str, observer: Observer) -> _Found | str:
-    """The user's records for a question, best first; or why there are none."""
-    person = serving.people.get(user, version)
-    if person is None:
-        return "unknown-user"
+def _find(serving: Serving, person: Person, question: str, observer: Observer) -> _Found | None:
+    """The user's records for a question, best first; None where there are none."""
+    person = serving.people.seat(person)
     visible = serving.readable(person.records)
     if not visible:
-        return "no-history"
-    query, clock = Query(user, "asked", question, position=LATER), [time.perf_counter()]
+        return None
+    query, clock = Query(person.name, "asked", question, position=LATER), [time.perf_counter()]
     retrieved = serving.retriever.retrieve(query, visible, serving.settings.retrieved)
     clock.append(time.perf_counter())
     if not serving.people.is_warm(person, visible):
-        return _Found(tuple(visible), retrieved, {"retrieve": clock[1] - clock[0], "rerank": 0.0}, warm=False)
+        return _Found(person, tuple(visible), retrieved, {"retrieve": clock[1] - clock[0], "rerank": 0.0}, warm=False)
     try:
         ranked = serving.reranker.order(query, retrieved, visible)
     except Exception as error:  # the retriever's order is what an answer without this program would get
         observer.failed("reranker", error)
         ranked = retrieved
     clock.append(time.perf_counter())
-    return _Found(tuple(visible), ranked, {"retrieve": clock[1] - clock[0], "rerank": clock[2] - clock[1]})
+    return _Found(person, tuple(visible), ranked, {"retrieve": clock[1] - clock[0], "rerank": clock[2] - clock[1]})
 
 
 @dataclass(frozen=True)
@@ -325,9 +351,10 @@ def _choose(plan: Plan, choices: Sequence[dict[str, Any]], texts: Sequence[str])
     serving = plan.serving
     if serving.task.labels and serving.task.parse(texts[0], "strict") is None:
         return _as_they_came(choices)  # the LLM was not asked for a label: no label is an answer
-    serving.people.get(plan.user, plan.version)  # feedback or others may have pushed the head out
+    assert plan.person is not None
+    serving.people.seat(plan.person)  # feedback or others may have pushed the head out
     offered, _ = gather(serving.task, texts, 1, serving.settings)
-    chosen = serving.adapter.choose(Query(plan.user, "asked", plan.question, position=LATER), offered, plan.visible)
+    chosen = serving.adapter.choose(Query(plan.person.name, "asked", plan.question, position=LATER), offered, plan.visible)
     said: dict[str, int] = {}
     for i, text in enumerate(texts):
         said.setdefault(_key(text, read_answer(serving.task, text, serving.settings)), i)

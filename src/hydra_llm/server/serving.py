@@ -11,6 +11,7 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Forgetful, Retriever, make_retriever
+from hydra_llm.server.patient import PatientReads
 from hydra_llm.server.people import People
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Together
@@ -76,7 +77,7 @@ def folder_of(name: str) -> str:
     return name.partition(":")[2]
 
 
-def open_serving(store: Store, folder: str | Path | None, settings: ServeSettings) -> Serving:
+def open_serving(store: Store, reads: PatientReads, folder: str | Path | None, settings: ServeSettings) -> Serving:
     """Load a bundle and put it to work on a store's users.
 
     Raises:
@@ -95,6 +96,6 @@ def open_serving(store: Store, folder: str | Path | None, settings: ServeSetting
     # Questions and answers come and go: of users' records alone something is kept in the file, by warming.
     bundle.store.keep = False
     together = Together(bundle.store.texts, settings.waiting)
-    warming = Warming(store, people, bundle.store, together) if chosen.features == "tower" else None
+    warming = Warming(store, reads, people, bundle.store, together) if chosen.features == "tower" else None
     chain = (parts.retriever, parts.reranker, parts.adapter)
     return Serving(str(folder), bundle.weights, bundle.task, chosen, *chain, people, together, bundle.scorers, bundle, warming)

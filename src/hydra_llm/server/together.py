@@ -40,7 +40,7 @@ class Together:
     def __init__(self, encode: Encode | None, most_waiting: int = 256):
         self._encode, self._most_waiting = encode, most_waiting
         self._waiting: deque[_Work] = deque()
-        self._later: deque[Callable[[], Any]] = deque()
+        self._later: deque[_Work] = deque()
         self._ended = False
         self._something = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
@@ -62,11 +62,19 @@ class Together:
             self._something.notify()
         return await asyncio.wrap_future(work.result)
 
-    def later(self, do: Callable[[], Any]) -> None:
-        """Do it when nobody waits: it must be short, since whoever comes meanwhile waits for it. Lost when the thread ends."""
+    async def later(self, do: Callable[[], R]) -> R:
+        """Await `do()` in the scoring thread when nobody waits: it must be short, since whoever comes meanwhile waits for it.
+
+        Raises:
+            Overloaded: the thread has ended.
+        """
+        work = _Work((), do, Future())
         with self._something:
-            self._later.append(do)
+            if self._ended:
+                raise Overloaded("these scorers are not in use any more")
+            self._later.append(work)
             self._something.notify()
+        return await asyncio.wrap_future(work.result)
 
     def close(self) -> None:
         """Finish what waits, then end the thread."""
@@ -82,14 +90,15 @@ class Together:
                 self._something.wait_for(lambda: self._waiting or self._later or self._ended)
                 batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
                 if not batch and self._ended:
+                    for work in self._later:
+                        work.result.cancel()
                     return
                 batches = batches + 1 if batch else 0
                 idle = self._later.popleft() if self._later and batches % ONE_LATER_IN == 0 and not self._ended else None
             if batch:
                 self._do(batch)
             if idle is not None:
-                with contextlib.suppress(Exception):  # whoever needs it meets the same fault, and it is told there
-                    idle()
+                self._do([idle])
 
     def _do(self, batch: list[_Work]) -> None:
         batch = [work for work in batch if work.result.set_running_or_notify_cancel()]

@@ -22,7 +22,7 @@ import httpx2
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server.wire import ApiError, chunk_head, chunks_of, delta, role_chunk, text_of
-from hydra_llm.types import Usage
+from hydra_llm.types import Generation, Usage
 
 AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
@@ -157,13 +157,13 @@ class EmbeddedUpstream:
         self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
-        texts, usage = await self._generate(body)
+        made = await self._generate(body)
         choices = [
-            {"index": i, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": "stop"}
-            for i, text in enumerate(texts)
+            {"index": i, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None, "finish_reason": end}
+            for i, (text, end) in enumerate(zip(made.texts, _ends(made), strict=True))
         ]
         head = {"id": f"chatcmpl-{token_hex(12)}", "object": "chat.completion", "created": int(time.time()), "model": self._model}
-        return {**head, "choices": choices, "usage": _used(usage)}
+        return {**head, "choices": choices, "usage": _used(made.usage)}
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -191,12 +191,12 @@ class EmbeddedUpstream:
             while piece is not None:
                 yield event({**head, "choices": [delta(0, {"content": piece})]})
                 piece = await pieces.get()
-            _, usage = await work
+            made = await work
         finally:
             work.cancel()
-        yield event({**head, "choices": [delta(0, {}, "stop")]})
+        yield event({**head, "choices": [delta(0, {}, _ends(made)[0])]})
         if wants_usage:
-            yield event({**head, "choices": [], "usage": _used(usage)})
+            yield event({**head, "choices": [], "usage": _used(made.usage)})
         yield DONE
 
     async def models(self, id: str | None = None) -> Any:
@@ -210,13 +210,15 @@ class EmbeddedUpstream:
     async def aclose(self) -> None:
         await self._llm.aclose()
 
-    async def _generate(self, body: Mapping[str, Any], **more: Any) -> Any:
+    async def _generate(self, body: Mapping[str, Any], **more: Any) -> Generation:
         if body.get("model") != self._model:
             raise UpstreamError(404, ApiError(404, f"the model '{body.get('model')}' does not exist", code="model_not_found").body())
+        if body.get("tools") or body.get("functions") or any(map(_has_more, body["messages"])):
+            raise UpstreamError(400, "this model reads texts alone: no tools, images or sound")
         try:
             sampling = _sampling(body, self._max_tokens)
             async with self._turn:
-                made = await self._llm.generate(
+                return await self._llm.generate(
                     [{"role": _role(message), "content": text_of(message)} for message in body["messages"]], **sampling, **more
                 )
         except (TypeError, ValueError, OverflowError) as error:
@@ -225,7 +227,18 @@ class EmbeddedUpstream:
             raise UpstreamError(400, str(error)) from None
         except LLMError as error:
             raise UpstreamError(502, str(error)) from None
-        return made.texts, made.usage
+
+
+def _ends(made: Generation) -> Sequence[str]:
+    return made.ends or ["stop"] * len(made.texts)
+
+
+def _has_more(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds anything that is no text."""
+    content = message.get("content")
+    return bool(message.get("tool_calls")) or (
+        isinstance(content, list) and any(not isinstance(part, Mapping) or "text" not in part for part in content)
+    )
 
 
 def _used(usage: Usage) -> dict[str, int]:

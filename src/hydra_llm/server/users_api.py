@@ -5,9 +5,11 @@ import json
 from functools import partial
 from secrets import token_hex
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import anyio
 from fastapi import APIRouter, Path, Request, Response
+from pydantic import BeforeValidator
 
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import text_fault
@@ -23,7 +25,9 @@ from hydra_llm.types import Record
 
 TRIES = 8
 router = APIRouter(prefix="/v1", tags=["users"])
-User = Annotated[Id, Path(description="The user's id, as the application names the user.")]
+Decoded = BeforeValidator(unquote)
+User = Annotated[Id, Decoded, Path(description="The user's id, as the application names the user.")]
+PathId = Annotated[Id, Decoded]
 
 
 @router.post("/users/{user}/records")
@@ -53,7 +57,7 @@ async def get_records(user: User, http: Request) -> dict[str, Any]:
 
 
 @router.delete("/users/{user}/records/{id:path}")
-async def delete_record(user: User, id: Id, http: Request) -> dict[str, Any]:
+async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """Delete one record, and the heads that knew it."""
     store = _store(http, user)
     gone = await _in_thread(partial(_remove, store, user, id))
@@ -92,7 +96,7 @@ async def fit(user: User, http: Request) -> dict[str, Any]:
 
 
 @router.get("/users/{user}/jobs/{id}")
-async def job(user: User, id: Id, http: Request) -> dict[str, Any]:
+async def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """How far a job is: waiting, running, done or failed."""
     found = await _in_thread(partial(_store(http, user).job, id))
     if found is None or found.user != user:

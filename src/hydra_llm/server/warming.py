@@ -3,10 +3,14 @@
 What is encoded is what the user has at that moment: what was deleted meanwhile does not come back.
 """
 
+import asyncio
+from contextlib import suppress
 from functools import partial
 
+from hydra_llm.errors import HydraError
 from hydra_llm.model.features import FeatureStore
-from hydra_llm.server.people import People, texts_of
+from hydra_llm.server.patient import PatientReads
+from hydra_llm.server.people import People, Person, texts_of
 from hydra_llm.server.together import Together
 from hydra_llm.store.store import Store
 
@@ -17,23 +21,31 @@ RECORDS_AT_ONCE = 2
 class Warming:
     """Encodes the histories of those users who were named; each is under way once."""
 
-    def __init__(self, store: Store, people: People, features: FeatureStore, together: Together):
-        self._store, self._people, self._features, self._together = store, people, features, together
-        self._places: dict[str, int] = {}
-        """Of each user who is under way, how many records are done."""
+    def __init__(self, store: Store, reads: PatientReads, people: People, features: FeatureStore, together: Together):
+        self._store, self._reads, self._people, self._features, self._together = store, reads, people, features, together
+        self._under_way: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, user: str) -> None:
         """Encode the user's records that have no features yet."""
-        if user not in self._places:
-            self._places[user] = 0
-            self._together.later(partial(self._go_on, user))
+        if user not in self._under_way:
+            task = self._under_way[user] = asyncio.create_task(self._walk(user))
+            task.add_done_callback(lambda _: self._under_way.pop(user, None))
 
-    def _go_on(self, user: str) -> None:
-        """In the scoring thread: the next records, then whoever else waits."""
-        place = self._places.pop(user)
-        person = self._people.get(user, self._store.state(user).version)
-        records = person.records[place : place + RECORDS_AT_ONCE] if person is not None else ()
-        if records:
-            self._features.texts(texts_of(records), keep=True)
-            self._places[user] = place + len(records)
-            self._together.later(partial(self._go_on, user))
+    @property
+    def idle(self) -> bool:
+        """Whether nobody's records are under way."""
+        return not self._under_way
+
+    async def _walk(self, user: str) -> None:
+        place = 0
+        with suppress(HydraError):  # whoever asks for this user next begins again
+            while (person := await self._person(user)) is not None and place < len(person.records):
+                part = person.records[place : place + RECORDS_AT_ONCE]
+                await self._together.later(partial(self._features.texts, texts_of(part), keep=True))
+                place += len(part)
+
+    async def _person(self, user: str) -> Person | None:
+        version = (await self._reads.read(partial(self._store.state, user))).version
+        if version is None:
+            return None
+        return self._people.at_hand(user, version) or await self._reads.read(partial(self._people.load, user))

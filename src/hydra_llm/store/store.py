@@ -24,10 +24,7 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import ASKED_AT_ONCE, UserChange, parts
 from hydra_llm.store.database import engine_of, told
 from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Stale, Unknown, UserState
-from hydra_llm.types import Record
-
-ARROW = " → "
-"""Between a record's input and its answer, where a scorer reads both as one text."""
+from hydra_llm.types import ARROW, Record, as_one_text
 
 
 class Store:
@@ -188,8 +185,8 @@ class Store:
 
     # ---- answered requests
 
-    def keep_request(self, request: Request, *, since: float | None = None) -> None:
-        """Keep an answered request of a known user, known at `since` already: of who was deleted meanwhile nothing is kept."""
+    def keep_request(self, request: Request, *, since: float | None = None) -> bool:
+        """Keep an answered request; False, and nothing is kept, of a user who is unknown or was at `since` (deleted meanwhile)."""
         table = schema.requests
         key = sa.select(schema.users.c.key).where(schema.users.c.name == request.user)
         if since is not None:
@@ -199,6 +196,7 @@ class Store:
             if user is not None:
                 values = {name: getattr(request, name) for name in ("id", "created", "bundle", "question", "content")}
                 connection.execute(sa.insert(table).values(user=user, **values))
+        return user is not None
 
     def request(self, id: str) -> Request | None:
         """A kept request."""
@@ -220,7 +218,7 @@ class Store:
             answers, questions = sa.select(records.output).where(of_others[0]), sa.select(asked.question).where(of_others[1])
             for part in parts(list({*wanted, *inputs})):
                 for row in connection.execute(pairs.where(records.input.in_(part))):
-                    held |= {row.input, f"{row.input}{ARROW}{row.output}"}
+                    held |= {row.input, as_one_text(row.input, row.output)}
                 held |= set(connection.scalars(answers.where(records.output.in_(part)).distinct()))
                 held |= set(connection.scalars(questions.where(asked.question.in_(part)).distinct()))
         return held & wanted
@@ -282,6 +280,13 @@ class Store:
             values = {column: getattr(job, column) for column in ("id", "kind", "state", "done", "total", "error", "created", "updated")}
             connection.execute(sa.insert(schema.jobs).values(user=found.key, **values))
         return job
+
+    def drop_jobs(self, before: float) -> int:
+        """Forget jobs that ended before a time; returns how many."""
+        table = schema.jobs.c
+        with self.writing() as connection:
+            ended = table.state.in_(["done", "failed"]) & (table.updated < before)
+            return connection.execute(sa.delete(schema.jobs).where(ended)).rowcount
 
     def job(self, id: str) -> Job | None:
         """A job as it stands."""
