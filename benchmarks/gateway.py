@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--features", choices=("tower", "cross"), default="tower")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of 200 clients")
-    parser.add_argument("--litellm", type=Path, help="the command of a LiteLLM proxy in an environment of its own")
+    parser.add_argument("--litellm", help="the command of a LiteLLM proxy in an environment of its own")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = asyncio.run(measure(given, Path(folder)))

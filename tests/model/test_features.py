@@ -69,6 +69,27 @@ def test_fine_tuning_makes_features_anew(tiny_folder: Path, tmp_path: Path) -> N
     assert np.allclose(after, encoder.encode(TEXTS), atol=1e-5)
 
 
+def test_what_is_not_for_keeping_pushes_out_nothing_and_is_forgotten_too(
+    tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydra_llm.model.features.PASSING", 2)
+    store = FeatureStore(tiny, tmp_path / "features.sqlite")
+    store.keep = False
+    kept = store.texts(["a record"], keep=True)
+    for text in ("one", "two", "three"):
+        store.texts([text])
+    assert (len(store._memory), len(store._passing)) == (1, 2)
+    assert store.missing(["a record", "one", "two", "three"]) == 1
+    store.texts(["three"], keep=True)
+    store.forget(["two"])
+    assert store.missing(["two"]) == 1
+    again = FeatureStore(tiny, tmp_path / "features.sqlite")
+    assert again.missing(["a record", "one", "two", "three"]) == 2, "one was never written, two was forgotten"
+    assert np.array_equal(again.texts(["a record"]), kept)
+    for each in (store, again):
+        each.close()
+
+
 def test_memory_is_bounded_and_the_file_is_not(tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MEMORY_BYTES", 3 * 4 * tiny.width)
     monkeypatch.setattr(module, "ASKED_AT_ONCE", 2)

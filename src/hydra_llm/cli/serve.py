@@ -56,6 +56,7 @@ def serve(
             port=port,
             log_level="warning",
             access_log=False,
+            timeout_keep_alive=75,  # longer than clients keep a connection: who closes first must not be the server, amid a request
             timeout_graceful_shutdown=None if settings.drain is None else int(settings.drain),
         )
         console.say(f"serving on http://{host}:{port}/v1")

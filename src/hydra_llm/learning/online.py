@@ -42,12 +42,13 @@ def moved(scorer: FactorizedScorer, row: int, known: int, judged: Table) -> Tens
     if not len(groups):
         return fitted
     assert groups.target is not None
-    x, offset = combiner(groups)[None], scorer.core(groups, torch.full((len(groups),), row))[None]
+    x = combiner(groups)  # computed once: as `scorer.core` does
+    offset = bank(combiner, x, torch.full((len(groups),), row)) + scorer.evidence_score(groups)
     problem = Problem(
-        lambda v: combiner.dot(x, v),
-        lambda r: combiner.outer(x, r),
+        lambda v: combiner.dot(x[None], v),
+        lambda r: combiner.outer(x[None], r),
         combiner.size,
-        offset,
+        offset[None],
         groups.target[None],
         groups.mask[None],
         scorer.loss,

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 64 * 2**20
 """How many bytes of vectors stay in memory; the oldest go first."""
+PASSING = 4096
+"""Vectors of texts that are not for keeping which stay in memory beside those: they come and go, and push out nobody's records."""
 BUSY_SECONDS = 30.0
 """How long a write waits for another process that is writing."""
 ASKED_AT_ONCE = 500
@@ -48,6 +50,7 @@ class FeatureStore:
         self._paired = False
         self._lock = Lock()
         self._memory: dict[bytes, np.ndarray] = {}
+        self._passing: dict[bytes, np.ndarray] = {}
         self._keeps = path is not None
         self._file = self._open(path) if path is not None else None
 
@@ -83,10 +86,11 @@ class FeatureStore:
         hashes = [(_hash(text),) for text in texts]
         with self._lock:
             self._forgotten += 1
-            if self._paired:  # nobody can tell of which texts a pair in memory was made
-                self._memory.clear()
-            for text in texts:
-                self._memory.pop(_key(self.encoder.digest.encode(), (text,)), None)
+            for memory in (self._memory, self._passing):
+                if self._paired:  # nobody can tell of which texts a pair in memory was made
+                    memory.clear()
+                for text in texts:
+                    memory.pop(_key(self.encoder.digest.encode(), (text,)), None)
             if self._file is None:
                 return
             try:
@@ -115,11 +119,15 @@ class FeatureStore:
         with self._lock:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
-            self._remember(found, wanted if keep else missing if keep is None and self.keep else {})
+            kept = wanted if keep else missing if keep is None and self.keep else {}
+            passing = {key: found.pop(key) for key in missing if key not in kept}
+            self._remember(found, kept)
+            _push(self._passing, passing, PASSING)
+        found |= passing
         return np.stack([found[key] for key in keys]) if keys else np.empty((0, self.encoder.width), np.float32)
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
-        found = {key: self._memory[key] for key in keys if key in self._memory}
+        found = {key: memory[key] for memory in (self._passing, self._memory) for key in keys if key in memory}
         if self._file is None or len(found) == len(keys):
             return found
         rest = [key for key in keys if key not in found]
@@ -141,10 +149,7 @@ class FeatureStore:
         return np.frombuffer(value, "<f4").astype(np.float32)
 
     def _remember(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
-        self._memory.update(found)
-        surplus = max(0, len(self._memory) - MEMORY_BYTES // (4 * self.encoder.width))
-        for key in list(islice(self._memory, surplus)):
-            del self._memory[key]
+        _push(self._memory, {key: row for key, row in found.items() if key not in self._passing}, MEMORY_BYTES // (4 * self.encoder.width))
         if self._keeps and self._file is not None and new:
             there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
             rows = [(key, *_hashes(item), found[key].astype("<f4").tobytes()) for key, item in new.items() if key not in there]
@@ -182,6 +187,13 @@ class FeatureStore:
 
     def _damaged(self, problem: Exception | str) -> UserFault:
         return UserFault(f"{self.path}: the file of kept features is damaged ({problem}): delete it, it is made anew")
+
+
+def _push(memory: dict[bytes, np.ndarray], rows: dict[bytes, np.ndarray], most: int) -> None:
+    """Add rows; the oldest make room."""
+    memory.update(rows)
+    for key in list(islice(memory, max(0, len(memory) - most))):
+        del memory[key]
 
 
 def forget_features(path: Path, texts: Iterable[str]) -> None:
