@@ -18,7 +18,7 @@ from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.learning.lesson import rule_of
 from hydra_llm.learning.online import WINDOW, moved, moves
 from hydra_llm.learning.table import make_table
-from hydra_llm.server.people import as_head, as_numbers
+from hydra_llm.server.people import People, as_head, as_numbers
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.wire import ApiError, FeedbackIn
@@ -63,7 +63,7 @@ class _Now:
     """The user, as of a version."""
 
     version: int
-    records: list[Record]
+    records: tuple[Record, ...]
     heads: dict[str, Head]
     judged: list[Judged]
     """Feedback that no fitted head knows."""
@@ -79,7 +79,7 @@ async def take_feedback(store: Store, serving: Serving, said: FeedbackIn, reques
     told = _understood(serving, said, request, settings)
     texts = [request.question, *(candidate.text for candidate in told.candidates)]
     for _ in range(TRIES):
-        now = await anyio.to_thread.run_sync(partial(_read, store, request.user, serving.id))
+        now = await anyio.to_thread.run_sync(partial(_read, store, serving.people, request.user, serving.id))
         record = told.record if len(now.records) < settings.max_records else None
         judged, heads = await serving.together.run(partial(_learned, serving, told, request, now), texts)
         try:
@@ -112,11 +112,12 @@ def _fault(text: str, most: int) -> str:
     return text_fault(text) or (f"is longer than {most} characters" if len(text) > most else "")
 
 
-def _read(store: Store, user: str, bundle: str) -> _Now:
-    version, records = store.records(user)
-    if version is None:
+def _read(store: Store, people: People, user: str, bundle: str) -> _Now:
+    version = store.state(user).version
+    person = None if version is None else people.at_hand(user, version) or people.load(user)
+    if person is None:
         raise ApiError(404, "no such request", code="request_not_found")
-    return _Now(version, records, store.heads(user, bundle), store.judged(user, WINDOW, bundle=bundle))
+    return _Now(person.version, person.records, store.heads(user, bundle), store.judged(user, WINDOW, bundle=bundle))
 
 
 def _write(store: Store, user: str, version: int, judged: Judged, record: Record | None, bundle: str, heads: dict[str, Head]) -> bool:
@@ -167,7 +168,7 @@ def _learned(serving: Serving, told: _Told, request: Request, now: _Now) -> tupl
     return judged, heads_after(serving.bundle, request.user, now.heads, [*now.judged, judged])
 
 
-def _group(serving: Serving, told: _Told, request: Request, records: Sequence[Record]) -> dict[str, Any] | None:
+def _group(serving: Serving, told: _Told, request: Request, records: tuple[Record, ...]) -> dict[str, Any] | None:
     """The candidates with what each was worth, as plain values."""
     adapter = serving.scorers.get("adapter")
     readable = [candidate for candidate in told.candidates if candidate.answer is not None]
@@ -177,7 +178,7 @@ def _group(serving: Serving, told: _Told, request: Request, records: Sequence[Re
     gains = _gains(serving, told, offered)
     if len(set(gains)) < 2:
         return None
-    visible = serving.readable(tuple(records))[: request.content["visible"]]
+    visible = serving.readable(records)[: request.content["visible"]]
     evidence = serving.bundle.evidence
     query = Query(request.user, request.id, request.question)
     rows = evidence.adapter(query, offered, evidence.remember(visible)).tolist()
