@@ -200,6 +200,13 @@ def test_another_runs_folder_is_refused_by_name_of_what_differs(tmp_path: Path) 
     RunLog(tmp_path, dict(reversed(MANIFEST.items())))
 
 
+def test_of_many_settings_the_one_that_differs_is_named(tmp_path: Path) -> None:
+    of_all = Settings().model_dump(mode="json")
+    RunLog(tmp_path, {**MANIFEST, "settings": of_all})
+    with pytest.raises(SettingsError, match=r"another run \(settings.temperature: 0.5 there, 1.0 asked\)"):
+        RunLog(tmp_path, {**MANIFEST, "settings": {**of_all, "temperature": 1.0}})
+
+
 def test_a_kill_while_the_manifest_is_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 1, "meth')
     RunLog(tmp_path, MANIFEST)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import random
 import signal
 import sqlite3
 import subprocess
@@ -89,8 +90,26 @@ async def test_only_missing_candidates_are_asked_for_each_with_its_own_seed(tmp_
     two = await llm.generate(MESSAGES, n=2, temperature=1.0, seed=7)
     assert eight.texts[:4] == four.texts
     assert two.texts == four.texts[:2]
-    assert inner.asked == [(4, 7), (4, 11)]
+    (_, start), *_ = inner.asked
+    assert inner.asked == [(4, start), (4, start + 4)]
     assert (eight.usage.calls, eight.usage.cached) == (1, 1)
+
+
+async def test_each_prompt_has_draws_of_its_own(tmp_path: Path) -> None:
+    """Of an LLM whose draws depend on the seed alone, as an engine's random numbers do, no sample is the same quantile for all prompts."""
+
+    class Engine:
+        identity: Mapping[str, Any] = {"kind": "fake", "model": "engine", "constrains": False}
+
+        async def generate(self, messages: Sequence[Message], *, n: int = 1, seed: int | None = None, **options: Any) -> Generation:
+            assert seed is not None
+            return Generation(tuple(str(random.Random(seed + i).random()) for i in range(n)))
+
+    llm = CachedLLM(Engine(), tmp_path / "c.sqlite")
+    made = [(await llm.generate([{"role": "user", "content": f"{i}"}], n=7, temperature=1.0, seed=0)).texts for i in range(50)]
+    assert len({text for texts in made for text in texts}) == 50 * 7
+    again = CachedLLM(Engine(), tmp_path / "d.sqlite")
+    assert (await again.generate([{"role": "user", "content": "3"}], n=7, temperature=1.0, seed=0)).texts == made[3]
 
 
 async def test_samples_with_one_seed_are_the_same_by_way_of_four_as_of_eight(tmp_path: Path) -> None:
@@ -157,7 +176,8 @@ async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path:
     with pytest.raises(LLMError, match=r"^the LLM gave 2 of 3 texts$"):
         await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
     assert (await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)).texts == ("0", "1", "2", "3", "4")
-    assert inner.asked == [(2, 7), (2, 9), (1, 11)]
+    (_, start), *_ = inner.asked
+    assert inner.asked == [(2, start), (2, start + 2), (1, start + 4)]
     inner.most = 0
     with pytest.raises(LLMError, match="0 of 1"):
         await llm.generate([{"role": "user", "content": "other"}])

@@ -261,6 +261,9 @@ def as_differences(differences: Mapping[str, Against]) -> list[dict[str, Any]]:
     for method, found in differences.items():
         cells: dict[str, Any] = {"method": method}
         for name, difference in found.metrics.items():
+            if math.isnan(difference.difference):
+                cells[name] = "failed"
+                continue
             cells[name] = f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] p {difference.p:.3f}"
         users = found.wins + found.ties + found.losses
         cells |= {"users better, same, worse": f"{found.wins}, {found.ties}, {found.losses}"}

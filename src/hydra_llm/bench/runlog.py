@@ -75,6 +75,14 @@ Key = tuple[str, str, str, int]
 """Method, user, query, seed."""
 
 
+def _flat(entries: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested entries by dotted names, `settings.temperature`: the one that differs can be named."""
+    out: dict[str, Any] = {}
+    for name, value in entries.items():
+        out |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else {f"{before}{name}": value}
+    return out
+
+
 class RunLog:
     """Appends samples to `samples.jsonl`; a run that was stopped goes on where it was."""
 
@@ -100,9 +108,10 @@ class RunLog:
             temporary.replace(file)
             return
         _refuse_newer(file, found)
-        different = [key for key in {**found, **wanted} if key not in NOTED and found.get(key) != wanted.get(key)]
+        there, asked = (_flat({key: value for key, value in each.items() if key not in NOTED}) for each in (found, wanted))
+        different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
         if different:
-            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in different)
+            told = "; ".join(f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked" for key in different)
             raise SettingsError(f"{self.folder} holds another run ({told[:300]}): take another --out")
 
     def _found(self, file: Path) -> dict[str, Any] | None:

@@ -113,8 +113,7 @@ class CachedLLM:
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
                 if self.replay_only:
                     raise self._not_kept(key, first)
-                shifted = None if seed is None else seed + first  # sample i is drawn with seed + i, however many are asked for at once
-                made, fault = await _arrived(self.inner.generate(messages, n=count, seed=shifted, **options), count)
+                made, fault = await _arrived(self.inner.generate(messages, n=count, seed=_drawn_with(key, seed, first), **options), count)
                 rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
                 usage += made.usage
                 if isinstance(fault, LLMRefused) and fault.fits is not None:
@@ -227,6 +226,15 @@ class CachedLLM:
             fix = "delete or move the file, and the answers are asked for again"
             return UserFault(f"{self.path}: the cache is damaged ({error}): {fix}")
         return UserFault(f"{self.path}: the cache cannot be read ({error}): check the disk, or take another --cache")
+
+
+def _drawn_with(key: str, seed: int | None, first: int) -> int | None:
+    """The seed of a request's sample `first`; sample i has that of sample 0 plus i, however many are asked for at once.
+
+    Each prompt has draws of its own: with one seed for all, sample i would be the same quantile of every answer's distribution, and the
+    noise of the samples would be common to all queries.
+    """
+    return None if seed is None else (seed + int(key[:8], 16)) % 2**31 + first
 
 
 async def _arrived(call: Awaitable[Generation], count: int) -> tuple[Generation, LLMError | None]:
