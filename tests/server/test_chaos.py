@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +173,24 @@ def test_an_endpoints_url_and_key_come_from_the_server_alone(monkeypatch: pytest
     assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
 
 
-async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str, Path]) -> None:
+@contextmanager
+def postgresql() -> Iterator[tuple[Store, Path, str]]:
+    """A store with ada in a PostgreSQL of this test alone, its programs, and where its data lie."""
     programs = with_postgres.binaries()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
     with with_postgres.server(programs) as found:
         store = Store(found["TEST_POSTGRES_URL"])
         store.add_records("ada", records_of("ada"))
+        yield store, programs, found["TEST_POSTGRES_DATA"]
+        store.close()
+
+
+async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str, Path]) -> None:
+    with postgresql() as (store, programs, data):
         async with running(store, bundles["tags"], candidates=2) as world:
             assert (await world.ask("x")).status_code == 200  # whoever comes in for the first time while it is down has to wait
-            restarting = asyncio.create_task(asyncio.to_thread(with_postgres.restart, programs, found["TEST_POSTGRES_DATA"]))
+            restarting = asyncio.create_task(asyncio.to_thread(with_postgres.restart, programs, data))
             personal, added = [], 0
             while not restarting.done() or len(personal) < 30:
                 answer = await world.ask("the battle for the bridge")
@@ -194,20 +202,14 @@ async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str
                 added += written.status_code == 200
             assert personal[-1] == "true", "it recovers by itself"
             assert len(store.records("ada")[1]) >= 20 + added, "nothing that was acknowledged is lost"
-        store.close()
 
 
 async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(bundles: dict[str, Path]) -> None:
     """Stopped, not killed: the network still acknowledges, and no driver notices."""
-    programs = with_postgres.binaries()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed")
-    with with_postgres.server(programs) as found:
-        store = Store(found["TEST_POSTGRES_URL"])
-        store.add_records("ada", records_of("ada"))
+    with postgresql() as (store, _, data):
         async with running(store, bundles["tags"], candidates=2, patience=1.0) as world:
             assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
-            of_it = processes_of(found["TEST_POSTGRES_DATA"])
+            of_it = processes_of(data)
             for pid in of_it:
                 os.kill(pid, signal.SIGSTOP)
             try:
@@ -223,7 +225,6 @@ async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(bundl
                 await asyncio.sleep(0.1)
             else:
                 raise AssertionError("it does not recover")
-        store.close()
 
 
 def processes_of(data: str) -> list[int]:

@@ -801,6 +801,23 @@ async def test_what_comes_after_a_switch_of_bundles_still_gets_an_answer(store: 
         assert (await world.ask(QUESTION)).headers["x-hydra-personalized"] == "false; reason=overloaded"
 
 
+async def test_a_user_deleted_while_old_scorers_answer_costs_no_answer(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        gateway = world.app.state.gateway
+        plain = world.upstream.complete
+
+        async def slow(body: Any) -> Any:
+            store.delete_user("ada")
+            gateway.serving.close()
+            return await plain(body)
+
+        world.upstream.complete = slow  # type: ignore[method-assign]
+        answer = await world.ask(QUESTION)
+        assert answer.status_code == 200
+        assert answer.json()["personalization"]["request_id"] is None
+
+
 async def test_a_bug_is_answered_in_openais_shape_and_its_text_stays_here(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

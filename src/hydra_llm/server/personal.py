@@ -274,11 +274,11 @@ class Gateway:
             assert plan.person is not None
             request = Request(plan.id, plan.person.name, time.time(), plan.serving.id, plan.question, content)
             kept = await self.reads.read(partial(self.store.keep_request, request, since=plan.began))
+            if not kept:  # deleted while the upstream was asked
+                await plan.serving.together.run(partial(plan.serving.forget, plan.person.name), must=True)
         except HydraError as error:
             self.observer.failed("store", error)
             return False
-        if not kept:  # deleted while the upstream was asked
-            await plan.serving.together.run(partial(plan.serving.forget, plan.person.name), must=True)
         return kept
 
     # ---- streams
