@@ -14,13 +14,13 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import HydraError
-from hydra_llm.personalizer import gather, read_answer
 from hydra_llm.server.habits import Habits
 from hydra_llm.server.names import Names
 from hydra_llm.server.observe import Observer
 from hydra_llm.server.patient import PatientReads
 from hydra_llm.server.people import Person
 from hydra_llm.server.place import place
+from hydra_llm.server.scoring import Found, Picked, as_they_came, choose, find
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Overloaded
@@ -28,10 +28,7 @@ from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.server.wire import ChatRequest, Heard, Wishes, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
-from hydra_llm.types import Candidate, Query, Ranked, Record
-
-LATER = 2**62
-"""The position of a question that comes after every record."""
+from hydra_llm.types import Record
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class Gateway:
             seconds={**found.seconds, "prepare": time.perf_counter() - started},
         )
 
-    async def _found(self, serving: Serving, user: str, question: str) -> "_Found | str":
+    async def _found(self, serving: Serving, user: str, question: str) -> Found | str:
         """The user with the records for a question; or why there are none. Whatever fails must not cost the caller an answer."""
         try:
             person = await self._person(serving, user)
@@ -130,7 +127,7 @@ class Gateway:
         if person is None:
             return "unknown-user"
         try:
-            found = await serving.together.run(partial(_find, serving, person, question, self.observer), [question])
+            found = await serving.together.run(partial(find, serving, person, question, self.observer), [question])
         except Overloaded as error:
             self.observer.failed("scoring", error)
             return "overloaded"
@@ -241,7 +238,7 @@ class Gateway:
 
     async def _reply(self, plan: Plan, made: Sequence[dict[str, Any]]) -> Reply:
         choices = [choice for completion in made for choice in completion["choices"]]
-        picked = await self._pick(plan, choices) if plan.candidates > 1 else _as_they_came(choices)
+        picked = await self._pick(plan, choices) if plan.candidates > 1 else as_they_came(choices)
         count = int(plan.plain.get("n") or 1)
         out = [{**choice, "index": place} for place, choice in enumerate(picked.choices[:count])]
         completion = {**made[0], "choices": out, "usage": usage_of(made)}
@@ -250,19 +247,22 @@ class Gateway:
             completion["personalization"] = _told(plan, picked, kept)
         return Reply(completion, plan, picked.abstained)
 
-    async def _pick(self, plan: Plan, choices: Sequence[dict[str, Any]]) -> "_Picked":
+    async def _pick(self, plan: Plan, choices: Sequence[dict[str, Any]]) -> Picked:
         """The adapter's order of what came; as it came where the adapter fails."""
         started = time.perf_counter()
         try:
+            assert plan.person is not None
             texts = [readable(text_of(choice["message"])) for choice in choices]
-            picked = await plan.serving.together.run(lambda: _choose(plan, choices, texts), texts)
+            picked = await plan.serving.together.run(
+                partial(choose, plan.serving, plan.person, plan.question, plan.visible, choices, texts), texts
+            )
         except Exception as error:  # whatever it is, it must not cost the caller an answer
             self.observer.failed("adapter", error)
-            picked = _as_they_came(choices)
+            picked = as_they_came(choices)
         plan.seconds["adapt"] = time.perf_counter() - started
         return picked
 
-    async def _keep(self, plan: Plan, picked: "_Picked") -> bool:
+    async def _keep(self, plan: Plan, picked: Picked) -> bool:
         """Keep the request for feedback; whether it was."""
         said = [readable(text_of(choice["message"])) for choice in picked.choices]
         candidates = [
@@ -295,91 +295,7 @@ class Gateway:
                 heard.take(piece)
             yield piece
         if heard is not None and heard.text:
-            await self._keep(plan, _as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
-
-
-# ---- in the scoring thread
-
-
-@dataclass(frozen=True)
-class _Found:
-    person: Person
-    visible: tuple[Record, ...]
-    ranked: list[Ranked]
-    seconds: dict[str, float]
-    warm: bool = True
-    """Whether the records have been encoded: until then the retriever's order and the first answer are what there is time for."""
-
-
-def _find(serving: Serving, person: Person, question: str, observer: Observer) -> _Found | None:
-    """The user's records for a question, best first; None where there are none."""
-    person = serving.people.seat(person)
-    visible = serving.readable(person.records)
-    if not visible:
-        return None
-    query, clock = Query(person.name, "asked", question, position=LATER), [time.perf_counter()]
-    retrieved = serving.retriever.retrieve(query, visible, serving.settings.retrieved)
-    clock.append(time.perf_counter())
-    if not serving.people.is_warm(person, visible):
-        return _Found(person, tuple(visible), retrieved, {"retrieve": clock[1] - clock[0], "rerank": 0.0}, warm=False)
-    try:
-        ranked = serving.reranker.order(query, retrieved, visible)
-    except Exception as error:  # the retriever's order is what an answer without this program would get
-        observer.failed("reranker", error)
-        ranked = retrieved
-    clock.append(time.perf_counter())
-    return _Found(person, tuple(visible), ranked, {"retrieve": clock[1] - clock[0], "rerank": clock[2] - clock[1]})
-
-
-@dataclass(frozen=True)
-class _Picked:
-    """Choices in this user's order, and the candidates that they are: one for each choice that differs from those before it."""
-
-    choices: list[dict[str, Any]]
-    candidates: list[Candidate]
-    """[i] is what the adapter read of choice i; the choices behind them are repetitions."""
-    abstained: bool = False
-
-
-def _as_they_came(choices: Sequence[dict[str, Any]]) -> _Picked:
-    texts = [readable(text_of(choice["message"])) for choice in choices]
-    return _Picked(list(choices), [Candidate(text, text, 1) for text in texts])
-
-
-def _choose(plan: Plan, choices: Sequence[dict[str, Any]], texts: Sequence[str]) -> _Picked:
-    """The user's order of the choices: the pick, then by score; equal answers behind all others."""
-    serving = plan.serving
-    if serving.task.labels and serving.task.parse(texts[0], "strict") is None:
-        return _as_they_came(choices)  # the LLM was not asked for a label: no label is an answer
-    assert plan.person is not None
-    serving.people.seat(plan.person)  # feedback or others may have pushed the head out
-    offered, _ = gather(serving.task, texts, 1, serving.settings)
-    chosen = serving.adapter.choose(Query(plan.person.name, "asked", plan.question, position=LATER), offered, plan.visible)
-    said: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        said.setdefault(_key(text, read_answer(serving.task, text, serving.settings)), i)
-    scores = [candidate.score if candidate.score is not None else float("-inf") for candidate in chosen.candidates]
-    out, candidates, used = [], [], set()
-    for which in sorted(range(len(offered)), key=lambda i: (i != chosen.chosen, -scores[i], i)):
-        candidate = chosen.candidates[which]
-        place = said.get(_key(candidate.text, candidate.answer))
-        if place is None and which != chosen.chosen:
-            continue  # a label that nobody said
-        # The pick may be such a label: the scorer's word against the LLM's.
-        out.append(choices[place] if place is not None else _said_by_nobody(choices[0], candidate.text))
-        candidates.append(candidate)
-        used.add(place)
-    rest = [choice for i, choice in enumerate(choices) if i not in used]
-    return _Picked(out + rest, candidates, chosen.abstained)
-
-
-def _said_by_nobody(like: dict[str, Any], text: str) -> dict[str, Any]:
-    return {**like, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": "stop"}
-
-
-def _key(text: str, answer: str | None) -> str:
-    """What makes two texts the same candidate."""
-    return answer if answer is not None else f"\0{text}"
+            await self._keep(plan, as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
 
 
 # ---- small things
@@ -403,7 +319,7 @@ def _singles(body: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{**bare, "seed": seed + i} if isinstance(seed, int) else bare for i in range(count)]
 
 
-def _told(plan: Plan, picked: _Picked, kept: bool) -> dict[str, Any]:
+def _told(plan: Plan, picked: Picked, kept: bool) -> dict[str, Any]:
     """The object `personalization` of a reply."""
     told: dict[str, Any] = {
         "request_id": plan.id if kept else None,

@@ -9,21 +9,20 @@ it was: nothing was acknowledged then. Methods block: a server calls them in thr
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
-from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import ASKED_AT_ONCE, UserChange, parts
 from hydra_llm.store.database import engine_of, told
-from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Stale, Unknown, UserState
+from hydra_llm.store.rows import check_version, delete_keys_of, insert_new, key_of, locked_user, record_of, rows_of, select_jobs
+from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Unknown, UserState
 from hydra_llm.types import ARROW, Record, as_one_text
 
 
@@ -98,7 +97,7 @@ class Store:
         rows = rows.join_from(schema.users, schema.records, isouter=True).where(users.name == name).order_by(table.position)
         with self._read() as connection:
             found = connection.execute(rows).all()
-        return (found[0].version if found else None), [_record(name, row) for row in found if row.id is not None]
+        return (found[0].version if found else None), [record_of(name, row) for row in found if row.id is not None]
 
     @contextmanager
     def change(self, name: str, *, version: int | None = None, create: bool = False) -> Iterator[UserChange]:
@@ -109,13 +108,13 @@ class Store:
             Unknown: no such user, unless `create`.
         """
         with self.writing() as connection:
-            found = _locked(connection, name)
+            found = locked_user(connection, name)
             if found is None and create:
-                _insert(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
-                found = _locked(connection, name)
+                insert_new(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
+                found = locked_user(connection, name)
             if found is None:
                 raise Unknown("no such user")
-            _check_version(found, version)
+            check_version(found, version)
             change = UserChange(connection, found.key, name)
             yield change
             if change.changed:
@@ -138,9 +137,9 @@ class Store:
         """
         counts: dict[str, int] = {}
         with self.writing() as connection:
-            found = _locked(connection, name)
-            _check_version(found, version)
-            counts["keys"] = _delete_keys_of(connection, name)
+            found = locked_user(connection, name)
+            check_version(found, version)
+            counts["keys"] = delete_keys_of(connection, name)
             if found is None:
                 return counts if counts["keys"] else None
             for table in schema.OF_USERS:
@@ -155,7 +154,7 @@ class Store:
             row = connection.execute(sa.select(schema.users).where(schema.users.c.name == name)).one_or_none()
             if row is None:
                 return None
-            of_user = {table.name: _rows_of(connection, table, row.key) for table in reversed(schema.OF_USERS)}
+            of_user = {table.name: rows_of(connection, table, row.key) for table in reversed(schema.OF_USERS)}
             named = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users).where(schema.key_users.c.name == name)
             keys = [dict(each._mapping) for each in connection.execute(named)]
         return {"user": name, "version": row.version, "created": row.created, **of_user, "keys": keys}
@@ -234,7 +233,7 @@ class Store:
         """Keep a new key."""
         with self.writing() as connection:
             # For good: when the last key goes, with the user for whom it spoke, nobody is let in for that.
-            _insert(connection, schema.serving, [{"name": "keys", "value": "were made"}])
+            insert_new(connection, schema.serving, [{"name": "keys", "value": "were made"}])
             plain = {name: getattr(key, name) for name in ("id", "hash", "label", "admin", "bound", "created", "revoked")}
             connection.execute(sa.insert(schema.keys).values(plain))
             if key.users:
@@ -245,14 +244,14 @@ class Store:
         with self._read() as connection:
             rows = connection.execute(sa.select(schema.keys).order_by(schema.keys.c.created, schema.keys.c.id)).all()
             named = connection.execute(sa.select(schema.key_users).order_by(schema.key_users.c.name)).all()
-        return [_key(row, [each.name for each in named if each.key == row.id]) for row in rows]
+        return [key_of(row, [each.name for each in named if each.key == row.id]) for row in rows]
 
     def key(self, id: str) -> Key | None:
         """A key by its public id."""
         with self._read() as connection:
             row = connection.execute(sa.select(schema.keys).where(schema.keys.c.id == id)).one_or_none()
             names = connection.scalars(sa.select(schema.key_users.c.name).where(schema.key_users.c.key == id)).all()
-        return None if row is None else _key(row, sorted(names))
+        return None if row is None else key_of(row, sorted(names))
 
     def has_keys(self) -> bool:
         """Whether any key was ever made: then every request needs one."""
@@ -273,7 +272,7 @@ class Store:
         """A new job that waits; None for an unknown user."""
         now = time.time()
         with self.writing() as connection:
-            found = _locked(connection, name)
+            found = locked_user(connection, name)
             if found is None:
                 return None
             job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
@@ -291,14 +290,14 @@ class Store:
     def job(self, id: str) -> Job | None:
         """A job as it stands."""
         with self._read() as connection:
-            row = connection.execute(_jobs().where(schema.jobs.c.id == id)).one_or_none()
+            row = connection.execute(select_jobs().where(schema.jobs.c.id == id)).one_or_none()
         return None if row is None else Job(*row)
 
     def claim_job(self, *, abandoned_after: float = 600.0) -> Job | None:
         """The oldest waiting job, or one whose server has not been heard of for so many seconds; it is the caller's now."""
         table, now = schema.jobs.c, time.time()
         lost = (table.state == "running") & (table.updated < now - abandoned_after)
-        first = _jobs().where((table.state == "waiting") | lost).order_by(table.created, table.id).limit(1)
+        first = select_jobs().where((table.state == "waiting") | lost).order_by(table.created, table.id).limit(1)
         with self.writing() as connection:
             row = connection.execute(first.with_for_update(skip_locked=True, of=schema.jobs)).one_or_none()
             if row is None:
@@ -329,7 +328,7 @@ class Store:
     def salt(self) -> str:
         """What names are hashed with; drawn when it is first asked for."""
         with self.writing() as connection:
-            _insert(connection, schema.serving, [{"name": "salt", "value": secrets.token_hex(32)}])
+            insert_new(connection, schema.serving, [{"name": "salt", "value": secrets.token_hex(32)}])
             found: str = connection.scalars(sa.select(schema.serving.c.value).where(schema.serving.c.name == "salt")).one()
         return found
 
@@ -371,51 +370,3 @@ class Store:
                 if count := connection.scalar(orphans.select_from(table)):
                     faults.append(f"{table.name}: {count} rows of users who are not there")
         return faults
-
-
-# ---- statements and rows
-
-
-def _locked(connection: Connection, name: str) -> Any:
-    """The user's row, which nobody else changes until the transaction ends."""
-    rows = sa.select(schema.users.c.key, schema.users.c.version).where(schema.users.c.name == name)
-    return connection.execute(rows.with_for_update()).one_or_none()
-
-
-def _check_version(found: Any, version: int | None) -> None:
-    if version is not None and (found is None or found.version != version):
-        raise Stale(f"the user is at version {found.version if found else 'none'}, not {version}: read again")
-
-
-def _insert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows; those that are there already stay as they are."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
-
-
-def _delete_keys_of(connection: Connection, name: str) -> int:
-    table = schema.key_users
-    held = list(connection.scalars(sa.select(table.c.key).where(table.c.name == name)))
-    connection.execute(sa.delete(table).where(table.c.name == name))
-    left = set(connection.scalars(sa.select(table.c.key).where(table.c.key.in_(held))))
-    empty = [key for key in held if key not in left]
-    return connection.execute(sa.delete(schema.keys).where(schema.keys.c.id.in_(empty), schema.keys.c.admin.is_(False))).rowcount
-
-
-def _rows_of(connection: Connection, table: sa.Table, user: int) -> list[dict[str, Any]]:
-    rows = connection.execute(sa.select(table).where(table.c.user == user))
-    return [{name: value for name, value in row._mapping.items() if name != "user"} for row in rows]
-
-
-def _jobs() -> "sa.Select[Any]":
-    table = schema.jobs.c
-    columns = (table.id, schema.users.c.name, table.kind, table.state, table.done, table.total, table.error, table.created, table.updated)
-    return sa.select(*columns).join_from(schema.jobs, schema.users)
-
-
-def _key(row: Any, users: Sequence[str]) -> Key:
-    return Key(row.id, row.hash, row.label, row.admin, tuple(users), row.created, row.revoked, row.bound)
-
-
-def _record(name: str, row: Any) -> Record:
-    return Record(name, row.id, row.input, row.output, row.time, parse_time(row.time), row.position)
