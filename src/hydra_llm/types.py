@@ -98,6 +98,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What a stage of learning took."""
+
+    users: int
+    """Whom it concerned: those who were labelled, trained on, or fitted."""
+    seconds: float
+    """Of the LLM as measured when it was asked, and of everything else in this run."""
+    usage: Usage = Usage()
+
+    def to_json(self) -> dict[str, float]:
+        usage = self.usage
+        asked = {"calls": usage.calls + usage.cached, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        return {"users": self.users, "seconds": self.seconds, **asked}
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """What one call to an LLM gave: its texts, in order, and what they cost."""
 

@@ -284,5 +284,7 @@ def test_the_command_line_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     rag, row = json.loads(capsys.readouterr().out)
     assert (row["method"], row["queries"], row["failed"], row["unparsable"]) == ("bbox-adapter@4", 2, 0, 0)
     assert (rag["calls"], row["calls"]) == (1, 2)
-    assert run(["bench", "show", str(tmp_path / "run")]) == 0
-    assert "adapter of others" in " ".join(capsys.readouterr().out.split())
+    assert run(["bench", "show", str(tmp_path / "run"), "--costs"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adapter of others" in printed
+    assert "bbox-adapter@4, new users" in printed

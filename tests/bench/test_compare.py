@@ -1,6 +1,7 @@
 """Bootstrap over users: against scipy, against known answers, and by coverage on simulated users."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import f1_score
 
-from hydra_llm.bench.compare import interval, paired
+from hydra_llm.bench.compare import interval, over_tasks, paired, relative
 from hydra_llm.bench.metrics import Failed, score
 from hydra_llm.tasks.task import Task
 
@@ -69,13 +71,34 @@ def test_rmse_is_scipys_on_users_sums() -> None:
     assert interval(metric, users) == pytest.approx(tuple(expected), abs=0.01)
 
 
-def test_macro_f1_and_bleu_are_computed_anew_on_every_draw() -> None:
+def left_out(value: Callable[[list[int]], float], users: list[str]) -> tuple[float, float]:
+    """Student's interval with the jackknife's error, written out: the metric of the kept places, with one user left out at a time."""
+    each = [value([place for place, user in enumerate(users) if user != out]) for out in dict.fromkeys(users)]
+    count, middle = len(each), sum(each) / len(each)
+    reach = stats.t.ppf(0.975, count - 1) * math.sqrt((count - 1) / count * sum((one - middle) ** 2 for one in each))
+    whole = value(list(range(len(users))))
+    return whole - reach, whole + reach
+
+
+def test_macro_f1_is_computed_anew_without_each_user() -> None:
+    rng, users = np.random.default_rng(5), list(np.repeat(names(7), 3))
+    answers, golds = (list(rng.choice(list(CLASSES.labels), 21)) for _ in range(2))
+
+    def by_others(kept: list[int]) -> float:
+        given, wanted = [answers[place] for place in kept], [golds[place] for place in kept]
+        return float(f1_score(wanted, given, labels=list(CLASSES.labels), average="macro", zero_division=0))
+
+    assert interval(score(CLASSES, answers, golds)["macro_f1"], users) == pytest.approx(left_out(by_others, users))
+    same = paired(score(CLASSES, golds, golds)["macro_f1"], score(CLASSES, answers, golds)["macro_f1"], users)
+    low, high = left_out(lambda kept: 1 - by_others(kept), users)
+    assert (same.low, same.high) == pytest.approx((low, high))
+    error = (high - low) / 2 / stats.t.ppf(0.975, 6)
+    assert same.p == pytest.approx(2 * stats.t.sf(same.difference / error, 6))
+    assert paired(score(CLASSES, golds, golds)["macro_f1"], score(CLASSES, golds, golds)["macro_f1"], users).p == 1
+
+
+def test_bleu_is_computed_anew_on_every_draw() -> None:
     """With two users a draw is one of three data sets, so the interval's ends are the metric's extremes over these."""
-    answers, golds, users = ["a", "b", "b", "c"], ["a", "b", "c", "c"], ["u", "u", "v", "v"]
-    parts = (slice(2), slice(2, 4), slice(4))
-    each = [score(CLASSES, answers[part], golds[part])["macro_f1"].value for part in parts]
-    assert max(each) == each[2]  # no mean over users would reach it
-    assert interval(score(CLASSES, answers, golds)["macro_f1"], users) == pytest.approx((min(each), max(each)))
     texts, references = ["a b c d e f", "x y z a b"], ["a b c d e g", "x y z a c"]
     each = [sacrebleu.corpus_bleu(texts[part], [references[part]]).score for part in (slice(1), slice(1, 2), slice(2))]
     assert interval(score(TEXTS, texts, references)["bleu"], ["u", "v"]) == pytest.approx((min(each), max(each)))
@@ -172,6 +195,26 @@ def test_the_same_seed_gives_the_same_interval_and_parts_do_not_matter(monkeypat
     assert first == interval(values, users, draws=3000, seed=5) != interval(values, users, draws=3000, seed=6)
     monkeypatch.setattr("hydra_llm.bench.compare.CELLS", 100)
     assert interval(values, users, draws=3000, seed=5) == pytest.approx(first)
+
+
+def test_a_share_is_as_sure_as_the_jackknife_says() -> None:
+    rng, users = np.random.default_rng(4), list(np.repeat(names(9), 4))
+    golds, better, worse = (list(rng.integers(1, 6, 36).astype(str)) for _ in range(3))
+    own, base = score(RATINGS, better, golds), score(RATINGS, worse, golds)
+
+    def share(kept: list[int]) -> float:
+        errors = [[abs(float(answers[i]) - float(golds[i])) for i in kept] for answers in (better, worse)]
+        (mae, base_mae), (rmse, base_rmse) = ([float(np.mean(np.array(e) ** p) ** (1 / p)) for e in errors] for p in (1, 2))
+        return ((base_mae - mae) / base_mae + (base_rmse - rmse) / base_rmse) / 2
+
+    found = relative([(own[name], base[name], users) for name in ("mae", "rmse")])
+    assert found is not None
+    assert found.change == pytest.approx(share(list(range(36))))
+    assert found.interval() == pytest.approx(left_out(share, users))
+    both = over_tasks([found, found])  # two tasks as sure as this one: √2 less error, twice the freedom
+    assert (both.change, both.error, both.freedom) == pytest.approx((found.change, found.error / math.sqrt(2), 16))
+    nothing = score(RATINGS, golds, golds)["mae"]
+    assert relative([(own["mae"], nothing, users)]) is None
 
 
 def test_a_wrong_number_of_users_is_told() -> None:

@@ -148,7 +148,9 @@ def test_the_command_takes_k_b_and_seeds_and_plans(tmp_path: Path, capsys: pytes
     assert set(rag["seconds"]) == {"retrieve", "rerank", "prompt", "llm", "adapt"}
     learning = json.loads((tmp_path / "run" / "learning.json").read_text())
     assert [entry["seed"] for entry in learning] == [0, 4]
-    assert learning[0]["fitted"]["calls"] == 0
+    assert {stage: spent["calls"] for stage, spent in learning[0]["fitted"]["stages"].items()} == {"fit reranker": 0, "fit adapter": 0}
+    label = learning[0]["stages"]["label candidates"]
+    assert (label["users"], label["calls"]) == (4, learning[1]["stages"]["label candidates"]["calls"])  # asked once, told by both
     for wrong, said in (
         (["--k", "1,x"], "--k 1,x: write whole numbers from 1 with commas, as 1,2,4"),
         (["--seeds", "-1"], "--seeds -1: write whole numbers from 0"),

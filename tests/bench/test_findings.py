@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,26 @@ USERS = tuple(f"u{i:02}" for i in range(20))
 MANIFEST = {"data": "d", "task": TAGS.to_json(), "llm": {"model": "m"}, "users": 20, "queries": 80, "settings": {"k": 4}}
 RIGHT: Mapping[str, int] = {"rag@4": 1, "hydra@4,8": 3, "mbr@8": 3, "scorer-only": 4, "random@8": 2, "oracle@8": 4}
 """How many of a user's four queries a method answers right."""
+
+
+def spent(users: int, seconds: float, calls: int = 0) -> dict[str, float]:
+    return {"users": users, "seconds": seconds, "calls": calls, "prompt_tokens": 100 * calls, "completion_tokens": 10 * calls}
+
+
 LEARNED = {
     "seed": 0,
     "users": 10,
-    "seconds": {"label records": 30.0, "fit adapter": 1.0},
-    "fitted": {"users": 20, "seconds": {"fit adapter": 0.5}, "calls": 0, "tokens": 0},
+    "stages": {"label records": spent(3, 30.0, calls=12), "fit adapter": spent(10, 1.0)},
+    "fitted": {"users": 20, "stages": {"fit adapter": spent(20, 0.5)}},
     "reranker": {"loss_uniform": 1.6, "loss_shared": 1.5, "loss_user": 1.4, "gain_first": 0.6, "gain_pick": 0.7, "gain_best": 0.9},
-    "adapter": {"loss_uniform": 0.7, "loss_shared": 0.6, "loss_user": math.nan},
+    "adapter": {
+        "loss_uniform": 0.7,
+        "loss_shared": 0.6,
+        "loss_user": math.nan,
+        "vote_weight": {"llm_votes": 0.1},
+        "loss_with_votes": 0.4,
+        "loss_without_votes": 0.5,
+    },
 }
 
 
@@ -62,6 +76,8 @@ def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) ->
         "1.400 for the users' own.",
         "There the LLM's answer is worth 0.700 with the reranker's first record, 0.600 with the retriever's first, 0.900 with the best: "
         "its order is used.",
+        "Where the LLM was asked about held-out training users, the adapter's cross-entropy is 0.500 without its votes "
+        "and 0.400 with them.",
     ]
 
 
@@ -95,11 +111,39 @@ def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
     opened = made(tmp_path, [LEARNED])
     rows = {row["method"]: row for row in as_costs(lines_of(opened, prices=Prices(prompt=1e6, completion=2e6)))}
     assert (rows["rag@4"]["money"], rows["rag@4"]["LLM s"], rows["rag@4"]["retrieve ms"]) == (120.0, 2.0, 500.0)
-    assert as_learning(opened) == [
-        {"seed": 0, "stage": "label records", "users": 10, "seconds": 30.0, "s per user": 3.0},
-        {"seed": 0, "stage": "fit adapter", "users": 10, "seconds": 1.0, "s per user": 0.1},
-        {"seed": 0, "stage": "fit adapter, new users", "users": 20, "seconds": 0.5, "s per user": 0.025},
+    label, train, fit = as_learning(opened, Prices(prompt=1e6, completion=2e6))
+    assert label == {
+        "seed": 0,
+        "stage": "label records",
+        "users": 3,
+        "LLM calls": 12,
+        "tokens": 1320,
+        "money": 1440.0,
+        "seconds": 30.0,
+        "s per user": 10.0,
+    }
+    assert (train["stage"], train["LLM calls"], train["s per user"]) == ("fit adapter", 0, 0.1)
+    assert (fit["stage"], fit["users"], fit["s per user"]) == ("fit adapter, new users", 20, 0.025)
+
+
+def test_what_seeds_share_stands_once(tmp_path: Path) -> None:
+    rows = as_learning(made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}]))
+    assert [(row["seed"], row["stage"]) for row in rows] == [
+        ("all", "label records"),
+        (0, "fit adapter"),
+        (0, "fit adapter, new users"),
+        (1, "fit adapter"),
+        (1, "fit adapter, new users"),
     ]
+
+
+def test_a_method_that_learns_as_it_answers_tells_what_that_took_once(tmp_path: Path) -> None:
+    opened = made(tmp_path, [])
+    learned = ({"": spent(5, 9.0, calls=40)}, {"u0": spent(1, 1.0, calls=2)}, {"u1": spent(1, 3.0, calls=2)}, {"": spent(5, 9.0, calls=40)})
+    samples = [replace(opened.samples[0], method="bbox-adapter@8", query=str(n), learned=each) for n, each in enumerate(learned)]
+    everybody, new = as_learning(replace(opened, samples=tuple(samples)))  # it was stopped, and learned again when it went on
+    assert (everybody["stage"], everybody["users"], everybody["LLM calls"]) == ("bbox-adapter@8", 5, 40)
+    assert (new["stage"], new["users"], new["LLM calls"], new["s per user"]) == ("bbox-adapter@8, new users", 2, 4, 2.0)
 
 
 def test_the_command_prints_costs_and_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,8 +153,8 @@ def test_the_command_prints_costs_and_findings(tmp_path: Path, capsys: pytest.Ca
     assert "What a query costs" in printed
     assert "- hydra@4,8 is better in accuracy than rag@4" in printed
     assert run(["bench", "show", str(tmp_path / "run"), "--json"]) == 0
-    (shown,) = json.loads(capsys.readouterr().out)
-    assert (len(shown["findings"]), shown["learning"][0]["users"]) == (8, 10)
+    (shown,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (len(shown["findings"]), shown["learning"][0]["users"]) == (9, 10)
     text = markdown(opened := open_run(tmp_path / "run"), lines_of(opened), "rag@4")
     assert "LaMP-style, shaped like LaMP-2" in text
     assert "### What it says\n\n- hydra@4,8 is better" in text

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy.stats import t
 
 from hydra_llm.bench import report
-from hydra_llm.bench.compare import Paired
+from hydra_llm.bench.compare import Paired, Relative
 from hydra_llm.bench.run import tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
@@ -65,11 +66,16 @@ def test_bounds_and_controls_are_not_ranked_and_less_is_better_for_errors(folder
     assert {key: place for key, place in places.items() if key[1] == "mae"} == {("mbr", "mae"): 1, ("hydra@4,8", "mae"): 2}
 
 
+def change(found: Relative | None) -> float:
+    assert found is not None
+    return found.change
+
+
 def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(folder: Path) -> None:
     lines = {line.row.method: line for line in report.lines_of(report.open_run(folder))}
     assert lines["rag@4"].against is None
-    assert lines["hydra@4,8"].over_prompts == pytest.approx((0.5 + 1 - math.sqrt(0.5)) / 2)  # MAE 1 to .5, RMSE 1 to .71
-    assert lines["rag@1"].over_prompts == pytest.approx(-1)
+    assert change(lines["hydra@4,8"].over_prompts) == pytest.approx((0.5 + 1 - math.sqrt(0.5)) / 2)  # MAE 1 to .5, RMSE 1 to .71
+    assert change(lines["rag@1"].over_prompts) == pytest.approx(-1)
     named = {line.row.method: line for line in report.lines_of(report.open_run(folder), "mbr")}
     assert named["mbr"].against is None
     with pytest.raises(SettingsError, match="no method 'best'"):
@@ -118,10 +124,26 @@ def test_a_row_over_seeds_counts_its_queries_once_and_names_each_seeds_figure() 
 
 
 def test_a_difference_needs_the_more_queries_the_smaller_it_is() -> None:
-    assert report.needed(Paired(0.1, 0.1 - 0.196, 0.1 + 0.196, 0.3, 100), 100) == math.ceil(100 * 2.8**2)  # one standard error
-    assert report.needed(Paired(0.28, 0.28 - 0.196, 0.28 + 0.196, 0.0, 300), 100) == 100  # three seeds of each
-    assert report.needed(Paired(0.0, -0.1, 0.1, 1.0, 100), 100) is None
-    assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1), 1) is None
+    def spread(difference: float, users: int, samples: int) -> Paired:
+        """A difference whose standard error is .1, with Student's interval."""
+        reach = 0.1 * float(t.ppf(0.975, users - 1))
+        return Paired(difference, difference - reach, difference + reach, 0.3, samples, users)
+
+    for users in (5, 12, 500):  # few users widen the interval, not the need
+        assert report.needed(spread(0.1, users, 100), 100) == math.ceil(100 * 2.8**2)
+        assert report.needed(spread(0.28, users, 300), 100) == 100  # three seeds of each
+    assert report.needed(Paired(0.0, -0.1, 0.1, 1.0, 100, 10), 100) is None
+    assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1, 1), 1) is None
+
+
+def test_the_headline_is_the_mean_over_tasks_of_the_methods_that_all_have(folder: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", {"rag@4": answers(1), "hydra@4,8": answers(1), "new": answers(0)}, {**MANIFEST, "data": "another"})
+    tables = [(opened, report.lines_of(opened)) for opened in (report.open_run(folder), report.open_run(other))]
+    found = report.overall(tables)
+    assert set(found) == {"rag@4", "hydra@4,8"}
+    first, second = (change({line.row.method: line for line in lines}["hydra@4,8"].over_prompts) for _, lines in tables)
+    assert found["hydra@4,8"]["all metrics"].change == pytest.approx((first + second) / 2)
+    assert report.overall(tables[:1]) == report.overall([tables[0], tables[0]]) == {}
 
 
 def test_two_runs_are_compared_on_their_common_methods(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +170,9 @@ def test_a_run_that_goes_on_is_read_and_left_as_it_is(folder: Path) -> None:
 def test_the_commands_print_it_and_write_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "report.md"
     assert run(["bench", "show", str(folder), "--markdown", str(text), "--json"]) == 0
-    (shown,) = json.loads(capsys.readouterr().out)
+    told = json.loads(capsys.readouterr().out)
+    (shown,) = told["runs"]
+    assert told["over_tasks"] == {}
     by_method = {row["method"]: row for row in shown["methods"]}
     assert by_method["mbr"]["against"]["wins"] == 8
     written = text.read_text()

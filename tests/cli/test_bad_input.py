@@ -124,7 +124,7 @@ def test_a_run_of_another_bundle_is_refused(hydra: Hydra, data: Path, bundle: Pa
     assert learned.adapter is not None
     learned.adapter.scale *= 2
     learned.save(other)
-    assert "holds another run (weights:" in hydra(*bench, "--bundle", other, "--limit", 1).fault
+    assert "holds another run (weights.0:" in hydra(*bench, "--bundle", other, "--limit", 1).fault
 
 
 OTHER_TASKS: dict[str, dict[str, Any]] = {

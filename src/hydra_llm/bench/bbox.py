@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import anyio
@@ -32,7 +33,7 @@ from hydra_llm.llm.calls import map_calls
 from hydra_llm.model.cases import make_groups
 from hydra_llm.model.combine import ByLabel, Combiner, Cross, Groups, Tower
 from hydra_llm.personalizer import Personalizer
-from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
+from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, Spent, Usage
 
 if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
@@ -182,7 +183,7 @@ def _combiner(bundle: Bundle) -> Combiner:
 
 @dataclass(frozen=True)
 class BBoxAdapter:
-    """Learns at its first question, and adapts to a user at the user's first one; what that costs is no part of an answer."""
+    """Learns at its first question, and adapts to a user at the user's first one; what that costs is no part of an answer, see `taken`."""
 
     bundle: Bundle
     personalizer: Personalizer
@@ -191,6 +192,12 @@ class BBoxAdapter:
     """Of the start and of the draws."""
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
     locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
+    spent: dict[str, Spent] = field(default_factory=dict)
+
+    def taken(self) -> dict[str, Spent]:
+        taken = dict(self.spent)
+        self.spent.clear()
+        return taken
 
     async def aanswer(self, query: Query) -> Answer:
         visible = before(self.personalizer.records.get(query.user, ()), query)
@@ -225,17 +232,25 @@ class BBoxAdapter:
             torch.manual_seed(self.seed)
             combiner = _combiner(self.bundle)
             energy = Energy(combiner, torch.randn(combiner.size) / combiner.size**0.5)
-        pools = _pools(self.bundle, combiner, await _proposals(self.personalizer, queries))
+        proposals = await _proposals(self.personalizer, queries)
+        started = perf_counter()
+        pools = _pools(self.bundle, combiner, proposals)
         if pools is None:
             raise LLMError("bbox-adapter has nothing to learn from: no answer to the training users' own records could be read")
         combiner.prepare(pools.groups)
-        return self._adapted(energy, pools)
+        found = self._adapted(energy, pools)
+        self.spent[""] = _spent(len(users), proposals, started)
+        return found
 
     async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
         """Further rounds on the user's own history, as far as the query may see it."""
         only = replace(self.personalizer, records={user: visible})
-        pools = _pools(self.bundle, shared.combiner, await _proposals(only, self._queries(visible)))
-        return shared if pools is None else self._adapted(shared, pools)
+        proposals = await _proposals(only, self._queries(visible))
+        started = perf_counter()
+        pools = _pools(self.bundle, shared.combiner, proposals)
+        found = shared if pools is None else self._adapted(shared, pools)
+        self.spent[user] = _spent(1, proposals, started)
+        return found
 
     def _queries(self, records: Sequence[Record]) -> list[Query]:
         return training_queries(self.bundle.task, records, self.personalizer.settings.queries_per_user)
@@ -257,6 +272,12 @@ async def _proposals(personalizer: Personalizer, queries: Sequence[Query]) -> li
         if isinstance(error, LLMError) and not good:
             raise error
     return good
+
+
+def _spent(users: int, proposals: Sequence[Proposal], started: float) -> Spent:
+    """Own seconds are those since `started`, when the LLM had answered."""
+    usage = sum((proposal.usage for proposal in proposals), Usage())
+    return Spent(users, usage.seconds + perf_counter() - started, usage)
 
 
 def bbox_adapter(parts: "Parts") -> BBoxAdapter:

@@ -6,6 +6,7 @@ has shown nothing. Knows no metrics.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
@@ -55,9 +56,11 @@ class WithoutLLM:
     answer: Callable[[Query, Sequence[Record]], str]
 
     async def aanswer(self, query: Query) -> Answer:
+        started = perf_counter()
         text = self.answer(query, before(self.records.get(query.user, ()), query))
         candidate = Candidate(text, text)
-        return Answer(text, Proposal(query, (), (), (), (candidate,)), (candidate,), 0)
+        seconds = {"retrieve": perf_counter() - started}
+        return Answer(text, Proposal(query, (), (), (), (candidate,), seconds=seconds), (candidate,), 0)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ class ScorerOnly:
     adapter: Adapter
 
     async def aanswer(self, query: Query) -> Answer:
+        started = perf_counter()
         visible = before(self.records.get(query.user, ()), query)
         blank = tuple(all_labels(self.task, []))
         candidates, chosen, _ = self.adapter.choose(query, blank, visible)
-        return Answer(candidates[chosen].text, Proposal(query, (), (), (), blank), tuple(candidates), chosen)
+        proposal = Proposal(query, (), (), (), blank, seconds={"adapt": perf_counter() - started})
+        return Answer(candidates[chosen].text, proposal, tuple(candidates), chosen)
 
 
 def typical(task: Task, outputs: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from hydra_llm.history import before, in_order
 from hydra_llm.learning.api import blank_bundle, fit, learn
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.calls import StageProgress, run_sync
-from hydra_llm.types import Query, Usage
+from hydra_llm.types import Query
 
 Say = Callable[[str], None]
 
@@ -123,7 +123,7 @@ def learned_bundle(
     if missing:
         fitted = fit(experiment.data, bundle, experiment.llm, users=missing, progress=progress)
         bundle = fitted.bundle
-        bundle.report["fitted"] = {"users": len(missing), "seconds": fitted.seconds, **_calls(fitted.usage)}
+        bundle.report["fitted"] = {"users": len(missing), "stages": fitted.told()}
         bundle.save(folder)
         bundle = Bundle.load(folder, here=settings)
     return bundle
@@ -141,10 +141,6 @@ def _agree(bundle: Bundle, settings: Settings, folder: Path) -> None:
     different = [f"{name}: {there[name]!r} there, {value!r} asked" for name, value in asked.items() if there[name] != value]
     if different:
         raise SettingsError(f"{folder} was learned with other settings ({'; '.join(different)[:300]}): take another --out")
-
-
-def _calls(usage: Usage) -> dict[str, int]:
-    return {"calls": usage.calls + usage.cached, "tokens": usage.prompt_tokens + usage.completion_tokens}
 
 
 # ---- what names the run, and what is told of it

@@ -133,6 +133,12 @@ def _of_learning(told: Mapping[str, Any]) -> Iterator[str]:
                 f"On held-out training users the {name}'s cross-entropy over {what} is {report['loss_uniform']:.3f} for equal shares, "
                 f"{report['loss_shared']:.3f} for the shared head, {report['loss_user']:.3f} for the users' own."
             )
+        with_votes, without = (report.get(key) for key in ("loss_with_votes", "loss_without_votes"))
+        if report.get("vote_weight") and _number(with_votes) and _number(without):
+            yield (
+                f"Where the LLM was asked about held-out training users, the {name}'s cross-entropy is {without:.3f} without its votes "
+                f"and {with_votes:.3f} with them."
+            )
         if first and all(_number(report.get(key)) for key in ("gain_first", "gain_pick", "gain_best")):
             used = "its order is used" if report["gain_pick"] >= report["gain_first"] else "so the retriever's order stands in hydra"
             yield (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra_llm.bench.costs import as_costs, as_learning
 from hydra_llm.bench.findings import findings
 from hydra_llm.bench.plots import BARS, baseline_of, plots, require, svg
-from hydra_llm.bench.report import GROUPS, Line, Run, as_differences, as_rows, marks
+from hydra_llm.bench.report import GROUPS, OVERALL, Line, Run, as_differences, as_overall, as_rows, marks, overall
 from hydra_llm.bench.runlog import Sample
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def page(runs: Sequence[tuple[Run, Sequence[Line]]], answers: bool = True) -> st
         loader=PackageLoader("hydra_llm.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     shown = [_shown(run, lines, answers) for run, lines in runs]
-    return environment.get_template("report.html").render(runs=shown, answers=answers)
+    return environment.get_template("report.html").render(runs=shown, answers=answers, title=OVERALL, overall=as_overall(overall(runs)))
 
 
 def _shown(run: Run, lines: Sequence[Line], answers: bool) -> dict[str, Any]:

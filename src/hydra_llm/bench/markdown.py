@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra_llm.bench.compare import Relative
 from hydra_llm.bench.costs import as_costs, as_learning
 from hydra_llm.bench.findings import findings
-from hydra_llm.bench.report import Line, Run, as_differences, as_rows
+from hydra_llm.bench.report import OVERALL, Line, Run, as_differences, as_overall, as_rows
 
 
 def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
@@ -25,6 +26,11 @@ def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
     if learning := as_learning(run):
         parts += ["### What learning cost", as_markdown(learning)]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def overall_of(found: Mapping[str, Mapping[str, Relative]]) -> str:
+    """What several runs say together; empty where there is nothing."""
+    return f"## {OVERALL}\n\n{as_markdown(as_overall(found))}\n" if found else ""
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ Knows neither data sets nor metrics. Sources: HYDRA, sections 4.1 and 4.2; LaMP;
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
@@ -21,7 +21,7 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.tasks.task import KINDS, Kind
-from hydra_llm.types import Answer, Message, Query, Record, Usage
+from hydra_llm.types import Answer, Message, Query, Record, Spent, Usage
 
 
 class Answerer(Protocol):
@@ -29,6 +29,15 @@ class Answerer(Protocol):
 
     async def aanswer(self, query: Query) -> Answer:
         """The method's answer. Raises LLMError where the LLM gave none."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An answerer that learns as it answers."""
+
+    def taken(self) -> dict[str, Spent]:
+        """What it spent on that since this was last asked, by user; for all of them under an empty name."""
         ...
 
 

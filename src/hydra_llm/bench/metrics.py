@@ -42,6 +42,8 @@ class Metric:
     unparsable: int = 0
     """Samples whose answer could not be read; in `value` as wrong."""
     higher_is_better: bool = True
+    drawable: bool = True
+    """False where draws of users are no picture of the data: macro-F1, whose draws lack whole labels."""
 
 
 def score(task: Task, answers: Sequence[str | Failed | None], golds: Sequence[str]) -> dict[str, Metric]:
@@ -72,7 +74,7 @@ def _metric(name: str, task: Task, scored: _Pairs, failed: NDArray[np.bool_], un
     rows = _spread(rows_of(task, scored), failed)
     value = float(statistic(np.nansum(rows, axis=0, keepdims=True))[0]) if scored else np.nan
     samples = rows[:, 0] if has_samples else np.empty(0)
-    return Metric(name, value, rows, statistic, samples, int(failed.sum()), unparsable, higher)
+    return Metric(name, value, rows, statistic, samples, int(failed.sum()), unparsable, higher, drawable=name != "macro_f1")
 
 
 def _spread(scored: Floats, failed: NDArray[np.bool_]) -> Floats:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
-from hydra_llm.bench.compare import Paired, paired
+from hydra_llm.bench.compare import Paired, Relative, over_tasks, paired, relative
 from hydra_llm.bench.methods import METHODS
 from hydra_llm.bench.metrics import score
 from hydra_llm.bench.run import Row, cell, scored, tabulate
@@ -32,6 +33,7 @@ GROUPS = {
 """Group of a method → how its part of the table is called, in the table's order."""
 RANKED = ("prompt", "hydra", "adapter", "sampling")
 """Groups among which the best is named."""
+OVERALL = "Over the best prompts, mean over tasks and metrics, 95 % intervals over users (HYDRA's headline figure)"
 POWER = 2.8
 """Standard errors that a difference must be worth to be found four times in five at the 5 % level: 1.96 + 0.84."""
 
@@ -83,8 +85,10 @@ class Line:
 
     group: str
     row: Row
-    over_prompts: float | None
+    over_prompts: Relative | None
     """Mean relative improvement over the best prompt-based method of each metric, as the paper counts it (HYDRA 4.2)."""
+    over_means: Relative | None
+    """The same without BLEU, which is near 0 for short texts, so that its ratios drown the others'."""
     against: Against | None
 
 
@@ -131,7 +135,8 @@ def lines_of(run: Run, baseline: str | None = None, prices: Prices = FREE) -> li
         Line(
             group_of(name),
             row,
-            _over(run, row, {metric: rows[top] for metric, top in best.items() if top}),
+            _over(run, name, best),
+            _over(run, name, {metric: top for metric, top in best.items() if metric != "bleu"}),
             compare(run.task, run.of(name), run.of(against)) if against and name != against else None,
         )
         for name, row in rows.items()
@@ -149,13 +154,15 @@ def _sign(task: Task, metric: str) -> int:
     return 1 if score(task, [], [])[metric].higher_is_better else -1
 
 
-def _over(run: Run, row: Row, best: Mapping[str, Row]) -> float | None:
-    changes = []
+def _over(run: Run, method: str, best: Mapping[str, str | None]) -> Relative | None:
+    """`best`: metric → the prompt-based method that is best by it."""
+    paired_with = {top: pair(run.of(method), run.of(top)) for top in set(best.values()) if top}
+    cases = []
     for metric, top in best.items():
-        own, base = row.metrics[metric][0], top.metrics[metric][0]
-        if base and not math.isnan(own):
-            changes.append(_sign(run.task, metric) * (own - base) / abs(base))
-    return float(np.mean(changes)) if changes else None
+        if top and (pairs := paired_with[top]):
+            own, base = (scored(run.task, [each[side] for each in pairs])[metric] for side in (0, 1))
+            cases.append((own, base, [mine.user for mine, _ in pairs]))
+    return relative(cases) if cases else None
 
 
 def marks(run: Run, lines: Sequence[Line]) -> dict[tuple[str, str], int]:
@@ -215,11 +222,11 @@ def _by_user(task: Task, pairs: Sequence[tuple[Sample, Sample]]) -> np.ndarray:
 
 
 def needed(found: Paired, queries: int) -> int | None:
-    """How many queries, of as many users as these come from, would show this difference (power .8, level .05)."""
-    error = (found.high - found.low) / (2 * 1.96)
+    """How many queries would show this difference (power .8, level .05): of more users with as many queries each, since users are drawn."""
+    error = (found.high - found.low) / (2 * float(stdtrit(found.users - 1, 0.975))) if found.users > 1 else math.nan
     if not found.difference or not error > 0:
         return None
-    return math.ceil(queries * (POWER * error / abs(found.difference)) ** 2)
+    return math.ceil(round(queries * (POWER * error / abs(found.difference)) ** 2, 6))
 
 
 def compare_runs(a: Run, b: Run) -> dict[str, Against]:
@@ -236,7 +243,46 @@ def compare_runs(a: Run, b: Run) -> dict[str, Against]:
     return {method: compare(a.task, b.of(method), a.of(method)) for method in common}
 
 
+# ---- several tasks
+
+
+def overall(tables: Sequence[tuple[Run, Sequence[Line]]]) -> dict[str, dict[str, Relative]]:
+    """Method → mean relative improvement over the best prompts of all runs, with and without BLEU: the paper's headline figure (9.01 %).
+
+    Only methods that every run has; empty for one run, or for runs of one data set.
+    """
+    if len({run.manifest.get("data") for run, _ in tables}) < max(2, len(tables)):
+        return {}
+    named = [{line.row.method: line for line in lines} for _, lines in tables]
+    out: dict[str, dict[str, Relative]] = {}
+    for method in (method for method in named[0] if all(method in each for each in named)):
+        lines = [each[method] for each in named]
+        shares = {"all metrics": [line.over_prompts for line in lines], "without BLEU": [line.over_means for line in lines]}
+        known = {what: [share for share in found if share is not None] for what, found in shares.items()}
+        out[method] = {what: over_tasks(found) for what, found in known.items() if len(found) == len(named)}
+    return {method: found for method, found in out.items() if found}
+
+
+def as_overall(found: Mapping[str, Mapping[str, Relative]]) -> list[dict[str, Any]]:
+    """A row per method, the best first."""
+    order = sorted(found, key=lambda method: -next(iter(found[method].values())).change)
+    return [{"method": method, **{what: told_share(share) for what, share in found[method].items()}} for method in order]
+
+
 # ---- for people
+
+
+def told_share(found: Relative | None) -> str:
+    """`+3.1% [-2.0%, +8.2%]`."""
+    if found is None:
+        return ""
+    low, high = found.interval()
+    return f"{found.change:+.1%}" + ("" if math.isnan(low) else f" [{low:+.1%}, {high:+.1%}]")
+
+
+def share_json(found: Relative | None) -> list[float | None] | None:
+    """Change and the ends of its interval, null where there is none."""
+    return found and [None if math.isnan(each) else round(each, 6) for each in (found.change, *found.interval())]
 
 
 def as_rows(run: Run, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -249,7 +295,7 @@ def as_rows(run: Run, lines: Sequence[Line]) -> list[dict[str, Any]]:
             cells: dict[str, Any] = {"part": title, "method": row.method}
             for name, figures in row.metrics.items():
                 cells[name] = cell(*figures) + {1: " *", 2: " '"}.get(places.get((row.method, name), 0), "")
-            over = "" if line.over_prompts is None else f"{line.over_prompts:+.1%}"
+            over = told_share(line.over_prompts)
             cells |= {"over best prompts": over, "queries": row.queries, "LLM calls": round(row.calls, 1), "failed": row.failed}
             out.append(cells)
     return out
@@ -280,7 +326,8 @@ def to_json(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
         {
             "group": line.group,
             **line.row.to_json(),
-            "over_prompts": line.over_prompts,
+            "over_prompts": share_json(line.over_prompts),
+            "over_prompts_without_bleu": share_json(line.over_means),
             "against": line.against and line.against.to_json(),
         }
         for line in lines

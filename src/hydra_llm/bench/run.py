@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from hydra_llm.bench.compare import interval
-from hydra_llm.bench.methods import Answerer, Method, Parts
+from hydra_llm.bench.methods import Answerer, Learner, Method, Parts
 from hydra_llm.bench.metrics import Failed, Metric, score
 from hydra_llm.bench.runlog import Key, RunLog, Sample
 from hydra_llm.datasets.dataset import DataSet
@@ -106,7 +106,9 @@ def _key(method: str, seed: int, query: Query) -> Key:
 async def _sample(case: Case, answerer: Answerer, faults: list[LLMError]) -> Sample:
     method, seed, query = case
     try:
-        return _of_answer(method, seed, query, await answerer.aanswer(query))
+        answer = await answerer.aanswer(query)
+        spent = answerer.taken() if isinstance(answerer, Learner) else {}
+        return replace(_of_answer(method, seed, query, answer), learned={user: each.to_json() for user, each in spent.items()})
     except BudgetExceeded:
         raise
     except LLMError as error:

@@ -66,6 +66,9 @@ class Sample:
     agreement: float | None = None
     """The share of the LLM's samples that the most frequent answer has; None where there was one sample, or none."""
 
+    learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What a method that learns as it answers spent on it before this answer, by user (for all: an empty name), as `Spent.to_json`."""
+
     @property
     def key(self) -> "Key":
         return self.method, self.user, self.query, self.seed

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
     from hydra_llm.llm.cache import CachedLLM
+    from hydra_llm.llm.meter import Prices
     from hydra_llm.tasks.task import Task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -184,12 +185,16 @@ def show(
     from hydra_llm.llm.meter import Prices
 
     read = [report.open_run(folder) for folder in runs]
-    tables = [(run, report.lines_of(run, against, Prices(price_prompt, price_completion))) for run in read]
+    prices = Prices(price_prompt, price_completion)
+    tables = [(run, report.lines_of(run, against, prices)) for run in read]
+    over = report.overall(tables)
     named = [next((line.row.method for line in lines if line.against is None), "nothing") for _, lines in tables]
     if markdown is not None:
         from hydra_llm.bench.markdown import markdown as text_of
+        from hydra_llm.bench.markdown import overall_of
 
-        _write(markdown, "\n".join(text_of(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)))
+        texts = [text_of(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)]
+        _write(markdown, "\n".join(filter(None, [*texts, overall_of(over)])))
         console.say(f"wrote {markdown}")
     if html is not None:
         from hydra_llm.bench.html import page
@@ -203,7 +208,9 @@ def show(
             console.say(f"wrote {write(run, lines, plots / f'{place}-{run.folder.name}' if len(tables) > 1 else plots)}")
     if as_json:
         more = [{"findings": findings(run, lines), "learning": list(run.learning)} for run, lines in tables]
-        console.emit([report.to_json(run, lines) | each for (run, lines), each in zip(tables, more, strict=True)], True)
+        found = [report.to_json(run, lines) | each for (run, lines), each in zip(tables, more, strict=True)]
+        shares = {method: {what: report.share_json(share) for what, share in each.items()} for method, each in over.items()}
+        console.emit({"runs": found, "over_tasks": shares}, True)
         return
     for (run, lines), name in zip(tables, named, strict=True):
         console.print_table(report.as_rows(run, lines), f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked")
@@ -211,16 +218,18 @@ def show(
         if differences:
             console.print_table(report.as_differences(differences), f"Paired differences from {name}, 95 % intervals over users")
         if costs:
-            _print_costs(run, lines)
+            _print_costs(run, lines, prices)
         for sentence in findings(run, lines):
             print(f"- {sentence}")
+    if over:
+        console.print_table(report.as_overall(over), report.OVERALL)
 
 
-def _print_costs(run: "Run", lines: "Sequence[Line]") -> None:
+def _print_costs(run: "Run", lines: "Sequence[Line]", prices: "Prices") -> None:
     from hydra_llm.bench.costs import as_costs, as_learning
 
     console.print_table(as_costs(lines), "What a query costs")
-    if learning := as_learning(run):
+    if learning := as_learning(run, prices):
         console.print_table(learning, "What learning cost")
 
 

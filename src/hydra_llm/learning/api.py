@@ -43,7 +43,7 @@ from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.rerank import record_text
 from hydra_llm.tasks.task import Task
-from hydra_llm.types import LabelledGroup, Query, Record, Usage
+from hydra_llm.types import LabelledGroup, Query, Record, Spent, Usage
 
 
 @dataclass
@@ -56,8 +56,21 @@ class Learned:
     """One line per call that failed; its pair was left out."""
     notes: list[str] = field(default_factory=list)
     """One line for each thing that was left out or differs from what was asked for."""
-    usage: Usage = Usage()
-    seconds: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, Spent] = field(default_factory=dict)
+
+    @property
+    def usage(self) -> Usage:
+        """Of all stages."""
+        return sum((spent.usage for spent in self.stages.values()), Usage())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage."""
+        return {stage: spent.seconds for stage, spent in self.stages.items()}
+
+    def told(self) -> dict[str, dict[str, float]]:
+        """The stages as JSON values."""
+        return {stage: spent.to_json() for stage, spent in self.stages.items()}
 
 
 # ---- learning the shared base
@@ -104,7 +117,7 @@ async def alearn(
         bundle.adapter = _learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
     if tune and ranking is not None and picking is not None:  # the adapter's tuning has moved the encoder under the reranker
         bundle.reranker = _learn_scorer(learned, ranking, out=out, progress=progress)
-    bundle.report |= {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached, "seconds": learned.seconds}
+    bundle.report |= {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached, "stages": learned.told()}
     if out is not None:
         bundle.save(out)
     return learned
@@ -152,7 +165,7 @@ def _learn_scorer(
 ) -> FactorizedScorer:
     started = perf_counter()
     scorer = learn_scorer(learned.bundle, lesson, tune=tune, out=out, progress=progress)
-    learned.seconds[f"fit {lesson.name}"] = perf_counter() - started
+    learned.stages[f"fit {lesson.name}"] = Spent(len(learned.users), perf_counter() - started)
     return scorer
 
 
@@ -224,7 +237,7 @@ def _fit_into(learned: Learned, name: str, scorer: FactorizedScorer, groups: Seq
         scorer.bank.clear(scorer.row(user))
     if groups:
         fit_groups(bundle, name, scorer, groups, learned.users)
-    learned.seconds[f"fit {name}"] = perf_counter() - started
+    learned.stages[f"fit {name}"] = Spent(len(learned.users), perf_counter() - started)
 
 
 def _warm(bundle: Bundle, users: Sequence[str]) -> None:
@@ -264,19 +277,18 @@ def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:
 async def _collect_reranker(learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress) -> Collected:
     queries = _latest_queries(learned, users)
     collected = await reranker_groups(personalizer, learned.bundle.evidence, queries, partial(progress, "label records"))
-    return _account(learned, "label records", collected)
+    return _account(learned, "label records", len(users), collected)
 
 
 async def _collect_adapter(learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress) -> Collected:
     queries = _latest_queries(learned, users)
     collected = await adapter_groups(personalizer, learned.bundle.evidence, queries, partial(progress, "label candidates"))
-    return _account(learned, "label candidates", collected)
+    return _account(learned, "label candidates", len(users), collected)
 
 
-def _account(learned: Learned, stage: str, collected: Collected) -> Collected:
+def _account(learned: Learned, stage: str, users: int, collected: Collected) -> Collected:
     learned.failures += collected.failures
-    learned.usage += collected.usage
-    learned.seconds[stage] = collected.usage.seconds
+    learned.stages[stage] = Spent(users, collected.usage.seconds, collected.usage)
     if collected.notes:
         learned.notes.append(f"{stage}: {len(collected.notes)} notes on {collected.calls} questions, the first: {collected.notes[0]}")
     if collected.failures and len(collected.failures) == collected.calls:

@@ -28,6 +28,7 @@ EVIDENCE_RIDGES = (1.0, 10.0, 100.0, 1000.0)
 SMALL_TABLE = 2000
 """Groups above which a handful of evidence weights need no choice of ridge."""
 CALIBRATION_RIDGE = 1.0
+MIX_FOLDS = 10
 
 
 @dataclass
@@ -47,7 +48,11 @@ class FitReport:
     loss_user: float = float("nan")
     """With each user's own head."""
     loss_calibrated: float = float("nan")
-    """With β and the votes, on the groups that have votes where there are such."""
+    """With β and the votes, on the groups that have votes where there are such; on these very groups they were fitted."""
+    loss_with_votes: float = float("nan")
+    """On the same groups, each user's with a β and weights of votes that the others taught."""
+    loss_without_votes: float = float("nan")
+    """Likewise with a β alone: what the LLM's votes add to the scorer is the difference."""
     gain_first: float = float("nan")
     """Mean gain of the first candidates of those groups: the retriever's first record, the LLM's greedy text, the task's first label."""
     gain_pick: float = float("nan")
@@ -333,6 +338,7 @@ def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: Fit
     if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(held.late.voted.any()) for held in held_out):
         columns = []  # the base has weighed them already, or nobody was asked
     known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
+    users = [user for held in held_out for user in held.late.users]
     v = _mix(known, scores, target, mask, scorer.loss)
     scorer.scale = (1 + v[0]).clamp_min(0.05)
     scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
@@ -340,6 +346,9 @@ def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: Fit
     votes = known[..., 1:] @ v[1:]
     told = (target.sum(-1) > 0).sum().clamp_min(1)
     report.loss_calibrated = float(losses(scorer.scale * scores + votes, target, mask, scorer.loss).sum() / told)
+    report.loss_with_votes, report.loss_without_votes = (
+        _loss_by_others(mixed, scores, target, mask, scorer.loss, users) for mixed in (known, known[..., :1])
+    )
     report.scale = float(scorer.scale)
     report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[1:], strict=True)}
 
@@ -356,6 +365,19 @@ def _mix(x: Tensor, offset: Tensor, target: Tensor, mask: Tensor, loss: Loss) ->
         loss,
     )
     return solve(problem, CALIBRATION_RIDGE)[0]
+
+
+def _loss_by_others(known: Tensor, scores: Tensor, target: Tensor, mask: Tensor, loss: Loss, users: Sequence[str]) -> float:
+    """Mean loss of the mix, each fold of users [G] with weights that the others taught; one user alone teaches himself."""
+    names = list(dict.fromkeys(users))
+    place = {name: index % MIX_FOLDS for index, name in enumerate(names)}
+    fold, total = torch.tensor([place[user] for user in users]), 0.0
+    for own in (fold == each for each in range(min(MIX_FOLDS, len(names)))):
+        taught = ~own if len(names) > 1 else own
+        v = _mix(known[taught], scores[taught], target[taught], mask[taught], loss)
+        mixed = scores[own] * (1 + v[0]).clamp_min(0.05) + known[own][..., 1:] @ v[1:]
+        total += float(losses(mixed, target[own], mask[own], loss).sum())
+    return total / max(1, int((target.sum(-1) > 0).sum()))
 
 
 def _llm_columns(scorer: FactorizedScorer) -> list[int]:

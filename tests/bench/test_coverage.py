@@ -1,0 +1,36 @@
+"""Intervals on simulated people, by `benchmarks/coverage.py`: how often they hold the truth."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hydra_llm.bench.compare import interval, paired
+
+_file = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
+if not _file.exists():
+    pytest.skip("the source package carries no benchmarks", allow_module_level=True)
+_spec = importlib.util.spec_from_file_location("coverage_of_intervals", _file)
+assert _spec is not None
+assert _spec.loader is not None
+coverage = importlib.util.module_from_spec(_spec)
+sys.modules["coverage_of_intervals"] = coverage
+_spec.loader.exec_module(coverage)
+
+
+def test_the_interval_of_macro_f1_holds_the_truth_where_few_users_lack_labels() -> None:
+    """The percentile interval holds it in half of such benchmarks: draws of users lack whole labels, and lie too low."""
+    truth = coverage.scored(coverage.TASKS[0], coverage.made(coverage.TASKS[0], 1000, 5, np.random.default_rng(99)))
+    first, second = (found["macro_f1"].value for found in truth)
+    dice, held, apart = np.random.default_rng(1), [], []
+    for _ in range(60):
+        answers = coverage.made(coverage.TASKS[0], 13, 5, dice)
+        one, two = (found["macro_f1"] for found in coverage.scored(coverage.TASKS[0], answers))
+        low, high = interval(one, answers.users)
+        held.append(low <= first <= high)
+        found = paired(two, one, answers.users)
+        apart.append(found.low <= second - first <= found.high)
+    assert np.mean(held) > 0.7
+    assert np.mean(apart) > 0.87
