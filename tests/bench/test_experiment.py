@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import pytest
 
 from hydra_llm.bench.experiment import Experiment, run_experiment
 from hydra_llm.bench.methods import find_methods, split_names
-from hydra_llm.bench.plan import plan
+from hydra_llm.bench.plan import as_rows, plan
 from hydra_llm.bench.run import tabulate
 from hydra_llm.cli.main import run
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
+from hydra_llm.errors import DataError
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.spec import wrap
 from hydra_llm.tasks.task import Task
@@ -123,6 +125,35 @@ def test_a_plan_prices_and_times_by_what_it_saw(tmp_path: Path) -> None:
     (stage,) = found.stages
     assert stage.cost == 2 * stage.prompt_tokens > 0
     assert stage.calls == 4
+
+
+def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
+    one = experiment(TAGS, tmp_path, "zero-shot")
+    found = plan(one, told)
+    assert found.parallel == one.settings.concurrency
+    assert 16 < found.texts <= 2 * 8 + 2 * 2  # new users' records with their answers, and queries; some are alike
+    assert found.encoding > 0
+    whole = replace(found, stages=tuple(replace(stage, seconds=80.0) for stage in found.stages), encoding=20.0)
+    assert whole.seconds == 80.0 / found.parallel + 20.0
+    *_, encode, total = as_rows(whole)
+    assert (encode["stage"], encode["minutes"]) == (f"encode {found.texts} texts", 0.3)
+    assert total["minutes"] == round(whole.seconds / 60, 1)
+    assert plan(one, told).texts < found.texts  # what it encoded is kept
+
+
+def test_what_shows_a_part_is_left_out_where_that_was_not_learned(tmp_path: Path) -> None:
+    said: list[str] = []
+    same = RuleLLM(lambda messages, index, rng: "a song")  # no two candidates differ: no adapter can be learned
+    one = experiment(TITLES, tmp_path, "rag@1,hydra@1,3,hydra-adapter@3,hydra-published@1,3", same)
+    outcome = run_experiment(one, told, said.append)
+    assert list(dict.fromkeys(sample.method for sample in outcome.samples)) == ["rag@1", "hydra@1,3"]
+    why = "which shows the adapter: no two candidates of a query differed in what they were worth"
+    assert [line for line in said if "left out" in line] == [
+        f"left out: {name}, {why}" for name in ("hydra-adapter@3", "hydra-published@1,3")
+    ]
+    alone = experiment(TITLES, tmp_path, "hydra-adapter@3", same)
+    with pytest.raises(DataError, match=r"no method is left: no adapter was learned \(no two candidates"):
+        run_experiment(alone, told, said.append)
 
 
 def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:

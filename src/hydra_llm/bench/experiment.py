@@ -75,10 +75,28 @@ def run_experiment(experiment: Experiment, progress: StageProgress, say: Say, bu
     queries = chosen_queries(experiment.data, names, experiment.limit)
     if not queries:
         raise DataError("no new user with a head has a query: fit them first")
+    methods = whole_methods(experiment.methods, list(bundles.values()), say)
     _tell_of_time(parts[0], queries, say)
     log = RunLog(experiment.out, manifest(experiment, parts, queries))
-    samples = run_sync(partial(run_methods, experiment.methods, parts, queries, log, progress))
+    samples = run_sync(partial(run_methods, methods, parts, queries, log, progress))
     return Outcome(log, samples, [{"seed": seed, **each.report} for seed, each in bundles.items()])
+
+
+def whole_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:
+    """The methods whose parts have been learned; says which are left out.
+
+    Raises:
+        DataError: none is left.
+    """
+    lacking = {method.name: [part for part in method.shows if any(part not in each.scorers for each in bundles)] for method in methods}
+    why = {part: bundles[0].report.get(part, {}).get("skipped", "the bundle has none") for parts in lacking.values() for part in parts}
+    for name, parts in lacking.items():
+        for part in parts[:1]:
+            say(f"left out: {name}, which shows the {part}: {why[part]}")
+    left = [method for method in methods if not lacking[method.name]]
+    if not left:
+        raise DataError(f"no method is left: {', '.join(f'no {part} was learned ({reason})' for part, reason in why.items())}")
+    return left
 
 
 def _parts(experiment: Experiment, seed: int, bundle: Bundle) -> Parts:

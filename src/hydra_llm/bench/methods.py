@@ -76,6 +76,8 @@ class Method:
     """Kinds of task that it can answer."""
     needs: tuple[str, ...] = ("reranker", "adapter")
     """What must have been learned. Seeds share the reranker, and with it the candidates: answers that need the adapter differ by seed."""
+    shows: tuple[str, ...] = ()
+    """Parts without which it would be another method under this name, and is left out. `hydra` is what is left of it, as in use."""
 
     def at(self, given: Mapping[str, int]) -> "Method":
         """The method with parameters in place of the settings' own."""
@@ -231,8 +233,26 @@ METHODS: Mapping[str, Method] = {
             "Richardson et al. 2023; HYDRA 4.1",
             needs=(),
         ),
-        Method("hydra-reranker", "reranked records, first answer", "hydra", _reranker, ("k",), "HYDRA 4.2", needs=("reranker",)),
-        Method("hydra-adapter", "answers without records, the adapter picks", "hydra", _adapter, ("b",), "HYDRA 4.2", needs=("adapter",)),
+        Method(
+            "hydra-reranker",
+            "reranked records, first answer",
+            "hydra",
+            _reranker,
+            ("k",),
+            "HYDRA 4.2",
+            needs=("reranker",),
+            shows=("reranker",),
+        ),
+        Method(
+            "hydra-adapter",
+            "answers without records, the adapter picks",
+            "hydra",
+            _adapter,
+            ("b",),
+            "HYDRA 4.2",
+            needs=("adapter",),
+            shows=("adapter",),
+        ),
         Method(
             "hydra-published",
             "reranker and adapter: sampled candidates at temperature 1, best score",
@@ -240,6 +260,7 @@ METHODS: Mapping[str, Method] = {
             _published,
             ("k", "b"),
             "HYDRA 4.2",
+            shows=("reranker", "adapter"),
         ),
         Method("hydra", "reranker and adapter with this project's choosing", "hydra", _hydra, ("k", "b"), "HYDRA 4.2; DESIGN 5"),
         Method("hydra-shared", "hydra with the shared heads for everybody", "control", _shared, ("k", "b"), "DESIGN 4"),
@@ -287,7 +308,15 @@ METHODS: Mapping[str, Method] = {
         ),
         Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority, needs=()),
         Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest, needs=()),
-        Method("scorer-only", "all labels by the adapter, no LLM", "control", _scorer_only, kinds=LABELS, needs=("adapter",)),
+        Method(
+            "scorer-only",
+            "all labels by the adapter, no LLM",
+            "control",
+            _scorer_only,
+            kinds=LABELS,
+            needs=("adapter",),
+            shows=("adapter",),
+        ),
     )
 }
 DEMO = ("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "random", "user-majority")

@@ -9,6 +9,7 @@ can cost. Knows no tables.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 from hydra_llm.bench.experiment import Experiment
@@ -24,10 +25,13 @@ from hydra_llm.llm.calls import StageProgress, map_calls, run_sync
 from hydra_llm.llm.meter import Prices
 from hydra_llm.personalizer import Personalizer
 from hydra_llm.prompt import PER_MESSAGE, estimate
+from hydra_llm.rerank import record_text
 from hydra_llm.types import Generation, Message, Query, Ranked, Record, Usage
 
 SAMPLE = 5
 """Requests that are really made."""
+ENCODED = 64
+"""Texts that are really encoded."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Stage:
     completion_tokens: int
     cost: float
     seconds: float
+    """Of the LLM, one call after the other."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,17 @@ class Plan:
     stages: tuple[Stage, ...]
     sampled: int
     """Requests that were made to tell tokens and seconds; 0 where none was missing, or none came through."""
+    parallel: int = 1
+    """Calls at once."""
+    texts: int = 0
+    """Records and queries that the encoder has not read yet; of pairs (features=cross) there are more, which nobody knows before."""
+    encoding: float = 0.0
+    """Seconds that it will take for them."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, as a clock on the wall tells them; learning's own arithmetic is left out."""
+        return self.total.seconds / self.parallel + self.encoding
 
     @property
     def total(self) -> Stage:
@@ -73,7 +89,14 @@ class Plan:
         return Stage("total", **{name: sum(getattr(stage, name) for stage in self.stages) for name in names})
 
     def to_json(self) -> dict[str, Any]:
-        return {"stages": [asdict(stage) for stage in self.stages], "total": asdict(self.total), "sampled": self.sampled}
+        known = {
+            "sampled": self.sampled,
+            "parallel": self.parallel,
+            "texts": self.texts,
+            "encoding": self.encoding,
+            "seconds": self.seconds,
+        }
+        return {"stages": [asdict(stage) for stage in self.stages], "total": asdict(self.total), **known}
 
 
 @dataclass
@@ -139,7 +162,7 @@ def plan(experiment: Experiment, progress: StageProgress, bundle: Bundle | None 
         LLMError: the LLM refuses even those.
     """
     llm = NotingLLM(experiment.llm, experiment.data.task.labels)
-    run_sync(partial(_go_through, experiment, llm, progress, bundle))
+    encoding = run_sync(partial(_go_through, experiment, llm, progress, bundle))
     requests = list(llm.missing.values())
     spent, made = run_sync(partial(_made, experiment.llm, requests[:: max(1, len(requests) // SAMPLE)][:SAMPLE]))
     prices = Prices(experiment.settings.price_prompt, experiment.settings.price_completion)
@@ -148,10 +171,11 @@ def plan(experiment: Experiment, progress: StageProgress, bundle: Bundle | None 
         _stage(name, len(llm.kept.get(name, ())), [request for request in requests if request.stage == name], spent, made, prices)
         for name in names
     ]
-    return Plan(tuple(stages), len(made))
+    return Plan(tuple(stages), len(made), experiment.llm.parallel, *encoding)
 
 
-async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StageProgress, bundle: Bundle | None) -> None:
+async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StageProgress, bundle: Bundle | None) -> tuple[int, float]:
+    """Returns how many texts are still to be encoded, and the seconds for those; what going through has encoded is kept."""
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
     learns = bundle is None and any(method.needs for method in experiment.methods)
@@ -168,6 +192,21 @@ async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StagePro
         progress("plan", place, len(experiment.methods))
         llm.stage = f"answer {method.name}"
         await map_calls(method.build(parts).aanswer, queries, limit=settings.concurrency)
+    return _encoding(parts, [*training, *new] if learns else new, queries)
+
+
+def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
+    """How many texts of records and queries the encoder has not read, and the seconds for them by a few that it reads now."""
+    store, records = parts.bundle.store, [record for user in users for record in parts.records.get(user, ())]
+    answered = [record_text(record, with_answer=True) for record in records] if parts.settings.record_answer else []
+    texts = list(dict.fromkeys([record.input for record in records] + answered + [query.input for query in queries]))
+    missing = store.missing(texts)
+    if not missing:
+        return 0, 0.0
+    sample = texts[:: max(1, len(texts) // ENCODED)]
+    fresh, started = store.missing(sample), perf_counter()
+    store.texts(sample)
+    return missing, missing * (perf_counter() - started) / max(1, fresh)
 
 
 async def _label(parts: PlannedParts, llm: NotingLLM, users: Sequence[str], stage: str, *, reranker: bool, adapter: bool) -> None:
@@ -207,10 +246,13 @@ def _stage(name: str, kept: int, own: Sequence[Request], spent: Usage, made: Seq
 
 
 def as_rows(found: Plan) -> list[dict[str, Any]]:
-    """A row per stage, and the sum."""
+    """A row per stage, one for the encoder where it has texts to read, and the sum; minutes are those of the wall."""
+    encode = Stage(f"encode {found.texts} texts", 0, 0, 0, 0, 0.0, found.encoding * found.parallel)
+    total = replace(found.total, seconds=found.seconds * found.parallel)
     rows = []
-    for stage in (*found.stages, found.total):
+    for stage in (*found.stages, *([encode] if found.texts else []), total):
         cells = {"stage": stage.stage, "kept": stage.kept, "calls": stage.calls, "prompt tokens": stage.prompt_tokens}
-        cells |= {"answer tokens": stage.completion_tokens, "money": round(stage.cost, 4), "minutes of LLM": round(stage.seconds / 60, 1)}
+        minutes = round(stage.seconds / found.parallel / 60, 1)
+        cells |= {"answer tokens": stage.completion_tokens, "money": round(stage.cost, 4), "minutes": minutes}
         rows.append(cells)
     return rows

@@ -82,6 +82,11 @@ class CachedLLM:
         return self.inner.identity
 
     @property
+    def parallel(self) -> int:
+        """Calls at once, as far as the inner LLM tells."""
+        return int(getattr(self.inner, "parallel", 1))
+
+    @property
     def usage(self) -> Usage:
         """What the inner LLM spent (if it counts), and what the cache answered: tokens and seconds as they once were, cost 0."""
         spent: Usage = getattr(self.inner, "usage", Usage())

@@ -52,6 +52,8 @@ class Meter:
         """All that was spent, failed calls among it."""
         self.errors: Counter[str] = Counter()
         """How often each failure was met."""
+        self.parallel = concurrency
+        """Calls at once."""
         self._slots = anyio.Semaphore(concurrency)
         self._in_flight = 0
         self._one_by_one = False  # whether n texts were seen to be n calls
