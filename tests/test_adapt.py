@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_llm.adapt import FirstCandidate, LearnedAdapter, RandomCandidate, all_labels, candidate_text, select
+from hydra_llm.adapt import FirstCandidate, LearnedAdapter, all_labels, candidate_text, select
 from hydra_llm.evidence import EvidenceMaker, Population
 from hydra_llm.model.combine import ByLabel, Combiner, Tower
 from hydra_llm.model.curvature import Curvature
@@ -167,16 +167,6 @@ def test_every_label_is_offered_once_with_its_votes() -> None:
     assert [c.votes for c in offered] == [0, 0, 3]
     assert [candidate_text(TAGS, c) for c in offered] == ["calm", "loud", "odd"]  # not the LLM's wording
     assert candidate_text(TITLES, Candidate("A text", "a text")) == "A text"
-
-
-def test_a_random_candidate_is_as_likely_as_its_votes_and_the_same_again() -> None:
-    candidates = [Candidate("a", "a", votes=3), Candidate("b", "b", votes=1), Candidate("c", "c", votes=0)]
-    picks = [RandomCandidate(7).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
-    assert picks == [RandomCandidate(7).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
-    assert picks.count(2) == 0
-    assert 0.70 < picks.count(0) / 800 < 0.80
-    assert picks != [RandomCandidate(8).choose(Query("u", str(i), "x"), candidates, [])[1] for i in range(800)]
-    assert RandomCandidate().choose(QUERY, [Candidate("a", "a"), Candidate("b", "b")], [])[1] == 0
 
 
 @pytest.mark.parametrize(("task", "by_label"), [(TAGS, True), (TAGS, False), (TITLES, False), (STARS, True)])

@@ -4,10 +4,9 @@
     expected-gain   the scores are read as a distribution over what the user wants, and the pick maximises the expected gain
                     under the task's own gain: the mode for labels, the median for ratings, minimum Bayes risk for texts
 With caution it abstains, and the first candidate stands, where what the pick would gain is less than `caution` times what this user's
-head leaves uncertain. Knows no LLM. `FirstCandidate` is the null part, `RandomCandidate` a control.
+head leaves uncertain. Knows no LLM. `FirstCandidate` is the null part.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -47,17 +46,6 @@ class FirstCandidate:
 
     def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
         return Choice(list(candidates), 0)
-
-
-class RandomCandidate:
-    """A control: each of the LLM's samples is as likely as its votes; the same one for the same seed and query."""
-
-    def __init__(self, seed: int = 0):
-        self.seed = seed
-
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
-        lots = [i for i, candidate in enumerate(candidates) for _ in range(candidate.votes)]
-        return Choice(list(candidates), random.Random(f"{self.seed}\n{query.user}\n{query.id}").choice(lots or [0]))
 
 
 class LearnedAdapter:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.controls import ByVotes, Oracle
+from hydra_llm.bench.controls import ByVotes, InTurn, Oracle
 from hydra_llm.bench.methods import Parts, find_methods, split_names
-from hydra_llm.bench.run import run_methods
+from hydra_llm.bench.run import run_methods, tabulate
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -104,7 +104,7 @@ def test_records_by_lot_change_with_the_seed_and_not_with_the_run() -> None:
     assert len(set(drawn)) > 2
 
 
-@pytest.mark.parametrize("name", ["self-consistency@3", "mbr@3", "random@3", "oracle@3", "hydra@2,3", "hydra-adapter@3"])
+@pytest.mark.parametrize("name", ["self-consistency@3", "mbr@3", "oracle@3", "hydra@2,3", "hydra-adapter@3"])
 def test_candidates_are_as_many_as_the_name_says(name: str) -> None:
     texts = 0
 
@@ -150,6 +150,20 @@ def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
     assert Oracle(STARS).choose(Query("u", "q", "", "4"), of(_1=1, _3=1), [])[1] == 1
     assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2), [])[1] == 0
     assert Oracle(TAGS).choose(QUERY, of(calm=5, odd=0), [])[1] == 0  # the right label, but the LLM did not say it
+
+
+def test_one_by_lot_is_every_sample_once() -> None:
+    given = of(calm=3, loud=1, odd=0)
+    assert [InTurn(place).choose(QUERY, given, [])[1] for place in range(4)] == [0, 0, 0, 1]
+    assert InTurn(2).choose(QUERY, of(calm=0, loud=0), [])[1] == 0  # nobody said anything
+    said = RuleLLM(lambda messages, index, rng: ("odd", "calm", "odd", "loud", "odd")[index])
+    having = parts(said, candidates="sampled")
+    samples = run_sync(lambda: run_methods(find_methods(["random@5", "self-consistency@5"]), having, [QUERY]))
+    assert sorted(str(sample.answer) for sample in samples[:-1]) == ["calm", "loud", "odd", "odd", "odd"]
+    assert [sample.seed for sample in samples] == [0, 1, 2, 3, 4, 0]
+    (row, _) = tabulate(TAGS, samples)
+    assert (row.metrics["accuracy"][0], row.queries) == (0.6, 1)
+    assert len({str(call) for call in said.calls}) == 1  # all turns share the query's prompt, and with a cache its samples
 
 
 def test_names_carry_parameters() -> None:

@@ -1,7 +1,7 @@
 """Controls and bounds: what the samples alone, the history alone, or the scorer alone would answer.
 
-`Oracle` and `ByVotes` choose among HYDRA's own candidates; `WithoutLLM` and `ScorerOnly` ask no LLM. A method that does not beat them
-has shown nothing. Knows no metrics.
+`Oracle`, `InTurn` and `ByVotes` choose among HYDRA's own candidates; `WithoutLLM` and `ScorerOnly` ask no LLM. A method that does not
+beat them has shown nothing. Knows no metrics.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +27,17 @@ class Oracle:
     def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
         gains = [self.task.gain(each.answer, query.gold or "") if each.votes else -1.0 for each in candidates]
         return Choice(list(candidates), gains.index(max(gains)))
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """A bound: the LLM's sample of this place. A query's answers at all places together are what one by lot can be expected to be worth."""
+
+    place: int
+
+    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
+        samples = [place for place, candidate in enumerate(candidates) for _ in range(candidate.votes)] or [0]
+        return Choice(list(candidates), samples[self.place % len(samples)])
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from hydra_llm.bench.metrics import score
 from hydra_llm.bench.report import Line, Run, compare, plain
 from hydra_llm.bench.runlog import Sample
 
-RIVALS = ("prompt", "adapter", "sampling", "control")
-"""Groups that HYDRA is held against; bounds are no rivals, and its parts are itself."""
+RIVALS = ("prompt", "hydra", "adapter", "sampling", "control")
+"""Groups that HYDRA is held against, its own parts and the published form among them; bounds are no rivals."""
 BINS = 10
 
 
@@ -33,7 +33,7 @@ def findings(run: Run, lines: Sequence[Line]) -> list[str]:
 
 def _of_method(run: Run, lines: Sequence[Line], own: Line) -> Iterator[str]:
     name, samples = own.row.method, run.of(own.row.method)
-    rivals = {line.row.method: line for line in lines if line.group in RIVALS}
+    rivals = {line.row.method: line for line in lines if line.group in RIVALS and plain(line.row.method) != "hydra"}
     metric = next(iter(own.row.metrics))
     better = 1 if score(run.task, [], [])[metric].higher_is_better else -1
     differences = {rival: compare(run.task, samples, run.of(rival)).metrics[metric] for rival in rivals}

@@ -89,7 +89,7 @@ def _shown(run: Run, lines: Sequence[Line], answers: bool) -> dict[str, Any]:
 def about(run: Run) -> dict[str, str]:
     """What was run, by name."""
     manifest, llm = run.manifest, run.manifest.get("llm", {})
-    seeds = sorted({sample.seed for sample in run.samples})
+    seeds = run.seeds
     parsing = manifest.get("settings", {}).get("parsing")
     found = {
         "LLM": ", ".join(str(llm[key]) for key in ("model", "kind", "engine") if llm.get(key)),

@@ -10,9 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
-from hydra_llm.adapt import Adapter, RandomCandidate
+from hydra_llm.adapt import Adapter
 from hydra_llm.bench.bbox import bbox_adapter
-from hydra_llm.bench.controls import ByVotes, Oracle, ScorerOnly, WithoutLLM, typical
+from hydra_llm.bench.controls import ByVotes, InTurn, Oracle, ScorerOnly, WithoutLLM, typical
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
@@ -50,7 +50,7 @@ class Parts:
     settings: Settings
     records: Mapping[str, Sequence[Record]]
     seed: int = 0
-    """Of the learned parts."""
+    """Of the learned parts; of a method whose samples take turns, whose turn it is."""
 
     def personalizer(self, *, rerank: bool = False, adapt: bool = False, **settings: object) -> Personalizer:
         """The main path with the chosen parts; the others are null parts. Records are those of the run's users."""
@@ -78,6 +78,16 @@ class Method:
     """What must have been learned. Seeds share the reranker, and with it the candidates: answers that need the adapter differ by seed."""
     shows: tuple[str, ...] = ()
     """Parts without which it would be another method under this name, and is left out. `hydra` is what is left of it, as in use."""
+    in_turn: bool = False
+    """Whether each of the b samples answers once, as if it were a seed: the mean over them is an expectation."""
+    given: Mapping[str, int] = field(default_factory=dict)
+    """Its parameters, where the name has some."""
+
+    def of(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
+        """What it is built from, once for each answer that it gives to a query: `seeds` are those of the learned parts."""
+        if self.in_turn:
+            return [replace(seeds[0], seed=place) for place in range(self.given.get("b", seeds[0].settings.samples))]
+        return seeds if "adapter" in self.needs else seeds[:1]
 
     def at(self, given: Mapping[str, int]) -> "Method":
         """The method with parameters in place of the settings' own."""
@@ -88,7 +98,7 @@ class Method:
             enough = {"retrieved": max(parts.settings.retrieved, given.get("k", 0))}
             return build(replace(parts, settings=parts.settings.model_copy(update=chosen | enough)))
 
-        return replace(self, name=f"{self.name}@{numbers}", build=bound)
+        return replace(self, name=f"{self.name}@{numbers}", build=bound, given=dict(given))
 
 
 PARAMETERS = {"k": "k", "b": "samples"}
@@ -292,11 +302,12 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "random",
-            "one of hydra's samples by lot",
+            "one of hydra's samples by lot: the mean over all of them",
             "bound",
-            _choosing(lambda parts: RandomCandidate(parts.settings.seed)),
+            _choosing(lambda parts: InTurn(parts.seed)),
             ("b",),
             needs=("reranker",),
+            in_turn=True,
         ),
         Method(
             "oracle",

@@ -75,6 +75,12 @@ class Run:
         names = dict.fromkeys(sample.method for sample in self.samples)
         return sorted(names, key=lambda name: (places.index(plain(name)) if plain(name) in METHODS else len(places), name))
 
+    @property
+    def seeds(self) -> list[int]:
+        """Of the learned parts."""
+        turns = {name for name in self.methods if plain(name) in METHODS and METHODS[plain(name)].in_turn}
+        return sorted({sample.seed for sample in self.samples if sample.method not in turns})
+
     def of(self, method: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.method == method]
 

@@ -78,7 +78,7 @@ async def run_methods(
         LLMError: the budget is spent, or every call failed (the first one's error).
     """
     every = [parts] if isinstance(parts, Parts) else list(parts)
-    seeded = [(method, part) for method in methods for part in (every if "adapter" in method.needs else every[:1])]
+    seeded = [(method, part) for method in methods for part in method.of(every)]
     answerers = {(method.name, part.seed): method.build(part) for method, part in seeded}
     done = {} if log is None else dict(log.samples)
     faults: list[LLMError] = []

@@ -60,7 +60,7 @@ class Sample:
     """Seconds per stage of this run."""
     notes: tuple[str, ...] = ()
     seed: int = 0
-    """Of the learned parts; methods that learn nothing are run for the first seed alone."""
+    """Of the learned parts; methods that learn nothing are run for the first seed alone. Of `random`: which sample answers."""
     probability: float | None = None
     """What the adapter gives its pick; None where none chose."""
     agreement: float | None = None
