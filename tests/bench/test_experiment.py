@@ -1,5 +1,6 @@
 """Whole runs: seeds that cost no call, a plan that counts what is asked, a stop by SIGTERM, and data of many shapes."""
 
+import importlib
 import json
 import os
 import random
@@ -290,8 +291,27 @@ spec = importlib.util.spec_from_file_location("test_experiment", {this!r})
 here = importlib.util.module_from_spec(spec)
 sys.modules["test_experiment"] = here
 spec.loader.exec_module(here)
+here.die_before({before!r})
 here.noted_run(Path({folder!r}), {fatal})
 """
+
+
+def die_before(name: str) -> None:
+    """kill -9 of this process as soon as `MODULE.FUNCTION` is called for the `TIMES`th time; nothing for an empty name."""
+    if not name:
+        return
+    path, times = name.split()
+    where, _, function = path.rpartition(".")
+    owner: Any = importlib.import_module(where.partition(":")[0])
+    owner = getattr(owner, where.partition(":")[2], owner)
+    real, left = getattr(owner, function), iter(range(int(times) - 1))
+
+    def dying(*given: Any, **named: Any) -> Any:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    setattr(owner, function, dying)
 
 
 def noted_run(folder: Path, fatal: int) -> list[Any]:
@@ -313,20 +333,37 @@ def noted_run(folder: Path, fatal: int) -> list[Any]:
 
 @pytest.mark.slow
 def test_a_kill_in_any_stage_loses_the_call_in_flight_and_changes_nothing(tmp_path: Path) -> None:
-    """kill -9 while records are labelled, candidates are labelled, new users are fitted, and queries are answered."""
+    """kill -9 while records are labelled, candidates are labelled, new users are fitted, and queries are answered; and without a call in
+    flight: in training, with half a bundle written, between fitting and saving, before the results are written.
+    """
     (tmp_path / "whole").mkdir()
     expected = noted_run(tmp_path / "whole", -1)
     whole = (tmp_path / "whole" / "calls").read_text().splitlines()
-    script = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
     for share in (0.1, 0.45, 0.7, 0.95):
         folder = tmp_path / str(share)
         folder.mkdir()
         fatal = int(share * len(whole))
-        killed = subprocess.run([sys.executable, "-c", KILLED.format(this=__file__, folder=str(folder), fatal=fatal)], **script)  # type: ignore[call-overload]
+        killed = run_script(KILLED.format(this=__file__, folder=str(folder), fatal=fatal, before=""))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert noted_run(folder, -1) == expected
         again = (folder / "calls").read_text().splitlines()
         assert len(again) - len(whole) <= one_call(again[fatal - 1 :], again[: fatal - 1])
+    for before in (
+        "hydra_llm.learning.api.learn_scorer 2",
+        "hydra_llm.model.bundle._write_new 1",
+        "hydra_llm.bundle:Bundle.save 2",
+        "hydra_llm.bench.runlog:RunLog.add 5",
+    ):
+        folder = tmp_path / before
+        folder.mkdir()
+        killed = run_script(KILLED.format(this=__file__, folder=str(folder), fatal=-1, before=before))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert noted_run(folder, -1) == expected
+        assert sorted((folder / "calls").read_text().splitlines()) == sorted(whole)
+
+
+def run_script(text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", text], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 def one_call(after: Sequence[str], before: Sequence[str]) -> int:
