@@ -4,19 +4,23 @@
 
 `--arguments` are those of `bench run` beside DATA, --llm, --out and --record.
 
-Writes benchmarks/results/NAME, which `benchmarks/replay.py` then repeats. `samples.jsonl` stays behind: it quotes the data.
+Writes benchmarks/results/NAME: the manifest, `report.json` (what `bench show --against rag@4 --json` says), `report.md`, plots, the
+recording, and the commands with which `benchmarks/replay.py` repeats them. `samples.jsonl` stays behind: it quotes the data.
 """
 
 import argparse
+import io
 import json
 import shlex
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from hydra_llm.cli.main import run
 
 RESULTS = Path(__file__).with_name("results")
-TAKEN = ("manifest.json", "results.json", "learning.json")
+BASELINE = "rag@4"
 PLOTS = ("score-", "cost-calls", "users")
 """How the names of the plots begin that are committed."""
 
@@ -31,10 +35,9 @@ def main() -> None:
     given = parser.parse_args()
     place = RESULTS / given.name
     place.mkdir(parents=True, exist_ok=True)
-    for name in TAKEN:
-        if (given.run / name).exists():
-            shutil.copyfile(given.run / name, place / name)
+    shutil.copyfile(given.run / "manifest.json", place / "manifest.json")
     shutil.copyfile(given.recording, place / "recording.jsonl.gz")
+    (place / "report.json").write_text(json.dumps(report(given.run), indent=1) + "\n", encoding="utf-8")
     commands = {"data": given.data, "bench run": given.arguments}
     (place / "commands.json").write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
     plots = place / "plots"
@@ -43,6 +46,16 @@ def main() -> None:
         if not file.name.startswith(PLOTS):
             file.unlink()
     raise SystemExit(code)
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """What `bench show` says of a run, without the place where it lies."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        if code := run(["bench", "show", str(folder), "--against", BASELINE, "--json"]):
+            raise SystemExit(code)
+    (found,) = json.loads(out.getvalue())["runs"]
+    return {name: value for name, value in found.items() if name != "run"}
 
 
 if __name__ == "__main__":
