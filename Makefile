@@ -25,6 +25,7 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/python tools/commands_md.py --check
 	@$(BIN)/python tools/settings_md.py --check
+	@$(BIN)/python tools/results_md.py --check
 	@$(BIN)/python -m pytest -q tests/test_readme.py
 
 format: $(READY) ## Format the code and sort the imports
@@ -34,6 +35,7 @@ format: $(READY) ## Format the code and sort the imports
 docs: $(READY) ## Write docs/commands.md and docs/settings.md anew from the code
 	@$(BIN)/python tools/commands_md.py
 	@$(BIN)/python tools/settings_md.py
+	@$(BIN)/python tools/results_md.py
 
 bench: $(READY) ## Start-up times (more scripts, one question each, are in benchmarks/)
 	@$(BIN)/python benchmarks/startup.py

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import openai
 import pytest
 import with_postgres
 
+from hydra_llm.cli.main import run
 from hydra_llm.server.upstream import HttpUpstream, open_upstream
 from hydra_llm.store.store import Store
 
@@ -236,6 +238,33 @@ def processes_of(data: str) -> list[int]:
 
 def started(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env={**os.environ, "OPENAI_API_KEY": "x"}, stderr=subprocess.PIPE)
+
+
+def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(tmp_path: Path, bundles: dict[str, Path]) -> None:
+    for name in ("one", "other"):
+        shutil.copytree(bundles["tags"], tmp_path / name)
+    store = f"sqlite:///{tmp_path / 's.db'}"
+    serve = [sys.executable, "-m", "hydra_llm", "serve", "--llm", "fake:echo", "--store", store]
+    assert run(["bundles", "use", str(tmp_path / "one"), "--store", store]) == 0
+    process = started([*serve, "--port", "0", "--bundle", str(tmp_path / "other")])
+    try:
+        assert process.stderr is not None
+        lines = [process.stderr.readline().decode() for _ in range(3)]
+        assert f"--bundle {tmp_path / 'other'} is not used: `hydra-llm bundles use` gave this store {tmp_path / 'one'}" in lines[1]
+        port = int(lines[2].removeprefix("serving on http://127.0.0.1:").removesuffix("/v1\n"))
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            with suppress(httpx2.ConnectError):
+                assert httpx2.get(f"http://127.0.0.1:{port}/health/readiness").status_code == 200
+                break
+            time.sleep(0.1)
+        second = subprocess.run([*serve, "--port", str(port)], capture_output=True, text=True)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert second.stderr.count("\n") == 1
+        assert f"--host 127.0.0.1 --port {port}: Address already in use: take another" in second.stderr
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path) -> None:

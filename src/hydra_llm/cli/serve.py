@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,32 +38,52 @@ def serve(
     from hydra_llm.errors import SettingsError
     from hydra_llm.llm.spec import bare_llm
     from hydra_llm.server.app import make_app
+    from hydra_llm.server.serving import folder_of
     from hydra_llm.server.settings import load_serve_settings
     from hydra_llm.server.upstream import open_upstream
 
     settings = load_serve_settings(config, **given(set_))
+    listening = bound(host, port)  # first: a port that is taken is told before anything is loaded
     inside = is_loopback(host)
     with opened(store, settings.patience) as found:
         if not found.has_keys():
             if not inside:
                 raise SettingsError(f"--host {host}: others could come in without a key: run `hydra-llm keys create --admin` first")
             console.say("no key was made yet: any key is taken, from this machine alone; `hydra-llm keys create --admin` changes that")
+        if bundle and (chosen := found.bundle()) and Path(folder_of(chosen)).resolve() != bundle.resolve():
+            console.say(f"--bundle {bundle} is not used: `hydra-llm bundles use` gave this store {folder_of(chosen)}")
         model = bare_llm(llm, load_settings())
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         app = make_app(found, upstream, settings, bundle=str(bundle) if bundle else None, llm=model, on_loopback=inside)
         server = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_level="warning",
             access_log=False,
             timeout_keep_alive=75,  # longer than clients keep a connection: who closes first must not be the server, amid a request
             timeout_graceful_shutdown=None if settings.drain is None else int(settings.drain),
         )
-        console.say(f"serving on http://{host}:{port}/v1")
+        console.say(f"serving on http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has let the requests in flight end, and raises the signal again
-            uvicorn.Server(server).run()
+            uvicorn.Server(server).run([listening])
         console.say("stopped; requests in flight have ended")
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, not listening yet: the server makes it do so.
+
+    Raises:
+        SettingsError: the address cannot be had.
+    """
+    from hydra_llm.errors import SettingsError
+
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise SettingsError(f"--host {host} --port {port}: {error.strerror or error}: take another, --port 0 takes a free one") from None
+    return found
 
 
 def is_loopback(host: str) -> bool:
