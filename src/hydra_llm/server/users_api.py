@@ -47,13 +47,12 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
 
 
 @router.get("/users/{user}/records")
-async def get_records(user: User, http: Request) -> dict[str, Any]:
+async def get_records(user: User, http: Request) -> Response:
     """All records of a user, oldest first."""
-    version, records = await _in_thread(partial(_store(http, user).records, user))
-    if version is None:
+    content = await _in_thread(partial(_listed, _store(http, user), user))
+    if content is None:
         raise _unknown()
-    data = [{"id": r.id, "input": r.input, "output": r.output, "time": r.time} for r in records]
-    return {"object": "list", "data": data}
+    return Response(content, media_type="application/json")
 
 
 @router.delete("/users/{user}/records/{id:path}")
@@ -107,10 +106,9 @@ async def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
 @router.get("/users/{user}/export")
 async def export(user: User, http: Request) -> Response:
     """All that is kept about a user, heads included, as one JSON file."""
-    found = await _in_thread(partial(_store(http, user).export_user, user))
-    if found is None:
+    content = await _in_thread(partial(_exported, _store(http, user), user))
+    if content is None:
         raise _unknown()
-    content = json.dumps(found, ensure_ascii=False, default=lambda raw: base64.b64encode(raw).decode())
     return Response(content, media_type="application/json", headers={"content-disposition": 'attachment; filename="export.json"'})
 
 
@@ -145,6 +143,18 @@ def _add(store: Store, user: str, records: list[Record], most: int) -> Any:
         if change.count() + change.new(records) > most:
             raise ApiError(413, f"a user has at most {most} records: delete some first", param="records")
         return change.add(records)
+
+
+def _listed(store: Store, user: str) -> str | None:
+    """Their JSON, made where it keeps nobody waiting: there may be many."""
+    version, records = store.records(user)
+    data = [{"id": r.id, "input": r.input, "output": r.output, "time": r.time} for r in records]
+    return None if version is None else json.dumps({"object": "list", "data": data}, ensure_ascii=False)
+
+
+def _exported(store: Store, user: str) -> str | None:
+    found = store.export_user(user)
+    return None if found is None else json.dumps(found, ensure_ascii=False, default=lambda raw: base64.b64encode(raw).decode())
 
 
 def _remove(store: Store, user: str, id: str) -> Record | None:
