@@ -5,6 +5,7 @@ import json
 import re
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import openai
 import pytest
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan
 
+from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.server.auth import make_key
 from hydra_llm.server.habits import Habit, Habits
@@ -587,6 +589,28 @@ async def test_what_was_accepted_is_kept_whole(store: Store, bundles: dict[str, 
             assert {r.id: r.output for r in store.records("ada")[1]}[record] == said
             assert (await world.http.delete(f"/v1/users/ada/records/{record}")).status_code == 200
             assert store.request(request) is None, "nor can it come back by its request"
+
+
+async def test_a_question_in_the_tasks_words_is_the_text_within_them(store: Store, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Scorers and records know inputs: an instruction around one would make all questions alike."""
+    learned = Bundle.load(bundles["tags"])
+    task = replace(learned.task, prompt="Which tag? text: {input}\nOne word.")
+    replace(learned, task=task, versions={}).save(tmp_path / "asking")
+    store.add_records("ada", records_of("ada"))
+    explained = {"personalization": {"explain": True}}
+    async with running(store, bundles["tags"], candidates=3) as world:
+        plain = (await world.ask(QUESTION, **explained)).json()["personalization"]
+    async with running(store, tmp_path / "asking", candidates=3) as world:
+        within = (await world.ask(task.ask(QUESTION), **explained)).json()["personalization"]
+        assert (within["records"], within["scores"]) == (plain["records"], plain["scores"])
+        shown = world.upstream.bodies[0]["messages"]
+        assert all(message["content"].startswith("Which tag? text: ") for message in shown if message["role"] == "user")
+        assert shown[-1]["content"] == task.ask(QUESTION), "the caller's own is as it was"
+        told = await world.http.post("/v1/feedback", json={"request_id": within["request_id"], "edited": "odd"})
+        assert {r.id: r.input for r in store.records("ada")[1]}[told.json()["record"]] == QUESTION
+        other = await world.ask(QUESTION, **explained)
+        assert not any("Which tag?" in message["content"] for message in world.upstream.bodies[-1]["messages"])
+        assert other.headers["x-hydra-personalized"] == "true"
 
 
 async def test_records_that_an_upstream_cannot_take_are_left_out_of_streams_too(store: Store) -> None:

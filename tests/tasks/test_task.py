@@ -91,6 +91,23 @@ def test_lamp_tasks_pass_their_own_check(task: Task) -> None:
     assert task.ask("X {input} Y").count("X {input} Y") == 1
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "within"),
+    [
+        ("Which? {input}", "Which? a {b}", "a {b}"),
+        ("Of {input}\nOne word.", " Of x\ny\nOne word. ", "x\ny"),
+        ("Which? {input}", "what else", None),
+        ("Which? {input}", "Which? ", None),
+        ("Of {input}, again", "Of , again", None),
+        ("aa{input}aa", "aaa", None),
+        ("{input}", "anything", None),
+        ("{input} or {input}", "a or a", None),
+    ],
+)
+def test_the_text_within_an_instruction_is_found_again(prompt: str, text: str, within: str | None) -> None:
+    assert Task("t", "generation", prompt).input_of(text) == within
+
+
 def test_lamp_tasks_are_the_benchmarks() -> None:
     assert {name: (task.kind, len(task.labels)) for name, task in LAMP.items()} == {
         "LaMP-1": ("classification", 2),

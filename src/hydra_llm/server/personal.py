@@ -92,7 +92,10 @@ class Gateway:
         if request.n is not None:
             plain["n"] = request.n  # as it was read: 2.0 is a 2 to JSON's eyes
         serving, wishes = self.serving, request.personalization or Wishes()
-        as_it_is, question = partial(Plan, plain, plain, serving=serving), readable(text_of(body["messages"][-1]))
+        as_it_is, asked = partial(Plan, plain, plain, serving=serving), readable(text_of(body["messages"][-1]))
+        # A question in the words of the bundle's task: what scorers and records know is the text within them.
+        within = serving.task.input_of(asked)
+        question = within or asked
         reason = _why_not(request, body["messages"], user, wishes)
         if reason is not None or user is None:
             return as_it_is(reason or "no-user")
@@ -101,7 +104,8 @@ class Gateway:
         if isinstance(found, str):
             return as_it_is(found)
         k = self.settings.k if wishes.k is None else wishes.k
-        placed, shown = place(body["messages"], found.ranked[:k], placement=self.settings.placement, max_tokens=self._room)
+        ask = serving.task.ask if within else str
+        placed, shown = place(body["messages"], found.ranked[:k], placement=self.settings.placement, max_tokens=self._room, ask=ask)
         wanted = wishes.candidates or self.settings.candidates
         return Plan(
             {**plain, "messages": placed},

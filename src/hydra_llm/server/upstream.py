@@ -204,7 +204,7 @@ class EmbeddedUpstream:
         if id is None:
             return {"object": "list", "data": [model]}
         if id != self._model:
-            raise UpstreamError(404, ApiError(404, f"the model '{id}' does not exist", code="model_not_found").body())
+            raise UpstreamError(404, ApiError(404, f"the model '{id}' does not exist: take {self._model}", code="model_not_found").body())
         return model
 
     async def aclose(self) -> None:
@@ -212,7 +212,8 @@ class EmbeddedUpstream:
 
     async def _generate(self, body: Mapping[str, Any], **more: Any) -> Generation:
         if body.get("model") != self._model:
-            raise UpstreamError(404, ApiError(404, f"the model '{body.get('model')}' does not exist", code="model_not_found").body())
+            missing = f"the model '{body.get('model')}' does not exist: take {self._model}"
+            raise UpstreamError(404, ApiError(404, missing, code="model_not_found").body())
         if body.get("tools") or body.get("functions") or any(map(_has_more, body["messages"])):
             raise UpstreamError(400, "this model reads texts alone: no tools, images or sound")
         try:

@@ -46,6 +46,14 @@ class Task:
         """The instruction with the query's text in it (no format(): a text may hold braces)."""
         return self.prompt.replace("{input}", text)
 
+    def input_of(self, text: str) -> str | None:
+        """The query's text in an instruction that `ask` made; None where it made none."""
+        head, _, tail = (part.strip() for part in self.prompt.partition("{input}"))
+        text = text.strip()
+        if not (head or tail) or "{input}" in tail or not (text.startswith(head) and text.endswith(tail)):
+            return None
+        return text[len(head) : len(text) - len(tail)].strip() or None
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any], file: str = "task.json") -> "Task":
         """Read and check the content of a task.json.
