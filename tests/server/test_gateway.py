@@ -5,6 +5,7 @@ import json
 import re
 import sqlite3
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,58 @@ async def test_a_stream_of_the_pick_begins_at_once_and_ends_with_it(store: Store
         assert chunks[-1].choices[0].finish_reason == "stop"
         assert chunks[-1].model_extra is not None
         assert chunks[-1].model_extra["personalization"]["request_id"]
+
+
+async def test_a_stream_begins_before_a_slow_upstream_and_is_seen_to_live(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role before anything was answered, comments while nothing is, then the pick."""
+    monkeypatch.setattr("hydra_llm.server.openai_api.KEEP_ALIVE_SECONDS", 0.05)
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        go, complete = asyncio.Event(), world.upstream.complete
+
+        async def slow(body: Any) -> Any:
+            await go.wait()
+            return await complete(body)
+
+        monkeypatch.setattr(world.upstream, "complete", slow)
+        body = {"model": "m", "user": "ada", "stream": True, "messages": [{"role": "user", "content": QUESTION}]}
+        pieces = streamed(world.app, body)
+        first = json.loads((await anext(pieces)).removeprefix("data: "))
+        assert first["choices"][0]["delta"]["role"] == "assistant"
+        assert [await anext(pieces) for _ in range(3)] == [": still working"] * 3
+        go.set()
+        rest = [piece async for piece in pieces if piece != ": still working"]
+        assert rest[-1] == "data: [DONE]"
+        said = "".join(json.loads(piece.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for piece in rest[:-1])
+        assert said in TAGS.labels
+
+
+async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The events of a stream as they go out: httpx's transport hands an answer over when it has ended."""
+    out: asyncio.Queue[bytes | None] = asyncio.Queue()
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        return given.pop(0) if given else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await out.put(message.get("body", b""))
+            if not message.get("more_body"):
+                await out.put(None)
+
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}, "scheme": "http", "server": ("g", 80)}
+    task, text = asyncio.create_task(app(scope, receive, send)), b""
+    while (piece := await asyncio.wait_for(out.get(), 20)) is not None:
+        text += piece
+        while b"\n\n" in text:
+            event, _, text = text.partition(b"\n\n")
+            yield event.decode()
+    await task
 
 
 async def test_feedback_moves_the_head_once_in_any_order(either: Store, bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -473,6 +526,27 @@ async def test_nobody_reaches_another_user(
         assert answer.status_code < 300, answer.text
 
 
+@pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
+async def test_before_the_first_key_every_key_will_do_and_then_none_of_those(
+    store: Store, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """On loopback: whoever tries the program on a desk needs no key; from the first one on, only keys that were made open the door."""
+    store.add_records("bob", records_of("bob"))
+    store.add_job("job-bob", "bob", "fit")
+    where, sent = path.replace("{user}", "bob"), json.loads(json.dumps(body).replace("{user}", "bob"))
+    async with running(store) as world:
+        for key in ("", "any", "hk-made-up"):
+            answer = await world.http.request(method, where, json=sent, headers={"authorization": f"Bearer {key}"} if key else {})
+            assert answer.status_code not in (401, 403), answer.text
+            store.add_records("bob", records_of("bob"))
+        _, secret = make_key(store, admin=True)
+        for key in ("", "any", "hk-made-up"):
+            answer = await world.http.request(method, where, json=sent, headers={"authorization": f"Bearer {key}"} if key else {})
+            assert answer.status_code == 401
+        answer = await world.http.request(method, where, json=sent, headers={"authorization": f"Bearer {secret}"})
+        assert answer.status_code not in (401, 403), answer.text
+
+
 async def test_beyond_loopback_nobody_comes_in_without_a_key(store: Store) -> None:
     async with running(store, on_loopback=False) as world:
         assert (await world.ask(QUESTION)).status_code == 401
@@ -677,6 +751,27 @@ async def test_learning_from_the_store(either: Store, tmp_path: Path) -> None:
         assert right >= 14, "heads that were learned with the base serve at once"
         deleted = (await world.http.delete("/v1/users/user3")).json()
         assert deleted["in_shared_base"] is True
+
+
+async def test_a_body_in_chunks_is_cut_off_at_the_limit(store: Store) -> None:
+    """Without a length nobody knows it before: what is beyond the limit is not even read."""
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'{"model": "m", "messages": [{"role": "user", "content": "'
+        while True:
+            sent += 10_000
+            yield b"x" * 10_000
+
+    async with running(store, max_body_bytes=100_000) as world:
+        for path in ("/v1/chat/completions", "/v1/users/ada/records"):
+            sent = 0
+            answer = await world.http.post(path, content=endless(), headers={"content-type": "application/json"})
+            assert answer.status_code == 413
+            assert "more than 100000 bytes" in answer.json()["error"]["message"]
+            assert sent <= 120_000
+        assert (await world.ask("x" * 1000)).status_code == 200
 
 
 async def test_limits(store: Store) -> None:
