@@ -5,8 +5,9 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,12 @@ import openai
 import pytest
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan
 
+from hydra_llm import learn
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
+from hydra_llm.config import load_settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.server.auth import make_key
 from hydra_llm.server.habits import Habit, Habits
 from hydra_llm.server.people import texts_of
@@ -26,7 +31,7 @@ from hydra_llm.server.upstream import UpstreamError
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
-from .conftest import TAGS, TOPICS, World, records_of, running, tastes
+from .conftest import TAGS, TITLES, TOPICS, World, anything, records_of, running, tastes
 
 pytestmark = pytest.mark.anyio
 
@@ -171,6 +176,39 @@ async def test_users_get_their_own_of_several_candidates(store: Store, bundles: 
         three = (await world.ask(QUESTION, "user0", n=3)).json()
         assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
         assert {choice["message"]["content"] for choice in three["choices"]} == set(TAGS.labels)
+
+
+async def test_what_waits_together_is_encoded_together_pairs_too(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = [f"train{i}" for i in range(4)]
+    data = DataSet.from_records(TITLES, dict.fromkeys(users, "train"), [r for user in users for r in records_of(user, 8)], [])
+    small = {"samples": 3, "retrieved": 4, "k": 2, "queries_per_user": 1, "max_length": 32, "cache": tmp_path / "cache"}
+    learn(data, RuleLLM(anything), load_settings(features="cross", rerank="always", **small), out=tmp_path / "cross")
+    askers = [f"asker{i}" for i in range(6)]
+    for user in askers:
+        store.add_records(user, records_of(user))
+    async with running(store, tmp_path / "cross", candidates=3) as world:
+        serving = world.app.state.gateway.serving
+        alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
+        serving.bundle.store.forget([QUESTION])  # nothing is left in memory
+        batches: list[int] = []
+        encode = serving.bundle.store.encoder.encode_pairs
+
+        def noted(left: Sequence[str], right: Sequence[str]) -> Any:
+            batches.append(len(left))
+            return encode(left, right)
+
+        monkeypatch.setattr(serving.bundle.store.encoder, "encode_pairs", noted)
+        busy = asyncio.create_task(serving.together.run(partial(time.sleep, 0.5)))
+        answers = [
+            answer.json()["personalization"]
+            for answer in await asyncio.gather(*(world.ask(QUESTION, user) for user in askers), busy)
+            if answer
+        ]
+    assert batches[0] > 4, "records of several users went through the encoder at once"
+    assert len(batches) < len(askers)
+    for one, other in zip(answers, alone, strict=True):
+        assert one["records"] == other["records"]
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
 
 
 async def test_a_stream_of_the_pick_begins_at_once_and_ends_with_it(store: Store, bundles: dict[str, Path]) -> None:

@@ -20,7 +20,7 @@ from hydra_llm.server.observe import Observer
 from hydra_llm.server.patient import PatientReads
 from hydra_llm.server.people import Person
 from hydra_llm.server.place import place
-from hydra_llm.server.scoring import Found, Picked, as_they_came, choose, find
+from hydra_llm.server.scoring import Found, Picked, Search, as_they_came, choose, pairs_of
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Overloaded
@@ -131,7 +131,8 @@ class Gateway:
         if person is None:
             return "unknown-user"
         try:
-            found = await serving.together.run(partial(find, serving, person, question, self.observer), [question])
+            search = Search(serving, person, question, self.observer)
+            found = await serving.together.run(search.found, [question], pairs=search.pairs)
         except Overloaded as error:
             self.observer.failed("scoring", error)
             return "overloaded"
@@ -258,7 +259,9 @@ class Gateway:
             assert plan.person is not None
             texts = [readable(text_of(choice["message"])) for choice in choices]
             picked = await plan.serving.together.run(
-                partial(choose, plan.serving, plan.person, plan.question, plan.visible, choices, texts), texts
+                partial(choose, plan.serving, plan.person, plan.question, plan.visible, choices, texts),
+                texts,
+                pairs=partial(pairs_of, plan.serving, plan.question, texts),
             )
         except Exception as error:  # whatever it is, it must not cost the caller an answer
             self.observer.failed("adapter", error)

@@ -5,10 +5,13 @@ Knows no HTTP, no store and no upstream.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from hydra_llm.adapt import LearnedAdapter, candidate_text
 from hydra_llm.personalizer import gather, read_answer
+from hydra_llm.rerank import LearnedReranker, record_text
 from hydra_llm.server.observe import Observer
 from hydra_llm.server.people import Person
 from hydra_llm.server.serving import Serving
@@ -31,24 +34,67 @@ class Found:
     """Whether the records have been encoded: until then the retriever's order and the first answer are what there is time for."""
 
 
-def find(serving: Serving, person: Person, question: str, observer: Observer) -> Found | None:
-    """The user's records for a question, best first; None where there are none."""
-    person = serving.people.seat(person)
-    visible = serving.readable(person.records)
-    if not visible:
-        return None
-    query, clock = Query(person.name, "asked", question, position=LATER), [time.perf_counter()]
-    retrieved = serving.retriever.retrieve(query, visible, serving.settings.retrieved)
-    clock.append(time.perf_counter())
-    if not serving.people.is_warm(person, visible):
-        return Found(person, tuple(visible), retrieved, {"retrieve": clock[1] - clock[0], "rerank": 0.0}, warm=False)
-    try:
-        ranked = serving.reranker.order(query, retrieved, visible)
-    except Exception as error:  # the retriever's order is what an answer without this program would get
-        observer.failed("reranker", error)
-        ranked = retrieved
-    clock.append(time.perf_counter())
-    return Found(person, tuple(visible), ranked, {"retrieve": clock[1] - clock[0], "rerank": clock[2] - clock[1]})
+@dataclass
+class Search:
+    """A user's records for a question, in two steps: scorers of pairs get those of all who wait encoded between them."""
+
+    serving: Serving
+    person: Person
+    question: str
+    observer: Observer
+    _retrieved: list[Ranked] | None = None
+    _visible: list[Record] = field(default_factory=list)
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def query(self) -> Query:
+        return Query(self.person.name, "asked", self.question, position=LATER)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """What the reranker will read, where it reads pairs."""
+        if not _reads_pairs(self.serving.reranker):
+            return []
+        with_answer = self.serving.settings.record_answer
+        return [(self.question, record_text(item.record, with_answer=with_answer)) for item in self._retrieve()]
+
+    def found(self) -> Found | None:
+        """The records, best first; None where there are none."""
+        serving, retrieved = self.serving, self._retrieve()
+        if not self._visible:
+            return None
+        self.person = serving.people.seat(self.person)  # whoever was encoded beside may have pushed the head out
+        found = partial(Found, self.person, tuple(self._visible))
+        if not serving.people.is_warm(self.person, self._visible):
+            return found(retrieved, {**self._seconds, "rerank": 0.0}, warm=False)
+        started = time.perf_counter()
+        try:
+            ranked = serving.reranker.order(self.query, retrieved, self._visible)
+        except Exception as error:  # the retriever's order is what an answer without this program would get
+            self.observer.failed("reranker", error)
+            ranked = retrieved
+        return found(ranked, {**self._seconds, "rerank": time.perf_counter() - started})
+
+    def _retrieve(self) -> list[Ranked]:
+        if self._retrieved is None:
+            self.person = self.serving.people.seat(self.person)
+            self._visible = self.serving.readable(self.person.records)
+            started = time.perf_counter()
+            retriever, most = self.serving.retriever, self.serving.settings.retrieved
+            self._retrieved = retriever.retrieve(self.query, self._visible, most) if self._visible else []
+            self._seconds = {"retrieve": time.perf_counter() - started}
+        return self._retrieved
+
+
+def _reads_pairs(scorer: Any) -> bool:
+    """Whether a reranker or adapter is a learned one that reads a question and a text at once."""
+    return isinstance(scorer, LearnedReranker | LearnedAdapter) and scorer.scorer.combiner.kind == "cross"
+
+
+def pairs_of(serving: Serving, question: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """What the adapter will read of an LLM's texts, where it reads pairs."""
+    if not _reads_pairs(serving.adapter):
+        return []
+    return [(question, candidate_text(serving.task, each)) for each in gather(serving.task, texts, 1, serving.settings)[0]]
 
 
 @dataclass(frozen=True)

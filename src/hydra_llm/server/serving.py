@@ -95,7 +95,7 @@ def open_serving(store: Store, reads: PatientReads, folder: str | Path | None, s
     parts = bundle.personalizer(cast(ChatLLM, None))
     # Questions and answers come and go: of users' records alone something is kept in the file, by warming.
     bundle.store.keep = False
-    together = Together(bundle.store.texts, settings.waiting)
+    together = Together(bundle.store.texts, settings.waiting, bundle.store.pairs if chosen.features == "cross" else None)
     warming = Warming(store, reads, people, bundle.store, together) if chosen.features == "tower" else None
     chain = (parts.retriever, parts.reranker, parts.adapter)
     return Serving(str(folder), bundle.weights, bundle.task, chosen, *chain, people, together, bundle.scorers, bundle, warming)

@@ -1,7 +1,8 @@
 """One thread for everything that scores, and requests that wait together are encoded together.
 
-Work comes with the texts that it will need. While the thread is busy more of it gathers; then the texts of all that wait go through the
-encoder in one batch, and each piece of work runs on features that are there. Knows no users and no HTTP.
+Work comes with the texts that it will need, and with a way to tell the pairs of texts. While the thread is busy more of it gathers; then
+the texts, and the pairs, of all that wait go through the encoder in one batch, and each piece of work runs on features that are there.
+Knows no users and no HTTP.
 """
 
 import asyncio
@@ -17,6 +18,8 @@ from hydra_llm.errors import HydraError
 
 R = TypeVar("R")
 Encode = Callable[[Sequence[str]], Any]
+Pairs = Sequence[tuple[str, str]]
+EncodePairs = Callable[[Sequence[str], Sequence[str]], Any]
 MOST_AT_ONCE = 64
 """Pieces of work whose texts go into one batch."""
 ONE_LATER_IN = 8
@@ -30,15 +33,21 @@ class Overloaded(HydraError):
 @dataclass(frozen=True, slots=True)
 class _Work:
     texts: Sequence[str]
+    pairs: Callable[[], Pairs]
     do: Callable[[], Any]
     result: "Future[Any]"
+
+
+def no_pairs() -> Pairs:
+    """Of work that needs none."""
+    return ()
 
 
 class Together:
     """A thread that encodes and scores."""
 
-    def __init__(self, encode: Encode | None, most_waiting: int = 256):
-        self._encode, self._most_waiting = encode, most_waiting
+    def __init__(self, encode: Encode | None, most_waiting: int = 256, encode_pairs: EncodePairs | None = None):
+        self._encode, self._encode_pairs, self._most_waiting = encode, encode_pairs, most_waiting
         self._waiting: deque[_Work] = deque()
         self._later: deque[_Work] = deque()
         self._ended = False
@@ -46,13 +55,14 @@ class Together:
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
-    async def run(self, do: Callable[[], R], texts: Sequence[str] = (), *, must: bool = False) -> R:
-        """Await `do()` in the scoring thread; its texts are encoded before, together with those of whoever else waits.
+    async def run(self, do: Callable[[], R], texts: Sequence[str] = (), *, pairs: Callable[[], Pairs] = no_pairs, must: bool = False) -> R:
+        """Await `do()` in the scoring thread; its texts, and then what `pairs()` tells there, are encoded before, together with those of
+        whoever else waits.
 
         Raises:
             Overloaded: too many wait already, which does not stop what `must` be done; or the thread has ended.
         """
-        work = _Work(texts, do, Future())
+        work = _Work(texts, pairs, do, Future())
         with self._something:
             if self._ended:
                 raise Overloaded("these scorers are not in use any more")
@@ -68,7 +78,7 @@ class Together:
         Raises:
             Overloaded: the thread has ended.
         """
-        work = _Work((), do, Future())
+        work = _Work((), no_pairs, do, Future())
         with self._something:
             if self._ended:
                 raise Overloaded("these scorers are not in use any more")
@@ -106,8 +116,21 @@ class Together:
         if texts and self._encode is not None:
             with contextlib.suppress(Exception):  # whoever needs one of these texts meets the same fault, and it is told there
                 self._encode(texts)
+        if self._encode_pairs is not None:
+            pairs = list(dict.fromkeys(pair for work in batch for pair in _told(work)))
+            if pairs:
+                with contextlib.suppress(Exception):
+                    self._encode_pairs([left for left, _ in pairs], [right for _, right in pairs])
         for work in batch:
             try:
                 work.result.set_result(work.do())
             except BaseException as error:
                 work.result.set_exception(error)
+
+
+def _told(work: _Work) -> Pairs:
+    """The work's pairs; none where it cannot tell them: what is at fault there is told when the work is done."""
+    try:
+        return work.pairs()
+    except Exception:
+        return ()
