@@ -199,11 +199,9 @@ async def test_what_waits_together_is_encoded_together_pairs_too(store: Store, t
 
         monkeypatch.setattr(serving.bundle.store.encoder, "encode_pairs", noted)
         busy = asyncio.create_task(serving.together.run(partial(time.sleep, 0.5)))
-        answers = [
-            answer.json()["personalization"]
-            for answer in await asyncio.gather(*(world.ask(QUESTION, user) for user in askers), busy)
-            if answer
-        ]
+        asked = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
+        answers = [answer.json()["personalization"] for answer in asked]
+        await busy
     assert batches[0] > 4, "records of several users went through the encoder at once"
     assert len(batches) < len(askers)
     for one, other in zip(answers, alone, strict=True):
