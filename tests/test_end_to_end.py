@@ -121,7 +121,7 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, he
         samples = run_sync(
             lambda name=name: run_methods(find_methods([name]), Parts(bundle, llm, bundle.settings, bundle.records), queries)
         )
-        controls[name] = gains(task, [sample.answer for sample in samples], queries)
+        controls[name] = sum(task.gain(sample.answer, sample.gold) for sample in samples) / len(samples)
     shared = controls.pop("hydra-shared")  # sees the user's history as evidence, but no head
     stranger = [replace(query, user="stranger") for query in queries]
     nobody = gains(task, answers_of(personalizer, stranger), queries)

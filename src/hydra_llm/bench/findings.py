@@ -10,7 +10,7 @@ A sentence is there only where the run holds its numbers. Knows no LLM.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -134,10 +134,10 @@ def _of_learning(told: Mapping[str, Any]) -> Iterator[str]:
                 f"{report['loss_shared']:.3f} for the shared head, {report['loss_user']:.3f} for the users' own."
             )
         with_votes, without = (report.get(key) for key in ("loss_with_votes", "loss_without_votes"))
-        if report.get("vote_weight") and _number(with_votes) and _number(without):
+        if _number(with_votes) and _number(without) and with_votes != without:
             yield (
                 f"Where the LLM was asked about held-out training users, the {name}'s cross-entropy is {without:.3f} without its votes "
-                f"and {with_votes:.3f} with them."
+                f"and {with_votes:.3f} with them" + ("." if with_votes < without else ": they have no weight.")
             )
         if first and all(_number(report.get(key)) for key in ("gain_first", "gain_pick", "gain_best")):
             used = "its order is used" if report["gain_pick"] >= report["gain_first"] else "so the retriever's order stands in hydra"
@@ -147,5 +147,5 @@ def _of_learning(told: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not math.isnan(value)

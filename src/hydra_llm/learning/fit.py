@@ -329,7 +329,10 @@ def weigh_picks(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: F
 
 @torch.no_grad()
 def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
-    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight."""
+    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight.
+
+    Votes that make the scorer worse for users whose votes it has not seen get no weight: the LLM is then asked in vain, and not heard.
+    """
     if not held_out:
         return
     scores = torch.cat([held.own for held in held_out])
@@ -339,6 +342,11 @@ def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: Fit
         columns = []  # the base has weighed them already, or nobody was asked
     known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
     users = [user for held in held_out for user in held.late.users]
+    report.loss_with_votes, report.loss_without_votes = (
+        _loss_by_others(mixed, scores, target, mask, scorer.loss, users) for mixed in (known, known[..., :1])
+    )
+    if report.loss_with_votes > report.loss_without_votes:
+        known, columns = known[..., :1], []
     v = _mix(known, scores, target, mask, scorer.loss)
     scorer.scale = (1 + v[0]).clamp_min(0.05)
     scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
@@ -346,9 +354,6 @@ def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: Fit
     votes = known[..., 1:] @ v[1:]
     told = (target.sum(-1) > 0).sum().clamp_min(1)
     report.loss_calibrated = float(losses(scorer.scale * scores + votes, target, mask, scorer.loss).sum() / told)
-    report.loss_with_votes, report.loss_without_votes = (
-        _loss_by_others(mixed, scores, target, mask, scorer.loss, users) for mixed in (known, known[..., :1])
-    )
     report.scale = float(scorer.scale)
     report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[1:], strict=True)}
 
