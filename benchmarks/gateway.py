@@ -60,6 +60,7 @@ def main() -> None:
         Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
         Limit("first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250),
         Limit("moving a head, p50 in ms", result["head"]["p50"], 20),
+        Limit("a piece of feedback over HTTP, p50 in ms", result["feedback"]["p50"], 40),
     ]
     if "soak" in result:
         limits += [

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).with_name("results")
 TOLERANCE = 0.0005
 MEASURED = ("seconds", "own_seconds")
 """Names of what is measured anew: seconds of this machine."""
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--only", help="one folder of benchmarks/results")
     given = parser.parse_args()
     names = [given.only] if given.only else sorted(path.parent.name for path in RESULTS.glob("*/commands.json"))
+    if not names:
+        sys.exit(f"{RESULTS}: no results to repeat")
     differ, whole = False, time.perf_counter()
     for name in names:
         began = time.perf_counter()

@@ -94,8 +94,12 @@ def main() -> None:
         name = file.parent.name
         made = f"<!-- {name} -->\n{table(json.loads(file.read_text(encoding='utf-8')))}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, made=made: made, text, flags=re.S)  # type: ignore[misc]
-    if "--check" in sys.argv and text != before:
-        sys.exit("README.md: its tables are not what benchmarks/results says: python tools/results_md.py")
+    marked = set(re.findall(r"<!-- (\w+_60) -->", before))
+    reports = {file.parent.name for file in RESULTS.glob("*_60/report.json")}
+    if marked != reports:
+        sys.exit(f"README.md: markers and results differ in {', '.join(sorted(marked ^ reports))}: add <!-- NAME --> and <!-- /NAME -->")
+    if "--check" in sys.argv:
+        sys.exit("README.md: its tables are not what benchmarks/results says: python tools/results_md.py" if text != before else 0)
     README.write_text(text, encoding="utf-8")
 
 

@@ -139,11 +139,18 @@ def test_what_seeds_share_stands_once(tmp_path: Path) -> None:
 
 def test_a_method_that_learns_as_it_answers_tells_what_that_took_once(tmp_path: Path) -> None:
     opened = made(tmp_path, [])
-    learned = ({"": spent(5, 9.0, calls=40)}, {"u0": spent(1, 1.0, calls=2)}, {"u1": spent(1, 3.0, calls=2)}, {"": spent(5, 9.0, calls=40)})
+    learned = (
+        {"": spent(5, 9.0, calls=40)},
+        {"4:u0": spent(1, 1.0, calls=2)},
+        {"4:u1": spent(1, 3.0, calls=2)},
+        {"": spent(5, 9.0, calls=40)},
+    )
     samples = [replace(opened.samples[0], method="bbox-adapter@8", query=str(n), learned=each) for n, each in enumerate(learned)]
+    samples.append(replace(samples[1], query="later", learned={"6:u0": spent(1, 2.0, calls=2)}))  # with more of his history: another one
+    samples += [replace(sample, seed=1) for sample in samples]  # asks the same
     everybody, new = as_learning(replace(opened, samples=tuple(samples)))  # it was stopped, and learned again when it went on
     assert (everybody["stage"], everybody["users"], everybody["LLM calls"]) == ("bbox-adapter@8", 5, 40)
-    assert (new["stage"], new["users"], new["LLM calls"], new["s per user"]) == ("bbox-adapter@8, new users", 2, 4, 2.0)
+    assert (new["stage"], new["users"], new["LLM calls"], new["s per user"]) == ("bbox-adapter@8, new users", 2, 6, 3.0)
 
 
 def test_the_command_prints_costs_and_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

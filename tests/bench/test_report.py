@@ -114,6 +114,15 @@ def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
     assert report.pair(seeded({0: "1"}), seeded({0: "1"}, "another")) == []
 
 
+def test_turns_are_no_seeds() -> None:
+    turns = [replace(sample, method="random@8") for sample in seeded({place: str(1 + place % 5) for place in range(8)})]
+    assert len(report.pair(turns, [sample for sample in turns if sample.seed < 2])) == 16
+    for seeds in ({0: "1", 1: "2", 2: "3"}, {10: "1", 11: "2"}, {0: "4"}):
+        for pairs in (report.pair(turns, seeded(seeds)), [(b, a) for a, b in report.pair(seeded(seeds), turns)]):
+            assert sorted((a.seed, b.seed) for a, b in pairs) == sorted((place, seed) for place in range(8) for seed in seeds)
+    assert len(report.pair(turns, turns)) == 8
+
+
 def test_a_row_over_seeds_counts_its_queries_once_and_names_each_seeds_figure() -> None:
     samples = [each for user, own in (("a", "1"), ("b", "3")) for each in seeded({0: own, 1: "3"}, user)]
     (row,) = tabulate(STARS, samples)

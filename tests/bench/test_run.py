@@ -231,7 +231,7 @@ def test_a_run_names_its_versions_and_is_not_continued_by_another(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("manifest", "said"),
-    [('{"format": 3, "hydra_llm": "9.1", "more": []}', r"format 3 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
+    [('{"format": 4, "hydra_llm": "9.1", "more": []}', r"format 4 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
 )
 def test_a_manifest_that_cannot_be_continued_is_one_line(tmp_path: Path, manifest: str, said: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)

@@ -245,11 +245,11 @@ class BBoxAdapter:
     async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
         """Further rounds on the user's own history, as far as the query may see it."""
         only = replace(self.personalizer, records={user: visible})
-        proposals = await _proposals(only, self._queries(visible))
+        proposals = await _proposals(only, self._queries(visible))  # of another history of the same user's: another adaptation
         started = perf_counter()
         pools = _pools(self.bundle, shared.combiner, proposals)
         found = shared if pools is None else self._adapted(shared, pools)
-        self.spent[user] = _spent(1, proposals, started)
+        self.spent[f"{len(visible)}:{user}"] = _spent(1, proposals, started)
         return found
 
     def _queries(self, records: Sequence[Record]) -> list[Query]:

@@ -11,7 +11,7 @@ percentiles nor their corrections (BCa) mend it. `benchmarks/coverage.py` measur
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,8 @@ class Relative(NamedTuple):
     """Standard error over users; NaN where there are fewer than two."""
     freedom: float
     """Degrees of freedom of the error."""
+    parts: Mapping[str, float]
+    """User → the share of the error that stands on this user: the root of the sum of their squares is the error."""
 
     def interval(self, level: float = 0.95) -> Interval:
         """Student's."""
@@ -95,21 +97,36 @@ def relative(pairs: Sequence[tuple[Metric, Metric, Sequence[str]]]) -> Relative 
 
     The error is the jackknife's: a user is left out of all metrics at once. None where every b is 0, or nothing was scored.
     """
-    everybody = sorted({user for _, _, users in pairs for user in users})
+    everybody = sorted({user for each in pairs for user in _with_rows(*each)})
     changes = [_change(a, b, users, everybody) for a, b, users in pairs]
     known = np.array([row for row in changes if not math.isnan(row[0])])
     if not len(known):
         return None
-    value, without = float(known[:, 0].mean()), known[:, 1:].mean(axis=0)
-    return Relative(value, _jackknife_error(without), len(everybody) - 1)
+    value, without, users = float(known[:, 0].mean()), known[:, 1:].mean(axis=0), len(everybody)
+    parts = math.sqrt((users - 1) / users) * (without - without.mean())
+    return Relative(value, _jackknife_error(without), users - 1, dict(zip(everybody, parts.tolist(), strict=True)))
 
 
 def over_tasks(found: Sequence[Relative]) -> Relative:
-    """The mean over tasks of other users each; degrees of freedom as Welch and Satterthwaite have them."""
-    squares = np.array([each.error**2 for each in found])
-    below = sum(square**2 / each.freedom for square, each in zip(squares, found, strict=True) if each.freedom > 0)
-    freedom = float(squares.sum() ** 2 / below) if below > 0 else min(each.freedom for each in found)
-    return Relative(float(np.mean([each.change for each in found])), float(np.sqrt(squares.sum()) / len(found)), freedom)
+    """The mean over tasks. A user whom several tasks share is one and the same: what stands on him adds up before it is squared.
+
+    Degrees of freedom as Welch and Satterthwaite have them for tasks of other users each, and never more than there are people.
+    """
+    parts: dict[str, float] = {}
+    for each in found:
+        for user, part in each.parts.items():
+            parts[user] = parts.get(user, 0.0) + part / len(found)
+    error = math.sqrt(sum(part**2 for part in parts.values())) if all(each.freedom > 0 for each in found) else math.nan
+    squares = [(each.error**2, each.freedom) for each in found if each.freedom > 0]
+    below = sum(square**2 / freedom for square, freedom in squares)
+    welch = sum(square for square, _ in squares) ** 2 / below if below > 0 else math.inf
+    return Relative(float(np.mean([each.change for each in found])), error, min(welch, len(parts) - 1), parts)
+
+
+def _with_rows(a: Metric, b: Metric, users: Sequence[str]) -> set[str]:
+    """The users who have a sample that neither method failed."""
+    kept = ~np.isnan(np.concatenate([a.rows, b.rows], axis=1)).any(axis=1)
+    return {user for user, has in zip(users, kept, strict=True) if has}
 
 
 def _change(a: Metric, b: Metric, users: Sequence[str], everybody: Sequence[str]) -> Floats:

@@ -1,6 +1,6 @@
 """What a run cost, beside its scores: per query and method, and once for learning. Knows no LLM."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra_llm.bench.report import Line, Run
@@ -27,7 +27,7 @@ def as_costs(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 def as_learning(run: Run, prices: Prices = FREE) -> list[dict[str, Any]]:
     """A row per stage of learning: label, train, fit the new users. What asks the LLM is the same for all seeds and stands there once;
-    methods that learn as they answer (BBox-Adapter) come last.
+    methods that learn as they answer (BBox-Adapter) come last: on labelled queries they share HYDRA's calls.
     """
     rows, shared = [], set()
     for told in run.learning:
@@ -38,18 +38,23 @@ def as_learning(run: Run, prices: Prices = FREE) -> list[dict[str, Any]]:
             elif stage not in shared:
                 shared.add(stage)
                 rows.append(_row("all" if len(run.learning) > 1 else told.get("seed"), stage, spent, prices))
-    return [*rows, *(_row(seed, stage, spent, prices) for (seed, stage), spent in _while_answering(run).items())]
+    return [*rows, *(_row("all" if len(run.seeds) > 1 else seed, stage, spent, prices) for seed, stage, spent in _while_answering(run))]
 
 
-def _while_answering(run: Run) -> dict[tuple[int, str], dict[str, float]]:
-    """(seed, method) → what it spent for all; (seed, "method, new users") → for each of them, added up."""
-    spent = {(s.seed, s.method, user): each for s in run.samples for user, each in s.learned.items()}  # a run that went on learned again
-    out: dict[tuple[int, str], dict[str, float]] = {}
-    for (seed, method, user), each in sorted(spent.items()):
-        sums = out.setdefault((seed, f"{method}, new users" if user else method), dict.fromkeys(each, 0.0))
-        for name, value in each.items():
-            sums[name] += value
-    return out
+def _while_answering(run: Run) -> Iterator[tuple[int, str, dict[str, float]]]:
+    """What methods spent on learning as they answered, for all and for the new users. Seeds ask the LLM the same: the first one's.
+
+    A run that went on learned again: what it told of the same users and histories twice counts once.
+    """
+    seed = min(run.seeds, default=0)
+    spent = {(s.method, key): each for s in run.samples if s.seed == seed for key, each in s.learned.items()}
+    for method in dict.fromkeys(method for method, _ in spent):
+        for stage, new in ((method, False), (f"{method}, new users", True)):
+            own = {key: each for (name, key), each in spent.items() if name == method and bool(key) == new}
+            if own:
+                sums = {name: sum(each[name] for each in own.values()) for name in next(iter(own.values()))}
+                users = len({key.partition(":")[2] for key in own}) if new else sums["users"]
+                yield seed, stage, {**sums, "users": users}
 
 
 def _row(seed: int | str | None, stage: str, spent: Mapping[str, float], prices: Prices) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hydra_llm.bench.findings import findings
 from hydra_llm.bench.plots import BARS, baseline_of, plots, require, svg
 from hydra_llm.bench.report import GROUPS, OVERALL, Line, Run, as_differences, as_overall, as_rows, marks, overall
 from hydra_llm.bench.runlog import Sample
+from hydra_llm.llm.meter import FREE, Prices
 
 if TYPE_CHECKING:
     from hydra_llm.bench.plots import Plot
@@ -49,7 +50,7 @@ class Asked:
     said: tuple[Said, ...]
 
 
-def page(runs: Sequence[tuple[Run, Sequence[Line]]], answers: bool = True) -> str:
+def page(runs: Sequence[tuple[Run, Sequence[Line]]], answers: bool = True, prices: Prices = FREE) -> str:
     """The report of runs, each with its lines, as the text of an HTML file; without `answers` it quotes nothing of the data.
 
     Raises:
@@ -61,11 +62,11 @@ def page(runs: Sequence[tuple[Run, Sequence[Line]]], answers: bool = True) -> st
     environment = Environment(
         loader=PackageLoader("hydra_llm.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shown = [_shown(run, lines, answers) for run, lines in runs]
+    shown = [_shown(run, lines, answers, prices) for run, lines in runs]
     return environment.get_template("report.html").render(runs=shown, answers=answers, title=OVERALL, overall=as_overall(overall(runs)))
 
 
-def _shown(run: Run, lines: Sequence[Line], answers: bool) -> dict[str, Any]:
+def _shown(run: Run, lines: Sequence[Line], answers: bool, prices: Prices) -> dict[str, Any]:
     """What the template shows of a run."""
     against = baseline_of(lines)
     differences = {line.row.method: line.against for line in lines if line.against is not None}
@@ -80,7 +81,7 @@ def _shown(run: Run, lines: Sequence[Line], answers: bool) -> dict[str, Any]:
         "findings": findings(run, lines),
         "differences": as_differences(differences),
         "costs": as_costs(lines),
-        "learning": as_learning(run),
+        "learning": as_learning(run, prices),
         "figures": _figures(plots(run, lines)),
         "asked": sampled(run) if answers else [],
     }

@@ -7,9 +7,10 @@ from hydra_llm.bench.compare import Relative
 from hydra_llm.bench.costs import as_costs, as_learning
 from hydra_llm.bench.findings import findings
 from hydra_llm.bench.report import OVERALL, Line, Run, as_differences, as_overall, as_rows
+from hydra_llm.llm.meter import FREE, Prices
 
 
-def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
+def markdown(run: Run, lines: Sequence[Line], baseline: str, prices: Prices = FREE) -> str:
     """The report of one run."""
     differences = {line.row.method: line.against for line in lines if line.against is not None}
     about = f"{run.task.name}, {run.manifest['llm'].get('model')}, {run.manifest['users']} users, {run.manifest['queries']} queries"
@@ -23,7 +24,7 @@ def markdown(run: Run, lines: Sequence[Line], baseline: str) -> str:
     if said := findings(run, lines):
         parts += ["### What it says", "\n".join(f"- {sentence}" for sentence in said)]
     parts += [f"### Against {baseline}", as_markdown(as_differences(differences)), "### What a query costs", as_markdown(as_costs(lines))]
-    if learning := as_learning(run):
+    if learning := as_learning(run, prices):
         parts += ["### What learning cost", as_markdown(learning)]
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -37,7 +37,7 @@ class Learner(Protocol):
     """An answerer that learns as it answers."""
 
     def taken(self) -> dict[str, Spent]:
-        """What it spent on that since this was last asked, by user; for all of them under an empty name."""
+        """What it spent on that since this was last asked, by number of records and user; for all of them under an empty name."""
         ...
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from hydra_llm.bench.experiment import Experiment
+from hydra_llm.bench.experiment import Experiment, whole_methods
 from hydra_llm.bench.methods import Parts
 from hydra_llm.bench.run import chosen_queries
 from hydra_llm.bundle import Bundle
@@ -188,11 +188,16 @@ async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StagePro
         texts = not offers_all(data.task, settings)
         await _label(parts, llm, new, "fit", reranker=settings.reranker_labels == "llm", adapter=texts)
     queries = chosen_queries(data, [user for user in new if user in known.records], experiment.limit)
-    for place, method in enumerate(experiment.methods):
-        progress("plan", place, len(experiment.methods))
+    methods = experiment.methods if learns or bundle is None else whole_methods(experiment.methods, [bundle], print_nothing)
+    for place, method in enumerate(methods):
+        progress("plan", place, len(methods))
         llm.stage = f"answer {method.name}"
         await map_calls(method.build(parts).aanswer, queries, limit=settings.concurrency)
-    return _encoding(parts, [*training, *new] if learns else new, queries)
+    return _encoding(parts, [*training, *new], queries) if learns else (0, 0.0)  # without learning all has been read by now
+
+
+def print_nothing(line: str) -> None:
+    """What is left out is told by the run itself."""
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
@@ -200,13 +205,12 @@ def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> t
     store, records = parts.bundle.store, [record for user in users for record in parts.records.get(user, ())]
     answered = [record_text(record, with_answer=True) for record in records] if parts.settings.record_answer else []
     texts = list(dict.fromkeys([record.input for record in records] + answered + [query.input for query in queries]))
-    missing = store.missing(texts)
+    missing = [text for text in texts if store.missing([text])]
     if not missing:
         return 0, 0.0
-    sample = texts[:: max(1, len(texts) // ENCODED)]
-    fresh, started = store.missing(sample), perf_counter()
+    sample, started = missing[:: max(1, len(missing) // ENCODED)], perf_counter()
     store.texts(sample)
-    return missing, missing * (perf_counter() - started) / max(1, fresh)
+    return len(missing), len(missing) * (perf_counter() - started) / len(sample)
 
 
 async def _label(parts: PlannedParts, llm: NotingLLM, users: Sequence[str], stage: str, *, reranker: bool, adapter: bool) -> None:

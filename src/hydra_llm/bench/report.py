@@ -78,8 +78,7 @@ class Run:
     @property
     def seeds(self) -> list[int]:
         """Of the learned parts."""
-        turns = {name for name in self.methods if plain(name) in METHODS and METHODS[plain(name)].in_turn}
-        return sorted({sample.seed for sample in self.samples if sample.method not in turns})
+        return sorted({sample.seed for sample in self.samples if not in_turn(sample.method)})
 
     def of(self, method: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.method == method]
@@ -116,6 +115,11 @@ def open_run(folder: Path) -> Run:
 def plain(method: str) -> str:
     """`hydra@4,8` → hydra."""
     return method.partition("@")[0]
+
+
+def in_turn(method: str) -> bool:
+    """Whether its samples take turns, so that their seeds are places."""
+    return plain(method) in METHODS and METHODS[plain(method)].in_turn
 
 
 def group_of(method: str) -> str:
@@ -205,7 +209,9 @@ def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Agains
 
 
 def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """The samples of the same query and seed; where only one side has several seeds, the other's one sample goes with each."""
+    """The samples of the same query and seed; where only one side has several seeds, the other's one sample goes with each. Turns are no
+    seeds: each of `random`'s samples goes with each of the other's.
+    """
     sides: list[dict[tuple[str, str], dict[int, Sample]]] = [{}, {}]
     for side, samples in zip(sides, (own, base), strict=True):
         for sample in samples:
@@ -213,6 +219,10 @@ def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[tuple[Sample, Sa
     pairs = []
     for key in (key for key in sides[0] if key in sides[1]):
         ours, theirs = sides[0][key], sides[1][key]
+        turns = any(in_turn(next(iter(side.values())).method) for side in (ours, theirs))
+        if turns and ours.keys() != theirs.keys():
+            pairs += [(mine, its) for mine in ours.values() for its in theirs.values()]
+            continue
         seeds = set(ours if len(theirs) == 1 else theirs if len(ours) == 1 else ours.keys() & theirs.keys())
         pairs += [(ours.get(seed) or next(iter(ours.values())), theirs.get(seed) or next(iter(theirs.values()))) for seed in sorted(seeds)]
     return pairs

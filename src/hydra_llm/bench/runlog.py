@@ -15,7 +15,7 @@ from typing import Any
 from hydra_llm import __version__
 from hydra_llm.errors import SettingsError
 
-FORMAT = 2
+FORMAT = 3
 NOTED = ("commit",)
 """Entries of a manifest that are told and not compared."""
 
@@ -67,7 +67,9 @@ class Sample:
     """The share of the LLM's samples that the most frequent answer has; None where there was one sample, or none."""
 
     learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What a method that learns as it answers spent on it before this answer, by user (for all: an empty name), as `Spent.to_json`."""
+    """What a method that learns as it answers spent on it before this answer, as `Spent.to_json`: by number of records and user,
+    `8:ada`; for all under an empty name.
+    """
 
     @property
     def key(self) -> "Key":

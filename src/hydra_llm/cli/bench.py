@@ -80,6 +80,7 @@ def run(
     """
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.methods import find_methods, split_names
+    from hydra_llm.bench.report import in_turn
     from hydra_llm.bench.runlog import export_lamp
     from hydra_llm.datasets.fetch import BASE_URL, load_named
     from hydra_llm.errors import SettingsError
@@ -110,7 +111,9 @@ def run(
         with console.progress() as report:
             outcome = run_experiment(experiment, report, console.say, learned)
     if lamp:
-        console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, outcome.samples)}")
+        console.say(
+            f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, [s for s in outcome.samples if not in_turn(s.method)])}"
+        )
     _tell(outcome, dataset.task, settings, as_json)
 
 
@@ -193,13 +196,13 @@ def show(
         from hydra_llm.bench.markdown import markdown as text_of
         from hydra_llm.bench.markdown import overall_of
 
-        texts = [text_of(run, lines, name) for (run, lines), name in zip(tables, named, strict=True)]
+        texts = [text_of(run, lines, name, prices) for (run, lines), name in zip(tables, named, strict=True)]
         _write(markdown, "\n".join(filter(None, [*texts, overall_of(over)])))
         console.say(f"wrote {markdown}")
     if html is not None:
         from hydra_llm.bench.html import page
 
-        _write(html, page(tables, answers))
+        _write(html, page(tables, answers, prices))
         console.say(f"wrote {html}" + (": it quotes the data, --no-answers leaves that out" if answers else ""))
     if plots is not None:
         from hydra_llm.bench.plots import write

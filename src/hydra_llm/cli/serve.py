@@ -69,19 +69,23 @@ def serve(
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, not listening yet: the server makes it do so.
+    """A socket that listens at an address: whoever connects before the server is up waits for it.
 
     Raises:
         SettingsError: the address cannot be had.
     """
     from hydra_llm.errors import SettingsError
 
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # Named as TCP, which asyncio looks at before it sends small pieces at once (TCP_NODELAY).
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        if family == socket.AF_INET6:
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as asyncio has it
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen(2048)
     except OSError as error:
-        found.close()
         raise SettingsError(f"--host {host} --port {port}: {error.strerror or error}: take another, --port 0 takes a free one") from None
     return found
 

@@ -373,13 +373,14 @@ def _mix(x: Tensor, offset: Tensor, target: Tensor, mask: Tensor, loss: Loss) ->
 
 
 def _loss_by_others(known: Tensor, scores: Tensor, target: Tensor, mask: Tensor, loss: Loss, users: Sequence[str]) -> float:
-    """Mean loss of the mix, each fold of users [G] with weights that the others taught; one user alone teaches himself."""
+    """Mean loss of the mix, each fold of users [G] with weights that the others taught; NaN where there is one user alone."""
     names = list(dict.fromkeys(users))
+    if len(names) < 2:
+        return float("nan")
     place = {name: index % MIX_FOLDS for index, name in enumerate(names)}
     fold, total = torch.tensor([place[user] for user in users]), 0.0
     for own in (fold == each for each in range(min(MIX_FOLDS, len(names)))):
-        taught = ~own if len(names) > 1 else own
-        v = _mix(known[taught], scores[taught], target[taught], mask[taught], loss)
+        v = _mix(known[~own], scores[~own], target[~own], mask[~own], loss)
         mixed = scores[own] * (1 + v[0]).clamp_min(0.05) + known[own][..., 1:] @ v[1:]
         total += float(losses(mixed, target[own], mask[own], loss).sum())
     return total / max(1, int((target.sum(-1) > 0).sum()))

@@ -28,6 +28,7 @@ from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.server.wire import ChatRequest, Heard, Wishes, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
+from hydra_llm.tasks.task import Task
 from hydra_llm.types import Record
 
 
@@ -51,6 +52,11 @@ class Plan:
     explain: bool = False
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _in_its_words(task: Task, text: str) -> str:
+    """A record's input as the task asks it; one that came with the instruction around it stays as it is."""
+    return text if task.input_of(text) else task.ask(text)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Gateway:
         if isinstance(found, str):
             return as_it_is(found)
         k = self.settings.k if wishes.k is None else wishes.k
-        ask = serving.task.ask if within else str
+        ask = partial(_in_its_words, serving.task) if within else str
         placed, shown = place(body["messages"], found.ranked[:k], placement=self.settings.placement, max_tokens=self._room, ask=ask)
         wanted = wishes.candidates or self.settings.candidates
         return Plan(

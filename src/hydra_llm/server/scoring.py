@@ -59,10 +59,13 @@ class Search:
 
     def found(self) -> Found | None:
         """The records, best first; None where there are none."""
-        serving, retrieved = self.serving, self._retrieve()
+        serving, before = self.serving, self.person
+        self.person = serving.people.seat(before)  # whoever was encoded beside may have pushed the head out
+        if self.person.version != before.version:
+            self._retrieved = None  # or have changed the records
+        retrieved = self._retrieve()
         if not self._visible:
             return None
-        self.person = serving.people.seat(self.person)  # whoever was encoded beside may have pushed the head out
         found = partial(Found, self.person, tuple(self._visible))
         if not serving.people.is_warm(self.person, self._visible):
             return found(retrieved, {**self._seconds, "rerank": 0.0}, warm=False)
@@ -92,9 +95,15 @@ def _reads_pairs(scorer: Any) -> bool:
 
 def pairs_of(serving: Serving, question: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     """What the adapter will read of an LLM's texts, where it reads pairs."""
-    if not _reads_pairs(serving.adapter):
+    if not _reads_pairs(serving.adapter) or _says_no_label(serving, texts):
         return []
-    return [(question, candidate_text(serving.task, each)) for each in gather(serving.task, texts, 1, serving.settings)[0]]
+    offered, _ = gather(serving.task, texts, 1, serving.settings)
+    return [(question, candidate_text(serving.task, each)) for each in offered if each.answer is not None]
+
+
+def _says_no_label(serving: Serving, texts: Sequence[str]) -> bool:
+    """Whether the LLM was not asked for a label: then no label is an answer."""
+    return bool(serving.task.labels) and serving.task.parse(texts[0], "strict") is None
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,8 @@ def choose(
     serving: Serving, person: Person, question: str, visible: Sequence[Record], choices: Sequence[dict[str, Any]], texts: Sequence[str]
 ) -> Picked:
     """The user's order of the choices: the pick, then by score; equal answers behind all others. `texts`: what each choice says."""
-    if serving.task.labels and serving.task.parse(texts[0], "strict") is None:
-        return as_they_came(choices)  # the LLM was not asked for a label: no label is an answer
+    if _says_no_label(serving, texts):
+        return as_they_came(choices)
     serving.people.seat(person)  # feedback or others may have pushed the head out
     offered, _ = gather(serving.task, texts, 1, serving.settings)
     chosen = serving.adapter.choose(Query(person.name, "asked", question, position=LATER), offered, visible)

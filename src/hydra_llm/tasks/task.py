@@ -27,6 +27,10 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+APART = " \t\n:"
+"""Characters that may stand between an instruction and the text within it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What is asked of the LLM, and how its answers are judged."""
@@ -48,9 +52,10 @@ class Task:
 
     def input_of(self, text: str) -> str | None:
         """The query's text in an instruction that `ask` made; None where it made none."""
-        head, _, tail = (part.strip() for part in self.prompt.partition("{input}"))
+        head, _, tail = self.prompt.strip().partition("{input}")
         text = text.strip()
-        if not (head or tail) or "{input}" in tail or not (text.startswith(head) and text.endswith(tail)):
+        apart = (not head or head[-1] in APART) and (not tail or tail[0] in APART)  # else a word might be torn: "Class{input}"
+        if not (head or tail) or not apart or "{input}" in tail or not (text.startswith(head) and text.endswith(tail)):
             return None
         return text[len(head) : len(text) - len(tail)].strip() or None
 
