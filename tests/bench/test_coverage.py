@@ -1,23 +1,13 @@
-"""Intervals on simulated people, by `benchmarks/coverage.py`: how often they hold the truth."""
+"""Intervals on simulated people, by `benchmarks/interval_coverage.py`: how often they hold the truth."""
 
-import importlib.util
-import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hydra_llm.bench.compare import interval, paired
 
-_file = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
-if not _file.exists():
-    pytest.skip("the source package carries no benchmarks", allow_module_level=True)
-_spec = importlib.util.spec_from_file_location("coverage_of_intervals", _file)
-assert _spec is not None
-assert _spec.loader is not None
-coverage = importlib.util.module_from_spec(_spec)
-sys.modules["coverage_of_intervals"] = coverage
-_spec.loader.exec_module(coverage)
+coverage: Any = pytest.importorskip("interval_coverage", reason="the source package carries no benchmarks")
 
 
 def test_the_interval_of_macro_f1_holds_the_truth_where_few_users_lack_labels() -> None:

@@ -7,7 +7,7 @@ expanded percentile interval).
 
 Macro-F1 takes Student's interval with the jackknife's standard error instead (Efron and Stein 1981; one user is left out at a time): a
 third of the users are missing from a draw, and with them whole labels, so that draws lie below what they are drawn from, and neither
-percentiles nor their corrections (BCa) mend it. `benchmarks/coverage.py` measures that. Knows neither tasks nor LLMs.
+percentiles nor their corrections (BCa) mend it. `benchmarks/interval_coverage.py` measures that. Knows neither tasks nor LLMs.
 """
 
 import math

@@ -16,19 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hydra_llm.learning.calibrate import HeldOut, calibrate, weigh_picks
 from hydra_llm.learning.kernel import learn_kernel, remember_users
 from hydra_llm.learning.solve import Problem, head_problem, in_basis, losses, solve
 from hydra_llm.learning.table import Table, chunks_of_users, folds
 from hydra_llm.model.heads import KernelBank, LinearBank, LowRankBank
-from hydra_llm.model.scorer import FactorizedScorer, Loss
+from hydra_llm.model.scorer import FactorizedScorer
 
 RIDGES = (1.0, 3.0, 10.0, 30.0, 300.0, 3000.0)
 PRECISIONS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 EVIDENCE_RIDGES = (1.0, 10.0, 100.0, 1000.0)
 SMALL_TABLE = 2000
 """Groups above which a handful of evidence weights need no choice of ridge."""
-CALIBRATION_RIDGE = 1.0
-MIX_FOLDS = 10
 
 
 @dataclass
@@ -66,16 +65,6 @@ class FitReport:
         """Everything; the strengths only where they were used."""
         strengths = {"ridge", "evidence_ridge", "precision"}
         return {name: value for name, value in asdict(self).items() if convex or name not in strengths}
-
-
-class HeldOut(NamedTuple):
-    """Groups that nothing was fitted on, with scores before calibration [G, C]."""
-
-    late: Table
-    shared: Tensor
-    """By a base that has not seen these users."""
-    own: Tensor
-    """By heads, of the kind that will serve, fitted on these users' earlier groups."""
 
 
 class Split(NamedTuple):
@@ -312,83 +301,6 @@ def judge(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitRepo
     report.loss_uniform = sum(loss_of(scorer, held.late, torch.zeros_like(held.own)) for held in held_out) / told
     report.loss_shared = sum(loss_of(scorer, held.late, held.shared) for held in held_out) / told
     report.loss_user = sum(loss_of(scorer, held.late, held.own) for held in held_out) / told
-
-
-@torch.no_grad()
-def weigh_picks(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
-    """What the calibrated scorer's first choices are worth on held-out groups, beside the first candidates and the best."""
-    worth: list[Tensor] = []
-    for late, _, own in held_out:
-        mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
-        scores = (scorer.scale * own + late.groups.evidence @ scorer.vote_weight).masked_fill(~mask, -torch.inf)
-        first, pick, best = mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)
-        worth.append(gains.gather(1, torch.stack([first, pick, best], 1)))
-    if worth:
-        report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
-
-
-@torch.no_grad()
-def calibrate(scorer: FactorizedScorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
-    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no weight.
-
-    Votes that make the scorer worse for users whose votes it has not seen get no weight: the LLM is then asked in vain, and not heard.
-    """
-    if not held_out:
-        return
-    scores = torch.cat([held.own for held in held_out])
-    evidence, mask, target = (torch.cat([getattr(held.late.groups, name) for held in held_out]) for name in ("evidence", "mask", "target"))
-    columns = _llm_columns(scorer)
-    if float(scorer.evidence_weight[columns].abs().sum()) > 0 or not any(bool(held.late.voted.any()) for held in held_out):
-        columns = []  # the base has weighed them already, or nobody was asked
-    known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
-    users = [user for held in held_out for user in held.late.users]
-    report.loss_with_votes, report.loss_without_votes = (
-        _loss_by_others(mixed, scores, target, mask, scorer.loss, users) for mixed in (known, known[..., :1])
-    )
-    if report.loss_with_votes > report.loss_without_votes:
-        known, columns = known[..., :1], []
-    v = _mix(known, scores, target, mask, scorer.loss)
-    scorer.scale = (1 + v[0]).clamp_min(0.05)
-    scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
-    scorer.vote_weight[columns] = v[1:]
-    votes = known[..., 1:] @ v[1:]
-    told = (target.sum(-1) > 0).sum().clamp_min(1)
-    report.loss_calibrated = float(losses(scorer.scale * scores + votes, target, mask, scorer.loss).sum() / told)
-    report.scale = float(scorer.scale)
-    report.vote_weight = {scorer.evidence_names[c]: round(float(w), 4) for c, w in zip(columns, v[1:], strict=True)}
-
-
-def _mix(x: Tensor, offset: Tensor, target: Tensor, mask: Tensor, loss: Loss) -> Tensor:
-    """The weights [X] of the columns of x [G, C, X] that, added to the offset, fit the targets best; drawn towards 0."""
-    problem = Problem(
-        lambda v: torch.einsum("gcx,ux->ugc", x, v),
-        lambda r: torch.einsum("gcx,ugc->ux", x, r),
-        x.shape[-1],
-        offset[None],
-        target[None],
-        mask[None],
-        loss,
-    )
-    return solve(problem, CALIBRATION_RIDGE)[0]
-
-
-def _loss_by_others(known: Tensor, scores: Tensor, target: Tensor, mask: Tensor, loss: Loss, users: Sequence[str]) -> float:
-    """Mean loss of the mix, each fold of users [G] with weights that the others taught; NaN where there is one user alone."""
-    names = list(dict.fromkeys(users))
-    if len(names) < 2:
-        return float("nan")
-    place = {name: index % MIX_FOLDS for index, name in enumerate(names)}
-    fold, total = torch.tensor([place[user] for user in users]), 0.0
-    for own in (fold == each for each in range(min(MIX_FOLDS, len(names)))):
-        v = _mix(known[~own], scores[~own], target[~own], mask[~own], loss)
-        mixed = scores[own] * (1 + v[0]).clamp_min(0.05) + known[own][..., 1:] @ v[1:]
-        total += float(losses(mixed, target[own], mask[own], loss).sum())
-    return total / max(1, int((target.sum(-1) > 0).sum()))
-
-
-def _llm_columns(scorer: FactorizedScorer) -> list[int]:
-    """The evidence that only LLM samples can give: names that begin with `llm_`."""
-    return [i for i, name in enumerate(scorer.evidence_names) if name.startswith("llm_")]
 
 
 @torch.no_grad()

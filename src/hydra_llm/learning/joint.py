@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hydra_llm.errors import BundleError
-from hydra_llm.learning.fit import FitReport, HeldOut, calibrate, judge, standardise, weigh_picks
+from hydra_llm.learning.calibrate import HeldOut, calibrate, weigh_picks
+from hydra_llm.learning.fit import FitReport, judge, standardise
 from hydra_llm.learning.solve import losses
 from hydra_llm.learning.table import Table, folds
 from hydra_llm.model.combine import Groups

@@ -1,6 +1,6 @@
 """How often the benchmark's 95 % intervals hold the truth, per metric, for as few users as our own runs have, beside other intervals.
 
-    python benchmarks/coverage.py [--users 13] [--queries 5] [--runs 400] [--json]
+    python benchmarks/interval_coverage.py [--users 13] [--queries 5] [--runs 400] [--json]
 
 Made-up people with tastes of their own answer by two methods of known skill. The truth is the same metric on very many of them; then `runs`
 small benchmarks are drawn, each with an interval for one method and for the paired difference of both:
