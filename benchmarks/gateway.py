@@ -83,7 +83,7 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
     with mock() as upstream:
         flags = ["--llm", f"openai:mock@{upstream}/v1", "--store", url, "--bundle", str(folder / "bundle"), "--set", "candidates=8"]
         direct = await steady(chat(upstream, None), 100, given.seconds)
-        out = {"direct": direct, "head": head}
+        out = Told(direct=direct, head=head)
         with server([str(COMMAND), "serve", *flags], environment, "/health/readiness") as gateway:
             await steady(chat(gateway, None), 50, 2)
             out["passed through"] = minus(await steady(chat(gateway, None), 100, given.seconds), direct)
@@ -99,7 +99,6 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
             # Last: their histories are encoded behind it, on the same cores.
             out["cold, never encoded"] = minus(await one_by_one([chat(gateway, name) for name in names[KEPT : 2 * KEPT]]), direct)
         if given.litellm:
-            print(json.dumps(out), file=sys.stderr)  # what there is, should the other not start
             config = folder / "litellm.yaml"
             model = {"model": "openai/mock", "api_base": f"{upstream}/v1", "api_key": "none"}
             config.write_text(json.dumps({"model_list": [{"model_name": "mock", "litellm_params": model}]}))
@@ -108,7 +107,15 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
                 await steady(chat(proxy, None), 20, 3)
                 out["litellm"] = minus(await steady(chat(proxy, None), 100, given.seconds), direct)
                 out["litellm, most"] = await flat_out(chat(proxy, None), given.seconds)
-    return out
+    return dict(out)
+
+
+class Told(dict[str, dict[str, float]]):
+    """Series that are told as soon as they are there: the whole takes minutes, and a later one may fail."""
+
+    def __setitem__(self, name: str, row: dict[str, float]) -> None:
+        super().__setitem__(name, row)
+        print(f"{name}: {json.dumps(row)}", file=sys.stderr, flush=True)
 
 
 # ---- what is served

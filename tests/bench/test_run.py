@@ -190,8 +190,27 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     assert [(s.key, s.answer, s.gold) for s in samples] == [(s.key, s.answer, s.gold) for s in plain]
 
 
-def test_another_runs_folder_is_refused_by_name_of_what_differs(tmp_path: Path) -> None:
+def begun(folder: Path, manifest: dict[str, Any] = MANIFEST) -> None:
+    """A run that has made something."""
+    RunLog(folder, manifest)
+    (folder / "samples.jsonl").touch()
+
+
+def test_a_manifest_alone_binds_nobody(tmp_path: Path) -> None:
+    """As a run leaves it whose LLM was not there."""
     RunLog(tmp_path, MANIFEST)
+    log = RunLog(tmp_path, {**MANIFEST, "seed": 1})
+    log.complete({"weights": {"0": "a"}, "users": 2})
+    assert json.loads((tmp_path / "manifest.json").read_text())["seed"] == 1
+    RunLog(tmp_path, {**MANIFEST, "seed": 1}).complete({"weights": {"0": "a"}, "users": 2})
+    with pytest.raises(SettingsError, match="weights.0: 'a' there, 'b' asked"):
+        RunLog(tmp_path, {**MANIFEST, "seed": 1}).complete({"weights": {"0": "b"}, "users": 2})
+    with pytest.raises(SettingsError, match="seed: 1 there, 0 asked"):
+        RunLog(tmp_path, MANIFEST)
+
+
+def test_another_runs_folder_is_refused_by_name_of_what_differs(tmp_path: Path) -> None:
+    begun(tmp_path)
     with pytest.raises(SettingsError, match="seed: 0 there, 1 asked") as caught:
         RunLog(tmp_path, {**MANIFEST, "seed": 1})
     assert str(tmp_path) in str(caught.value)
@@ -202,14 +221,14 @@ def test_another_runs_folder_is_refused_by_name_of_what_differs(tmp_path: Path) 
 
 def test_of_many_settings_the_one_that_differs_is_named(tmp_path: Path) -> None:
     of_all = Settings().model_dump(mode="json")
-    RunLog(tmp_path, {**MANIFEST, "settings": of_all})
+    begun(tmp_path, {**MANIFEST, "settings": of_all})
     with pytest.raises(SettingsError, match=r"another run \(settings.temperature: 0.5 there, 1.0 asked\)"):
         RunLog(tmp_path, {**MANIFEST, "settings": {**of_all, "temperature": 1.0}})
 
 
 def test_a_kill_while_the_manifest_is_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 1, "meth')
-    RunLog(tmp_path, MANIFEST)
+    begun(tmp_path)
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert {name: written[name] for name in MANIFEST} == MANIFEST
     with pytest.raises(SettingsError, match="holds another run"):
@@ -217,7 +236,7 @@ def test_a_kill_while_the_manifest_is_written_costs_nothing(tmp_path: Path) -> N
 
 
 def test_a_run_names_its_versions_and_is_not_continued_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    RunLog(tmp_path, MANIFEST)
+    begun(tmp_path)
     written = json.loads((tmp_path / "manifest.json").read_text())
     import torch
     import transformers
@@ -231,7 +250,7 @@ def test_a_run_names_its_versions_and_is_not_continued_by_another(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("manifest", "said"),
-    [('{"format": 4, "hydra_llm": "9.1", "more": []}', r"format 4 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
+    [('{"format": 99, "hydra_llm": "9.1", "more": []}', r"format 99 is made by a newer hydra-llm \(9\.1\)"), ("[1]", "cannot be read")],
 )
 def test_a_manifest_that_cannot_be_continued_is_one_line(tmp_path: Path, manifest: str, said: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)

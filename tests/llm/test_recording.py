@@ -146,4 +146,4 @@ def test_a_benchmark_is_repeated_without_the_llm(tmp_path: Path, capsys: pytest.
         rows = json.loads(capsys.readouterr().out)
         assert [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows] == tables[0]
     assert run([*alone, "--set", "head=kernel"]) == 2
-    assert "was learned with other settings (head: 'linear' there, 'kernel' asked): take another --out" in capsys.readouterr().err
+    assert "holds another run (settings.head: 'linear' there, 'kernel' asked): take another --out" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import OF_THIS_MACHINE, Settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import DataError, SettingsError
+from hydra_llm.errors import DataError
 from hydra_llm.history import before, in_order
 from hydra_llm.learning.api import blank_bundle, fit, learn
 from hydra_llm.llm.cache import CachedLLM
@@ -48,6 +48,11 @@ class Experiment:
     def new_users(self) -> list[str]:
         return self.data.users("test")[: self.users]
 
+    @property
+    def learns(self) -> bool:
+        """Whether a method shows a part that is learned."""
+        return any(method.needs for method in self.methods)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -67,8 +72,7 @@ def run_experiment(experiment: Experiment, progress: StageProgress, say: Say, bu
         SettingsError: the folder holds another run.
         LLMError: the budget is spent (a repeat continues), or every call failed.
     """
-    if not chosen_queries(experiment.data, experiment.new_users, experiment.limit):
-        raise DataError("no new user has a query whose answer is known: users.jsonl needs users with split 'test'")
+    log = RunLog(experiment.out, manifest(experiment, bundle))  # before anything is learned: a refused command changes nothing
     bundles = {0: bundle} if bundle is not None else learned_bundles(experiment, progress, say)
     parts = [_parts(experiment, seed, each) for seed, each in bundles.items()]
     names = [user for user in experiment.new_users if user in parts[0].bundle.records]
@@ -77,7 +81,7 @@ def run_experiment(experiment: Experiment, progress: StageProgress, say: Say, bu
         raise DataError("no new user with a head has a query: fit them first")
     methods = whole_methods(experiment.methods, list(bundles.values()), say)
     _tell_of_time(parts[0], queries, say)
-    log = RunLog(experiment.out, manifest(experiment, parts, queries))
+    log.complete(known_late(parts, queries))
     samples = run_sync(partial(run_methods, methods, parts, queries, log, progress))
     return Outcome(log, samples, [{"seed": seed, **each.report} for seed, each in bundles.items()])
 
@@ -112,7 +116,7 @@ def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -
     there is nothing to learn and no call to make.
     """
     settings = experiment.settings
-    if not any(method.needs for method in experiment.methods):
+    if not experiment.learns:
         records = {user: in_order(experiment.data.history(user)) for user in experiment.new_users}
         return {settings.training_seed: blank_bundle(experiment.data.task, experiment.llm, settings, records)}
     found: dict[int, Bundle] = {}
@@ -133,7 +137,6 @@ def learned_bundle(
         for line in [*told.notes, *told.failures[:3]]:
             say(line)
     bundle = Bundle.load(folder, here=settings)
-    _agree(bundle, settings, folder)
     if not experiment.fit:
         records = bundle.records | {name: experiment.data.history(name) for name in experiment.new_users}
         return replace(bundle.without_heads(), records=records)
@@ -147,35 +150,37 @@ def learned_bundle(
     return bundle
 
 
-def _agree(bundle: Bundle, settings: Settings, folder: Path) -> None:
-    """A run that was stopped while it learned left a bundle and no manifest yet.
-
-    Raises:
-        SettingsError: the bundle there was learned with other settings.
-    """
-    there, asked = (
-        {name: value for name, value in each.model_dump().items() if name not in OF_THIS_MACHINE} for each in (bundle.settings, settings)
-    )
-    different = [f"{name}: {there[name]!r} there, {value!r} asked" for name, value in asked.items() if there[name] != value]
-    if different:
-        raise SettingsError(f"{folder} was learned with other settings ({'; '.join(different)[:300]}): take another --out")
-
-
 # ---- what names the run, and what is told of it
 
 
-def manifest(experiment: Experiment, parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, Any]:
-    """What names the run: samples of another one are not mixed with its own."""
+def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, Any]:
+    """What names the run before it begins: samples of another one are not mixed with its own.
+
+    Raises:
+        DataError: no new user has a query with a known answer.
+    """
+    queries = chosen_queries(experiment.data, experiment.new_users, experiment.limit)
+    if not queries:
+        raise DataError("no new user has a query whose answer is known: users.jsonl needs users with split 'test'")
     return {
         "data": experiment.data.digest,
         "task": experiment.data.task.to_json(),
         "llm": dict(experiment.llm.identity),
+        "seeds": list(experiment.seeds),
+        "chosen": {"users": len({query.user for query in queries}), "queries": len(queries)},
+        "settings": experiment.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+        **({} if experiment.fit else {"fit": False}),
+        **({"learns": experiment.learns} if bundle is None else {"weights": {"0": bundle.weights}}),
+    }
+
+
+def known_late(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, Any]:
+    """What is known of a run once it has learned, and which queries it asks: those of users who could be fitted."""
+    return {
         "weights": {str(part.seed): part.bundle.weights for part in parts},
         "trained_on": len(parts[0].bundle.trained_on),
         "users": len({query.user for query in queries}),
         "queries": len(queries),
-        "settings": experiment.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
-        **({} if experiment.fit else {"fit": False}),
     }
 
 

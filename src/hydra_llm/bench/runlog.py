@@ -15,9 +15,11 @@ from typing import Any
 from hydra_llm import __version__
 from hydra_llm.errors import SettingsError
 
-FORMAT = 3
+FORMAT = 4
 NOTED = ("commit",)
 """Entries of a manifest that are told and not compared."""
+LATE = ("weights", "trained_on", "users", "queries")
+"""Entries that are known when the run has learned; the others stand, and are compared, before it begins to."""
 
 
 def commit() -> str | None:
@@ -92,6 +94,11 @@ class RunLog:
     """Appends samples to `samples.jsonl`; a run that was stopped goes on where it was."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        """Open the folder, or make it.
+
+        Raises:
+            SettingsError: it holds another run, or one of a newer version; nothing was changed.
+        """
         self.folder, self.samples = folder, dict[Key, Sample]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,17 +109,32 @@ class RunLog:
         if self._file.exists():
             self._read()
 
+    def complete(self, late: Mapping[str, Any]) -> None:
+        """Add what the run has learned to the manifest.
+
+        Raises:
+            SettingsError: it learned something else before.
+        """
+        file = self.folder / "manifest.json"
+        found = self._found(file) or {}
+        wanted = json.loads(json.dumps(late))
+        if found.keys() & wanted.keys():
+            self._refuse_other({name: value for name, value in found.items() if name in LATE}, wanted)
+        else:
+            _write_whole(file, {**found, **wanted})
+
     def _agree(self, manifest: Mapping[str, Any]) -> None:
-        """The folder is empty, or of the same run."""
+        """The folder is of the same run, or empty: a manifest beside which nothing was made yet, as a wrong LLM leaves it, binds nobody."""
         file = self.folder / "manifest.json"
         wanted = json.loads(json.dumps(manifest))
         found = self._found(file)
-        if found is None:
-            temporary = file.with_suffix(".part")  # a kill leaves no half manifest
-            temporary.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(file)
-            return
-        _refuse_newer(file, found)
+        if found is not None and ("weights" in found or any(each != file for each in self.folder.iterdir())):
+            _refuse_newer(file, found)
+            self._refuse_other({name: value for name, value in found.items() if name in wanted or name not in LATE}, wanted)
+        else:
+            _write_whole(file, wanted)
+
+    def _refuse_other(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         there, asked = (_flat({key: value for key, value in each.items() if key not in NOTED}) for each in (found, wanted))
         different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
         if different:
@@ -155,6 +177,13 @@ class RunLog:
         file = self.folder / name
         file.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return file
+
+
+def _write_whole(file: Path, content: Mapping[str, Any]) -> None:
+    """A kill leaves no half of it."""
+    temporary = file.with_suffix(".part")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
