@@ -81,6 +81,21 @@ def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) ->
     ]
 
 
+def test_of_texts_a_pick_is_right_that_is_as_good_as_the_best_sample(tmp_path: Path) -> None:
+    titles = Task("titles", "generation", "Title? {input}", metrics=("rouge1",))
+    opened = made(tmp_path, [])
+    picks = [
+        replace(s, answer={"calm": "a calm night", "loud": "rain"}[s.answer or ""], gold="a calm night")
+        for s in opened.samples
+        if s.method in ("hydra@4,8", "oracle@8")
+    ]
+    text = Run(opened.folder, {**opened.manifest, "task": titles.to_json()}, titles, tuple(picks))
+    said = "gives its picks a probability of 0.75 on average, and 0.75 of them are as good as the best one; expected"
+    assert any(said in each for each in findings(text, lines_of(text)))
+    other = replace(text, manifest={**text.manifest, "settings": {"k": 2}})  # whose bounds stand on other samples
+    assert not any("probability" in each for each in findings(other, lines_of(other)))
+
+
 def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
     opened = made(tmp_path, [])
     other = Run(opened.folder, {**opened.manifest, "settings": {"k": 2}}, opened.task, opened.samples)

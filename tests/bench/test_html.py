@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from hydra_llm.bench import html, report
+from hydra_llm.bench.about import about, limits, sentence
+from hydra_llm.bench.markdown import markdown
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.tasks.task import Task
@@ -112,6 +114,14 @@ def test_answers_are_quoted_only_where_they_are_asked_for_and_are_never_markup(o
     Tags(without)
 
 
+def test_a_run_says_what_it_was(opened: report.Run) -> None:
+    told = limits({"retrieved": 5, "samples": 8, "temperature": 0.0, "queries_per_user": 3, "asked_users": None})
+    assert told == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a training user"
+    lenient = replace(opened, manifest={**opened.manifest, "settings": {"parsing": "lenient", "retrieved": 5}})
+    assert "answers are read: lenient; limits: M = 5 records to rerank" in sentence(lenient)
+    assert sentence(lenient) in markdown(lenient, report.lines_of(lenient), "rag@4")
+
+
 def test_the_same_queries_are_drawn_each_time_with_every_answer(opened: report.Run) -> None:
     asked = html.sampled(opened)
     assert (len(asked), len({(each.user, each.query) for each in asked})) == (10, 10)
@@ -138,7 +148,7 @@ def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(
     found = [(said.answer, said.error, said.gain, len(said.methods)) for said in asked.said]
     assert found == [(GOLD, "", 1.0, 2), ("votes", "", pytest.approx(0.4), 1), (None, "", 0.0, 1), (None, "HTTP 500", None, 1)]
     assert [said.methods for said in asked.said[:2]] == [("hydra@4,8 (seed 0)", "oracle"), ("hydra@4,8 (seed 2)",)]
-    assert html.about(replace(opened, samples=samples))["seeds"] == "0, 2"
+    assert about(replace(opened, samples=samples))["seeds"] == "0, 2"
 
 
 def test_a_run_of_one_user_and_one_method_has_a_page(tmp_path: Path) -> None:

@@ -263,6 +263,25 @@ def test_a_study_runs_draws_and_goes_on_without_a_call(folder: Path, capsys: pyt
     assert (folder / "out" / "study.svg").exists()
 
 
+def test_a_study_is_shown_from_its_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(folder) == 0
+    table = capsys.readouterr().out
+    out, page, text = folder / "out", tmp_path / "page.html", tmp_path / "text.md"
+    assert run(["bench", "show", str(out), str(out / "4"), "--html", str(page), "--markdown", str(text)]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split() for line in table.splitlines() if "no head" in line] == [
+        line.split() for line in shown.splitlines() if "no head" in line
+    ]
+    assert "hydra, no head" in page.read_text()
+    assert "What do the first records bring?" in page.read_text()
+    assert text.read_text().count("no head") == 2
+    assert run(["bench", "show", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["studies"] == [read(folder)]
+    (out / "study.json").write_text('{"points": [{}]}')
+    assert run(["bench", "show", str(out)]) == 2
+    assert "study.json cannot be read" in capsys.readouterr().err
+
+
 def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert call(folder) == 0
     bundles = [Bundle.load(folder / "out" / name / "bundle") for name in ("0", "4", "4-no-head")]

@@ -9,7 +9,7 @@ A sentence is there only where the run holds its numbers. Knows no LLM.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -42,7 +42,9 @@ def _of_method(run: Run, lines: Sequence[Line], own: Line) -> Iterator[str]:
         yield from _room(lines, own, metric)
     yield from _agreement(name, samples)
     if run.task.labels:
-        yield from _sureness(name, samples)
+        yield from _sureness(name, [(sample, sample.answer == sample.gold) for sample in samples], "the user's answer")
+    elif records_of(name) in (None, run.manifest.get("settings", {}).get("k")):
+        yield from _sureness(name, _best_or_not(run, samples), "as good as the best one")
 
 
 # ---- against whom
@@ -102,14 +104,22 @@ def _agreement(name: str, samples: Sequence[Sample]) -> Iterator[str]:
         yield f"{usual}; in {same:.0%} of the queries they all agree."
 
 
-def _sureness(name: str, samples: Sequence[Sample]) -> Iterator[str]:
+def _best_or_not(run: Run, samples: Sequence[Sample]) -> Iterator[tuple[Sample, bool]]:
+    """Texts are never right or wrong: whether each pick is worth as much as the best of the samples that it was picked from."""
+    best = {(s.user, s.query): run.task.gain(s.answer, s.gold) for s in run.samples if plain(s.method) == "oracle" and not s.error}
+    for sample in samples:
+        if (there := best.get((sample.user, sample.query))) is not None and not sample.error:
+            yield sample, run.task.gain(sample.answer, sample.gold) >= there - 1e-9
+
+
+def _sureness(name: str, picks: Iterable[tuple[Sample, bool]], right_is: str) -> Iterator[str]:
     """Mean probability of the picks beside the share of right ones, and the expected calibration error in ten bins."""
-    said = [(sample.probability, sample.answer == sample.gold) for sample in samples if sample.probability is not None and not sample.error]
+    said = [(sample.probability, good) for sample, good in picks if sample.probability is not None and not sample.error]
     if not said:
         return
     sure, right = (np.array(column, dtype=np.float64) for column in zip(*said, strict=True))
     yield (
-        f"{name} gives its picks a probability of {sure.mean():.2f} on average, and {right.mean():.2f} of them are the user's answer; "
+        f"{name} gives its picks a probability of {sure.mean():.2f} on average, and {right.mean():.2f} of them are {right_is}; "
         f"expected calibration error {calibration_error(sure, right):.3f}."
     )
 

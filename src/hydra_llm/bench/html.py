@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hydra_llm.bench.about import about
 from hydra_llm.bench.costs import as_costs, as_learning
 from hydra_llm.bench.findings import findings
 from hydra_llm.bench.plots import BARS, baseline_of, plots, require, svg
 from hydra_llm.bench.report import GROUPS, OVERALL, Line, Run, as_differences, as_overall, as_rows, marks, overall
 from hydra_llm.bench.runlog import Sample
+from hydra_llm.bench.studied import Studied, as_table, drawn
 from hydra_llm.llm.meter import FREE, Prices
 
 if TYPE_CHECKING:
@@ -50,20 +52,27 @@ class Asked:
     said: tuple[Said, ...]
 
 
-def page(runs: Sequence[tuple[Run, Sequence[Line]]], answers: bool = True, prices: Prices = FREE) -> str:
-    """The report of runs, each with its lines, as the text of an HTML file; without `answers` it quotes nothing of the data.
+def page(runs: Sequence[tuple[Run, Sequence[Line]]], answers: bool = True, prices: Prices = FREE, studies: Sequence[Studied] = ()) -> str:
+    """The report of runs, each with its lines, then of studies, as the text of an HTML file; without `answers` it quotes nothing of the
+    data.
 
     Raises:
         SettingsError: the extra `report` is not installed.
     """
     require()
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("hydra_llm.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     shown = [_shown(run, lines, answers, prices) for run, lines in runs]
-    return environment.get_template("report.html").render(runs=shown, answers=answers, title=OVERALL, overall=as_overall(overall(runs)))
+    curves = [{"question": each["question"], "rows": as_table(each), "plot": Markup(drawn(each))} for each in studies]
+    over = as_overall(overall(runs))
+    names = ", ".join(dict.fromkeys([*(run.task.name for run, _ in runs), *(each["name"] for each in studies)]))
+    return environment.get_template("report.html").render(
+        runs=shown, answers=answers, title=OVERALL, overall=over, studies=curves, names=names
+    )
 
 
 def _shown(run: Run, lines: Sequence[Line], answers: bool, prices: Prices) -> dict[str, Any]:
@@ -85,28 +94,6 @@ def _shown(run: Run, lines: Sequence[Line], answers: bool, prices: Prices) -> di
         "figures": _figures(plots(run, lines)),
         "asked": sampled(run) if answers else [],
     }
-
-
-def about(run: Run) -> dict[str, str]:
-    """What was run, by name."""
-    manifest, llm = run.manifest, run.manifest.get("llm", {})
-    seeds = run.seeds
-    parsing = manifest.get("settings", {}).get("parsing")
-    found = {
-        "LLM": ", ".join(str(llm[key]) for key in ("model", "kind", "engine") if llm.get(key)),
-        "users": manifest.get("users"),
-        "queries": manifest.get("queries"),
-        "seeds": ", ".join(map(str, seeds)) if len(seeds) > 1 else manifest.get("settings", {}).get("seed"),
-        "task": f"{run.task.kind}, {len(run.task.labels)} labels" if run.task.labels else run.task.kind,
-        "answers are read": parsing,
-        "trained on": f"{manifest['trained_on']} users" if "trained_on" in manifest else None,
-        "versions": ", ".join(
-            f"{name} {manifest[name]}" for name in ("hydra_llm", "commit", "python", "torch", "transformers") if manifest.get(name)
-        ),
-        "data": str(manifest.get("data", ""))[:16],
-        "weights": ", ".join(f"seed {seed}: {digest[:12]}" for seed, digest in manifest.get("weights", {}).items() if digest),
-    }
-    return {name: str(value) for name, value in found.items() if value not in (None, "")}
 
 
 def parts(run: Run, lines: Sequence[Line]) -> list[dict[str, Any]]:

@@ -24,12 +24,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from hydra_llm.bench import plots
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
 from hydra_llm.bench.methods import BUDGET, RECORDS, find_methods
 from hydra_llm.bench.metrics import score
 from hydra_llm.bench.report import Against, compare
-from hydra_llm.bench.run import Row, cell, tabulate
+from hydra_llm.bench.run import Row, tabulate
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.config import OF_THIS_MACHINE, Settings, checked
 from hydra_llm.datasets.dataset import DataSet
@@ -201,10 +200,6 @@ class Line:
     against: Against | None
     """This point minus the first one, by the same method on the same queries; None for the first itself."""
 
-    @property
-    def label(self) -> str:
-        return ", ".join(filter(None, (self.row.method, self.point.series)))
-
 
 @dataclass(frozen=True)
 class Findings:
@@ -310,26 +305,6 @@ def lines_of(study: Study, task: Task, answered: Mapping[str, Sequence[Sample]],
     return lines
 
 
-def as_table(found: Findings) -> list[dict[str, Any]]:
-    """A row per point and method, for people."""
-    metric, series = found.metric, any(point.series for point in found.study.points)
-    out = []
-    for line in found.lines:
-        cells: dict[str, Any] = {found.study.x: line.point.x} | ({"series": line.point.series} if series else {})
-        cells |= {"method": line.row.method, **{name: cell(*figures) for name, figures in line.row.metrics.items()}}
-        cells[f"{metric} minus first point's"] = _difference(line.against, metric)
-        cells |= {"queries": line.row.queries, "LLM calls": round(line.row.calls, 1), "failed": line.row.failed}
-        out.append(cells)
-    return out
-
-
-def _difference(against: Against | None, metric: str) -> str:
-    if against is None:
-        return ""
-    found = against.metrics[metric]
-    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}] p {found.p:.3f}"
-
-
 def to_json(found: Findings) -> dict[str, Any]:
     """All of it for machines: no text of the data, and no path."""
     study = found.study
@@ -344,49 +319,6 @@ def to_json(found: Findings) -> dict[str, Any]:
         }
         for point in study.points
     ]
-    about = study.model_dump(include={"name", "question", "x", "settings"})
-    return {**about, "task": found.task.name, "metric": found.metric, "points": points}
-
-
-def write_json(found: Findings, out: Path) -> Path:
-    """Write `study.json`, in which what is no number is null."""
-    file = out / "study.json"
-    file.write_text(json.dumps(_without_nan(to_json(found)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return file
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _without_nan(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
-
-
-def can_draw(say: Say) -> bool:
-    """Whether the extra `report` is installed; what to do is told where it is not."""
-    try:
-        plots.require()
-    except SettingsError as error:
-        say(str(error))
-        return False
-    return True
-
-
-def write_plot(found: Findings, file: Path) -> Path:
-    """Draw the first metric over what varied.
-
-    Raises:
-        SettingsError: the extra `report` is not installed, or the file cannot be written.
-    """
-    plots.require()
-    points = [plots.Point(line.label, line.point.x, *line.row.metrics[found.metric]) for line in found.lines]
-    better = "more" if score(found.task, [], [])[found.metric].higher_is_better else "less"
-    name = found.metric.upper() if found.metric in ("mae", "rmse") else found.metric
-    text = plots.svg(plots.curve(points, found.study.x, f"{name} ({better} is better)", found.study.question, found.study.log))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be written ({error.strerror}): name another file") from None
-    return file
+    about = study.model_dump(include={"name", "question", "x", "log", "settings"})
+    better = score(found.task, [], [])[found.metric].higher_is_better
+    return {**about, "task": found.task.name, "metric": found.metric, "higher_is_better": better, "points": points}

@@ -53,7 +53,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def run(
-    data: Annotated[str, typer.Argument(help="A data set: native folder, LaMP's files, or lamp-1 … lamp-7 (downloaded once).")],
+    data: Annotated[str, typer.Argument(help="A data set: native folder, LaMP's files, or lamp-1, -2n, -2m, -3, -4, -5, -7 (downloaded).")],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command continues a stopped one.")],
     llm: MaybeLLM = None,
     replay: Replay = None,
@@ -69,7 +69,7 @@ def run(
     config: Config = None,
     set_: Set = None,
     record: Record = None,
-    base_url: Annotated[str | None, typer.Option(help="A mirror of LaMP's download folder, for lamp-1 … lamp-7.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="A mirror of LaMP's download folder, for those that are downloaded.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run will cost, from a few calls; answer nothing.")] = False,
     lamp: Annotated[bool, typer.Option("--export-lamp", help="Also write the answers in LaMP's outputs layout, a file a method.")] = False,
     as_json: AsJson = False,
@@ -138,8 +138,9 @@ def _tell(outcome: "Outcome", task: "Task", settings: "Settings", as_json: bool)
 
     samples = outcome.samples
     rows = tabulate(task, samples, Prices(settings.price_prompt, settings.price_completion))
-    if errors := [sample.error for sample in samples if sample.error]:
-        console.say(f"{len(errors)} of {len(samples)} answers failed, the first with: {errors[0]}; the same command asks for them again")
+    if failed := [sample for sample in samples if sample.error]:
+        first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
+        console.say(f"{len(failed)} of {len(samples)} answers failed, the first {first}; the same command asks for them again")
     console.say(f"wrote {outcome.log.finish([row.to_json() for row in rows], outcome.learning)}")
     console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
 
@@ -171,7 +172,7 @@ def _tell_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
 
 @app.command()
 def show(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of studies.")],
     against: Annotated[str | None, typer.Option(help="The baseline; the best prompt-based method otherwise.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write tables, plots and sampled answers to this file, which needs no network.")] = None,
@@ -183,26 +184,28 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print runs as tables: figures with intervals, paired differences from a baseline, and what they say of HYDRA."""
-    from hydra_llm.bench import report
+    from hydra_llm.bench import report, studied
+    from hydra_llm.bench.about import sentence
     from hydra_llm.bench.findings import findings
     from hydra_llm.llm.meter import Prices
 
-    read = [report.open_run(folder) for folder in runs]
+    studies = [studied.open_studied(folder) for folder in runs if studied.is_study(folder)]
+    read = [report.open_run(folder) for folder in runs if not studied.is_study(folder)]
     prices = Prices(price_prompt, price_completion)
     tables = [(run, report.lines_of(run, against, prices)) for run in read]
     over = report.overall(tables)
     named = [next((line.row.method for line in lines if line.against is None), "nothing") for _, lines in tables]
     if markdown is not None:
         from hydra_llm.bench.markdown import markdown as text_of
-        from hydra_llm.bench.markdown import overall_of
+        from hydra_llm.bench.markdown import of_study, overall_of
 
         texts = [text_of(run, lines, name, prices) for (run, lines), name in zip(tables, named, strict=True)]
-        _write(markdown, "\n".join(filter(None, [*texts, overall_of(over)])))
+        _write(markdown, "\n".join(filter(None, [*texts, overall_of(over), *map(of_study, studies)])))
         console.say(f"wrote {markdown}")
     if html is not None:
         from hydra_llm.bench.html import page
 
-        _write(html, page(tables, answers, prices))
+        _write(html, page(tables, answers, prices, studies))
         console.say(f"wrote {html}" + (": it quotes the data, --no-answers leaves that out" if answers else ""))
     if plots is not None:
         from hydra_llm.bench.plots import write
@@ -213,19 +216,22 @@ def show(
         more = [{"findings": findings(run, lines), "learning": list(run.learning)} for run, lines in tables]
         found = [report.to_json(run, lines) | each for (run, lines), each in zip(tables, more, strict=True)]
         shares = {method: {what: report.share_json(share) for what, share in each.items()} for method, each in over.items()}
-        console.emit({"runs": found, "over_tasks": shares}, True)
+        console.emit({"runs": found, "over_tasks": shares, "studies": studies}, True)
         return
     for (run, lines), name in zip(tables, named, strict=True):
         console.print_table(report.as_rows(run, lines), f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked")
+        print(sentence(run))
         differences = {line.row.method: line.against for line in lines if line.against is not None}
         if differences:
             console.print_table(report.as_differences(differences), f"Paired differences from {name}, 95 % intervals over users")
         if costs:
             _print_costs(run, lines, prices)
-        for sentence in findings(run, lines):
-            print(f"- {sentence}")
+        for said in findings(run, lines):
+            print(f"- {said}")
     if over:
         console.print_table(report.as_overall(over), report.OVERALL)
+    for each in studies:
+        console.print_table(studied.as_table(each), each["question"])
 
 
 def _print_costs(run: "Run", lines: "Sequence[Line]", prices: "Prices") -> None:
@@ -268,7 +274,7 @@ def study(
 
     `--set` stands above the file's settings, and its points above `--set`. `--record` takes down the LLM of `--llm` alone.
     """
-    from hydra_llm.bench import plots
+    from hydra_llm.bench import plots, studied
     from hydra_llm.bench import study as studies
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.fetch import load_named
@@ -290,11 +296,25 @@ def study(
     with console.progress() as report:
         dataset = load_named(data, settings({}).cache / "lamp", progress=report)
         bench = studies.Bench(dataset, out, settings, opened, users, limit)
-        found = studies.run_study(chosen, bench, report, console.say)
-    console.say(f"wrote {studies.write_json(found, out)}")
-    if plot is not None or studies.can_draw(console.say):
-        console.say(f"wrote {studies.write_plot(found, plot or out / 'study.svg')}")
-    console.emit(studies.to_json(found) if as_json else studies.as_table(found), as_json)
+        found = studies.to_json(studies.run_study(chosen, bench, report, console.say))
+    console.say(f"wrote {studied.write_studied(found, out)}")
+    if plot is not None or _can_draw():
+        _write(plot or out / "study.svg", studied.drawn(found))
+        console.say(f"wrote {plot or out / 'study.svg'}")
+    console.emit(found if as_json else studied.as_table(found), as_json)
+
+
+def _can_draw() -> bool:
+    """Whether the extra `report` is installed; what to do is told where it is not."""
+    from hydra_llm.bench import plots
+    from hydra_llm.errors import SettingsError
+
+    try:
+        plots.require()
+    except SettingsError as error:
+        console.say(str(error))
+        return False
+    return True
 
 
 @app.command()
