@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "hydra-llm needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; false; }; }
 
+DATA ?= $(firstword $(wildcard data ../data ../shared/data))
+
 .PHONY: demo test check format docs bench bench-replay audit clean help
 
 help: ## Show these lines

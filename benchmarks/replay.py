@@ -6,27 +6,33 @@ DATA is the folder in which the data sets lie (`DATA/movie_rating`, ...); they a
 of `benchmarks/results` that has one, `commands.json` says of which data set it is and how it was made, and `recording.jsonl.gz` what the
 LLM answered. All that `report.json` holds must come out again to three decimals: metrics and intervals of every method and seed, paired
 differences, shares over the best prompts, what was found, what learning reached and asked; only the seconds of this machine may differ.
-Leaves with 1 and names what does not.
+So must `overall.json`, what all of them say together, and `reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the
+same recordings. Leaves with 1 and names what does not.
 """
 
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publish import report
+from publish import OVERALL, overall, report
 
 from hydra_llm.cli.main import run
 
 RESULTS = Path(__file__).with_name("results")
+LABELS = "reranker_labels.json"
+Job = Callable[[], tuple[Any, Any]]
+"""What was published and what comes out now."""
 TOLERANCE = 0.0005
-MEASURED = ("seconds", "own_seconds")
-"""Names of what is measured anew: seconds of this machine."""
+MEASURED = re.compile(r"(.*\.)?(seconds|own_seconds)|learning\.\d+\.(calls|cached)")
+"""Places of what is measured anew: seconds of this machine, and which answers it had kept already."""
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
@@ -38,47 +44,72 @@ def main() -> None:
     names = [given.only] if given.only else sorted(path.parent.name for path in RESULTS.glob("*/commands.json"))
     if not names:
         sys.exit(f"{RESULTS}: no results to repeat")
-    differ, whole = False, time.perf_counter()
-    for name in names:
-        began = time.perf_counter()
-        lines, compared = checked(name, given.data)
-        differ |= bool(lines)
-        said = f"{name}: {'DIFFERS' if lines else 'the same'} in {compared} figures ({time.perf_counter() - began:.0f} s)"
-        print("\n".join([said, *(f"  {line}" for line in lines[:50])]), flush=True)
+    whole = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: Path(folder) / name for name in names}
+        jobs: dict[str, Job] = {name: partial(of_run, name, given.data, out) for name, out in runs.items()}
+        if not given.only:
+            jobs[OVERALL] = lambda: (read(OVERALL), overall([out / "run" for out in runs.values()]))
+            jobs[LABELS] = partial(of_labels, given.data)
+        same = [told(name, job) for name, job in jobs.items()]
     print(f"{len(names)} results in {(time.perf_counter() - whole) / 60:.1f} minutes")
-    sys.exit(differ)
+    sys.exit(not all(same))
 
 
-def checked(name: str, data: Path) -> tuple[list[str], int]:
+def told(name: str, job: Job) -> bool:
+    """Print how a result and its repetition compare, and whether they are the same."""
+    began = time.perf_counter()
+    lines, compared = differing(*job())
+    said = f"{name}: {'DIFFERS' if lines else 'the same'} in {compared} figures ({time.perf_counter() - began:.0f} s)"
+    print("\n".join([said, *(f"  {line}" for line in lines[:50])]), flush=True)
+    return not lines
+
+
+def differing(published: Any, again: Any) -> tuple[list[str], int]:
     """One line for each figure that is another one; how many were compared."""
-    place = RESULTS / name
-    published, again = (
-        dict(leaves(by_method(found))) for found in (json.loads((place / "report.json").read_text()), repeated(place, data))
-    )
-    names = {**published, **again}
+    first, second = dict(leaves(published)), dict(leaves(again))
     missing = object()
     lines = []
-    for key in names:
-        before, now = published.get(key, missing), again.get(key, missing)
+    for key in {**first, **second}:
+        before, now = first.get(key, missing), second.get(key, missing)
         if before is missing or now is missing:
             lines.append(f"{key}: only {'repeated' if before is missing else 'published'}")
         elif not alike(before, now):
             lines.append(f"{key}: {before} published, {now} repeated")
-    return lines, len(names)
+    return lines, len({**first, **second})
 
 
-def repeated(place: Path, data: Path) -> dict[str, Any]:
-    """What the report says now. Where no `learn` is named, `bench run` learns for itself."""
-    commands = json.loads((place / "commands.json").read_text())
-    data, llm = data / commands.get("data", place.name), ["--llm", f"replay:{place / 'recording.jsonl.gz'}"]
-    with tempfile.TemporaryDirectory() as folder:
-        bundle, out = f"{folder}/bundle", f"{folder}/run"
-        if "learn" in commands:
-            must(["learn", str(data), *llm, "--out", bundle, *commands["learn"]])
-            must(["fit", str(data), *llm, "--bundle", bundle, *commands["fit"]])
-        given = ["--bundle", bundle] if "learn" in commands else []
-        must(["bench", "run", str(data), *llm, *given, "--out", out, *commands["bench run"]])
-        return report(Path(out))
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def of_run(name: str, data: Path, out: Path) -> tuple[Any, Any]:
+    """What was published of a run, and what its report says now. Where no `learn` is named, `bench run` learns for itself."""
+    commands = read(f"{name}/commands.json")
+    folder, llm = data / commands.get("data", name), ["--llm", f"replay:{RESULTS / name / 'recording.jsonl.gz'}"]
+    bundle = str(out / "bundle")
+    if "learn" in commands:
+        must(["learn", str(folder), *llm, "--out", bundle, *commands["learn"]])
+        must(["fit", str(folder), *llm, "--bundle", bundle, *commands["fit"]])
+    given = ["--bundle", bundle] if "learn" in commands else []
+    must(["bench", "run", str(folder), *llm, *given, "--out", str(out / "run"), *commands["bench run"]])
+    return by_method(read(f"{name}/report.json")), by_method(report(out / "run"))
+
+
+def of_labels(data: Path) -> tuple[Any, Any]:
+    """What teaches the reranker best: what was published, and what is measured now."""
+    published = read(LABELS)
+    return {name: each["found"] for name, each in published.items()}, {
+        name: labels(data / read(f"{name}/commands.json")["data"], name, each["arguments"]) for name, each in published.items()
+    }
+
+
+def labels(data: Path, name: str, arguments: list[str]) -> dict[str, Any]:
+    """What `reranker_labels.py` says on a recording, without its options and the machine."""
+    script, llm = RESULTS.with_name("reranker_labels.py"), f"replay:{RESULTS / name / 'recording.jsonl.gz'}"
+    command = [sys.executable, str(script), str(data), "--llm", llm, *arguments, "--json"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {key: found[key] for key in ("rows", "queries", "correlation")}
 
 
 def by_method(found: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +123,9 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict | list):
         yield name, value
     for key, each in entries:
-        if key not in MEASURED:
-            yield from leaves(each, f"{name}.{key}" if name else str(key))
+        place = f"{name}.{key}" if name else str(key)
+        if not MEASURED.fullmatch(place):
+            yield from leaves(each, place)
 
 
 def alike(before: Any, now: Any) -> bool:
