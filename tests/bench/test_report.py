@@ -185,7 +185,7 @@ def test_the_commands_print_it_and_write_it(folder: Path, tmp_path: Path, capsys
     by_method = {row["method"]: row for row in shown["methods"]}
     assert by_method["mbr"]["against"]["wins"] == 8
     written = text.read_text()
-    assert "| samples without learning | mbr | 0.333 [" in written
+    assert "| choosing without learning | mbr | 0.333 [" in written
     assert "### Against rag@4" in written
     assert "film" not in written
     assert run(["bench", "compare", str(folder), str(folder), "--json"]) == 0

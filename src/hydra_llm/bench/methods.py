@@ -197,7 +197,7 @@ def _shared(parts: Parts) -> Answerer:
     return _hydra(replace(parts, bundle=parts.bundle.without_heads()))
 
 
-# ---- samples without learning, and bounds: the candidates are those of `hydra`
+# ---- choosing without learning, and bounds: the candidates are those of `hydra`
 
 
 def _choosing(adapter: Callable[[Parts], Adapter]) -> Callable[[Parts], Answerer]:

@@ -26,7 +26,7 @@ GROUPS = {
     "prompt": "prompts",
     "hydra": "HYDRA",
     "adapter": "adapter of others",
-    "sampling": "samples without learning",
+    "sampling": "choosing without learning",
     "control": "controls",
     "bound": "bounds",
 }
