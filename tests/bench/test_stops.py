@@ -42,7 +42,7 @@ def answers(folder: Path) -> list[tuple[Any, ...]]:
     "before",
     [
         "hydra_llm.learning.api.reranker_groups 1",
-        "hydra_llm.learning.api.learn_scorer 2",
+        "hydra_llm.learning.api.learn_scorer 1",
         "hydra_llm.model.bundle._write_new 1",
         "hydra_llm.bundle:Bundle.save 2",
         "hydra_llm.bench.runlog:RunLog.add 5",
