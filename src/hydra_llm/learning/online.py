@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hydra_llm.learning.solve import Problem, in_basis, solve
+from hydra_llm.learning.solve import Apply, Problem, in_basis, slope, solve
 from hydra_llm.learning.table import Table
 from hydra_llm.model.heads import LinearBank, LowRankBank
 from hydra_llm.model.scorer import FactorizedScorer
@@ -57,4 +57,19 @@ def moved(scorer: FactorizedScorer, row: int, known: int, judged: Table) -> Tens
         problem = in_basis(problem, bank.basis)
     turned = replace(problem, dot=lambda v: problem.dot(curvature.turn(v)), outer=lambda r: curvature.back(problem.outer(r)))
     precision = float(scorer.prior_precision) + known * curvature.values
-    return fitted + curvature.turn(solve(turned, precision))[0]
+    if combiner.kind == "label":
+        return fitted + curvature.turn(solve(turned, precision))[0]
+    rows = (x @ bank.basis.T if isinstance(bank, LowRankBank) else x) @ curvature.right_vectors
+    explicit = replace(turned, dot=lambda v: torch.einsum("gch,uh->ugc", rows, v), outer=lambda r: torch.einsum("gch,ugc->uh", rows, r))
+    return fitted + curvature.turn(solve(explicit, precision, inverse=_inverse(explicit, rows, precision)))[0]
+
+
+def _inverse(problem: Problem, rows: Tensor, precision: Tensor) -> Apply:
+    """The inverse of the objective's second derivative at the fitted head, for pairs with features `rows` [G, C, V]: it hardly changes on
+    the way, so that a few steps are enough where a pair's features are as wide as the encoder (cross).
+    """
+    _, second = slope(problem.offset, problem)
+    bent = second(rows.permute(2, 0, 1)).flatten(1) @ rows.flatten(0, 1)
+    jitter = 1e-6 * bent.diagonal().mean()
+    factor = torch.linalg.cholesky(bent + torch.diag(precision + jitter))
+    return lambda r: torch.cholesky_solve(r.T, factor).T
