@@ -43,9 +43,11 @@ class ServeSettings(Given):
 
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    """Of a request's body; what is longer is not read to its end."""
     max_records: int = Field(default=10_000, ge=1)
-    """Of one user."""
+    """Records of one user."""
     max_records_per_request: int = Field(default=1_000, ge=1)
+    """Records that one call may add."""
     max_text: int = Field(default=100_000, ge=1)
     """Characters of a record's input or output."""
     requests_per_minute: int | None = Field(default=None, ge=1)
