@@ -19,6 +19,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from hydra_llm import __version__
+from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server import openai_api, users_api
@@ -54,9 +55,11 @@ def make_app(
     *,
     bundle: str | None = None,
     llm: ChatLLM | None = None,
+    here: Settings | None = None,
     on_loopback: bool = True,
 ) -> FastAPI:
-    """The application. `bundle` is used until the store says otherwise; `llm` labels candidates where a fit needs that.
+    """The application. `bundle` is used until the store says otherwise; `llm` labels candidates where a fit needs that; `here` tells what
+    a bundle does not carry, by default as environment and file do.
 
     Raises:
         BundleError: there is no such bundle.
@@ -64,7 +67,7 @@ def make_app(
     """
     settings, observer = settings or ServeSettings(), Observer()
     wanted, reads = store.bundle(), PatientReads(settings.patience)
-    serving = open_serving(store, reads, folder_of(wanted) if wanted else bundle, settings)
+    serving = open_serving(store, reads, folder_of(wanted) if wanted else bundle, settings, here or load_settings())
     gateway = Gateway(store, reads, upstream, settings, serving, observer, store.salt())
     gateway.wanted = wanted
     worker = Worker(store, lambda: gateway.serving, llm)
@@ -288,9 +291,8 @@ async def _watch(gateway: Gateway) -> None:
         try:
             wanted = await gateway.reads.read(gateway.store.bundle)
             if wanted is not None and wanted != gateway.wanted:
-                new = await anyio.to_thread.run_sync(
-                    partial(open_serving, gateway.store, gateway.reads, folder_of(wanted), gateway.settings)
-                )
+                opened = partial(open_serving, gateway.store, gateway.reads, folder_of(wanted), gateway.settings, gateway.serving.settings)
+                new = await anyio.to_thread.run_sync(opened)
                 old, gateway.serving, gateway.wanted = gateway.serving, new, wanted
                 log.info("bundle %s is in use", new.id[:12])
                 asyncio.get_running_loop().call_later(

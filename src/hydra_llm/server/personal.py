@@ -106,7 +106,7 @@ class Gateway:
         if reason is not None or user is None:
             return as_it_is(reason or "no-user")
         started = time.perf_counter()
-        found = await self._found(serving, user, question)
+        found = await self._found(serving, user, question, wishes.k or 0)
         if isinstance(found, str):
             return as_it_is(found)
         k = self.settings.k if wishes.k is None else wishes.k
@@ -127,7 +127,7 @@ class Gateway:
             seconds={**found.seconds, "prepare": time.perf_counter() - started},
         )
 
-    async def _found(self, serving: Serving, user: str, question: str) -> Found | str:
+    async def _found(self, serving: Serving, user: str, question: str, wanted: int) -> Found | str:
         """The user with the records for a question; or why there are none. Whatever fails must not cost the caller an answer."""
         try:
             person = await self._person(serving, user)
@@ -137,7 +137,7 @@ class Gateway:
         if person is None:
             return "unknown-user"
         try:
-            search = Search(serving, person, question, self.observer)
+            search = Search(serving, person, question, self.observer, wanted)
             found = await serving.together.run(search.found, [question], pairs=search.pairs)
         except Overloaded as error:
             self.observer.failed("scoring", error)
