@@ -20,6 +20,8 @@ import pytest
 import with_postgres
 
 from hydra_llm.cli.main import run
+from hydra_llm.errors import StoreError
+from hydra_llm.server.auth import make_key
 from hydra_llm.server.upstream import HttpUpstream, open_upstream
 from hydra_llm.store.store import Store
 
@@ -227,6 +229,34 @@ async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(bundl
                 await asyncio.sleep(0.1)
             else:
                 raise AssertionError("it does not recover")
+
+
+async def test_whoever_needed_no_key_passes_through_and_no_more_while_nobody_can_tell_whether_one_is_needed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
+        _, secret = make_key(store, admin=True)
+        with_key = {"authorization": f"Bearer {secret}"}
+        assert (await world.http.get("/v1/users/ada/records", headers=with_key)).status_code == 200
+
+        def down(*_: object) -> Any:
+            raise StoreError("down")
+
+        with monkeypatch.context() as outage:
+            outage.setattr(store, "has_keys", down)
+            outage.setattr(store, "key", down)
+            answer = await world.ask("x")
+            assert (answer.status_code, answer.headers["x-hydra-personalized"]) == (200, "false; reason=store-failure")
+            assert len(world.upstream.bodies[-1]["messages"]) == 1
+            for method, path in (("GET", "/users/ada/records"), ("DELETE", "/users/ada"), ("POST", "/feedback")):
+                assert (await world.http.request(method, f"/v1{path}")).status_code == 503
+            assert (await world.http.get("/v1/models")).status_code == 200
+            assert (await world.http.get("/v1/models", headers={"authorization": "Bearer new"})).status_code == 503
+            assert (await world.http.get("/v1/users/ada/records", headers=with_key)).status_code == 200, "known by a key of its own"
+        assert (await world.ask("x")).status_code == 401
+        assert store.users() == ["ada"]
 
 
 def processes_of(data: str) -> list[int]:

@@ -627,9 +627,12 @@ async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answe
     async with running(store, bundles["tags"], warm=False, candidates=3) as world:
         first = await world.ask(QUESTION)
         assert first.headers["x-hydra-personalized"] == "true"
-        assert first.json()["personalization"]["candidates"] == 1
+        told = first.json()["personalization"]
+        assert (told["candidates"], told["warm"]) == (1, False)
         for _ in range(200):
-            if (await world.ask(QUESTION)).json()["personalization"]["candidates"] > 1:
+            told = (await world.ask(QUESTION)).json()["personalization"]
+            assert (told["candidates"] > 1) == told["warm"]
+            if told["warm"]:
                 break
             await asyncio.sleep(0.05)
         else:

@@ -23,7 +23,7 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server import openai_api, users_api
-from hydra_llm.server.auth import Caller, caller_of
+from hydra_llm.server.auth import ANYBODY, NOBODY, Caller, caller_of
 from hydra_llm.server.jobs import Worker
 from hydra_llm.server.observe import Observer, log
 from hydra_llm.server.patient import PatientReads
@@ -41,6 +41,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = ("/health/", "/metrics", "/docs", "/openapi.json")
 """Paths that need no key: they tell nothing about anybody."""
+OF_UPSTREAM = ("/v1/chat/completions", "/v1/models")
 WATCH_SECONDS = 1.0
 REMEMBERED_SECONDS = 300.0
 """How long a caller is known while the store is down."""
@@ -142,6 +143,8 @@ class Door:
     async def _let_in(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         caller = await self._caller(headers.get(b"authorization", b"").decode("latin-1"))
+        if caller is NOBODY and not scope["path"].startswith(OF_UPSTREAM):
+            raise StoreError("nobody can tell whether a key is needed by now")
         self._pace.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
 
@@ -155,7 +158,7 @@ class Door:
             if known is None or known[1] < now - REMEMBERED_SECONDS:
                 raise
             self._observer.failed("keys", error)
-            return known[0]
+            return NOBODY if known[0] is ANYBODY else known[0]
         except ApiError:
             self._let_in_before.pop(digest, None)
             raise

@@ -50,6 +50,8 @@ class Plan:
     shown: tuple[Record, ...] = ()
     candidates: int = 1
     explain: bool = False
+    warm: bool = True
+    """Whether the user's records have been encoded: until then nothing is reranked, and one answer is asked for."""
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -124,6 +126,7 @@ class Gateway:
             shown=tuple(shown),
             candidates=max(wanted, request.n or 1) if serving.picks and found.warm else 1,
             explain=wishes.explain,
+            warm=found.warm,
             seconds={**found.seconds, "prepare": time.perf_counter() - started},
         )
 
@@ -337,6 +340,7 @@ def _told(plan: Plan, picked: Picked, kept: bool) -> dict[str, Any]:
     told: dict[str, Any] = {
         "request_id": plan.id if kept else None,
         "records": [record.id for record in plan.shown],
+        "warm": plan.warm,
         "candidates": len(picked.candidates),
         "abstained": picked.abstained,
         "scores": [candidate.score for candidate in picked.candidates],

@@ -52,7 +52,7 @@ class ServeSettings(Given):
     max_text: int = Field(default=100_000, ge=1)
     """Characters of a record's input or output."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Of one key; None is no limit."""
+    """Of one key, counted by each server process for itself; None is no limit."""
     users_in_memory: int = Field(default=10_000, ge=1)
     """Histories and heads at hand; others are read from the store when they are asked for."""
     drain: float | None = Field(default=None, ge=0)
