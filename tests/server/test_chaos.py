@@ -75,14 +75,32 @@ async def half_an_answer(out: asyncio.StreamWriter) -> None:
     out.close()
 
 
-async def half_a_stream(out: asyncio.StreamWriter) -> None:
-    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    delta = {**chunk, "choices": [{"index": 0, "delta": {"role": "assistant", "content": "half "}, "finish_reason": None}]}
-    out.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-    event = b"data: " + json.dumps(delta).encode() + b"\n\n"
-    out.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
-    await out.drain()
-    out.close()
+def said(text: str, end: str | None = None) -> bytes:
+    """An event of a stream."""
+    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": end}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def framed(*pieces: bytes) -> bytes:
+    """Pieces of a body whose length nobody knows yet; an empty one ends it."""
+    return b"".join(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in pieces)
+
+
+def stream_that(*goes_on: bytes | Answer) -> Answer:
+    """A stream that begins well and then sends these bytes, or does this."""
+
+    async def answer(out: asyncio.StreamWriter) -> None:
+        out.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + framed(said("half ")))
+        for then in goes_on:
+            await out.drain()
+            if isinstance(then, bytes):
+                out.write(then)
+            else:
+                await then(out)
+        await out.drain()
+
+    return answer
 
 
 @asynccontextmanager
@@ -155,19 +173,52 @@ async def test_one_good_candidate_is_enough(store: Store, bundles: dict[str, Pat
             assert made.choices[0].message.content == "good"
 
 
-async def test_half_a_stream_ends_with_an_error_that_the_sdk_raises(store: Store) -> None:
-    async with upstream_of(half_a_stream) as upstream, running(store) as world:
+async def heard_of(client: openai.AsyncOpenAI, heard: list[str | None]) -> None:
+    """Note what a stream says, as it comes."""
+    async for chunk in await client.chat.completions.create(model="m", messages=MESSAGES, stream=True, user="ada"):
+        heard.append(chunk.choices[0].delta.content)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (stream_that(hang_up), "cannot be reached"),
+        (stream_that(hang), "did not answer in time"),
+        (stream_that(b"zz\r\ngarbage"), "cannot be reached"),
+        (stream_that(framed(b"<html>garbage</html>\n\n", b"")), "ended before its answer"),
+        (stream_that(framed(b"")), "ended before its answer"),
+    ],
+    ids=["hangs up", "hangs", "garbage for HTTP", "garbage for events", "stops"],
+)
+async def test_half_a_stream_ends_with_an_error_that_the_sdk_raises(store: Store, answer: Answer, error: str) -> None:
+    """It comes as the last event, within the upstream's time, and what was said until then is kept for nobody's feedback."""
+    store.add_records("ada", records_of("ada"))
+    async with upstream_of(answer) as upstream, running(store) as world:
         world.app.state.gateway.upstream = upstream
-        stream = await world.sdk().chat.completions.create(model="m", messages=MESSAGES, stream=True)
-        heard = []
-
-        async def listen() -> None:
-            async for chunk in stream:
-                heard.append(chunk.choices[0].delta.content)
-
-        with pytest.raises(openai.APIError, match="cannot be reached"):
-            await listen()
+        heard: list[str | None] = []
+        with pytest.raises(openai.APIError, match=error):
+            await asyncio.wait_for(heard_of(world.sdk(), heard), 5)
         assert heard == ["half "]
+        kept = store.export_user("ada")
+        assert kept is not None
+        assert kept["requests"] == []
+
+
+@pytest.mark.parametrize("ending", [(said("whole", "stop"), b""), (said("whole"), b"data: [DO", b"NE]\n\n", b"")], ids=["finish", "DONE"])
+async def test_a_stream_has_ended_with_a_reason_or_a_mark(store: Store, ending: tuple[bytes, ...]) -> None:
+    async with upstream_of(stream_that(framed(*ending))) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        heard: list[str | None] = []
+        await heard_of(world.sdk(), heard)
+        assert heard == ["half ", "whole"]
+
+
+@pytest.mark.parametrize("body", [GOOD, b"garbage"])
+async def test_what_is_no_stream_is_an_error_before_one_begins(store: Store, body: bytes) -> None:
+    async with upstream_of(whole(200, body)) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        with pytest.raises(openai.InternalServerError, match="something else than a stream"):
+            await heard_of(world.sdk(), [])
 
 
 def test_an_endpoints_url_and_key_come_from_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ the caller's key goes nowhere. No retries here: the caller's SDK does them. Know
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from secrets import token_hex
@@ -28,6 +29,8 @@ AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
 STRAIGHT_THROUGH = ("retry-after", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
+ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
+"""What is in every stream that has come to its end; within an answer's text the quotes are escaped."""
 
 
 class UpstreamError(Exception):
@@ -92,8 +95,15 @@ class HttpUpstream:
             async with self._client.stream("POST", "chat/completions", content=json.dumps(body), headers=AS_JSON) as response:
                 if response.status_code >= 300:
                     raise _error_of(response.status_code, await response.aread(), response.headers)
+                if "json" in response.headers.get("content-type", ""):
+                    raise UpstreamError(502, "the upstream answered with something else than a stream")
+                tail, ended = b"", False
                 async for piece in response.aiter_bytes():
+                    ended = ended or ENDS.search(tail + piece) is not None
+                    tail = piece[-32:]
                     yield piece
+                if not ended:  # to a client a stream that stops looks like one that has ended
+                    raise UpstreamError(502, "the upstream's stream ended before its answer did")
         except httpx2.HTTPError as error:
             raise _unreached(error) from None
 
