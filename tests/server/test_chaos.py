@@ -14,7 +14,7 @@ import openai
 import pytest
 import with_postgres
 
-from hydra_llm.errors import StoreError
+from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.server.auth import make_key
 from hydra_llm.server.upstream import HttpUpstream, open_upstream
 from hydra_llm.store.store import Store
@@ -220,6 +220,12 @@ def test_an_endpoints_url_and_key_come_from_the_server_alone(monkeypatch: pytest
     upstream = open_upstream("openai:m@http://127.0.0.1:9/v1", None, timeout=1)
     assert isinstance(upstream, HttpUpstream)
     assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    upstream = open_upstream("openai:@cf/m@http://127.0.0.1:9/v1", None, timeout=1)
+    assert isinstance(upstream, HttpUpstream)
+    assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    monkeypatch.setenv("OPENAI_BASE_URL", "user:secret@host/v1")
+    with pytest.raises(SettingsError, match="OPENAI_BASE_URL is no URL of an endpoint: it begins"):
+        open_upstream("openai:m", None, timeout=1)
 
 
 @contextmanager

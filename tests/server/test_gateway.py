@@ -27,7 +27,7 @@ from hydra_llm.server.auth import make_key
 from hydra_llm.server.habits import Habit, Habits
 from hydra_llm.server.people import texts_of
 from hydra_llm.server.together import Overloaded
-from hydra_llm.server.upstream import UpstreamError
+from hydra_llm.server.upstream import UpstreamError, usage_of
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
@@ -1032,6 +1032,20 @@ async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[st
 
         world.upstream.complete = odd  # type: ignore[method-assign]
         assert (await world.ask(QUESTION)).json()["usage"] == {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 3}
+
+
+def test_what_several_completions_cost_in_detail() -> None:
+    """Cached and reasoning tokens have prices of their own."""
+    one = {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 8, "audio_tokens": None}, "total_tokens": 12}
+    other = {**one, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 2}}
+    assert usage_of([{"usage": one}, {"usage": other}, {"usage": {"prompt_tokens_details": "n/a"}}, {}]) == {
+        "prompt_tokens": 20,
+        "completion_tokens": 0,
+        "total_tokens": 24,
+        "prompt_tokens_details": {"cached_tokens": 9},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    assert usage_of([{"usage": one}]) == one
 
 
 async def test_a_users_header_may_be_utf_8(store: Store) -> None:
