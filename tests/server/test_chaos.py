@@ -244,6 +244,7 @@ def postgresql() -> Iterator[tuple[Store, Path, str]]:
 async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str, Path]) -> None:
     with postgresql() as (store, programs, data):
         async with running(store, bundles["tags"], candidates=2) as world:
+            world.http.headers["authorization"] = f"Bearer {make_key(store, admin=True)[1]}"
             assert (await world.ask("x")).status_code == 200  # whoever comes in for the first time while it is down has to wait
             restarting = asyncio.create_task(asyncio.to_thread(with_postgres.restart, programs, data))
             personal, added = [], 0
