@@ -81,7 +81,8 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
     head = head_alone(folder / "bundle", folder / "cache")
     environment = {**os.environ, "OPENAI_API_KEY": "none", "HYDRA_CACHE": str(folder / "cache")}
     with mock() as upstream:
-        flags = ["--llm", f"openai:mock@{upstream}/v1", "--store", url, "--bundle", str(folder / "bundle"), "--set", "candidates=8"]
+        asked = ["--set", "candidates=8", "--set", "retrieved=10"]
+        flags = ["--llm", f"openai:mock@{upstream}/v1", "--store", url, "--bundle", str(folder / "bundle"), *asked]
         direct = await steady(chat(upstream, None), 100, given.seconds)
         out = Told(direct=direct, head=head)
         with server([str(COMMAND), "serve", *flags], environment, "/health/readiness") as gateway:

@@ -16,7 +16,7 @@ from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
 from hydra_llm.llm import spec
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.meter import Meter
-from hydra_llm.llm.spec import bare_llm, open_llm, wrap
+from hydra_llm.llm.spec import bare_llm, endpoint_of, open_llm, wrap
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "one two"}]
@@ -26,6 +26,30 @@ MESSAGES = [{"role": "user", "content": "one two"}]
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(SettingsError, match=r"openai:MODEL\[@URL\], gguf:PATH, smollm2, replay:RECORDING, fake:echo"):
         bare_llm(name, Settings())
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ("gpt", ("gpt", None)),
+        ("org/model@v2", ("org/model@v2", None)),
+        ("@cf/model@https://host/v1", ("@cf/model", "https://host/v1")),
+        ("m@http://user:pass@127.0.0.1:1/v1", ("m", "http://user:pass@127.0.0.1:1/v1")),
+    ],
+)
+def test_a_models_name_may_hold_an_at(rest: str, found: tuple[str, str | None]) -> None:
+    assert endpoint_of(rest) == found
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "@https://host/v1", "m@localhost:8000/v1", "m@htps://u:secret@host/v1", "m@u:secret@host:80/v1", "m@ftp://secret@host"]
+)
+def test_what_is_meant_as_a_url_and_is_none_is_refused_and_its_password_is_not_told(rest: str) -> None:
+    for refuse in (lambda: endpoint_of(rest), lambda: bare_llm(f"opnai:{rest}", Settings())):
+        with pytest.raises(SettingsError) as error:
+            refuse()
+        assert "secret" not in str(error.value)
+        assert "openai:MODEL" in str(error.value)
 
 
 async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(tmp_path: Path) -> None:

@@ -1,25 +1,21 @@
-"""Upstreams that fail in every way, a database that is restarted under load, and a server that is told to stop."""
+"""Upstreams that fail in every way, and a database that is restarted under load, hangs or is down."""
 
 import asyncio
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 import with_postgres
 
-from hydra_llm.cli.main import run
+from hydra_llm.errors import SettingsError, StoreError
+from hydra_llm.server.auth import make_key
 from hydra_llm.server.upstream import HttpUpstream, open_upstream
 from hydra_llm.store.store import Store
 
@@ -73,14 +69,32 @@ async def half_an_answer(out: asyncio.StreamWriter) -> None:
     out.close()
 
 
-async def half_a_stream(out: asyncio.StreamWriter) -> None:
-    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    delta = {**chunk, "choices": [{"index": 0, "delta": {"role": "assistant", "content": "half "}, "finish_reason": None}]}
-    out.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-    event = b"data: " + json.dumps(delta).encode() + b"\n\n"
-    out.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
-    await out.drain()
-    out.close()
+def said(text: str, end: str | None = None) -> bytes:
+    """An event of a stream."""
+    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": end}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def framed(*pieces: bytes) -> bytes:
+    """Pieces of a body whose length nobody knows yet; an empty one ends it."""
+    return b"".join(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in pieces)
+
+
+def stream_that(*goes_on: bytes | Answer) -> Answer:
+    """A stream that begins well and then sends these bytes, or does this."""
+
+    async def answer(out: asyncio.StreamWriter) -> None:
+        out.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + framed(said("half ")))
+        for then in goes_on:
+            await out.drain()
+            if isinstance(then, bytes):
+                out.write(then)
+            else:
+                await then(out)
+        await out.drain()
+
+    return answer
 
 
 @asynccontextmanager
@@ -153,19 +167,52 @@ async def test_one_good_candidate_is_enough(store: Store, bundles: dict[str, Pat
             assert made.choices[0].message.content == "good"
 
 
-async def test_half_a_stream_ends_with_an_error_that_the_sdk_raises(store: Store) -> None:
-    async with upstream_of(half_a_stream) as upstream, running(store) as world:
+async def heard_of(client: openai.AsyncOpenAI, heard: list[str | None]) -> None:
+    """Note what a stream says, as it comes."""
+    async for chunk in await client.chat.completions.create(model="m", messages=MESSAGES, stream=True, user="ada"):
+        heard.append(chunk.choices[0].delta.content)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (stream_that(hang_up), "cannot be reached"),
+        (stream_that(hang), "did not answer in time"),
+        (stream_that(b"zz\r\ngarbage"), "cannot be reached"),
+        (stream_that(framed(b"<html>garbage</html>\n\n", b"")), "ended before its answer"),
+        (stream_that(framed(b"")), "ended before its answer"),
+    ],
+    ids=["hangs up", "hangs", "garbage for HTTP", "garbage for events", "stops"],
+)
+async def test_half_a_stream_ends_with_an_error_that_the_sdk_raises(store: Store, answer: Answer, error: str) -> None:
+    """It comes as the last event, within the upstream's time, and what was said until then is kept for nobody's feedback."""
+    store.add_records("ada", records_of("ada"))
+    async with upstream_of(answer) as upstream, running(store) as world:
         world.app.state.gateway.upstream = upstream
-        stream = await world.sdk().chat.completions.create(model="m", messages=MESSAGES, stream=True)
-        heard = []
-
-        async def listen() -> None:
-            async for chunk in stream:
-                heard.append(chunk.choices[0].delta.content)
-
-        with pytest.raises(openai.APIError, match="cannot be reached"):
-            await listen()
+        heard: list[str | None] = []
+        with pytest.raises(openai.APIError, match=error):
+            await asyncio.wait_for(heard_of(world.sdk(), heard), 5)
         assert heard == ["half "]
+        kept = store.export_user("ada")
+        assert kept is not None
+        assert kept["requests"] == []
+
+
+@pytest.mark.parametrize("ending", [(said("whole", "stop"), b""), (said("whole"), b"data: [DO", b"NE]\n\n", b"")], ids=["finish", "DONE"])
+async def test_a_stream_has_ended_with_a_reason_or_a_mark(store: Store, ending: tuple[bytes, ...]) -> None:
+    async with upstream_of(stream_that(framed(*ending))) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        heard: list[str | None] = []
+        await heard_of(world.sdk(), heard)
+        assert heard == ["half ", "whole"]
+
+
+@pytest.mark.parametrize("body", [GOOD, b"garbage"])
+async def test_what_is_no_stream_is_an_error_before_one_begins(store: Store, body: bytes) -> None:
+    async with upstream_of(whole(200, body)) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        with pytest.raises(openai.InternalServerError, match="something else than a stream"):
+            await heard_of(world.sdk(), [])
 
 
 def test_an_endpoints_url_and_key_come_from_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +220,12 @@ def test_an_endpoints_url_and_key_come_from_the_server_alone(monkeypatch: pytest
     upstream = open_upstream("openai:m@http://127.0.0.1:9/v1", None, timeout=1)
     assert isinstance(upstream, HttpUpstream)
     assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    upstream = open_upstream("openai:@cf/m@http://127.0.0.1:9/v1", None, timeout=1)
+    assert isinstance(upstream, HttpUpstream)
+    assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    monkeypatch.setenv("OPENAI_BASE_URL", "user:secret@host/v1")
+    with pytest.raises(SettingsError, match="OPENAI_BASE_URL is no URL of an endpoint: it begins"):
+        open_upstream("openai:m", None, timeout=1)
 
 
 @contextmanager
@@ -191,6 +244,7 @@ def postgresql() -> Iterator[tuple[Store, Path, str]]:
 async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str, Path]) -> None:
     with postgresql() as (store, programs, data):
         async with running(store, bundles["tags"], candidates=2) as world:
+            world.http.headers["authorization"] = f"Bearer {make_key(store, admin=True)[1]}"
             assert (await world.ask("x")).status_code == 200  # whoever comes in for the first time while it is down has to wait
             restarting = asyncio.create_task(asyncio.to_thread(with_postgres.restart, programs, data))
             personal, added = [], 0
@@ -229,74 +283,36 @@ async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(bundl
                 raise AssertionError("it does not recover")
 
 
+async def test_whoever_needed_no_key_passes_through_and_no_more_while_nobody_can_tell_whether_one_is_needed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
+        _, secret = make_key(store, admin=True)
+        with_key = {"authorization": f"Bearer {secret}"}
+        assert (await world.http.get("/v1/users/ada/records", headers=with_key)).status_code == 200
+
+        def down(*_: object) -> Any:
+            raise StoreError("down")
+
+        with monkeypatch.context() as outage:
+            outage.setattr(store, "has_keys", down)
+            outage.setattr(store, "key", down)
+            answer = await world.ask("x")
+            assert (answer.status_code, answer.headers["x-hydra-personalized"]) == (200, "false; reason=store-failure")
+            assert len(world.upstream.bodies[-1]["messages"]) == 1
+            for method, path in (("GET", "/users/ada/records"), ("DELETE", "/users/ada"), ("POST", "/feedback")):
+                assert (await world.http.request(method, f"/v1{path}")).status_code == 503
+            assert (await world.http.get("/v1/models")).status_code == 200
+            assert (await world.http.get("/v1/models", headers={"authorization": "Bearer new"})).status_code == 503
+            assert (await world.http.get("/v1/users/ada/records", headers=with_key)).status_code == 200, "known by a key of its own"
+        assert (await world.ask("x")).status_code == 401
+        assert store.users() == ["ada"]
+
+
 def processes_of(data: str) -> list[int]:
     """A PostgreSQL's first process and those that it has made."""
     first = (Path(data) / "postmaster.pid").read_text().split()[0]
     made = subprocess.run(["pgrep", "-P", first], capture_output=True, check=True).stdout.split()
     return [int(first), *map(int, made)]
-
-
-def started(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env={**os.environ, "OPENAI_API_KEY": "x"}, stderr=subprocess.PIPE)
-
-
-def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(tmp_path: Path, bundles: dict[str, Path]) -> None:
-    for name in ("one", "other"):
-        shutil.copytree(bundles["tags"], tmp_path / name)
-    store = f"sqlite:///{tmp_path / 's.db'}"
-    serve = [sys.executable, "-m", "hydra_llm", "serve", "--llm", "fake:echo", "--store", store]
-    assert run(["bundles", "use", str(tmp_path / "one"), "--store", store]) == 0
-    process = started([*serve, "--port", "0", "--bundle", str(tmp_path / "other")])
-    try:
-        assert process.stderr is not None
-        lines = [process.stderr.readline().decode() for _ in range(3)]
-        assert f"--bundle {tmp_path / 'other'} is not used: `hydra-llm bundles use` gave this store {tmp_path / 'one'}" in lines[1]
-        port = int(lines[2].removeprefix("serving on http://127.0.0.1:").removesuffix("/v1\n"))
-        ends = time.monotonic() + 60
-        while time.monotonic() < ends:
-            with suppress(httpx2.ConnectError):
-                assert httpx2.get(f"http://127.0.0.1:{port}/health/readiness").status_code == 200
-                break
-            time.sleep(0.1)
-        second = subprocess.run([*serve, "--port", str(port)], capture_output=True, text=True)
-        assert (second.returncode, second.stdout) == (2, "")
-        assert second.stderr.count("\n") == 1
-        assert f"--host 127.0.0.1 --port {port}: Address already in use: take another" in second.stderr
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
-
-
-async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    async def slow(out: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1.0)
-        await whole(200, GOOD)(out)
-
-    async with upstream_of(slow) as upstream:
-        spec = f"openai:m@{str(upstream._client.base_url).rstrip('/')}"
-        command = [sys.executable, "-m", "hydra_llm", "serve", "--llm", spec, "--store", f"sqlite:///{tmp_path / 's.db'}"]
-        process = started([*command, "--port", str(port)])
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            ends = time.monotonic() + 60
-            while True:
-                try:
-                    assert (await http.get("/health/readiness")).status_code == 200
-                    break
-                except httpx2.ConnectError:
-                    assert process.poll() is None
-                    assert time.monotonic() < ends
-                    await asyncio.sleep(0.1)
-            asked = [asyncio.create_task(http.post("/v1/chat/completions", json={"model": "m", "messages": MESSAGES})) for _ in range(8)]
-            await asyncio.sleep(0.4)
-            process.send_signal(signal.SIGTERM)
-            answers = await asyncio.gather(*asked)
-            assert [answer.status_code for answer in answers] == [200] * 8
-        assert await asyncio.to_thread(process.wait, 30) == 0
-        assert process.stderr is not None
-        said = process.stderr.read().decode()
-        assert "requests in flight have ended" in said
-        assert "Traceback" not in said

@@ -27,7 +27,7 @@ from hydra_llm.server.auth import make_key
 from hydra_llm.server.habits import Habit, Habits
 from hydra_llm.server.people import texts_of
 from hydra_llm.server.together import Overloaded
-from hydra_llm.server.upstream import UpstreamError
+from hydra_llm.server.upstream import UpstreamError, usage_of
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
@@ -513,6 +513,8 @@ ENDPOINTS = [
     ("GET", "/v1/users/{user}/jobs/job-{user}", None),
     ("GET", "/v1/users/{user}/export", None),
     ("DELETE", "/v1/users/{user}", None),
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/m", None),
 ]
 
 
@@ -550,8 +552,8 @@ async def test_nobody_reaches_another_user(
                 either.add_records("bob", records_of("bob"))
                 continue
             wanted = (404 if "feedback" in path else 403) if name in ("ada", "two") else 401
-            if name == "ada" and path.endswith("completions"):
-                wanted = 200  # as ada: the key's only user stands above what a request names
+            if (name == "ada" and path.endswith("completions")) or (name in ("ada", "two") and "models" in path):
+                wanted = 200  # as ada: the key's only user stands above what a request names; and models are nobody's
             assert answer.status_code == wanted, (name, answer.text)
             now = either.export_user("bob")
             assert before is not None
@@ -627,9 +629,12 @@ async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answe
     async with running(store, bundles["tags"], warm=False, candidates=3) as world:
         first = await world.ask(QUESTION)
         assert first.headers["x-hydra-personalized"] == "true"
-        assert first.json()["personalization"]["candidates"] == 1
+        told = first.json()["personalization"]
+        assert (told["candidates"], told["warm"]) == (1, False)
         for _ in range(200):
-            if (await world.ask(QUESTION)).json()["personalization"]["candidates"] > 1:
+            told = (await world.ask(QUESTION)).json()["personalization"]
+            assert (told["candidates"] > 1) == told["warm"]
+            if told["warm"]:
                 break
             await asyncio.sleep(0.05)
         else:
@@ -1029,6 +1034,20 @@ async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[st
         assert (await world.ask(QUESTION)).json()["usage"] == {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 3}
 
 
+def test_what_several_completions_cost_in_detail() -> None:
+    """Cached and reasoning tokens have prices of their own."""
+    one = {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 8, "audio_tokens": None}, "total_tokens": 12}
+    other = {**one, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 2}}
+    assert usage_of([{"usage": one}, {"usage": other}, {"usage": {"prompt_tokens_details": "n/a"}}, {}]) == {
+        "prompt_tokens": 20,
+        "completion_tokens": 0,
+        "total_tokens": 24,
+        "prompt_tokens_details": {"cached_tokens": 9},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    assert usage_of([{"usage": one}]) == one
+
+
 async def test_a_users_header_may_be_utf_8(store: Store) -> None:
     store.add_records("zoë", records_of("zoë"))
     async with running(store) as world:
@@ -1056,9 +1075,8 @@ async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:
     async with running(store) as world:
         schema = (await world.http.get("/openapi.json")).json()["paths"]
     there = {(method.upper(), re.sub(r"{[^}]+}", "*", path)) for path, ways in schema.items() for method in ways}
-    tested = {(method, re.sub(r"(users|records|jobs)/[^/]+", r"\1/*", path)) for method, path, _ in ENDPOINTS}
-    nobodys = ("/health", "/metrics", "/v1/models")
-    assert {each for each in there if not each[1].startswith(nobodys)} == tested
+    tested = {(method, re.sub(r"(users|records|jobs|models)/[^/]+", r"\1/*", path)) for method, path, _ in ENDPOINTS}
+    assert {each for each in there if not each[1].startswith(("/health", "/metrics"))} == tested, "figures of nobody need no key"
 
 
 async def test_ids_may_hold_whatever_a_url_can_encode(store: Store) -> None:

@@ -163,7 +163,7 @@ def test_no_update_is_lost_between_threads_and_connections(store: Store, url: st
     assert [each.position for each in found] == list(range(40))
 
 
-def test_another_process_sees_a_write_at_once(store: Store, url: str) -> None:
+def test_another_engine_on_the_database_sees_a_write_at_once(store: Store, url: str) -> None:
     other = Store(url)
     assert other.state("ada").version is None
     store.add_records("ada", [record("a")])

@@ -31,11 +31,11 @@ def check(
     """Ask one question, past the cache: model, latency, whether `n` works natively, token counts."""
     from hydra_llm.llm.calls import run_sync
     from hydra_llm.llm.meter import Meter, Prices
-    from hydra_llm.llm.spec import bare_llm
+    from hydra_llm.llm.spec import bare_llm, without_userinfo
 
     settings = settings_of(None, config, set_)
     meter = Meter(bare_llm(spec, settings), prices=Prices(settings.price_prompt, settings.price_completion))
-    found = {"llm": spec, **run_sync(lambda: examine(meter))}
+    found = {"llm": without_userinfo(spec), **run_sync(lambda: examine(meter))}
     console.emit(found if as_json else {name: value for name, value in found.items() if name != "usage"}, as_json)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import math
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +43,7 @@ def serve(
     from hydra_llm.server.settings import load_serve_settings
     from hydra_llm.server.upstream import open_upstream
 
-    settings = load_serve_settings(config, **given(set_))
+    settings, here = load_serve_settings(config, **given(set_)), load_settings(file=config)
     listening = bound(host, port)  # first: a port that is taken is told before anything is loaded
     inside = is_loopback(host)
     with opened(store, settings.patience) as found:
@@ -52,15 +53,15 @@ def serve(
             console.say("no key was made yet: any key is taken, from this machine alone; `hydra-llm keys create --admin` changes that")
         if bundle and (chosen := found.bundle()) and Path(folder_of(chosen)).resolve() != bundle.resolve():
             console.say(f"--bundle {bundle} is not used: `hydra-llm bundles use` gave this store {folder_of(chosen)}")
-        model = bare_llm(llm, load_settings())
+        model = bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
-        app = make_app(found, upstream, settings, bundle=str(bundle) if bundle else None, llm=model, on_loopback=inside)
+        app = make_app(found, upstream, settings, bundle=str(bundle) if bundle else None, llm=model, here=here, on_loopback=inside)
         server = uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
             timeout_keep_alive=75,  # longer than clients keep a connection: who closes first must not be the server, amid a request
-            timeout_graceful_shutdown=None if settings.drain is None else int(settings.drain),
+            timeout_graceful_shutdown=None if settings.drain is None else math.ceil(settings.drain),  # it takes whole seconds
         )
         console.say(f"serving on http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has let the requests in flight end, and raises the signal again

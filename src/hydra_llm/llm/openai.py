@@ -20,6 +20,7 @@ from openai.types.chat import ChatCompletion
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import PartlyFailed
+from hydra_llm.llm.spec import endpoint_of
 from hydra_llm.types import Generation, Message, Usage
 
 REFUSED = (400, 401, 403, 404, 405, 413, 422)
@@ -257,7 +258,5 @@ def _seconds(timeout: Any) -> str:
 
 def from_spec(rest: str, settings: Settings) -> OpenAILLM:
     """`openai:MODEL[@URL]`."""
-    found = re.fullmatch(r"(.+?)(?:@(https?://.+))?", rest)
-    if found is None:
-        raise SettingsError("openai: needs a model: openai:MODEL, or openai:MODEL@URL for another endpoint")
-    return OpenAILLM(found[1], base_url=found[2], timeout=settings.timeout, retries=settings.retries, concurrency=settings.concurrency)
+    model, url = endpoint_of(rest)
+    return OpenAILLM(model, base_url=url, timeout=settings.timeout, retries=settings.retries, concurrency=settings.concurrency)

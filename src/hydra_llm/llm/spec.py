@@ -4,6 +4,7 @@ A plug-in is an entry point of the group `hydra_llm.llms`: a function `(rest of 
 entry points too, only written down here. Each is wrapped as cache around meter, so that kept answers cost no budget.
 """
 
+import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -23,6 +24,8 @@ BUILT_IN = (
 )
 REPLAY = "replay:"
 """A recording in place of an LLM: it needs neither cache nor meter."""
+ENDPOINT = re.compile(r"(.+?)(?:@(https?://.+))?")
+MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
 FORMS = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING, fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
 
 
@@ -54,6 +57,24 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     known = {entry.name: entry for entry in (*entry_points(group=GROUP), *BUILT_IN)}
     if name not in known:
         others = "".join(f", {other}:..." for other in sorted(known.keys() - {entry.name for entry in BUILT_IN}))
-        raise SettingsError(f"unknown LLM '{spec}': take one of {FORMS}{others}")
+        raise SettingsError(f"unknown LLM '{without_userinfo(spec)}': take one of {FORMS}{others}")
     llm: ChatLLM = known[name].load()(rest, settings)
     return llm
+
+
+def endpoint_of(rest: str) -> tuple[str, str | None]:
+    """Model and URL of `openai:MODEL[@URL]`, what stands behind the colon; a model's name may hold an @ of its own.
+
+    Raises:
+        SettingsError: no model, or what looks like a URL and is none: the model would be asked for at another place than was meant.
+    """
+    found = ENDPOINT.fullmatch(rest)
+    if found is None or MEANT_AS_URL.search(found[1]):
+        told = without_userinfo(rest)
+        raise SettingsError(f"openai:{told} needs a model: openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint")
+    return found[1], found[2]
+
+
+def without_userinfo(text: str) -> str:
+    """A text without the names and passwords of the URLs in it."""
+    return re.sub(r"(://|@(?=[^/\s@]*:))[^/\s]*@", r"\1", text)

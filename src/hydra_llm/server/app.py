@@ -19,10 +19,11 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from hydra_llm import __version__
+from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.server import openai_api, users_api
-from hydra_llm.server.auth import Caller, caller_of
+from hydra_llm.server.auth import ANYBODY, NOBODY, Caller, caller_of
 from hydra_llm.server.jobs import Worker
 from hydra_llm.server.observe import Observer, log
 from hydra_llm.server.patient import PatientReads
@@ -40,6 +41,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = ("/health/", "/metrics", "/docs", "/openapi.json")
 """Paths that need no key: they tell nothing about anybody."""
+OF_UPSTREAM = ("/v1/chat/completions", "/v1/models")
 WATCH_SECONDS = 1.0
 REMEMBERED_SECONDS = 300.0
 """How long a caller is known while the store is down."""
@@ -54,9 +56,11 @@ def make_app(
     *,
     bundle: str | None = None,
     llm: ChatLLM | None = None,
+    here: Settings | None = None,
     on_loopback: bool = True,
 ) -> FastAPI:
-    """The application. `bundle` is used until the store says otherwise; `llm` labels candidates where a fit needs that.
+    """The application. `bundle` is used until the store says otherwise; `llm` labels candidates where a fit needs that; `here` tells what
+    a bundle does not carry, by default as environment and file do.
 
     Raises:
         BundleError: there is no such bundle.
@@ -64,7 +68,7 @@ def make_app(
     """
     settings, observer = settings or ServeSettings(), Observer()
     wanted, reads = store.bundle(), PatientReads(settings.patience)
-    serving = open_serving(store, reads, folder_of(wanted) if wanted else bundle, settings)
+    serving = open_serving(store, reads, folder_of(wanted) if wanted else bundle, settings, here or load_settings())
     gateway = Gateway(store, reads, upstream, settings, serving, observer, store.salt())
     gateway.wanted = wanted
     worker = Worker(store, lambda: gateway.serving, llm)
@@ -139,6 +143,8 @@ class Door:
     async def _let_in(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         caller = await self._caller(headers.get(b"authorization", b"").decode("latin-1"))
+        if caller is NOBODY and not scope["path"].startswith(OF_UPSTREAM):
+            raise StoreError("nobody can tell whether a key is needed by now")
         self._pace.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
 
@@ -152,7 +158,7 @@ class Door:
             if known is None or known[1] < now - REMEMBERED_SECONDS:
                 raise
             self._observer.failed("keys", error)
-            return known[0]
+            return NOBODY if known[0] is ANYBODY else known[0]
         except ApiError:
             self._let_in_before.pop(digest, None)
             raise
@@ -288,9 +294,8 @@ async def _watch(gateway: Gateway) -> None:
         try:
             wanted = await gateway.reads.read(gateway.store.bundle)
             if wanted is not None and wanted != gateway.wanted:
-                new = await anyio.to_thread.run_sync(
-                    partial(open_serving, gateway.store, gateway.reads, folder_of(wanted), gateway.settings)
-                )
+                opened = partial(open_serving, gateway.store, gateway.reads, folder_of(wanted), gateway.settings, gateway.serving.settings)
+                new = await anyio.to_thread.run_sync(opened)
                 old, gateway.serving, gateway.wanted = gateway.serving, new, wanted
                 log.info("bundle %s is in use", new.id[:12])
                 asyncio.get_running_loop().call_later(

@@ -51,6 +51,8 @@ class Caller:
 
 ANYBODY = Caller("", True, ())
 """The caller of a server that has no keys yet."""
+NOBODY = Caller("", False, ())
+"""The same while the store is down: the first key may have been made since, so that requests pass through and nothing else is done."""
 
 
 def make_key(store: Store, *, label: str = "", admin: bool = False, users: Sequence[str] = ()) -> tuple[Key, str]:

@@ -130,7 +130,7 @@ class Worker:
         """The bundle with scorers of this thread alone, and nobody in them."""
         assert serving.bundle is not None
         if self._own is None or self._own[0] != serving.id:
-            loaded = Bundle.load(serving.folder or "")
+            loaded = Bundle.load(serving.folder or "", here=serving.settings)
             if loaded.weights != serving.id:
                 raise HydraError("another bundle lies in that folder now: run `hydra-llm bundles use` for it")
             bundle = replace(loaded.without_people(str), store=serving.bundle.store)

@@ -3,13 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from hydra_llm.datasets.dataset import text_fault
-from hydra_llm.server.auth import Caller
+from hydra_llm.server.auth import NOBODY, Caller
 from hydra_llm.server.names import named_user
 from hydra_llm.server.observe import Span
 from hydra_llm.server.personal import Gateway, Plan, Reply
@@ -31,9 +32,12 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: str | None = H
     """Answer a conversation, as this user would want where the user has a history."""
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
-    user = _user(http.state.caller, body, _in_utf8(x_hydra_user))
+    caller: Caller = http.state.caller
+    user = None if caller is NOBODY else _user(caller, body, _in_utf8(x_hydra_user))
     with gateway.observer.span(request.model) as span:
         plan = await gateway.plan(request, body, user)
+        if caller is NOBODY:
+            plan = replace(plan, reason="store-failure")
         if request.stream:
             return await _stream(gateway, plan, request, span)
         reply = await gateway.answer(plan)

@@ -50,6 +50,8 @@ class Plan:
     shown: tuple[Record, ...] = ()
     candidates: int = 1
     explain: bool = False
+    warm: bool = True
+    """Whether the user's records have been encoded: until then nothing is reranked, and one answer is asked for."""
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -106,7 +108,7 @@ class Gateway:
         if reason is not None or user is None:
             return as_it_is(reason or "no-user")
         started = time.perf_counter()
-        found = await self._found(serving, user, question)
+        found = await self._found(serving, user, question, wishes.k or 0)
         if isinstance(found, str):
             return as_it_is(found)
         k = self.settings.k if wishes.k is None else wishes.k
@@ -124,10 +126,11 @@ class Gateway:
             shown=tuple(shown),
             candidates=max(wanted, request.n or 1) if serving.picks and found.warm else 1,
             explain=wishes.explain,
+            warm=found.warm,
             seconds={**found.seconds, "prepare": time.perf_counter() - started},
         )
 
-    async def _found(self, serving: Serving, user: str, question: str) -> Found | str:
+    async def _found(self, serving: Serving, user: str, question: str, wanted: int) -> Found | str:
         """The user with the records for a question; or why there are none. Whatever fails must not cost the caller an answer."""
         try:
             person = await self._person(serving, user)
@@ -137,7 +140,7 @@ class Gateway:
         if person is None:
             return "unknown-user"
         try:
-            search = Search(serving, person, question, self.observer)
+            search = Search(serving, person, question, self.observer, wanted)
             found = await serving.together.run(search.found, [question], pairs=search.pairs)
         except Overloaded as error:
             self.observer.failed("scoring", error)
@@ -337,6 +340,7 @@ def _told(plan: Plan, picked: Picked, kept: bool) -> dict[str, Any]:
     told: dict[str, Any] = {
         "request_id": plan.id if kept else None,
         "records": [record.id for record in plan.shown],
+        "warm": plan.warm,
         "candidates": len(picked.candidates),
         "abstained": picked.abstained,
         "scores": [candidate.score for candidate in picked.candidates],

@@ -42,6 +42,8 @@ class Search:
     person: Person
     question: str
     observer: Observer
+    wanted: int = 0
+    """Records that the request wants in its prompt, where it says so: so many are retrieved at least."""
     _retrieved: list[Ranked] | None = None
     _visible: list[Record] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -82,7 +84,7 @@ class Search:
             self.person = self.serving.people.seat(self.person)
             self._visible = self.serving.readable(self.person.records)
             started = time.perf_counter()
-            retriever, most = self.serving.retriever, self.serving.settings.retrieved
+            retriever, most = self.serving.retriever, max(self.serving.settings.retrieved, self.wanted)
             self._retrieved = retriever.retrieve(self.query, self._visible, most) if self._visible else []
             self._seconds = {"retrieve": time.perf_counter() - started}
         return self._retrieved

@@ -6,7 +6,7 @@ from typing import cast
 
 from hydra_llm.adapt import Adapter, FirstCandidate
 from hydra_llm.bundle import Bundle
-from hydra_llm.config import Settings, load_settings
+from hydra_llm.config import Settings
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.rerank import KeepOrder, Reranker
@@ -77,18 +77,19 @@ def folder_of(name: str) -> str:
     return name.partition(":")[2]
 
 
-def open_serving(store: Store, reads: PatientReads, folder: str | Path | None, settings: ServeSettings) -> Serving:
-    """Load a bundle and put it to work on a store's users.
+def open_serving(store: Store, reads: PatientReads, folder: str | Path | None, settings: ServeSettings, here: Settings) -> Serving:
+    """Load a bundle and put it to work on a store's users. `here` tells what a bundle does not carry: the folder of features, say.
 
     Raises:
         BundleError: it is not there, damaged, or newer.
     """
+    asked = {} if settings.retrieved is None else {"retrieved": settings.retrieved}
     if folder is None:
-        plain, people = load_settings(parsing="strict"), People(store, None, settings.users_in_memory)
+        plain, people = here.model_copy(update={"parsing": "strict", **asked}), People(store, None, settings.users_in_memory)
         null, together = (make_retriever("bm25"), KeepOrder(), FirstCandidate()), Together(None, settings.waiting)
         return Serving(None, "", ANY_TASK, plain, *null, people, together, {})
-    loaded = Bundle.load(folder)
-    chosen = loaded.settings.model_copy(update={"caution": settings.caution, "retrieved": settings.retrieved})
+    loaded = Bundle.load(folder, here=here)
+    chosen = loaded.settings.model_copy(update={"caution": settings.caution, **asked})
     # Whoever the bundle was learned with is a user of the store like any other: its records and heads are the ones that count.
     bundle = replace(loaded.without_people(str), settings=chosen)
     people = People(store, bundle, settings.users_in_memory)

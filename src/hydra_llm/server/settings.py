@@ -18,8 +18,9 @@ class ServeSettings(Given):
     # ---- answering
     placement: Literal["turns", "block"] = "turns"
     """Records as example turns before the conversation, or as a block in a system message of their own."""
-    retrieved: int = Field(default=10, ge=0)
-    """Records that are retrieved and reranked."""
+    retrieved: int | None = Field(default=None, ge=0)
+    """Records that are retrieved and reranked; None is as many as the bundle was learned with, and 10 without one. A request that wants
+    more in its prompt has as many."""
     k: int = Field(default=4, ge=0)
     """Of them, how many stand in the prompt."""
     candidates: int = Field(default=8, ge=1, le=64)
@@ -43,17 +44,19 @@ class ServeSettings(Given):
 
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    """Of a request's body; what is longer is not read to its end."""
     max_records: int = Field(default=10_000, ge=1)
-    """Of one user."""
+    """Records of one user."""
     max_records_per_request: int = Field(default=1_000, ge=1)
+    """Records that one call may add."""
     max_text: int = Field(default=100_000, ge=1)
     """Characters of a record's input or output."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Of one key; None is no limit."""
+    """Of one key, counted by each server process for itself; None is no limit."""
     users_in_memory: int = Field(default=10_000, ge=1)
     """Histories and heads at hand; others are read from the store when they are asked for."""
     drain: float | None = Field(default=None, ge=0)
-    """Seconds that requests in flight get when the server is told to stop; None is as long as they take."""
+    """Seconds that requests in flight get when the server is told to stop, rounded up; None is as long as they take."""
     patience: float = Field(default=10.0, gt=0)
     """Seconds that a request waits for the store, before it goes without."""
     waiting: int = Field(default=256, ge=1)

@@ -11,8 +11,9 @@ the caller's key goes nowhere. No retries here: the caller's SDK does them. Know
 import asyncio
 import json
 import os
+import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from secrets import token_hex
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
@@ -21,6 +22,7 @@ import httpx2
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.spec import endpoint_of
 from hydra_llm.server.wire import ApiError, chunk_head, chunks_of, delta, role_chunk, text_of
 from hydra_llm.types import Generation, Usage
 
@@ -28,6 +30,8 @@ AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
 STRAIGHT_THROUGH = ("retry-after", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
+ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
+"""What is in every stream that has come to its end; within an answer's text the quotes are escaped."""
 
 
 class UpstreamError(Exception):
@@ -92,8 +96,15 @@ class HttpUpstream:
             async with self._client.stream("POST", "chat/completions", content=json.dumps(body), headers=AS_JSON) as response:
                 if response.status_code >= 300:
                     raise _error_of(response.status_code, await response.aread(), response.headers)
+                if "json" in response.headers.get("content-type", ""):
+                    raise UpstreamError(502, "the upstream answered with something else than a stream")
+                tail, ended = b"", False
                 async for piece in response.aiter_bytes():
+                    ended = ended or ENDS.search(tail + piece) is not None
+                    tail = piece[-32:]
                     yield piece
+                if not ended:  # to a client a stream that stops looks like one that has ended
+                    raise UpstreamError(502, "the upstream's stream ended before its answer did")
         except httpx2.HTTPError as error:
             raise _unreached(error) from None
 
@@ -292,9 +303,9 @@ def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstrea
         SettingsError: an endpoint without a key, or neither.
     """
     if spec.startswith("openai:"):
-        url = spec.partition("@")[2] or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        url = endpoint_of(spec.removeprefix("openai:"))[1] or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         if urlsplit(url).scheme not in ("http", "https"):
-            raise SettingsError(f"{spec}: '{url}' is no URL of an endpoint")
+            raise SettingsError("OPENAI_BASE_URL is no URL of an endpoint: it begins with http:// or https://")
         key = os.environ.get("OPENAI_API_KEY", "")
         if not key and url == OPENAI_URL:
             raise SettingsError(f"{spec} needs a key: set OPENAI_API_KEY")
@@ -308,6 +319,15 @@ def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
     """What several completions spent together; of a single one all that the upstream tells."""
     if len(completions) == 1:
         return completions[0].get("usage")
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
     told = [each["usage"] for each in completions if isinstance(each.get("usage"), Mapping)]
-    return {name: sum(count for usage in told if isinstance(count := usage.get(name), int)) for name in names}
+    out: dict[str, Any] = _summed(told, ("prompt_tokens", "completion_tokens", "total_tokens"))
+    for name in ("prompt_tokens_details", "completion_tokens_details"):
+        details = [usage[name] for usage in told if isinstance(usage.get(name), Mapping)]
+        if details:
+            out[name] = _summed(details, dict.fromkeys(key for each in details for key, count in each.items() if isinstance(count, int)))
+    return out
+
+
+def _summed(counts: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, int]:
+    """Of each name the sum of what is a number."""
+    return {name: sum(count for each in counts if isinstance(count := each.get(name), int)) for name in names}

@@ -11,7 +11,6 @@ import anyio
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import BeforeValidator
 
-from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.errors import UserFault
 from hydra_llm.history import parse_time
@@ -189,10 +188,11 @@ async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: s
     Raises:
         ApiError: 503, they cannot be deleted.
     """
-    bundle = http.app.state.gateway.serving.bundle
+    serving = http.app.state.gateway.serving
     held = await _in_thread(partial(store.still_held, texts, but=but))
     gone = [text for text in texts if text not in held]
-    forget = bundle.store.forget if bundle else partial(forget_features, load_settings().cache / "features.sqlite")
+    file = serving.settings.cache / "features.sqlite"
+    forget = serving.bundle.store.forget if serving.bundle else partial(forget_features, file)
     try:
         await _in_thread(partial(forget, gone))
     except UserFault:

@@ -68,6 +68,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    # What OpenAI's own endpoint refuses is refused here, whatever the upstream takes: that is what clients are made for.
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=128)] | None = None
