@@ -1,8 +1,12 @@
-"""README's tables of results, from benchmarks/results/NAME/report.json to between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""The tables of results in README and in benchmarks/results/README.md, each between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python tools/results_md.py [--check]
 
-With --check it changes nothing and leaves with 1 where a table is not what the report says.
+    NAME_60    README: the rows of benchmarks/results/NAME_60/report.json that matter most
+    overall    both: benchmarks/results/overall.json, what all of them say together
+    growth     benchmarks/results/growth.json
+
+With --check it changes nothing and leaves with 1 where a table is not what the files say.
 """
 
 import json
@@ -13,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
 BASELINE = "rag@4"
 TYPICAL = {"accuracy": "most frequent label", "mae": "median", "rouge1": "latest text"}
 """First metric → what `user-majority` answers."""
@@ -41,6 +45,8 @@ SHOWN = {
     "oracle@8": "bound: the best sample",
 }
 """Method → its name in the table. The best prompt by the first metric is shown too."""
+TOGETHER = ("hydra@4,8", "hydra@1,8", "hydra-shared@4,8", "hydra-adapter@8", "bbox-adapter@8", "mbr@8", "self-consistency@8")
+"""Methods in the table over all tasks, beside the best prompt-based one."""
 
 
 def number(value: float, *, signed: bool = False) -> str:
@@ -88,19 +94,63 @@ def line(name: str, row: dict[str, Any], first: str, second: str) -> str:
     return f"| {' | '.join([*cells, difference, ', '.join(users)])} |"
 
 
+def together(found: dict[str, Any]) -> str:
+    """Over the best prompts, mean over tasks, the best first."""
+    prompts = [name for name in found if name.partition("@")[0] in ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")]
+    shown = [*(name for name in TOGETHER if name in found), max(prompts, key=lambda name: found[name]["all metrics"][0])]
+    lines = ["| method | all metrics | without BLEU |", "|---|---|---|"]
+    for name in sorted(shown, key=lambda name: -found[name]["all metrics"][0]):
+        title = SHOWN.get(name, name).removeprefix("control: ") + (" (the best prompt)" if name in prompts else "")
+        lines.append(f"| {title} | {percent(found[name]['all metrics'])} | {percent(found[name]['without BLEU'])} |")
+    return "\n".join(lines)
+
+
+def percent(share: list[float]) -> str:
+    """`+6.9 % [−6.0, +19.7]`."""
+    value, low, high = (f"{100 * each:+.1f}".replace("-", "−") for each in share)
+    return f"{value} % [{low}, {high}]"
+
+
+def growth(found: dict[str, Any]) -> str:
+    """Each series' exponent beside the one that is expected, and why they differ."""
+    lines = ["| stage | in | exponent | expected | at the largest | why |", "|---|---|---|---|---|---|"]
+    for row in found["rows"]:
+        law, last = row["law"] or {}, row["points"][-1]
+        sure = f"{law['exponent']:.1f} [{law['low']:.1f}, {law['high']:.1f}]" if law else "none"
+        value = f"{last['median']:.3g} {row['unit']}" if row["unit"] == "s" else f"{last['median']:.0f}"
+        lines.append(
+            f"| {row['stage']} | {row['variable']} | {sure} | {row['expected_exponent']} | {last['size']}: {value} | {row['why'] or ''} |"
+        )
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """Every table by its marker."""
+    made = {file.parent.name: table(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob("*_60/report.json"))}
+    for name, shown in (("overall", together), ("growth", growth)):
+        if (RESULTS / f"{name}.json").exists():
+            made[name] = shown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+    return made
+
+
 def main() -> None:
-    before = text = README.read_text(encoding="utf-8")
-    for file in sorted(RESULTS.glob("*/report.json")):
-        name = file.parent.name
-        made = f"<!-- {name} -->\n{table(json.loads(file.read_text(encoding='utf-8')))}\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, made=made: made, text, flags=re.S)  # type: ignore[misc]
-    marked = set(re.findall(r"<!-- (\w+_60) -->", before))
-    reports = {file.parent.name for file in RESULTS.glob("*_60/report.json")}
-    if marked != reports:
-        sys.exit(f"README.md: markers and results differ in {', '.join(sorted(marked ^ reports))}: add <!-- NAME --> and <!-- /NAME -->")
-    if "--check" in sys.argv:
-        sys.exit("README.md: its tables are not what benchmarks/results says: python tools/results_md.py" if text != before else 0)
-    README.write_text(text, encoding="utf-8")
+    made, stale, marked = tables(), [], set[str]()
+    for page in PAGES:
+        before = text = page.read_text(encoding="utf-8")
+        for name, content in made.items():
+            whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+            text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)  # type: ignore[misc]
+        marked |= set(re.findall(r"<!-- (\w+_60|overall|growth) -->", before))
+        if text != before:
+            stale.append(page)
+            if "--check" not in sys.argv:
+                page.write_text(text, encoding="utf-8")
+    if marked != made.keys():
+        sys.exit(f"markers and results differ in {', '.join(sorted(marked ^ made.keys()))}: add <!-- NAME --> and <!-- /NAME -->")
+    if stale and "--check" in sys.argv:
+        sys.exit(
+            f"{', '.join(str(page.relative_to(ROOT)) for page in stale)}: not what benchmarks/results says: python tools/results_md.py"
+        )
 
 
 if __name__ == "__main__":
