@@ -178,8 +178,10 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
 
 
 async def _let_go(http: Request, user: str) -> None:
-    """Drop what is in memory of a user; what the scoring thread has begun is done when this returns."""
+    """Drop what is in memory of a user; when this returns nothing more of it is encoded, and what the scoring thread had begun is done."""
     serving = http.app.state.gateway.serving
+    if serving.warming is not None:
+        await serving.warming.stop(user)
     await serving.together.run(partial(serving.forget, user), must=True)
 
 
