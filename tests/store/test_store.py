@@ -285,7 +285,7 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
         thread.join()
     other.close()
     assert [job.id for job in claimed if job] == ["j1"]
-    store.tell_job("j1", 3, 10)
+    assert store.tell_job("j1", 3, 10)
     assert store.claim_job() is None
     time.sleep(0.02)
     again = store.claim_job(abandoned_after=0.01)
@@ -294,6 +294,7 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
     store.tell_job("j1", 10, 10, state="done")
     assert store.claim_job(abandoned_after=0.0) is None
     assert (store.drop_jobs(0.0), store.drop_jobs(time.time() + 1), store.counts()["jobs"]) == (0, 1, 0)
+    assert not store.tell_job("j1", 11, 11)
 
 
 # ---- deletion and export

@@ -305,11 +305,11 @@ class Store:
             connection.execute(sa.update(schema.jobs).where(table.id == row.id).values(state="running", updated=now))
         return Job(*row)
 
-    def tell_job(self, id: str, done: int, total: int, *, state: str = "running", error: str = "") -> None:
-        """How far a job is, or how it ended; also the sign of life of whoever works on it."""
+    def tell_job(self, id: str, done: int, total: int, *, state: str = "running", error: str = "") -> bool:
+        """How far a job is, or how it ended; also the sign of life of whoever works on it. False where the job is gone, with its user."""
         values = {"done": done, "total": total, "state": state, "error": error, "updated": time.time()}
         with self.writing() as connection:
-            connection.execute(sa.update(schema.jobs).where(schema.jobs.c.id == id).values(values))
+            return connection.execute(sa.update(schema.jobs).where(schema.jobs.c.id == id).values(values)).rowcount > 0
 
     # ---- what all servers share
 
