@@ -132,6 +132,20 @@ def test_what_others_still_have_is_not_encoded_again(tiny: Encoder, tmp_path: Pa
         assert store.misses == misses + 1
 
 
+def test_pairs_of_others_stay_in_memory(tiny: Encoder) -> None:
+    """With neither text in them: nobody else's pair is encoded again, in another batch."""
+    store = FeatureStore(tiny)
+    for keep in (True, False):
+        store.keep = keep
+        store.pairs(["a film", "a secret", "a film", "a song"], ["a song", "a film", "a secret", f"a song {keep}"])
+    misses = store.misses
+    store.forget(["a secret"])
+    store.pairs(["a film", "a song", "a song"], ["a song", "a song True", "a song False"])
+    assert store.misses == misses
+    store.pairs(["a secret", "a film"], ["a film", "a secret"])
+    assert store.misses == misses + 2
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """A disk that is full: no file may grow beyond `size` bytes."""

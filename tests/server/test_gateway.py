@@ -189,7 +189,7 @@ async def test_what_waits_together_is_encoded_together_pairs_too(store: Store, t
     async with running(store, tmp_path / "cross", candidates=3) as world:
         serving = world.app.state.gateway.serving
         alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
-        serving.bundle.store.forget([QUESTION])  # nothing is left in memory
+        serving.bundle.store.forget([QUESTION])  # all pairs are with it
         batches: list[int] = []
         encode = serving.bundle.store.encoder.encode_pairs
 
