@@ -111,3 +111,15 @@ async def test_what_changes_amid_the_warming_is_warmed_too(store: Store, bundles
             await send(world, storms(12)[place : place + 2])
         await until(lambda: world.app.state.gateway.serving.warming.idle)
         assert kept(tmp_path) == len(set(texts_of(storms(12))))
+
+
+async def test_a_deletion_tells_how_many_features_have_gone(store: Store, bundles: dict[str, Path], tmp_path: Path) -> None:
+    async with running(store, bundles["titles"], warm=False) as world:
+        await send(world, storms(6))
+        await until(lambda: world.app.state.gateway.serving.warming.idle)
+        count = kept(tmp_path)
+        assert count == 18
+        assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == count
+    async with running(store) as world:
+        await send(world, storms(1))
+        assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == 0

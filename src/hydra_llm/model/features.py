@@ -76,23 +76,22 @@ class FeatureStore:
         items = list(zip(left, right, strict=True))
         return self._rows(items, lambda new: self.encoder.encode_pairs([item[0] for item in new], [item[-1] for item in new]))
 
-    def forget(self, texts: Iterable[str]) -> None:
-        """Delete every feature made of these texts, alone or in a pair, by whichever encoder.
+    def forget(self, texts: Iterable[str]) -> int:
+        """Delete every feature made of these texts, alone or in a pair, by whichever encoder; returns how many there were.
 
         Raises:
             UserFault: they could not be deleted from the file.
         """
-        gone = set(texts)
-        marks = set(map(hash, gone))
+        texts = set(texts)
+        marks, gone = set(map(hash, texts)), set[bytes]()
         with self._lock:
             self._forgotten += 1
             for memory in (self._memory, self._passing):
-                for key in [key for key, (_, made_of) in memory.items() if not marks.isdisjoint(made_of)]:
+                gone |= (keys := {key for key, (_, made_of) in memory.items() if not marks.isdisjoint(made_of)})
+                for key in keys:
                     del memory[key]
-            if self._file is None:
-                return
             try:
-                _delete(self._file, [(_hash(text),) for text in gone])
+                return len(gone | _delete(self._file, texts)) if self._file is not None else len(gone)
             except sqlite3.Error as error:
                 raise UserFault(f"{self.path}: features could not be deleted ({error}): delete the file, it is made anew") from error
 
@@ -194,30 +193,36 @@ def _push(memory: dict[bytes, Kept], found: dict[bytes, np.ndarray], items: dict
         del memory[key]
 
 
-def forget_features(path: Path, texts: Iterable[str]) -> None:
-    """Delete every feature of these texts from a file, for whoever has no encoder at hand.
+def forget_features(path: Path, texts: Iterable[str]) -> int:
+    """Delete every feature of these texts from a file, for whoever has no encoder at hand; returns how many there were.
 
     Raises:
         UserFault: they could not be deleted.
     """
     if not path.exists():
-        return
+        return 0
     try:
         file = sqlite3.connect(path, timeout=BUSY_SECONDS)
         try:
             file.execute("PRAGMA secure_delete = ON")
-            _delete(file, [(_hash(text),) for text in texts])
+            return len(_delete(file, texts))
         finally:
             file.close()
     except sqlite3.Error as error:
         raise UserFault(f"{path}: features could not be deleted ({error}): delete the file, it is made anew") from error
 
 
-def _delete(file: sqlite3.Connection, hashes: list[tuple[bytes]]) -> None:
+def _delete(file: sqlite3.Connection, texts: Iterable[str]) -> set[bytes]:
+    """The keys of what was deleted."""
+    hashes, gone = [(_hash(text),) for text in texts], set[bytes]()
     with file:
-        file.executemany("DELETE FROM features WHERE first = ?", hashes)
-        file.executemany("DELETE FROM features WHERE second = ?", hashes)
+        file.execute("BEGIN IMMEDIATE")
+        for column in ("first", "second"):
+            for each in hashes:
+                gone.update(key for (key,) in file.execute(f"SELECT key FROM features WHERE {column} = ?", each))
+            file.executemany(f"DELETE FROM features WHERE {column} = ?", hashes)
     file.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was deleted until it is folded in
+    return gone
 
 
 def _hash(text: str) -> bytes:

@@ -115,11 +115,11 @@ async def export(user: User, http: Request) -> Response:
 @router.delete("/users/{user}")
 async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys that speak for nobody else."""
-    gateway, store = http.app.state.gateway, _store(http, user)
+    gateway, store, features = http.app.state.gateway, _store(http, user), 0
     for _ in range(TRIES):
         version, texts = await _in_thread(partial(_texts, store, user))
         # First what cannot be undone halfway: if features cannot be deleted, the user is still there to be deleted again.
-        await _forget_texts(http, store, texts, but=user)
+        features += await _forget_texts(http, store, texts, but=user)
         try:
             counts = await _in_thread(partial(store.delete_user, user, version=version))
             break
@@ -128,11 +128,11 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     else:
         raise ApiError(409, "the user changes faster than it can be deleted: try again", code="busy")
     await _let_go(http, user)
-    await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
+    features += await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
     if counts is None:
         raise _unknown()
     taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
-    return {"deleted": counts, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
+    return {"deleted": {**counts, "features": features}, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
 
 
 # ---- in threads
@@ -185,8 +185,10 @@ async def _let_go(http: Request, user: str) -> None:
     await serving.together.run(partial(serving.forget, user), must=True)
 
 
-async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> None:
+async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> int:
     """Forget the features of texts that nobody (but that one) has; those that others have stay, and their answers with them.
+
+    Returns how many there were.
 
     Raises:
         ApiError: 503, they cannot be deleted.
@@ -196,7 +198,8 @@ async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: s
     gone = [text for text in texts if text not in held]
     forget = bundle.store.forget if bundle else partial(forget_features, load_settings().cache / "features.sqlite")
     try:
-        await _in_thread(partial(forget, gone))
+        forgotten: int = await _in_thread(partial(forget, gone))
+        return forgotten
     except UserFault:
         raise ApiError(503, "the features of these texts cannot be deleted: nothing was, try again", code="features_unavailable") from None
 
