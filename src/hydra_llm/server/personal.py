@@ -24,8 +24,8 @@ from hydra_llm.server.scoring import Found, Picked, Search, as_they_came, choose
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Overloaded
-from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.server.wire import ChatRequest, Heard, Wishes, has_more_than_text, readable, text_of
+from hydra_llm.server.upstream import Upstream, UpstreamError, event, usage_of
+from hydra_llm.server.wire import ChatRequest, Heard, Wishes, chunk_head, delta, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.tasks.task import Task
@@ -297,18 +297,38 @@ class Gateway:
     # ---- streams
 
     async def stream(self, plan: Plan) -> AsyncIterator[bytes]:
-        """The upstream's own stream, for a plan with one candidate; what a personal one said is kept for feedback at its end.
+        """The upstream's own stream, for a plan with one candidate; a personal one is kept for feedback, and told of, before it ends.
 
         Raises:
             UpstreamError: before the first byte.
         """
-        heard = Heard() if plan.reason is None else None
-        async for piece in self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True}):
-            if heard is not None:
-                heard.take(piece)
+        pieces = self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True})
+        async for piece in pieces if plan.reason is not None else self._told_at_its_end(plan, pieces):
             yield piece
-        if heard is not None and heard.text:
-            await self._keep(plan, as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
+
+    async def _told_at_its_end(self, plan: Plan, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        heard, started = Heard(), time.perf_counter()
+        async for piece in pieces:
+            if heard.ended:
+                yield piece
+                continue
+            if whole := heard.take(piece):
+                yield whole
+            if heard.ended:
+                plan.seconds["upstream"] = time.perf_counter() - started
+                yield await self._last_words(plan, heard) + heard.rest
+        if not heard.ended:
+            await self._last_words(plan, heard)
+            yield heard.rest
+
+    async def _last_words(self, plan: Plan, heard: Heard) -> bytes:
+        """Keep what a stream has said; returns the chunk that tells of it, with a choice that says nothing: clients read the first one."""
+        picked = as_they_came(heard.choices)
+        kept = any(heard.texts.values()) and await self._keep(plan, picked)
+        if not self.settings.personalization:
+            return b""
+        head = {**chunk_head(f"chatcmpl-{plan.id}", plan.body["model"]), **heard.head}
+        return event({**head, "choices": [delta(0, {})], "personalization": _told(plan, picked, kept)})
 
 
 # ---- small things

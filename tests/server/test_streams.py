@@ -1,0 +1,97 @@
+"""Streams: what goes out before their end, and what is kept by then."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+from hydra_llm.store.store import Store
+
+from .conftest import records_of, running, streamed
+
+pytestmark = pytest.mark.anyio
+
+MESSAGES: list[Any] = [{"role": "user", "content": "the battle for the bridge in winter"}]
+FEEDBACK = "/v1/feedback"
+
+
+def sent(**more: Any) -> dict[str, Any]:
+    return {"model": "m", "user": "ada", "stream": True, "messages": MESSAGES, **more}
+
+
+def data_of(event: str) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(event.removeprefix("data: "))
+    return made
+
+
+@pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}])
+async def test_a_true_stream_tells_of_itself_before_its_end(store: Store, more: dict[str, Any]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        made = world.sdk().chat.completions
+        answer = await made.with_raw_response.create(model="m", messages=MESSAGES, user="ada", stream=True, **more)
+        chunks = [chunk async for chunk in answer.parse()]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "calm"
+        assert (chunks[-1].usage is not None) is bool(more), "what was asked to be last is last"
+        (told,) = [chunk.model_extra["personalization"] for chunk in chunks if "personalization" in (chunk.model_extra or {})]
+        assert told["request_id"] == answer.headers["x-hydra-request-id"]
+        assert told["candidates"] == 1
+        assert told["records"]
+        assert (await world.http.post(FEEDBACK, json={"request_id": told["request_id"], "chosen": 0})).json()["record"]
+        async with made.stream(model="m", messages=MESSAGES, user="ada") as helper:  # which puts the chunks together
+            final = await helper.get_final_completion()
+        assert (final.choices[0].message.content, final.choices[0].finish_reason) == ("calm", "stop")
+    async with running(store, personalization=False) as world:
+        assert not any("personalization" in event for event in [event async for event in streamed(world.app, sent())])
+
+
+async def test_whoever_leaves_at_the_end_of_a_stream_can_still_give_feedback(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        id = ""
+        async for event in streamed(world.app, sent()):
+            if event == "data: [DONE]":
+                assert store.request(id) is not None
+            else:
+                id = data_of(event).get("personalization", {}).get("request_id", "")
+
+
+async def test_the_upstreams_own_bytes_pass_however_they_are_cut(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    chunk = {"id": "c7", "object": "chat.completion.chunk", "created": 7, "model": "other"}
+    says = [{**chunk, "choices": [{"index": i, "delta": {"content": text}}]} for i, text in ((0, "für"), (1, "zwei"), (0, " eins"))]
+    whole = b": a comment\r\n\r\n" + b"".join(b"data:" + json.dumps(each).encode() + b"\r\n\r\n" for each in (*says, {"odd": []}))
+    ends = b"data: [DONE]\n\n: and a comment\n\n"
+
+    async with running(store) as world:
+        for size in (1, 7, 10_000):
+
+            async def cut(body: Mapping[str, Any], size: int = size) -> AsyncIterator[bytes]:
+                for start in range(0, len(whole + ends), size):
+                    yield (whole + ends)[start : start + size]
+
+            world.upstream.stream = cut  # type: ignore[method-assign]
+            plain = (await world.http.post("/v1/chat/completions", json=sent(user="nobody"))).content
+            assert plain == whole + ends
+            personal = (await world.http.post("/v1/chat/completions", json=sent())).content
+            told = personal.removeprefix(whole).removesuffix(ends)
+            assert personal == whole + told + ends
+            last = data_of(told.decode())
+            assert {name: last[name] for name in chunk} == chunk
+            request = store.request(last["personalization"]["request_id"])
+            assert request is not None
+            assert [each["text"] for each in request.content["candidates"]] == ["für eins", "zwei"]
+
+
+async def test_a_stream_without_an_end_is_kept_too(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+
+    async def endless(body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        yield b'data: {"id": "c", "choices": [{"index": 0, "delta": {"content": "calm"}}]}\n\ndata: '
+
+    async with running(store) as world:
+        world.upstream.stream = endless  # type: ignore[method-assign]
+        answer = await world.http.post("/v1/chat/completions", json=sent())
+        assert answer.content == b"".join([piece async for piece in endless({})])
+        assert store.request(answer.headers["x-hydra-request-id"]) is not None
