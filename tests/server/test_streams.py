@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hydra_llm.server.upstream import UpstreamError
 from hydra_llm.store.store import Store
 
-from .conftest import records_of, running, streamed
+from .conftest import TAGS, records_of, running, streamed
 
 pytestmark = pytest.mark.anyio
 
@@ -95,3 +97,15 @@ async def test_a_stream_without_an_end_is_kept_too(store: Store) -> None:
         answer = await world.http.post("/v1/chat/completions", json=sent())
         assert answer.content == b"".join([piece async for piece in endless({})])
         assert store.request(answer.headers["x-hydra-request-id"]) is not None
+
+
+async def test_a_pick_that_ended_in_plain_fallback_says_so(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=2) as world:
+        world.upstream.faults = [UpstreamError(400, "too long"), UpstreamError(400, "too long")]
+        answer = await world.sdk().chat.completions.with_raw_response.create(model="m", messages=MESSAGES, user="ada", stream=True)
+        assert answer.headers["x-hydra-personalized"] == "true", "it was out before anybody knew"
+        chunks = [chunk async for chunk in answer.parse()]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TAGS.labels
+        assert chunks[-1].model_extra is not None
+        assert chunks[-1].model_extra["personalization"] == {"personalized": False, "reason": "upstream-refused"}
