@@ -282,7 +282,9 @@ class Gateway:
             {"said": text, "text": c.text, "answer": c.answer, "votes": c.votes, "greedy": c.greedy, "score": c.score}
             for c, text in zip(picked.candidates, said, strict=False)
         ]
-        content = {"candidates": candidates, "visible": len(plan.visible)}
+        shown = said[len(candidates) : int(plan.plain.get("n") or 1)]
+        repeats = [{"candidate": which, "said": text} for which, text in zip(picked.repeats, shown, strict=False)]
+        content = {"candidates": candidates, "repeats": repeats, "visible": len(plan.visible)}
         try:
             assert plan.person is not None
             request = Request(plan.id, plan.person.name, time.time(), plan.serving.id, plan.question, content)

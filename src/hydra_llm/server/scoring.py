@@ -114,6 +114,8 @@ class Picked:
     candidates: list[Candidate]
     """[i] is what the adapter read of choice i; the choices behind them are repetitions."""
     abstained: bool = False
+    repeats: tuple[int, ...] = ()
+    """Of each choice behind the candidates, which of them it repeats."""
 
 
 def as_they_came(choices: Sequence[dict[str, Any]]) -> Picked:
@@ -131,9 +133,9 @@ def choose(
     serving.people.seat(person)  # feedback or others may have pushed the head out
     offered, _ = gather(serving.task, texts, 1, serving.settings)
     chosen = serving.adapter.choose(Query(person.name, "asked", question, position=LATER), offered, visible)
-    said: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        said.setdefault(_key(text, read_answer(serving.task, text, serving.settings)), i)
+    keys, said = [_key(text, read_answer(serving.task, text, serving.settings)) for text in texts], dict[str, int]()
+    for i, key in enumerate(keys):
+        said.setdefault(key, i)
     scores = [candidate.score if candidate.score is not None else float("-inf") for candidate in chosen.candidates]
     out, candidates, used = [], [], set()
     for which in sorted(range(len(offered)), key=lambda i: (i != chosen.chosen, -scores[i], i)):
@@ -145,8 +147,9 @@ def choose(
         out.append(choices[place] if place is not None else _said_by_nobody(choices[0], candidate.text))
         candidates.append(candidate)
         used.add(place)
-    rest = [choice for i, choice in enumerate(choices) if i not in used]
-    return Picked(out + rest, candidates, chosen.abstained)
+    placed = {_key(candidate.text, candidate.answer): place for place, candidate in enumerate(candidates)}
+    rest = [i for i in range(len(choices)) if i not in used]
+    return Picked([*out, *(choices[i] for i in rest)], candidates, chosen.abstained, tuple(placed[keys[i]] for i in rest))
 
 
 def _said_by_nobody(like: dict[str, Any], text: str) -> dict[str, Any]:

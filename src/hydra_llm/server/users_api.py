@@ -170,11 +170,15 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     """Every text of which there may be features, as of a version of the user."""
     version, records = store.records(user)
     kept = store.export_user(user) or {"requests": [], "feedback": []}
-    of_requests = [
-        text for row in kept["requests"] for text in (row["question"], *(candidate["text"] for candidate in row["content"]["candidates"]))
-    ]
+    of_requests = [text for row in kept["requests"] for text in (row["question"], *_said(row["content"]))]
     groups = [row["content"]["group"] for row in kept["feedback"] if row["content"].get("group")]
     return version, [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
+
+
+def _said(content: dict[str, Any]) -> list[str]:
+    """What an LLM said to a kept request."""
+    shown = [*content["candidates"], *content.get("repeats", ())]
+    return [each[name] for each in shown for name in ("text", "said") if name in each]
 
 
 async def _let_go(http: Request, user: str) -> None:
