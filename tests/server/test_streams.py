@@ -1,11 +1,16 @@
 """Streams: what goes out before their end, and what is kept by then."""
 
+import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+import uvicorn
 
 from hydra_llm.server.upstream import UpstreamError
 from hydra_llm.store.store import Store
@@ -109,3 +114,33 @@ async def test_a_pick_that_ended_in_plain_fallback_says_so(store: Store, bundles
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TAGS.labels
         assert chunks[-1].model_extra is not None
         assert chunks[-1].model_extra["personalization"] == {"personalized": False, "reason": "upstream-refused"}
+
+
+@asynccontextmanager
+async def on_loopback(app: Any) -> AsyncIterator[str]:
+    """An application behind the real server; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        serving = asyncio.create_task(server.serve([listening]))
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        await serving
+
+
+@pytest.mark.parametrize("user", ["ada", "nobody"])
+async def test_a_fault_amid_a_stream_cuts_it_and_its_message_stays_here(store: Store, caplog: pytest.LogCaptureFixture, user: str) -> None:
+    quoted = "".join(["marm", "alade"])  # a traceback shows lines of code, which may not say it here
+    store.add_records("ada", records_of("ada"))
+
+    async def breaks(body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        yield b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n'
+        raise RuntimeError(quoted)
+
+    async with running(store) as world, on_loopback(world.app) as url, httpx2.AsyncClient(base_url=url) as http:
+        world.upstream.stream = breaks  # type: ignore[method-assign]
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await http.post("/v1/chat/completions", json=sent(user=user))
+        assert (await http.get("/health/liveness")).status_code == 200
+    assert "RuntimeError" in caplog.text
+    assert "Exception in ASGI application" in caplog.text, "the server's own log is looked at"
+    assert quoted not in caplog.text

@@ -234,6 +234,8 @@ class Gateway:
                 made[place] = await self.upstream.complete(bodies[place])
             except UpstreamError as error:
                 made[place] = error
+            except Exception as error:  # which nobody waits for: asyncio would log it with its message
+                made[place] = UpstreamError(502, f"the upstream's answer cannot be read ({type(error).__name__})")
 
         tasks = [asyncio.create_task(ask(place)) for place in range(len(bodies))]
         try:
