@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -59,18 +60,19 @@ def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> No
     assert store.state("ada").version == version + 1
 
 
-def test_a_user_who_was_deleted_and_comes_again_is_another_version(store: Store) -> None:
-    """A server that still holds the deleted one in memory must see that it is out of date."""
-    store.add_records("ada", [record(str(i)) for i in range(5)])
-    for i in range(5):
-        store.add_records("ada", [record(f"more{i}")])
-    before = store.state("ada").version
-    store.delete_user("ada")
-    store.add_records("ada", [record("a")])
-    after = store.state("ada").version
-    assert before is not None
-    assert after is not None
-    assert after > before
+def test_a_user_who_was_deleted_and_comes_again_is_another_version(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that still holds the deleted one in memory must see that it is out of date, whatever clocks say."""
+    seen = set[int | None]()
+    for clock in (2e9, 1e9, 1e9):
+        monkeypatch.setattr(
+            "hydra_llm.store.store.time", SimpleNamespace(time=lambda clock=clock: clock, time_ns=lambda clock=clock: int(clock))
+        )
+        for i in range(5):
+            store.add_records("ada", [record(f"more{i}")])
+            assert store.state("ada").version not in seen
+            seen.add(store.state("ada").version)
+        store.delete_user("ada")
+    assert len(seen) == 15
 
 
 def test_a_user_who_is_unknown_has_nothing(store: Store) -> None:
@@ -210,12 +212,16 @@ def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(st
 
 
 def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store) -> None:
-    began = time.time()
-    store.add_records("ada", [record("a")])
-    store.keep_request(request("r1"), since=began - 1)
-    assert store.request("r1") is None
-    store.keep_request(request("r1"), since=time.time())
-    assert store.request("r1") is not None
+    for _ in range(2):
+        store.add_records("ada", [record("a")])
+        asked = store.state("ada").version
+        store.add_records("ada", [record("b")])
+        assert store.keep_request(request("r1"), version=asked), "the same user, with more records"
+        store.delete_user("ada")
+        assert not store.keep_request(request("r1"), version=asked)
+        store.add_records("ada", [record("a"), record("b"), record("c")])
+        assert not store.keep_request(request("r1"), version=asked)
+        assert store.request("r1") is None
 
 
 def test_requests_are_kept_found_and_forgotten(store: Store) -> None:

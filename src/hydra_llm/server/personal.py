@@ -45,7 +45,6 @@ class Plan:
     serving: Serving
     person: Person | None = None
     question: str = ""
-    began: float = field(default_factory=time.time)
     visible: tuple[Record, ...] = ()
     shown: tuple[Record, ...] = ()
     candidates: int = 1
@@ -290,7 +289,7 @@ class Gateway:
         try:
             assert plan.person is not None
             request = Request(plan.id, plan.person.name, time.time(), plan.serving.id, plan.question, content)
-            kept = await self.reads.read(partial(self.store.keep_request, request, since=plan.began))
+            kept = await self.reads.read(partial(self.store.keep_request, request, version=plan.person.version))
             if not kept:  # deleted while the upstream was asked
                 await plan.serving.together.run(partial(plan.serving.forget, plan.person.name), must=True)
         except HydraError as error:

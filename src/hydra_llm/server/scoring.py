@@ -59,10 +59,8 @@ class Search:
 
     def found(self) -> Found | None:
         """The records, best first; None where there are none."""
-        serving, before = self.serving, self.person
-        self.person = serving.people.seat(before)  # whoever was encoded beside may have pushed the head out
-        if self.person.version != before.version:
-            self._retrieved = None  # or have changed the records
+        serving = self.serving
+        serving.people.seat(self.person)  # whoever was encoded beside may have pushed the head out
         retrieved = self._retrieve()
         if not self._visible:
             return None
@@ -79,7 +77,6 @@ class Search:
 
     def _retrieve(self) -> list[Ranked]:
         if self._retrieved is None:
-            self.person = self.serving.people.seat(self.person)
             self._visible = self.serving.readable(self.person.records)
             started = time.perf_counter()
             retriever, most = self.serving.retriever, self.serving.settings.retrieved

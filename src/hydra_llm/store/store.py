@@ -110,7 +110,9 @@ class Store:
         with self.writing() as connection:
             found = locked_user(connection, name)
             if found is None and create:
-                insert_new(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
+                insert_new(connection, schema.users, [{"name": name, "version": 0, "created": time.time()}])
+                new = (schema.users.c.name == name) & (schema.users.c.version == 0)
+                connection.execute(sa.update(schema.users).where(new).values(version=schema.users.c.key * schema.LIFE))
                 found = locked_user(connection, name)
             if found is None:
                 raise Unknown("no such user")
@@ -184,12 +186,12 @@ class Store:
 
     # ---- answered requests
 
-    def keep_request(self, request: Request, *, since: float | None = None) -> bool:
-        """Keep an answered request; False, and nothing is kept, of a user who is unknown or was at `since` (deleted meanwhile)."""
+    def keep_request(self, request: Request, *, version: int | None = None) -> bool:
+        """Keep an answered request; False, and nothing is kept, of a user who is unknown, or was deleted since that version."""
         table = schema.requests
         key = sa.select(schema.users.c.key).where(schema.users.c.name == request.user)
-        if since is not None:
-            key = key.where(schema.users.c.created <= since)
+        if version is not None:
+            key = key.where(schema.users.c.version // schema.LIFE == version // schema.LIFE)
         with self.writing() as connection:
             user = connection.scalar(key.with_for_update(read=True))
             if user is not None:
