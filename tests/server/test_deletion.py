@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -123,3 +123,25 @@ async def test_a_deletion_tells_how_many_features_have_gone(store: Store, bundle
     async with running(store) as world:
         await send(world, storms(1))
         assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == 0
+
+
+def in_store(file: Path, needle: bytes) -> bool:
+    """Whether these bytes are in SQLite's file, or in its log."""
+    return any(needle in each.read_bytes() for each in file.parent.glob(f"{file.name}*"))
+
+
+async def test_a_reader_who_keeps_the_texts_in_sqlites_log_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'read.db'}", patience=0.2)
+    async with running(store) as world:
+        for reading in (True, False):
+            await send(world, storms(3))
+            with store.snapshot() if reading else nullcontext() as reader:
+                if reader is not None:
+                    reader.exec_driver_sql("SELECT count(*) FROM records")
+                report = (await world.http.delete("/v1/users/ada")).json()
+            assert report["deleted"]["records"] == 3
+            assert ("warning" in report) is reading
+            assert in_store(tmp_path / "read.db", b"storm number") is reading
+    store.close()
+    assert caplog.text.count("after a deletion") == 1
+    assert "storm" not in caplog.text

@@ -13,10 +13,11 @@ from pydantic import BeforeValidator
 
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import text_fault
-from hydra_llm.errors import UserFault
+from hydra_llm.errors import StoreError, UserFault
 from hydra_llm.history import parse_time
 from hydra_llm.model.features import forget_features
 from hydra_llm.server.feedback import take_feedback
+from hydra_llm.server.observe import log
 from hydra_llm.server.people import texts_of
 from hydra_llm.server.wire import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
 from hydra_llm.store.store import Store
@@ -24,6 +25,7 @@ from hydra_llm.store.values import Stale
 from hydra_llm.types import Record
 
 TRIES = 8
+IN_LOG = "somebody reads SQLite's log, which still holds pages as they were: it is emptied within minutes of that reader's end"
 router = APIRouter(prefix="/v1", tags=["users"])
 Decoded = BeforeValidator(unquote)
 User = Annotated[Id, Decoded, Path(description="The user's id, as the application names the user.")]
@@ -132,7 +134,8 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     if counts is None:
         raise _unknown()
     taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
-    return {"deleted": {**counts, "features": features}, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
+    report = {"deleted": {**counts, "features": features}, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
+    return report if await _in_thread(partial(_shortened, store)) else {**report, "warning": IN_LOG}
 
 
 # ---- in threads
@@ -173,6 +176,17 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     of_requests = [text for row in kept["requests"] for text in (row["question"], *_said(row["content"]))]
     groups = [row["content"]["group"] for row in kept["feedback"] if row["content"].get("group")]
     return version, [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
+
+
+def _shortened(store: Store) -> bool:
+    """Whether the store's log holds nothing any more of what was deleted; that it does is told, and undoes nothing."""
+    try:
+        done = store.shorten_log()
+    except StoreError:
+        done = False
+    if not done:
+        log.warning("after a deletion: %s", IN_LOG)
+    return done
 
 
 def _said(content: dict[str, Any]) -> list[str]:

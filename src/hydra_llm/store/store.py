@@ -131,8 +131,8 @@ class Store:
     def delete_user(self, name: str, *, version: int | None = None) -> dict[str, int] | None:
         """Delete the user and everything about the user: rows per table, or None for an unknown user.
 
-        A key that spoke for this user alone is deleted too: it names the user. In SQLite the bytes are overwritten; PostgreSQL's
-        stay in its files until `scrub`.
+        A key that spoke for this user alone is deleted too: it names the user. In SQLite the bytes are overwritten, and stay in its
+        log until `shorten_log`; PostgreSQL's stay in its files until `scrub`.
 
         Raises:
             Stale: `version` was given and is not the user's any more; nothing was deleted.
@@ -147,7 +147,6 @@ class Store:
             for table in schema.OF_USERS:
                 counts[table.name] = connection.execute(sa.delete(table).where(table.c.user == found.key)).rowcount
             connection.execute(sa.delete(schema.users).where(schema.users.c.key == found.key))
-        self.shorten_log()
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
