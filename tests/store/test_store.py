@@ -201,14 +201,19 @@ def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None
     assert store.counts()["feedback"] == 4
 
 
-def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(store: Store) -> None:
+def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.add_records("ada", [record("a")])
     with store.change("ada") as ada:
         for i in range(9):
             content = {"said": {}, "bundle": "x" if i % 3 else "y", "group": {"gains": [0, 1]} if i % 2 else None}
             ada.put_feedback(Judged(f"r{i}", float(i), content))
-    assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
     assert len(store.judged("ada")) == 9
+    read = []
+    monkeypatch.setattr("hydra_llm.store.store.Judged", lambda *row: read.append(row) or Judged(*row))
+    assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
+    assert len(read) == 2, "however many others there are"
+    assert [each.request for each in store.judged("ada", bundle="y")] == ["r3"]
+    assert store.judged("ada", 5, bundle="z") == []
 
 
 def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store) -> None:

@@ -91,7 +91,7 @@ class Worker:
             raise HydraError("there is no bundle: nothing to fit")
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
-            known, judged = _told_apart(self._store.judged(job.user), records)
+            known, judged = _told_apart(self._store.judged(job.user, bundle=serving.id), records)
             heads = self.heads(serving, job, records, judged)
             try:
                 with self._store.change(job.user, version=version) as change:

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +18,7 @@ from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import ASKED_AT_ONCE, UserChange, parts
+from hydra_llm.store.change import UserChange, parts
 from hydra_llm.store.database import engine_of, told
 from hydra_llm.store.rows import check_version, delete_keys_of, insert_new, key_of, locked_user, record_of, rows_of, select_jobs
 from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Unknown, UserState
@@ -173,15 +172,15 @@ class Store:
     def judged(self, name: str, count: int | None = None, *, bundle: str | None = None) -> list[Judged]:
         """The user's latest feedback that no fitted head knows yet, oldest first; without `count` all of it.
 
-        `bundle`: of that bundle, and such as teaches (has a group).
+        `bundle`: of that bundle, and such as teaches (has a group); no other is read.
         """
         table = schema.feedback.c
         rows = sa.select(table.request, table.created, table.content).join_from(schema.feedback, schema.users)
         rows = rows.where(schema.users.c.name == name, table.folded.is_(False)).order_by(table.created.desc(), table.request.desc())
+        if bundle is not None:
+            rows = rows.where(table.content["bundle"].as_string() == bundle, table.content["group"].as_string().is_not(None))
         with self._read() as connection:
-            found = (Judged(*row) for row in connection.execution_options(yield_per=ASKED_AT_ONCE).execute(rows))
-            wanted = (each for each in found if bundle is None or (each.content.get("bundle") == bundle and each.content.get("group")))
-            return list(islice(wanted, count))[::-1]
+            return [Judged(*row) for row in connection.execute(rows.limit(count))][::-1]
 
     # ---- answered requests
 
