@@ -104,6 +104,19 @@ async def test_a_stream_without_an_end_is_kept_too(store: Store) -> None:
         assert store.request(answer.headers["x-hydra-request-id"]) is not None
 
 
+@pytest.mark.parametrize("user", ["ada", "nobody"])
+async def test_an_empty_stream_is_an_error(store: Store, user: str) -> None:
+    store.add_records("ada", records_of("ada"))
+
+    async def empty(body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        for piece in ():
+            yield piece
+
+    async with running(store) as world:
+        world.upstream.stream = empty  # type: ignore[method-assign]
+        assert (await world.http.post("/v1/chat/completions", json=sent(user=user))).status_code == 502
+
+
 async def test_a_pick_that_ended_in_plain_fallback_says_so(store: Store, bundles: dict[str, Path]) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["tags"], candidates=2) as world:

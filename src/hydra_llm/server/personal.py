@@ -322,7 +322,8 @@ class Gateway:
                 yield await self._last_words(plan, heard) + heard.rest
         if not heard.ended:
             await self._last_words(plan, heard)
-            yield heard.rest
+            if heard.rest:
+                yield heard.rest
 
     async def _last_words(self, plan: Plan, heard: Heard) -> bytes:
         """Keep what a stream has said; returns the chunk that tells of it, with a choice that says nothing: clients read the first one."""
