@@ -81,7 +81,7 @@ def test_what_is_not_for_keeping_pushes_out_nothing_and_is_forgotten_too(
     assert (len(store._memory), len(store._passing)) == (1, 2)
     assert store.missing(["a record", "one", "two", "three"]) == 1
     store.texts(["three"], keep=True)
-    store.forget(["two"])
+    assert store.forget(["two"]) == 1, "that was in memory alone"
     assert store.missing(["two"]) == 1
     again = FeatureStore(tiny, tmp_path / "features.sqlite")
     assert again.missing(["a record", "one", "two", "three"]) == 2, "one was never written, two was forgotten"
@@ -107,7 +107,7 @@ def test_what_is_forgotten_is_gone_from_the_file_too(tiny: Encoder, tmp_path: Pa
     vector = store.texts(["a secret", "a film"])[0].tobytes()
     pair = store.pairs(["a film", "a secret", "a film"], ["a secret", "a film", "a song"])[0].tobytes()
     assert any(vector in file.read_bytes() for file in tmp_path.iterdir())
-    store.forget(["a secret", "never seen"])
+    assert store.forget(["a secret", "never seen"]) == 3
     assert not any(data in file.read_bytes() for file in tmp_path.iterdir() for data in (vector, pair))
     fresh = FeatureStore(tiny, path)
     fresh.texts(["a film"])
@@ -130,6 +130,20 @@ def test_what_others_still_have_is_not_encoded_again(tiny: Encoder, tmp_path: Pa
         assert store.misses == misses
         store.texts(["love"])
         assert store.misses == misses + 1
+
+
+def test_pairs_of_others_stay_in_memory(tiny: Encoder) -> None:
+    """With neither text in them: nobody else's pair is encoded again, in another batch."""
+    store = FeatureStore(tiny)
+    for keep in (True, False):
+        store.keep = keep
+        store.pairs(["a film", "a secret", "a film", "a song"], ["a song", "a film", "a secret", f"a song {keep}"])
+    misses = store.misses
+    store.forget(["a secret"])
+    store.pairs(["a film", "a song", "a song"], ["a song", "a song True", "a song False"])
+    assert store.misses == misses
+    store.pairs(["a secret", "a film"], ["a film", "a secret"])
+    assert store.misses == misses + 2
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """A gateway in this process with a bundle that was learned from a fake LLM, and an upstream that says what a test wants."""
 
+import asyncio
+import json
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -160,3 +162,29 @@ async def running(
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx2.AsyncClient(transport=transport, base_url="http://gateway") as http:
         yield World(app, store, upstream, http)
+
+
+async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The events of a stream as they go out: httpx's transport hands an answer over when it has ended."""
+    out: asyncio.Queue[bytes | None] = asyncio.Queue()
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        return given.pop(0) if given else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await out.put(message.get("body", b""))
+            if not message.get("more_body"):
+                await out.put(None)
+
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}, "scheme": "http", "server": ("g", 80)}
+    task, text = asyncio.create_task(app(scope, receive, send)), b""
+    while (piece := await asyncio.wait_for(out.get(), 20)) is not None:
+        text += piece
+        while b"\n\n" in text:
+            event, _, text = text.partition(b"\n\n")
+            yield event.decode()
+    await task

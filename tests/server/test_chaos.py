@@ -129,7 +129,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "the battle for the bridge"}]
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (whole(429, b'{"error": {"message": "slow down"}}', "retry-after: 3"), openai.RateLimitError),
+        (whole(429, b'{"error": {"message": "slow down"}}', "retry-after: 3", "retry-after-ms: 2900"), openai.RateLimitError),
         (whole(500, b'{"error": {"message": "broken"}}'), openai.InternalServerError),
         (whole(500, b"<html>"), openai.InternalServerError),
         (whole(401, b'{"error": {"message": "wrong key"}}'), openai.AuthenticationError),
@@ -156,6 +156,18 @@ async def test_a_broken_upstream_is_the_sdks_own_error(
         if error is openai.RateLimitError:
             assert isinstance(found.value, openai.RateLimitError)
             assert found.value.response.headers["retry-after"] == "3"
+            assert found.value.response.headers["retry-after-ms"] == "2900"
+
+
+async def test_an_error_in_another_shape_goes_out_in_openais(store: Store) -> None:
+    for said in (b'{"error": "no such model"}', b'{"error": ["no such model"]}', b'{"detail": "no such model"}', b'"no such model"'):
+        async with upstream_of(whole(404, said)) as upstream, running(store) as world:
+            world.app.state.gateway.upstream = upstream
+            with pytest.raises(openai.NotFoundError, match="no such model") as found:
+                await world.sdk().chat.completions.create(model="m", messages=MESSAGES)
+            assert isinstance(found.value.body, dict)
+            assert found.value.body["type"] == "not_found_error"
+            assert "no such model" in found.value.body["message"]
 
 
 async def test_one_good_candidate_is_enough(store: Store, bundles: dict[str, Path]) -> None:

@@ -31,7 +31,7 @@ from hydra_llm.server.upstream import UpstreamError, usage_of
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
-from .conftest import TAGS, TITLES, TOPICS, World, anything, records_of, running, tastes
+from .conftest import TAGS, TITLES, TOPICS, World, anything, records_of, running, streamed, tastes
 
 pytestmark = pytest.mark.anyio
 
@@ -189,7 +189,7 @@ async def test_what_waits_together_is_encoded_together_pairs_too(store: Store, t
     async with running(store, tmp_path / "cross", candidates=3) as world:
         serving = world.app.state.gateway.serving
         alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
-        serving.bundle.store.forget([QUESTION])  # nothing is left in memory
+        serving.bundle.store.forget([QUESTION])  # all pairs are with it
         batches: list[int] = []
         encode = serving.bundle.store.encoder.encode_pairs
 
@@ -247,32 +247,6 @@ async def test_a_stream_begins_before_a_slow_upstream_and_is_seen_to_live(
         assert rest[-1] == "data: [DONE]"
         said = "".join(json.loads(piece.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for piece in rest[:-1])
         assert said in TAGS.labels
-
-
-async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:
-    """The events of a stream as they go out: httpx's transport hands an answer over when it has ended."""
-    out: asyncio.Queue[bytes | None] = asyncio.Queue()
-    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive() -> Any:
-        return given.pop(0) if given else await asyncio.Event().wait()
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await out.put(message.get("body", b""))
-            if not message.get("more_body"):
-                await out.put(None)
-
-    path = "/v1/chat/completions"
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "http_version": "1.1"}
-    scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}, "scheme": "http", "server": ("g", 80)}
-    task, text = asyncio.create_task(app(scope, receive, send)), b""
-    while (piece := await asyncio.wait_for(out.get(), 20)) is not None:
-        text += piece
-        while b"\n\n" in text:
-            event, _, text = text.partition(b"\n\n")
-            yield event.decode()
-    await task
 
 
 async def test_feedback_moves_the_head_once_in_any_order(either: Store, bundles: dict[str, Path], tmp_path: Path) -> None:

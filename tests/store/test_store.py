@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -59,18 +60,19 @@ def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> No
     assert store.state("ada").version == version + 1
 
 
-def test_a_user_who_was_deleted_and_comes_again_is_another_version(store: Store) -> None:
-    """A server that still holds the deleted one in memory must see that it is out of date."""
-    store.add_records("ada", [record(str(i)) for i in range(5)])
-    for i in range(5):
-        store.add_records("ada", [record(f"more{i}")])
-    before = store.state("ada").version
-    store.delete_user("ada")
-    store.add_records("ada", [record("a")])
-    after = store.state("ada").version
-    assert before is not None
-    assert after is not None
-    assert after > before
+def test_a_user_who_was_deleted_and_comes_again_is_another_version(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that still holds the deleted one in memory must see that it is out of date, whatever clocks say."""
+    seen = set[int | None]()
+    for clock in (2e9, 1e9, 1e9):
+        monkeypatch.setattr(
+            "hydra_llm.store.store.time", SimpleNamespace(time=lambda clock=clock: clock, time_ns=lambda clock=clock: int(clock))
+        )
+        for i in range(5):
+            store.add_records("ada", [record(f"more{i}")])
+            assert store.state("ada").version not in seen
+            seen.add(store.state("ada").version)
+        store.delete_user("ada")
+    assert len(seen) == 15
 
 
 def test_a_user_who_is_unknown_has_nothing(store: Store) -> None:
@@ -199,23 +201,32 @@ def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None
     assert store.counts()["feedback"] == 4
 
 
-def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(store: Store) -> None:
+def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.add_records("ada", [record("a")])
     with store.change("ada") as ada:
         for i in range(9):
             content = {"said": {}, "bundle": "x" if i % 3 else "y", "group": {"gains": [0, 1]} if i % 2 else None}
             ada.put_feedback(Judged(f"r{i}", float(i), content))
-    assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
     assert len(store.judged("ada")) == 9
+    read = []
+    monkeypatch.setattr("hydra_llm.store.store.Judged", lambda *row: read.append(row) or Judged(*row))
+    assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
+    assert len(read) == 2, "however many others there are"
+    assert [each.request for each in store.judged("ada", bundle="y")] == ["r3"]
+    assert store.judged("ada", 5, bundle="z") == []
 
 
 def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store) -> None:
-    began = time.time()
-    store.add_records("ada", [record("a")])
-    store.keep_request(request("r1"), since=began - 1)
-    assert store.request("r1") is None
-    store.keep_request(request("r1"), since=time.time())
-    assert store.request("r1") is not None
+    for _ in range(2):
+        store.add_records("ada", [record("a")])
+        asked = store.state("ada").version
+        store.add_records("ada", [record("b")])
+        assert store.keep_request(request("r1"), version=asked), "the same user, with more records"
+        store.delete_user("ada")
+        assert not store.keep_request(request("r1"), version=asked)
+        store.add_records("ada", [record("a"), record("b"), record("c")])
+        assert not store.keep_request(request("r1"), version=asked)
+        assert store.request("r1") is None
 
 
 def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
@@ -285,7 +296,7 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
         thread.join()
     other.close()
     assert [job.id for job in claimed if job] == ["j1"]
-    store.tell_job("j1", 3, 10)
+    assert store.tell_job("j1", 3, 10)
     assert store.claim_job() is None
     time.sleep(0.02)
     again = store.claim_job(abandoned_after=0.01)
@@ -294,6 +305,7 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
     store.tell_job("j1", 10, 10, state="done")
     assert store.claim_job(abandoned_after=0.0) is None
     assert (store.drop_jobs(0.0), store.drop_jobs(time.time() + 1), store.counts()["jobs"]) == (0, 1, 0)
+    assert not store.tell_job("j1", 11, 11)
 
 
 # ---- deletion and export
@@ -345,6 +357,7 @@ def test_sqlite_leaves_no_byte_even_before_it_is_scrubbed(tmp_path: Path) -> Non
     store = Store(f"sqlite:///{tmp_path / 'store.db'}")
     fill(store, "ada", "marmalade")
     store.delete_user("ada")
+    assert store.shorten_log()
     assert not _bytes_with(store, tmp_path, b"marmalade")
     store.close()
 

@@ -32,6 +32,8 @@ CREATE INDEX IF NOT EXISTS features_first ON features (first);
 CREATE INDEX IF NOT EXISTS features_second ON features (second) WHERE second IS NOT NULL;
 """
 Item = tuple[str] | tuple[str, str]
+Kept = tuple[np.ndarray, tuple[int, ...]]
+"""A vector in memory, and `hash()` of each text that it was made of: texts that share one by chance are forgotten together."""
 
 
 class FeatureStore:
@@ -47,10 +49,9 @@ class FeatureStore:
         self.misses = 0
         """Distinct texts or pairs that had to be encoded."""
         self._forgotten = 0
-        self._paired = False
         self._lock = Lock()
-        self._memory: dict[bytes, np.ndarray] = {}
-        self._passing: dict[bytes, np.ndarray] = {}
+        self._memory: dict[bytes, Kept] = {}
+        self._passing: dict[bytes, Kept] = {}
         self._keeps = path is not None
         self._file = self._open(path) if path is not None else None
 
@@ -72,29 +73,25 @@ class FeatureStore:
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
-        self._paired = True
         items = list(zip(left, right, strict=True))
         return self._rows(items, lambda new: self.encoder.encode_pairs([item[0] for item in new], [item[-1] for item in new]))
 
-    def forget(self, texts: Iterable[str]) -> None:
-        """Delete every feature made of these texts, alone or in a pair, by whichever encoder.
+    def forget(self, texts: Iterable[str]) -> int:
+        """Delete every feature made of these texts, alone or in a pair, by whichever encoder; returns how many there were.
 
         Raises:
             UserFault: they could not be deleted from the file.
         """
-        texts = list(texts)
-        hashes = [(_hash(text),) for text in texts]
+        texts = set(texts)
+        marks, gone = set(map(hash, texts)), set[bytes]()
         with self._lock:
             self._forgotten += 1
             for memory in (self._memory, self._passing):
-                if self._paired:  # nobody can tell of which texts a pair in memory was made
-                    memory.clear()
-                for text in texts:
-                    memory.pop(_key(self.encoder.digest.encode(), (text,)), None)
-            if self._file is None:
-                return
+                gone |= (keys := {key for key, (_, made_of) in memory.items() if not marks.isdisjoint(made_of)})
+                for key in keys:
+                    del memory[key]
             try:
-                _delete(self._file, hashes)
+                return len(gone | _delete(self._file, texts)) if self._file is not None else len(gone)
             except sqlite3.Error as error:
                 raise UserFault(f"{self.path}: features could not be deleted ({error}): delete the file, it is made anew") from error
 
@@ -120,14 +117,15 @@ class FeatureStore:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
             kept = wanted if keep else missing if keep is None and self.keep else {}
-            passing = {key: found.pop(key) for key in missing if key not in kept}
-            self._remember(found, kept)
-            _push(self._passing, passing, PASSING)
-        found |= passing
+            passing = {key: item for key, item in missing.items() if key not in kept}
+            lasting = {key: item for key, item in wanted.items() if key not in passing and key not in self._passing}
+            _push(self._memory, found, lasting, MEMORY_BYTES // (4 * self.encoder.width))
+            _push(self._passing, found, passing, PASSING)
+            self._store(found, kept)
         return np.stack([found[key] for key in keys]) if keys else np.empty((0, self.encoder.width), np.float32)
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
-        found = {key: memory[key] for memory in (self._passing, self._memory) for key in keys if key in memory}
+        found = {key: memory[key][0] for memory in (self._passing, self._memory) for key in keys if key in memory}
         if self._file is None or len(found) == len(keys):
             return found
         rest = [key for key in keys if key not in found]
@@ -148,8 +146,7 @@ class FeatureStore:
             raise self._damaged("a vector has the wrong length")
         return np.frombuffer(value, "<f4").astype(np.float32)
 
-    def _remember(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
-        _push(self._memory, {key: row for key, row in found.items() if key not in self._passing}, MEMORY_BYTES // (4 * self.encoder.width))
+    def _store(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
         if self._keeps and self._file is not None and new:
             there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
             rows = [(key, *_hashes(item), found[key].astype("<f4").tobytes()) for key, item in new.items() if key not in there]
@@ -189,37 +186,43 @@ class FeatureStore:
         return UserFault(f"{self.path}: the file of kept features is damaged ({problem}): delete it, it is made anew")
 
 
-def _push(memory: dict[bytes, np.ndarray], rows: dict[bytes, np.ndarray], most: int) -> None:
-    """Add rows; the oldest make room."""
-    memory.update(rows)
+def _push(memory: dict[bytes, Kept], found: dict[bytes, np.ndarray], items: dict[bytes, Item], most: int) -> None:
+    """Add these items' rows; the oldest make room."""
+    memory.update({key: (found[key], tuple(map(hash, item))) for key, item in items.items() if key not in memory})
     for key in list(islice(memory, max(0, len(memory) - most))):
         del memory[key]
 
 
-def forget_features(path: Path, texts: Iterable[str]) -> None:
-    """Delete every feature of these texts from a file, for whoever has no encoder at hand.
+def forget_features(path: Path, texts: Iterable[str]) -> int:
+    """Delete every feature of these texts from a file, for whoever has no encoder at hand; returns how many there were.
 
     Raises:
         UserFault: they could not be deleted.
     """
     if not path.exists():
-        return
+        return 0
     try:
         file = sqlite3.connect(path, timeout=BUSY_SECONDS)
         try:
             file.execute("PRAGMA secure_delete = ON")
-            _delete(file, [(_hash(text),) for text in texts])
+            return len(_delete(file, texts))
         finally:
             file.close()
     except sqlite3.Error as error:
         raise UserFault(f"{path}: features could not be deleted ({error}): delete the file, it is made anew") from error
 
 
-def _delete(file: sqlite3.Connection, hashes: list[tuple[bytes]]) -> None:
+def _delete(file: sqlite3.Connection, texts: Iterable[str]) -> set[bytes]:
+    """The keys of what was deleted."""
+    hashes, gone = [(_hash(text),) for text in texts], set[bytes]()
     with file:
-        file.executemany("DELETE FROM features WHERE first = ?", hashes)
-        file.executemany("DELETE FROM features WHERE second = ?", hashes)
+        file.execute("BEGIN IMMEDIATE")
+        for column in ("first", "second"):
+            for each in hashes:
+                gone.update(key for (key,) in file.execute(f"SELECT key FROM features WHERE {column} = ?", each))
+            file.executemany(f"DELETE FROM features WHERE {column} = ?", hashes)
     file.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was deleted until it is folded in
+    return gone
 
 
 def _hash(text: str) -> bytes:

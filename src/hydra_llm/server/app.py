@@ -98,6 +98,10 @@ def make_app(
 # ---- the door
 
 
+class Cut(Exception):
+    """Has the server cut the connection: half an answer must not look like a whole one. What it logs of this quotes nobody."""
+
+
 class Door:
     """Lets in whoever may come in, counts, and keeps bodies within their size. ASGI itself, so that streams stay streams."""
 
@@ -134,7 +138,8 @@ class Door:
             except Exception as error:
                 self._observer.failed("request", error)
                 if started:
-                    raise  # the connection is cut: half an answer must not look like a whole one
+                    _tell_bug(error)
+                    raise Cut from None
                 await _error_response(error)(scope, receive, counted)
         finally:
             self._observer.in_flight.dec()
@@ -252,11 +257,14 @@ def _error_response(error: Exception) -> Json:
         log.error("the store failed: %s", type(error).__name__)
         made = ApiError(503, "the store does not answer: nothing was changed, try again", code="store_unavailable")
     else:
-        log.error(
-            "a bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
-        )  # no message, it may quote somebody
+        _tell_bug(error)
         made = ApiError(500, "something went wrong here", code="internal_error")
     return Json(made.body(), made.status)
+
+
+def _tell_bug(error: Exception) -> None:
+    """Where it is, without its message, which may quote somebody."""
+    log.error("a bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 # ---- health

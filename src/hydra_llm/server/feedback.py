@@ -97,15 +97,21 @@ def _understood(serving: Serving, said: FeedbackIn, request: Request, settings: 
     kind = said.kind()
     if said.edited is not None and (fault := _fault(said.edited, settings.max_text)):
         raise ApiError(400, f"edited {fault}", param="edited")
-    kept = request.content["candidates"]
-    candidates = [Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in kept]
-    if kind == "chosen" and (said.chosen or 0) >= len(candidates):
-        raise ApiError(400, f"there were {len(candidates)} candidates: chosen must be below that", param="chosen")
-    wanted, record = _wanted(said, candidates), None
+    shown = _shown(request)
+    choices = [Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in shown]
+    if kind == "chosen" and (said.chosen or 0) >= len(choices):
+        raise ApiError(400, f"there were {len(choices)} candidates: chosen must be below that", param="chosen")
+    wanted, record = _wanted(said, choices), None
     if wanted and not text_fault(wanted) and len(request.question) <= settings.max_text:
-        output = _wanted_text(serving, said, kept) or wanted
+        output = _wanted_text(serving, said, shown) or wanted
         record = Record(request.user, f"{FEEDBACK}{request.id}", request.question, output)
-    return _Told(kind, getattr(said, kind), candidates, wanted, record)
+    return _Told(kind, getattr(said, kind), choices[: len(request.content["candidates"])], wanted, record)
+
+
+def _shown(request: Request) -> list[dict[str, Any]]:
+    """The candidates, and behind them the choices that repeat one of them; requests of earlier versions tell of none."""
+    candidates, repeats = request.content["candidates"], request.content.get("repeats", ())
+    return [*candidates, *({**candidates[each["candidate"]], "said": each["said"]} for each in repeats)]
 
 
 def _fault(text: str, most: int) -> str:
@@ -132,22 +138,22 @@ def _write(store: Store, user: str, version: int, judged: Judged, record: Record
         return True
 
 
-def _wanted(said: FeedbackIn, candidates: Sequence[Candidate]) -> str | None:
-    """The answer that the user wanted, as far as it was told; the first candidate is what the user got."""
+def _wanted(said: FeedbackIn, choices: Sequence[Candidate]) -> str | None:
+    """The answer that the user wanted, as far as it was told; the first choice is what the user got."""
     if said.edited is not None:
         return said.edited
     if said.chosen is not None:
-        return _answer(candidates[said.chosen])
+        return _answer(choices[said.chosen])
     if said.rating is not None and said.rating >= ACCEPTED:
-        return _answer(candidates[0])
+        return _answer(choices[0])
     return None
 
 
-def _wanted_text(serving: Serving, said: FeedbackIn, candidates: Sequence[Mapping[str, Any]]) -> str | None:
+def _wanted_text(serving: Serving, said: FeedbackIn, shown: Sequence[Mapping[str, Any]]) -> str | None:
     """It as it was written, where the answer is a text: what the adapter reads of one may be its first line."""
     if serving.task.labels or said.edited is not None:
         return None
-    text: str = candidates[said.chosen or 0]["said"]
+    text: str = shown[said.chosen or 0]["said"]
     return text
 
 

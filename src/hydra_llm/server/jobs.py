@@ -28,7 +28,7 @@ TRIES = 5
 
 
 class Stopped(Exception):
-    """The server ends: the job waits for another."""
+    """The server ends, and the job waits for another; or the job is gone, with its user."""
 
 
 class Worker:
@@ -68,18 +68,22 @@ class Worker:
                 self._wake.clear()
 
     def _do(self, job: Job) -> None:
+        state, said = self._outcome(job)
+        try:
+            self._store.tell_job(job.id, int(state == "done"), 1, state=state, error=said)
+        except HydraError:
+            log.warning("jobs: the store failed; the job will be taken up again")
+
+    def _outcome(self, job: Job) -> tuple[str, str]:
+        """The state in which a job ends, and what is said of it."""
         try:
             self._fit(job)
-            self._store.tell_job(job.id, 1, 1, state="done")
-        except Stopped:
-            self._store.tell_job(job.id, 0, 1, state="waiting")  # for the next server
         except Exception as error:
-            said = str(error) if isinstance(error, HydraError) else f"{type(error).__name__}"
+            if _is_stop(error):
+                return "waiting", ""  # for the next server
             log.warning("jobs: a %s failed: %s", job.kind, type(error).__name__)
-            try:
-                self._store.tell_job(job.id, 0, 1, state="failed", error=said)
-            except HydraError:
-                log.warning("jobs: the store failed; the job will be taken up again")
+            return "failed", str(error) if isinstance(error, HydraError) else type(error).__name__
+        return "done", ""
 
     def _fit(self, job: Job) -> None:
         serving = self._serving()
@@ -87,7 +91,7 @@ class Worker:
             raise HydraError("there is no bundle: nothing to fit")
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
-            known, judged = _told_apart(self._store.judged(job.user), records)
+            known, judged = _told_apart(self._store.judged(job.user, bundle=serving.id), records)
             heads = self.heads(serving, job, records, judged)
             try:
                 with self._store.change(job.user, version=version) as change:
@@ -109,9 +113,8 @@ class Worker:
         data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
 
         def tell(stage: str, done: int, total: int) -> None:
-            if self._ended:
+            if self._ended or not self._store.tell_job(job.id, done, total):
                 raise Stopped
-            self._store.tell_job(job.id, done, total)
 
         scorers = bundle.scorers
         try:
@@ -136,6 +139,11 @@ class Worker:
             bundle = replace(loaded.without_people(str), store=serving.bundle.store)
             self._own = (serving.id, bundle)
         return self._own[1]
+
+
+def _is_stop(error: Exception) -> bool:
+    """Whether a job was stopped: labelling has several calls under way, and raises what ends them as a group."""
+    return isinstance(error, Stopped) or (isinstance(error, ExceptionGroup) and error.subgroup(Stopped) is not None)
 
 
 def _told_apart(judged: Sequence[Judged], records: Sequence[Record]) -> tuple[list[Judged], list[Judged]]:

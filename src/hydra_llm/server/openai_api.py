@@ -122,7 +122,10 @@ async def _picked_stream(gateway: Gateway, plan: Plan, request: ChatRequest, wan
     finally:
         answer.cancel()
     _answered(gateway, reply, span)
-    for chunk in chunks_of({**reply.completion, "id": id}, usage=wants_usage):
+    completion = {**reply.completion, "id": id}
+    if reply.plan.reason is not None and gateway.settings.personalization:  # the header was out before anybody knew
+        completion["personalization"] = {"personalized": False, "reason": reply.plan.reason}
+    for chunk in chunks_of(completion, usage=wants_usage):
         yield event(chunk)
     yield DONE
 

@@ -45,9 +45,9 @@ class People:
         self._scorers = bundle.scorers if bundle is not None else {}
 
     def at_hand(self, name: str, version: int) -> Person | None:
-        """The user as of at least `version`, where that is in memory."""
+        """The user as of `version`, where that is in memory; no later one either: it may be of a user who was deleted since."""
         person = self._at_hand.get(name)
-        return person if person is not None and person.version >= version else None
+        return person if person is not None and person.version == version else None
 
     def load(self, name: str) -> Person | None:
         """The user as the store has it; None for one who is not there."""
@@ -57,18 +57,16 @@ class People:
         heads = self._store.heads(name, self._bundle.weights) if self._bundle is not None else {}
         return Person(name, version, tuple(records), {scorer: head for scorer, head in heads.items() if scorer in self._scorers})
 
-    def seat(self, person: Person) -> Person:
-        """Have this user's heads in the scorers, or newer ones that are there already; returns whoever is at hand then."""
-        found = self.at_hand(person.name, person.version)
-        if found is None:
+    def seat(self, person: Person) -> None:
+        """Have this user's heads in the scorers, as of this version."""
+        if self.at_hand(person.name, person.version) is None:
             self.drop(person.name)
             for scorer, head in person.heads.items():
                 self._scorers[scorer].put_head(person.name, as_numbers(head), head.known)
-            self._at_hand[person.name] = found = person
+            self._at_hand[person.name] = person
         self._at_hand.move_to_end(person.name)
         while len(self._at_hand) > self._size:
             self.drop(next(iter(self._at_hand)))
-        return found
 
     def drop(self, name: str) -> None:
         """Let go of a user."""

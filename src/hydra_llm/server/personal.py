@@ -24,8 +24,8 @@ from hydra_llm.server.scoring import Found, Picked, Search, as_they_came, choose
 from hydra_llm.server.serving import Serving
 from hydra_llm.server.settings import ServeSettings
 from hydra_llm.server.together import Overloaded
-from hydra_llm.server.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.server.wire import ChatRequest, Heard, Wishes, has_more_than_text, readable, text_of
+from hydra_llm.server.upstream import Upstream, UpstreamError, event, usage_of
+from hydra_llm.server.wire import ChatRequest, Heard, Wishes, chunk_head, delta, has_more_than_text, readable, text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.tasks.task import Task
@@ -45,7 +45,6 @@ class Plan:
     serving: Serving
     person: Person | None = None
     question: str = ""
-    began: float = field(default_factory=time.time)
     visible: tuple[Record, ...] = ()
     shown: tuple[Record, ...] = ()
     candidates: int = 1
@@ -237,6 +236,8 @@ class Gateway:
                 made[place] = await self.upstream.complete(bodies[place])
             except UpstreamError as error:
                 made[place] = error
+            except Exception as error:  # which nobody waits for: asyncio would log it with its message
+                made[place] = UpstreamError(502, f"the upstream's answer cannot be read ({type(error).__name__})")
 
         tasks = [asyncio.create_task(ask(place)) for place in range(len(bodies))]
         try:
@@ -285,11 +286,13 @@ class Gateway:
             {"said": text, "text": c.text, "answer": c.answer, "votes": c.votes, "greedy": c.greedy, "score": c.score}
             for c, text in zip(picked.candidates, said, strict=False)
         ]
-        content = {"candidates": candidates, "visible": len(plan.visible)}
+        shown = said[len(candidates) : int(plan.plain.get("n") or 1)]
+        repeats = [{"candidate": which, "said": text} for which, text in zip(picked.repeats, shown, strict=False)]
+        content = {"candidates": candidates, "repeats": repeats, "visible": len(plan.visible)}
         try:
             assert plan.person is not None
             request = Request(plan.id, plan.person.name, time.time(), plan.serving.id, plan.question, content)
-            kept = await self.reads.read(partial(self.store.keep_request, request, since=plan.began))
+            kept = await self.reads.read(partial(self.store.keep_request, request, version=plan.person.version))
             if not kept:  # deleted while the upstream was asked
                 await plan.serving.together.run(partial(plan.serving.forget, plan.person.name), must=True)
         except HydraError as error:
@@ -300,18 +303,39 @@ class Gateway:
     # ---- streams
 
     async def stream(self, plan: Plan) -> AsyncIterator[bytes]:
-        """The upstream's own stream, for a plan with one candidate; what a personal one said is kept for feedback at its end.
+        """The upstream's own stream, for a plan with one candidate; a personal one is kept for feedback, and told of, before it ends.
 
         Raises:
             UpstreamError: before the first byte.
         """
-        heard = Heard() if plan.reason is None else None
-        async for piece in self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True}):
-            if heard is not None:
-                heard.take(piece)
+        pieces = self.upstream.stream({**(plan.plain if plan.reason else plan.body), "stream": True})
+        async for piece in pieces if plan.reason is not None else self._told_at_its_end(plan, pieces):
             yield piece
-        if heard is not None and heard.text:
-            await self._keep(plan, as_they_came([{"message": {"role": "assistant", "content": heard.text}}]))
+
+    async def _told_at_its_end(self, plan: Plan, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        heard, started = Heard(), time.perf_counter()
+        async for piece in pieces:
+            if heard.ended:
+                yield piece
+                continue
+            if whole := heard.take(piece):
+                yield whole
+            if heard.ended:
+                plan.seconds["upstream"] = time.perf_counter() - started
+                yield await self._last_words(plan, heard) + heard.rest
+        if not heard.ended:
+            await self._last_words(plan, heard)
+            if heard.rest:
+                yield heard.rest
+
+    async def _last_words(self, plan: Plan, heard: Heard) -> bytes:
+        """Keep what a stream has said; returns the chunk that tells of it, with a choice that says nothing: clients read the first one."""
+        picked = as_they_came(heard.choices)
+        kept = any(heard.texts.values()) and await self._keep(plan, picked)
+        if not self.settings.personalization:
+            return b""
+        head = {**chunk_head(f"chatcmpl-{plan.id}", plan.body["model"]), **heard.head}
+        return event({**head, "choices": [delta(0, {})], "personalization": _told(plan, picked, kept)})
 
 
 # ---- small things

@@ -61,10 +61,8 @@ class Search:
 
     def found(self) -> Found | None:
         """The records, best first; None where there are none."""
-        serving, before = self.serving, self.person
-        self.person = serving.people.seat(before)  # whoever was encoded beside may have pushed the head out
-        if self.person.version != before.version:
-            self._retrieved = None  # or have changed the records
+        serving = self.serving
+        serving.people.seat(self.person)  # whoever was encoded beside may have pushed the head out
         retrieved = self._retrieve()
         if not self._visible:
             return None
@@ -81,7 +79,6 @@ class Search:
 
     def _retrieve(self) -> list[Ranked]:
         if self._retrieved is None:
-            self.person = self.serving.people.seat(self.person)
             self._visible = self.serving.readable(self.person.records)
             started = time.perf_counter()
             retriever, most = self.serving.retriever, max(self.serving.settings.retrieved, self.wanted)
@@ -116,6 +113,8 @@ class Picked:
     candidates: list[Candidate]
     """[i] is what the adapter read of choice i; the choices behind them are repetitions."""
     abstained: bool = False
+    repeats: tuple[int, ...] = ()
+    """Of each choice behind the candidates, which of them it repeats."""
 
 
 def as_they_came(choices: Sequence[dict[str, Any]]) -> Picked:
@@ -133,9 +132,9 @@ def choose(
     serving.people.seat(person)  # feedback or others may have pushed the head out
     offered, _ = gather(serving.task, texts, 1, serving.settings)
     chosen = serving.adapter.choose(Query(person.name, "asked", question, position=LATER), offered, visible)
-    said: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        said.setdefault(_key(text, read_answer(serving.task, text, serving.settings)), i)
+    keys, said = [_key(text, read_answer(serving.task, text, serving.settings)) for text in texts], dict[str, int]()
+    for i, key in enumerate(keys):
+        said.setdefault(key, i)
     scores = [candidate.score if candidate.score is not None else float("-inf") for candidate in chosen.candidates]
     out, candidates, used = [], [], set()
     for which in sorted(range(len(offered)), key=lambda i: (i != chosen.chosen, -scores[i], i)):
@@ -147,8 +146,9 @@ def choose(
         out.append(choices[place] if place is not None else _said_by_nobody(choices[0], candidate.text))
         candidates.append(candidate)
         used.add(place)
-    rest = [choice for i, choice in enumerate(choices) if i not in used]
-    return Picked(out + rest, candidates, chosen.abstained)
+    placed = {_key(candidate.text, candidate.answer): place for place, candidate in enumerate(candidates)}
+    rest = [i for i in range(len(choices)) if i not in used]
+    return Picked([*out, *(choices[i] for i in rest)], candidates, chosen.abstained, tuple(placed[keys[i]] for i in rest))
 
 
 def _said_by_nobody(like: dict[str, Any], text: str) -> dict[str, Any]:

@@ -28,7 +28,14 @@ from hydra_llm.types import Generation, Usage
 
 AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
-STRAIGHT_THROUGH = ("retry-after", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-should-retry")
+STRAIGHT_THROUGH = (
+    "retry-after",
+    "retry-after-ms",
+    "x-request-id",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-should-retry",
+)
 """Headers of an upstream's error that the caller's SDK acts on."""
 ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
 """What is in every stream that has come to its end; within an answer's text the quotes are escaped."""
@@ -39,7 +46,8 @@ class UpstreamError(Exception):
 
     def __init__(self, status: int, body: Any, headers: Mapping[str, str] | None = None):
         self.status, self.headers = status, dict(headers or {})
-        self.body = body if isinstance(body, dict) and "error" in body else ApiError(status, str(body)).body()
+        said = body.get("error", body) if isinstance(body, dict) else body
+        self.body = body if said is not body and isinstance(said, dict) else ApiError(status, str(said)).body()
         super().__init__(str(self.body["error"]))
 
 

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BeforeValidator
 
 from hydra_llm.datasets.dataset import text_fault
-from hydra_llm.errors import UserFault
+from hydra_llm.errors import StoreError, UserFault
 from hydra_llm.history import parse_time
 from hydra_llm.model.features import forget_features
 from hydra_llm.server.feedback import take_feedback
+from hydra_llm.server.observe import log
 from hydra_llm.server.people import texts_of
 from hydra_llm.server.wire import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
 from hydra_llm.store.store import Store
@@ -23,6 +24,7 @@ from hydra_llm.store.values import Stale
 from hydra_llm.types import Record
 
 TRIES = 8
+IN_LOG = "somebody reads SQLite's log, which still holds pages as they were: it is emptied within minutes of that reader's end"
 router = APIRouter(prefix="/v1", tags=["users"])
 Decoded = BeforeValidator(unquote)
 User = Annotated[Id, Decoded, Path(description="The user's id, as the application names the user.")]
@@ -114,11 +116,11 @@ async def export(user: User, http: Request) -> Response:
 @router.delete("/users/{user}")
 async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys that speak for nobody else."""
-    gateway, store = http.app.state.gateway, _store(http, user)
+    gateway, store, features = http.app.state.gateway, _store(http, user), 0
     for _ in range(TRIES):
         version, texts = await _in_thread(partial(_texts, store, user))
         # First what cannot be undone halfway: if features cannot be deleted, the user is still there to be deleted again.
-        await _forget_texts(http, store, texts, but=user)
+        features += await _forget_texts(http, store, texts, but=user)
         try:
             counts = await _in_thread(partial(store.delete_user, user, version=version))
             break
@@ -127,11 +129,12 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     else:
         raise ApiError(409, "the user changes faster than it can be deleted: try again", code="busy")
     await _let_go(http, user)
-    await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
+    features += await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
     if counts is None:
         raise _unknown()
     taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
-    return {"deleted": counts, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
+    report = {"deleted": {**counts, "features": features}, "in_shared_base": user in taught or gateway.names.hashed(user) in taught}
+    return report if await _in_thread(partial(_shortened, store)) else {**report, "warning": IN_LOG}
 
 
 # ---- in threads
@@ -169,21 +172,40 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     """Every text of which there may be features, as of a version of the user."""
     version, records = store.records(user)
     kept = store.export_user(user) or {"requests": [], "feedback": []}
-    of_requests = [
-        text for row in kept["requests"] for text in (row["question"], *(candidate["text"] for candidate in row["content"]["candidates"]))
-    ]
+    of_requests = [text for row in kept["requests"] for text in (row["question"], *_said(row["content"]))]
     groups = [row["content"]["group"] for row in kept["feedback"] if row["content"].get("group")]
     return version, [*texts_of(records), *of_requests, *(text for group in groups for text in (group["left"], *group["rights"]))]
 
 
+def _shortened(store: Store) -> bool:
+    """Whether the store's log holds nothing any more of what was deleted; that it does is told, and undoes nothing."""
+    try:
+        done = store.shorten_log()
+    except StoreError:
+        done = False
+    if not done:
+        log.warning("after a deletion: %s", IN_LOG)
+    return done
+
+
+def _said(content: dict[str, Any]) -> list[str]:
+    """What an LLM said to a kept request."""
+    shown = [*content["candidates"], *content.get("repeats", ())]
+    return [each[name] for each in shown for name in ("text", "said") if name in each]
+
+
 async def _let_go(http: Request, user: str) -> None:
-    """Drop what is in memory of a user; what the scoring thread has begun is done when this returns."""
+    """Drop what is in memory of a user; when this returns nothing more of it is encoded, and what the scoring thread had begun is done."""
     serving = http.app.state.gateway.serving
+    if serving.warming is not None:
+        await serving.warming.stop(user)
     await serving.together.run(partial(serving.forget, user), must=True)
 
 
-async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> None:
+async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> int:
     """Forget the features of texts that nobody (but that one) has; those that others have stay, and their answers with them.
+
+    Returns how many there were.
 
     Raises:
         ApiError: 503, they cannot be deleted.
@@ -194,7 +216,8 @@ async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: s
     file = serving.settings.cache / "features.sqlite"
     forget = serving.bundle.store.forget if serving.bundle else partial(forget_features, file)
     try:
-        await _in_thread(partial(forget, gone))
+        forgotten: int = await _in_thread(partial(forget, gone))
+        return forgotten
     except UserFault:
         raise ApiError(503, "the features of these texts cannot be deleted: nothing was, try again", code="features_unavailable") from None
 

@@ -181,20 +181,48 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
 
 
 class Heard:
-    """What a stream of chunks said, of its first choice, put together as it passes."""
+    """What a stream of chunks says, put together as it passes, up to its end: the usage behind all choices, or `[DONE]`."""
 
     def __init__(self) -> None:
-        self.text, self._rest = "", b""
+        self.texts: dict[int, str] = {}
+        """By the choice's index."""
+        self.head: dict[str, Any] = {}
+        """What the chunks have in common."""
+        self.ended = False
+        self.rest = b""
+        """What has come and not been passed on: half a line, or all from the end on."""
 
-    def take(self, piece: bytes) -> None:
-        """The next bytes of the stream."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (said := line[5:].strip()) != b"[DONE]":
-                with contextlib.suppress(Exception):  # what cannot be read is not heard; it has gone out as it came
-                    choice = json.loads(said)["choices"][0]
-                    if choice.get("index", 0) == 0:
-                        self.text += choice["delta"].get("content") or ""
+    def take(self, piece: bytes) -> bytes:
+        """The next bytes of the stream; returns those that may be passed on: whole lines before the end."""
+        *lines, self.rest = (self.rest + piece).split(b"\n")
+        for place, line in enumerate(lines):
+            if self._ends(line):
+                self.ended, self.rest = True, b"\n".join([*lines[place:], self.rest])
+                lines = lines[:place]
+                break
+        return b"".join(line + b"\n" for line in lines)
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """As those of a completion."""
+        return [{"message": {"role": "assistant", "content": text}} for _, text in sorted(self.texts.items())]
+
+    def _ends(self, line: bytes) -> bool:
+        """Whether the stream ends with this line; else it is heard."""
+        if not line.startswith(b"data:"):
+            return False
+        said = line[5:].strip()
+        if said == b"[DONE]":
+            return True
+        with contextlib.suppress(Exception):  # what cannot be read is not heard; it goes out as it came
+            chunk = json.loads(said)
+            if chunk.get("usage") and not chunk["choices"]:
+                return True
+            self.head |= {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
+            for choice in chunk["choices"]:
+                index = choice.get("index", 0)
+                self.texts[index] = self.texts.get(index, "") + (choice["delta"].get("content") or "")
+        return False
 
 
 PIECE = 64

@@ -2,7 +2,7 @@
 
 Whatever is about a user hangs on that user's row and carries its key: deleting a user is deleting by that key in each of `OF_USERS`.
 A user's `version` grows with every change of what answers depend on (records, heads), in the same transaction: a server that has
-the user in memory asks for this one number, and a writer that has read an older one is refused.
+the user in memory asks for this one number, and a writer that has read another one is refused.
 Times are seconds since 1970 (UTC). Knows no statement: `store.py` alone speaks SQL.
 """
 
@@ -35,6 +35,11 @@ metadata = MetaData(
 
 Key = BigInteger().with_variant(Integer, "sqlite")
 """SQLite counts up INTEGER keys alone."""
+
+
+LIFE = 2**32
+"""A user's version is the key times this, and one more for each change: keys are given once, so a name that was deleted and comes again has
+no version of before, whatever clocks say. (Databases of earlier versions hold users whose versions began with a clock.)"""
 
 
 def _user() -> Column[int]:

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +18,7 @@ from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import ASKED_AT_ONCE, UserChange, parts
+from hydra_llm.store.change import UserChange, parts
 from hydra_llm.store.database import engine_of, told
 from hydra_llm.store.rows import check_version, delete_keys_of, insert_new, key_of, locked_user, record_of, rows_of, select_jobs
 from hydra_llm.store.values import Added, Head, Job, Judged, Key, Request, Unknown, UserState
@@ -110,7 +109,9 @@ class Store:
         with self.writing() as connection:
             found = locked_user(connection, name)
             if found is None and create:
-                insert_new(connection, schema.users, [{"name": name, "version": time.time_ns(), "created": time.time()}])
+                insert_new(connection, schema.users, [{"name": name, "version": 0, "created": time.time()}])
+                new = (schema.users.c.name == name) & (schema.users.c.version == 0)
+                connection.execute(sa.update(schema.users).where(new).values(version=schema.users.c.key * schema.LIFE))
                 found = locked_user(connection, name)
             if found is None:
                 raise Unknown("no such user")
@@ -129,8 +130,8 @@ class Store:
     def delete_user(self, name: str, *, version: int | None = None) -> dict[str, int] | None:
         """Delete the user and everything about the user: rows per table, or None for an unknown user.
 
-        A key that spoke for this user alone is deleted too: it names the user. In SQLite the bytes are overwritten; PostgreSQL's
-        stay in its files until `scrub`.
+        A key that spoke for this user alone is deleted too: it names the user. In SQLite the bytes are overwritten, and stay in its
+        log until `shorten_log`; PostgreSQL's stay in its files until `scrub`.
 
         Raises:
             Stale: `version` was given and is not the user's any more; nothing was deleted.
@@ -145,7 +146,6 @@ class Store:
             for table in schema.OF_USERS:
                 counts[table.name] = connection.execute(sa.delete(table).where(table.c.user == found.key)).rowcount
             connection.execute(sa.delete(schema.users).where(schema.users.c.key == found.key))
-        self.shorten_log()
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
@@ -172,24 +172,24 @@ class Store:
     def judged(self, name: str, count: int | None = None, *, bundle: str | None = None) -> list[Judged]:
         """The user's latest feedback that no fitted head knows yet, oldest first; without `count` all of it.
 
-        `bundle`: of that bundle, and such as teaches (has a group).
+        `bundle`: of that bundle, and such as teaches (has a group); no other is read.
         """
         table = schema.feedback.c
         rows = sa.select(table.request, table.created, table.content).join_from(schema.feedback, schema.users)
         rows = rows.where(schema.users.c.name == name, table.folded.is_(False)).order_by(table.created.desc(), table.request.desc())
+        if bundle is not None:
+            rows = rows.where(table.content["bundle"].as_string() == bundle, table.content["group"].as_string().is_not(None))
         with self._read() as connection:
-            found = (Judged(*row) for row in connection.execution_options(yield_per=ASKED_AT_ONCE).execute(rows))
-            wanted = (each for each in found if bundle is None or (each.content.get("bundle") == bundle and each.content.get("group")))
-            return list(islice(wanted, count))[::-1]
+            return [Judged(*row) for row in connection.execute(rows.limit(count))][::-1]
 
     # ---- answered requests
 
-    def keep_request(self, request: Request, *, since: float | None = None) -> bool:
-        """Keep an answered request; False, and nothing is kept, of a user who is unknown or was at `since` (deleted meanwhile)."""
+    def keep_request(self, request: Request, *, version: int | None = None) -> bool:
+        """Keep an answered request; False, and nothing is kept, of a user who is unknown, or was deleted since that version."""
         table = schema.requests
         key = sa.select(schema.users.c.key).where(schema.users.c.name == request.user)
-        if since is not None:
-            key = key.where(schema.users.c.created <= since)
+        if version is not None:
+            key = key.where(schema.users.c.version // schema.LIFE == version // schema.LIFE)
         with self.writing() as connection:
             user = connection.scalar(key.with_for_update(read=True))
             if user is not None:
@@ -305,11 +305,11 @@ class Store:
             connection.execute(sa.update(schema.jobs).where(table.id == row.id).values(state="running", updated=now))
         return Job(*row)
 
-    def tell_job(self, id: str, done: int, total: int, *, state: str = "running", error: str = "") -> None:
-        """How far a job is, or how it ended; also the sign of life of whoever works on it."""
+    def tell_job(self, id: str, done: int, total: int, *, state: str = "running", error: str = "") -> bool:
+        """How far a job is, or how it ended; also the sign of life of whoever works on it. False where the job is gone, with its user."""
         values = {"done": done, "total": total, "state": state, "error": error, "updated": time.time()}
         with self.writing() as connection:
-            connection.execute(sa.update(schema.jobs).where(schema.jobs.c.id == id).values(values))
+            return connection.execute(sa.update(schema.jobs).where(schema.jobs.c.id == id).values(values)).rowcount > 0
 
     # ---- what all servers share
 

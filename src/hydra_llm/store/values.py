@@ -34,7 +34,7 @@ class UserState:
     """What a server asks before it trusts its memory."""
 
     version: int | None
-    """Grows with every change of the user's records or heads; None for an unknown user."""
+    """Another one after every change of the user's records or heads, and after a deletion; None for an unknown user."""
     bundle: str | None
     """Folder of the bundle that all servers of this store answer with; None where none was chosen."""
 
