@@ -21,7 +21,8 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from tests.bench.test_experiment import die_before
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that put the tests into the background has it ignored
-os.kill = lambda process, number, kill=os.kill: kill(process, signal.SIGINT)
+once = iter([True])
+os.kill = lambda process, number, kill=os.kill: next(once, None) and kill(process, signal.SIGINT)
 die_before({before!r})
 from hydra_llm.cli.main import main
 main()

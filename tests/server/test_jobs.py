@@ -8,6 +8,7 @@ from typing import Any
 import anyio.lowlevel
 import pytest
 
+from hydra_llm.config import load_settings
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.server.jobs import Worker
 from hydra_llm.server.patient import PatientReads
@@ -30,7 +31,7 @@ class FarAway(RuleLLM):
 @pytest.fixture
 def serving(store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     monkeypatch.setenv("HYDRA_CONCURRENCY", "1")  # one question after the other
-    made = open_serving(store, PatientReads(5.0), bundles["titles"], ServeSettings())
+    made = open_serving(store, PatientReads(5.0), bundles["titles"], ServeSettings(), load_settings())
     yield made
     made.close()
 

@@ -80,7 +80,8 @@ def test_what_one_server_is_told_the_other_knows_at_its_next_request(url: str) -
         chunks = list(stream)
         assert how == "true"
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == made.choices[0].message.content
-        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
+        assert "personalization" in chunks[-1].model_extra
 
         told = http.post("/feedback", json={"request_id": made.personalization["request_id"], "edited": "mine"}).json()
         assert told["record"] in ask()[1].personalization["records"]

@@ -118,9 +118,9 @@ class RunLog:
         file = self.folder / "manifest.json"
         found = self._found(file) or {}
         wanted = json.loads(json.dumps(late))
-        if found.keys() & wanted.keys():
-            self._refuse_other({name: value for name, value in found.items() if name in LATE}, wanted)
-        else:
+        there = [name for name in wanted if name in found]
+        self._refuse_other({name: found[name] for name in there}, {name: wanted[name] for name in there})
+        if len(there) < len(wanted):
             _write_whole(file, {**found, **wanted})
 
     def _agree(self, manifest: Mapping[str, Any]) -> None:
