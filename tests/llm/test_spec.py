@@ -42,7 +42,17 @@ def test_a_models_name_may_hold_an_at(rest: str, found: tuple[str, str | None]) 
 
 
 @pytest.mark.parametrize(
-    "rest", ["", "@https://host/v1", "m@localhost:8000/v1", "m@htps://u:secret@host/v1", "m@u:secret@host:80/v1", "m@ftp://secret@host"]
+    "rest",
+    [
+        "",
+        "@https://host/v1",
+        "m@localhost:8000/v1",
+        "m@htps://u:secret@host/v1",
+        "m@u:secret@host:80/v1",
+        "m@ftp://secret@host",
+        "m@http://[::1",
+        "m@http://h:x/v1",
+    ],
 )
 def test_what_is_meant_as_a_url_and_is_none_is_refused_and_its_password_is_not_told(rest: str) -> None:
     for refuse in (lambda: endpoint_of(rest), lambda: bare_llm(f"opnai:{rest}", Settings())):

@@ -7,6 +7,7 @@ entry points too, only written down here. Each is wrapped as cache around meter,
 import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
@@ -69,10 +70,18 @@ def endpoint_of(rest: str) -> tuple[str, str | None]:
         SettingsError: no model, or what looks like a URL and is none: the model would be asked for at another place than was meant.
     """
     found = ENDPOINT.fullmatch(rest)
-    if found is None or MEANT_AS_URL.search(found[1]):
+    if found is None or MEANT_AS_URL.search(found[1]) or not _is_url(found[2]):
         told = without_userinfo(rest)
         raise SettingsError(f"openai:{told} needs a model: openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint")
     return found[1], found[2]
+
+
+def _is_url(text: str | None) -> bool:
+    """Whether it can be taken apart; nothing is the usual endpoint."""
+    try:
+        return text is None or (bool(urlsplit(text).hostname) and urlsplit(text).port != 0)
+    except ValueError:  # brackets that do not close, a port that is no number
+        return False
 
 
 def without_userinfo(text: str) -> str:
