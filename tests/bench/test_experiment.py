@@ -97,6 +97,17 @@ def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(task: Task, 
     assert [row.to_json() for row in tabulate(task, again.samples)] == [row.to_json() for row in tabulate(task, outcome.samples)]
 
 
+def test_methods_of_equally_many_records_ask_one_after_the_other(tmp_path: Path) -> None:
+    """In whatever order they are named: an engine inside the process still holds the prompt of the greedy answer when samples are drawn."""
+    one = experiment(TAGS, tmp_path, "hydra@2,3,hydra@1,3,rag@2,rag@1,zero-shot,user-majority,hydra-adapter@3,hydra-reranker@2")
+    settings = one.settings.model_copy(update={"concurrency": 1})
+    outcome = run_experiment(replace(one, settings=settings), told, print)
+    lines = [json.loads(line)["method"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    once = ["zero-shot", "user-majority", "hydra-adapter@3", "hydra@1,3", "rag@1", "hydra@2,3", "rag@2", "hydra-reranker@2"]
+    assert lines == once * 4
+    assert list(dict.fromkeys(sample.method for sample in outcome.samples))[0] == "hydra@2,3"
+
+
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
 def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
     """Exactly, where no reranker puts records in an order that nobody can know before; else never less."""

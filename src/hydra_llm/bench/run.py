@@ -10,6 +10,7 @@ from hydra_llm.bench.compare import interval
 from hydra_llm.bench.methods import Answerer, Learner, Method, Parts
 from hydra_llm.bench.metrics import Failed, Metric, score
 from hydra_llm.bench.runlog import Key, RunLog, Sample
+from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, LLMError
 from hydra_llm.llm.calls import StageProgress, map_calls
@@ -72,7 +73,8 @@ async def run_methods(
     """Answer every query by every method; a sample that is in the log is taken from there. A failed call stays as a failed sample.
 
     `parts` of several seeds: a method that needs the adapter answers with each, the others with the first. All methods answer a
-    query before the next query's turn: an embedded engine still holds the prompts that they share.
+    query before the next query's turn, and those that show equally many records follow each other: an embedded engine still holds the
+    prompts that they share.
 
     Raises:
         LLMError: the budget is spent, or every call failed (the first one's error).
@@ -80,9 +82,10 @@ async def run_methods(
     every = [parts] if isinstance(parts, Parts) else list(parts)
     seeded = [(method, part) for method in methods for part in method.of(every)]
     answerers = {(method.name, part.seed): method.build(part) for method, part in seeded}
+    shown = {(method.name, part.seed): _shown(method, part.settings) for method, part in seeded}
     done = {} if log is None else dict(log.samples)
     faults: list[LLMError] = []
-    todo = [(*name, query) for query in queries for name in answerers if _key(*name, query) not in done]
+    todo = [(*name, query) for query in queries for name in sorted(answerers, key=shown.__getitem__) if _key(*name, query) not in done]
 
     async def one(case: Case) -> Sample:
         sample = await _sample(case, answerers[case[:2]], faults)
@@ -97,6 +100,11 @@ async def run_methods(
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # no call at all came through: a wrong key or a dead endpoint, which a table would hide
     return [done[_key(*name, query)] for name in answerers for query in queries]
+
+
+def _shown(method: Method, settings: Settings) -> int:
+    """How many records its prompts show, as far as that is known before; sampling and adapting alone stand on the settings' k."""
+    return method.given.get("k", settings.k if "reranker" in method.needs or "k" in method.takes else 0)
 
 
 def _key(method: str, seed: int, query: Query) -> Key:
