@@ -50,7 +50,8 @@ def main() -> None:
         jobs: dict[str, Job] = {name: partial(of_run, name, given.data, out) for name, out in runs.items()}
         if not given.only:
             jobs[OVERALL] = lambda: (read(OVERALL), overall([out / "run" for out in runs.values()]))
-            jobs[LABELS] = partial(of_labels, given.data)
+            if (RESULTS / LABELS).exists():
+                jobs[LABELS] = partial(of_labels, given.data)
         same = [told(name, job) for name, job in jobs.items()]
     print(f"{len(names)} results in {(time.perf_counter() - whole) / 60:.1f} minutes")
     sys.exit(not all(same))
