@@ -57,11 +57,14 @@ def main() -> None:
     limits = [
         Limit("pass-through at 100/s, added p50 in ms", added["added_p50"], 5),
         Limit("pass-through at 100/s, added p99 in ms", added["added_p99"], 25),
-        Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
-        Limit("first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250),
         Limit("moving a head, p50 in ms", result["head"]["p50"], 20),
         Limit("a piece of feedback over HTTP, p50 in ms", result["feedback"]["p50"], 40),
     ]
+    if given.features == "tower":
+        limits += [
+            Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
+            Limit("first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250),
+        ]
     if "soak" in result:
         limits += [
             Limit("200 clients: requests that failed", result["soak"]["failed"], 0),
