@@ -26,7 +26,7 @@ from hydra_llm.cli.main import run
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
-from hydra_llm.errors import DataError, SettingsError
+from hydra_llm.errors import DataError
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.spec import wrap
 from hydra_llm.tasks.task import Task
@@ -241,40 +241,6 @@ def test_data_that_changed_since_the_run_began_is_refused(tmp_path: Path, capsys
     save(users_data(TAGS, queries=3), tmp_path / "other")
     assert run([*command[:2], str(tmp_path / "other"), *command[4 - 1 :], "--set", f"cache={tmp_path / 'cache'}"]) == 2
     assert re.search(r"holds another run \(data: '\w+' there, '\w+' asked", capsys.readouterr().err)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.mark.parametrize("stopped", [False, True], ids=["a whole run", "one that was stopped before it answered"])
-def test_a_refused_command_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
-    """Neither with more users, who would have to be fitted, nor with other data, nor with another LLM."""
-    llm = RuleLLM(by_lot)
-    first = experiment(TITLES, tmp_path, "rag@1,hydra@1,3", llm, users=1, seeds=(0,))
-    if stopped:
-
-        def interrupted(*given: Any) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr("hydra_llm.bench.experiment.run_methods", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                run_experiment(first, told, print)
-    else:
-        run_experiment(first, told, print)
-    there, asked = files_of(tmp_path / "run"), len(llm.calls)
-    for other, said in (
-        (replace(first, users=2), "chosen.users: 1 there, 2 asked"),
-        (replace(first, data=users_data(TITLES, new=3)), "data: '"),
-        (replace(first, llm=wrap(RuleLLM(by_lot, name="another"), first.settings)), "llm.model: "),
-        (replace(first, seeds=(0, 1)), r"seeds: \[0\] there, \[0, 1\] asked"),
-        (replace(first, methods=first.methods[:1]), "learns: True there, False asked"),
-    ):
-        with pytest.raises(SettingsError, match=rf"holds another run \(.*{said}"):
-            run_experiment(other, told, print)
-        assert (files_of(tmp_path / "run"), len(llm.calls)) == (there, asked)
-    assert len(run_experiment(first, told, print).samples) == 4
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -1,18 +1,23 @@
-"""What stops a run, through the command line: Ctrl-C in every stage, a budget, a recording that lacks a call, bad golds."""
+"""What stops a run, or keeps it from beginning: Ctrl-C in every stage, a budget, a recording that lacks a call, bad golds, another run."""
 
 import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hydra_llm.bench.experiment import run_experiment
 from hydra_llm.cli.main import run
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
-from tests.bench.test_experiment import SMALL, TAGS, TITLES, users_data
+from hydra_llm.errors import SettingsError
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.spec import wrap
+from tests.bench.test_experiment import SMALL, TAGS, TITLES, by_lot, experiment, told, users_data
 
 QUICK = [f"--set={name}={value}" for name, value in SMALL.items()]
 
@@ -112,3 +117,37 @@ def test_a_gold_outside_the_labels_is_named_by_its_line(tmp_path: Path, capsys: 
     assert run(command(tmp_path, "run", "--methods", "zero-shot")) == 2
     assert "queries.jsonl:3: field 'output': 'green' is not one of the task's labels" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["a whole run", "one that was stopped before it answered"])
+def test_a_refused_command_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    """Neither with more users, who would have to be fitted, nor with other data, nor with another LLM."""
+    llm = RuleLLM(by_lot)
+    first = experiment(TITLES, tmp_path, "rag@1,hydra@1,3", llm, users=1, seeds=(0,))
+    if stopped:
+
+        def interrupted(*given: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("hydra_llm.bench.experiment.run_methods", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_experiment(first, told, print)
+    else:
+        run_experiment(first, told, print)
+    there, asked = files_of(tmp_path / "run"), len(llm.calls)
+    for other, said in (
+        (replace(first, users=2), "chosen.users: 1 there, 2 asked"),
+        (replace(first, data=users_data(TITLES, new=3)), "data: '"),
+        (replace(first, llm=wrap(RuleLLM(by_lot, name="another"), first.settings)), "llm.model: "),
+        (replace(first, seeds=(0, 1)), r"seeds: \[0\] there, \[0, 1\] asked"),
+        (replace(first, methods=first.methods[:1]), "learns: True there, False asked"),
+    ):
+        with pytest.raises(SettingsError, match=rf"holds another run \(.*{said}"):
+            run_experiment(other, told, print)
+        assert (files_of(tmp_path / "run"), len(llm.calls)) == (there, asked)
+    assert len(run_experiment(first, told, print).samples) == 4

@@ -178,7 +178,7 @@ async def _go_through(experiment: Experiment, llm: NotingLLM, progress: StagePro
     """Returns how many texts are still to be encoded, and the seconds for those; what going through has encoded is kept."""
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
-    learns = bundle is None and any(method.needs for method in experiment.methods)
+    learns = bundle is None and experiment.learns
     records = {user: data.answered(user) for user in training} | {user: in_order(data.history(user)) for user in new}
     known = bundle or replace(blank_bundle(data.task, llm, settings, records), trained_on=tuple(training))
     parts = PlannedParts(known, experiment.llm, settings, {**known.records, **{user: data.history(user) for user in new}})
