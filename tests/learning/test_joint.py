@@ -351,7 +351,7 @@ def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen() -> None:
     scorer = scorer_of(table)
     train_joint(scorer, table, plan)
     report = fit_unseen(scorer, table, plan, random_start=True)
-    assert report.scale == pytest.approx(0.05)  # heads that only know chance must not be believed
+    assert report.scale < 0.1  # heads that only know chance must not be believed
     assert report.loss_user > report.loss_calibrated
     assert report.loss_calibrated == pytest.approx(report.loss_uniform, rel=0.02)
     held = scorer.rows(held_out_users(table, plan))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_llm.learning.table import Table, chunks_of_users, folds, make_table, targets, within_group_spread
+from hydra_llm.learning.table import FEW, Table, chunks_of_users, folds, make_table, targets, within_group_spread
 from hydra_llm.model.combine import Cross, Groups, Tower
 from hydra_llm.types import LabelledGroup
 
@@ -137,12 +137,28 @@ def test_a_later_group_is_never_in_the_early_part(rows: list[tuple[str, int, boo
 
 @settings(max_examples=100, deadline=None)
 @given(tables)
+def test_each_of_few_groups_is_judged_once_by_those_before_it(rows: list[tuple[str, int, bool]]) -> None:
+    table = table_of(rows)
+    cuts = table.split_steps()
+    if max(map(len, table.by_user().values())) > FEW:
+        assert [late.users for _, late in cuts] == [table.split_late()[1].users]
+        return
+    assert sum(len(late) for _, late in cuts) == len(table)
+    for step, (early, late) in enumerate(cuts):
+        for user in late.names():
+            mine = early.of([user]).positions.tolist()
+            assert len(mine) == step
+            assert max([*mine, -1]) <= min(late.of([user]).positions.tolist())
+
+
+@settings(max_examples=100, deadline=None)
+@given(tables)
 def test_before_the_votes_nothing_from_after_them(rows: list[tuple[str, int, bool]]) -> None:
     table = table_of(rows)
-    early, late = table.split_voted()
     if len({voted for *_, voted in rows}) == 1:
-        assert late.users == table.split_late()[1].users
+        assert [late.users for _, late in table.split_voted()] == [late.users for _, late in table.split_steps()]
         return
+    ((early, late),) = table.split_voted()
     assert late.voted.all()
     assert len(late) == sum(voted for *_, voted in rows)
     assert not early.voted.any()

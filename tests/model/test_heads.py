@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.model.combine import ByLabel, Combiner, Cross, Groups, Tower, make_combiner
+from hydra_llm.model.combine import ByLabel, Combiner, Cross, Groups, Tower, make_combiner, principal
 from hydra_llm.model.heads import HeadBank, KernelBank, LinearBank, LowRankBank, MLPBank, make_bank
 
 KINDS = ("linear", "lowrank", "mlp", "kernel")
@@ -268,3 +268,24 @@ def test_a_combiner_is_made_again_from_its_config(features: str) -> None:
     again.load_state_dict(combiner.state_dict())
     assert torch.equal(again(groups), combiner(groups))
     assert again.config() == combiner.config()
+
+
+def test_principal_directions_are_the_same_whatever_signs_and_noise_the_processor_leaves() -> None:
+    rows = torch.randn(30, 40, generator=torch.Generator().manual_seed(1))  # of rank 30: nothing varies along ten of the directions
+    rows -= rows.mean(0)
+    covariance = rows.T @ rows
+    values, directions = principal(covariance, 64)
+    again = principal(covariance * (1 + 1e-6 * torch.randn(40, 40, generator=torch.Generator().manual_seed(2))), 64)
+    assert len(values) == len(again[0]) == 29
+    assert torch.allclose(directions, again[1], atol=1e-3)
+    assert torch.allclose(directions @ directions.T, torch.eye(29), atol=1e-4)
+    expected = torch.linalg.svd(rows)[1][:29] ** 2
+    assert torch.allclose(values, expected, rtol=1e-3)
+    assert len(principal(covariance, 5)[0]) == 5
+
+
+def test_label_features_keep_no_direction_in_which_no_query_differs() -> None:
+    combiner = ByLabel(40, 3, 20)
+    left = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
+    combiner.prepare(Groups(left, None, torch.zeros(8, 3, 0), torch.ones(8, 3, dtype=torch.bool)))
+    assert int(combiner.project.square().sum(1).gt(0).sum()) == 7

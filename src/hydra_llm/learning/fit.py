@@ -19,7 +19,7 @@ from torch import Tensor
 from hydra_llm.learning.calibrate import HeldOut, calibrate, weigh_picks
 from hydra_llm.learning.kernel import learn_kernel, remember_users
 from hydra_llm.learning.solve import Problem, head_problem, in_basis, losses, solve
-from hydra_llm.learning.table import Table, chunks_of_users, folds
+from hydra_llm.learning.table import Cut, Table, chunks_of_users, folds
 from hydra_llm.model.heads import KernelBank, LinearBank, LowRankBank
 from hydra_llm.model.scorer import FactorizedScorer
 
@@ -28,6 +28,10 @@ PRECISIONS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 EVIDENCE_RIDGES = (1.0, 10.0, 100.0, 1000.0)
 SMALL_TABLE = 2000
 """Groups above which a handful of evidence weights need no choice of ridge."""
+FOLDS = 3
+"""Parts of the users who take turns as those whom the base has not seen."""
+TINY_TABLE, TINY_FOLDS = 300, 10
+"""Up to so many groups there are more parts: a base without a third of them would be far from the one that serves."""
 
 
 @dataclass
@@ -163,7 +167,7 @@ def _with_bias(scorer: FactorizedScorer, basis: Tensor) -> Tensor:
     return basis if scorer.loss == "listwise" else torch.cat([basis, basis.new_zeros(len(basis), 1)], 1)
 
 
-def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count: int = 3, unseen: Sequence[str] = ()) -> FitReport:
+def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, unseen: Sequence[str] = ()) -> FitReport:
     """Choose the strengths, fit base and heads of every user of the table, calibrate. `combiner.prepare` must have run.
 
     `unseen` are the users from whom a trained combiner has not learned: only they can tell what helps a new user. Without
@@ -176,7 +180,8 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     names = plain.names()
     scorer.enrol(names)
     report = FitReport(users=len(names), groups=len(plain))
-    parts = [list(unseen)] if unseen else folds(names, min(fold_count, len(names)), seed) if len(names) > 1 else []
+    count = FOLDS if len(plain) > TINY_TABLE else TINY_FOLDS
+    parts = [list(unseen)] if unseen else folds(names, min(count, len(names)), seed) if len(names) > 1 else []
     splits = [Split(train, part) for part in parts if len(train := plain.of(sorted(set(names) - set(part))))]
     if splits:
         _choose_strengths(scorer, plain, splits, report)
@@ -188,7 +193,7 @@ def fit_all(scorer: FactorizedScorer, table: Table, *, seed: int = 0, fold_count
     if isinstance(scorer.bank, KernelBank):
         learn_kernel(scorer, plain, splits, base_of)
     if splits:
-        judge(scorer, _held_out(scorer, plain, splits, base_of, Table.split_late), report)
+        judge(scorer, _held_out(scorer, plain, splits, base_of, Table.split_steps), report)
         judged = _held_out(scorer, table, splits, base_of, Table.split_voted)
         calibrate(scorer, judged, report)
         weigh_picks(scorer, judged, report)
@@ -225,9 +230,9 @@ def _choose_strengths(scorer: FactorizedScorer, plain: Table, splits: Sequence[S
     totals = dict.fromkeys(PRECISIONS, 0.0)
     for train, part in splits:
         fit_base(scorer, train, report.ridge, report.evidence_ridge)
-        early, late = plain.of(part).split_late()
-        for precision in PRECISIONS:
-            totals[precision] += _late_loss(scorer, late, solve_deltas(scorer, early, part, precision) if len(early) else {})
+        for early, late in plain.of(part).split_steps():
+            for precision in PRECISIONS:
+                totals[precision] += _late_loss(scorer, late, solve_deltas(scorer, early, part, precision) if len(early) else {})
     report.precision = min(totals, key=lambda key: totals[key])
 
 
@@ -279,18 +284,18 @@ def _held_out(
     table: Table,
     splits: Sequence[Split],
     base_of: Callable[[Table], None],
-    cut: Callable[[Table], tuple[Table, Table]],
+    cut: Callable[[Table], list[Cut]],
 ) -> list[HeldOut]:
     """Each part's later groups, as `cut` parts them."""
     found = []
     for train, part in splits:
-        early, late = cut(table.of(part))
-        if len(late):
-            base_of(train)
-            _ready(scorer, train)
-            fit_heads(scorer, early, part)
-            nobody = torch.full((len(late),), -1)
-            found.append(HeldOut(late, scorer.core(late.groups, nobody), scorer.core(late.groups, scorer.rows(late.users))))
+        base_of(train)
+        _ready(scorer, train)
+        for early, late in cut(table.of(part)):
+            if len(late):
+                fit_heads(scorer, early, part)
+                nobody = torch.full((len(late),), -1)
+                found.append(HeldOut(late, scorer.core(late.groups, nobody), scorer.core(late.groups, scorer.rows(late.users))))
     return found
 
 

@@ -16,6 +16,11 @@ from hydra_llm.model.features import FeatureStore
 from hydra_llm.model.scorer import Loss
 from hydra_llm.types import LabelledGroup
 
+FEW = 6
+"""Groups of a user, up to which each one is predicted from those before it: a third of three says next to nothing."""
+Cut = tuple["Table", "Table"]
+"""Groups that teach, and later ones of the same users that judge."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -50,7 +55,7 @@ class Table:
     def only_voted(self, voted: bool) -> "Table":
         return self.take((self.voted == voted).nonzero()[:, 0])
 
-    def split_late(self, share: float = 0.3) -> tuple["Table", "Table"]:
+    def split_late(self, share: float = 0.3) -> Cut:
         """Each user's earlier and later groups: heads are judged on what came after what they were fitted on."""
         early: list[int] = []
         late: list[int] = []
@@ -59,15 +64,29 @@ class Table:
             early, late = early + index[:cut], late + index[cut:]
         return self.take(early), self.take(late)
 
-    def split_voted(self) -> tuple["Table", "Table"]:
-        """What came before each user's first voted group, and the voted groups; `split_late` where all or none are voted."""
+    def split_steps(self) -> list[Cut]:
+        """Of users with few groups each one counts: their first groups with none before them, their second ones, and so on; `split_late`
+        where somebody has more than `FEW`.
+        """
+        own = list(self.by_user().values())
+        most = max(map(len, own), default=0)
+        if most > FEW:
+            return [self.split_late()]
+        steps = range(most)
+        return [
+            (self.take([i for index in own for i in index[:step]]), self.take([index[step] for index in own if len(index) > step]))
+            for step in steps
+        ]
+
+    def split_voted(self) -> list[Cut]:
+        """What came before each user's first voted group, and the voted groups; `split_steps` where all or none are voted."""
         if bool(self.voted.all()) or not bool(self.voted.any()):
-            return self.split_late()
+            return self.split_steps()
         first: dict[str, int] = {}
         for user, position in zip(self.users, torch.where(self.voted, self.positions, torch.iinfo(torch.long).max).tolist(), strict=True):
             first[user] = min(first.get(user, position), position)
         before = [i for i, user in enumerate(self.users) if not self.voted[i] and self.positions[i] < first[user]]
-        return self.take(before), self.only_voted(True)
+        return [(self.take(before), self.only_voted(True))]
 
     def seen(self) -> dict[str, int]:
         """How many of each user's records a head knows that was fitted on these groups: the last query's own answer is among them."""

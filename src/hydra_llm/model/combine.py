@@ -92,11 +92,10 @@ class Tower(PairCombiner):
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:20_000]]
         self.mean = rows.mean(0)
         centred = rows - self.mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(rows) - 1))
-        top = min(self.size, int((values > 1e-6 * values[-1].clamp_min(1e-12)).sum()))
+        values, directions = principal(centred.T @ centred / max(1, len(rows) - 1), self.size)
         with torch.no_grad():
             self.layer.bias.zero_()
-            self.layer.weight[:top] = vectors.T.flip(0)[:top] / (2 * values.flip(0)[:top, None].sqrt())
+            self.layer.weight[: len(values)] = directions / (2 * values[:, None].sqrt())
 
     @staticmethod
     def _joined(groups: Groups) -> Tensor:
@@ -140,6 +139,7 @@ class ByLabel(nn.Module):
     """
 
     kind = "label"
+    project: Tensor
 
     def __init__(self, width: int, labels: int, rank: int):
         super().__init__()
@@ -156,9 +156,10 @@ class ByLabel(nn.Module):
     def prepare(self, groups: Groups) -> None:
         centred = groups.left - groups.left.mean(0)
         self.mean = groups.left.mean(0)
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        _, directions = principal(centred.T @ centred, self.rank)
         # A unit vector of MiniLM has components of about 1/sqrt(D): times sqrt(D)/5, one direction moves a score as much as the constant
-        self.project = vectors.T.flip(0)[: self.rank].contiguous() * (self.width**0.5 / 5)
+        self.project = torch.zeros_like(self.project)
+        self.project[: len(directions)] = directions * (self.width**0.5 / 5)
 
     def dot(self, x: Tensor, v: Tensor) -> Tensor:
         """x [U, G, rank + 1], v [U, V] → scores [U, G, labels]."""
@@ -173,6 +174,18 @@ class ByLabel(nn.Module):
 
 
 Combiner = Tower | Cross | ByLabel
+
+
+def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues [K] of a covariance [D, D] and their directions [K, D], K ≤ most; none along which nothing varies.
+
+    A direction's sign is arbitrary and differs between processors: the component that is farthest from 0 is positive here, so that
+    training that starts at random is the same on all of them.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    count = min(most, int((values > 1e-6 * values[-1].clamp_min(1e-12)).sum()))
+    values, directions = values.flip(0)[:count], vectors.T.flip(0)[:count]
+    return values, directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
 
 
 def make_combiner(config: dict[str, Any]) -> Combiner:
