@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from hydra_llm.learning.solve import Problem, _objective, head_problem, in_basis, losses, slope, solve
+from hydra_llm.learning.solve import Problem, _objective, descend, head_problem, in_basis, losses, slope, solve
 from hydra_llm.model.combine import ByLabel, Cross
 from hydra_llm.model.scorer import Loss
 
@@ -164,3 +164,22 @@ def test_a_user_without_groups_and_an_infinite_precision_give_the_shared_head(lo
     assert found[0].any()
     assert not solve(problem, float("inf")).any()
     assert solve(problem, 1e12).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("known", ["exactly", "badly"])
+def test_descent_finds_scipys_minimum_however_well_the_curvature_is_known(loss: Loss, known: str) -> None:
+    problem, phi = problem_of(loss, users=1, groups=12, seed=3, scale=2.0)
+    precision = torch.linspace(0.05, 2.0, problem.size, dtype=torch.float64)
+    zero = torch.zeros(problem.size, dtype=torch.float64)
+    bent = torch.autograd.functional.hessian(lambda v: _objective(v[None], problem, precision).sum(), zero)
+    inverse = torch.linalg.inv(bent) if known == "exactly" else torch.diag(torch.logspace(-2, 1, problem.size, dtype=torch.float64))
+    expected = by_scipy(problem, phi, precision)
+    assert descend(problem, precision, lambda r: r @ inverse, tolerance=1e-9).numpy() == pytest.approx(expected, abs=1e-5)
+    assert descend(problem, precision, lambda r: r @ inverse).numpy() == pytest.approx(expected, abs=2e-3)  # as feedback calls it
+
+
+def test_descent_stands_still_where_nothing_can_be_gained() -> None:
+    problem, _ = problem_of("listwise", users=1)
+    precision = torch.full((problem.size,), 1e12, dtype=torch.float64)
+    assert descend(problem, precision, lambda r: r / precision).abs().max() < 1e-6

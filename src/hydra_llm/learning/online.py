@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hydra_llm.learning.solve import Apply, Problem, in_basis, slope, solve
+from hydra_llm.learning.solve import Apply, Problem, descend, in_basis, slope, solve
 from hydra_llm.learning.table import Table
 from hydra_llm.model.heads import LinearBank, LowRankBank
 from hydra_llm.model.scorer import FactorizedScorer
@@ -60,13 +60,14 @@ def moved(scorer: FactorizedScorer, row: int, known: int, judged: Table) -> Tens
     if combiner.kind == "label":
         return fitted + curvature.turn(solve(turned, precision))[0]
     rows = (x @ bank.basis.T if isinstance(bank, LowRankBank) else x) @ curvature.right_vectors
-    explicit = replace(turned, dot=lambda v: torch.einsum("gch,uh->ugc", rows, v), outer=lambda r: torch.einsum("gch,ugc->uh", rows, r))
-    return fitted + curvature.turn(solve(explicit, precision, inverse=_inverse(explicit, rows, precision)))[0]
+    flat = rows.flatten(0, 1)
+    explicit = replace(turned, dot=lambda v: (flat @ v[0]).view(problem.offset.shape), outer=lambda r: (r.flatten() @ flat)[None])
+    return fitted + curvature.turn(descend(explicit, precision, _inverse(explicit, rows, precision)))[0]
 
 
 def _inverse(problem: Problem, rows: Tensor, precision: Tensor) -> Apply:
     """The inverse of the objective's second derivative at the fitted head, for pairs with features `rows` [G, C, V]: it hardly changes on
-    the way, so that a few steps are enough where a pair's features are as wide as the encoder (cross).
+    the way, so that a few gradients are enough where a pair's features are as wide as the encoder (cross).
     """
     _, second = slope(problem.offset, problem)
     bent = second(rows.permute(2, 0, 1)).flatten(1) @ rows.flatten(0, 1)

@@ -2,8 +2,9 @@
 
     minimise over δ   Σ_g loss(target_g, offset_g + φ_g·δ) + ½ Σ λ δ²
 
-Newton's method; each step's linear system is solved by conjugate gradients, so that no V×V matrix is ever formed and label
+`solve`: Newton's method; each step's linear system is solved by conjugate gradients, so that no V×V matrix is ever formed and label
 features stay compressed. All users of a call advance together; one that has converged stands still.
+`descend`: L-BFGS, for one user whose second derivative is about known: a few gradients are all that it takes.
 
 Letters: U users, G groups (padded), C candidates, V length of a head. Knows no texts, users' names or files.
 """
@@ -18,6 +19,10 @@ from hydra_llm.model.combine import Combiner
 from hydra_llm.model.scorer import Loss
 
 Apply = Callable[[Tensor], Tensor]
+TOLERANCE = 1e-4
+"""Of the gradient's largest entry, beside that at δ = 0 (or beside 1, if that is larger)."""
+MEMORY = 8
+"""Steps whose change of gradient `descend` remembers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +91,10 @@ def slope(scores: Tensor, problem: Problem) -> tuple[Tensor, Apply]:
     return mass * p - target * mask, lambda u: mass * p * (u - (p * u).sum(-1, keepdim=True))
 
 
-def solve(problem: Problem, precision: float | Tensor, *, steps: int = 25, tolerance: float = 1e-4, inverse: Apply | None = None) -> Tensor:
+def solve(problem: Problem, precision: float | Tensor, *, steps: int = 25, tolerance: float = TOLERANCE) -> Tensor:
     """The minimiser [U, V] of each problem under a Gaussian prior N(0, 1/precision) (a number, or one per coordinate [V]).
 
-    `inverse`: about the inverse of the objective's second derivative, [U, V] → [U, V]; with it the linear systems take fewer steps.
-    Stops for a user when the gradient's largest entry is below `tolerance` times that at δ = 0 (or 1, if that is larger).
+    Stops for a user when the gradient is small, see `TOLERANCE`.
     """
     U, size = len(problem.offset), problem.size
     v = problem.offset.new_zeros(U, size)
@@ -105,7 +109,7 @@ def solve(problem: Problem, precision: float | Tensor, *, steps: int = 25, toler
         if not active.any():
             break
         hessian = lambda d, c=curvature: problem.outer(c(problem.dot(d))) + precision * d  # noqa: E731
-        step = _conjugate_gradients(hessian, -gradient * active[:, None], inverse)
+        step = _conjugate_gradients(hessian, -gradient * active[:, None])
         v, value = _search(v, step, value, gradient, problem, precision)
     return v
 
@@ -115,22 +119,67 @@ def _objective(v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor
     return fit + 0.5 * (precision * v * v).sum(-1)
 
 
-def _conjugate_gradients(hessian: Apply, b: Tensor, inverse: Apply | None = None, *, steps: int = 40, tolerance: float = 1e-2) -> Tensor:
-    """Solve hessian(x) = b for each user [U, V], preconditioned by `inverse`; inexact, as Newton's method allows."""
-    x, r = torch.zeros_like(b), b.clone()
-    z = r if inverse is None else inverse(r)
-    p, rz = z.clone(), (r * z).sum(-1)
-    stop = (b * b).sum(-1) * tolerance**2
+def descend(problem: Problem, precision: Tensor, inverse: Apply, *, steps: int = 200, tolerance: float = TOLERANCE) -> Tensor:
+    """What `solve` finds for one user [1, V], by L-BFGS (Nocedal and Wright, Numerical Optimization, algorithm 7.5).
+
+    `inverse` is about the inverse of the objective's second derivative, [1, V] → [1, V]: a step has the right direction from the first on.
+    """
+    v = problem.offset.new_zeros(1, problem.size)
+    value, gradient = _value_and_gradient(v, problem, precision)
+    floor = float(gradient.abs().max().clamp_min(1.0)) * tolerance
+    past: list[tuple[Tensor, Tensor, float]] = []
     for _ in range(steps):
-        going = (r * r).sum(-1) > stop
+        if float(gradient.abs().max()) <= floor:
+            break
+        step = -_bent(gradient, past, inverse)
+        size, slope = 1.0, float((gradient * step).sum())
+        for _ in range(12):  # halved until the objective falls, as in `_search`
+            found, after = _value_and_gradient(v + size * step, problem, precision)
+            if found <= value + 1e-4 * size * slope + 1e-6 * abs(value):
+                break
+            size /= 2
+        moved, change = size * step, after - gradient
+        curvature = float((moved * change).sum())
+        if curvature <= 0 or found > value + 1e-6 * abs(value):  # rounding is all that is left
+            break
+        v, value, gradient = v + moved, found, after
+        past = [*past[1 - MEMORY :], (moved, change, 1 / curvature)]
+    return v
+
+
+def _value_and_gradient(v: Tensor, problem: Problem, precision: Tensor) -> tuple[float, Tensor]:
+    scores = problem.offset + problem.dot(v)
+    pull = precision * v
+    fit = losses(scores, problem.target, problem.mask, problem.loss).sum() + 0.5 * (pull * v).sum()
+    return float(fit), problem.outer(slope(scores, problem)[0]) + pull
+
+
+def _bent(gradient: Tensor, past: list[tuple[Tensor, Tensor, float]], inverse: Apply) -> Tensor:
+    """The gradient times the inverse second derivative as the past steps have corrected it (ibid., algorithm 7.4)."""
+    shares = []
+    for moved, change, rate in reversed(past):
+        shares.append(rate * float(moved[0] @ gradient[0]))
+        gradient = gradient - shares[-1] * change
+    gradient = inverse(gradient)
+    for (moved, change, rate), share in zip(past, reversed(shares), strict=True):
+        gradient = gradient + moved * (share - rate * float(change[0] @ gradient[0]))
+    return gradient
+
+
+def _conjugate_gradients(hessian: Apply, b: Tensor, *, steps: int = 40, tolerance: float = 1e-2) -> Tensor:
+    """Solve hessian(x) = b for each user [U, V]; inexact, as Newton's method allows."""
+    x, r = torch.zeros_like(b), b.clone()
+    p, rr = r.clone(), (b * b).sum(-1)
+    stop = rr * tolerance**2
+    for _ in range(steps):
+        going = rr > stop
         if not going.any():
             break
         hp = hessian(p)
-        alpha = torch.where(going, rz / (p * hp).sum(-1).clamp_min(1e-30), 0.0)[:, None]
+        alpha = torch.where(going, rr / (p * hp).sum(-1).clamp_min(1e-30), 0.0)[:, None]
         x, r = x + alpha * p, r - alpha * hp
-        z = r if inverse is None else inverse(r)
-        new = (r * z).sum(-1)
-        p, rz = z + (new / rz.clamp_min(1e-30))[:, None] * p, torch.where(going, new, rz)
+        new = (r * r).sum(-1)
+        p, rr = r + (new / rr.clamp_min(1e-30))[:, None] * p, torch.where(going, new, rr)
     return x
 
 

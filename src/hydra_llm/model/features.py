@@ -67,7 +67,7 @@ class FeatureStore:
     def missing(self, texts: Sequence[str]) -> int:
         """How many of these texts would have to be encoded."""
         digest = self.encoder.digest.encode()
-        keys = list({_key(digest, (text,)) for text in texts})
+        keys = list(set(_keys(digest, [(text,) for text in texts])))
         with self._lock:
             return len(keys) - len(self._recall(keys))
 
@@ -106,7 +106,7 @@ class FeatureStore:
     def _rows(self, items: Sequence[Item], encode: Callable[[list[Item]], np.ndarray], keep: bool | None = None) -> np.ndarray:
         """The features of items, [B, H]; those that are missing are encoded once each."""
         digest = self.encoder.digest.encode()
-        keys = [_key(digest, item) for item in items]
+        keys = _keys(digest, items)
         wanted = dict(zip(keys, items, strict=True))
         with self._lock:
             found = self._recall(list(wanted))
@@ -233,5 +233,7 @@ def _hashes(item: Item) -> tuple[bytes, bytes | None]:
     return _hash(item[0]), _hash(item[1]) if len(item) == 2 else None
 
 
-def _key(digest: bytes, item: Item) -> bytes:
-    return hashlib.sha256(b"".join([digest, *(_hash(text) for text in item)])).digest()
+def _keys(digest: bytes, items: Sequence[Item]) -> list[bytes]:
+    """Of each item; a text that stands in many pairs is hashed once."""
+    hashes = {text: _hash(text) for text in {text for item in items for text in item}}
+    return [hashlib.sha256(b"".join([digest, *(hashes[text] for text in item)])).digest() for item in items]
