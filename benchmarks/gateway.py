@@ -34,6 +34,8 @@ from measure import Limit, finish, milliseconds, options
 from people import HEADLINE, LABELS, people, words
 
 LATENCY = 0.05
+SLOW = 40
+"""Requests a second that a slower proxy keeps up with as well: at more than it can do, its latency is its queue's."""
 KEPT = 50
 """Users whose records' features are kept, as after a fit."""
 HERE = Path(__file__).parent
@@ -72,8 +74,10 @@ def main() -> None:
         ]
     if "litellm" in result:
         most, theirs = result["passed through, most"]["per_s"], result["litellm, most"]["per_s"]
+        slow = {name: result[f"{name}, {SLOW} a second"]["added_p50"] for name in ("passed through", "litellm")}
         limits += [
             Limit("added p50 beside LiteLLM's", added["added_p50"] / result["litellm"]["added_p50"], 0.5),
+            Limit("the same at a rate that both keep up with", slow["passed through"] / slow["litellm"], 0.5),
             Limit("throughput beside LiteLLM's", most / theirs, 2, at_least=True),
         ]
     finish(given, {"series": result}, lines, limits)
@@ -91,6 +95,7 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
         with server([str(COMMAND), "serve", *flags], environment, "/health/readiness") as gateway:
             await steady(chat(gateway, None), 50, 2)
             out["passed through"] = minus(await steady(chat(gateway, None), 100, given.seconds), direct)
+            out[f"passed through, {SLOW} a second"] = minus(await steady(chat(gateway, None), SLOW, given.seconds), direct)
             out["passed through, most"] = await flat_out(chat(gateway, None), given.seconds)
             names = [f"person{i}" for i in range(given.users)]
             out["cold"] = minus(await one_by_one([chat(gateway, name) for name in names[:KEPT]]), direct)
@@ -110,6 +115,7 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
             with server([str(given.litellm), "--config", str(config), "--host", "127.0.0.1"], open_door, "/health/liveliness") as proxy:
                 await steady(chat(proxy, None), 20, 3)
                 out["litellm"] = minus(await steady(chat(proxy, None), 100, given.seconds), direct)
+                out[f"litellm, {SLOW} a second"] = minus(await steady(chat(proxy, None), SLOW, given.seconds), direct)
                 out["litellm, most"] = await flat_out(chat(proxy, None), given.seconds)
     return dict(out)
 
@@ -281,8 +287,10 @@ async def soak(gateway: str, names: list[str], seconds: float, at_once: int = 20
             try:
                 await ask(http)
                 counts["answered"] += 1
-            except httpx2.HTTPError:
+            except httpx2.HTTPError as error:
                 counts["failed"] += 1
+                told = error.response.text if isinstance(error, httpx2.HTTPStatusError) else ""
+                print(f"failed: {error!r} {told}", file=sys.stderr, flush=True)
 
     async def look() -> None:
         while time.perf_counter() < ends:

@@ -179,6 +179,24 @@ async def test_one_good_candidate_is_enough(store: Store, bundles: dict[str, Pat
             assert made.choices[0].message.content == "good"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_kept_connection_that_the_upstream_closes_costs_no_answer(store: Store, stream: bool) -> None:
+    good = stream_that(framed(said("whole", "stop"), b"")) if stream else whole(200, GOOD)
+    async with upstream_of(good, hang_up, good, hang_up, hang_up, good) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+
+        async def ask() -> None:
+            made = await world.sdk().chat.completions.create(model="m", messages=MESSAGES, stream=stream)
+            if stream:
+                assert [chunk.choices[0].delta.content async for chunk in made] == ["half ", "whole"]
+
+        await ask()
+        await ask()  # the second one met a closed door, and was let in by another
+        with pytest.raises(openai.APIError, match="cannot be reached"):  # twice is no coincidence
+            await ask()
+        await ask()
+
+
 async def heard_of(client: openai.AsyncOpenAI, heard: list[str | None]) -> None:
     """Note what a stream says, as it comes."""
     async for chunk in await client.chat.completions.create(model="m", messages=MESSAGES, stream=True, user="ada"):

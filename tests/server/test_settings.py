@@ -33,20 +33,22 @@ def test_every_setting_is_in_the_documentation_with_what_it_does() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "tags"])
-async def test_as_many_records_are_retrieved_as_was_said(store: Store, bundles: dict[str, Path], name: str | None) -> None:
-    """By the request, else by the gateway's setting, else as the bundle was learned, or 10."""
+async def test_as_many_records_are_retrieved_and_shown_as_was_said(store: Store, bundles: dict[str, Path], name: str | None) -> None:
+    """By the request, else by the gateway's setting, else as the bundle was learned, or 10 and 4."""
     store.add_records("ada", records_of("ada"))
     bundle = bundles[name] if name else None
 
-    async def shown(k: int | None, **settings: Any) -> int:
-        async with running(store, bundle, k=20, candidates=1, **settings) as world:
-            answer = await world.ask(QUESTION, personalization={"k": k})
+    async def shown(asked: int | None, **settings: Any) -> int:
+        async with running(store, bundle, **{"k": 20, "candidates": 1, **settings}) as world:
+            answer = await world.ask(QUESTION, personalization={"k": asked})
             return len(answer.json()["personalization"]["records"])
 
     assert await shown(None) == (4 if name else 10)
     assert await shown(None, retrieved=7) == 7
     assert await shown(15, retrieved=7) == 15
     assert await shown(3, retrieved=7) == 3
+    assert await shown(None, k=None) == (2 if name else 4)
+    assert await shown(3, k=None) == 3
 
 
 def served(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> uvicorn.Config:

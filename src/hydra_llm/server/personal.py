@@ -110,7 +110,7 @@ class Gateway:
         found = await self._found(serving, user, question, wishes.k or 0)
         if isinstance(found, str):
             return as_it_is(found)
-        k = self.settings.k if wishes.k is None else wishes.k
+        k = serving.settings.k if wishes.k is None else wishes.k
         ask = partial(_in_its_words, serving.task) if within else str
         placed, shown = place(body["messages"], found.ranked[:k], placement=self.settings.placement, max_tokens=self._room, ask=ask)
         wanted = wishes.candidates or self.settings.candidates

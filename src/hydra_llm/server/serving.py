@@ -83,7 +83,7 @@ def open_serving(store: Store, reads: PatientReads, folder: str | Path | None, s
     Raises:
         BundleError: it is not there, damaged, or newer.
     """
-    asked = {} if settings.retrieved is None else {"retrieved": settings.retrieved}
+    asked = {name: wanted for name in ("retrieved", "k") if (wanted := getattr(settings, name)) is not None}
     if folder is None:
         plain, people = here.model_copy(update={"parsing": "strict", **asked}), People(store, None, settings.users_in_memory)
         null, together = (make_retriever("bm25"), KeepOrder(), FirstCandidate()), Together(None, settings.waiting)

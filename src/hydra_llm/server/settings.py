@@ -21,8 +21,8 @@ class ServeSettings(Given):
     retrieved: int | None = Field(default=None, ge=0)
     """Records that are retrieved and reranked; None is as many as the bundle was learned with, and 10 without one. A request that wants
     more in its prompt has as many."""
-    k: int = Field(default=4, ge=0)
-    """Of them, how many stand in the prompt."""
+    k: int | None = Field(default=None, ge=0)
+    """Of them, how many stand in the prompt; None is as many as the bundle was learned with, and 4 without one."""
     candidates: int = Field(default=8, ge=1, le=64)
     """Answers among which the adapter picks, where a bundle is in use: the caller's own request, and samples."""
     temperature: float = Field(default=0.5, ge=0, le=2)

@@ -5,7 +5,8 @@
     models    what there is
 
 Bodies pass as they are: what this program does not know, the endpoint may. The URL comes from settings, never from a request, and
-the caller's key goes nowhere. No retries here: the caller's SDK does them. Knows no users.
+the caller's key goes nowhere. No retries here, the caller's SDK does them, but for requests that met a connection which the endpoint
+was about to close. Knows no users.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from secrets import token_hex
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
@@ -28,6 +30,10 @@ from hydra_llm.types import Generation, Usage
 
 AS_JSON = {"content-type": "application/json"}
 OPENAI_URL = "https://api.openai.com/v1"
+IDLE = 4.0
+"""Seconds that a connection is kept for the next request: less than common servers keep it, who would close it amid a request."""
+CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
+"""How a request ends on a connection that the endpoint is about to close."""
 STRAIGHT_THROUGH = (
     "retry-after",
     "retry-after-ms",
@@ -87,7 +93,7 @@ class HttpUpstream:
     """An OpenAI-compatible endpoint."""
 
     def __init__(self, base_url: str, key: str, *, timeout: float, transport: httpx2.AsyncBaseTransport | None = None):
-        limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200)
+        limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=IDLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.AsyncClient(
             base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout, limits=limits, transport=transport
@@ -101,7 +107,7 @@ class HttpUpstream:
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         try:
-            async with self._client.stream("POST", "chat/completions", content=json.dumps(body), headers=AS_JSON) as response:
+            async with self._answering("POST", "chat/completions", body) as response:
                 if response.status_code >= 300:
                     raise _error_of(response.status_code, await response.aread(), response.headers)
                 if "json" in response.headers.get("content-type", ""):
@@ -126,9 +132,25 @@ class HttpUpstream:
     async def aclose(self) -> None:
         await self._client.aclose()
 
+    @asynccontextmanager
+    async def _answering(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[httpx2.Response]:
+        """A response that has begun. Whose connection ends before that is sent once more: the endpoint may have closed a kept one just
+        when the request was on its way.
+        """
+        request = self._client.build_request(method, path, content=None if body is None else json.dumps(body), headers=AS_JSON)
+        try:
+            response = await self._client.send(request, stream=True)
+        except CUT:
+            response = await self._client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            response = await self._client.request(method, path, content=None if body is None else json.dumps(body), headers=AS_JSON)
+            async with self._answering(method, path, body) as response:
+                await response.aread()
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _unreached(error) from None
         if response.status_code >= 300:

@@ -1,0 +1,135 @@
+"""What the adapter learns from a few labelled queries of texts: with small lessons judged whole, and as it was before.
+
+    python benchmarks/small_lessons.py DATA --llm SPEC [--users 20] [--new 17] [--splits 6] [--set NAME=VALUE] [--json]
+
+The measurement behind two constants (`learning.fit.TINY_FOLDS`, `learning.table.FEW`), on training users and on new users' histories alone,
+never on their queries. All of them have groups of candidates, as learning and fitting make them (`--llm replay:FILE` asks nobody). In each
+split as many as there are training users, by lot, teach a base, and the others judge: all their groups under the shared head, and each
+group by a head of those before it. Printed are the mean cross-entropy and gain of the picks; `before` is the same with folds of a third of
+the users and the last third of each user's groups. Equal shares and the first candidates stand beside them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from measure import finish, options
+from torch import Tensor
+
+from hydra_llm.adapt import select
+from hydra_llm.bundle import Bundle
+from hydra_llm.cli.options import given as setting_pairs
+from hydra_llm.config import load_settings
+from hydra_llm.datasets.native import load
+from hydra_llm.learning.api import fit, learn
+from hydra_llm.learning.fit import fit_all, fit_heads
+from hydra_llm.learning.pairs import adapter_groups, training_queries
+from hydra_llm.learning.solve import losses
+from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_table
+from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.spec import open_llm
+from hydra_llm.model.combine import Tower
+from hydra_llm.model.heads import make_bank
+from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.types import Candidate, LabelledGroup
+
+Row = tuple[float, float]
+"""Cross-entropy and gain of the pick of one group."""
+BEFORE = {"hydra_llm.learning.fit.TINY_TABLE": 0, "hydra_llm.learning.table.FEW": 0}
+
+
+def main() -> None:
+    parser = options(__doc__, runs=1)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--llm", required=True)
+    parser.add_argument("--users", type=int, default=20, help="training users")
+    parser.add_argument("--new", type=int, default=17, help="new users, whose histories are used and whose queries are not")
+    parser.add_argument("--splits", type=int, default=6)
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any setting, as the commands take it")
+    given = parser.parse_args()
+    bundle, groups = lessons(given)
+    names = list(dict.fromkeys(group.user for group in groups))
+    found: dict[str, list[Row]] = {}
+    for split in range(given.splits):
+        order = np.random.default_rng(given.seed + split).permutation(len(names))
+        teachers, judges = ({names[i] for i in part} for part in (order[: given.users], order[given.users :]))
+        parts = [[group for group in groups if group.user in part] for part in (teachers, judges)]
+        for kind, constants in (("before", BEFORE), ("now", {})):
+            for way, rows in judged(bundle, *parts, constants, given.seed + split).items():
+                found.setdefault(f"{kind}, {way}" if kind == "before" or way.endswith("head") else way, []).extend(rows)
+    report(given, found, len(names), len(groups))
+
+
+def lessons(given: argparse.Namespace) -> tuple[Bundle, list[LabelledGroup]]:
+    """A learned bundle with the new users' reranker heads, and everybody's groups of candidates, in a table's order."""
+    settings = load_settings(**setting_pairs(given.set, users=given.users, seed=given.seed))
+    data = load(given.data)
+    llm, new = open_llm(given.llm, settings), data.users("test")[: given.new]
+    bundle = fit(data, learn(data, llm, settings).bundle, llm, users=new).bundle
+    people = [*bundle.trained_on, *new]
+    queries = [q for user in people for q in training_queries(bundle.task, bundle.records[user], settings.queries_per_user)]
+    door = bundle.personalizer(llm, adapt=False)
+    return bundle, in_table_order(run_sync(lambda: adapter_groups(door, bundle.evidence, queries)).groups())
+
+
+def judged(
+    bundle: Bundle, teaching: Sequence[LabelledGroup], judging: Sequence[LabelledGroup], constants: dict[str, int], seed: int
+) -> dict[str, list[Row]]:
+    """The judges' groups by a base that the teachers taught: under the shared head, by own heads, and without any scorer."""
+    combiner = Tower(bundle.store.encoder.width, bundle.settings.width)
+    scorer = FactorizedScorer(combiner, make_bank("linear", combiner), bundle.evidence.adapter_names)
+    train, late = (table_of(bundle, scorer, groups, gain_spread(teaching)) for groups in (teaching, judging))
+    combiner.prepare(train.groups)
+    with ExitStack() as stack:
+        for name, value in constants.items():
+            stack.enter_context(patch(name, value))
+        fit_all(scorer, train, seed=seed)
+    told = {"equal shares": rows_of(bundle, late, torch.zeros_like(late.gains), judging)}
+    told["first candidate"] = [(float("nan"), group.gains[0]) for group in judging if len(set(group.gains)) > 1]
+    told["shared head"] = rows_of(bundle, late, calibrated(scorer, late, own=False), judging)
+    told["own head"] = []
+    for before, after in late.split_steps():
+        fit_heads(scorer, before, late.names())
+        places = {(user, int(place)) for user, place in zip(after.users, after.positions, strict=True)}
+        own = [group for group in judging if (group.user, group.position) in places]
+        told["own head"] += rows_of(bundle, after, calibrated(scorer, after, own=True), own)
+    return told
+
+
+def table_of(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], spread: float) -> Table:
+    return make_table(bundle.store, scorer.combiner, groups, rule=bundle.settings.label_rule, loss=scorer.loss, spread=spread)
+
+
+@torch.no_grad()
+def calibrated(scorer: FactorizedScorer, table: Table, *, own: bool) -> Tensor:
+    rows = scorer.rows(table.users) if own else torch.full((len(table),), -1)
+    return scorer.scale * scorer.core(table.groups, rows)
+
+
+def rows_of(bundle: Bundle, table: Table, scores: Tensor, groups: Sequence[LabelledGroup]) -> list[Row]:
+    """Of each group in which candidates differ in worth."""
+    assert table.groups.target is not None
+    found = losses(scores, table.groups.target, table.groups.mask, "listwise").tolist()
+    rows = []
+    for loss, score, group in zip(found, scores, groups, strict=True):
+        if len(set(group.gains)) > 1:
+            own = score[: len(group.rights)]
+            candidates = [Candidate(text, text) for text in group.rights]
+            pick = select(bundle.task, candidates, own.numpy(), own.softmax(-1).numpy(), bundle.settings.select)
+            rows.append((loss, group.gains[pick]))
+    return rows
+
+
+def report(given: argparse.Namespace, found: dict[str, list[Row]], users: int, groups: int) -> None:
+    rows = {name: dict(zip(("loss", "gain"), np.mean(each, axis=0).tolist(), strict=True)) for name, each in found.items()}
+    lines = [f"{groups} groups of {users} users, {given.splits} splits: {given.users} teach, {users - given.users} judge"]
+    lines += [f"{name:<20} cross-entropy {row['loss']:.4f}   pick {row['gain']:.4f}" for name, row in rows.items()]
+    finish(given, {"rows": rows, "users": users, "groups": groups}, lines, [])
+
+
+if __name__ == "__main__":
+    main()
