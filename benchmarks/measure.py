@@ -80,7 +80,8 @@ def finish(given: argparse.Namespace, result: Mapping[str, Any], lines: Sequence
             "cores": os.cpu_count(),
         }
         checked = [{**asdict(limit), "holds": limit.holds} for limit in limits]
-        print(json.dumps({"options": vars(given), "machine": machine, **result, "limits": checked}, indent=2))
+        told = {"options": vars(given), "machine": machine, **result, "limits": checked}
+        print(json.dumps(told, indent=2, default=lambda path: path.name))  # where data lie is this machine's business
     else:
         print("\n".join(lines))
     for limit in limits:

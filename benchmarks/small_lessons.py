@@ -1,6 +1,6 @@
 """What the adapter learns from a few labelled queries of texts: with small lessons judged whole, and as it was before.
 
-    python benchmarks/small_lessons.py DATA --llm SPEC [--users 20] [--new 17] [--splits 6] [--set NAME=VALUE] [--json]
+    python benchmarks/small_lessons.py DATA --llm SPEC [--users 20] [--new 17] [--splits 24] [--set NAME=VALUE] [--json]
 
 The measurement behind two constants (`learning.fit.TINY_FOLDS`, `learning.table.FEW`), on training users and on new users' histories alone,
 never on their queries. All of them have groups of candidates, as learning and fitting make them (`--llm replay:FILE` asks nobody). In each
@@ -39,6 +39,7 @@ from hydra_llm.types import Candidate, LabelledGroup
 
 Row = tuple[float, float]
 """Cross-entropy and gain of the pick of one group."""
+HEADS = ("shared head", "own head")
 BEFORE = {"hydra_llm.learning.fit.TINY_TABLE": 0, "hydra_llm.learning.table.FEW": 0}
 
 
@@ -48,19 +49,20 @@ def main() -> None:
     parser.add_argument("--llm", required=True)
     parser.add_argument("--users", type=int, default=20, help="training users")
     parser.add_argument("--new", type=int, default=17, help="new users, whose histories are used and whose queries are not")
-    parser.add_argument("--splits", type=int, default=6)
+    parser.add_argument("--splits", type=int, default=24)
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any setting, as the commands take it")
     given = parser.parse_args()
     bundle, groups = lessons(given)
     names = list(dict.fromkeys(group.user for group in groups))
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for split in range(given.splits):
         order = np.random.default_rng(given.seed + split).permutation(len(names))
         teachers, judges = ({names[i] for i in part} for part in (order[: given.users], order[given.users :]))
         parts = [[group for group in groups if group.user in part] for part in (teachers, judges)]
         for kind, constants in (("before", BEFORE), ("now", {})):
             for way, rows in judged(bundle, *parts, constants, given.seed + split).items():
-                found.setdefault(f"{kind}, {way}" if kind == "before" or way.endswith("head") else way, []).extend(rows)
+                if way in HEADS or kind == "now":
+                    found.setdefault(f"{way}, {kind}" if way in HEADS else way, []).append(np.mean(rows, axis=0))
     report(given, found, len(names), len(groups))
 
 
@@ -89,7 +91,7 @@ def judged(
             stack.enter_context(patch(name, value))
         fit_all(scorer, train, seed=seed)
     told = {"equal shares": rows_of(bundle, late, torch.zeros_like(late.gains), judging)}
-    told["first candidate"] = [(float("nan"), group.gains[0]) for group in judging if len(set(group.gains)) > 1]
+    told["first candidate"] = [(0.0, group.gains[0]) for group in judging if len(set(group.gains)) > 1]
     told["shared head"] = rows_of(bundle, late, calibrated(scorer, late, own=False), judging)
     told["own head"] = []
     for before, after in late.split_steps():
@@ -124,10 +126,16 @@ def rows_of(bundle: Bundle, table: Table, scores: Tensor, groups: Sequence[Label
     return rows
 
 
-def report(given: argparse.Namespace, found: dict[str, list[Row]], users: int, groups: int) -> None:
+def report(given: argparse.Namespace, found: dict[str, list[np.ndarray]], users: int, groups: int) -> None:
+    """Means over the splits; of now less before also the deviation over splits, which share users: no interval."""
     rows = {name: dict(zip(("loss", "gain"), np.mean(each, axis=0).tolist(), strict=True)) for name, each in found.items()}
+    rows["first candidate"].pop("loss")  # a choice, no chances
+    for way in HEADS:
+        apart = np.subtract(found[f"{way}, now"], found[f"{way}, before"])
+        names = ("loss", "gain", "loss_deviation", "gain_deviation")
+        rows[f"{way}, now less before"] = dict(zip(names, [*apart.mean(0).tolist(), *apart.std(0).tolist()], strict=True))
     lines = [f"{groups} groups of {users} users, {given.splits} splits: {given.users} teach, {users - given.users} judge"]
-    lines += [f"{name:<20} cross-entropy {row['loss']:.4f}   pick {row['gain']:.4f}" for name, row in rows.items()]
+    lines += [f"{name:<28} " + "   ".join(f"{key} {value:+.4f}" for key, value in row.items()) for name, row in rows.items()]
     finish(given, {"rows": rows, "users": users, "groups": groups}, lines, [])
 
 

@@ -5,6 +5,7 @@
     NAME_60    README: the rows of benchmarks/results/NAME_60/report.json that matter most
     overall    both: benchmarks/results/overall.json, what all of them say together
     growth     benchmarks/results/growth.json
+    gateway_tower, gateway_cross    of the same name, each series with the limits that the measurement knows
 
 With --check it changes nothing and leaves with 1 where a table is not what the files say.
 """
@@ -124,10 +125,30 @@ def growth(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gateway(found: dict[str, Any]) -> str:
+    """What each series of requests took, in milliseconds (`added`: less the mock's own), and the limits."""
+    lines = ["| series | p50 | p99 | worst | |", "|---|---|---|---|---|"]
+    for name, row in found["series"].items():
+        added = "added_" if "added_p50" in row else ""
+        if "p50" in row:
+            cells = [f"{row[f'{added}{which}']:.1f}" for which in ("p50", "p99", "max")]
+            said = "added" if added else f"{row['per_s']:.0f} a second, 64 in flight" if "per_s" in row else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {said} |")
+        else:
+            lines.append(f"| {name} | | | | {row['answered']:.0f} answered, {row['failed']:.0f} failed |")
+    lines += ["", "| limit | reached | asked |", "|---|---|---|"]
+    for limit in found["limits"]:
+        missed = "" if limit["holds"] else ", **missed**"
+        lines.append(
+            f"| {limit['name']} | {limit['value']:.3g} | at {'least' if limit['at_least'] else 'most'} {limit['limit']:g}{missed} |"
+        )
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table by its marker."""
     made = {file.parent.name: table(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob("*_60/report.json"))}
-    for name, shown in (("overall", together), ("growth", growth)):
+    for name, shown in (("overall", together), ("growth", growth), ("gateway_tower", gateway), ("gateway_cross", gateway)):
         if (RESULTS / f"{name}.json").exists():
             made[name] = shown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
     return made
@@ -140,7 +161,7 @@ def main() -> None:
         for name, content in made.items():
             whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
             text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)  # type: ignore[misc]
-        marked |= set(re.findall(r"<!-- (\w+_60|overall|growth) -->", before))
+        marked |= set(re.findall(r"<!-- (\w+_60|overall|growth|gateway_\w+) -->", before))
         if text != before:
             stale.append(page)
             if "--check" not in sys.argv:
