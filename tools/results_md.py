@@ -5,6 +5,7 @@
     NAME_60    README: the rows of benchmarks/results/NAME_60/report.json that matter most
     overall    both: benchmarks/results/overall.json, what all of them say together
     growth     benchmarks/results/growth.json
+    small_lessons    of the same name
     gateway_tower, gateway_cross    of the same name, each series with the limits that the measurement knows
 
 With --check it changes nothing and leaves with 1 where a table is not what the files say.
@@ -125,6 +126,16 @@ def growth(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def small_lessons(found: dict[str, Any]) -> str:
+    """Cross-entropy and gain of the picks, by data set."""
+    names = [name for name in next(iter(found.values()))["rows"] if "less" not in name]
+    lines = ["| | " + " | ".join(f"{data}: cross-entropy | pick" for data in found) + " |", "|---|" + "---|---|" * len(found)]
+    for name in names:
+        cells = [number(value) if (value := each["rows"][name].get(key)) else "" for each in found.values() for key in ("loss", "gain")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def gateway(found: dict[str, Any]) -> str:
     """What each series of requests took, in milliseconds (`added`: less the mock's own), and the limits."""
     lines = ["| series | p50 | p99 | worst | |", "|---|---|---|---|---|"]
@@ -145,10 +156,20 @@ def gateway(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+MADE = {
+    "overall": together,
+    "growth": growth,
+    "small_lessons": small_lessons,
+    "gateway_tower": gateway,
+    "gateway_cross": gateway,
+}
+"""What makes a table of which file."""
+
+
 def tables() -> dict[str, str]:
     """Every table by its marker."""
     made = {file.parent.name: table(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob("*_60/report.json"))}
-    for name, shown in (("overall", together), ("growth", growth), ("gateway_tower", gateway), ("gateway_cross", gateway)):
+    for name, shown in MADE.items():
         if (RESULTS / f"{name}.json").exists():
             made[name] = shown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
     return made
@@ -161,7 +182,7 @@ def main() -> None:
         for name, content in made.items():
             whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
             text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)  # type: ignore[misc]
-        marked |= set(re.findall(r"<!-- (\w+_60|overall|growth|gateway_\w+) -->", before))
+        marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(MADE)}) -->", before))
         if text != before:
             stale.append(page)
             if "--check" not in sys.argv:
