@@ -5,7 +5,7 @@
     NAME_60    README: the rows of benchmarks/results/NAME_60/report.json that matter most
     overall    both: benchmarks/results/overall.json, what all of them say together
     growth     benchmarks/results/growth.json
-    small_lessons    of the same name
+    small_lessons, reranker_labels    of the same name
     gateway_tower, gateway_cross    of the same name, each series with the limits that the measurement knows
 
 With --check it changes nothing and leaves with 1 where a table is not what the files say.
@@ -136,6 +136,18 @@ def small_lessons(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reranker_labels(found: dict[str, Any]) -> str:
+    """The gain of the LLM's answer with the first record of each order."""
+    orders = {"retriever": "retriever", "llm": "learned from the LLM", "history": "learned from histories", "best": "best record"}
+    lines = [f"| data | {' | '.join(orders.values())} | histories over the retriever | correlation |", "|---|" + "---|" * (len(orders) + 2)]
+    for name, each in found.items():
+        rows, correlation = each["found"]["rows"], each["found"]["correlation"]
+        over = [number(rows["history"][key], signed=True) for key in ("over_retriever", "low", "high")]
+        cells = [*(number(rows[order]["gain"]) for order in orders), f"{over[0]} [{over[1]}, {over[2]}]", f"{correlation:.2f}"]
+        lines.append(f"| {name.removesuffix('_60')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def gateway(found: dict[str, Any]) -> str:
     """What each series of requests took, in milliseconds (`added`: less the mock's own), and the limits."""
     lines = ["| series | p50 | p99 | worst | |", "|---|---|---|---|---|"]
@@ -160,6 +172,7 @@ MADE = {
     "overall": together,
     "growth": growth,
     "small_lessons": small_lessons,
+    "reranker_labels": reranker_labels,
     "gateway_tower": gateway,
     "gateway_cross": gateway,
 }
