@@ -3,7 +3,8 @@
 Sun et al. 2024, "BBox-Adapter: Lightweight Adapting for Black-Box Large Language Models" (arXiv 2402.08219), by its sections:
     3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y). The black box gives no p_LLM: the shares of its samples stand for it, the query's pool
     3.2  the loss, see `nce_loss`
-    3.4  rounds: draw from p as it is now, take the draws that are wrong as negatives, update g (algorithm 1), see `adapted`
+    3.4  rounds: what is wrong of draws from p as it is now are the negatives, update g (algorithm 1), see `adapted`. A pool is small: each
+         candidate counts for as many draws as are expected of it, with less noise, and with none that falls otherwise on another processor
     4.1  the ground-truth setting: the positive is the user's own answer in every round
     4.4  single-step inference: the LLM writes b whole answers, and the one with the highest g is the answer (p_LLM has done its part
          in proposing them: 3.3 ranks by g alone)
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
 
 ROUNDS = 3
-"""T: how often negatives are drawn anew, for the shared energy and again for each user's copy (paper 4.6; the authors' settings)."""
+"""T: how often negatives are taken anew, for the shared energy and again for each user's copy (paper 4.6; the authors' settings)."""
 STEPS = 50
 """Updates in a round, each on all pools: frozen features make them cheap."""
 RATE = 0.01
@@ -79,7 +80,7 @@ def nce_loss(energies: Tensor, gold: Tensor, negatives: Tensor, alpha: float = A
 
         −E₊[g] + E₋[g] + α·E₊[g²] + α·E₋[g²]
 
-    E₊ is the mean over the gold answers, E₋ the mean over all that was drawn as a negative: `negatives` [G, C] counts the draws.
+    E₊ is the mean over the gold answers, E₋ the mean over the negatives: `negatives` [G, C] says how many draws each stands for.
     """
     positive = energies.gather(1, gold[:, None])
     weights = negatives / negatives.sum().clamp_min(1)
@@ -92,20 +93,20 @@ def distribution(energies: Tensor, shares: Tensor) -> Tensor:
     return (shares.log() + energies).softmax(-1)
 
 
-def draw_negatives(energies: Tensor, pools: Pools, draws: int, chance: torch.Generator) -> Tensor:
-    """[G, C] how often each candidate comes up in draws from the adapted distribution; the gold answer is no negative (3.4, 4 to 6)."""
-    drawn = torch.multinomial(distribution(energies, pools.shares), draws, replacement=True, generator=chance)
-    counts = torch.zeros_like(energies).scatter_add(1, drawn, torch.ones_like(energies[:, :1]).expand(-1, draws))
-    return counts.scatter(1, pools.gold[:, None], 0.0)
+def expected_negatives(energies: Tensor, pools: Pools, draws: int) -> Tensor:
+    """[G, C] how often each candidate comes up, on average, in draws from the adapted distribution; the gold answer is no negative (3.4, 4
+    to 6).
+    """
+    return (draws * distribution(energies, pools.shares)).scatter(1, pools.gold[:, None], 0.0)
 
 
-def adapted(energy: Energy, pools: Pools, *, draws: int, seed: int, weight_decay: float) -> Energy:
+def adapted(energy: Energy, pools: Pools, *, draws: int, weight_decay: float) -> Energy:
     """A copy of the energy after `ROUNDS` online rounds on these pools (paper 3.4, algorithm 1)."""
-    energy, chance = deepcopy(energy), torch.Generator().manual_seed(seed)
+    energy = deepcopy(energy)
     optimizer = torch.optim.AdamW(energy.parameters(), lr=RATE, weight_decay=weight_decay)
     for _ in range(ROUNDS):
         with torch.no_grad():
-            negatives = draw_negatives(energy(pools.groups), pools, draws, chance)
+            negatives = expected_negatives(energy(pools.groups), pools, draws)
         for _ in range(STEPS):
             optimizer.zero_grad()
             nce_loss(energy(pools.groups), pools.gold, negatives).backward()
@@ -189,7 +190,7 @@ class BBoxAdapter:
     personalizer: Personalizer
     """Proposes the candidates; its records are those of the training users and of the users at hand."""
     seed: int = 0
-    """Of the start and of the draws."""
+    """Of the start."""
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
     locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
     spent: dict[str, Spent] = field(default_factory=dict)
@@ -257,7 +258,7 @@ class BBoxAdapter:
 
     def _adapted(self, energy: Energy, pools: Pools) -> Energy:
         settings = self.personalizer.settings
-        return adapted(energy, pools, draws=settings.samples, seed=self.seed, weight_decay=settings.weight_decay)
+        return adapted(energy, pools, draws=settings.samples, weight_decay=settings.weight_decay)
 
 
 async def _proposals(personalizer: Personalizer, queries: Sequence[Query]) -> list[Proposal]:
