@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_llm.adapt import FirstCandidate, LearnedAdapter, all_labels, candidate_text, select
+from hydra_llm.adapt import FirstCandidate, LearnedAdapter, all_labels, candidate_text, first_best, select
 from hydra_llm.evidence import EvidenceMaker, Population
 from hydra_llm.model.combine import ByLabel, Combiner, Tower
 from hydra_llm.model.curvature import Curvature
@@ -208,3 +208,10 @@ def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -
         stranger = scorer.covariance(groups, "stranger")
         assert stranger is not None
         assert torch.allclose(stranger, found * 9 / 2, atol=1e-5), "who has no head is less certain"
+
+
+def test_a_last_digit_is_no_lead() -> None:
+    values = np.array([0.2, 0.7, 0.7 + 1e-7, 0.7001])
+    assert first_best(values) == 3
+    assert first_best(values[:3]) == 1
+    assert first_best(-values) == 0

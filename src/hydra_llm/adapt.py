@@ -21,6 +21,9 @@ from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.tasks.task import Task
 from hydra_llm.types import Candidate, Query, Record
 
+TIE = 1e-5
+"""How far apart values are that stand for equal ones."""
+
 
 class Choice(NamedTuple):
     """What an adapter made of candidates."""
@@ -101,7 +104,14 @@ def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray 
 
 
 def _best(scores: np.ndarray, shares: np.ndarray, gains: np.ndarray | None) -> int:
-    return int(np.argmax(scores if gains is None else np.round(gains @ shares, 12)))
+    return first_best(scores if gains is None else gains @ shares)
+
+
+def first_best(values: np.ndarray) -> int:
+    """The index of the largest value, the first of those that are as large to within rounding: texts that differ in case alone are one and
+    the same to an uncased encoder, and which of them is ahead by a last digit is the processor's choice.
+    """
+    return int(np.flatnonzero(values >= values.max() - TIE)[0])
 
 
 def _lead(shares: torch.Tensor, gains: np.ndarray | None, covariance: torch.Tensor, pick: int) -> float:

@@ -22,10 +22,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.adapt import Choice, all_labels, candidate_text
+from hydra_llm.adapt import Choice, all_labels, candidate_text, first_best
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
 from hydra_llm.history import before
@@ -137,7 +138,7 @@ class ByEnergy:
         for place in places:
             score, share = found[candidates[place].answer]
             scored[place] = replace(candidates[place], score=score, probability=share)
-        return Choice(scored, max(places, key=lambda place: found[candidates[place].answer][0]))
+        return Choice(scored, places[first_best(np.array([found[candidates[place].answer][0] for place in places]))])
 
 
 def _offered(bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None) -> list[Candidate]:
