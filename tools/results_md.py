@@ -168,7 +168,7 @@ def gateway(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-MADE = {
+MAKERS = {
     "overall": together,
     "growth": growth,
     "small_lessons": small_lessons,
@@ -182,7 +182,7 @@ MADE = {
 def tables() -> dict[str, str]:
     """Every table by its marker."""
     made = {file.parent.name: table(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob("*_60/report.json"))}
-    for name, shown in MADE.items():
+    for name, shown in MAKERS.items():
         if (RESULTS / f"{name}.json").exists():
             made[name] = shown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
     return made
@@ -195,7 +195,7 @@ def main() -> None:
         for name, content in made.items():
             whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
             text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)  # type: ignore[misc]
-        marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(MADE)}) -->", before))
+        marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(MAKERS)}) -->", before))
         if text != before:
             stale.append(page)
             if "--check" not in sys.argv:

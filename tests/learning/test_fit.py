@@ -250,10 +250,10 @@ def test_a_kernel_head_is_appended_to_and_cleared(quick: None) -> None:
 @pytest.mark.parametrize("told", [True, False])
 def test_votes_count_only_where_they_help_users_who_did_not_weigh_them(told: bool, quick: None) -> None:
     """Half of the groups are voted; the votes point at the wanted candidate, or at any: then they help by chance, in few of the draws."""
-    table, _ = simulate(12, 12, shared=2.0)
+    table, _ = simulate(30, 12, shared=2.0)
     voted, heard = table.positions >= 8, []
     assert table.groups.target is not None
-    for seed in range(5):
+    for seed in range(8):
         noise = torch.randn(table.groups.target.shape, generator=torch.Generator().manual_seed(seed))
         votes = (table.groups.target * 2 + noise if told else noise) * voted[:, None] * table.groups.mask
         scorer = cross_scorer("linear", table, evidence=("llm_votes",))
@@ -262,5 +262,5 @@ def test_votes_count_only_where_they_help_users_who_did_not_weigh_them(told: boo
         weight = float(scorer.vote_weight[0])
         helped = report.loss_with_votes < report.loss_without_votes
         assert (weight != 0) == helped == bool(report.vote_weight)
-        heard.append(weight > 0.5)
-    assert all(heard) if told else sum(heard) == 0
+        heard.append(weight > 0.5 if told else weight != 0)
+    assert all(heard) if told else sum(heard) <= 2

@@ -309,11 +309,13 @@ def fit_unseen(scorer: FactorizedScorer, table: Table, plan: Plan, *, random_sta
     report = FitReport(users=len(table.names()), groups=len(table))
     if not unseen:
         return report
-    early, late = table.of(unseen).split_late()
-    fit_mlp(scorer, early, unseen, plan, random_start=random_start)
-    with torch.no_grad():
-        nobody, own = (scorer.core(late.groups, rows) for rows in (torch.full((len(late),), -1), scorer.rows(late.users)))
-    judge(scorer, held_out := [HeldOut(late, nobody, own)], report)
+    held_out = []
+    for early, late in table.of(unseen).split_steps():
+        fit_mlp(scorer, early, unseen, plan, random_start=random_start)
+        with torch.no_grad():
+            nobody, own = (scorer.core(late.groups, rows) for rows in (torch.full((len(late),), -1), scorer.rows(late.users)))
+        held_out.append(HeldOut(late, nobody, own))
+    judge(scorer, held_out, report)
     calibrate(scorer, held_out, report)
     weigh_picks(scorer, held_out, report)
     fit_mlp(scorer, table, unseen, plan, random_start=random_start)

@@ -115,8 +115,12 @@ def solve(problem: Problem, precision: float | Tensor, *, steps: int = 25, toler
 
 
 def _objective(v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor:
-    fit = losses(problem.offset + problem.dot(v), problem.target, problem.mask, problem.loss).sum(-1)
-    return fit + 0.5 * (precision * v * v).sum(-1)
+    return _penalised(problem.offset + problem.dot(v), v, problem, precision)
+
+
+def _penalised(scores: Tensor, v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor:
+    """The objective [U] of heads whose scores are known."""
+    return losses(scores, problem.target, problem.mask, problem.loss).sum(-1) + 0.5 * (precision * v * v).sum(-1)
 
 
 def descend(problem: Problem, precision: Tensor, inverse: Apply, *, steps: int = 200, tolerance: float = TOLERANCE) -> Tensor:
@@ -149,9 +153,7 @@ def descend(problem: Problem, precision: Tensor, inverse: Apply, *, steps: int =
 
 def _value_and_gradient(v: Tensor, problem: Problem, precision: Tensor) -> tuple[float, Tensor]:
     scores = problem.offset + problem.dot(v)
-    pull = precision * v
-    fit = losses(scores, problem.target, problem.mask, problem.loss).sum() + 0.5 * (pull * v).sum()
-    return float(fit), problem.outer(slope(scores, problem)[0]) + pull
+    return float(_penalised(scores, v, problem, precision)), problem.outer(slope(scores, problem)[0]) + precision * v
 
 
 def _bent(gradient: Tensor, past: list[tuple[Tensor, Tensor, float]], inverse: Apply) -> Tensor:
