@@ -18,7 +18,7 @@ demo: $(READY) ## Set up, then learn from real users and personalize a real LLM,
 	@$(BIN)/hydra-llm demo
 
 test: $(READY) ## Set up, then run the tests (offline; beside a PostgreSQL, if one is installed)
-	@$(BIN)/python tools/with_postgres.py $(BIN)/python -m pytest -q
+	@$(BIN)/python tools/with_postgres.py env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/ruff check

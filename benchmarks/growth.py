@@ -96,6 +96,7 @@ EXPECTED: Mapping[str, Exponents] = {
 """The exponent that the design expects: 0 is a cost that does not grow."""
 WHY: Mapping[tuple[str, str], str] = {
     ("label", "records"): "every record is a query, and each looks up all that came before it and has an index of its own",
+    ("train", "users"): "tables of at most 300 groups learn in ten folds, larger ones in three: few users cost more than their share",
     ("label", "words"): "the words of an index and of a prompt are read once each; no LLM waits for that",
     ("fit labels, kept", "users"): "asyncio prints the result of sync `fit` as it hands Ctrl-C back: the repr of a bundle has all records",
     ("fit headlines, kept", "users"): "as for labels",
