@@ -3,10 +3,11 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,37 @@ def kept(folder: Path) -> int:
     """Features in the file."""
     with sqlite3.connect(folder / "cache" / "features.sqlite") as file:
         return int(file.execute("SELECT count(*) FROM features").fetchone()[0])
+
+
+async def test_a_request_under_way_brings_nothing_back(store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its candidates come, and are scored, after the deletion."""
+    bob = [Record("bob", "b0", "storm number 1 of the sea", "loud 1")]
+    store.add_records("bob", bob)
+    async with running(store, bundles["titles"], candidates=2) as world:
+        features = world.app.state.gateway.serving.bundle.store
+        of_bob = set(features._passing)
+        await send(world, storms(6))
+        await until(lambda: world.app.state.gateway.serving.warming.idle)
+        reached, deleted, complete = asyncio.Event(), asyncio.Event(), world.upstream.complete
+
+        async def late(body: Mapping[str, Any]) -> Any:
+            reached.set()
+            await deleted.wait()
+            return await complete(body)
+
+        monkeypatch.setattr(world.upstream, "complete", late)
+        asking = asyncio.create_task(world.ask("a question of the deep"))
+        await asyncio.wait_for(reached.wait(), 20)
+        assert (await world.http.delete("/v1/users/ada")).status_code == 200
+        deleted.set()
+        reply = await asking
+        assert reply.status_code == 200
+        assert reply.headers["x-hydra-personalized"] == "true", "it had begun before"
+        said = reply.json()["choices"][0]["message"]["content"]
+        mine = [text for text in texts_of(storms(6)) if text not in texts_of(bob)]
+        assert features.missing([*mine, "a question of the deep", said]) == len(set(mine)) + 2
+        assert features.missing(texts_of(bob)) == 0, "what another user has stays"
+        assert set(features._passing) <= of_bob
 
 
 @pytest.mark.parametrize("how", ["the user", "a record", "a record's text"])

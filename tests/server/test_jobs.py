@@ -62,8 +62,11 @@ def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(store: Store, servi
     assert job is not None
     assert job.state == "done"
     store.delete_user("ada")
+    assert serving.bundle is not None
+    kept = len(serving.bundle.store._passing), len(serving.bundle.store._memory)
     assert 0 < asked(store, serving, lambda worker: store.delete_user("ada") and None) <= whole / 2
     assert store.job("fit") is None
+    assert (len(serving.bundle.store._passing), len(serving.bundle.store._memory)) == kept == (0, 0), "a fit has a memory of its own"
 
 
 def test_a_fit_amid_which_the_server_ends_waits_for_the_next(store: Store, serving: Serving) -> None:

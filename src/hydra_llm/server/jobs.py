@@ -1,11 +1,13 @@
 """Work that goes on after its request: fitting a user's heads. One thread a server; a job of a server that died is taken up by another.
 
-A fit uses scorers of its own, so that no answer waits for it. Knows no HTTP.
+A fit uses scorers of its own, so that no answer waits for it, and a memory of features that ends with it: whatever becomes of its user,
+nothing of it stays. Knows no HTTP.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from hydra_llm.bundle import Bundle
@@ -14,6 +16,7 @@ from hydra_llm.errors import HydraError
 from hydra_llm.learning.api import fit
 from hydra_llm.learning.online import moves
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.features import FeatureStore
 from hydra_llm.server.feedback import heads_after
 from hydra_llm.server.people import as_head, texts_of
 from hydra_llm.server.serving import Serving
@@ -92,23 +95,26 @@ class Worker:
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
             known, judged = _told_apart(self._store.judged(job.user, bundle=serving.id), records)
-            heads = self.heads(serving, job, records, judged)
-            try:
-                with self._store.change(job.user, version=version) as change:
-                    change.put_heads(serving.id, heads)
-                    if serving.warming is not None:  # encoded for the fit already; amid the transaction, so that a deletion comes after it
-                        serving.bundle.store.texts(texts_of(serving.readable(tuple(records))), keep=True)
-                    change.fold_feedback([each.request for each in known])
-                return
-            except Stale:
-                continue
+            with features_of(serving.bundle) as features:
+                heads = self.heads(serving, job, records, judged, features)
+                try:
+                    with self._store.change(job.user, version=version) as change:
+                        change.put_heads(serving.id, heads)
+                        if serving.warming is not None:  # encoded already; amid the transaction, so that a deletion comes later
+                            features.texts(texts_of(serving.readable(tuple(records))), keep=True)
+                        change.fold_feedback([each.request for each in known])
+                    return
+                except Stale:
+                    continue
         raise HydraError("the user changes faster than heads are fitted")
 
-    def heads(self, serving: Serving, job: Job, records: Sequence[Record], judged: Sequence[Judged] = ()) -> dict[str, Head]:
+    def heads(
+        self, serving: Serving, job: Job, records: Sequence[Record], judged: Sequence[Judged], features: FeatureStore
+    ) -> dict[str, Head]:
         """The user's heads, fitted on all records that the bundle can read, and moved by the feedback that became no record."""
         if self._llm is None:
             raise HydraError("this server has no LLM that could label candidates")
-        bundle = self._private(serving)
+        bundle = replace(self._private(serving), store=features)
         readable = serving.readable(tuple(records))
         data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
 
@@ -136,9 +142,20 @@ class Worker:
             loaded = Bundle.load(serving.folder or "", here=serving.settings)
             if loaded.weights != serving.id:
                 raise HydraError("another bundle lies in that folder now: run `hydra-llm bundles use` for it")
-            bundle = replace(loaded.without_people(str), store=serving.bundle.store)
-            self._own = (serving.id, bundle)
+            loaded.store.close()
+            self._own = (serving.id, loaded.without_people(str))
         return self._own[1]
+
+
+@contextmanager
+def features_of(bundle: Bundle) -> Iterator[FeatureStore]:
+    """What a bundle's encoder has kept, and a memory of one's own; in the file nothing is written unless a call says so."""
+    features = FeatureStore(bundle.store.encoder, bundle.store.path)
+    features.keep = False
+    try:
+        yield features
+    finally:
+        features.close()
 
 
 def _is_stop(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from hydra_llm.server.habits import Habits
 from hydra_llm.server.names import Names
 from hydra_llm.server.observe import Observer
 from hydra_llm.server.patient import PatientReads
-from hydra_llm.server.people import Person
+from hydra_llm.server.people import Person, texts_of
 from hydra_llm.server.place import place
 from hydra_llm.server.scoring import Found, Picked, Search, as_they_came, choose, pairs_of
 from hydra_llm.server.serving import Serving
@@ -295,6 +295,8 @@ class Gateway:
             kept = await self.reads.read(partial(self.store.keep_request, request, version=plan.person.version))
             if not kept:  # deleted while the upstream was asked
                 await plan.serving.together.run(partial(plan.serving.forget, plan.person.name), must=True)
+                texts = [plan.question, *said, *(c.text for c in picked.candidates), *texts_of(plan.person.records)]
+                await self.reads.read(partial(plan.serving.forget_texts, self.store, texts))
         except HydraError as error:
             self.observer.failed("store", error)
             return False

@@ -1,6 +1,8 @@
 """What answers are made with: a bundle's parts, or BM25 alone where there is no bundle. Replaced as a whole when the bundle changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -8,6 +10,7 @@ from hydra_llm.adapt import Adapter, FirstCandidate
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.features import forget_features
 from hydra_llm.model.scorer import FactorizedScorer
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Forgetful, Retriever, make_retriever
@@ -61,6 +64,18 @@ class Serving:
         self.people.drop(user)
         if isinstance(self.retriever, Forgetful):
             self.retriever.forget()
+
+    def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
+        """Forget the features of texts that nobody (but that one) has; those that others have stay, and their answers with them.
+
+        Returns how many there were.
+
+        Raises:
+            UserFault: they cannot be deleted.
+        """
+        held = store.still_held(texts, but=but)
+        forget = self.bundle.store.forget if self.bundle else partial(forget_features, self.settings.cache / "features.sqlite")
+        return forget([text for text in texts if text not in held])
 
     def close(self) -> None:
         """End the scoring thread."""

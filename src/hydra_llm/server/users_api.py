@@ -14,7 +14,6 @@ from pydantic import BeforeValidator
 from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.errors import StoreError, UserFault
 from hydra_llm.history import parse_time
-from hydra_llm.model.features import forget_features
 from hydra_llm.server.feedback import take_feedback
 from hydra_llm.server.observe import log
 from hydra_llm.server.people import texts_of
@@ -203,20 +202,14 @@ async def _let_go(http: Request, user: str) -> None:
 
 
 async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> int:
-    """Forget the features of texts that nobody (but that one) has; those that others have stay, and their answers with them.
-
-    Returns how many there were.
+    """As `Serving.forget_texts`.
 
     Raises:
         ApiError: 503, they cannot be deleted.
     """
     serving = http.app.state.gateway.serving
-    held = await _in_thread(partial(store.still_held, texts, but=but))
-    gone = [text for text in texts if text not in held]
-    file = serving.settings.cache / "features.sqlite"
-    forget = serving.bundle.store.forget if serving.bundle else partial(forget_features, file)
     try:
-        forgotten: int = await _in_thread(partial(forget, gone))
+        forgotten: int = await _in_thread(partial(serving.forget_texts, store, texts, but=but))
         return forgotten
     except UserFault:
         raise ApiError(503, "the features of these texts cannot be deleted: nothing was, try again", code="features_unavailable") from None
