@@ -262,5 +262,6 @@ def test_votes_count_only_where_they_help_users_who_did_not_weigh_them(told: boo
         weight = float(scorer.vote_weight[0])
         helped = report.loss_with_votes < report.loss_without_votes
         assert (weight != 0) == helped == bool(report.vote_weight)
+        assert told or weight <= 0.5
         heard.append(weight > 0.5 if told else weight != 0)
     assert all(heard) if told else sum(heard) <= 2
