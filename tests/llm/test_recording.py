@@ -74,11 +74,11 @@ def test_a_prompt_that_was_too_long_is_too_long_again(tmp_path: Path) -> None:
     [
         (b"", "is no recording"),
         (b"plain text", "cannot be read"),
-        (gzip.compress(b"{}\n"), "is no recording"),
-        (gzip.compress(b"[]\n"), "is no recording"),
-        (gzip.compress(b'{"format": 2, "llm": {}}\n'), "format 2 is made by a newer hydra-llm"),
-        (gzip.compress(b'{"format": 1, "llm": {}}\n{"key"'), "is damaged"),
-        (gzip.compress(b'{"format": 1, "llm": {}}\n')[:-9], "is damaged"),
+        (gzip.compress(b"{}\n", mtime=0), "is no recording"),
+        (gzip.compress(b"[]\n", mtime=0), "is no recording"),
+        (gzip.compress(b'{"format": 2, "llm": {}}\n', mtime=0), "format 2 is made by a newer hydra-llm"),
+        (gzip.compress(b'{"format": 1, "llm": {}}\n{"key"', mtime=0), "is damaged"),
+        (gzip.compress(b'{"format": 1, "llm": {}}\n', mtime=0)[:-9], "is damaged"),
         (None, "cannot be read"),
     ],
 )

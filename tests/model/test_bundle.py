@@ -244,8 +244,8 @@ def test_content_that_is_wrong_under_a_right_hash_is_still_an_error(tmp_path: Pa
     for name, data in (
         ("weights.safetensors", b"\xff" * 100),
         ("history.jsonl.gz", b"no gzip"),
-        ("history.jsonl.gz", gzip.compress(b'{"user": "u"}\n')),
-        ("history.jsonl.gz", gzip.compress(b"[]\n")),
+        ("history.jsonl.gz", gzip.compress(b'{"user": "u"}\n', mtime=0)),
+        ("history.jsonl.gz", gzip.compress(b"[]\n", mtime=0)),
         ("README.md", b"\xff"),
     ):
         put(name, data)
