@@ -2,12 +2,14 @@
 
     python benchmarks/ask_latency.py [--data FOLDER] [--runs 40] [--seed 0] [--json]
 
-A headline task with 10 retrieved records and 8 candidates that nobody has seen before, so that their features are never
-kept; the asked text is new each time too, the user's records are warm. The LLM is a fake that answers at once; its own time is
-taken off. `tower` and `cross` bundles are learned and loaded from disk first, then asked in turn. Without `--data` the texts are
-made up (20 words in, 10 words out, 60 records a user); with it (news_headline) they are users' own, new ones from other users.
-Exits with 1 where a median is above its limit: 60 ms with `tower`, 300 ms with `cross`. On a machine that others keep busy the
-processor's time, with OMP_NUM_THREADS=1, is nearer to what an idle one would take than the wall's clock.
+A headline task with 10 retrieved records and 8 candidates that nobody has seen before, so that
+their features are never kept; the asked text is new each time too, the user's records are warm. The
+LLM is a fake that answers at once; its own time is taken off. `tower` and `cross` bundles are
+learned and loaded from disk first, then asked in turn. Without `--data` the texts are made up (20
+words in, 10 words out, 60 records a user); with it (news_headline) they are users' own, new ones
+from other users. Exits with 1 where a median is above its limit: 60 ms with `tower`, 300 ms with
+`cross`. On a machine that others keep busy the processor's time, with OMP_NUM_THREADS=1, is nearer
+to what an idle one would take than the wall's clock.
 """
 
 import argparse
@@ -20,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from measure import Limit, finish, options, show, summary
-from people import HEADLINE, LABELS, made_up_data, open_data, people, words
+from simulated_users import HEADLINE, LABELS, made_up_data, open_data, people, words
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.learning.api import learn
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import record_text
+from hydra_llm.training.api import learn
 from hydra_llm.types import Generation, Message, Query, Usage
 
 LIMITS = {"tower": 60.0, "cross": 300.0}
@@ -44,7 +46,9 @@ class Writer:
     def identity(self) -> Mapping[str, Any]:
         return {"kind": "fake", "model": "fake:writer", "constrains": False}
 
-    async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+    async def generate(
+        self, messages: Sequence[Message], *, n: int = 1, **options: Any
+    ) -> Generation:
         began = time.perf_counter()
         texts = tuple(next(self.headlines) for _ in range(n))
         self.seconds += time.perf_counter() - began
@@ -76,7 +80,9 @@ class Stopwatch:
 
 def main() -> None:
     parser = options(__doc__, runs=40)
-    parser.add_argument("--data", type=Path, help="a data set's folder; without it, users are made up")
+    parser.add_argument(
+        "--data", type=Path, help="a data set's folder; without it, users are made up"
+    )
     parser.add_argument("--users", type=int, default=8, help="users in the bundle")
     given = parser.parse_args()
     data, asked, headlines = material(given)
@@ -85,23 +91,46 @@ def main() -> None:
         rows = measure(bundles, data.users("train")[: given.users], asked, headlines, given.runs)
     given.data = str(given.data) if given.data else None
     limits = [
-        Limit(f"one ask with {kind}, all but the LLM, ms (p50)", rows[kind]["own"]["median_ms"], limit) for kind, limit in LIMITS.items()
+        Limit(
+            f"one ask with {kind}, all but the LLM, ms (p50)", rows[kind]["own"]["median_ms"], limit
+        )
+        for kind, limit in LIMITS.items()
     ]
-    finish(given, {"rows": rows}, [line for kind, row in rows.items() for line in lines_of(kind, row)], limits)
+    finish(
+        given,
+        {"rows": rows},
+        [line for kind, row in rows.items() for line in lines_of(kind, row)],
+        limits,
+    )
 
 
 def material(given: argparse.Namespace) -> tuple[DataSet, Iterator[str], Iterator[str]]:
     """The data set, and texts and headlines that it does not hold."""
     dice = random.Random(given.seed)
     if given.data is None:
-        return made_up_data(HEADLINE, people(given.users, given.seed), 60, given.seed), endless(20, dice), endless(10, dice)
+        return (
+            made_up_data(HEADLINE, people(given.users, given.seed), 60, given.seed),
+            endless(20, dice),
+            endless(10, dice),
+        )
     data = open_data(given.data)
     in_bundle = data.users("train")[: given.users]
-    mine = {text for user in in_bundle for record in data.answered(user) for text in (record.input, record.output)}
-    others = [record for user in data.users() if user not in in_bundle for record in data.answered(user)]
+    mine = {
+        text
+        for user in in_bundle
+        for record in data.answered(user)
+        for text in (record.input, record.output)
+    }
+    others = [
+        record for user in data.users() if user not in in_bundle for record in data.answered(user)
+    ]
     dice.shuffle(others)
     inputs = dict.fromkeys(record.input for record in others if record.input not in mine)
-    return data, iter(inputs), iter(dict.fromkeys(record.output for record in others if record.output not in mine))
+    return (
+        data,
+        iter(inputs),
+        iter(dict.fromkeys(record.output for record in others if record.output not in mine)),
+    )
 
 
 def endless(count: int, dice: random.Random) -> Iterator[str]:
@@ -109,10 +138,18 @@ def endless(count: int, dice: random.Random) -> Iterator[str]:
         yield words(dice.sample(LABELS, 2), count, dice)
 
 
-def learned(kind: str, data: DataSet, given: argparse.Namespace, headlines: Iterator[str], folder: Path) -> tuple[Bundle, Settings]:
+def learned(
+    kind: str, data: DataSet, given: argparse.Namespace, headlines: Iterator[str], folder: Path
+) -> tuple[Bundle, Settings]:
     """A bundle of few users, learned with the fake, as loaded from disk."""
     settings = load_settings(
-        features=kind, cache=folder / kind, users=given.users, queries_per_user=2, retrieved=10, samples=8, seed=given.seed
+        features=kind,
+        cache=folder / kind,
+        users=given.users,
+        queries_per_user=2,
+        retrieved=10,
+        samples=8,
+        seed=given.seed,
     )
     learn(data, Writer(headlines), settings, out=folder / f"{kind}-bundle")
     bundle = Bundle.load(folder / f"{kind}-bundle", cache=folder / kind)
@@ -122,7 +159,11 @@ def learned(kind: str, data: DataSet, given: argparse.Namespace, headlines: Iter
 
 
 def measure(
-    bundles: dict[str, tuple[Bundle, Settings]], users: Sequence[str], asked: Iterator[str], headlines: Iterator[str], runs: int
+    bundles: dict[str, tuple[Bundle, Settings]],
+    users: Sequence[str],
+    asked: Iterator[str],
+    headlines: Iterator[str],
+    runs: int,
 ) -> dict[str, Any]:
     parts = {
         kind: (bundle.personalizer(llm := Writer(headlines), settings), llm, Stopwatch(bundle))
@@ -131,7 +172,9 @@ def measure(
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in parts}
     for bundle, _ in bundles.values():
         warm(bundle, users)
-    order = [users[i % len(users)] for i in range(runs + len(users))]  # each user once first: that warms the indexes
+    order = [
+        users[i % len(users)] for i in range(runs + len(users))
+    ]  # each user once first: that warms the indexes
     for place, user in enumerate(order):
         text = next(asked)
         for kind, (personalizer, llm, encoder) in parts.items():
@@ -142,20 +185,30 @@ def measure(
 
 
 def warm(bundle: Bundle, users: Sequence[str]) -> None:
-    """Let the store know every text that stands in a record; pairs with a new query it cannot know."""
+    """Let the store know the text of every record; it cannot know pairs with a new query."""
     for user in users:
-        bundle.evidence.remember(bundle.records[user])
-        bundle.store.texts([record_text(record, with_answer=bundle.settings.record_answer) for record in bundle.records[user]])
+        bundle.featurizer.vectorize(bundle.records[user])
+        bundle.store.texts(
+            [
+                record_text(record, with_answer=bundle.settings.record_answer)
+                for record in bundle.records[user]
+            ]
+        )
 
 
-def ask(personalizer: Personalizer, llm: Writer, encoder: Stopwatch, query: Query) -> dict[str, float]:
+def ask(
+    personalizer: Personalizer, llm: Writer, encoder: Stopwatch, query: Query
+) -> dict[str, float]:
     """Milliseconds of one answer: its stages, the encoder's part in them, and all but the LLM."""
     llm.seconds = encoder.seconds = 0.0
     began, cpu = time.perf_counter(), time.process_time()
     answer = personalizer.answer(query)
     whole, cpu = (time.perf_counter() - began) * 1000, (time.process_time() - cpu) * 1000
     if len(answer.candidates) != 8 or len(answer.proposal.retrieved) != 10:
-        raise SystemExit(f"{len(answer.candidates)} candidates and {len(answer.proposal.retrieved)} records instead of 8 and 10")
+        raise SystemExit(
+            f"{len(answer.candidates)} candidates and {len(answer.proposal.retrieved)} records"
+            " instead of 8 and 10"
+        )
     stages = {stage: answer.seconds[stage] * 1000 for stage in STAGES}
     own = whole - llm.seconds * 1000
     stages["llm"] -= llm.seconds * 1000
@@ -175,7 +228,11 @@ def in_short(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def lines_of(kind: str, row: dict[str, Any]) -> list[str]:
-    inner = [show(f"  {name}", values, digits=2) for name, values in row.items() if name not in ("own", "p95_ms", "encoder", "cpu")]
+    inner = [
+        show(f"  {name}", values, digits=2)
+        for name, values in row.items()
+        if name not in ("own", "p95_ms", "encoder", "cpu")
+    ]
     return [
         show(f"{kind}: one ask, all but the LLM", row["own"], f"  p95 {row['p95_ms']:.1f}"),
         *inner,

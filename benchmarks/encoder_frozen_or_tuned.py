@@ -1,19 +1,24 @@
 """Is it better to tune the encoder or to leave it frozen, per minute of learning?
 
-    python benchmarks/encoder_frozen_or_tuned.py [--data FOLDER] [--users 12] [--new 16] [--groups 8] [--epochs 1 2] [--seed 0] [--json]
+    python benchmarks/encoder_frozen_or_tuned.py [--data FOLDER] [--users 12] [--new 16] [--groups
+    8] [--epochs 1 2] [--seed 0] [--json]
 
 Five ways to learn the adapter from the same labelled groups, each as `hydra_llm.learn` does it:
-    label   one block of weights per label on the frozen encoder's vector of the query (tasks with labels)
-    tower   frozen encoder, each text once, a shared layer of principal directions: nothing is trained by gradient
-    trained as tower, the shared layer trained together with base and heads
+    label   one block of weights per label on the frozen encoder's vector of the query (tasks with
+            labels)
+    tower   frozen encoder, each text once, a shared layer of principal directions: nothing is
+            trained by gradient trained as tower, the shared layer trained together with base and
+            heads
     cross   frozen encoder, each pair as one text
-    tuned   as cross, the encoder fine-tuned with base and heads (learning rate 5e-5), for each number of epochs
-Judged by new users' later groups, heads fitted on their earlier ones: cross-entropy per group, with the shared head and with
-the user's own. "In folds" is the shared head's loss by which learning chose its strengths, on training users whom neither that head
-nor a trained layer or encoder had seen: where it is far below the other, the choice was misled. Minutes are those of learning,
-encoding included. A user's records are the queries, all labels the candidates; no LLM is asked. Without `--evidence` no figures
-of the history stand beside the texts, so that the encoder carries the load. Nothing here has a limit: it is the measurement
-behind a default.
+    tuned   as cross, the encoder fine-tuned with base and heads (learning rate 5e-5), for each
+            number of epochs
+judged by new users' later groups, heads fitted on their earlier ones: cross-entropy per group, with
+the shared head and with the user's own. "In folds" is the shared head's loss by which learning
+chose its strengths, on training users whom neither that head nor a trained layer or encoder had
+seen: where it is far below the other, the choice was misled. Minutes are those of learning,
+encoding included. A user's records are the queries, all labels the candidates; no LLM is asked.
+Without `--evidence` no figures of the history stand beside the texts, so that the encoder carries
+the load. Nothing here has a limit: it is the measurement behind a default.
 """
 
 import argparse
@@ -24,18 +29,18 @@ from typing import Any
 
 import torch
 from measure import finish, options
-from people import CLASSIFY, learn_scorer, made_up_data, open_data, people
+from simulated_users import CLASSIFY, learn_scorer, made_up_data, open_data, people
 
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.evidence import EvidenceMaker, survey
-from hydra_llm.learning.fit import fit_heads
-from hydra_llm.learning.pairs import label_groups
-from hydra_llm.learning.solve import losses
-from hydra_llm.learning.table import Table, make_table
 from hydra_llm.model.encoder import open_encoder
-from hydra_llm.model.features import FeatureStore
-from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.side_features import Featurizer, fit_stats
+from hydra_llm.training.convex import fit_heads
+from hydra_llm.training.dataset import Table, make_table
+from hydra_llm.training.labelling import label_groups
+from hydra_llm.training.newton import losses
 from hydra_llm.types import LabelledGroup
 
 RULE = "exact"
@@ -44,20 +49,38 @@ TUNED_LR = 5e-5
 
 def main() -> None:
     parser = options(__doc__, runs=1)
-    parser.add_argument("--data", type=Path, help="a data set's folder (a task with labels); without it, users are made up")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="a data set's folder (a task with labels); without it, users are made up",
+    )
     parser.add_argument("--users", type=int, default=12, help="training users")
     parser.add_argument("--new", type=int, default=16, help="new users")
-    parser.add_argument("--groups", type=int, default=8, help="latest records of each user that serve as groups")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 2], help="of the tuned encoder")
-    parser.add_argument("--evidence", action="store_true", help="figures of the history stand beside the texts")
+    parser.add_argument(
+        "--groups", type=int, default=8, help="latest records of each user that serve as groups"
+    )
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", default=[1, 2], help="of the tuned encoder"
+    )
+    parser.add_argument(
+        "--evidence", action="store_true", help="figures of the history stand beside the texts"
+    )
     given = parser.parse_args()
     data = (
         open_data(given.data)
         if given.data
-        else made_up_data(CLASSIFY, people(given.users + given.new, given.seed), given.groups, given.seed, given.new)
+        else made_up_data(
+            CLASSIFY,
+            people(given.users + given.new, given.seed),
+            given.groups,
+            given.seed,
+            given.new,
+        )
     )
     if not data.task.labels:
-        raise SystemExit(f"task '{data.task.name}' has no labels: take news_category or movie_rating")
+        raise SystemExit(
+            f"task '{data.task.name}' has no labels: take news_category or movie_rating"
+        )
     old, new, names = rows_of(data, given)
     rows = [measure(way, settings, data, old, new, names) for way, settings in ways(given).items()]
     given.data = str(given.data) if given.data else None
@@ -67,7 +90,12 @@ def main() -> None:
 
 def ways(given: argparse.Namespace) -> dict[str, Settings]:
     base = {"seed": given.seed}
-    tuned = {f"tuned, {n} epochs": load_settings(**base, features="cross", tune_encoder=True, lr=TUNED_LR, epochs=n) for n in given.epochs}
+    tuned = {
+        f"tuned, {n} epochs": load_settings(
+            **base, features="cross", tune_encoder=True, lr=TUNED_LR, epochs=n
+        )
+        for n in given.epochs
+    }
     frozen = {
         "label": load_settings(**base),
         "tower": load_settings(**base),
@@ -77,13 +105,23 @@ def ways(given: argparse.Namespace) -> dict[str, Settings]:
     return frozen | tuned
 
 
-def rows_of(data: DataSet, given: argparse.Namespace) -> tuple[list[LabelledGroup], list[LabelledGroup], tuple[str, ...]]:
+def rows_of(
+    data: DataSet, given: argparse.Namespace
+) -> tuple[list[LabelledGroup], list[LabelledGroup], tuple[str, ...]]:
     """Groups of training and of new users, and the names of the evidence."""
-    store = FeatureStore(open_encoder("minilm"))
-    users = {split: data.users(split)[:many] for split, many in (("train", given.users), ("test", given.new))}
+    store = FeatureCache(open_encoder("minilm"))
+    users = {
+        split: data.users(split)[:many]
+        for split, many in (("train", given.users), ("test", given.new))
+    }
     histories = {user: data.answered(user) for names in users.values() for user in names}
-    maker = EvidenceMaker(data.task, store, survey(data.task, store, [histories[user] for user in users["train"]]))
-    old, new = ([group for user in names for group in label_groups(maker, histories[user])[-given.groups :]] for names in users.values())
+    maker = Featurizer(
+        data.task, store, fit_stats(data.task, store, [histories[user] for user in users["train"]])
+    )
+    old, new = (
+        [group for user in names for group in label_groups(maker, histories[user])[-given.groups :]]
+        for names in users.values()
+    )
     if given.evidence:
         return old, new, maker.adapter_names
     return [bare(group) for group in old], [bare(group) for group in new], ("none",)
@@ -91,18 +129,39 @@ def rows_of(data: DataSet, given: argparse.Namespace) -> tuple[list[LabelledGrou
 
 def bare(group: LabelledGroup) -> LabelledGroup:
     nothing = ((0.0,),) * len(group.rights)
-    return LabelledGroup(group.user, group.query, group.left, group.rights, group.gains, nothing, group.position, group.voted)
+    return LabelledGroup(
+        group.user,
+        group.query,
+        group.left,
+        group.rights,
+        group.gains,
+        nothing,
+        group.position,
+        group.voted,
+    )
 
 
 def measure(
-    way: str, settings: Settings, data: DataSet, old: Sequence[LabelledGroup], new: Sequence[LabelledGroup], names: Sequence[str]
+    way: str,
+    settings: Settings,
+    data: DataSet,
+    old: Sequence[LabelledGroup],
+    new: Sequence[LabelledGroup],
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    store = FeatureStore(open_encoder("minilm"))
+    store = FeatureCache(open_encoder("minilm"))
     began = time.perf_counter()
-    scorer, learned = learn_scorer(store, settings, data.task, "adapter", old, names, RULE, by_label=way == "label")
+    scorer, learned = learn_scorer(
+        store, settings, data.task, "adapter", old, names, RULE, by_label=way == "label"
+    )
     minutes = (time.perf_counter() - began) / 60
-    early, late = make_table(store, scorer.combiner, new, rule=RULE, loss=scorer.loss).split_late()
-    shared, uniform = loss_of(scorer, late, known=False), float(late.groups.mask.sum(-1).float().log().mean())
+    early, late = make_table(
+        store, scorer.interaction, new, rule=RULE, loss=scorer.loss
+    ).split_late()
+    shared, uniform = (
+        loss_of(scorer, late, known=False),
+        float(late.groups.mask.sum(-1).float().log().mean()),
+    )
     fit_heads(scorer, early, early.names())
     own, right = loss_of(scorer, late, known=True), hits(scorer, late)
     return {
@@ -118,27 +177,38 @@ def measure(
     }
 
 
-def loss_of(scorer: FactorizedScorer, late: Table, *, known: bool) -> float:
+def loss_of(scorer: Scorer, late: Table, *, known: bool) -> float:
     assert late.groups.target is not None
-    scores = scorer.score(late.groups, late.users if known else [""] * len(late)).masked_fill(~late.groups.mask, -1e30)
+    scores = scorer.score(late.groups, late.users if known else [""] * len(late)).masked_fill(
+        ~late.groups.mask, -1e30
+    )
     return float(losses(scores, late.groups.target, late.groups.mask, scorer.loss).mean())
 
 
-def hits(scorer: FactorizedScorer, late: Table) -> float:
+def hits(scorer: Scorer, late: Table) -> float:
     assert late.groups.target is not None
     pick = scorer.score(late.groups, late.users).argmax(-1)
     return float((late.groups.target[torch.arange(len(late)), pick] > 0).float().mean())
 
 
 def table_of(rows: Sequence[dict[str, Any]], groups: dict[str, int]) -> list[str]:
-    head = f"{'way':<18} {'minutes':>8} {'in folds':>9} {'loss shared':>12} {'loss own':>9} {'accuracy':>9} {'nats gained a minute':>21}"
+    head = (
+        f"{'way':<18} {'minutes':>8} {'in folds':>9} {'loss shared':>12} {'loss own':>9}"
+        f" {'accuracy':>9} {'nats gained a minute':>21}"
+    )
     held, uniform = rows[0]["held_out_groups"], rows[0]["loss_uniform"]
-    about = f"{groups['training']} training groups of {groups['pairs of one']}; {held} held-out groups, equal shares {uniform:.3f}"
+    about = (
+        f"{groups['training']} training groups of {groups['pairs of one']}; {held} held-out groups,"
+        f" equal shares {uniform:.3f}"
+    )
     return [about, head, *(line_of(row) for row in rows)]
 
 
 def line_of(row: dict[str, Any]) -> str:
-    found = f"{row['loss_shared_in_folds']:9.3f} {row['loss_shared']:12.3f} {row['loss_user']:9.3f} {row['accuracy_user']:9.2f}"
+    found = (
+        f"{row['loss_shared_in_folds']:9.3f} {row['loss_shared']:12.3f} {row['loss_user']:9.3f}"
+        f" {row['accuracy_user']:9.2f}"
+    )
     return f"{row['way']:<18} {row['minutes']:8.2f} {found} {row['gained_nats_per_minute']:21.2f}"
 
 

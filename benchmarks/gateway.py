@@ -1,17 +1,23 @@
-"""What the gateway adds to an answer, over a mock upstream of fixed latency on loopback, beside the LiteLLM proxy where that is there.
+"""What the gateway adds to an answer, over a mock upstream of fixed latency on loopback, beside the
+LiteLLM proxy where that is there.
 
-    python benchmarks/gateway.py [--seconds 20] [--features cross] [--soak 300] [--litellm VENV/bin/litellm] [--json]
+    python benchmarks/gateway.py [--seconds 20] [--features cross] [--soak 300] [--litellm
+    VENV/bin/litellm] [--json]
 
-One server process, the mock in a second, the client in a third, all on this machine's cores. The client sends at a fixed rate, whether
-or not earlier requests have been answered; the added latency is the client's time minus that of the mock asked directly, in the same
-run. No two questions and no two answers are alike.
+One server process, the mock in a second, the client in a third, all on this machine's cores. The
+client sends at a fixed rate, whether or not earlier requests have been answered; the added latency
+is the client's time minus that of the mock asked directly, in the same run. No two questions and no
+two answers are alike.
     personal   a user with 100 records, 10 retrieved, 8 candidates, tower features
     most       requests a second with 64 in flight
-    cold       users whom the server has not seen since it began, of 1,000 with 100 records each in SQLite, their records' features kept
+    cold       users whom the server has not seen since it began, of 1,000 with 100 records each in
+               SQLite, their records' features kept
                as after a fit, or never encoded
     head       moving a head with a full window of 64 judged answers, without HTTP and database
-    feedback   one piece of it after another over HTTP, each moves the head; the window is nearly full in the end
-    soak       200 clients, each sends its next request when it has its answer, half of them for users; memory is the server's resident set
+    feedback   one piece of it after another over HTTP, each moves the head; the window is nearly
+               full in the end
+    soak       200 clients, each sends its next request when it has its answer, half of them for
+               users; memory is the server's resident set
 """
 
 import asyncio
@@ -31,11 +37,13 @@ from typing import Any
 
 import httpx2
 from measure import Limit, finish, milliseconds, options
-from people import HEADLINE, LABELS, people, words
+from simulated_users import HEADLINE, LABELS, people, words
 
 LATENCY = 0.05
 SLOW = 40
-"""Requests a second that a slower proxy keeps up with as well: at more than it can do, its latency is its queue's."""
+"""Requests a second that a slower proxy keeps up with as well: at more than it can do, its latency
+is its queue's.
+"""
 KEPT = 50
 """Users whose records' features are kept, as after a fit."""
 HERE = Path(__file__).parent
@@ -49,12 +57,17 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--features", choices=("tower", "cross"), default="tower")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of 200 clients")
-    parser.add_argument("--litellm", help="the command of a LiteLLM proxy in an environment of its own")
+    parser.add_argument(
+        "--litellm", help="the command of a LiteLLM proxy in an environment of its own"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = asyncio.run(measure(given, Path(folder)))
     given.litellm = given.litellm is not None  # the report names no path
-    lines = [f"{name:<28} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()) for name, row in result.items()]
+    lines = [
+        f"{name:<28} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items())
+        for name, row in result.items()
+    ]
     added, personal = result["passed through"], result["personal"]
     limits = [
         Limit("pass-through at 100/s, added p50 in ms", added["added_p50"], 5),
@@ -65,19 +78,36 @@ def main() -> None:
     if given.features == "tower":
         limits += [
             Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
-            Limit("first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250),
+            Limit(
+                "first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250
+            ),
         ]
     if "soak" in result:
         limits += [
             Limit("200 clients: requests that failed", result["soak"]["failed"], 0),
-            Limit("200 clients: memory at the end over that after a minute", result["soak"]["memory_ratio"], 1.05),
+            Limit(
+                "200 clients: memory at the end over that after a minute",
+                result["soak"]["memory_ratio"],
+                1.05,
+            ),
         ]
     if "litellm" in result:
         most, theirs = result["passed through, most"]["per_s"], result["litellm, most"]["per_s"]
-        slow = {name: result[f"{name}, {SLOW} a second"]["added_p50"] for name in ("passed through", "litellm")}
+        slow = {
+            name: result[f"{name}, {SLOW} a second"]["added_p50"]
+            for name in ("passed through", "litellm")
+        }
         limits += [
-            Limit("added p50 beside LiteLLM's", added["added_p50"] / result["litellm"]["added_p50"], 0.5),
-            Limit("the same at a rate that both keep up with", slow["passed through"] / slow["litellm"], 0.5),
+            Limit(
+                "added p50 beside LiteLLM's",
+                added["added_p50"] / result["litellm"]["added_p50"],
+                0.5,
+            ),
+            Limit(
+                "the same at a rate that both keep up with",
+                slow["passed through"] / slow["litellm"],
+                0.5,
+            ),
             Limit("throughput beside LiteLLM's", most / theirs, 2, at_least=True),
         ]
     finish(given, {"series": result}, lines, limits)
@@ -89,39 +119,70 @@ async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
     environment = {**os.environ, "OPENAI_API_KEY": "none", "HYDRA_CACHE": str(folder / "cache")}
     with mock() as upstream:
         asked = ["--set", "candidates=8", "--set", "retrieved=10"]
-        flags = ["--llm", f"openai:mock@{upstream}/v1", "--store", url, "--bundle", str(folder / "bundle"), *asked]
+        flags = [
+            "--llm",
+            f"openai:mock@{upstream}/v1",
+            "--store",
+            url,
+            "--bundle",
+            str(folder / "bundle"),
+            *asked,
+        ]
         direct = await steady(chat(upstream, None), 100, given.seconds)
         out = Told(direct=direct, head=head)
         with server([str(COMMAND), "serve", *flags], environment, "/health/readiness") as gateway:
             await steady(chat(gateway, None), 50, 2)
-            out["passed through"] = minus(await steady(chat(gateway, None), 100, given.seconds), direct)
-            out[f"passed through, {SLOW} a second"] = minus(await steady(chat(gateway, None), SLOW, given.seconds), direct)
+            out["passed through"] = minus(
+                await steady(chat(gateway, None), 100, given.seconds), direct
+            )
+            out[f"passed through, {SLOW} a second"] = minus(
+                await steady(chat(gateway, None), SLOW, given.seconds), direct
+            )
             out["passed through, most"] = await flat_out(chat(gateway, None), given.seconds)
             names = [f"person{i}" for i in range(given.users)]
-            out["cold"] = minus(await one_by_one([chat(gateway, name) for name in names[:KEPT]]), direct)
+            out["cold"] = minus(
+                await one_by_one([chat(gateway, name) for name in names[:KEPT]]), direct
+            )
             await steady(chat(gateway, names[0]), 5, 3)
-            out["personal"] = minus(await steady(chat(gateway, names[0]), 10, given.seconds), direct)
+            out["personal"] = minus(
+                await steady(chat(gateway, names[0]), 10, given.seconds), direct
+            )
             out["personal, most"] = await flat_out(chat(gateway, names[0]), given.seconds)
             out["feedback"] = await feedback(gateway, names[1], 100)
             if given.soak:
                 out["soak"] = await soak(gateway, names[:KEPT], given.soak)
             # Last: their histories are encoded behind it, on the same cores.
-            out["cold, never encoded"] = minus(await one_by_one([chat(gateway, name) for name in names[KEPT : 2 * KEPT]]), direct)
+            out["cold, never encoded"] = minus(
+                await one_by_one([chat(gateway, name) for name in names[KEPT : 2 * KEPT]]), direct
+            )
         if given.litellm:
             config = folder / "litellm.yaml"
             model = {"model": "openai/mock", "api_base": f"{upstream}/v1", "api_key": "none"}
-            config.write_text(json.dumps({"model_list": [{"model_name": "mock", "litellm_params": model}]}))
-            open_door = {**environment, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}  # no keys here, as there
-            with server([str(given.litellm), "--config", str(config), "--host", "127.0.0.1"], open_door, "/health/liveliness") as proxy:
+            config.write_text(
+                json.dumps({"model_list": [{"model_name": "mock", "litellm_params": model}]})
+            )
+            open_door = {
+                **environment,
+                "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+            }  # no keys here, as there
+            with server(
+                [str(given.litellm), "--config", str(config), "--host", "127.0.0.1"],
+                open_door,
+                "/health/liveliness",
+            ) as proxy:
                 await steady(chat(proxy, None), 20, 3)
                 out["litellm"] = minus(await steady(chat(proxy, None), 100, given.seconds), direct)
-                out[f"litellm, {SLOW} a second"] = minus(await steady(chat(proxy, None), SLOW, given.seconds), direct)
+                out[f"litellm, {SLOW} a second"] = minus(
+                    await steady(chat(proxy, None), SLOW, given.seconds), direct
+                )
                 out["litellm, most"] = await flat_out(chat(proxy, None), given.seconds)
     return dict(out)
 
 
 class Told(dict[str, dict[str, float]]):
-    """Series that are told as soon as they are there: the whole takes minutes, and a later one may fail."""
+    """Series that are told as soon as they are there: the whole takes minutes, and a later one may
+    fail.
+    """
 
     def __setitem__(self, name: str, row: dict[str, float]) -> None:
         super().__setitem__(name, row)
@@ -132,23 +193,32 @@ class Told(dict[str, dict[str, float]]):
 
 
 def prepare(given: Any, folder: Path) -> str:
-    """A bundle from made-up people, and a store of others with their records; every record's features are kept, as after a fit."""
+    """A bundle from made-up people, and a store of others with their records; every record's
+    features are kept, as after a fit.
+    """
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.dataset import DataSet
-    from hydra_llm.learning.api import learn
     from hydra_llm.llm.fake import RuleLLM
     from hydra_llm.store.store import Store
+    from hydra_llm.training.api import learn
     from hydra_llm.types import Record
 
-    settings = load_settings(cache=folder / "cache", features=given.features, samples=4, retrieved=4, queries_per_user=1)
+    settings = load_settings(
+        cache=folder / "cache", features=given.features, samples=4, retrieved=4, queries_per_user=1
+    )
     teachers = people(6, given.seed)
     dice = random.Random(given.seed)
 
     def records(name: str, count: int) -> list[Record]:
-        return [Record(name, f"r{i}", words(LABELS[:3], 12, dice), words(LABELS[:2], 8, dice)) for i in range(count)]
+        return [
+            Record(name, f"r{i}", words(LABELS[:3], 12, dice), words(LABELS[:2], 8, dice))
+            for i in range(count)
+        ]
 
     train = {person.name: "train" for person in teachers}
-    data = DataSet.from_records(HEADLINE, train, [r for name in train for r in records(name, 12)], [])  # type: ignore[arg-type]
+    data = DataSet.from_records(
+        HEADLINE, train, [r for name in train for r in records(name, 12)], []
+    )  # type: ignore[arg-type]
     said = RuleLLM(lambda messages, index, rng: words(LABELS[:3], 8, rng))
     bundle = learn(data, said, settings, out=folder / "bundle").bundle
     store = Store(f"sqlite:///{folder / 'store.db'}")
@@ -156,7 +226,9 @@ def prepare(given: Any, folder: Path) -> str:
         own = records(f"person{i}", given.records)
         store.add_records(f"person{i}", own)
         if i < KEPT and given.features == "tower":
-            bundle.store.texts([text for r in own for text in (r.input, r.output, f"{r.input} → {r.output}")])
+            bundle.store.texts(
+                [text for r in own for text in (r.input, r.output, f"{r.input} → {r.output}")]
+            )
     store.close()
     return f"sqlite:///{folder / 'store.db'}"
 
@@ -164,18 +236,29 @@ def prepare(given: Any, folder: Path) -> str:
 def head_alone(folder: Path, cache: Path) -> dict[str, float]:
     """Milliseconds of `heads_after` for a user whose window is full."""
     from hydra_llm.bundle import Bundle
-    from hydra_llm.learning.online import WINDOW
-    from hydra_llm.server.feedback import heads_after
-    from hydra_llm.store.values import Judged
+    from hydra_llm.gateway.feedback import heads_after
+    from hydra_llm.store.values import StoredFeedback
+    from hydra_llm.training.online import WINDOW
 
     bundle, dice, judged = Bundle.load(folder, cache=cache), random.Random(1), []
     for place in range(WINDOW):
         rights = [words(LABELS[:3], 8, dice) for _ in range(8)]
-        evidence = [[dice.random() for _ in bundle.evidence.adapter_names] for _ in rights]
-        group = {"left": words(LABELS[:3], 8, dice), "rights": rights, "gains": [dice.random() for _ in rights], "evidence": evidence}
-        judged.append(Judged(f"request{place}", float(place), {"bundle": bundle.weights, "group": group}))
+        evidence = [[dice.random() for _ in bundle.featurizer.adapter_names] for _ in rights]
+        group = {
+            "left": words(LABELS[:3], 8, dice),
+            "rights": rights,
+            "gains": [dice.random() for _ in rights],
+            "evidence": evidence,
+        }
+        judged.append(
+            StoredFeedback(
+                f"request{place}", float(place), {"bundle": bundle.weights, "group": group}
+            )
+        )
     heads_after(bundle, "person0", {}, judged)
-    return spread([milliseconds(lambda: heads_after(bundle, "person0", {}, judged)) for _ in range(100)])
+    return spread(
+        [milliseconds(lambda: heads_after(bundle, "person0", {}, judged)) for _ in range(100)]
+    )
 
 
 # ---- processes
@@ -192,7 +275,11 @@ def resident(url: str) -> float:
 
 @contextmanager
 def mock() -> Iterator[str]:
-    with server([sys.executable, str(HERE / "mock_upstream.py"), "--latency", str(LATENCY)], dict(os.environ), "/v1/models") as url:
+    with server(
+        [sys.executable, str(HERE / "mock_upstream.py"), "--latency", str(LATENCY)],
+        dict(os.environ),
+        "/v1/models",
+    ) as url:
         yield url
 
 
@@ -202,7 +289,12 @@ def server(command: list[str], environment: dict[str, str], ready: str) -> Itera
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     url = f"http://127.0.0.1:{port}"
     PROCESSES[url] = process.pid
     try:
@@ -235,17 +327,23 @@ def chat(url: str, user: str | None) -> Ask:
     async def ask(client: httpx2.AsyncClient) -> float:
         body["messages"] = [{"role": "user", "content": f"what of {words(LABELS[:3], 8, dice)}?"}]
         begin = time.perf_counter()
-        answer = await client.post(f"{url}/v1/chat/completions", json=body, headers={"authorization": "Bearer any"})
+        answer = await client.post(
+            f"{url}/v1/chat/completions", json=body, headers={"authorization": "Bearer any"}
+        )
         answer.raise_for_status()
         if user is not None:
-            assert answer.headers["x-hydra-personalized"] == "true", answer.headers  # another path than the one that is measured
+            assert answer.headers["x-hydra-personalized"] == "true", (
+                answer.headers
+            )  # another path than the one that is measured
         return (time.perf_counter() - begin) * 1000
 
     return ask
 
 
 def client() -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(timeout=60, limits=httpx2.Limits(max_connections=500, max_keepalive_connections=500))
+    return httpx2.AsyncClient(
+        timeout=60, limits=httpx2.Limits(max_connections=500, max_keepalive_connections=500)
+    )
 
 
 async def steady(ask: Ask, per_second: float, seconds: float) -> dict[str, float]:
@@ -260,17 +358,27 @@ async def steady(ask: Ask, per_second: float, seconds: float) -> dict[str, float
 
 
 async def feedback(gateway: str, name: str, count: int) -> dict[str, float]:
-    """Milliseconds of each piece of feedback, of the last half: by then the window is full or nearly so."""
+    """Milliseconds of each piece of feedback, of the last half: by then the window is full or
+    nearly so.
+    """
     times = []
     async with client() as http:
         for i in range(count):
             body = {
                 "model": "mock",
                 "user": name,
-                "messages": [{"role": "user", "content": f"what of {i} and {words(LABELS[:3], 6, random.Random(i))}?"}],
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": f"what of {i} and {words(LABELS[:3], 6, random.Random(i))}?",
+                    }
+                ],
             }
             made = (await http.post(f"{gateway}/v1/chat/completions", json=body)).json()
-            said = {"request_id": made["personalization"]["request_id"], "chosen": made["personalization"]["candidates"] - 1}
+            said = {
+                "request_id": made["personalization"]["request_id"],
+                "chosen": made["personalization"]["candidates"] - 1,
+            }
             begin = time.perf_counter()
             answer = await http.post(f"{gateway}/v1/feedback", json=said)
             times.append((time.perf_counter() - begin) * 1000)
@@ -278,7 +386,9 @@ async def feedback(gateway: str, name: str, count: int) -> dict[str, float]:
     return spread(times[count // 2 :])
 
 
-async def soak(gateway: str, names: list[str], seconds: float, at_once: int = 200) -> dict[str, float]:
+async def soak(
+    gateway: str, names: list[str], seconds: float, at_once: int = 200
+) -> dict[str, float]:
     """Clients that never rest, and what the server's memory does meanwhile."""
     counts, memory, ends = {"answered": 0, "failed": 0}, [], time.perf_counter() + seconds
 
@@ -301,7 +411,11 @@ async def soak(gateway: str, names: list[str], seconds: float, at_once: int = 20
         asks = [chat(gateway, names[i % len(names)] if i % 2 else None) for i in range(at_once)]
         await asyncio.gather(look(), *(on_and_on(http, ask) for ask in asks))
     after = memory[min(6, len(memory) - 1)]
-    return {**{name: float(value) for name, value in counts.items()}, "memory_mb": memory[-1], "memory_ratio": memory[-1] / after}
+    return {
+        **{name: float(value) for name, value in counts.items()},
+        "memory_mb": memory[-1],
+        "memory_ratio": memory[-1] / after,
+    }
 
 
 async def one_by_one(asks: list[Ask]) -> dict[str, float]:

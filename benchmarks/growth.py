@@ -1,28 +1,37 @@
-"""How the seconds of each stage grow with users, records per user and words per text, held against the law that the design expects.
+"""How the seconds of each stage grow with users, records per user and words per text, held against
+the law that the design expects.
 
-    python benchmarks/growth.py [--stages learn fit ...] [--runs 5] [--seed 0] [--json] [--out FILE.json] [--plot FILE.svg]
+    python benchmarks/growth.py [--stages learn fit ...] [--runs 5] [--seed 0] [--json] [--out
+    FILE.json] [--plot FILE.svg]
 
-Each series varies one thing over a geometric grid and leaves all else at its base: 4 training users, 20 records a user, 20 words a
-text (an answer of the headline task has half as many), M = 10, k = 4, 8 candidates. Bundles of many users hold a head and a history
-for each, and those who ask are drawn by lot. Tower features, linear heads, the packaged encoder; users are made up (people.py).
+Each series varies one thing over a geometric grid and leaves all else at its base: 4 training
+users, 20 records a user, 20 words a text (an answer of the headline task has half as many), M = 10,
+k = 4, 8 candidates. Bundles of many users hold a head and a history for each, and those who ask are
+drawn by lot. Tower features, linear heads, the packaged encoder; users are made up (people.py).
 
-The main figure is the processor's time of all threads (torch has one), as a busy machine stretches the wall's clock; that one stands
-in the JSON beside it. Medians of several runs after a warm-up, the sizes taking turns; slow stages get three fifths of the runs.
-The law is seconds = a + b·x^p (power_law.py says how it is fitted); `grows` is the share of the largest size's time that is not the
-fixed cost a: where it is small, p says little. The interval of p is a bootstrap over the runs, and with few runs too narrow.
+The main figure is the processor's time of all threads (torch has one), as a busy machine stretches
+the wall's clock; that one stands in the JSON beside it. Medians of several runs after a warm-up,
+the sizes taking turns; slow stages get three fifths of the runs. The law is seconds = a + b·x^p
+(power_law.py says how it is fitted); `grows` is the share of the largest size's time that is not
+the fixed cost a: where it is small, p says little. The interval of p is a bootstrap over the runs,
+and with few runs too narrow.
 
-    label      learn's part before the fits: histories read, retrieval, prompts, bookkeeping of the LLM's answers, labelled groups
+    label      learn's part before the fits: histories read, retrieval, prompts, bookkeeping of the
+               LLM's answers, labelled groups
     train      learn's fits of base and heads, features kept
-    fit        one new user's two heads; `first sight`: no text is known, the encoder reads the whole history
+    fit        one new user's two heads; `first sight`: no text is known, the encoder reads the
+               whole history
     retrieve   BM25; `first sight`: the user's index is built, `kept`: it is at hand
-    rerank     a new question; `first sight`: the history is new too, `kept`: only the question's text is new
+    rerank     a new question; `first sight`: the history is new too, `kept`: only the question's
+               text is new
     generate   prompt and candidates
     adapt      8 new headlines, or 12 labels whose query the reranker has read
     encode     the encoder alone: what `first sight` adds
 
-The LLM is a fake that answers at once (its own time, some hashing, is in the figures): what it costs is told in calls and prompt
-tokens (words, to the fake), which are counts and so exact. Words stop where neither the encoder's window (256 tokens) nor
-max_prompt_tokens cuts: beyond, time and tokens stay as they are.
+The LLM is a fake that answers at once (its own time, some hashing, is in the figures): what it
+costs is told in calls and prompt tokens (words, to the fake), which are counts and so exact. Words
+stop where neither the encoder's window (256 tokens) nor max_prompt_tokens cuts: beyond, time and
+tokens stay as they are.
 """
 
 import argparse
@@ -44,24 +53,28 @@ from typing import Any
 
 import torch
 from measure import finish, options, summary
-from people import CLASSIFY, HEADLINE, LABELS, Person, people, words
 from power_law import Growth, growth
+from simulated_users import CLASSIFY, HEADLINE, LABELS, UserSnapshot, people, words
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.learning.api import fit, learn
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.model.features import FeatureStore
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import KeepOrder, record_text
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
+from hydra_llm.training.api import fit, learn
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
 USERS, RECORDS, WORDS = 4, 20, 20
 """The base, from which one thing at a time is varied."""
 TRAINING = {"users": (4, 8, 16, 32), "records": (15, 30, 60, 120), "words": (6, 15, 38, 96)}
-SERVING = {"users": (10, 100, 1_000, 10_000), "records": (10, 20, 40, 80, 160), "words": (6, 12, 24, 48, 96)}
+SERVING = {
+    "users": (10, 100, 1_000, 10_000),
+    "records": (10, 20, 40, 80, 160),
+    "words": (6, 12, 24, 48, 96),
+}
 FIRST = {"records": (10, 20, 40, 80), "words": (6, 15, 38, 96)}
 ASKED = (10, 40, 160, 640)
 """Users whose histories differ, each with an index of its own."""
@@ -74,13 +87,21 @@ FIXED: Exponents = {"users": 0, "records": 0, "words": 0}
 READS_WORDS: Exponents = {"users": 0, "records": 0, "words": 1}
 READS_HISTORY: Exponents = {"records": 1, "words": 1}
 EXPECTED: Mapping[str, Exponents] = {
-    "label": {"users": 1, "records": 1, "words": 0},  # groups: every record of a task with labels is one (DESIGN 5)
+    "label": {
+        "users": 1,
+        "records": 1,
+        "words": 0,
+    },  # groups: every record of a task with labels is one (DESIGN 5)
     "label, LLM calls": {"users": 1, "records": 0, "words": 0},  # queries_per_user of each user
     "label, prompt tokens": {"users": 1, "records": 0, "words": 1},
     "train": {"users": 1, "records": 1, "words": 0},
     "fit labels, kept": {"users": 0, "records": 1, "words": 0},
     "fit labels, first sight": READS_HISTORY,
-    "fit headlines, kept": {"users": 0, "records": 1, "words": 0},  # every record teaches the reranker
+    "fit headlines, kept": {
+        "users": 0,
+        "records": 1,
+        "words": 0,
+    },  # every record teaches the reranker
     "fit headlines, first sight": READS_HISTORY,
     "retrieve, kept": {"users": 0, "records": 1, "words": 1},
     "retrieve, first sight": {"records": 1, "words": 1},
@@ -95,20 +116,44 @@ EXPECTED: Mapping[str, Exponents] = {
 }
 """The exponent that the design expects: 0 is a cost that does not grow."""
 WHY: Mapping[tuple[str, str], str] = {
-    ("label", "records"): "every record is a query, and each looks up all that came before it and has an index of its own",
-    ("train", "users"): "tables of at most 300 groups learn in ten folds, larger ones in three: few users cost more than their share",
-    ("label", "words"): "the words of an index and of a prompt are read once each; no LLM waits for that",
-    ("fit labels, kept", "users"): "asyncio prints the result of sync `fit` as it hands Ctrl-C back: the repr of a bundle has all records",
+    ("label", "records"): (
+        "every record is a query, and each looks up all that came before it and has an index of"
+        " its own"
+    ),
+    ("train", "users"): (
+        "tables of at most 300 groups learn in ten folds, larger ones in three: few users cost more"
+        " than their share"
+    ),
+    (
+        "label",
+        "words",
+    ): "the words of an index and of a prompt are read once each; no LLM waits for that",
+    ("fit labels, kept", "users"): (
+        "asyncio prints the result of sync `fit` as it hands Ctrl-C back: the repr of a bundle has"
+        " all records"
+    ),
     ("fit headlines, kept", "users"): "as for labels",
-    ("fit labels, kept", "records"): "each record is a query with a BM25 index and a memory of its own slice of the history",
+    (
+        "fit labels, kept",
+        "records",
+    ): "each record is a query with a BM25 index and a memory of its own slice of the history",
     ("fit headlines, kept", "records"): "as for labels",
     ("fit labels, kept", "words"): "BM25 splits the texts anew for each slice of the history",
     ("fit headlines, kept", "words"): "as for labels",
-    ("retrieve, kept", "users"): "256 indexes are kept: with more users who ask by lot it is a step up to `first sight`, not a slope",
-    ("retrieve, first sight", "words"): "made-up texts draw on 140 words: longer ones repeat them, and an index holds each once a record",
+    ("retrieve, kept", "users"): (
+        "256 indexes are kept: with more users who ask by lot it is a step up to `first sight`, not"
+        " a slope"
+    ),
+    ("retrieve, first sight", "words"): (
+        "made-up texts draw on 140 words: longer ones repeat them, and an index holds each once a"
+        " record"
+    ),
     ("generate", "records"): "`before` looks at every record; no LLM waits for that",
     ("adapt labels", "records"): "the evidence weighs every record against the query",
-    ("rerank, kept", "M"): "the M records are known, scoring them is one product: the question's own pass through the encoder is all",
+    ("rerank, kept", "M"): (
+        "the M records are known, scoring them is one product: the question's own pass through the"
+        " encoder is all"
+    ),
 }
 """Where an expectation failed, why; printed only where it fails."""
 LAWS = {0: "constant", 1: "linear"}
@@ -163,27 +208,54 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw them there, as SVG (altair, vl-convert)")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and asyncio then does less
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and asyncio then does less
     began, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), given.seed)
-        rows = [row for name in given.stages for series in STAGES[name](bench) for row in measured(series, given.runs)]
+        rows = [
+            row
+            for name in given.stages
+            for series in STAGES[name](bench)
+            for row in measured(series, given.runs)
+        ]
     told = [in_full(row, row.law(given.seed)) for row in rows]
-    spent = {"cpu_s": round(time.process_time() - began, 1), "wall_s": round(time.perf_counter() - wall, 1)}
-    result = {"main_figure": "seconds of the processor, all threads", "base": base(), "spent": spent, "rows": told}
+    spent = {
+        "cpu_s": round(time.process_time() - began, 1),
+        "wall_s": round(time.perf_counter() - wall, 1),
+    }
+    result = {
+        "main_figure": "seconds of the processor, all threads",
+        "base": base(),
+        "spent": spent,
+        "rows": told,
+    }
     if given.out:
-        given.out.write_text(json.dumps({**about(given), **result}, indent=1) + "\n", encoding="utf-8")
+        given.out.write_text(
+            json.dumps({**about(given), **result}, indent=1) + "\n", encoding="utf-8"
+        )
     if given.plot:
         plot(told, given.plot)
     given.out, given.plot = (str(path) if path else None for path in (given.out, given.plot))
-    finish(given, result, [*lines_of(told), f"this took {spent['cpu_s']} s of the processor, {spent['wall_s']} s by the clock"], [])
+    finish(
+        given,
+        result,
+        [
+            *lines_of(told),
+            f"this took {spent['cpu_s']} s of the processor, {spent['wall_s']} s by the clock",
+        ],
+        [],
+    )
 
 
 # ---- running
 
 
 def measured(series: Series, runs: int) -> list[Row]:
-    """The sizes take turns after a run of each to warm up; slow series are warm by the way that they are set up."""
+    """The sizes take turns after a run of each to warm up; slow series are warm by the way that
+    they are set up.
+    """
     samplers = [series.sampler(size) for size in series.sizes]
     for sampler in samplers[:1] if series.slow else samplers:
         sampler()
@@ -192,13 +264,19 @@ def measured(series: Series, runs: int) -> list[Row]:
         for place, sampler in enumerate(samplers):
             for stage, take in sampler().items():
                 unit = stage.rpartition(", ")[2] if math.isnan(take.wall) else "s"
-                row = rows.setdefault(stage, Row(stage, series.variable, unit, series.sizes, [[] for _ in samplers]))
+                row = rows.setdefault(
+                    stage, Row(stage, series.variable, unit, series.sizes, [[] for _ in samplers])
+                )
                 row.takes[place].append(take)
     return list(rows.values())
 
 
-def timed(stage: str, prepare: Callable[[], Any], run: Callable[[Any], Mapping[str, float] | object]) -> Sampler:
-    """Times `run` on what `prepare` gives, anew each time; what `run` counts (a dict by name) is counted."""
+def timed(
+    stage: str, prepare: Callable[[], Any], run: Callable[[Any], Mapping[str, float] | object]
+) -> Sampler:
+    """Times `run` on what `prepare` gives, anew each time; what `run` counts (a dict by name) is
+    counted.
+    """
     calls = 1
 
     def sample() -> dict[str, Take]:
@@ -207,7 +285,11 @@ def timed(stage: str, prepare: Callable[[], Any], run: Callable[[Any], Mapping[s
         cpu, wall = time.process_time(), time.perf_counter()
         results = [run(thing) for thing in things]
         cpu, wall = (time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls
-        counts = {f"{stage}, {name}": Take(value) for name, value in results[0].items()} if isinstance(results[0], dict) else {}
+        counts = (
+            {f"{stage}, {name}": Take(value) for name, value in results[0].items()}
+            if isinstance(results[0], dict)
+            else {}
+        )
         if calls == 1:
             calls = min(100, max(1, round(LEAST_SECONDS / max(cpu, 1e-6))))
         return {stage: Take(cpu, wall), **counts}
@@ -216,7 +298,9 @@ def timed(stage: str, prepare: Callable[[], Any], run: Callable[[Any], Mapping[s
 
 
 class Watch:
-    """Told of the progress of `learn`, it counts the time up to each report: that of a fit's end is `train`, all before is `label`."""
+    """Told of the progress of `learn`, it counts the time up to each report: that of a fit's end is
+    `train`, all before is `label`.
+    """
 
     def __init__(self) -> None:
         self.spent = {"label": [0.0, 0.0], "train": [0.0, 0.0]}
@@ -239,14 +323,16 @@ class Watch:
 # ---- what is measured
 
 
-def history(task: Task, person: Person, records: int, length: int, seed: int) -> list[Record]:
+def history(task: Task, person: UserSnapshot, records: int, length: int, seed: int) -> list[Record]:
     """A person's records; fewer of them are the first of more."""
     dice, out = random.Random(f"{person.name} {length} {seed}"), []
     for place in range(records):
         topics = dice.sample(LABELS, 2)
         topic = person.prefers(topics)
         answer = topic if task.labels else words([topic], length // 2, dice)
-        out.append(Record(person.name, f"r{place}", words(topics, length, dice), answer, position=place))
+        out.append(
+            Record(person.name, f"r{place}", words(topics, length, dice), answer, position=place)
+        )
     return out
 
 
@@ -256,7 +342,11 @@ def renamed(records: Sequence[Record], user: str) -> list[Record]:
 
 def by_rule(task: Task) -> RuleLLM:
     """A fake: a label by lot, or ten words about a topic by lot."""
-    return RuleLLM(lambda _messages, _index, rng: rng.choice(LABELS) if task.labels else words([rng.choice(LABELS)], WORDS // 2, rng))
+    return RuleLLM(
+        lambda _messages, _index, rng: (
+            rng.choice(LABELS) if task.labels else words([rng.choice(LABELS)], WORDS // 2, rng)
+        )
+    )
 
 
 class Given:
@@ -283,18 +373,28 @@ class Bench:
     def bundle(self, task: Task) -> Bundle:
         """Learned once, from the base."""
         if task.name not in self.bundles:
-            self.bundles[task.name] = learn(self.training(task), by_rule(task), self.settings()).bundle
+            self.bundles[task.name] = learn(
+                self.training(task), by_rule(task), self.settings()
+            ).bundle
             if self.bundles[task.name].reranker is None or self.bundles[task.name].adapter is None:
                 raise SystemExit(f"the bundle lacks a scorer: {self.bundles[task.name].report}")
         return self.bundles[task.name]
 
-    def training(self, task: Task, users: int = USERS, records: int = RECORDS, length: int = WORDS) -> DataSet:
+    def training(
+        self, task: Task, users: int = USERS, records: int = RECORDS, length: int = WORDS
+    ) -> DataSet:
         persons = people(users, self.seed)
-        rows = [record for person in persons for record in history(task, person, records, length, self.seed)]
+        rows = [
+            record
+            for person in persons
+            for record in history(task, person, records, length, self.seed)
+        ]
         return DataSet.from_records(task, {person.name: "train" for person in persons}, rows, [])
 
     def keep(self, task: Task, records: Sequence[Record], *, reranker: bool = True) -> None:
-        """Let the store know these texts, as it does after a first look; those that only the reranker reads too."""
+        """Let the store know these texts, as it does after a first look; those that only the
+        reranker reads too.
+        """
         outputs = [] if task.labels else [record.output for record in records]
         both = [record_text(record, with_answer=True) for record in records] if reranker else []
         self.bundle(task).store.texts([*(record.input for record in records), *both, *outputs])
@@ -307,12 +407,17 @@ class Bench:
         assert adapter is not None
         reranker.enrol(names)
         adapter.enrol(names)
-        records = {name: renamed(histories[i % len(histories)], name) for i, name in enumerate(names)}
+        records = {
+            name: renamed(histories[i % len(histories)], name) for i, name in enumerate(names)
+        }
         return replace(bundle, reranker=reranker, adapter=adapter, records=records)
 
     def unseen(self, bundle: Bundle) -> Bundle:
         """The bundle with a store that knows no text."""
-        return replace(bundle, store=FeatureStore(bundle.store.encoder, self.folder / f"{next(self.number)}.sqlite"))
+        return replace(
+            bundle,
+            store=FeatureCache(bundle.store.encoder, self.folder / f"{next(self.number)}.sqlite"),
+        )
 
     def own(self, task: Task, records: int = RECORDS, length: int = WORDS) -> list[Record]:
         return history(task, self.asker, records, length, self.seed)
@@ -323,7 +428,11 @@ class Bench:
 
     def query(self, bundle: Bundle, length: int = WORDS) -> Query:
         """A new question of a user by lot."""
-        return Query(f"user {self.dice.randrange(len(bundle.records))}", f"asked {next(self.number)}", self.text(length))
+        return Query(
+            f"user {self.dice.randrange(len(bundle.records))}",
+            f"asked {next(self.number)}",
+            self.text(length),
+        )
 
 
 # ---- the stages' series
@@ -339,7 +448,11 @@ def learning(bench: Bench) -> Iterator[Series]:
         def sample() -> Mapping[str, Take]:
             watch = Watch()
             usage = learn(data, by_rule(CLASSIFY), settings, progress=watch).usage
-            return {**watch.takes(), "label, LLM calls": Take(usage.calls), "label, prompt tokens": Take(usage.prompt_tokens)}
+            return {
+                **watch.takes(),
+                "label, LLM calls": Take(usage.calls),
+                "label, prompt tokens": Take(usage.prompt_tokens),
+            }
 
         return sample
 
@@ -370,10 +483,19 @@ def fitting(bench: Bench) -> Iterator[Series]:
 
     for task in (CLASSIFY, HEADLINE):
         yield Series("users", SERVING["users"], lambda n, task=task: sampler(task, True, users=n))
-        yield Series("records", SERVING["records"], lambda n, task=task: sampler(task, True, records=n))
+        yield Series(
+            "records", SERVING["records"], lambda n, task=task: sampler(task, True, records=n)
+        )
         yield Series("words", SERVING["words"], lambda n, task=task: sampler(task, True, length=n))
-        yield Series("records", FIRST["records"], lambda n, task=task: sampler(task, False, records=n), slow=True)
-        yield Series("words", FIRST["words"], lambda n, task=task: sampler(task, False, length=n), slow=True)
+        yield Series(
+            "records",
+            FIRST["records"],
+            lambda n, task=task: sampler(task, False, records=n),
+            slow=True,
+        )
+        yield Series(
+            "words", FIRST["words"], lambda n, task=task: sampler(task, False, length=n), slow=True
+        )
 
 
 def retrieving(bench: Bench) -> Iterator[Series]:
@@ -381,16 +503,24 @@ def retrieving(bench: Bench) -> Iterator[Series]:
 
     def sampler(kept: bool, users: int = 1, records: int = RECORDS, length: int = WORDS) -> Sampler:
         persons = people(users, bench.seed)
-        bundle = bench.crowd(CLASSIFY, users, [history(CLASSIFY, person, records, length, bench.seed) for person in persons])
+        bundle = bench.crowd(
+            CLASSIFY,
+            users,
+            [history(CLASSIFY, person, records, length, bench.seed) for person in persons],
+        )
         personalizer = bundle.personalizer(by_rule(CLASSIFY))
         for own in bundle.records.values():
             personalizer.retriever.retrieve(bench.query(bundle), own, 1)
 
         def prepare() -> tuple[Personalizer, Query]:
-            return personalizer if kept else bundle.personalizer(by_rule(CLASSIFY)), bench.query(bundle, length)
+            return personalizer if kept else bundle.personalizer(by_rule(CLASSIFY)), bench.query(
+                bundle, length
+            )
 
         def run(given: tuple[Personalizer, Query]) -> None:
-            given[0].retriever.retrieve(given[1], bundle.records[given[1].user], given[0].settings.retrieved)
+            given[0].retriever.retrieve(
+                given[1], bundle.records[given[1].user], given[0].settings.retrieved
+            )
 
         return timed(f"retrieve, {'kept' if kept else 'first sight'}", prepare, run)
 
@@ -403,7 +533,9 @@ def retrieving(bench: Bench) -> Iterator[Series]:
 def reranking(bench: Bench) -> Iterator[Series]:
     """A new question each time."""
 
-    def sampler(kept: bool, users: int = 1, length: int = WORDS, m: int = 10, **size: int) -> Sampler:
+    def sampler(
+        kept: bool, users: int = 1, length: int = WORDS, m: int = 10, **size: int
+    ) -> Sampler:
         own = bench.own(CLASSIFY, length=length, **size)
         if kept:
             bench.keep(CLASSIFY, own)
@@ -413,7 +545,11 @@ def reranking(bench: Bench) -> Iterator[Series]:
         def prepare() -> tuple[Personalizer, Query, list[Ranked]]:
             query = bench.query(bundle, length)
             retrieved = personalizer.retriever.retrieve(query, bundle.records[query.user], m)
-            return personalizer if kept else bench.unseen(bundle).personalizer(by_rule(CLASSIFY)), query, retrieved
+            return (
+                personalizer if kept else bench.unseen(bundle).personalizer(by_rule(CLASSIFY)),
+                query,
+                retrieved,
+            )
 
         def run(given: tuple[Personalizer, Query, list[Ranked]]) -> None:
             given[0].reranker.order(given[1], given[2], bundle.records[given[1].user])
@@ -433,7 +569,9 @@ def generating(bench: Bench) -> Iterator[Series]:
 
     def sampler(users: int = 1, length: int = WORDS, k: int = 4, **size: int) -> Sampler:
         bundle = bench.crowd(CLASSIFY, users, [bench.own(CLASSIFY, length=length, **size)])
-        personalizer = bundle.personalizer(by_rule(CLASSIFY), bundle.settings.model_copy(update={"k": k}))
+        personalizer = bundle.personalizer(
+            by_rule(CLASSIFY), bundle.settings.model_copy(update={"k": k})
+        )
 
         def prepare() -> tuple[Personalizer, Query]:
             query = bench.query(bundle, length)
@@ -455,7 +593,9 @@ def generating(bench: Bench) -> Iterator[Series]:
 def adapting(bench: Bench) -> Iterator[Series]:
     """The reranker has read the question; headlines are new each time."""
 
-    def sampler(task: Task, users: int = 1, length: int = WORDS, candidates: int = 8, **size: int) -> Sampler:
+    def sampler(
+        task: Task, users: int = 1, length: int = WORDS, candidates: int = 8, **size: int
+    ) -> Sampler:
         own = bench.own(task, length=length, **size)
         bench.keep(task, own, reranker=False)
         bundle = bench.crowd(task, users, [own])
@@ -465,7 +605,10 @@ def adapting(bench: Bench) -> Iterator[Series]:
             query = bench.query(bundle, length)
             bundle.store.texts([query.input])
             texts = task.labels or [bench.text(max(2, length // 2)) for _ in range(candidates)]
-            return query, [Candidate(text, text, votes=int(i < 8), greedy=i == 0) for i, text in enumerate(texts)]
+            return query, [
+                Candidate(text, text, votes=int(i < 8), greedy=i == 0)
+                for i, text in enumerate(texts)
+            ]
 
         def run(given: tuple[Query, list[Candidate]]) -> None:
             adapter.choose(*given, bundle.records[given[0].user])
@@ -475,7 +618,11 @@ def adapting(bench: Bench) -> Iterator[Series]:
     for task in (CLASSIFY, HEADLINE):
         for variable in ("users", "records", "words"):
             name = "length" if variable == "words" else variable
-            yield Series(variable, SERVING[variable], lambda n, task=task, name=name: sampler(task, **{name: n}))
+            yield Series(
+                variable,
+                SERVING[variable],
+                lambda n, task=task, name=name: sampler(task, **{name: n}),
+            )
     yield Series("candidates", (4, 8, 16, 32), lambda n: sampler(HEADLINE, candidates=n))
 
 
@@ -526,12 +673,18 @@ def in_full(row: Row, law: Growth) -> dict[str, Any]:
 def spread(runs: Sequence[Take]) -> dict[str, Any]:
     """Quartiles of the main figure, and the clock's median where there is one."""
     found = summary([take.cpu for take in runs])
-    wall = {} if math.isnan(runs[0].wall) else {"wall_median": statistics.median(take.wall for take in runs)}
+    wall = (
+        {}
+        if math.isnan(runs[0].wall)
+        else {"wall_median": statistics.median(take.wall for take in runs)}
+    )
     return {"quartiles": [found["quartile_1_ms"], found["quartile_3_ms"]], **wall}
 
 
 def verdict(law: Growth, expected: float) -> str:
-    """Whether the expectation holds; the interval may miss it by a little, as it knows the clock's noise alone."""
+    """Whether the expectation holds; the interval may miss it by a little, as it knows the clock's
+    noise alone.
+    """
     if expected == 0:
         return "GROWS" if law.low > 0 else "as expected"
     if law.low > expected + NEAR:
@@ -542,8 +695,15 @@ def verdict(law: Growth, expected: float) -> str:
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = f"{'stage':<27}{'variable':<11}{'range':>14}{'smallest':>12}{'largest':>11}"
     head = f"{names}  {'exponent p':<20}{'grows':>6}  {'expected':<10}verdict"
-    failed = [(row, WHY.get((row["stage"], row["variable"]))) for row in rows if row["verdict"] != "as expected"]
-    notes = [f"{row['verdict']:<8} {row['stage']} in {row['variable']}: {why or 'not looked into'}" for row, why in failed]
+    failed = [
+        (row, WHY.get((row["stage"], row["variable"])))
+        for row in rows
+        if row["verdict"] != "as expected"
+    ]
+    notes = [
+        f"{row['verdict']:<8} {row['stage']} in {row['variable']}: {why or 'not looked into'}"
+        for row, why in failed
+    ]
     return [head, *map(line_of, rows), *notes]
 
 
@@ -552,7 +712,10 @@ def line_of(row: Mapping[str, Any]) -> str:
     ends = [written(point["median"], row["unit"]) for point in (first, last)]
     exponent = f"{law['exponent']:.2f} [{law['low']:.2f}, {law['high']:.2f}]"
     span, expected = f"{first['size']:,} to {last['size']:,}", LAWS[row["expected_exponent"]]
-    told = f"{row['stage']:<27}{row['variable']:<11}{span:>14}{ends[0]:>12}{ends[1]:>11}  {exponent:<20}{row['grows']:>6.0%}"
+    told = (
+        f"{row['stage']:<27}{row['variable']:<11}{span:>14}{ends[0]:>12}{ends[1]:>11} "
+        f" {exponent:<20}{row['grows']:>6.0%}"
+    )
     return f"{told}  {expected:<10}{row['verdict']}"
 
 
@@ -563,13 +726,28 @@ def written(value: float, unit: str) -> str:
 
 
 def base() -> dict[str, Any]:
-    return {"training_users": USERS, "records": RECORDS, "words": WORDS, "features": "tower", "head": "linear", "encoder": "minilm"}
+    return {
+        "training_users": USERS,
+        "records": RECORDS,
+        "words": WORDS,
+        "features": "tower",
+        "head": "linear",
+        "encoder": "minilm",
+    }
 
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
     """What the results were made with; no path."""
-    machine = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return {"options": {"stages": given.stages, "runs": given.runs, "seed": given.seed}, "machine": machine}
+    machine = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+    return {
+        "options": {"stages": given.stages, "runs": given.runs, "seed": given.seed},
+        "machine": machine,
+    }
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -590,11 +768,20 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             for p in row["points"]
         ]
         chart = alt.Chart(alt.Data(values=values)).encode(
-            x=alt.X("size:Q").scale(type="log").title("size"), color=alt.Color("variable:N").title(None)
+            x=alt.X("size:Q").scale(type="log").title("size"),
+            color=alt.Color("variable:N").title(None),
         )
-        points = chart.mark_point(filled=True, size=40).encode(y=alt.Y("value:Q").scale(type="log").title(mine[0]["unit"]))
-        charts.append((points + chart.mark_line().encode(y="law:Q")).properties(title=stage, width=220, height=160))
-    alt.concat(*charts, columns=3).resolve_scale(color="independent", x="independent", y="independent").save(str(path))
+        points = chart.mark_point(filled=True, size=40).encode(
+            y=alt.Y("value:Q").scale(type="log").title(mine[0]["unit"])
+        )
+        charts.append(
+            (points + chart.mark_line().encode(y="law:Q")).properties(
+                title=stage, width=220, height=160
+            )
+        )
+    alt.concat(*charts, columns=3).resolve_scale(
+        color="independent", x="independent", y="independent"
+    ).save(str(path))
 
 
 def law_at(row: Mapping[str, Any], point: Mapping[str, Any]) -> float:

@@ -2,9 +2,10 @@
 
     python benchmarks/harness.py [--queries 1000] [--methods rag@4 hydra@4,8] [--seed 0] [--json]
 
-Made-up users rate by topic (people.py), the LLM is a fake whose answers are in the cache after a first run; timed is the second
-run of each method into a new run folder: retrieval, reranking, prompts, look-ups, adapting, the sample's line, and the table with its
-bootstrap. The limit is for the first method. Exits with 1 where it is missed.
+Made-up users rate by topic (people.py), the LLM is a fake whose answers are in the cache after a
+first run; timed is the second run of each method into a new run folder: retrieval, reranking,
+prompts, look-ups, adapting, the sample's line, and the table with its bootstrap. The limit is for
+the first method. Exits with 1 where it is missed.
 """
 
 import random
@@ -15,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from measure import Limit, finish, options
-from people import CLASSIFY, made_up_data, people
+from simulated_users import CLASSIFY, made_up_data, people
 
 from hydra_llm.bench.methods import Parts, find_methods
-from hydra_llm.bench.run import run_methods, tabulate
 from hydra_llm.bench.runlog import RunLog
+from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.history import as_query
-from hydra_llm.learning.api import fit, learn
-from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.llm.spec import wrap
+from hydra_llm.llm.registry import wrap
+from hydra_llm.training.api import fit, learn
 from hydra_llm.types import Message
 
 LIMIT = 60.0
@@ -42,21 +43,43 @@ def main() -> None:
     users = max(2, given.queries // PER_USER)
     whole = made_up_data(CLASSIFY, people(users + 10, given.seed), 50, given.seed, new=users)
     new = whole.users("test")
-    earlier = [record for user in whole.users() for record in whole.history(user)[: -PER_USER if user in new else None]]
-    queries = [as_query(record) for user in new for record in whole.history(user)[-PER_USER:]][: given.queries]
+    earlier = [
+        record
+        for user in whole.users()
+        for record in whole.history(user)[: -PER_USER if user in new else None]
+    ]
+    queries = [as_query(record) for user in new for record in whole.history(user)[-PER_USER:]][
+        : given.queries
+    ]
     data = DataSet.from_records(CLASSIFY, whole.splits, earlier, queries)
     with tempfile.TemporaryDirectory() as folder:
-        settings = load_settings(cache=Path(folder), seed=given.seed, asked_users=10, queries_per_user=1)
+        settings = load_settings(
+            cache=Path(folder), seed=given.seed, asked_users=10, queries_per_user=1
+        )
         llm = wrap(RuleLLM(by_lot), settings)
         bundle = fit(data, learn(data, llm, settings).bundle, llm, settings=settings).bundle
         parts = Parts(bundle, llm, settings, bundle.records)
         seconds = {name: replayed(name, parts, queries, Path(folder)) for name in given.methods}
-    rows = {name: {"seconds": found, "ms_per_query": 1000 * found / len(queries)} for name, found in seconds.items()}
+    rows = {
+        name: {"seconds": found, "ms_per_query": 1000 * found / len(queries)}
+        for name, found in seconds.items()
+    }
     lines = [
-        f"{name:<14} {row['seconds']:6.1f} s for {len(queries)} queries, {row['ms_per_query']:.1f} ms each" for name, row in rows.items()
+        f"{name:<14} {row['seconds']:6.1f} s for {len(queries)} queries, {row['ms_per_query']:.1f}"
+        " ms each"
+        for name, row in rows.items()
     ]
     first = given.methods[0]
-    finish(given, {"rows": rows}, lines, [Limit(f"{first} replayed on 1,000 queries, s", seconds[first] * 1000 / len(queries), LIMIT)])
+    finish(
+        given,
+        {"rows": rows},
+        lines,
+        [
+            Limit(
+                f"{first} replayed on 1,000 queries, s", seconds[first] * 1000 / len(queries), LIMIT
+            )
+        ],
+    )
 
 
 def by_lot(messages: Sequence[Message], index: int, rng: random.Random) -> str:

@@ -1,6 +1,8 @@
-"""What the scripts here share: kinds timed in turn, medians with quartiles, limits, one way to report them.
+"""What the scripts here share: kinds timed in turn, medians with quartiles, limits, one way to
+report them.
 
-Kinds are run in turn within one process, so that a busy machine slows all of them alike; what counts is their ratio.
+Kinds are run in turn within one process, so that a busy machine slows all of them alike; what
+counts is their ratio.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def milliseconds(job: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1000
 
 
-def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    jobs: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 1
+) -> dict[str, list[float]]:
     """Milliseconds of each run of each job, the jobs taking turns."""
     for job in jobs.values():
         for _ in range(warm_up):
@@ -51,7 +55,11 @@ def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles; of a single value thrice the same."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else (values[0],) * 3
+    )
     return {"median_ms": median, "quartile_1_ms": low, "quartile_3_ms": high}
 
 
@@ -63,14 +71,21 @@ def show(name: str, row: Mapping[str, float], more: str = "", digits: int = 1) -
 
 def options(doc: str | None, runs: int) -> argparse.ArgumentParser:
     """The options that every script has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=runs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser
 
 
-def finish(given: argparse.Namespace, result: Mapping[str, Any], lines: Sequence[str], limits: Sequence[Limit]) -> None:
+def finish(
+    given: argparse.Namespace,
+    result: Mapping[str, Any],
+    lines: Sequence[str],
+    limits: Sequence[Limit],
+) -> None:
     """Print the report and leave: with 1, and a line for each limit that is missed."""
     if given.json:
         machine = {
@@ -81,10 +96,16 @@ def finish(given: argparse.Namespace, result: Mapping[str, Any], lines: Sequence
         }
         checked = [{**asdict(limit), "holds": limit.holds} for limit in limits]
         told = {"options": vars(given), "machine": machine, **result, "limits": checked}
-        print(json.dumps(told, indent=2, default=lambda path: path.name))  # where data lie is this machine's business
+        print(
+            json.dumps(told, indent=2, default=lambda path: path.name)
+        )  # where data lie is this machine's business
     else:
         print("\n".join(lines))
     for limit in limits:
         word = "at least" if limit.at_least else "at most"
-        print(f"{'holds ' if limit.holds else 'MISSED'} {limit.name}: {limit.value:.3g}, {word} {limit.limit:g}", file=sys.stderr)
+        print(
+            f"{'holds ' if limit.holds else 'MISSED'} {limit.name}: {limit.value:.3g}, {word}"
+            f" {limit.limit:g}",
+            file=sys.stderr,
+        )
     sys.exit(not all(limit.holds for limit in limits))

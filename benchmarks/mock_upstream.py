@@ -1,4 +1,5 @@
-"""An OpenAI-compatible endpoint that says the same after a fixed time: what a gateway adds to it is the gateway's own.
+"""An OpenAI-compatible endpoint that says the same after a fixed time: what a gateway adds to it is
+the gateway's own.
 
     python benchmarks/mock_upstream.py --port 9000 --latency 0.05
 
@@ -36,9 +37,17 @@ WORDS = (
 def completion(body: dict[str, Any]) -> bytes:
     count = body.get("n") or 1
     texts = [" ".join(random.sample(WORDS, 12)) for _ in range(count)]
-    choices = [{"index": i, "message": {"role": "assistant", "content": t}, "finish_reason": "stop"} for i, t in enumerate(texts)]
+    choices = [
+        {"index": i, "message": {"role": "assistant", "content": t}, "finish_reason": "stop"}
+        for i, t in enumerate(texts)
+    ]
     usage = {"prompt_tokens": 50, "completion_tokens": 12 * count, "total_tokens": 50 + 12 * count}
-    made = {"id": "chatcmpl-mock", "object": "chat.completion", "created": 1, "model": body.get("model", "mock")}
+    made = {
+        "id": "chatcmpl-mock",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body.get("model", "mock"),
+    }
     return json.dumps({**made, "choices": choices, "usage": usage}).encode()
 
 
@@ -51,7 +60,12 @@ def make_app(latency: float) -> Any:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         if scope["path"].endswith("/models"):
-            answer = json.dumps({"object": "list", "data": [{"id": "mock", "object": "model", "created": 1, "owned_by": "mock"}]}).encode()
+            answer = json.dumps(
+                {
+                    "object": "list",
+                    "data": [{"id": "mock", "object": "model", "created": 1, "owned_by": "mock"}],
+                }
+            ).encode()
         else:
             await asyncio.sleep(latency)
             answer = completion(json.loads(body))
@@ -65,11 +79,19 @@ def make_app(latency: float) -> Any:
 def main() -> None:
     import uvicorn
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     given = parser.parse_args()
-    uvicorn.run(make_app(given.latency), host="127.0.0.1", port=given.port, log_level="error", access_log=False)
+    uvicorn.run(
+        make_app(given.latency),
+        host="127.0.0.1",
+        port=given.port,
+        log_level="error",
+        access_log=False,
+    )
 
 
 if __name__ == "__main__":

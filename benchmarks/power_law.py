@@ -1,9 +1,11 @@
-"""Seconds as a + b·x^p: the growth law of what was measured at several sizes, with an interval for p.
+"""Seconds as a + b·x^p: the growth law of what was measured at several sizes, with an interval for
+p.
 
-a, b and p are chosen together by least squares of the relative errors, a and b not below 0, p from 0.1 to 3: a fixed cost that is
-paid at every size (a) would otherwise hide how the rest grows. Where the curve rises by less than a fifth from the smallest size to
-the largest, nothing can be said of what so little grows by: the law is then the constant, and p is 0. The interval is a bootstrap
-over the repeats at each size; it knows the noise of the clock, not whether the law is of this form.
+a, b and p are chosen together by least squares of the relative errors, a and b not below 0, p from
+0.1 to 3: a fixed cost that is paid at every size (a) would otherwise hide how the rest grows. Where
+the curve rises by less than a fifth from the smallest size to the largest, nothing can be said of
+what so little grows by: the law is then the constant, and p is 0. The interval is a bootstrap over
+the repeats at each size; it knows the noise of the clock, not whether the law is of this form.
 Knows no stages. Letters: D draws, P exponents on trial, S sizes, R repeats.
 """
 
@@ -17,7 +19,8 @@ Floats = NDArray[np.float64]
 
 EXPONENTS = np.round(np.arange(0.1, 3.0001, 0.01), 2)
 FLAT = 1.2
-"""Largest time over smallest up to which the law is called constant (as scoring_users.py allows)."""
+"""Largest time over smallest up to which the law is called constant (as scoring_users.py allows).
+"""
 DRAWS = 1000
 
 
@@ -50,7 +53,13 @@ def growth(sizes: Sequence[float], repeats: Sequence[Sequence[float]], seed: int
 def _drawn(repeats: Sequence[Sequence[float]], seed: int) -> Floats:
     """[D, S]: medians of repeats drawn with replacement."""
     rng = np.random.default_rng(seed)
-    return np.stack([np.median(rng.choice(np.asarray(values, float), (DRAWS, len(values))), axis=1) for values in repeats], axis=1)
+    return np.stack(
+        [
+            np.median(rng.choice(np.asarray(values, float), (DRAWS, len(values))), axis=1)
+            for values in repeats
+        ],
+        axis=1,
+    )
 
 
 def power_law(sizes: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
@@ -58,17 +67,26 @@ def power_law(sizes: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
     weight = 1 / np.where(values > 0, values, 1.0)[:, None]  # [D, 1, S]
     power = (sizes / sizes.max())[None] ** EXPONENTS[:, None]  # [P, S], at most 1
     a, b = _line(weight, power[None] * weight, values[:, None] * weight)
-    errors = ((a[..., None] * weight + b[..., None] * power[None] * weight - values[:, None] * weight) ** 2).sum(-1)
+    errors = (
+        (a[..., None] * weight + b[..., None] * power[None] * weight - values[:, None] * weight)
+        ** 2
+    ).sum(-1)
     rows, best = np.arange(len(values)), errors.argmin(1)
     a, b, p = a[rows, best], b[rows, best], EXPONENTS[best]
     rise = (a + b) / np.maximum(a + b * (sizes.min() / sizes.max()) ** p, np.finfo(float).tiny)
     flat = rise < FLAT
-    return np.where(flat, 0.0, p), np.where(flat, np.median(values, axis=1), a), np.where(flat, 0.0, b / sizes.max() ** p)
+    return (
+        np.where(flat, 0.0, p),
+        np.where(flat, np.median(values, axis=1), a),
+        np.where(flat, 0.0, b / sizes.max() ** p),
+    )
 
 
 def _line(one: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """a, b ≥ 0 [D, P] that bring a·one + b·x nearest to y."""
-    oo, ox, xx, oy, xy = ((u * v).sum(-1) for u, v in ((one, one), (one, x), (x, x), (one, y), (x, y)))
+    oo, ox, xx, oy, xy = (
+        (u * v).sum(-1) for u, v in ((one, one), (one, x), (x, x), (one, y), (x, y))
+    )
     determinant = np.maximum(oo * xx - ox * ox, np.finfo(float).tiny)
     a, b = (xx * oy - ox * xy) / determinant, (oo * xy - ox * oy) / determinant
     a, b = np.where(b < 0, oy / oo, a), np.where(a < 0, xy / xx, b)

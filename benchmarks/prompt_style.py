@@ -1,11 +1,14 @@
-"""How records should stand in the prompt of a task with labels, by the LLM's greedy answers for training users.
+"""How records should stand in the prompt of a task with labels, by the LLM's greedy answers for
+training users.
 
-    python benchmarks/prompt_style.py [--data FOLDER] [--llm smollm2] [--users 12] [--queries 3] [--k 4] [--unconstrained] [--json]
+    python benchmarks/prompt_style.py [--data FOLDER] [--llm smollm2] [--users 12] [--queries 3]
+    [--k 4] [--unconstrained] [--json]
 
-Three ways to ask each of a training user's latest records: without records (`none`), with the k best of BM25 as one list
-(`block`), and with the same records as earlier turns of the conversation (`turns`). The gain is DESIGN 3's; for ratings, the
-correlation of answers and truth tells whether the LLM listens at all, and the share of its most frequent answer whether it
-repeats itself. Without `--data` the users are the demo's. Nothing here has a limit: it is the measurement behind a default
+Three ways to ask each of a training user's latest records: without records (`none`), with the k
+best of BM25 as one list (`block`), and with the same records as earlier turns of the conversation
+(`turns`). The gain is DESIGN 3's; for ratings, the correlation of answers and truth tells whether
+the LLM listens at all, and the share of its most frequent answer whether it repeats itself. Without
+`--data` the users are the demo's. Nothing here has a limit: it is the measurement behind a default
 (`prompt_style=auto`). Answers are kept in the cache of the LLM, as everywhere.
 """
 
@@ -17,25 +20,31 @@ from typing import Any
 
 import numpy as np
 from measure import finish, options
-from people import open_data
+from simulated_users import open_data
 
-from hydra_llm.bench.compare import paired
+from hydra_llm.bench.stats import paired
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.demo import movielens
-from hydra_llm.learning.pairs import training_queries
-from hydra_llm.llm.calls import map_calls, run_sync
-from hydra_llm.llm.spec import open_llm
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.llm.concurrency import map_calls, run_sync
+from hydra_llm.llm.registry import open_llm
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import make_retriever
+from hydra_llm.training.labelling import training_queries
 from hydra_llm.types import Query
 
-WAYS: dict[str, dict[str, Any]] = {"none": {"k": 0}, "block": {"prompt_style": "block"}, "turns": {"prompt_style": "turns"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "none": {"k": 0},
+    "block": {"prompt_style": "block"},
+    "turns": {"prompt_style": "turns"},
+}
 
 
 def main() -> None:
     parser = options(__doc__, runs=1)
-    parser.add_argument("--data", default=None, help="a data set with labels; the demo's users otherwise")
+    parser.add_argument(
+        "--data", default=None, help="a data set with labels; the demo's users otherwise"
+    )
     parser.add_argument("--llm", default="smollm2")
     parser.add_argument("--users", type=int, default=12)
     parser.add_argument("--queries", type=int, default=3)
@@ -44,31 +53,71 @@ def main() -> None:
     given = parser.parse_args()
     data = open_data(given.data) if given.data else movielens(max(given.users, 2), 2, given.seed)
     records = {user: data.history(user) for user in data.users("train")[: given.users]}
-    queries = [query for user in records for query in training_queries(data.task, records[user], given.queries)]
+    queries = [
+        query
+        for user in records
+        for query in training_queries(data.task, records[user], given.queries)
+    ]
     rows = {way: figures(given, data, records, queries, way) for way in WAYS}
-    lines = [f"{len(queries)} queries of {len(records)} training users of {data.task.name}, {given.llm}, k = {given.k}"]
-    lines += [f"{way:<6} " + "  ".join(f"{name} {value:.3f}" for name, value in row["figures"].items()) for way, row in rows.items()]
-    difference = paired(rows["turns"]["gains"], rows["block"]["gains"], [query.user for query in queries])
-    lines.append(f"gain, turns − block: {difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
-    result = {"ways": {way: row["figures"] for way, row in rows.items()}, "turns_minus_block": difference._asdict()}
+    lines = [
+        f"{len(queries)} queries of {len(records)} training users of {data.task.name}, {given.llm},"
+        f" k = {given.k}"
+    ]
+    lines += [
+        f"{way:<6} " + "  ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
+        for way, row in rows.items()
+    ]
+    difference = paired(
+        rows["turns"]["gains"], rows["block"]["gains"], [query.user for query in queries]
+    )
+    lines.append(
+        f"gain, turns − block: {difference.difference:+.3f} [{difference.low:+.3f},"
+        f" {difference.high:+.3f}]"
+    )
+    result = {
+        "ways": {way: row["figures"] for way, row in rows.items()},
+        "turns_minus_block": difference._asdict(),
+    }
     finish(given, {**result, "queries": len(queries), "users": len(records)}, lines, [])
 
 
-def figures(given: argparse.Namespace, data: DataSet, records: dict[str, Any], queries: Sequence[Query], way: str) -> dict[str, Any]:
+def figures(
+    given: argparse.Namespace,
+    data: DataSet,
+    records: dict[str, Any],
+    queries: Sequence[Query],
+    way: str,
+) -> dict[str, Any]:
     """What the LLM's answers are worth when it is asked in this way."""
     limits = {"constrain": not given.unconstrained, "max_tokens": 16 if given.unconstrained else 4}
-    settings = load_settings(samples=1, candidates="sampled", seed=given.seed, **limits, **{"k": given.k, **WAYS[way]})
-    asks = Personalizer(data.task, open_llm(given.llm, settings), make_retriever("bm25"), settings, records=records)
+    settings = load_settings(
+        samples=1, candidates="sampled", seed=given.seed, **limits, **{"k": given.k, **WAYS[way]}
+    )
+    asks = Personalizer(
+        data.task, open_llm(given.llm, settings), make_retriever("bm25"), settings, records=records
+    )
     proposals = run_sync(partial(map_calls, asks.apropose, queries, limit=settings.concurrency))
     answers = []
     for proposal in proposals:
         if isinstance(proposal, Exception):
             raise proposal
         answers.append(proposal.candidates[0].answer)
-    gains = [data.task.gain(answer, query.gold or "") for answer, query in zip(answers, queries, strict=True)]
-    out = {"gain": float(np.mean(gains)), "most_frequent": Counter(answers).most_common(1)[0][1] / len(answers)}
+    gains = [
+        data.task.gain(answer, query.gold or "")
+        for answer, query in zip(answers, queries, strict=True)
+    ]
+    out = {
+        "gain": float(np.mean(gains)),
+        "most_frequent": Counter(answers).most_common(1)[0][1] / len(answers),
+    }
     if data.task.kind == "rating":
-        pairs = np.array([(float(a), float(q.gold or "nan")) for a, q in zip(answers, queries, strict=True) if a is not None])
+        pairs = np.array(
+            [
+                (float(a), float(q.gold or "nan"))
+                for a, q in zip(answers, queries, strict=True)
+                if a is not None
+            ]
+        )
         constant = len(pairs) < 2 or np.ptp(pairs[:, 0]) == 0
         out |= {
             "mae": float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()),

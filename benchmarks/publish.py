@@ -1,12 +1,15 @@
-"""Put a finished run among the committed results: figures, report and plots, and the recording that repeats it; no text of the data.
+"""Put a finished run among the committed results: figures, report and plots, and the recording that
+repeats it; no text of the data.
 
-    python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE --arguments "--methods all --seeds 0,1,2" [--beside RUN ...]
+    python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE --arguments
+    "--methods all --seeds 0,1,2" [--beside RUN ...]
 
 `--arguments` are those of `bench run` beside DATA, --llm, --out and --record.
 
-Writes benchmarks/results/NAME: the manifest, `report.json` (what `bench show --against rag@4 --json` says), `report.md`, plots, the
-recording, and the commands with which `benchmarks/replay.py` repeats them. `samples.jsonl` stays behind: it quotes the data. With the
-runs of the other results `--beside` it, also benchmarks/results/overall.json: what all of them say together.
+Writes benchmarks/results/NAME: the manifest, `report.json` (what `bench show --against rag@4
+--json` says), `report.md`, plots, the recording, and the commands with which `benchmarks/replay.py`
+repeats them. `samples.jsonl` stays behind: it quotes the data. With the runs of the other results
+`--beside` it, also benchmarks/results/overall.json: what all of them say together.
 """
 
 import argparse
@@ -29,7 +32,9 @@ PLOTS = ("score-", "cost-calls", "users")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--data", required=True, help="the data set's folder among the others")
@@ -41,7 +46,9 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(given.run / "manifest.json", place / "manifest.json")
     shutil.copyfile(given.recording, place / "recording.jsonl.gz")
-    (place / "report.json").write_text(json.dumps(report(given.run), indent=1) + "\n", encoding="utf-8")
+    (place / "report.json").write_text(
+        json.dumps(report(given.run), indent=1) + "\n", encoding="utf-8"
+    )
     commands = {"data": given.data, "bench run": given.arguments}
     (place / "commands.json").write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
     plots = place / "plots"
@@ -51,7 +58,9 @@ def main() -> None:
         if not file.name.startswith(PLOTS):
             file.unlink()
     if given.beside:
-        (RESULTS / OVERALL).write_text(json.dumps(overall([given.run, *given.beside]), indent=1) + "\n", encoding="utf-8")
+        (RESULTS / OVERALL).write_text(
+            json.dumps(overall([given.run, *given.beside]), indent=1) + "\n", encoding="utf-8"
+        )
     raise SystemExit(code)
 
 

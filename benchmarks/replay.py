@@ -1,13 +1,16 @@
-"""Check the committed results without the LLM: learn, fit and run again on the recorded answers, and compare every figure.
+"""Check the committed results without the LLM: learn, fit and run again on the recorded answers,
+and compare every figure.
 
     python benchmarks/replay.py DATA [--only NAME]
 
-DATA is the folder in which the data sets lie (`DATA/movie_rating`, ...); they are not part of this repository. For each folder
-of `benchmarks/results` that has one, `commands.json` says of which data set it is and how it was made, and `recording.jsonl.gz` what the
-LLM answered. All that `report.json` holds must come out again to three decimals: metrics and intervals of every method and seed, paired
-differences, shares over the best prompts, what was found, what learning reached and asked; only the seconds of this machine may differ.
-So must `overall.json`, what all of them say together, and `reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the
-same recordings. Leaves with 1 and names what does not.
+DATA is the folder in which the data sets lie (`DATA/movie_rating`, ...); they are not part of this
+repository. For each folder of `benchmarks/results` that has one, `commands.json` says of which data
+set it is and how it was made, and `recording.jsonl.gz` what the LLM answered. All that
+`report.json` holds must come out again to three decimals: metrics and intervals of every method and
+seed, paired differences, shares over the best prompts, what was found, what learning reached and
+asked; only the seconds of this machine may differ. So must `overall.json`, what all of them say
+together, and `reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the same
+recordings. Leaves with 1 and names what does not.
 """
 
 import argparse
@@ -32,22 +35,31 @@ Job = Callable[[], tuple[Any, Any]]
 """What was published and what comes out now."""
 TOLERANCE = 0.0005
 MEASURED = re.compile(r"(.*\.)?(seconds|own_seconds)|learning\.\d+\.(calls|cached)")
-"""Places of what is measured anew: seconds of this machine, and which answers it had kept already."""
+"""Places of what is measured anew: seconds of this machine, and which answers it had kept already.
+"""
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", help="one folder of benchmarks/results")
     given = parser.parse_args()
-    names = [given.only] if given.only else sorted(path.parent.name for path in RESULTS.glob("*/commands.json"))
+    names = (
+        [given.only]
+        if given.only
+        else sorted(path.parent.name for path in RESULTS.glob("*/commands.json"))
+    )
     if not names:
         sys.exit(f"{RESULTS}: no results to repeat")
     whole = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: Path(folder) / name for name in names}
-        jobs: dict[str, Job] = {name: partial(of_run, name, given.data, out) for name, out in runs.items()}
+        jobs: dict[str, Job] = {
+            name: partial(of_run, name, given.data, out) for name, out in runs.items()
+        }
         if not given.only:
             jobs[OVERALL] = lambda: (read(OVERALL), overall([out / "run" for out in runs.values()]))
             if (RESULTS / LABELS).exists():
@@ -61,7 +73,10 @@ def told(name: str, job: Job) -> bool:
     """Print how a result and its repetition compare, and whether they are the same."""
     began = time.perf_counter()
     lines, compared = differing(*job())
-    said = f"{name}: {'DIFFERS' if lines else 'the same'} in {compared} figures ({time.perf_counter() - began:.0f} s)"
+    said = (
+        f"{name}: {'DIFFERS' if lines else 'the same'} in {compared} figures"
+        f" ({time.perf_counter() - began:.0f} s)"
+    )
     print("\n".join([said, *(f"  {line}" for line in lines[:50])]), flush=True)
     return not lines
 
@@ -85,15 +100,31 @@ def read(name: str) -> Any:
 
 
 def of_run(name: str, data: Path, out: Path) -> tuple[Any, Any]:
-    """What was published of a run, and what its report says now. Where no `learn` is named, `bench run` learns for itself."""
+    """What was published of a run, and what its report says now. Where no `learn` is named, `bench
+    run` learns for itself.
+    """
     commands = read(f"{name}/commands.json")
-    folder, llm = data / commands.get("data", name), ["--llm", f"replay:{RESULTS / name / 'recording.jsonl.gz'}"]
+    folder, llm = (
+        data / commands.get("data", name),
+        ["--llm", f"replay:{RESULTS / name / 'recording.jsonl.gz'}"],
+    )
     bundle = str(out / "bundle")
     if "learn" in commands:
         must(["learn", str(folder), *llm, "--out", bundle, *commands["learn"]])
         must(["fit", str(folder), *llm, "--bundle", bundle, *commands["fit"]])
     given = ["--bundle", bundle] if "learn" in commands else []
-    must(["bench", "run", str(folder), *llm, *given, "--out", str(out / "run"), *commands["bench run"]])
+    must(
+        [
+            "bench",
+            "run",
+            str(folder),
+            *llm,
+            *given,
+            "--out",
+            str(out / "run"),
+            *commands["bench run"],
+        ]
+    )
     return by_method(read(f"{name}/report.json")), by_method(report(out / "run"))
 
 
@@ -101,13 +132,17 @@ def of_labels(data: Path) -> tuple[Any, Any]:
     """What teaches the reranker best: what was published, and what is measured now."""
     published = read(LABELS)
     return {name: each["found"] for name, each in published.items()}, {
-        name: labels(data / read(f"{name}/commands.json")["data"], name, each["arguments"]) for name, each in published.items()
+        name: labels(data / read(f"{name}/commands.json")["data"], name, each["arguments"])
+        for name, each in published.items()
     }
 
 
 def labels(data: Path, name: str, arguments: list[str]) -> dict[str, Any]:
     """What `reranker_labels.py` says on a recording, without its options and the machine."""
-    script, llm = RESULTS.with_name("reranker_labels.py"), f"replay:{RESULTS / name / 'recording.jsonl.gz'}"
+    script, llm = (
+        RESULTS.with_name("reranker_labels.py"),
+        f"replay:{RESULTS / name / 'recording.jsonl.gz'}",
+    )
     command = [sys.executable, str(script), str(data), "--llm", llm, *arguments, "--json"]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {key: found[key] for key in ("rows", "queries", "correlation")}
@@ -119,8 +154,16 @@ def by_method(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested values by its place, `methods.rag@4.metrics.mae.0`, but what is measured anew."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    """Everything in nested values by its place, `methods.rag@4.metrics.mae.0`, but what is measured
+    anew.
+    """
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     if not isinstance(value, dict | list):
         yield name, value
     for key, each in entries:
@@ -134,7 +177,9 @@ def alike(before: Any, now: Any) -> bool:
     if isinstance(before, str) and isinstance(now, str):
         numbers = [[float(each) for each in NUMBER.findall(text)] for text in (before, now)]
         same = NUMBER.sub("#", before) == NUMBER.sub("#", now)
-        return same and all(abs(a - b) <= 2 * TOLERANCE + 1e-9 for a, b in zip(*numbers, strict=True))
+        return same and all(
+            abs(a - b) <= 2 * TOLERANCE + 1e-9 for a, b in zip(*numbers, strict=True)
+        )
     if isinstance(before, int | float) and isinstance(now, int | float):
         return abs(before - now) <= TOLERANCE
     return bool(before == now)

@@ -1,13 +1,18 @@
-"""What should teach the reranker: the LLM's use of single records, or what each record's own answer would be worth?
+"""What should teach the reranker: the LLM's use of single records, or what each record's own answer
+would be worth?
 
-    python benchmarks/reranker_labels.py DATA --llm SPEC [--users 20] [--queries 3] [--retrieved 5] [--folds 5] [--set NAME=VALUE] [--json]
+    python benchmarks/reranker_labels.py DATA --llm SPEC [--users 20] [--queries 3] [--retrieved 5]
+    [--folds 5] [--set NAME=VALUE] [--json]
 
-The measurement behind a default (`reranker_labels=history`), on training users alone. Their latest queries are asked once per retrieved
-record, as learning does: those answers, kept in the cache or a recording (`--llm replay:FILE`), are the truth. Users take turns in folds;
-the base is learned on the other folds' users, the heads on what came before the judged queries, once from the LLM's answers (`llm`, as
-published) and once from copies (`history`). Printed is the mean gain of the LLM's answer with the first record of each order, with its
-paired difference from the retriever's first and a 95 % interval over users; `best` is the bound, `copy` the record whose own answer is
-worth most, which only the gold answer tells. Last, how copies and answers go together within a query (correlation).
+The measurement behind a default (`reranker_labels=history`), on training users alone. Their latest
+queries are asked once per retrieved record, as learning does: those answers, kept in the cache or a
+recording (`--llm replay:FILE`), are the truth. Users take turns in folds; the base is learned on
+the other folds' users, the heads on what came before the judged queries, once from the LLM's
+answers (`llm`, as published) and once from copies (`history`). Printed is the mean gain of the
+LLM's answer with the first record of each order, with its paired difference from the retriever's
+first and a 95 % interval over users; `best` is the bound, `copy` the record whose own answer is
+worth most, which only the gold answer tells. Last, how copies and answers go together within a
+query (correlation).
 """
 
 import argparse
@@ -21,20 +26,20 @@ import numpy as np
 import torch
 from measure import finish, options
 
-from hydra_llm.bench.compare import paired
+from hydra_llm.bench.stats import paired
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.options import given as setting_pairs
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
-from hydra_llm.learning.api import blank_bundle
-from hydra_llm.learning.fit import fit_all, fit_heads
-from hydra_llm.learning.pairs import copy_groups, reranker_groups, training_queries
-from hydra_llm.learning.table import Table, folds, gain_spread, in_table_order, make_table
-from hydra_llm.llm.calls import run_sync
-from hydra_llm.llm.spec import open_llm
-from hydra_llm.model.combine import Tower
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.heads import make_bank
-from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.model.interactions import Tower
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.training.api import blank_bundle
+from hydra_llm.training.convex import fit_all, fit_heads
+from hydra_llm.training.dataset import Table, folds, gain_spread, in_table_order, make_table
+from hydra_llm.training.labelling import copy_groups, reranker_groups, training_queries
 from hydra_llm.types import LabelledGroup
 
 
@@ -52,11 +57,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--llm", required=True)
     parser.add_argument("--users", type=int, default=20, help="training users who are asked about")
-    parser.add_argument("--teachers", type=int, help="training users whose histories teach; all otherwise")
+    parser.add_argument(
+        "--teachers", type=int, help="training users whose histories teach; all otherwise"
+    )
     parser.add_argument("--queries", type=int, default=3)
     parser.add_argument("--retrieved", type=int, default=5)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any setting, as the commands take it")
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="any setting, as the commands take it"
+    )
     given = parser.parse_args()
     fixed = {"retrieved": given.retrieved, "queries_per_user": given.queries, "seed": given.seed}
     settings = load_settings(**setting_pairs(given.set, **fixed))
@@ -74,31 +83,61 @@ def main() -> None:
     report(given, cases, gains, len(copies))
 
 
-def labelled(bundle: Bundle, llm: Any, asked: Sequence[str]) -> tuple[list[Case], list[LabelledGroup]]:
+def labelled(
+    bundle: Bundle, llm: Any, asked: Sequence[str]
+) -> tuple[list[Case], list[LabelledGroup]]:
     """The judged cases, and the copy groups of every user, in the table's order."""
     door, task = bundle.personalizer(llm, rerank=False), bundle.task
-    queries = [q for user in asked for q in training_queries(task, bundle.records[user], bundle.settings.queries_per_user)]
-    truth = in_table_order(run_sync(partial(reranker_groups, door, bundle.evidence, queries)).groups())
-    copies = [group for user in bundle.records for group in copy_groups(door, bundle.evidence, user)]
+    queries = [
+        q
+        for user in asked
+        for q in training_queries(task, bundle.records[user], bundle.settings.queries_per_user)
+    ]
+    truth = in_table_order(
+        run_sync(partial(reranker_groups, door, bundle.featurizer, queries)).groups()
+    )
+    copies = [
+        group for user in bundle.records for group in copy_groups(door, bundle.featurizer, user)
+    ]
     worth = {(group.user, group.query): group.gains for group in copies}
     cases = [
-        Case(group, worth[group.user, group.query]) for group in truth if len(worth.get((group.user, group.query), ())) == len(group.gains)
+        Case(group, worth[group.user, group.query])
+        for group in truth
+        if len(worth.get((group.user, group.query), ())) == len(group.gains)
     ]
     return cases, copies
 
 
-def first_gains(bundle: Bundle, cases: Sequence[Case], teaching: Sequence[LabelledGroup], given: argparse.Namespace) -> np.ndarray:
-    """The LLM's gain with the first record of a reranker that has seen neither the user's judged queries nor anything later."""
+def first_gains(
+    bundle: Bundle,
+    cases: Sequence[Case],
+    teaching: Sequence[LabelledGroup],
+    given: argparse.Namespace,
+) -> np.ndarray:
+    """The LLM's gain with the first record of a reranker that has seen neither the user's judged
+    queries nor anything later.
+    """
     judged = [case.group for case in cases]
-    first = {user: min(group.position for group in judged if group.user == user) for user in {group.user for group in judged}}
+    first = {
+        user: min(group.position for group in judged if group.user == user)
+        for user in {group.user for group in judged}
+    }
     found = np.full(len(cases), np.nan)
     for part in folds(sorted(first), given.folds, given.seed):
         train = [group for group in teaching if group.user not in part]
-        early = [group for group in teaching if group.user in part and group.position < first[group.user]]
-        scorer, tables = fitted(bundle, train, [early, [group for group in judged if group.user in part]])
+        early = [
+            group for group in teaching if group.user in part and group.position < first[group.user]
+        ]
+        scorer, tables = fitted(
+            bundle, train, [early, [group for group in judged if group.user in part]]
+        )
         if len(tables[0]):
             fit_heads(scorer, tables[0], part)
-        picks = scorer.core(tables[1].groups, scorer.rows(tables[1].users)).masked_fill(~tables[1].groups.mask, -torch.inf).argmax(-1)
+        picks = (
+            scorer.core(tables[1].groups, scorer.rows(tables[1].users))
+            .masked_fill(~tables[1].groups.mask, -torch.inf)
+            .argmax(-1)
+        )
         places = [place for place, group in enumerate(judged) if group.user in part]
         for place, pick in zip(places, picks.tolist(), strict=True):
             found[place] = judged[place].gains[pick]
@@ -108,23 +147,31 @@ def first_gains(bundle: Bundle, cases: Sequence[Case], teaching: Sequence[Labell
 @torch.no_grad()
 def fitted(
     bundle: Bundle, train: Sequence[LabelledGroup], others: Sequence[Sequence[LabelledGroup]]
-) -> tuple[FactorizedScorer, list[Table]]:
+) -> tuple[Scorer, list[Table]]:
     settings = bundle.settings
-    combiner = Tower(bundle.store.encoder.width, settings.width)
-    scorer = FactorizedScorer(combiner, make_bank("linear", combiner, rank=settings.rank), bundle.evidence.reranker_names)
+    interaction = Tower(bundle.store.encoder.width, settings.width)
+    scorer = Scorer(
+        interaction,
+        make_bank("linear", interaction, rank=settings.rank),
+        bundle.featurizer.reranker_names,
+    )
     rule = settings.label_rule.replace("gold-positive", "above-mean")
     spread = gain_spread(train)
     tables = [
-        make_table(bundle.store, combiner, groups, rule=rule, loss="listwise", spread=spread) for groups in (train, *others) if groups
+        make_table(bundle.store, interaction, groups, rule=rule, loss="listwise", spread=spread)
+        for groups in (train, *others)
+        if groups
     ]
-    combiner.prepare(tables[0].groups)
+    interaction.prepare(tables[0].groups)
     fit_all(scorer, tables[0], seed=settings.training_seed)
     empty = tables[0].take([])
     made = iter(tables[1:])
     return scorer, [next(made) if groups else empty for groups in others]
 
 
-def report(given: argparse.Namespace, cases: Sequence[Case], gains: dict[str, np.ndarray], copies: int) -> None:
+def report(
+    given: argparse.Namespace, cases: Sequence[Case], gains: dict[str, np.ndarray], copies: int
+) -> None:
     users = [case.group.user for case in cases]
     rows = {}
     for name, values in gains.items():
@@ -135,9 +182,20 @@ def report(given: argparse.Namespace, cases: Sequence[Case], gains: dict[str, np
             "low": difference.low,
             "high": difference.high,
         }
-    within = [np.stack([np.array(c.copies) - np.mean(c.copies), np.array(c.group.gains) - np.mean(c.group.gains)]) for c in cases]
+    within = [
+        np.stack(
+            [
+                np.array(c.copies) - np.mean(c.copies),
+                np.array(c.group.gains) - np.mean(c.group.gains),
+            ]
+        )
+        for c in cases
+    ]
     correlation = float(np.corrcoef(np.concatenate(within, axis=1))[0, 1])
-    lines = [f"{len(cases)} queries of {len(set(users))} training users; {copies} groups of copies teach `history`"]
+    lines = [
+        f"{len(cases)} queries of {len(set(users))} training users; {copies} groups of copies teach"
+        " `history`"
+    ]
     for name, row in rows.items():
         interval = f"{row['over_retriever']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
         lines.append(f"{name:<10} {row['gain']:.3f}   over the retriever's first {interval}")

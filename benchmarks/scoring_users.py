@@ -1,10 +1,12 @@
-"""Does scoring 20 candidates for one user cost the same with few users in the bank as with very many? What does a user weigh?
+"""Does scoring 20 candidates for one user cost the same with few users in the bank as with very
+many? What does a user weigh?
 
     python benchmarks/scoring_users.py [--runs 60] [--seed 0] [--json]
 
-Each run scores for users drawn by lot, so that a large bank cannot live on the processor's cache; banks of both sizes take
-turns. `cross` features at H = 768. Exits with 1 where the large bank is more than 1.2 times as slow, or where a user takes
-other than what DESIGN 4 says. Memory is that of the bank's tensors, and beside it the growth of the process.
+Each run scores for users drawn by lot, so that a large bank cannot live on the processor's cache;
+banks of both sizes take turns. `cross` features at H = 768. Exits with 1 where the large bank is
+more than 1.2 times as slow, or where a user takes other than what DESIGN 4 says. Memory is that of
+the bank's tensors, and beside it the growth of the process.
 """
 
 import argparse
@@ -16,13 +18,18 @@ from typing import Any
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
 
-from hydra_llm.model.combine import Cross, Groups
 from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
-from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.model.interactions import Cross, Groups
+from hydra_llm.model.scorer import Scorer
 
 H, CANDIDATES, RANK, PAIRS, CALLS = 768, 20, 16, 4, 20
 """Width, candidates, K, kept pairs of a user of `kernel`, calls within one timed run."""
-KINDS = {"linear": (100, 100_000), "lowrank": (100, 100_000), "kernel": (100, 100_000), "mlp": (100, 1_000)}
+KINDS = {
+    "linear": (100, 100_000),
+    "lowrank": (100, 100_000),
+    "kernel": (100, 100_000),
+    "mlp": (100, 1_000),
+}
 """Users in the small and in the large bank; 1,000 `mlp` heads are 2.4 GB."""
 NUMBERS = {"linear": 769, "lowrank": RANK, "kernel": PAIRS * (H + 1), "mlp": 592_130}
 """32-bit numbers of one user by DESIGN 4 (`kernel`: φ and one residual for each kept pair)."""
@@ -38,15 +45,22 @@ def main() -> None:
 
 def measure(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     sizes, grown = KINDS[kind], []
-    scorers: dict[int, FactorizedScorer] = {}
+    scorers: dict[int, Scorer] = {}
     for users in sizes:
         before = resident()
         scorers[users] = filled(kind, users)
         grown.append(resident() - before)
-    jobs: dict[str, Callable[[], object]] = {str(users): scoring(scorer, given.seed) for users, scorer in scorers.items()}
-    times = {name: [value / CALLS for value in values] for name, values in in_turn(jobs, given.runs, warm_up=3).items()}
+    jobs: dict[str, Callable[[], object]] = {
+        str(users): scoring(scorer, given.seed) for users, scorer in scorers.items()
+    }
+    times = {
+        name: [value / CALLS for value in values]
+        for name, values in in_turn(jobs, given.runs, warm_up=3).items()
+    }
     small, large = (summary(times[str(users)]) for users in sizes)
-    weight = (tensor_bytes(scorers[sizes[1]].bank) - tensor_bytes(scorers[sizes[0]].bank)) / (sizes[1] - sizes[0])
+    weight = (tensor_bytes(scorers[sizes[1]].bank) - tensor_bytes(scorers[sizes[0]].bank)) / (
+        sizes[1] - sizes[0]
+    )
     return {
         "head": kind,
         "users": sizes,
@@ -59,14 +73,14 @@ def measure(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def filled(kind: str, users: int) -> FactorizedScorer:
+def filled(kind: str, users: int) -> Scorer:
     """A scorer whose bank holds a head of random numbers for each user."""
-    combiner = Cross(H)
-    scorer = FactorizedScorer(combiner, make_bank(kind, combiner, rank=RANK), ())
+    interaction = Cross(H)
+    scorer = Scorer(interaction, make_bank(kind, interaction, rank=RANK), ())
     scorer.enrol([f"user {i}" for i in range(users)])
     if isinstance(scorer.bank, KernelBank):
         for row in range(users):
-            scorer.bank.remember(row, torch.randn(PAIRS, H), torch.randn(PAIRS, 1))
+            scorer.bank.vectorize(row, torch.randn(PAIRS, H), torch.randn(PAIRS, 1))
     else:
         for table in scorer.bank.buffers():
             if table.dim() and len(table) == users:
@@ -74,10 +88,13 @@ def filled(kind: str, users: int) -> FactorizedScorer:
     return scorer.eval()
 
 
-def scoring(scorer: FactorizedScorer, seed: int) -> Callable[[], object]:
+def scoring(scorer: Scorer, seed: int) -> Callable[[], object]:
     lots, users = random.Random(seed), list(scorer.users)
     groups = Groups(
-        torch.zeros(1, 0), torch.randn(1, CANDIDATES, H), torch.zeros(1, CANDIDATES, 0), torch.ones(1, CANDIDATES, dtype=torch.bool)
+        torch.zeros(1, 0),
+        torch.randn(1, CANDIDATES, H),
+        torch.zeros(1, CANDIDATES, 0),
+        torch.ones(1, CANDIDATES, dtype=torch.bool),
     )
 
     def run() -> None:
@@ -109,16 +126,25 @@ def limits_of(row: dict[str, Any]) -> list[Limit]:
     low, high = (f"{users:,}" for users in row["users"])
     return [
         Limit(f"{row['head']}: time with {high} users / with {low}", row["ratio"], 1.2),
-        Limit(f"{row['head']}: numbers per user / DESIGN's", row["numbers_per_user"] / row["numbers_expected"], 1.0),
+        Limit(
+            f"{row['head']}: numbers per user / DESIGN's",
+            row["numbers_per_user"] / row["numbers_expected"],
+            1.0,
+        ),
     ]
 
 
 def lines_of(row: dict[str, Any]) -> list[str]:
     small, large = row["users"]
-    weight = f"{row['numbers_per_user']:,.0f} numbers a user ({row['numbers_per_user'] * 4 / 1024:,.1f} KiB)"
+    weight = (
+        f"{row['numbers_per_user']:,.0f} numbers a user ({row['numbers_per_user'] * 4 / 1024:,.1f}"
+        " KiB)"
+    )
     return [
         show(f"{row['head']}, {small:,} users", row["small"], digits=3),
-        show(f"{row['head']}, {large:,} users", row["large"], f"  ratio {row['ratio']:.2f}", digits=3),
+        show(
+            f"{row['head']}, {large:,} users", row["large"], f"  ratio {row['ratio']:.2f}", digits=3
+        ),
         f"    {weight}; the process grew by {row['process_bytes_per_user'] / 1024:,.1f} KiB a user",
     ]
 

@@ -1,12 +1,16 @@
-"""What the adapter learns from a few labelled queries of texts: with small lessons judged whole, and as it was before.
+"""What the adapter learns from a few labelled queries of texts: with small lessons judged whole,
+and as it was before.
 
-    python benchmarks/small_lessons.py DATA --llm SPEC [--users 20] [--new 17] [--splits 24] [--set NAME=VALUE] [--json]
+    python benchmarks/small_lessons.py DATA --llm SPEC [--users 20] [--new 17] [--splits 24] [--set
+    NAME=VALUE] [--json]
 
-The measurement behind two constants (`learning.fit.TINY_FOLDS`, `learning.table.FEW`), on training users and on new users' histories alone,
-never on their queries. All of them have groups of candidates, as learning and fitting make them (`--llm replay:FILE` asks nobody). In each
-split as many as there are training users, by lot, teach a base, and the others judge: all their groups under the shared head, and each
-group by a head of those before it. Printed are the mean cross-entropy and gain of the picks; `before` is the same with folds of a third of
-the users and the last third of each user's groups. Equal shares and the first candidates stand beside them.
+The measurement behind two constants (`learning.fit.TINY_FOLDS`, `learning.table.FEW`), on training
+users and on new users' histories alone, never on their queries. All of them have groups of
+candidates, as learning and fitting make them (`--llm replay:FILE` asks nobody). In each split as
+many as there are training users, by lot, teach a base, and the others judge: all their groups under
+the shared head, and each group by a head of those before it. Printed are the mean cross-entropy and
+gain of the picks; `before` is the same with folds of a third of the users and the last third of
+each user's groups. Equal shares and the first candidates stand beside them.
 """
 
 import argparse
@@ -20,27 +24,27 @@ import torch
 from measure import finish, options
 from torch import Tensor
 
-from hydra_llm.adapt import select
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.options import given as setting_pairs
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
-from hydra_llm.learning.api import fit, learn
-from hydra_llm.learning.fit import fit_all, fit_heads
-from hydra_llm.learning.pairs import adapter_groups, training_queries
-from hydra_llm.learning.solve import losses
-from hydra_llm.learning.table import Table, gain_spread, in_table_order, make_table
-from hydra_llm.llm.calls import run_sync
-from hydra_llm.llm.spec import open_llm
-from hydra_llm.model.combine import Tower
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.heads import make_bank
-from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.model.interactions import Tower
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.select import select
+from hydra_llm.training.api import fit, learn
+from hydra_llm.training.convex import fit_all, fit_heads
+from hydra_llm.training.dataset import Table, gain_spread, in_table_order, make_table
+from hydra_llm.training.labelling import adapter_groups, training_queries
+from hydra_llm.training.newton import losses
 from hydra_llm.types import Candidate, LabelledGroup
 
 Row = tuple[float, float]
 """Cross-entropy and gain of the pick of one group."""
 HEADS = ("shared head", "own head")
-BEFORE = {"hydra_llm.learning.fit.TINY_TABLE": 0, "hydra_llm.learning.table.FEW": 0}
+BEFORE = {"hydra_llm.training.convex.TINY_TABLE": 0, "hydra_llm.training.dataset.FEW": 0}
 
 
 def main() -> None:
@@ -48,71 +52,113 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--llm", required=True)
     parser.add_argument("--users", type=int, default=20, help="training users")
-    parser.add_argument("--new", type=int, default=17, help="new users, whose histories are used and whose queries are not")
+    parser.add_argument(
+        "--new",
+        type=int,
+        default=17,
+        help="new users, whose histories are used and whose queries are not",
+    )
     parser.add_argument("--splits", type=int, default=24)
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any setting, as the commands take it")
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="any setting, as the commands take it"
+    )
     given = parser.parse_args()
     bundle, groups = lessons(given)
     names = list(dict.fromkeys(group.user for group in groups))
     found: dict[str, list[np.ndarray]] = {}
     for split in range(given.splits):
         order = np.random.default_rng(given.seed + split).permutation(len(names))
-        teachers, judges = ({names[i] for i in part} for part in (order[: given.users], order[given.users :]))
+        teachers, judges = (
+            {names[i] for i in part} for part in (order[: given.users], order[given.users :])
+        )
         parts = [[group for group in groups if group.user in part] for part in (teachers, judges)]
         for kind, constants in (("before", BEFORE), ("now", {})):
             for way, rows in judged(bundle, *parts, constants, given.seed + split).items():
                 if way in HEADS or kind == "now":
-                    found.setdefault(f"{way}, {kind}" if way in HEADS else way, []).append(np.mean(rows, axis=0))
+                    found.setdefault(f"{way}, {kind}" if way in HEADS else way, []).append(
+                        np.mean(rows, axis=0)
+                    )
     report(given, found, len(names), len(groups))
 
 
 def lessons(given: argparse.Namespace) -> tuple[Bundle, list[LabelledGroup]]:
-    """A learned bundle with the new users' reranker heads, and everybody's groups of candidates, in a table's order."""
+    """A learned bundle with the new users' reranker heads, and everybody's groups of candidates, in
+    a table's order.
+    """
     settings = load_settings(**setting_pairs(given.set, users=given.users, seed=given.seed))
     data = load(given.data)
     llm, new = open_llm(given.llm, settings), data.users("test")[: given.new]
     bundle = fit(data, learn(data, llm, settings).bundle, llm, users=new).bundle
     people = [*bundle.trained_on, *new]
-    queries = [q for user in people for q in training_queries(bundle.task, bundle.records[user], settings.queries_per_user)]
+    queries = [
+        q
+        for user in people
+        for q in training_queries(bundle.task, bundle.records[user], settings.queries_per_user)
+    ]
     door = bundle.personalizer(llm, adapt=False)
-    return bundle, in_table_order(run_sync(lambda: adapter_groups(door, bundle.evidence, queries)).groups())
+    return bundle, in_table_order(
+        run_sync(lambda: adapter_groups(door, bundle.featurizer, queries)).groups()
+    )
 
 
 def judged(
-    bundle: Bundle, teaching: Sequence[LabelledGroup], judging: Sequence[LabelledGroup], constants: dict[str, int], seed: int
+    bundle: Bundle,
+    teaching: Sequence[LabelledGroup],
+    judging: Sequence[LabelledGroup],
+    constants: dict[str, int],
+    seed: int,
 ) -> dict[str, list[Row]]:
-    """The judges' groups by a base that the teachers taught: under the shared head, by own heads, and without any scorer."""
-    combiner = Tower(bundle.store.encoder.width, bundle.settings.width)
-    scorer = FactorizedScorer(combiner, make_bank("linear", combiner), bundle.evidence.adapter_names)
-    train, late = (table_of(bundle, scorer, groups, gain_spread(teaching)) for groups in (teaching, judging))
-    combiner.prepare(train.groups)
+    """The judges' groups by a base that the teachers taught: under the shared head, by own heads,
+    and without any scorer.
+    """
+    interaction = Tower(bundle.store.encoder.width, bundle.settings.width)
+    scorer = Scorer(interaction, make_bank("linear", interaction), bundle.featurizer.adapter_names)
+    train, late = (
+        table_of(bundle, scorer, groups, gain_spread(teaching)) for groups in (teaching, judging)
+    )
+    interaction.prepare(train.groups)
     with ExitStack() as stack:
         for name, value in constants.items():
             stack.enter_context(patch(name, value))
         fit_all(scorer, train, seed=seed)
     told = {"equal shares": rows_of(bundle, late, torch.zeros_like(late.gains), judging)}
-    told["first candidate"] = [(0.0, group.gains[0]) for group in judging if len(set(group.gains)) > 1]
+    told["first candidate"] = [
+        (0.0, group.gains[0]) for group in judging if len(set(group.gains)) > 1
+    ]
     told["shared head"] = rows_of(bundle, late, calibrated(scorer, late, own=False), judging)
     told["own head"] = []
     for before, after in late.split_steps():
         fit_heads(scorer, before, late.names())
-        places = {(user, int(place)) for user, place in zip(after.users, after.positions, strict=True)}
+        places = {
+            (user, int(place)) for user, place in zip(after.users, after.positions, strict=True)
+        }
         own = [group for group in judging if (group.user, group.position) in places]
         told["own head"] += rows_of(bundle, after, calibrated(scorer, after, own=True), own)
     return told
 
 
-def table_of(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], spread: float) -> Table:
-    return make_table(bundle.store, scorer.combiner, groups, rule=bundle.settings.label_rule, loss=scorer.loss, spread=spread)
+def table_of(
+    bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], spread: float
+) -> Table:
+    return make_table(
+        bundle.store,
+        scorer.interaction,
+        groups,
+        rule=bundle.settings.label_rule,
+        loss=scorer.loss,
+        spread=spread,
+    )
 
 
 @torch.no_grad()
-def calibrated(scorer: FactorizedScorer, table: Table, *, own: bool) -> Tensor:
+def calibrated(scorer: Scorer, table: Table, *, own: bool) -> Tensor:
     rows = scorer.rows(table.users) if own else torch.full((len(table),), -1)
     return scorer.scale * scorer.core(table.groups, rows)
 
 
-def rows_of(bundle: Bundle, table: Table, scores: Tensor, groups: Sequence[LabelledGroup]) -> list[Row]:
+def rows_of(
+    bundle: Bundle, table: Table, scores: Tensor, groups: Sequence[LabelledGroup]
+) -> list[Row]:
     """Of each group in which candidates differ in worth."""
     assert table.groups.target is not None
     found = losses(scores, table.groups.target, table.groups.mask, "listwise").tolist()
@@ -121,21 +167,42 @@ def rows_of(bundle: Bundle, table: Table, scores: Tensor, groups: Sequence[Label
         if len(set(group.gains)) > 1:
             own = score[: len(group.rights)]
             candidates = [Candidate(text, text) for text in group.rights]
-            pick = select(bundle.task, candidates, own.numpy(), own.softmax(-1).numpy(), bundle.settings.select)
+            pick = select(
+                bundle.task,
+                candidates,
+                own.numpy(),
+                own.softmax(-1).numpy(),
+                bundle.settings.select,
+            )
             rows.append((loss, group.gains[pick]))
     return rows
 
 
-def report(given: argparse.Namespace, found: dict[str, list[np.ndarray]], users: int, groups: int) -> None:
-    """Means over the splits; of now less before also the deviation over splits, which share users: no interval."""
-    rows = {name: dict(zip(("loss", "gain"), np.mean(each, axis=0).tolist(), strict=True)) for name, each in found.items()}
+def report(
+    given: argparse.Namespace, found: dict[str, list[np.ndarray]], users: int, groups: int
+) -> None:
+    """Means over the splits; of now less before also the deviation over splits, which share users:
+    no interval.
+    """
+    rows = {
+        name: dict(zip(("loss", "gain"), np.mean(each, axis=0).tolist(), strict=True))
+        for name, each in found.items()
+    }
     rows["first candidate"].pop("loss")  # a choice, no chances
     for way in HEADS:
         apart = np.subtract(found[f"{way}, now"], found[f"{way}, before"])
         names = ("loss", "gain", "loss_deviation", "gain_deviation")
-        rows[f"{way}, now less before"] = dict(zip(names, [*apart.mean(0).tolist(), *apart.std(0).tolist()], strict=True))
-    lines = [f"{groups} groups of {users} users, {given.splits} splits: {given.users} teach, {users - given.users} judge"]
-    lines += [f"{name:<28} " + "   ".join(f"{key} {value:+.4f}" for key, value in row.items()) for name, row in rows.items()]
+        rows[f"{way}, now less before"] = dict(
+            zip(names, [*apart.mean(0).tolist(), *apart.std(0).tolist()], strict=True)
+        )
+    lines = [
+        f"{groups} groups of {users} users, {given.splits} splits: {given.users} teach,"
+        f" {users - given.users} judge"
+    ]
+    lines += [
+        f"{name:<28} " + "   ".join(f"{key} {value:+.4f}" for key, value in row.items())
+        for name, row in rows.items()
+    ]
     finish(given, {"rows": rows, "users": users, "groups": groups}, lines, [])
 
 

@@ -1,8 +1,10 @@
-"""How long `import hydra_llm` and `hydra-llm --help` take, beside a bare interpreter in the same run.
+"""How long `import hydra_llm` and `hydra-llm --help` take, beside a bare interpreter in the same
+run.
 
     python benchmarks/startup.py [--runs 15] [--json]
 
-The kinds are run in turn, so that a busy machine slows all of them alike. Exits with 1 where a median is above its limit.
+The kinds are run in turn, so that a busy machine slows all of them alike. Exits with 1 where a
+median is above its limit.
 """
 
 import argparse
@@ -43,23 +45,38 @@ def measure(runs: int) -> list[dict[str, Any]]:
 
 def summary(kind: str, limit: float | None, values: list[float], bare: float) -> dict[str, Any]:
     low, median, high = statistics.quantiles(values, n=4)
-    row = {"kind": kind, "median_ms": median, "quartile_1_ms": low, "quartile_3_ms": high, "ratio_to_python": median / bare}
+    row = {
+        "kind": kind,
+        "median_ms": median,
+        "quartile_1_ms": low,
+        "quartile_3_ms": high,
+        "ratio_to_python": median / bare,
+    }
     return {**row, "limit_ms": limit, "within": limit is None or median <= limit}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     rows = measure(given.runs)
     if given.json:
-        print(json.dumps({"runs": given.runs, "python": sys.version.split()[0], "rows": rows}, indent=2))
+        print(
+            json.dumps(
+                {"runs": given.runs, "python": sys.version.split()[0], "rows": rows}, indent=2
+            )
+        )
     else:
         for row in rows:
             spread = f"{row['quartile_1_ms']:.0f} to {row['quartile_3_ms']:.0f}"
             limit = "" if row["limit_ms"] is None else f"  limit {row['limit_ms']:.0f}"
-            print(f"{row['kind']:<18} {row['median_ms']:6.0f} ms  (quartiles {spread}, {row['ratio_to_python']:.1f} × python){limit}")
+            print(
+                f"{row['kind']:<18} {row['median_ms']:6.0f} ms  (quartiles {spread},"
+                f" {row['ratio_to_python']:.1f} × python){limit}"
+            )
     sys.exit(not all(row["within"] for row in rows))
 
 

@@ -1,4 +1,6 @@
-"""What holds for every test: no network but loopback, caches in a folder of their own, no settings from the developer's shell."""
+"""What holds for every test: no network but loopback, caches in a folder of their own, no settings
+from the developer's shell.
+"""
 
 import errno
 import ipaddress
@@ -14,7 +16,12 @@ import pytest
 
 # Before any test module imports a library that reads them.
 _CACHES = tempfile.TemporaryDirectory(prefix="hydra-llm-tests-")
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE", XDG_CACHE_HOME=_CACHES.name)
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_WAIT_POLICY="PASSIVE",
+    XDG_CACHE_HOME=_CACHES.name,
+)
 for _name in [name for name in os.environ if name.startswith(("HYDRA_", "OPENAI_"))]:
     del os.environ[_name]
 
@@ -36,7 +43,8 @@ def is_local(family: int, address: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Refuse every connection that leaves this machine, and fail the test that tried, even if the code under it caught the error.
+    """Refuse every connection that leaves this machine, and fail the test that tried, even if the
+    code under it caught the error.
 
     Gives the refused addresses; a test that means to be refused clears them.
     """
@@ -49,7 +57,9 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             if is_local(self.family, address):
                 return real(self, address)
             addresses.append(address)
-            raise NetworkBlocked(errno.ENETUNREACH, f"tests need no network, but something connected to {address!r}")
+            raise NetworkBlocked(
+                errno.ENETUNREACH, f"tests need no network, but something connected to {address!r}"
+            )
 
         return connect
 
@@ -75,7 +85,9 @@ def anyio_backend() -> str:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database: a file of SQLite, and a database of a real PostgreSQL (tools/with_postgres.py starts one)."""
+    """The URL of an empty database: a file of SQLite, and a database of a real PostgreSQL
+    (tools/with_postgres.py starts one).
+    """
     import sqlalchemy as sa
 
     if request.param == "sqlite":

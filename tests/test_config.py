@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from hydra_llm.config import OF_LEARNING, OF_THIS_MACHINE, PAPER, Settings, load_settings, settings_over
+from hydra_llm.config import (
+    OF_LEARNING,
+    OF_THIS_MACHINE,
+    PAPER,
+    Settings,
+    load_settings,
+    settings_over,
+)
 from hydra_llm.errors import SettingsError
 
 LAYERS = {"preset": 8, "file": 5, "environment": 6, "flag": 7}
@@ -22,7 +29,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("given", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("named", [False, True], ids=["hydra-llm.toml", "--config"])
-def test_the_strongest_source_wins(given: tuple[str, ...], named: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strongest_source_wins(
+    given: tuple[str, ...], named: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = here / ("own.toml" if named else "hydra-llm.toml")
     file.write_text("samples = 5\nretries = 9" if "file" in given else "retries = 9")
     if "environment" in given:
@@ -36,11 +45,16 @@ def test_the_strongest_source_wins(given: tuple[str, ...], named: bool, here: Pa
     assert [fresh.samples] == (strongest or [Settings().samples])
     assert [over.samples] == (strongest or [4])
     assert (fresh.retries, over.retries) == (9, 9)
-    assert (fresh.head, over.head) == (PAPER["head"] if "preset" in given else Settings().head, "kernel")
+    assert (fresh.head, over.head) == (
+        PAPER["head"] if "preset" in given else Settings().head,
+        "kernel",
+    )
     assert over.k == (PAPER["k"] if "preset" in given else 2)
 
 
-def test_settings_alone_are_what_they_are_given(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_alone_are_what_they_are_given(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (here / "hydra-llm.toml").write_text("k = 9\nwrong = 1")
     monkeypatch.setenv("HYDRA_SAMPLES", "9")
     assert (Settings().k, Settings().samples) == (4, 8)
@@ -87,10 +101,16 @@ def test_what_learning_fixed_stays_fixed(here: Path, monkeypatch: pytest.MonkeyP
     (here / "hydra-llm.toml").write_text("encoder = 'other'\nk = 1")
     monkeypatch.setenv("HYDRA_RANK", "3")
     over = settings_over(learned, "paper", None, head="kernel", max_length="32", users=None)
-    assert {name: getattr(over, name) for name in OF_LEARNING} == {name: getattr(learned, name) for name in OF_LEARNING}
+    assert {name: getattr(over, name) for name in OF_LEARNING} == {
+        name: getattr(learned, name) for name in OF_LEARNING
+    }
     assert (over.k, over.candidates, over.select) == (1, "sampled", "best")
     with pytest.raises(
-        SettingsError, match=r"^setting 'max_length': was fixed to 32 when the bundle was learned; learn another bundle for 64$"
+        SettingsError,
+        match=(
+            r"^setting 'max_length': was fixed to 32 when the bundle was learned; learn another"
+            r" bundle for 64$"
+        ),
     ):
         settings_over(learned, max_length="64")
 
@@ -101,7 +121,7 @@ def test_no_setting_is_both_the_machines_and_fixed_by_learning() -> None:
 
 
 def test_the_gateways_table_is_no_setting_of_other_commands(tmp_path: Path) -> None:
-    from hydra_llm.server.settings import load_serve_settings
+    from hydra_llm.gateway.settings import load_serve_settings
 
     file = tmp_path / "hydra-llm.toml"
     file.write_text("k = 2\n[serve]\nk = 7\n")

@@ -7,7 +7,10 @@ import pytest
 
 
 def test_a_connection_that_leaves_the_machine_is_refused(refused: list[Any]) -> None:
-    with pytest.raises(OSError, match="no network"), socket.create_connection(("192.0.2.1", 80), timeout=1):
+    with (
+        pytest.raises(OSError, match="no network"),
+        socket.create_connection(("192.0.2.1", 80), timeout=1),
+    ):
         pass
     assert refused == [("192.0.2.1", 80)]
     refused.clear()
@@ -24,7 +27,10 @@ async def test_asyncio_is_refused_too(refused: list[Any]) -> None:
 
 
 def test_loopback_connects() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5) as client:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), timeout=5) as client,
+    ):
         client.sendall(b"x")
         accepted, _ = server.accept()
         with accepted:

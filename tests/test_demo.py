@@ -1,4 +1,6 @@
-"""`hydra-llm demo` with the real SmolLM2, smaller: offline (conftest refuses all but loopback), whole, and replayed by a repeat."""
+"""`hydra-llm demo` with the real SmolLM2, smaller: offline (conftest refuses all but loopback),
+whole, and replayed by a repeat.
+"""
 
 import json
 import math
@@ -27,14 +29,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(GgufLLM, "generate", generate)
     for name, value in SMALL.items():
         monkeypatch.setattr(demo, name, value)
-    smaller = {"k": 1, "retrieved": 2, "queries_per_user": 1, "asked_users": 2, "samples": 3, "epochs": 1, "width": 16}
+    smaller = {
+        "k": 1,
+        "retrieved": 2,
+        "queries_per_user": 1,
+        "asked_users": 2,
+        "samples": 3,
+        "epochs": 1,
+        "width": 16,
+    }
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **smaller})
     return calls
 
 
 @pytest.mark.llm
 @pytest.mark.slow
-def test_it_needs_no_network_and_a_repeat_asks_nothing(asked: list[Any], refused: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_needs_no_network_and_a_repeat_asks_nothing(
+    asked: list[Any], refused: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     def shown(*arguments: str) -> str:
         assert run(["demo", "--users", "2", "--seed", "3", *arguments]) == 0
         return capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Learn, save, fit new users, load, answer: users whose tastes are known must be recovered, and shuffled users must not."""
+"""Learn, save, fit new users, load, answer: users whose tastes are known must be recovered, and
+shuffled users must not.
+"""
 
 import importlib.util
 import random
@@ -10,35 +12,63 @@ import pytest
 
 from hydra_llm import fit, learn
 from hydra_llm.bench.methods import Parts, find_methods
-from hydra_llm.bench.run import run_methods
+from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import SettingsError
-from hydra_llm.evidence import survey
 from hydra_llm.history import as_query
 from hydra_llm.history import before as before_query
-from hydra_llm.learning import lesson
-from hydra_llm.learning.pairs import label_groups
-from hydra_llm.learning.table import Table
-from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.encoder import open_encoder
-from hydra_llm.model.scorer import FactorizedScorer
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import KeepOrder, LearnedReranker
-from hydra_llm.tasks.task import Task, rating
+from hydra_llm.side_features import fit_stats
+from hydra_llm.tasks.base import Task, rating
+from hydra_llm.training import train_scorer as lesson
+from hydra_llm.training.dataset import Table
+from hydra_llm.training.labelling import label_groups
 from hydra_llm.types import LabelledGroup, Message, Query, Record
 
 TOPICS = {
-    "sea": ("whales under the waves", "a sailor and his boat", "the storm at the harbour", "fishermen on the ocean"),
-    "war": ("soldiers in the trenches", "a general and his army", "the battle for the bridge", "bombs over the city"),
-    "love": ("a wedding in spring", "two hearts and a kiss", "the bride runs away", "letters to a sweetheart"),
-    "space": ("astronauts on mars", "a rocket to the moon", "the alien planet", "stars of a far galaxy"),
+    "sea": (
+        "whales under the waves",
+        "a sailor and his boat",
+        "the storm at the harbour",
+        "fishermen on the ocean",
+    ),
+    "war": (
+        "soldiers in the trenches",
+        "a general and his army",
+        "the battle for the bridge",
+        "bombs over the city",
+    ),
+    "love": (
+        "a wedding in spring",
+        "two hearts and a kiss",
+        "the bride runs away",
+        "letters to a sweetheart",
+    ),
+    "space": (
+        "astronauts on mars",
+        "a rocket to the moon",
+        "the alien planet",
+        "stars of a far galaxy",
+    ),
 }
 ENDS = ("again", "at night", "of old", "in winter", "told twice", "for children")
-TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd", "dull"), metrics=("accuracy",))
-STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"), metrics=("mae",))
+TAGS = Task(
+    "tags",
+    "classification",
+    "Which tag? {input}",
+    ("calm", "loud", "odd", "dull"),
+    metrics=("accuracy",),
+)
+STARS = Task(
+    "stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"), metrics=("mae",)
+)
 TRAIN, NEW, RECORDS, QUERIES = 10, 6, 24, 5
 
 
@@ -77,10 +107,17 @@ def world(task: Task, seed: int = 0) -> World:
 
 
 def crowd_pleaser(task: Task) -> RuleLLM:
-    """An LLM that knows what most people would say, which here is nobody's taste, and now and then repeats an example."""
+    """An LLM that knows what most people would say, which here is nobody's taste, and now and then
+    repeats an example.
+    """
 
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        said = [label for message in messages[:-1] for label in [message["content"].strip()] if label in task.labels]
+        said = [
+            label
+            for message in messages[:-1]
+            for label in [message["content"].strip()]
+            if label in task.labels
+        ]
         if said and rng.random() < 0.5:
             return f"I would say {rng.choice(said)}."
         return rng.choice(task.labels[:2])
@@ -89,7 +126,9 @@ def crowd_pleaser(task: Task) -> RuleLLM:
 
 
 def gains(task: Task, answers: Sequence[str | None], queries: Sequence[Query]) -> float:
-    return sum(task.gain(answer, query.gold or "") for answer, query in zip(answers, queries, strict=True)) / len(queries)
+    return sum(
+        task.gain(answer, query.gold or "") for answer, query in zip(answers, queries, strict=True)
+    ) / len(queries)
 
 
 def answers_of(personalizer: Personalizer, queries: Sequence[Query]) -> list[str]:
@@ -97,11 +136,17 @@ def answers_of(personalizer: Personalizer, queries: Sequence[Query]) -> list[str
 
 
 @pytest.mark.parametrize(
-    ("task", "head"), [(TAGS, "linear"), (STARS, "kernel"), (TAGS, "mlp")], ids=["tags-linear", "stars-kernel", "tags-mlp"]
+    ("task", "head"),
+    [(TAGS, "linear"), (STARS, "kernel"), (TAGS, "mlp")],
+    ids=["tags-linear", "stars-kernel", "tags-mlp"],
 )
-def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, head: str, tmp_path: Path) -> None:
+def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(
+    task: Task, head: str, tmp_path: Path
+) -> None:
     here, llm, folder = world(task), crowd_pleaser(task), tmp_path / "bundle"
-    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, width=64, head=head, max_length=32)  # type: ignore[arg-type]
+    settings = Settings(
+        samples=3, retrieved=4, k=2, queries_per_user=2, width=64, head=head, max_length=32
+    )  # type: ignore[arg-type]
     learned = learn(here.data, llm, settings, out=folder)
     assert learned.failures == []
     assert set(learned.users) == set(here.data.users("train"))
@@ -117,11 +162,23 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, he
     swapped = [replace(query, user=others[query.user], position=10**6) for query in queries]
     shuffled = gains(task, answers_of(personalizer, swapped), queries)
     controls = {}
-    for name in ("zero-shot", "rag@2", "random", "user-majority", "hydra-shared", "self-consistency", "mbr@3"):
+    for name in (
+        "zero-shot",
+        "rag@2",
+        "random",
+        "user-majority",
+        "hydra-shared",
+        "self-consistency",
+        "mbr@3",
+    ):
         samples = run_sync(
-            lambda name=name: run_methods(find_methods([name]), Parts(bundle, llm, bundle.settings, bundle.records), queries)
+            lambda name=name: run_methods(
+                find_methods([name]), Parts(bundle, llm, bundle.settings, bundle.records), queries
+            )
         )
-        controls[name] = sum(task.gain(sample.answer, sample.gold) for sample in samples) / len(samples)
+        controls[name] = sum(task.gain(sample.answer, sample.gold) for sample in samples) / len(
+            samples
+        )
     shared = controls.pop("hydra-shared")  # sees the user's history as evidence, but no head
     stranger = [replace(query, user="stranger") for query in queries]
     nobody = gains(task, answers_of(personalizer, stranger), queries)
@@ -130,21 +187,41 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(task: Task, he
         (0.7, 0.25) if task is TAGS else (0.9, 0.1)
     )  # seeds 0 to 3 reach .80 to .97 and .95 to .97, the best control .57 and .83; mlp .67 to .93
     assert hydra > least, (hydra, controls)
-    assert hydra > max(*controls.values(), nobody, shuffled) + margin, (hydra, shuffled, nobody, controls)
+    assert hydra > max(*controls.values(), nobody, shuffled) + margin, (
+        hydra,
+        shuffled,
+        nobody,
+        controls,
+    )
     told = learned.bundle.report["adapter"]
-    assert told["loss_user"] < told["loss_shared"] < told["loss_uniform"]  # heads add to what the history tells as evidence
+    assert (
+        told["loss_user"] < told["loss_shared"] < told["loss_uniform"]
+    )  # heads add to what the history tells as evidence
     assert min(hydra, shared) > max(nobody, shuffled), (hydra, shared)
     in_memory = fitted.bundle.personalizer(llm)
-    assert answers_of(in_memory, queries[:6]) == answers_of(personalizer, queries[:6])  # the disk changes nothing
+    assert answers_of(in_memory, queries[:6]) == answers_of(
+        personalizer, queries[:6]
+    )  # the disk changes nothing
 
 
 def test_an_answer_tells_how_it_came_about() -> None:
     here, llm = world(STARS), crowd_pleaser(STARS)
-    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, epochs=1, width=16, max_length=32, rerank="always")
+    settings = Settings(
+        samples=3,
+        retrieved=4,
+        k=2,
+        queries_per_user=2,
+        epochs=1,
+        width=16,
+        max_length=32,
+        rerank="always",
+    )
     bundle = fit(here.data, learn(here.data, llm, settings).bundle, llm, users=here.new[:1]).bundle
     answer = bundle.personalizer(llm).answer(here.queries[0])
     assert len(answer.proposal.retrieved) == 4
-    assert sorted(r.record.id for r in answer.proposal.records) == sorted(r.record.id for r in answer.proposal.retrieved)
+    assert sorted(r.record.id for r in answer.proposal.records) == sorted(
+        r.record.id for r in answer.proposal.retrieved
+    )
     assert all(item.usefulness is not None for item in answer.proposal.records)
     assert {candidate.answer for candidate in answer.candidates} == set(STARS.labels)
     assert sum(candidate.votes for candidate in answer.candidates) == 3
@@ -157,9 +234,13 @@ def test_an_answer_tells_how_it_came_about() -> None:
 
 
 def test_nothing_of_a_new_user_reaches_the_base() -> None:
-    """Whether they exist or not, a repeat gives the same numbers; and fitting them moves no one else's head."""
+    """Whether they exist or not, a repeat gives the same numbers; and fitting them moves no one
+    else's head.
+    """
     here, llm = world(TAGS), crowd_pleaser(TAGS)
-    settings = Settings(samples=2, retrieved=3, k=1, queries_per_user=1, epochs=1, width=16, max_length=32, users=4)
+    settings = Settings(
+        samples=2, retrieved=3, k=1, queries_per_user=1, epochs=1, width=16, max_length=32, users=4
+    )
     without = DataSet.from_records(
         TAGS,
         dict.fromkeys(here.data.users("train"), "train"),
@@ -172,39 +253,72 @@ def test_nothing_of_a_new_user_reaches_the_base() -> None:
         mine, theirs = getattr(one, name), getattr(other, name)
         assert (mine is None) == (theirs is None)
         if mine is not None:
-            assert all((value == theirs.tensors()[key]).all() for key, value in mine.tensors().items())
+            assert all(
+                (value == theirs.tensors()[key]).all() for key, value in mine.tensors().items()
+            )
             before[name] = {key: value.clone() for key, value in mine.tensors().items()}
     assert "adapter" in before
     fit(here.data, one, llm)
     for name, tensors in before.items():
         after = getattr(one, name).tensors()
-        assert all((after[key][: len(value)] == value).all() if value.dim() else (after[key] == value) for key, value in tensors.items())
+        assert all(
+            (after[key][: len(value)] == value).all() if value.dim() else (after[key] == value)
+            for key, value in tensors.items()
+        )
 
 
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel", "mlp"])
-def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_head(head: str) -> None:
-    """Later records are other records with other answers: the answer to an earlier query stays, and that to a later one does not."""
+def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_head(
+    head: str,
+) -> None:
+    """Later records are other records with other answers: the answer to an earlier query stays, and
+    that to a later one does not.
+    """
     here, llm = world(TAGS), crowd_pleaser(TAGS)
-    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, head=head, width=16, max_length=32, users=6)  # type: ignore[arg-type]
+    settings = Settings(
+        samples=3, retrieved=4, k=2, queries_per_user=2, head=head, width=16, max_length=32, users=6
+    )  # type: ignore[arg-type]
     learned = learn(here.data, llm, settings).bundle
     user, cut = here.new[0], RECORDS // 2
     history = here.data.history(user)
     flipped = dict(zip(TAGS.labels, TAGS.labels[1:] + TAGS.labels[:1], strict=True))
-    other = [*history[:cut], *(replace(record, output=flipped[record.output]) for record in history[cut:])]
-    early = Query(user, "early", history[cut].input, history[cut].output, history[cut].time, position=history[cut].position)
+    other = [
+        *history[:cut],
+        *(replace(record, output=flipped[record.output]) for record in history[cut:]),
+    ]
+    early = Query(
+        user,
+        "early",
+        history[cut].input,
+        history[cut].output,
+        history[cut].time,
+        position=history[cut].position,
+    )
     late = here.data.queries(user)[0]
     found = []
     for records in (history, other):
         data = DataSet.from_records(TAGS, {user: "test"}, records, [early, late])
-        bundle = fit(data, replace(learned, records=dict(learned.records)), llm, users=[user]).bundle
+        bundle = fit(
+            data, replace(learned, records=dict(learned.records)), llm, users=[user]
+        ).bundle
         answers = [bundle.personalizer(llm).answer(query) for query in (early, late)]
-        found.append([[c.probability for c in answer.candidates] + [r.usefulness for r in answer.proposal.records] for answer in answers])
+        found.append(
+            [
+                [c.probability for c in answer.candidates]
+                + [r.usefulness for r in answer.proposal.records]
+                for answer in answers
+            ]
+        )
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
 
 
-def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("model_conftest", Path(__file__).with_name("model") / "conftest.py")
+def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "model_conftest", Path(__file__).with_name("model") / "conftest.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
@@ -213,50 +327,85 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(tmp_p
     seen: dict[str, dict[tuple[str, str, bool], LabelledGroup]] = {}
     real = lesson._table
 
-    def table(bundle: Bundle, scorer: FactorizedScorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
-        seen["adapter" if "llm_votes" in scorer.evidence_names else "reranker"] = {(g.user, g.query, g.voted): g for g in groups}
+    def table(bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
+        seen["adapter" if "llm_votes" in scorer.side_names else "reranker"] = {
+            (g.user, g.query, g.voted): g for g in groups
+        }
         return real(bundle, scorer, groups, rule)
 
     monkeypatch.setattr(lesson, "_table", table)
     encoder = str(conftest._save_model(tmp_path / "bert"))
-    settings = Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=6, max_length=16, cache=tmp_path)
-    tuned = settings.model_copy(update={"encoder": encoder, "features": "cross", "tune_encoder": True, "lr": 0.01})
+    settings = Settings(
+        samples=2, retrieved=3, k=1, queries_per_user=1, users=6, max_length=16, cache=tmp_path
+    )
+    tuned = settings.model_copy(
+        update={"encoder": encoder, "features": "cross", "tune_encoder": True, "lr": 0.01}
+    )
     before = open_encoder(encoder, max_length=16).digest
     bundle = learn(here.data, llm, tuned).bundle
     assert bundle.store.encoder.digest != before
-    assert bundle.population == survey(TAGS, bundle.store, [bundle.records[user] for user in bundle.trained_on])
-    now = [group for user in bundle.trained_on for group in label_groups(bundle.evidence, bundle.records[user])]
+    assert bundle.population == fit_stats(
+        TAGS, bundle.store, [bundle.records[user] for user in bundle.trained_on]
+    )
+    now = [
+        group
+        for user in bundle.trained_on
+        for group in label_groups(bundle.featurizer, bundle.records[user])
+    ]
     assert len(now) > 50
-    assert all(group.evidence == seen["adapter"][group.user, group.query, False].evidence for group in now)
+    assert all(
+        group.evidence == seen["adapter"][group.user, group.query, False].evidence for group in now
+    )
     for (user, place, _), group in seen["reranker"].items():
         record = next(record for record in bundle.records[user] if record.id == place)
         visible = before_query(bundle.records[user], as_query(record))
         retrieved = bundle.personalizer(llm).retriever.retrieve(as_query(record), visible, 3)
         assert group.evidence == tuple(
-            map(tuple, bundle.evidence.reranker(as_query(record), retrieved, bundle.evidence.remember(visible)).tolist())
+            map(
+                tuple,
+                bundle.featurizer.reranker(
+                    as_query(record), retrieved, bundle.featurizer.vectorize(visible)
+                ).tolist(),
+            )
         )
 
 
 def test_fitting_does_not_change_what_learning_fixed() -> None:
     here, llm = world(TAGS), crowd_pleaser(TAGS)
-    bundle = learn(here.data, llm, Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=4, max_length=32)).bundle
+    bundle = learn(
+        here.data,
+        llm,
+        Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=4, max_length=32),
+    ).bundle
     with pytest.raises(SettingsError, match=r"setting 'head': was fixed to 'linear'"):
         fit(here.data, bundle, llm, settings=Settings(head="kernel", users=4, max_length=32))
     fitted = fit(here.data, bundle, llm, users=here.new[:1], settings=bundle.settings_with(k=2))
     assert (fitted.bundle.settings.k, bundle.settings.k) == (2, 1)
 
 
-def test_new_users_cost_no_call_where_histories_teach_and_the_retrievers_order_stands_where_that_is_better() -> None:
-    """Tasks with labels need the LLM for neither head; a reranker that was worth less on held-out users is learned, kept, and not used."""
+def test_histories_teach_new_users_without_calls() -> None:
+    """Tasks with labels need the LLM for neither head; a reranker that was worth less on held-out
+    users is learned, kept, and not used.
+    """
     here, llm = world(TAGS), crowd_pleaser(TAGS)
-    learned = learn(here.data, llm, Settings(samples=2, retrieved=4, k=2, queries_per_user=1, users=6, max_length=32))
+    learned = learn(
+        here.data,
+        llm,
+        Settings(samples=2, retrieved=4, k=2, queries_per_user=1, users=6, max_length=32),
+    )
     asked = len(llm.calls)
     bundle = fit(here.data, learned.bundle, llm).bundle
     assert len(llm.calls) == asked
     assert bundle.reranker is not None
     told = bundle.report["reranker"]
     assert 0 <= told["gain_first"] <= told["gain_best"] <= 1
-    cases = ((0.6, 0.5, True), (0.5, 0.5, True), (0.4, 0.5, False), (float("nan"), float("nan"), True), (None, None, True))
+    cases = (
+        (0.6, 0.5, True),
+        (0.5, 0.5, True),
+        (0.4, 0.5, False),
+        (float("nan"), float("nan"), True),
+        (None, None, True),
+    )
     for pick, first, used in cases:
         bundle.report["reranker"] = {"gain_pick": pick, "gain_first": first}
         assert bundle.reranks is used

@@ -9,13 +9,28 @@ import pytest
 
 import hydra_llm
 
-HEAVY = ("torch", "transformers", "sentence_transformers", "openai", "numpy", "scipy", "sklearn", "pydantic", "rouge_score", "bm25s")
+HEAVY = (
+    "torch",
+    "transformers",
+    "sentence_transformers",
+    "openai",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "pydantic",
+    "rouge_score",
+    "bm25s",
+)
 
 
 def loaded_by(code: str) -> set[str]:
     """The heavy modules that a fresh interpreter has loaded after `code`."""
     listing = f"{code}\nimport sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
-    return set(subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", listing], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_all_is_sorted_and_has_a_home() -> None:
@@ -25,13 +40,17 @@ def test_all_is_sorted_and_has_a_home() -> None:
 
 @pytest.mark.parametrize("name", hydra_llm.__all__)
 def test_each_name_is_the_one_of_its_home(name: str) -> None:
-    assert getattr(hydra_llm, name) is getattr(importlib.import_module(hydra_llm._HOME_OF[name]), name)
+    assert getattr(hydra_llm, name) is getattr(
+        importlib.import_module(hydra_llm._HOME_OF[name]), name
+    )
     assert name in dir(hydra_llm)
 
 
 def test_no_name_is_hidden_by_a_module() -> None:
     """Importing a submodule sets the package's attribute of its name, over whatever stood there."""
-    assert not {module.name for module in pkgutil.iter_modules(hydra_llm.__path__)} & set(hydra_llm.__all__)
+    assert not {module.name for module in pkgutil.iter_modules(hydra_llm.__path__)} & set(
+        hydra_llm.__all__
+    )
 
 
 def test_an_unknown_name_says_so() -> None:

@@ -1,4 +1,4 @@
-"""The fit of growth laws in `benchmarks/power_law.py`: known laws come back out of noisy repeats."""
+"""The fit of growth laws in `benchmarks/power_law.py` recovers known laws from noisy repeats."""
 
 from typing import Any
 
@@ -10,9 +10,17 @@ law: Any = pytest.importorskip("power_law", reason="the source package carries n
 SIZES = (10, 20, 40, 80, 160)
 
 
-def repeats(constant: float, factor: float, exponent: float, noise: float, seed: int = 0, runs: int = 7) -> list[list[float]]:
+def repeats(
+    constant: float, factor: float, exponent: float, noise: float, seed: int = 0, runs: int = 7
+) -> list[list[float]]:
     rng = np.random.default_rng(seed)
-    return [[(constant + factor * x**exponent) * float(np.exp(noise * rng.standard_normal())) for _ in range(runs)] for x in SIZES]
+    return [
+        [
+            (constant + factor * x**exponent) * float(np.exp(noise * rng.standard_normal()))
+            for _ in range(runs)
+        ]
+        for x in SIZES
+    ]
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5, 2.0])
@@ -52,12 +60,17 @@ def test_falling_values_are_no_growth() -> None:
 
 def test_threshold_of_constant_is_a_fifth() -> None:
     assert law.growth(SIZES, [[1.0 + 0.19 * (x - 10) / 150] for x in SIZES]).exponent == 0.0
-    assert law.growth(SIZES, [[1.0 + 0.25 * (x - 10) / 150] for x in SIZES]).exponent == pytest.approx(1.0, abs=0.05)
+    assert law.growth(
+        SIZES, [[1.0 + 0.25 * (x - 10) / 150] for x in SIZES]
+    ).exponent == pytest.approx(1.0, abs=0.05)
 
 
 def test_unit_does_not_matter() -> None:
     values = repeats(0.1, 0.01, 1.0, 0.05)
-    seconds, small = law.growth(SIZES, values), law.growth(SIZES, [[1e-6 * value for value in row] for row in values])
+    seconds, small = (
+        law.growth(SIZES, values),
+        law.growth(SIZES, [[1e-6 * value for value in row] for row in values]),
+    )
     assert small.exponent == seconds.exponent
     assert (small.low, small.high) == (seconds.low, seconds.high)
     assert small.constant == pytest.approx(1e-6 * seconds.constant)

@@ -1,4 +1,6 @@
-"""Time never leaks: held against an order that is worked out on whole seconds, without `parse_time` and without spans."""
+"""Time never leaks: held against an order that is worked out on whole seconds, without `parse_time`
+and without spans.
+"""
 
 import calendar
 import itertools
@@ -21,8 +23,12 @@ def _second(*parts: int) -> int:
 
 
 @st.composite
-def written_times(draw: st.DrawFn, kinds: str = "moment zone epoch milli day month year unknown") -> tuple[str, Seconds]:
-    """A time as people write it, and its seconds. Few values, so that equal and touching ones are common."""
+def written_times(
+    draw: st.DrawFn, kinds: str = "moment zone epoch milli day month year unknown"
+) -> tuple[str, Seconds]:
+    """A time as people write it, and its seconds. Few values, so that equal and touching ones are
+    common.
+    """
     kind = draw(st.sampled_from(kinds.split()))
     year, month = draw(st.sampled_from([2019, 2020])), draw(st.sampled_from([1, 2, 12]))
     day, hour = draw(st.sampled_from([1, 2, 28])), draw(st.sampled_from([0, 1, 23]))
@@ -38,23 +44,43 @@ def written_times(draw: st.DrawFn, kinds: str = "moment zone epoch milli day mon
             return str(at * 1000), (at, at)
         case "day":
             start = _second(year, month, day)
-            written = draw(st.sampled_from([f"{year}-{month:02}-{day:02}", f"{year}/{month}/{day}", f"{year}{month:02}{day:02}"]))
+            written = draw(
+                st.sampled_from(
+                    [
+                        f"{year}-{month:02}-{day:02}",
+                        f"{year}/{month}/{day}",
+                        f"{year}{month:02}{day:02}",
+                    ]
+                )
+            )
             return written, (start, start + 86400 - 1)
         case "month":
             days = calendar.monthrange(year, month)[1]
-            return f"{year}-{month:02}", (_second(year, month, 1), _second(year, month, 1) + days * 86400 - 1)
+            return f"{year}-{month:02}", (
+                _second(year, month, 1),
+                _second(year, month, 1) + days * 86400 - 1,
+            )
         case "year":
             return str(year), (_second(year, 1, 1), _second(year + 1, 1, 1) - 1)
     return "", (-math.inf, math.inf)
 
 
 @st.composite
-def histories(draw: st.DrawFn, kinds: str = "moment zone epoch milli day month year unknown") -> list[tuple[Record, Seconds]]:
-    """Records of two users, in any order; positions are unique within a user and need not agree with the times."""
+def histories(
+    draw: st.DrawFn, kinds: str = "moment zone epoch milli day month year unknown"
+) -> list[tuple[Record, Seconds]]:
+    """Records of two users, in any order; positions are unique within a user and need not agree
+    with the times.
+    """
     times = draw(st.lists(written_times(kinds), max_size=12))
     positions = draw(st.permutations(range(len(times))))
     return [
-        (Record(draw(st.sampled_from("ab")), f"r{at}", "x", "y", time, parse_time(time), position), seconds)
+        (
+            Record(
+                draw(st.sampled_from("ab")), f"r{at}", "x", "y", time, parse_time(time), position
+            ),
+            seconds,
+        )
         for at, ((time, seconds), position) in enumerate(zip(times, positions, strict=True))
     ]
 
@@ -71,16 +97,24 @@ def test_a_query_sees_exactly_what_came_before_it_in_its_users_order(
     history: list[tuple[Record, Seconds]], time: tuple[str, Seconds], position: int
 ) -> None:
     query = Query("a", "q", "x", time=time[0], span=parse_time(time[0]), position=position)
-    allowed = {r.id for r, seconds in history if r.user == "a" and comes_before(seconds, r.position, time[1], position)}
+    allowed = {
+        r.id
+        for r, seconds in history
+        if r.user == "a" and comes_before(seconds, r.position, time[1], position)
+    }
     seen = before([record for record, _ in history], query)
     assert {record.id for record in seen} == allowed
     assert seen == in_order(seen)
 
 
 @given(histories())
-def test_a_record_as_query_sees_neither_itself_nor_anything_that_sees_it(history: list[tuple[Record, Seconds]]) -> None:
+def test_a_record_as_query_sees_neither_itself_nor_anything_that_sees_it(
+    history: list[tuple[Record, Seconds]],
+) -> None:
     records = [record for record, _ in history]
-    seen = {record.id: {other.id for other in before(records, as_query(record))} for record in records}
+    seen = {
+        record.id: {other.id for other in before(records, as_query(record))} for record in records
+    }
     for one, others in seen.items():
         assert one not in others
         assert all(one not in seen[other] for other in others)
@@ -91,7 +125,10 @@ def test_a_later_place_sees_all_that_an_earlier_place_saw(
     history: list[tuple[Record, Seconds]], time: tuple[str, Seconds], one: int, other: int
 ) -> None:
     records = [record for record, _ in history]
-    first, second = (Query("a", "q", "x", time=time[0], span=parse_time(time[0]), position=at) for at in sorted((one, other)))
+    first, second = (
+        Query("a", "q", "x", time=time[0], span=parse_time(time[0]), position=at)
+        for at in sorted((one, other))
+    )
     assert {r.id for r in before(records, first)} <= {r.id for r in before(records, second)}
 
 
@@ -105,7 +142,9 @@ def test_times_of_one_precision_give_one_order(kinds: str, data: st.DataObject) 
 
 
 @given(histories())
-def test_order_never_turns_two_times_around_that_do_not_touch(history: list[tuple[Record, Seconds]]) -> None:
+def test_order_never_turns_two_times_around_that_do_not_touch(
+    history: list[tuple[Record, Seconds]],
+) -> None:
     seconds = {record.id: its for record, its in history}
     ordered = in_order(record for record, _ in history)
     assert sorted(r.id for r in ordered) == sorted(seconds)
@@ -121,18 +160,26 @@ def test_where_no_time_is_known_the_file_decides() -> None:
 
 def test_an_unknown_time_keeps_its_place_between_known_ones() -> None:
     written = [("a", "2020"), ("b", ""), ("c", "2021"), ("d", "")]
-    records = [Record("u", name, "x", "y", time, parse_time(time), at) for at, (name, time) in enumerate(written)]
+    records = [
+        Record("u", name, "x", "y", time, parse_time(time), at)
+        for at, (name, time) in enumerate(written)
+    ]
     assert [record.id for record in in_order(reversed(records))] == ["a", "b", "c", "d"]
 
 
 def test_a_query_without_a_place_comes_after_everything_of_its_user_only() -> None:
-    records = [Record("a", "1", "x", "y", "2020", parse_time("2020"), 10**9), Record("b", "2", "x", "y")]
+    records = [
+        Record("a", "1", "x", "y", "2020", parse_time("2020"), 10**9),
+        Record("b", "2", "x", "y"),
+    ]
     assert [record.id for record in before(records, Query("a", "q", "x"))] == ["1"]
 
 
 def test_latest_takes_the_last_in_time_not_in_the_file() -> None:
     written = ["2021-05-01", "2019-01-01", "2020-01-01"]
-    records = [Record("u", time, "x", "y", time, parse_time(time), at) for at, time in enumerate(written)]
+    records = [
+        Record("u", time, "x", "y", time, parse_time(time), at) for at, time in enumerate(written)
+    ]
     assert [record.id for record in latest(records, 2)] == ["2020-01-01", "2021-05-01"]
     assert latest(records, 0) == []
     assert len(latest(records, 9)) == 3
@@ -153,7 +200,11 @@ def _utc(*parts: int) -> float:
         ("2020-W01", _utc(2019, 12, 30), _utc(2020, 1, 6)),
         ("2020-W01-3", _utc(2020, 1, 1), _utc(2020, 1, 2)),
         (" 2020-01-31T10:00:00Z ", _utc(2020, 1, 31, 10), _utc(2020, 1, 31, 10)),
-        ("2020-01-31 10:00:00.5-03:30", _utc(2020, 1, 31, 13, 30) + 0.5, _utc(2020, 1, 31, 13, 30) + 0.5),
+        (
+            "2020-01-31 10:00:00.5-03:30",
+            _utc(2020, 1, 31, 13, 30) + 0.5,
+            _utc(2020, 1, 31, 13, 30) + 0.5,
+        ),
         ("893214333", 893214333.0, 893214333.0),
         ("893214333.25", 893214333.25, 893214333.25),
         ("1580428800000", 1580428800.0, 1580428800.0),
@@ -166,7 +217,21 @@ def test_written_times(text: str, first: float, end: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["yesterday", "2020-13", "2020-00", "2020-0-1", "2021-02-29", "20201399", "0000", "nan", "inf", "12:30", "²²²²", "31.01.2020"]
+    "text",
+    [
+        "yesterday",
+        "2020-13",
+        "2020-00",
+        "2020-0-1",
+        "2021-02-29",
+        "20201399",
+        "0000",
+        "nan",
+        "inf",
+        "12:30",
+        "²²²²",
+        "31.01.2020",
+    ],
 )
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="."):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.prompt import LEAST_INPUT, PER_MESSAGE, Count, Prompt, Style, build, estimate
+from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
-from hydra_llm.tasks.task import Task
 from hydra_llm.types import Query, Ranked, Record
 
 RATING = Task("films", "rating", "Score this film: {input}", ("1", "2", "3", "4", "5"))
@@ -17,7 +17,9 @@ NEWS = Task("news", "classification", "Which category? {input}", ("politics", "s
 TITLES = Task("titles", "generation", "Write a title: {input}")
 
 styles = st.sampled_from(["block", "turns"])
-texts = st.text(max_size=300) | st.lists(st.sampled_from(["word", "longer-word", "é🙂", "\n", "Score: 5"]), max_size=80).map(" ".join)
+texts = st.text(max_size=300) | st.lists(
+    st.sampled_from(["word", "longer-word", "é🙂", "\n", "Score: 5"]), max_size=80
+).map(" ".join)
 
 
 def words(text: str) -> int:
@@ -53,7 +55,9 @@ def test_without_records_it_is_exactly_the_instruction(task: Task, style: Style)
 
 
 def test_block_shows_examples_with_the_best_nearest_to_the_question() -> None:
-    prompt = build(RATING, ask("Alien"), [record(0, "Best", "5"), record(1, "Second", "2")], max_tokens=500)
+    prompt = build(
+        RATING, ask("Alien"), [record(0, "Best", "5"), record(1, "Second", "2")], max_tokens=500
+    )
     assert contents(prompt) == [
         (
             "user",
@@ -66,7 +70,13 @@ def test_block_shows_examples_with_the_best_nearest_to_the_question() -> None:
 
 
 def test_turns_show_examples_as_the_conversation_so_far() -> None:
-    prompt = build(NEWS, ask("C"), [record(0, "A", "sports"), record(1, "B", "politics")], max_tokens=500, style="turns")
+    prompt = build(
+        NEWS,
+        ask("C"),
+        [record(0, "A", "sports"), record(1, "B", "politics")],
+        max_tokens=500,
+        style="turns",
+    )
     assert contents(prompt) == [
         ("user", "Which category? B"),
         ("assistant", "politics"),
@@ -88,7 +98,10 @@ def test_a_records_text_cannot_pose_as_another_field(breaker: str) -> None:
     posing = f"A film{breaker}Score: 1{breaker}Item: B"
     prompt = build(RATING, ask("x"), [record(0, posing, f"5{breaker}Item: C")], max_tokens=500)
     lines = prompt.messages[0]["content"].splitlines()
-    assert [line for line in lines if line.startswith(("Item:", "Score:"))] == ["Item: A film Score: 1 Item: B", "Score: 5 Item: C"]
+    assert [line for line in lines if line.startswith(("Item:", "Score:"))] == [
+        "Item: A film Score: 1 Item: B",
+        "Score: 5 Item: C",
+    ]
 
 
 @pytest.mark.parametrize("style", ["block", "turns"])
@@ -120,7 +133,9 @@ def test_then_the_end_of_the_best_records_input() -> None:
     assert "…\nScore: 5\n" in content
     assert content.endswith("Score this film: Alien")
     assert prompt.notes[0].startswith("prompt: 1 of 2 records left out")
-    assert prompt.notes[1].startswith("prompt: the input of record 'r0' cut at its end from 1389 to ")
+    assert prompt.notes[1].startswith(
+        "prompt: the input of record 'r0' cut at its end from 1389 to "
+    )
     assert len(prompt.notes) == 2
 
 
@@ -138,14 +153,24 @@ def test_then_the_end_of_the_querys_text() -> None:
 
 
 def test_an_instruction_without_room_is_told() -> None:
-    with pytest.raises(SettingsError, match="10 tokens has no room for the instruction of task 'films'"):
+    with pytest.raises(
+        SettingsError, match="10 tokens has no room for the instruction of task 'films'"
+    ):
         build(RATING, ask("x"), [], max_tokens=10, count=words)
-    with pytest.raises(SettingsError, match="unknown prompt style 'list': take one of block, turns"):
+    with pytest.raises(
+        SettingsError, match="unknown prompt style 'list': take one of block, turns"
+    ):
         build(RATING, ask("x"), [], max_tokens=100, style="list")  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
-@given(styles, st.lists(st.tuples(texts, texts), max_size=5), texts, st.integers(30, 400), st.sampled_from([words, estimate, len]))
+@given(
+    styles,
+    st.lists(st.tuples(texts, texts), max_size=5),
+    texts,
+    st.integers(30, 400),
+    st.sampled_from([words, estimate, len]),
+)
 def test_the_budget_holds_and_every_cut_is_told_once(
     style: Style, shown: Sequence[tuple[str, str]], text: str, room: int, count: Count
 ) -> None:
@@ -167,11 +192,27 @@ def test_the_budget_holds_and_every_cut_is_told_once(
 def test_a_scrap_of_a_record_is_not_worth_its_place() -> None:
     best = record(0, "x" * 1000)
     instruction = len(RATING.ask("q")) + PER_MESSAGE
-    frame = len(build(RATING, ask("q"), [record(0, "")], max_tokens=9999, count=len).messages[0]["content"]) + PER_MESSAGE
+    frame = (
+        len(
+            build(RATING, ask("q"), [record(0, "")], max_tokens=9999, count=len).messages[0][
+                "content"
+            ]
+        )
+        + PER_MESSAGE
+    )
     assert build(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT - 1, count=len).kept == ()
-    assert build(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT, count=len).kept == (best,)
+    assert build(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT, count=len).kept == (
+        best,
+    )
     assert build(RATING, ask("q"), [best], max_tokens=instruction, count=len).kept == ()
 
 
 def test_the_estimate_is_one_token_for_three_and_a_half_bytes() -> None:
-    assert [estimate(text) for text in ("", "a", "a" * 7, "a" * 8, "語" * 7, "\ud800")] == [0, 1, 2, 3, 6, 1]
+    assert [estimate(text) for text in ("", "a", "a" * 7, "a" * 8, "語" * 7, "\ud800")] == [
+        0,
+        1,
+        2,
+        3,
+        6,
+        1,
+    ]

@@ -1,8 +1,9 @@
-"""README's code is run, in its order and in one folder: the `hydra-llm` lines of its ```sh blocks, then its ```python blocks.
+"""README's code is run, in its order and in one folder: `hydra-llm` lines first, then Python.
 
-The folder holds a small data set `my-data`. Lines run with the fake LLM in the place of the one that README names; a line whose
-command needs the network or a long time (PARSED_ONLY) is only parsed. `<!-- not run: REASON -->` above a block leaves it out. Blocks
-below `<!-- gateway -->` run in their order beside `hydra-llm serve` with the fake LLM.
+The folder holds a small data set `my-data`. Lines run with the fake LLM in place of the one that
+README names; a line whose command needs the network or a long time (PARSED_ONLY) is only parsed.
+`<!-- not run: REASON -->` above a block leaves it out. Blocks below `<!-- gateway -->` run in their
+order beside `hydra-llm serve` with the fake LLM.
 """
 
 import json
@@ -20,7 +21,9 @@ import pytest
 from hydra_llm.cli.main import COMMANDS, NAME, load, run
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
+)
 PARSED_ONLY = ("demo", "data get", "serve")
 GATEWAY = "<!-- gateway -->"
 
@@ -28,11 +31,15 @@ GATEWAY = "<!-- gateway -->"
 def blocks(kind: str, text: str) -> list[str]:
     """The code blocks of a kind that are to be run, in order."""
     elsewhere = ("<!-- not run: ", GATEWAY)
-    return [block["code"] for block in BLOCK.finditer(text) if block["kind"] == kind and not block["before"].startswith(elsewhere)]
+    return [
+        block["code"]
+        for block in BLOCK.finditer(text)
+        if block["kind"] == kind and not block["before"].startswith(elsewhere)
+    ]
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every `hydra-llm` line of the shell blocks, split as a shell does; a backslash joins lines, a `#` begins a comment."""
+    """Every `hydra-llm` line of the shell blocks, split as a shell splits it."""
     lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{NAME} ")]
 
@@ -51,10 +58,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = place / "my-data"
     data.mkdir()
     (place / "benchmarks").symlink_to(README.parent / "benchmarks")
-    task = {"name": "tags", "kind": "classification", "labels": ["dry", "sweet", "sour"], "prompt": "Which taste? {input}"}
+    task = {
+        "name": "tags",
+        "kind": "classification",
+        "labels": ["dry", "sweet", "sour"],
+        "prompt": "Which taste? {input}",
+    }
     (data / "task.json").write_text(json.dumps({**task, "metrics": ["accuracy"]}))
-    users = [{"user": f"u{number}", "split": "train" if number < 3 else "test"} for number in range(1, 5)]
-    for name, rows in (("users", users), ("history", list(entries(0, 9))), ("queries", list(entries(9, 11)))):
+    users = [
+        {"user": f"u{number}", "split": "train" if number < 3 else "test"} for number in range(1, 5)
+    ]
+    for name, rows in (
+        ("users", users),
+        ("history", list(entries(0, 9))),
+        ("queries", list(entries(9, 11))),
+    ):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
@@ -64,14 +82,25 @@ def entries(first: int, last: int) -> Iterator[dict[str, str]]:
         for number in range(first, last):
             answer = ("dry", "sweet", "sour")[(user + number) % 3]
             stamp = f"2024-01-{number + 1:02}"
-            yield {"user": f"u{user}", "id": f"{user}-{number}", "time": stamp, "input": f"wine number {number % 3}", "output": answer}
+            yield {
+                "user": f"u{user}",
+                "id": f"{user}-{number}",
+                "time": stamp,
+                "input": f"wine number {number % 3}",
+                "output": answer,
+            }
 
 
 TEXT = README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arguments", commands(TEXT), ids=" ".join)
-def test_shell_line(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shell_line(
+    arguments: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HYDRA_EPOCHS", "2")
     if " ".join(arguments).startswith(PARSED_ONLY):
@@ -91,18 +120,33 @@ def parse(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("code", blocks("python", TEXT))
 def test_python_block(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_gateways_blocks(folder: Path) -> None:
     """Start, curl, SDK, feedback, deletion."""
-    found = [(block["kind"], block["code"]) for block in BLOCK.finditer(TEXT) if block["before"] == GATEWAY]
+    found = [
+        (block["kind"], block["code"])
+        for block in BLOCK.finditer(TEXT)
+        if block["before"] == GATEWAY
+    ]
     assert {kind for kind, _ in found} == {"bash", "python"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    serve = [sys.executable, "-m", NAME.replace("-", "_"), "serve", "--llm", "fake:echo", "--bundle", "my-bundle"]
+    serve = [
+        sys.executable,
+        "-m",
+        NAME.replace("-", "_"),
+        "serve",
+        "--llm",
+        "fake:echo",
+        "--bundle",
+        "my-bundle",
+    ]
     server = subprocess.Popen([*serve, "--port", port], cwd=folder)
     try:
         _wait_for(int(port), server)
@@ -130,13 +174,19 @@ def _wait_for(port: int, server: subprocess.Popen[bytes], seconds: float = 60.0)
 
 
 def test_readme_opens_with_the_two_commands_and_has_the_table() -> None:
-    order = [TEXT.index(part) for part in ("make demo", "make test", "<!-- demo table -->", "<!-- /demo table -->")]
+    order = [
+        TEXT.index(part)
+        for part in ("make demo", "make test", "<!-- demo table -->", "<!-- /demo table -->")
+    ]
     assert order == sorted(order)
     assert set(re.findall(r"`hydra-llm (\w+)", TEXT)) <= set(COMMANDS)
 
 
 def test_blocks_and_lines_are_found() -> None:
-    text = "x\n```sh\nhydra-llm ask --llm a:b \\\n  'two words'  # why\nls\n```\n<!-- not run: a key -->\n```sh\nhydra-llm demo\n```\n"
+    text = (
+        "x\n```sh\nhydra-llm ask --llm a:b \\\n  'two words'  # why\nls\n```\n<!-- not run: a key"
+        " -->\n```sh\nhydra-llm demo\n```\n"
+    )
     assert commands(text) == [["ask", "--llm", "a:b", "two words"]]
     assert offline(commands(text)[0]) == ["ask", "--llm", "fake:echo", "two words"]
     assert blocks("python", text + "\n```python\nprint(1)\n```\n") == ["print(1)\n"]

@@ -1,4 +1,6 @@
-"""Reranking: the user's own order over what was retrieved; nothing is lost, and ties keep the retriever's order."""
+"""Reranking: the user's own order over what was retrieved; nothing is lost, and ties keep the
+retriever's order.
+"""
 
 from collections.abc import Sequence
 
@@ -6,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_llm.evidence import EvidenceMaker, Population
-from hydra_llm.model.combine import Cross, Tower
 from hydra_llm.model.heads import make_bank
-from hydra_llm.model.scorer import FactorizedScorer
+from hydra_llm.model.interactions import Cross, Tower
+from hydra_llm.model.scorer import Scorer
 from hydra_llm.rerank import KeepOrder, LearnedReranker, record_text
-from hydra_llm.tasks.task import Task
+from hydra_llm.side_features import CohortStats, Featurizer
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Ranked, Record
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
@@ -37,7 +39,9 @@ class Seen:
         rows = np.zeros((len(texts), 8), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):
             for word in text.split() or [""]:
-                row += np.random.default_rng(sum(map(ord, word))).standard_normal(8).astype(np.float32)
+                row += (
+                    np.random.default_rng(sum(map(ord, word))).standard_normal(8).astype(np.float32)
+                )
             row /= np.linalg.norm(row)
         return rows
 
@@ -46,14 +50,18 @@ class Seen:
 
 
 def reranker(
-    task: Task = TAGS, weights: dict[str, float] | None = None, *, with_answer: bool = True, cross: bool = False
+    task: Task = TAGS,
+    weights: dict[str, float] | None = None,
+    *,
+    with_answer: bool = True,
+    cross: bool = False,
 ) -> LearnedReranker:
-    evidence = EvidenceMaker(task, Seen(), Population())  # type: ignore[arg-type]
+    evidence = Featurizer(task, Seen(), CohortStats())  # type: ignore[arg-type]
     torch.manual_seed(0)
-    combiner = Cross(8) if cross else Tower(8, 4)
-    scorer = FactorizedScorer(combiner, make_bank("linear", combiner), evidence.reranker_names).eval()
+    interaction = Cross(8) if cross else Tower(8, 4)
+    scorer = Scorer(interaction, make_bank("linear", interaction), evidence.reranker_names).eval()
     for name, weight in (weights or {}).items():
-        scorer.evidence_weight.data[evidence.reranker_names.index(name)] = weight
+        scorer.side_weight.data[evidence.reranker_names.index(name)] = weight
     return LearnedReranker(scorer, evidence, with_answer=with_answer)
 
 
@@ -65,18 +73,28 @@ def test_equal_scores_keep_the_retrievers_order() -> None:
 
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
-@pytest.mark.parametrize(("column", "weight", "expected"), [("recency", 1.0, "210"), ("recency", -1.0, "012"), ("retriever", -1.0, "102")])
-def test_records_stand_in_the_order_of_their_scores(task: Task, column: str, weight: float, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "weight", "expected"),
+    [("recency", 1.0, "210"), ("recency", -1.0, "012"), ("retriever", -1.0, "102")],
+)
+def test_records_stand_in_the_order_of_their_scores(
+    task: Task, column: str, weight: float, expected: str
+) -> None:
     found = reranker(task, {column: weight}).order(QUERY, RETRIEVED, PAST)
     assert "".join(item.record.id for item in found) == expected
     scores = [item.usefulness or 0.0 for item in found]
     assert scores == sorted(scores, reverse=True)
-    assert {(item.record.id, item.score, item.rank) for item in found} == {(item.record.id, item.score, item.rank) for item in RETRIEVED}
+    assert {(item.record.id, item.score, item.rank) for item in found} == {
+        (item.record.id, item.score, item.rank) for item in RETRIEVED
+    }
 
 
 def test_a_record_whose_label_the_users_like_records_have_is_first() -> None:
     past = [*PAST, *(Record("u", f"x{i}", "rain night", "calm", position=10 + i) for i in range(4))]
-    assert reranker(TAGS, {"answer_share": 1.0}).order(QUERY, RETRIEVED, past)[0].record.output == "calm"
+    assert (
+        reranker(TAGS, {"answer_share": 1.0}).order(QUERY, RETRIEVED, past)[0].record.output
+        == "calm"
+    )
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -85,7 +103,9 @@ def test_the_records_answer_is_read_where_it_should_be(with_answer: bool, cross:
     chooser = reranker(with_answer=with_answer, cross=cross)
     chooser.order(QUERY, RETRIEVED, PAST)
     texts = [record_text(record, with_answer=with_answer) for record in PAST]
-    assert texts == ([f"{r.input} → {r.output}" for r in PAST] if with_answer else [r.input for r in PAST])
+    assert texts == (
+        [f"{r.input} → {r.output}" for r in PAST] if with_answer else [r.input for r in PAST]
+    )
     asked = chooser.evidence.store.asked  # type: ignore[attr-defined]
     assert all((f"{QUERY.input} | {text}" if cross else text) in asked for text in texts)
     assert with_answer or not any("→" in text for text in asked)
@@ -98,8 +118,12 @@ def test_no_records_no_order() -> None:
 def test_each_user_has_an_own_order() -> None:
     chooser = reranker(cross=True)
     chooser.scorer.enrol(["u"])
-    vectors = chooser.evidence.store.pairs([QUERY.input] * 3, [record_text(item.record, with_answer=True) for item in RETRIEVED])
+    vectors = chooser.evidence.store.pairs(
+        [QUERY.input] * 3, [record_text(item.record, with_answer=True) for item in RETRIEVED]
+    )
     chooser.scorer.bank.weight[0] = torch.from_numpy(vectors[2] - (vectors[0] + vectors[1]) / 2)
     assert chooser.order(QUERY, RETRIEVED, PAST)[0].record == RETRIEVED[2].record
     other = Query("stranger", "q", QUERY.input)
-    assert [item.record for item in chooser.order(other, RETRIEVED, PAST)] == [item.record for item in RETRIEVED]
+    assert [item.record for item in chooser.order(other, RETRIEVED, PAST)] == [
+        item.record for item in RETRIEVED
+    ]

@@ -21,7 +21,9 @@ from hydra_llm.types import Query, Ranked, Record
 
 BUILT_IN = ["bm25", "dense", "recent", "random", "nothing"]
 
-sentence = st.lists(st.sampled_from(["the", "The", "cat", "sat", "on", "mat", "a", "dog", "🙂", "café"]), max_size=8).map(" ".join)
+sentence = st.lists(
+    st.sampled_from(["the", "The", "cat", "sat", "on", "mat", "a", "dog", "🙂", "café"]), max_size=8
+).map(" ".join)
 
 
 def history(*texts: str, user: str = "u") -> list[Record]:
@@ -52,7 +54,11 @@ def okapi(corpus: list[list[str]], query: list[str]) -> np.ndarray:
     for word in query:
         weight = idf.get(word, 0.0)
         for place, count in enumerate(counts):
-            part = count[word] * 2.5 / (count[word] + 1.5 * (0.25 + 0.75 * len(corpus[place]) / mean_length))
+            part = (
+                count[word]
+                * 2.5
+                / (count[word] + 1.5 * (0.25 + 0.75 * len(corpus[place]) / mean_length))
+            )
             scores[place] += (weight if weight >= 0 else floor) * part
     return np.array(scores)
 
@@ -61,13 +67,20 @@ def okapi(corpus: list[list[str]], query: list[str]) -> np.ndarray:
 
 
 @settings(deadline=None)
-@given(st.lists(sentence, min_size=1, max_size=12).filter(lambda texts: any(text.split() for text in texts)), sentence)
+@given(
+    st.lists(sentence, min_size=1, max_size=12).filter(
+        lambda texts: any(text.split() for text in texts)
+    ),
+    sentence,
+)
 def test_bm25_is_okapi(texts: list[str], query: str) -> None:
     records = history(*texts)
     found = BM25().retrieve(ask(query), records, len(records))
     expected = okapi([text.split() for text in texts], query.split())
     assert sorted(ids(found)) == sorted(record.id for record in records)
-    assert [item.score for item in found] == pytest.approx([expected[item.record.position] for item in found], abs=1e-9)
+    assert [item.score for item in found] == pytest.approx(
+        [expected[item.record.position] for item in found], abs=1e-9
+    )
     assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
 
 
@@ -94,7 +107,9 @@ def test_trap_k_beyond_the_corpus() -> None:
 
 
 @pytest.mark.parametrize(
-    "texts", [(), ("",), ("", " \t", "\n"), ("the of and", "the of", "and the")], ids=["none", "empty", "blank", "stop words"]
+    "texts",
+    [(), ("",), ("", " \t", "\n"), ("the of and", "the of", "and the")],
+    ids=["none", "empty", "blank", "stop words"],
 )
 def test_trap_a_corpus_without_words(texts: tuple[str, ...]) -> None:
     for query in ("the", "cat", "", " ", "\0", "🙂"):
@@ -132,12 +147,16 @@ def test_trap_records_that_are_added_or_edited_are_found() -> None:
 
 @settings(deadline=None)
 @given(st.lists(sentence, min_size=2, max_size=8), sentence, st.data())
-def test_an_earlier_slice_of_time_is_scored_as_if_nothing_came_later(texts: list[str], query: str, data: st.DataObject) -> None:
+def test_an_earlier_slice_of_time_is_scored_as_if_nothing_came_later(
+    texts: list[str], query: str, data: st.DataObject
+) -> None:
     records, kept = history(*texts), BM25()
     kept.retrieve(ask(query), records, 5)  # the whole history's index is there already
     now = Query("u", "q", query, position=data.draw(st.integers(0, len(texts))))
     visible = before(records, now)
-    assert kept.retrieve(now, visible, 5) == BM25().retrieve(now, history(*texts[: now.position]), 5)
+    assert kept.retrieve(now, visible, 5) == BM25().retrieve(
+        now, history(*texts[: now.position]), 5
+    )
 
 
 def test_an_index_is_built_once_for_the_same_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +181,17 @@ def test_bm25_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_dense_is_cosine_whatever_the_rows_lengths() -> None:
     texts = ("a", "a" * 10, "a" * 20)
-    scaled = make_retriever("dense", embed=lambda texts: lengths(texts).astype(np.float32) * np.array([[len(text)] for text in texts]))
+    scaled = make_retriever(
+        "dense",
+        embed=lambda texts: (
+            lengths(texts).astype(np.float32) * np.array([[len(text)] for text in texts])
+        ),
+    )
     found = scaled.retrieve(ask("a" * 12), history(*texts), 3)
     assert ids(found) == ["r1", "r2", "r0"]
-    assert [item.score for item in found] == pytest.approx([math.cos(abs(n - 12) / 20) for n in (10, 20, 1)], abs=1e-6)
+    assert [item.score for item in found] == pytest.approx(
+        [math.cos(abs(n - 12) / 20) for n in (10, 20, 1)], abs=1e-6
+    )
 
 
 def test_dense_asks_for_a_historys_vectors_once() -> None:
@@ -178,13 +204,21 @@ def test_dense_asks_for_a_historys_vectors_once() -> None:
 
 def test_dense_of_zero_vectors_falls_back_to_recency() -> None:
     zeros = make_retriever("dense", embed=lambda texts: np.zeros((len(texts), 4)))
-    assert [(item.record.id, item.score) for item in zeros.retrieve(ask("x"), history("a", "b"), 2)] == [("r1", 0), ("r0", 0)]
+    assert [
+        (item.record.id, item.score) for item in zeros.retrieve(ask("x"), history("a", "b"), 2)
+    ] == [("r1", 0), ("r0", 0)]
 
 
 def test_recent_takes_the_latest_by_time_then_position() -> None:
-    records = [Record("u", "b", "", "", span=(5.0, 5.0), position=0), Record("u", "a", "", "", span=(1.0, 1.0), position=1)]
+    records = [
+        Record("u", "b", "", "", span=(5.0, 5.0), position=0),
+        Record("u", "a", "", "", span=(1.0, 1.0), position=1),
+    ]
     assert ids(make_retriever("recent").retrieve(ask("x"), records, 1)) == ["b"]
-    assert ids(make_retriever("recent").retrieve(ask("x"), history("x", "y", "z"), 2)) == ["r2", "r1"]
+    assert ids(make_retriever("recent").retrieve(ask("x"), history("x", "y", "z"), 2)) == [
+        "r2",
+        "r1",
+    ]
 
 
 def test_random_depends_on_seed_user_and_query_only() -> None:
@@ -195,18 +229,32 @@ def test_random_depends_on_seed_user_and_query_only() -> None:
 
     first = drawn(0, Query("u", "q1", "text"))
     assert first == drawn(0, Query("u", "q1", "another text"))
-    others = [drawn(1, Query("u", "q1", "")), drawn(0, Query("u", "q2", "")), drawn(0, Query("v", "q1", ""))]
+    others = [
+        drawn(1, Query("u", "q1", "")),
+        drawn(0, Query("u", "q2", "")),
+        drawn(0, Query("v", "q1", "")),
+    ]
     assert all(first != other for other in others)
-    assert Counter(item for n in range(400) for item in drawn(n, Query("u", "q", ""))[:1]).most_common()[-1][1] > 15
+    assert (
+        Counter(
+            item for n in range(400) for item in drawn(n, Query("u", "q", ""))[:1]
+        ).most_common()[-1][1]
+        > 15
+    )
 
 
 def test_random_is_the_same_in_another_process() -> None:
     code = (
-        "from hydra_llm.retrieve import *; from hydra_llm.types import *\n"
-        "records = [Record('u', f'r{n}', '', '', position=n) for n in range(10)]\n"
-        "print([r.record.id for r in make_retriever('random', seed=3).retrieve(Query('u', 'q', ''), records, 4)])"
+        "from hydra_llm.retrieve import *; from hydra_llm.types import *\nrecords = [Record('u',"
+        " f'r{n}', '', '', position=n) for n in range(10)]\nprint([r.record.id for r in"
+        " make_retriever('random', seed=3).retrieve(Query('u', 'q', ''), records, 4)])"
     )
-    again = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    again = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    }
     here = ids(make_retriever("random", seed=3).retrieve(ask(""), history(*[""] * 10), 4))
     assert again == {f"{here}\n"}
 
@@ -220,8 +268,14 @@ def test_nothing_finds_nothing() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @settings(deadline=None)
-@given(texts=st.lists(st.text(max_size=20) | sentence, max_size=6), query=st.text(max_size=20) | sentence, m=st.integers(-1, 8))
-def test_every_retriever_keeps_the_contract(name: str, texts: list[str], query: str, m: int) -> None:
+@given(
+    texts=st.lists(st.text(max_size=20) | sentence, max_size=6),
+    query=st.text(max_size=20) | sentence,
+    m=st.integers(-1, 8),
+)
+def test_every_retriever_keeps_the_contract(
+    name: str, texts: list[str], query: str, m: int
+) -> None:
     retriever, records = make_retriever(name, embed=lengths), history(*texts)
     found = retriever.retrieve(ask(query), records, m)
     assert len(found) == (0 if name == "nothing" else max(0, min(m, len(records))))
@@ -229,16 +283,26 @@ def test_every_retriever_keeps_the_contract(name: str, texts: list[str], query: 
     assert len(set(ids(found))) == len(found)
     assert all(item.record in records and item.usefulness is None for item in found)
     assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
-    assert retriever.retrieve(ask(query), records[::-1], m) == found  # whatever order the records came in
+    assert (
+        retriever.retrieve(ask(query), records[::-1], m) == found
+    )  # whatever order the records came in
 
 
 def test_a_records_answer_is_matched_only_on_request() -> None:
-    records = [*history("cat", "dog"), Record("u", "answered", "fish", "zebra", position=2), *history("bird")]
-    assert ids(make_retriever("bm25", text="both").retrieve(ask("zebra"), records, 1)) == ["answered"]
+    records = [
+        *history("cat", "dog"),
+        Record("u", "answered", "fish", "zebra", position=2),
+        *history("bird"),
+    ]
+    assert ids(make_retriever("bm25", text="both").retrieve(ask("zebra"), records, 1)) == [
+        "answered"
+    ]
     assert make_retriever("bm25").retrieve(ask("zebra"), records, 1)[0].score == 0
     seen: list[str] = []
     for text in ("input", "both"):
-        make_retriever("dense", embed=lambda texts: seen.extend(texts) or lengths(texts), text=text).retrieve(ask("q"), records[2:3], 1)
+        make_retriever(
+            "dense", embed=lambda texts: seen.extend(texts) or lengths(texts), text=text
+        ).retrieve(ask("q"), records[2:3], 1)
     assert sorted(seen) == ["fish", "fish\nzebra", "q", "q"]
 
 
@@ -246,7 +310,10 @@ def test_a_records_answer_is_matched_only_on_request() -> None:
 
 
 def test_unknown_names_and_missing_parts_are_told() -> None:
-    with pytest.raises(SettingsError, match="unknown retriever 'bm52': take one of bm25, dense, nothing, random, recent"):
+    with pytest.raises(
+        SettingsError,
+        match="unknown retriever 'bm52': take one of bm25, dense, nothing, random, recent",
+    ):
         make_retriever("bm52")
     with pytest.raises(SettingsError, match="needs an encoder"):
         make_retriever("dense")

@@ -1,4 +1,6 @@
-"""Write docs/commands.md from the commands' own help; `--check` fails where the file is not up to date."""
+"""Write docs/commands.md from the commands' own help; `--check` fails where the file is not up to
+date.
+"""
 
 import argparse
 import sys
@@ -15,17 +17,23 @@ HEAD = """# Commands
 
 Written by `make docs` from each command's help; `make check` holds it up to date.
 
-Every option can also come from the environment, by the name that its help gives: `HYDRA_LLM_ASK_SEED=3 hydra-llm ask ...` is
-`hydra-llm ask ... --seed 3`. A setting that holds for every command is `HYDRA_<SETTING>`, or a line of `hydra-llm.toml`.
-The order is flag, environment, file, preset, and then what the bundle was learned with or the default.
+Every option can also come from the environment, by the name that its help gives:
+`HYDRA_LLM_ASK_SEED=3 hydra-llm ask ...` is
+`hydra-llm ask ... --seed 3`. A setting that holds for every command is `HYDRA_<SETTING>`, or a line
+of `hydra-llm.toml`.
+The order is flag, environment, file, preset, and then what the bundle was learned with or the
+default.
 
-Exit codes: 0 done; 1 the LLM failed, or a bug (with its traceback); 2 something to mend, named in one line; 130 Ctrl-C.
+Exit codes: 0 done; 1 the LLM failed, or a bug (with its traceback); 2 something to mend, named in
+one line; 130 Ctrl-C.
 """
 
 
 def context_of(command: Any, name: str, parent: Any = None) -> Any:
     """A context of fixed width, so that the text does not depend on the terminal."""
-    return command.context_class(command, info_name=name, parent=parent, terminal_width=110, **command.context_settings)
+    return command.context_class(
+        command, info_name=name, parent=parent, terminal_width=110, **command.context_settings
+    )
 
 
 def sections(command: Any, context: Any) -> Iterator[str]:
@@ -45,7 +53,9 @@ def text() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the file is not up to date"
+    )
     check, new = parser.parse_args().check, text()
     if check and (not TARGET.exists() or TARGET.read_text(encoding="utf-8") != new):
         sys.exit(f"{TARGET.name} is not up to date with the commands' help: run `make docs`")

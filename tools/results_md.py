@@ -1,4 +1,5 @@
-"""The tables of results in README and in benchmarks/results/README.md, each between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""The tables of results in README and in benchmarks/results/README.md, each between `<!-- NAME -->`
+and `<!-- /NAME -->`.
 
     python tools/results_md.py [--check]
 
@@ -6,7 +7,8 @@
     overall    both: benchmarks/results/overall.json, what all of them say together
     growth     benchmarks/results/growth.json
     small_lessons, reranker_labels    of the same name
-    gateway_tower, gateway_cross    of the same name, each series with the limits that the measurement knows
+    gateway_tower, gateway_cross    of the same name, each series with the limits that the
+                                    measurement knows
 
 With --check it changes nothing and leaves with 1 where a table is not what the files say.
 """
@@ -47,7 +49,15 @@ SHOWN = {
     "oracle@8": "bound: the best sample",
 }
 """Method → its name in the table. The best prompt by the first metric is shown too."""
-TOGETHER = ("hydra@4,8", "hydra@1,8", "hydra-shared@4,8", "hydra-adapter@8", "bbox-adapter@8", "mbr@8", "self-consistency@8")
+TOGETHER = (
+    "hydra@4,8",
+    "hydra@1,8",
+    "hydra-shared@4,8",
+    "hydra-adapter@8",
+    "bbox-adapter@8",
+    "mbr@8",
+    "self-consistency@8",
+)
 """Methods in the table over all tasks, beside the best prompt-based one."""
 
 
@@ -61,16 +71,30 @@ def number(value: float, *, signed: bool = False) -> str:
 def table(report: dict[str, Any]) -> str:
     rows = {row["method"]: row for row in report["methods"]}
     first, second = list(next(iter(rows.values()))["metrics"])[:2]
-    return "\n".join([*head(first, second), *(line(name, row, first, second) for name, row in chosen(rows, first))])
+    return "\n".join(
+        [
+            *head(first, second),
+            *(line(name, row, first, second) for name, row in chosen(rows, first)),
+        ]
+    )
 
 
 def head(first: str, second: str) -> Iterator[str]:
-    yield f"| method | {named(first)} | {named(second)} | against {BASELINE} ({named(first)}) | users |"
+    yield (
+        f"| method | {named(first)} | {named(second)} | against {BASELINE} ({named(first)}) |"
+        " users |"
+    )
     yield "|---|---|---|---|---|"
 
 
 def named(metric: str) -> str:
-    return {"macro_f1": "macro-F1", "mae": "MAE", "rmse": "RMSE", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L"}.get(metric, metric)
+    return {
+        "macro_f1": "macro-F1",
+        "mae": "MAE",
+        "rmse": "RMSE",
+        "rouge1": "ROUGE-1",
+        "rougeL": "ROUGE-L",
+    }.get(metric, metric)
 
 
 def chosen(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,31 +103,59 @@ def chosen(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, An
     best = max(prompts, key=lambda row: sign * row["metrics"][first][0])["method"]
     for method, title in SHOWN.items():
         if method in rows:
-            yield title.format(typical=TYPICAL[first]) + (" (the best prompt)" if method == best else ""), rows[method]
+            yield (
+                title.format(typical=TYPICAL[first])
+                + (" (the best prompt)" if method == best else ""),
+                rows[method],
+            )
         if method == "rag-dense@4" and best not in SHOWN:
             yield f"{best} (the best prompt)", rows[best]
 
 
 def line(name: str, row: dict[str, Any], first: str, second: str) -> str:
     value, low, high = row["metrics"][first]
-    cells = [name, f"{number(value)} [{number(low)}, {number(high)}]", number(row["metrics"][second][0])]
+    cells = [
+        name,
+        f"{number(value)} [{number(low)}, {number(high)}]",
+        number(row["metrics"][second][0]),
+    ]
     against = row["against"]
     if against is None:
         return f"| {' | '.join([*cells, '', ''])} |"
     found = against["metrics"][first]
-    low, high, users = found["low"], found["high"], [str(against[which]) for which in ("wins", "ties", "losses")]
-    difference = f"{number(found['difference'], signed=True)} [{number(low, signed=True)}, {number(high, signed=True)}]"
+    low, high, users = (
+        found["low"],
+        found["high"],
+        [str(against[which]) for which in ("wins", "ties", "losses")],
+    )
+    difference = (
+        f"{number(found['difference'], signed=True)} [{number(low, signed=True)},"
+        f" {number(high, signed=True)}]"
+    )
     return f"| {' | '.join([*cells, difference, ', '.join(users)])} |"
 
 
 def together(found: dict[str, Any]) -> str:
     """Over the best prompts, mean over tasks, the best first."""
-    prompts = [name for name in found if name.partition("@")[0] in ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")]
-    shown = [*(name for name in TOGETHER if name in found), max(prompts, key=lambda name: found[name]["all metrics"][0])]
+    prompts = [
+        name
+        for name in found
+        if name.partition("@")[0]
+        in ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
+    ]
+    shown = [
+        *(name for name in TOGETHER if name in found),
+        max(prompts, key=lambda name: found[name]["all metrics"][0]),
+    ]
     lines = ["| method | all metrics | without BLEU |", "|---|---|---|"]
     for name in sorted(shown, key=lambda name: -found[name]["all metrics"][0]):
-        title = SHOWN.get(name, name).removeprefix("control: ") + (" (the best prompt)" if name in prompts else "")
-        lines.append(f"| {title} | {percent(found[name]['all metrics'])} | {percent(found[name]['without BLEU'])} |")
+        title = SHOWN.get(name, name).removeprefix("control: ") + (
+            " (the best prompt)" if name in prompts else ""
+        )
+        lines.append(
+            f"| {title} | {percent(found[name]['all metrics'])} |"
+            f" {percent(found[name]['without BLEU'])} |"
+        )
     return "\n".join(lines)
 
 
@@ -115,13 +167,19 @@ def percent(share: list[float]) -> str:
 
 def growth(found: dict[str, Any]) -> str:
     """Each series' exponent beside the one that is expected, and why they differ."""
-    lines = ["| stage | in | exponent | expected | at the largest | why |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| stage | in | exponent | expected | at the largest | why |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in found["rows"]:
         law, last = row["law"] or {}, row["points"][-1]
         sure = f"{law['exponent']:.1f} [{law['low']:.1f}, {law['high']:.1f}]" if law else "none"
-        value = f"{last['median']:.3g} {row['unit']}" if row["unit"] == "s" else f"{last['median']:.0f}"
+        value = (
+            f"{last['median']:.3g} {row['unit']}" if row["unit"] == "s" else f"{last['median']:.0f}"
+        )
         lines.append(
-            f"| {row['stage']} | {row['variable']} | {sure} | {row['expected_exponent']} | {last['size']}: {value} | {row['why'] or ''} |"
+            f"| {row['stage']} | {row['variable']} | {sure} | {row['expected_exponent']} |"
+            f" {last['size']}: {value} | {row['why'] or ''} |"
         )
     return "\n".join(lines)
 
@@ -129,41 +187,73 @@ def growth(found: dict[str, Any]) -> str:
 def small_lessons(found: dict[str, Any]) -> str:
     """Cross-entropy and gain of the picks, by data set."""
     names = [name for name in next(iter(found.values()))["rows"] if "less" not in name]
-    lines = ["| | " + " | ".join(f"{data}: cross-entropy | pick" for data in found) + " |", "|---|" + "---|---|" * len(found)]
+    lines = [
+        "| | " + " | ".join(f"{data}: cross-entropy | pick" for data in found) + " |",
+        "|---|" + "---|---|" * len(found),
+    ]
     for name in names:
-        cells = [number(value) if (value := each["rows"][name].get(key)) else "" for each in found.values() for key in ("loss", "gain")]
+        cells = [
+            number(value) if (value := each["rows"][name].get(key)) else ""
+            for each in found.values()
+            for key in ("loss", "gain")
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def reranker_labels(found: dict[str, Any]) -> str:
     """The gain of the LLM's answer with the first record of each order."""
-    orders = {"retriever": "retriever", "llm": "learned from the LLM", "history": "learned from histories", "best": "best record"}
-    lines = [f"| data | {' | '.join(orders.values())} | histories over the retriever | correlation |", "|---|" + "---|" * (len(orders) + 2)]
+    orders = {
+        "retriever": "retriever",
+        "llm": "learned from the LLM",
+        "history": "learned from histories",
+        "best": "best record",
+    }
+    lines = [
+        f"| data | {' | '.join(orders.values())} | histories over the retriever | correlation |",
+        "|---|" + "---|" * (len(orders) + 2),
+    ]
     for name, each in found.items():
         rows, correlation = each["found"]["rows"], each["found"]["correlation"]
-        over = [number(rows["history"][key], signed=True) for key in ("over_retriever", "low", "high")]
-        cells = [*(number(rows[order]["gain"]) for order in orders), f"{over[0]} [{over[1]}, {over[2]}]", f"{correlation:.2f}"]
+        over = [
+            number(rows["history"][key], signed=True) for key in ("over_retriever", "low", "high")
+        ]
+        cells = [
+            *(number(rows[order]["gain"]) for order in orders),
+            f"{over[0]} [{over[1]}, {over[2]}]",
+            f"{correlation:.2f}",
+        ]
         lines.append(f"| {name.removesuffix('_60')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def gateway(found: dict[str, Any]) -> str:
-    """What each series of requests took, in milliseconds (`added`: less the mock's own), and the limits."""
+    """What each series of requests took, in milliseconds (`added`: less the mock's own), and the
+    limits.
+    """
     lines = ["| series | p50 | p99 | worst | |", "|---|---|---|---|---|"]
     for name, row in found["series"].items():
         added = "added_" if "added_p50" in row else ""
         if "p50" in row:
             cells = [f"{row[f'{added}{which}']:.1f}" for which in ("p50", "p99", "max")]
-            said = "added" if added else f"{row['per_s']:.0f} a second, 64 in flight" if "per_s" in row else ""
+            said = (
+                "added"
+                if added
+                else f"{row['per_s']:.0f} a second, 64 in flight"
+                if "per_s" in row
+                else ""
+            )
             lines.append(f"| {name} | {' | '.join(cells)} | {said} |")
         else:
-            lines.append(f"| {name} | | | | {row['answered']:.0f} answered, {row['failed']:.0f} failed |")
+            lines.append(
+                f"| {name} | | | | {row['answered']:.0f} answered, {row['failed']:.0f} failed |"
+            )
     lines += ["", "| limit | reached | asked |", "|---|---|---|"]
     for limit in found["limits"]:
         missed = "" if limit["holds"] else ", **missed**"
         lines.append(
-            f"| {limit['name']} | {limit['value']:.3g} | at {'least' if limit['at_least'] else 'most'} {limit['limit']:g}{missed} |"
+            f"| {limit['name']} | {limit['value']:.3g} | at"
+            f" {'least' if limit['at_least'] else 'most'} {limit['limit']:g}{missed} |"
         )
     return "\n".join(lines)
 
@@ -181,7 +271,10 @@ MAKERS = {
 
 def tables() -> dict[str, str]:
     """Every table by its marker."""
-    made = {file.parent.name: table(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob("*_60/report.json"))}
+    made = {
+        file.parent.name: table(json.loads(file.read_text(encoding="utf-8")))
+        for file in sorted(RESULTS.glob("*_60/report.json"))
+    }
     for name, shown in MAKERS.items():
         if (RESULTS / f"{name}.json").exists():
             made[name] = shown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
@@ -194,17 +287,26 @@ def main() -> None:
         before = text = page.read_text(encoding="utf-8")
         for name, content in made.items():
             whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
-            text = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)  # type: ignore[misc]
+            text = re.sub(
+                rf"<!-- {name} -->\n.*?<!-- /{name} -->",
+                lambda _, whole=whole: whole,
+                text,
+                flags=re.S,
+            )  # type: ignore[misc]
         marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(MAKERS)}) -->", before))
         if text != before:
             stale.append(page)
             if "--check" not in sys.argv:
                 page.write_text(text, encoding="utf-8")
     if marked != made.keys():
-        sys.exit(f"markers and results differ in {', '.join(sorted(marked ^ made.keys()))}: add <!-- NAME --> and <!-- /NAME -->")
+        sys.exit(
+            f"markers and results differ in {', '.join(sorted(marked ^ made.keys()))}: add <!--"
+            " NAME --> and <!-- /NAME -->"
+        )
     if stale and "--check" in sys.argv:
         sys.exit(
-            f"{', '.join(str(page.relative_to(ROOT)) for page in stale)}: not what benchmarks/results says: python tools/results_md.py"
+            f"{', '.join(str(page.relative_to(ROOT)) for page in stale)}: not what"
+            " benchmarks/results says: python tools/results_md.py"
         )
 
 

@@ -1,8 +1,9 @@
 """Run a command beside a real PostgreSQL of its own: `python tools/with_postgres.py make test`.
 
-The server is made anew in a temporary folder, listens on loopback alone, and is gone when the command ends. The command finds it as
-TEST_POSTGRES_URL, and its folder of data as TEST_POSTGRES_DATA. Where PostgreSQL is not installed, that is said, and the command runs
-without it; with `--required` it is an error.
+The server is made anew in a temporary folder, listens on loopback alone, and is gone when the
+command ends. The command finds it as TEST_POSTGRES_URL, and its folder of data as
+TEST_POSTGRES_DATA. Where PostgreSQL is not installed, that is said, and the command runs without
+it; with `--required` it is an error.
 """
 
 import os
@@ -19,9 +20,19 @@ from pathlib import Path
 
 def binaries() -> Path | None:
     """The folder of PostgreSQL's own programs: Debian keeps them out of PATH."""
-    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda place: int(place.parent.name), reverse=True)
+    places = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"),
+        key=lambda place: int(place.parent.name),
+        reverse=True,
+    )
     on_path = shutil.which("initdb")
-    return next(iter([place for place in places if (place / "initdb").exists()] or ([Path(on_path).parent] if on_path else [])), None)
+    return next(
+        iter(
+            [place for place in places if (place / "initdb").exists()]
+            or ([Path(on_path).parent] if on_path else [])
+        ),
+        None,
+    )
 
 
 def account() -> str | None:
@@ -41,23 +52,58 @@ def server(programs: Path) -> Iterator[dict[str, str]]:
             shutil.chown(folder, user)
         data = Path(folder) / "data"
         quiet = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "check": True}
-        subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C"], **quiet)
+        subprocess.run(
+            [
+                programs / "initdb",
+                "-D",
+                data,
+                "-A",
+                "trust",
+                "-U",
+                "postgres",
+                "--no-sync",
+                "-E",
+                "UTF8",
+                "--locale=C",
+            ],
+            **quiet,
+        )
         port = free_port()
-        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
-        subprocess.run([programs / "pg_ctl", "-D", data, "-o", options, "-l", Path(folder) / "log", "-w", "start"], **quiet)
+        options = (
+            f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
+        )
+        subprocess.run(
+            [
+                programs / "pg_ctl",
+                "-D",
+                data,
+                "-o",
+                options,
+                "-l",
+                Path(folder) / "log",
+                "-w",
+                "start",
+            ],
+            **quiet,
+        )
         try:
             yield {
                 "TEST_POSTGRES_URL": f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres",
                 "TEST_POSTGRES_DATA": str(data),
             }
         finally:
-            subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"], **{**quiet, "check": False})
+            subprocess.run(
+                [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"],
+                **{**quiet, "check": False},
+            )
 
 
 def restart(programs: Path, data: str) -> None:
     """Stop it as a crash would, and start it anew on the same port (pg_ctl keeps the options)."""
     command = [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "restart"]
-    subprocess.run(command, user=account(), cwd=Path(data).parent, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        command, user=account(), cwd=Path(data).parent, stdout=subprocess.DEVNULL, check=True
+    )
 
 
 def free_port() -> int:
@@ -74,7 +120,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     programs = binaries()
     if programs is None:
-        print("PostgreSQL is not installed (apt-get install postgresql): its tests are skipped", file=sys.stderr)
+        print(
+            "PostgreSQL is not installed (apt-get install postgresql): its tests are skipped",
+            file=sys.stderr,
+        )
         return 2 if required else subprocess.run(command).returncode
     with server(programs) as variables:
         return subprocess.run(command, env={**os.environ, **variables}).returncode

@@ -1,6 +1,7 @@
 """hydra-llm personalizes any black-box LLM (HYDRA, Zhuang et al., NeurIPS 2024).
 
-Every public name is imported when it is first used (PEP 562): `import hydra_llm` loads no torch and takes milliseconds.
+Every public name is imported when it is first used (PEP 562): `import hydra_llm` loads no torch and
+takes milliseconds.
 """
 
 from importlib import import_module
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hydra_llm.config import Settings, load_settings
     from hydra_llm.errors import HydraError, LLMError, UserFault
-    from hydra_llm.learning.api import afit, alearn, fit, learn
     from hydra_llm.llm.base import ChatLLM
-    from hydra_llm.personalizer import Personalizer
-    from hydra_llm.tasks.task import Task
+    from hydra_llm.pipeline import Personalizer
+    from hydra_llm.tasks.base import Task
+    from hydra_llm.training.api import afit, alearn, fit, learn
     from hydra_llm.types import Answer, Candidate, Generation, Query, Record, Usage
 
 __version__ = "0.1.0"
@@ -38,14 +39,15 @@ __all__ = [
     "load_settings",
 ]
 
-# No subpackage may have the name of one of these: importing it would put the module over the function.
+# No subpackage may have the name of one of these: importing it would put the module over the
+# function.
 _HOMES = {
     "hydra_llm.config": ("Settings", "load_settings"),
     "hydra_llm.errors": ("HydraError", "LLMError", "UserFault"),
-    "hydra_llm.learning.api": ("afit", "alearn", "fit", "learn"),
+    "hydra_llm.training.api": ("afit", "alearn", "fit", "learn"),
     "hydra_llm.llm.base": ("ChatLLM",),
-    "hydra_llm.personalizer": ("Personalizer",),
-    "hydra_llm.tasks.task": ("Task",),
+    "hydra_llm.pipeline": ("Personalizer",),
+    "hydra_llm.tasks.base": ("Task",),
     "hydra_llm.types": ("Answer", "Candidate", "Generation", "Query", "Record", "Usage"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -6,7 +6,8 @@
     │   ├── SettingsError    an unknown name or a value out of range
     │   ├── UnknownUser      the bundle or data set has no such user
     │   └── BundleError      a bundle is damaged, newer than this version, or does not fit
-    ├── StoreError           the gateway's database failed or is not as expected; nothing was acknowledged (store/store.py: Stale)
+    ├── StoreError           the gateway's database failed or is not as expected; nothing was
+                             acknowledged (store/store.py: Stale)
     └── LLMError             a call to the black box failed; it is recorded, never scored 0
         ├── PartlyFailed     some of its texts arrived and are kept (llm/base.py)
         ├── LLMRefused       it will fail again as it stands (401, 403, 404, 400)
@@ -25,7 +26,7 @@ class HydraError(Exception):
 
 
 class UserFault(HydraError):
-    """Something that the caller can mend; the command line prints it as one line and exits with 2."""
+    """Something that the caller can fix; the command line prints one line and exits with 2."""
 
     exit_code = 2
 
@@ -33,7 +34,14 @@ class UserFault(HydraError):
 class DataError(UserFault):
     """A data set that cannot be read: names file, line and field where they are known."""
 
-    def __init__(self, message: str, *, file: Path | str | None = None, line: int | None = None, field: str | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: Path | str | None = None,
+        line: int | None = None,
+        field: str | None = None,
+    ):
         self.file, self.line, self.field = file, line, field
         place = ":".join(str(part) for part in (file, line) if part is not None)
         named = f" field '{field}':" if field else ""
@@ -63,14 +71,18 @@ class LLMError(HydraError):
 
 
 class LLMRefused(LLMError):
-    """A call that fails again as it stands: wrong key, unknown model, malformed request, a prompt beyond the LLM's window."""
+    """A call that fails again as it stands: wrong key, unknown model, malformed request, a prompt
+    beyond the LLM's window.
+    """
 
     exit_code = 2
 
     def __init__(self, message: str, *, fits: float | None = None):
         super().__init__(message)
         self.fits = fits
-        """Where the prompt was too long: the share of it that would fit. A shorter prompt may be asked."""
+        """Where the prompt was too long: the share of it that would fit. A shorter prompt may be
+        asked.
+        """
 
 
 class BudgetExceeded(LLMError):

@@ -1,7 +1,8 @@
 """One user's records: read written times, order them, and show a query only what came before it.
 
-Knows no files and no torch. Time never leaks: `before` is the only door through which records reach a query, and a head answers no
-query that may see fewer records than the head was fitted on (`FactorizedScorer.serving_row`).
+Knows no files and no torch. Time never leaks: `before` is the only door through which records reach
+a query, and a head answers no query that may see fewer records than the head was fitted on
+(`Scorer.serving_row`).
 """
 
 import math
@@ -23,8 +24,9 @@ _DAY = 86400.0
 def parse_time(text: str) -> Span:
     """Read a written time as the interval in which it lies.
 
-    Takes ISO 8601 (with or without time, zone, fraction), a year, a year and month, a day (`2020-01-31`, `2020/1/31`, `20200131`), and
-    seconds or milliseconds since 1970. Times without a zone count as UTC. Empty means unknown (`ALWAYS`).
+    Takes ISO 8601 (with or without time, zone, fraction), a year, a year and month, a day
+    (`2020-01-31`, `2020/1/31`, `20200131`), and seconds or milliseconds since 1970. Times without a
+    zone count as UTC. Empty means unknown (`ALWAYS`).
 
     Raises:
         ValueError: the text is none of these.
@@ -44,11 +46,17 @@ def _parse_calendar(year: int, month: int | None = None, day: int | None = None)
     if day is not None:
         return _stamp(start), _stamp(start) + _DAY
     whole_year = month is None or month == 12
-    return _stamp(start), _stamp(start.replace(year=year + 1, month=1) if whole_year else start.replace(month=start.month + 1))
+    return _stamp(start), _stamp(
+        start.replace(year=year + 1, month=1)
+        if whole_year
+        else start.replace(month=start.month + 1)
+    )
 
 
 def _parse_epoch(number: float) -> Span:
-    seconds = number / 1000 if abs(number) >= 1e11 else number  # 1e11 s is the year 5138: larger numbers are milliseconds
+    seconds = (
+        number / 1000 if abs(number) >= 1e11 else number
+    )  # 1e11 s is the year 5138: larger numbers are milliseconds
     return seconds, seconds
 
 
@@ -68,7 +76,8 @@ def _stamp(moment: datetime) -> float:
 def precedes(earlier: Record, later: Record | Query) -> bool:
     """Whether `earlier` certainly came before `later` in their user's order.
 
-    Where the spans touch (equal times, the same day, a time that is only a year, an unknown time) the position decides.
+    Where the spans touch (equal times, the same day, a time that is only a year, an unknown time)
+    the position decides.
     """
     if _overlap(earlier.span, later.span):
         return earlier.position < later.position
@@ -83,12 +92,16 @@ def _overlap(a: Span, b: Span) -> bool:
 
 
 def before(records: Iterable[Record], query: Record | Query) -> list[Record]:
-    """The records that `query` may see, oldest first: those of its user that certainly precede it."""
-    return in_order(record for record in records if record.user == query.user and precedes(record, query))
+    """The records of its user that certainly precede `query`, oldest first."""
+    return in_order(
+        record for record in records if record.user == query.user and precedes(record, query)
+    )
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """Sort a user's records oldest first: by time, then by position; unknown times keep their position's place."""
+    """Sort a user's records oldest first: by time, then by position; unknown times keep their
+    position's place.
+    """
     known = -math.inf
     keyed: list[tuple[float, int, Record]] = []
     for record in sorted(records, key=lambda r: r.position):
@@ -98,8 +111,18 @@ def in_order(records: Iterable[Record]) -> list[Record]:
 
 
 def as_query(record: Record) -> Query:
-    """The user's own record as a query whose gold answer is known: it sees only what came before it."""
-    return Query(record.user, record.id, record.input, record.output, record.time, record.span, record.position)
+    """The user's own record as a query whose gold answer is known: it sees only what came before
+    it.
+    """
+    return Query(
+        record.user,
+        record.id,
+        record.input,
+        record.output,
+        record.time,
+        record.span,
+        record.position,
+    )
 
 
 def latest(records: Sequence[Record], count: int) -> list[Record]:

@@ -1,9 +1,10 @@
 """Task, query and records → chat messages inside a token budget.
 
-Knows neither retrieval nor any LLM beyond a function that counts a text's tokens. The best record stands last, nearest to
-the question: small instruct models lean on what they read last, and with one record it makes no difference.
-What must go to stay inside the budget goes in this order: the worst records, the end of the last record's input, the end
-of the query's text. Each cut is told in one note. Where the LLM itself finds a prompt too long, `Prompt.shorter` builds it again.
+Knows neither retrieval nor any LLM beyond a function that counts a text's tokens. The best record
+stands last, nearest to the question: small instruct models lean on what they read last, and with
+one record it makes no difference. What must go to stay inside the budget goes in this order: the
+worst records, the end of the last record's input, the end of the query's text. Each cut is told in
+one note. Where the LLM itself finds a prompt too long, `Prompt.shorter` builds it again.
 """
 
 import math
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.tasks.task import Kind, Task, scale
+from hydra_llm.tasks.base import Kind, Task, scale
 from hydra_llm.types import Message, Query, Ranked, Record
 
 Style = Literal["block", "turns"]
@@ -43,7 +44,7 @@ class Prompt:
     """Builds it again in other `max_tokens`."""
 
     def shorter(self, share: float) -> "Prompt | None":
-        """The same question in `share` of its length; None where not even the instruction has room."""
+        """The same question in `share` of its length; None where the instruction has no room."""
         room = int(self.tokens * share)
         try:
             made = self.again(max_tokens=room) if self.again else None
@@ -63,7 +64,8 @@ def build(
     style: Style = "block",
     about: str = "",
 ) -> Prompt:
-    """Show `records` (best first), then ask the query. Without records it is exactly the task's instruction.
+    """Show `records` (best first), then ask the query. Without records it is exactly the task's
+    instruction.
 
     `about` is what is known of the person; it stands before all else, as the system message.
     `count` measures a text in tokens; without it `estimate` does.
@@ -79,14 +81,27 @@ def build(
     shown = _fit_records(page, examples, text)
     asked = _cut(text, lambda part: page.fits(shown, part))
     if asked is None:
-        raise SettingsError(f"a prompt of {max_tokens} tokens has no room for the instruction of task '{task.name}' alone")
-    notes = _notes(examples, shown, page) + _told(f"the text of query '{query.id}'", text, asked, page)
+        raise SettingsError(
+            f"a prompt of {max_tokens} tokens has no room for the instruction of task '{task.name}'"
+            " alone"
+        )
+    notes = _notes(examples, shown, page) + _told(
+        f"the text of query '{query.id}'", text, asked, page
+    )
     again = partial(build, task, query, records, count=count, style=style, about=about)
-    return Prompt(page.messages(shown, asked), tuple(records[: len(shown)]), tuple(notes), page.tokens(shown, asked), again)
+    return Prompt(
+        page.messages(shown, asked),
+        tuple(records[: len(shown)]),
+        tuple(notes),
+        page.tokens(shown, asked),
+        again,
+    )
 
 
 def estimate(text: str) -> int:
-    """Tokens of a text by rule of thumb: one per 3.5 bytes of UTF-8, rounded up (English needs fewer, other scripts about that)."""
+    """Tokens of a text by rule of thumb: one per 3.5 bytes of UTF-8, rounded up (English needs
+    fewer, other scripts about that).
+    """
     return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.5)
 
 
@@ -103,20 +118,37 @@ _Layout = Callable[[Task, Sequence[_Example], str], tuple[Message, ...]]
 
 _WORDS: Mapping[Kind, tuple[str, str, str]] = {
     "classification": ("Here is how this person labelled earlier texts.", "Text", "Label"),
-    "rating": ("Here is how this person rated earlier items on a scale of {low} to {high}.", "Item", "Score"),
-    "generation": ("Here is what this person wrote for earlier texts.", "Text", "This person wrote"),
+    "rating": (
+        "Here is how this person rated earlier items on a scale of {low} to {high}.",
+        "Item",
+        "Score",
+    ),
+    "generation": (
+        "Here is what this person wrote for earlier texts.",
+        "Text",
+        "This person wrote",
+    ),
 }
 """For each kind: what the block says first, and the names of a record's input and answer in it."""
 
 
 def _block(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
-    """One message: the examples, best last, then the instruction. Each field stays on its line, so that no text can pose as another."""
+    """One message: the examples, best last, then the instruction. Each field stays on its line, so
+    that no text can pose as another.
+    """
     if not shown:
         return ({"role": "user", "content": task.ask(text)},)
     header, asked, answered = _WORDS[task.kind]
     low, high = (f"{end:g}" for end in scale(task.labels)) if task.kind == "rating" else ("", "")
-    lines = [f"{asked}: {_folded(one.input)}\n{answered}: {_folded(one.output)}" for one in reversed(shown)]
-    parts = [header.format(low=low, high=high), *lines, f"Now answer as this person would.\n{task.ask(text)}"]
+    lines = [
+        f"{asked}: {_folded(one.input)}\n{answered}: {_folded(one.output)}"
+        for one in reversed(shown)
+    ]
+    parts = [
+        header.format(low=low, high=high),
+        *lines,
+        f"Now answer as this person would.\n{task.ask(text)}",
+    ]
     return ({"role": "user", "content": "\n\n".join(parts)},)
 
 
@@ -124,7 +156,10 @@ def _turns(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, .
     """Each example as a question and its answer, best last, then the instruction."""
     messages: list[Message] = []
     for one in reversed(shown):
-        messages += [{"role": "user", "content": task.ask(one.input)}, {"role": "assistant", "content": one.output}]
+        messages += [
+            {"role": "user", "content": task.ask(one.input)},
+            {"role": "assistant", "content": one.output},
+        ]
     return (*messages, {"role": "user", "content": task.ask(text)})
 
 
@@ -158,18 +193,24 @@ class _Page:
     about: str = ""
 
     def messages(self, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
-        first: tuple[Message, ...] = ({"role": "system", "content": self.about},) if self.about else ()
+        first: tuple[Message, ...] = (
+            ({"role": "system", "content": self.about},) if self.about else ()
+        )
         return first + self.layout(self.task, shown, text)
 
     def tokens(self, shown: Sequence[_Example], text: str) -> int:
-        return sum(self.count(message["content"]) + PER_MESSAGE for message in self.messages(shown, text))
+        return sum(
+            self.count(message["content"]) + PER_MESSAGE for message in self.messages(shown, text)
+        )
 
     def fits(self, shown: Sequence[_Example], text: str) -> bool:
         return self.tokens(shown, text) <= self.max_tokens
 
 
 def _fit_records(page: _Page, examples: list[_Example], text: str) -> list[_Example]:
-    """As many of the best examples as there is room for; a single one may lose the end of its input."""
+    """As many of the best examples as there is room for; a single one may lose the end of its
+    input.
+    """
     for many in range(len(examples), 0, -1):
         if page.fits(examples[:many], text):
             return examples[:many]
@@ -182,7 +223,9 @@ def _cut_input(page: _Page, example: _Example, text: str) -> list[_Example]:
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
-    """The longest beginning of `text` that fits, marked with an ellipsis if something is missing; None if not even that fits."""
+    """The longest beginning of `text` that fits, marked with an ellipsis if something is missing;
+    None if not even that fits.
+    """
     if fits(text):
         return text
 
@@ -195,12 +238,22 @@ def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
 
 def _notes(examples: Sequence[_Example], shown: Sequence[_Example], page: _Page) -> list[str]:
     missing = len(examples) - len(shown)
-    notes = [f"prompt: {missing} of {len(examples)} records left out to stay within {page.max_tokens} tokens"] if missing else []
+    notes = (
+        [
+            f"prompt: {missing} of {len(examples)} records left out to stay within"
+            f" {page.max_tokens} tokens"
+        ]
+        if missing
+        else []
+    )
     for whole, part in zip(examples, shown, strict=False):
         notes += _told(f"the input of record '{whole.id}'", whole.input, part.input, page)
     return notes
 
 
 def _told(what: str, whole: str, part: str, page: _Page) -> list[str]:
-    cut = f"prompt: {what} cut at its end from {len(whole)} to {len(part)} characters to stay within {page.max_tokens} tokens"
+    cut = (
+        f"prompt: {what} cut at its end from {len(whole)} to {len(part)} characters to stay within"
+        f" {page.max_tokens} tokens"
+    )
     return [] if part == whole else [_folded(cut)]

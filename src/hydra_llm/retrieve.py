@@ -1,10 +1,13 @@
-"""Retrieval: which of a user's earlier records may help with a query. One Protocol, five ways, and a door for more.
+"""Retrieval: which of a user's earlier records may help with a query. One Protocol, five ways, and
+a door for more.
 
-Records come in as `history.before` lets them through; nothing here knows time beyond their order, nor any LLM.
-Every retriever is deterministic and takes the later record first where two are equally good.
+Records come in as `history.before` lets them through; nothing here knows time beyond their order,
+nor any LLM. Every retriever is deterministic and takes the later record first where two are equally
+good.
 
-BM25 is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75, and the weight of
-words that more than half of the records hold raised to a quarter of the mean weight).
+BM25 is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b
+0.75, and the weight of words that more than half of the records hold raised to a quarter of the
+mean weight).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +28,18 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]
-"""Texts → [N, H]. It is called with all visible records of a user, so it should keep what it has computed."""
+"""Texts → [N, H]. It is called with all visible records of a user, so it should keep what it has
+computed.
+"""
 Matched = Literal["input", "both"]
-"""What of a record is matched with the query's text: its input (as LaMP), or its input and its answer."""
+"""What of a record is matched with the query's text: its input (as LaMP), or its input and its
+answer.
+"""
 
 GROUP = "hydra_llm.retrievers"
-"""Entry points of this group are called as `factory(embed=..., seed=..., text=...)` and return a `Retriever`."""
+"""Entry points of this group are called as `factory(embed=..., seed=..., text=...)` and return a
+`Retriever`.
+"""
 KEPT_INDEXES = 256
 
 
@@ -38,7 +47,7 @@ class Retriever(Protocol):
     """Anything that orders a user's records for a query."""
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
-        """Return at most m of the records, best first. `records` are those that the query may see."""
+        """Return at most m of the records that the query may see, best first."""
         ...
 
 
@@ -51,8 +60,11 @@ class Forgetful(Protocol):
         ...
 
 
-def make_retriever(name: str, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input") -> Retriever:
-    """Build the retriever of that name: bm25, dense, recent, random, nothing, or one that a package has registered.
+def make_retriever(
+    name: str, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"
+) -> Retriever:
+    """Build the retriever of that name: bm25, dense, recent, random, nothing, or one that a package
+    has registered.
 
     Raises:
         SettingsError: no such retriever, or it needs an encoder and `embed` is None.
@@ -84,7 +96,10 @@ class _ByScore:
         oldest_first = in_order(records)
         scores = self.scores(query, oldest_first)
         best = np.lexsort((-np.arange(len(scores)), -scores))[:m]
-        return [Ranked(oldest_first[place], float(scores[place]), rank) for rank, place in enumerate(best)]
+        return [
+            Ranked(oldest_first[place], float(scores[place]), rank)
+            for rank, place in enumerate(best)
+        ]
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: how well each record fits, oldest first."""
@@ -98,11 +113,14 @@ class _ByScore:
 
 
 class BM25(_ByScore):
-    """Words in common, rare ones weighing more. The index of exactly the visible records is built once and kept."""
+    """Words in common, rare ones weighing more. The index of exactly the visible records is built
+    once and kept.
+    """
 
     def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
         super().__init__(embed=embed, seed=seed, text=text)
-        # The key is the texts themselves: an edited record or an earlier slice of time never meets a stale index.
+        # The key is the texts themselves: an edited record or an earlier slice of time never meets
+        # a stale index.
         self._index = lru_cache(maxsize=KEPT_INDEXES)(_okapi)
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
@@ -118,9 +136,11 @@ class BM25(_ByScore):
 
 
 def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
-    """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word (bm25s raises there).
+    """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word (bm25s
+    raises there).
 
-    bm25s has Okapi's term weights as `atire` but no word weights with its floor, so those are put in place of `lucene`'s.
+    bm25s has Okapi's term weights as `atire` but no word weights with its floor, so those are put
+    in place of `lucene`'s.
     """
     tokens = [text.split() for text in texts]
     if not any(tokens):
@@ -136,9 +156,11 @@ def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
 
 
 def _word_weights(holders: NDArray[np.integer], total: int) -> Floats:
-    """[V]: log of the odds that a record does not hold the word; where negative, a quarter of the mean over all words.
+    """[V]: log of the odds that a record does not hold the word; where negative, a quarter of the
+    mean over all words.
 
-    With a few records that mean itself can be negative, and rank_bm25 then puts the best match last; here it stops at 0.
+    With a few records that mean itself can be negative, and rank_bm25 then puts the best match
+    last; here it stops at 0.
     """
     weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
     return np.where(weights < 0, max(0.0, 0.25 * float(weights.mean())), weights)
@@ -156,7 +178,9 @@ class Dense(_ByScore):
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: cosine, -1 to 1; 0 where a vector is zero."""
-        similar: Floats = self._rows(self.matched(records)) @ _unit_rows(self._embed((query.input,)))[0]
+        similar: Floats = (
+            self._rows(self.matched(records)) @ _unit_rows(self._embed((query.input,)))[0]
+        )
         return similar
 
     def forget(self) -> None:
@@ -167,7 +191,9 @@ class Dense(_ByScore):
 def _unit_rows(rows: NDArray[np.floating]) -> Floats:
     """[N, H] → [N, H] of length 1; zero rows stay zero."""
     wide = np.asarray(rows, dtype=np.float64)
-    unit: Floats = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    unit: Floats = wide / np.maximum(
+        np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny
+    )
     return unit
 
 
@@ -180,7 +206,7 @@ class Recent(_ByScore):
 
 
 class Random(_ByScore):
-    """Records by lot: the same ones for the same seed, user, query and records, on every machine."""
+    """Random records: the same for the same seed, user, query and records, on every machine."""
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: the lots, 0 to 1."""

@@ -12,7 +12,9 @@ Message = Mapping[str, str]
 """A chat message: `{"role": "system"|"user"|"assistant", "content": text}`."""
 
 Span = tuple[float, float]
-"""The seconds since 1970 (UTC) between which a written time lies: a day is a day long, a year a year."""
+"""The seconds since 1970 (UTC) between which a written time lies: a day is a day long, a year a
+year.
+"""
 
 ALWAYS: Span = (-math.inf, math.inf)
 """The span of a time that is not known: only the position orders it."""
@@ -38,7 +40,9 @@ ARROW = " → "
 
 
 def as_one_text(input: str, output: str) -> str:
-    """A record's input and answer, where a scorer reads both: features are kept, and deleted, under this text too."""
+    """A record's input and answer, where a scorer reads both: features are kept, and deleted, under
+    this text too.
+    """
     return f"{input}{ARROW}{output}"
 
 
@@ -109,7 +113,11 @@ class Spent:
 
     def to_json(self) -> dict[str, float]:
         usage = self.usage
-        asked = {"calls": usage.calls + usage.cached, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        asked = {
+            "calls": usage.calls + usage.cached,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
         return {"users": self.users, "seconds": self.seconds, **asked}
 
 
@@ -130,7 +138,9 @@ class Candidate:
     text: str
     """As the LLM wrote it, or the label itself."""
     answer: str | None
-    """The parsed answer: a label, a number as text, or the text itself; None if it cannot be parsed."""
+    """The parsed answer: a label, a number as text, or the text itself; None if it cannot be
+    parsed.
+    """
     votes: int = 0
     """How many of the LLM's samples gave this answer."""
     greedy: bool = False
@@ -143,7 +153,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Everything up to the candidates: what was retrieved, in which order, what the LLM was asked and said."""
+    """Everything up to the candidates: what was retrieved, in which order, what the LLM was asked
+    and said.
+    """
 
     query: Query
     retrieved: tuple[Ranked, ...]
@@ -183,7 +195,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class LabelledGroup:
-    """Pairs of one query that compete with each other, and how good each was in the eyes of the user."""
+    """Pairs of one query that compete with each other, and how good each was in the eyes of the
+    user.
+    """
 
     user: str
     query: str

@@ -1,4 +1,6 @@
-"""The BBox-Adapter learns what users like from its own samples, asks nothing twice, and never looks ahead."""
+"""The BBox-Adapter learns what users like from its own samples, asks nothing twice, and never looks
+ahead.
+"""
 
 import json
 import math
@@ -13,21 +15,36 @@ import pytest
 import torch
 
 from hydra_llm.bench import bbox
-from hydra_llm.bench.bbox import ALPHA, ROUNDS, Energy, Pools, bbox_adapter, distribution, expected_negatives, nce_loss
+from hydra_llm.bench.bbox import (
+    ALPHA,
+    ROUNDS,
+    Energy,
+    Pools,
+    bbox_adapter,
+    distribution,
+    expected_negatives,
+    nce_loss,
+)
 from hydra_llm.bench.methods import Parts, find_methods
-from hydra_llm.bench.run import run_methods
+from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError
-from hydra_llm.evidence import Population
-from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.model.combine import Cross, Groups
-from hydra_llm.tasks.task import Task
+from hydra_llm.model.interactions import Cross, Groups
+from hydra_llm.side_features import CohortStats
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Answer, Message, Query, Record
 
-TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd", "dull"), metrics=("accuracy",))
+TAGS = Task(
+    "tags",
+    "classification",
+    "Which tag? {input}",
+    ("calm", "loud", "odd", "dull"),
+    metrics=("accuracy",),
+)
 TITLES = Task("titles", "generation", "Title of: {input}")
 TOPICS = ("sea", "war", "love", "space")
 TRAIN, NEW = [f"train{i}" for i in range(6)], [f"new{i}" for i in range(5)]
@@ -45,11 +62,15 @@ class Store:
     version = 0
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        return np.array([[text.startswith(word) for word in self.words] for text in texts], dtype=np.float32)
+        return np.array(
+            [[text.startswith(word) for word in self.words] for text in texts], dtype=np.float32
+        )
 
 
 def people(alike: bool, task: Task = TAGS) -> tuple[dict[str, list[Record]], list[Query]]:
-    """Everybody gives each topic an answer, and keeps to it; all the same one, or everyone an own one."""
+    """Everybody gives each topic an answer, and keeps to it; all the same one, or everyone an own
+    one.
+    """
     dice, records, queries = random.Random(3), {}, []
     for user in [*TRAIN, *NEW]:
         answers = list(TAGS.labels)
@@ -57,9 +78,15 @@ def people(alike: bool, task: Task = TAGS) -> tuple[dict[str, list[Record]], lis
             dice.shuffle(answers)
         taste = dict(zip(TOPICS, answers, strict=True))
         told = [dice.choice(TOPICS) for _ in range(RECORDS + QUERIES)]
-        records[user] = [Record(user, f"r{i}", f"{t} {i}", taste[t], position=i) for i, t in enumerate(told[:RECORDS])]
+        records[user] = [
+            Record(user, f"r{i}", f"{t} {i}", taste[t], position=i)
+            for i, t in enumerate(told[:RECORDS])
+        ]
         if user in NEW:
-            queries += [Query(user, f"q{i}", f"{t} {i}", taste[t], position=100 + i) for i, t in enumerate(told[RECORDS:], RECORDS)]
+            queries += [
+                Query(user, f"q{i}", f"{t} {i}", taste[t], position=100 + i)
+                for i, t in enumerate(told[RECORDS:], RECORDS)
+            ]
     return records, queries
 
 
@@ -67,16 +94,37 @@ def anything(messages: Sequence[Message], index: int, rng: random.Random) -> str
     return rng.choice(TAGS.labels)
 
 
-def parts(records: dict[str, list[Record]], llm: Any = None, task: Task = TAGS, **chosen: Any) -> Parts:
-    given = Settings(**{"samples": 6, "k": 1, "retrieved": 2, "queries_per_user": RECORDS, "concurrency": 2, "width": 16, **chosen})
-    bundle = Bundle(task, given, {}, Store(), Population(), records=dict(records), trained_on=tuple(TRAIN))  # type: ignore[arg-type]
-    return Parts(bundle, llm or RuleLLM(anything), given, {user: records[user] for user in records if user in NEW})
+def parts(
+    records: dict[str, list[Record]], llm: Any = None, task: Task = TAGS, **chosen: Any
+) -> Parts:
+    given = Settings(
+        **{
+            "samples": 6,
+            "k": 1,
+            "retrieved": 2,
+            "queries_per_user": RECORDS,
+            "concurrency": 2,
+            "width": 16,
+            **chosen,
+        }
+    )
+    bundle = Bundle(
+        task, given, {}, Store(), CohortStats(), records=dict(records), trained_on=tuple(TRAIN)
+    )  # type: ignore[arg-type]
+    return Parts(
+        bundle,
+        llm or RuleLLM(anything),
+        given,
+        {user: records[user] for user in records if user in NEW},
+    )
 
 
 def gain(name: str, having: Parts, queries: Sequence[Query]) -> float:
     samples = run_sync(lambda: run_methods(find_methods([name]), having, queries))
     assert not any(sample.error for sample in samples)
-    return float(np.mean([having.bundle.task.gain(sample.answer, sample.gold) for sample in samples]))
+    return float(
+        np.mean([having.bundle.task.gain(sample.answer, sample.gold) for sample in samples])
+    )
 
 
 def picks(having: Parts, queries: Sequence[Query]) -> list[Answer]:
@@ -96,11 +144,17 @@ def picks(having: Parts, queries: Sequence[Query]) -> list[Answer]:
 def test_tastes_are_learned_from_the_llms_own_samples(alike: bool, label_features: bool) -> None:
     records, queries = people(alike)
     having = parts(records, label_features=label_features)
-    learned, chance, best = (gain(name, having, queries) for name in ("bbox-adapter@6", "random@6", "oracle@6"))
+    learned, chance, best = (
+        gain(name, having, queries) for name in ("bbox-adapter@6", "random@6", "oracle@6")
+    )
     assert chance < 0.4 < 0.6 < best
-    share = 0.8 if alike else 0.6  # of what choosing can win; seeds 0 to 2 reach all of it, and .7 to 1
+    share = (
+        0.8 if alike else 0.6
+    )  # of what choosing can win; seeds 0 to 2 reach all of it, and .7 to 1
     assert learned > chance + share * (best - chance), (learned, chance, best)
-    strangers = [replace(query, user=f"stranger of {query.user}") for query in queries]  # they have the shared energy
+    strangers = [
+        replace(query, user=f"stranger of {query.user}") for query in queries
+    ]  # they have the shared energy
     nobody = gain("bbox-adapter@6", having, strangers)
     assert nobody > 0.6 if alike else nobody < learned - 0.2, (nobody, learned)
 
@@ -117,14 +171,19 @@ def test_texts_are_told_apart_too() -> None:
 def test_the_loss_and_its_gradient_are_those_of_equation_3() -> None:
     g = np.array([[0.5, -1.0, 2.0], [0.25, 1.5, -0.5]])
     gold, drawn, a = [2, 0], [(0, 0), (0, 0), (0, 1), (1, 1)], 0.3
-    expected = sum(a * g[i, k] ** 2 - g[i, k] for i, k in enumerate(gold)) / 2 + sum(a * g[i, m] ** 2 + g[i, m] for i, m in drawn) / 4
+    expected = (
+        sum(a * g[i, k] ** 2 - g[i, k] for i, k in enumerate(gold)) / 2
+        + sum(a * g[i, m] ** 2 + g[i, m] for i, m in drawn) / 4
+    )
     slope = np.zeros((2, 3))
     for i, k in enumerate(gold):
         slope[i, k] += (2 * a * g[i, k] - 1) / 2
     for i, m in drawn:
         slope[i, m] += (2 * a * g[i, m] + 1) / 4
     energies = torch.tensor(g, requires_grad=True)
-    loss = nce_loss(energies, torch.tensor(gold), torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]), a)
+    loss = nce_loss(
+        energies, torch.tensor(gold), torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]), a
+    )
     loss.backward()
     assert float(loss.detach()) == pytest.approx(expected)
     assert expected == pytest.approx(0.140625)  # worked out by hand
@@ -137,7 +196,12 @@ def test_the_loss_and_its_gradient_are_those_of_equation_3() -> None:
 def made_pools(count: int = 40) -> Pools:
     draw = torch.Generator().manual_seed(1)
     right = torch.randn(count, 4, 3, generator=draw)
-    groups = Groups(torch.zeros(count, 0), right, torch.zeros(count, 4, 0), torch.ones(count, 4, dtype=torch.bool))
+    groups = Groups(
+        torch.zeros(count, 0),
+        right,
+        torch.zeros(count, 4, 0),
+        torch.ones(count, 4, dtype=torch.bool),
+    )
     shares = torch.tensor([0.5, 0.25, 0.25, 0.0]).expand(count, 4)
     return Pools(groups, shares, (right @ torch.tensor([2.0, -1.0, 0.0])).argmax(-1))
 
@@ -149,14 +213,20 @@ def test_negatives_are_what_draws_by_share_and_energy_would_give_and_the_gold_on
     even = torch.zeros(40, 4)
     counts = expected_negatives(even, pools, 200)
     assert (counts.gather(1, pools.gold[:, None]) == 0).all()
-    drawn = torch.multinomial(pools.shares, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(
+        pools.shares, 20_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     wrong = torch.arange(4) != pools.gold[:, None]
-    seen = torch.nn.functional.one_hot(drawn, 4).sum(1) / 100 * wrong  # of 200 draws, on average over a hundred times
+    seen = (
+        torch.nn.functional.one_hot(drawn, 4).sum(1) / 100 * wrong
+    )  # of 200 draws, on average over a hundred times
     torch.testing.assert_close(counts, seen, atol=3.0, rtol=0)
     assert (counts[:, 3] == 0).all()  # the LLM never said it
 
 
-def test_every_round_takes_its_negatives_from_what_the_last_one_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_round_takes_its_negatives_from_what_the_last_one_learned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pools, seen = made_pools(), []
 
     def spy(energies: torch.Tensor, *given: Any) -> torch.Tensor:
@@ -174,7 +244,11 @@ def test_every_round_takes_its_negatives_from_what_the_last_one_learned(monkeypa
     assert not torch.equal(before, after)
     assert after.sum() < before.sum()  # the gold answer, where the LLM says it, takes its share
     picked = end(pools.groups).argmax(-1)
-    assert (picked == pools.gold).float().mean() > 0.9 > (first.argmax(-1) == pools.gold).float().mean()
+    assert (
+        (picked == pools.gold).float().mean()
+        > 0.9
+        > (first.argmax(-1) == pools.gold).float().mean()
+    )
     hard = (after * last).sum() / after.sum() > (before * last).sum() / before.sum()
     assert hard  # the later negatives are those that the energy of the day holds for good
     assert end(pools.groups).abs().max() < 3 / (2 * ALPHA)
@@ -202,7 +276,10 @@ def test_the_same_seed_picks_the_same_and_another_starts_elsewhere() -> None:
 def test_the_order_of_the_users_changes_nothing() -> None:
     records, queries = people(alike=False)
     few = queries[::4]
-    there, back = picks(parts(records, queries_per_user=4), few), picks(parts(records, queries_per_user=4), few[::-1])
+    there, back = (
+        picks(parts(records, queries_per_user=4), few),
+        picks(parts(records, queries_per_user=4), few[::-1]),
+    )
     assert [a.candidates for a in there] == [a.candidates for a in back[::-1]]
 
 
@@ -213,7 +290,10 @@ def test_nothing_later_than_the_query_is_seen_nor_its_own_answer(user: str) -> N
     early = Query(user, "early", "sea 99", "calm", position=cut)
     others = [
         *records[user][:cut],
-        *(replace(record, input="war " + record.input, output=turned[record.output]) for record in records[user][cut:]),
+        *(
+            replace(record, input="war " + record.input, output=turned[record.output])
+            for record in records[user][cut:]
+        ),
     ]
     now = picks(parts(records), [early])[0]
     altered = parts({**records, user: others})
@@ -229,10 +309,14 @@ def test_pools_are_asked_for_once_and_are_no_part_of_an_answers_cost() -> None:
     answerer = bbox_adapter(parts(records, llm, queries_per_user=2))
     assert llm.calls == []
     answers = [run_sync(lambda query=query: answerer.aanswer(query)) for query in two]
-    assert len(llm.calls) == 2 * (len(TRAIN) * 2 + 2 + 3)  # a greedy call and one for the samples: training users, the user, queries
+    assert len(llm.calls) == 2 * (
+        len(TRAIN) * 2 + 2 + 3
+    )  # a greedy call and one for the samples: training users, the user, queries
     assert [answer.usage.calls for answer in answers] == [2, 2, 2]
     shown = [" ".join(message["content"] for message in call) for call in llm.calls]
-    assert all("Which tag?" in text and any(label in text for label in TAGS.labels) for text in shown)  # each with a record
+    assert all(
+        "Which tag?" in text and any(label in text for label in TAGS.labels) for text in shown
+    )  # each with a record
 
 
 def test_of_the_training_users_only_those_who_may_be_asked_are() -> None:
@@ -260,9 +344,13 @@ def test_failed_calls_are_left_out_and_without_any_pool_the_query_fails() -> Non
     assert gain("bbox-adapter@6", parts(records, some, prompt_style="turns"), calm) > 0.6
     none = failing(lambda text: int(text.split()[-1]) < RECORDS)  # every record, no query
     having = parts(records, none, prompt_style="turns", k=0)
-    samples = run_sync(lambda: run_methods(find_methods(["bbox-adapter", "self-consistency"]), having, queries[:4]))
+    samples = run_sync(
+        lambda: run_methods(find_methods(["bbox-adapter", "self-consistency"]), having, queries[:4])
+    )
     assert [sample.error for sample in samples] == ["HTTP 500"] * 4 + [""] * 4
-    assert len(none.calls) == 2 * (len(TRAIN) * (RECORDS - 1) + 4)  # a dead LLM is not asked for the pools at every query
+    assert len(none.calls) == 2 * (
+        len(TRAIN) * (RECORDS - 1) + 4
+    )  # a dead LLM is not asked for the pools at every query
     silent = RuleLLM(lambda messages, index, rng: "who knows")
     with pytest.raises(LLMError, match="could be read"):
         picks(parts(records, silent), queries[:1])
@@ -271,20 +359,63 @@ def test_failed_calls_are_left_out_and_without_any_pool_the_query_fails() -> Non
 def test_the_command_line_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "stars"
     data.mkdir()
-    task = {"name": "stars", "kind": "rating", "prompt": "How many stars? {input}", "labels": ["1", "2", "3"]}
+    task = {
+        "name": "stars",
+        "kind": "rating",
+        "prompt": "How many stars? {input}",
+        "labels": ["1", "2", "3"],
+    }
     (data / "task.json").write_text(json.dumps(task))
     splits = {"t0": "train", "t1": "train", "new": "test"}
-    (data / "users.jsonl").write_text("".join(json.dumps({"user": u, "split": s}) + "\n" for u, s in splits.items()))
+    (data / "users.jsonl").write_text(
+        "".join(json.dumps({"user": u, "split": s}) + "\n" for u, s in splits.items())
+    )
     for name, first, count, users in (("history", 0, 6, splits), ("queries", 6, 2, ["new"])):
         rows = [(u, i) for u in users for i in range(first, first + count)]
         lines = [
-            {"user": u, "id": f"{i}", "time": str(2000 + i), "input": f"{1 + i % 3} storms", "output": str(1 + i % 3)} for u, i in rows
+            {
+                "user": u,
+                "id": f"{i}",
+                "time": str(2000 + i),
+                "input": f"{1 + i % 3} storms",
+                "output": str(1 + i % 3),
+            }
+            for u, i in rows
         ]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = ["--out", str(tmp_path / "run"), "--set", f"cache={tmp_path / 'cache'}", "--set", "constrain=true", "--set", "max_length=16"]
-    assert run(["bench", "run", str(data), "--llm", "fake", "--methods", "rag@1,bbox-adapter@4", *out, "--json"]) == 0
+    out = [
+        "--out",
+        str(tmp_path / "run"),
+        "--set",
+        f"cache={tmp_path / 'cache'}",
+        "--set",
+        "constrain=true",
+        "--set",
+        "max_length=16",
+    ]
+    assert (
+        run(
+            [
+                "bench",
+                "run",
+                str(data),
+                "--llm",
+                "fake",
+                "--methods",
+                "rag@1,bbox-adapter@4",
+                *out,
+                "--json",
+            ]
+        )
+        == 0
+    )
     rag, row = json.loads(capsys.readouterr().out)
-    assert (row["method"], row["queries"], row["failed"], row["unparsable"]) == ("bbox-adapter@4", 2, 0, 0)
+    assert (row["method"], row["queries"], row["failed"], row["unparsable"]) == (
+        "bbox-adapter@4",
+        2,
+        0,
+        0,
+    )
     assert (rag["calls"], row["calls"]) == (1, 2)
     assert run(["bench", "show", str(tmp_path / "run"), "--costs"]) == 0
     printed = " ".join(capsys.readouterr().out.split())

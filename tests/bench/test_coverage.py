@@ -1,18 +1,26 @@
-"""Intervals on simulated people, by `benchmarks/interval_coverage.py`: how often they hold the truth."""
+"""Intervals on simulated people, by `benchmarks/interval_coverage.py`: how often they hold the
+truth.
+"""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hydra_llm.bench.compare import interval, paired
+from hydra_llm.bench.stats import interval, paired
 
-coverage: Any = pytest.importorskip("interval_coverage", reason="the source package carries no benchmarks")
+coverage: Any = pytest.importorskip(
+    "interval_coverage", reason="the source package carries no benchmarks"
+)
 
 
 def test_the_interval_of_macro_f1_holds_the_truth_where_few_users_lack_labels() -> None:
-    """The percentile interval holds it in half of such benchmarks: draws of users lack whole labels, and lie too low."""
-    truth = coverage.scored(coverage.TASKS[0], coverage.made(coverage.TASKS[0], 1000, 5, np.random.default_rng(99)))
+    """The percentile interval holds it in half of such benchmarks: draws of users lack whole
+    labels, and lie too low.
+    """
+    truth = coverage.scored(
+        coverage.TASKS[0], coverage.made(coverage.TASKS[0], 1000, 5, np.random.default_rng(99))
+    )
     first, second = (found["macro_f1"].value for found in truth)
     dice, held, apart = np.random.default_rng(1), [], []
     for _ in range(60):

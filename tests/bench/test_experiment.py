@@ -1,4 +1,6 @@
-"""Whole runs: seeds that cost no call, a plan that counts what is asked, a stop by SIGTERM, and data of many shapes."""
+"""Whole runs: seeds that cost no call, a plan that counts what is asked, a stop by SIGTERM, and
+data of many shapes.
+"""
 
 import importlib
 import json
@@ -18,27 +20,36 @@ from typing import Any
 
 import pytest
 
+from hydra_llm.bench.estimate import as_rows, plan
 from hydra_llm.bench.experiment import Experiment, run_experiment
 from hydra_llm.bench.methods import find_methods, split_names
-from hydra_llm.bench.plan import as_rows, plan
-from hydra_llm.bench.run import tabulate
+from hydra_llm.bench.runner import tabulate
 from hydra_llm.cli.main import run
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import DataError
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.llm.spec import wrap
-from hydra_llm.tasks.task import Task
+from hydra_llm.llm.registry import wrap
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Query, Record
 
 WORDS = ("rain", "war", "love", "night", "star", "sea", "old", "song")
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
 TITLES = Task("titles", "generation", "Title of: {input}")
-SMALL: dict[str, Any] = {"samples": 3, "retrieved": 3, "k": 2, "queries_per_user": 2, "max_length": 32, "width": 16}
+SMALL: dict[str, Any] = {
+    "samples": 3,
+    "retrieved": 3,
+    "k": 2,
+    "queries_per_user": 2,
+    "max_length": 32,
+    "width": 16,
+}
 
 
-def users_data(task: Task, train: int = 4, new: int = 2, records: int = 8, queries: int = 2) -> DataSet:
+def users_data(
+    task: Task, train: int = 4, new: int = 2, records: int = 8, queries: int = 2
+) -> DataSet:
     dice = random.Random(1)
 
     def text() -> str:
@@ -61,10 +72,19 @@ def by_lot(messages: Sequence[Message], index: int, rng: random.Random) -> str:
     return rng.choice((*TAGS.labels, "a song of rain", "the old sea"))
 
 
-def experiment(task: Task, folder: Path, methods: str = "all", llm: RuleLLM | None = None, **given: Any) -> Experiment:
+def experiment(
+    task: Task, folder: Path, methods: str = "all", llm: RuleLLM | None = None, **given: Any
+) -> Experiment:
     settings = load_settings(cache=folder / "cache", **SMALL)
     found = find_methods(split_names(methods), task.kind, records=(1, 2), budget=(3,))
-    return Experiment(users_data(task), wrap(llm or RuleLLM(by_lot), settings), settings, found, folder / "run", **given)
+    return Experiment(
+        users_data(task),
+        wrap(llm or RuleLLM(by_lot), settings),
+        settings,
+        found,
+        folder / "run",
+        **given,
+    )
 
 
 def told(stage: str, done: int, total: int) -> None:
@@ -72,7 +92,9 @@ def told(stage: str, done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
-def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(task: Task, tmp_path: Path) -> None:
+def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(
+    task: Task, tmp_path: Path
+) -> None:
     llm = RuleLLM(by_lot)
     once = run_experiment(experiment(task, tmp_path, llm=llm, seeds=(0,)), told, print)
     asked = len(llm.calls)
@@ -80,11 +102,18 @@ def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(task: Task, 
     outcome = run_experiment(Experiment(**{**more.__dict__, "out": tmp_path / "more"}), told, print)
     assert len(llm.calls) == asked
     of_first, of_one = (
-        {sample.key: sample.answer for sample in each if sample.seed == 0 or sample.method == "random@3"}  # whose seeds are places
+        {
+            sample.key: sample.answer
+            for sample in each
+            if sample.seed == 0 or sample.method == "random@3"
+        }  # whose seeds are places
         for each in (outcome.samples, once.samples)
     )
     assert of_first == of_one
-    by_method = {method: {s.seed for s in outcome.samples if s.method == method} for method in {s.method for s in outcome.samples}}
+    by_method = {
+        method: {s.seed for s in outcome.samples if s.method == method}
+        for method in {s.method for s in outcome.samples}
+    }
     assert by_method["hydra@1,3"] == by_method["bbox-adapter@3"] == {0, 1, 2}
     assert by_method["random@3"] == {0, 1, 2}
     assert by_method["rag@1"] == by_method["oracle@3"] == by_method["hydra-reranker@2"] == {0}
@@ -94,37 +123,67 @@ def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(task: Task, 
     lines = (tmp_path / "more" / "samples.jsonl").read_text()
     again = run_experiment(Experiment(**{**more.__dict__, "out": tmp_path / "more"}), told, print)
     assert (tmp_path / "more" / "samples.jsonl").read_text() == lines
-    assert [row.to_json() for row in tabulate(task, again.samples)] == [row.to_json() for row in tabulate(task, outcome.samples)]
+    assert [row.to_json() for row in tabulate(task, again.samples)] == [
+        row.to_json() for row in tabulate(task, outcome.samples)
+    ]
 
 
 def test_methods_of_equally_many_records_ask_one_after_the_other(tmp_path: Path) -> None:
-    """In whatever order they are named: an engine inside the process still holds the prompt of the greedy answer when samples are drawn."""
-    one = experiment(TAGS, tmp_path, "hydra@2,3,hydra@1,3,rag@2,rag@1,zero-shot,user-majority,hydra-adapter@3,hydra-reranker@2")
+    """In whatever order they are named: an engine inside the process still holds the prompt of the
+    greedy answer when samples are drawn.
+    """
+    one = experiment(
+        TAGS,
+        tmp_path,
+        "hydra@2,3,hydra@1,3,rag@2,rag@1,zero-shot,user-majority,hydra-adapter@3,hydra-reranker@2",
+    )
     settings = one.settings.model_copy(update={"concurrency": 1})
     outcome = run_experiment(replace(one, settings=settings), told, print)
-    lines = [json.loads(line)["method"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    once = ["zero-shot", "user-majority", "hydra-adapter@3", "hydra@1,3", "rag@1", "hydra@2,3", "rag@2", "hydra-reranker@2"]
+    lines = [
+        json.loads(line)["method"]
+        for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    ]
+    once = [
+        "zero-shot",
+        "user-majority",
+        "hydra-adapter@3",
+        "hydra@1,3",
+        "rag@1",
+        "hydra@2,3",
+        "rag@2",
+        "hydra-reranker@2",
+    ]
     assert lines == once * 4
     assert outcome.samples[0].method == "hydra@2,3"
 
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
 def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
-    """Exactly, where no reranker puts records in an order that nobody can know before; else never less."""
+    """Exactly, where no reranker puts records in an order that nobody can know before; else never
+    less.
+    """
     llm = RuleLLM(by_lot)
-    plain = experiment(task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm)
+    plain = experiment(
+        task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm
+    )
     found = plan(plain, told)
     made = len(llm.calls)
     assert 0 < found.sampled <= 5
-    assert {stage.stage.split()[0] for stage in found.stages} == {"label", "answer"} | ({"fit"} if task is TITLES else set())
+    assert {stage.stage.split()[0] for stage in found.stages} == {"label", "answer"} | (
+        {"fit"} if task is TITLES else set()
+    )
     run_experiment(plain, told, print)
-    spent = len({json.dumps([list(map(dict, call))]) for call in llm.calls})  # the fake is called once for each text
+    spent = len(
+        {json.dumps([list(map(dict, call))]) for call in llm.calls}
+    )  # the fake is called once for each text
     assert found.total.calls >= spent - made
     after = plan(plain, told)
     assert after.total.kept > 0
     assert after.total.calls < found.total.calls
 
-    prompts = experiment(task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(by_lot))
+    prompts = experiment(
+        task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(by_lot)
+    )
     counted, made = plan(prompts, told), len(llm.calls)
     assert 8 < counted.total.calls <= 16  # two methods may show the same records
     run_experiment(prompts, told, print)
@@ -136,7 +195,14 @@ def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
 
 def test_a_plan_prices_and_times_by_what_it_saw(tmp_path: Path) -> None:
     one = experiment(TAGS, tmp_path, "zero-shot")
-    priced = Experiment(**{**one.__dict__, "settings": one.settings.model_copy(update={"price_prompt": 2e6, "price_completion": 0.0})})
+    priced = Experiment(
+        **{
+            **one.__dict__,
+            "settings": one.settings.model_copy(
+                update={"price_prompt": 2e6, "price_completion": 0.0}
+            ),
+        }
+    )
     found = plan(priced, told)
     (stage,) = found.stages
     assert stage.cost == 2 * stage.prompt_tokens > 0
@@ -148,9 +214,13 @@ def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
     one = experiment(TAGS, tmp_path, "hydra@1,3")
     found = plan(one, told)
     assert found.parallel == one.settings.concurrency
-    assert 0 < found.texts <= 6 * 8 * 2 + 2 * 2  # records with and without their answers, and queries; what was gone through is kept
+    assert (
+        0 < found.texts <= 6 * 8 * 2 + 2 * 2
+    )  # records with and without their answers, and queries; what was gone through is kept
     assert found.encoding > 0
-    whole = replace(found, stages=tuple(replace(stage, seconds=80.0) for stage in found.stages), encoding=20.0)
+    whole = replace(
+        found, stages=tuple(replace(stage, seconds=80.0) for stage in found.stages), encoding=20.0
+    )
     assert whole.seconds == 80.0 * len(found.stages) / found.parallel + 20.0
     whole = replace(whole, stages=whole.stages[:1])
     *_, encode, total = as_rows(whole)
@@ -161,62 +231,153 @@ def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
 
 def test_what_shows_a_part_is_left_out_where_that_was_not_learned(tmp_path: Path) -> None:
     said: list[str] = []
-    same = RuleLLM(lambda messages, index, rng: "a song")  # no two candidates differ: no adapter can be learned
+    same = RuleLLM(
+        lambda messages, index, rng: "a song"
+    )  # no two candidates differ: no adapter can be learned
     one = experiment(TITLES, tmp_path, "rag@1,hydra@1,3,hydra-adapter@3,hydra-published@1,3", same)
     outcome = run_experiment(one, told, said.append)
-    assert list(dict.fromkeys(sample.method for sample in outcome.samples)) == ["rag@1", "hydra@1,3"]
+    assert list(dict.fromkeys(sample.method for sample in outcome.samples)) == [
+        "rag@1",
+        "hydra@1,3",
+    ]
     why = "which shows the adapter: no two candidates of a query differed in what they were worth"
     assert [line for line in said if "left out" in line] == [
         f"left out: {name}, {why}" for name in ("hydra-adapter@3", "hydra-published@1,3")
     ]
     alone = experiment(TITLES, tmp_path, "hydra-adapter@3", same)
-    with pytest.raises(DataError, match=r"no method is left: no adapter was learned \(no two candidates"):
+    with pytest.raises(
+        DataError, match=r"no method is left: no adapter was learned \(no two candidates"
+    ):
         run_experiment(alone, told, said.append)
 
 
 def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:
     llm = RuleLLM(by_lot)
-    outcome = run_experiment(experiment(TAGS, tmp_path, "rag@1,user-majority,copy-nearest", llm), told, print)
+    outcome = run_experiment(
+        experiment(TAGS, tmp_path, "rag@1,user-majority,copy-nearest", llm), told, print
+    )
     assert len(llm.calls) == 4
     assert not (tmp_path / "run" / "bundle").exists()
-    assert {sample.method for sample in outcome.samples} == {"rag@1", "user-majority", "copy-nearest"}
+    assert {sample.method for sample in outcome.samples} == {
+        "rag@1",
+        "user-majority",
+        "copy-nearest",
+    }
 
 
-def test_the_command_takes_k_b_and_seeds_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_k_b_and_seeds_and_plans(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS), tmp_path / "data")
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
-    common = ["bench", "run", str(tmp_path / "data"), "--llm", "fake:rule=labels", *settings, "--set", f"cache={tmp_path / 'cache'}"]
+    common = [
+        "bench",
+        "run",
+        str(tmp_path / "data"),
+        "--llm",
+        "fake:rule=labels",
+        *settings,
+        "--set",
+        f"cache={tmp_path / 'cache'}",
+    ]
     out = ["--out", str(tmp_path / "run")]
-    assert run([*common, *out, "--methods", "all", "--k", "1", "--b", "3", "--seeds", "0,4", "--dry-run", "--json"]) == 0
+    assert (
+        run(
+            [
+                *common,
+                *out,
+                "--methods",
+                "all",
+                "--k",
+                "1",
+                "--b",
+                "3",
+                "--seeds",
+                "0,4",
+                "--dry-run",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["total"]["calls"] > 0
     assert not (tmp_path / "run").exists()
-    assert run([*common, *out, "--methods", "rag,hydra@1,3", "--seeds", "0,4", "--set", "price_prompt=1000000", "--json"]) == 0
+    assert (
+        run(
+            [
+                *common,
+                *out,
+                "--methods",
+                "rag,hydra@1,3",
+                "--seeds",
+                "0,4",
+                "--set",
+                "price_prompt=1000000",
+                "--json",
+            ]
+        )
+        == 0
+    )
     rag, hydra = json.loads(capsys.readouterr().out)
     assert (rag["seeds"], set(hydra["seeds"]), hydra["queries"]) == ({}, {"0", "4"}, 4)
     assert rag["cost"] > 0
     assert set(rag["seconds"]) == {"retrieve", "rerank", "prompt", "llm", "adapt"}
     learning = json.loads((tmp_path / "run" / "learning.json").read_text())
     assert [entry["seed"] for entry in learning] == [0, 4]
-    assert {stage: spent["calls"] for stage, spent in learning[0]["fitted"]["stages"].items()} == {"fit reranker": 0, "fit adapter": 0}
+    assert {stage: spent["calls"] for stage, spent in learning[0]["fitted"]["stages"].items()} == {
+        "fit reranker": 0,
+        "fit adapter": 0,
+    }
     label = learning[0]["stages"]["label candidates"]
-    assert (label["users"], label["calls"]) == (4, learning[1]["stages"]["label candidates"]["calls"])  # asked once, told by both
+    assert (label["users"], label["calls"]) == (
+        4,
+        learning[1]["stages"]["label candidates"]["calls"],
+    )  # asked once, told by both
     for wrong, said in (
         (["--k", "1,x"], "--k 1,x: write whole numbers from 1 with commas, as 1,2,4"),
         (["--seeds", "-1"], "--seeds -1: write whole numbers from 0"),
-        (["--seeds", "0", "--bundle", str(tmp_path / "run" / "bundle-0")], "--seeds learns a bundle for each: leave --bundle out"),
+        (
+            ["--seeds", "0", "--bundle", str(tmp_path / "run" / "bundle-0")],
+            "--seeds learns a bundle for each: leave --bundle out",
+        ),
     ):
         assert run([*common, *out, *wrong]) == 2
         assert said in capsys.readouterr().err
 
 
-def test_a_recording_takes_the_place_of_the_llm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recording_takes_the_place_of_the_llm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS), tmp_path / "data")
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
-    common = ["bench", "run", str(tmp_path / "data"), "--methods", "rag,hydra@1,3", "--json", *settings]
+    common = [
+        "bench",
+        "run",
+        str(tmp_path / "data"),
+        "--methods",
+        "rag,hydra@1,3",
+        "--json",
+        *settings,
+    ]
     recording = str(tmp_path / "answers.jsonl.gz")
     llm = ["--llm", "fake:rule=labels"]
-    first = [*llm, "--record", recording, "--out", str(tmp_path / "first"), "--set", f"cache={tmp_path / 'cache'}"]
-    again = ["--replay", recording, "--out", str(tmp_path / "again"), "--set", f"cache={tmp_path / 'other'}"]
+    first = [
+        *llm,
+        "--record",
+        recording,
+        "--out",
+        str(tmp_path / "first"),
+        "--set",
+        f"cache={tmp_path / 'cache'}",
+    ]
+    again = [
+        "--replay",
+        recording,
+        "--out",
+        str(tmp_path / "again"),
+        "--set",
+        f"cache={tmp_path / 'other'}",
+    ]
     assert run([*common, *first]) == 0
     asked = json.loads(capsys.readouterr().out)
     assert run([*common, *again]) == 0
@@ -227,19 +388,62 @@ def test_a_recording_takes_the_place_of_the_llm(tmp_path: Path, capsys: pytest.C
         assert "give one of --llm SPEC and --replay FILE" in capsys.readouterr().err
 
 
-def test_a_user_without_queries_is_no_user_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_without_queries_is_no_user_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS, queries=0), tmp_path / "data")
-    assert run(["bench", "run", str(tmp_path / "data"), "--llm", "fake:echo", "--out", str(tmp_path / "run"), "--methods", "rag"]) == 2
-    assert "no new user has a query whose answer is known: users.jsonl needs users with split 'test'" in capsys.readouterr().err
+    assert (
+        run(
+            [
+                "bench",
+                "run",
+                str(tmp_path / "data"),
+                "--llm",
+                "fake:echo",
+                "--out",
+                str(tmp_path / "run"),
+                "--methods",
+                "rag",
+            ]
+        )
+        == 2
+    )
+    assert (
+        "no new user has a query whose answer is known: users.jsonl needs users with split 'test'"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_changed_since_the_run_began_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_changed_since_the_run_began_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS), tmp_path / "data")
-    command = ["bench", "run", str(tmp_path / "data"), "--llm", "fake:rule=labels", "--out", str(tmp_path / "run"), "--methods", "rag"]
+    command = [
+        "bench",
+        "run",
+        str(tmp_path / "data"),
+        "--llm",
+        "fake:rule=labels",
+        "--out",
+        str(tmp_path / "run"),
+        "--methods",
+        "rag",
+    ]
     assert run([*command, "--set", f"cache={tmp_path / 'cache'}"]) == 0
     save(users_data(TAGS, queries=3), tmp_path / "other")
-    assert run([*command[:2], str(tmp_path / "other"), *command[4 - 1 :], "--set", f"cache={tmp_path / 'cache'}"]) == 2
+    assert (
+        run(
+            [
+                *command[:2],
+                str(tmp_path / "other"),
+                *command[4 - 1 :],
+                "--set",
+                f"cache={tmp_path / 'cache'}",
+            ]
+        )
+        == 2
+    )
     assert re.search(r"holds another run \(data: '\w+' there, '\w+' asked", capsys.readouterr().err)
 
 
@@ -253,10 +457,21 @@ class Answers(BaseHTTPRequestHandler):
         type(self).asked += 1
         if type(self).asked > 3:
             type(self).go.wait(60)
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "calm"}}
+        message = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "calm"},
+        }
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         body = json.dumps(
-            {"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [message], "usage": usage}
+            {
+                "id": "c",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
+                "choices": [message],
+                "usage": usage,
+            }
         ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -268,8 +483,12 @@ class Answers(BaseHTTPRequestHandler):
         """A test's server says nothing."""
 
 
-def test_whoever_ends_the_job_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM amid a run, as a scheduler sends it: what was answered is in the recording, and nothing of it is asked again."""
+def test_whoever_ends_the_job_loses_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM amid a run, as a scheduler sends it: what was answered is in the recording, and
+    nothing of it is asked again.
+    """
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     Answers.asked, Answers.go = 0, threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
@@ -277,12 +496,31 @@ def test_whoever_ends_the_job_loses_no_answer(tmp_path: Path, monkeypatch: pytes
     threading.Thread(target=server.serve_forever, daemon=True).start()
     save(users_data(TAGS), tmp_path / "data")
     llm = f"openai:m@http://127.0.0.1:{server.server_address[1]}/v1"
-    command = ["bench", "run", str(tmp_path / "data"), "--llm", llm, "--methods", "rag@1,recent@2", "--set", "concurrency=1"]
+    command = [
+        "bench",
+        "run",
+        str(tmp_path / "data"),
+        "--llm",
+        llm,
+        "--methods",
+        "rag@1,recent@2",
+        "--set",
+        "concurrency=1",
+    ]
 
     def begun(cache: str, out: str) -> subprocess.Popen[str]:
-        places = ["--set", f"cache={tmp_path / cache}", "--out", str(tmp_path / out), "--record", str(tmp_path / "recording.jsonl.gz")]
+        places = [
+            "--set",
+            f"cache={tmp_path / cache}",
+            "--out",
+            str(tmp_path / out),
+            "--record",
+            str(tmp_path / "recording.jsonl.gz"),
+        ]
         entry = [sys.executable, "-c", "from hydra_llm.cli.main import main; main()"]
-        return subprocess.Popen([*entry, *command, *places], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*entry, *command, *places], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     process = begun("one", "first")
     while Answers.asked < 4:
@@ -290,11 +528,16 @@ def test_whoever_ends_the_job_loses_no_answer(tmp_path: Path, monkeypatch: pytes
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.splitlines()[-1]) == (130, "hydra-llm: stopped; the same command continues")
+    assert (process.returncode, err.splitlines()[-1]) == (
+        130,
+        "hydra-llm: stopped; the same command continues",
+    )
     assert len((tmp_path / "first" / "samples.jsonl").read_text().splitlines()) == 3
     Answers.go.set()
     Answers.asked = 0
-    _, err = (other := begun("two", "second")).communicate(timeout=120)  # another machine: no cache, the recording alone
+    _, err = (other := begun("two", "second")).communicate(
+        timeout=120
+    )  # another machine: no cache, the recording alone
     assert other.returncode == 0, err
     assert Answers.asked == 5
     server.shutdown()
@@ -314,7 +557,9 @@ here.noted_run(Path({folder!r}), {fatal})
 
 
 def die_before(name: str) -> None:
-    """kill -9 of this process as soon as `MODULE.FUNCTION` is called for the `TIMES`th time; nothing for an empty name."""
+    """kill -9 of this process as soon as `MODULE.FUNCTION` is called for the `TIMES`th time;
+    nothing for an empty name.
+    """
     if not name:
         return
     path, times = name.split()
@@ -344,14 +589,21 @@ def noted_run(folder: Path, fatal: int) -> list[Any]:
 
     methods = "zero-shot,rag@2,hydra@2,3,bbox-adapter@3"
     one = experiment(TITLES, folder, methods, RuleLLM(rule), seeds=(0, 1))
-    outcome = run_experiment(Experiment(**{**one.__dict__, "settings": one.settings.model_copy(update={"concurrency": 1})}), told, print)
+    outcome = run_experiment(
+        Experiment(
+            **{**one.__dict__, "settings": one.settings.model_copy(update={"concurrency": 1})}
+        ),
+        told,
+        print,
+    )
     return [(sample.key, sample.answer, sample.error) for sample in outcome.samples]
 
 
 @pytest.mark.slow
 def test_a_kill_in_any_stage_loses_the_call_in_flight_and_changes_nothing(tmp_path: Path) -> None:
-    """kill -9 while records are labelled, candidates are labelled, new users are fitted, and queries are answered; and without a call in
-    flight: in training, with half a bundle written, between fitting and saving, before the results are written.
+    """kill -9 while records are labelled, candidates are labelled, new users are fitted, and
+    queries are answered; and without a call in flight: in training, with half a bundle written,
+    between fitting and saving, before the results are written.
     """
     (tmp_path / "whole").mkdir()
     expected = noted_run(tmp_path / "whole", -1)
@@ -360,27 +612,36 @@ def test_a_kill_in_any_stage_loses_the_call_in_flight_and_changes_nothing(tmp_pa
         folder = tmp_path / str(share)
         folder.mkdir()
         fatal = int(share * len(whole))
-        killed = run_script(KILLED.format(this=__file__, folder=str(folder), fatal=fatal, before=""))
+        killed = run_script(
+            KILLED.format(this=__file__, folder=str(folder), fatal=fatal, before="")
+        )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert noted_run(folder, -1) == expected
         again = (folder / "calls").read_text().splitlines()
         assert len(again) - len(whole) <= one_call(again[fatal - 1 :], again[: fatal - 1])
     for before in (
-        "hydra_llm.learning.api.learn_scorer 2",
-        "hydra_llm.model.bundle._write_new 1",
+        "hydra_llm.training.api.learn_scorer 2",
+        "hydra_llm.model.persistence._write_new 1",
         "hydra_llm.bundle:Bundle.save 2",
         "hydra_llm.bench.runlog:RunLog.add 5",
     ):
         folder = tmp_path / before
         folder.mkdir()
-        killed = run_script(KILLED.format(this=__file__, folder=str(folder), fatal=-1, before=before))
+        killed = run_script(
+            KILLED.format(this=__file__, folder=str(folder), fatal=-1, before=before)
+        )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert noted_run(folder, -1) == expected
         assert sorted((folder / "calls").read_text().splitlines()) == sorted(whole)
 
 
 def run_script(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", text], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
 
 
 def one_call(after: Sequence[str], before: Sequence[str]) -> int:

@@ -1,4 +1,6 @@
-"""What a run says of itself: every sentence stands on the run's own numbers, and is absent where there are none."""
+"""What a run says of itself: every sentence stands on the run's own numbers, and is absent where
+there are none.
+"""
 
 import json
 import math
@@ -10,25 +12,52 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.costs import as_costs, as_learning
-from hydra_llm.bench.findings import calibration_error, findings
-from hydra_llm.bench.markdown import markdown
-from hydra_llm.bench.report import Run, lines_of, open_run
+from hydra_llm.bench.report.costs import as_costs, as_learning
+from hydra_llm.bench.report.findings import calibration_error, findings
+from hydra_llm.bench.report.markdown import markdown
+from hydra_llm.bench.report.tables import Run, lines_of, open_run
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.meter import Prices
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 
-TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud"), metrics=("accuracy",), like="LaMP-2")
+TAGS = Task(
+    "tags",
+    "classification",
+    "Which tag? {input}",
+    ("calm", "loud"),
+    metrics=("accuracy",),
+    like="LaMP-2",
+)
 USERS = tuple(f"u{i:02}" for i in range(20))
-MANIFEST = {"data": "d", "task": TAGS.to_json(), "llm": {"model": "m"}, "users": 20, "queries": 80, "settings": {"k": 4}}
-RIGHT: Mapping[str, int] = {"rag@4": 1, "hydra@4,8": 3, "mbr@8": 3, "scorer-only": 4, "random@8": 2, "oracle@8": 4}
+MANIFEST = {
+    "data": "d",
+    "task": TAGS.to_json(),
+    "llm": {"model": "m"},
+    "users": 20,
+    "queries": 80,
+    "settings": {"k": 4},
+}
+RIGHT: Mapping[str, int] = {
+    "rag@4": 1,
+    "hydra@4,8": 3,
+    "mbr@8": 3,
+    "scorer-only": 4,
+    "random@8": 2,
+    "oracle@8": 4,
+}
 """How many of a user's four queries a method answers right."""
 
 
 def spent(users: int, seconds: float, calls: int = 0) -> dict[str, float]:
-    return {"users": users, "seconds": seconds, "calls": calls, "prompt_tokens": 100 * calls, "completion_tokens": 10 * calls}
+    return {
+        "users": users,
+        "seconds": seconds,
+        "calls": calls,
+        "prompt_tokens": 100 * calls,
+        "completion_tokens": 10 * calls,
+    }
 
 
 LEARNED = {
@@ -36,7 +65,14 @@ LEARNED = {
     "users": 10,
     "stages": {"label records": spent(3, 30.0, calls=12), "fit adapter": spent(10, 1.0)},
     "fitted": {"users": 20, "stages": {"fit adapter": spent(20, 0.5)}},
-    "reranker": {"loss_uniform": 1.6, "loss_shared": 1.5, "loss_user": 1.4, "gain_first": 0.6, "gain_pick": 0.7, "gain_best": 0.9},
+    "reranker": {
+        "loss_uniform": 1.6,
+        "loss_shared": 1.5,
+        "loss_user": 1.4,
+        "gain_first": 0.6,
+        "gain_pick": 0.7,
+        "gain_best": 0.9,
+    },
     "adapter": {
         "loss_uniform": 0.7,
         "loss_shared": 0.6,
@@ -53,9 +89,19 @@ def made(folder: Path, learning: list[dict[str, Any]]) -> Run:
     for user in USERS:
         for place in range(4):
             for method, right in RIGHT.items():
-                own = {"probability": 0.75, "agreement": 1.0 if place else 0.5} if method == "hydra@4,8" else {}
+                own = (
+                    {"probability": 0.75, "agreement": 1.0 if place else 0.5}
+                    if method == "hydra@4,8"
+                    else {}
+                )
                 answer = "calm" if place < right else "loud"
-                costs = {"calls": 2, "tokens": 110, "completion_tokens": 10, "llm_seconds": 2.0, "seconds": {"retrieve": 0.5, "llm": 9.0}}
+                costs = {
+                    "calls": 2,
+                    "tokens": 110,
+                    "completion_tokens": 10,
+                    "llm_seconds": 2.0,
+                    "seconds": {"retrieve": 0.5, "llm": 9.0},
+                }
                 log.add(Sample(method, user, str(place), "calm", answer, **costs, **own))  # type: ignore[arg-type]
     log.finish([], learning)
     return open_run(folder)
@@ -66,18 +112,34 @@ def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) ->
     assert findings(opened, lines_of(opened)) == [
         "hydra@4,8 is better in accuracy than rag@4 (+0.500 [+0.500, +0.500]).",
         "hydra@4,8 is worse in accuracy than scorer-only (-0.250 [-0.250, -0.250]).",
-        "hydra@4,8 is not separated in accuracy from mbr@8 (+0.000 [+0.000, +0.000]); it is not ahead of mbr@8.",
-        "Choosing among the LLM's samples can move accuracy from 0.500 (one by lot) to 1.000 (the best one); "
-        "hydra@4,8 reaches 0.750, 50% of that way.",
-        "For hydra@4,8 the most frequent answer has 88% of the LLM's samples; in 75% of the queries they all agree.",
-        "hydra@4,8 gives its picks a probability of 0.75 on average, and 0.75 of them are the user's answer; "
-        "expected calibration error 0.000.",
-        "On held-out training users the reranker's cross-entropy over records is 1.600 for equal shares, 1.500 for the shared head, "
-        "1.400 for the users' own.",
-        "There the LLM's answer is worth 0.700 with the reranker's first record, 0.600 with the retriever's first, 0.900 with the best: "
-        "its order is used.",
-        "Where the LLM was asked about held-out training users, the adapter's cross-entropy is 0.500 without its votes "
-        "and 0.400 with them.",
+        (
+            "hydra@4,8 is not separated in accuracy from mbr@8 (+0.000 [+0.000, +0.000]); it is not"
+            " ahead of mbr@8."
+        ),
+        (
+            "Choosing among the LLM's samples can move accuracy from 0.500 (one by lot) to 1.000"
+            " (the best one); hydra@4,8 reaches 0.750, 50% of that way."
+        ),
+        (
+            "For hydra@4,8 the most frequent answer has 88% of the LLM's samples; in 75% of the"
+            " queries they all agree."
+        ),
+        (
+            "hydra@4,8 gives its picks a probability of 0.75 on average, and 0.75 of them are the"
+            " user's answer; expected calibration error 0.000."
+        ),
+        (
+            "On held-out training users the reranker's cross-entropy over records is 1.600 for"
+            " equal shares, 1.500 for the shared head, 1.400 for the users' own."
+        ),
+        (
+            "There the LLM's answer is worth 0.700 with the reranker's first record, 0.600 with the"
+            " retriever's first, 0.900 with the best: its order is used."
+        ),
+        (
+            "Where the LLM was asked about held-out training users, the adapter's cross-entropy is"
+            " 0.500 without its votes and 0.400 with them."
+        ),
     ]
 
 
@@ -85,20 +147,29 @@ def test_of_texts_a_pick_is_right_that_is_as_good_as_the_best_sample(tmp_path: P
     titles = Task("titles", "generation", "Title? {input}", metrics=("rouge1",))
     opened = made(tmp_path, [])
     picks = [
-        replace(s, answer={"calm": "a calm night", "loud": "rain"}[s.answer or ""], gold="a calm night")
+        replace(
+            s, answer={"calm": "a calm night", "loud": "rain"}[s.answer or ""], gold="a calm night"
+        )
         for s in opened.samples
         if s.method in ("hydra@4,8", "oracle@8")
     ]
     text = Run(opened.folder, {**opened.manifest, "task": titles.to_json()}, titles, tuple(picks))
-    said = "gives its picks a probability of 0.75 on average, and 0.75 of them are as good as the best one; expected"
+    said = (
+        "gives its picks a probability of 0.75 on average, and 0.75 of them are as good as the best"
+        " one; expected"
+    )
     assert any(said in each for each in findings(text, lines_of(text)))
-    other = replace(text, manifest={**text.manifest, "settings": {"k": 2}})  # whose bounds stand on other samples
+    other = replace(
+        text, manifest={**text.manifest, "settings": {"k": 2}}
+    )  # whose bounds stand on other samples
     assert not any("probability" in each for each in findings(other, lines_of(other)))
 
 
 def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
     opened = made(tmp_path, [])
-    other = Run(opened.folder, {**opened.manifest, "settings": {"k": 2}}, opened.task, opened.samples)
+    other = Run(
+        opened.folder, {**opened.manifest, "settings": {"k": 2}}, opened.task, opened.samples
+    )
     assert any("Choosing among" in sentence for sentence in findings(opened, lines_of(opened)))
     assert not any("Choosing among" in sentence for sentence in findings(other, lines_of(other)))
 
@@ -107,7 +178,12 @@ def test_what_was_not_measured_is_not_said(tmp_path: Path) -> None:
     skipped = {"reranker": {"skipped": "no record mattered"}, "adapter": {}}
     said = findings(opened := made(tmp_path, [skipped]), lines_of(opened))
     assert said[-1] == "No reranker was learned: no record mattered."
-    alone = Run(opened.folder, opened.manifest, opened.task, tuple(s for s in opened.samples if s.method == "rag@4"))
+    alone = Run(
+        opened.folder,
+        opened.manifest,
+        opened.task,
+        tuple(s for s in opened.samples if s.method == "rag@4"),
+    )
     assert findings(alone, lines_of(alone)) == []
 
 
@@ -117,15 +193,26 @@ def test_calibration_error_against_the_definition() -> None:
     expected = 0.0
     for low in np.arange(10) / 10:
         inside = [(s, r) for s, r in zip(sure, right, strict=True) if low <= s < low + 0.1]
-        expected += len(inside) / 500 * abs(np.mean([s for s, _ in inside]) - np.mean([r for _, r in inside]))
+        expected += (
+            len(inside)
+            / 500
+            * abs(np.mean([s for s, _ in inside]) - np.mean([r for _, r in inside]))
+        )
     assert calibration_error(sure, right) == pytest.approx(expected)
     assert calibration_error(np.ones(3), np.ones(3)) == 0.0
 
 
 def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
     opened = made(tmp_path, [LEARNED])
-    rows = {row["method"]: row for row in as_costs(lines_of(opened, prices=Prices(prompt=1e6, completion=2e6)))}
-    assert (rows["rag@4"]["money"], rows["rag@4"]["LLM s"], rows["rag@4"]["retrieve ms"]) == (120.0, 2.0, 500.0)
+    rows = {
+        row["method"]: row
+        for row in as_costs(lines_of(opened, prices=Prices(prompt=1e6, completion=2e6)))
+    }
+    assert (rows["rag@4"]["money"], rows["rag@4"]["LLM s"], rows["rag@4"]["retrieve ms"]) == (
+        120.0,
+        2.0,
+        500.0,
+    )
     label, train, fit = as_learning(opened, Prices(prompt=1e6, completion=2e6))
     assert label == {
         "seed": 0,
@@ -160,17 +247,37 @@ def test_a_method_that_learns_as_it_answers_tells_what_that_took_once(tmp_path: 
         {"4:u1": spent(1, 3.0, calls=2)},
         {"": spent(5, 9.0, calls=40)},
     )
-    samples = [replace(opened.samples[0], method="bbox-adapter@8", query=str(n), learned=each) for n, each in enumerate(learned)]
-    samples.append(replace(samples[1], query="later", learned={"6:u0": spent(1, 2.0, calls=2)}))  # with more of his history: another one
+    samples = [
+        replace(opened.samples[0], method="bbox-adapter@8", query=str(n), learned=each)
+        for n, each in enumerate(learned)
+    ]
+    samples.append(
+        replace(samples[1], query="later", learned={"6:u0": spent(1, 2.0, calls=2)})
+    )  # with more of his history: another one
     samples += [replace(sample, seed=1) for sample in samples]  # asks the same
-    everybody, new = as_learning(replace(opened, samples=tuple(samples)))  # it was stopped, and learned again when it went on
-    assert (everybody["stage"], everybody["users"], everybody["LLM calls"]) == ("bbox-adapter@8", 5, 40)
-    assert (new["stage"], new["users"], new["LLM calls"], new["s per user"]) == ("bbox-adapter@8, new users", 2, 6, 3.0)
+    everybody, new = as_learning(
+        replace(opened, samples=tuple(samples))
+    )  # it was stopped, and learned again when it went on
+    assert (everybody["stage"], everybody["users"], everybody["LLM calls"]) == (
+        "bbox-adapter@8",
+        5,
+        40,
+    )
+    assert (new["stage"], new["users"], new["LLM calls"], new["s per user"]) == (
+        "bbox-adapter@8, new users",
+        2,
+        6,
+        3.0,
+    )
 
 
-def test_the_command_prints_costs_and_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_costs_and_findings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made(tmp_path / "run", [LEARNED])
-    assert run(["bench", "show", str(tmp_path / "run"), "--costs", "--price-prompt", "1000000"]) == 0
+    assert (
+        run(["bench", "show", str(tmp_path / "run"), "--costs", "--price-prompt", "1000000"]) == 0
+    )
     printed = capsys.readouterr().out
     assert "What a query costs" in printed
     assert "- hydra@4,8 is better in accuracy than rag@4" in printed

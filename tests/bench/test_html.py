@@ -1,4 +1,6 @@
-"""The page of a run: it holds all that it shows, quotes the data only where that is asked for, and trusts no text."""
+"""The page of a run: it holds all that it shows, quotes the data only where that is asked for, and
+trusts no text.
+"""
 
 import re
 from collections.abc import Sequence
@@ -8,16 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from hydra_llm.bench import html, report
-from hydra_llm.bench.about import about, limits, sentence
-from hydra_llm.bench.markdown import markdown
+from hydra_llm.bench.report import html
+from hydra_llm.bench.report import tables as report
+from hydra_llm.bench.report.markdown import markdown
+from hydra_llm.bench.report.summary import about, limits, sentence
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 
 TITLES = Task("titles", "generation", "A headline: {input}", like="LaMP-4")
 LLM = {"kind": "gguf", "model": "tiny & small"}
-MANIFEST = {"data": "d" * 64, "task": TITLES.to_json(), "llm": LLM, "users": 6, "queries": 18, "settings": {"k": 4, "seed": 7}}
+MANIFEST = {
+    "data": "d" * 64,
+    "task": TITLES.to_json(),
+    "llm": LLM,
+    "users": 6,
+    "queries": 18,
+    "settings": {"k": 4, "seed": 7},
+}
 ANSWERS = {
     "rag@1": "senate votes",
     "rag@4": "senate votes late",
@@ -33,7 +43,16 @@ def write(folder: Path) -> Path:
     for place in range(6):
         for query in "abc":
             for method, answer in ANSWERS.items():
-                log.add(Sample(method, f"person{place}", query, GOLD, answer if place or method != "rag@4" else GOLD, calls=1))
+                log.add(
+                    Sample(
+                        method,
+                        f"person{place}",
+                        query,
+                        GOLD,
+                        answer if place or method != "rag@4" else GOLD,
+                        calls=1,
+                    )
+                )
     return folder
 
 
@@ -72,15 +91,39 @@ class Tags(HTMLParser):
 def test_the_page_says_what_was_run_and_asks_for_nothing_else(opened: report.Run) -> None:
     text = page(opened)
     tags = Tags(text).found
-    assert {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "image", "use", "foreignobject"} == set()
+    assert {tag for tag, _ in tags} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "image",
+        "use",
+        "foreignobject",
+    } == set()
     names = {name for _, attributes in tags for name in attributes}
-    assert not {name for name in names if name.startswith("on") or name.endswith("href") or name == "src"}
-    assert set(re.findall(r"https?://[^\"' )]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not {
+        name for name in names if name.startswith("on") or name.endswith("href") or name == "src"
+    }
+    assert set(re.findall(r"https?://[^\"' )]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert "url(" not in text
     assert "@import" not in text
-    for told in ("<h1>titles</h1>", "LaMP-style, shaped like LaMP-4", "tiny &amp; small", "<dd>18</dd>", "<dd>7</dd>", "k = 4", "torch "):
+    for told in (
+        "<h1>titles</h1>",
+        "LaMP-style, shaped like LaMP-4",
+        "tiny &amp; small",
+        "<dd>18</dd>",
+        "<dd>7</dd>",
+        "k = 4",
+        "torch ",
+    ):
         assert told in text
-    assert sum(tag == "svg" for tag, _ in tags) == 5  # three metrics, calls, users: nothing was spent on tokens
+    assert (
+        sum(tag == "svg" for tag, _ in tags) == 5
+    )  # three metrics, calls, users: nothing was spent on tokens
 
 
 def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
@@ -92,18 +135,38 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
         for name, value in row.items():
             if name not in ("part", "method"):
                 assert str(value).removesuffix(" *").removesuffix(" '") in shown
-    for row in report.as_differences({line.row.method: line.against for line in lines if line.against is not None}):
-        assert all(str(value).replace("'", "&#39;") in shown for name, value in row.items() if name != "method")
+    for row in report.as_differences(
+        {line.row.method: line.against for line in lines if line.against is not None}
+    ):
+        assert all(
+            str(value).replace("'", "&#39;") in shown
+            for name, value in row.items()
+            if name != "method"
+        )
     best = [value for kind, value in cells if kind == "best"]
     assert best == [
-        str(report.cell(*line.row.metrics[name])) for line in lines if line.row.method == "rag@4" for name in ("rouge1", "rougeL", "bleu")
+        str(report.cell(*line.row.metrics[name]))
+        for line in lines
+        if line.row.method == "rag@4"
+        for name in ("rouge1", "rougeL", "bleu")
     ]
-    assert [kind for kind, _ in cells].count("second") == list(report.marks(opened, lines).values()).count(2) >= 3
-    order = ['<tbody class="prompt">', '<tbody class="hydra">', '<tbody class="bound">', "Differences from rag@4"]
+    assert (
+        [kind for kind, _ in cells].count("second")
+        == list(report.marks(opened, lines).values()).count(2)
+        >= 3
+    )
+    order = [
+        '<tbody class="prompt">',
+        '<tbody class="hydra">',
+        '<tbody class="bound">',
+        "Differences from rag@4",
+    ]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
 
 
-def test_answers_are_quoted_only_where_they_are_asked_for_and_are_never_markup(opened: report.Run) -> None:
+def test_answers_are_quoted_only_where_they_are_asked_for_and_are_never_markup(
+    opened: report.Run,
+) -> None:
     text = page(opened)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "<script" not in text
@@ -115,9 +178,22 @@ def test_answers_are_quoted_only_where_they_are_asked_for_and_are_never_markup(o
 
 
 def test_a_run_says_what_it_was(opened: report.Run) -> None:
-    told = limits({"retrieved": 5, "samples": 8, "temperature": 0.0, "queries_per_user": 3, "asked_users": None})
-    assert told == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a training user"
-    lenient = replace(opened, manifest={**opened.manifest, "settings": {"parsing": "lenient", "retrieved": 5}})
+    told = limits(
+        {
+            "retrieved": 5,
+            "samples": 8,
+            "temperature": 0.0,
+            "queries_per_user": 3,
+            "asked_users": None,
+        }
+    )
+    assert (
+        told == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a"
+        " training user"
+    )
+    lenient = replace(
+        opened, manifest={**opened.manifest, "settings": {"parsing": "lenient", "retrieved": 5}}
+    )
     assert "answers are read: lenient; limits: M = 5 records to rerank" in sentence(lenient)
     assert sentence(lenient) in markdown(lenient, report.lines_of(lenient), "rag@4")
 
@@ -131,12 +207,16 @@ def test_the_same_queries_are_drawn_each_time_with_every_answer(opened: report.R
     assert html.sampled(opened, seed=1) != asked
     for each in asked:
         assert sorted(method for said in each.said for method in said.methods) == sorted(ANSWERS)
-        assert [said.gain for said in each.said] == sorted((said.gain for said in each.said), reverse=True)
+        assert [said.gain for said in each.said] == sorted(
+            (said.gain for said in each.said), reverse=True
+        )
     first = asked[0].said[0]
     assert (first.gain, first.answer) == (1.0, GOLD)
 
 
-def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(opened: report.Run) -> None:
+def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(
+    opened: report.Run,
+) -> None:
     samples = (
         Sample("rag@1", "u", "q", GOLD, None, "HTTP 500"),
         Sample("rag@4", "u", "q", GOLD, None),
@@ -146,14 +226,29 @@ def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(
     )
     (asked,) = html.sampled(replace(opened, samples=samples))
     found = [(said.answer, said.error, said.gain, len(said.methods)) for said in asked.said]
-    assert found == [(GOLD, "", 1.0, 2), ("votes", "", pytest.approx(0.4), 1), (None, "", 0.0, 1), (None, "HTTP 500", None, 1)]
-    assert [said.methods for said in asked.said[:2]] == [("hydra@4,8 (seed 0)", "oracle"), ("hydra@4,8 (seed 2)",)]
+    assert found == [
+        (GOLD, "", 1.0, 2),
+        ("votes", "", pytest.approx(0.4), 1),
+        (None, "", 0.0, 1),
+        (None, "HTTP 500", None, 1),
+    ]
+    assert [said.methods for said in asked.said[:2]] == [
+        ("hydra@4,8 (seed 0)", "oracle"),
+        ("hydra@4,8 (seed 2)",),
+    ]
     assert about(replace(opened, samples=samples))["seeds"] == "0, 2"
 
 
 def test_a_run_of_one_user_and_one_method_has_a_page(tmp_path: Path) -> None:
     log = RunLog(
-        tmp_path / "small", {"data": "d", "task": Task("a<b", "generation", "{input}").to_json(), "llm": {}, "users": 1, "queries": 1}
+        tmp_path / "small",
+        {
+            "data": "d",
+            "task": Task("a<b", "generation", "{input}").to_json(),
+            "llm": {},
+            "users": 1,
+            "queries": 1,
+        },
     )
     log.add(Sample("zero-shot", "u", "q", "x", "x"))
     text = page(report.open_run(tmp_path / "small"))
@@ -165,22 +260,37 @@ def test_a_run_of_one_user_and_one_method_has_a_page(tmp_path: Path) -> None:
 
 
 def test_a_run_of_which_all_failed_says_so(opened: report.Run) -> None:
-    text = page(replace(opened, samples=tuple(replace(sample, answer=None, error="HTTP 500") for sample in opened.samples)))
+    text = page(
+        replace(
+            opened,
+            samples=tuple(
+                replace(sample, answer=None, error="HTTP 500") for sample in opened.samples
+            ),
+        )
+    )
     assert ">failed</td>" in text
     assert "failed: HTTP 500" in text
     Tags(text)
 
 
-def test_the_command_writes_runs_into_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_runs_into_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = [str(write(tmp_path / name)) for name in ("one", "two")]
     file = tmp_path / "new" / "report.html"
     assert run(["bench", "show", *folders, "--html", str(file)]) == 0
-    assert f"wrote {file}: it quotes the data, --no-answers leaves that out" in capsys.readouterr().err
+    assert (
+        f"wrote {file}: it quotes the data, --no-answers leaves that out" in capsys.readouterr().err
+    )
     text = file.read_text(encoding="utf-8")
     assert (text.count("<article>"), text.count("<svg"), text.count("<!doctype")) == (2, 10, 1)
     assert run(["bench", "show", *folders, "--html", str(file), "--no-answers"]) == 0
     assert "it quotes" not in capsys.readouterr().err
     assert "senate" not in file.read_text(encoding="utf-8")
-    for option, said in (("--html", "cannot be written"), ("--markdown", "cannot be written"), ("--plots", "is a file")):
+    for option, said in (
+        ("--html", "cannot be written"),
+        ("--markdown", "cannot be written"),
+        ("--plots", "is a file"),
+    ):
         assert run(["bench", "show", *folders, option, str(file / "within")]) == 2
         assert said in capsys.readouterr().err

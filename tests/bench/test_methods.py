@@ -8,24 +8,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.controls import ByVotes, InTurn, Oracle
+from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle
 from hydra_llm.bench.methods import Parts, find_methods, split_names
-from hydra_llm.bench.run import run_methods, tabulate
 from hydra_llm.bench.runlog import Sample
+from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
-from hydra_llm.evidence import Population
-from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.tasks.task import Task
+from hydra_llm.side_features import CohortStats
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate, Message, Query, Record
 
-TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"), metrics=("accuracy",))
+TAGS = Task(
+    "tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"), metrics=("accuracy",)
+)
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
 TITLES = Task("titles", "generation", "Title of: {input}")
 TEXTS = ("rain one", "war two", "love three", "rain four")
-RECORDS = {"u": [Record("u", str(i), text, TAGS.labels[i % 3], position=i) for i, text in enumerate(TEXTS)]}
+RECORDS = {
+    "u": [Record("u", str(i), text, TAGS.labels[i % 3], position=i) for i, text in enumerate(TEXTS)]
+}
 QUERY = Query("u", "q", "war five", "odd", position=9)
 
 
@@ -35,12 +39,15 @@ class Store:
     version = 0
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        return np.array([[text.startswith(word) for word in ("rain", "war", "love")] for text in texts], dtype=np.float32)
+        return np.array(
+            [[text.startswith(word) for word in ("rain", "war", "love")] for text in texts],
+            dtype=np.float32,
+        )
 
 
 def parts(llm: Any, task: Task = TAGS, **chosen: Any) -> Parts:
     given = Settings(**{"samples": 4, "k": 2, "retrieved": 3, "prompt_style": "block", **chosen})
-    return Parts(Bundle(task, given, {}, Store(), Population()), llm, given, RECORDS)  # type: ignore[arg-type]
+    return Parts(Bundle(task, given, {}, Store(), CohortStats()), llm, given, RECORDS)  # type: ignore[arg-type]
 
 
 def answer(name: str, llm: RuleLLM, **chosen: Any) -> Sample:
@@ -65,7 +72,10 @@ def shown(llm: RuleLLM) -> list[str]:
         ("zero-shot", []),
         ("rag", ["rain four", "war two"]),  # the best stands last
         ("rag@1", ["war two"]),
-        ("rag@4", ["rain one", "love three", "rain four", "war two"]),  # more than are retrieved by default
+        (
+            "rag@4",
+            ["rain one", "love three", "rain four", "war two"],
+        ),  # more than are retrieved by default
         ("recent@2", ["love three", "rain four"]),
         ("rag-dense@1", ["war two"]),
     ],
@@ -84,12 +94,16 @@ def test_a_profile_is_written_once_from_the_history_and_stands_before_the_record
     llm, later = RuleLLM(rule), [replace(QUERY, id=f"q{i}") for i in range(3)]
     samples = run_sync(lambda: run_methods(find_methods(["pag@1"]), parts(llm), later))
     about, *asked = llm.calls
-    assert all(f"{record.input} → {record.output}" in about[0]["content"] for record in RECORDS["u"])
+    assert all(
+        f"{record.input} → {record.output}" in about[0]["content"] for record in RECORDS["u"]
+    )
     assert [call[0] for call in asked] == [{"role": "system", "content": "likes it loud"}] * 3
     assert all("war two" in call[-1]["content"] for call in asked)
     assert sorted(sample.calls for sample in samples) == [1, 1, 2]
     early = RuleLLM(rule)
-    run_sync(lambda: run_methods(find_methods(["pag@1"]), parts(early), [replace(QUERY, position=1)]))
+    run_sync(
+        lambda: run_methods(find_methods(["pag@1"]), parts(early), [replace(QUERY, position=1)])
+    )
     assert "war two" not in str(early.calls)  # nor is a profile written from what came later
     assert len(early.calls) == 2
 
@@ -104,7 +118,9 @@ def test_records_by_lot_change_with_the_seed_and_not_with_the_run() -> None:
     assert len(set(drawn)) > 2
 
 
-@pytest.mark.parametrize("name", ["self-consistency@3", "mbr@3", "oracle@3", "hydra@2,3", "hydra-adapter@3"])
+@pytest.mark.parametrize(
+    "name", ["self-consistency@3", "mbr@3", "oracle@3", "hydra@2,3", "hydra-adapter@3"]
+)
 def test_candidates_are_as_many_as_the_name_says(name: str) -> None:
     texts = 0
 
@@ -128,47 +144,75 @@ def test_the_nearest_records_answer_is_copied() -> None:
     assert answer("copy-nearest", RuleLLM(loud)).answer == "loud"  # of "war two"
     (method,) = find_methods(["copy-nearest"])
     control = method.build(parts(RuleLLM(loud), STARS))
-    assert run_sync(lambda: control.aanswer(Query("new", "q", "x"))).text == "3"  # nothing to copy: the middle of the scale
+    assert (
+        run_sync(lambda: control.aanswer(Query("new", "q", "x"))).text == "3"
+    )  # nothing to copy: the middle of the scale
 
 
 def of(**votes: int) -> list[Candidate]:
-    return [Candidate(text.strip("_"), None if text == "_" else text.strip("_"), count) for text, count in votes.items()]
+    return [
+        Candidate(text.strip("_"), None if text == "_" else text.strip("_"), count)
+        for text, count in votes.items()
+    ]
 
 
 def test_votes_pick_the_mode_the_median_and_the_middle() -> None:
     stars = of(_1=3, _4=2, _5=2)
-    assert ByVotes(STARS, "best").choose(QUERY, stars, [])[1] == 0
-    assert ByVotes(STARS, "expected-gain").choose(QUERY, stars, [])[1] == 1  # the median of 1 1 1 4 4 5 5
-    texts = [Candidate(text, text, 1) for text in ("a storm at sea", "the great war", "the great war again")]
-    assert ByVotes(TITLES, "expected-gain").choose(QUERY, texts, [])[1] == 1
-    assert ByVotes(TAGS, "best").choose(QUERY, of(_=9, calm=1, loud=2), [])[1] == 2  # what cannot be read has no vote
-    assert ByVotes(TAGS, "best").choose(QUERY, of(_=9), [])[1] == 0
+    assert ByVoteShare(STARS, "best").choose(QUERY, stars, [])[1] == 0
+    assert (
+        ByVoteShare(STARS, "expected-gain").choose(QUERY, stars, [])[1] == 1
+    )  # the median of 1 1 1 4 4 5 5
+    texts = [
+        Candidate(text, text, 1)
+        for text in ("a storm at sea", "the great war", "the great war again")
+    ]
+    assert ByVoteShare(TITLES, "expected-gain").choose(QUERY, texts, [])[1] == 1
+    assert (
+        ByVoteShare(TAGS, "best").choose(QUERY, of(_=9, calm=1, loud=2), [])[1] == 2
+    )  # what cannot be read has no vote
+    assert ByVoteShare(TAGS, "best").choose(QUERY, of(_=9), [])[1] == 0
 
 
 def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
     assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2, odd=1), [])[1] == 2
     assert Oracle(STARS).choose(Query("u", "q", "", "4"), of(_1=1, _3=1), [])[1] == 1
     assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2), [])[1] == 0
-    assert Oracle(TAGS).choose(QUERY, of(calm=5, odd=0), [])[1] == 0  # the right label, but the LLM did not say it
+    assert (
+        Oracle(TAGS).choose(QUERY, of(calm=5, odd=0), [])[1] == 0
+    )  # the right label, but the LLM did not say it
 
 
 def test_one_by_lot_is_every_sample_once() -> None:
     given = of(calm=3, loud=1, odd=0)
-    assert [InTurn(place).choose(QUERY, given, [])[1] for place in range(4)] == [0, 0, 0, 1]
-    assert InTurn(2).choose(QUERY, of(calm=0, loud=0), [])[1] == 0  # nobody said anything
+    assert [NthSample(place).choose(QUERY, given, [])[1] for place in range(4)] == [0, 0, 0, 1]
+    assert NthSample(2).choose(QUERY, of(calm=0, loud=0), [])[1] == 0  # nobody said anything
     said = RuleLLM(lambda messages, index, rng: ("odd", "calm", "odd", "loud", "odd")[index])
     having = parts(said, candidates="sampled")
-    samples = run_sync(lambda: run_methods(find_methods(["random@5", "self-consistency@5"]), having, [QUERY]))
-    assert sorted(str(sample.answer) for sample in samples[:-1]) == ["calm", "loud", "odd", "odd", "odd"]
+    samples = run_sync(
+        lambda: run_methods(find_methods(["random@5", "self-consistency@5"]), having, [QUERY])
+    )
+    assert sorted(str(sample.answer) for sample in samples[:-1]) == [
+        "calm",
+        "loud",
+        "odd",
+        "odd",
+        "odd",
+    ]
     assert [sample.seed for sample in samples] == [0, 1, 2, 3, 4, 0]
     (row, _) = tabulate(TAGS, samples)
     assert (row.metrics["accuracy"][0], row.queries) == (0.6, 1)
-    assert len({str(call) for call in said.calls}) == 1  # all turns share the query's prompt, and with a cache its samples
+    assert (
+        len({str(call) for call in said.calls}) == 1
+    )  # all turns share the query's prompt, and with a cache its samples
 
 
 def test_names_carry_parameters() -> None:
     assert split_names("rag@1, hydra@4,8,mbr,") == ["rag@1", "hydra@4,8", "mbr"]
-    assert [method.name for method in find_methods(["rag@1", "hydra@4,8", "rag"])] == ["rag@1", "hydra@4,8", "rag"]
+    assert [method.name for method in find_methods(["rag@1", "hydra@4,8", "rag"])] == [
+        "rag@1",
+        "hydra@4,8",
+        "rag",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -190,5 +234,8 @@ def test_a_wrong_parameter_is_told_with_the_right_form(name: str, form: str) -> 
 def test_a_method_for_labels_is_left_out_or_refused_for_texts() -> None:
     assert "scorer-only" not in {method.name for method in find_methods(["all"], "generation")}
     assert "scorer-only" in {method.name for method in find_methods(["all"], "rating")}
-    with pytest.raises(SettingsError, match="'scorer-only' answers classification and rating tasks only, this one is generation"):
+    with pytest.raises(
+        SettingsError,
+        match="'scorer-only' answers classification and rating tasks only, this one is generation",
+    ):
         find_methods(["scorer-only"], "generation")

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_
 
 from hydra_llm.bench.metrics import Failed, Metric, score
 from hydra_llm.errors import DataError
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 
 LABELS = ("politics", "sports", "food & drink", "never")
 CLASSES = Task("c", "classification", "{input}", LABELS)
@@ -20,9 +20,19 @@ RATINGS = Task("r", "rating", "{input}", ("1", "2", "3", "4", "5"))
 TEXTS = Task("t", "generation", "{input}")
 
 lost = Failed("HTTP 500")
-classified = st.lists(st.tuples(st.sampled_from([*LABELS, None]), st.sampled_from(LABELS[:3])), min_size=1, max_size=30)
-rated = st.lists(st.tuples(st.sampled_from(["1", "2", "3.5", "5", "7"]), st.sampled_from("12345")), min_size=1, max_size=30)
-text = st.lists(st.sampled_from(["the", "cat", "sat", "on", "mat", "a", "Cat", "café", "2.5", "!"]), max_size=12).map(" ".join)
+classified = st.lists(
+    st.tuples(st.sampled_from([*LABELS, None]), st.sampled_from(LABELS[:3])),
+    min_size=1,
+    max_size=30,
+)
+rated = st.lists(
+    st.tuples(st.sampled_from(["1", "2", "3.5", "5", "7"]), st.sampled_from("12345")),
+    min_size=1,
+    max_size=30,
+)
+text = st.lists(
+    st.sampled_from(["the", "cat", "sat", "on", "mat", "a", "Cat", "café", "2.5", "!"]), max_size=12
+).map(" ".join)
 written = st.lists(st.tuples(text, text), min_size=1, max_size=8)
 
 
@@ -37,7 +47,9 @@ def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) ->
     given_, gold = [answer or "unparsable" for answer, _ in pairs], [gold for _, gold in pairs]
     assert list(found) == ["accuracy", "macro_f1"]
     assert found["accuracy"].value == pytest.approx(accuracy_score(gold, given_))
-    assert found["macro_f1"].value == pytest.approx(f1_score(gold, given_, labels=LABELS, average="macro", zero_division=0))
+    assert found["macro_f1"].value == pytest.approx(
+        f1_score(gold, given_, labels=LABELS, average="macro", zero_division=0)
+    )
     assert found["accuracy"].unparsable == sum(answer is None for answer, _ in pairs)
     assert found["accuracy"].samples.tolist() == [float(answer == gold) for answer, gold in pairs]
 
@@ -46,7 +58,10 @@ def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) ->
 @given(rated)
 def test_rating_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
     found = values(RATINGS, pairs)
-    answers, golds = [float(answer or "nan") for answer, _ in pairs], [float(gold) for _, gold in pairs]
+    answers, golds = (
+        [float(answer or "nan") for answer, _ in pairs],
+        [float(gold) for _, gold in pairs],
+    )
     assert found["mae"].value == pytest.approx(mean_absolute_error(golds, answers))
     assert found["rmse"].value == pytest.approx(root_mean_squared_error(golds, answers))
     assert not found["mae"].higher_is_better
@@ -69,7 +84,9 @@ def test_generation_is_rouge_scores_and_sacrebleus(pairs: list[tuple[str | None,
         each = [scorer.score(gold, answer or "")[name].fmeasure for answer, gold in pairs]
         assert found[name].samples.tolist() == each
         assert found[name].value == pytest.approx(np.mean(each))
-    expected = sacrebleu.corpus_bleu([answer or "" for answer, _ in pairs], [[gold for _, gold in pairs]]).score
+    expected = sacrebleu.corpus_bleu(
+        [answer or "" for answer, _ in pairs], [[gold for _, gold in pairs]]
+    ).score
     assert found["bleu"].value == pytest.approx(expected, abs=1e-9)
 
 
@@ -97,17 +114,27 @@ def test_where_every_call_failed_no_figure_is_given(task: Task, gold: str) -> No
 
 @settings(deadline=None)
 @given(classified, st.data())
-def test_failed_samples_change_no_figure(pairs: list[tuple[str | None, str]], data: st.DataObject) -> None:
+def test_failed_samples_change_no_figure(
+    pairs: list[tuple[str | None, str]], data: st.DataObject
+) -> None:
     place = data.draw(st.integers(0, len(pairs)))
     answers: list[str | Failed | None] = [answer for answer, _ in pairs]
     golds = [gold for _, gold in pairs]
     whole = score(CLASSES, answers, golds)
-    with_failure = score(CLASSES, [*answers[:place], lost, *answers[place:]], [*golds[:place], "sports", *golds[place:]])
-    assert {name: m.value for name, m in whole.items()} == {name: m.value for name, m in with_failure.items()}
+    with_failure = score(
+        CLASSES,
+        [*answers[:place], lost, *answers[place:]],
+        [*golds[:place], "sports", *golds[place:]],
+    )
+    assert {name: m.value for name, m in whole.items()} == {
+        name: m.value for name, m in with_failure.items()
+    }
 
 
 def test_only_the_tasks_metrics_are_computed() -> None:
-    assert list(score(Task("t", "generation", "{input}", metrics=("rougeL",)), ["a"], ["a"])) == ["rougeL"]
+    assert list(score(Task("t", "generation", "{input}", metrics=("rougeL",)), ["a"], ["a"])) == [
+        "rougeL"
+    ]
 
 
 def test_golds_that_do_not_fit_are_told() -> None:

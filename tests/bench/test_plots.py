@@ -1,4 +1,6 @@
-"""Plots: every figure at its place, users as the tables count them, labels that cover nothing, and SVG that needs nothing else."""
+"""Plots: every figure at its place, users as the tables count them, labels that cover nothing, and
+SVG that needs nothing else.
+"""
 
 import math
 import re
@@ -13,14 +15,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_llm.bench import plots, report
+from hydra_llm.bench.report import plots
+from hydra_llm.bench.report import tables as report
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
 MANIFEST = {"data": "d", "task": STARS.to_json(), "llm": {"model": "m"}, "users": 4, "queries": 8}
-ANSWERS = {"rag@1": "4444", "rag@4": "5555", "hydra@4,8": "3345", "user-majority": "5555", "oracle": "3333"}
+ANSWERS = {
+    "rag@1": "4444",
+    "rag@4": "5555",
+    "hydra@4,8": "3345",
+    "user-majority": "5555",
+    "oracle": "3333",
+}
 """Method → the answer that each of four users gets to both queries, whose gold answer is 3."""
 
 
@@ -31,7 +40,17 @@ def opened(tmp_path: Path) -> report.Run:
         for query in "ab":
             for method, answers in ANSWERS.items():
                 calls = {"user-majority": 0, "hydra@4,8": 8}.get(method, 1)
-                log.add(Sample(method, f"u{place}", query, "3", answers[place], calls=calls, tokens=100 * calls))
+                log.add(
+                    Sample(
+                        method,
+                        f"u{place}",
+                        query,
+                        "3",
+                        answers[place],
+                        calls=calls,
+                        tokens=100 * calls,
+                    )
+                )
     return report.open_run(tmp_path / "run")
 
 
@@ -40,7 +59,9 @@ def drawn(plot: Any, *columns: str) -> list[tuple[Any, ...]]:
     found: list[Any] = []
 
     def walk(part: Any) -> None:
-        for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        for value in (
+            part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        ):
             walk(value)
         if isinstance(part, dict) and set(columns) <= set(part):
             found.append(part)
@@ -50,10 +71,21 @@ def drawn(plot: Any, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def test_there_is_a_plot_for_each_metric_cost_and_for_the_users(opened: report.Run) -> None:
-    assert list(plots.plots(opened, report.lines_of(opened))) == ["score-mae", "score-rmse", "cost-calls", "cost-tokens", "users"]
-    timed = replace(opened, samples=tuple(replace(sample, tokens=0, llm_seconds=1.0) for sample in opened.samples))
+    assert list(plots.plots(opened, report.lines_of(opened))) == [
+        "score-mae",
+        "score-rmse",
+        "cost-calls",
+        "cost-tokens",
+        "users",
+    ]
+    timed = replace(
+        opened,
+        samples=tuple(replace(sample, tokens=0, llm_seconds=1.0) for sample in opened.samples),
+    )
     assert "cost-llm_seconds" in plots.plots(timed, report.lines_of(timed))
-    free = replace(opened, samples=tuple(replace(sample, tokens=0, calls=0) for sample in opened.samples))
+    free = replace(
+        opened, samples=tuple(replace(sample, tokens=0, calls=0) for sample in opened.samples)
+    )
     assert list(plots.plots(free, report.lines_of(free))) == ["score-mae", "score-rmse", "users"]
 
 
@@ -63,9 +95,17 @@ def test_scores_stand_with_their_intervals_and_what_failed_has_none(opened: repo
     found = drawn(plots.scores(opened, lines, "mae"), "method", "part", "value", "low", "high")
     assert ("hydra@4,8", "HYDRA", *row.metrics["mae"]) in found
     assert row.metrics["mae"][0] == 0.75
-    failed = replace(opened, samples=tuple(replace(s, answer=None, error="HTTP 500") if s.method == "rag@4" else s for s in opened.samples))
+    failed = replace(
+        opened,
+        samples=tuple(
+            replace(s, answer=None, error="HTTP 500") if s.method == "rag@4" else s
+            for s in opened.samples
+        ),
+    )
     plot = plots.scores(failed, report.lines_of(failed), "mae")
-    assert ("rag@4", "prompts", None, None, None) in drawn(plot, "method", "part", "value", "low", "high")
+    assert ("rag@4", "prompts", None, None, None) in drawn(
+        plot, "method", "part", "value", "low", "high"
+    )
     assert plots.svg(plot).count(">failed<") == 1
     assert "MAE (less is better)" in plots.svg(plot)
 
@@ -89,8 +129,12 @@ def test_cost_stands_beside_the_score(opened: report.Run) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 460), st.floats(0, 340), st.floats(20, 110)), max_size=25))
-def test_labels_cover_no_other_label_and_stay_in_the_plot(cases: Sequence[tuple[float, float, float]]) -> None:
-    labels = plots.label_places([(x, y) for x, y, _ in cases], [width for *_, width in cases], (460.0, 340.0))
+def test_labels_cover_no_other_label_and_stay_in_the_plot(
+    cases: Sequence[tuple[float, float, float]],
+) -> None:
+    labels = plots.label_places(
+        [(x, y) for x, y, _ in cases], [width for *_, width in cases], (460.0, 340.0)
+    )
     boxes = [label.box for label in labels]
     for left, top, right, bottom in boxes:
         assert left >= 0 and top >= 0 and right <= 460 and bottom <= 340  # noqa: PT018
@@ -106,22 +150,43 @@ def test_users_are_counted_as_in_the_table_of_differences(opened: report.Run) ->
     lines = report.lines_of(opened)
     for line in lines:
         if line.against is not None:
-            changes = plots.differences(plots.gains(opened, line.row.method), plots.gains(opened, "rag@1"))
-            counts = [sum(sign(value) == wanted for value in changes.values()) for wanted in (1, 0, -1)]
+            changes = plots.differences(
+                plots.gains(opened, line.row.method), plots.gains(opened, "rag@1")
+            )
+            counts = [
+                sum(sign(value) == wanted for value in changes.values()) for wanted in (1, 0, -1)
+            ]
             assert counts == [line.against.wins, line.against.ties, line.against.losses]
-    found = [row for row in drawn(plots.users(opened, lines), "panel", "place", "difference", "sign") if row[0].startswith("hydra")]
+    found = [
+        row
+        for row in drawn(plots.users(opened, lines), "panel", "place", "difference", "sign")
+        if row[0].startswith("hydra")
+    ]
     panel = "hydra@4,8|2 better, 1 same, 1 worse"
-    assert found == [(panel, 0, 0.25, "better"), (panel, 1, 0.25, "better"), (panel, 2, 0.0, "worse"), (panel, 3, -0.25, "worse")]
+    assert found == [
+        (panel, 0, 0.25, "better"),
+        (panel, 1, 0.25, "better"),
+        (panel, 2, 0.0, "worse"),
+        (panel, 3, -0.25, "worse"),
+    ]
 
 
 def sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def test_several_answers_to_a_query_count_as_one_and_failed_ones_not_at_all(opened: report.Run) -> None:
+def test_several_answers_to_a_query_count_as_one_and_failed_ones_not_at_all(
+    opened: report.Run,
+) -> None:
     def of(answers: Mapping[tuple[str, str], Sequence[str]]) -> report.Run:
-        samples = [Sample("hydra", user, query, "3", given) for (user, query), all_ in answers.items() for given in all_]
-        return replace(opened, samples=(*samples, Sample("hydra", "u9", "a", "3", None, "HTTP 500")))
+        samples = [
+            Sample("hydra", user, query, "3", given)
+            for (user, query), all_ in answers.items()
+            for given in all_
+        ]
+        return replace(
+            opened, samples=(*samples, Sample("hydra", "u9", "a", "3", None, "HTTP 500"))
+        )
 
     assert plots.gains(of({("u0", "a"): "345", ("u0", "b"): "3", ("u1", "a"): "1"}), "hydra") == {
         ("u0", "a"): 0.75,
@@ -129,7 +194,9 @@ def test_several_answers_to_a_query_count_as_one_and_failed_ones_not_at_all(open
         ("u1", "a"): 0.5,
     }
     base = {("u0", "a"): 0.25, ("u0", "c"): 0.0, ("u2", "a"): 1.0}
-    assert plots.differences({("u0", "a"): 0.75, ("u0", "b"): 1.0, ("u1", "a"): 0.5}, base) == {"u0": 0.5}
+    assert plots.differences({("u0", "a"): 0.75, ("u0", "b"): 1.0, ("u1", "a"): 0.5}, base) == {
+        "u0": 0.5
+    }
     assert plots.differences({("u0", "a"): 0.1 + 0.2}, {("u0", "a"): 0.3}) == {"u0": 0.0}
 
 
@@ -148,12 +215,27 @@ def test_a_curve_has_a_line_for_each_method_and_bears_what_is_missing() -> None:
         plots.Point("rag", 20, 0.5),
     ]
     plot = plots.curve(points, "records", "accuracy", "cold start", log=True)
-    assert drawn(plot, "method", "x", "value", "low") == [("hydra", 0, 0.4, 0.3), ("hydra", 20, 0.6, None), ("rag", 20, 0.5, None)]
+    assert drawn(plot, "method", "x", "value", "low") == [
+        ("hydra", 0, 0.4, 0.3),
+        ("hydra", 20, 0.6, None),
+        ("rag", 20, 0.5, None),
+    ]
     text = plots.svg(plot)
-    assert all(f">{word}<" in text for word in ("hydra", "rag", "records", "accuracy", "cold start", "0", "20"))
+    assert all(
+        f">{word}<" in text
+        for word in ("hydra", "rag", "records", "accuracy", "cold start", "0", "20")
+    )
     assert "NaN" not in text
     named = plots.svg(
-        plots.curve([plots.Point("hydra", 5, 0.4), plots.Point("hydra", 10, 0.4), plots.Point("hydra", "all", 0.5)], "records", "f")
+        plots.curve(
+            [
+                plots.Point("hydra", 5, 0.4),
+                plots.Point("hydra", 10, 0.4),
+                plots.Point("hydra", "all", 0.5),
+            ],
+            "records",
+            "f",
+        )
     )
     ticks = re.findall(r">(5|10|all)<", named)
     assert ticks == ["5", "10", "all"]  # in their own order, not the alphabet's
@@ -165,13 +247,22 @@ def test_the_svg_is_whole_the_same_each_time_and_asks_for_nothing(opened: report
         text = plots.svg(plot)
         root = ElementTree.fromstring(text)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        assert {value for element in root.iter() for name, value in element.attrib.items() if name.endswith("href")} == set()
-        assert not re.search(r"<(script|image|style)|\bid=|url\(", text)  # several stand in one page: no names to clash
+        assert {
+            value
+            for element in root.iter()
+            for name, value in element.attrib.items()
+            if name.endswith("href")
+        } == set()
+        assert not re.search(
+            r"<(script|image|style)|\bid=|url\(", text
+        )  # several stand in one page: no names to clash
         assert plots.svg(plot) == text
     assert plots.svg(plots.plots(opened, lines)["users"]).count("u0") == 0  # no user is named
 
 
-def test_plots_of_several_runs_have_folders_of_their_own(opened: report.Run, tmp_path: Path) -> None:
+def test_plots_of_several_runs_have_folders_of_their_own(
+    opened: report.Run, tmp_path: Path
+) -> None:
     assert run(["bench", "show", str(opened.folder), "--plots", str(tmp_path / "one")]) == 0
     assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [
         "cost-calls.svg",
@@ -180,17 +271,36 @@ def test_plots_of_several_runs_have_folders_of_their_own(opened: report.Run, tmp
         "score-rmse.svg",
         "users.svg",
     ]
-    assert run(["bench", "show", str(opened.folder), str(opened.folder), "--plots", str(tmp_path / "two")]) == 0
+    assert (
+        run(
+            [
+                "bench",
+                "show",
+                str(opened.folder),
+                str(opened.folder),
+                "--plots",
+                str(tmp_path / "two"),
+            ]
+        )
+        == 0
+    )
     assert sorted(folder.name for folder in (tmp_path / "two").iterdir()) == ["1-run", "2-run"]
 
 
 @pytest.mark.parametrize("missing", ["altair", "vl_convert", "jinja2"])
 def test_without_the_extra_it_says_how_to_install_it(
-    opened: report.Run, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    opened: report.Run,
+    tmp_path: Path,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     for option in ("--html", "--plots"):
         assert run(["bench", "show", str(opened.folder), option, str(tmp_path / "out")]) == 2
-        assert capsys.readouterr().err == f"hydra-llm: reports and plots need {missing}: pip install 'hydra-llm[report]'\n"
+        assert (
+            capsys.readouterr().err
+            == f"hydra-llm: reports and plots need {missing}: pip install 'hydra-llm[report]'\n"
+        )
         assert not (tmp_path / "out").exists()
     assert run(["bench", "show", str(opened.folder)]) == 0

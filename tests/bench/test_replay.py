@@ -1,4 +1,6 @@
-"""The check of the committed results finds what differs: a comparison that accepts everything would go unnoticed."""
+"""The check of the committed results finds what differs: a comparison that accepts everything would
+go unnoticed.
+"""
 
 import json
 import sys
@@ -15,7 +17,9 @@ replay: Any = pytest.importorskip("replay", reason="the source package carries n
 publish: Any = pytest.importorskip("publish", reason="the source package carries no benchmarks")
 
 PUBLISHED: dict[str, Any] = {
-    "methods": {"rag@4": {"metrics": {"mae": [0.5, 0.4, None]}, "own_seconds": 3.0, "seconds": {"llm": 2.0}}},
+    "methods": {
+        "rag@4": {"metrics": {"mae": [0.5, 0.4, None]}, "own_seconds": 3.0, "seconds": {"llm": 2.0}}
+    },
     "findings": ["hydra gains 0.250 of 3 users.", "No reranker was learned."],
 }
 
@@ -25,7 +29,13 @@ def changed(text: str, new: str) -> Any:
 
 
 def test_only_measured_seconds_and_the_fourth_decimal_may_differ() -> None:
-    for again in (PUBLISHED, changed("3.0", "9.0"), changed("2.0", "9.0"), changed("0.5", "0.5004"), changed("0.250", "0.251")):
+    for again in (
+        PUBLISHED,
+        changed("3.0", "9.0"),
+        changed("2.0", "9.0"),
+        changed("0.5", "0.5004"),
+        changed("0.250", "0.251"),
+    ):
         assert replay.differing(PUBLISHED, again) == ([], 5)
 
 
@@ -34,8 +44,20 @@ def test_only_measured_seconds_and_the_fourth_decimal_may_differ() -> None:
     [
         (changed("0.5", "0.501"), "methods.rag@4.metrics.mae.0: 0.5 published, 0.501 repeated"),
         (changed("null", "0.6"), "methods.rag@4.metrics.mae.2: None published, 0.6 repeated"),
-        (changed("0.250", "0.260"), "findings.0: hydra gains 0.250 of 3 users. published, hydra gains 0.260 of 3 users. repeated"),
-        (changed("gains", "loses"), "findings.0: hydra gains 0.250 of 3 users. published, hydra loses 0.250 of 3 users. repeated"),
+        (
+            changed("0.250", "0.260"),
+            (
+                "findings.0: hydra gains 0.250 of 3 users. published, hydra gains 0.260 of 3 users."
+                " repeated"
+            ),
+        ),
+        (
+            changed("gains", "loses"),
+            (
+                "findings.0: hydra gains 0.250 of 3 users. published, hydra loses 0.250 of 3 users."
+                " repeated"
+            ),
+        ),
         (changed(', "No reranker was learned."', ""), "findings.1: only published"),
         ({**PUBLISHED, "more": 1}, "more: only repeated"),
     ],
@@ -52,11 +74,36 @@ def test_a_published_run_is_repeated_and_a_changed_figure_is_found(
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(replay, "LABELS", "none.json")
     save(users_data(TAGS), tmp_path / "data" / "tags")
-    arguments = "--methods zero-shot,rag@4,hydra@2,3,random@3,oracle@3 --set samples=3 --set retrieved=3 --set k=2"
+    arguments = (
+        "--methods zero-shot,rag@4,hydra@2,3,random@3,oracle@3 --set samples=3 --set retrieved=3"
+        " --set k=2"
+    )
     recording, out = tmp_path / "r.jsonl.gz", tmp_path / "run"
     llm = ["--llm", "fake:rule=labels", "--record", str(recording)]
-    assert run(["bench", "run", str(tmp_path / "data" / "tags"), *llm, "--out", str(out), *arguments.split()]) == 0
-    told = ["publish", str(out), "tags_60", "--data", "tags", "--recording", str(recording), f"--arguments={arguments}"]
+    assert (
+        run(
+            [
+                "bench",
+                "run",
+                str(tmp_path / "data" / "tags"),
+                *llm,
+                "--out",
+                str(out),
+                *arguments.split(),
+            ]
+        )
+        == 0
+    )
+    told = [
+        "publish",
+        str(out),
+        "tags_60",
+        "--data",
+        "tags",
+        "--recording",
+        str(recording),
+        f"--arguments={arguments}",
+    ]
     monkeypatch.setattr(sys, "argv", told)
     with pytest.raises(SystemExit, match="0"):
         publish.main()

@@ -1,4 +1,6 @@
-"""Tables of a run: the right figure at the right place, the best of what is ranked, and differences by user."""
+"""Tables of a run: the right figure at the right place, the best of what is ranked, and differences
+by user.
+"""
 
 import json
 import math
@@ -9,21 +11,27 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
-from hydra_llm.bench import report
-from hydra_llm.bench.compare import Paired, Relative
-from hydra_llm.bench.run import tabulate
+from hydra_llm.bench.report import tables as report
 from hydra_llm.bench.runlog import RunLog, Sample
+from hydra_llm.bench.runner import tabulate
+from hydra_llm.bench.stats import Paired, Relative
 from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
 USERS = tuple(f"u{i:02}" for i in range(12))
 MANIFEST = {"data": "d", "task": STARS.to_json(), "llm": {"model": "m"}, "users": 12, "queries": 24}
 
 
-def write(folder: Path, answers: Mapping[str, Sequence[str | None]], manifest: Mapping[str, object] = MANIFEST) -> Path:
-    """A run in which each user has two queries whose gold answer is 3; `answers` by method, one for each user."""
+def write(
+    folder: Path,
+    answers: Mapping[str, Sequence[str | None]],
+    manifest: Mapping[str, object] = MANIFEST,
+) -> Path:
+    """A run in which each user has two queries whose gold answer is 3; `answers` by method, one for
+    each user.
+    """
     log = RunLog(folder, manifest)
     for place, user in enumerate(USERS):
         for query in ("a", "b"):
@@ -42,7 +50,13 @@ def answers(*errors: int) -> list[str | None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    found = {"user-majority": answers(0), "hydra@4,8": answers(1, 0), "rag@4": answers(1), "rag@1": answers(2), "mbr": answers(1, 0, 0)}
+    found = {
+        "user-majority": answers(0),
+        "hydra@4,8": answers(1, 0),
+        "rag@4": answers(1),
+        "rag@1": answers(2),
+        "mbr": answers(1, 0, 0),
+    }
     return write(tmp_path / "run", {**found, "oracle": answers(0)})
 
 
@@ -63,7 +77,10 @@ def test_every_method_stands_with_its_figures_in_its_part(folder: Path) -> None:
 def test_bounds_and_controls_are_not_ranked_and_less_is_better_for_errors(folder: Path) -> None:
     opened = report.open_run(folder)
     places = report.marks(opened, report.lines_of(opened))
-    assert {key: place for key, place in places.items() if key[1] == "mae"} == {("mbr", "mae"): 1, ("hydra@4,8", "mae"): 2}
+    assert {key: place for key, place in places.items() if key[1] == "mae"} == {
+        ("mbr", "mae"): 1,
+        ("hydra@4,8", "mae"): 2,
+    }
 
 
 def change(found: Relative | None) -> float:
@@ -74,7 +91,9 @@ def change(found: Relative | None) -> float:
 def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(folder: Path) -> None:
     lines = {line.row.method: line for line in report.lines_of(report.open_run(folder))}
     assert lines["rag@4"].against is None
-    assert change(lines["hydra@4,8"].over_prompts) == pytest.approx((0.5 + 1 - math.sqrt(0.5)) / 2)  # MAE 1 to .5, RMSE 1 to .71
+    assert change(lines["hydra@4,8"].over_prompts) == pytest.approx(
+        (0.5 + 1 - math.sqrt(0.5)) / 2
+    )  # MAE 1 to .5, RMSE 1 to .71
     assert change(lines["rag@1"].over_prompts) == pytest.approx(-1)
     named = {line.row.method: line for line in report.lines_of(report.open_run(folder), "mbr")}
     assert named["mbr"].against is None
@@ -84,7 +103,11 @@ def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(fold
 
 def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
     def samples(values: Sequence[str]) -> list[Sample]:
-        return [Sample("m", user, query, "3", value) for user, value in zip(USERS, values, strict=True) for query in "ab"]
+        return [
+            Sample("m", user, query, "3", value)
+            for user, value in zip(USERS, values, strict=True)
+            for query in "ab"
+        ]
 
     base = samples(["4"] * 12)
     own = samples(["3"] * 5 + ["4"] * 4 + ["5"] * 3)
@@ -93,9 +116,16 @@ def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
     assert found.worst_tenth == pytest.approx(-0.25)  # one step of four
     assert found.metrics["mae"].difference == pytest.approx((-5 + 3) / 12)
     assert found.metrics["mae"].samples == 24
-    broken = [replace(sample, answer=None, error="HTTP 500") if sample.user == "u11" else sample for sample in own]
+    broken = [
+        replace(sample, answer=None, error="HTTP 500") if sample.user == "u11" else sample
+        for sample in own
+    ]
     without = report.compare(STARS, broken, base)
-    assert (without.wins, without.ties, without.losses) == (5, 4, 2)  # failed is neither lost nor won
+    assert (without.wins, without.ties, without.losses) == (
+        5,
+        4,
+        2,
+    )  # failed is neither lost nor won
     assert without.metrics["mae"].samples == 22
 
 
@@ -104,27 +134,42 @@ def seeded(answers: Mapping[int, str], user: str = "u") -> list[Sample]:
 
 
 def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
-    def answers_of(own: Mapping[int, str], base: Mapping[int, str]) -> list[tuple[str | None, str | None]]:
+    def answers_of(
+        own: Mapping[int, str], base: Mapping[int, str]
+    ) -> list[tuple[str | None, str | None]]:
         return [(mine.answer, its.answer) for mine, its in report.pair(seeded(own), seeded(base))]
 
     assert answers_of({0: "1", 1: "2"}, {1: "4", 0: "3"}) == [("1", "3"), ("2", "4")]
     assert answers_of({0: "1", 1: "2"}, {0: "3"}) == [("1", "3"), ("2", "3")]
     assert answers_of({7: "1"}, {0: "3", 1: "4"}) == [("1", "3"), ("1", "4")]
-    assert answers_of({0: "1", 1: "2", 2: "5"}, {1: "3", 2: "4", 3: "1"}) == [("2", "3"), ("5", "4")]
+    assert answers_of({0: "1", 1: "2", 2: "5"}, {1: "3", 2: "4", 3: "1"}) == [
+        ("2", "3"),
+        ("5", "4"),
+    ]
     assert report.pair(seeded({0: "1"}), seeded({0: "1"}, "another")) == []
 
 
 def test_turns_are_no_seeds() -> None:
-    turns = [replace(sample, method="random@8") for sample in seeded({place: str(1 + place % 5) for place in range(8)})]
+    turns = [
+        replace(sample, method="random@8")
+        for sample in seeded({place: str(1 + place % 5) for place in range(8)})
+    ]
     assert len(report.pair(turns, [sample for sample in turns if sample.seed < 2])) == 16
     for seeds in ({0: "1", 1: "2", 2: "3"}, {10: "1", 11: "2"}, {0: "4"}):
-        for pairs in (report.pair(turns, seeded(seeds)), [(b, a) for a, b in report.pair(seeded(seeds), turns)]):
-            assert sorted((a.seed, b.seed) for a, b in pairs) == sorted((place, seed) for place in range(8) for seed in seeds)
+        for pairs in (
+            report.pair(turns, seeded(seeds)),
+            [(b, a) for a, b in report.pair(seeded(seeds), turns)],
+        ):
+            assert sorted((a.seed, b.seed) for a, b in pairs) == sorted(
+                (place, seed) for place in range(8) for seed in seeds
+            )
     assert len(report.pair(turns, turns)) == 8
 
 
 def test_a_row_over_seeds_counts_its_queries_once_and_names_each_seeds_figure() -> None:
-    samples = [each for user, own in (("a", "1"), ("b", "3")) for each in seeded({0: own, 1: "3"}, user)]
+    samples = [
+        each for user, own in (("a", "1"), ("b", "3")) for each in seeded({0: own, 1: "3"}, user)
+    ]
     (row,) = tabulate(STARS, samples)
     assert (row.queries, row.metrics["mae"][0]) == (2, 0.5)
     assert {seed: found["mae"] for seed, found in row.seeds.items()} == {0: 1.0, 1: 0.0}
@@ -145,19 +190,33 @@ def test_a_difference_needs_the_more_queries_the_smaller_it_is() -> None:
     assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1, 1), 1) is None
 
 
-def test_the_headline_is_the_mean_over_tasks_of_the_methods_that_all_have(folder: Path, tmp_path: Path) -> None:
-    other = write(tmp_path / "other", {"rag@4": answers(1), "hydra@4,8": answers(1), "new": answers(0)}, {**MANIFEST, "data": "another"})
-    tables = [(opened, report.lines_of(opened)) for opened in (report.open_run(folder), report.open_run(other))]
+def test_the_headline_is_the_mean_over_tasks_of_the_methods_that_all_have(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = write(
+        tmp_path / "other",
+        {"rag@4": answers(1), "hydra@4,8": answers(1), "new": answers(0)},
+        {**MANIFEST, "data": "another"},
+    )
+    tables = [
+        (opened, report.lines_of(opened))
+        for opened in (report.open_run(folder), report.open_run(other))
+    ]
     found = report.overall(tables)
     assert set(found) == {"rag@4", "hydra@4,8"}
-    first, second = (change({line.row.method: line for line in lines}["hydra@4,8"].over_prompts) for _, lines in tables)
+    first, second = (
+        change({line.row.method: line for line in lines}["hydra@4,8"].over_prompts)
+        for _, lines in tables
+    )
     assert found["hydra@4,8"]["all metrics"].change == pytest.approx((first + second) / 2)
     assert report.overall(tables[:1]) == report.overall([tables[0], tables[0]]) == {}
 
 
 def test_two_runs_are_compared_on_their_common_methods(folder: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other", {"rag@4": answers(0), "new": answers(1)})
-    (method, found), *more = report.compare_runs(report.open_run(folder), report.open_run(other)).items()
+    (method, found), *more = report.compare_runs(
+        report.open_run(folder), report.open_run(other)
+    ).items()
     assert (method, more) == ("rag@4", [])
     assert (found.wins, found.metrics["mae"].difference) == (12, -1.0)
     foreign = write(tmp_path / "foreign", {"rag@4": answers(0)}, {**MANIFEST, "data": "e"})
@@ -176,7 +235,9 @@ def test_a_run_that_goes_on_is_read_and_left_as_it_is(folder: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_the_commands_print_it_and_write_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_print_it_and_write_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "report.md"
     assert run(["bench", "show", str(folder), "--markdown", str(text), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -190,6 +251,9 @@ def test_the_commands_print_it_and_write_it(folder: Path, tmp_path: Path, capsys
     assert "film" not in written
     assert run(["bench", "compare", str(folder), str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mbr"]["ties"] == 12
-    for wrong, said in ((tmp_path, "is no run"), (write(tmp_path / "old", {}, {**MANIFEST, "task": "stars"}), "older hydra-llm")):
+    for wrong, said in (
+        (tmp_path, "is no run"),
+        (write(tmp_path / "old", {}, {**MANIFEST, "task": "stars"}), "older hydra-llm"),
+    ):
         assert run(["bench", "show", str(wrong)]) == 2
         assert said in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""What stops a run, or keeps it from beginning: Ctrl-C in every stage, a budget, a recording that lacks a call, bad golds, another run."""
+"""What stops a run, or keeps it from beginning: Ctrl-C in every stage, a budget, a recording that
+lacks a call, bad golds, another run.
+"""
 
 import gzip
 import json
@@ -16,7 +18,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.llm.spec import wrap
+from hydra_llm.llm.registry import wrap
 from tests.bench.test_experiment import SMALL, TAGS, TITLES, by_lot, experiment, told, users_data
 
 QUICK = [f"--set={name}={value}" for name, value in SMALL.items()]
@@ -25,7 +27,8 @@ INTERRUPTED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from tests.bench.test_experiment import die_before
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that put the tests into the background has it ignored
+# a shell that put the tests into the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 once = iter([True])
 os.kill = lambda process, number, kill=os.kill: next(once, None) and kill(process, signal.SIGINT)
 die_before({before!r})
@@ -36,26 +39,41 @@ main()
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
     places = ["--out", str(folder / out), "--set", f"cache={folder / 'cache'}"]
-    return ["bench", "run", str(folder / "data"), "--llm", "fake:rule=labels", "--json", *QUICK, *places, *more]
+    return [
+        "bench",
+        "run",
+        str(folder / "data"),
+        "--llm",
+        "fake:rule=labels",
+        "--json",
+        *QUICK,
+        *places,
+        *more,
+    ]
 
 
 def answers(folder: Path) -> list[tuple[Any, ...]]:
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    return sorted((line["method"], line["user"], line["query"], line["seed"], line["answer"]) for line in lines)
+    return sorted(
+        (line["method"], line["user"], line["query"], line["seed"], line["answer"])
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize(
     "before",
     [
-        "hydra_llm.learning.api.reranker_groups 1",
-        "hydra_llm.learning.api.learn_scorer 1",
-        "hydra_llm.model.bundle._write_new 1",
+        "hydra_llm.training.api.reranker_groups 1",
+        "hydra_llm.training.api.learn_scorer 1",
+        "hydra_llm.model.persistence._write_new 1",
         "hydra_llm.bundle:Bundle.save 2",
         "hydra_llm.bench.runlog:RunLog.add 5",
         "hydra_llm.bench.runlog:RunLog.finish 1",
     ],
 )
-def test_ctrl_c_in_any_stage_is_one_line_and_the_same_command_goes_on(tmp_path: Path, before: str) -> None:
+def test_ctrl_c_in_any_stage_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, before: str
+) -> None:
     save(users_data(TITLES), tmp_path / "data")
     asked = command(tmp_path, "run", "--methods", "rag@1,hydra@1,3", "--seeds", "0,1")
     script = INTERRUPTED.format(tests=str(Path(__file__).parents[2]), before=before)
@@ -68,7 +86,9 @@ def test_ctrl_c_in_any_stage_is_one_line_and_the_same_command_goes_on(tmp_path: 
     assert answers(tmp_path / "run") == answers(tmp_path / "whole")
 
 
-def test_a_budget_stops_a_run_and_more_of_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_stops_a_run_and_more_of_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS), tmp_path / "data")
     asked = command(tmp_path, "run", "--methods", "zero-shot,rag@1", "--set", "concurrency=1")
     assert run([*asked, "--set", "max_calls=3"]) == 1
@@ -80,12 +100,24 @@ def test_a_budget_stops_a_run_and_more_of_it_goes_on(tmp_path: Path, capsys: pyt
     assert len(answers(tmp_path / "run")) == 8
 
 
-def test_a_call_that_a_recording_lacks_is_named_and_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_call_that_a_recording_lacks_is_named_and_not_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS), tmp_path / "data")
     file = str(tmp_path / "answers.jsonl.gz")
     assert run(command(tmp_path, "first", "--methods", "zero-shot", "--record", file)) == 0
     capsys.readouterr()
-    replay = ["bench", "run", str(tmp_path / "data"), "--replay", file, "--json", *QUICK, "--set", f"cache={tmp_path / 'other'}"]
+    replay = [
+        "bench",
+        "run",
+        str(tmp_path / "data"),
+        "--replay",
+        file,
+        "--json",
+        *QUICK,
+        "--set",
+        f"cache={tmp_path / 'other'}",
+    ]
     assert run([*replay, "--methods", "zero-shot,rag@1", "--out", str(tmp_path / "again")]) == 0
     told = capsys.readouterr()
     said = next(line for line in told.err.splitlines() if "answers failed" in line)
@@ -96,7 +128,9 @@ def test_a_call_that_a_recording_lacks_is_named_and_not_scored(tmp_path: Path, c
     assert rows["rag@1"]["metrics"]["accuracy"] == [None, None, None]
 
 
-def test_a_user_without_queries_is_left_out_among_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_without_queries_is_left_out_among_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = users_data(TAGS, new=3)
     queries = {user: data.queries(user) for user in data.users("test") if user != "u5"}
     histories = {user: data.history(user) for user in data.users()}
@@ -107,25 +141,42 @@ def test_a_user_without_queries_is_left_out_among_others(tmp_path: Path, capsys:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["users"] == 2
 
 
-def test_a_gold_outside_the_labels_is_named_by_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gold_outside_the_labels_is_named_by_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(users_data(TAGS), tmp_path / "data")
     packed = tmp_path / "data" / "queries.jsonl.gz"
-    lines = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).decode().splitlines()]
+    lines = [
+        json.loads(line) for line in gzip.decompress(packed.read_bytes()).decode().splitlines()
+    ]
     lines[2]["output"] = "green"
     packed.unlink()
     packed.with_suffix("").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run(command(tmp_path, "run", "--methods", "zero-shot")) == 2
-    assert "queries.jsonl:3: field 'output': 'green' is not one of the task's labels" in capsys.readouterr().err
+    assert (
+        "queries.jsonl:3: field 'output': 'green' is not one of the task's labels"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["a whole run", "one that was stopped before it answered"])
-def test_a_refused_command_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
-    """Neither with more users, who would have to be fitted, nor with other data, nor with another LLM."""
+@pytest.mark.parametrize(
+    "stopped", [False, True], ids=["a whole run", "one that was stopped before it answered"]
+)
+def test_a_refused_command_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """Neither with more users, who would have to be fitted, nor with other data, nor with another
+    LLM.
+    """
     llm = RuleLLM(by_lot)
     first = experiment(TITLES, tmp_path, "rag@1,hydra@1,3", llm, users=1, seeds=(0,))
     if stopped:

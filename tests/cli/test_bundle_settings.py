@@ -1,4 +1,6 @@
-"""`fit`, `ask` and `bench run` on a learned bundle: whose settings count, what stays in the bundle, and who may write it."""
+"""`fit`, `ask` and `bench run` on a learned bundle: whose settings count, what stays in the bundle,
+and who may write it.
+"""
 
 import json
 import shutil
@@ -15,16 +17,25 @@ from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import BundleError
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Record
 
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3"))
 USERS = {"t0": "train", "t1": "train", "one": "test", "two": "test"}
 RECORDS = [
-    Record(user, f"r{i}", f"rain {i} of {user}", str(1 + (i + at) % 3), str(2000 + i)) for at, user in enumerate(USERS) for i in range(5)
+    Record(user, f"r{i}", f"rain {i} of {user}", str(1 + (i + at) % 3), str(2000 + i))
+    for at, user in enumerate(USERS)
+    for i in range(5)
 ]
 QUERIES = [Query(user, "q", "a film", "2", "2010") for user in ("one", "two")]
-LEARNED = {"epochs": 0, "samples": 2, "retrieved": 3, "queries_per_user": 1, "k": 1, "max_length": 32}
+LEARNED = {
+    "epochs": 0,
+    "samples": 2,
+    "retrieved": 3,
+    "queries_per_user": 1,
+    "k": 1,
+    "max_length": 32,
+}
 LABELS = "fake:rule=labels"
 
 
@@ -69,7 +80,9 @@ def stored(bundle: Path) -> Any:
     return json.loads((bundle / "config.json").read_text())["settings"]
 
 
-def test_flag_environment_file_preset_bundle_in_this_order(hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_environment_file_preset_bundle_in_this_order(
+    hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def votes(*more: object) -> int:
         told = hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "two", *more, "rain")
         return sum(candidate["votes"] for candidate in told["candidates"])
@@ -88,17 +101,31 @@ def test_flag_environment_file_preset_bundle_in_this_order(hydra: Hydra, bundle:
 def test_an_ask_sees_the_latest_records_alone(hydra: Hydra, bundle: Path) -> None:
     ask = ["ask", "--bundle", bundle, "--llm", LABELS, "--user", "two"]
     assert len(hydra(*ask, "rain")["retrieved"]) == 3
-    assert {record["id"] for record in hydra(*ask, "--limit", 2, "rain")["retrieved"]} == {"r3", "r4"}
+    assert {record["id"] for record in hydra(*ask, "--limit", 2, "rain")["retrieved"]} == {
+        "r3",
+        "r4",
+    }
     assert len(hydra(*ask, "--limit", 9, "rain")["retrieved"]) == 3
-    assert hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "none", "--limit", 2, "rain").startswith("unknown user 'none'")
+    assert hydra(
+        "ask", "--bundle", bundle, "--llm", LABELS, "--user", "none", "--limit", 2, "rain"
+    ).startswith("unknown user 'none'")
 
 
-@pytest.mark.parametrize(("name", "value", "was"), [("features", "cross", "tower"), ("head", "mlp", "linear"), ("max_length", 64, 32)])
+@pytest.mark.parametrize(
+    ("name", "value", "was"),
+    [("features", "cross", "tower"), ("head", "mlp", "linear"), ("max_length", 64, 32)],
+)
 def test_what_learning_fixed_is_refused_by_every_command(
     hydra: Hydra, learned: Path, bundle: Path, name: str, value: object, was: object
 ) -> None:
-    data, common = learned / "data", ["--bundle", bundle, "--llm", LABELS, "--set", "candidates=sampled"]
-    line = f"setting '{name}': was fixed to {was!r} when the bundle was learned; learn another bundle for {value!r}"
+    data, common = (
+        learned / "data",
+        ["--bundle", bundle, "--llm", LABELS, "--set", "candidates=sampled"],
+    )
+    line = (
+        f"setting '{name}': was fixed to {was!r} when the bundle was learned; learn another bundle"
+        f" for {value!r}"
+    )
     asked = ["--set", f"{name}={value}"]
     assert hydra("fit", data, *common, *asked) == line
     assert hydra("ask", "--user", "two", *common, *asked, "rain") == line
@@ -107,8 +134,21 @@ def test_what_learning_fixed_is_refused_by_every_command(
     assert hydra("fit", data, *common, "--set", f"{name}={was}")["users"] == 2
 
 
-def test_sampled_candidates_can_be_chosen_from_where_the_adapter_reads_labels(hydra: Hydra, bundle: Path) -> None:
-    told = hydra("ask", "--bundle", bundle, "--llm", "fake:echo", "--user", "two", "--candidates", "sampled", "2")
+def test_sampled_candidates_can_be_chosen_from_where_the_adapter_reads_labels(
+    hydra: Hydra, bundle: Path
+) -> None:
+    told = hydra(
+        "ask",
+        "--bundle",
+        bundle,
+        "--llm",
+        "fake:echo",
+        "--user",
+        "two",
+        "--candidates",
+        "sampled",
+        "2",
+    )
     assert [candidate["answer"] for candidate in told["candidates"]] == ["2"]
     assert told["candidates"][0]["probability"] == pytest.approx(1)
 
@@ -118,25 +158,49 @@ def test_fit_leaves_the_settings_that_the_bundle_was_learned_with(
 ) -> None:
     before = stored(bundle)
     monkeypatch.setenv("HYDRA_K", "0")
-    told = hydra("fit", learned / "data", "--bundle", bundle, "--llm", LABELS, "--preset", "paper", "--seed", 3, "--set", "retrieved=1")
+    told = hydra(
+        "fit",
+        learned / "data",
+        "--bundle",
+        bundle,
+        "--llm",
+        LABELS,
+        "--preset",
+        "paper",
+        "--seed",
+        3,
+        "--set",
+        "retrieved=1",
+    )
     assert told["users"] == 2
     assert stored(bundle) == before
     assert {key: before[key] for key in LEARNED} == LEARNED
 
 
-def test_a_benchmark_takes_a_preset_and_says_what_it_ran_with(hydra: Hydra, learned: Path, bundle: Path) -> None:
+def test_a_benchmark_takes_a_preset_and_says_what_it_ran_with(
+    hydra: Hydra, learned: Path, bundle: Path
+) -> None:
     methods = ["--methods", "rag,hydra-published", "--out", "run", "--preset", "paper"]
     rows = hydra("bench", "run", learned / "data", "--bundle", bundle, "--llm", LABELS, *methods)
     assert [row["failed"] for row in rows] == [0, 0]
     ran = json.loads(Path("run/manifest.json").read_text())["settings"]
-    assert (ran["samples"], ran["candidates"], ran["head"], ran["epochs"]) == (8, "sampled", "linear", 0)
+    assert (ran["samples"], ran["candidates"], ran["head"], ran["epochs"]) == (
+        8,
+        "sampled",
+        "linear",
+        0,
+    )
 
 
 @pytest.mark.parametrize("command", ["ask", "fit", "bench run"])
 def test_a_wrong_environment_or_file_is_said_as_everywhere(
     hydra: Hydra, learned: Path, bundle: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rest = {"ask": ["--user", "two", "rain"], "fit": [learned / "data"], "bench run": [learned / "data", "--out", "run"]}[command]
+    rest = {
+        "ask": ["--user", "two", "rain"],
+        "fit": [learned / "data"],
+        "bench run": [learned / "data", "--out", "run"],
+    }[command]
     line = [*command.split(), "--bundle", bundle, "--llm", LABELS, *rest]
     with monkeypatch.context() as patch:
         patch.setenv("HYDRA_K", "abc")
@@ -145,7 +209,9 @@ def test_a_wrong_environment_or_file_is_said_as_everywhere(
     assert hydra(*line).startswith("hydra-llm.toml: not TOML: ")
 
 
-def test_heads_that_another_process_saved_in_between_are_not_lost(learned: Path, bundle: Path) -> None:
+def test_heads_that_another_process_saved_in_between_are_not_lost(
+    learned: Path, bundle: Path
+) -> None:
     dataset = DataSet.from_records(STARS, USERS, RECORDS, QUERIES)  # type: ignore[arg-type]
     mine, theirs = Bundle.load(bundle), Bundle.load(bundle)
     ours = fit(dataset, mine, LABELS, users=["one"], settings=mine.settings_with(seed=1)).bundle

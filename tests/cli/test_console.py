@@ -1,4 +1,6 @@
-"""What commands print: JSON without NaN, tables that a pipe does not cut, progress that leaves no trace."""
+"""What commands print: JSON without NaN, tables that a pipe does not cut, progress that leaves no
+trace.
+"""
 
 import json
 import math
@@ -14,19 +16,41 @@ import pytest
 from hydra_llm.cli import console
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Usage
 
-ANSWER = Answer("גם 🍷", Proposal(Query("u", "1", "x"), (), (), (), ()), (Candidate("a", None, score=math.nan),), 0)
+ANSWER = Answer(
+    "גם 🍷",
+    Proposal(Query("u", "1", "x"), (), (), (), ()),
+    (Candidate("a", None, score=math.nan),),
+    0,
+)
 
 
-def test_json_is_one_document_and_an_unscored_number_is_null(capsys: pytest.CaptureFixture[str]) -> None:
-    data = {"answer": ANSWER, "path": Path("a/b"), "nan": math.inf, "f32": np.float32(0.5), "i64": np.int64(3), "set": {2, 1}}
+def test_json_is_one_document_and_an_unscored_number_is_null(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = {
+        "answer": ANSWER,
+        "path": Path("a/b"),
+        "nan": math.inf,
+        "f32": np.float32(0.5),
+        "i64": np.int64(3),
+        "set": {2, 1},
+    }
     console.emit(data, as_json=True)
     read = json.loads(capsys.readouterr().out)
     assert read["answer"]["text"] == "גם 🍷"
     assert read["answer"]["candidates"][0]["score"] is None
-    assert (read["path"], read["nan"], read["f32"], read["i64"], read["set"]) == ("a/b", None, 0.5, 3, [1, 2])
+    assert (read["path"], read["nan"], read["f32"], read["i64"], read["set"]) == (
+        "a/b",
+        None,
+        0.5,
+        3,
+        [1, 2],
+    )
 
 
-def test_for_people_a_mapping_is_lines_and_a_text_is_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_people_a_mapping_is_lines_and_a_text_is_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     console.emit(Usage(calls=3, cost=0.123456))
     assert capsys.readouterr().out.splitlines()[:2] == ["calls: 3", "cached: 0"]
     console.emit("[bold]not markup[/bold]")
@@ -36,14 +60,18 @@ def test_for_people_a_mapping_is_lines_and_a_text_is_itself(capsys: pytest.Captu
 def test_a_piped_table_keeps_every_column_whole(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"method": "[x] " + "m" * 150, "mae": 0.5}, {"method": "short", "mae": math.nan}]
     console.emit(rows)
-    head, _, first, second = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    head, _, first, second = [
+        line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()
+    ]
     assert head.split() == ["method", "mae"]
     assert first.split() == ["[x]", "m" * 150, "0.5"]
     assert second.split() == ["short"]
     assert first.endswith(" 0.5")
 
 
-def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     now = 0.0
     report = console._Lines(clock=lambda: now)
     for done in range(31):
@@ -64,7 +92,12 @@ print("result")
 
 def test_on_a_terminal_bars_go_to_stderr_and_disappear() -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.run([sys.executable, "-c", BARS], stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    process = subprocess.run(
+        [sys.executable, "-c", BARS],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )
     os.close(theirs)
     drawn = os.read(ours, 65536).decode()
     os.close(ours)

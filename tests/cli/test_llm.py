@@ -17,8 +17,14 @@ def endpoint() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Paris"}}
-            content = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}).encode()
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "Paris"},
+            }
+            content = json.dumps(
+                {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -29,16 +35,31 @@ def endpoint() -> Iterator[str]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
 
 
-def test_an_endpoint_without_native_n_is_seen(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endpoint_without_native_n_is_seen(
+    endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["llm", "check", f"openai:m@{endpoint}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {name: found[name] for name in ("model", "kind", "answer", "native_n", "prompt_tokens", "completion_tokens", "constrains")} == {
+    assert {
+        name: found[name]
+        for name in (
+            "model",
+            "kind",
+            "answer",
+            "native_n",
+            "prompt_tokens",
+            "completion_tokens",
+            "constrains",
+        )
+    } == {
         "model": "m",
         "kind": "openai",
         "answer": "Paris",
@@ -76,7 +97,9 @@ def test_for_people_it_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
         ("openai:m@http://127.0.0.1:9/v1", 1, "no connection"),
     ],
 )
-def test_every_failure_is_one_line(capsys: pytest.CaptureFixture[str], spec: str, code: int, said: str) -> None:
+def test_every_failure_is_one_line(
+    capsys: pytest.CaptureFixture[str], spec: str, code: int, said: str
+) -> None:
     assert run(["llm", "check", spec, "--set", "retries=0"]) == code
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
@@ -84,7 +107,13 @@ def test_every_failure_is_one_line(capsys: pytest.CaptureFixture[str], spec: str
 
 
 @pytest.mark.llm
-def test_the_embedded_model_draws_n_at_once_and_keeps_to_labels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_model_draws_n_at_once_and_keeps_to_labels(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert run(["llm", "check", "smollm2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["model"], found["native_n"], found["constrains"]) == ("smollm2-135m-instruct", True, True)
+    assert (found["model"], found["native_n"], found["constrains"]) == (
+        "smollm2-135m-instruct",
+        True,
+        True,
+    )

@@ -1,4 +1,6 @@
-"""How `hydra-llm` ends: one line for what the caller can mend, the traceback for a bug, Ctrl-C by a real signal."""
+"""How `hydra-llm` ends: one line for what the caller can mend, the traceback for a bug, Ctrl-C by a
+real signal.
+"""
 
 import errno
 import signal
@@ -24,7 +26,9 @@ def broken_data(): raise DataError("not JSON", file="users.jsonl", line=7, field
 def spread_out(): raise DataError("first\\n  second")
 def dead_llm(): raise LLMError("no answer after 3 tries")
 def wrong_key(): raise LLMRefused("401: check OPENAI_API_KEY")
-def side_by_side(): raise ExceptionGroup("tasks", [LLMRefused("401"), ExceptionGroup("more", [LLMError("gone")])])
+def side_by_side():
+    more = ExceptionGroup("more", [LLMError("gone")])
+    raise ExceptionGroup("tasks", [LLMRefused("401"), more])
 def bug_among_faults(): raise ExceptionGroup("tasks", [LLMRefused("401"), KeyError("bug")])
 def bug():
     secret = "sk-do-not-print"
@@ -51,7 +55,10 @@ group = typer.Typer()
 def only(): print("the verb is kept")
 """
 
-RUN = "import hydra_llm.cli.main as m; names = [n for n in vars(__import__('endings')) if n[0].islower()]; "
+RUN = (
+    "import hydra_llm.cli.main as m; names = [n for n in vars(__import__('endings')) if"
+    " n[0].islower()]; "
+)
 RUN += "m.COMMANDS = {n: (f'endings:{n}', 'a line') for n in names}; m.main()"
 
 
@@ -63,7 +70,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def outcome(*arguments: str) -> tuple[int, str, str]:
@@ -82,7 +94,11 @@ def outcome(*arguments: str) -> tuple[int, str, str]:
         ("dead_llm", 1, "hydra-llm: no answer after 3 tries\n"),
         ("wrong_key", 2, "hydra-llm: 401: check OPENAI_API_KEY\n"),
         ("side_by_side", 2, "hydra-llm: 401\n"),
-        ("full_disk", 2, f"hydra-llm: [Errno {errno.ENOSPC}] No space left on device: '/cache/answers.sqlite'\n"),
+        (
+            "full_disk",
+            2,
+            f"hydra-llm: [Errno {errno.ENOSPC}] No space left on device: '/cache/answers.sqlite'\n",
+        ),
     ],
 )
 def test_a_fault_is_one_line(command: str, code: int, line: str) -> None:
@@ -127,10 +143,19 @@ def test_a_closed_pipe_is_quiet(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["options", "--frobnicate"], "hydra-llm options: No such option: --frobnicate (see 'hydra-llm options --help')\n"),
+        (
+            ["options", "--frobnicate"],
+            "hydra-llm options: No such option: --frobnicate (see 'hydra-llm options --help')\n",
+        ),
         (["options", "--k", "x"], "(see 'hydra-llm options --help')\n"),
         (["--frobnicate"], "hydra-llm: No such option: --frobnicate (see 'hydra-llm --help')\n"),
-        (["optoins"], "hydra-llm: No such command 'optoins'. Did you mean 'options'? (see 'hydra-llm --help')\n"),
+        (
+            ["optoins"],
+            (
+                "hydra-llm: No such command 'optoins'. Did you mean 'options'? (see 'hydra-llm"
+                " --help')\n"
+            ),
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:
@@ -141,7 +166,9 @@ def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_an_option_comes_from_the_environment_unless_a_flag_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_comes_from_the_environment_unless_a_flag_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HYDRA_LLM_OPTIONS_K", "7")
     assert outcome("options") == (0, "7 x\n", "")
     assert outcome("options", "--k", "2") == (0, "2 x\n", "")
@@ -158,25 +185,39 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"hydra-llm {__version__}\n"
     assert run([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown and summary in shown for name, (_, summary) in COMMANDS.items())
+    assert all(
+        f"  {name} " in shown and summary in shown for name, (_, summary) in COMMANDS.items()
+    )
 
 
 def test_help_imports_no_command_and_nothing_heavy() -> None:
     code = "import sys; from hydra_llm.cli.main import COMMANDS, run; run(['--help']); "
-    code += "sys.exit(str([m for m in sys.modules if m in {p.split(':')[0] for p, _ in COMMANDS.values()} | "
+    code += (
+        "sys.exit(str([m for m in sys.modules if m in {p.split(':')[0] for p, _ in"
+        " COMMANDS.values()} | "
+    )
     code += "{'torch', 'openai', 'transformers', 'sklearn', 'numpy', 'pydantic'}]))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_loads_and_explains_every_option(name: str) -> None:
     command = load(name)
     for leaf in getattr(command, "commands", {name: command}).values():
-        unexplained = [option.name for option in leaf.params if option.param_type_name == "option" and not option.help]
+        unexplained = [
+            option.name
+            for option in leaf.params
+            if option.param_type_name == "option" and not option.help
+        ]
         assert leaf.help, leaf.name
         assert not unexplained, f"{name} {leaf.name}: {unexplained}"
 
 
 def test_the_package_runs_as_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "hydra_llm", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "hydra_llm", "--version"], capture_output=True, text=True, check=True
+    )
     assert __version__ in done.stdout

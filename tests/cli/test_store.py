@@ -11,8 +11,14 @@ from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
 
-def test_a_store_is_made_checked_copied_and_filled_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    url, other, backup = f"sqlite:///{tmp_path / 'a.db'}", f"sqlite:///{tmp_path / 'b.db'}", str(tmp_path / "backup.db")
+def test_a_store_is_made_checked_copied_and_filled_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, other, backup = (
+        f"sqlite:///{tmp_path / 'a.db'}",
+        f"sqlite:///{tmp_path / 'b.db'}",
+        str(tmp_path / "backup.db"),
+    )
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0002"}
     store = Store(url)
@@ -30,11 +36,16 @@ def test_a_store_is_made_checked_copied_and_filled_again(tmp_path: Path, capsys:
     assert (found["faults"], found["rows"]["users"]) == ([], 1)
 
 
-def test_what_is_wrong_with_a_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_with_a_store_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "a.db"
     url = f"sqlite:///{file}"
     for arguments, said in (
-        (["check", "--store", "nonsense"], "store 'nonsense': no database URL: sqlite:///FILE or postgresql+psycopg://..."),
+        (
+            ["check", "--store", "nonsense"],
+            "store 'nonsense': no database URL: sqlite:///FILE or postgresql+psycopg://...",
+        ),
         (["restore", str(tmp_path / "none.db"), "--store", url], "none.db: no such file"),
         (["backup", str(file), "--store", url], "a.db: exists already, name a new file"),
     ):

@@ -1,4 +1,6 @@
-"""`data check`: its figures against a data set small enough to count by hand, and all problems of a broken one."""
+"""`data check`: its figures against a data set small enough to count by hand, and all problems of a
+broken one.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 from hydra_llm.cli.main import run
 from hydra_llm.datasets.check import find_problems, summarize
 from hydra_llm.datasets.native import DataSet, save
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Record
 
 CHOICE = Task("choice", "classification", "Which? {input}", ("yes", "no"), ("accuracy",))
@@ -36,8 +38,14 @@ def test_the_figures_are_those_counted_by_hand() -> None:
     assert told["time"] == {"first": "2020", "last": "2023", "unknown": 1}
     assert told["records per user"] == {"min": 0, "median": 1, "max": 3}
     assert (told["users without history"], told["users without queries"]) == (1, 1)
-    assert told["words per input"] == {"history": {"min": 1, "median": 1, "max": 3}, "queries": {"min": 1, "median": 1, "max": 5}}
-    assert told["labels"] == {"yes": {"history": 0.75, "queries": 1 / 3}, "no": {"history": 0.25, "queries": 2 / 3}}
+    assert told["words per input"] == {
+        "history": {"min": 1, "median": 1, "max": 3},
+        "queries": {"min": 1, "median": 1, "max": 5},
+    }
+    assert told["labels"] == {
+        "yes": {"history": 0.75, "queries": 1 / 3},
+        "no": {"history": 0.25, "queries": 2 / 3},
+    }
     assert told["duplicates"] == {"count": 1, "examples": ["a/3"]}
     assert {what: leak["examples"] for what, leak in told["leaks"].items()} == {
         "query's text stands in its user's history": ["a/3"],
@@ -52,7 +60,10 @@ def test_a_text_that_another_user_wrote_is_a_leak_a_users_own_is_not() -> None:
     records = [Record("a", "1", "x", "Mine"), Record("b", "1", "x", "Theirs")]
     queries = [Query("a", "2", "y", "Mine"), Query("a", "3", "z", "Theirs")]
     told = summarize(DataSet.from_records(task, {"a": "train", "b": "train"}, records, queries))
-    assert told["leaks"]["gold text stands in another user's history"] == {"count": 1, "examples": ["a/3"]}
+    assert told["leaks"]["gold text stands in another user's history"] == {
+        "count": 1,
+        "examples": ["a/3"],
+    }
 
 
 def test_all_problems_up_to_twenty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,11 +71,23 @@ def test_all_problems_up_to_twenty(tmp_path: Path, capsys: pytest.CaptureFixture
     history = tmp_path / "data" / "history.jsonl"
     (tmp_path / "data" / "history.jsonl.gz").unlink()
     line = {"user": "a", "id": "x", "time": "soon", "input": "", "output": "maybe"}
-    history.write_text(json.dumps(line) + "\n{\n" + json.dumps({**line, "id": "y", "user": "z"}) + "\n", encoding="utf-8")
+    history.write_text(
+        json.dumps(line) + "\n{\n" + json.dumps({**line, "id": "y", "user": "z"}) + "\n",
+        encoding="utf-8",
+    )
     assert run(["data", "check", str(tmp_path / "data"), "--json"]) == 2
     captured = capsys.readouterr()
     problems = json.loads(captured.out)["problems"]
-    expected = [(1, "input"), (1, "time"), (1, "output"), (2, None), (3, "input"), (3, "user"), (3, "time"), (3, "output")]
+    expected = [
+        (1, "input"),
+        (1, "time"),
+        (1, "output"),
+        (2, None),
+        (3, "input"),
+        (3, "user"),
+        (3, "time"),
+        (3, "output"),
+    ]
     assert [(problem["line"], problem["field"]) for problem in problems] == expected
     assert {problem["file"] for problem in problems} == {str(history)}
     assert captured.err.count("\n") == len(expected)
@@ -72,13 +95,21 @@ def test_all_problems_up_to_twenty(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(find_problems(tmp_path / "data")[1]) == 20
 
 
-def test_the_command_prints_the_same_to_people_and_to_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_same_to_people_and_to_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(by_hand(), tmp_path / "data")
     assert run(["data", "check", str(tmp_path / "data"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summarize(by_hand())
     assert run(["data", "check", str(tmp_path / "data")]) == 0
     text = capsys.readouterr().out
-    for shown in ("1 train, 2 test", "2020 to 2023, 1 unknown", "0 to 3, median 1", "75.0% of history, 33.3% of queries", "1 (a/3)"):
+    for shown in (
+        "1 train, 2 test",
+        "2020 to 2023, 1 unknown",
+        "0 to 3, median 1",
+        "75.0% of history, 33.3% of queries",
+        "1 (a/3)",
+    ):
         assert shown in text
 
 

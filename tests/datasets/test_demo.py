@@ -29,15 +29,22 @@ def test_every_rating_of_the_source_is_there_or_accounted_for() -> None:
     dataset = movielens(900, 42, per_user=10_000)
     entries = sum(1 for _ in dataset.stream_history()) + sum(1 for _ in dataset.stream_queries())
     repeats = int(dataset.notes[0].split()[0])
-    # Of the 100,000 ratings nine are of the film that has no title; user 300 has 19 left, one too few.
+    # Of the 100,000 ratings nine are of the film that has no title; user 300 has 19 left, one too
+    # few.
     assert entries + repeats == 100_000 - 9 - 19
     assert set(dataset.users()) == {f"u{number}" for number in range(1, 944)} - {"u300"}
 
 
 def test_titles_are_written_as_people_write_them() -> None:
     texts = {record.input for record in movielens(942, 0, per_user=10_000).stream_history()}
-    assert {"The Godfather (1972). Action, Crime, Drama", "Les Misérables (1995). Drama, Musical", "Good Morning (1971)"} <= texts
-    assert "Land Before Time III: The Time of the Great Giving (1995). Animation, Children's" in texts
+    assert {
+        "The Godfather (1972). Action, Crime, Drama",
+        "Les Misérables (1995). Drama, Musical",
+        "Good Morning (1971)",
+    } <= texts
+    assert (
+        "Land Before Time III: The Time of the Great Giving (1995). Animation, Children's" in texts
+    )
 
 
 def test_the_seed_decides_and_more_users_keep_the_ones_of_fewer() -> None:
@@ -47,7 +54,9 @@ def test_the_seed_decides_and_more_users_keep_the_ones_of_fewer() -> None:
     assert movielens(5, 5, seed=1).digest == few.digest != other.digest
 
 
-def test_too_many_users_or_no_wheel_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_users_or_no_wheel_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SettingsError, match="942"):
         movielens(900, 100)
     with pytest.raises(DataError, match="pip install --no-deps recbole"):
@@ -58,11 +67,14 @@ def test_too_many_users_or_no_wheel_is_one_line(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_file_of_another_shape_is_named(tmp_path: Path) -> None:
-    (tmp_path / "ml-100k.item").write_text("item_id:token\tmovie_title:token_seq\n", encoding="utf-8")
+    (tmp_path / "ml-100k.item").write_text(
+        "item_id:token\tmovie_title:token_seq\n", encoding="utf-8"
+    )
     with pytest.raises(DataError, match=r"ml-100k\.item:1: field 'release_year'"):
         movielens(1, 1, folder=tmp_path)
     (tmp_path / "ml-100k.item").write_text(
-        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n1\tX\n", encoding="utf-8"
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n1\tX\n",
+        encoding="utf-8",
     )
     with pytest.raises(DataError, match=r"ml-100k\.item:2: 2 fields instead of 4"):
         movielens(1, 1, folder=tmp_path)

@@ -1,4 +1,6 @@
-"""LaMP's download against a real server on 127.0.0.1 that breaks off, lies about lengths, and knows or ignores ranges."""
+"""LaMP's download against a real server on 127.0.0.1 that breaks off, lies about lengths, and knows
+or ignores ranges.
+"""
 
 import json
 import re
@@ -27,7 +29,10 @@ GOLDS = {"task": "LaMP_4", "golds": [{"id": str(at), "output": "z"} for at in ra
 FILES = {
     f"/LaMP_4/{part}/{part}_{what}.json": json.dumps(content).encode()
     for part in ("train", "dev")
-    for what, content in (("questions", [{**q, "id": f"{part}{q['id']}"} for q in QUESTIONS]), ("outputs", None))
+    for what, content in (
+        ("questions", [{**q, "id": f"{part}{q['id']}"} for q in QUESTIONS]),
+        ("outputs", None),
+    )
 }
 for part in ("train", "dev"):
     golds = [{**gold, "id": f"{part}{gold['id']}"} for gold in GOLDS["golds"]]  # type: ignore[dict-item]
@@ -68,7 +73,11 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 self._answer(404, b"no such page")
                 return
             content = server.files[self.path]
-            start = int(re.findall(r"\d+", wanted)[0]) if wanted and server.ranges and self.headers.get("If-Range") == server.tag else 0
+            start = (
+                int(re.findall(r"\d+", wanted)[0])
+                if wanted and server.ranges and self.headers.get("If-Range") == server.tag
+                else 0
+            )
             if start > len(content) - 1:
                 self._answer(416, b"")
                 return
@@ -77,9 +86,15 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
         def _answer(self, status: int, content: bytes, start: int = 0) -> None:
             self.send_response(status)
             self.send_header("ETag", server.tag)
-            self.send_header("Content-Length", str(len(content) - start + (server.add_to_length if status in (200, 206) else 0)))
+            self.send_header(
+                "Content-Length",
+                str(len(content) - start + (server.add_to_length if status in (200, 206) else 0)),
+            )
             if status == 206:
-                self.send_header("Content-Range", f"bytes {start + server.shift}-{len(content) - 1}/{len(content)}")
+                self.send_header(
+                    "Content-Range",
+                    f"bytes {start + server.shift}-{len(content) - 1}/{len(content)}",
+                )
             self.end_headers()
             body = content[start:]
             cuts = server.cuts.get(self.path)
@@ -123,28 +138,55 @@ WHOLE = {address.rpartition("/")[2]: content for address, content in FILES.items
 
 def test_the_official_addresses() -> None:
     root = "https://ciir.cs.umass.edu/downloads/LaMP"
-    assert addresses("lamp-2n", "user")["train_questions.json"] == f"{root}/LaMP_2/train/train_questions.json"
-    assert addresses("lamp-2m", "user")["dev_outputs.json"] == f"{root}/LaMP_2/new/dev/dev_outputs.json"
-    assert addresses("lamp-2m", "time")["dev_questions.json"] == f"{root}/time/LaMP_2/new/dev/dev_questions.json"
-    assert addresses("lamp-5", "time")["train_outputs.json"] == f"{root}/time/LaMP_5/train/train_outputs.json"
+    assert (
+        addresses("lamp-2n", "user")["train_questions.json"]
+        == f"{root}/LaMP_2/train/train_questions.json"
+    )
+    assert (
+        addresses("lamp-2m", "user")["dev_outputs.json"]
+        == f"{root}/LaMP_2/new/dev/dev_outputs.json"
+    )
+    assert (
+        addresses("lamp-2m", "time")["dev_questions.json"]
+        == f"{root}/time/LaMP_2/new/dev/dev_questions.json"
+    )
+    assert (
+        addresses("lamp-5", "time")["train_outputs.json"]
+        == f"{root}/time/LaMP_5/train/train_outputs.json"
+    )
 
 
 def test_the_four_files_arrive_and_load(server: Server, tmp_path: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
-    files = fetch("lamp-4", "user", tmp_path / "d", base_url=server.url + "/", progress=lambda *now: told.append(now))
+    files = fetch(
+        "lamp-4",
+        "user",
+        tmp_path / "d",
+        base_url=server.url + "/",
+        progress=lambda *now: told.append(now),
+    )
     assert arrived(tmp_path / "d") == WHOLE
     assert sorted(file.name for file in files) == sorted(WHOLE)
-    assert {(name, size) for name, done, size in told if done == size} == {(name, len(content)) for name, content in WHOLE.items()}
+    assert {(name, size) for name, done, size in told if done == size} == {
+        (name, len(content)) for name, content in WHOLE.items()
+    }
     dataset = load(tmp_path / "d")
     assert (len(dataset.users("train")), len(dataset.users("test"))) == (200, 200)
 
 
-def test_a_name_of_lamps_is_downloaded_once_and_a_path_is_a_path(server: Server, tmp_path: Path) -> None:
+def test_a_name_of_lamps_is_downloaded_once_and_a_path_is_a_path(
+    server: Server, tmp_path: Path
+) -> None:
     named = load_named("LaMP-4", tmp_path / "kept", base_url=server.url)
     assert named.digest == load(tmp_path / "kept" / "lamp-4").digest
     server.asked.clear()
     assert load_named("lamp-4", tmp_path / "kept", base_url=server.url).digest == named.digest
-    assert load_named(str(tmp_path / "kept" / "lamp-4"), tmp_path / "other", base_url=server.url).digest == named.digest
+    assert (
+        load_named(
+            str(tmp_path / "kept" / "lamp-4"), tmp_path / "other", base_url=server.url
+        ).digest
+        == named.digest
+    )
     assert server.asked == []
     assert not (tmp_path / "other").exists()
 
@@ -160,7 +202,11 @@ def test_a_cut_transfer_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
     server.cuts[FIRST] = [100_000, 50_000]
     get(server, tmp_path / "d")
     assert arrived(tmp_path / "d") == WHOLE
-    assert [wanted for path, wanted in server.asked if path == FIRST] == [None, "bytes=100000-", "bytes=150000-"]
+    assert [wanted for path, wanted in server.asked if path == FIRST] == [
+        None,
+        "bytes=100000-",
+        "bytes=150000-",
+    ]
 
 
 def test_the_next_call_goes_on_too(server: Server, tmp_path: Path) -> None:
@@ -180,7 +226,9 @@ def test_without_ranges_it_starts_over(server: Server, tmp_path: Path) -> None:
     assert arrived(tmp_path / "d") == WHOLE
 
 
-def test_a_file_that_changed_meanwhile_is_not_glued_together(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_changed_meanwhile_is_not_glued_together(
+    server: Server, tmp_path: Path
+) -> None:
     server.cuts[FIRST] = [10_000] * 5
     with pytest.raises(UserFault):
         get(server, tmp_path / "d")
@@ -231,10 +279,16 @@ def test_a_busy_server_is_asked_again_a_missing_page_is_not(server: Server, tmp_
         (FIRST, lambda content: content[:-1], "no LaMP file"),
         (FIRST, lambda content: content.replace(b'"train7"', b'"train7x"'), "do not fit"),
         ("/LaMP_4/dev/dev_outputs.json", lambda content: b"[]", "no LaMP file"),
-        ("/LaMP_4/dev/dev_outputs.json", lambda content: json.dumps({"task": "LaMP_4", "golds": []}).encode(), "do not fit"),
+        (
+            "/LaMP_4/dev/dev_outputs.json",
+            lambda content: json.dumps({"task": "LaMP_4", "golds": []}).encode(),
+            "do not fit",
+        ),
     ],
 )
-def test_a_page_that_is_no_data_is_removed(server: Server, tmp_path: Path, path: str, change: Callable[[bytes], bytes], says: str) -> None:
+def test_a_page_that_is_no_data_is_removed(
+    server: Server, tmp_path: Path, path: str, change: Callable[[bytes], bytes], says: str
+) -> None:
     server.files[path] = change(FILES[path])
     with pytest.raises(DataError, match=says):
         get(server, tmp_path / "d")
@@ -244,13 +298,33 @@ def test_a_page_that_is_no_data_is_removed(server: Server, tmp_path: Path, path:
     assert arrived(tmp_path / "d") == WHOLE
 
 
-def test_the_command_says_where_the_files_are(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["data", "get", "lamp-4", "--out", str(tmp_path / "d"), "--base-url", server.url, "--json"]) == 0
+def test_the_command_says_where_the_files_are(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(
+            [
+                "data",
+                "get",
+                "lamp-4",
+                "--out",
+                str(tmp_path / "d"),
+                "--base-url",
+                server.url,
+                "--json",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
-    assert {Path(entry["file"]).name: entry["bytes"] for entry in told["files"]} == {name: len(content) for name, content in WHOLE.items()}
+    assert {Path(entry["file"]).name: entry["bytes"] for entry in told["files"]} == {
+        name: len(content) for name, content in WHOLE.items()
+    }
 
 
-def test_without_network_it_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: list[object]) -> None:
+def test_without_network_it_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: list[object]
+) -> None:
     code = run(["data", "get", "lamp-3", "--split", "time", "--out", str(tmp_path / "d")])
     said = capsys.readouterr().err
     assert code == 2  # the user can mend it: connect, or --base-url
@@ -259,6 +333,8 @@ def test_without_network_it_ends_in_one_line(tmp_path: Path, capsys: pytest.Capt
     refused.clear()
 
 
-def test_an_unknown_name_is_the_users_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_the_users_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["data", "get", "lamp-6", "--out", str(tmp_path)]) == 2
     assert "lamp-2n" in capsys.readouterr().err

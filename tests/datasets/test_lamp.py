@@ -1,4 +1,5 @@
-"""LaMP's official layout, built from generated records: what was written is what is read, and the prompt is the file's to the letter.
+"""LaMP's official layout, built from generated records: what was written is what is read, and the
+prompt is the file's to the letter.
 
 The instructions are made up in LaMP's manner: only what stands right before the text is LaMP's.
 """
@@ -25,7 +26,9 @@ Profile = list[dict[str, Any]]
 
 INSTRUCTIONS = {
     "LaMP-1": 'An author wrote a paper called "{text}',
-    "LaMP-2N": f"Which category fits? Just the name. categories: [{', '.join(NEWS)}] article: {{text}}",
+    "LaMP-2N": (
+        f"Which category fits? Just the name. categories: [{', '.join(NEWS)}] article: {{text}}"
+    ),
     "LaMP-2M": f"Which tag fits? Just the name. tags: [{', '.join(TAGS)}] description: {{text}}",
     "LaMP-3": "What is the score from 1 to 5? just answer with 1, 2, 3, 4, or 5. review: {text}",
     "LaMP-4": "Generate a headline for the following article: {text}",
@@ -43,26 +46,44 @@ FIELDS = {
 }
 
 
-def question(task: str, key: str, text: str, entries: list[tuple[str, str]], **more: Any) -> dict[str, Any]:
+def question(
+    task: str, key: str, text: str, entries: list[tuple[str, str]], **more: Any
+) -> dict[str, Any]:
     """A question with a profile of (text, answer) entries."""
     named, answered = FIELDS[task]
-    profile: Profile = [{"id": f"{key}{at}", answered: answer, named: said} for at, (said, answer) in enumerate(entries)]
+    profile: Profile = [
+        {"id": f"{key}{at}", answered: answer, named: said}
+        for at, (said, answer) in enumerate(entries)
+    ]
     if task == "LaMP-2N":
         profile = [{**item, "title": "A headline"} for item in profile]
-    return {"id": key, "input": INSTRUCTIONS[task].replace("{text}", text), "profile": profile, **more}
+    return {
+        "id": key,
+        "input": INSTRUCTIONS[task].replace("{text}", text),
+        "profile": profile,
+        **more,
+    }
 
 
-def write_part(folder: Path, part: str, task: str, questions: list[Any], golds: dict[str, str]) -> Path:
+def write_part(
+    folder: Path, part: str, task: str, questions: list[Any], golds: dict[str, str]
+) -> Path:
     """Both files of one of LaMP's splits."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{part}_questions.json"
     file.write_text(json.dumps(questions), encoding="utf-8")
-    outputs = {"task": task[:6].replace("-", "_"), "golds": [{"id": key, "output": gold} for key, gold in golds.items()]}
+    outputs = {
+        "task": task[:6].replace("-", "_"),
+        "golds": [{"id": key, "output": gold} for key, gold in golds.items()],
+    }
     (folder / f"{part}_outputs.json").write_text(json.dumps(outputs), encoding="utf-8")
     return file
 
 
-texts = st.one_of(st.from_regex(r'[a-z:"\[\]{},]+( [a-zA-Z:"]+){0,4}', fullmatch=True), st.sampled_from(["😀 article: x", "שלום", "a\nb"]))
+texts = st.one_of(
+    st.from_regex(r'[a-z:"\[\]{},]+( [a-zA-Z:"]+){0,4}', fullmatch=True),
+    st.sampled_from(["😀 article: x", "שלום", "a\nb"]),
+)
 ANSWERS: dict[str, Any] = {
     "LaMP-1": st.sampled_from(["[1]", "[2]"]),
     "LaMP-2N": st.sampled_from(NEWS),
@@ -72,7 +93,12 @@ ANSWERS: dict[str, Any] = {
     "LaMP-5": texts,
     "LaMP-7": texts,
 }
-KINDS = {"LaMP-1": "classification", "LaMP-2N": "classification", "LaMP-2M": "classification", "LaMP-3": "rating"}
+KINDS = {
+    "LaMP-1": "classification",
+    "LaMP-2N": "classification",
+    "LaMP-2M": "classification",
+    "LaMP-3": "rating",
+}
 Asked = tuple[str, str, list[tuple[str, str]]]
 """Text, gold, profile."""
 
@@ -92,17 +118,32 @@ def written(task: str, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("task", list(FIELDS))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
-def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject) -> None:
+def test_what_is_written_is_what_is_read(
+    tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("lamp")
     parts = {part: data.draw(asked(task), label=part) for part in ("train", "dev")}
     tail = '", is it [1] or [2]? [1]: "A" [2]: "B"' if task == "LaMP-1" else ""
     inputs: dict[str, str] = {}
     for part, questions in parts.items():
-        made = [question(task, f"{part}{at}", text + tail, entries) for at, (text, _, entries) in enumerate(questions)]
+        made = [
+            question(task, f"{part}{at}", text + tail, entries)
+            for at, (text, _, entries) in enumerate(questions)
+        ]
         inputs |= {item["id"]: item["input"] for item in made}
-        write_part(folder, part, task, made, {f"{part}{at}": gold for at, (_, gold, _) in enumerate(questions)})
+        write_part(
+            folder,
+            part,
+            task,
+            made,
+            {f"{part}{at}": gold for at, (_, gold, _) in enumerate(questions)},
+        )
     dataset = load(folder)
-    assert (dataset.task.name, dataset.task.like, dataset.task.kind) == (task, task, KINDS.get(task, "generation"))
+    assert (dataset.task.name, dataset.task.like, dataset.task.kind) == (
+        task,
+        task,
+        KINDS.get(task, "generation"),
+    )
     assert dataset.task.prompt == INSTRUCTIONS[task].replace("{text}", "{input}")
     assert dataset.users() == list(inputs)
     for part, questions in parts.items():
@@ -113,7 +154,12 @@ def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactor
             assert (query.input, query.gold, query.id) == (text + tail, gold, user)
             assert dataset.task.ask(query.input) == inputs[user]
             expected = list(dict.fromkeys(written(task, entries)))
-            assert list(dict.fromkeys((record.input, record.output) for record in dataset.history(user))) == expected
+            assert (
+                list(
+                    dict.fromkeys((record.input, record.output) for record in dataset.history(user))
+                )
+                == expected
+            )
 
 
 def small(folder: Path, task: str = "LaMP-3", **changes: Any) -> Path:
@@ -135,7 +181,13 @@ def test_one_split_one_file_or_the_folders_of_the_download(tmp_path: Path) -> No
     assert load(tmp_path / "flat").users("train") == ["1", "2"]
     assert load(tmp_path / "flat" / "train_questions.json") == load(tmp_path / "flat")
     small(tmp_path / "deep" / "train")
-    write_part(tmp_path / "deep" / "dev", "dev", "LaMP-3", [question("LaMP-3", "9", "x", [("y", "1")])], {"9": "1"})
+    write_part(
+        tmp_path / "deep" / "dev",
+        "dev",
+        "LaMP-3",
+        [question("LaMP-3", "9", "x", [("y", "1")])],
+        {"9": "1"},
+    )
     deep = load(tmp_path / "deep")
     assert (deep.users("train"), deep.users("test")) == (["1", "2"], ["9"])
     assert load(tmp_path / "deep" / "dev").users() == ["9"]
@@ -179,17 +231,31 @@ def test_what_nobody_can_mend_is_left_out_with_a_note(tmp_path: Path) -> None:
     profile = [{"id": "a", "text": "", "score": "1"}, {"id": "b", "text": "x\0", "score": "1"}]
     profile += [{"id": "c", "text": "x", "score": 2}] * 2 + [{"id": "c", "text": "z", "score": "3"}]
     dataset = load(small(tmp_path, profile=profile))
-    assert [(record.id, record.input, record.output) for record in dataset.history("1")] == [("c", "x", "2"), ("c#2", "z", "3")]
+    assert [(record.id, record.input, record.output) for record in dataset.history("1")] == [
+        ("c", "x", "2"),
+        ("c#2", "z", "3"),
+    ]
     told = " / ".join(dataset.notes)
-    for what in ("1 profile entries were left out: a text is empty", "NUL", "taken once", "numbered"):
+    for what in (
+        "1 profile entries were left out: a text is empty",
+        "NUL",
+        "taken once",
+        "numbered",
+    ):
         assert what in told
 
 
 def test_a_paper_in_an_authors_history_needs_no_label(tmp_path: Path) -> None:
-    made = [question("LaMP-1", "1", 'T", which, [1] or [2]? [1]: "A" [2]: "B"', [("An abstract", "A title")])]
+    made = [
+        question(
+            "LaMP-1", "1", 'T", which, [1] or [2]? [1]: "A" [2]: "B"', [("An abstract", "A title")]
+        )
+    ]
     write_part(tmp_path / "lamp", "train", "LaMP-1", made, {"1": "[2]"})
     dataset = load(tmp_path / "lamp")
-    assert [(record.input, record.output) for record in dataset.history("1")] == [("An abstract", "A title")]
+    assert [(record.input, record.output) for record in dataset.history("1")] == [
+        ("An abstract", "A title")
+    ]
     save(dataset, tmp_path / "native")
     assert load(tmp_path / "native").digest == dataset.digest
 
@@ -197,9 +263,14 @@ def test_a_paper_in_an_authors_history_needs_no_label(tmp_path: Path) -> None:
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
     small(tmp_path)
     file = tmp_path / "train_questions.json"
-    # what follows is far behind what the reader has taken in, so a reader that stops never sees that it is broken
+    # what follows is far behind what the reader has taken in, so a reader that stops never sees
+    # that it is broken
     file.write_text(
-        file.read_text(encoding="utf-8")[:-1] + ", " + json.dumps(question("LaMP-3", "3", "x" * 10**6, [])) + " broken", encoding="utf-8"
+        file.read_text(encoding="utf-8")[:-1]
+        + ", "
+        + json.dumps(question("LaMP-3", "3", "x" * 10**6, []))
+        + " broken",
+        encoding="utf-8",
     )
     assert load(tmp_path, limit_users=1).users() == ["1"]
     with pytest.raises(DataError, match="no gold"):
@@ -207,10 +278,22 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ({"profile": [{"id": "a", "text": "x", "score": "9"}]}, "[0].profile[0].output", "'9' is not one of"),
-    ({"profile": [{"id": "a", "text": "x", "score": "1", "date": "soon"}]}, "[0].profile[0].time", "soon"),
+    (
+        {"profile": [{"id": "a", "text": "x", "score": "9"}]},
+        "[0].profile[0].output",
+        "'9' is not one of",
+    ),
+    (
+        {"profile": [{"id": "a", "text": "x", "score": "1", "date": "soon"}]},
+        "[0].profile[0].time",
+        "soon",
+    ),
     ({"profile": [{"id": "a", "score": "1"}]}, "[0].profile[0].text", "missing"),
-    ({"profile": [{"id": "a", "text": ["x"], "score": "1"}]}, "[0].profile[0].text", "must be a text"),
+    (
+        {"profile": [{"id": "a", "text": ["x"], "score": "1"}]},
+        "[0].profile[0].text",
+        "must be a text",
+    ),
     ({"profile": {"score": "1"}}, "[0].profile", "must be a list"),
     ({"input": ["x"]}, "[0].input", "must be a text"),
     ({"id": "7"}, "[0].id", "no gold"),
@@ -219,10 +302,18 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("changes", "field", "says"), BROKEN)
-def test_what_is_broken_is_named(tmp_path: Path, changes: dict[str, Any], field: str, says: str) -> None:
+def test_what_is_broken_is_named(
+    tmp_path: Path, changes: dict[str, Any], field: str, says: str
+) -> None:
     small(tmp_path, **changes)
     if changes.get("id") == "2":
-        write_part(tmp_path, "train", "LaMP-3", json.loads((tmp_path / "train_questions.json").read_text(encoding="utf-8")), {"2": "3"})
+        write_part(
+            tmp_path,
+            "train",
+            "LaMP-3",
+            json.loads((tmp_path / "train_questions.json").read_text(encoding="utf-8")),
+            {"2": "3"},
+        )
     faults: list[DataError] = []
     load(tmp_path, report=faults.append)
     assert field in [fault.field for fault in faults]
@@ -238,8 +329,14 @@ def test_what_is_broken_is_named(tmp_path: Path, changes: dict[str, Any], field:
         ("[]", "holds no question"),
         ('{"a": 1}', "holds no question"),
         ('[{"id": "1", "input": "a', "not JSON, or cut"),
-        ('[{"id": "1", "input": "a", "profile": [{"id": "1", "colour": "red"}]}]', "no LaMP task that is known"),
-        ('[{"id": "1", "input": "a", "profile": [{"id": "1", "description": "x", "tag": "y"}]}]', "no LaMP task that is known"),
+        (
+            '[{"id": "1", "input": "a", "profile": [{"id": "1", "colour": "red"}]}]',
+            "no LaMP task that is known",
+        ),
+        (
+            '[{"id": "1", "input": "a", "profile": [{"id": "1", "description": "x", "tag": "y"}]}]',
+            "no LaMP task that is known",
+        ),
     ],
 )
 def test_files_that_are_no_lamp_files(tmp_path: Path, content: str, says: str) -> None:
@@ -253,7 +350,9 @@ def test_files_that_are_no_lamp_files(tmp_path: Path, content: str, says: str) -
 def test_golds_without_questions_and_questions_without_golds(tmp_path: Path) -> None:
     small(tmp_path)
     outputs = tmp_path / "train_outputs.json"
-    outputs.write_text(outputs.read_text(encoding="utf-8").replace('"id": "2"', '"id": "8"'), encoding="utf-8")
+    outputs.write_text(
+        outputs.read_text(encoding="utf-8").replace('"id": "2"', '"id": "8"'), encoding="utf-8"
+    )
     faults: list[DataError] = []
     load(tmp_path, report=faults.append)
     assert [str(fault).rpartition(": ")[2] for fault in faults] == [
@@ -279,7 +378,10 @@ def test_an_instruction_without_lamps_marks_is_what_questions_share(tmp_path: Pa
 
 def test_questions_are_streamed(tmp_path: Path) -> None:
     file = tmp_path / "train_questions.json"
-    file.write_text("[" + ",".join(f'{{"id": "{at}", "x": "{"y" * 1000}"}}' for at in range(2000)) + "  broken", encoding="utf-8")
+    file.write_text(
+        "[" + ",".join(f'{{"id": "{at}", "x": "{"y" * 1000}"}}' for at in range(2000)) + "  broken",
+        encoding="utf-8",
+    )
     stream = stream_questions(file)
     assert [next(stream)["id"] for _ in range(3)] == ["0", "1", "2"]
     with pytest.raises(DataError):
@@ -288,10 +390,20 @@ def test_questions_are_streamed(tmp_path: Path) -> None:
     assert not is_official(tmp_path / "other.json")
 
 
-@pytest.mark.parametrize(("task", "llm"), [("LaMP-2N", "rule=labels"), ("LaMP-3", "rule=labels"), ("LaMP-4", "echo")])
-def test_a_benchmark_runs_on_the_official_layout(task: str, llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each question is a user of its own; nine in ten answers of a profile are the user's usual one, which is the gold."""
-    usual = {"LaMP-2N": NEWS, "LaMP-3": ["1", "3", "5"], "LaMP-4": ["rain again", "war ends", "love wins"]}[task]
+@pytest.mark.parametrize(
+    ("task", "llm"), [("LaMP-2N", "rule=labels"), ("LaMP-3", "rule=labels"), ("LaMP-4", "echo")]
+)
+def test_a_benchmark_runs_on_the_official_layout(
+    task: str, llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each question is a user of its own; nine in ten answers of a profile are the user's usual
+    one, which is the gold.
+    """
+    usual = {
+        "LaMP-2N": NEWS,
+        "LaMP-3": ["1", "3", "5"],
+        "LaMP-4": ["rain again", "war ends", "love wins"],
+    }[task]
     for part, count in (("train", 6), ("dev", 3)):
         golds = {f"{part}{at}": usual[at % 3] for at in range(count)}
         made = []
@@ -299,16 +411,38 @@ def test_a_benchmark_runs_on_the_official_layout(task: str, llm: str, tmp_path: 
             profile = [(f"news {key} {i}", gold if i else usual[0]) for i in range(6)]
             made.append(question(task, key, f"news {key}", profile))
         write_part(tmp_path / "lamp", part, task, made, golds)
-    few = [f"--set={name}" for name in (f"cache={tmp_path}", "retrieved=3", "samples=3", "queries_per_user=1", "max_length=32")]
-    given = ["--llm", f"fake:{llm}", "--methods", "zero-shot,rag@2,hydra@2,3,user-majority,copy-nearest", "--out", str(tmp_path / "run")]
-    assert run(["bench", "run", str(tmp_path / "lamp"), *given, "--json", "--export-lamp", *few]) == 0
+    few = [
+        f"--set={name}"
+        for name in (
+            f"cache={tmp_path}",
+            "retrieved=3",
+            "samples=3",
+            "queries_per_user=1",
+            "max_length=32",
+        )
+    ]
+    given = [
+        "--llm",
+        f"fake:{llm}",
+        "--methods",
+        "zero-shot,rag@2,hydra@2,3,user-majority,copy-nearest",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert (
+        run(["bench", "run", str(tmp_path / "lamp"), *given, "--json", "--export-lamp", *few]) == 0
+    )
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == ["zero-shot", "rag@2", "hydra@2,3", "user-majority", "copy-nearest"]
     assert {row["queries"] for row in rows.values()} == {3}
-    metric, perfect = {"LaMP-2N": ("accuracy", 1), "LaMP-3": ("mae", 0), "LaMP-4": ("rouge1", 1)}[task]
+    metric, perfect = {"LaMP-2N": ("accuracy", 1), "LaMP-3": ("mae", 0), "LaMP-4": ("rouge1", 1)}[
+        task
+    ]
     assert rows["user-majority"]["metrics"][metric][0] == pytest.approx(perfect)
     assert rows["zero-shot"]["metrics"][metric][0] != pytest.approx(perfect)
     assert rows["hydra@2,3"]["calls"] == 2
     theirs = json.loads((tmp_path / "lamp" / "dev_outputs.json").read_text())
-    assert json.loads((tmp_path / "run" / "lamp" / "user-majority.json").read_text()) == theirs  # all right: LaMP's own file
+    assert (
+        json.loads((tmp_path / "run" / "lamp" / "user-majority.json").read_text()) == theirs
+    )  # all right: LaMP's own file
     assert len(json.loads((tmp_path / "run" / "lamp" / "hydra@2,3.json").read_text())["golds"]) == 3

@@ -1,4 +1,6 @@
-"""A user's own file: what is guessed, who becomes a new user, and that no query comes before its history."""
+"""A user's own file: what is guessed, who becomes a new user, and that no query comes before its
+history.
+"""
 
 import csv
 import io
@@ -33,8 +35,14 @@ def write(folder: Path, rows: list[Row], form: str = "jsonl") -> Path:
     return file
 
 
-times = st.sampled_from(["", "2019", "2020", "2020-05", "2020-05-01", "2020-05-01T10:00:00", "1588327200"])
-rows_of = st.lists(st.tuples(st.sampled_from("abc"), times, st.sampled_from(["x", "y", "é😀 שלום", 'q"uo,te'])), min_size=1, max_size=30)
+times = st.sampled_from(
+    ["", "2019", "2020", "2020-05", "2020-05-01", "2020-05-01T10:00:00", "1588327200"]
+)
+rows_of = st.lists(
+    st.tuples(st.sampled_from("abc"), times, st.sampled_from(["x", "y", "é😀 שלום", 'q"uo,te'])),
+    min_size=1,
+    max_size=30,
+)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
@@ -43,25 +51,46 @@ def test_every_row_comes_in_once_and_no_query_before_its_history(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, str, str]], form: str
 ) -> None:
     rows: list[Row] = [
-        {"user": u, "id": f"r{at}", "time": time, "input": text, "output": f"o{at}"} for at, (u, time, text) in enumerate(drawn)
+        {"user": u, "id": f"r{at}", "time": time, "input": text, "output": f"o{at}"}
+        for at, (u, time, text) in enumerate(drawn)
     ]
     dataset = read_table(write(tmp_path_factory.mktemp("own"), rows, form), kind="generation")
     entries = [(r.user, r.id, r.time, r.input, r.output) for r in dataset.stream_history()]
     entries += [(q.user, q.id, q.time, q.input, q.gold or "") for q in dataset.stream_queries()]
-    assert sorted(entries) == sorted((r["user"], r["id"], r["time"], r["input"], r["output"]) for r in rows)
+    assert sorted(entries) == sorted(
+        (r["user"], r["id"], r["time"], r["input"], r["output"]) for r in rows
+    )
     for user in dataset.users():
         history, queries = dataset.history(user), dataset.queries(user)
         assert len(queries) == held_out(len(history) + len(queries))
         for query in queries:
-            assert [record.id for record in before(history, query)] == [record.id for record in history]
-            assert not any(parse_time(query.time)[1] < record.span[0] for record in history if query.time and record.time)
+            assert [record.id for record in before(history, query)] == [
+                record.id for record in history
+            ]
+            assert not any(
+                parse_time(query.time)[1] < record.span[0]
+                for record in history
+                if query.time and record.time
+            )
 
 
 def test_the_last_records_in_time_become_queries(tmp_path: Path) -> None:
-    rows = [{"user": "u", "time": f"2020-01-{31 - at:02}", "input": f"day {31 - at}", "output": f"o{at}"} for at in range(30)]
+    rows = [
+        {
+            "user": "u",
+            "time": f"2020-01-{31 - at:02}",
+            "input": f"day {31 - at}",
+            "output": f"o{at}",
+        }
+        for at in range(30)
+    ]
     dataset = read_table(write(tmp_path, rows))
-    assert [query.input for query in dataset.queries("u")] == [f"day {day}" for day in range(26, 32)]
-    assert [record.input for record in dataset.history("u")] == [f"day {day}" for day in range(2, 26)]
+    assert [query.input for query in dataset.queries("u")] == [
+        f"day {day}" for day in range(26, 32)
+    ]
+    assert [record.input for record in dataset.history("u")] == [
+        f"day {day}" for day in range(2, 26)
+    ]
 
 
 def test_users_are_split_by_their_name_so_that_more_data_moves_nobody(tmp_path: Path) -> None:
@@ -91,11 +120,19 @@ def test_a_user_with_one_record_has_history_only(tmp_path: Path) -> None:
         (["0", "1", "1", "0"], "classification", ("0", "1")),
         (["a long sentence which nobody would take for a label", "b"] * 4, "generation", ()),
         (["one", "two", "three"], "generation", ()),
-        (["1990", "2005", "2020", "1990", "2005", "2020"], "classification", ("1990", "2005", "2020")),
+        (
+            ["1990", "2005", "2020", "1990", "2005", "2020"],
+            "classification",
+            ("1990", "2005", "2020"),
+        ),
     ],
 )
-def test_the_kind_is_guessed_from_the_outputs(tmp_path: Path, outputs: list[str], kind: str, labels: tuple[str, ...]) -> None:
-    dataset = read_table(write(tmp_path, [{"user": "u", "input": "x", "output": output} for output in outputs]))
+def test_the_kind_is_guessed_from_the_outputs(
+    tmp_path: Path, outputs: list[str], kind: str, labels: tuple[str, ...]
+) -> None:
+    dataset = read_table(
+        write(tmp_path, [{"user": "u", "input": "x", "output": output} for output in outputs])
+    )
     assert (dataset.task.kind, dataset.task.labels) == (kind, labels)
     assert kind in dataset.notes[0]
 
@@ -106,18 +143,38 @@ def test_the_kind_that_is_given_wins() -> None:
 
 
 def test_fields_of_other_names_and_a_prompt(tmp_path: Path) -> None:
-    rows = [{"who": 7, "text": "x", "stars": at % 3 + 1, "when": 1588327200 + at} for at in range(6)]
+    rows = [
+        {"who": 7, "text": "x", "stars": at % 3 + 1, "when": 1588327200 + at} for at in range(6)
+    ]
     columns = Columns(user="who", input="text", output="stars", time="when")
     dataset = read_table(write(tmp_path, rows), columns, prompt="Stars? {input}", name="stars")
-    assert (dataset.task.name, dataset.task.prompt, dataset.users()) == ("stars", "Stars? {input}", ["7"])
+    assert (dataset.task.name, dataset.task.prompt, dataset.users()) == (
+        "stars",
+        "Stars? {input}",
+        ["7"],
+    )
     assert [query.gold for query in dataset.queries("7")] == ["3"]
 
 
 BROKEN = [
-    ("u.jsonl", '{"user":"u","input":"x","output":"y"}\n{"user":"u","input":"x"}\n', {}, 2, "output", "missing"),
+    (
+        "u.jsonl",
+        '{"user":"u","input":"x","output":"y"}\n{"user":"u","input":"x"}\n',
+        {},
+        2,
+        "output",
+        "missing",
+    ),
     ("u.jsonl", '{"user":"u","input":["x"],"output":"y"}\n', {}, 1, "input", "missing, or neither"),
     ("u.jsonl", '{"user":"u","input":"x","output":"y"}\n{oops\n', {}, 2, None, "not JSON"),
-    ("u.jsonl", '{"user":"u","input":"x","output":"y"}\n', {"columns": Columns(time="when")}, 1, "when", "missing"),
+    (
+        "u.jsonl",
+        '{"user":"u","input":"x","output":"y"}\n',
+        {"columns": Columns(time="when")},
+        1,
+        "when",
+        "missing",
+    ),
     ("u.jsonl", '{"user":"u","input":"x","output":"y","time":"soon"}\n', {}, 1, "time", "soon"),
     ("u.jsonl", '{"user":"u","input":"","output":"y"}\n', {}, 1, "input", "empty"),
     ("u.jsonl", '{"user":"u","input":"a\\u0000","output":"y"}\n', {}, 1, "input", "NUL"),
@@ -130,13 +187,41 @@ BROKEN = [
         "output",
         "'good'",
     ),
-    ("u.csv", "user,input,stars\nu,x,4\nu,x,good\n", {"kind": "rating", "columns": Columns(output="stars")}, 3, "stars", "no number"),
+    (
+        "u.csv",
+        "user,input,stars\nu,x,4\nu,x,good\n",
+        {"kind": "rating", "columns": Columns(output="stars")},
+        3,
+        "stars",
+        "no number",
+    ),
     ("u.csv", "user,input,output\nu,x,4\nu,x,5\nu,y,\n", {"kind": "rating"}, 4, "output", "empty"),
     ("u.csv", "user,input,output\nu,x,\n", {"kind": "rating"}, None, "labels", "at least two"),
-    ("u.csv", "user,input,output\nu,x,4\nu,y,4\n", {"kind": "rating"}, None, "labels", "at least two"),
+    (
+        "u.csv",
+        "user,input,output\nu,x,4\nu,y,4\n",
+        {"kind": "rating"},
+        None,
+        "labels",
+        "at least two",
+    ),
     ("u.json", '[{"user":"u","input":"x","output":"y"}]', {}, 1, None, "one JSON object a line"),
-    ("u.json", '[\n  {"user":"u","input":"x","output":"y"}\n]\n', {}, 1, None, "one JSON object a line"),
-    ("u.jsonl", '{"user":"u","input":"x","output":"y"}\n', {"prompt": "no place"}, None, "prompt", "{input}"),
+    (
+        "u.json",
+        '[\n  {"user":"u","input":"x","output":"y"}\n]\n',
+        {},
+        1,
+        None,
+        "one JSON object a line",
+    ),
+    (
+        "u.jsonl",
+        '{"user":"u","input":"x","output":"y"}\n',
+        {"prompt": "no place"},
+        None,
+        "prompt",
+        "{input}",
+    ),
     ("u.jsonl", "", {}, None, None, "no record"),
     ("u.csv", "user,input,output\nu,x\n", {}, 2, None, "3 fields"),
     ("u.csv", 'user,input,output\nu,"x,y\n', {}, 2, None, "not CSV"),
@@ -147,25 +232,67 @@ BROKEN = [
 
 @pytest.mark.parametrize(("name", "content", "options", "line", "field", "says"), BROKEN)
 def test_what_is_broken_is_named(
-    tmp_path: Path, name: str, content: str | bytes, options: Any, line: int | None, field: str | None, says: str
+    tmp_path: Path,
+    name: str,
+    content: str | bytes,
+    options: Any,
+    line: int | None,
+    field: str | None,
+    says: str,
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
         read_table(tmp_path / name, **options)
-    assert (Path(str(caught.value.file)).name, caught.value.line, caught.value.field) == (name, line, field)
+    assert (Path(str(caught.value.file)).name, caught.value.line, caught.value.field) == (
+        name,
+        line,
+        field,
+    )
     assert says in str(caught.value)
 
 
-def test_the_command_writes_a_data_set_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"user": f"u{at % 4}", "input": f"text {at}", "output": "yes" if at % 3 else "no"} for at in range(40)]
+def test_the_command_writes_a_data_set_that_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"user": f"u{at % 4}", "input": f"text {at}", "output": "yes" if at % 3 else "no"}
+        for at in range(40)
+    ]
     out = tmp_path / "data"
-    command = ["data", "import", str(write(tmp_path, rows, "csv")), "--out", str(out), "--seed", "3", "--json"]
+    command = [
+        "data",
+        "import",
+        str(write(tmp_path, rows, "csv")),
+        "--out",
+        str(out),
+        "--seed",
+        "3",
+        "--json",
+    ]
     assert run(command) == 0
     told = json.loads(capsys.readouterr().out)
     dataset = load(out)
     assert told["digest"] == dataset.digest
-    assert (told["kind"], told["labels"], told["records"], told["queries"]) == ("classification", ["no", "yes"], 32, 8)
+    assert (told["kind"], told["labels"], told["records"], told["queries"]) == (
+        "classification",
+        ["no", "yes"],
+        32,
+        8,
+    )
     assert run(command) == 2
     assert "exists already" in capsys.readouterr().err
     assert run(["data", "import", str(tmp_path / "none.csv"), "--out", str(tmp_path / "x")]) == 2
-    assert run(["data", "import", str(tmp_path / "mine.csv"), "--out", str(tmp_path / "x"), "--kind", "odd"]) == 2
+    assert (
+        run(
+            [
+                "data",
+                "import",
+                str(tmp_path / "mine.csv"),
+                "--out",
+                str(tmp_path / "x"),
+                "--kind",
+                "odd",
+            ]
+        )
+        == 2
+    )

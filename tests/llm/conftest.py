@@ -16,17 +16,52 @@ Behaviour = Callable[[dict[str, Any], int], Reply]
 
 def reply(status: int, body: Any, **headers: str) -> Reply:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return status, {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}, content
+    return (
+        status,
+        {
+            "Content-Type": "application/json",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        },
+        content,
+    )
 
 
 def completion(*texts: str | None) -> Reply:
-    choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}} for i, text in enumerate(texts)]
-    usage = {"prompt_tokens": 7, "completion_tokens": 2 * len(texts), "total_tokens": 7 + 2 * len(texts)}
-    return reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, "usage": usage})
+    choices = [
+        {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        for i, text in enumerate(texts)
+    ]
+    usage = {
+        "prompt_tokens": 7,
+        "completion_tokens": 2 * len(texts),
+        "total_tokens": 7 + 2 * len(texts),
+    }
+    return reply(
+        200,
+        {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": choices,
+            "usage": usage,
+        },
+    )
 
 
 def refusal(status: int, message: str, **fields: Any) -> Reply:
-    return reply(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None, **fields}})
+    return reply(
+        status,
+        {
+            "error": {
+                "message": message,
+                "type": "invalid_request_error",
+                "param": None,
+                "code": None,
+                **fields,
+            }
+        },
+    )
 
 
 class Endpoint:
@@ -63,7 +98,9 @@ class Endpoint:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def close(self) -> None:
         self.release.set()
@@ -88,7 +125,11 @@ def serve() -> Iterator[Callable[[Behaviour], Endpoint]]:
 class Wire:
     """The replies that tests compose."""
 
-    reply, completion, refusal = staticmethod(reply), staticmethod(completion), staticmethod(refusal)
+    reply, completion, refusal = (
+        staticmethod(reply),
+        staticmethod(completion),
+        staticmethod(refusal),
+    )
 
 
 @pytest.fixture

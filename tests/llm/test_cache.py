@@ -1,4 +1,6 @@
-"""The cache: keys, replay, two processes, a kill in the middle of writes, a full disk, a damaged file."""
+"""The cache: keys, replay, two processes, a kill in the middle of writes, a full disk, a damaged
+file.
+"""
 
 import asyncio
 import hashlib
@@ -24,9 +26,9 @@ from hydra_llm.errors import LLMError, LLMRefused, UserFault
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Meter, Prices
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Generation, Message, Query, Usage
 
 pytestmark = pytest.mark.anyio
@@ -43,24 +45,32 @@ class Counting:
         self.prefix = prefix
         self.given = 0
 
-    async def generate(self, messages: Sequence[Message], *, n: int = 1, seed: int | None = None, **options: Any) -> Generation:
+    async def generate(
+        self, messages: Sequence[Message], *, n: int = 1, seed: int | None = None, **options: Any
+    ) -> Generation:
         self.asked.append((n, seed))
         await asyncio.sleep(0.01)
         texts = tuple(f"{self.prefix}{self.given + i}" for i in range(n))
         self.given += n
-        return Generation(texts, Usage(calls=1, prompt_tokens=10, completion_tokens=3 * n + 1, seconds=0.5))
+        return Generation(
+            texts, Usage(calls=1, prompt_tokens=10, completion_tokens=3 * n + 1, seconds=0.5)
+        )
 
     async def aclose(self) -> None:
         pass
 
 
-async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(tmp_path: Path) -> None:
+async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(
+    tmp_path: Path,
+) -> None:
     meter = Meter(Counting(), prices=Prices(prompt=1e6, completion=1e6))
     llm = CachedLLM(meter, tmp_path / "c.sqlite")
     first = await llm.generate(MESSAGES, n=4, temperature=1.0)
     again = await llm.generate(MESSAGES, n=4, temperature=1.0)
     assert again.texts == first.texts == ("0", "1", "2", "3")
-    assert first.usage == Usage(calls=1, prompt_tokens=10, completion_tokens=13, cost=23.0, seconds=0.5)
+    assert first.usage == Usage(
+        calls=1, prompt_tokens=10, completion_tokens=13, cost=23.0, seconds=0.5
+    )
     assert again.usage == Usage(cached=1, prompt_tokens=10, completion_tokens=13, seconds=0.5)
     assert llm.usage == first.usage + again.usage
     assert meter.usage == first.usage
@@ -69,12 +79,18 @@ async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(
 
 async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Path) -> None:
     first = CachedLLM(Counting(), tmp_path / "c.sqlite")
-    made = [(await first.generate(MESSAGES, n=n, temperature=t, seed=1)).texts for n, t in [(3, 1.0), (1, 0.0), (2, 0.5)]]
+    made = [
+        (await first.generate(MESSAGES, n=n, temperature=t, seed=1)).texts
+        for n, t in [(3, 1.0), (1, 0.0), (2, 0.5)]
+    ]
     await first.aclose()
     inner = Counting()
     later = CachedLLM(inner, tmp_path / "c.sqlite", replay_only=True)
     # in another order: it does not matter
-    again = [(await later.generate(MESSAGES, n=n, temperature=t, seed=1)).texts for n, t in [(2, 0.5), (1, 0.0), (3, 1.0)]]
+    again = [
+        (await later.generate(MESSAGES, n=n, temperature=t, seed=1)).texts
+        for n, t in [(2, 0.5), (1, 0.0), (3, 1.0)]
+    ]
     assert again[::-1] == made
     assert inner.asked == []
     with pytest.raises(LLMError, match=r"no kept answer for request [0-9a-f]{64}, candidate 3"):
@@ -96,23 +112,41 @@ async def test_only_missing_candidates_are_asked_for_each_with_its_own_seed(tmp_
 
 
 async def test_each_prompt_has_draws_of_its_own(tmp_path: Path) -> None:
-    """Of an LLM whose draws depend on the seed alone, as an engine's random numbers do, no sample is the same quantile for all prompts."""
+    """Of an LLM whose draws depend on the seed alone, as an engine's random numbers do, no sample
+    is the same quantile for all prompts.
+    """
 
     class Engine:
         identity: Mapping[str, Any] = {"kind": "fake", "model": "engine", "constrains": False}
 
-        async def generate(self, messages: Sequence[Message], *, n: int = 1, seed: int | None = None, **options: Any) -> Generation:
+        async def generate(
+            self,
+            messages: Sequence[Message],
+            *,
+            n: int = 1,
+            seed: int | None = None,
+            **options: Any,
+        ) -> Generation:
             assert seed is not None
             return Generation(tuple(str(random.Random(seed + i).random()) for i in range(n)))
 
     llm = CachedLLM(Engine(), tmp_path / "c.sqlite")
-    made = [(await llm.generate([{"role": "user", "content": f"{i}"}], n=7, temperature=1.0, seed=0)).texts for i in range(50)]
+    made = [
+        (
+            await llm.generate([{"role": "user", "content": f"{i}"}], n=7, temperature=1.0, seed=0)
+        ).texts
+        for i in range(50)
+    ]
     assert len({text for texts in made for text in texts}) == 50 * 7
     again = CachedLLM(Engine(), tmp_path / "d.sqlite")
-    assert (await again.generate([{"role": "user", "content": "3"}], n=7, temperature=1.0, seed=0)).texts == made[3]
+    assert (
+        await again.generate([{"role": "user", "content": "3"}], n=7, temperature=1.0, seed=0)
+    ).texts == made[3]
 
 
-async def test_samples_with_one_seed_are_the_same_by_way_of_four_as_of_eight(tmp_path: Path) -> None:
+async def test_samples_with_one_seed_are_the_same_by_way_of_four_as_of_eight(
+    tmp_path: Path,
+) -> None:
     def drawn(messages: Sequence[Message], index: int, rng: Any) -> str:
         return str(rng.random())
 
@@ -149,7 +183,9 @@ async def test_identical_calls_in_flight_are_made_once(tmp_path: Path) -> None:
 
 
 async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path) -> None:
-    llm = CachedLLM(FailingLLM(RuleLLM(lambda messages, index, rng: "fine"), every=2), tmp_path / "c.sqlite")
+    llm = CachedLLM(
+        FailingLLM(RuleLLM(lambda messages, index, rng: "fine"), every=2), tmp_path / "c.sqlite"
+    )
     llm.inner._asked = 1  # type: ignore[attr-defined]
     with pytest.raises(LLMError):
         await llm.generate(MESSAGES)
@@ -164,7 +200,9 @@ class Miserly(Counting):
 
     most = 2
 
-    async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+    async def generate(
+        self, messages: Sequence[Message], *, n: int = 1, **options: Any
+    ) -> Generation:
         return await super().generate(messages, n=min(n, self.most), **options)
 
 
@@ -175,7 +213,13 @@ async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path:
         await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
     with pytest.raises(LLMError, match=r"^the LLM gave 2 of 3 texts$"):
         await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
-    assert (await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)).texts == ("0", "1", "2", "3", "4")
+    assert (await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)).texts == (
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    )
     (_, start), *_ = inner.asked
     assert inner.asked == [(2, start), (2, start + 2), (1, start + 4)]
     inner.most = 0
@@ -186,7 +230,9 @@ async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path:
 
 async def test_too_many_texts_are_cut_to_what_was_asked_for(tmp_path: Path) -> None:
     class Generous(Counting):
-        async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+        async def generate(
+            self, messages: Sequence[Message], *, n: int = 1, **options: Any
+        ) -> Generation:
             return await super().generate(messages, n=n + 1, **options)
 
     llm = CachedLLM(Generous(), tmp_path / "c.sqlite")
@@ -209,11 +255,20 @@ async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Pa
     task, query = Task("t", "generation", "{input}"), Query("u", "q", "x" * 50)
 
     def asker(inner: Counting, *, replay_only: bool = False) -> Personalizer:
-        return Personalizer(task, CachedLLM(inner, tmp_path / "c.sqlite", replay_only=replay_only), Nothing(), Settings(samples=3))
+        return Personalizer(
+            task,
+            CachedLLM(inner, tmp_path / "c.sqlite", replay_only=replay_only),
+            Nothing(),
+            Settings(samples=3),
+        )
 
     first = await asker(Narrow()).apropose(query)
     again = await asker(unasked := Narrow(), replay_only=True).apropose(query)
-    assert (again.messages, again.candidates, again.notes) == (first.messages, first.candidates, first.notes)
+    assert (again.messages, again.candidates, again.notes) == (
+        first.messages,
+        first.candidates,
+        first.notes,
+    )
     assert unasked.asked == []
     grown = Narrow()
     grown.window = 99  # an LLM at hand is asked again: its window may have grown
@@ -228,9 +283,15 @@ async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Pa
 content = st.text(max_size=12)
 requests = st.fixed_dictionaries(
     {
-        "identity": st.dictionaries(st.sampled_from(["kind", "model", "sha256"]), st.text(max_size=4), min_size=1),
+        "identity": st.dictionaries(
+            st.sampled_from(["kind", "model", "sha256"]), st.text(max_size=4), min_size=1
+        ),
         "messages": st.lists(
-            st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": content}), min_size=1, max_size=3
+            st.fixed_dictionaries(
+                {"role": st.sampled_from(["system", "user", "assistant"]), "content": content}
+            ),
+            min_size=1,
+            max_size=3,
         ),
         "temperature": st.floats(0.01, 2),
         "max_tokens": st.integers(1, 99),
@@ -247,18 +308,36 @@ def key(request: dict[str, Any]) -> str:
 
 
 @given(requests, requests)
-def test_requests_have_one_key_if_and_only_if_they_are_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_requests_have_one_key_if_and_only_if_they_are_equal(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
     assert (key(one) == key(other)) == (one == other)
 
 
-@given(requests, requests, st.sampled_from(["identity", "messages", "temperature", "max_tokens", "stop", "seed", "choices"]))
-def test_each_single_input_changes_the_key(one: dict[str, Any], other: dict[str, Any], name: str) -> None:
+@given(
+    requests,
+    requests,
+    st.sampled_from(
+        ["identity", "messages", "temperature", "max_tokens", "stop", "seed", "choices"]
+    ),
+)
+def test_each_single_input_changes_the_key(
+    one: dict[str, Any], other: dict[str, Any], name: str
+) -> None:
     changed = {**one, name: other[name]}
     assert (key(one) == key(changed)) == (one[name] == other[name])
 
 
 def test_the_key_is_the_sha256_of_sorted_json() -> None:
-    request = request_of({"model": "m"}, [{"role": "user", "content": "é"}], temperature=1, max_tokens=2, stop=(), seed=3, choices=("a",))
+    request = request_of(
+        {"model": "m"},
+        [{"role": "user", "content": "é"}],
+        temperature=1,
+        max_tokens=2,
+        stop=(),
+        seed=3,
+        choices=("a",),
+    )
     written = (
         '{"choices":["a"],"llm":{"model":"m"},"max_tokens":2,"messages":[{"content":"\\u00e9","role":"user"}],'
         '"seed":3,"stop":[],"temperature":1.0}'
@@ -268,32 +347,51 @@ def test_the_key_is_the_sha256_of_sorted_json() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    calls=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 5), st.sampled_from([0.0, 1.0])), min_size=1, max_size=6), data=st.data()
+    calls=st.lists(
+        st.tuples(st.sampled_from("ab"), st.integers(1, 5), st.sampled_from([0.0, 1.0])),
+        min_size=1,
+        max_size=6,
+    ),
+    data=st.data(),
 )
-def test_the_order_of_calls_does_not_matter(calls: list[tuple[str, int, float]], data: st.DataObject) -> None:
+def test_the_order_of_calls_does_not_matter(
+    calls: list[tuple[str, int, float]], data: st.DataObject
+) -> None:
     shuffled = data.draw(st.permutations(calls))
 
     def rule(messages: Sequence[Message], index: int, rng: Any) -> str:
         return messages[0]["content"] + str(rng.random())
 
-    async def all_of(order: Sequence[tuple[str, int, float]], path: Path) -> dict[Any, tuple[str, ...]]:
+    async def all_of(
+        order: Sequence[tuple[str, int, float]], path: Path
+    ) -> dict[Any, tuple[str, ...]]:
         llm = CachedLLM(RuleLLM(rule), path)
         try:
             return {
-                call: (await llm.generate([{"role": "user", "content": call[0]}], n=call[1], temperature=call[2], seed=3)).texts
+                call: (
+                    (
+                        await llm.generate(
+                            [{"role": "user", "content": call[0]}],
+                            n=call[1],
+                            temperature=call[2],
+                            seed=3,
+                        )
+                    ).texts
+                )
                 for call in order
             }
         finally:
             await llm.aclose()
 
     with tempfile.TemporaryDirectory() as folder:
-        assert asyncio.run(all_of(calls, Path(folder, "a"))) == asyncio.run(all_of(shuffled, Path(folder, "b")))
+        assert asyncio.run(all_of(calls, Path(folder, "a"))) == asyncio.run(
+            all_of(shuffled, Path(folder, "b"))
+        )
 
 
 # ---- several processes, and machines that fail
 
-WORKER = textwrap.dedent(
-    """
+WORKER = textwrap.dedent("""
     import asyncio, json, sys
     from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.llm.fake import RuleLLM
@@ -301,7 +399,10 @@ WORKER = textwrap.dedent(
     path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
     async def main():
-        llm = CachedLLM(RuleLLM(lambda messages, index, rng: f"{name} {messages[0]['content']} {index} " + "x" * 500, name="same"), path)
+        def rule(messages, index, rng):
+            return f"{name} {messages[0]['content']} {index} " + "x" * 500
+
+        llm = CachedLLM(RuleLLM(rule, name="same"), path)
         print("ready", flush=True)
         sys.stdin.readline()
         for i in range(count):
@@ -309,13 +410,15 @@ WORKER = textwrap.dedent(
             print(json.dumps([i, *made.texts]), flush=True)
 
     asyncio.run(main())
-    """
-)
+    """)
 
 
 def start(path: Path, name: str, count: int) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(path), name, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WORKER, str(path), name, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -330,26 +433,40 @@ def release(process: "subprocess.Popen[str]") -> None:
 
 def stored(path: Path) -> dict[tuple[str, int], str]:
     with sqlite3.connect(path) as database:
-        query = "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request"
-        rows = [(json.loads(r)["messages"][0]["content"], c, json.loads(a)["text"]) for r, c, a in database.execute(query)]
+        query = (
+            "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id ="
+            " a.request"
+        )
+        rows = [
+            (json.loads(r)["messages"][0]["content"], c, json.loads(a)["text"])
+            for r, c, a in database.execute(query)
+        ]
     found = {(content, candidate): text for content, candidate, text in rows}
     assert len(found) == len(rows)  # nothing twice
     return found
 
 
-def test_two_processes_share_a_cache_and_what_was_stored_first_is_the_answer_of_both(tmp_path: Path) -> None:
+def test_two_processes_share_a_cache_and_what_was_stored_first_is_the_answer_of_both(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "c.sqlite"
     both = [start(path, name, 60) for name in ("one", "two")]
     for process in both:
         release(process)
-    told = [[json.loads(line) for line in process.communicate()[0].splitlines()] for process in both]
+    told = [
+        [json.loads(line) for line in process.communicate()[0].splitlines()] for process in both
+    ]
     assert [process.returncode for process in both] == [0, 0]
     assert told[0] == told[1]
-    assert stored(path) == {(str(i), candidate): text for i, *texts in told[0] for candidate, text in enumerate(texts)}
+    assert stored(path) == {
+        (str(i), candidate): text for i, *texts in told[0] for candidate, text in enumerate(texts)
+    }
     assert len(stored(path)) == 180
 
 
-def test_a_kill_in_the_middle_of_writes_loses_no_told_answer_and_leaves_no_half_call(tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_writes_loses_no_told_answer_and_leaves_no_half_call(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "c.sqlite"
     process = start(path, "one", 100_000)
     release(process)
@@ -360,7 +477,9 @@ def test_a_kill_in_the_middle_of_writes_loses_no_told_answer_and_leaves_no_half_
     kept = stored(path)
     for i, *texts in told:
         assert [kept[str(i), candidate] for candidate in range(3)] == texts
-    per_call = [sum((content, c) in kept for c in range(3)) for content in {content for content, _ in kept}]
+    per_call = [
+        sum((content, c) in kept for c in range(3)) for content in {content for content, _ in kept}
+    ]
     assert set(per_call) == {3}
     again = start(path, "two", 40)
     assert [json.loads(line) for line in again.communicate("\n")[0].splitlines()] == told
@@ -376,7 +495,12 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on_with_every_answer(tmp_path
     path = tmp_path / "c.sqlite"
     script = FULL_DISK + WORKER
     run = subprocess.run(
-        [sys.executable, "-c", script, str(path), "one", "300"], input="\n", capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", script, str(path), "one", "300"],
+        input="\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     answers = [json.loads(line) for line in run.stdout.splitlines()[1:]]
     assert len(answers) == 300
@@ -385,11 +509,15 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on_with_every_answer(tmp_path
     assert "cannot keep answers" in run.stderr
     kept = stored(path)
     assert 0 < len(kept) < 900
-    told = {(str(i), candidate): text for i, *texts in answers for candidate, text in enumerate(texts)}
+    told = {
+        (str(i), candidate): text for i, *texts in answers for candidate, text in enumerate(texts)
+    }
     assert all(told[place] == text for place, text in kept.items())
 
 
-async def test_answers_that_the_disk_refused_are_kept_for_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_answers_that_the_disk_refused_are_kept_for_this_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
     llm._database.execute("PRAGMA query_only = ON")  # every write fails from now on
@@ -404,7 +532,9 @@ async def test_answers_that_the_disk_refused_are_kept_for_this_process(tmp_path:
 def test_a_damaged_file_is_one_line_that_names_it_and_the_fix(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     path.write_bytes(b"this is no database, " * 100)
-    with pytest.raises(UserFault, match="c.sqlite: the cache is damaged .*: delete or move the file"):
+    with pytest.raises(
+        UserFault, match="c.sqlite: the cache is damaged .*: delete or move the file"
+    ):
         CachedLLM(Counting(), path)
 
 
@@ -424,7 +554,12 @@ def test_a_disk_that_is_full_from_the_start_is_told_once_too(tmp_path: Path) -> 
     path = tmp_path / "c.sqlite"
     script = FULL_DISK.replace("200_000", "0") + WORKER
     run = subprocess.run(
-        [sys.executable, "-c", script, str(path), "one", "3"], input="\n", capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", script, str(path), "one", "3"],
+        input="\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert len(run.stdout.splitlines()) == 4
     assert run.stderr.count("\n") == 1
@@ -440,16 +575,22 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     llm = CachedLLM(Counting(), path)
-    llm._database.execute("PRAGMA journal_mode = DELETE")  # as on a shared disk, where readers wait for a writer
+    llm._database.execute(
+        "PRAGMA journal_mode = DELETE"
+    )  # as on a shared disk, where readers wait for a writer
     llm._database.execute("PRAGMA busy_timeout = 20")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(UserFault, match=r"c\.sqlite: another process holds the cache \(database is locked\)"):
+    with pytest.raises(
+        UserFault, match=r"c\.sqlite: another process holds the cache \(database is locked\)"
+    ):
         asyncio.run(llm.generate(MESSAGES))
     other.execute("COMMIT")
     assert asyncio.run(llm.generate(MESSAGES)).texts == ("0",)
     asyncio.run(llm.aclose())
-    with pytest.raises(UserFault, match="cannot be read .*closed"):  # nor one that was closed: nobody should delete it
+    with pytest.raises(
+        UserFault, match="cannot be read .*closed"
+    ):  # nor one that was closed: nobody should delete it
         asyncio.run(llm.generate(MESSAGES))
 
 

@@ -31,7 +31,9 @@ def test_every_fake_says_that_it_is_one(rest: str) -> None:
 
 
 async def test_echo_answers_with_the_last_message_cut_at_stop_and_length() -> None:
-    made = await fake("echo").generate(ask("first", "one two three four"), n=2, stop=["three"], max_tokens=9)
+    made = await fake("echo").generate(
+        ask("first", "one two three four"), n=2, stop=["three"], max_tokens=9
+    )
     assert made.texts == ("one two ", "one two ")
     assert made.usage == Usage(calls=1, prompt_tokens=5, completion_tokens=4)
     assert (await fake("echo").generate(ask("one two three"), max_tokens=2)).texts == ("one two",)
@@ -42,14 +44,29 @@ async def test_the_rule_picks_labels_by_chance_that_repeats() -> None:
     labels = ["a", "b", "c"]
     drawn = await llm.generate(ask("x"), n=30, temperature=1.0, seed=1, choices=labels)
     assert set(drawn.texts) == set(labels)
-    assert drawn.texts == (await fake("rule=labels").generate(ask("x"), n=30, temperature=1.0, seed=1, choices=labels)).texts
-    assert drawn.texts != (await llm.generate(ask("y"), n=30, temperature=1.0, seed=1, choices=labels)).texts
-    assert drawn.texts != (await llm.generate(ask("x"), n=30, temperature=1.0, seed=99, choices=labels)).texts
+    assert (
+        drawn.texts
+        == (
+            await fake("rule=labels").generate(
+                ask("x"), n=30, temperature=1.0, seed=1, choices=labels
+            )
+        ).texts
+    )
+    assert (
+        drawn.texts
+        != (await llm.generate(ask("y"), n=30, temperature=1.0, seed=1, choices=labels)).texts
+    )
+    assert (
+        drawn.texts
+        != (await llm.generate(ask("x"), n=30, temperature=1.0, seed=99, choices=labels)).texts
+    )
 
 
 async def test_greedy_answers_depend_on_nothing_but_the_messages() -> None:
     llm = RuleLLM(lambda messages, index, rng: f"{index} {rng.random()}")
-    greedy = [await llm.generate(ask("x"), n=2, temperature=0.0, seed=seed) for seed in (None, 1, 2)]
+    greedy = [
+        await llm.generate(ask("x"), n=2, temperature=0.0, seed=seed) for seed in (None, 1, 2)
+    ]
     assert len({text for made in greedy for text in made.texts}) == 1
 
 
@@ -110,7 +127,18 @@ async def test_a_hang_lasts_until_the_timeout_or_until_it_is_cancelled() -> None
     assert scope.cancelled_caught
 
 
-@pytest.mark.parametrize("rest", ["nope", "script=", "script=/no/such.json", "fail=", "fail=nope", "fail=error,every=0", "rule=other"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "nope",
+        "script=",
+        "script=/no/such.json",
+        "fail=",
+        "fail=nope",
+        "fail=error,every=0",
+        "rule=other",
+    ],
+)
 def test_an_unknown_fake_is_one_line(rest: str) -> None:
     with pytest.raises(SettingsError, match="fake:"):
         fake(rest)

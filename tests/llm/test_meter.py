@@ -9,7 +9,7 @@ import pytest
 
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.llm.calls import map_calls
+from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Budget, Meter, Prices
 from hydra_llm.types import Generation, Message, Usage
@@ -30,7 +30,11 @@ async def test_counts_tokens_and_prices_them_per_million() -> None:
     made = await meter.generate(ask("a b c"), n=2, temperature=1.0)
     await meter.generate(ask("a"))
     assert made.usage.cost == pytest.approx((3 * 2.0 + 8 * 10.0) / 1e6)
-    assert (meter.usage.calls, meter.usage.prompt_tokens, meter.usage.completion_tokens) == (2, 4, 12)
+    assert (meter.usage.calls, meter.usage.prompt_tokens, meter.usage.completion_tokens) == (
+        2,
+        4,
+        12,
+    )
     assert meter.usage.cost == pytest.approx((4 * 2.0 + 12 * 10.0) / 1e6)
 
 
@@ -45,9 +49,15 @@ async def test_a_failed_call_is_counted_kept_with_its_error_and_raised() -> None
 
 @pytest.mark.parametrize(
     ("budget", "named"),
-    [(Budget(max_calls=3), "max_calls=3"), (Budget(max_tokens=15), "max_llm_tokens=15"), (Budget(max_cost=15.0), "max_cost=15.0")],
+    [
+        (Budget(max_calls=3), "max_calls=3"),
+        (Budget(max_tokens=15), "max_llm_tokens=15"),
+        (Budget(max_cost=15.0), "max_cost=15.0"),
+    ],
 )
-async def test_a_budget_stops_before_the_call_that_would_pass_it(budget: Budget, named: str) -> None:
+async def test_a_budget_stops_before_the_call_that_would_pass_it(
+    budget: Budget, named: str
+) -> None:
     inner = four_words()  # each call: 1 token of prompt, 4 of completion
     meter = Meter(inner, prices=Prices(prompt=1e6, completion=1e6), budget=budget)
     for _ in range(3):
@@ -116,7 +126,9 @@ class OneByOne:
 
     identity: Mapping[str, Any] = {"kind": "fake", "model": "one by one", "constrains": False}
 
-    async def generate(self, messages: Sequence[Message], *, n: int = 1, **options: Any) -> Generation:
+    async def generate(
+        self, messages: Sequence[Message], *, n: int = 1, **options: Any
+    ) -> Generation:
         await anyio.sleep(0.01)
         return Generation(("fine",) * n, Usage(calls=n))
 

@@ -1,4 +1,6 @@
-"""The OpenAI client against real HTTP endpoints that refuse, limit, fail, hang, hang up and talk nonsense."""
+"""The OpenAI client against real HTTP endpoints that refuse, limit, fail, hang, hang up and talk
+nonsense.
+"""
 
 import threading
 import time
@@ -16,10 +18,10 @@ from hydra_llm.llm.base import PartlyFailed
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Meter, Prices
 from hydra_llm.llm.openai import OpenAILLM, from_spec
-from hydra_llm.llm.spec import wrap
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.llm.registry import wrap
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Usage
 
 pytestmark = pytest.mark.anyio
@@ -32,19 +34,35 @@ def texts_of(body: dict[str, Any]) -> list[str]:
 
 
 def client(endpoint: Any, **options: Any) -> OpenAILLM:
-    return OpenAILLM("m", base_url=endpoint.url, api_key=KEY, **{"timeout": 5.0, "retries": 0, **options})
+    return OpenAILLM(
+        "m", base_url=endpoint.url, api_key=KEY, **{"timeout": 5.0, "retries": 0, **options}
+    )
 
 
 async def test_sends_what_was_asked_and_reads_texts_and_tokens(serve: Any, wire: Any) -> None:
     endpoint = serve(lambda body, count: wire.completion(*texts_of(body)))
-    made = await client(endpoint).generate(MESSAGES, n=3, temperature=0.5, max_tokens=9, stop=["\n"], seed=4)
+    made = await client(endpoint).generate(
+        MESSAGES, n=3, temperature=0.5, max_tokens=9, stop=["\n"], seed=4
+    )
     assert made.texts == ("text 4.0", "text 4.1", "text 4.2")
     assert made.usage == Usage(calls=1, prompt_tokens=7, completion_tokens=6)
-    assert endpoint.asked == [{"model": "m", "messages": MESSAGES, "n": 3, "temperature": 0.5, "max_tokens": 9, "stop": ["\n"], "seed": 4}]
+    assert endpoint.asked == [
+        {
+            "model": "m",
+            "messages": MESSAGES,
+            "n": 3,
+            "temperature": 0.5,
+            "max_tokens": 9,
+            "stop": ["\n"],
+            "seed": 4,
+        }
+    ]
     assert endpoint.keys == [f"Bearer {KEY}"]
 
 
-async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(serve: Any, wire: Any) -> None:
+async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(
+    serve: Any, wire: Any
+) -> None:
     endpoint = serve(lambda body, count: wire.completion(texts_of(body)[0]))
     llm = client(endpoint)
     made = await llm.generate(MESSAGES, n=4, temperature=1.0, seed=10)
@@ -64,8 +82,16 @@ async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(serv
         ("Unsupported parameter: n", {}),
     ],
 )
-async def test_an_endpoint_that_refuses_n_gets_n_requests(serve: Any, wire: Any, message: str, fields: dict[str, str]) -> None:
-    endpoint = serve(lambda body, count: wire.refusal(400, message, **fields) if "n" in body else wire.completion(texts_of(body)[0]))
+async def test_an_endpoint_that_refuses_n_gets_n_requests(
+    serve: Any, wire: Any, message: str, fields: dict[str, str]
+) -> None:
+    endpoint = serve(
+        lambda body, count: (
+            wire.refusal(400, message, **fields)
+            if "n" in body
+            else wire.completion(texts_of(body)[0])
+        )
+    )
     llm = client(endpoint)
     made = await llm.generate(MESSAGES, n=3, temperature=1.0, seed=1)
     assert made.texts == ("text 1.0", "text 2.0", "text 3.0")
@@ -73,7 +99,9 @@ async def test_an_endpoint_that_refuses_n_gets_n_requests(serve: Any, wire: Any,
 
 
 async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any, wire: Any) -> None:
-    endpoint = serve(lambda body, count: wire.refusal(400, "messages: invalid role in a conversation"))
+    endpoint = serve(
+        lambda body, count: wire.refusal(400, "messages: invalid role in a conversation")
+    )
     with pytest.raises(LLMRefused, match="invalid role"):
         await client(endpoint).generate(MESSAGES, n=3, temperature=1.0)
     assert len(endpoint.asked) == 1
@@ -81,22 +109,34 @@ async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any,
 
 def breaking(wire: Any, seed: int) -> Callable[[dict[str, Any], int], Any]:
     """Draws one text a request, and fails at one seed."""
-    return lambda body, count: wire.refusal(500, "broken") if body.get("seed") == seed else wire.completion(texts_of(body)[0])
+    return lambda body, count: (
+        wire.refusal(500, "broken")
+        if body.get("seed") == seed
+        else wire.completion(texts_of(body)[0])
+    )
 
 
-async def test_a_failed_single_request_fails_the_call_and_loses_nothing_that_was_paid_for(serve: Any, wire: Any) -> None:
+async def test_a_failed_single_request_fails_the_call_and_loses_nothing_that_was_paid_for(
+    serve: Any, wire: Any
+) -> None:
     endpoint = serve(breaking(wire, seed=12))
     with pytest.raises(PartlyFailed, match="HTTP 500") as caught:
         await client(endpoint).generate(MESSAGES, n=5, temperature=1.0, seed=10)
-    assert caught.value.made.texts == ("text 10.0", "text 11.0")  # those behind the gap have no place of their own
-    assert caught.value.made.usage == Usage(calls=5, failed=1, prompt_tokens=4 * 7, completion_tokens=4 * 2)
+    assert caught.value.made.texts == (
+        "text 10.0",
+        "text 11.0",
+    )  # those behind the gap have no place of their own
+    assert caught.value.made.usage == Usage(
+        calls=5, failed=1, prompt_tokens=4 * 7, completion_tokens=4 * 2
+    )
     assert len(endpoint.asked) == 5
 
 
 async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(
     serve: Any, wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Seeds that say which text it is, for an endpoint that fails at the third; that prompts differ in them is test_cache.py's.
+    # Seeds that say which text it is, for an endpoint that fails at the third; that prompts differ
+    # in them is test_cache.py's.
     monkeypatch.setattr("hydra_llm.llm.cache._drawn_with", lambda key, seed, first: seed + first)
     endpoint = serve(breaking(wire, seed=12))
     meter = Meter(client(endpoint), prices=Prices(prompt=1e6))
@@ -109,15 +149,23 @@ async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(
     with pytest.raises(LLMError, match="HTTP 500"):
         await llm.generate(MESSAGES, n=5, temperature=1.0, seed=10)
     assert [body["seed"] for body in endpoint.asked[5:]] == [12]
-    asker = Personalizer(Task("t", "generation", "{input}"), llm, Nothing(), Settings(samples=6, seed=8))
+    asker = Personalizer(
+        Task("t", "generation", "{input}"), llm, Nothing(), Settings(samples=6, seed=8)
+    )
     proposal = await asker.apropose(Query("u", "q", "Hi"))
-    assert (proposal.usage.calls, proposal.usage.failed, proposal.usage.prompt_tokens) == (6, 1, 5 * 7)  # the last sample fails
+    assert (proposal.usage.calls, proposal.usage.failed, proposal.usage.prompt_tokens) == (
+        6,
+        1,
+        5 * 7,
+    )  # the last sample fails
     assert meter.usage.calls == len(endpoint.asked)
     await llm.aclose()
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(serve: Any, wire: Any, limit: int, tmp_path: Path) -> None:
+async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(
+    serve: Any, wire: Any, limit: int, tmp_path: Path
+) -> None:
     now, most, lock = 0, 0, threading.Lock()
 
     def crowded(body: dict[str, Any], count: int) -> Any:
@@ -133,7 +181,15 @@ async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(serve: 
     llm = wrap(from_spec(f"m@{serve(crowded).url}", settings), settings)
     async with anyio.create_task_group() as group:
         for i in range(4):
-            group.start_soon(partial(llm.generate, [{"role": "user", "content": str(i)}], n=8, temperature=1.0, seed=1))
+            group.start_soon(
+                partial(
+                    llm.generate,
+                    [{"role": "user", "content": str(i)}],
+                    n=8,
+                    temperature=1.0,
+                    seed=1,
+                )
+            )
     assert (most, llm.usage.calls) == (limit, 32)
     await llm.aclose()
 
@@ -141,18 +197,45 @@ async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(serve: 
 WINDOW = 600
 """Of the endpoint below, whose tokens are characters."""
 LENGTHY = {
-    "openai": (400, "This model's maximum context length is {window} tokens. However, your messages resulted in {asked} tokens.", {}),
+    "openai": (
+        400,
+        (
+            "This model's maximum context length is {window} tokens. However, your messages"
+            " resulted in {asked} tokens."
+        ),
+        {},
+    ),
     "openai, total": (
         400,
-        "This model's maximum context length is {window} tokens. However, you requested {total} tokens ({asked} in the messages, 48 in the "
-        "completion). Please reduce the length of the messages or completion.",
+        (
+            "This model's maximum context length is {window} tokens. However, you requested {total}"
+            " tokens ({asked} in the messages, 48 in the completion). Please reduce the length of"
+            " the messages or completion."
+        ),
         {"code": "context_length_exceeded"},
     ),
-    "vllm": (400, "This model's maximum context length is {window} tokens. However, your request has {asked} input tokens.", {}),
-    "llama.cpp": (400, "request ({asked} tokens) exceeds the available context size ({window} tokens), try increasing it", {}),
+    "vllm": (
+        400,
+        (
+            "This model's maximum context length is {window} tokens. However, your request has"
+            " {asked} input tokens."
+        ),
+        {},
+    ),
+    "llama.cpp": (
+        400,
+        (
+            "request ({asked} tokens) exceeds the available context size ({window} tokens), try"
+            " increasing it"
+        ),
+        {},
+    ),
     "llama.cpp, numbers": (
         400,
-        "the request exceeds the available context size. try increasing the context size or enable context shift",
+        (
+            "the request exceeds the available context size. try increasing the context size or"
+            " enable context shift"
+        ),
         {"type": "exceed_context_size_error", "n_prompt_tokens": "{asked}", "n_ctx": "{window}"},
     ),
     "claude": (400, "prompt is too long: {asked} tokens > {window} maximum", {}),
@@ -162,7 +245,9 @@ LENGTHY = {
 
 
 @pytest.mark.parametrize("wording", LENGTHY)
-async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(serve: Any, wire: Any, wording: str) -> None:
+async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(
+    serve: Any, wire: Any, wording: str
+) -> None:
     status, message, fields = LENGTHY[wording]
 
     def narrow(body: dict[str, Any], count: int) -> Any:
@@ -176,29 +261,44 @@ async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(serve
 
     endpoint = serve(narrow)
     task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
-    proposal = await Personalizer(task, client(endpoint), Nothing(), Settings(samples=4)).apropose(Query("u", "q", "0123456789" * 150))
+    proposal = await Personalizer(task, client(endpoint), Nothing(), Settings(samples=4)).apropose(
+        Query("u", "q", "0123456789" * 150)
+    )
     assert proposal.candidates[0].votes == 4
-    assert {body["messages"][0]["content"] for body in endpoint.asked[-2:]} == {proposal.messages[0]["content"]}
+    assert {body["messages"][0]["content"] for body in endpoint.asked[-2:]} == {
+        proposal.messages[0]["content"]
+    }
     assert len(proposal.messages[0]["content"]) > WINDOW // 3
     assert sum("cut again" in note for note in proposal.notes) == 1
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(400, "messages: invalid role"), (401, "no context length for you"), (404, "too long a name")]
+    ("status", "message"),
+    [(400, "messages: invalid role"), (401, "no context length for you"), (404, "too long a name")],
 )
-async def test_other_refusals_say_nothing_about_the_window(serve: Any, wire: Any, status: int, message: str) -> None:
+async def test_other_refusals_say_nothing_about_the_window(
+    serve: Any, wire: Any, status: int, message: str
+) -> None:
     with pytest.raises(LLMRefused) as caught:
         await client(serve(lambda body, count: wire.refusal(status, message))).generate(MESSAGES)
     assert caught.value.fits is None
 
 
-async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(serve: Any, wire: Any) -> None:
+async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(
+    serve: Any, wire: Any
+) -> None:
     def picky(body: dict[str, Any], count: int) -> Any:
         if "max_tokens" in body:
-            said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            said = (
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
+                " 'max_completion_tokens' instead."
+            )
             return wire.refusal(400, said, param="max_tokens", code="unsupported_parameter")
         if "temperature" in body:
-            said = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+            said = (
+                "Unsupported value: 'temperature' does not support 0 with this model. Only the"
+                " default (1) value is supported."
+            )
             return wire.refusal(400, said, param="temperature", code="unsupported_value")
         return wire.completion("fine")
 
@@ -211,7 +311,9 @@ async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(s
 
 
 async def test_a_value_out_of_range_is_refused_and_not_left_out(serve: Any, wire: Any) -> None:
-    endpoint = serve(lambda body, count: wire.refusal(400, "temperature must be at most 2", param="temperature"))
+    endpoint = serve(
+        lambda body, count: wire.refusal(400, "temperature must be at most 2", param="temperature")
+    )
     with pytest.raises(LLMRefused, match="at most 2"):
         await client(endpoint).generate(MESSAGES, temperature=3.0)
     assert len(endpoint.asked) == 1
@@ -233,7 +335,11 @@ async def test_429_waits_as_long_as_it_says_and_goes_on(serve: Any, wire: Any) -
 
     def limited(body: dict[str, Any], count: int) -> Any:
         times.append(time.monotonic())
-        return wire.reply(429, {"error": {"message": "slow down"}}, Retry_After="1") if count == 0 else wire.completion("fine")
+        return (
+            wire.reply(429, {"error": {"message": "slow down"}}, Retry_After="1")
+            if count == 0
+            else wire.completion("fine")
+        )
 
     made = await client(serve(limited), retries=1).generate(MESSAGES)
     assert made.texts == ("fine",)
@@ -241,7 +347,9 @@ async def test_429_waits_as_long_as_it_says_and_goes_on(serve: Any, wire: Any) -
 
 
 async def test_500_is_tried_again_and_then_an_error(serve: Any, wire: Any) -> None:
-    endpoint = serve(lambda body, count: wire.reply(500, {"error": {"message": "broken"}}, Retry_After_Ms="1"))
+    endpoint = serve(
+        lambda body, count: wire.reply(500, {"error": {"message": "broken"}}, Retry_After_Ms="1")
+    )
     with pytest.raises(LLMError, match="HTTP 500: .*broken") as caught:
         await client(endpoint, retries=2).generate(MESSAGES)
     assert not isinstance(caught.value, LLMRefused)
@@ -264,14 +372,27 @@ async def test_a_cut_connection_is_an_error(serve: Any) -> None:
         await client(serve(lambda body, count: None)).generate(MESSAGES)
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b'{"choices": []}', b'{"choices": [{"index": 0}]}', b'{"choices": 3}', b""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>",
+        b"{}",
+        b"[]",
+        b'{"choices": []}',
+        b'{"choices": [{"index": 0}]}',
+        b'{"choices": 3}',
+        b"",
+    ],
+)
 async def test_nonsense_is_an_error(serve: Any, wire: Any, content: bytes) -> None:
     with pytest.raises(LLMError, match="an answer"):
         await client(serve(lambda body, count: wire.reply(200, content))).generate(MESSAGES)
 
 
 async def test_no_content_is_an_empty_text(serve: Any, wire: Any) -> None:
-    made = await client(serve(lambda body, count: wire.completion(None, ""))).generate(MESSAGES, n=2, temperature=1.0)
+    made = await client(serve(lambda body, count: wire.completion(None, ""))).generate(
+        MESSAGES, n=2, temperature=1.0
+    )
     assert made.texts == ("", "")
 
 

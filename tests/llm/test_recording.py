@@ -1,4 +1,6 @@
-"""A recording repeats a run without the LLM, holds no prompt, and says what is wrong with it in one line."""
+"""A recording repeats a run without the LLM, holds no prompt, and says what is wrong with it in one
+line.
+"""
 
 import gzip
 import json
@@ -11,10 +13,10 @@ from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, UserFault
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.llm.calls import run_sync
+from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.recording import read_recording, replayed, take_up, write_recording
-from hydra_llm.llm.spec import open_llm
+from hydra_llm.llm.registry import open_llm
 from hydra_llm.types import Message
 
 SAID = "do not write \ud800 or \u2028 me down"
@@ -26,7 +28,10 @@ def ask(llm: CachedLLM, text: str = SAID, n: int = 2, temperature: float = 0.7) 
 
 
 def numbered(tmp_path: Path, name: str = "cache") -> CachedLLM:
-    return CachedLLM(RuleLLM(lambda messages, index, rng: f"{index} of {len(messages[-1]['content'])} \u2028"), tmp_path / name)
+    return CachedLLM(
+        RuleLLM(lambda messages, index, rng: f"{index} of {len(messages[-1]['content'])} \u2028"),
+        tmp_path / name,
+    )
 
 
 def test_answers_are_those_that_were_given(tmp_path: Path) -> None:
@@ -37,7 +42,9 @@ def test_answers_are_those_that_were_given(tmp_path: Path) -> None:
     assert (ask(again), ask(again, "other", n=1, temperature=0)) == given
     assert again.identity == llm.identity
     assert b"write" not in gzip.decompress(file.read_bytes())
-    with pytest.raises(LLMError, match=r"r\.jsonl\.gz: no kept answer for request [0-9a-f]{64}, candidate 2"):
+    with pytest.raises(
+        LLMError, match=r"r\.jsonl\.gz: no kept answer for request [0-9a-f]{64}, candidate 2"
+    ):
         ask(again, n=3)
 
 
@@ -76,13 +83,18 @@ def test_a_prompt_that_was_too_long_is_too_long_again(tmp_path: Path) -> None:
         (b"plain text", "cannot be read"),
         (gzip.compress(b"{}\n", mtime=0), "is no recording"),
         (gzip.compress(b"[]\n", mtime=0), "is no recording"),
-        (gzip.compress(b'{"format": 2, "llm": {}}\n', mtime=0), "format 2 is made by a newer hydra-llm"),
+        (
+            gzip.compress(b'{"format": 2, "llm": {}}\n', mtime=0),
+            "format 2 is made by a newer hydra-llm",
+        ),
         (gzip.compress(b'{"format": 1, "llm": {}}\n{"key"', mtime=0), "is damaged"),
         (gzip.compress(b'{"format": 1, "llm": {}}\n', mtime=0)[:-9], "is damaged"),
         (None, "cannot be read"),
     ],
 )
-def test_what_is_no_recording_is_told_in_one_line(content: bytes | None, said: str, tmp_path: Path) -> None:
+def test_what_is_no_recording_is_told_in_one_line(
+    content: bytes | None, said: str, tmp_path: Path
+) -> None:
     file = tmp_path / "r.jsonl.gz"
     if content is not None:
         file.write_bytes(content)
@@ -105,7 +117,10 @@ def test_a_run_goes_on_from_a_recording_where_another_machine_stopped(tmp_path: 
 
 
 def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
-    llm, other = numbered(tmp_path), CachedLLM(RuleLLM(lambda *_: "x", name="other"), tmp_path / "cache")
+    llm, other = (
+        numbered(tmp_path),
+        CachedLLM(RuleLLM(lambda *_: "x", name="other"), tmp_path / "cache"),
+    )
     file = tmp_path / "r.jsonl.gz"
     for each in (llm, other):
         ask(each)
@@ -116,34 +131,97 @@ def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
         take_up(file, other)
 
 
-def test_a_benchmark_is_repeated_without_the_llm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_is_repeated_without_the_llm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "stars"
     data.mkdir()
-    task = {"name": "stars", "kind": "rating", "prompt": "How many stars? {input}", "labels": ["1", "2", "3"]}
+    task = {
+        "name": "stars",
+        "kind": "rating",
+        "prompt": "How many stars? {input}",
+        "labels": ["1", "2", "3"],
+    }
     (data / "task.json").write_text(json.dumps(task))
     splits = {"t0": "train", "t1": "train", "new": "test"}
-    (data / "users.jsonl").write_text("".join(json.dumps({"user": u, "split": s}) + "\n" for u, s in splits.items()))
+    (data / "users.jsonl").write_text(
+        "".join(json.dumps({"user": u, "split": s}) + "\n" for u, s in splits.items())
+    )
     for name, first, count, users in (("history", 0, 6, splits), ("queries", 6, 2, ["new"])):
         rows = [(u, i) for u in users for i in range(first, first + count)]
-        lines = [{"user": u, "id": f"{i}", "time": str(2000 + i), "input": f"rain {i} {u}", "output": str(1 + i % 3)} for u, i in rows]
+        lines = [
+            {
+                "user": u,
+                "id": f"{i}",
+                "time": str(2000 + i),
+                "input": f"rain {i} {u}",
+                "output": str(1 + i % 3),
+            }
+            for u, i in rows
+        ]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     file, tables = tmp_path / "r.jsonl.gz", []
-    for name, llm, more in (("one", "fake:rule=labels", ["--record", str(file)]), ("two", f"replay:{file}", [])):
+    for name, llm, more in (
+        ("one", "fake:rule=labels", ["--record", str(file)]),
+        ("two", f"replay:{file}", []),
+    ):
         here = ["--llm", llm, *more, "--set", f"cache={tmp_path / name}"]
-        bundle, few = ["--bundle", str(tmp_path / f"{name}-b")], ["--set", "samples=3", "--set", "retrieved=3", "--set", "k=2"]
+        bundle, few = (
+            ["--bundle", str(tmp_path / f"{name}-b")],
+            ["--set", "samples=3", "--set", "retrieved=3", "--set", "k=2"],
+        )
         assert run(["learn", str(data), *here, "--out", bundle[1], *few]) == 0
         assert run(["fit", str(data), *here, *bundle]) == 0
         capsys.readouterr()
-        assert run(["bench", "run", str(data), *here, *bundle, "--methods", "all", "--out", str(tmp_path / f"{name}-run"), "--json"]) == 0
+        assert (
+            run(
+                [
+                    "bench",
+                    "run",
+                    str(data),
+                    *here,
+                    *bundle,
+                    "--methods",
+                    "all",
+                    "--out",
+                    str(tmp_path / f"{name}-run"),
+                    "--json",
+                ]
+            )
+            == 0
+        )
         rows = json.loads(capsys.readouterr().out)
         assert len(rows) > 15
-        tables.append([{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows])
+        tables.append(
+            [
+                {key: value for key, value in row.items() if not key.endswith("seconds")}
+                for row in rows
+            ]
+        )
     assert tables[0] == tables[1]
     capsys.readouterr()
-    alone = ["bench", "run", str(data), "--llm", f"replay:{file}", "--out", str(tmp_path / "alone"), "--json", "--users", "1", *few]
+    alone = [
+        "bench",
+        "run",
+        str(data),
+        "--llm",
+        f"replay:{file}",
+        "--out",
+        str(tmp_path / "alone"),
+        "--json",
+        "--users",
+        "1",
+        *few,
+    ]
     for _ in range(2):  # without a bundle it learns one; a repeat takes it up
         assert run([*alone, "--set", f"cache={tmp_path / 'three'}"]) == 0
         rows = json.loads(capsys.readouterr().out)
-        assert [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows] == tables[0]
+        assert [
+            {key: value for key, value in row.items() if not key.endswith("seconds")}
+            for row in rows
+        ] == tables[0]
     assert run([*alone, "--set", "head=kernel"]) == 2
-    assert "holds another run (settings.head: 'linear' there, 'kernel' asked): take another --out" in capsys.readouterr().err
+    assert (
+        "holds another run (settings.head: 'linear' there, 'kernel' asked): take another --out"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""The encoder against sentence-transformers and bare transformers, and what must not depend on the batch, the length or the network."""
+"""The encoder against sentence-transformers and bare transformers, and what must not depend on the
+batch, the length or the network.
+"""
 
 import json
 import logging
@@ -43,7 +45,9 @@ def readable(texts: list[str]) -> list[str]:
 def test_minilm_agrees_with_sentence_transformers(minilm: Encoder) -> None:
     from sentence_transformers import SentenceTransformer
 
-    theirs = SentenceTransformer(module._minilm_folder(), device="cpu").encode(readable(TEXTS), normalize_embeddings=True)
+    theirs = SentenceTransformer(module._minilm_folder(), device="cpu").encode(
+        readable(TEXTS), normalize_embeddings=True
+    )
     ours = minilm.encode(TEXTS)
     assert ours.shape == (len(TEXTS), 384)
     assert ours.dtype == np.float32
@@ -53,7 +57,9 @@ def test_minilm_agrees_with_sentence_transformers(minilm: Encoder) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("folder", ["tiny_folder", "longformer_folder"])
-def test_pairs_agree_with_a_bare_forward_pass(folder: str, pooling: Any, request: pytest.FixtureRequest) -> None:
+def test_pairs_agree_with_a_bare_forward_pass(
+    folder: str, pooling: Any, request: pytest.FixtureRequest
+) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     path = str(request.getfixturevalue(folder))
@@ -61,18 +67,24 @@ def test_pairs_agree_with_a_bare_forward_pass(folder: str, pooling: Any, request
     ours = open_encoder(path, pooling=pooling, max_length=24)
     rows = ours.encode_pairs(LEFT, RIGHT, batch=3)
     for left, right, row in zip(LEFT, RIGHT, rows, strict=True):
-        inputs = dict(tokenizer(left, right, truncation="longest_first", max_length=24, return_tensors="pt"))
+        inputs = dict(
+            tokenizer(left, right, truncation="longest_first", max_length=24, return_tensors="pt")
+        )
         if folder == "longformer_folder":
             inputs.pop("token_type_ids", None)
             inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
             inputs["global_attention_mask"][:, 0] = 1
         with torch.no_grad():
             tokens = model(**inputs).last_hidden_state[0]
-        assert torch.allclose(tokens.mean(0) if pooling == "mean" else tokens[0], torch.from_numpy(row), atol=1e-5)
+        assert torch.allclose(
+            tokens.mean(0) if pooling == "mean" else tokens[0], torch.from_numpy(row), atol=1e-5
+        )
 
 
 def test_the_longformers_first_token_sees_past_its_window(longformer_folder: Path) -> None:
-    """With local attention alone (window 8, 2 layers) the first token could not know of a word 40 tokens on."""
+    """With local attention alone (window 8, 2 layers) the first token could not know of a word 40
+    tokens on.
+    """
     encoder = open_encoder(str(longformer_folder), pooling="cls", max_length=64)
     same = ["the " * 40 + last for last in ("song", "war")]
     one, other = encoder.encode_pairs(same, ["", ""])
@@ -80,7 +92,9 @@ def test_the_longformers_first_token_sees_past_its_window(longformer_folder: Pat
     assert encoder.max_length == 64
 
 
-def test_the_window_is_the_models_own_where_that_is_smaller(tiny_folder: Path, longformer_folder: Path) -> None:
+def test_the_window_is_the_models_own_where_that_is_smaller(
+    tiny_folder: Path, longformer_folder: Path
+) -> None:
     for folder, fits in ((tiny_folder, 40), (longformer_folder, 65)):
         encoder = open_encoder(str(folder), max_length=4096)
         assert encoder.max_length == fits
@@ -88,9 +102,13 @@ def test_the_window_is_the_models_own_where_that_is_smaller(tiny_folder: Path, l
         assert encoder.cut == 1
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=9), batch=st.integers(1, 4))
-def test_a_text_is_encoded_alike_in_every_company(tiny: Encoder, texts: list[str], batch: int) -> None:
+def test_a_text_is_encoded_alike_in_every_company(
+    tiny: Encoder, texts: list[str], batch: int
+) -> None:
     together = tiny.encode(texts, batch=batch)
     alone = np.concatenate([tiny.encode([text]) for text in texts])
     assert np.allclose(together, alone, atol=1e-5)
@@ -100,11 +118,17 @@ def test_a_text_is_encoded_alike_in_every_company(tiny: Encoder, texts: list[str
 def test_minilms_rows_do_not_depend_on_the_batch(minilm: Encoder) -> None:
     alone = np.concatenate([minilm.encode([text]) for text in TEXTS])
     assert np.allclose(minilm.encode(TEXTS, batch=3), alone, atol=1e-5)
-    pairs = np.concatenate([minilm.encode_pairs([left], [right]) for left, right in zip(LEFT, RIGHT, strict=True)])
-    assert np.allclose(minilm.encode_pairs(LEFT, RIGHT), pairs, atol=1e-4)  # not normalised: values up to 10
+    pairs = np.concatenate(
+        [minilm.encode_pairs([left], [right]) for left, right in zip(LEFT, RIGHT, strict=True)]
+    )
+    assert np.allclose(
+        minilm.encode_pairs(LEFT, RIGHT), pairs, atol=1e-4
+    )  # not normalised: values up to 10
 
 
-def test_order_holds_beyond_what_is_tokenized_at_once(tiny: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_holds_beyond_what_is_tokenized_at_once(
+    tiny: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [word * count for count in range(1, 6) for word in ("film ", "war ", "! ")]
     whole = tiny.encode(texts)
     monkeypatch.setattr(module, "TOKENIZED_AT_ONCE", 4)
@@ -138,7 +162,11 @@ def test_fine_tuning_learns_and_changes_the_digest(tiny_folder: Path) -> None:
     encoder = open_encoder(str(tiny_folder), max_length=32)
     assert not encoder.training
     before, wanted = encoder.digest, torch.ones(len(LEFT), 16)
-    assert torch.allclose(encoder.forward_pairs(LEFT, RIGHT), torch.from_numpy(encoder.encode_pairs(LEFT, RIGHT)), atol=1e-5)
+    assert torch.allclose(
+        encoder.forward_pairs(LEFT, RIGHT),
+        torch.from_numpy(encoder.encode_pairs(LEFT, RIGHT)),
+        atol=1e-5,
+    )
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
     losses = []
     for _ in range(10):
@@ -158,7 +186,9 @@ def test_encoding_is_without_dropout_even_while_training(tiny: Encoder) -> None:
     assert tiny.training
 
 
-def test_the_digest_names_all_that_changes_a_vector(tiny_folder: Path, longformer_folder: Path, tmp_path: Path, save_model: Any) -> None:
+def test_the_digest_names_all_that_changes_a_vector(
+    tiny_folder: Path, longformer_folder: Path, tmp_path: Path, save_model: Any
+) -> None:
     path = str(tiny_folder)
     tuned = open_encoder(path)
     tuned.model.get_parameter("encoder.layer.0.output.dense.bias").data[0] += 1
@@ -176,7 +206,9 @@ def test_the_digest_names_all_that_changes_a_vector(tiny_folder: Path, longforme
     assert len(set(digests)) == len(digests)
 
 
-def test_a_saved_encoder_is_the_same_one(tiny: Encoder, longformer_folder: Path, tmp_path: Path) -> None:
+def test_a_saved_encoder_is_the_same_one(
+    tiny: Encoder, longformer_folder: Path, tmp_path: Path
+) -> None:
     for number, encoder in enumerate((tiny, open_encoder(str(longformer_folder), max_length=32))):
         encoder.save(tmp_path / str(number))
         again = open_encoder(str(tmp_path / str(number)), max_length=32)
@@ -188,7 +220,11 @@ def test_several_threads_share_an_encoder(tiny: Encoder) -> None:
     expected, wrong = tiny.encode(TEXTS), []
 
     def work() -> None:
-        wrong.extend(1 for _ in range(10) if not np.allclose(tiny.encode(TEXTS, batch=2), expected, atol=1e-5))
+        wrong.extend(
+            1
+            for _ in range(10)
+            if not np.allclose(tiny.encode(TEXTS, batch=2), expected, atol=1e-5)
+        )
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -207,7 +243,9 @@ def broken(folder: Path, save_model: Any, how: str) -> str:
         for path in folder.iterdir():
             path.unlink()
     elif how == "truncated":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:2000])
+        (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:2000]
+        )
     elif how == "lacks weights":
         from safetensors.torch import load_file, save_file
 
@@ -219,12 +257,18 @@ def broken(folder: Path, save_model: Any, how: str) -> str:
             path.unlink()
     else:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model", "architectures": []}))
+        (folder / "config.json").write_text(
+            json.dumps({**config, "model_type": "no-such-model", "architectures": []})
+        )
     return str(folder)
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "lacks weights", "no tokenizer", "unknown type"])
-def test_a_broken_folder_is_one_line_that_names_it(how: str, tmp_path: Path, save_model: Any) -> None:
+@pytest.mark.parametrize(
+    "how", ["empty", "truncated", "lacks weights", "no tokenizer", "unknown type"]
+)
+def test_a_broken_folder_is_one_line_that_names_it(
+    how: str, tmp_path: Path, save_model: Any
+) -> None:
     path = broken(tmp_path / "encoder", save_model, how)
     with pytest.raises(SettingsError) as caught:
         open_encoder(path)
@@ -232,7 +276,9 @@ def test_a_broken_folder_is_one_line_that_names_it(how: str, tmp_path: Path, sav
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c", "two words", "\x00", ""])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c", "two words", "\x00", ""]
+)
 def test_an_unknown_name_is_one_line(name: str) -> None:
     with pytest.raises(SettingsError, match="no such folder"):
         open_encoder(name)
@@ -274,7 +320,12 @@ def hub(longformer_folder: Path) -> Iterator[str]:
 
         def answer(self, body: bytes, status: int = 200, error: str = "") -> None:
             self.send_response(status)
-            headers = {"Content-Length": len(body), "X-Repo-Commit": commit, "ETag": f'"{hash(body)}"', "X-Error-Code": error}
+            headers = {
+                "Content-Length": len(body),
+                "X-Repo-Commit": commit,
+                "ETag": f'"{hash(body)}"',
+                "X-Error-Code": error,
+            }
             for key, value in headers.items():
                 if value != "":
                     self.send_header(key, str(value))
@@ -305,19 +356,36 @@ for name in ("allenai/longformer-base-4096", "allenai/no-such-model"):
 
 def open_from_hub(endpoint: str, home: Path) -> list[str]:
     """In a process of its own: the hub client reads its environment when it is imported."""
-    changed = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    changed = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     run = subprocess.run(
-        [sys.executable, "-c", OPEN], env={**os.environ, **changed}, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", OPEN],
+        env={**os.environ, **changed},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     return run.stdout.splitlines()
 
 
-def test_longformer_loads_from_a_hub_and_then_from_its_cache(hub: str, longformer_folder: Path, tmp_path: Path) -> None:
+def test_longformer_loads_from_a_hub_and_then_from_its_cache(
+    hub: str, longformer_folder: Path, tmp_path: Path
+) -> None:
     digest = open_encoder(str(longformer_folder), pooling="cls", max_length=4096).digest
-    unknown = "encoder 'allenai/no-such-model': no such folder, and no such model on the Hugging Face hub"
+    unknown = (
+        "encoder 'allenai/no-such-model': no such folder, and no such model on the Hugging Face hub"
+    )
     assert open_from_hub(hub, tmp_path) == [digest, unknown]
     nobody = "http://127.0.0.1:9"
     cached, missing = open_from_hub(nobody, tmp_path)
     assert cached == digest
-    assert "'allenai/no-such-model' is not in the local cache and the Hugging Face hub cannot be reached" in missing
+    assert (
+        "'allenai/no-such-model' is not in the local cache and the Hugging Face hub cannot be"
+        " reached" in missing
+    )
     assert "take 'minilm'" in missing

@@ -1,4 +1,6 @@
-"""The store, on both databases: what was written is there, once, for everybody, and what was deleted is nowhere."""
+"""The store, on both databases: what was written is there, once, for everybody, and what was
+deleted is nowhere.
+"""
 
 import dataclasses
 import os
@@ -24,7 +26,7 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, restore
 from hydra_llm.store.database import engine_of
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Contradiction, Head, Judged, Key, Request, Stale
+from hydra_llm.store.values import Added, Contradiction, Head, Key, Request, Stale, StoredFeedback
 from hydra_llm.types import Record
 
 
@@ -50,7 +52,9 @@ def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> No
     assert store.state("ada").version == version, "nothing changed, so nobody need read again"
     added = store.add_records("ada", [record("a", "no"), record("d")])
     assert (added.added, added.changed, added.unchanged) == (1, 1, 0)
-    assert [(each.id, each.input, each.output) for each in added.replaced] == [("a", "question a", "yes")]
+    assert [(each.id, each.input, each.output) for each in added.replaced] == [
+        ("a", "question a", "yes")
+    ]
     assert [(each.id, each.output, each.position) for each in store.records("ada")[1]] == [
         ("b", "yes", 0),
         ("a", "no", 1),
@@ -60,12 +64,17 @@ def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> No
     assert store.state("ada").version == version + 1
 
 
-def test_a_user_who_was_deleted_and_comes_again_is_another_version(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that still holds the deleted one in memory must see that it is out of date, whatever clocks say."""
+def test_a_user_who_was_deleted_and_comes_again_is_another_version(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that still holds the deleted one in memory must see that it is out of date, whatever
+    clocks say.
+    """
     seen = set[int | None]()
     for clock in (2e9, 1e9, 1e9):
         monkeypatch.setattr(
-            "hydra_llm.store.store.time", SimpleNamespace(time=lambda clock=clock: clock, time_ns=lambda clock=clock: int(clock))
+            "hydra_llm.store.store.time",
+            SimpleNamespace(time=lambda clock=clock: clock, time_ns=lambda clock=clock: int(clock)),
         )
         for i in range(5):
             store.add_records("ada", [record(f"more{i}")])
@@ -98,9 +107,22 @@ def test_a_removed_record_takes_the_heads_with_it_and_leaves_a_gap(store: Store)
     assert [(each.id, each.position) for each in store.records("ada")[1]] == [("b", 1), ("c", 2)]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.lists(st.tuples(st.sampled_from("abcd"), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))))))
-def test_any_order_of_writes_ends_as_a_dict_would(store: Store, batches: list[list[tuple[str, str]]]) -> None:
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from("abcd"),
+                st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+            )
+        )
+    )
+)
+def test_any_order_of_writes_ends_as_a_dict_would(
+    store: Store, batches: list[list[tuple[str, str]]]
+) -> None:
     store.delete_user("ada")
     known: dict[str, str] = {}
     for batch in batches:
@@ -151,7 +173,10 @@ def test_no_update_is_lost_between_threads_and_connections(store: Store, url: st
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=add, args=(place, f"{i}-")) for i, place in enumerate((store, other, store, other))]
+    threads = [
+        threading.Thread(target=add, args=(place, f"{i}-"))
+        for i, place in enumerate((store, other, store, other))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -182,34 +207,45 @@ def test_another_engine_on_the_database_sees_a_write_at_once(store: Store, url: 
 
 def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None:
     store.add_records("ada", [record("a")])
-    said = Judged("r1", 5.0, {"said": {"chosen": 1}, "why": ["ü"], "score": 0.1})
+    said = StoredFeedback("r1", 5.0, {"said": {"chosen": 1}, "why": ["ü"], "score": 0.1})
     with store.change("ada") as ada:
         assert ada.put_feedback(said)
     with store.change("ada") as ada:
-        assert not ada.put_feedback(dataclasses.replace(said, content={**said.content, "score": 0.2}))
+        assert not ada.put_feedback(
+            dataclasses.replace(said, content={**said.content, "score": 0.2})
+        )
     with pytest.raises(Contradiction, match="other feedback"), store.change("ada") as ada:
-        ada.put_feedback(Judged("r1", 5.0, {"said": {"chosen": 2}}))
+        ada.put_feedback(StoredFeedback("r1", 5.0, {"said": {"chosen": 2}}))
     with store.change("ada") as ada:
-        ada.put_feedback(Judged("r0", 7.0, {"said": {}}))
-        ada.put_feedback(Judged("r2", 3.0, {"said": {}}))
+        ada.put_feedback(StoredFeedback("r0", 7.0, {"said": {}}))
+        ada.put_feedback(StoredFeedback("r2", 3.0, {"said": {}}))
     assert [each.request for each in store.judged("ada", 10)] == ["r2", "r1", "r0"]
     assert store.judged("ada", 2)[0] == said
     with store.change("ada") as ada:
         ada.fold_feedback(["r0", "r1", "unknown"])
-        ada.put_feedback(Judged("r3", 1.0, {"said": {}}))
+        ada.put_feedback(StoredFeedback("r3", 1.0, {"said": {}}))
     assert [each.request for each in store.judged("ada")] == ["r3", "r2"]
     assert store.counts()["feedback"] == 4
 
 
-def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.add_records("ada", [record("a")])
     with store.change("ada") as ada:
         for i in range(9):
-            content = {"said": {}, "bundle": "x" if i % 3 else "y", "group": {"gains": [0, 1]} if i % 2 else None}
-            ada.put_feedback(Judged(f"r{i}", float(i), content))
+            content = {
+                "said": {},
+                "bundle": "x" if i % 3 else "y",
+                "group": {"gains": [0, 1]} if i % 2 else None,
+            }
+            ada.put_feedback(StoredFeedback(f"r{i}", float(i), content))
     assert len(store.judged("ada")) == 9
     read = []
-    monkeypatch.setattr("hydra_llm.store.store.Judged", lambda *row: read.append(row) or Judged(*row))
+    monkeypatch.setattr(
+        "hydra_llm.store.store.StoredFeedback",
+        lambda *row: read.append(row) or StoredFeedback(*row),
+    )
     assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
     assert len(read) == 2, "however many others there are"
     assert [each.request for each in store.judged("ada", bundle="y")] == ["r3"]
@@ -256,7 +292,12 @@ def test_a_door_that_was_closed_stays_closed(store: Store) -> None:
 def test_texts_that_somebody_still_has_are_told(store: Store) -> None:
     store.add_records("ada", [Record("ada", "1", "a", "b"), Record("ada", "2", "c", "d")])
     store.keep_request(request("r1"))
-    assert store.still_held(["a", "b", "a → b", "c → b", "e", "asked", "a → b → c"]) == {"a", "b", "a → b", "asked"}
+    assert store.still_held(["a", "b", "a → b", "c → b", "e", "asked", "a → b → c"]) == {
+        "a",
+        "b",
+        "a → b",
+        "asked",
+    }
     assert store.still_held([f"text {i}" for i in range(1200)] + ["d"]) == {"d"}
     assert store.still_held([]) == set()
     store.add_records("bob", [Record("bob", "1", "a", "z")])
@@ -282,14 +323,19 @@ def test_keys(store: Store) -> None:
     assert store.key("k2") == revoked, "a key is revoked once"
 
 
-def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: Store, url: str) -> None:
+def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(
+    store: Store, url: str
+) -> None:
     store.add_records("ada", [record("a")])
     assert store.claim_job() is None
     made = store.add_job("j1", "ada", "fit")
     assert made is not None
     assert store.job("j1") == made
     other, claimed = Store(url), []
-    threads = [threading.Thread(target=lambda place=place: claimed.append(place.claim_job())) for place in (store, other)]
+    threads = [
+        threading.Thread(target=lambda place=place: claimed.append(place.claim_job()))
+        for place in (store, other)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -304,7 +350,11 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
     assert (again.id, again.done, again.total) == ("j1", 3, 10)
     store.tell_job("j1", 10, 10, state="done")
     assert store.claim_job(abandoned_after=0.0) is None
-    assert (store.drop_jobs(0.0), store.drop_jobs(time.time() + 1), store.counts()["jobs"]) == (0, 1, 0)
+    assert (store.drop_jobs(0.0), store.drop_jobs(time.time() + 1), store.counts()["jobs"]) == (
+        0,
+        1,
+        0,
+    )
     assert not store.tell_job("j1", 11, 11)
 
 
@@ -313,10 +363,15 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(store: St
 
 def fill(store: Store, name: str, secret: str) -> None:
     """Everything that can be kept about a user, with `secret` in each text."""
-    store.add_records(name, [record(f"{secret}-{i}", f"{secret} answer", user=name) for i in range(50)])
+    store.add_records(
+        name, [record(f"{secret}-{i}", f"{secret} answer", user=name) for i in range(50)]
+    )
     with store.change(name) as user:
-        user.put_heads("bundle", {"adapter": Head(50, secret.encode() * 100), "reranker": Head(50, secret.encode())})
-        user.put_feedback(Judged(f"request-{name}", 1.0, {"said": {"edited": secret}}))
+        user.put_heads(
+            "bundle",
+            {"adapter": Head(50, secret.encode() * 100), "reranker": Head(50, secret.encode())},
+        )
+        user.put_feedback(StoredFeedback(f"request-{name}", 1.0, {"said": {"edited": secret}}))
     store.keep_request(request(f"request-{name}", user=name, text=secret))
     store.add_job(f"job-{name}", name, "fit")
     store.tell_job(f"job-{name}", 0, 0, state="failed", error=secret)
@@ -328,12 +383,17 @@ def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
     found = store.export_user("ada")
     deleted = store.delete_user("ada")
     assert found is not None
-    assert deleted == {name: len(found[name]) for name in ("feedback", "requests", "jobs", "heads", "records", "keys")}
+    assert deleted == {
+        name: len(found[name])
+        for name in ("feedback", "requests", "jobs", "heads", "records", "keys")
+    }
     assert deleted["records"] == 50
     assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys"}
 
 
-def test_after_a_deletion_no_byte_is_left_and_nobody_else_has_changed(store: Store, tmp_path: Path) -> None:
+def test_after_a_deletion_no_byte_is_left_and_nobody_else_has_changed(
+    store: Store, tmp_path: Path
+) -> None:
     fill(store, "lovelace", "marmalade")
     fill(store, "bob", "rhubarb")
     store.add_key(Key("both", "hash-both", "two people", False, ("lovelace", "bob"), 1.0, None))
@@ -363,7 +423,9 @@ def test_sqlite_leaves_no_byte_even_before_it_is_scrubbed(tmp_path: Path) -> Non
 
 
 def _bytes_with(store: Store, folder: Path, needle: bytes) -> bool:
-    """Whether the database's files hold the bytes: SQLite's own, or the files of PostgreSQL's tables."""
+    """Whether the database's files hold the bytes: SQLite's own, or the files of PostgreSQL's
+    tables.
+    """
     if store.on_sqlite:
         return any(needle in file.read_bytes() for file in folder.iterdir())
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -371,7 +433,9 @@ def _bytes_with(store: Store, folder: Path, needle: bytes) -> bool:
         of_ours = "FROM pg_class WHERE relnamespace = 'public'::regnamespace"
         ours = sa.text(f"SELECT pg_relation_filepath(oid) {of_ours} AND relkind IN ('r', 'i')")
         toasts = sa.text(f"SELECT pg_relation_filepath(reltoastrelid) {of_ours}")
-        paths = [path for statement in (ours, toasts) for path in connection.scalars(statement) if path]
+        paths = [
+            path for statement in (ours, toasts) for path in connection.scalars(statement) if path
+        ]
     data = Path(os.environ["TEST_POSTGRES_DATA"])
     return any(needle in (data / path).read_bytes() for path in paths)
 
@@ -430,20 +494,35 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
     engine = engine_of(url)
     migrate.upgrade(engine, "0001")
     with engine.begin() as connection:
-        for id, admin, names in (("one", False, ["ada"]), ("two", False, ["ada", "bob"]), ("all", True, [])):
+        for id, admin, names in (
+            ("one", False, ["ada"]),
+            ("two", False, ["ada", "bob"]),
+            ("all", True, []),
+        ):
             values = {"id": id, "hash": id, "label": "", "admin": admin, "created": 1.0}
             connection.execute(
-                sa.text("INSERT INTO keys (id, hash, label, admin, created) VALUES (:id, :hash, :label, :admin, :created)"), values
+                sa.text(
+                    "INSERT INTO keys (id, hash, label, admin, created) VALUES (:id, :hash, :label,"
+                    " :admin, :created)"
+                ),
+                values,
             )
             for name in names:
-                connection.execute(sa.text("INSERT INTO key_users (key, name) VALUES (:key, :name)"), {"key": id, "name": name})
+                connection.execute(
+                    sa.text("INSERT INTO key_users (key, name) VALUES (:key, :name)"),
+                    {"key": id, "name": name},
+                )
     with pytest.raises(StoreError, match="run `hydra-llm store migrate`"):
         Store(url)
     assert migrate.migrated(engine) == ("0001", "0002")
     engine.dispose()
     store = Store(url)
     found = [store.key(id) for id in ("one", "two", "all")]
-    assert [(key.bound, key.users) for key in found if key] == [(True, ("ada",)), (False, ("ada", "bob")), (False, ())]
+    assert [(key.bound, key.users) for key in found if key] == [
+        (True, ("ada",)),
+        (False, ("ada", "bob")),
+        (False, ()),
+    ]
     assert store.check() == []
     store.close()
 
@@ -493,7 +572,9 @@ from hydra_llm.types import Record
 store = Store(sys.argv[1])
 start = int(sys.argv[2])
 for i in itertools.count(start):
-    store.add_records("ada", [Record("ada", f"r{i}", f"question {i}", "yes"), Record("ada", f"s{i}", f"other {i}", "no")])
+    own = [Record("ada", f"r{i}", f"question {i}", "yes")]
+    own.append(Record("ada", f"s{i}", f"other {i}", "no"))
+    store.add_records("ada", own)
     print(i, flush=True)
 """
 
@@ -501,7 +582,11 @@ for i in itertools.count(start):
 def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
     acknowledged = 0
     for _ in range(50):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, url, str(acknowledged)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, url, str(acknowledged)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert writer.stdout is not None
         said = [writer.stdout.readline() for _ in range(3)]
         writer.send_signal(signal.SIGKILL)
@@ -512,9 +597,13 @@ def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
         ids = [each.id for each in store.records("ada")[1]]
         assert store.check() == []
         store.close()
-        assert ids[: 2 * acknowledged] == [f"{kind}{i}" for i in range(acknowledged) for kind in "rs"]
+        assert ids[: 2 * acknowledged] == [
+            f"{kind}{i}" for i in range(acknowledged) for kind in "rs"
+        ]
         assert len(ids) % 2 == 0, "half of a write is none"
-        assert len(ids) - 2 * acknowledged <= 2, "at most the write that was under way came through unacknowledged"
+        assert len(ids) - 2 * acknowledged <= 2, (
+            "at most the write that was under way came through unacknowledged"
+        )
 
 
 def test_a_restarted_postgresql_is_met_again_and_has_kept_what_it_acknowledged() -> None:
@@ -553,7 +642,9 @@ def test_a_restarted_postgresql_is_met_again_and_has_kept_what_it_acknowledged()
     assert refused, "it was restarted under load"
     assert all("\n" not in line for line in refused)
     assert set(acknowledged) <= there
-    assert len(there - set(acknowledged)) <= 3, "a write whose acknowledgement was lost may be there, once a restart"
+    assert len(there - set(acknowledged)) <= 3, (
+        "a write whose acknowledgement was lost may be there, once a restart"
+    )
 
 
 def _until(true: Callable[[], bool], seconds: float = 30.0) -> None:

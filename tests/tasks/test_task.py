@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from hydra_llm.errors import DataError
+from hydra_llm.tasks.base import METRICS, Task, overlap, rating, scale
 from hydra_llm.tasks.lamp import LAMP
-from hydra_llm.tasks.task import METRICS, Task, overlap, rating, scale
 
 RATING = LAMP["LaMP-3"]
 NEWS = LAMP["LaMP-2N"]
@@ -20,7 +20,12 @@ HEADLINE = LAMP["LaMP-4"]
 anything = st.text(max_size=200)
 label = anything.map(str.strip).filter(bool)
 labels = st.lists(label, min_size=2, max_size=8, unique=True)
-scales = st.lists(st.integers(-50, 50) | st.integers(-50, 50).map(lambda n: n / 2), min_size=2, max_size=9, unique=True)
+scales = st.lists(
+    st.integers(-50, 50) | st.integers(-50, 50).map(lambda n: n / 2),
+    min_size=2,
+    max_size=9,
+    unique=True,
+)
 words = st.text(alphabet="ab cD1é-", max_size=60)
 
 
@@ -36,7 +41,14 @@ def ratings(numbers: list[float]) -> Task:
 
 
 def task_json(**changed: Any) -> dict[str, Any]:
-    data = {"name": "n", "kind": "rating", "labels": ["1", "2"], "prompt": "Rate: {input}", "metrics": ["mae"], **changed}
+    data = {
+        "name": "n",
+        "kind": "rating",
+        "labels": ["1", "2"],
+        "prompt": "Rate: {input}",
+        "metrics": ["mae"],
+        **changed,
+    }
     return {key: value for key, value in data.items() if value is not None}
 
 
@@ -107,7 +119,9 @@ def test_lamp_tasks_pass_their_own_check(task: Task) -> None:
         ("{input} or {input}", "a or a", None),
     ],
 )
-def test_the_text_within_an_instruction_is_found_again(prompt: str, text: str, within: str | None) -> None:
+def test_the_text_within_an_instruction_is_found_again(
+    prompt: str, text: str, within: str | None
+) -> None:
     assert Task("t", "generation", prompt).input_of(text) == within
 
 
@@ -230,7 +244,10 @@ def test_every_rating_label_reads_as_itself(numbers: list[float]) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.text("abcdefg", min_size=1, max_size=6), min_size=2, max_size=6, unique=True), st.data())
+@given(
+    st.lists(st.text("abcdefg", min_size=1, max_size=6), min_size=2, max_size=6, unique=True),
+    st.data(),
+)
 def test_a_label_alone_in_a_sentence_is_found(names: list[str], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(names))
     for text in (f"**{name.upper()}**", f"'{name}'.", f"XY: {name}!", f"{name}, xy"):
@@ -246,7 +263,9 @@ def test_lenient_reads_all_that_strict_reads_as_a_label(names: list[str], text: 
 
 @settings(deadline=None)
 @given(scales, anything | st.floats().map(str) | st.integers().map(str))
-def test_ratings_are_read_in_range_and_the_same_way_by_both(numbers: list[float], text: str) -> None:
+def test_ratings_are_read_in_range_and_the_same_way_by_both(
+    numbers: list[float], text: str
+) -> None:
     task = ratings(numbers)
     low, high = scale(task.labels)
     lenient, strict = task.parse(text), task.parse(text, "strict")
@@ -263,7 +282,9 @@ def test_ratings_are_read_in_range_and_the_same_way_by_both(numbers: list[float]
 def test_reading_a_text_again_changes_nothing(text: str) -> None:
     for parsing in ("lenient", "strict"):
         answer = HEADLINE.parse(text, parsing)
-        assert answer is None or (answer == HEADLINE.parse(answer, parsing) and answer == answer.strip() != "")
+        assert answer is None or (
+            answer == HEADLINE.parse(answer, parsing) and answer == answer.strip() != ""
+        )
 
 
 @settings(deadline=None)
@@ -281,8 +302,16 @@ def test_reading_never_raises_and_gives_a_label_or_none(text: str, task: Task) -
 
 def test_gains_by_hand() -> None:
     assert [NEWS.gain(a, "crime") for a in ("crime", "sports", None)] == [1, 0, 0]
-    assert [RATING.gain(a, "5") for a in ("5", "4", "3.5", "1", "9", None)] == [1, 0.75, 0.625, 0, 0, 0]
-    # "the cat sat" against "the cat ran far": two words in common, in order: F = 2 * 2 / (3 + 4) both times
+    assert [RATING.gain(a, "5") for a in ("5", "4", "3.5", "1", "9", None)] == [
+        1,
+        0.75,
+        0.625,
+        0,
+        0,
+        0,
+    ]
+    # "the cat sat" against "the cat ran far": two words in common, in order: F = 2 * 2 / (3 + 4)
+    # both times
     assert HEADLINE.gain("the cat sat", "the cat ran far") == pytest.approx(4 / 7)
     # reversed order: all words in common, but only one in sequence
     assert HEADLINE.gain("cat the", "the cat") == pytest.approx((1 + 0.5) / 2)
@@ -304,7 +333,9 @@ rouge = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 def test_generation_gain_is_rouge_scores(answer: str, gold: str) -> None:
     found = rouge.score(gold, answer)
     expected = (found["rouge1"].fmeasure + found["rougeL"].fmeasure) / 2
-    if expected or (any(c in "abcd1" for c in answer.lower()) and any(c in "abcd1" for c in gold.lower())):
+    if expected or (
+        any(c in "abcd1" for c in answer.lower()) and any(c in "abcd1" for c in gold.lower())
+    ):
         assert overlap(answer, gold) == pytest.approx(expected, abs=1e-12)
 
 
@@ -316,10 +347,21 @@ def test_generation_gain_sees_other_scripts() -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from(["rating", "classification", "generation"]), st.data())
-def test_gain_matrix_is_symmetric_within_0_and_1_with_1_on_the_diagonal(kind: str, data: st.DataObject) -> None:
+def test_gain_matrix_is_symmetric_within_0_and_1_with_1_on_the_diagonal(
+    kind: str, data: st.DataObject
+) -> None:
     task = {"rating": RATING, "classification": NEWS, "generation": HEADLINE}[kind]
     numbers = st.floats(-20, 20).map(str)
-    answers = data.draw(st.lists(numbers if kind == "rating" else st.sampled_from(task.labels) if task.labels else anything, max_size=6))
+    answers = data.draw(
+        st.lists(
+            numbers
+            if kind == "rating"
+            else st.sampled_from(task.labels)
+            if task.labels
+            else anything,
+            max_size=6,
+        )
+    )
     matrix = task.gain_matrix(answers)
     assert [len(row) for row in matrix] == [len(answers)] * len(answers)
     for i, row in enumerate(matrix):

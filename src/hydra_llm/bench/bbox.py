@@ -1,17 +1,24 @@
-"""The personalized BBox-Adapter, a baseline of HYDRA's (section 4.1): one energy for all users, learned against its own samples.
+"""The personalized BBox-Adapter, a baseline of HYDRA's (section 4.1): one energy for all users,
+learned against its own samples.
 
-Sun et al. 2024, "BBox-Adapter: Lightweight Adapting for Black-Box Large Language Models" (arXiv 2402.08219), by its sections:
-    3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y). The black box gives no p_LLM: the shares of its samples stand for it, the query's pool
+Sun et al. 2024, "BBox-Adapter: Lightweight Adapting for Black-Box Large Language Models" (arXiv
+2402.08219), by its sections:
+    3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y). The black box gives no p_LLM: the shares of its samples
+    stand for it, the query's pool
     3.2  the loss, see `nce_loss`
-    3.4  rounds: what is wrong of draws from p as it is now are the negatives, update g (algorithm 1), see `adapted`. A pool is small: each
-         candidate counts for as many draws as are expected of it, with less noise, and with none that falls otherwise on another processor
+    3.4  rounds: what is wrong of draws from p as it is now are the negatives, update g (algorithm
+    1), see `adapted`. A pool is small: each
+         candidate counts for as many draws as are expected of it, with less noise, and with none
+         that falls otherwise on another processor
     4.1  the ground-truth setting: the positive is the user's own answer in every round
-    4.4  single-step inference: the LLM writes b whole answers, and the one with the highest g is the answer (p_LLM has done its part
+    4.4  single-step inference: the LLM writes b whole answers, and the one with the highest g is
+    the answer (p_LLM has done its part
          in proposing them: 3.3 ranks by g alone)
-Personalized: the prompts carry the user's records, in HYDRA's own order, so that both choose among the same candidates; g learns from
-the training users' histories, and further rounds on the new user's own history adapt a copy of it. There are no heads and no evidence
-columns: those are what HYDRA adds. g reads the frozen encoder's features, where the paper tunes a whole encoder. Knows no metrics;
-answers nothing that needs a record later than the query.
+Personalized: the prompts carry the user's records, in HYDRA's own order, so that both choose among
+the same candidates; g learns from the training users' histories, and further rounds on the new
+user's own history adapt a copy of it. There are no heads and no evidence columns: those are what
+HYDRA adds. g reads the frozen encoder's features, where the paper tunes a whole encoder. Knows no
+metrics; answers nothing that needs a record later than the query.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,40 +33,46 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.adapt import Choice, all_labels, candidate_text, first_best
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
 from hydra_llm.history import before
-from hydra_llm.learning.pairs import reads_labels, training_queries
-from hydra_llm.llm.calls import map_calls
-from hydra_llm.model.cases import make_groups
-from hydra_llm.model.combine import ByLabel, Combiner, Cross, Groups, Tower
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.llm.concurrency import map_calls
+from hydra_llm.model.grouping import make_groups
+from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear, Tower
+from hydra_llm.pipeline import Personalizer
+from hydra_llm.select import Choice, all_labels, candidate_text, first_best
+from hydra_llm.training.labelling import reads_labels, training_queries
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, Spent, Usage
 
 if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
 
 ROUNDS = 3
-"""T: how often negatives are taken anew, for the shared energy and again for each user's copy (paper 4.6; the authors' settings)."""
+"""T: how often negatives are taken anew, for the shared energy and again for each user's copy
+(paper 4.6; the authors' settings).
+"""
 STEPS = 50
 """Updates in a round, each on all pools: frozen features make them cheap."""
 RATE = 0.01
 """η of AdamW. The paper's 5e-6 is for tuning a whole encoder."""
 ALPHA = 0.25
-"""α of the squared energies: none gains from growing beyond 1 / 2α = 2, which is a factor of e² on the share of the LLM's samples."""
+"""α of the squared energies: none gains from growing beyond 1 / 2α = 2, which is a factor of e² on
+the share of the LLM's samples.
+"""
 
 
 class Energy(nn.Module):
-    """g(x, y) = v · φ(x, y): linear, or one hidden layer where φ is a tower's; the same numbers for every user."""
+    """g(x, y) = v · φ(x, y): linear, or one hidden layer where φ is a tower's; the same numbers for
+    every user.
+    """
 
-    def __init__(self, combiner: Combiner, weights: Tensor):
+    def __init__(self, interaction: Interaction, weights: Tensor):
         super().__init__()
-        self.combiner, self.weights = combiner, nn.Parameter(weights)
+        self.interaction, self.weights = interaction, nn.Parameter(weights)
 
     def forward(self, groups: Groups) -> Tensor:
         """[G, C]; what stands where there is no candidate means nothing."""
-        return self.combiner.dot(self.combiner(groups)[None], self.weights[None])[0]
+        return self.interaction.dot(self.interaction(groups)[None], self.weights[None])[0]
 
 
 @dataclass(frozen=True)
@@ -77,15 +90,20 @@ class Pools:
 
 
 def nce_loss(energies: Tensor, gold: Tensor, negatives: Tensor, alpha: float = ALPHA) -> Tensor:
-    """The ranking-based noise-contrastive loss by its gradient, with the energies kept small (paper 3.2, equation 3):
+    """The ranking-based noise-contrastive loss by its gradient, with the energies kept small (paper
+    3.2, equation 3):
 
         −E₊[g] + E₋[g] + α·E₊[g²] + α·E₋[g²]
 
-    E₊ is the mean over the gold answers, E₋ the mean over the negatives: `negatives` [G, C] says how many draws each stands for.
+    E₊ is the mean over the gold answers, E₋ the mean over the negatives: `negatives` [G, C] says
+    how many draws each stands for.
     """
     positive = energies.gather(1, gold[:, None])
     weights = negatives / negatives.sum().clamp_min(1)
-    rise, fall = (alpha * positive**2 - positive).mean(), (weights * (alpha * energies**2 + energies)).sum()
+    rise, fall = (
+        (alpha * positive**2 - positive).mean(),
+        (weights * (alpha * energies**2 + energies)).sum(),
+    )
     return rise + fall
 
 
@@ -95,8 +113,8 @@ def distribution(energies: Tensor, shares: Tensor) -> Tensor:
 
 
 def expected_negatives(energies: Tensor, pools: Pools, draws: int) -> Tensor:
-    """[G, C] how often each candidate comes up, on average, in draws from the adapted distribution; the gold answer is no negative (3.4, 4
-    to 6).
+    """[G, C] how often each candidate comes up, on average, in draws from the adapted distribution;
+    the gold answer is no negative (3.4, 4 to 6).
     """
     return (draws * distribution(energies, pools.shares)).scatter(1, pools.gold[:, None], 0.0)
 
@@ -125,59 +143,107 @@ class ByEnergy:
     bundle: Bundle
     energy: Energy
 
-    def choose(self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]) -> Choice:
-        places = [place for place, candidate in enumerate(candidates) if candidate.answer is not None]
+    def choose(
+        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
+    ) -> Choice:
+        places = [
+            place for place, candidate in enumerate(candidates) if candidate.answer is not None
+        ]
         if not places:
             return Choice(list(candidates), 0)
         offered = _offered(self.bundle, [candidates[place] for place in places])
         with torch.no_grad():
-            energies = self.energy(_groups(self.bundle, self.energy.combiner, [query], [offered]))
+            energies = self.energy(
+                _groups(self.bundle, self.energy.interaction, [query], [offered])
+            )
         shares = distribution(energies, _shares([offered]))[0].tolist()
-        found = {c.answer: (score, share) for c, score, share in zip(offered, energies[0].tolist(), shares, strict=True)}
+        found = {
+            c.answer: (score, share)
+            for c, score, share in zip(offered, energies[0].tolist(), shares, strict=True)
+        }
         scored = list(candidates)
         for place in places:
             score, share = found[candidates[place].answer]
             scored[place] = replace(candidates[place], score=score, probability=share)
-        return Choice(scored, places[first_best(np.array([found[candidates[place].answer][0] for place in places]))])
+        return Choice(
+            scored,
+            places[first_best(np.array([found[candidates[place].answer][0] for place in places]))],
+        )
 
 
-def _offered(bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None) -> list[Candidate]:
-    """What the LLM said and the gold answer; every label where there are labels, as label features want it. No votes are no chance."""
+def _offered(
+    bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None
+) -> list[Candidate]:
+    """What the LLM said and the gold answer; every label where there are labels, as label features
+    want it. No votes are no chance.
+    """
     if bundle.task.labels:
         return all_labels(bundle.task, readable)
     missing = gold is not None and all(candidate.answer != gold for candidate in readable)
     return [*readable, Candidate(gold, gold)] if missing and gold is not None else list(readable)
 
 
-def _groups(bundle: Bundle, combiner: Combiner, queries: Sequence[Query], offered: Sequence[Sequence[Candidate]]) -> Groups:
-    texts = [[candidate_text(bundle.task, candidate) for candidate in candidates] for candidates in offered]
-    return make_groups(bundle.store, combiner, [query.input for query in queries], texts, [[[]] * len(row) for row in texts])
+def _groups(
+    bundle: Bundle,
+    interaction: Interaction,
+    queries: Sequence[Query],
+    offered: Sequence[Sequence[Candidate]],
+) -> Groups:
+    texts = [
+        [candidate_text(bundle.task, candidate) for candidate in candidates]
+        for candidates in offered
+    ]
+    return make_groups(
+        bundle.store,
+        interaction,
+        [query.input for query in queries],
+        texts,
+        [[[]] * len(row) for row in texts],
+    )
 
 
 def _shares(offered: Sequence[Sequence[Candidate]]) -> Tensor:
     """[G, C] votes as shares, 0 where there is no candidate."""
-    rows = [torch.tensor([float(candidate.votes) for candidate in candidates]) for candidates in offered]
+    rows = [
+        torch.tensor([float(candidate.votes) for candidate in candidates]) for candidates in offered
+    ]
     votes = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return votes / votes.sum(-1, keepdim=True)
 
 
-def _pools(bundle: Bundle, combiner: Combiner, proposals: Sequence[Proposal]) -> Pools | None:
+def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposal]) -> Pools | None:
     """Proposals with an answer that can be read, as pools; None where there is none."""
-    readable = [(p.query, [candidate for candidate in p.candidates if candidate.answer is not None]) for p in proposals]
-    cases = [(query, _offered(bundle, candidates, query.gold)) for query, candidates in readable if candidates]
+    readable = [
+        (p.query, [candidate for candidate in p.candidates if candidate.answer is not None])
+        for p in proposals
+    ]
+    cases = [
+        (query, _offered(bundle, candidates, query.gold))
+        for query, candidates in readable
+        if candidates
+    ]
     if not cases:
         return None
     queries, offered = [query for query, _ in cases], [candidates for _, candidates in cases]
-    gold = [[candidate.answer for candidate in candidates].index(query.gold) for query, candidates in cases]
-    return Pools(_groups(bundle, combiner, queries, offered), _shares(offered), torch.tensor(gold))
+    gold = [
+        [candidate.answer for candidate in candidates].index(query.gold)
+        for query, candidates in cases
+    ]
+    return Pools(
+        _groups(bundle, interaction, queries, offered), _shares(offered), torch.tensor(gold)
+    )
 
 
-def _combiner(bundle: Bundle) -> Combiner:
+def _combiner(bundle: Bundle) -> Interaction:
     """Of the kind that the bundle's own adapter has."""
     task, settings, width = bundle.task, bundle.settings, bundle.store.encoder.width
     if settings.features == "cross":
         return Cross(width)
-    return ByLabel(width, len(task.labels), settings.label_rank) if reads_labels(task, settings) else Tower(width, settings.width)
+    return (
+        LabelBilinear(width, len(task.labels), settings.label_rank)
+        if reads_labels(task, settings)
+        else Tower(width, settings.width)
+    )
 
 
 # ---- the method
@@ -185,11 +251,15 @@ def _combiner(bundle: Bundle) -> Combiner:
 
 @dataclass(frozen=True)
 class BBoxAdapter:
-    """Learns at its first question, and adapts to a user at the user's first one; what that costs is no part of an answer, see `taken`."""
+    """Learns at its first question, and adapts to a user at the user's first one; what that costs
+    is no part of an answer, see `taken`.
+    """
 
     bundle: Bundle
     personalizer: Personalizer
-    """Proposes the candidates; its records are those of the training users and of the users at hand."""
+    """Proposes the candidates; its records are those of the training users and of the users at
+    hand.
+    """
     seed: int = 0
     """Of the start."""
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
@@ -203,7 +273,9 @@ class BBoxAdapter:
 
     async def aanswer(self, query: Query) -> Answer:
         visible = before(self.personalizer.records.get(query.user, ()), query)
-        itself = query.user if query.user in self.bundle.trained_on else ""  # whose later records must not have taught the energy
+        itself = (
+            query.user if query.user in self.bundle.trained_on else ""
+        )  # whose later records must not have taught the energy
         shared = await self._once(("shared", itself), partial(self._learn, itself))
         seen = ("own", query.user, *(record.id for record in visible))
         own = await self._once(seen, partial(self._adapt, shared, query.user, visible))
@@ -211,7 +283,9 @@ class BBoxAdapter:
         return replace(self.personalizer, adapter=ByEnergy(self.bundle, own)).decide(proposal)
 
     async def _once(self, key: tuple[str, ...], make: Callable[[], Awaitable[Energy]]) -> Energy:
-        """What `make` made the first time, or why it could not: a dead LLM is not asked for all pools again at every query."""
+        """What `make` made the first time, or why it could not: a dead LLM is not asked for all
+        pools again at every query.
+        """
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.kept:
                 try:
@@ -224,22 +298,30 @@ class BBoxAdapter:
         return found
 
     async def _learn(self, without: str) -> Energy:
-        """The shared energy, from a random start (algorithm 1), by the training users whose pairs may cost LLM calls."""
+        """The shared energy, from a random start (algorithm 1), by the training users whose pairs
+        may cost LLM calls.
+        """
         settings, records = self.personalizer.settings, self.personalizer.records
         users = [user for user in self.bundle.trained_on[: settings.asked_users] if user != without]
         queries = [query for user in users for query in self._queries(records.get(user, ()))]
         if not queries:
-            raise LLMError("bbox-adapter has nothing to learn from: it asks the LLM about training users' records, see `asked_users`")
+            raise LLMError(
+                "bbox-adapter has nothing to learn from: it asks the LLM about training users'"
+                " records, see `asked_users`"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            combiner = _combiner(self.bundle)
-            energy = Energy(combiner, torch.randn(combiner.size) / combiner.size**0.5)
+            interaction = _combiner(self.bundle)
+            energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
         proposals = await _proposals(self.personalizer, queries)
         started = perf_counter()
-        pools = _pools(self.bundle, combiner, proposals)
+        pools = _pools(self.bundle, interaction, proposals)
         if pools is None:
-            raise LLMError("bbox-adapter has nothing to learn from: no answer to the training users' own records could be read")
-        combiner.prepare(pools.groups)
+            raise LLMError(
+                "bbox-adapter has nothing to learn from: no answer to the training users' own"
+                " records could be read"
+            )
+        interaction.prepare(pools.groups)
         found = self._adapted(energy, pools)
         self.spent[""] = _spent(len(users), proposals, started)
         return found
@@ -247,15 +329,19 @@ class BBoxAdapter:
     async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
         """Further rounds on the user's own history, as far as the query may see it."""
         only = replace(self.personalizer, records={user: visible})
-        proposals = await _proposals(only, self._queries(visible))  # of another history of the same user's: another adaptation
+        proposals = await _proposals(
+            only, self._queries(visible)
+        )  # of another history of the same user's: another adaptation
         started = perf_counter()
-        pools = _pools(self.bundle, shared.combiner, proposals)
+        pools = _pools(self.bundle, shared.interaction, proposals)
         found = shared if pools is None else self._adapted(shared, pools)
         self.spent[f"{len(visible)}:{user}"] = _spent(1, proposals, started)
         return found
 
     def _queries(self, records: Sequence[Record]) -> list[Query]:
-        return training_queries(self.bundle.task, records, self.personalizer.settings.queries_per_user)
+        return training_queries(
+            self.bundle.task, records, self.personalizer.settings.queries_per_user
+        )
 
     def _adapted(self, energy: Energy, pools: Pools) -> Energy:
         settings = self.personalizer.settings
@@ -285,7 +371,11 @@ def _spent(users: int, proposals: Sequence[Proposal], started: float) -> Spent:
 def bbox_adapter(parts: "Parts") -> BBoxAdapter:
     """The method's answerer; asks nothing yet."""
     proposing = parts.personalizer(rerank=True, candidates="sampled")
-    return BBoxAdapter(parts.bundle, replace(proposing, records={**parts.bundle.records, **parts.records}), parts.seed)
+    return BBoxAdapter(
+        parts.bundle,
+        replace(proposing, records={**parts.bundle.records, **parts.records}),
+        parts.seed,
+    )
 
 
 __all__ = ["BBoxAdapter", "bbox_adapter"]

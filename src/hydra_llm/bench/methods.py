@@ -1,4 +1,5 @@
-"""Methods to compare: each is a name with parameters and a `Personalizer` with other parts (STYLE: a baseline is a null part).
+"""Methods to compare: each is a name with parameters and a `Personalizer` with other parts (STYLE:
+a baseline is a null part).
 
 Knows neither data sets nor metrics. Sources: HYDRA, sections 4.1 and 4.2; LaMP; DESIGN 5.
 """
@@ -10,17 +11,24 @@ from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
-from hydra_llm.adapt import Adapter
+from hydra_llm.bench.baselines import (
+    ByVoteShare,
+    NthSample,
+    Oracle,
+    ScorerOnly,
+    WithoutLLM,
+    typical,
+)
 from hydra_llm.bench.bbox import bbox_adapter
-from hydra_llm.bench.controls import ByVotes, InTurn, Oracle, ScorerOnly, WithoutLLM, typical
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.personalizer import Personalizer
+from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
-from hydra_llm.tasks.task import KINDS, Kind
+from hydra_llm.select import Selector
+from hydra_llm.tasks.base import KINDS, Kind
 from hydra_llm.types import Answer, Message, Query, Record, Spent, Usage
 
 
@@ -37,7 +45,9 @@ class Learner(Protocol):
     """An answerer that learns as it answers."""
 
     def taken(self) -> dict[str, Spent]:
-        """What it spent on that since this was last asked, by number of records and user; for all of them under an empty name."""
+        """What it spent on that since this was last asked, by number of records and user; for all
+        of them under an empty name.
+        """
         ...
 
 
@@ -52,10 +62,17 @@ class Parts:
     seed: int = 0
     """Of the learned parts; of a method whose samples take turns, whose turn it is."""
 
-    def personalizer(self, *, rerank: bool = False, adapt: bool = False, **settings: object) -> Personalizer:
-        """The main path with the chosen parts; the others are null parts. Records are those of the run's users."""
+    def personalizer(
+        self, *, rerank: bool = False, adapt: bool = False, **settings: object
+    ) -> Personalizer:
+        """The main path with the chosen parts; the others are null parts. Records are those of the
+        run's users.
+        """
         chosen = self.settings.model_copy(update=settings)
-        return replace(self.bundle.personalizer(self.llm, chosen, rerank=rerank, adapt=adapt), records=self.records)
+        return replace(
+            self.bundle.personalizer(self.llm, chosen, rerank=rerank, adapt=adapt),
+            records=self.records,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,9 @@ class Method:
     """A line of the table."""
 
     name: str
-    """`NAME`, or with its parameters `NAME@k`, `NAME@b`, `NAME@k,b`; without them the settings' k and samples hold."""
+    """`NAME`, or with its parameters `NAME@k`, `NAME@b`, `NAME@k,b`; without them the settings' k
+    and samples hold.
+    """
     what: str
     """One line for people."""
     group: str
@@ -75,18 +94,29 @@ class Method:
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of task that it can answer."""
     needs: tuple[str, ...] = ("reranker", "adapter")
-    """What must have been learned. Seeds share the reranker, and with it the candidates: answers that need the adapter differ by seed."""
+    """What must have been learned. Seeds share the reranker, and with it the candidates: answers
+    that need the adapter differ by seed.
+    """
     shows: tuple[str, ...] = ()
-    """Parts without which it would be another method under this name, and is left out. `hydra` is what is left of it, as in use."""
+    """Parts without which it would be another method under this name, and is left out. `hydra` is
+    what is left of it, as in use.
+    """
     in_turn: bool = False
-    """Whether each of the b samples answers once, as if it were a seed: the mean over them is an expectation."""
+    """Whether each of the b samples answers once, as if it were a seed: the mean over them is an
+    expectation.
+    """
     given: Mapping[str, int] = field(default_factory=dict)
     """Its parameters, where the name has some."""
 
     def of(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
-        """What it is built from, once for each answer that it gives to a query: `seeds` are those of the learned parts."""
+        """What it is built from, once for each answer that it gives to a query: `seeds` are those
+        of the learned parts.
+        """
         if self.in_turn:
-            return [replace(seeds[0], seed=place) for place in range(self.given.get("b", seeds[0].settings.samples))]
+            return [
+                replace(seeds[0], seed=place)
+                for place in range(self.given.get("b", seeds[0].settings.samples))
+            ]
         return seeds if "adapter" in self.needs else seeds[:1]
 
     def at(self, given: Mapping[str, int]) -> "Method":
@@ -138,7 +168,9 @@ PROFILE = (
 
 @dataclass(frozen=True)
 class Profiled:
-    """A profile that the LLM writes from the history stands before the records: once per user, as long as the history is the same."""
+    """A profile that the LLM writes from the history stands before the records: once per user, as
+    long as the history is the same.
+    """
 
     inner: Personalizer
     profiles: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -151,16 +183,23 @@ class Profiled:
         key, usage = (query.user, len(visible)), Usage()
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
-                made = await self.inner.llm.generate(self._question(visible), max_tokens=PROFILE_TOKENS)
+                made = await self.inner.llm.generate(
+                    self._question(visible), max_tokens=PROFILE_TOKENS
+                )
                 self.profiles[key], usage = made.texts[0].strip(), made.usage
         answer = await replace(self.inner, about=self.profiles[key]).aanswer(query)
-        return replace(answer, proposal=replace(answer.proposal, usage=answer.proposal.usage + usage))
+        return replace(
+            answer, proposal=replace(answer.proposal, usage=answer.proposal.usage + usage)
+        )
 
     def _question(self, visible: Sequence[Record]) -> list[Message]:
         """The latest records, each cut to its share of the prompt."""
         latest = list(visible)[-PROFILE_RECORDS:]
         room = int(self.inner.settings.max_prompt_tokens * 3 / len(latest)) // 2
-        lines = [f"{' '.join(record.input.split())[:room]} → {' '.join(record.output.split())[:room]}" for record in latest]
+        lines = [
+            f"{' '.join(record.input.split())[:room]} → {' '.join(record.output.split())[:room]}"
+            for record in latest
+        ]
         return [{"role": "user", "content": PROFILE.replace("{records}", "\n".join(lines))}]
 
 
@@ -172,7 +211,9 @@ def _profiled(parts: Parts) -> Answerer:
 
 
 def _as_learned(parts: Parts) -> Parts:
-    """The paper's methods show the reranker as it is, also where `hydra` would keep the retriever's order."""
+    """The paper's methods show the reranker as it is, also where `hydra` would keep the retriever's
+    order.
+    """
     return replace(parts, settings=parts.settings.model_copy(update={"rerank": "always"}))
 
 
@@ -200,7 +241,7 @@ def _shared(parts: Parts) -> Answerer:
 # ---- choosing without learning, and bounds: the candidates are those of `hydra`
 
 
-def _choosing(adapter: Callable[[Parts], Adapter]) -> Callable[[Parts], Answerer]:
+def _choosing(adapter: Callable[[Parts], Selector]) -> Callable[[Parts], Answerer]:
     return lambda parts: replace(parts.personalizer(rerank=True), adapter=adapter(parts))
 
 
@@ -208,7 +249,10 @@ def _choosing(adapter: Callable[[Parts], Adapter]) -> Callable[[Parts], Answerer
 
 
 def _user_majority(parts: Parts) -> Answerer:
-    return WithoutLLM(parts.records, lambda query, visible: typical(parts.bundle.task, [record.output for record in visible]))
+    return WithoutLLM(
+        parts.records,
+        lambda query, visible: typical(parts.bundle.task, [record.output for record in visible]),
+    )
 
 
 def _copy_nearest(parts: Parts) -> Answerer:
@@ -229,11 +273,50 @@ LABELS: tuple[Kind, ...] = ("classification", "rating")
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("zero-shot", "the LLM without any record", "prompt", _zero_shot, source="HYDRA 4.1", needs=()),
-        Method("icl-random", "k records by lot in the prompt", "prompt", _retrieving("random"), ("k",), "HYDRA 4.1", needs=()),
-        Method("recent", "the k latest records in the prompt", "prompt", _retrieving("recent"), ("k",), "LaMP", needs=()),
-        Method("rag", "the retriever's first k records in the prompt", "prompt", _rag, ("k",), "LaMP; HYDRA 4.1", needs=()),
-        Method("rag-dense", "the k nearest records by the encoder", "prompt", _retrieving("dense"), ("k",), "LaMP", needs=()),
+        Method(
+            "zero-shot",
+            "the LLM without any record",
+            "prompt",
+            _zero_shot,
+            source="HYDRA 4.1",
+            needs=(),
+        ),
+        Method(
+            "icl-random",
+            "k records by lot in the prompt",
+            "prompt",
+            _retrieving("random"),
+            ("k",),
+            "HYDRA 4.1",
+            needs=(),
+        ),
+        Method(
+            "recent",
+            "the k latest records in the prompt",
+            "prompt",
+            _retrieving("recent"),
+            ("k",),
+            "LaMP",
+            needs=(),
+        ),
+        Method(
+            "rag",
+            "the retriever's first k records in the prompt",
+            "prompt",
+            _rag,
+            ("k",),
+            "LaMP; HYDRA 4.1",
+            needs=(),
+        ),
+        Method(
+            "rag-dense",
+            "the k nearest records by the encoder",
+            "prompt",
+            _retrieving("dense"),
+            ("k",),
+            "LaMP",
+            needs=(),
+        ),
         Method(
             "pag",
             "a profile written by the LLM, and k records",
@@ -272,8 +355,22 @@ METHODS: Mapping[str, Method] = {
             "HYDRA 4.2",
             shows=("reranker", "adapter"),
         ),
-        Method("hydra", "reranker and adapter with this project's choosing", "hydra", _hydra, ("k", "b"), "HYDRA 4.2; DESIGN 5"),
-        Method("hydra-shared", "hydra with the shared heads for everybody", "control", _shared, ("k", "b"), "DESIGN 4"),
+        Method(
+            "hydra",
+            "reranker and adapter with this project's choosing",
+            "hydra",
+            _hydra,
+            ("k", "b"),
+            "HYDRA 4.2; DESIGN 5",
+        ),
+        Method(
+            "hydra-shared",
+            "hydra with the shared heads for everybody",
+            "control",
+            _shared,
+            ("k", "b"),
+            "DESIGN 4",
+        ),
         Method(
             "bbox-adapter",
             "one energy for all users, adapted to each in online rounds, picks",
@@ -286,7 +383,7 @@ METHODS: Mapping[str, Method] = {
             "self-consistency",
             "the answer with most votes among hydra's samples",
             "sampling",
-            _choosing(lambda parts: ByVotes(parts.bundle.task, "best")),
+            _choosing(lambda parts: ByVoteShare(parts.bundle.task, "best")),
             ("b",),
             "Wang et al. 2023",
             needs=("reranker",),
@@ -295,7 +392,7 @@ METHODS: Mapping[str, Method] = {
             "mbr",
             "the sample that is closest to the others",
             "sampling",
-            _choosing(lambda parts: ByVotes(parts.bundle.task, "expected-gain")),
+            _choosing(lambda parts: ByVoteShare(parts.bundle.task, "expected-gain")),
             ("b",),
             "Kumar and Byrne 2004",
             needs=("reranker",),
@@ -304,7 +401,7 @@ METHODS: Mapping[str, Method] = {
             "random",
             "one of hydra's samples by lot: the mean over all of them",
             "bound",
-            _choosing(lambda parts: InTurn(parts.seed)),
+            _choosing(lambda parts: NthSample(parts.seed)),
             ("b",),
             needs=("reranker",),
             in_turn=True,
@@ -317,8 +414,20 @@ METHODS: Mapping[str, Method] = {
             ("b",),
             needs=("reranker",),
         ),
-        Method("user-majority", "the user's own median or majority, no LLM", "control", _user_majority, needs=()),
-        Method("copy-nearest", "the answer of the user's most similar record, no LLM", "control", _copy_nearest, needs=()),
+        Method(
+            "user-majority",
+            "the user's own median or majority, no LLM",
+            "control",
+            _user_majority,
+            needs=(),
+        ),
+        Method(
+            "copy-nearest",
+            "the answer of the user's most similar record, no LLM",
+            "control",
+            _copy_nearest,
+            needs=(),
+        ),
         Method(
             "scorer-only",
             "all labels by the adapter, no LLM",
@@ -330,7 +439,16 @@ METHODS: Mapping[str, Method] = {
         ),
     )
 }
-DEMO = ("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "random", "user-majority")
+DEMO = (
+    "zero-shot",
+    "rag",
+    "hydra-reranker",
+    "hydra-adapter",
+    "hydra-published",
+    "hydra",
+    "random",
+    "user-majority",
+)
 """The methods of the demo's table."""
 
 
@@ -339,12 +457,18 @@ RECORDS, BUDGET = (1, 2, 4), (8,)
 
 
 def find_methods(
-    names: Sequence[str], kind: Kind | None = None, *, records: Sequence[int] = RECORDS, budget: Sequence[int] = BUDGET
+    names: Sequence[str],
+    kind: Kind | None = None,
+    *,
+    records: Sequence[int] = RECORDS,
+    budget: Sequence[int] = BUDGET,
 ) -> list[Method]:
-    """The methods of these names, with their parameters; `all` is every one that can answer tasks of the kind, at each k and b.
+    """The methods of these names, with their parameters; `all` is every one that can answer tasks
+    of the kind, at each k and b.
 
     Raises:
-        SettingsError: no name, an unknown one, a parameter that it does not take, or a kind that it cannot answer.
+        SettingsError: no name, an unknown one, a parameter that it does not take, or a kind that it
+            cannot answer.
     """
     if not names:
         raise SettingsError(f"no method is named: take some of {', '.join(METHODS)}, or all")
@@ -352,19 +476,28 @@ def find_methods(
     for name in names:
         if name == "all":
             found += [
-                each for method in METHODS.values() if kind is None or kind in method.kinds for each in _at_each(method, records, budget)
+                each
+                for method in METHODS.values()
+                if kind is None or kind in method.kinds
+                for each in _at_each(method, records, budget)
             ]
         else:
             found.append(_find(name))
     for method in found:
         if kind is not None and kind not in method.kinds:
-            raise SettingsError(f"method '{method.name}' answers {' and '.join(method.kinds)} tasks only, this one is {kind}")
+            raise SettingsError(
+                f"method '{method.name}' answers {' and '.join(method.kinds)} tasks only, this one"
+                f" is {kind}"
+            )
     return list({method.name: method for method in found}.values())
 
 
 def _at_each(method: Method, records: Sequence[int], budget: Sequence[int]) -> list[Method]:
     values = [{"k": records, "b": budget}[name] for name in method.takes]
-    return [method.at(dict(zip(method.takes, chosen, strict=True))) if chosen else method for chosen in product(*values)]
+    return [
+        method.at(dict(zip(method.takes, chosen, strict=True))) if chosen else method
+        for chosen in product(*values)
+    ]
 
 
 def _find(name: str) -> Method:
@@ -375,14 +508,20 @@ def _find(name: str) -> Method:
     if not at:
         return method
     values = numbers.split(",")
-    if len(values) != len(method.takes) or not all(value.isdecimal() and int(value) > 0 for value in values):
-        form = f"{plain}@{','.join(method.takes)}" if method.takes else f"{plain}, without parameters"
+    if len(values) != len(method.takes) or not all(
+        value.isdecimal() and int(value) > 0 for value in values
+    ):
+        form = (
+            f"{plain}@{','.join(method.takes)}" if method.takes else f"{plain}, without parameters"
+        )
         raise SettingsError(f"method '{name}': write it as {form}, with whole numbers from 1")
     return method.at(dict(zip(method.takes, map(int, values), strict=True)))
 
 
 def split_names(text: str) -> list[str]:
-    """`rag@1,hydra@4,8,mbr` → rag@1, hydra@4,8, mbr: a number after a comma belongs to the name before it."""
+    """`rag@1,hydra@4,8,mbr` → rag@1, hydra@4,8, mbr: a number after a comma belongs to the name
+    before it.
+    """
     names: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         if names and "@" in names[-1] and part.isdecimal():

@@ -1,8 +1,9 @@
 """Metrics of parsed answers against gold ones, kept so that a bootstrap can draw them again.
 
-A metric is a function of sums over samples (sufficient statistics), so that the same few lines give its value and its
-10,000 bootstrap values, for means as for RMSE, macro-F1 and BLEU. An answer that cannot be parsed (None) counts as wrong;
-one whose call failed (`Failed`) is NaN and counted, never 0. DESIGN 3. Knows neither users nor LLMs.
+A metric is a function of sums over samples (sufficient statistics), so that the same few lines give
+its value and its 10,000 bootstrap values, for means as for RMSE, macro-F1 and BLEU. An answer that
+cannot be parsed (None) counts as wrong; one whose call failed (`Failed`) is NaN and counted, never
+0. DESIGN 3. Knows neither users nor LLMs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_llm.tasks.task import METRICS, Task, rating, scale
+from hydra_llm.tasks.base import METRICS, Task, rating, scale
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -36,17 +37,23 @@ class Metric:
     """[N, S] sufficient statistics of each sample; NaN where its call failed."""
     statistic: Statistic
     samples: Floats
-    """[N] the metric of each sample, NaN where its call failed; empty where a single sample has none (RMSE, macro-F1, BLEU)."""
+    """[N] the metric of each sample, NaN where its call failed; empty where a single sample has
+    none (RMSE, macro-F1, BLEU).
+    """
     failed: int = 0
     """Samples without an answer, not in `value`."""
     unparsable: int = 0
     """Samples whose answer could not be read; in `value` as wrong."""
     higher_is_better: bool = True
     drawable: bool = True
-    """False where draws of users are no picture of the data: macro-F1, whose draws lack whole labels."""
+    """False where draws of users are no picture of the data: macro-F1, whose draws lack whole
+    labels.
+    """
 
 
-def score(task: Task, answers: Sequence[str | Failed | None], golds: Sequence[str]) -> dict[str, Metric]:
+def score(
+    task: Task, answers: Sequence[str | Failed | None], golds: Sequence[str]
+) -> dict[str, Metric]:
     """Score parsed answers by every metric of the task, in its order.
 
     Raises:
@@ -57,24 +64,41 @@ def score(task: Task, answers: Sequence[str | Failed | None], golds: Sequence[st
     failed = np.array([isinstance(answer, Failed) for answer, _ in pairs], dtype=bool)
     scored = [(answer, gold) for answer, gold in pairs if not isinstance(answer, Failed)]
     unparsable = sum(answer is None for answer, _ in scored)
-    return {name: _metric(name, task, scored, failed, unparsable) for name in task.metrics or METRICS[task.kind]}
+    return {
+        name: _metric(name, task, scored, failed, unparsable)
+        for name in task.metrics or METRICS[task.kind]
+    }
 
 
 def mean(sums: Floats) -> Floats:
     """[D, 2] of (sum, count) → [D]."""
-    means: Floats = np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0)
+    means: Floats = np.divide(
+        sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0
+    )
     return means
 
 
 _Pairs = Sequence[tuple[str | None, str]]
 
 
-def _metric(name: str, task: Task, scored: _Pairs, failed: NDArray[np.bool_], unparsable: int) -> Metric:
+def _metric(
+    name: str, task: Task, scored: _Pairs, failed: NDArray[np.bool_], unparsable: int
+) -> Metric:
     rows_of, statistic, has_samples, higher = _METRICS[name]
     rows = _spread(rows_of(task, scored), failed)
     value = float(statistic(np.nansum(rows, axis=0, keepdims=True))[0]) if scored else np.nan
     samples = rows[:, 0] if has_samples else np.empty(0)
-    return Metric(name, value, rows, statistic, samples, int(failed.sum()), unparsable, higher, drawable=name != "macro_f1")
+    return Metric(
+        name,
+        value,
+        rows,
+        statistic,
+        samples,
+        int(failed.sum()),
+        unparsable,
+        higher,
+        drawable=name != "macro_f1",
+    )
 
 
 def _spread(scored: Floats, failed: NDArray[np.bool_]) -> Floats:
@@ -107,9 +131,13 @@ def _confusion(task: Task, pairs: _Pairs) -> Floats:
 
 
 def _macro_f1(sums: Floats) -> Floats:
-    """Mean F1 over the task's labels; a label that nobody gave and that was never gold counts 0, as in scikit-learn and LaMP."""
+    """Mean F1 over the task's labels; a label that nobody gave and that was never gold counts 0, as
+    in scikit-learn and LaMP.
+    """
     right, given, gold = np.moveaxis(sums.reshape(len(sums), 3, -1), 1, 0)
-    macro: Floats = np.divide(2 * right, given + gold, out=np.zeros_like(right), where=given + gold > 0).mean(axis=1)
+    macro: Floats = np.divide(
+        2 * right, given + gold, out=np.zeros_like(right), where=given + gold > 0
+    ).mean(axis=1)
     return macro
 
 
@@ -118,7 +146,10 @@ def _macro_f1(sums: Floats) -> Floats:
 
 def _distances(task: Task, pairs: _Pairs) -> list[float]:
     low, high = scale(task.labels)
-    return [max(rating(g) - low, high - rating(g)) if a is None else abs(rating(a) - rating(g)) for a, g in pairs]
+    return [
+        max(rating(g) - low, high - rating(g)) if a is None else abs(rating(a) - rating(g))
+        for a, g in pairs
+    ]
 
 
 def _absolute(task: Task, pairs: _Pairs) -> Floats:
@@ -141,17 +172,23 @@ def _rouge(kind: str) -> Callable[[Task, _Pairs], Floats]:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([kind], use_stemmer=False)
-        return _with_count([scorer.score(gold, answer or "")[kind].fmeasure for answer, gold in pairs])
+        return _with_count(
+            [scorer.score(gold, answer or "")[kind].fmeasure for answer, gold in pairs]
+        )
 
     return rows
 
 
 def _ngrams(task: Task, pairs: _Pairs) -> Floats:
-    """[N, 10]: length of answer and gold, then right and all n-grams of the answer for n = 1 to 4, by sacrebleu."""
+    """[N, 10]: length of answer and gold, then right and all n-grams of the answer for n = 1 to 4,
+    by sacrebleu.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     scores = [BLEU().corpus_score([answer or ""], [[gold]]) for answer, gold in pairs]
-    return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], dtype=np.float64).reshape(-1, 10)
+    return np.array(
+        [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], dtype=np.float64
+    ).reshape(-1, 10)
 
 
 def _bleu(sums: Floats) -> Floats:
@@ -173,4 +210,6 @@ _METRICS: Mapping[str, tuple[Callable[[Task, _Pairs], Floats], Statistic, bool, 
     "rougeL": (_rouge("rougeL"), mean, True, True),
     "bleu": (_ngrams, _bleu, False, True),
 }
-"""Name → rows of the samples, statistic of their sums, whether one sample has a value, whether more is better."""
+"""Name → rows of the samples, statistic of their sums, whether one sample has a value, whether more
+is better.
+"""

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, Candidates, Config, Preset, Seed, Select, Set, open_bundle
+from hydra_llm.cli.options import (
+    LLM,
+    AsJson,
+    BundleFolder,
+    Candidates,
+    Config,
+    Preset,
+    Seed,
+    Select,
+    Set,
+    open_bundle,
+)
 
 if TYPE_CHECKING:
     from hydra_llm.types import Answer
@@ -19,7 +30,9 @@ def ask(
     llm: LLM,
     user: Annotated[str, typer.Option(help="For whom.")],
     k: Annotated[int | None, typer.Option(min=0, help="Records in the prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the user's latest so many records are seen.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the user's latest so many records are seen.")
+    ] = None,
     seed: Seed = None,
     preset: Preset = None,
     config: Config = None,
@@ -28,13 +41,19 @@ def ask(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one text for one user. `--json` gives records, order, prompt, candidates, scores, usage and seconds per stage."""
-    from hydra_llm.llm.spec import open_llm
+    """Answer one text for one user. `--json` gives records, order, prompt, candidates, scores,
+    usage and seconds per stage.
+    """
+    from hydra_llm.llm.registry import open_llm
 
-    loaded, settings = open_bundle(bundle, preset, config, set_, k=k, seed=seed, candidates=candidates, select=select)
+    loaded, settings = open_bundle(
+        bundle, preset, config, set_, k=k, seed=seed, candidates=candidates, select=select
+    )
     personalizer = loaded.personalizer(open_llm(llm, settings), settings)
     if limit is not None and user in loaded.records:
-        personalizer = replace(personalizer, records={**loaded.records, user: loaded.records[user][-limit:]})
+        personalizer = replace(
+            personalizer, records={**loaded.records, user: loaded.records[user][-limit:]}
+        )
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:
         console.say(note)

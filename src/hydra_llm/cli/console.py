@@ -1,6 +1,7 @@
 """What commands print: results on stdout, progress on stderr. Knows neither data sets nor LLMs.
 
-Progress is a callable `report(stage, done, total)`, so that the library's functions can take one without knowing this module.
+Progress is a callable `report(stage, done, total)`, so that the library's functions can take one
+without knowing this module.
 """
 
 import json
@@ -14,15 +15,17 @@ from numbers import Integral, Real
 from typing import Any
 
 Report = Callable[[str, int, int | None], None]
-"""`report(stage, done, total)`: `done` of `total` steps of `stage` are behind us; total None is unknown."""
+"""`report(stage, done, total)`: `done` of `total` steps of `stage` are behind us; total None is
+unknown.
+"""
 
 QUIET_SECONDS = 10.0
 """Where stderr is no terminal, a stage prints a line at most this often."""
 
 
 def emit(data: Any, as_json: bool = False) -> None:
-    """Print a result: JSON (one document, not a number is null), or for people: text as it is, a list of rows as a table,
-    anything else as `name: value` lines.
+    """Print a result: JSON (one document, not a number is null), or for people: text as it is, a
+    list of rows as a table, anything else as `name: value` lines.
     """
     if as_json:
         print(json.dumps(_plain(data), ensure_ascii=False, indent=2, allow_nan=False))
@@ -36,7 +39,9 @@ def emit(data: Any, as_json: bool = False) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
-    """Print rows of equal keys as a table on stdout; numbers stand right. Where stdout is no terminal no column is cut."""
+    """Print rows of equal keys as a table on stdout; numbers stand right. Where stdout is no
+    terminal no column is cut.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -58,7 +63,9 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Report]:
-    """Bars on stderr that disappear at the end; where stderr is no terminal a plain line every ten seconds; nothing if `quiet`."""
+    """Bars on stderr that disappear at the end; where stderr is no terminal a plain line every ten
+    seconds; nothing if `quiet`.
+    """
     if quiet:
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():
@@ -71,9 +78,23 @@ def progress(quiet: bool = False) -> Iterator[Report]:
 @contextmanager
 def _bars() -> Iterator[Report]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -86,7 +107,9 @@ def _bars() -> Iterator[Report]:
 
 
 class _Lines:
-    """A plain line when a stage begins to take long, every QUIET_SECONDS from then on, and when such a stage is done."""
+    """A plain line when a stage begins to take long, every QUIET_SECONDS from then on, and when
+    such a stage is done.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -113,13 +136,18 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types; a number that is none (NaN, infinite) is null, as an unscored result is not 0."""
+    """The value in JSON's types; a number that is none (NaN, infinite) is null, as an unscored
+    result is not 0.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [
+            _plain(item)
+            for item in (sorted(value) if isinstance(value, set | frozenset) else value)
+        ]
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):  # numpy's numbers, too

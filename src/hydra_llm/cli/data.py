@@ -10,7 +10,7 @@ import typer
 from hydra_llm.cli import console
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError, SettingsError
-from hydra_llm.tasks.task import KINDS, Kind
+from hydra_llm.tasks.base import KINDS, Kind
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -25,8 +25,13 @@ class Split(StrEnum):
 
 
 @app.command()
-def check(data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")], as_json: AsJson = False) -> None:
-    """Print what is in a data set: users, records, spans, label shares, duplicates, leaks; or what is broken in it."""
+def check(
+    data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what is in a data set: users, records, spans, label shares, duplicates, leaks; or what
+    is broken in it.
+    """
     from hydra_llm.datasets.check import find_problems, rows, summarize
 
     dataset, problems = find_problems(data)
@@ -34,27 +39,56 @@ def check(data: Annotated[Path, typer.Argument(help="A data set: native folder, 
         _tell_problems(problems, as_json)
         raise typer.Exit(DataError.exit_code)
     summary = summarize(dataset)
-    console.emit(summary if as_json else [{"data set": name, summary["name"]: value} for name, value in rows(summary)], as_json)
+    console.emit(
+        (
+            summary
+            if as_json
+            else [{"data set": name, summary["name"]: value} for name, value in rows(summary)]
+        ),
+        as_json,
+    )
 
 
 @app.command(name="import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="JSONL or CSV, one record a line; '-' reads standard input.", allow_dash=True)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL or CSV, one record a line; '-' reads standard input.", allow_dash=True
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
-    kind: Annotated[str | None, typer.Option(help=f"{', '.join(KINDS)}; guessed if not given.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help=f"{', '.join(KINDS)}; guessed if not given.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the task; the file's if not given.")] = "",
-    prompt: Annotated[str | None, typer.Option(help="The instruction, with {input} where the text goes.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The instruction, with {input} where the text goes.")
+    ] = None,
     user_field: Annotated[str, typer.Option(help="Field of the user's name.")] = "user",
     input_field: Annotated[str, typer.Option(help="Field of the text.")] = "input",
     output_field: Annotated[str, typer.Option(help="Field of the user's answer.")] = "output",
-    time_field: Annotated[str, typer.Option(help="Field of the time; may be missing unless named.")] = "time",
-    id_field: Annotated[str, typer.Option(help="Field of the record's id; may be missing unless named.")] = "id",
-    test_share: Annotated[float, typer.Option(min=0, max=1, help="Share of users who are new users.")] = 0.33,
-    query_share: Annotated[float, typer.Option(min=0, max=1, help="Share of a user's records, the last ones, that become queries.")] = 0.2,
+    time_field: Annotated[
+        str, typer.Option(help="Field of the time; may be missing unless named.")
+    ] = "time",
+    id_field: Annotated[
+        str, typer.Option(help="Field of the record's id; may be missing unless named.")
+    ] = "id",
+    test_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of users who are new users.")
+    ] = 0.33,
+    query_share: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of a user's records, the last ones, that become queries."
+        ),
+    ] = 0.2,
     seed: Annotated[int, typer.Option(help="Which users are new users.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make a data set of a file of your own: columns user, input, output, and if you have them time and id."""
+    """Make a data set of a file of your own: columns user, input, output, and if you have them time
+    and id.
+    """
     from hydra_llm.datasets.native import save
     from hydra_llm.datasets.tabular import Columns, read_table
 
@@ -75,10 +109,19 @@ def import_(
 
 @app.command()
 def get(
-    dataset: Annotated[str, typer.Argument(help="lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7.")],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
-    split: Annotated[Split, typer.Option(help="New users (user) or later questions of the same users (time).")] = Split.user,
-    base_url: Annotated[str | None, typer.Option(help="A mirror of LaMP's download folder.")] = None,
+    split: Annotated[
+        Split, typer.Option(help="New users (user) or later questions of the same users (time).")
+    ] = Split.user,
+    base_url: Annotated[
+        str | None, typer.Option(help="A mirror of LaMP's download folder.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Download LaMP's official train and dev files; a broken download goes on where it was."""
@@ -101,7 +144,15 @@ def _kind(given: str | None) -> Kind | None:
 
 def _tell_problems(problems: Sequence[DataError], as_json: bool) -> None:
     if as_json:
-        rows = [{"file": str(p.file) if p.file else None, "line": p.line, "field": p.field, "message": str(p)} for p in problems]
+        rows = [
+            {
+                "file": str(p.file) if p.file else None,
+                "line": p.line,
+                "field": p.field,
+                "message": str(p),
+            }
+            for p in problems
+        ]
         console.emit({"problems": rows}, as_json)
     for problem in problems:
         console.say(f"hydra-llm: {problem}")
@@ -123,4 +174,7 @@ def _tell_made(dataset: DataSet, out: Path, as_json: bool) -> None:
         return
     for note in dataset.notes:
         console.say(note)
-    console.emit(f"{made['records']} records and {made['queries']} queries of {len(dataset.users())} users written to {out}")
+    console.emit(
+        f"{made['records']} records and {made['queries']} queries of {len(dataset.users())} users"
+        f" written to {out}"
+    )

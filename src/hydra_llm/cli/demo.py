@@ -1,4 +1,4 @@
-"""`hydra-llm demo`: learn from real users and personalize a real LLM, without key, GPU or network."""
+"""`hydra-llm demo`: learn from real users and personalize a real LLM, offline."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,19 +24,25 @@ SETTINGS: dict[str, Any] = {
 
 
 def demo(
-    users: Annotated[int, typer.Option(min=2, help="New users; films that they rated later are the queries.")] = NEW_USERS,
+    users: Annotated[
+        int, typer.Option(min=2, help="New users; films that they rated later are the queries.")
+    ] = NEW_USERS,
     seed: Annotated[int, typer.Option(help="Which users, and the seed of sampling.")] = 0,
-    llm: Annotated[str, typer.Option("--llm", help="Any LLM; the default runs inside this process.")] = "smollm2",
+    llm: Annotated[
+        str, typer.Option("--llm", help="Any LLM; the default runs inside this process.")
+    ] = "smollm2",
     as_json: AsJson = False,
 ) -> None:
-    """What score, 1 to 5, would this person give this film? Learns from MovieLens users, then answers for new ones."""
+    """What score, 1 to 5, would this person give this film? Learns from MovieLens users, then
+    answers for new ones.
+    """
     from hydra_llm.bench.methods import DEMO, Parts, find_methods
-    from hydra_llm.bench.run import as_table, chosen_queries, run_methods, tabulate
+    from hydra_llm.bench.runner import as_table, chosen_queries, run_methods, tabulate
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.demo import movielens
-    from hydra_llm.learning.api import afit, alearn
-    from hydra_llm.llm.calls import run_sync
-    from hydra_llm.llm.spec import open_llm
+    from hydra_llm.llm.concurrency import run_sync
+    from hydra_llm.llm.registry import open_llm
+    from hydra_llm.training.api import afit, alearn
 
     settings = load_settings(seed=seed, **SETTINGS)
     dataset = movielens(TRAINING_USERS, users, seed)
@@ -60,7 +66,10 @@ def demo(
         console.emit({"rows": [row.to_json() for row in rows], "example": as_dict(example)}, True)
         return
     counts = f"{TRAINING_USERS} training users, {users} new users, seed {seed}, {llm}"
-    console.print_table(as_table(rows), f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better")
+    console.print_table(
+        as_table(rows),
+        f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better",
+    )
     _show(example)
 
 
@@ -81,6 +90,15 @@ def _show(answer: "Answer") -> None:
     console.print_table(rows, "Records as the reranker put them (the first k stand in the prompt)")
     ordered = sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0))
     console.print_table(
-        [{"candidate": c.text, "LLM votes": c.votes, "score": c.score, "probability": c.probability} for c in ordered], "Candidates"
+        [
+            {
+                "candidate": c.text,
+                "LLM votes": c.votes,
+                "score": c.score,
+                "probability": c.probability,
+            }
+            for c in ordered
+        ],
+        "Candidates",
     )
     print(f"The pick: {answer.text}")

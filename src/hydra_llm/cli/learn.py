@@ -25,15 +25,33 @@ from hydra_llm.cli.options import (
 
 if TYPE_CHECKING:
     from hydra_llm.config import Settings
-    from hydra_llm.learning.api import Learned
+    from hydra_llm.training.api import Learned
 
 
 def learn(
     llm: LLM,
-    out: Annotated[Path, typer.Option(help="Folder of the new bundle; an older one there is replaced when this one is complete.")],
-    data: Annotated[Path | None, typer.Argument(help="A data set: native folder, or LaMP's files; or give --store.")] = None,
-    store: Annotated[str | None, typer.Option(help="The gateway's database: learn from all users that it holds.")] = None,
-    task: Annotated[Path | None, typer.Option(help="With --store: a task.json that says what is answered; else texts of any kind.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help=(
+                "Folder of the new bundle; an older one there is replaced when this one is"
+                " complete."
+            )
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="A data set: native folder, or LaMP's files; or give --store."),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="The gateway's database: learn from all users that it holds.")
+    ] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --store: a task.json that says what is answered; else texts of any kind."
+        ),
+    ] = None,
     limit: Limit = None,
     seed: Seed = None,
     preset: Preset = None,
@@ -44,11 +62,15 @@ def learn(
     record: Record = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn a bundle from a data set's training users, or from a store's users; `--limit` takes the first. A repeat continues."""
+    """Learn a bundle from a data set's training users, or from a store's users; `--limit` takes the
+    first. A repeat continues.
+    """
     from hydra_llm.errors import SettingsError
-    from hydra_llm.learning.api import learn as run
+    from hydra_llm.training.api import learn as run
 
-    settings = settings_of(preset, config, set_, seed=seed, users=limit, candidates=candidates, select=select)
+    settings = settings_of(
+        preset, config, set_, seed=seed, users=limit, candidates=candidates, select=select
+    )
     if (data is None) == (store is None):
         raise SettingsError("give one of a data set and --store")
     if store is not None:
@@ -59,11 +81,15 @@ def learn(
     _tell(learned, out, as_json)
 
 
-def _learn_from_store(store: str, llm: str, settings: "Settings", out: Path, task: Path | None) -> "Learned":
-    """The LLM's answers are kept in a file of their own until the bundle is there: they quote users, who may be deleted later."""
-    from hydra_llm.llm.calls import run_sync
-    from hydra_llm.llm.spec import bare_llm, wrap
-    from hydra_llm.server.learn import learn_from_store
+def _learn_from_store(
+    store: str, llm: str, settings: "Settings", out: Path, task: Path | None
+) -> "Learned":
+    """The LLM's answers are kept in a file of their own until the bundle is there: they quote
+    users, who may be deleted later.
+    """
+    from hydra_llm.gateway.store_training import learn_from_store
+    from hydra_llm.llm.concurrency import run_sync
+    from hydra_llm.llm.registry import bare_llm, wrap
 
     answers = out.with_name(f"{out.name}.answers.sqlite")
     model = wrap(bare_llm(llm, settings), settings, answers)
@@ -79,7 +105,10 @@ def fit(
     data: Annotated[Path, typer.Argument(help="A data set that has the users' histories.")],
     bundle: BundleFolder,
     llm: LLM,
-    user: Annotated[list[str] | None, typer.Option(help="A user to fit; may be repeated. Without it all users of split 'test'.")] = None,
+    user: Annotated[
+        list[str] | None,
+        typer.Option(help="A user to fit; may be repeated. Without it all users of split 'test'."),
+    ] = None,
     limit: Limit = None,
     seed: Seed = None,
     preset: Preset = None,
@@ -90,7 +119,7 @@ def fit(
 ) -> None:
     """Fit the heads of new users; nothing shared changes. `--limit` takes the first users."""
     from hydra_llm.datasets.native import load
-    from hydra_llm.learning.api import fit as run
+    from hydra_llm.training.api import fit as run
 
     loaded, settings = open_bundle(bundle, preset, config, set_, seed=seed)
     dataset = load(data)
@@ -117,5 +146,9 @@ def _tell(learned: "Learned", folder: Path, as_json: bool) -> None:
         "seconds": {stage: round(seconds, 3) for stage, seconds in learned.seconds.items()},
     }
     if as_json:
-        summary |= {"report": learned.bundle.report, "failures": learned.failures, "notes": learned.notes}
+        summary |= {
+            "report": learned.bundle.report,
+            "failures": learned.failures,
+            "notes": learned.notes,
+        }
     console.emit(summary, as_json)

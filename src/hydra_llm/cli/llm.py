@@ -23,24 +23,33 @@ def llm() -> None:
 
 @app.command()
 def check(
-    spec: Annotated[str, typer.Argument(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND.")],
+    spec: Annotated[
+        str, typer.Argument(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND.")
+    ],
     config: Config = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask one question, past the cache: model, latency, whether `n` works natively, token counts."""
-    from hydra_llm.llm.calls import run_sync
+    """Ask one question, past the cache: model, latency, native `n`, token counts."""
+    from hydra_llm.llm.concurrency import run_sync
     from hydra_llm.llm.meter import Meter, Prices
-    from hydra_llm.llm.spec import bare_llm, without_userinfo
+    from hydra_llm.llm.registry import bare_llm, without_userinfo
 
     settings = settings_of(None, config, set_)
-    meter = Meter(bare_llm(spec, settings), prices=Prices(settings.price_prompt, settings.price_completion))
+    meter = Meter(
+        bare_llm(spec, settings), prices=Prices(settings.price_prompt, settings.price_completion)
+    )
     found = {"llm": without_userinfo(spec), **run_sync(lambda: examine(meter))}
-    console.emit(found if as_json else {name: value for name, value in found.items() if name != "usage"}, as_json)
+    console.emit(
+        found if as_json else {name: value for name, value in found.items() if name != "usage"},
+        as_json,
+    )
 
 
 async def examine(llm: "ChatLLM") -> dict[str, Any]:
-    """What one question, two samples of its answer and (where the engine can) one constrained answer tell about an LLM."""
+    """What one question, two samples of its answer and (where the engine can) one constrained
+    answer tell about an LLM.
+    """
     messages = [{"role": "user", "content": QUESTION}]
     try:
         greedy = await llm.generate(messages, max_tokens=16)

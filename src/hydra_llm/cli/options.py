@@ -14,23 +14,53 @@ if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
     from hydra_llm.llm.cache import CachedLLM
 
-LLM = Annotated[str, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND; see `llm check`.")]
-MaybeLLM = Annotated[str | None, typer.Option("--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay.")]
-Replay = Annotated[Path | None, typer.Option(help="In place of --llm: take every answer from this recording, ask no LLM.")]
+LLM = Annotated[
+    str,
+    typer.Option(
+        "--llm",
+        help="openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND; see `llm check`.",
+    ),
+]
+MaybeLLM = Annotated[
+    str | None,
+    typer.Option(
+        "--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay."
+    ),
+]
+Replay = Annotated[
+    Path | None,
+    typer.Option(help="In place of --llm: take every answer from this recording, ask no LLM."),
+]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, for a first look.")]
 Preset = Annotated[str | None, typer.Option(help="default, or paper: the authors' settings.")]
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings; without it hydra-llm.toml of this folder, if there.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML file of settings; without it hydra-llm.toml of this folder, if there."),
+]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting of docs/settings.md, e.g. --set head=kernel.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any setting of docs/settings.md, e.g. --set head=kernel.",
+    ),
 ]
 Record = Annotated[
     Path | None,
-    typer.Option(help="Add what the LLM answered to this file; `replay:FILE` as the LLM repeats the command without it."),
+    typer.Option(
+        help=(
+            "Add what the LLM answered to this file; `replay:FILE` as the LLM repeats the command"
+            " without it."
+        )
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Candidates = Annotated[str | None, typer.Option(help="sampled: the LLM's samples; labels: every label, samples are votes.")]
+Candidates = Annotated[
+    str | None,
+    typer.Option(help="sampled: the LLM's samples; labels: every label, samples are votes."),
+]
 Select = Annotated[str | None, typer.Option(help="best score, or expected-gain.")]
 
 
@@ -49,13 +79,19 @@ def given(pairs: list[str] | None, **flags: Any) -> dict[str, Any]:
     return out | {name: value for name, value in flags.items() if value is not None}
 
 
-def settings_of(preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any) -> Settings:
+def settings_of(
+    preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any
+) -> Settings:
     """The settings of a command: flags over environment over file over preset over default."""
     return load_settings(preset or "default", config, **given(pairs, **flags))
 
 
-def open_bundle(folder: Path, preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any) -> "tuple[Bundle, Settings]":
-    """A bundle and its settings for a command: flags over environment over file over preset over the bundle's own."""
+def open_bundle(
+    folder: Path, preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any
+) -> "tuple[Bundle, Settings]":
+    """A bundle and its settings for a command: flags over environment over file over preset over
+    the bundle's own.
+    """
     from hydra_llm.bundle import Bundle
 
     name, asked = preset or "default", given(pairs, **flags)
@@ -76,9 +112,11 @@ def llm_or_replay(llm: str | None, replay: Path | None) -> str:
 
 @contextmanager
 def opened_llm(spec: str, settings: Settings, record: Path | None) -> "Iterator[CachedLLM]":
-    """The LLM of a command; what a recording holds it need not be asked, and what it answers is added however the command ends."""
+    """The LLM of a command; what a recording holds it need not be asked, and what it answers is
+    added however the command ends.
+    """
     from hydra_llm.llm.recording import take_up, write_recording
-    from hydra_llm.llm.spec import open_llm
+    from hydra_llm.llm.registry import open_llm
 
     llm = open_llm(spec, settings)
     if record is not None and record.exists():

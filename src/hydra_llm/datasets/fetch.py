@@ -1,8 +1,11 @@
-"""Download LaMP's official files: resumed where they broke off, checked before they get their names.
+"""Download LaMP's official files: resumed where they broke off, checked before they get their
+names.
 
-Addresses as published at lamp-benchmark.github.io/download: `LaMP_N/{part}/{part}_{questions,outputs}.json`, movies under
-`LaMP_2/new/`, the time split under `time/`. That server answers a wrong address with 200 and an HTML page, so a file counts
-only when it is whole JSON and its ids fit its partner's. Knows nothing of what the files mean beyond that.
+Addresses as published at lamp-benchmark.github.io/download:
+`LaMP_N/{part}/{part}_{questions,outputs}.json`, movies under
+`LaMP_2/new/`, the time split under `time/`. That server answers a wrong address with 200 and an
+HTML page, so a file counts only when it is whole JSON and its ids fit its partner's. Knows nothing
+of what the files mean beyond that.
 """
 
 import re
@@ -31,7 +34,8 @@ PARTS = ("train", "dev")
 ATTEMPTS = 5
 
 Progress = Callable[[str, int, int | None], None]
-"""Told a file's name, the bytes that are here, and all its bytes (None if the server does not say)."""
+"""Told a file's name, the bytes that are here, and all its bytes (None if the server does not say).
+"""
 
 
 def addresses(task: str, split: str, base_url: str = BASE_URL) -> dict[str, str]:
@@ -45,7 +49,11 @@ def addresses(task: str, split: str, base_url: str = BASE_URL) -> dict[str, str]
     if split not in ("user", "time"):
         raise SettingsError(f"unknown split '{split}': take user or time")
     root = f"{base_url.rstrip('/')}/{'time/' if split == 'time' else ''}{FOLDERS[task]}"
-    return {f"{part}_{what}.json": f"{root}/{part}/{part}_{what}.json" for part in PARTS for what in ("questions", "outputs")}
+    return {
+        f"{part}_{what}.json": f"{root}/{part}/{part}_{what}.json"
+        for part in PARTS
+        for what in ("questions", "outputs")
+    }
 
 
 def fetch(
@@ -58,9 +66,11 @@ def fetch(
     client: httpx2.Client | None = None,
     pause: float = 1.0,
 ) -> list[Path]:
-    """Bring a task's files into `folder` and return them; files that are there already are kept as they are.
+    """Bring a task's files into `folder` and return them; files that are there already are kept as
+    they are.
 
-    After a broken transfer it waits `pause` seconds, a little longer each time, and goes on where it was.
+    After a broken transfer it waits `pause` seconds, a little longer each time, and goes on where
+    it was.
 
     Raises:
         UserFault: the server cannot be reached; what has arrived is kept for the next call.
@@ -74,14 +84,23 @@ def fetch(
                 if not (folder / name).is_file() and not (folder / f"{name}.whole").is_file():
                     _download(session, address, folder / f"{name}.part", progress, pause)
         except OSError as error:
-            raise UserFault(f"{folder}: cannot be written: {error.strerror}; what has arrived is kept") from None
+            raise UserFault(
+                f"{folder}: cannot be written: {error.strerror}; what has arrived is kept"
+            ) from None
     for part in PARTS:
         _accept(folder / f"{part}_questions.json", folder / f"{part}_outputs.json", wanted)
     return [folder / name for name in wanted]
 
 
-def load_named(name: str, folder: Path, *, base_url: str = BASE_URL, progress: Progress = lambda name, done, size: None) -> DataSet:
-    """Load a data set by path, or by the name of one of LaMP's, whose files are downloaded into `folder` once.
+def load_named(
+    name: str,
+    folder: Path,
+    *,
+    base_url: str = BASE_URL,
+    progress: Progress = lambda name, done, size: None,
+) -> DataSet:
+    """Load a data set by path, or by the name of one of LaMP's, whose files are downloaded into
+    `folder` once.
 
     Raises:
         DataError: it is broken, or not there.
@@ -94,18 +113,26 @@ def load_named(name: str, folder: Path, *, base_url: str = BASE_URL, progress: P
     return load(place)
 
 
-def _download(client: httpx2.Client, address: str, part: Path, progress: Progress, pause: float) -> None:
+def _download(
+    client: httpx2.Client, address: str, part: Path, progress: Progress, pause: float
+) -> None:
     """Fetch one file, resuming after each break."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _transfer(client, address, part, progress)
-            part.replace(part.with_suffix(".whole"))  # not yet its name: its content is checked together with its partner's
+            part.replace(
+                part.with_suffix(".whole")
+            )  # not yet its name: its content is checked together with its partner's
             return
         except httpx2.HTTPError as error:
             have = part.stat().st_size if part.exists() else 0
-            unreachable = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol) and attempt == 1
+            unreachable = (
+                isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol) and attempt == 1
+            )
             if attempt == ATTEMPTS or unreachable:
-                kept = f"; {have} bytes are kept, the same command goes on from there" if have else ""
+                kept = (
+                    f"; {have} bytes are kept, the same command goes on from there" if have else ""
+                )
                 raise UserFault(f"{address}: {_reason(error)}{kept}") from None
         except httpx2.InvalidURL as error:
             raise UserFault(f"{address}: {error}") from None
@@ -125,20 +152,30 @@ def _transfer(client: httpx2.Client, address: str, part: Path, progress: Progres
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag_file.read_text(encoding="utf-8")}
     with client.stream("GET", address, headers=headers) as response:
-        if response.status_code == 416:  # the part is as long as the file, or longer: nothing can be trusted
+        if (
+            response.status_code == 416
+        ):  # the part is as long as the file, or longer: nothing can be trusted
             part.unlink()
             raise httpx2.ReadError("the server has no such range; starting over")
         if response.status_code == 429 or response.status_code >= 500:
             raise httpx2.ReadError(f"HTTP {response.status_code} {response.reason_phrase}".rstrip())
         if response.status_code not in (200, 206):
-            raise UserFault(f"{address}: HTTP {response.status_code} {response.reason_phrase}".rstrip())
+            raise UserFault(
+                f"{address}: HTTP {response.status_code} {response.reason_phrase}".rstrip()
+            )
         start = _start(response, have)
-        size = start + int(response.headers["content-length"]) if "content-length" in response.headers else None
+        size = (
+            start + int(response.headers["content-length"])
+            if "content-length" in response.headers
+            else None
+        )
         tag = response.headers.get("etag") or response.headers.get("last-modified")
         if tag and not tag.startswith("W/"):
             tag_file.write_text(tag, encoding="utf-8")
         else:
-            tag_file.unlink(missing_ok=True)  # without a name for this version nothing can be resumed
+            tag_file.unlink(
+                missing_ok=True
+            )  # without a name for this version nothing can be resumed
         _write(response, part, start, size, progress)
     tag_file.unlink(missing_ok=True)
 
@@ -149,11 +186,15 @@ def _start(response: httpx2.Response, have: int) -> int:
         return 0
     found = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
     if not found or int(found[1]) != have:
-        raise httpx2.ReadError(f"the server sent another range than asked for: {response.headers.get('content-range')}")
+        raise httpx2.ReadError(
+            f"the server sent another range than asked for: {response.headers.get('content-range')}"
+        )
     return have
 
 
-def _write(response: httpx2.Response, part: Path, start: int, size: int | None, progress: Progress) -> None:
+def _write(
+    response: httpx2.Response, part: Path, start: int, size: int | None, progress: Progress
+) -> None:
     done = start
     with part.open("r+b" if start else "wb") as stream:
         stream.seek(start)
@@ -169,14 +210,27 @@ def _write(response: httpx2.Response, part: Path, start: int, size: int | None, 
 
 
 def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
-    """Give a pair of files its names if both are whole and belong together; what is unusable is removed."""
-    places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in (questions, outputs)]
-    asked = _checked(places[0], wanted[questions.name], lambda: {str(key) for key in stream_questions(places[0], "item.id")})
+    """Give a pair of files its names if both are whole and belong together; what is unusable is
+    removed.
+    """
+    places = [
+        file if file.is_file() else file.with_name(f"{file.name}.whole")
+        for file in (questions, outputs)
+    ]
+    asked = _checked(
+        places[0],
+        wanted[questions.name],
+        lambda: {str(key) for key in stream_questions(places[0], "item.id")},
+    )
     golds = _checked(places[1], wanted[outputs.name], lambda: read_gold_ids(places[1])[1])
     if not asked or asked != golds:
         differing = sorted(asked ^ golds)[:1]
         _discard(places)
-        raise DataError(f"{len(asked)} questions and {len(golds)} outputs do not fit each other {differing}; removed", file=questions)
+        raise DataError(
+            f"{len(asked)} questions and {len(golds)} outputs do not fit each other {differing};"
+            " removed",
+            file=questions,
+        )
     for place, file in zip(places, (questions, outputs), strict=True):
         place.replace(file)
 
@@ -186,7 +240,9 @@ def _checked(place: Path, address: str, read: Callable[[], set[str]]) -> set[str
         return read()
     except DataError as fault:
         _discard([place])
-        raise DataError(f"what arrived is no LaMP file and was removed ({fault})", file=address) from None
+        raise DataError(
+            f"what arrived is no LaMP file and was removed ({fault})", file=address
+        ) from None
 
 
 def _discard(places: list[Path]) -> None:

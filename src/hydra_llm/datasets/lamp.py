@@ -1,10 +1,13 @@
-"""The official LaMP files: `{split}_questions.json` and `{split}_outputs.json`, for LaMP-1, 2N, 2M, 3, 4, 5 and 7.
+"""The official LaMP files: `{split}_questions.json` and `{split}_outputs.json`, for LaMP-1, 2N, 2M,
+3, 4, 5 and 7.
 
-Layout as published at lamp-benchmark.github.io: questions are a list of `{id, input, profile}`, `input` carries the instruction in
-front of the text, profile entries have `id`, the task's fields and, in the time split, `date`; outputs are `{task, golds: [{id, output}]}`.
-Each question is a user of its own unless it names one (`user_id`). Train files give train users, dev files test users. Files are
-hundreds of megabytes: they are read as a stream (ijson). What is unusable in them and cannot be mended by their reader (an empty text,
-an id twice) is left out or renamed with a note; all else is an error that names file and field. `datasets/fetch.py` gets the files.
+Layout as published at lamp-benchmark.github.io: questions are a list of `{id, input, profile}`,
+`input` carries the instruction in front of the text, profile entries have `id`, the task's fields
+and, in the time split, `date`; outputs are `{task, golds: [{id, output}]}`. Each question is a user
+of its own unless it names one (`user_id`). Train files give train users, dev files test users.
+Files are hundreds of megabytes: they are read as a stream (ijson). What is unusable in them and
+cannot be mended by their reader (an empty text, an id twice) is left out or renamed with a note;
+all else is an error that names file and field. `datasets/fetch.py` gets the files.
 """
 
 import gzip
@@ -21,8 +24,8 @@ import ijson
 
 from hydra_llm.datasets.dataset import Builder, DataSet, Report, Split, stop, text_fault
 from hydra_llm.errors import DataError
+from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
-from hydra_llm.tasks.task import Task
 
 PARTS: Mapping[str, Split] = {"train": "train", "dev": "test", "test": "test"}
 """LaMP's split to ours. The golds of LaMP's own test split are not public."""
@@ -32,7 +35,7 @@ Question = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """How one LaMP task writes its profile, and what stands right before the text in its questions."""
+    """How one LaMP task writes its profile, and what precedes the text in its questions."""
 
     input: str
     output: str
@@ -49,7 +52,9 @@ _SHAPES: Mapping[str, _Shape] = {
     "LaMP-7": _Shape("text", "text", ": "),
 }
 FREE_HISTORY = ("LaMP-1",)
-"""Tasks whose records are not answers of the task: an author's papers, where the question is which of two to cite."""
+"""Tasks whose records are not answers of the task: an author's papers, where the question is which
+of two to cite.
+"""
 
 
 def is_official(path: Path) -> bool:
@@ -58,9 +63,14 @@ def is_official(path: Path) -> bool:
 
 
 def load(path: Path, limit_users: int | None = None, report: Report = stop) -> DataSet:
-    """Read a folder (or its `train` and `dev` folders, or one questions file) in LaMP's layout; see `native.load`."""
+    """Read a folder (or its `train` and `dev` folders, or one questions file) in LaMP's layout; see
+    `native.load`.
+    """
     found = _find(path)
-    named = {file: file.with_name(file.name.replace("_questions.json", "_outputs.json")) for _, file in found}
+    named = {
+        file: file.with_name(file.name.replace("_questions.json", "_outputs.json"))
+        for _, file in found
+    }
     usable = [(part, file) for part, file in found if part != "test" or named[file].is_file()]
     if not usable:
         raise DataError("LaMP's test questions have no public golds: take train and dev", file=path)
@@ -99,7 +109,9 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
 
 
 def stream_questions(file: Path, prefix: str = "item") -> Iterator[Any]:
-    """The questions of a file one by one (or what `prefix` names in each), without holding the file in memory."""
+    """The questions of a file one by one (or what `prefix` names in each), without holding the file
+    in memory.
+    """
     with _open(file) as stream:
         yield from ijson.items(stream, prefix, use_float=True)
 
@@ -132,7 +144,9 @@ def read_gold_ids(file: Path) -> tuple[str, set[str]]:
 
 
 def _text(data: Any, name: str, file: Path, place: str, report: Report) -> str | None:
-    """A field as text (numbers are written out); None, and reported, where it is missing or of another type."""
+    """A field as text (numbers are written out); None, and reported, where it is missing or of
+    another type.
+    """
     value = data.get(name) if isinstance(data, dict) else None
     if isinstance(value, str):
         return value
@@ -148,7 +162,9 @@ def _text(data: Any, name: str, file: Path, place: str, report: Report) -> str |
 
 @dataclass
 class _Reader:
-    """Takes one file after the other. Questions wait until all are known, for the instruction is what they have in common."""
+    """Takes one file after the other. Questions wait until all are known, for the instruction is
+    what they have in common.
+    """
 
     report: Report
     notes: list[str] = field(default_factory=list)
@@ -160,7 +176,9 @@ class _Reader:
     records: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     """(user, id) to the entry's texts: profiles of one user's questions overlap."""
 
-    def read(self, file: Path, golds: tuple[str, dict[str, str]], split: Split, limit: int | None) -> None:
+    def read(
+        self, file: Path, golds: tuple[str, dict[str, str]], split: Split, limit: int | None
+    ) -> None:
         """Take a file's questions, up to the first one of a user beyond the limit."""
         declared, answers = golds
         users: dict[str, str] = {}
@@ -177,19 +195,38 @@ class _Reader:
             seen.add(self._question(question, users[named], answers, file, f"[{at}]."))
             self._profile(builder, question, users[named], file, f"[{at}].")
         if not seen:
-            raise DataError("holds no question: a list of {id, input, profile} is expected", file=file)
+            raise DataError(
+                "holds no question: a list of {id, input, profile} is expected", file=file
+            )
         if spare := answers.keys() - seen:
-            self.report(DataError(f"{len(spare)} golds have no question, '{min(spare)}' for one", file=file, field="id"))
+            self.report(
+                DataError(
+                    f"{len(spare)} golds have no question, '{min(spare)}' for one",
+                    file=file,
+                    field="id",
+                )
+            )
 
     def _user(self, question: Any, file: Path, place: str) -> str | None:
-        name = next((name for name in ("user_id", "user") if isinstance(question, dict) and name in question), "id")
+        name = next(
+            (
+                name
+                for name in ("user_id", "user")
+                if isinstance(question, dict) and name in question
+            ),
+            "id",
+        )
         return _text(question, name, file, f"{place}.", self.report)
 
     def _new_user(self, builder: Builder, named: str, split: Split) -> str:
         user = named
-        if named in builder.splits:  # in the time split the same people are in train and dev; a new user must be new
+        if (
+            named in builder.splits
+        ):  # in the time split the same people are in train and dev; a new user must be new
             user = f"{named}@{split}"
-            self.left_out[f"users stand in train and dev; here the latter's names end in @{split}"] += 1
+            self.left_out[
+                f"users stand in train and dev; here the latter's names end in @{split}"
+            ] += 1
         builder.splits[user] = split
         return user
 
@@ -202,26 +239,57 @@ class _Reader:
             raise DataError(f"a question of {name} among those of {self.name}", file=file)
         return self.builder
 
-    def _question(self, question: Question, user: str, answers: Mapping[str, str], file: Path, place: str) -> str:
+    def _question(
+        self, question: Question, user: str, answers: Mapping[str, str], file: Path, place: str
+    ) -> str:
         key, text = (_text(question, name, file, place, self.report) for name in ("id", "input"))
         if key is not None and key not in answers:
-            self.report(DataError(f"question '{key}' has no gold in the outputs file", file=file, field=f"{place}id"))
+            self.report(
+                DataError(
+                    f"question '{key}' has no gold in the outputs file",
+                    file=file,
+                    field=f"{place}id",
+                )
+            )
         elif key is not None and text is not None:
             self.instruction = text if self.instruction is None else _shared(self.instruction, text)
-            entry = {"user": user, "id": key, "time": str(question.get("date") or ""), "input": text, "output": answers[key]}
+            entry = {
+                "user": user,
+                "id": key,
+                "time": str(question.get("date") or ""),
+                "input": text,
+                "output": answers[key],
+            }
             self.waiting.append((file, place, entry))
         return key or ""
 
-    def _profile(self, builder: Builder, question: Question, user: str, file: Path, place: str) -> None:
+    def _profile(
+        self, builder: Builder, question: Question, user: str, file: Path, place: str
+    ) -> None:
         shape, profile = _SHAPES[self.name], question.get("profile")
         if not isinstance(profile, list):
-            self.report(DataError("must be a list" if "profile" in question else "is missing", file=file, field=f"{place}profile"))
+            self.report(
+                DataError(
+                    "must be a list" if "profile" in question else "is missing",
+                    file=file,
+                    field=f"{place}profile",
+                )
+            )
             return
         for at, item in enumerate(profile):
             where = f"{place}profile[{at}]."
-            key, text, answer = (_text(item, name, file, where, self.report) for name in ("id", shape.input, shape.output))
+            key, text, answer = (
+                _text(item, name, file, where, self.report)
+                for name in ("id", shape.input, shape.output)
+            )
             if key is not None and text is not None and answer is not None:
-                entry = {"user": user, "id": key, "time": str(item.get("date") or ""), "input": text, "output": answer}
+                entry = {
+                    "user": user,
+                    "id": key,
+                    "time": str(item.get("date") or ""),
+                    "input": text,
+                    "output": answer,
+                }
                 if self._usable(entry, "profile entries") and self._fresh(entry):
                     builder.add("history", entry, file, place=where)
 
@@ -232,7 +300,9 @@ class _Reader:
         return not fault
 
     def _fresh(self, entry: dict[str, str]) -> bool:
-        """False for a record that the user has already; one with a used id but another text gets an id of its own."""
+        """False for a record that the user has already; one with a used id but another text gets an
+        id of its own.
+        """
         texts, number, key = (entry["input"], entry["output"]), 1, entry["id"]
         while (known := self.records.get((entry["user"], entry["id"]))) is not None:
             if known == texts:
@@ -249,20 +319,28 @@ class _Reader:
         if self.builder is None:
             raise DataError("holds no question", file=path)
         cut = self._instruction_end()
-        self.builder.task = replace(self.builder.task, prompt=(self.instruction or "")[:cut] + "{input}")
+        self.builder.task = replace(
+            self.builder.task, prompt=(self.instruction or "")[:cut] + "{input}"
+        )
         for file, place, entry in self.waiting:
             asked = {**entry, "input": entry["input"][cut:]}
             if self._usable(asked, "questions"):
                 self.builder.add("queries", asked, file, place=place)
-        return self.builder.build([*self.notes, *(f"{count} {what}" for what, count in self.left_out.items())])
+        return self.builder.build(
+            [*self.notes, *(f"{count} {what}" for what, count in self.left_out.items())]
+        )
 
     def _instruction_end(self) -> int:
-        """How long the instruction in front of every text is: up to LaMP's own mark, or else all that the questions share."""
+        """How long the instruction in front of every text is: up to LaMP's own mark, or else all
+        that the questions share.
+        """
         shared = self.instruction or ""
         at = shared.find(mark := _SHAPES[self.name].before_text)
         if at >= 0:
             return at + len(mark)
-        self.notes.append("the instruction was not found by LaMP's marks: it is what all questions have in common")
+        self.notes.append(
+            "the instruction was not found by LaMP's marks: it is what all questions have in common"
+        )
         return shared.rfind(" ") + 1 if len(self.waiting) > 1 else 0
 
 
@@ -271,18 +349,31 @@ def _task(name: str, question: str) -> Task:
     listed = re.search(r"(?:categories|tags): \[([^\]]+)\]", question)
     task = LAMP[name]
     labels = tuple(label.strip() for label in listed[1].split(",")) if listed else task.labels
-    return replace(task, labels=labels, extra={**task.extra, **({"free_history": True} if name in FREE_HISTORY else {})})
+    return replace(
+        task,
+        labels=labels,
+        extra={**task.extra, **({"free_history": True} if name in FREE_HISTORY else {})},
+    )
 
 
 def _shared(one: str, other: str) -> str:
     """What two texts begin with."""
-    return one[: next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))]
+    return one[
+        : next(
+            (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+            min(len(one), len(other)),
+        )
+    ]
 
 
 def _which(question: Question, declared: str, file: Path) -> str:
     """Which LaMP task a question belongs to, by its profile's fields and its instruction."""
     profile, text = question.get("profile"), str(question.get("input", ""))
-    fields = set(profile[0]) if isinstance(profile, list) and profile and isinstance(profile[0], dict) else set()
+    fields = (
+        set(profile[0])
+        if isinstance(profile, list) and profile and isinstance(profile[0], dict)
+        else set()
+    )
     signs = (
         ("LaMP-2N", "category" in fields or "categories: [" in text),
         ("LaMP-2M", "tag" in fields or "tags: [" in text),

@@ -1,7 +1,9 @@
-"""The native layout: a folder of task.json, users.jsonl, history.jsonl[.gz] and queries.jsonl[.gz] (DESIGN 3).
+"""The native layout: a folder of task.json, users.jsonl, history.jsonl[.gz] and queries.jsonl[.gz]
+(DESIGN 3).
 
-`load` reads any data set that hydra-llm knows (the official LaMP files too, see `lamp.py`), `save` writes the native layout.
-Files are read line by line; a broken line is an error that names file, line and field. Fields beyond the known ones may be there.
+`load` reads any data set that hydra-llm knows (the official LaMP files too, see `lamp.py`), `save`
+writes the native layout. Files are read line by line; a broken line is an error that names file,
+line and field. Fields beyond the known ones may be there.
 """
 
 import gzip
@@ -14,9 +16,19 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from hydra_llm.datasets.dataset import FIELDS, Builder, DataSet, Part, Report, Split, check_split, stop, text_fault
+from hydra_llm.datasets.dataset import (
+    FIELDS,
+    Builder,
+    DataSet,
+    Part,
+    Report,
+    Split,
+    check_split,
+    stop,
+    text_fault,
+)
 from hydra_llm.errors import DataError
-from hydra_llm.tasks.task import Task
+from hydra_llm.tasks.base import Task
 
 __all__ = ["DataSet", "load", "save"]
 
@@ -24,8 +36,8 @@ __all__ = ["DataSet", "load", "save"]
 def load(path: Path | str, limit_users: int | None = None, report: Report = stop) -> DataSet:
     """Read a data set: a folder in the native layout, or a folder or file in LaMP's official one.
 
-    `limit_users` takes only so many users of each split, the first of the file. `report` is what is done about each broken
-    line; the default raises it.
+    `limit_users` takes only so many users of each split, the first of the file. `report` is what is
+    done about each broken line; the default raises it.
 
     Raises:
         DataError: names file, line and field.
@@ -39,7 +51,9 @@ def load(path: Path | str, limit_users: int | None = None, report: Report = stop
         return lamp.load(path, limit_users, report)
     if not path.exists():
         raise DataError("no such folder", file=path)
-    raise DataError("no data set: neither task.json nor LaMP's {train,dev}_questions.json is here", file=path)
+    raise DataError(
+        "no data set: neither task.json nor LaMP's {train,dev}_questions.json is here", file=path
+    )
 
 
 def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataSet:
@@ -76,7 +90,14 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
         elif user in splits:
             report(DataError(f"'{user}' stands here twice", file=file, line=number, field="user"))
         elif split is None:
-            report(DataError(f"'{entry['split']}' is neither train nor test", file=file, line=number, field="split"))
+            report(
+                DataError(
+                    f"'{entry['split']}' is neither train nor test",
+                    file=file,
+                    line=number,
+                    field="split",
+                )
+            )
         else:
             splits[user] = split
     return splits
@@ -91,18 +112,28 @@ def _first_users(splits: Mapping[str, Split], limit: int | None) -> dict[str, Sp
 
 
 def _find(folder: Path, part: str) -> Path:
-    found = [file for suffix in (".jsonl", ".jsonl.gz") if (file := folder / f"{part}{suffix}").is_file()]
+    found = [
+        file for suffix in (".jsonl", ".jsonl.gz") if (file := folder / f"{part}{suffix}").is_file()
+    ]
     if len(found) == 1:
         return found[0]
-    what = f"there is a {part}.jsonl.gz too: keep one of them" if found else "no such file (nor .jsonl.gz)"
+    what = (
+        f"there is a {part}.jsonl.gz too: keep one of them"
+        if found
+        else "no such file (nor .jsonl.gz)"
+    )
     raise DataError(what, file=folder / f"{part}.jsonl")
 
 
 # ---- lines
 
 
-def read_entries(file: Path, fields: Iterable[str], report: Report) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and the named fields, all texts, of each line that has them; the other lines are reported."""
+def read_entries(
+    file: Path, fields: Iterable[str], report: Report
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and the named fields, all texts, of each line that has them; the other lines are
+    reported.
+    """
     names = tuple(fields)
     for number, line in read_lines(file, report):
         try:
@@ -112,15 +143,28 @@ def read_entries(file: Path, fields: Iterable[str], report: Report) -> Iterator[
 
 
 def read_lines(file: Path, report: Report) -> Iterator[tuple[int, str]]:
-    """Stream a text file, zipped or not: numbers from 1 and lines. Takes a byte order mark; refuses what is not UTF-8."""
+    """Stream a text file, zipped or not: numbers from 1 and lines. Takes a byte order mark; refuses
+    what is not UTF-8.
+    """
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             for number, raw in enumerate(stream, start=1):
                 try:
-                    yield number, raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode("utf-8").rstrip("\r\n")
+                    yield (
+                        number,
+                        raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+                        .decode("utf-8")
+                        .rstrip("\r\n"),
+                    )
                 except UnicodeDecodeError as error:
-                    report(DataError(f"not UTF-8 at byte {error.start + 1} of the line", file=file, line=number))
+                    report(
+                        DataError(
+                            f"not UTF-8 at byte {error.start + 1} of the line",
+                            file=file,
+                            line=number,
+                        )
+                    )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         report(DataError(f"the zipped file is damaged or cut: {error}", file=file, line=number + 1))
     except OSError as error:
@@ -136,7 +180,9 @@ def parse_object(line: str, file: Path, number: int) -> dict[str, Any]:
     try:
         data = json.loads(line, object_pairs_hook=_no_twins, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}" if line.strip() else "empty line", file=file, line=number) from None
+        raise DataError(
+            f"not JSON: {error}" if line.strip() else "empty line", file=file, line=number
+        ) from None
     if not isinstance(data, dict):
         raise DataError("must be a JSON object", file=file, line=number)
     return data
@@ -161,11 +207,19 @@ def _no_constant(name: str) -> Any:
 def _text(data: Mapping[str, Any], name: str, file: Path, number: int) -> str:
     value = data.get(name)
     if name == "time":  # may be missing, and seconds since 1970 are numbers by nature
-        value = "" if value is None else repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        value = (
+            ""
+            if value is None
+            else repr(value)
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else value
+        )
     if name not in data and name != "time":
         raise DataError("is missing", file=file, line=number, field=name)
     if not isinstance(value, str):
-        raise DataError(f"must be a text, not {json.dumps(value)[:40]}", file=file, line=number, field=name)
+        raise DataError(
+            f"must be a text, not {json.dumps(value)[:40]}", file=file, line=number, field=name
+        )
     return value
 
 
@@ -173,7 +227,8 @@ def _text(data: Mapping[str, Any], name: str, file: Path, number: int) -> str:
 
 
 def save(dataset: DataSet, folder: Path | str) -> None:
-    """Write the native layout; the folder appears whole or not at all, and an existing data set is never overwritten.
+    """Write the native layout; the folder appears whole or not at all, and an existing data set is
+    never overwritten.
 
     Raises:
         DataError: the folder exists and is not empty, or cannot be written.
@@ -196,22 +251,37 @@ def save(dataset: DataSet, folder: Path | str) -> None:
 
 
 def _write(dataset: DataSet, folder: Path) -> None:
-    (folder / "task.json").write_text(json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    _write_lines(folder / "users.jsonl", ({"user": user, "split": split} for user, split in dataset.splits.items()))
+    (folder / "task.json").write_text(
+        json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
+    _write_lines(
+        folder / "users.jsonl",
+        ({"user": user, "split": split} for user, split in dataset.splits.items()),
+    )
     _write_lines(
         folder / "history.jsonl.gz",
-        ({"user": r.user, "id": r.id, "time": r.time, "input": r.input, "output": r.output} for r in dataset.stream_history()),
+        (
+            {"user": r.user, "id": r.id, "time": r.time, "input": r.input, "output": r.output}
+            for r in dataset.stream_history()
+        ),
     )
     _write_lines(
         folder / "queries.jsonl.gz",
-        ({"user": q.user, "id": q.id, "time": q.time, "input": q.input, "output": q.gold} for q in dataset.stream_queries()),
+        (
+            {"user": q.user, "id": q.id, "time": q.time, "input": q.input, "output": q.gold}
+            for q in dataset.stream_queries()
+        ),
     )
 
 
 def _write_lines(file: Path, rows: Iterable[Mapping[str, str | None]]) -> None:
     with file.open("wb") as raw:
         # no name and no time inside: equal data sets are equal files
-        stream = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if file.suffix == ".gz" else raw
+        stream = (
+            gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
+            if file.suffix == ".gz"
+            else raw
+        )
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         if stream is not raw:

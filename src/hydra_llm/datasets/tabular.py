@@ -1,7 +1,9 @@
-"""A JSONL or CSV file of a user's own as a data set: one record a line, with user, input, output, and perhaps time and id.
+"""A JSONL or CSV file of a user's own as a data set: one record a line, with user, input, output,
+and perhaps time and id.
 
-Says nothing about LaMP. Kind and labels are guessed where they are not given. The last records of each user become queries,
-so a query never comes before its history; users are split by a hash of their name, so that more data does not move them.
+Says nothing about LaMP. Kind and labels are guessed where they are not given. The last records of
+each user become queries, so a query never comes before its history; users are split by a hash of
+their name, so that more data does not move them.
 """
 
 import csv
@@ -12,11 +14,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.datasets.dataset import Builder, DataSet, Report, Split, held_out, readable_time, stop
+from hydra_llm.datasets.dataset import (
+    Builder,
+    DataSet,
+    Report,
+    Split,
+    held_out,
+    readable_time,
+    stop,
+)
 from hydra_llm.datasets.native import parse_object, read_lines
 from hydra_llm.errors import DataError
 from hydra_llm.history import in_order, parse_time
-from hydra_llm.tasks.task import METRICS, Kind, Task
+from hydra_llm.tasks.base import METRICS, Kind, Task
 from hydra_llm.types import Record
 
 MOST_LABELS = 50
@@ -71,16 +81,29 @@ def read_table(
         first_query = len(ordered) - held_out(len(ordered), query_share)
         for at, (line, entry) in enumerate(ordered):
             builder.add("history" if at < first_query else "queries", entry, file, line)
-    missing = [f"no {split} user: give another seed or test share" for split in ("train", "test") if split not in splits.values()]
+    missing = [
+        f"no {split} user: give another seed or test share"
+        for split in ("train", "test")
+        if split not in splits.values()
+    ]
     return builder.build([note, *missing])
 
 
 def _once(rows: Iterator[Row], file: Path, columns: Columns, report: Report) -> Iterator[Row]:
-    """Rows whose id is new to their user. Asked before the rows are dealt out, or one could be history and its twin a query."""
+    """Rows whose id is new to their user. Asked before the rows are dealt out, or one could be
+    history and its twin a query.
+    """
     seen: set[tuple[str, str]] = set()
     for line, entry in rows:
         if (key := (entry["user"], entry["id"])) in seen:
-            report(DataError(f"user '{key[0]}' has the id '{key[1]}' twice", file=file, line=line, field=columns.id))
+            report(
+                DataError(
+                    f"user '{key[0]}' has the id '{key[1]}' twice",
+                    file=file,
+                    line=line,
+                    field=columns.id,
+                )
+            )
         else:
             seen.add(key)
             yield line, entry
@@ -90,7 +113,14 @@ def _numbered(rows: list[Row], file: Path, columns: Columns, report: Report) -> 
     """Rows whose output is a number; an empty one is the builder's to report."""
     for line, entry in rows:
         if (output := entry["output"].strip()) and _number(output) is None:
-            report(DataError(f"'{output[:60]}' is no number, and this is a rating", file=file, line=line, field=columns.output))
+            report(
+                DataError(
+                    f"'{output[:60]}' is no number, and this is a rating",
+                    file=file,
+                    line=line,
+                    field=columns.output,
+                )
+            )
         else:
             yield line, entry
 
@@ -108,7 +138,9 @@ def _by_user(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
-    """One user's rows, oldest first; the file decides where times are equal. An unreadable time is the builder's to report."""
+    """One user's rows, oldest first; the file decides where times are equal. An unreadable time is
+    the builder's to report.
+    """
     spans = [parse_time(entry["time"] if readable_time(entry["time"]) else "") for _, entry in rows]
     records = [Record("", "", "", "", span=span, position=at) for at, span in enumerate(spans)]
     return [rows[record.position] for record in in_order(records)]
@@ -124,12 +156,27 @@ def _rows(file: Path, columns: Columns, report: Report) -> Iterator[Row]:
         return
     if first[1].lstrip().startswith("["):
         raise DataError("is one JSON array: write one JSON object a line", file=file, line=first[0])
-    raw = _json_rows(first, lines, file, report) if first[1].lstrip().startswith("{") else _csv_rows(first, lines, file)
+    raw = (
+        _json_rows(first, lines, file, report)
+        if first[1].lstrip().startswith("{")
+        else _csv_rows(first, lines, file)
+    )
     for number, data in raw:
         entry = {one.name: _cell(data, getattr(columns, one.name)) for one in fields(Columns)}
-        if missing := [getattr(columns, name) for name, value in entry.items() if value is None and _needed(name, columns)]:
+        if missing := [
+            getattr(columns, name)
+            for name, value in entry.items()
+            if value is None and _needed(name, columns)
+        ]:
             for name in missing:
-                report(DataError("is missing, or neither a text nor a number", file=file, line=number, field=name))
+                report(
+                    DataError(
+                        "is missing, or neither a text nor a number",
+                        file=file,
+                        line=number,
+                        field=name,
+                    )
+                )
         else:
             texts = {name: value or "" for name, value in entry.items()}
             yield number, {**texts, "id": texts["id"] or f"line{number}"}
@@ -146,7 +193,9 @@ def _cell(data: Mapping[str, Any], column: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _json_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(
+    first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Path, report: Report
+) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _again(first, rest):
         try:
             yield number, parse_object(line, file, number)
@@ -154,16 +203,24 @@ def _json_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Pa
             report(fault)
 
 
-def _csv_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(
+    first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Path
+) -> Iterator[tuple[int, dict[str, Any]]]:
     header = first[1]
-    text = (line + "\n" for _, line in _again(first, rest))  # a quoted field may go on over several lines
+    text = (
+        line + "\n" for _, line in _again(first, rest)
+    )  # a quoted field may go on over several lines
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(text, delimiter="\t" if "\t" in header and "," not in header else ",", strict=True)
+    reader = csv.DictReader(
+        text, delimiter="\t" if "\t" in header and "," not in header else ",", strict=True
+    )
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
-                    f"the header names {len(reader.fieldnames or ())} fields, the line has others", file=file, line=reader.line_num
+                    f"the header names {len(reader.fieldnames or ())} fields, the line has others",
+                    file=file,
+                    line=reader.line_num,
                 )
             yield reader.line_num, row
     except csv.Error as error:
@@ -178,8 +235,12 @@ def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
 # ---- the task
 
 
-def _task(rows: list[Row], kind: Kind | None, prompt: str | None, name: str, file: Path) -> tuple[Task, str]:
-    """The task, and a note on what was guessed. Labels and ratings are tidied in place: stripped, `4.0` becomes `4`."""
+def _task(
+    rows: list[Row], kind: Kind | None, prompt: str | None, name: str, file: Path
+) -> tuple[Task, str]:
+    """The task, and a note on what was guessed. Labels and ratings are tidied in place: stripped,
+    `4.0` becomes `4`.
+    """
     outputs = {entry["output"].strip() for _, entry in rows} - {""}
     chosen = kind or guess_kind(outputs, len(rows))
     if chosen != "generation":
@@ -187,18 +248,31 @@ def _task(rows: list[Row], kind: Kind | None, prompt: str | None, name: str, fil
         for _, entry in rows:
             entry["output"] = _tidy(entry["output"].strip(), chosen)
     labels = _labels(outputs, chosen)
-    data = {"name": name, "kind": chosen, "prompt": prompt or _prompt(chosen, labels), "metrics": list(METRICS[chosen])}
+    data = {
+        "name": name,
+        "kind": chosen,
+        "prompt": prompt or _prompt(chosen, labels),
+        "metrics": list(METRICS[chosen]),
+    }
     if labels:
         data["labels"] = labels
     task = Task.from_json(data, str(file))
-    return task, f"kind {'given' if kind else 'guessed'}: {chosen}" + (f", labels: {', '.join(labels)}" if labels else "")
+    return task, f"kind {'given' if kind else 'guessed'}: {chosen}" + (
+        f", labels: {', '.join(labels)}" if labels else ""
+    )
 
 
 def guess_kind(outputs: set[str], count: int) -> Kind:
-    """Rating for at least three numbers of a small range, classification for few short answers that come again, else generation."""
+    """Rating for at least three numbers of a small range, classification for few short answers that
+    come again, else generation.
+    """
     numbers = [_number(output) for output in outputs]
     known = [number for number in numbers if number is not None]
-    if len(known) == len(numbers) >= 3 and max(known) - min(known) <= WIDEST_RATING and len(known) <= 2 * WIDEST_RATING + 1:
+    if (
+        len(known) == len(numbers) >= 3
+        and max(known) - min(known) <= WIDEST_RATING
+        and len(known) <= 2 * WIDEST_RATING + 1
+    ):
         return "rating"
     few = 2 <= len(outputs) <= min(MOST_LABELS, count // 2)
     return "classification" if few and max(map(len, outputs)) <= LONGEST_LABEL else "generation"
@@ -227,7 +301,13 @@ def _labels(outputs: set[str], kind: Kind) -> list[str]:
 
 def _prompt(kind: Kind, labels: list[str]) -> str:
     if kind == "rating" and labels:
-        return f"What score would this person give, from {labels[0]} to {labels[-1]}? Answer with the number alone.\n\n{{input}}"
+        return (
+            f"What score would this person give, from {labels[0]} to {labels[-1]}? Answer with the"
+            " number alone.\n\n{input}"
+        )
     if kind == "classification":
-        return f"Which of these would this person choose: {', '.join(labels)}? Answer with it alone.\n\n{{input}}"
+        return (
+            f"Which of these would this person choose: {', '.join(labels)}? Answer with it"
+            " alone.\n\n{input}"
+        )
     return "Answer as this person would.\n\n{input}"

@@ -8,12 +8,16 @@ from hydra_llm.types import Generation, Message
 
 
 class PartlyFailed(LLMError):
-    """A call for several texts of which some arrived. They were paid for: the cache keeps them, the meter counts them."""
+    """A call for several texts of which some arrived. They were paid for: the cache keeps them, the
+    meter counts them.
+    """
 
     def __init__(self, message: str, made: Generation):
         super().__init__(message)
         self.made = made
-        """The first texts, up to the first that is missing, and what the whole call cost: texts behind a gap and failures too."""
+        """The first texts, up to the first that is missing, and what the whole call cost: texts
+        behind a gap and failures too.
+        """
 
 
 @runtime_checkable
@@ -22,7 +26,9 @@ class ChatLLM(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """All that names this LLM and changes its output: kind, model, file hash, engine version. JSON values only."""
+        """All that names this LLM and changes its output: kind, model, file hash, engine version.
+        JSON values only.
+        """
         ...
 
     async def generate(
@@ -36,8 +42,8 @@ class ChatLLM(Protocol):
         seed: int | None = None,
         choices: Sequence[str] = (),
     ) -> Generation:
-        """Return n texts. `choices`, where the engine can, constrains the text to one of them; engines that cannot ignore it
-        (`identity["constrains"]` says which).
+        """Return n texts. `choices`, where the engine can, constrains the text to one of them;
+        engines that cannot ignore it (`identity["constrains"]` says which).
 
         Raises:
             LLMRefused: the same call would fail again.

@@ -1,9 +1,12 @@
-"""Keeps every text that an LLM gave, so that a repeat costs nothing and gives the same (DESIGN 6). Wraps any `ChatLLM`.
+"""Keeps every text that an LLM gave, so that a repeat costs nothing and gives the same (DESIGN 6).
+Wraps any `ChatLLM`.
 
-A SQLite file with two tables: `requests` (all that was asked, as JSON, under its SHA-256) and `answers` (one text, under its
-request and its index among the candidates; a prompt that was too long has its refusal at index -1, for a replay without the LLM
-to cut it as it was cut). JSON only, never pickle. Index i is the same row whether 4 or 8 candidates were asked
-for; only missing ones are asked for. Several processes may share the file: what was stored first stays. Knows no budget and no prices.
+A SQLite file with two tables: `requests` (all that was asked, as JSON, under its SHA-256) and
+`answers` (one text, under its request and its index among the candidates; a prompt that was too
+long has its refusal at index -1, for a replay without the LLM to cut it as it was cut). JSON only,
+never pickle. Index i is the same row whether 4 or 8 candidates were asked for; only missing ones
+are asked for. Several processes may share the file: what was stored first stays. Knows no budget
+and no prices.
 """
 
 import hashlib
@@ -25,13 +28,16 @@ from hydra_llm.types import Generation, Message, Usage
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (id TEXT PRIMARY KEY, payload TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS answers (
-    request TEXT NOT NULL REFERENCES requests (id), candidate INTEGER NOT NULL, payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
+    request TEXT NOT NULL REFERENCES requests (id), candidate INTEGER NOT NULL,
+    payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
 ) WITHOUT ROWID;
 """
 REFUSED = -1
 """Where a request's refusal stands among its answers."""
 Row = Mapping[str, Any]
-"""One stored text: `text`, `calls`, `prompt_tokens`, `completion_tokens`, `seconds`; the shares of a call's rows add up to the call."""
+"""One stored text: `text`, `calls`, `prompt_tokens`, `completion_tokens`, `seconds`; the shares of
+a call's rows add up to the call.
+"""
 
 
 def request_of(
@@ -62,18 +68,30 @@ def key_of(request: Mapping[str, Any]) -> str:
 
 
 class CachedLLM:
-    """Any LLM with its answers kept in `path`. With `replay_only` a missing answer is an error, and the LLM is never asked.
+    """Any LLM with its answers kept in `path`. With `replay_only` a missing answer is an error, and
+    the LLM is never asked.
 
     Raises:
         UserFault: the file cannot be opened, or is damaged.
     """
 
-    def __init__(self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False, name: str = ""):
-        self.inner, self.path, self.replay_only, self.name = inner, Path(path), replay_only, name or str(path)
+    def __init__(
+        self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False, name: str = ""
+    ):
+        self.inner, self.path, self.replay_only, self.name = (
+            inner,
+            Path(path),
+            replay_only,
+            name or str(path),
+        )
         self.used: dict[str, set[int]] = {}
-        """Key of each request that this process made → which candidates it got (`REFUSED` among them): what a recording holds."""
+        """Key of each request that this process made → which candidates it got (`REFUSED` among
+        them): what a recording holds.
+        """
         self._replayed = Usage()
-        self._unwritten: dict[tuple[str, int], Row] = {}  # answers that the disk refused: kept for this process
+        self._unwritten: dict[
+            tuple[str, int], Row
+        ] = {}  # answers that the disk refused: kept for this process
         self._turns: dict[str, anyio.Lock] = {}
         self._database = self._open()
 
@@ -88,7 +106,9 @@ class CachedLLM:
 
     @property
     def usage(self) -> Usage:
-        """What the inner LLM spent (if it counts), and what the cache answered: tokens and seconds as they once were, cost 0."""
+        """What the inner LLM spent (if it counts), and what the cache answered: tokens and seconds
+        as they once were, cost 0.
+        """
         spent: Usage = getattr(self.inner, "usage", Usage())
         return spent + self._replayed
 
@@ -103,12 +123,19 @@ class CachedLLM:
         seed: int | None = None,
         choices: Sequence[str] = (),
     ) -> Generation:
-        """Return n texts, kept ones first looked up; identical calls in flight are made once, n greedy texts are one call.
+        """Return n texts, kept ones first looked up; identical calls in flight are made once, n
+        greedy texts are one call.
 
         Raises:
-            LLMError: as the inner LLM says, or it gave too few texts, or `replay_only` and the answer is not there.
+            LLMError: as the inner LLM says, or it gave too few texts, or `replay_only` and the
+                answer is not there.
         """
-        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "stop": stop, "choices": choices}
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "stop": stop,
+            "choices": choices,
+        }
         request = request_of(self.identity, messages, seed=seed, **options)
         key, distinct = key_of(request), n if temperature > 0 else 1
         async with self._turn(key):
@@ -118,12 +145,19 @@ class CachedLLM:
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
                 if self.replay_only:
                     raise self._not_kept(key, first)
-                made, fault = await _arrived(self.inner.generate(messages, n=count, seed=_drawn_with(key, seed, first), **options), count)
+                made, fault = await _arrived(
+                    self.inner.generate(
+                        messages, n=count, seed=_drawn_with(key, seed, first), **options
+                    ),
+                    count,
+                )
                 rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
                 usage += made.usage
                 if isinstance(fault, LLMRefused) and fault.fits is not None:
                     self._use(key, [REFUSED])
-                    self._write(key, request, {REFUSED: {"refused": str(fault), "fits": fault.fits}})
+                    self._write(
+                        key, request, {REFUSED: {"refused": str(fault), "fits": fault.fits}}
+                    )
                 if fault:
                     raise fault
         self._use(key, range(distinct))
@@ -142,8 +176,13 @@ class CachedLLM:
         self.used.setdefault(key, set()).update(candidates)
 
     def rows(self) -> Iterator[tuple[Mapping[str, Any], int, Row]]:
-        """Everything in the file: the request, the candidate's index, the stored text with its share of the usage."""
-        query = "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request"
+        """Everything in the file: the request, the candidate's index, the stored text with its
+        share of the usage.
+        """
+        query = (
+            "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id ="
+            " a.request"
+        )
         query += " WHERE a.candidate >= 0 ORDER BY r.id, a.candidate"
         for request, candidate, payload in self._run(query):
             yield json.loads(request), candidate, json.loads(payload)
@@ -164,9 +203,16 @@ class CachedLLM:
                 self._turns.pop(key, None)
 
     def _read(self, key: str, count: int, first: int = 0) -> dict[int, Row]:
-        query = "SELECT candidate, payload FROM answers WHERE request = ? AND candidate >= ? AND candidate < ?"
+        query = (
+            "SELECT candidate, payload FROM answers WHERE request = ? AND candidate >= ? AND"
+            " candidate < ?"
+        )
         found = self._run(query, key, first, count)
-        unwritten = {index: row for (request, index), row in self._unwritten.items() if request == key and first <= index < count}
+        unwritten = {
+            index: row
+            for (request, index), row in self._unwritten.items()
+            if request == key and first <= index < count
+        }
         return unwritten | {index: json.loads(payload) for index, payload in found}
 
     def _not_kept(self, key: str, candidate: int) -> LLMError:
@@ -174,17 +220,27 @@ class CachedLLM:
         if refused := self._read(key, 0, REFUSED).get(REFUSED):
             self._use(key, [REFUSED])
             return LLMRefused(refused["refused"], fits=refused["fits"])
-        return LLMError(f"{self.name}: no kept answer for request {key}, candidate {candidate}, and nothing may be asked")
+        return LLMError(
+            f"{self.name}: no kept answer for request {key}, candidate {candidate}, and nothing may"
+            " be asked"
+        )
 
-    def _write(self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]) -> Mapping[int, Row]:
-        """Keep the rows; returns them as they are kept: where another process was first, its text is the answer."""
+    def _write(
+        self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]
+    ) -> Mapping[int, Row]:
+        """Keep the rows; returns them as they are kept: where another process was first, its text
+        is the answer.
+        """
         if not rows:
             return rows
         try:
             with self._database:  # one transaction: a kill leaves all of a call or nothing
-                self._database.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, _json(request)))
+                self._database.execute(
+                    "INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, _json(request))
+                )
                 self._database.executemany(
-                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", [(key, index, _json(row)) for index, row in rows.items()]
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
+                    [(key, index, _json(row)) for index, row in rows.items()],
                 )
         except sqlite3.OperationalError as error:
             self._warn(error)
@@ -197,20 +253,29 @@ class CachedLLM:
 
     def _warn(self, error: Exception) -> None:
         if not self._unwritten:
-            print(f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without", file=sys.stderr)
+            print(
+                f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without",
+                file=sys.stderr,
+            )
 
     def _open(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         except (OSError, sqlite3.OperationalError) as error:
-            raise UserFault(f"{self.path}: cannot open the cache ({error}): name another folder by --cache or HYDRA_CACHE") from None
+            raise UserFault(
+                f"{self.path}: cannot open the cache ({error}): name another folder by --cache or"
+                " HYDRA_CACHE"
+            ) from None
         try:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
             database.executescript(SCHEMA)
         except sqlite3.OperationalError as error:  # a disk that is full or not writable
-            print(f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without", file=sys.stderr)
+            print(
+                f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without",
+                file=sys.stderr,
+            )
             database = sqlite3.connect(":memory:", check_same_thread=False)
             database.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
@@ -224,20 +289,29 @@ class CachedLLM:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: sqlite3.DatabaseError) -> UserFault:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF  # the extended codes say more in higher bits
+        code = (
+            getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
+        )  # the extended codes say more in higher bits
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return UserFault(f"{self.path}: another process holds the cache ({error}): wait for it to end, or take another --cache")
+            return UserFault(
+                f"{self.path}: another process holds the cache ({error}): wait for it to end, or"
+                " take another --cache"
+            )
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             fix = "delete or move the file, and the answers are asked for again"
             return UserFault(f"{self.path}: the cache is damaged ({error}): {fix}")
-        return UserFault(f"{self.path}: the cache cannot be read ({error}): check the disk, or take another --cache")
+        return UserFault(
+            f"{self.path}: the cache cannot be read ({error}): check the disk, or take another"
+            " --cache"
+        )
 
 
 def _drawn_with(key: str, seed: int | None, first: int) -> int | None:
-    """The seed of a request's sample `first`; sample i has that of sample 0 plus i, however many are asked for at once.
+    """The seed of a request's sample `first`; sample i has that of sample 0 plus i, however many
+    are asked for at once.
 
-    Each prompt has draws of its own: with one seed for all, sample i would be the same quantile of every answer's distribution, and the
-    noise of the samples would be common to all queries.
+    Each prompt has draws of its own: with one seed for all, sample i would be the same quantile of
+    every answer's distribution, and the noise of the samples would be common to all queries.
     """
     return None if seed is None else (seed + int(key[:8], 16)) % 2**31 + first
 
@@ -256,7 +330,9 @@ async def _arrived(call: Awaitable[Generation], count: int) -> tuple[Generation,
 
 
 def _rows(made: Generation) -> list[Row]:
-    """One row per text; what the call cost is shared out: calls and prompt to the first, the rest evenly."""
+    """One row per text; what the call cost is shared out: calls and prompt to the first, the rest
+    evenly.
+    """
     count, usage = len(made.texts), made.usage
     even, rest = divmod(usage.completion_tokens, count or 1)
     return [
@@ -286,7 +362,9 @@ def _replayed(rows: Mapping[int, Row]) -> Usage:
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     """Neighbouring indices as (first, count): each run is one call."""
-    groups = [list(group) for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    groups = [
+        list(group) for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
+    ]
     return [(group[0][1], len(group)) for group in groups]
 
 

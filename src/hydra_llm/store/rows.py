@@ -1,4 +1,6 @@
-"""Statements that several of the store's methods have in common, and rows as values. For this package alone."""
+"""Statements that several of the store's methods have in common, and rows as values. For this
+package alone.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +28,10 @@ def check_version(found: Any, version: int | None) -> None:
         Stale: it is not.
     """
     if version is not None and (found is None or found.version != version):
-        raise Stale(f"the user is at version {found.version if found else 'none'}, not {version}: read again")
+        raise Stale(
+            f"the user is at version {found.version if found else 'none'}, not {version}: read"
+            " again"
+        )
 
 
 def insert_new(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -42,7 +47,9 @@ def delete_keys_of(connection: Connection, name: str) -> int:
     connection.execute(sa.delete(table).where(table.c.name == name))
     left = set(connection.scalars(sa.select(table.c.key).where(table.c.key.in_(held))))
     empty = [key for key in held if key not in left]
-    return connection.execute(sa.delete(schema.keys).where(schema.keys.c.id.in_(empty), schema.keys.c.admin.is_(False))).rowcount
+    return connection.execute(
+        sa.delete(schema.keys).where(schema.keys.c.id.in_(empty), schema.keys.c.admin.is_(False))
+    ).rowcount
 
 
 def rows_of(connection: Connection, table: sa.Table, user: int) -> list[dict[str, Any]]:
@@ -54,13 +61,25 @@ def rows_of(connection: Connection, table: sa.Table, user: int) -> list[dict[str
 def select_jobs() -> "sa.Select[Any]":
     """Jobs, in the order of `Job`'s fields."""
     table = schema.jobs.c
-    columns = (table.id, schema.users.c.name, table.kind, table.state, table.done, table.total, table.error, table.created, table.updated)
+    columns = (
+        table.id,
+        schema.users.c.name,
+        table.kind,
+        table.state,
+        table.done,
+        table.total,
+        table.error,
+        table.created,
+        table.updated,
+    )
     return sa.select(*columns).join_from(schema.jobs, schema.users)
 
 
 def key_of(row: Any, users: Sequence[str]) -> Key:
     """A row of keys as a value."""
-    return Key(row.id, row.hash, row.label, row.admin, tuple(users), row.created, row.revoked, row.bound)
+    return Key(
+        row.id, row.hash, row.label, row.admin, tuple(users), row.created, row.revoked, row.bound
+    )
 
 
 def record_of(name: str, row: Any) -> Record:

@@ -1,9 +1,11 @@
-"""The gateway's tables, as SQLAlchemy Core sees them; `migrations/` brings an older database to them.
+"""The gateway's tables, as SQLAlchemy Core sees them; `migrations/` brings an older database to
+them.
 
-Whatever is about a user hangs on that user's row and carries its key: deleting a user is deleting by that key in each of `OF_USERS`.
-A user's `version` grows with every change of what answers depend on (records, heads), in the same transaction: a server that has
-the user in memory asks for this one number, and a writer that has read another one is refused.
-Times are seconds since 1970 (UTC). Knows no statement: `store.py` alone speaks SQL.
+Whatever is about a user hangs on that user's row and carries its key: deleting a user is deleting
+by that key in each of `OF_USERS`. A user's `version` grows with every change of what answers depend
+on (records, heads), in the same transaction: a server that has the user in memory asks for this one
+number, and a writer that has read another one is refused. Times are seconds since 1970 (UTC). Knows
+no statement: `store.py` alone speaks SQL.
 """
 
 from sqlalchemy import (
@@ -38,8 +40,10 @@ Key = BigInteger().with_variant(Integer, "sqlite")
 
 
 LIFE = 2**32
-"""A user's version is the key times this, and one more for each change: keys are given once, so a name that was deleted and comes again has
-no version of before, whatever clocks say. (Databases of earlier versions hold users whose versions began with a clock.)"""
+"""A user's version is the key times this, and one more for each change: keys are given once, so a
+name that was deleted and comes again has no version of before, whatever clocks say. (Databases
+of earlier versions hold users whose versions began with a clock.)
+"""
 
 
 def _user() -> Column[int]:
@@ -118,7 +122,9 @@ keys = Table(
     Column("created", Double, nullable=False),
     Column("revoked", Double, nullable=True),
 )
-"""`bound`: made for one user, so that a request need not name any. It stays false when all but one of several are deleted."""
+"""`bound`: made for one user, so that a request need not name any. It stays false when all but one
+of several are deleted.
+"""
 
 key_users = Table(
     "key_users",

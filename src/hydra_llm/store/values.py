@@ -20,7 +20,7 @@ class Contradiction(StoreError):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class StoredFeedback:
     """Feedback on one answered request."""
 
     request: str
@@ -34,9 +34,12 @@ class UserState:
     """What a server asks before it trusts its memory."""
 
     version: int | None
-    """Another one after every change of the user's records or heads, and after a deletion; None for an unknown user."""
+    """Another one after every change of the user's records or heads, and after a deletion; None for
+    an unknown user.
+    """
     bundle: str | None
-    """Folder of the bundle that all servers of this store answer with; None where none was chosen."""
+    """Folder of the bundle that all servers of this store answer with; None where none was chosen.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,5 +103,7 @@ def upgrade() -> None:
 
 def _create_of_users(name: str, *columns: sa.schema.SchemaItem) -> None:
     user = sa.Column("user", KEY, nullable=False)
-    of_user = sa.ForeignKeyConstraint(["user"], ["users.key"], name=f"fk_{name}_user", ondelete="CASCADE")
+    of_user = sa.ForeignKeyConstraint(
+        ["user"], ["users.key"], name=f"fk_{name}_user", ondelete="CASCADE"
+    )
     op.create_table(name, user, *columns, of_user)

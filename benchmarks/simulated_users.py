@@ -1,0 +1,270 @@
+"""Users with known tastes, made up for the scripts here, and the same rows from a real data set.
+
+A text mixes words of two topics; a person cares for some topics more than for others, each person
+in an own way and all persons a little alike. Whoever reads the texts can learn that; how likely
+each label was is known, so that a log-loss can be held against the best possible one.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import DataSet, Split
+from hydra_llm.history import before
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.side_features import CohortStats
+from hydra_llm.tasks.base import Task
+from hydra_llm.training import train_scorer as lesson
+from hydra_llm.types import LabelledGroup, Record
+
+TOPICS = {
+    "football": "striker goalkeeper penalty league coach stadium midfield derby transfer referee",
+    "cooking": "recipe oven garlic butter chef roast simmer dough spices dinner",
+    "finance": "shares bank inflation bond investor dividend interest profit market loan",
+    "medicine": "vaccine surgeon patient hospital symptoms therapy infection clinic dose diagnosis",
+    "travel": "beach airline hostel passport island itinerary luggage tourist resort ferry",
+    "music": "guitar concert album singer orchestra melody drummer festival lyrics chorus",
+    "space": "rocket orbit telescope galaxy astronaut lunar satellite comet launch planet",
+    "elections": "ballot senator campaign voters primary debate governor turnout coalition poll",
+    "gardening": "tulips compost pruning seeds lawn greenhouse soil roses watering hedge",
+    "crime": "detective robbery suspect trial jury arrest forensic burglar verdict prison",
+    "fashion": "runway designer dress silk couture handbag heels tailor boutique collection",
+    "computers": (
+        "software laptop server hacker processor keyboard database encryption browser code"
+    ),
+}
+FILLERS_TEXT = (
+    "the new story about people who say that after many years this week another long report shows"
+    " how they want more"
+)
+FILLERS = tuple(FILLERS_TEXT.split())
+LABELS = tuple(TOPICS)
+CLASSIFY = Task(
+    "topics",
+    "classification",
+    "Which topic would this person file this under? {input}",
+    LABELS,
+    ("accuracy",),
+)
+HEADLINE = Task(
+    "headlines",
+    "generation",
+    "Generate a headline for the following article: {input}",
+    (),
+    ("rouge1",),
+)
+CANDIDATES = 8
+
+
+def words(topics: Sequence[str], count: int, dice: random.Random) -> str:
+    """About two of three words from the topics in equal parts, the rest fillers."""
+    pool = [
+        dice.choice(TOPICS[topics[i % len(topics)]].split()) if i % 3 else dice.choice(FILLERS)
+        for i in range(count)
+    ]
+    dice.shuffle(pool)
+    return " ".join(pool)
+
+
+@dataclass(frozen=True)
+class UserSnapshot:
+    """Someone with tastes of their own."""
+
+    name: str
+    likes: dict[str, float]
+    """How much this person wants an answer to be about each topic."""
+    leans: dict[str, float]
+    """How much a record of each topic helps to tell what this person wants."""
+
+    def prefers(self, topics: Sequence[str]) -> str:
+        return max(topics, key=lambda topic: self.likes[topic])
+
+
+def people(count: int, seed: int, prefix: str = "p") -> list[UserSnapshot]:
+    """`count` persons; two thirds of the variance of their tastes are their own."""
+    common = random.Random("common")
+    shared = [{topic: common.gauss(0, 1.0) for topic in TOPICS} for _ in range(2)]
+    out = []
+    for i in range(count):
+        dice = random.Random(f"{prefix} {i} {seed}")
+        out.append(
+            UserSnapshot(
+                f"{prefix}{i}",
+                *(
+                    {topic: mean + dice.gauss(0, 1.4) for topic, mean in table.items()}
+                    for table in shared
+                ),
+            )
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled groups of several users for both scorers; each user's in time order."""
+
+    reranker: list[LabelledGroup]
+    adapter: list[LabelledGroup]
+    chances: dict[tuple[str, str], tuple[float, ...]]
+    """By (scorer, query): how likely each pair was to be labelled 1; empty for real rows."""
+
+
+def made_up_rows(persons: Sequence[UserSnapshot], count: int, seed: int) -> Rows:
+    """`count` groups of 8 pairs for each person and scorer."""
+    rows = Rows([], [], {})
+    for person in persons:
+        dice = random.Random(f"{person.name} rows {seed}")
+        for place in range(count):
+            topics = dice.sample(LABELS, 2)
+            text, query = words(topics, 20, dice), f"{person.name}-{place}"
+            offered = [
+                *(dice.choice(topics) for _ in range(CANDIDATES // 2)),
+                *dice.sample(LABELS, CANDIDATES - CANDIDATES // 2),
+            ]
+            headlines = [words([topic], 10, dice) for topic in offered]
+            records = [
+                f"{words([topic], 20, dice)} → {words([topic], 10, dice)}" for topic in offered
+            ]
+            for scorer, rights, taste, out in (
+                ("reranker", records, person.leans, rows.reranker),
+                ("adapter", headlines, person.likes, rows.adapter),
+            ):
+                chances = tuple(
+                    1 / (1 + math.exp(-(taste[topic] + 2.0 * (topic in topics) - 1.5)))
+                    for topic in offered
+                )
+                gains = tuple(float(dice.random() < chance) for chance in chances)
+                out.append(
+                    LabelledGroup(
+                        person.name, query, text, tuple(rights), gains, ((),) * len(rights), place
+                    )
+                )
+                rows.chances[scorer, query] = chances
+    return rows
+
+
+def real_rows(
+    data: DataSet, users: Sequence[str], store: FeatureCache, count: int, seed: int
+) -> Rows:
+    """The latest `count` records of each user as queries, labelled by what that user really
+    answered.
+
+    Adapter: the user's answer is 1, the others 0: other labels, or the headlines of other users for
+    the nearest texts. Reranker: 8 earlier records by lot; one is 1 where its answer is worth more
+    than the group's mean for this query.
+    """
+    rows, dice = Rows([], [], {}), random.Random(seed)
+    others = [record for user in data.users("train")[:40] for record in data.history(user)]
+    vectors = store.texts([record.input for record in others]) if not data.task.labels else None
+    for user in users:
+        records = data.answered(user)
+        for record in records[-count:]:
+            seen = before(records, record)
+            drawn = dice.sample(seen, min(CANDIDATES, len(seen)))
+            if not drawn:
+                continue
+            gains = [data.task.gain(other.output, record.output) for other in drawn]
+            useful = tuple(float(gain > sum(gains) / len(gains) or gain == 1.0) for gain in gains)
+            texts = tuple(f"{other.input} → {other.output}" for other in drawn)
+            rows.reranker.append(
+                LabelledGroup(
+                    user,
+                    record.id,
+                    record.input,
+                    texts,
+                    useful,
+                    ((),) * len(texts),
+                    record.position,
+                )
+            )
+            wrong = [label for label in data.task.labels if label != record.output]
+            if vectors is not None:
+                order = (-(vectors @ store.texts([record.input])[0])).argsort()[:60]
+                wrong = list(
+                    dict.fromkeys(
+                        others[i].output
+                        for i in order
+                        if others[i].user != user and others[i].output != record.output
+                    )
+                )
+            else:
+                dice.shuffle(wrong)
+            offered = [record.output, *wrong[: CANDIDATES - 1]]
+            dice.shuffle(offered)
+            right = tuple(float(answer == record.output) for answer in offered)
+            rows.adapter.append(
+                LabelledGroup(
+                    user,
+                    record.id,
+                    record.input,
+                    tuple(offered),
+                    right,
+                    ((),) * len(offered),
+                    record.position,
+                )
+            )
+    return rows
+
+
+def made_up_data(
+    task: Task, persons: Sequence[UserSnapshot], records: int, seed: int, new: int = 0
+) -> DataSet:
+    """A data set of persons; the last `new` are new users. Answers are the topic, or a headline
+    about it, that the person prefers.
+    """
+    splits: dict[str, Split] = {
+        person.name: "train" if i < len(persons) - new else "test"
+        for i, person in enumerate(persons)
+    }
+    return DataSet.from_records(task, splits, _histories(task, persons, records, seed), [])
+
+
+def _histories(
+    task: Task, persons: Sequence[UserSnapshot], records: int, seed: int
+) -> Iterator[Record]:
+    for person in persons:
+        dice = random.Random(f"{person.name} history {seed}")
+        for place in range(records):
+            topics = dice.sample(LABELS, 2)
+            topic = person.prefers(topics)
+            yield Record(
+                person.name,
+                f"r{place}",
+                words(topics, 20, dice),
+                topic if task.labels else words([topic], 10, dice),
+            )
+
+
+def learn_scorer(
+    store: FeatureCache,
+    settings: Settings,
+    task: Task,
+    name: str,
+    groups: Sequence[LabelledGroup],
+    evidence: Sequence[str],
+    rule: str,
+    by_label: bool = False,
+) -> tuple[Scorer, dict[str, Any]]:
+    """A scorer from labelled groups in the very way of `hydra_llm.learn`, and its report."""
+    torch.manual_seed(settings.seed)
+    bundle = Bundle(task, settings, {}, store, CohortStats())
+    scorer = lesson.learn_scorer(
+        bundle,
+        lesson.Lesson(name, lambda: list(groups), evidence, rule, by_label),
+        tune=settings.tune_encoder,
+    )
+    return scorer, bundle.report[name]
+
+
+def open_data(folder: Path) -> DataSet:
+    from hydra_llm.datasets.native import load
+
+    return load(folder)

@@ -1,0 +1,108 @@
+"""Who may speak for whom. Keys are random and stored hashed; of a key's secret this program keeps
+nothing.
+
+As long as no key was ever made, any key is taken, and the server listens on loopback alone
+(app.py). Knows no HTTP framework.
+"""
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra_llm.gateway.schemas import ApiError
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Key
+
+PREFIX = "hk"
+NOBODYS_HASH = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever sent a request."""
+
+    key: str
+    """The key's public id; empty where no key is needed yet."""
+    admin: bool
+    users: tuple[str, ...]
+    """For whom this caller may speak, unless admin."""
+    bound: str | None = None
+    """The one user for whom the key was made; nobody else need be named."""
+
+    def check(self, user: str) -> None:
+        """May this caller speak for the user?
+
+        Raises:
+            ApiError: 403; it does not tell whether there is such a user.
+        """
+        if not self.admin and user not in self.users:
+            raise ApiError(403, "this key may not speak for that user", code="user_not_allowed")
+
+    def check_admin(self) -> None:
+        """May this caller do what concerns everybody?
+
+        Raises:
+            ApiError: 403.
+        """
+        if not self.admin:
+            raise ApiError(403, "this needs an admin's key", code="admin_only")
+
+
+ANYBODY = Caller("", True, ())
+"""The caller of a server that has no keys yet."""
+NOBODY = Caller("", False, ())
+"""The same while the store is down: the first key may have been made since, so that requests pass
+through and nothing else is done.
+"""
+
+
+def make_key(
+    store: Store, *, label: str = "", admin: bool = False, users: Sequence[str] = ()
+) -> tuple[Key, str]:
+    """Make a key; its secret is in the second value and nowhere else."""
+    id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+    key = Key(
+        id,
+        _hash(secret),
+        label,
+        admin,
+        tuple(users),
+        time.time(),
+        None,
+        bound=len(set(users)) == 1 and not admin,
+    )
+    store.add_key(key)
+    return key, f"{PREFIX}-{id}-{secret}"
+
+
+def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
+    """The caller of a request by its Authorization header. Without any key in the store, whoever
+    reaches a loopback address is let in.
+
+    Raises:
+        ApiError: 401, in the same words for a wrong key, a revoked one and none.
+    """
+    scheme, _, token = (authorization or "").partition(" ")
+    prefix, _, rest = token.strip().partition("-")
+    id, _, secret = rest.partition("-")
+    key = store.key(id) if scheme.lower() == "bearer" and prefix == PREFIX and id else None
+    # The same work for a key that is not there: how long it takes tells nothing.
+    right = hmac.compare_digest(_hash(secret), key.hash if key else NOBODYS_HASH)
+    if key and right and key.revoked is None:
+        return Caller(
+            key.id, key.admin, key.users, key.users[0] if key.bound and key.users else None
+        )
+    if not on_loopback or store.has_keys():
+        raise ApiError(
+            401,
+            "this key is not valid: pass `Authorization: Bearer hk-...`",
+            code="invalid_api_key",
+        )
+    return ANYBODY
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,164 @@
+"""What answers are made with: a bundle's parts, or BM25 alone where there is no bundle. Replaced as
+a whole when the bundle changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings
+from hydra_llm.gateway.batching import MicroBatcher
+from hydra_llm.gateway.prefetch import Prefetcher
+from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.gateway.user_cache import UserCache
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.feature_cache import forget_features
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.rerank import KeepOrder, Reranker
+from hydra_llm.retrieve import Forgetful, Retriever, make_retriever
+from hydra_llm.select import FirstCandidate, Selector
+from hydra_llm.store.store import Store
+from hydra_llm.tasks.base import Task
+from hydra_llm.types import Record
+
+ANY_TASK = Task("chat", "generation", "{input}")
+"""What is answered where no bundle says more."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A bundle at work."""
+
+    folder: str | None
+    """Where the bundle lies; None where there is none."""
+    id: str
+    """SHA-256 of its weights: heads belong to it. Empty where there is none."""
+    task: Task
+    settings: Settings
+    retriever: Retriever
+    reranker: Reranker
+    adapter: Selector
+    people: UserCache
+    together: MicroBatcher
+    scorers: dict[str, Scorer]
+    bundle: Bundle | None = None
+    warming: Prefetcher | None = None
+    """Where scoring needs a user's records encoded."""
+
+    @property
+    def picks(self) -> bool:
+        """Whether there is an adapter, so that several candidates are worth asking for."""
+        return "adapter" in self.scorers
+
+    def readable(self, records: tuple[Record, ...]) -> list[Record]:
+        """The records that this bundle can read: with labels, those whose answer is one."""
+        if not self.task.labels or self.task.extra.get("free_history"):
+            return list(records)
+        labels = set(self.task.labels)
+        return [record for record in records if record.output in labels]
+
+    def forget(self, user: str) -> None:
+        """Let go of all that is in memory of a user; of other users' indexes too, which nobody can
+        tell from this one's.
+        """
+        self.people.drop(user)
+        if isinstance(self.retriever, Forgetful):
+            self.retriever.forget()
+
+    def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
+        """Forget the features of texts that nobody (but that one) has; those that others have stay,
+        and their answers with them.
+
+        Returns how many there were.
+
+        Raises:
+            UserFault: they cannot be deleted.
+        """
+        held = store.still_held(texts, but=but)
+        forget = (
+            self.bundle.store.forget
+            if self.bundle
+            else partial(forget_features, self.settings.cache / "features.sqlite")
+        )
+        return forget([text for text in texts if text not in held])
+
+    def close(self) -> None:
+        """End the scoring thread."""
+        self.together.close()
+
+
+def named(folder: Path, weights: str) -> str:
+    """How the store names a bundle: another one in the same folder is another one."""
+    return f"{weights[:16]}:{folder}"
+
+
+def folder_of(name: str) -> str:
+    """The folder in a name that `named` gave."""
+    return name.partition(":")[2]
+
+
+def open_deployment(
+    store: Store,
+    reads: TimedReads,
+    folder: str | Path | None,
+    settings: ServeSettings,
+    here: Settings,
+) -> Deployment:
+    """Load a bundle and put it to work on a store's users. `here` tells what a bundle does not
+    carry: the folder of features, say.
+
+    Raises:
+        BundleError: it is not there, damaged, or newer.
+    """
+    asked = {
+        name: wanted
+        for name in ("retrieved", "k")
+        if (wanted := getattr(settings, name)) is not None
+    }
+    if folder is None:
+        plain, people = (
+            here.model_copy(update={"parsing": "strict", **asked}),
+            UserCache(store, None, settings.users_in_memory),
+        )
+        null, together = (
+            (make_retriever("bm25"), KeepOrder(), FirstCandidate()),
+            MicroBatcher(None, settings.waiting),
+        )
+        return Deployment(None, "", ANY_TASK, plain, *null, people, together, {})
+    loaded = Bundle.load(folder, here=here)
+    chosen = loaded.settings.model_copy(update={"caution": settings.caution, **asked})
+    # Whoever the bundle was learned with is a user of the store like any other: its records and
+    # heads are the ones that count.
+    bundle = replace(loaded.without_people(str), settings=chosen)
+    people = UserCache(store, bundle, settings.users_in_memory)
+    parts = bundle.personalizer(cast(ChatLLM, None))
+    # Questions and answers come and go: of users' records alone something is kept in the file, by
+    # warming.
+    bundle.store.keep = False
+    together = MicroBatcher(
+        bundle.store.texts,
+        settings.waiting,
+        bundle.store.pairs if chosen.features == "cross" else None,
+    )
+    warming = (
+        Prefetcher(store, reads, people, bundle.store, together)
+        if chosen.features == "tower"
+        else None
+    )
+    chain = (parts.retriever, parts.reranker, parts.adapter)
+    return Deployment(
+        str(folder),
+        bundle.weights,
+        bundle.task,
+        chosen,
+        *chain,
+        people,
+        together,
+        bundle.scorers,
+        bundle,
+        warming,
+    )

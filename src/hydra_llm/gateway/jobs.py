@@ -1,0 +1,197 @@
+"""Work that goes on after its request: fitting a user's heads. One thread a server; a job of a
+server that died is taken up by another.
+
+A fit uses scorers of its own, so that no answer waits for it, and a memory of features that ends
+with it: whatever becomes of its user, nothing of it stays. Knows no HTTP.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.errors import HydraError
+from hydra_llm.gateway.deployment import Deployment
+from hydra_llm.gateway.feedback import heads_after
+from hydra_llm.gateway.user_cache import as_head, texts_of
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.store.change import FEEDBACK
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Head, Job, Stale, StoredFeedback
+from hydra_llm.training.api import fit
+from hydra_llm.training.online import supports_online_update
+from hydra_llm.types import Record
+
+log = logging.getLogger("hydra_llm.gateway")
+IDLE_SECONDS = 1.0
+TRIES = 5
+
+
+class Stopped(Exception):
+    """The server ends, and the job waits for another; or the job is gone, with its user."""
+
+
+class Worker:
+    """Does the store's jobs, one after the other."""
+
+    def __init__(self, store: Store, serving: Callable[[], Deployment], llm: ChatLLM | None):
+        self._store, self._serving, self._llm = store, serving, llm
+        self._wake, self._ended = threading.Event(), False
+        self._own: tuple[str, Bundle] | None = None
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """End; a job that is under way stops where it next tells how far it is, and waits for
+        another server.
+        """
+        self._ended = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended:
+            try:
+                job = self._store.claim_job()
+            except HydraError as error:
+                log.warning("jobs: the store failed: %s", type(error).__name__)
+                job = None
+            if job is not None:
+                self._do(job)
+            else:
+                self._wake.wait(IDLE_SECONDS)
+                self._wake.clear()
+
+    def _do(self, job: Job) -> None:
+        state, said = self._outcome(job)
+        try:
+            self._store.tell_job(job.id, int(state == "done"), 1, state=state, error=said)
+        except HydraError:
+            log.warning("jobs: the store failed; the job will be taken up again")
+
+    def _outcome(self, job: Job) -> tuple[str, str]:
+        """The state in which a job ends, and what is said of it."""
+        try:
+            self._fit(job)
+        except Exception as error:
+            if _is_stop(error):
+                return "waiting", ""  # for the next server
+            log.warning("jobs: a %s failed: %s", job.kind, type(error).__name__)
+            return "failed", str(error) if isinstance(error, HydraError) else type(error).__name__
+        return "done", ""
+
+    def _fit(self, job: Job) -> None:
+        serving = self._serving()
+        if serving.bundle is None:
+            raise HydraError("there is no bundle: nothing to fit")
+        for _ in range(TRIES):
+            version, records = self._store.records(job.user)
+            known, judged = _told_apart(self._store.judged(job.user, bundle=serving.id), records)
+            with features_of(serving.bundle) as features:
+                heads = self.heads(serving, job, records, judged, features)
+                try:
+                    with self._store.change(job.user, version=version) as change:
+                        change.put_heads(serving.id, heads)
+                        if (
+                            serving.warming is not None
+                        ):  # encoded already; amid the transaction, so that a deletion comes later
+                            features.texts(texts_of(serving.readable(tuple(records))), keep=True)
+                        change.fold_feedback([each.request for each in known])
+                    return
+                except Stale:
+                    continue
+        raise HydraError("the user changes faster than heads are fitted")
+
+    def heads(
+        self,
+        serving: Deployment,
+        job: Job,
+        records: Sequence[Record],
+        judged: Sequence[StoredFeedback],
+        features: FeatureCache,
+    ) -> dict[str, Head]:
+        """The user's heads, fitted on all records that the bundle can read, and moved by the
+        feedback that became no record.
+        """
+        if self._llm is None:
+            raise HydraError("this server has no LLM that could label candidates")
+        bundle = replace(self._private(serving), store=features)
+        readable = serving.readable(tuple(records))
+        data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if self._ended or not self._store.tell_job(job.id, done, total):
+                raise Stopped
+
+        scorers = bundle.scorers
+        try:
+            fit(data, bundle, self._llm, users=[job.user], progress=tell)
+            heads = {
+                name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0))
+                for name, scorer in scorers.items()
+            }
+        finally:
+            bundle.records.clear()
+            for scorer in scorers.values():
+                if job.user in scorer.users:
+                    scorer.forget(job.user)
+        if judged and "adapter" in scorers and supports_online_update(scorers["adapter"]):
+            heads |= heads_after(bundle, job.user, heads, judged)
+        return heads
+
+    def _private(self, serving: Deployment) -> Bundle:
+        """The bundle with scorers of this thread alone, and nobody in them."""
+        assert serving.bundle is not None
+        if self._own is None or self._own[0] != serving.id:
+            loaded = Bundle.load(serving.folder or "", here=serving.settings)
+            if loaded.weights != serving.id:
+                raise HydraError(
+                    "another bundle lies in that folder now: run `hydra-llm bundles use` for it"
+                )
+            loaded.store.close()
+            self._own = (serving.id, loaded.without_people(str))
+        return self._own[1]
+
+
+@contextmanager
+def features_of(bundle: Bundle) -> Iterator[FeatureCache]:
+    """What a bundle's encoder has kept, and a memory of one's own; in the file nothing is written
+    unless a call says so.
+    """
+    features = FeatureCache(bundle.store.encoder, bundle.store.path)
+    features.keep = False
+    try:
+        yield features
+    finally:
+        features.close()
+
+
+def _is_stop(error: Exception) -> bool:
+    """Whether a job was stopped: labelling has several calls under way, and raises what ends them
+    as a group.
+    """
+    return isinstance(error, Stopped) or (
+        isinstance(error, ExceptionGroup) and error.subgroup(Stopped) is not None
+    )
+
+
+def _told_apart(
+    judged: Sequence[StoredFeedback], records: Sequence[Record]
+) -> tuple[list[StoredFeedback], list[StoredFeedback]]:
+    """Feedback that became a record, which a fit knows; and rejections and the like, which only the
+    moved head does.
+    """
+    ids = {record.id for record in records}
+    known = [each for each in judged if f"{FEEDBACK}{each.request}" in ids]
+    return known, [each for each in judged if f"{FEEDBACK}{each.request}" not in ids]

@@ -1,0 +1,88 @@
+"""Histories are encoded when nobody waits, a few records at a time, so that no question has to wait
+for it.
+
+Vectors go to the file amid a transaction on the very records that they are of: a deletion, by
+whichever server, comes before it, and nothing is written, or after it, and takes them along. What
+still waits to be encoded in this process is taken back by `stop`.
+"""
+
+import asyncio
+from contextlib import suppress
+from functools import partial
+
+import anyio.to_thread
+
+from hydra_llm.errors import HydraError
+from hydra_llm.gateway.batching import MicroBatcher
+from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.gateway.user_cache import UserCache, UserSnapshot, texts_of
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Stale
+
+RECORDS_AT_ONCE = 2
+"""Six texts that whoever comes meanwhile waits for: some hundredths of a second."""
+
+
+class Prefetcher:
+    """Encodes the histories of those users who were named; each is under way once."""
+
+    def __init__(
+        self,
+        store: Store,
+        reads: TimedReads,
+        people: UserCache,
+        features: FeatureCache,
+        together: MicroBatcher,
+    ):
+        self._store, self._reads, self._people, self._features, self._together = (
+            store,
+            reads,
+            people,
+            features,
+            together,
+        )
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, user: str) -> None:
+        """Encode the user's records that have no features yet."""
+        if user not in self._under_way:
+            task = self._under_way[user] = asyncio.create_task(self._walk(user))
+            task.add_done_callback(lambda _: self._under_way.pop(user, None))
+
+    async def stop(self, user: str) -> None:
+        """Encode nothing more of the user; what runs already is done before whatever the scoring
+        thread is asked from now on.
+        """
+        if (task := self._under_way.get(user)) is not None:
+            task.cancel()
+            await asyncio.wait(
+                {task}
+            )  # its end is the sign that what it had in the queue was taken back
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody's records are under way."""
+        return not self._under_way
+
+    async def _walk(self, user: str) -> None:
+        place = 0
+        with suppress(HydraError):  # whoever asks for this user next begins again
+            while (person := await self._person(user)) is not None and place < len(person.records):
+                texts = texts_of(person.records[place : place + RECORDS_AT_ONCE])
+                await self._together.later(partial(self._features.texts, texts, keep=False))
+                with suppress(Stale):  # the user has changed: look again at what there is now
+                    await anyio.to_thread.run_sync(partial(self._write, person, texts))
+                    place += RECORDS_AT_ONCE
+
+    async def _person(self, user: str) -> UserSnapshot | None:
+        version = (await self._reads.read(partial(self._store.state, user))).version
+        if version is None:
+            return None
+        return self._people.at_hand(user, version) or await self._reads.read(
+            partial(self._people.load, user)
+        )
+
+    def _write(self, person: UserSnapshot, texts: list[str]) -> None:
+        with self._store.change(person.name, version=person.version):
+            self._features.texts(texts, keep=True)

@@ -1,0 +1,52 @@
+"""What the upstream and the logs see in place of a user's id: a keyed hash, the same for the same
+user of this store.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+WHERE = ("user", "safety_identifier")
+"""Fields of a request that name the user."""
+
+
+class Pseudonyms:
+    """Hashes under this store's salt: without it nobody can try ids."""
+
+    def __init__(self, salt: str):
+        self._salt = salt.encode()
+
+    def hashed(self, name: str) -> str:
+        """32 hexadecimal digits."""
+        return hmac.new(
+            self._salt, name.encode("utf-8", "surrogatepass"), hashlib.sha256
+        ).hexdigest()[:32]
+
+    def hidden(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's body with hashes where it names the user."""
+        out = dict(body)
+        for name in WHERE:
+            if isinstance(out.get(name), str):
+                out[name] = self.hashed(out[name])
+        if isinstance(out.get("metadata"), Mapping) and isinstance(
+            out["metadata"].get("user_id"), str
+        ):
+            out["metadata"] = {
+                **out["metadata"],
+                "user_id": self.hashed(out["metadata"]["user_id"]),
+            }
+        return out
+
+
+def named_user(body: Mapping[str, Any], header: str | None) -> str | None:
+    """The user whom a request names: by header, else `user`, `safety_identifier`,
+    `metadata.user_id`.
+    """
+    metadata = body.get("metadata")
+    found = (
+        header,
+        *(body.get(name) for name in WHERE),
+        metadata.get("user_id") if isinstance(metadata, Mapping) else None,
+    )
+    return next((name for name in found if isinstance(name, str) and name), None)

@@ -1,0 +1,96 @@
+"""A bundle from what the gateway's store holds. The bundle has nobody's records and nobody's head:
+those stay in the store.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.errors import DataError
+from hydra_llm.gateway.deployment import ANY_TASK
+from hydra_llm.gateway.pseudonyms import Pseudonyms
+from hydra_llm.gateway.user_cache import as_head
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.concurrency import StageProgress
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Stale, Unknown
+from hydra_llm.tasks.base import Task
+from hydra_llm.training.api import Learned, learn
+from hydra_llm.training.train_scorer import silent
+
+
+def learn_from_store(
+    url: str,
+    llm: ChatLLM,
+    settings: Settings,
+    out: Path,
+    *,
+    task: Path | None = None,
+    progress: StageProgress = silent,
+) -> Learned:
+    """Learn base and heads from the store's users, write the base to `out` and the heads into the
+    store.
+
+    Raises:
+        DataError: nobody has records, or the task's file is broken.
+        StoreError: the store fails.
+    """
+    what = ANY_TASK if task is None else _task(task)
+    if task is None:  # of a conversation's answer every line counts
+        settings = settings.model_copy(update={"parsing": "strict"})
+    store = Store(url)
+    try:
+        versions, data = _dataset(store, what)
+        with (
+            TemporaryDirectory() as folder
+        ):  # features of what the LLM made of users' records: nobody could delete them later
+            learned = learn(
+                data, llm, settings.model_copy(update={"cache": Path(folder)}), progress=progress
+            )
+        bundle = learned.bundle
+        bundle.without_people(Pseudonyms(store.salt()).hashed).save(out)
+        weights = type(bundle).load(out).weights
+        for user in learned.users:
+            heads = {
+                name: as_head(s.head_of(user), s.known.get(user, 0))
+                for name, s in bundle.scorers.items()
+                if user in s.users
+            }
+            try:
+                with store.change(user, version=versions[user]) as change:
+                    change.put_heads(weights, heads)
+            except Unknown:
+                continue  # deleted meanwhile
+            except Stale:  # more has come since: a fit will see it
+                learned.notes.append(
+                    "a user has changed while the bundle was learned: fit that user's heads"
+                )
+    finally:
+        store.close()
+    return learned
+
+
+def _task(file: Path) -> Task:
+    try:
+        return Task.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as JSON ({error})", file=file) from None
+
+
+def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
+    """The store's users as training users, as far as the task can read their records; and their
+    versions.
+    """
+    versions, splits, records = {}, {}, []
+    labels = set(task.labels)
+    for user in store.users():
+        version, found = store.records(user)
+        readable = [record for record in found if not labels or record.output in labels]
+        if version is not None and readable:
+            versions[user], splits[user] = version, "train"
+            records += readable
+    if not versions:
+        raise DataError("the store has no user with records that this task can read")
+    return versions, DataSet.from_records(task, splits, records, [])  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""What operators see: Prometheus counters, one log line for a fault, GenAI spans. Never a user's
+id, never a text.
+
+Each `Telemetry` has a registry of its own, so that two servers in one process do not meet.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+log = logging.getLogger("hydra_llm.gateway")
+tracer = trace.get_tracer("hydra_llm")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Telemetry:
+    """Counts what happens."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "hydra_requests", "HTTP requests", ["route", "status"], registry=self.registry
+        )
+        self._answers = Counter(
+            "hydra_answers",
+            "Chat completions, by why they are not personal",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._failures = Counter(
+            "hydra_failures",
+            "What was left out of an answer because it failed",
+            ["part"],
+            registry=self.registry,
+        )
+        self._feedback = Counter(
+            "hydra_feedback", "Feedback, by kind", ["kind"], registry=self.registry
+        )
+        self._abstained = Counter(
+            "hydra_abstained",
+            "Answers at which the adapter left the first candidate",
+            registry=self.registry,
+        )
+        self._stages = Histogram(
+            "hydra_stage_seconds",
+            "Seconds by stage",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
+
+    def request(self, route: str, status: int) -> None:
+        """An HTTP request has ended; `route` is the path's pattern, without anybody's id."""
+        self._requests.labels(route, str(status)).inc()
+
+    def answered(
+        self, reason: str | None, seconds: dict[str, float], *, abstained: bool = False
+    ) -> None:
+        """A chat completion has gone out."""
+        self._answers.labels(reason or "personal").inc()
+        for stage, spent in seconds.items():
+            self._stages.labels(stage).observe(spent)
+        if abstained:
+            self._abstained.inc()
+
+    def failed(self, part: str, error: BaseException) -> None:
+        """A part failed and was left out. The log names the error's class: its message may quote
+        somebody.
+        """
+        self._failures.labels(part).inc()
+        log.warning("%s failed and was left out: %s", part, type(error).__name__)
+
+    def heard(self, kind: str) -> None:
+        """Feedback has come."""
+        self._feedback.labels(kind).inc()
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' format."""
+        return generate_latest(self.registry)
+
+    @contextmanager
+    def span(self, model: str) -> "Iterator[Span]":
+        """A GenAI span around a chat completion: models and tokens, no content. A stream that it is
+        put around ends it.
+        """
+        attributes = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": model,
+            "gen_ai.provider.name": "hydra-llm",
+        }
+        made = Span(
+            tracer.start_span(f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes)
+        )
+        try:
+            with trace.use_span(made.span, record_exception=False, set_status_on_exception=False):
+                yield made
+        except BaseException:
+            made.span.end()
+            raise
+        if not made.streams:
+            made.span.end()
+
+    def spent(self, span: "Span", completion: Mapping[str, Any]) -> None:
+        """What an answer took, as GenAI's conventions name it."""
+        span.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
+        usage = completion.get("usage")
+        for name, kind in (
+            ("prompt_tokens", "input_tokens"),
+            ("completion_tokens", "output_tokens"),
+        ):
+            if isinstance(usage, Mapping) and isinstance(count := usage.get(name), int):
+                span.span.set_attribute(f"gen_ai.usage.{kind}", count)
+
+
+@dataclass
+class Span:
+    """A span that may outlive its handler."""
+
+    span: trace.Span
+    streams: bool = False
+
+    def around(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The same stream; the span ends with it."""
+        self.streams = True
+
+        async def passed() -> AsyncIterator[bytes]:
+            try:
+                async for piece in pieces:
+                    yield piece
+            finally:
+                self.span.end()
+
+        return passed()

@@ -1,0 +1,79 @@
+"""Many calls at once, and the one door from sync code to async code. Knows no LLM.
+
+A failed call is not an end: its error stands where its result would be. A spent budget and Ctrl-C
+end everything.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import anyio
+import sniffio
+
+from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
+
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+StageProgress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+async def map_calls(
+    function: Callable[[T], Awaitable[R]],
+    items: Sequence[T],
+    *,
+    limit: int = 8,
+    progress: Progress | None = None,
+) -> list[R | LLMError]:
+    """Apply an async function to each item, `limit` at once; results in the items' order, an
+    `LLMError` where one failed.
+
+    Raises:
+        BudgetExceeded: after the first one nothing new is begun; what was paid for and is in flight
+            still comes into the cache. LLMRefused: the very first answer was a refusal (of more
+            than one prompt's length), so every other would be one too.
+    """
+    results: list[R | LLMError | None] = [None] * len(items)
+    fatal: list[LLMError] = []
+    done = 0
+    gate = anyio.Semaphore(max(1, limit))
+
+    async def one(index: int, group: anyio.abc.TaskGroup) -> None:
+        nonlocal done
+        async with gate:
+            if fatal:
+                return
+            try:
+                results[index] = await function(items[index])
+            except LLMError as error:
+                results[index] = error
+                if isinstance(error, BudgetExceeded):
+                    fatal.append(error)
+                elif isinstance(error, LLMRefused) and error.fits is None and done == 0:
+                    fatal.append(error)
+                    group.cancel_scope.cancel()
+        done += 1
+        if progress is not None:
+            progress(done, len(items))
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(items)):
+            group.start_soon(one, index, group)
+    if fatal:
+        raise fatal[0]
+    return [result for result in results if result is not None]
+
+
+def run_sync(function: Callable[[], Awaitable[R]]) -> R:
+    """Run an async function from sync code; in a notebook, where a loop runs already, in a thread
+    of its own.
+    """
+    try:
+        sniffio.current_async_library()
+    except sniffio.AsyncLibraryNotFoundError:
+        return anyio.run(function)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(anyio.run, function).result()

@@ -1,0 +1,318 @@
+"""Features kept by content and encoder, so that no text is encoded twice: in memory, and in a
+SQLite file where one is given.
+
+Knows no users: whoever deletes a user's records calls `forget` with their texts. Letters: B texts
+or pairs, H width.
+"""
+
+import hashlib
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from hydra_llm.errors import UserFault
+from hydra_llm.model.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+MEMORY_BYTES = 64 * 2**20
+"""How many bytes of vectors stay in memory; the oldest go first."""
+PASSING = 4096
+"""Vectors of texts that are not for keeping which stay in memory beside those: they come and go,
+and push out nobody's records.
+"""
+BUSY_SECONDS = 30.0
+"""How long a write waits for another process that is writing."""
+ASKED_AT_ONCE = 500
+"""Keys in one SQL question; SQLite's own limit was 999 in old versions."""
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS features (
+    key BLOB PRIMARY KEY, first BLOB NOT NULL, second BLOB, value BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS features_first ON features (first);
+CREATE INDEX IF NOT EXISTS features_second ON features (second) WHERE second IS NOT NULL;
+"""
+Item = tuple[str] | tuple[str, str]
+Kept = tuple[np.ndarray, tuple[int, ...]]
+"""A vector in memory, and `hash()` of each text that it was made of: texts that share one by chance
+are forgotten together.
+"""
+
+
+class FeatureCache:
+    """An encoder that remembers. Safe for several threads and several processes on one file."""
+
+    def __init__(self, encoder: Encoder, path: Path | None = None):
+        self.encoder = encoder
+        self.path = path
+        self.keep = True
+        """Whether what is encoded is written to the file, unless a call says otherwise."""
+        self.hits = 0
+        """Distinct texts or pairs that were there."""
+        self.misses = 0
+        """Distinct texts or pairs that had to be encoded."""
+        self._forgotten = 0
+        self._lock = Lock()
+        self._memory: dict[bytes, Kept] = {}
+        self._passing: dict[bytes, Kept] = {}
+        self._keeps = path is not None
+        self._file = self._open(path) if path is not None else None
+
+    @property
+    def version(self) -> tuple[str, int]:
+        """Changes when the encoder does and when texts are forgotten: what others keep of these
+        features is old then.
+        """
+        return self.encoder.digest, self._forgotten
+
+    def texts(self, texts: Sequence[str], *, keep: bool | None = None) -> np.ndarray:
+        """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: all of them are in the
+        file then, or none is written.
+        """
+        return self._rows(
+            [(text,) for text in texts],
+            lambda new: self.encoder.encode([item[0] for item in new]),
+            keep,
+        )
+
+    def missing(self, texts: Sequence[str]) -> int:
+        """How many of these texts would have to be encoded."""
+        digest = self.encoder.digest.encode()
+        keys = list(set(_keys(digest, [(text,) for text in texts])))
+        with self._lock:
+            return len(keys) - len(self._recall(keys))
+
+    def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
+        """As `Encoder.encode_pairs`: [B, H] float32."""
+        items = list(zip(left, right, strict=True))
+        return self._rows(
+            items,
+            lambda new: self.encoder.encode_pairs(
+                [item[0] for item in new], [item[-1] for item in new]
+            ),
+        )
+
+    def forget(self, texts: Iterable[str]) -> int:
+        """Delete every feature made of these texts, alone or in a pair, by whichever encoder;
+        returns how many there were.
+
+        Raises:
+            UserFault: they could not be deleted from the file.
+        """
+        texts = set(texts)
+        marks, gone = set(map(hash, texts)), set[bytes]()
+        with self._lock:
+            self._forgotten += 1
+            for memory in (self._memory, self._passing):
+                gone |= (
+                    keys := {
+                        key for key, (_, made_of) in memory.items() if not marks.isdisjoint(made_of)
+                    }
+                )
+                for key in keys:
+                    del memory[key]
+            try:
+                return (
+                    len(gone | _delete(self._file, texts)) if self._file is not None else len(gone)
+                )
+            except sqlite3.Error as error:
+                raise UserFault(
+                    f"{self.path}: features could not be deleted ({error}): delete the file, it is"
+                    " made anew"
+                ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+            self._file = None
+            self._keeps = False
+
+    def _rows(
+        self,
+        items: Sequence[Item],
+        encode: Callable[[list[Item]], np.ndarray],
+        keep: bool | None = None,
+    ) -> np.ndarray:
+        """The features of items, [B, H]; those that are missing are encoded once each."""
+        digest = self.encoder.digest.encode()
+        keys = _keys(digest, items)
+        wanted = dict(zip(keys, items, strict=True))
+        with self._lock:
+            found = self._recall(list(wanted))
+        missing = {key: item for key, item in wanted.items() if key not in found}
+        if missing:
+            found.update(zip(missing, encode(list(missing.values())), strict=True))
+        with self._lock:
+            self.hits += len(wanted) - len(missing)
+            self.misses += len(missing)
+            kept = wanted if keep else missing if keep is None and self.keep else {}
+            passing = {key: item for key, item in missing.items() if key not in kept}
+            lasting = {
+                key: item
+                for key, item in wanted.items()
+                if key not in passing and key not in self._passing
+            }
+            _push(self._memory, found, lasting, MEMORY_BYTES // (4 * self.encoder.width))
+            _push(self._passing, found, passing, PASSING)
+            self._store(found, kept)
+        return (
+            np.stack([found[key] for key in keys])
+            if keys
+            else np.empty((0, self.encoder.width), np.float32)
+        )
+
+    def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
+        found = {
+            key: memory[key][0]
+            for memory in (self._passing, self._memory)
+            for key in keys
+            if key in memory
+        }
+        if self._file is None or len(found) == len(keys):
+            return found
+        rest = [key for key in keys if key not in found]
+        for start in range(0, len(rest), ASKED_AT_ONCE):
+            found.update(self._read(self._file, rest[start : start + ASKED_AT_ONCE]))
+        return found
+
+    def _read(self, file: sqlite3.Connection, keys: list[bytes]) -> dict[bytes, np.ndarray]:
+        marks = ",".join("?" * len(keys))
+        try:
+            rows = file.execute(
+                f"SELECT key, value FROM features WHERE key IN ({marks})", keys
+            ).fetchall()
+            return {key: self._vector(value) for key, value in rows}
+        except sqlite3.Error as error:
+            raise self._damaged(error) from error
+
+    def _vector(self, value: object) -> np.ndarray:
+        if not isinstance(value, bytes) or len(value) != 4 * self.encoder.width:
+            raise self._damaged("a vector has the wrong length")
+        return np.frombuffer(value, "<f4").astype(np.float32)
+
+    def _store(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
+        if self._keeps and self._file is not None and new:
+            there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
+            rows = [
+                (key, *_hashes(item), found[key].astype("<f4").tobytes())
+                for key, item in new.items()
+                if key not in there
+            ]
+            if rows:
+                self._write(self._file, rows)
+
+    def _write(
+        self, file: sqlite3.Connection, rows: list[tuple[bytes, bytes, bytes | None, bytes]]
+    ) -> None:
+        try:
+            with file:
+                file.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
+        except sqlite3.OperationalError as error:
+            self._stop_keeping(error)
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+
+    def _open(self, path: Path) -> sqlite3.Connection | None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+            file.execute("PRAGMA journal_mode = WAL")
+            file.execute("PRAGMA synchronous = NORMAL")
+            file.execute("PRAGMA secure_delete = ON")
+            file.executescript(SCHEMA)
+            return file
+        except (OSError, sqlite3.OperationalError) as error:
+            self._stop_keeping(error)
+            return None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+
+    def _stop_keeping(self, error: Exception) -> None:
+        """A full or read-only disk costs time, not the run."""
+        self._keeps = False
+        log.warning("%s: features are not kept from here on (%s)", self.path, error)
+
+    def _damaged(self, problem: Exception | str) -> UserFault:
+        return UserFault(
+            f"{self.path}: the file of kept features is damaged ({problem}): delete it, it is made"
+            " anew"
+        )
+
+
+def _push(
+    memory: dict[bytes, Kept], found: dict[bytes, np.ndarray], items: dict[bytes, Item], most: int
+) -> None:
+    """Add these items' rows; the oldest make room."""
+    memory.update(
+        {
+            key: (found[key], tuple(map(hash, item)))
+            for key, item in items.items()
+            if key not in memory
+        }
+    )
+    for key in list(islice(memory, max(0, len(memory) - most))):
+        del memory[key]
+
+
+def forget_features(path: Path, texts: Iterable[str]) -> int:
+    """Delete every feature of these texts from a file, for whoever has no encoder at hand; returns
+    how many there were.
+
+    Raises:
+        UserFault: they could not be deleted.
+    """
+    if not path.exists():
+        return 0
+    try:
+        file = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        try:
+            file.execute("PRAGMA secure_delete = ON")
+            return len(_delete(file, texts))
+        finally:
+            file.close()
+    except sqlite3.Error as error:
+        raise UserFault(
+            f"{path}: features could not be deleted ({error}): delete the file, it is made anew"
+        ) from error
+
+
+def _delete(file: sqlite3.Connection, texts: Iterable[str]) -> set[bytes]:
+    """The keys of what was deleted."""
+    hashes, gone = [(_hash(text),) for text in texts], set[bytes]()
+    with file:
+        file.execute("BEGIN IMMEDIATE")
+        for column in ("first", "second"):
+            for each in hashes:
+                gone.update(
+                    key
+                    for (key,) in file.execute(f"SELECT key FROM features WHERE {column} = ?", each)
+                )
+            file.executemany(f"DELETE FROM features WHERE {column} = ?", hashes)
+    file.execute(
+        "PRAGMA wal_checkpoint(TRUNCATE)"
+    )  # the log holds what was deleted until it is folded in
+    return gone
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _hashes(item: Item) -> tuple[bytes, bytes | None]:
+    return _hash(item[0]), _hash(item[1]) if len(item) == 2 else None
+
+
+def _keys(digest: bytes, items: Sequence[Item]) -> list[bytes]:
+    """Of each item; a text that stands in many pairs is hashed once."""
+    hashes = {text: _hash(text) for text in {text for item in items for text in item}}
+    return [
+        hashlib.sha256(b"".join([digest, *(hashes[text] for text in item)])).digest()
+        for item in items
+    ]

@@ -1,0 +1,256 @@
+"""From histories to labelled groups: what the reranker and the adapter learn from (DESIGN 5; paper
+sections 3.2 and 3.3).
+
+A user's own later records serve as queries for the earlier ones; `history.before` decides what each
+may see.
+    reranker  each retrieved record alone in the prompt; its gain is the gain of the LLM's answer
+    copies    the same records, each worth what its own answer would be for the query: no LLM call
+              at all
+    adapter   the candidates of `Personalizer.apropose`, each with its gain
+    labels    for tasks with labels, the record's own answer against the other labels: no LLM call
+              at all
+Knows no scorer but those inside the personalizer. A failed call leaves its pair out and is told.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import LLMError
+from hydra_llm.history import as_query, before, in_order
+from hydra_llm.llm.concurrency import Progress, map_calls
+from hydra_llm.pipeline import Personalizer
+from hydra_llm.rerank import record_text
+from hydra_llm.select import all_labels, candidate_text
+from hydra_llm.side_features import Featurizer
+from hydra_llm.tasks.base import Task
+from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, Record, Usage
+
+
+@dataclass
+class Collected:
+    """What the LLM did, ready to be made into groups."""
+
+    groups: Callable[[], list[LabelledGroup]]
+    """Makes the labelled groups, with evidence from the encoder as it is now: a tuned one changes
+    it.
+    """
+    calls: int = 0
+    """Questions that the LLM was asked."""
+    failures: list[str] = field(default_factory=list)
+    """One line for each that failed; its pair is left out."""
+    notes: list[str] = field(default_factory=list)
+    """What was cut from prompts, and answers that could not be read."""
+    usage: Usage = Usage()
+
+
+def training_queries(task: Task, records: Sequence[Record], count: int) -> list[Query]:
+    """A user's last records as queries, if they see a record and have an answer of the task."""
+    ordered = [
+        record for record in in_order(records) if not task.labels or record.output in task.labels
+    ]
+    return [as_query(record) for record in ordered[-count:] if before(records, record)]
+
+
+async def reranker_groups(
+    personalizer: Personalizer,
+    evidence: Featurizer,
+    queries: Sequence[Query],
+    progress: Progress | None = None,
+) -> Collected:
+    """Ask the LLM each query once per retrieved record, at temperature 0."""
+    settings, cases = personalizer.settings, []
+    for query in queries:
+        visible = before(personalizer.records[query.user], query)
+        cases += [
+            (query, item)
+            for item in personalizer.retriever.retrieve(query, visible, settings.retrieved)
+        ]
+
+    greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
+    once = replace(personalizer, settings=settings.model_copy(update=greedy))
+
+    async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage, list[str]]:
+        query, item = case
+        prompt = once.prompt(query, [item])
+        (answer,), usage, notes = await once.aask(prompt)
+        return once.task.gain(answer.answer, query.gold or ""), usage, [*prompt.notes, *notes]
+
+    results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
+    useful: dict[tuple[str, str], list[tuple[Ranked, float]]] = {}
+
+    def groups() -> list[LabelledGroup]:
+        told = [
+            (query, useful[key]) for query in queries if (key := (query.user, query.id)) in useful
+        ]
+        return [
+            _reranker_group(personalizer, evidence, query, rows, voted=True) for query, rows in told
+        ]
+
+    out = Collected(groups, calls=len(cases))
+    for (query, item), result in zip(cases, results, strict=True):
+        if isinstance(result, LLMError):
+            out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
+            out.usage += Usage(failed=1)
+        else:
+            useful.setdefault((query.user, query.id), []).append((item, result[0]))
+            out.usage += result[1]
+            out.notes += result[2]
+    return out
+
+
+def copy_groups(personalizer: Personalizer, evidence: Featurizer, user: str) -> list[LabelledGroup]:
+    """Each of a user's records as a query for those before it; a record is worth what its own
+    answer would be there.
+
+    An LLM that is shown one record leans on that record's answer, so that the two gains go together
+    (measured on training users: benchmarks/reranker_labels.py), and histories give many more such
+    groups than an LLM can be asked for.
+    """
+    task, records, found = personalizer.task, personalizer.records[user], []
+    for query in training_queries(task, records, len(records)):
+        retrieved = personalizer.retriever.retrieve(
+            query, before(records, query), personalizer.settings.retrieved
+        )
+        rows = [
+            (item, task.gain(_own_answer(task, item.record), query.gold or ""))
+            for item in retrieved
+        ]
+        if len(rows) > 1:
+            found.append(_reranker_group(personalizer, evidence, query, rows, voted=False))
+    return found
+
+
+def _own_answer(task: Task, record: Record) -> str | None:
+    """A record's output as an answer; None where it is none of the labels (LaMP-1's papers)."""
+    return record.output if not task.labels or record.output in task.labels else None
+
+
+def _reranker_group(
+    personalizer: Personalizer,
+    evidence: Featurizer,
+    query: Query,
+    rows: Sequence[tuple[Ranked, float]],
+    *,
+    voted: bool,
+) -> LabelledGroup:
+    items = [item for item, _ in rows]
+    visible = before(personalizer.records[query.user], query)
+    memory = evidence.vectorize(visible)
+    texts = tuple(
+        record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items
+    )
+    table = _frozen(evidence.reranker(query, items, memory).tolist())
+    return LabelledGroup(
+        query.user,
+        query.id,
+        query.input,
+        texts,
+        tuple(gain for _, gain in rows),
+        table,
+        len(visible),
+        voted=voted,
+    )
+
+
+async def adapter_groups(
+    personalizer: Personalizer,
+    evidence: Featurizer,
+    queries: Sequence[Query],
+    progress: Progress | None = None,
+) -> Collected:
+    """Let the LLM propose candidates for each query and say what each is worth."""
+    proposals = await map_calls(
+        personalizer.apropose, queries, limit=personalizer.settings.concurrency, progress=progress
+    )
+    good = [proposal for proposal in proposals if not isinstance(proposal, LLMError)]
+
+    def groups() -> list[LabelledGroup]:
+        return [
+            group
+            for proposal in good
+            if (group := _adapter_group(personalizer, evidence, proposal))
+        ]
+
+    out = Collected(groups, calls=len(queries))
+    for query, proposal in zip(queries, proposals, strict=True):
+        if isinstance(proposal, LLMError):
+            out.failures.append(f"query {query.id}: {proposal}")
+            out.usage += Usage(failed=1)
+        else:
+            out.usage += proposal.usage
+            out.notes += proposal.notes
+    return out
+
+
+def _adapter_group(
+    personalizer: Personalizer, evidence: Featurizer, proposal: Proposal
+) -> LabelledGroup | None:
+    query, settings = proposal.query, personalizer.settings
+    candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
+    if offers_all(personalizer.task, settings):
+        candidates = all_labels(personalizer.task, candidates)
+    wants_gold = settings.label_rule == "gold-positive" and not personalizer.task.labels
+    if (
+        wants_gold
+        and query.gold is not None
+        and all(candidate.answer != query.gold for candidate in candidates)
+    ):
+        candidates = [*candidates, Candidate(query.gold, query.gold)]
+    if not candidates:
+        return None
+    return _labelled(
+        personalizer.task.gain,
+        evidence,
+        query,
+        candidates,
+        personalizer.records[query.user],
+        voted=True,
+    )
+
+
+def offers_all(task: Task, settings: Settings) -> bool:
+    """Whether the adapter learns from every label (DESIGN 5), not from the sampled ones alone."""
+    return bool(task.labels) and (settings.candidates == "labels" or reads_labels(task, settings))
+
+
+def reads_labels(task: Task, settings: Settings) -> bool:
+    """Whether the adapter's features are label features."""
+    return (
+        bool(task.labels)
+        and settings.label_features
+        and settings.features == "tower"
+        and settings.head != "mlp"
+    )
+
+
+def label_groups(evidence: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
+    """A user's records, each a query over all labels whose answer the record itself gives; the
+    first sees nothing.
+    """
+    task = evidence.task
+    blank = all_labels(task, [])
+    queries = [as_query(record) for record in in_order(records) if record.output in task.labels]
+    return [_labelled(task.gain, evidence, query, blank, records, voted=False) for query in queries]
+
+
+def _labelled(
+    gain: Callable[[str | None, str], float],
+    evidence: Featurizer,
+    query: Query,
+    candidates: Sequence[Candidate],
+    records: Sequence[Record],
+    *,
+    voted: bool,
+) -> LabelledGroup:
+    gains = tuple(gain(candidate.answer, query.gold or "") for candidate in candidates)
+    visible = before(records, query)
+    table = _frozen(evidence.adapter(query, candidates, evidence.vectorize(visible)).tolist())
+    texts = tuple(candidate_text(evidence.task, candidate) for candidate in candidates)
+    return LabelledGroup(
+        query.user, query.id, query.input, texts, gains, table, len(visible), voted=voted
+    )
+
+
+def _frozen(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in rows)

@@ -1,0 +1,454 @@
+"""Studies: files are read with every fault in one line, new users have the records that a point
+says, and a stopped study goes on.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_llm.bench import sweep as study
+from hydra_llm.bench.experiment import Experiment, learned_bundle
+from hydra_llm.bench.methods import find_methods
+from hydra_llm.bench.runlog import read_run
+from hydra_llm.bench.sweep import StudyPoint, open_study, with_history
+from hydra_llm.bundle import Bundle
+from hydra_llm.cli.main import run
+from hydra_llm.config import Settings, checked
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.native import save
+from hydra_llm.errors import SettingsError
+from hydra_llm.history import before
+from hydra_llm.llm.registry import open_llm
+from hydra_llm.select import LearnedSelector
+from hydra_llm.tasks.base import Task
+from hydra_llm.types import Candidate, Query, Record
+
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "sweeps").glob("*.toml"))
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3"), metrics=("mae",))
+SMALL = {
+    "samples": 2,
+    "retrieved": 2,
+    "k": 1,
+    "queries_per_user": 1,
+    "constrain": True,
+    "max_length": 32,
+}
+HEAD = 'name = "s"\nquestion = "Which?"\nx = "k"\nmethods = ["rag"]\n'
+
+
+def made_up() -> DataSet:
+    """Three training and two new users; the last record of each new one comes between that one's
+    two queries.
+    """
+    users = {"t0": "train", "t1": "train", "t2": "train", "n0": "test", "n1": "test"}
+    records, queries = [], []
+    for at, user in enumerate(users):
+        words = ("rain", "sun", "snow")
+        records += [
+            Record(
+                user,
+                f"r{i}",
+                f"{words[i % 3]} in town {i}",
+                str(1 + (i + at) % 3),
+                f"{2000 + i}-01-01",
+            )
+            for i in range(8)
+        ]
+        if users[user] == "test":
+            records.append(Record(user, "late", "a late film", "1", "2010-06-01"))
+            queries += [
+                Query(
+                    user,
+                    f"q{i}",
+                    f"{words[i]} in the hills",
+                    str(1 + (i + at) % 3),
+                    f"{2010 + i}-01-01",
+                )
+                for i in range(2)
+            ]
+    return DataSet.from_records(STARS, users, records, queries)  # type: ignore[arg-type]
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "s.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+# ---- the file
+
+
+def test_points_and_grids_are_the_points_of_a_study(tmp_path: Path) -> None:
+    grid = "vary = { k = [1, 4], votes = [true, false], history = [3] }\n\n"
+    grid += '[[points]]\nx = "none"\nmethods = ["zero-shot"]\nsettings = { k = 0 }\n'
+    found = open_study(written(tmp_path, HEAD + grid))
+    assert [(point.x, point.series, point.settings, point.history) for point in found.points] == [
+        ("none", "", {"k": 0}, "all"),
+        (1, "votes=true, history=3", {"k": 1, "votes": True}, 3),
+        (1, "votes=false, history=3", {"k": 1, "votes": False}, 3),
+        (4, "votes=true, history=3", {"k": 4, "votes": True}, 3),
+        (4, "votes=false, history=3", {"k": 4, "votes": False}, 3),
+    ]
+    assert [point.slug for point in found.points[:2]] == ["none", "1-votes-true-history-3"]
+    assert found.points[0].methods == ("zero-shot",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEAD + "colour = 1\nvary = { k = [1] }", "colour: unknown key"),
+        (HEAD + "[[points]]\nx = 1\n[[points]]\nx = 2\ncolour = 1", "points.2.colour: unknown key"),
+        (HEAD + "vary = { k = [1] }\n[run]\nuser = 1", "run.user: unknown key"),
+        (
+            HEAD + "[[points]]\nx = 1\nsettings = { kk = 2 }",
+            "points.1: unknown setting 'kk', see docs/settings.md",
+        ),
+        (HEAD + "vary = { kk = [1] }", "points.1: unknown setting 'kk', see docs/settings.md"),
+        (
+            HEAD + "vary = { k = [1] }\n[settings]\nkk = 1",
+            "settings: unknown setting 'kk', see docs/settings.md",
+        ),
+        (
+            HEAD + "vary = { k = [1, -1] }",
+            "points.2: setting 'k': Input should be greater than or equal to 0 (got -1)",
+        ),
+        (HEAD + "[[points]]\nsettings = { k = 1 }", "points.1.x: Field required"),
+        (HEAD.replace('name = "s"\n', "") + "vary = { k = [1] }", "name: Field required"),
+        (HEAD + "vary = { history = [-1] }", "history: Input should be greater than or equal to 0"),
+        (HEAD, "has no points: write [[points]], or vary = {SETTING = [...]}"),
+        (
+            HEAD + "vary = { k = [1, 1] }",
+            "points.2: is called '1' as points.1 is: give it another x or series",
+        ),
+        (HEAD + "[[points]]\nx = 1\nmethods = ['best']", "unknown method 'best'"),
+        (HEAD + "vary = ", "not TOML"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_file_and_key(text: str, said: str, tmp_path: Path) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        open_study(file)
+    assert str(caught.value).startswith(f"{file}: {said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_study_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.toml: no such study file"):
+        open_study(tmp_path / "none.toml")
+
+
+def test_there_is_a_file_for_each_study() -> None:
+    named = (
+        "k b history training_users cold_start head prior encoder record_answer choosing label_rule"
+        " reranker_labels parsing llm"
+    )
+    assert {file.stem for file in STUDIES} == set(named.split())
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_committed_study_is_sound(file: Path) -> None:
+    """Its settings are valid, its points differ in something, and it says why it is there."""
+    found = open_study(file)
+    assert found.name == file.stem
+    assert len(found.question) < 100
+    assert file.read_text().startswith("# ")
+    assert len(found.points) > 1
+    points = [
+        point.model_copy(update={"x": 0, "series": "", "settings": settings_of(found, point)})
+        for point in found.points
+    ]
+    assert all(a != b for a, b in pairwise(points))
+
+
+def settings_of(found: study.Study, point: StudyPoint) -> dict[str, Any]:
+    return checked({**found.settings, **point.settings}).model_dump(mode="json")
+
+
+# ---- histories
+
+
+def test_new_users_have_the_latest_records_that_all_of_their_queries_may_see() -> None:
+    data = made_up()
+    assert with_history(data, "all") is data
+    for count in range(11):
+        cut = with_history(data, count)
+        for user in cut.users("test"):
+            assert [record.id for record in cut.history(user)] == [f"r{i}" for i in range(8)][
+                max(0, 8 - count) :
+            ]
+            assert cut.queries(user) == data.queries(user)
+            for query in cut.queries(user):
+                assert before(cut.history(user), query) == cut.history(
+                    user
+                )  # nothing is later than the query
+        assert all(cut.history(user) == data.history(user) for user in cut.users("train"))
+    assert len({with_history(data, count).digest for count in range(9)} | {data.digest}) == 10
+
+
+# ---- heads
+
+
+def experiment(folder: Path, **given: Any) -> Experiment:
+    settings = Settings(**SMALL, cache=folder / "cache")
+    return Experiment(
+        made_up(),
+        open_llm("fake:rule=labels", settings),
+        settings,
+        find_methods(["hydra"]),
+        folder,
+        **given,
+    )
+
+
+def test_without_a_fit_new_users_keep_their_records_and_have_the_shared_head(
+    tmp_path: Path,
+) -> None:
+    asked = experiment(tmp_path)
+    fitted = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
+    bare = learned_bundle(
+        replace(asked, fit=False), asked.settings, tmp_path / "b", silent, lines().append
+    )
+    assert fitted.adapter is not None
+    assert bare.adapter is not None
+    assert bare.reranker is not None
+    for user in asked.new_users:
+        assert fitted.adapter.row(user) >= 0  # there is a head that could have leaked
+        assert (bare.adapter.row(user), bare.reranker.row(user)) == (-1, -1)
+        assert [record.id for record in bare.records[user]] == [
+            record.id for record in asked.data.history(user)
+        ]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def lines() -> list[str]:
+    return []
+
+
+# ---- votes
+
+
+def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
+    asked = experiment(tmp_path)
+    bundle = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
+    assert bundle.adapter is not None
+    bundle.adapter.vote_weight[:] = 1.0  # as if the LLM had been of use
+    query, visible = asked.data.queries("n0")[0], asked.data.history("n0")
+    agreed = [
+        Candidate(label, label, votes=5 * (label == "3"), greedy=label == "3")
+        for label in STARS.labels
+    ]
+    blank = [Candidate(label, label) for label in STARS.labels]
+
+    def shares(votes: bool, candidates: Sequence[Candidate]) -> list[float | None]:
+        made = bundle.personalizer(
+            asked.llm, asked.settings.model_copy(update={"votes": votes})
+        ).adapter
+        assert isinstance(made, LearnedSelector)
+        scored, *_ = made.choose(query, candidates, visible)
+        assert [each.votes for each in scored] == [
+            each.votes for each in candidates
+        ]  # they are shown, only not counted
+        return [each.probability for each in scored]
+
+    assert shares(False, agreed) == shares(False, blank) == shares(True, blank)
+    assert shares(True, agreed) != shares(True, blank)
+
+
+# ---- the command
+
+STUDY = """
+name = "cold"
+question = "What do the first records bring?"
+x = "records"
+methods = ["hydra", "user-majority"]
+points = [
+    { x = 0, history = 0 }, { x = 4, history = 4 },
+    { x = 4, history = 4, fit = false, series = "no head" },
+]
+
+[settings]
+samples = 2
+retrieved = 2
+k = 1
+queries_per_user = 1
+constrain = true
+max_length = 32
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(made_up(), tmp_path / "data")
+    written(tmp_path, STUDY)
+    return tmp_path
+
+
+def call(folder: Path, *more: object, llm: str = "fake:rule=labels") -> int:
+    options = ["--llm", llm, "--out", folder / "out", "--set", f"cache={folder / 'cache'}", *more]
+    return run(
+        [str(part) for part in ("bench", "study", folder / "s.toml", folder / "data", *options)]
+    )
+
+
+def read(folder: Path) -> Any:
+    return json.loads((folder / "out" / "study.json").read_text())
+
+
+def figures(found: Mapping[str, Any]) -> list[Any]:
+    return [
+        (point["x"], point.get("series"), each["method"], each["metrics"])
+        for point in found["points"]
+        for each in point["methods"]
+    ]
+
+
+def test_a_study_runs_draws_and_goes_on_without_a_call(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, "--plot", folder / "plot.svg") == 0
+    table = capsys.readouterr().out
+    found = read(folder)
+    assert [(x, series, method) for x, series, method, _ in figures(found)] == [
+        (x, series, method)
+        for x, series in ((0, None), (4, None), (4, "no head"))
+        for method in ("hydra", "user-majority")
+    ]
+    assert (found["question"], found["metric"]) == ("What do the first records bring?", "mae")
+    majority = [metrics for _, _, method, metrics in figures(found) if method == "user-majority"]
+    assert majority[0]["mae"][0] == 0.5  # the middle label, 2, where 1, 2, 2, 3 is right
+    assert majority[1] == majority[2]
+    for method in found["points"][1]["methods"]:
+        first = next(
+            each for each in found["points"][0]["methods"] if each["method"] == method["method"]
+        )
+        assert first["against"] is None
+        change = method["metrics"]["mae"][0] - first["metrics"]["mae"][0]
+        assert method["against"]["metrics"]["mae"]["difference"] == pytest.approx(change, abs=1e-6)
+    assert re.search(r"4\s+no head\s+hydra", table)
+    drawing = (folder / "plot.svg").read_text()
+    assert "hydra, no head" in drawing
+    assert "What do the first records bring?" in drawing
+    assert not (folder / "out" / "study.svg").exists()
+    heads = {
+        name: Bundle.load(folder / "out" / name / "bundle").adapter
+        for name in ("0", "4", "4-no-head")
+    }
+    assert {name: each is not None and each.row("n0") >= 0 for name, each in heads.items()} == {
+        "0": True,
+        "4": True,
+        "4-no-head": False,
+    }
+    samples = {name: (folder / "out" / name / "samples.jsonl").read_bytes() for name in heads}
+
+    (folder / "cache" / "llm.sqlite").unlink()  # whatever would be asked now fails
+    assert call(folder, "--set", "max_calls=0", "--json") == 0
+    assert figures(json.loads(capsys.readouterr().out)) == figures(read(folder)) == figures(found)
+    assert {
+        name: (folder / "out" / name / "samples.jsonl").read_bytes() for name in heads
+    } == samples
+    assert (folder / "out" / "study.svg").exists()
+
+
+def test_a_study_is_shown_from_its_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder) == 0
+    table = capsys.readouterr().out
+    out, page, text = folder / "out", tmp_path / "page.html", tmp_path / "text.md"
+    assert (
+        run(
+            [
+                "bench",
+                "show",
+                str(out),
+                str(out / "4"),
+                "--html",
+                str(page),
+                "--markdown",
+                str(text),
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert [line.split() for line in table.splitlines() if "no head" in line] == [
+        line.split() for line in shown.splitlines() if "no head" in line
+    ]
+    assert "hydra, no head" in page.read_text()
+    assert "What do the first records bring?" in page.read_text()
+    assert text.read_text().count("no head") == 2
+    assert run(["bench", "show", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sweeps"] == [read(folder)]
+    (out / "study.json").write_text('{"points": [{}]}')
+    assert run(["bench", "show", str(out)]) == 2
+    assert "study.json cannot be read" in capsys.readouterr().err
+
+
+def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
+    assert call(folder) == 0
+    bundles = [Bundle.load(folder / "out" / name / "bundle") for name in ("0", "4", "4-no-head")]
+    (base,) = (folder / "out" / "bases").iterdir()
+    assert [sorted(set(bundle.records)) for bundle in (Bundle.load(base / "bundle"), *bundles)] == [
+        ["t0", "t1", "t2"],
+        ["n0", "n1", "t0", "t1", "t2"],
+        ["n0", "n1", "t0", "t1", "t2"],
+        ["t0", "t1", "t2"],
+    ]
+    assert [len(bundle.records["n0"]) for bundle in bundles[:2]] == [0, 4]
+    alone = experiment(folder / "alone")  # as a run without a study learns it
+    own = learned_bundle(
+        replace(alone, data=with_history(alone.data, 4)),
+        alone.settings,
+        folder / "alone" / "b",
+        silent,
+        lines().append,
+    )
+    assert own.weights == bundles[1].weights
+
+
+def test_a_point_that_fails_is_told_and_the_others_go_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(folder, STUDY.replace("{ x = 0, history = 0 }", '{ x = 0, llm = "nobody:none" }'))
+    assert call(folder) == 0
+    found = read(folder)
+    assert found["points"][0]["error"].startswith("unknown LLM 'nobody:none'")
+    assert [len(point["methods"]) for point in found["points"]] == [0, 2, 2]
+    assert found["points"][1]["methods"][0]["against"] is None  # the first that there is
+    assert "point 0 failed: unknown LLM 'nobody:none'" in capsys.readouterr().err
+
+
+def test_a_study_of_which_every_point_fails_is_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, llm="fake:fail=error") == 1
+    assert "as wished" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_the_points_set_stands_above_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(
+        folder,
+        STUDY.replace(
+            "{ x = 0, history = 0 }", '{ x = "two", settings = { samples = 2 }, methods = ["rag"] }'
+        ),
+    )
+    assert call(folder, "--set", "samples=3", "--users", 1, "--limit", 1) == 0
+    assert "samples is what the study's points set" in capsys.readouterr().err
+    for name, samples in (("two", 2), ("4", 3)):
+        manifest, _ = read_run(folder / "out" / name)
+        assert (manifest["settings"]["samples"], manifest["users"], manifest["queries"]) == (
+            samples,
+            1,
+            1,
+        )

@@ -1,0 +1,271 @@
+"""A gateway in this process with a bundle that was learned from a fake LLM, and an upstream that
+says what a test wants.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from fastapi import FastAPI
+
+from hydra_llm import learn
+from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.gateway.app import make_app
+from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.upstream import EmbeddedUpstream, UpstreamError
+from hydra_llm.gateway.user_cache import texts_of
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.store.store import Store
+from hydra_llm.tasks.base import Task
+from hydra_llm.types import Message, Record
+
+TOPICS = {
+    "sea": (
+        "whales under the waves",
+        "a sailor and his boat",
+        "the storm at the harbour",
+        "fishermen on the ocean",
+    ),
+    "war": (
+        "soldiers in the trenches",
+        "a general and his army",
+        "the battle for the bridge",
+        "bombs over the city",
+    ),
+    "love": (
+        "a wedding in spring",
+        "two hearts and a kiss",
+        "the bride runs away",
+        "letters to a sweetheart",
+    ),
+}
+TAGS = Task("tags", "classification", "{input}", ("calm", "loud", "odd"))
+TITLES = Task("titles", "generation", "{input}")
+
+
+def tastes(user: str) -> dict[str, str]:
+    """Which answer a user gives to a topic."""
+    labels = list(TAGS.labels)
+    random.Random(user).shuffle(labels)
+    return dict(zip(TOPICS, labels, strict=True))
+
+
+def records_of(user: str, count: int = 20) -> list[Record]:
+    """A user who keeps to a taste."""
+    dice, taste = random.Random(f"{user} records"), tastes(user)
+    out = []
+    for i in range(count):
+        topic = dice.choice(list(TOPICS))
+        out.append(
+            Record(
+                user,
+                f"r{i}",
+                f"{dice.choice(TOPICS[topic])} {dice.choice(('again', 'at night', 'of old'))}",
+                taste[topic],
+            )
+        )
+    return out
+
+
+def anything(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+    return rng.choice(TAGS.labels)
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle for tags, and one for titles (the same answers, as texts)."""
+    out = {}
+    for task in (TAGS, TITLES):
+        users = [f"train{i}" for i in range(8)]
+        data = DataSet.from_records(
+            task, dict.fromkeys(users, "train"), [r for user in users for r in records_of(user)], []
+        )
+        settings = Settings(
+            samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16
+        )
+        folder = tmp_path_factory.mktemp("bundles") / task.name
+        learn(data, RuleLLM(anything), settings, out=folder)
+        out[task.name] = folder
+    return out
+
+
+@dataclass
+class Scripted:
+    """An upstream that a test can break; it notes what it was asked."""
+
+    rule: Callable[[Mapping[str, Any], int], str] = lambda body, index: TAGS.labels[
+        (index + ("temperature" in body)) % 3
+    ]
+    """The caller's own request gets the first label, samples the others."""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[Exception | None] = field(default_factory=list)
+    """For each call in turn; None, or none left, is no fault."""
+    most: int = 64
+    """Choices that it gives at once."""
+
+    async def complete(self, body: Mapping[str, Any]) -> Any:
+        self.bodies.append(dict(body))
+        fault = self.faults.pop(0) if self.faults else None
+        if fault is not None:
+            raise fault
+        count = min(body.get("n") or 1, self.most)
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": self.rule(body, i)},
+                "finish_reason": "stop",
+            }
+            for i in range(count)
+        ]
+        usage = {"prompt_tokens": 10, "completion_tokens": count, "total_tokens": 10 + count}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": choices,
+            "usage": usage,
+        }
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        made = await self.complete(body)
+        embedded = EmbeddedUpstream(
+            RuleLLM(lambda m, i, r: made["choices"][0]["message"]["content"], name="m")
+        )
+        async for piece in embedded.stream({**body, "model": "fake:m"}):
+            yield piece
+
+    async def models(self, id: str | None = None) -> Any:
+        if id not in (None, "m"):
+            raise UpstreamError(404, f"no model {id}")
+        model = {"id": "m", "object": "model", "created": 1, "owned_by": "tests"}
+        return model if id else {"object": "list", "data": [model]}
+
+    async def aclose(self) -> None:
+        pass
+
+
+@dataclass
+class World:
+    """A gateway with clients."""
+
+    app: FastAPI
+    store: Store
+    upstream: Scripted
+    http: httpx2.AsyncClient
+
+    def sdk(self, key: str = "any", **headers: str) -> openai.AsyncOpenAI:
+        """The official SDK, which retries nothing here."""
+        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        client = httpx2.AsyncClient(transport=transport)
+        return openai.AsyncOpenAI(
+            api_key=key,
+            base_url="http://gateway/v1",
+            http_client=client,
+            max_retries=0,
+            default_headers=headers,
+        )
+
+    async def ask(self, text: str, user: str | None = "ada", **more: Any) -> Any:
+        """A chat completion with its headers."""
+        named = {} if user is None else {"user": user}
+        messages = [{"role": "user", "content": text}]
+        return await self.http.post(
+            "/v1/chat/completions", json={"model": "m", "messages": messages, **named, **more}
+        )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made = Store(f"sqlite:///{tmp_path / 'store.db'}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def either(url: str) -> Iterator[Store]:
+    """A store in SQLite, and one in PostgreSQL."""
+    made = Store(url)
+    yield made
+    made.close()
+
+
+@asynccontextmanager
+async def running(
+    store: Store,
+    bundle: Path | None = None,
+    *,
+    on_loopback: bool = True,
+    warm: bool = True,
+    **settings: Any,
+) -> AsyncIterator[World]:
+    """A gateway that is up, and has encoded the records that are there."""
+    upstream = Scripted()
+    app = make_app(
+        store,
+        upstream,
+        ServeSettings(**settings),
+        bundle=str(bundle) if bundle else None,
+        llm=RuleLLM(anything),
+        on_loopback=on_loopback,
+    )
+    serving = app.state.gateway.serving
+    if warm and serving.bundle is not None:
+        serving.bundle.store.texts(
+            [text for user in store.users() for text in texts_of(store.records(user)[1])]
+        )
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx2.AsyncClient(transport=transport, base_url="http://gateway") as http,
+    ):
+        yield World(app, store, upstream, http)
+
+
+async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The events of a stream as they go out: httpx's transport hands an answer over when it has
+    ended.
+    """
+    out: asyncio.Queue[bytes | None] = asyncio.Queue()
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        return given.pop(0) if given else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await out.put(message.get("body", b""))
+            if not message.get("more_body"):
+                await out.put(None)
+
+    path = "/v1/chat/completions"
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "http_version": "1.1",
+    }
+    scope |= {
+        "headers": [(b"content-type", b"application/json")],
+        "asgi": {"version": "3.0"},
+        "scheme": "http",
+        "server": ("g", 80),
+    }
+    task, text = asyncio.create_task(app(scope, receive, send)), b""
+    while (piece := await asyncio.wait_for(out.get(), 20)) is not None:
+        text += piece
+        while b"\n\n" in text:
+            event, _, text = text.partition(b"\n\n")
+            yield event.decode()
+    await task

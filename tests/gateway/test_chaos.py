@@ -1,0 +1,446 @@
+"""Upstreams that fail in every way; a database that is restarted under load, hangs or is down."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import with_postgres
+
+from hydra_llm.errors import SettingsError, StoreError
+from hydra_llm.gateway.auth import make_key
+from hydra_llm.gateway.upstream import HttpUpstream, open_upstream
+from hydra_llm.store.store import Store
+
+from .conftest import records_of, running
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+def whole(status: int, body: bytes, *headers: str) -> Answer:
+    """A complete HTTP answer."""
+
+    async def answer(out: asyncio.StreamWriter) -> None:
+        lines = [
+            f"HTTP/1.1 {status} X",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            *headers,
+        ]
+        out.write("\r\n".join([*lines, "", ""]).encode() + body)
+        await out.drain()
+
+    return answer
+
+
+GOOD = json.dumps(
+    {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "good"},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }
+).encode()
+
+
+async def hang(out: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(30)
+
+
+async def hang_up(out: asyncio.StreamWriter) -> None:
+    out.close()
+
+
+async def half_an_answer(out: asyncio.StreamWriter) -> None:
+    out.write(
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n"
+        + GOOD[:40]
+    )
+    await out.drain()
+    out.close()
+
+
+def said(text: str, end: str | None = None) -> bytes:
+    """An event of a stream."""
+    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": end}
+    chunk = {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+    }
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def framed(*pieces: bytes) -> bytes:
+    """Pieces of a body whose length nobody knows yet; an empty one ends it."""
+    return b"".join(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in pieces)
+
+
+def stream_that(*goes_on: bytes | Answer) -> Answer:
+    """A stream that begins well and then sends these bytes, or does this."""
+
+    async def answer(out: asyncio.StreamWriter) -> None:
+        out.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding:"
+            b" chunked\r\n\r\n" + framed(said("half "))
+        )
+        for then in goes_on:
+            await out.drain()
+            if isinstance(then, bytes):
+                out.write(then)
+            else:
+                await then(out)
+        await out.drain()
+
+    return answer
+
+
+@asynccontextmanager
+async def upstream_of(*answers: Answer) -> AsyncIterator[HttpUpstream]:
+    """A real endpoint on loopback that gives these answers in turn, the last one for ever."""
+    left = list(answers)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = next(
+                    (
+                        int(line[15:])
+                        for line in head.decode().lower().split("\r\n")
+                        if line.startswith("content-length:")
+                    ),
+                    0,
+                )
+                await reader.readexactly(length)
+                await (left.pop(0) if len(left) > 1 else left[0])(writer)
+                if writer.is_closing():
+                    return
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    upstream = HttpUpstream(f"http://127.0.0.1:{port}/v1", "secret-of-the-server", timeout=1.0)
+    yield upstream
+    await upstream.aclose()
+    server.close()
+
+
+MESSAGES: list[Any] = [{"role": "user", "content": "the battle for the bridge"}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (
+            whole(
+                429,
+                b'{"error": {"message": "slow down"}}',
+                "retry-after: 3",
+                "retry-after-ms: 2900",
+            ),
+            openai.RateLimitError,
+        ),
+        (whole(500, b'{"error": {"message": "broken"}}'), openai.InternalServerError),
+        (whole(500, b"<html>"), openai.InternalServerError),
+        (whole(401, b'{"error": {"message": "wrong key"}}'), openai.AuthenticationError),
+        (whole(302, b"", "location: http://127.0.0.1:1/"), openai.InternalServerError),
+        (whole(200, b"garbage"), openai.InternalServerError),
+        (whole(200, b"[]"), openai.InternalServerError),
+        (whole(200, b'{"choices": []}'), openai.InternalServerError),
+        (hang, openai.InternalServerError),
+        (hang_up, openai.InternalServerError),
+        (half_an_answer, openai.InternalServerError),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("user", ["nobody", "ada"])
+async def test_a_broken_upstream_is_the_sdks_own_error(
+    store: Store, bundles: dict[str, Path], answer: Answer, error: type[Exception], user: str
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with (
+        upstream_of(answer) as upstream,
+        running(store, bundles["tags"], candidates=2, deadline=2) as world,
+    ):
+        world.app.state.gateway.upstream = upstream
+        with pytest.raises(error) as found:
+            await world.sdk().chat.completions.create(model="m", messages=MESSAGES, user=user)
+        assert "secret-of-the-server" not in str(found.value)
+        if error is openai.RateLimitError:
+            assert isinstance(found.value, openai.RateLimitError)
+            assert found.value.response.headers["retry-after"] == "3"
+            assert found.value.response.headers["retry-after-ms"] == "2900"
+
+
+async def test_an_error_in_another_shape_goes_out_in_openais(store: Store) -> None:
+    for said in (
+        b'{"error": "no such model"}',
+        b'{"error": ["no such model"]}',
+        b'{"detail": "no such model"}',
+        b'"no such model"',
+    ):
+        async with upstream_of(whole(404, said)) as upstream, running(store) as world:
+            world.app.state.gateway.upstream = upstream
+            with pytest.raises(openai.NotFoundError, match="no such model") as found:
+                await world.sdk().chat.completions.create(model="m", messages=MESSAGES)
+            assert isinstance(found.value.body, dict)
+            assert found.value.body["type"] == "not_found_error"
+            assert "no such model" in found.value.body["message"]
+
+
+async def test_one_good_candidate_is_enough(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    for bad in (hang, hang_up, half_an_answer, whole(200, b"{}")):
+        async with (
+            upstream_of(whole(200, GOOD), bad) as upstream,
+            running(store, bundles["titles"], candidates=3, deadline=2) as world,
+        ):
+            world.app.state.gateway.upstream = upstream
+            made = await world.sdk().chat.completions.create(
+                model="m", messages=MESSAGES, user="ada"
+            )
+            assert made.choices[0].message.content == "good"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_kept_connection_that_the_upstream_closes_costs_no_answer(
+    store: Store, stream: bool
+) -> None:
+    good = stream_that(framed(said("whole", "stop"), b"")) if stream else whole(200, GOOD)
+    async with (
+        upstream_of(good, hang_up, good, hang_up, hang_up, good) as upstream,
+        running(store) as world,
+    ):
+        world.app.state.gateway.upstream = upstream
+
+        async def ask() -> None:
+            made = await world.sdk().chat.completions.create(
+                model="m", messages=MESSAGES, stream=stream
+            )
+            if stream:
+                assert [chunk.choices[0].delta.content async for chunk in made] == [
+                    "half ",
+                    "whole",
+                ]
+
+        await ask()
+        await ask()  # the second one met a closed door, and was let in by another
+        with pytest.raises(openai.APIError, match="cannot be reached"):  # twice is no coincidence
+            await ask()
+        await ask()
+
+
+async def heard_of(client: openai.AsyncOpenAI, heard: list[str | None]) -> None:
+    """Note what a stream says, as it comes."""
+    async for chunk in await client.chat.completions.create(
+        model="m", messages=MESSAGES, stream=True, user="ada"
+    ):
+        heard.append(chunk.choices[0].delta.content)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (stream_that(hang_up), "cannot be reached"),
+        (stream_that(hang), "did not answer in time"),
+        (stream_that(b"zz\r\ngarbage"), "cannot be reached"),
+        (stream_that(framed(b"<html>garbage</html>\n\n", b"")), "ended before its answer"),
+        (stream_that(framed(b"")), "ended before its answer"),
+    ],
+    ids=["hangs up", "hangs", "garbage for HTTP", "garbage for events", "stops"],
+)
+async def test_half_a_stream_ends_with_an_error_that_the_sdk_raises(
+    store: Store, answer: Answer, error: str
+) -> None:
+    """It comes as the last event, within the upstream's time, and what was said until then is kept
+    for nobody's feedback.
+    """
+    store.add_records("ada", records_of("ada"))
+    async with upstream_of(answer) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        heard: list[str | None] = []
+        with pytest.raises(openai.APIError, match=error):
+            await asyncio.wait_for(heard_of(world.sdk(), heard), 5)
+        assert heard == ["half "]
+        kept = store.export_user("ada")
+        assert kept is not None
+        assert kept["requests"] == []
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [(said("whole", "stop"), b""), (said("whole"), b"data: [DO", b"NE]\n\n", b"")],
+    ids=["finish", "DONE"],
+)
+async def test_a_stream_has_ended_with_a_reason_or_a_mark(
+    store: Store, ending: tuple[bytes, ...]
+) -> None:
+    async with upstream_of(stream_that(framed(*ending))) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        heard: list[str | None] = []
+        await heard_of(world.sdk(), heard)
+        assert heard == ["half ", "whole"]
+
+
+@pytest.mark.parametrize("body", [GOOD, b"garbage"])
+async def test_what_is_no_stream_is_an_error_before_one_begins(store: Store, body: bytes) -> None:
+    async with upstream_of(whole(200, body)) as upstream, running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        with pytest.raises(openai.InternalServerError, match="something else than a stream"):
+            await heard_of(world.sdk(), [])
+
+
+def test_an_endpoints_url_and_key_come_from_the_server_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    upstream = open_upstream("openai:m@http://127.0.0.1:9/v1", None, timeout=1)
+    assert isinstance(upstream, HttpUpstream)
+    assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    upstream = open_upstream("openai:@cf/m@http://127.0.0.1:9/v1", None, timeout=1)
+    assert isinstance(upstream, HttpUpstream)
+    assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    monkeypatch.setenv("OPENAI_BASE_URL", "user:secret@host/v1")
+    with pytest.raises(SettingsError, match="OPENAI_BASE_URL is no URL of an endpoint: it begins"):
+        open_upstream("openai:m", None, timeout=1)
+
+
+@contextmanager
+def postgresql() -> Iterator[tuple[Store, Path, str]]:
+    """A store with ada in a PostgreSQL of this test alone, its programs, and where its data lie."""
+    programs = with_postgres.binaries()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    with with_postgres.server(programs) as found:
+        store = Store(found["TEST_POSTGRES_URL"])
+        store.add_records("ada", records_of("ada"))
+        yield store, programs, found["TEST_POSTGRES_DATA"]
+        store.close()
+
+
+async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str, Path]) -> None:
+    with postgresql() as (store, programs, data):
+        async with running(store, bundles["tags"], candidates=2) as world:
+            world.http.headers["authorization"] = f"Bearer {make_key(store, admin=True)[1]}"
+            assert (
+                await world.ask("x")
+            ).status_code == 200  # whoever comes in for the first time while it is down has to wait
+            restarting = asyncio.create_task(
+                asyncio.to_thread(with_postgres.restart, programs, data)
+            )
+            personal, added = [], 0
+            while not restarting.done() or len(personal) < 30:
+                answer = await world.ask("the battle for the bridge")
+                assert answer.status_code == 200, answer.text
+                personal.append(answer.headers["x-hydra-personalized"])
+                sent = {"records": [{"id": f"new{len(personal)}", "input": "a", "output": "calm"}]}
+                written = await world.http.post("/v1/users/ada/records", json=sent)
+                assert written.status_code in (200, 503)
+                added += written.status_code == 200
+            assert personal[-1] == "true", "it recovers by itself"
+            assert len(store.records("ada")[1]) >= 20 + added, (
+                "nothing that was acknowledged is lost"
+            )
+
+
+async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(
+    bundles: dict[str, Path],
+) -> None:
+    """Stopped, not killed: the network still acknowledges, and no driver notices."""
+    with postgresql() as (store, _, data):
+        async with running(store, bundles["tags"], candidates=2, patience=1.0) as world:
+            assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
+            of_it = processes_of(data)
+            for pid in of_it:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                answers = await asyncio.wait_for(
+                    asyncio.gather(*(world.ask("x") for _ in range(60))), 20
+                )
+            finally:
+                for pid in of_it:
+                    os.kill(pid, signal.SIGCONT)
+            assert {answer.status_code for answer in answers} == {200}
+            assert {answer.headers["x-hydra-personalized"] for answer in answers} == {
+                "false; reason=store-failure"
+            }
+            for _ in range(100):
+                if (await world.ask("x")).headers["x-hydra-personalized"] == "true":
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise AssertionError("it does not recover")
+
+
+async def test_keyless_caller_only_passes_through_while_store_is_down(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
+        _, secret = make_key(store, admin=True)
+        with_key = {"authorization": f"Bearer {secret}"}
+        assert (await world.http.get("/v1/users/ada/records", headers=with_key)).status_code == 200
+
+        def down(*_: object) -> Any:
+            raise StoreError("down")
+
+        with monkeypatch.context() as outage:
+            outage.setattr(store, "has_keys", down)
+            outage.setattr(store, "key", down)
+            answer = await world.ask("x")
+            assert (answer.status_code, answer.headers["x-hydra-personalized"]) == (
+                200,
+                "false; reason=store-failure",
+            )
+            assert len(world.upstream.bodies[-1]["messages"]) == 1
+            for method, path in (
+                ("GET", "/users/ada/records"),
+                ("DELETE", "/users/ada"),
+                ("POST", "/feedback"),
+            ):
+                assert (await world.http.request(method, f"/v1{path}")).status_code == 503
+            assert (await world.http.get("/v1/models")).status_code == 200
+            assert (
+                await world.http.get("/v1/models", headers={"authorization": "Bearer new"})
+            ).status_code == 503
+            assert (
+                await world.http.get("/v1/users/ada/records", headers=with_key)
+            ).status_code == 200, "known by a key of its own"
+        assert (await world.ask("x")).status_code == 401
+        assert store.users() == ["ada"]
+
+
+def processes_of(data: str) -> list[int]:
+    """A PostgreSQL's first process and those that it has made."""
+    first = (Path(data) / "postmaster.pid").read_text().split()[0]
+    made = subprocess.run(["pgrep", "-P", first], capture_output=True, check=True).stdout.split()
+    return [int(first), *map(int, made)]

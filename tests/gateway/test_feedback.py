@@ -1,0 +1,64 @@
+"""Feedback on choices that are equal, and on requests that an earlier version kept."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_llm.store.store import Store
+from hydra_llm.store.values import Request
+
+from .conftest import World, records_of, running
+
+pytestmark = pytest.mark.anyio
+
+QUESTION = "the battle for the bridge in winter"
+
+
+async def choose(world: World, request: str, index: int) -> tuple[int, Any]:
+    answer = await world.http.post("/v1/feedback", json={"request_id": request, "chosen": index})
+    return answer.status_code, answer.json()
+
+
+async def test_every_choice_that_is_shown_can_be_chosen(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    """Equal answers are one candidate; which of them was taken is kept as it was written."""
+    store.add_records("ada", records_of("ada"))
+    says = ["calm\nas ever", "loud", "calm\nat last"]
+    async with running(store, bundles["titles"], candidates=3) as world:
+        world.upstream.rule = lambda body, index: says[index]
+        for index in range(3):
+            told = (await world.ask(QUESTION, n=3)).json()
+            shown = [choice["message"]["content"] for choice in told["choices"]]
+            assert sorted(shown) == sorted(says)
+            request = told["personalization"]["request_id"]
+            assert told["personalization"]["candidates"] == 2
+            status, taken = await choose(world, request, index)
+            assert status == 200, taken
+            assert {r.id: r.output for r in store.records("ada")[1]}[taken["record"]] == shown[
+                index
+            ]
+        assert (await choose(world, request, 3))[0] == 400
+        two = (await world.ask(QUESTION, n=2)).json()["personalization"]["request_id"]
+        assert (await choose(world, two, 2))[0] == 400, "it was not shown"
+
+
+async def test_a_request_that_an_earlier_version_kept_still_takes_feedback(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        kept = [
+            {"said": text, "text": text, "answer": text, "votes": 1, "greedy": False, "score": 0.0}
+            for text in ("calm", "loud")
+        ]
+        bundle = world.app.state.gateway.serving.id
+        store.keep_request(
+            Request(
+                "req_old", "ada", time.time(), bundle, QUESTION, {"candidates": kept, "visible": 3}
+            )
+        )
+        assert (await choose(world, "req_old", 2))[0] == 400
+        assert (await choose(world, "req_old", 1))[1]["record"]

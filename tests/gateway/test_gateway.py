@@ -1,0 +1,1438 @@
+"""The gateway as applications meet it: the official SDK, the headers, what the upstream sees, and
+what happens when parts fail.
+"""
+
+import asyncio
+import json
+import re
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import quote
+
+import openai
+import pytest
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan
+
+from hydra_llm import learn
+from hydra_llm.bundle import Bundle
+from hydra_llm.cli.main import run
+from hydra_llm.config import load_settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.gateway.auth import make_key
+from hydra_llm.gateway.batching import Overloaded
+from hydra_llm.gateway.capabilities import Capabilities, CapabilityCache
+from hydra_llm.gateway.upstream import UpstreamError, usage_of
+from hydra_llm.gateway.user_cache import texts_of
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.store.store import Store
+from hydra_llm.types import Record
+
+from .conftest import TAGS, TITLES, TOPICS, World, anything, records_of, running, streamed, tastes
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+QUESTION = "the battle for the bridge in winter"
+
+
+async def fitted(world: World, user: str) -> None:
+    """Fit a user's heads, and wait for it."""
+    answer = await world.http.post(f"/v1/users/{user}/fit")
+    assert answer.status_code == 202
+    for _ in range(400):
+        job = (await world.http.get(f"/v1/users/{user}/jobs/{answer.json()['id']}")).json()
+        if job["state"] in ("done", "failed"):
+            assert job["state"] == "done", job
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("the job does not end")
+
+
+# ---- without a bundle
+
+
+async def test_who_has_no_history_is_passed_through_and_who_has_one_is_shown_it(
+    store: Store,
+) -> None:
+    async with running(store) as world:
+        for user, reason in ((None, "no-user"), ("ada", "unknown-user")):
+            answer = await world.ask(QUESTION, user)
+            assert answer.headers["x-hydra-personalized"] == f"false; reason={reason}"
+            assert [m["content"] for m in world.upstream.bodies[-1]["messages"]] == [QUESTION]
+        store.add_records(
+            "ada",
+            [
+                Record("ada", "bridge", "the battle for the bridge in spring", "odd"),
+                *records_of("ada"),
+            ],
+        )
+        answer = await world.ask(QUESTION, personalization={"k": 2})
+        assert answer.headers["x-hydra-personalized"] == "true"
+        asked = world.upstream.bodies[-1]
+        assert [m["role"] for m in asked["messages"]] == ["user", "assistant"] * 2 + ["user"]
+        assert "battle" in asked["messages"][2]["content"], (
+            "the nearest record stands next to the question"
+        )
+        assert asked["messages"][-1] == {"role": "user", "content": QUESTION}
+        assert "personalization" not in asked
+        assert len(answer.json()["personalization"]["records"]) == 2
+
+
+async def test_the_callers_messages_and_unknown_fields_arrive_as_they_are(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "look"},
+                {"type": "image_url", "image_url": {"url": "data:x"}},
+            ],
+        },
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": QUESTION, "extra": 1},
+    ]
+    async with running(store, placement="block") as world:
+        body = {
+            "model": "m",
+            "messages": messages,
+            "user": "ada",
+            "top_p": 0.3,
+            "made_up": {"a": [1]},
+        }
+        answer = await world.http.post("/v1/chat/completions", json=body)
+        assert answer.headers["x-hydra-personalized"] == "true"
+        asked = world.upstream.bodies[-1]
+        assert [m for m in asked["messages"] if m in messages] == messages
+        (block,) = [m for m in asked["messages"] if m not in messages]
+        assert block["role"] == "system"
+        assert asked["messages"].index(block) == 1
+        assert (asked["top_p"], asked["made_up"]) == (0.3, {"a": [1]})
+        with_tools = await world.http.post(
+            "/v1/chat/completions", json={**body, "tools": [{"type": "function"}]}
+        )
+        assert with_tools.headers["x-hydra-personalized"] == "false; reason=tools"
+        assert world.upstream.bodies[-1]["messages"] == messages
+        off = await world.http.post(
+            "/v1/chat/completions", json={**body, "personalization": {"enabled": False}}
+        )
+        assert off.headers["x-hydra-personalized"] == "false; reason=disabled"
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers"),
+    [
+        ({}, {"x-hydra-user": "ada"}),
+        ({"user": "ada"}, {}),
+        ({"safety_identifier": "ada"}, {}),
+        ({"metadata": {"user_id": "ada", "other": "x"}}, {}),
+        ({"user": "nobody"}, {"x-hydra-user": "ada"}),
+    ],
+)
+async def test_the_user_is_found_and_the_upstream_never_sees_the_id(
+    store: Store, fields: dict[str, Any], headers: dict[str, str]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}], **fields}
+        answer = await world.http.post("/v1/chat/completions", json=body, headers=headers)
+        assert answer.headers["x-hydra-personalized"] == "true"
+        assert '"ada"' not in json.dumps(world.upstream.bodies[-1])
+        assert set(fields) <= set(world.upstream.bodies[-1])
+
+
+async def test_the_official_sdk(either: Store) -> None:
+    either.add_records("ada", records_of("ada"))
+    async with running(either) as world:
+        client = world.sdk()
+        made = await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", n=2
+        )
+        assert len(made.choices) == 2
+        assert made.usage is not None
+        assert made.usage.total_tokens == 12
+        assert made.model_extra is not None
+        assert "personalization" in made.model_extra
+        stream = await client.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": QUESTION}],
+            user="ada",
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+        assert (
+            "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            == "calm"
+        )
+        assert chunks[-1].usage is not None
+        assert [model.id async for model in client.models.list()] == ["m"]
+        assert (await client.models.retrieve("m")).id == "m"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("other")
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            await client.chat.completions.create(model="m", messages=[])
+        world.upstream.faults = [
+            UpstreamError(
+                429, {"error": {"message": "slow down", "type": "x"}}, {"retry-after": "7"}
+            )
+        ]
+        with pytest.raises(openai.RateLimitError, match="slow down") as limited:
+            await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "x"}]
+            )
+        assert limited.value.response.headers["retry-after"] == "7"
+        with pytest.raises(openai.NotFoundError):
+            await client.get("/nowhere", cast_to=object)
+
+
+# ---- with a bundle
+
+
+async def test_users_get_their_own_of_several_candidates(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    users = [f"user{i}" for i in range(6)]
+    for user in users:
+        store.add_records(user, records_of(user))
+    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+        right = alone = 0
+        for user in users:
+            await fitted(world, user)
+            for topic, texts in TOPICS.items():
+                answer = (await world.ask(f"{texts[0]} told twice", user)).json()
+                right += answer["choices"][0]["message"]["content"] == tastes(user)[topic]
+                alone += tastes(user)[topic] == "calm"  # what the upstream says first
+        assert right > alone + 4
+        assert right >= 14
+        told = answer["personalization"]
+        assert told["candidates"] == 3
+        assert told["scores"] == sorted(told["scores"], reverse=True), "the pick first"
+        assert answer["usage"]["total_tokens"] == 11 + 12, "what all candidates cost"
+        three = (await world.ask(QUESTION, "user0", n=3)).json()
+        assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+        assert {choice["message"]["content"] for choice in three["choices"]} == set(TAGS.labels)
+
+
+async def test_what_waits_together_is_encoded_together_pairs_too(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [f"train{i}" for i in range(4)]
+    data = DataSet.from_records(
+        TITLES,
+        dict.fromkeys(users, "train"),
+        [r for user in users for r in records_of(user, 8)],
+        [],
+    )
+    small = {
+        "samples": 3,
+        "retrieved": 4,
+        "k": 2,
+        "queries_per_user": 1,
+        "max_length": 32,
+        "cache": tmp_path / "cache",
+    }
+    learn(
+        data,
+        RuleLLM(anything),
+        load_settings(features="cross", rerank="always", **small),
+        out=tmp_path / "cross",
+    )
+    askers = [f"asker{i}" for i in range(6)]
+    for user in askers:
+        store.add_records(user, records_of(user))
+    async with running(store, tmp_path / "cross", candidates=3) as world:
+        serving = world.app.state.gateway.serving
+        alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
+        serving.bundle.store.forget([QUESTION])  # all pairs are with it
+        batches: list[int] = []
+        encode = serving.bundle.store.encoder.encode_pairs
+
+        def noted(left: Sequence[str], right: Sequence[str]) -> Any:
+            batches.append(len(left))
+            return encode(left, right)
+
+        monkeypatch.setattr(serving.bundle.store.encoder, "encode_pairs", noted)
+        busy = asyncio.create_task(serving.together.run(partial(time.sleep, 0.5)))
+        asked = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
+        answers = [answer.json()["personalization"] for answer in asked]
+        await busy
+    assert batches[0] > 4, "records of several users went through the encoder at once"
+    assert len(batches) < len(askers)
+    for one, other in zip(answers, alone, strict=True):
+        assert one["records"] == other["records"]
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+async def test_a_stream_of_the_pick_begins_at_once_and_ends_with_it(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        stream = await world.sdk().chat.completions.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", stream=True
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TAGS.labels
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert chunks[-1].model_extra is not None
+        assert chunks[-1].model_extra["personalization"]["request_id"]
+
+
+async def test_a_stream_begins_before_a_slow_upstream_and_is_seen_to_live(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role before anything was answered, comments while nothing is, then the pick."""
+    monkeypatch.setattr("hydra_llm.gateway.openai_routes.KEEP_ALIVE_SECONDS", 0.05)
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        go, complete = asyncio.Event(), world.upstream.complete
+
+        async def slow(body: Any) -> Any:
+            await go.wait()
+            return await complete(body)
+
+        monkeypatch.setattr(world.upstream, "complete", slow)
+        body = {
+            "model": "m",
+            "user": "ada",
+            "stream": True,
+            "messages": [{"role": "user", "content": QUESTION}],
+        }
+        pieces = streamed(world.app, body)
+        first = json.loads((await anext(pieces)).removeprefix("data: "))
+        assert first["choices"][0]["delta"]["role"] == "assistant"
+        assert [await anext(pieces) for _ in range(3)] == [": still working"] * 3
+        go.set()
+        rest = [piece async for piece in pieces if piece != ": still working"]
+        assert rest[-1] == "data: [DONE]"
+        said = "".join(
+            json.loads(piece.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+            for piece in rest[:-1]
+        )
+        assert said in TAGS.labels
+
+
+async def test_feedback_moves_the_head_once_in_any_order(
+    either: Store, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    other = Store(f"sqlite:///{tmp_path / 'other.db'}")
+    heads = []
+    for place, order in ((either, [0, 1, 2, 3]), (other, [2, 0, 3, 1])):
+        place.add_records("ada", records_of("ada", 6))
+        async with running(place, bundles["titles"], candidates=3) as world:
+            ids = [
+                (await world.ask(f"{texts[1]} again")).json()["personalization"]["request_id"]
+                for texts in [*TOPICS.values()]
+            ]
+            ids.append((await world.ask(QUESTION)).json()["personalization"]["request_id"])
+            said = [{"chosen": 1}, {"rejected": True}, {"rating": 0.9}, {"edited": "calm at last"}]
+            for i in order:
+                answer = await world.http.post(
+                    "/v1/feedback", json={"request_id": ids[i], **said[i]}
+                )
+                assert answer.status_code == 200, answer.text
+            assert answer.json()["head_moved"]
+            again = await world.http.post("/v1/feedback", json={"request_id": ids[0], **said[0]})
+            assert again.json()["repeated"]
+            differs = await world.http.post(
+                "/v1/feedback", json={"request_id": ids[0], "chosen": 0}
+            )
+            assert differs.status_code == 409
+            bundle = world.app.state.gateway.serving.id
+            heads.append(place.heads("ada", bundle)["adapter"].delta)
+            outputs = [record.output for record in place.records("ada")[1]]
+            assert "calm at last" in outputs
+            assert len(outputs) == 6 + 3, (
+                "what was chosen, rated well or edited is a record; what was rejected is none"
+            )
+    other.close()
+    assert heads[0] != b"\0" * len(heads[0])
+    import numpy as np
+
+    assert np.allclose(*(np.frombuffer(head, "<f4") for head in heads), atol=1e-4)
+
+
+async def test_feedback_changes_what_is_picked(either: Store, bundles: dict[str, Path]) -> None:
+    either.add_records("ada", records_of("ada"))
+    async with running(either, bundles["tags"], candidates=3, caution=0) as world:
+        await fitted(world, "ada")
+        before = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
+        wanted = next(label for label in TAGS.labels if label != before)
+        for _ in range(8):
+            told = (await world.ask(QUESTION)).json()["personalization"]
+            await world.http.post(
+                "/v1/feedback", json={"request_id": told["request_id"], "edited": wanted}
+            )
+        after = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
+        assert (before, after) == (tastes("ada")["war"], wanted)
+        await fitted(world, "ada")
+        assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == wanted, (
+            "a new fit knows it from the records"
+        )
+
+
+async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str, Path]) -> None:
+    """A rejected answer becomes no record: the fitted head alone would have forgotten it."""
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        bundle = world.app.state.gateway.serving.id
+        for said in ({"rejected": True}, {"rating": 0.1}, {"edited": "calm"}):
+            id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+            assert (await world.http.post("/v1/feedback", json={"request_id": id, **said})).json()[
+                "head_moved"
+            ]
+        await fitted(world, "ada")
+        heads = store.heads("ada", bundle)
+        assert heads["adapter"].delta != heads["fitted"].delta
+        assert [each.content["said"] for each in store.judged("ada")] == [
+            {"rejected": True},
+            {"rating": 0.1},
+        ], "the edit is a record"
+        await fitted(world, "ada")
+        assert store.heads("ada", bundle) == heads, "and again, from the fitted head, not on top"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ({}, 400),
+        ({"chosen": 0, "rejected": True}, 400),
+        ({"chosen": 99}, 400),
+        ({"rating": 2}, 400),
+        ({"chosen": 0, "request_id": "req_unknown"}, 404),
+    ],
+)
+async def test_feedback_that_makes_no_sense(
+    store: Store, said: dict[str, Any], status: int
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+        answer = await world.http.post("/v1/feedback", json={"request_id": id, **said})
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+# ---- never worse
+
+
+async def test_whatever_fails_the_caller_gets_an_answer(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_records("ada", records_of("ada"))
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError("a bug with ada's texts")
+
+    async with running(store, bundles["tags"], candidates=3) as world:
+        serving = world.app.state.gateway.serving
+        fault = UpstreamError(500, "down")
+        world.upstream.faults = [fault]  # the first candidate fails, the samples come
+        assert (await world.ask(QUESTION)).status_code == 200
+        world.upstream.faults = [None, fault]
+        assert (await world.ask(QUESTION)).json()["usage"]["total_tokens"] == 11, (
+            "the first candidate alone"
+        )
+        world.upstream.faults = [fault, fault]
+        assert (await world.ask(QUESTION)).status_code == 500
+        world.upstream.faults = [UpstreamError(400, "too long"), UpstreamError(400, "too long")]
+        plain = await world.ask(QUESTION)
+        assert plain.headers["x-hydra-personalized"] == "false; reason=upstream-refused"
+        assert len(world.upstream.bodies[-1]["messages"]) == 1
+        monkeypatch.setattr(serving.adapter, "choose", broken)
+        assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == "calm"
+        monkeypatch.setattr(serving.reranker, "order", broken)
+        assert (await world.ask(QUESTION)).headers["x-hydra-personalized"] == "true"
+        figures = (await world.http.get("/metrics")).text
+        for part in ("candidates", "records", "adapter", "reranker"):
+            assert f'hydra_failures_total{{part="{part}"}}' in figures
+        assert '"ada"' not in figures
+        store.engine.dispose()
+        monkeypatch.setattr(
+            world.app.state.gateway.store,
+            "state",
+            lambda user: (_ for _ in ()).throw(_store_error()),
+        )
+        answer = await world.ask(QUESTION)
+        assert answer.headers["x-hydra-personalized"] == "false; reason=store-failure"
+
+
+def _store_error() -> Exception:
+    from hydra_llm.errors import StoreError
+
+    return StoreError("gone")
+
+
+async def test_an_upstream_that_gives_one_choice_at_a_time_is_asked_for_each(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=4) as world:
+        world.upstream.most = 1
+        assert (await world.ask(QUESTION)).json()["usage"]["total_tokens"] == 22, (
+            "the caller's own and one sample"
+        )
+        world.upstream.bodies.clear()
+        said = iter(["odd", "loud", "calm", "odd"])
+        world.upstream.rule = lambda body, index: next(said)
+        assert (await world.ask(QUESTION, seed=5)).json()["usage"]["total_tokens"] == 44
+        assert [body.get("seed") for body in world.upstream.bodies] == [5, 6, 7, 8]
+        assert all("n" not in body or body["n"] == 1 for body in world.upstream.bodies)
+
+
+async def test_the_callers_own_n_is_kept_whatever_becomes_of_the_samples(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=4) as world:
+        world.upstream.faults = [None, UpstreamError(500, "down")]
+        assert len((await world.ask(QUESTION, n=3)).json()["choices"]) == 3
+        assert [body["n"] for body in world.upstream.bodies] == [3, 1]
+        world.upstream.bodies.clear()
+        assert len((await world.ask(QUESTION, n=6)).json()["choices"]) == 6
+        assert [body["n"] for body in world.upstream.bodies] == [6], (
+            "more than candidates: there is nothing to add"
+        )
+
+
+async def test_a_streamed_pick_keeps_what_else_the_upstream_said(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    logprobs = {"content": [{"token": "calm", "logprob": -0.5, "bytes": None, "top_logprobs": []}]}
+    async with running(store, bundles["titles"], candidates=2) as world:
+        plain = world.upstream.complete
+
+        async def with_more(body: Any) -> Any:
+            made = await plain(body)
+            for choice in made["choices"]:
+                choice["message"]["refusal"], choice["logprobs"] = "I would rather not", logprobs
+            return made
+
+        world.upstream.complete = with_more  # type: ignore[method-assign]
+        messages = [{"role": "user", "content": QUESTION}]
+        stream = await world.sdk().chat.completions.create(
+            model="m", messages=messages, user="ada", stream=True
+        )
+        choices = [chunk.choices[0] async for chunk in stream if chunk.choices]
+    assert "".join(choice.delta.refusal or "" for choice in choices) == "I would rather not"
+    assert "".join(choice.delta.content or "" for choice in choices)
+    assert [choice.logprobs.content[0].token for choice in choices if choice.logprobs] == ["calm"]
+
+
+# ---- records, deletion, keys
+
+
+async def test_records_are_added_listed_and_deleted(either: Store) -> None:
+    async with running(either, max_records=3, max_records_per_request=2) as world:
+        one = {"id": "1", "input": "a", "output": "b", "time": "2020"}
+        assert (await world.http.post("/v1/users/ada/records", json={"records": [one]})).json() == {
+            "added": 1,
+            "changed": 0,
+            "unchanged": 0,
+        }
+        assert (await world.http.post("/v1/users/ada/records", json={"records": [one]})).json()[
+            "unchanged"
+        ] == 1
+        assert (await world.http.get("/v1/users/ada/records")).json()["data"] == [one]
+        two = [{"id": i, "input": "a", "output": "b"} for i in ("2", "3")]
+        assert (
+            await world.http.post("/v1/users/ada/records", json={"records": two})
+        ).status_code == 200
+        assert (
+            await world.http.post("/v1/users/ada/records", json={"records": [{**one, "id": "4"}]})
+        ).status_code == 413
+        assert (await world.http.delete("/v1/users/ada/records/1")).status_code == 200
+        assert (await world.http.delete("/v1/users/ada/records/1")).status_code == 404
+        for broken in (
+            {"input": ""},
+            {"output": "x\0y"},
+            {"time": "yesterday"},
+            {"id": ""},
+            {"more": 1},
+        ):
+            answer = await world.http.post(
+                "/v1/users/ada/records", json={"records": [{**one, **broken}]}
+            )
+            assert answer.status_code == 400, broken
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_after_a_deletion_nothing_is_left_and_others_answers_are_the_same_bits(
+    store: Store, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("ada", "bob"):
+        store.add_records(user, records_of(user))
+    store.add_records("ada", [records_of("marmalade", 1)[0]])
+    async with running(store, bundles["tags"], candidates=3) as world:
+        for user in ("ada", "bob"):
+            await fitted(world, user)
+        told = (await world.ask("marmalade question")).json()["personalization"]
+        assert holds(tmp_path, b"marmalade question")
+        await world.http.post(
+            "/v1/feedback", json={"request_id": told["request_id"], "edited": "odd"}
+        )
+        before = (await world.ask(QUESTION, "bob")).json()
+        assert (
+            before["personalization"]["scores"]
+            == (await world.ask(QUESTION, "bob")).json()["personalization"]["scores"]
+        )
+        export = (await world.http.get("/v1/users/ada/export")).json()
+        assert {head["scorer"] for head in export["heads"]} >= {"adapter", "reranker", "fitted"}
+        deleted = (await world.http.delete("/v1/users/ada")).json()
+        assert deleted["deleted"]["feedback"] == 1
+        assert deleted["in_shared_base"] is False
+        assert (await world.ask(QUESTION, "ada")).headers[
+            "x-hydra-personalized"
+        ] == "false; reason=unknown-user"
+        after = (await world.ask(QUESTION, "bob")).json()
+        assert after["personalization"]["scores"] == before["personalization"]["scores"]
+        assert after["choices"] == before["choices"]
+        for path in ("export", "records"):
+            assert (await world.http.get(f"/v1/users/ada/{path}")).status_code == 404
+        store.scrub()
+        assert not holds(tmp_path, b"marmalade question")
+
+
+def holds(folder: Path, needle: bytes) -> bool:
+    """Whether any file in a folder holds these bytes."""
+    return any(needle in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+ENDPOINTS = [
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"model": "m", "messages": [{"role": "user", "content": "x"}], "user": "{user}"},
+    ),
+    ("POST", "/v1/users/{user}/records", {"records": [{"id": "9", "input": "a", "output": "b"}]}),
+    ("GET", "/v1/users/{user}/records", None),
+    ("DELETE", "/v1/users/{user}/records/r1", None),
+    ("POST", "/v1/feedback", {"request_id": "req_{user}", "rejected": True}),
+    ("POST", "/v1/users/{user}/fit", None),
+    ("GET", "/v1/users/{user}/jobs/job-{user}", None),
+    ("GET", "/v1/users/{user}/export", None),
+    ("DELETE", "/v1/users/{user}", None),
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/m", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
+async def test_nobody_reaches_another_user(
+    either: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    from hydra_llm.store.values import Request
+
+    for user in ("ada", "bob"):
+        either.add_records(user, records_of(user))
+        either.add_job(f"job-{user}", user, "fit")
+        content = {
+            "candidates": [{"text": "a", "answer": "a", "votes": 1, "greedy": True}],
+            "chosen": 0,
+            "visible": 1,
+        }
+        either.keep_request(Request(f"req_{user}", user, time.time(), "", "q", content))
+    keys = {
+        "admin": make_key(either, admin=True)[1],
+        "ada": make_key(either, users=["ada"])[1],
+        "two": make_key(either, users=["ada", "x"])[1],
+    }
+    revoked, secret = make_key(either, users=["bob"])
+    either.revoke_key(revoked.id)
+    keys |= {
+        "revoked": secret,
+        "wrong": keys["ada"][:-1] + ("a" if keys["ada"][-1] != "a" else "b"),
+        "none": "",
+    }
+
+    def filled(user: str) -> tuple[str, Any]:
+        return path.replace("{user}", user), json.loads(json.dumps(body).replace("{user}", user))
+
+    async with running(either, bundles["tags"], candidates=2) as world:
+        for name, key in keys.items():
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            where, sent = filled("bob")
+            before = either.export_user("bob") if name != "admin" else None
+            answer = await world.http.request(method, where, json=sent, headers=headers)
+            if name == "admin":
+                assert answer.status_code < 300, answer.text
+                either.add_records("bob", records_of("bob"))
+                continue
+            wanted = (404 if "feedback" in path else 403) if name in ("ada", "two") else 401
+            if (name == "ada" and path.endswith("completions")) or (
+                name in ("ada", "two") and "models" in path
+            ):
+                # as ada: the key's only user stands above what a request names; and models are
+                # nobody's
+                wanted = 200
+            assert answer.status_code == wanted, (name, answer.text)
+            now = either.export_user("bob")
+            assert before is not None
+            assert now is not None
+            assert {k: v for k, v in now.items() if k != "jobs"} == {
+                k: v for k, v in before.items() if k != "jobs"
+            }
+        where, sent = filled("ada")
+        answer = await world.http.request(
+            method, where, json=sent, headers={"authorization": f"Bearer {keys['ada']}"}
+        )
+        assert answer.status_code < 300, answer.text
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
+async def test_before_the_first_key_every_key_will_do_and_then_none_of_those(
+    store: Store, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """On loopback: whoever tries the program on a desk needs no key; from the first one on, only
+    keys that were made open the door.
+    """
+    store.add_records("bob", records_of("bob"))
+    store.add_job("job-bob", "bob", "fit")
+    where, sent = (
+        path.replace("{user}", "bob"),
+        json.loads(json.dumps(body).replace("{user}", "bob")),
+    )
+    async with running(store) as world:
+        for key in ("", "any", "hk-made-up"):
+            answer = await world.http.request(
+                method, where, json=sent, headers={"authorization": f"Bearer {key}"} if key else {}
+            )
+            assert answer.status_code not in (401, 403), answer.text
+            store.add_records("bob", records_of("bob"))
+        _, secret = make_key(store, admin=True)
+        for key in ("", "any", "hk-made-up"):
+            answer = await world.http.request(
+                method, where, json=sent, headers={"authorization": f"Bearer {key}"} if key else {}
+            )
+            assert answer.status_code == 401
+        answer = await world.http.request(
+            method, where, json=sent, headers={"authorization": f"Bearer {secret}"}
+        )
+        assert answer.status_code not in (401, 403), answer.text
+
+
+async def test_beyond_loopback_nobody_comes_in_without_a_key(store: Store) -> None:
+    async with running(store, on_loopback=False) as world:
+        assert (await world.ask(QUESTION)).status_code == 401
+        assert (await world.http.get("/health/liveness")).status_code == 200
+        assert (await world.http.get("/metrics")).status_code == 200
+
+
+async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        _, secret = make_key(store, users=["ada"])
+        made = await world.sdk(secret).chat.completions.with_raw_response.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}]
+        )
+        assert made.headers["x-hydra-personalized"] == "true"
+        with pytest.raises(openai.AuthenticationError):
+            await world.sdk("hk-nope").models.list()
+        named = await world.http.post(
+            "/v1/chat/completions",
+            json={"model": "m", "messages": [{"role": "user", "content": QUESTION}], "user": "bob"},
+            headers={"authorization": f"Bearer {secret}"},
+        )
+        assert named.headers["x-hydra-personalized"] == "true", (
+            "the key's user stands above what the request names"
+        )
+        _, of_two = make_key(store, users=["ada", "eve"])
+        named_otherwise: list[dict[str, Any]] = [
+            {"user": "bob"},
+            {"safety_identifier": "bob"},
+            {"metadata": {"user_id": "bob"}},
+            {"extra_headers": {"x-hydra-user": "bob"}},
+        ]
+        for how in named_otherwise:
+            with pytest.raises(openai.PermissionDeniedError):
+                await world.sdk(of_two).chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": "x"}], **how
+                )
+
+
+async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answer(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))  # nobody's features are here
+    many = [
+        Record("ada", f"r{i}", f"{word} number {i} of the sea", "calm")
+        for i, word in enumerate(["storm", "whale", "boat"] * 30)
+    ]
+    store.add_records("ada", many)
+    async with running(store, bundles["tags"], warm=False, candidates=3) as world:
+        first = await world.ask(QUESTION)
+        assert first.headers["x-hydra-personalized"] == "true"
+        told = first.json()["personalization"]
+        assert (told["candidates"], told["warm"]) == (1, False)
+        for _ in range(200):
+            told = (await world.ask(QUESTION)).json()["personalization"]
+            assert (told["candidates"] > 1) == told["warm"]
+            if told["warm"]:
+                break
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("the history is never warm")
+
+
+async def test_a_deletion_amid_the_warming_leaves_no_features(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    records = [Record("ada", f"r{i}", f"storm number {i} of the sea", "calm") for i in range(60)]
+    async with running(store, bundles["tags"], warm=False, candidates=2) as world:
+        serving = world.app.state.gateway.serving
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
+        await world.http.post("/v1/users/ada/records", json={"records": sent})
+        await world.ask(QUESTION)
+        assert serving.retriever._index.cache_info().currsize == 1
+        assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
+        assert (await world.http.delete("/v1/users/ada")).status_code == 200
+        for _ in range(500):
+            if serving.warming.idle:
+                break
+            await asyncio.sleep(0.02)
+        await serving.together.run(lambda: None)
+        mine = [text for text in texts_of(records) if text != "calm"]
+        assert serving.bundle.store.missing(mine) == len(mine)
+        assert serving.retriever._index.cache_info().currsize == 0
+
+
+async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
+    """The server's own key must not open what the caller's does not."""
+    import httpx2
+
+    from hydra_llm.gateway.upstream import HttpUpstream
+
+    asked = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url.raw_path.decode())
+        return httpx2.Response(200, json={"id": "x"})
+
+    async with running(store) as world:
+        world.app.state.gateway.upstream = HttpUpstream(
+            "http://up/v1", "k", timeout=1, transport=httpx2.MockTransport(answer)
+        )
+        for path in (
+            "..%2Ffiles",
+            "..%2f..%2Fadmin",
+            "a%2F..%2F..%2Ffiles",
+            ".%2Fx",
+            "x%3Fq=1",
+            "x%23y",
+            "x%0ay",
+            "%2F%2Fevil",
+        ):
+            answered = await world.http.get(f"/v1/models/{path}")
+            assert answered.status_code in (200, 404, 502), path
+        assert all(
+            path.startswith("/v1/models/") and "?" not in path and ".." not in path
+            for path in asked
+        ), asked
+
+
+async def test_a_label_bundle_leaves_other_conversations_alone(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+        world.upstream.rule = lambda body, index: f"A poem, version {index}: calm is the sea."
+        answer = (await world.ask("Write a poem about the battle.")).json()
+        assert answer["choices"][0]["message"]["content"].startswith("A poem, version 0")
+
+
+async def test_what_was_accepted_is_kept_whole(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    for bundle in (None, bundles["titles"]):
+        async with running(store, bundle, candidates=2) as world:
+            world.upstream.rule = lambda body, index: f"Sure!\n\ndef f():\n    return {index}"
+            told = (await world.ask(QUESTION)).json()
+            said = told["choices"][0]["message"]["content"]
+            request = told["personalization"]["request_id"]
+            record = (
+                await world.http.post("/v1/feedback", json={"request_id": request, "chosen": 0})
+            ).json()["record"]
+            assert {r.id: r.output for r in store.records("ada")[1]}[record] == said
+            assert (await world.http.delete(f"/v1/users/ada/records/{record}")).status_code == 200
+            assert store.request(request) is None, "nor can it come back by its request"
+
+
+async def test_a_question_in_the_tasks_words_is_the_text_within_them(
+    store: Store, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """Scorers and records know inputs: an instruction around one would make all questions alike."""
+    learned = Bundle.load(bundles["tags"])
+    task = replace(learned.task, prompt="Which tag? text: {input}\nOne word.")
+    replace(learned, task=task, versions={}).save(tmp_path / "asking")
+    store.add_records("ada", records_of("ada"))
+    explained = {"personalization": {"explain": True}}
+    async with running(store, bundles["tags"], candidates=3) as world:
+        plain = (await world.ask(QUESTION, **explained)).json()["personalization"]
+    async with running(store, tmp_path / "asking", candidates=3) as world:
+        within = (await world.ask(task.ask(QUESTION), **explained)).json()["personalization"]
+        assert (within["records"], within["scores"]) == (plain["records"], plain["scores"])
+        shown = world.upstream.bodies[0]["messages"]
+        assert all(
+            message["content"].startswith("Which tag? text: ")
+            for message in shown
+            if message["role"] == "user"
+        )
+        assert shown[-1]["content"] == task.ask(QUESTION), "the caller's own is as it was"
+        told = await world.http.post(
+            "/v1/feedback", json={"request_id": within["request_id"], "edited": "odd"}
+        )
+        assert {r.id: r.input for r in store.records("ada")[1]}[told.json()["record"]] == QUESTION
+        other = await world.ask(QUESTION, **explained)
+        assert not any(
+            "Which tag?" in message["content"] for message in world.upstream.bodies[-1]["messages"]
+        )
+        assert other.headers["x-hydra-personalized"] == "true"
+
+
+async def test_records_that_an_upstream_cannot_take_are_left_out_of_streams_too(
+    store: Store,
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        world.upstream.faults = [UpstreamError(400, "too long")]
+        stream = await world.sdk().chat.completions.with_raw_response.create(
+            model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", stream=True
+        )
+        assert stream.headers["x-hydra-personalized"] == "false; reason=upstream-refused"
+        assert len(world.upstream.bodies[-1]["messages"]) == 1
+
+
+async def test_samples_that_are_refused_are_asked_for_otherwise(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        refused = UpstreamError(400, "n is not supported")
+        world.upstream.faults = [None, refused]
+        await world.ask(QUESTION)
+        world.upstream.bodies.clear()
+        world.upstream.faults = [None, refused, refused]
+        await world.ask(QUESTION)
+        assert [body.get("temperature") for body in world.upstream.bodies] == [None, 0.5, 0.5]
+        world.upstream.bodies.clear()
+        await world.ask(QUESTION)
+        assert [body.get("temperature") for body in world.upstream.bodies] == [None, None, None]
+        assert not any("n" in body for body in world.upstream.bodies)
+
+
+def test_a_steady_caller_is_not_starved() -> None:
+    from hydra_llm.gateway.app import Pace
+    from hydra_llm.gateway.schemas import ApiError
+
+    now = 0.0
+    pace, let_in, waits = Pace(60, clock=lambda: now), 0, set()
+    for _ in range(600):  # two a second for five minutes, where one is allowed
+        now += 0.5
+        try:
+            pace.check("k")
+            let_in += 1
+        except ApiError as error:
+            waits.add(error.headers["retry-after"])
+    assert 355 <= let_in <= 365, "the burst of a minute, and one a second"
+    assert waits == {"1"}
+
+
+async def test_learning_from_the_store(either: Store, tmp_path: Path) -> None:
+    for i in range(6):
+        either.add_records(f"user{i}", records_of(f"user{i}"))
+    task = {
+        "name": "tags",
+        "kind": "classification",
+        "prompt": "{input}",
+        "labels": list(TAGS.labels),
+    }
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    command = [
+        "learn",
+        "--store",
+        str(either.url),
+        "--llm",
+        "fake:rule=labels",
+        "--out",
+        str(tmp_path / "bundle"),
+    ]
+    small = [
+        f"--set={pair}"
+        for pair in (
+            "samples=3",
+            "retrieved=3",
+            "k=2",
+            "max_length=32",
+            f"cache={tmp_path / 'cache'}",
+        )
+    ]
+    assert (
+        await asyncio.to_thread(run, [*command, "--task", str(tmp_path / "task.json"), *small]) == 0
+    )
+    assert not holds(tmp_path / "bundle", b"user3")
+    assert {name for name in names(tmp_path) if name.startswith("bundle")} == {"bundle"}, (
+        "the LLM's answers quote users"
+    )
+    assert (
+        await asyncio.to_thread(
+            run, ["bundles", "use", str(tmp_path / "bundle"), "--store", str(either.url)]
+        )
+        == 0
+    )
+    async with running(either, candidates=3, caution=0) as world:
+        right = 0
+        for i in range(6):
+            for topic, texts in TOPICS.items():
+                answer = (await world.ask(f"{texts[0]} told twice", f"user{i}")).json()
+                right += answer["choices"][0]["message"]["content"] == tastes(f"user{i}")[topic]
+        assert right >= 14, "heads that were learned with the base serve at once"
+        deleted = (await world.http.delete("/v1/users/user3")).json()
+        assert deleted["in_shared_base"] is True
+
+
+async def test_a_body_in_chunks_is_cut_off_at_the_limit(store: Store) -> None:
+    """Without a length nobody knows it before: what is beyond the limit is not even read."""
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'{"model": "m", "messages": [{"role": "user", "content": "'
+        while True:
+            sent += 10_000
+            yield b"x" * 10_000
+
+    async with running(store, max_body_bytes=100_000) as world:
+        for path in ("/v1/chat/completions", "/v1/users/ada/records"):
+            sent = 0
+            answer = await world.http.post(
+                path, content=endless(), headers={"content-type": "application/json"}
+            )
+            assert answer.status_code == 413
+            assert "more than 100000 bytes" in answer.json()["error"]["message"]
+            assert sent <= 120_000
+        assert (await world.ask("x" * 1000)).status_code == 200
+
+
+async def test_limits(store: Store) -> None:
+    async with running(store, max_body_bytes=2048, requests_per_minute=3) as world:
+        assert (await world.ask("x" * 3000)).status_code == 413
+        codes = [(await world.ask("x")).status_code for _ in range(4)]
+        assert codes[-1] == 429
+        assert 200 in codes
+
+
+async def test_a_running_server_switches_to_another_bundle(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, candidates=3) as world:
+        assert (await world.ask(QUESTION)).json()["personalization"]["candidates"] == 1
+        assert (
+            await asyncio.to_thread(
+                run, ["bundles", "use", str(bundles["tags"]), "--store", str(store.url)]
+            )
+            == 0
+        )
+        for _ in range(300):
+            codes = [
+                answer.status_code
+                for answer in await asyncio.gather(*(world.ask(QUESTION) for _ in range(5)))
+            ]
+            assert codes == [200] * 5
+            if (await world.ask(QUESTION)).json()["personalization"][
+                "candidates"
+            ] == 3:  # switched, and ada's history is encoded
+                break
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("it does not switch")
+
+
+async def test_another_servers_write_is_seen_at_the_next_request(
+    either: Store, bundles: dict[str, Path]
+) -> None:
+    other = Store(str(either.url))
+    either.add_records("ada", records_of("ada", 3))
+    async with (
+        running(either, bundles["tags"], candidates=2) as world,
+        running(other, bundles["tags"], candidates=2) as second,
+    ):
+        first = (await world.ask(QUESTION, personalization={"k": 64})).json()["personalization"][
+            "records"
+        ]
+        new = records_of("ada", 9)[3:]
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in new]
+        await second.http.post("/v1/users/ada/records", json={"records": sent})
+        assert (
+            len(
+                (await world.ask(QUESTION, personalization={"k": 64})).json()["personalization"][
+                    "records"
+                ]
+            )
+            == len(first) + 6
+        )
+        await fitted(second, "ada")
+        serving = world.app.state.gateway.serving
+        await world.ask(QUESTION)
+        assert "adapter" in serving.people.at_hand("ada", either.state("ada").version).heads
+    other.close()
+
+
+async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
+    """The real SmolLM2 through the official SDK."""
+    from hydra_llm.config import Settings
+    from hydra_llm.gateway.upstream import EmbeddedUpstream
+    from hydra_llm.llm.gguf import smollm2
+
+    async with running(store) as world:
+        llm = smollm2("", Settings())
+        world.app.state.gateway.upstream = EmbeddedUpstream(llm)
+        client, messages = (
+            world.sdk(),
+            [{"role": "user", "content": "Tell me of a fox and the moon."}],
+        )
+        stream = await client.chat.completions.create(
+            model=llm.model,
+            messages=messages,
+            max_tokens=16,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+        whole = await client.chat.completions.create(
+            model=llm.model, messages=messages, max_tokens=16, temperature=0
+        )
+        assert (
+            "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            == whole.choices[0].message.content
+        )
+        assert len(chunks) > 10
+        assert chunks[-1].usage == whole.usage
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+        assert whole.choices[0].finish_reason == "length"
+        tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        with pytest.raises(openai.BadRequestError, match="texts alone"):
+            await client.chat.completions.create(model=llm.model, messages=messages, tools=[tool])
+        with pytest.raises(openai.BadRequestError, match="the context"):
+            await client.chat.completions.create(
+                model=llm.model, messages=[{"role": "user", "content": "fox " * 5000}], stream=True
+            )
+        await llm.aclose()
+
+
+async def test_the_page_of_the_docs_loads_nothing_from_elsewhere(store: Store) -> None:
+    async with running(store) as world:
+        page = (await world.http.get("/docs")).text
+        assert "https://" not in page
+        for name in re.findall(r'(?:src|href)="([^"]+)"', page):
+            assert (await world.http.get(name)).status_code == 200, name
+
+
+# ---- what a review found
+
+
+async def test_a_key_of_two_users_is_never_bound_to_the_one_who_is_left(either: Store) -> None:
+    for user in ("ada", "bob"):
+        either.add_records(user, records_of(user))
+    _, admin = make_key(either, admin=True)
+    _, secret = make_key(either, users=["ada", "bob"])
+    async with running(either) as world:
+        headers = {"authorization": f"Bearer {admin}"}
+        assert (await world.http.delete("/v1/users/ada", headers=headers)).status_code == 200
+        with pytest.raises(openai.PermissionDeniedError):
+            await world.sdk(secret).chat.completions.create(
+                model="m", messages=[{"role": "user", "content": QUESTION}], user="ada"
+            )
+        body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}]}
+        unnamed = await world.http.post(
+            "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}
+        )
+        assert unnamed.headers["x-hydra-personalized"] == "false; reason=no-user"
+
+
+async def test_a_deleted_user_leaves_no_features_whatever_was_done(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        serving = world.app.state.gateway.serving
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of("ada")]
+        await world.http.post("/v1/users/ada/records", json={"records": sent})
+        await world.http.post(
+            "/v1/users/ada/records",
+            json={"records": [{**sent[0], "input": "another text altogether"}]},
+        )
+        await fitted(world, "ada")
+        assert kept(tmp_path) > 0
+        id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+        await world.http.post("/v1/feedback", json={"request_id": id, "edited": "calm at last"})
+        await world.ask(QUESTION)
+        assert (await world.http.delete("/v1/users/ada")).status_code == 200
+        await serving.together.run(lambda: None)
+        assert kept(tmp_path) == 0
+
+
+def kept(folder: Path) -> int:
+    """Features in the file."""
+    with sqlite3.connect(folder / "cache" / "features.sqlite") as file:
+        return int(file.execute("SELECT count(*) FROM features").fetchone()[0])
+
+
+async def test_a_replaced_record_takes_its_heads_with_it(
+    either: Store, bundles: dict[str, Path]
+) -> None:
+    either.add_records("ada", records_of("ada"))
+    async with running(either, bundles["tags"]) as world:
+        await fitted(world, "ada")
+        bundle = world.app.state.gateway.serving.id
+        assert either.heads("ada", bundle)
+        assert (
+            await world.http.post(
+                "/v1/users/ada/records",
+                json={"records": [{"id": "r0", "input": "x", "output": "odd"}]},
+            )
+        ).json()["changed"] == 1
+        assert not either.heads("ada", bundle)
+
+
+async def test_what_comes_after_a_switch_of_bundles_still_gets_an_answer(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        gateway = world.app.state.gateway
+        plain = world.upstream.complete
+
+        async def slow(body: Any) -> Any:
+            gateway.serving.close()  # as when the old scorers' time is up
+            return await plain(body)
+
+        world.upstream.complete = slow  # type: ignore[method-assign]
+        answer = await world.ask(QUESTION)
+        assert answer.json()["choices"][0]["message"]["content"] == "calm"
+        assert (await world.ask(QUESTION)).headers[
+            "x-hydra-personalized"
+        ] == "false; reason=overloaded"
+
+
+async def test_a_user_deleted_while_old_scorers_answer_costs_no_answer(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        gateway = world.app.state.gateway
+        plain = world.upstream.complete
+
+        async def slow(body: Any) -> Any:
+            store.delete_user("ada")
+            gateway.serving.close()
+            return await plain(body)
+
+        world.upstream.complete = slow  # type: ignore[method-assign]
+        answer = await world.ask(QUESTION)
+        assert answer.status_code == 200
+        assert answer.json()["personalization"]["request_id"] is None
+
+
+async def test_a_bug_is_answered_in_openais_shape_and_its_text_stays_here(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quoted = "".join(
+        ["a", "d", "a"]
+    )  # a traceback shows lines of code, which may not name her here
+
+    def broken(name: str) -> Any:
+        raise RuntimeError(f"a bug with {name}'s texts, that is {quoted}'s")
+
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        monkeypatch.setattr(store, "records", broken)
+        answer = await world.http.get("/v1/users/ada/records")
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal_error"
+        monkeypatch.setattr(
+            store, "records", lambda name: (_ for _ in ()).throw(Overloaded("full"))
+        )
+        assert (await world.http.get("/v1/users/ada/records")).json()["error"][
+            "code"
+        ] == "overloaded"
+    assert "RuntimeError" in caplog.text
+    assert quoted not in caplog.text
+
+
+async def test_logs_and_figures_hold_no_texts_no_keys_and_no_ids(
+    store: Store, bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    _, secret = make_key(store, users=["marmalade"])
+    store.add_records("marmalade", records_of("marmalade"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        world.http.headers["authorization"] = f"Bearer {secret}"
+        world.upstream.faults = [None, UpstreamError(500, "marmalade again")]
+        answer = await world.ask("a question of rhubarb", None)
+        assert answer.headers["x-hydra-personalized"] == "true"
+        said = {"request_id": answer.json()["personalization"]["request_id"], "edited": "loud"}
+        assert (await world.http.post("/v1/feedback", json=said)).status_code == 200
+        await fitted(world, "marmalade")
+        await world.http.post("/v1/chat/completions", content=b"rhubarb")
+        figures = (await world.http.get("/metrics")).text
+        assert (await world.http.delete("/v1/users/marmalade")).status_code == 200
+    said_here = "\n".join(
+        record.getMessage() for record in caplog.records if record.name != "httpx2"
+    )  # which is the client's too
+    for word in ("marmalade", "rhubarb", "storm", secret, secret.split("-")[-1]):
+        assert word not in said_here
+        assert word not in figures
+    assert "candidates failed" in said_here
+
+
+async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[str, Path]) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=3) as world:
+        plain = world.upstream.complete
+
+        async def odd(body: Any) -> Any:
+            return {
+                **await plain(body),
+                "usage": {"prompt_tokens": "many", "total_tokens": 3} if body.get("n") else "n/a",
+            }
+
+        world.upstream.complete = odd  # type: ignore[method-assign]
+        assert (await world.ask(QUESTION)).json()["usage"] == {
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "total_tokens": 3,
+        }
+
+
+def test_what_several_completions_cost_in_detail() -> None:
+    """Cached and reasoning tokens have prices of their own."""
+    one = {
+        "prompt_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 8, "audio_tokens": None},
+        "total_tokens": 12,
+    }
+    other = {
+        **one,
+        "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    assert usage_of(
+        [{"usage": one}, {"usage": other}, {"usage": {"prompt_tokens_details": "n/a"}}, {}]
+    ) == {
+        "prompt_tokens": 20,
+        "completion_tokens": 0,
+        "total_tokens": 24,
+        "prompt_tokens_details": {"cached_tokens": 9},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    assert usage_of([{"usage": one}]) == one
+
+
+async def test_a_users_header_may_be_utf_8(store: Store) -> None:
+    store.add_records("zoë", records_of("zoë"))
+    async with running(store) as world:
+        body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}]}
+        answer = await world.http.post(
+            "/v1/chat/completions", json=body, headers={"x-hydra-user": "zoë".encode()}
+        )
+        assert answer.headers["x-hydra-personalized"] == "true"
+
+
+def test_habits_are_a_models_own_pass_and_are_not_learned_from_a_callers_seed() -> None:
+    now = [0.0]
+    habits, fine = CapabilityCache(lambda: now[0]), {"choices": [{}]}
+    refused = UpstreamError(400, "no")
+    habits.learn({"model": "a", "seed": 1}, [fine, refused], 3)
+    habits.learn({"model": "a"}, [refused, refused], 3)
+    assert habits.of({"model": "a"}) == Capabilities()
+    habits.learn({"model": "a"}, [fine, refused], 3)
+    assert (habits.of({"model": "a"}).native_n, habits.of({"model": "b"}).native_n) == (False, True)
+    habits.learn({"model": "a"}, [fine, fine, refused], 3)
+    assert not habits.of({"model": "a"}).own_temperature
+    now[0] = 601.0
+    assert habits.of({"model": "a"}) == Capabilities()
+
+
+async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:
+    async with running(store) as world:
+        schema = (await world.http.get("/openapi.json")).json()["paths"]
+    there = {
+        (method.upper(), re.sub(r"{[^}]+}", "*", path))
+        for path, ways in schema.items()
+        for method in ways
+    }
+    tested = {
+        (method, re.sub(r"(users|records|jobs|models)/[^/]+", r"\1/*", path))
+        for method, path, _ in ENDPOINTS
+    }
+    assert {each for each in there if not each[1].startswith(("/health", "/metrics"))} == tested, (
+        "figures of nobody need no key"
+    )
+
+
+async def test_ids_may_hold_whatever_a_url_can_encode(store: Store) -> None:
+    user, id = "org/ada 1%2F?#ü", "records/1/x?%"
+    async with running(store) as world:
+        place = f"/v1/users/{quote(user, safe='')}"
+        sent = {"records": [{"id": id, "input": "a question", "output": "b"}]}
+        assert (await world.http.post(f"{place}/records", json=sent)).json()["added"] == 1
+        assert store.users() == [user]
+        assert (await world.ask("a question", user)).headers["x-hydra-personalized"] == "true"
+        assert [
+            each["id"] for each in (await world.http.get(f"{place}/records")).json()["data"]
+        ] == [id]
+        assert (await world.http.get(f"{place}/export")).json()["user"] == user
+        assert (await world.http.delete(f"{place}/records/{quote(id, safe='')}")).status_code == 200
+        assert (await world.http.delete(place)).json()["deleted"]["requests"] == 1
+
+
+async def test_spans_have_models_and_tokens_and_end_with_the_stream(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[Any] = []
+
+    class Fake(NonRecordingSpan):
+        def __init__(self, **attributes: Any):
+            super().__init__(INVALID_SPAN_CONTEXT)
+            self.attributes, self.ended = attributes, 0
+
+        def set_attribute(self, key: str, value: Any) -> None:
+            self.attributes[key] = value
+
+        def end(self, end_time: int | None = None) -> None:
+            self.ended += 1
+
+    def start(name: str, *, kind: Any, attributes: dict[str, Any]) -> Any:
+        spans.append(Fake(**attributes))
+        return spans[-1]
+
+    monkeypatch.setattr("hydra_llm.gateway.telemetry.tracer", SimpleNamespace(start_span=start))
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"], candidates=2) as world:
+        await world.ask(QUESTION)
+        await world.ask(QUESTION, stream=True)
+        world.upstream.faults = [UpstreamError(500, "down")] * 2
+        await world.ask(QUESTION)
+    assert [span.ended for span in spans] == [1, 1, 1]
+    assert [span.attributes.get("gen_ai.usage.output_tokens") for span in spans] == [2, 2, None]
+    assert "ada" not in str([span.attributes for span in spans])

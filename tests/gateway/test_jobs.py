@@ -1,0 +1,89 @@
+"""A fit that is stopped: by the end of the server, or of the user."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio.lowlevel
+import pytest
+
+from hydra_llm.config import load_settings
+from hydra_llm.gateway.deployment import Deployment, open_deployment
+from hydra_llm.gateway.jobs import Worker
+from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.store.store import Store
+from hydra_llm.types import Generation, Message
+
+from .conftest import anything, records_of
+
+
+class FarAway(RuleLLM):
+    """One that is waited for, so that a call can be taken back."""
+
+    async def generate(self, *asked: Any, **how: Any) -> Generation:
+        await anyio.lowlevel.checkpoint()
+        return await super().generate(*asked, **how)
+
+
+@pytest.fixture
+def serving(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Deployment]:
+    monkeypatch.setenv("HYDRA_CONCURRENCY", "1")  # one question after the other
+    made = open_deployment(
+        store, TimedReads(5.0), bundles["titles"], ServeSettings(), load_settings()
+    )
+    yield made
+    made.close()
+
+
+def asked(store: Store, serving: Deployment, first: Callable[[Worker], None]) -> int:
+    """How often a fit of ada asks the LLM, where something happens at the first time."""
+    asked = 0
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        nonlocal asked
+        if not asked:
+            first(worker)
+        asked += 1
+        return anything(messages, index, rng)
+
+    worker = Worker(store, lambda: serving, FarAway(rule))
+    store.add_records("ada", records_of("ada"))
+    store.add_job("fit", "ada", "fit")
+    job = store.claim_job()
+    assert job is not None
+    worker._do(job)
+    return asked
+
+
+def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
+    store: Store, serving: Deployment
+) -> None:
+    whole = asked(store, serving, lambda worker: None)
+    job = store.job("fit")
+    assert job is not None
+    assert job.state == "done"
+    store.delete_user("ada")
+    assert serving.bundle is not None
+    kept = len(serving.bundle.store._passing), len(serving.bundle.store._memory)
+    assert 0 < asked(store, serving, lambda worker: store.delete_user("ada") and None) <= whole / 2
+    assert store.job("fit") is None
+    assert (
+        (len(serving.bundle.store._passing), len(serving.bundle.store._memory)) == kept == (0, 0)
+    ), "a fit has a memory of its own"
+
+
+def test_a_fit_amid_which_the_server_ends_waits_for_the_next(
+    store: Store, serving: Deployment
+) -> None:
+    def end(worker: Worker) -> None:
+        worker._ended = True
+
+    assert asked(store, serving, end) > 0
+    job = store.job("fit")
+    assert job is not None
+    assert (job.state, job.error) == ("waiting", "")

@@ -1,0 +1,164 @@
+"""Servers as processes of their own, `hydra-llm serve`: how they start, what two of them have in
+common, and how they end.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from hydra_llm.cli.main import run
+
+from .conftest import records_of
+from .test_chaos import GOOD, MESSAGES, framed, said, stream_that, upstream_of, whole
+
+pytestmark = pytest.mark.anyio
+SERVE = [sys.executable, "-m", "hydra_llm", "serve", "--port", "0"]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list[str]]]:
+    """A server process, its URL, and what it said until it told that; whoever asks it before it is
+    up waits.
+    """
+    process = subprocess.Popen(
+        [*SERVE, *arguments], env={**os.environ, "OPENAI_API_KEY": "x"}, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    try:
+        lines = [process.stderr.readline().decode()]
+        while not lines[-1].startswith("serving on "):
+            assert lines[-1], f"it does not start: {lines}"
+            lines.append(process.stderr.readline().decode())
+        yield process, lines[-1].removeprefix("serving on ").removesuffix("/v1\n"), lines
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
+    tmp_path: Path, bundles: dict[str, Path]
+) -> None:
+    for name in ("one", "other"):
+        shutil.copytree(bundles["tags"], tmp_path / name)
+    where = ["--llm", "fake:echo", "--store", f"sqlite:///{tmp_path / 's.db'}"]
+    assert run(["bundles", "use", str(tmp_path / "one"), *where[2:]]) == 0
+    with served(*where, "--bundle", str(tmp_path / "other")) as (_, url, lines):
+        assert (
+            f"--bundle {tmp_path / 'other'} is not used: `hydra-llm bundles use` gave this store"
+            f" {tmp_path / 'one'}" in lines[1]
+        )
+        assert httpx2.get(f"{url}/health/readiness", timeout=60).status_code == 200
+        port = url.rpartition(":")[2]
+        second = subprocess.run([*SERVE, *where, "--port", port], capture_output=True, text=True)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert second.stderr.count("\n") == 1
+        assert (
+            f"--host 127.0.0.1 --port {port}: Address already in use: take another" in second.stderr
+        )
+
+
+def test_what_one_server_is_told_the_other_knows_at_its_next_request(url: str) -> None:
+    """Two processes on one database, the second asked by the official SDK as most programs use it:
+    not async.
+    """
+    where = ["--llm", "fake:echo", "--store", url]
+    with served(*where) as (_, one, _), served(*where) as (_, other, _):
+        http = httpx2.Client(base_url=f"{one}/v1", timeout=60)
+        client = openai.OpenAI(api_key="any", base_url=f"{other}/v1", timeout=60, max_retries=0)
+
+        def ask(**more: Any) -> tuple[str, Any]:
+            raw = client.chat.completions.with_raw_response.create(
+                model="fake:echo", messages=MESSAGES, user="ada", **more
+            )
+            return raw.headers["x-hydra-personalized"], raw.parse()
+
+        assert ask()[0] == "false; reason=unknown-user"
+        sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of("ada")]
+        assert http.post("/users/ada/records", json={"records": sent}).json()["added"] == 20
+        how, made = ask()
+        assert how == "true"
+        how, stream = ask(stream=True)
+        chunks = list(stream)
+        assert how == "true"
+        assert (
+            "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            == made.choices[0].message.content
+        )
+        assert [
+            chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason
+        ] == ["stop"]
+        assert "personalization" in chunks[-1].model_extra
+
+        told = http.post(
+            "/feedback", json={"request_id": made.personalization["request_id"], "edited": "mine"}
+        ).json()
+        assert told["record"] in ask()[1].personalization["records"]
+        assert http.delete("/users/ada").json()["deleted"]["records"] == 21
+        assert ask()[0] == "false; reason=unknown-user"
+        assert httpx2.get(f"{other}/v1/users/ada/records", timeout=60).status_code == 404
+
+
+async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path) -> None:
+    """Answers, and a stream; whoever comes then is told at once that nobody is there."""
+
+    async def slow(out: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.0)
+        await whole(200, GOOD)(out)
+
+    async def wait(_: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.5)
+
+    streamed = stream_that(wait, framed(said("whole", "stop"), b"data: [DONE]\n\n", b""))
+    body = {"model": "m", "messages": MESSAGES}
+    async with upstream_of(streamed, slow) as upstream:
+        spec = f"openai:m@{str(upstream._client.base_url).rstrip('/')}"
+        with served("--llm", spec, "--store", f"sqlite:///{tmp_path / 's.db'}") as (
+            process,
+            url,
+            _,
+        ):
+            async with (
+                httpx2.AsyncClient(base_url=url, timeout=60) as http,
+                http.stream(
+                    "POST", "/v1/chat/completions", json={**body, "stream": True}
+                ) as stream,
+            ):
+                lines = stream.aiter_lines()
+                assert "half " in await anext(lines)
+                asked = [
+                    asyncio.create_task(http.post("/v1/chat/completions", json=body))
+                    for _ in range(8)
+                ]
+                await asyncio.sleep(0.4)
+                process.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.3)
+                with pytest.raises(httpx2.ConnectError):
+                    await asyncio.wait_for(
+                        asyncio.to_thread(httpx2.get, f"{url}/health/liveness"), 5
+                    )
+                answers = await asyncio.gather(*asked)
+                assert [answer.status_code for answer in answers] == [200] * 8
+                rest = [line async for line in lines if line]
+                assert "whole" in rest[0]
+                assert rest[-1] == "data: [DONE]"
+            assert await asyncio.to_thread(process.wait, 30) == 0
+            assert process.stderr is not None
+            told = process.stderr.read().decode()
+            assert "requests in flight have ended" in told
+            assert "Traceback" not in told

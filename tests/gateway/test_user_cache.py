@@ -1,0 +1,47 @@
+"""Whom a server has in memory is whom the store has."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hydra_llm.gateway.user_cache import UserCache
+from hydra_llm.store.store import Store
+
+from .conftest import records_of, running
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("version", [2**60, 3])
+def test_nobody_is_at_hand_at_another_version(store: Store, version: int) -> None:
+    store.add_records("ada", records_of("ada"))
+    people = UserCache(store, None, 10)
+    person = people.load("ada")
+    assert person is not None
+    people.seat(person)
+    assert people.at_hand("ada", person.version) is person
+    assert people.at_hand("ada", version) is None
+
+
+async def test_a_user_who_was_made_anew_by_a_slow_clock_is_not_the_deleted_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server, whose clock is late, deletes the user and takes new records."""
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        assert (
+            len(
+                (await world.ask("a battle", personalization={"k": 64})).json()["personalization"][
+                    "records"
+                ]
+            )
+            > 1
+        )
+        other = Store(str(store.url))
+        other.delete_user("ada")
+        monkeypatch.setattr("hydra_llm.store.store.time", SimpleNamespace(time=lambda: 1e9))
+        other.add_records("ada", records_of("ada", 1))
+        other.close()
+        monkeypatch.undo()
+        told = (await world.ask("a battle", personalization={"k": 64})).json()["personalization"]
+        assert told["records"] == ["r0"]

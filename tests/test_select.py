@@ -1,0 +1,297 @@
+"""Choosing: what maximises the expected gain, by brute force; ties; scorers that see what is not
+there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.model.heads import LinearBank, make_bank
+from hydra_llm.model.interactions import Interaction, LabelBilinear, Tower
+from hydra_llm.model.laplace import LaplacePosterior
+from hydra_llm.model.scorer import Loss, Scorer
+from hydra_llm.select import (
+    TIE,
+    FirstCandidate,
+    LearnedSelector,
+    all_labels,
+    candidate_text,
+    first_best,
+    select,
+)
+from hydra_llm.side_features import CohortStats, Featurizer
+from hydra_llm.tasks.base import Task, overlap
+from hydra_llm.types import Candidate, Query, Record
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
+TITLES = Task("titles", "generation", "Title of: {input}")
+QUERY = Query("u", "q", "rain night")
+
+
+class Hashed:
+    """Texts as vectors of their words, without an encoder."""
+
+    version = 0
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(texts), 8), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.split() or [""]:
+                row += (
+                    np.random.default_rng(sum(map(ord, word))).standard_normal(8).astype(np.float32)
+                )
+            row /= np.linalg.norm(row)
+        return rows
+
+
+def texts(*answers: str) -> list[Candidate]:
+    return [Candidate(answer, answer, votes=1) for answer in answers]
+
+
+shares = st.lists(st.integers(0, 20), min_size=5, max_size=5).filter(any)
+
+
+@given(shares)
+def test_the_pick_of_ratings_is_the_median(weights: list[int]) -> None:
+    share = np.array(weights) / sum(weights)
+    pick = select(STARS, texts(*STARS.labels), np.log(share + 1e-9), share, "expected-gain")
+    below, above = sum(weights[: pick + 1]), sum(weights[pick:])
+    assert (
+        2 * below >= sum(weights) <= 2 * above
+    )  # half of the mass or more on either side, the pick included
+
+
+@given(st.lists(st.floats(-5, 5), min_size=3, max_size=3))
+def test_the_pick_of_labels_is_the_mode(scores: list[float]) -> None:
+    odds, first = (
+        np.exp(scores),
+        next(place for place, score in enumerate(scores) if score >= max(scores) - TIE),
+    )
+    for how in ("expected-gain", "best"):
+        assert select(TAGS, texts(*TAGS.labels), np.array(scores), odds / odds.sum(), how) == first
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.sampled_from(["a b", "a c", "b a c", "d", "d e f"]), min_size=1, max_size=5, unique=True
+    ),
+    shares,
+)
+def test_the_pick_of_texts_has_the_least_bayes_risk(answers: list[str], weights: list[int]) -> None:
+    weights = [weight + 1 for weight in weights[: len(answers)]]
+    share = np.array(weights) / sum(weights)
+    expected = [
+        sum(p * overlap(mine, gold) for p, gold in zip(share, answers, strict=True))
+        for mine in answers
+    ]
+    pick = select(TITLES, texts(*answers), np.log(share), share, "expected-gain")
+    assert expected[pick] == pytest.approx(max(expected), abs=TIE)
+    assert all(
+        value < max(expected) - TIE + 1e-9 for value in expected[:pick]
+    )  # the first of equals
+    assert select(TITLES, texts(*answers), np.log(share), share, "best") == weights.index(
+        max(weights)
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "how"), list(product((TAGS, STARS, TITLES), ("best", "expected-gain")))
+)
+def test_ties_go_to_the_first(task: Task, how: str) -> None:
+    answers = task.labels[1:3] or ("rain", "night")
+    assert select(task, texts(*answers), np.zeros(2), np.full(2, 0.5), how) == 0
+    assert select(task, texts(*reversed(answers)), np.zeros(2), np.full(2, 0.5), how) == 0
+
+
+def adapter(
+    task: Task,
+    *,
+    by_label: bool = False,
+    weights: dict[str, float] | None = None,
+    select: str = "best",
+    loss: Loss = "listwise",
+) -> LearnedSelector:
+    """A scorer that knows its evidence's weights, and of user u that everything is a little
+    different.
+    """
+    evidence = Featurizer(task, Hashed(), CohortStats())  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    interaction: Interaction = LabelBilinear(8, len(task.labels), 4) if by_label else Tower(8, 4)
+    scorer = Scorer(
+        interaction, make_bank("linear", interaction), evidence.adapter_names, loss=loss
+    ).eval()
+    for name, weight in (weights or {}).items():
+        scorer.vote_weight[evidence.adapter_names.index(name)] = weight
+    return LearnedSelector(scorer, evidence, select=select)
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> None:
+    chooser = adapter(TAGS, by_label=by_label, weights={"llm_votes": 1.0})
+    given = [
+        Candidate("what?", None, 9),
+        Candidate("odd", "odd", 1),
+        Candidate("The tag is calm", "calm", 5),
+    ]
+    scored, chosen, _ = chooser.choose(QUERY, given, [])
+    assert chosen == 2
+    assert [(c.text, c.answer, c.votes) for c in scored] == [
+        (c.text, c.answer, c.votes) for c in given
+    ]
+    assert scored[0].score is None is scored[0].probability  # what cannot be read is not scored
+    assert sum(c.probability or 0.0 for c in scored) == pytest.approx(1)
+    assert (scored[2].score or 0) > (scored[1].score or 0)
+    assert (scored[2].probability or 0) > (scored[1].probability or 0)
+
+
+def test_label_features_score_a_label_alike_whichever_others_are_offered() -> None:
+    chooser = adapter(TAGS, by_label=True)
+    assert isinstance(chooser.scorer.bank, LinearBank)
+    chooser.scorer.bank.shared.data.copy_(torch.randn(chooser.scorer.interaction.size))
+    alone, *_ = chooser.choose(QUERY, texts("odd"), [])
+    turned, *_ = chooser.choose(QUERY, texts("odd", "calm", "loud"), [])
+    assert turned[0].score == pytest.approx(alone[0].score)
+    assert alone[0].probability == pytest.approx(1)
+
+
+def test_binary_scores_become_shares_of_their_odds() -> None:
+    chooser = adapter(TAGS, loss="binary", weights={"llm_greedy": 2.0})
+    scored, chosen, _ = chooser.choose(
+        QUERY, [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)], []
+    )
+    odds = [1 / (1 + np.exp(-(c.score or 0.0))) for c in scored]
+    assert chosen == 1
+    assert [c.probability for c in scored] == pytest.approx([odd / sum(odds) for odd in odds])
+
+
+def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
+    chooser = adapter(TITLES)
+    assert isinstance(chooser.scorer.bank, LinearBank)
+    chooser.scorer.enrol(["u"])
+    candidates = texts("loud war film", "rain song", "quiet night")
+    strangers, first, _ = chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])
+    assert first == 0
+    assert {c.score for c in strangers} == {0.0}
+    features = []
+    for c in candidates:  # a head that points at the second candidate's features
+        one, *_ = chooser.choose(QUERY, [c], [])
+        features.append(one[0].score)
+    from hydra_llm.model.grouping import make_groups
+
+    rows = chooser.evidence.adapter(QUERY, candidates, chooser.evidence.vectorize([]))
+    cases = make_groups(
+        chooser.evidence.store,
+        chooser.scorer.interaction,
+        [QUERY.input],
+        [[c.text for c in candidates]],
+        [rows.tolist()],
+    )
+    phi = chooser.scorer.interaction(cases)[0].detach()
+    chooser.scorer.bank.weight[0] = 10 * (phi[1] - (phi[0] + phi[2]) / 2)
+    assert chooser.choose(QUERY, candidates, [])[1] == 1
+    assert chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])[1] == 0
+
+
+def test_nothing_readable_leaves_the_first() -> None:
+    candidates = [Candidate("?", None, 2), Candidate("!", None, 1)]
+    assert adapter(TAGS).choose(QUERY, candidates, []) == (candidates, 0, False)
+    assert FirstCandidate().choose(QUERY, candidates, []) == (candidates, 0, False)
+
+
+def test_the_users_history_moves_the_evidence() -> None:
+    chooser = adapter(TAGS, by_label=True, weights={"share_all": 1.0})
+    past = [Record("u", str(i), "rain night", "odd", position=i) for i in range(5)]
+    assert chooser.choose(QUERY, texts("calm", "loud", "odd"), past)[1] == 2
+    assert chooser.choose(QUERY, texts("calm", "loud", "odd"), [])[1] == 0
+
+
+def test_every_label_is_offered_once_with_its_votes() -> None:
+    odd = Candidate("It is odd", "odd", 3, greedy=True)
+    offered = all_labels(TAGS, [odd])
+    assert [c.answer for c in offered] == ["calm", "loud", "odd"]
+    assert offered[2] == odd
+    assert [c.votes for c in offered] == [0, 0, 3]
+    assert [candidate_text(TAGS, c) for c in offered] == [
+        "calm",
+        "loud",
+        "odd",
+    ]  # not the LLM's wording
+    assert candidate_text(TITLES, Candidate("A text", "a text")) == "A text"
+
+
+@pytest.mark.parametrize(
+    ("task", "by_label"), [(TAGS, True), (TAGS, False), (TITLES, False), (STARS, True)]
+)
+def test_caution_leaves_the_first_where_the_lead_is_less_than_the_heads_uncertainty(
+    task: Task, by_label: bool
+) -> None:
+    chooser = adapter(
+        task,
+        by_label=by_label,
+        weights={"llm_votes": 0.2, "llm_greedy": -0.5},
+        select="expected-gain",
+    )
+    scorer, (first, *others) = (
+        chooser.scorer,
+        task.labels or ("quiet rain night", "loud war film", "rain song in the night"),
+    )
+    offered = [
+        Candidate(first, first, 1, greedy=True),
+        *(replace(c, votes=3) for c in texts(*others)),
+    ]
+    chooser.caution = 1.0
+    assert not chooser.choose(QUERY, offered, []).abstained, (
+        "nothing is known of this bundle's uncertainty"
+    )
+    left = len(task.labels) if by_label else 1
+    scorer.curvature = LaplacePosterior(left, scorer.interaction.size // left)
+    scorer.prior_precision = torch.tensor(1e-4)
+    unsure = chooser.choose(QUERY, offered, [])
+    assert (unsure.abstained, unsure.chosen) == (True, 0)
+    scorer.prior_precision = torch.tensor(1e8)
+    sure = chooser.choose(QUERY, offered, [])
+    assert not sure.abstained
+    assert sure.chosen != 0
+    assert unsure.candidates == sure.candidates, "scores do not depend on caution"
+
+
+def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -> None:
+    for task, by_label in ((TAGS, True), (TITLES, False)):
+        chooser = adapter(task, by_label=by_label)
+        scorer = chooser.scorer
+        left = len(task.labels) if by_label else 1
+        scorer.curvature = LaplacePosterior(left, scorer.interaction.size // left)
+        scorer.curvature._keep(torch.eye(left), torch.eye(scorer.interaction.size // left))
+        scorer.prior_precision, scorer.scale = torch.tensor(2.0), torch.tensor(1.5)
+        scorer.enrol(["u"])
+        scorer.learned_from("u", 7)
+        groups = chooser._groups(QUERY, texts("calm", "loud", "odd"), [])
+        heads = (
+            torch.randn(20_000, scorer.interaction.size, generator=torch.Generator().manual_seed(0))
+            / 9**0.5
+        )
+        x = scorer.interaction(groups)
+        drawn = (
+            1.5 * scorer.interaction.dot(x[None].expand(len(heads), *x.shape), heads)[:, 0].detach()
+        )
+        found = scorer.covariance(groups, "u")
+        assert found is not None
+        assert torch.allclose(found, torch.cov(drawn.T), atol=0.05 * float(found.diagonal().max()))
+        stranger = scorer.covariance(groups, "stranger")
+        assert stranger is not None
+        assert torch.allclose(stranger, found * 9 / 2, atol=1e-5), "who has no head is less certain"
+
+
+def test_a_last_digit_is_no_lead() -> None:
+    values = np.array([0.2, 0.7, 0.7 + 1e-7, 0.7001])
+    assert first_best(values) == 3
+    assert first_best(values[:3]) == 1
+    assert first_best(-values) == 0

@@ -1,0 +1,225 @@
+"""Evidence against formulas written anew; what is missing stands at a neutral place; nothing later
+is seen (with pairs: test_pairs).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.errors import DataError
+from hydra_llm.side_features import (
+    BANDWIDTHS,
+    PSEUDO_COUNT,
+    RECENT_MEMORIES,
+    CohortStats,
+    Featurizer,
+    fit_stats,
+)
+from hydra_llm.tasks.base import Task, overlap
+from hydra_llm.types import Candidate, Query, Ranked, Record
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "5"))
+TITLES = Task("titles", "generation", "Title of: {input}")
+
+
+class Hashed:
+    """Texts as vectors of their words, without an encoder."""
+
+    version = 0
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(texts), 8), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.split() or [""]:
+                row += (
+                    np.random.default_rng(sum(map(ord, word))).standard_normal(8).astype(np.float32)
+                )
+            row /= np.linalg.norm(row)
+        return rows
+
+
+def maker(task: Task, population: CohortStats | None = None) -> Featurizer:
+    return Featurizer(task, Hashed(), population or CohortStats())  # type: ignore[arg-type]
+
+
+def past(*pairs: tuple[str, str]) -> list[Record]:
+    return [Record("u", str(i), text, output, position=i) for i, (text, output) in enumerate(pairs)]
+
+
+def cosine(one: str, other: str) -> float:
+    a, b = Hashed().texts([one, other]).astype(np.float64)
+    return float(a @ b)
+
+
+QUERY = Query("u", "q", "rain night")
+HISTORY = past(("rain night", "odd"), ("old war", "calm"), ("rain", "odd"), ("love song", "loud"))
+
+
+def test_label_shares_are_shrunk_to_the_populations() -> None:
+    own = maker(TAGS, CohortStats((0.5, 0.3, 0.2), reference=0.4))
+    table = own.adapter(
+        QUERY, [Candidate(label, label) for label in TAGS.labels], own.vectorize(HISTORY)
+    )
+    assert table.shape == (3, len(own.adapter_names))
+    for column, bandwidth in enumerate([*BANDWIDTHS, None]):
+        for row, (label, prior) in enumerate(zip(TAGS.labels, (0.5, 0.3, 0.2), strict=True)):
+            weights = [
+                1.0
+                if bandwidth is None
+                else math.exp((cosine(QUERY.input, r.input) - 0.4) / bandwidth)
+                for r in HISTORY
+            ]
+            mine = sum(
+                weight for weight, r in zip(weights, HISTORY, strict=True) if r.output == label
+            )
+            share = (mine + PSEUDO_COUNT * prior) / (sum(weights) + PSEUDO_COUNT)
+            assert table[row, column] == pytest.approx(math.log(share + 1e-4), abs=1e-4)
+
+
+def test_without_records_the_population_speaks() -> None:
+    own = maker(TAGS, CohortStats((0.5, 0.3, 0.2)))
+    table = own.adapter(
+        QUERY, [Candidate(label, label) for label in TAGS.labels], own.vectorize([])
+    )
+    assert table[:, 0] == pytest.approx(np.log([0.5001, 0.3001, 0.2001]))
+    assert not table[:, -2:].any()  # nobody was asked
+
+
+def test_votes_are_log_shares_and_silence_is_zero() -> None:
+    own = maker(TAGS)
+    asked = [
+        Candidate("odd", "odd", 3, greedy=True),
+        Candidate("calm", "calm", 1),
+        Candidate("loud", "loud"),
+    ]
+    table = own.adapter(QUERY, asked, own.vectorize([]))
+    at = own.adapter_names.index("llm_votes")
+    assert table[:, at] == pytest.approx(
+        [math.log(3.5 / 5.5 * 3), math.log(1.5 / 5.5 * 3), math.log(0.5 / 5.5 * 3)]
+    )
+    assert table[:, own.adapter_names.index("llm_greedy")].tolist() == [1, 0, 0]
+
+
+def test_ratings_also_tell_how_near_a_label_is() -> None:
+    own = maker(STARS, CohortStats((1 / 3, 1 / 3, 1 / 3)))
+    asked = [Candidate("1", "1", 1), Candidate("2", "2", 1), Candidate("5", "5", 2, greedy=True)]
+    table = own.adapter(QUERY, asked, own.vectorize(past(("x", "5"), ("y", "5"))))
+    scale, votes = np.array([0, 0.25, 1]), np.array([0.25, 0.25, 0.5])
+    assert table[:, own.adapter_names.index("llm_near")] == pytest.approx(
+        -np.abs(scale - votes @ scale)
+    )
+    share = np.array([2 / 3, 2 / 3, 2 / 3 + 2]) / 4
+    assert table[:, own.adapter_names.index("near_all")] == pytest.approx(
+        -np.abs(scale - share @ scale)
+    )
+
+
+def test_a_candidate_that_could_not_be_read_has_the_worst_of_everything() -> None:
+    own = maker(TAGS)
+    asked = [Candidate("odd", "odd", 3), Candidate("?", None, 2)]
+    table = own.adapter(QUERY, asked, own.vectorize(HISTORY))
+    everyone = own.adapter(
+        QUERY,
+        [asked[0], Candidate("calm", "calm"), Candidate("loud", "loud")],
+        own.vectorize(HISTORY),
+    )
+    assert table[1] == pytest.approx(everyone.min(0))
+
+
+def test_texts_are_compared_with_the_users_own() -> None:
+    own, history = maker(TITLES), past(("x", "a quiet night"), ("y", "the loud war film"))
+    asked = [
+        Candidate("a quiet night", "a quiet night", 2, greedy=True),
+        Candidate("war", "war", 1),
+    ]
+    table = dict(
+        zip(own.adapter_names, own.adapter(QUERY, asked, own.vectorize(history)).T, strict=True)
+    )
+    near = [[cosine(c.text, r.output) for r in history] for c in asked]
+    usual = math.log1p(3.5)
+    assert table["own_nearest"] == pytest.approx([max(row) for row in near], abs=1e-5)
+    assert table["own_mean"] == pytest.approx([sum(row) / 2 for row in near], abs=1e-5)
+    assert table["length_signed"] == pytest.approx([math.log1p(3) - usual, math.log1p(1) - usual])
+    assert table["length"] == pytest.approx(-abs(table["length_signed"]))
+    assert table["cosine"] == pytest.approx([cosine(c.text, QUERY.input) for c in asked], abs=1e-5)
+    assert table["llm_agreement"] == pytest.approx([overlap("a quiet night", "war")] * 2)
+    assert table["llm_votes"] == pytest.approx([2 / 3, 1 / 3])
+    assert table["llm_greedy"].tolist() == [1, 0]
+
+
+def test_records_are_compared_with_the_query() -> None:
+    own = maker(TAGS)
+    ranked = [Ranked(HISTORY[2], 4.0, 0), Ranked(HISTORY[0], 2.0, 1), Ranked(HISTORY[3], 0.0, 2)]
+    table = dict(
+        zip(own.reranker_names, own.reranker(QUERY, ranked, own.vectorize(HISTORY)).T, strict=True)
+    )
+    assert table["retriever"] == pytest.approx([1, 0.5, 0])
+    assert table["reciprocal_rank"] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert table["cosine"] == pytest.approx(
+        [cosine(item.record.input, QUERY.input) for item in ranked], abs=1e-5
+    )
+    assert table["recency"] == pytest.approx([2 / 3, 1 / 3, 1])
+    assert table["answer_share"][0] == table["answer_share"][1] > table["answer_share"][2]
+    assert table["answer_near"][0] == 0  # the likeliest answer
+    titles = maker(TITLES)
+    found = titles.reranker(QUERY, ranked, titles.vectorize(HISTORY))
+    assert found.shape == (3, len(titles.reranker_names))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([TAGS, STARS, TITLES]),
+    st.lists(st.sampled_from(["", "rain", "🎬", "the", "war film"]), max_size=4),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    st.floats(0, 5),
+)
+def test_evidence_is_always_finite(
+    task: Task, texts: list[str], votes: list[int], score: float
+) -> None:
+    own = maker(task)
+    outputs = task.labels or ("", "a b")
+    history = past(*((text, outputs[i % len(outputs)]) for i, text in enumerate(texts)))
+    memory = own.vectorize(history)
+    answers = task.labels[: len(votes)] or ("ab", "c", "d")[: len(votes)]
+    asked = [Candidate(answer, answer, vote) for answer, vote in zip(answers, votes, strict=False)]
+    assert np.isfinite(own.adapter(Query("u", "q", ""), asked, memory)).all()
+    if history:
+        ranked = [Ranked(record, score, i) for i, record in enumerate(history)]
+        assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, memory)).all()
+
+
+def test_the_last_histories_are_kept_as_vectors_until_the_features_are_others() -> None:
+    own = maker(TAGS)
+    store: Hashed = own.store  # type: ignore[assignment]
+    first = own.vectorize(HISTORY)
+    assert own.vectorize(list(HISTORY)) is first  # another list of the same records
+    assert own.vectorize([*HISTORY[:-1], replace(HISTORY[-1], output="odd")]) is not first
+    for _ in range(RECENT_MEMORIES):
+        own.vectorize(past(("rain", "odd")))
+    again = own.vectorize(HISTORY)
+    assert again is not first
+    store.version = 1
+    assert own.vectorize(HISTORY) is not again
+
+
+def test_an_unknown_label_is_named() -> None:
+    with pytest.raises(DataError, match="'purple'.*'tags'"):
+        maker(TAGS).vectorize(past(("x", "purple")))
+
+
+def test_the_population_is_the_training_users() -> None:
+    found = fit_stats(TAGS, Hashed(), [HISTORY, past(("rain", "odd"))])  # type: ignore[arg-type]
+    assert found.label_shares == pytest.approx((2 / 8, 2 / 8, 4 / 8))
+    nearest = [max(cosine(a.input, b.input) for b in HISTORY if b is not a) for a in HISTORY]
+    assert found.reference == pytest.approx(sum(nearest) / 4, abs=1e-5)
+    titles = fit_stats(
+        TITLES, Hashed(), [past(("x", "one two three"), ("y", "one"), ("z", "a b c d e"))]
+    )  # type: ignore[arg-type]
+    assert titles.words == 3
+    assert fit_stats(TITLES, Hashed(), [[]]).words == 10  # type: ignore[arg-type]

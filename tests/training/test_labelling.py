@@ -1,0 +1,369 @@
+"""From histories to labelled groups: nothing later reaches a group, and what each pair is worth is
+what the LLM did with it.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import LLMError
+from hydra_llm.history import as_query, before, in_order, parse_time, precedes
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.fake import FailingLLM, RuleLLM
+from hydra_llm.pipeline import Personalizer
+from hydra_llm.retrieve import BM25
+from hydra_llm.side_features import CohortStats, Featurizer
+from hydra_llm.tasks.base import Task
+from hydra_llm.training.labelling import (
+    Collected,
+    adapter_groups,
+    copy_groups,
+    label_groups,
+    offers_all,
+    reranker_groups,
+    training_queries,
+)
+from hydra_llm.types import LabelledGroup, Message, Query, Record
+
+TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
+STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3", "4", "5"))
+TITLES = Task("titles", "generation", "Title of: {input}")
+OUTPUTS = {
+    "tags": ("calm", "loud", "odd"),
+    "stars": ("1", "3", "5"),
+    "titles": ("a quiet night", "the loud war", "rain"),
+}
+WORDS = ("rain night", "old war", "love song", "night war film")
+
+
+class Hashed:
+    """Texts as vectors of their words, without an encoder."""
+
+    version = 0
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(texts), 16), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.split() or [""]:
+                row += (
+                    np.random.default_rng(sum(map(ord, word)))
+                    .standard_normal(16)
+                    .astype(np.float32)
+                )
+            row /= np.linalg.norm(row)
+        return rows
+
+
+def maker(task: Task) -> Featurizer:
+    return Featurizer(task, Hashed(), CohortStats())  # type: ignore[arg-type]
+
+
+def answers_by_the_prompt(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+    """Says what depends on every letter of the prompt and on the sample."""
+    outputs = ["calm", "loud", "odd", "1", "3", "5"]
+    return rng.choice(outputs) + f" {sum(map(ord, messages[-1]['content'])) % 5 + 1}"
+
+
+def personalizer(
+    task: Task, records: dict[str, list[Record]], llm: Any = None, **chosen: Any
+) -> Personalizer:
+    given = {"samples": 3, "k": 2, "retrieved": 3, **chosen}
+    return Personalizer(
+        task, llm or RuleLLM(answers_by_the_prompt), BM25(), Settings(**given), records=records
+    )
+
+
+def collect(
+    task: Task, records: dict[str, list[Record]], queries: Sequence[Query]
+) -> list[LabelledGroup]:
+    """Every group of these queries, of all four kinds."""
+    evidence, door = maker(task), personalizer(task, records)
+
+    async def both() -> tuple[Collected, Collected]:
+        return await reranker_groups(door, evidence, queries), await adapter_groups(
+            door, evidence, queries
+        )
+
+    reranker, adapter = run_sync(both)
+    assert not reranker.failures
+    found = [*reranker.groups(), *adapter.groups()]
+    found += [
+        group
+        for query in queries
+        for group in copy_groups(door, evidence, query.user)
+        if group.query == query.id
+    ]
+    if task.labels:
+        found += [
+            group
+            for query in queries
+            for group in label_groups(evidence, records[query.user])
+            if group.query == query.id
+        ]
+    return found
+
+
+@st.composite
+def records_of_one_user(draw: st.DrawFn, task: Task) -> list[Record]:
+    times = draw(
+        st.lists(
+            st.sampled_from(["", "2019", "2020", "2020-02", "2020-02-01", "2020-02-01T10:00"]),
+            min_size=2,
+            max_size=7,
+        )
+    )
+    return [
+        Record(
+            "u",
+            f"r{i}",
+            draw(st.sampled_from(WORDS)),
+            draw(st.sampled_from(OUTPUTS[task.name])),
+            time,
+            parse_time(time),
+            i,
+        )
+        for i, time in enumerate(times)
+    ]
+
+
+@pytest.mark.parametrize("task", [TAGS, STARS, TITLES], ids=lambda task: task.name)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_no_record_at_or_after_a_query_changes_anything_in_its_group(
+    task: Task, data: st.DataObject
+) -> None:
+    records = data.draw(records_of_one_user(task))
+    at = data.draw(st.sampled_from(records))
+    query = as_query(at)
+    expected = collect(task, {"u": records}, [query])
+    changed = []
+    for record in records:
+        if record == at or precedes(record, at) or data.draw(st.booleans(), label="kept"):
+            changed.append(record)
+        elif data.draw(st.booleans(), label="changed"):
+            changed.append(
+                Record(
+                    "u",
+                    record.id,
+                    "quite another text",
+                    OUTPUTS[task.name][-1],
+                    record.time,
+                    record.span,
+                    record.position,
+                )
+            )
+    later = data.draw(
+        st.lists(st.sampled_from(["", "2020-02-01T10:00", "2021", at.time]), max_size=3)
+    )
+    new = [
+        Record("u", f"new{i}", at.input, OUTPUTS[task.name][0], time, parse_time(time), 50 + i)
+        for i, time in enumerate(later)
+    ]
+    changed += [record for record in new if not precedes(record, at)]
+    data.draw(st.randoms()).shuffle(changed)
+    other = [Record("other", "r0", at.input, at.output, "2018", parse_time("2018"), 0)]
+    assert collect(task, {"u": changed, "other": other}, [query]) == expected
+
+
+@pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
+def test_an_earlier_record_does_change_the_group(task: Task) -> None:
+    """The property above would hold for groups that see nothing at all."""
+    records = [
+        Record("u", f"r{i}", WORDS[i], OUTPUTS[task.name][i % 3], position=i) for i in range(4)
+    ]
+    query = as_query(records[3])
+    edited = [Record("u", "r0", "old song", OUTPUTS[task.name][1], position=0), *records[1:]]
+    groups, others = collect(task, {"u": records}, [query]), collect(task, {"u": edited}, [query])
+    assert all(
+        group.evidence != other.evidence for group, other in zip(groups, others, strict=True)
+    )
+
+
+@given(st.data())
+def test_training_queries_are_the_last_records_that_have_something_to_see(
+    data: st.DataObject,
+) -> None:
+    records = data.draw(records_of_one_user(TAGS))
+    count = data.draw(st.integers(1, 8))
+    found = training_queries(TAGS, records, count)
+    assert [query.id for query in found] == [
+        r.id for r in in_order(records)[-count:] if before(records, r)
+    ]
+    assert all(query.gold is not None for query in found)
+
+
+def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
+    """An LLM that repeats the record's label: the record is useful if it has the query's label."""
+    records = [
+        Record("u", str(i), f"rain {i}", label, position=i)
+        for i, label in enumerate(["calm", "loud", "calm", "odd", "calm"])
+    ]
+
+    def repeat(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        lines = [
+            line for line in messages[-1]["content"].splitlines() if line.startswith("Label: ")
+        ]
+        assert len(lines) == 1, "one record alone stands in the prompt"
+        return lines[0].removeprefix("Label: ")
+
+    llm = RuleLLM(repeat)
+    door = personalizer(
+        TAGS, {"u": records}, llm, retrieved=10, record_answer=True, prompt_style="block"
+    )
+    found = run_sync(lambda: reranker_groups(door, maker(TAGS), [as_query(records[4])]))
+    (group,) = found.groups()
+    assert dict(zip(group.rights, group.gains, strict=True)) == {
+        f"rain {i} → {records[i].output}": float(i in (0, 2)) for i in range(4)
+    }
+    assert found.usage.calls == len(llm.calls) == 4
+    assert group.voted
+    blind = personalizer(
+        TAGS,
+        {"u": records},
+        RuleLLM(repeat),
+        retrieved=10,
+        record_answer=False,
+        prompt_style="block",
+    )
+    assert set(
+        run_sync(lambda: reranker_groups(blind, maker(TAGS), [as_query(records[4])]))
+        .groups()[0]
+        .rights
+    ) == {f"rain {i}" for i in range(4)}
+
+
+def test_candidates_are_the_samples_or_every_label() -> None:
+    records = [Record("u", str(i), "rain", "calm", position=i) for i in range(3)]
+    said = iter(["loud", "calm", "gibberish"])
+    for candidates, features, expected in (
+        ("sampled", False, {"loud": 0.0, "calm": 1.0}),
+        ("sampled", True, {"calm": 1.0, "loud": 0.0, "odd": 0.0}),  # label features need them all
+        ("labels", False, {"calm": 1.0, "loud": 0.0, "odd": 0.0}),
+    ):
+        said = iter(["loud", "calm", "gibberish"])
+        llm = RuleLLM(lambda messages, index, rng, said=said: next(said))
+        door = personalizer(
+            TAGS, {"u": records}, llm, candidates=candidates, label_features=features
+        )
+        (group,) = run_sync(
+            lambda door=door: adapter_groups(door, maker(TAGS), [as_query(records[2])])
+        ).groups()
+        assert dict(zip(group.rights, group.gains, strict=True)) == expected
+        assert offers_all(TAGS, door.settings) == (len(expected) == 3)
+        votes = dict(
+            zip(
+                group.rights,
+                [row[maker(TAGS).adapter_names.index("llm_votes")] for row in group.evidence],
+                strict=True,
+            )
+        )
+        assert votes["loud"] == pytest.approx(votes["calm"])
+        assert votes.get("odd", -9) < votes["calm"]
+
+
+def test_the_users_own_text_is_a_candidate_only_where_that_is_asked_for() -> None:
+    records = [Record("u", str(i), "rain", "a quiet night", position=i) for i in range(2)]
+    for rule, expected in (
+        ("graded", ["the loud war"]),
+        ("gold-positive", ["the loud war", "a quiet night"]),
+    ):
+        door = personalizer(
+            TITLES, {"u": records}, RuleLLM(lambda *_: "the loud war"), label_rule=rule
+        )
+        (group,) = run_sync(
+            lambda door=door: adapter_groups(door, maker(TITLES), [as_query(records[1])])
+        ).groups()
+        assert list(group.rights) == expected
+        assert group.gains[-1] == (1.0 if rule == "gold-positive" else 0.0)
+
+
+def test_every_record_teaches_all_labels_without_the_llm() -> None:
+    records = [Record("u", str(i), WORDS[i], TAGS.labels[i], position=9 - i) for i in range(3)]
+    groups = label_groups(maker(TAGS), records)
+    assert [group.query for group in groups] == ["2", "1", "0"]
+    assert [group.gains for group in groups] == [(0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    assert all(group.rights == TAGS.labels and not group.voted for group in groups)
+    assert len(set(groups[0].evidence)) == 1  # the first sees nothing: all labels alike
+    assert len(set(groups[1].evidence)) > 1
+
+
+def test_what_failed_is_told_and_left_out() -> None:
+    records = [Record("u", str(i), f"rain {i}", "calm", position=i) for i in range(6)]
+    queries = training_queries(TAGS, records, 2)
+    door = personalizer(
+        TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm"), every=2), retrieved=3
+    )
+    found = run_sync(lambda: reranker_groups(door, maker(TAGS), queries))
+    assert len(found.failures) == 3 == found.usage.failed
+    assert all("query" in line and "record" in line for line in found.failures)
+    assert sum(len(group.rights) for group in found.groups()) == 3
+    assert all(
+        gain == 1.0 for group in found.groups() for gain in group.gains
+    )  # failed is not zero
+    door = personalizer(TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm")))
+    found = run_sync(lambda: adapter_groups(door, maker(TAGS), queries))
+    assert found.groups() == []
+    assert [line.split(":")[0] for line in found.failures] == ["query 4", "query 5"]
+    with pytest.raises(LLMError):
+        run_sync(lambda: door.apropose(queries[0]))
+
+
+def test_groups_of_a_history_that_is_not_sorted_stand_in_the_order_of_time() -> None:
+    from hydra_llm.model.interactions import LabelBilinear
+    from hydra_llm.training.dataset import make_table
+
+    times = ["2020-03-01", "2020-01-01", "2020-02-01"]
+    records = [
+        Record("u", time, "rain", "calm", time, parse_time(time), i) for i, time in enumerate(times)
+    ]
+    groups = label_groups(maker(TAGS), records)
+    assert [group.query for group in groups] == sorted(times)
+    table = make_table(Hashed(), LabelBilinear(16, 3, 2), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
+    early, late = table.split_late()
+    latest = next(group for group in groups if group.query == max(times))
+    assert late.positions.tolist() == [latest.position]
+    assert len(early) == 2
+
+
+# ---- what the history teaches the reranker without the LLM
+
+
+@pytest.mark.parametrize("task", [TAGS, STARS, TITLES], ids=lambda task: task.name)
+def test_a_record_is_worth_what_its_own_answer_would_be(task: Task) -> None:
+    records = [
+        Record("u", f"r{i}", WORDS[i % 4], OUTPUTS[task.name][i % 3], position=i) for i in range(6)
+    ]
+    llm = RuleLLM(answers_by_the_prompt)
+    door = personalizer(task, {"u": records}, llm)
+    groups = copy_groups(door, maker(task), "u")
+    assert llm.calls == []
+    assert [group.query for group in groups] == [
+        "r2",
+        "r3",
+        "r4",
+        "r5",
+    ]  # the first sees nothing, the second has no choice
+    for group in groups:
+        query = as_query(next(record for record in records if record.id == group.query))
+        retrieved = BM25().retrieve(query, before(records, query), 3)
+        assert group.gains == pytest.approx(
+            [task.gain(item.record.output, query.gold or "") for item in retrieved]
+        )
+        assert group.rights == tuple(
+            f"{item.record.input} → {item.record.output}" for item in retrieved
+        )
+        assert not group.voted
+
+
+def test_a_history_without_labels_teaches_nothing_by_copies() -> None:
+    task = Task(
+        "pick", "classification", "Which? {input}", ("[1]", "[2]"), extra={"free_history": True}
+    )
+    records = [Record("u", f"r{i}", f"rain {i}", f"a title {i}", position=i) for i in range(4)]
+    assert copy_groups(personalizer(task, {"u": records}), maker(task), "u") == []

@@ -1,0 +1,441 @@
+"""Joint training: the same seed gives the same numbers, a stop costs nothing, and a tuned encoder
+learns.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hydra_llm.errors import BundleError
+from hydra_llm.model.encoder import Encoder, open_encoder
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import MLPBank, make_bank
+from hydra_llm.model.interactions import Cross, Groups, Tower
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.training.convex import fit_all
+from hydra_llm.training.dataset import Table, make_table
+from hydra_llm.training.sgd import (
+    Plan,
+    TextSource,
+    fit_mlp,
+    fit_unseen,
+    held_out_users,
+    train_joint,
+)
+from hydra_llm.types import LabelledGroup
+
+_spec = importlib.util.spec_from_file_location(
+    "simulated", Path(__file__).with_name("simulated.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+simulated: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(simulated)
+
+PLAN = Plan(epochs=4, lr=0.02, batch=16, patience=0, seed=3)
+
+
+def towers(users: int = 6) -> Table:
+    table, _ = simulated.simulate(users, 6)
+    draw = torch.Generator().manual_seed(1)
+    groups = table.groups
+    return replace(
+        table,
+        groups=Groups(
+            torch.randn(len(table), 5, generator=draw),
+            groups.right,
+            groups.evidence,
+            groups.mask,
+            groups.target,
+        ),
+    )
+
+
+def scorer_of(table: Table, head: str = "mlp", features: str = "tower") -> Scorer:
+    torch.manual_seed(0)
+    interaction = Tower(5, 4) if features == "tower" else Cross(5)
+    interaction.prepare(table.groups)
+    return Scorer(interaction, make_bank(head, interaction, rank=2), ())
+
+
+def same(one: Scorer, other: Scorer) -> bool:
+    theirs = other.tensors()
+    return one.tensors().keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in one.tensors().items()
+    )
+
+
+class Stopped(Exception):
+    """Ctrl-C, as a test can send it."""
+
+
+def stop_after(epochs: int) -> Any:
+    def done(epoch: int, total: int, loss: float) -> None:
+        if epoch == epochs:
+            raise Stopped
+
+    return done
+
+
+@pytest.mark.parametrize("head", ["linear", "lowrank", "mlp", "kernel"])
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(head: str) -> None:
+    table = towers()
+    scorers = [scorer_of(table, head) for _ in range(3)]
+    runs = [
+        train_joint(scorer, table, replace(PLAN, seed=seed))
+        for scorer, seed in zip(scorers, (3, 3, 4), strict=True)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert same(scorers[0], scorers[1])
+    assert not same(scorers[0], scorers[2])
+    assert runs[0][-1] < runs[0][0]
+    assert not any(value.requires_grad for value in scorers[0].bank.buffers())
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_few_epochs_are_kept(epochs: int) -> None:
+    table = towers()
+    scorer = scorer_of(table)
+    before = {name: value.clone() for name, value in scorer.tensors().items()}
+    train_joint(scorer, table, replace(PLAN, epochs=epochs))
+    assert not torch.equal(
+        scorer.tensors()["interaction.layer.weight"], before["interaction.layer.weight"]
+    )
+    assert scorer.tensors()["bank.weight"].any()
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+@pytest.mark.parametrize("head", ["linear", "mlp", "kernel"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    head: str, stopped_after: int, tmp_path: Path
+) -> None:
+    table, file = towers(), tmp_path / "x.checkpoint"
+    whole, parts = scorer_of(table, head), scorer_of(table, head)
+    losses = train_joint(whole, table, PLAN)
+    with pytest.raises(Stopped):
+        train_joint(parts, table, PLAN, checkpoint=file, done=stop_after(stopped_after))
+    again = scorer_of(table, head)  # another process: nothing but the checkpoint is left
+    assert train_joint(again, table, PLAN, checkpoint=file) == losses
+    assert same(again, whole)
+
+
+def test_a_run_with_patience_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    table, file = towers(10), tmp_path / "x.checkpoint"
+    plan = replace(PLAN, epochs=40, lr=0.02, patience=3)  # held-out users soon get worse
+    whole, parts, again = (scorer_of(table) for _ in range(3))
+    losses = train_joint(whole, table, plan)
+    assert 3 < len(losses) < 40
+    with pytest.raises(Stopped):
+        train_joint(parts, table, plan, checkpoint=file, done=stop_after(len(losses) - 1))
+    assert train_joint(again, table, plan, checkpoint=file) == losses
+    assert same(again, whole)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    table, file = towers(), tmp_path / "x.checkpoint"
+    with pytest.raises(Stopped):
+        train_joint(scorer_of(table), table, PLAN, checkpoint=file, done=stop_after(1))
+    for other in (scorer_of(table, "linear"), scorer_of(table, features="cross")):
+        with pytest.raises(BundleError, match="other settings or data"):
+            train_joint(other, table, PLAN, checkpoint=file)
+    fewer = table.of(table.names()[:4])
+    with pytest.raises(BundleError, match="other settings or data"):
+        train_joint(scorer_of(table), fewer, PLAN, checkpoint=file)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 9}, {"lr": 0.5}, {"batch": 4}, {"weight_decay": 0.9}])
+def test_a_checkpoint_of_other_settings_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    table, file = towers(), tmp_path / "x.checkpoint"
+    with pytest.raises(Stopped):
+        train_joint(scorer_of(table), table, PLAN, checkpoint=file, done=stop_after(1))
+    with pytest.raises(BundleError):
+        train_joint(scorer_of(table), table, replace(PLAN, **changed), checkpoint=file)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    table, file = towers(), tmp_path / "x.checkpoint"
+    with pytest.raises(Stopped):
+        train_joint(scorer_of(table), table, PLAN, checkpoint=file, done=stop_after(1))
+    assert table.groups.target is not None
+    other = replace(table, groups=table.groups.with_target(table.groups.target.flip(0)))
+    with pytest.raises(BundleError):
+        train_joint(scorer_of(table), other, PLAN, checkpoint=file)
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.checkpoint"
+    file.write_bytes(b"\0" * 100)
+    with pytest.raises(BundleError, match="x.checkpoint"):
+        train_joint(scorer_of(towers()), towers(), PLAN, checkpoint=file)
+
+
+KILLED = """
+import os, signal, sys, importlib.util
+from pathlib import Path
+sys.path.insert(0, str(Path({tests!r})))
+import hydra_llm.training.sgd as joint
+spec = importlib.util.spec_from_file_location("test_joint", {this!r})
+here = importlib.util.module_from_spec(spec)
+sys.modules["test_joint"] = here
+spec.loader.exec_module(here)
+real, count = joint.save_file, 0
+
+def save_half(tensors, path, metadata):
+    global count
+    count += 1
+    real(tensors, path, metadata)
+    if count == 3:  # in the middle of writing: half of the bytes are there
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+joint.save_file = save_half
+table = here.towers()
+joint.train_joint(here.scorer_of(table), table, here.PLAN, checkpoint=Path({file!r}))
+"""
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    file = tmp_path / "x.checkpoint"
+    script = KILLED.format(tests=str(Path(__file__).parent), this=__file__, file=str(file))
+    killed = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    table, epochs = towers(), []
+    whole, again = scorer_of(table), scorer_of(table)
+    train_joint(
+        again, table, PLAN, checkpoint=file, done=lambda epoch, total, loss: epochs.append(epoch)
+    )
+    assert epochs == [3, 4]  # two epochs were done and kept
+    train_joint(whole, table, PLAN)
+    assert all(
+        torch.allclose(value, whole.tensors()[name], atol=1e-5)
+        for name, value in again.tensors().items()
+    )
+
+
+# ---- a tuned encoder
+
+POSITIVE, NEGATIVE = (
+    ("great film", "love song", "star of night"),
+    ("dull war", "slow rain", "old film"),
+)
+
+
+def word_groups(users: Sequence[str] = ("a", "b", "c")) -> list[LabelledGroup]:
+    """User by user, the great thing is right and the dull one is not; c wants it the other way
+    round.
+    """
+    out = []
+    for user in users:
+        for place in range(6):
+            good, bad = POSITIVE[place % 3], NEGATIVE[(place + place // 3) % 3]
+            gains = (1.0, 0.0) if user != "c" else (0.0, 1.0)
+            out.append(
+                LabelledGroup(user, str(place), "the film", (good, bad), gains, ((), ()), place)
+            )
+    return out
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Encoder:
+    spec = importlib.util.spec_from_file_location(
+        "model_conftest", Path(__file__).parents[1] / "model" / "conftest.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    return open_encoder(str(conftest._save_model(tmp_path / "bert")), max_length=16)
+
+
+def test_a_tuned_encoder_lowers_the_loss_and_is_another_encoder_afterwards(
+    encoder: Encoder,
+) -> None:
+    groups, store = word_groups(), FeatureCache(encoder)
+    interaction = Cross(encoder.width)
+    table = make_table(store, interaction, groups, rule="exact", loss="listwise")
+    interaction.prepare(table.groups)
+    scorer = Scorer(interaction, make_bank("linear", interaction), ())
+    scorer.prior_precision = torch.tensor(0.1)
+    digest, vectors = encoder.digest, store.pairs(["the film"], ["dull war"])
+    losses = train_joint(
+        scorer,
+        table,
+        Plan(epochs=12, lr=5e-3, batch=8, patience=0),
+        source=TextSource(encoder, groups),
+    )
+    assert losses[-1] < 0.8 * losses[0]
+    assert not encoder.training
+    assert encoder.digest != digest
+    assert not torch.allclose(
+        torch.from_numpy(store.pairs(["the film"], ["dull war"])),
+        torch.from_numpy(vectors),
+        atol=1e-3,
+    )  # no stale features
+    now = make_table(store, interaction, groups, rule="exact", loss="listwise")
+    assert now.groups.target is not None
+    right = scorer.score(now.groups, now.users).argmax(-1) == now.groups.target.argmax(-1)
+    assert right.float().mean() > 0.8  # c's head, too, on one shared encoder
+
+
+def test_fresh_features_stand_where_the_tables_do(encoder: Encoder) -> None:
+    groups = [*word_groups(("a",)), LabelledGroup("b", "0", "a song", ("night",), (1.0,), ((),), 0)]
+    store = FeatureCache(encoder)
+    table = make_table(store, Cross(encoder.width), groups, rule="exact", loss="binary")
+    with torch.no_grad():
+        filled = TextSource(encoder, groups).fill(table, torch.tensor([6, 0, 3]))
+    assert table.groups.right is not None
+    assert filled.right is not None
+    assert torch.allclose(filled.right, table.groups.right[[6, 0, 3]], atol=1e-4)
+    assert filled.right[0, 1].abs().sum() == 0
+
+
+# ---- new users with mlp heads
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_mlp_heads_are_fitted_and_the_shared_one_stays(random_start: bool) -> None:
+    table = towers(8)
+    train, new = table.of(table.names()[:5]), table.of(table.names()[5:])
+    scorer = scorer_of(table)
+    train_joint(scorer, train, replace(PLAN, epochs=10))
+    others, shared = (
+        scorer.score(train.groups, train.users),
+        scorer.tensors()["bank.shared"].clone(),
+    )
+    fit_mlp(scorer, new, new.names(), replace(PLAN, epochs=40), random_start=random_start)
+    assert torch.equal(scorer.score(train.groups, train.users), others)
+    assert torch.equal(scorer.tensors()["bank.shared"], shared)
+    assert new.groups.target is not None
+    own, nobody = (
+        scorer.score(new.groups, users).log_softmax(-1) for users in (new.users, ["?"] * len(new))
+    )
+    told = new.groups.target.bool()
+    assert own[told].mean() > nobody[told].mean()
+
+
+def test_a_head_with_the_shared_prior_stays_nearer_to_the_shared_head() -> None:
+    table = towers(8)
+    train, new = table.of(table.names()[:5]), table.of(table.names()[5:])
+    scorer = scorer_of(table)
+    train_joint(scorer, train, replace(PLAN, epochs=10))
+    assert isinstance(scorer.bank, MLPBank)
+    rows, distance = None, {}
+    for start in (False, True):
+        fit_mlp(scorer, new.take([0, 1]), new.names(), replace(PLAN, epochs=5), random_start=start)
+        rows = scorer.rows(new.names())
+        distance[start] = scorer.bank.weight[rows].norm(dim=1)
+        assert not scorer.bank.weight[rows[1:]].any()  # without groups the head is the shared one
+    assert 0 < distance[False][0] < 0.5 * distance[True][0]
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_an_mlp_head_does_not_depend_on_who_else_is_fitted(random_start: bool) -> None:
+    table = towers(8)
+    first, *others = table.names()[5:]
+    heads = []
+    for names in ([first], [*others, first]):
+        scorer = scorer_of(table)
+        train_joint(scorer, table.of(table.names()[:5]), PLAN)
+        fit_mlp(scorer, table, names, PLAN, random_start=random_start)
+        assert isinstance(scorer.bank, MLPBank)
+        heads.append(scorer.bank.weight[scorer.row(first)])
+        assert len({tuple(row.tolist()) for row in scorer.bank.weight[scorer.rows(names)]}) == len(
+            names
+        )
+    assert torch.equal(*heads)
+
+
+# ---- what is chosen on users whom nothing was trained on
+
+
+def by_lot(users: int, groups: int = 12, told: float = 0.0) -> Table:
+    """Targets that nothing tells: whoever seems to know them has seen them. With `told` the first
+    feature of a candidate tells them.
+    """
+    table = towers(users)
+    draw = torch.Generator().manual_seed(5)
+    count = users * groups
+    left, right = torch.randn(count, 5, generator=draw), torch.randn(count, 4, 5, generator=draw)
+    worth = (
+        told * right[..., 0] - torch.rand(count, 4, generator=draw).log().neg().log()
+    )  # with noise of Gumbel's: a softmax draw
+    cases = Groups(
+        left,
+        right,
+        torch.zeros(count, 4, 0),
+        torch.ones(count, 4, dtype=torch.bool),
+        torch.nn.functional.one_hot(worth.argmax(1), 4).float(),
+    )
+    names = tuple(f"u{i:02}" for i in range(users) for _ in range(groups))
+    return replace(
+        table,
+        groups=cases,
+        users=names,
+        positions=torch.arange(groups).repeat(users),
+        voted=torch.zeros(count, dtype=torch.bool),
+        gains=cases.target,
+    )
+
+
+def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> None:
+    table, plan = by_lot(20), replace(PLAN, epochs=60, patience=100, lr=0.03)
+    torch.manual_seed(0)
+    interaction = Tower(5, 16)
+    interaction.prepare(table.groups)
+    scorer = Scorer(interaction, make_bank("linear", interaction), ())
+    train_joint(scorer, table, plan)
+    state = [tensor.clone() for tensor in interaction.parameters()]
+    torch.manual_seed(0)
+    everyone = Scorer(interaction, make_bank("linear", interaction), ())
+    train_joint(everyone, table, replace(plan, patience=0))
+    seen = fit_all(everyone, table)
+    with torch.no_grad():
+        for tensor, value in zip(interaction.parameters(), state, strict=True):
+            tensor.copy_(value)
+    unseen = fit_all(scorer, table, unseen=held_out_users(table, plan))
+    assert seen.loss_shared < 0.97 * seen.loss_uniform  # the mistake that `unseen` is there for
+    assert unseen.loss_shared > 0.99 * unseen.loss_uniform
+    late = table.of(held_out_users(table, plan)).split_late()[1]
+    assert unseen.held_out_groups == len(late)
+
+
+@pytest.mark.parametrize("told", [0.0, 2.0])
+def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen(told: float) -> None:
+    table, plan = by_lot(300, told=told), replace(PLAN, epochs=40, batch=512, patience=100, lr=0.05)
+    scorer = scorer_of(table)
+    train_joint(scorer, table, plan)
+    report = fit_unseen(scorer, table, plan, random_start=True)
+    assert report.loss_user > report.loss_calibrated
+    if told:
+        assert report.scale > 0.2  # heads that overdo what is true are believed in part
+        assert report.loss_calibrated < 0.9 * report.loss_uniform
+    else:
+        assert report.scale == pytest.approx(
+            0.05
+        )  # heads that only know chance must not be believed
+        assert report.loss_calibrated == pytest.approx(report.loss_uniform, rel=0.02)
+    held = scorer.rows(held_out_users(table, plan))
+    assert scorer.bank.weight[held].any(dim=1).all()  # type: ignore[union-attr,operator]
+
+
+def test_mlp_heads_without_held_out_users_stay_as_they_are() -> None:
+    table = towers(4)
+    scorer = scorer_of(table)
+    train_joint(scorer, table, PLAN)
+    report = fit_unseen(scorer, table, PLAN, random_start=False)
+    assert (report.held_out_groups, report.scale, float(scorer.scale)) == (0, 1.0, 1.0)
