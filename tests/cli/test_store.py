@@ -20,12 +20,12 @@ def test_a_store_is_made_checked_copied_and_filled_again(
         str(tmp_path / "backup.db"),
     )
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0002"}
+    assert json.loads(capsys.readouterr().out) == {"from": None, "to": "0003"}
     store = Store(url)
     store.add_records("ada", [Record("ada", "r1", "question", "yes")])
     store.close()
     assert run(["store", "migrate", "--store", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"from": "0002", "to": "0002"}
+    assert json.loads(capsys.readouterr().out) == {"from": "0003", "to": "0003"}
     assert run(["store", "backup", backup, "--store", url]) == 0
     assert f"wrote {backup}: it holds users' texts" in capsys.readouterr().err
     assert run(["store", "restore", backup, "--store", other, "--json"]) == 0

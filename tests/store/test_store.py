@@ -3,6 +3,8 @@ deleted is nowhere.
 """
 
 import dataclasses
+import json
+import math
 import os
 import random
 import signal
@@ -26,7 +28,15 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, restore
 from hydra_llm.store.database import engine_of
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Contradiction, Head, Key, Request, Stale, StoredFeedback
+from hydra_llm.store.values import (
+    Added,
+    Contradiction,
+    Key,
+    Request,
+    Stale,
+    StoredFeedback,
+    StoredHead,
+)
 from hydra_llm.types import Record
 
 
@@ -98,7 +108,7 @@ def test_a_user_who_is_unknown_has_nothing(store: Store) -> None:
 def test_a_removed_record_takes_the_heads_with_it_and_leaves_a_gap(store: Store) -> None:
     store.add_records("ada", [record("a"), record("b")])
     with store.change("ada") as ada:
-        ada.put_heads("bundle", {"adapter": Head(2, b"\0\1")})
+        ada.put_heads("bundle", {"adapter": StoredHead(2, 1.5, b"\0\1")})
     with store.change("ada") as ada:
         assert not ada.remove("z")
         assert ada.remove("a")
@@ -139,7 +149,7 @@ def test_a_writer_that_read_an_older_version_is_refused_and_changes_nothing(stor
     read = store.state("ada").version
     store.add_records("ada", [record("b")])
     with pytest.raises(Stale, match="read again"), store.change("ada", version=read) as ada:
-        ada.put_heads("bundle", {"adapter": Head(1, b"old")})
+        ada.put_heads("bundle", {"adapter": StoredHead(1, 1.5, b"old")})
     assert store.heads("ada", "bundle") == {}
 
 
@@ -149,7 +159,7 @@ def test_an_error_inside_a_change_undoes_all_of_it(store: Store) -> None:
     def begin_and_fail() -> None:
         with store.change("ada") as ada:
             ada.add([record("b")])
-            ada.put_heads("bundle", {"adapter": Head(1, b"x")})
+            ada.put_heads("bundle", {"adapter": StoredHead(1, 1.5, b"x")})
             raise ZeroDivisionError
 
     before = store.state("ada")
@@ -200,6 +210,23 @@ def test_another_engine_on_the_database_sees_a_write_at_once(store: Store, url: 
     store.use_bundle(None)
     assert other.state("ada").bundle is None
     other.close()
+
+
+def test_heads_come_back_with_the_time_until_which_they_learned(store: Store) -> None:
+    store.add_records("ada", [record("a")])
+    heads = {
+        "adapter": StoredHead(3, 893214333.25, b"\0\1"),
+        "reranker": StoredHead(0, -math.inf, b""),
+    }
+    with store.change("ada") as ada:
+        ada.put_heads("bundle", heads)
+    assert store.heads("ada", "bundle") == heads
+    assert store.heads("ada", "other") == {}
+    found = store.export_user("ada")
+    assert found is not None
+    exported = {row["scorer"]: row["until"] for row in found["heads"]}
+    assert exported == {"adapter": 893214333.25, "reranker": None}
+    json.dumps(exported, allow_nan=False)
 
 
 # ---- feedback, requests, keys, jobs
@@ -369,7 +396,10 @@ def fill(store: Store, name: str, secret: str) -> None:
     with store.change(name) as user:
         user.put_heads(
             "bundle",
-            {"adapter": Head(50, secret.encode() * 100), "reranker": Head(50, secret.encode())},
+            {
+                "adapter": StoredHead(50, 86400.5, secret.encode() * 100),
+                "reranker": StoredHead(50, -math.inf, secret.encode()),
+            },
         )
         user.put_feedback(StoredFeedback(f"request-{name}", 1.0, {"said": {"edited": secret}}))
     store.keep_request(request(f"request-{name}", user=name, text=secret))
@@ -514,7 +544,7 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
                 )
     with pytest.raises(StoreError, match="run `hydra-llm store migrate`"):
         Store(url)
-    assert migrate.migrated(engine) == ("0001", "0002")
+    assert migrate.migrated(engine) == ("0001", "0003")
     engine.dispose()
     store = Store(url)
     found = [store.key(id) for id in ("one", "two", "all")]
@@ -523,6 +553,25 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
         (False, ("ada", "bob")),
         (False, ()),
     ]
+    assert store.check() == []
+    store.close()
+
+
+def test_heads_of_the_second_version_have_no_known_time(url: str) -> None:
+    engine = engine_of(url)
+    migrate.upgrade(engine, "0002")
+    with engine.begin() as connection:
+        for line in (
+            "INSERT INTO users (name, version, created) VALUES ('ada', 1, 1.0)",
+            'INSERT INTO heads ("user", bundle, scorer, known, delta, updated) SELECT'
+            " key, 'bundle', 'adapter', 7, CAST('four' AS {bytes}), 1.0 FROM users",
+        ):
+            of_bytes = "BLOB" if engine.dialect.name == "sqlite" else "BYTEA"
+            connection.exec_driver_sql(line.format(bytes=of_bytes))
+    assert migrate.migrated(engine) == ("0002", "0003")
+    engine.dispose()
+    store = Store(url)
+    assert store.heads("ada", "bundle") == {"adapter": StoredHead(7, -math.inf, b"four")}
     assert store.check() == []
     store.close()
 

@@ -23,7 +23,7 @@ from hydra_llm.gateway.user_cache import UserCache, as_head, as_numbers
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Contradiction, Head, Request, Stale, StoredFeedback
+from hydra_llm.store.values import Contradiction, Request, Stale, StoredFeedback, StoredHead
 from hydra_llm.training.dataset import make_table
 from hydra_llm.training.online import WINDOW, moved, supports_online_update
 from hydra_llm.training.train_scorer import target_rule
@@ -66,7 +66,7 @@ class _Now:
 
     version: int
     records: tuple[Record, ...]
-    heads: dict[str, Head]
+    heads: dict[str, StoredHead]
     judged: list[StoredFeedback]
     """Feedback that no fitted head knows."""
 
@@ -168,7 +168,7 @@ def _write(
     judged: StoredFeedback,
     record: Record | None,
     bundle: str,
-    heads: dict[str, Head],
+    heads: dict[str, StoredHead],
 ) -> bool:
     """All of it in one transaction; False where exactly this was said before."""
     with store.change(user, version=version) as change:
@@ -215,7 +215,7 @@ def _answer(candidate: Candidate) -> str:
 
 def _learned(
     serving: Deployment, told: _Told, request: Request, now: _Now
-) -> tuple[StoredFeedback, dict[str, Head]]:
+) -> tuple[StoredFeedback, dict[str, StoredHead]]:
     """What is kept of the feedback, and the heads that it moves; none where it teaches nothing or
     nobody learns from it.
     """
@@ -269,8 +269,8 @@ def _gains(serving: Deployment, told: _Told, offered: Sequence[Candidate]) -> li
 
 
 def heads_after(
-    bundle: Bundle, user: str, heads: dict[str, Head], judged: Sequence[StoredFeedback]
-) -> dict[str, Head]:
+    bundle: Bundle, user: str, heads: dict[str, StoredHead], judged: Sequence[StoredFeedback]
+) -> dict[str, StoredHead]:
     """The adapter's head after all feedback since it was fitted, and the fitted one beside it; the
     scorer keeps neither.
     """

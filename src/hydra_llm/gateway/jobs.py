@@ -21,7 +21,7 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.store.change import FEEDBACK
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Head, Job, Stale, StoredFeedback
+from hydra_llm.store.values import Job, Stale, StoredFeedback, StoredHead
 from hydra_llm.training.api import fit
 from hydra_llm.training.online import supports_online_update
 from hydra_llm.types import Record
@@ -120,7 +120,7 @@ class Worker:
         records: Sequence[Record],
         judged: Sequence[StoredFeedback],
         features: FeatureCache,
-    ) -> dict[str, Head]:
+    ) -> dict[str, StoredHead]:
         """The user's heads, fitted on all records that the bundle can read, and moved by the
         feedback that became no record.
         """

@@ -10,6 +10,7 @@ that scores (together.py), so that a head never changes under a score, and no sc
 the store.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Head
+from hydra_llm.store.values import StoredHead
 from hydra_llm.types import Record, as_one_text
 
 MOST_MISSING = 24
@@ -34,7 +35,7 @@ class UserSnapshot:
     version: int
     records: tuple[Record, ...]
     """Oldest first."""
-    heads: Mapping[str, Head]
+    heads: Mapping[str, StoredHead]
     """By scorer."""
 
 
@@ -104,14 +105,14 @@ class UserCache:
         return len(self._at_hand)
 
 
-def as_numbers(head: Head) -> torch.Tensor:
+def as_numbers(head: StoredHead) -> torch.Tensor:
     """A kept head as the scorer takes it."""
     return torch.from_numpy(np.frombuffer(head.delta, "<f4").astype(np.float32))
 
 
-def as_head(numbers: torch.Tensor, known: int) -> Head:
+def as_head(numbers: torch.Tensor, known: int) -> StoredHead:
     """The inverse of `as_numbers`."""
-    return Head(known, numbers.detach().numpy().astype("<f4").tobytes())
+    return StoredHead(known, -math.inf, numbers.detach().numpy().astype("<f4").tobytes())
 
 
 def texts_of(records: Sequence[Record]) -> list[str]:

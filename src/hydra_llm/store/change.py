@@ -1,6 +1,7 @@
 """One user inside a transaction: what `Store.change` gives. Knows no other user."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
-from hydra_llm.store.values import Added, Contradiction, Head, StoredFeedback
+from hydra_llm.store.values import Added, Contradiction, StoredFeedback, StoredHead
 from hydra_llm.types import Record
 
 FEEDBACK = "feedback:"
@@ -103,7 +104,7 @@ class UserChange:
         self.changed = self.changed or gone
         return gone
 
-    def put_heads(self, bundle: str, heads: Mapping[str, Head]) -> None:
+    def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
         """Keep the user's heads for a bundle, in place of older ones."""
         table = schema.heads
         self._connection.execute(
@@ -116,6 +117,7 @@ class UserChange:
                 "bundle": bundle,
                 "scorer": scorer,
                 "known": head.known,
+                "until": None if head.until == -math.inf else head.until,
                 "delta": head.delta,
                 "updated": now,
             }

@@ -80,10 +80,12 @@ heads = Table(
     Column("bundle", String(64), nullable=False),
     Column("scorer", String(16), nullable=False),
     Column("known", BigInteger, nullable=False),
+    Column("until", Double, nullable=True),
     Column("delta", LargeBinary, nullable=False),
     Column("updated", Double, nullable=False),
     Index("ix_heads_user_bundle", "user", "bundle", "scorer", unique=True),
 )
+"""`until` is NULL where the time is unknown (heads from before version 0003) or is none."""
 
 requests = Table(
     "requests",

@@ -11,6 +11,7 @@ fails raises `StoreError`, whatever it was: nothing was acknowledged then. Metho
 calls them in threads. Knows no HTTP, no LLM and no scorer.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -36,11 +37,11 @@ from hydra_llm.store.rows import (
 )
 from hydra_llm.store.values import (
     Added,
-    Head,
     Job,
     Key,
     Request,
     StoredFeedback,
+    StoredHead,
     Unknown,
     UserState,
 )
@@ -244,17 +245,22 @@ class Store:
 
     # ---- heads
 
-    def heads(self, name: str, bundle: str) -> dict[str, Head]:
+    def heads(self, name: str, bundle: str) -> dict[str, StoredHead]:
         """The user's heads for a bundle, by scorer; empty where none was fitted."""
         table = schema.heads.c
-        rows = sa.select(table.scorer, table.known, table.delta).join_from(
+        rows = sa.select(table.scorer, table.known, table.until, table.delta).join_from(
             schema.heads, schema.users
         )
         with self._read() as connection:
             found = connection.execute(
                 rows.where(schema.users.c.name == name, table.bundle == bundle)
             ).all()
-        return {row.scorer: Head(row.known, row.delta) for row in found}
+        return {
+            row.scorer: StoredHead(
+                row.known, -math.inf if row.until is None else row.until, row.delta
+            )
+            for row in found
+        }
 
     def judged(
         self, name: str, count: int | None = None, *, bundle: str | None = None

@@ -55,11 +55,13 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """One user's δ of one scorer of one bundle."""
+class StoredHead:
+    """One user's head of one scorer of one bundle."""
 
     known: int
-    """How many of the user's records it was fitted on."""
+    """How many of the user's records it has learned from."""
+    until: float
+    """Time of the latest of these records, in seconds since 1970; -inf if they have none."""
     delta: bytes
     """Little-endian float32 numbers, in the order that the head bank gives them."""
 
