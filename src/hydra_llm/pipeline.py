@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import anyio
 
 from hydra_llm.config import Settings
-from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed
@@ -26,6 +25,7 @@ from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
 from hydra_llm.select import FirstCandidate, Selector, all_labels
 from hydra_llm.tasks.base import Task
+from hydra_llm.text import repair, text_fault
 from hydra_llm.types import (
     Answer,
     Candidate,
@@ -262,7 +262,7 @@ def _merge(
     if fatal or len(errors) == len(results):
         raise (fatal or errors)[0]
     texts = [
-        _whole(text)
+        repair(text)
         for result in results
         if isinstance(result, Generation)
         for text in result.texts
@@ -274,17 +274,6 @@ def _merge(
         texts,
         len(first.texts) if greedy and isinstance(first, Generation) else 0,
         [f"a call failed: {e}" for e in errors],
-    )
-
-
-def _whole(text: str) -> str:
-    """Half of a surrogate pair, as an answer cut inside an emoji leaves it, becomes U+FFFD: no file
-    and no terminal would take it.
-    """
-    return (
-        text
-        if text.isascii()
-        else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     )
 
 

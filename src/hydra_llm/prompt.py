@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.tasks.base import Kind, Task, scale
+from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
 Style = Literal["block", "turns"]
@@ -75,8 +76,8 @@ def build(
     """
     if style not in _STYLES:
         raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(_STYLES)}")
-    page = _Page(task, _STYLES[style], max_tokens, count or estimate, _printable(about))
-    text = _printable(query.input)
+    page = _Page(task, _STYLES[style], max_tokens, count or estimate, repair(about))
+    text = repair(query.input)
     examples = [_example(item) for item in records]
     shown = _fit_records(page, examples, text)
     asked = _cut(text, lambda part: page.fits(shown, part))
@@ -141,8 +142,7 @@ def _block(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, .
     header, asked, answered = _WORDS[task.kind]
     low, high = (f"{end:g}" for end in scale(task.labels)) if task.kind == "rating" else ("", "")
     lines = [
-        f"{asked}: {_folded(one.input)}\n{answered}: {_folded(one.output)}"
-        for one in reversed(shown)
+        f"{asked}: {fold(one.input)}\n{answered}: {fold(one.output)}" for one in reversed(shown)
     ]
     parts = [
         header.format(low=low, high=high),
@@ -168,15 +168,7 @@ _STYLES: Mapping[str, _Layout] = {"block": _block, "turns": _turns}
 
 def _example(item: Ranked | Record) -> _Example:
     record = item.record if isinstance(item, Ranked) else item
-    return _Example(record.id, _printable(record.input), _printable(record.output))
-
-
-def _printable(text: str) -> str:
-    return text.replace("\0", " ")  # NUL ends a text for engines that are written in C
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split())
+    return _Example(record.id, repair(record.input), repair(record.output))
 
 
 # ---- staying inside the budget
@@ -256,4 +248,4 @@ def _told(what: str, whole: str, part: str, page: _Page) -> list[str]:
         f"prompt: {what} cut at its end from {len(whole)} to {len(part)} characters to stay within"
         f" {page.max_tokens} tokens"
     )
-    return [] if part == whole else [_folded(cut)]
+    return [] if part == whole else [fold(cut)]

@@ -11,9 +11,9 @@ from typing import Any
 import anyio
 import pytest
 
+from hydra_llm import plugins
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
-from hydra_llm.llm import registry as spec
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.meter import Meter
 from hydra_llm.llm.registry import bare_llm, endpoint_of, open_llm, wrap
@@ -124,7 +124,7 @@ def test_a_plug_in_is_an_entry_point_and_its_name_is_told(monkeypatch: pytest.Mo
     plugin.make = lambda rest, settings: RuleLLM(lambda *_: "plugged", name=rest)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "plugin", plugin)
     monkeypatch.setattr(
-        spec, "entry_points", lambda group: [EntryPoint("mine", "plugin:make", group)]
+        plugins, "entry_points", lambda group: [EntryPoint("mine", "plugin:make", group)]
     )
     assert bare_llm("mine:a:b", Settings()).identity["model"] == "fake:a:b"
     with pytest.raises(SettingsError, match="mine:"):

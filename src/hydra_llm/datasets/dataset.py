@@ -15,6 +15,7 @@ from typing import Literal
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.tasks.base import Task
+from hydra_llm.text import text_fault
 from hydra_llm.types import Query, Record
 
 Split = Literal["train", "test"]
@@ -245,19 +246,6 @@ class Builder:
             for user, its in self._entries["queries"].items()
         }
         return DataSet(self.task, self.splits, records, queries, notes)
-
-
-def text_fault(text: str, may_be_empty: bool = False) -> str:
-    """What makes a text unusable, or ''. NUL cannot pass through C strings, half a surrogate pair
-    cannot be encoded.
-    """
-    if not text.strip() and not may_be_empty:
-        return "is empty"
-    if "\0" in text:
-        return "holds a NUL character: remove it"
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        return "holds half of a surrogate pair, which is no character: remove it"
-    return ""
 
 
 def readable_time(text: str) -> bool:

@@ -22,10 +22,11 @@ from typing import IO, Any, cast
 
 import ijson
 
-from hydra_llm.datasets.dataset import Builder, DataSet, Report, Split, stop, text_fault
+from hydra_llm.datasets.dataset import Builder, DataSet, Report, Split, stop
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
+from hydra_llm.text import text_fault
 
 PARTS: Mapping[str, Split] = {"train": "train", "dev": "test", "test": "test"}
 """LaMP's split to ours. The golds of LaMP's own test split are not public."""

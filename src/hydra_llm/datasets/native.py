@@ -25,10 +25,10 @@ from hydra_llm.datasets.dataset import (
     Split,
     check_split,
     stop,
-    text_fault,
 )
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
+from hydra_llm.text import text_fault
 
 __all__ = ["DataSet", "load", "save"]
 

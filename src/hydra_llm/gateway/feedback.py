@@ -15,7 +15,6 @@ import anyio
 import torch
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn
 from hydra_llm.gateway.settings import ServeSettings
@@ -24,6 +23,7 @@ from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Contradiction, Request, Stale, StoredFeedback, StoredHead
+from hydra_llm.text import text_fault
 from hydra_llm.training.dataset import make_table
 from hydra_llm.training.online import WINDOW, moved, supports_online_update
 from hydra_llm.training.train_scorer import target_rule

@@ -28,7 +28,6 @@ from hydra_llm.gateway.schemas import (
     chunk_head,
     delta,
     has_more_than_text,
-    readable,
     text_of,
 )
 from hydra_llm.gateway.scoring import Found, Picked, Search, as_they_came, choose, pairs_of
@@ -40,6 +39,7 @@ from hydra_llm.gateway.user_cache import UserSnapshot, texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.tasks.base import Task
+from hydra_llm.text import repair
 from hydra_llm.types import Record
 
 
@@ -126,7 +126,7 @@ class Gateway:
         serving, wishes = self.serving, request.personalization or PersonalizationOptions()
         as_it_is, asked = (
             partial(Plan, plain, plain, serving=serving),
-            readable(text_of(body["messages"][-1])),
+            repair(text_of(body["messages"][-1])),
         )
         # A question in the words of the bundle's task: what scorers and records know is the text
         # within them.
@@ -339,7 +339,7 @@ class Gateway:
         started = time.perf_counter()
         try:
             assert plan.person is not None
-            texts = [readable(text_of(choice["message"])) for choice in choices]
+            texts = [repair(text_of(choice["message"])) for choice in choices]
             picked = await plan.serving.together.run(
                 partial(
                     choose, plan.serving, plan.person, plan.question, plan.visible, choices, texts
@@ -355,7 +355,7 @@ class Gateway:
 
     async def _keep(self, plan: Plan, picked: Picked) -> bool:
         """Keep the request for feedback; whether it was."""
-        said = [readable(text_of(choice["message"])) for choice in picked.choices]
+        said = [repair(text_of(choice["message"])) for choice in picked.choices]
         candidates = [
             {
                 "said": text,

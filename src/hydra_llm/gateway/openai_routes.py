@@ -11,13 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.gateway.auth import NOBODY, Caller
 from hydra_llm.gateway.gateway import Gateway, Plan, Reply
 from hydra_llm.gateway.pseudonyms import named_user
 from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, chunks_of, role_chunk
 from hydra_llm.gateway.telemetry import Span
 from hydra_llm.gateway.upstream import DONE, UpstreamError, event, first_of
+from hydra_llm.text import text_fault
 
 KEEP_ALIVE_SECONDS = 5.0
 KEEP_ALIVE = b": still working\n\n"

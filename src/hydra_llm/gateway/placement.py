@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra_llm.gateway.schemas import text_of
 from hydra_llm.prompt import PER_MESSAGE, estimate
+from hydra_llm.text import fold
 from hydra_llm.types import Ranked, Record
 
 Messages = list[dict[str, Any]]
@@ -59,7 +60,7 @@ def _turns(records: Sequence[Record], ask: Ask) -> Messages:
 def _block(records: Sequence[Record]) -> Messages:
     """Each field stays on its line, so that no text can pose as another."""
     lines = [
-        f"Asked: {_folded(record.input)}\nThis person's answer: {_folded(record.output)}"
+        f"Asked: {fold(record.input)}\nThis person's answer: {fold(record.output)}"
         for record in reversed(records)
     ]
     return (
@@ -72,7 +73,3 @@ def _block(records: Sequence[Record]) -> Messages:
         if lines
         else []
     )
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split())

@@ -172,18 +172,6 @@ def text_of(message: Mapping[str, Any]) -> str:
     )
 
 
-def readable(text: str) -> str:
-    """A text that every file, database and encoder takes: halves of surrogate pairs become U+FFFD,
-    NUL a space.
-    """
-    whole = (
-        text
-        if text.isascii()
-        else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    )
-    return whole.replace("\0", " ")
-
-
 class Json(JSONResponse):
     """JSON that can also hold half of a surrogate pair, as somebody's message or an LLM's answer
     may: escaped, as it came.

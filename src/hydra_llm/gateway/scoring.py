@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 from hydra_llm.gateway.deployment import Deployment
-from hydra_llm.gateway.schemas import readable, text_of
+from hydra_llm.gateway.schemas import text_of
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
 from hydra_llm.pipeline import gather, read_answer
 from hydra_llm.rerank import LearnedReranker, record_text
 from hydra_llm.select import LearnedSelector, candidate_text
+from hydra_llm.text import repair
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
 LATER = 2**62
@@ -145,7 +146,7 @@ class Picked:
 
 def as_they_came(choices: Sequence[dict[str, Any]]) -> Picked:
     """The choices in the order in which they came."""
-    texts = [readable(text_of(choice["message"])) for choice in choices]
+    texts = [repair(text_of(choice["message"])) for choice in choices]
     return Picked(list(choices), [Candidate(text, text, 1) for text in texts])
 
 

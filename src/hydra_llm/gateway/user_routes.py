@@ -13,7 +13,6 @@ import anyio
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import BeforeValidator
 
-from hydra_llm.datasets.dataset import text_fault
 from hydra_llm.errors import StoreError, UserFault
 from hydra_llm.gateway.feedback import take_feedback
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
@@ -22,6 +21,7 @@ from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Stale
+from hydra_llm.text import text_fault
 from hydra_llm.types import Record
 
 TRIES = 8

@@ -7,7 +7,7 @@ cache around meter, so that kept answers cost no budget.
 """
 
 import re
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,13 +17,17 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Budget, Meter, Prices
 from hydra_llm.llm.recording import replayed
+from hydra_llm.plugins import Registry
 
-GROUP = "hydra_llm.llms"
-BUILT_IN = (
-    EntryPoint("openai", "hydra_llm.llm.openai:from_spec", GROUP),
-    EntryPoint("gguf", "hydra_llm.llm.gguf:from_path", GROUP),
-    EntryPoint("smollm2", "hydra_llm.llm.gguf:smollm2", GROUP),
-    EntryPoint("fake", "hydra_llm.llm.fake:from_spec", GROUP),
+LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
+    "hydra_llm.llms",
+    {
+        "openai": "hydra_llm.llm.openai:from_spec",
+        "gguf": "hydra_llm.llm.gguf:from_path",
+        "smollm2": "hydra_llm.llm.gguf:smollm2",
+        "fake": "hydra_llm.llm.fake:from_spec",
+    },
+    kind="LLM",
 )
 REPLAY = "replay:"
 """A recording in place of an LLM: it needs neither cache nor meter."""
@@ -62,14 +66,13 @@ def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLL
 def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     """The LLM itself, without cache and meter."""
     name, _, rest = spec.partition(":")
-    known = {entry.name: entry for entry in (*entry_points(group=GROUP), *BUILT_IN)}
+    known = LLMS.names()
     if name not in known:
-        others = "".join(
-            f", {other}:..." for other in sorted(known.keys() - {entry.name for entry in BUILT_IN})
+        installed = "".join(f", {other}:..." for other in known if other not in LLMS.builtin)
+        raise SettingsError(
+            f"unknown LLM '{without_userinfo(spec)}': take one of {FORMS}{installed}"
         )
-        raise SettingsError(f"unknown LLM '{without_userinfo(spec)}': take one of {FORMS}{others}")
-    llm: ChatLLM = known[name].load()(rest, settings)
-    return llm
+    return LLMS.load(name)(rest, settings)
 
 
 def endpoint_of(rest: str) -> tuple[str, str | None]:

@@ -1,0 +1,54 @@
+"""The one door for plug-ins: built-in and installed ones are entry points of the same group."""
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from hydra_llm.errors import SettingsError
+
+T = TypeVar("T")
+"""What every plug-in of a group is, such as a factory."""
+
+
+class Registry(Generic[T]):
+    """The plug-ins of an entry-point group: name → object, imported when it is first loaded.
+
+    A package registers its own under `[project.entry-points."GROUP"]` as `name = "module:object"`,
+    as `builtin` does for those of hydra-llm; a built-in name cannot be replaced.
+    """
+
+    def __init__(self, group: str, builtin: Mapping[str, str], kind: str = ""):
+        self.group = group
+        self.kind = kind or group.rpartition(".")[2].removesuffix("s").replace("_", " ")
+        """What error messages call one of them: by default the group's last word, singular."""
+        self.builtin = {name: EntryPoint(name, path, group) for name, path in builtin.items()}
+
+    def names(self) -> list[str]:
+        """The built-in names in the order of registration, then the installed ones by name."""
+        return [*self.builtin, *sorted(self._installed())]
+
+    def load(self, name: str) -> T:
+        """Import the object that is registered under `name`.
+
+        Raises:
+            SettingsError: an unknown name, or the plug-in's package does not import.
+        """
+        point = self.builtin.get(name) or self._installed().get(name)
+        if point is None:
+            known = ", ".join(self.names())
+            raise SettingsError(f"unknown {self.kind} '{name}': take one of {known}")
+        try:
+            loaded: T = point.load()
+        except Exception as error:  # a foreign module may raise anything when it is imported
+            if name in self.builtin:
+                raise
+            package = f" of {point.dist.name}" if point.dist else ""
+            raise SettingsError(
+                f"the {self.kind} '{name}'{package} cannot be loaded from {point.value}"
+                f" ({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
+        return loaded
+
+    def _installed(self) -> dict[str, EntryPoint]:
+        found = entry_points(group=self.group)
+        return {point.name: point for point in found if point.name not in self.builtin}
