@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_llm.errors import SettingsError
+from hydra_llm.model.heads.base import Head
 from hydra_llm.model.interactions import Interaction, LabelBilinear
 
 
@@ -345,3 +346,6 @@ def make_bank(kind: str, interaction: Interaction, *, rank: int = 16, users: int
         f"head '{kind}' does not go with {interaction.kind} features: take linear, lowrank or"
         " kernel, or label_features=false"
     )
+
+
+__all__ = ["Head", "HeadBank", "KernelBank", "LinearBank", "LowRankBank", "MLPBank", "make_bank"]
