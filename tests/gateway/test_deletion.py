@@ -182,7 +182,7 @@ def in_store(file: Path, needle: bytes) -> bool:
 async def test_a_reader_who_keeps_the_texts_in_sqlites_log_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store(f"sqlite:///{tmp_path / 'read.db'}", patience=0.2)
+    store = Store(f"sqlite:///{tmp_path / 'read.db'}", timeout=0.2)
     async with running(store) as world:
         for reading in (True, False):
             await send(world, storms(3))

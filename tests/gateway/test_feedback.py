@@ -55,7 +55,7 @@ async def test_a_request_that_an_earlier_version_kept_still_takes_feedback(
             for text in ("calm", "loud")
         ]
         bundle = world.app.state.gateway.serving.id
-        store.keep_request(
+        store.add_request(
             Request(
                 "req_old", "ada", time.time(), bundle, QUESTION, {"candidates": kept, "visible": 3}
             )

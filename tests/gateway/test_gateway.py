@@ -397,7 +397,7 @@ async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str
         await fitted(world, "ada")
         heads = store.heads("ada", bundle)
         assert heads["adapter"].delta != heads["fitted"].delta
-        assert [each.content["said"] for each in store.judged("ada")] == [
+        assert [each.content["said"] for each in store.unlearned_feedback("ada")] == [
             {"rejected": True},
             {"rating": 0.1},
         ], "the edit is a record"
@@ -649,7 +649,7 @@ async def test_nobody_reaches_another_user(
             "chosen": 0,
             "visible": 1,
         }
-        either.keep_request(Request(f"req_{user}", user, time.time(), "", "q", content))
+        either.add_request(Request(f"req_{user}", user, time.time(), "", "q", content))
     keys = {
         "admin": make_key(either, admin=True)[1],
         "ada": make_key(either, users=["ada"])[1],

@@ -26,14 +26,14 @@ from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, restore
-from hydra_llm.store.database import engine_of
+from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import (
     Added,
-    Contradiction,
+    ConflictingFeedback,
     Key,
     Request,
-    Stale,
+    StaleVersion,
     StoredFeedback,
     StoredHead,
 )
@@ -83,7 +83,7 @@ def test_a_user_who_was_deleted_and_comes_again_is_another_version(
     seen = set[int | None]()
     for clock in (2e9, 1e9, 1e9):
         monkeypatch.setattr(
-            "hydra_llm.store.store.time",
+            "hydra_llm.store.users.time",
             SimpleNamespace(time=lambda clock=clock: clock, time_ns=lambda clock=clock: int(clock)),
         )
         for i in range(5):
@@ -148,7 +148,7 @@ def test_a_writer_that_read_an_older_version_is_refused_and_changes_nothing(stor
     store.add_records("ada", [record("a")])
     read = store.state("ada").version
     store.add_records("ada", [record("b")])
-    with pytest.raises(Stale, match="read again"), store.change("ada", version=read) as ada:
+    with pytest.raises(StaleVersion, match="read again"), store.change("ada", version=read) as ada:
         ada.put_heads("bundle", {"adapter": StoredHead(1, 1.5, b"old")})
     assert store.heads("ada", "bundle") == {}
 
@@ -205,9 +205,9 @@ def test_another_engine_on_the_database_sees_a_write_at_once(store: Store, url: 
     assert other.state("ada").version is None
     store.add_records("ada", [record("a")])
     assert other.state("ada").version == store.state("ada").version is not None
-    store.use_bundle("/bundles/new")
+    store.set_bundle("/bundles/new")
     assert other.state("ada").bundle == "/bundles/new"
-    store.use_bundle(None)
+    store.set_bundle(None)
     assert other.state("ada").bundle is None
     other.close()
 
@@ -241,17 +241,17 @@ def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None
         assert not ada.put_feedback(
             dataclasses.replace(said, content={**said.content, "score": 0.2})
         )
-    with pytest.raises(Contradiction, match="other feedback"), store.change("ada") as ada:
+    with pytest.raises(ConflictingFeedback, match="other feedback"), store.change("ada") as ada:
         ada.put_feedback(StoredFeedback("r1", 5.0, {"said": {"chosen": 2}}))
     with store.change("ada") as ada:
         ada.put_feedback(StoredFeedback("r0", 7.0, {"said": {}}))
         ada.put_feedback(StoredFeedback("r2", 3.0, {"said": {}}))
-    assert [each.request for each in store.judged("ada", 10)] == ["r2", "r1", "r0"]
-    assert store.judged("ada", 2)[0] == said
+    assert [each.request for each in store.unlearned_feedback("ada", 10)] == ["r2", "r1", "r0"]
+    assert store.unlearned_feedback("ada", 2)[0] == said
     with store.change("ada") as ada:
-        ada.fold_feedback(["r0", "r1", "unknown"])
+        ada.mark_learned(["r0", "r1", "unknown"])
         ada.put_feedback(StoredFeedback("r3", 1.0, {"said": {}}))
-    assert [each.request for each in store.judged("ada")] == ["r3", "r2"]
+    assert [each.request for each in store.unlearned_feedback("ada")] == ["r3", "r2"]
     assert store.counts()["feedback"] == 4
 
 
@@ -267,16 +267,16 @@ def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(
                 "group": {"gains": [0, 1]} if i % 2 else None,
             }
             ada.put_feedback(StoredFeedback(f"r{i}", float(i), content))
-    assert len(store.judged("ada")) == 9
+    assert len(store.unlearned_feedback("ada")) == 9
     read = []
     monkeypatch.setattr(
-        "hydra_llm.store.store.StoredFeedback",
+        "hydra_llm.store.requests.StoredFeedback",
         lambda *row: read.append(row) or StoredFeedback(*row),
     )
-    assert [each.request for each in store.judged("ada", 2, bundle="x")] == ["r5", "r7"]
+    assert [each.request for each in store.unlearned_feedback("ada", 2, bundle="x")] == ["r5", "r7"]
     assert len(read) == 2, "however many others there are"
-    assert [each.request for each in store.judged("ada", bundle="y")] == ["r3"]
-    assert store.judged("ada", 5, bundle="z") == []
+    assert [each.request for each in store.unlearned_feedback("ada", bundle="y")] == ["r3"]
+    assert store.unlearned_feedback("ada", 5, bundle="z") == []
 
 
 def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store) -> None:
@@ -284,22 +284,22 @@ def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store)
         store.add_records("ada", [record("a")])
         asked = store.state("ada").version
         store.add_records("ada", [record("b")])
-        assert store.keep_request(request("r1"), version=asked), "the same user, with more records"
+        assert store.add_request(request("r1"), version=asked), "the same user, with more records"
         store.delete_user("ada")
-        assert not store.keep_request(request("r1"), version=asked)
+        assert not store.add_request(request("r1"), version=asked)
         store.add_records("ada", [record("a"), record("b"), record("c")])
-        assert not store.keep_request(request("r1"), version=asked)
+        assert not store.add_request(request("r1"), version=asked)
         assert store.request("r1") is None
 
 
 def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
     store.add_records("ada", [record("a")])
-    store.keep_request(request("r1", candidates=["x", "y"]))
-    store.keep_request(dataclasses.replace(request("r2"), created=9.0))
-    store.keep_request(request("r3", user="nobody"))
+    store.add_request(request("r1", candidates=["x", "y"]))
+    store.add_request(dataclasses.replace(request("r2"), created=9.0))
+    store.add_request(request("r3", user="nobody"))
     assert store.request("r1") == request("r1", candidates=["x", "y"])
     assert store.request("r3") is None
-    assert store.drop_requests(5.0) == 1
+    assert store.delete_requests(5.0) == 1
     assert store.request("r1") is None
     assert store.request("r2") is not None
 
@@ -318,17 +318,20 @@ def test_a_door_that_was_closed_stays_closed(store: Store) -> None:
 
 def test_texts_that_somebody_still_has_are_told(store: Store) -> None:
     store.add_records("ada", [Record("ada", "1", "a", "b"), Record("ada", "2", "c", "d")])
-    store.keep_request(request("r1"))
-    assert store.still_held(["a", "b", "a → b", "c → b", "e", "asked", "a → b → c"]) == {
+    store.add_request(request("r1"))
+    assert store.texts_in_use(["a", "b", "a → b", "c → b", "e", "asked", "a → b → c"]) == {
         "a",
         "b",
         "a → b",
         "asked",
     }
-    assert store.still_held([f"text {i}" for i in range(1200)] + ["d"]) == {"d"}
-    assert store.still_held([]) == set()
+    assert store.texts_in_use([f"text {i}" for i in range(1200)] + ["d"]) == {"d"}
+    assert store.texts_in_use([]) == set()
     store.add_records("bob", [Record("bob", "1", "a", "z")])
-    assert store.still_held(["a", "b", "a → b", "a → z", "asked"], but="ada") == {"a", "a → z"}
+    assert store.texts_in_use(["a", "b", "a → b", "a → z", "asked"], except_user="ada") == {
+        "a",
+        "a → z",
+    }
 
 
 def test_keys(store: Store) -> None:
@@ -369,20 +372,20 @@ def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(
         thread.join()
     other.close()
     assert [job.id for job in claimed if job] == ["j1"]
-    assert store.tell_job("j1", 3, 10)
+    assert store.update_job("j1", 3, 10)
     assert store.claim_job() is None
     time.sleep(0.02)
     again = store.claim_job(abandoned_after=0.01)
     assert again is not None
     assert (again.id, again.done, again.total) == ("j1", 3, 10)
-    store.tell_job("j1", 10, 10, state="done")
+    store.update_job("j1", 10, 10, state="done")
     assert store.claim_job(abandoned_after=0.0) is None
-    assert (store.drop_jobs(0.0), store.drop_jobs(time.time() + 1), store.counts()["jobs"]) == (
+    assert (store.delete_jobs(0.0), store.delete_jobs(time.time() + 1), store.counts()["jobs"]) == (
         0,
         1,
         0,
     )
-    assert not store.tell_job("j1", 11, 11)
+    assert not store.update_job("j1", 11, 11)
 
 
 # ---- deletion and export
@@ -402,9 +405,9 @@ def fill(store: Store, name: str, secret: str) -> None:
             },
         )
         user.put_feedback(StoredFeedback(f"request-{name}", 1.0, {"said": {"edited": secret}}))
-    store.keep_request(request(f"request-{name}", user=name, text=secret))
+    store.add_request(request(f"request-{name}", user=name, text=secret))
     store.add_job(f"job-{name}", name, "fit")
-    store.tell_job(f"job-{name}", 0, 0, state="failed", error=secret)
+    store.update_job(f"job-{name}", 0, 0, state="failed", error=secret)
     store.add_key(Key(f"key-{name}", f"hash-{name}", secret, False, (name,), 1.0, None))
 
 
@@ -447,7 +450,7 @@ def test_sqlite_leaves_no_byte_even_before_it_is_scrubbed(tmp_path: Path) -> Non
     store = Store(f"sqlite:///{tmp_path / 'store.db'}")
     fill(store, "ada", "marmalade")
     store.delete_user("ada")
-    assert store.shorten_log()
+    assert store.truncate_log()
     assert not _bytes_with(store, tmp_path, b"marmalade")
     store.close()
 
@@ -521,7 +524,7 @@ def test_the_migrations_make_the_schema(store: Store) -> None:
 
 
 def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
-    engine = engine_of(url)
+    engine = create_engine(url)
     migrate.upgrade(engine, "0001")
     with engine.begin() as connection:
         for id, admin, names in (
@@ -558,7 +561,7 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
 
 
 def test_heads_of_the_second_version_have_no_known_time(url: str) -> None:
-    engine = engine_of(url)
+    engine = create_engine(url)
     migrate.upgrade(engine, "0002")
     with engine.begin() as connection:
         for line in (

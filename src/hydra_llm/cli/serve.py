@@ -194,7 +194,7 @@ def use_bundle(
 
     weights = read_bundle(bundle).config["files"]["weights.safetensors"]["sha256"]
     with opened(store) as found:
-        found.use_bundle(named(bundle.resolve(), weights))
+        found.set_bundle(named(bundle.resolve(), weights))
     console.say(
         f"servers of this store take {bundle} within a second or two; users' heads are fitted by"
         " POST /v1/users/ID/fit"

@@ -25,12 +25,12 @@ def migrate(store: URL, as_json: AsJson = False) -> None:
     """Bring the tables to this version; a new database gets them. Stop the servers and take a
     backup first.
     """
-    from hydra_llm.store.database import engine_of, told
+    from hydra_llm.store.database import Database, one_line_errors
     from hydra_llm.store.migrate import migrated
 
-    engine = engine_of(store)
-    with told(engine.url):
-        before, after = migrated(engine)
+    database = Database(store)
+    with one_line_errors(database.url):
+        before, after = migrated(database.engine)
     console.emit({"from": before, "to": after}, as_json)
 
 
@@ -85,11 +85,11 @@ def scrub(store: URL) -> None:
 
 
 @contextmanager
-def opened(url: str, patience: float = 3600.0) -> "Iterator[Store]":
+def opened(url: str, timeout: float = 3600.0) -> "Iterator[Store]":
     """A store that is closed in the end; who looks after it has time."""
     from hydra_llm.store.store import Store
 
-    store = Store(url, patience=patience)
+    store = Store(url, timeout=timeout)
     try:
         yield store
     finally:

@@ -382,7 +382,7 @@ async def _prune(gateway: Gateway) -> None:
     while True:
         with suppress(HydraError):
             before = time.time() - gateway.settings.keep_days * DAY
-            await anyio.to_thread.run_sync(partial(gateway.store.drop_requests, before))
-            await anyio.to_thread.run_sync(partial(gateway.store.drop_jobs, before))
-            await anyio.to_thread.run_sync(gateway.store.shorten_log)
+            await anyio.to_thread.run_sync(partial(gateway.store.delete_requests, before))
+            await anyio.to_thread.run_sync(partial(gateway.store.delete_jobs, before))
+            await anyio.to_thread.run_sync(gateway.store.truncate_log)
         await asyncio.sleep(PRUNE_SECONDS)

@@ -78,7 +78,7 @@ class Deployment:
         Raises:
             UserFault: they cannot be deleted.
         """
-        held = store.still_held(texts, but=but)
+        held = store.texts_in_use(texts, except_user=but)
         forget = (
             self.bundle.store.forget
             if self.bundle

@@ -20,9 +20,15 @@ from hydra_llm.gateway.schemas import ApiError, FeedbackIn
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import UserCache, as_head, as_numbers
 from hydra_llm.select import all_labels, candidate_text
-from hydra_llm.store.change import FEEDBACK
+from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Contradiction, Request, Stale, StoredFeedback, StoredHead
+from hydra_llm.store.values import (
+    ConflictingFeedback,
+    Request,
+    StaleVersion,
+    StoredFeedback,
+    StoredHead,
+)
 from hydra_llm.text import text_fault
 from hydra_llm.training.dataset import make_table
 from hydra_llm.training.online import WINDOW, moved, supports_online_update
@@ -102,9 +108,9 @@ async def take_feedback(
                 now.heads | heads if heads else {},
             )
             fresh = await anyio.to_thread.run_sync(write)
-        except Stale:
+        except StaleVersion:
             continue
-        except Contradiction as error:
+        except ConflictingFeedback as error:
             raise ApiError(409, str(error), code="other_feedback") from None
         return Taken(not fresh, record.id if record else None, bool(fresh and heads))
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
@@ -127,7 +133,7 @@ def _understood(
     wanted, record = _wanted(said, choices), None
     if wanted and not text_fault(wanted) and len(request.question) <= settings.max_text:
         output = _wanted_text(serving, said, shown) or wanted
-        record = Record(request.user, f"{FEEDBACK}{request.id}", request.question, output)
+        record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
     return _Told(
         kind, getattr(said, kind), choices[: len(request.content["candidates"])], wanted, record
     )
@@ -157,7 +163,7 @@ def _read(store: Store, people: UserCache, user: str, bundle: str) -> _Now:
         person.version,
         person.records,
         store.heads(user, bundle),
-        store.judged(user, WINDOW, bundle=bundle),
+        store.unlearned_feedback(user, WINDOW, bundle=bundle),
     )
 
 

@@ -379,7 +379,7 @@ class Gateway:
                 plan.id, plan.person.name, time.time(), plan.serving.id, plan.question, content
             )
             kept = await self.reads.read(
-                partial(self.store.keep_request, request, version=plan.person.version)
+                partial(self.store.add_request, request, version=plan.person.version)
             )
             if not kept:  # deleted while the upstream was asked
                 await plan.serving.together.run(

@@ -19,9 +19,9 @@ from hydra_llm.gateway.feedback import heads_after
 from hydra_llm.gateway.user_cache import as_head, texts_of
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.store.change import FEEDBACK
+from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Job, Stale, StoredFeedback, StoredHead
+from hydra_llm.store.values import Job, StaleVersion, StoredFeedback, StoredHead
 from hydra_llm.training.api import fit
 from hydra_llm.training.online import supports_online_update
 from hydra_llm.types import Record
@@ -76,7 +76,7 @@ class Worker:
     def _do(self, job: Job) -> None:
         state, said = self._outcome(job)
         try:
-            self._store.tell_job(job.id, int(state == "done"), 1, state=state, error=said)
+            self._store.update_job(job.id, int(state == "done"), 1, state=state, error=said)
         except HydraError:
             log.warning("jobs: the store failed; the job will be taken up again")
 
@@ -97,7 +97,9 @@ class Worker:
             raise HydraError("there is no bundle: nothing to fit")
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
-            known, judged = _told_apart(self._store.judged(job.user, bundle=serving.id), records)
+            known, judged = _told_apart(
+                self._store.unlearned_feedback(job.user, bundle=serving.id), records
+            )
             with features_of(serving.bundle) as features:
                 heads = self.heads(serving, job, records, judged, features)
                 try:
@@ -107,9 +109,9 @@ class Worker:
                             serving.warming is not None
                         ):  # encoded already; amid the transaction, so that a deletion comes later
                             features.texts(texts_of(serving.readable(tuple(records))), keep=True)
-                        change.fold_feedback([each.request for each in known])
+                        change.mark_learned([each.request for each in known])
                     return
-                except Stale:
+                except StaleVersion:
                     continue
         raise HydraError("the user changes faster than heads are fitted")
 
@@ -131,7 +133,7 @@ class Worker:
         data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
 
         def tell(stage: str, done: int, total: int) -> None:
-            if self._ended or not self._store.tell_job(job.id, done, total):
+            if self._ended or not self._store.update_job(job.id, done, total):
                 raise Stopped
 
         scorers = bundle.scorers
@@ -193,5 +195,5 @@ def _told_apart(
     moved head does.
     """
     ids = {record.id for record in records}
-    known = [each for each in judged if f"{FEEDBACK}{each.request}" in ids]
-    return known, [each for each in judged if f"{FEEDBACK}{each.request}" not in ids]
+    known = [each for each in judged if f"{FEEDBACK_ID}{each.request}" in ids]
+    return known, [each for each in judged if f"{FEEDBACK_ID}{each.request}" not in ids]

@@ -18,7 +18,7 @@ from hydra_llm.gateway.timed_reads import TimedReads
 from hydra_llm.gateway.user_cache import UserCache, UserSnapshot, texts_of
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Stale
+from hydra_llm.store.values import StaleVersion
 
 RECORDS_AT_ONCE = 2
 """Six texts that whoever comes meanwhile waits for: some hundredths of a second."""
@@ -71,7 +71,7 @@ class Prefetcher:
             while (person := await self._person(user)) is not None and place < len(person.records):
                 texts = texts_of(person.records[place : place + RECORDS_AT_ONCE])
                 await self._together.later(partial(self._features.texts, texts, keep=False))
-                with suppress(Stale):  # the user has changed: look again at what there is now
+                with suppress(StaleVersion):  # the user has changed: read again
                     await anyio.to_thread.run_sync(partial(self._write, person, texts))
                     place += RECORDS_AT_ONCE
 

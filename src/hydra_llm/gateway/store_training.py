@@ -15,7 +15,7 @@ from hydra_llm.gateway.user_cache import as_head
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Stale, Unknown
+from hydra_llm.store.values import NoSuchUser, StaleVersion
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.api import Learned, learn
 from hydra_llm.training.train_scorer import silent
@@ -61,9 +61,9 @@ def learn_from_store(
             try:
                 with store.change(user, version=versions[user]) as change:
                     change.put_heads(weights, heads)
-            except Unknown:
+            except NoSuchUser:
                 continue  # deleted meanwhile
-            except Stale:  # more has come since: a fit will see it
+            except StaleVersion:  # more has come since: a fit will see it
                 learned.notes.append(
                     "a user has changed while the bundle was learned: fit that user's heads"
                 )

@@ -20,7 +20,7 @@ from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Stale
+from hydra_llm.store.values import StaleVersion
 from hydra_llm.text import text_fault
 from hydra_llm.types import Record
 
@@ -153,7 +153,7 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
         try:
             counts = await _in_thread(partial(store.delete_user, user, version=version))
             break
-        except Stale:  # more has come: of that too no features may stay
+        except StaleVersion:  # more has come: of that too no features may stay
             continue
     else:
         raise ApiError(
@@ -176,7 +176,7 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
 
 def _add(store: Store, user: str, records: list[Record], most: int) -> Any:
     with store.change(user, create=True) as change:
-        if change.count() + change.new(records) > most:
+        if change.count() + change.count_new(records) > most:
             raise ApiError(
                 413, f"a user has at most {most} records: delete some first", param="records"
             )
@@ -234,7 +234,7 @@ def _shortened(store: Store) -> bool:
     undoes nothing.
     """
     try:
-        done = store.shorten_log()
+        done = store.truncate_log()
     except StoreError:
         done = False
     if not done:

@@ -1,7 +1,7 @@
-"""A store → a file of its own, and back: a copy of everything as it is at one moment, in either
-database (DESIGN 2).
-"""
+"""A store → a SQLite file, and back: all tables as of one moment, from either database."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
-from hydra_llm.store.database import shown
+from hydra_llm.store.database import without_password
 from hydra_llm.store.store import Store
 
 ROWS_AT_ONCE = 500
@@ -17,8 +17,8 @@ ROWS_AT_ONCE = 500
 
 
 def backup(store: Store, file: Path) -> dict[str, int]:
-    """Copy everything, as it is at one moment, into a new SQLite file, which is a store too;
-    returns rows per table.
+    """Copy everything, as of one moment, into a new SQLite file, which is a store too; returns rows
+    per table.
 
     Raises:
         StoreError: the file exists already, or cannot be written.
@@ -27,16 +27,13 @@ def backup(store: Store, file: Path) -> dict[str, int]:
         raise StoreError(f"{file}: exists already, name a new file")
     part = file.with_name(file.name + ".part")
     part.unlink(missing_ok=True)
-    other = Store(f"sqlite:///{part}")
     try:
-        counts = _copy(store, other)
-        other.shorten_log()
-        other.close()
+        with _opened(part) as copy:
+            counts = _copy(store, copy)
+            copy.truncate_log()
         part.replace(file)
-    except BaseException:
-        other.close()
-        part.unlink(missing_ok=True)  # half of everybody's texts
-        raise
+    finally:
+        part.unlink(missing_ok=True)  # after a failure: half of everybody's texts
     return counts
 
 
@@ -47,42 +44,40 @@ def restore(store: Store, file: Path) -> dict[str, int]:
         StoreError: there are rows already, or the file is no backup.
     """
     if any(count for table, count in store.counts().items() if table != "serving"):
-        raise StoreError(f"{shown(store.url)}: is not empty: restore into a new store")
+        raise StoreError(f"{without_password(store.url)}: is not empty: restore into a new store")
     if not file.is_file():
         raise StoreError(f"{file}: no such file")
-    other = Store(f"sqlite:///{file}")
+    with _opened(file) as saved:
+        return _copy(saved, store)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{file}")
     try:
-        return _copy(other, store)
+        yield store
     finally:
-        other.close()
+        store.close()
 
 
-def _copy(store: Store, other: Store) -> dict[str, int]:
-    with store.snapshot() as source, other.writing() as target:
+def _copy(source: Store, target: Store) -> dict[str, int]:
+    with source.snapshot() as reading, target.writing() as writing:
         counts = {
-            table.name: _copy_table(source, target, table)
+            table.name: _copy_table(reading, writing, table)
             for table in schema.metadata.sorted_tables
         }
-        if not other.on_sqlite:  # keys were given, not drawn: the sequence must go on behind them
-            last = sa.select(sa.func.max(schema.users.c.key)).scalar_subquery()
-            target.execute(
-                sa.select(
-                    sa.func.setval(
-                        sa.func.pg_get_serial_sequence("users", "key"), sa.func.coalesce(last, 1)
-                    )
-                )
-            )
+        if not target.on_sqlite:  # its sequence does not know the keys that were copied
+            last = sa.func.coalesce(sa.func.max(schema.users.c.key), 1)
+            sequence = sa.func.pg_get_serial_sequence("users", "key")
+            writing.execute(sa.select(sa.func.setval(sequence, sa.select(last).scalar_subquery())))
     return counts
 
 
-def _copy_table(source: Connection, target: Connection, table: sa.Table) -> int:
+def _copy_table(reading: Connection, writing: Connection, table: sa.Table) -> int:
+    writing.execute(sa.delete(table))  # an empty store may have a salt: the original's replaces it
     count = 0
-    target.execute(
-        sa.delete(table)
-    )  # an empty store may have drawn a salt already: the copy has that of its original
-    for part in (
-        source.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table)).partitions()
-    ):
-        target.execute(sa.insert(table), [dict(row._mapping) for row in part])
+    rows = reading.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table))
+    for part in rows.partitions():
+        writing.execute(sa.insert(table), [dict(row._mapping) for row in part])
         count += len(part)
     return count

@@ -3,24 +3,23 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
-from hydra_llm.store.values import Added, Contradiction, StoredFeedback, StoredHead
+from hydra_llm.store.database import in_parts
+from hydra_llm.store.values import Added, ConflictingFeedback, StoredFeedback, StoredHead
 from hydra_llm.types import Record
 
-FEEDBACK = "feedback:"
-"""What the id of a record begins with that an answered request became."""
-ASKED_AT_ONCE = 500
-"""Values of one IN (…): SQLite's oldest limit is 999."""
+FEEDBACK_ID = "feedback:"
+"""Prefix of the id of a record that was made from feedback; the answered request's id follows."""
 
 
 class UserChange:
-    """A user inside a transaction: see `Store.change`; `changed` tells whether anything that
-    answers depend on did.
+    """A user inside a transaction, see `Store.change`. `changed`: whether anything has changed that
+    answers depend on.
     """
 
     def __init__(self, connection: Connection, key: int, name: str):
@@ -28,142 +27,117 @@ class UserChange:
         self.changed = False
 
     def add(self, records: Sequence[Record]) -> Added:
-        """Add or replace records by id, new ones behind those that are there. A later one of the
-        same id in the list wins.
+        """Add records, or replace those whose id is known; new ones come last. Of several with one
+        id the last one counts.
         """
-        wanted = {record.id: record for record in records}
-        known = self._known(list(wanted))
-        new = [record for record in wanted.values() if record.id not in known]
-        other = [
-            record
-            for record in wanted.values()
-            if record.id in known and known[record.id] != _content(record)
+        sent = {record.id: record for record in records}
+        known = self._known(list(sent))
+        new = [record for id, record in sent.items() if id not in known]
+        changed = [
+            record for id, record in sent.items() if id in known and known[id] != _content(record)
         ]
-        table = schema.records
         if new:
-            last = self._connection.scalar(
-                sa.select(sa.func.max(table.c.position)).where(table.c.user == self._key)
-            )
-            start = 0 if last is None else last + 1
-            rows = [
-                {"user": self._key, "id": r.id, "position": start + i, **_content(r)}
-                for i, r in enumerate(new)
-            ]
-            self._connection.execute(sa.insert(table), rows)
-        if other:  # heads hold traces of what is replaced
-            self._connection.execute(
-                sa.delete(schema.heads).where(schema.heads.c.user == self._key)
-            )
-        for record in other:
-            at = (table.c.user == self._key) & (table.c.id == record.id)
-            self._connection.execute(sa.update(table).where(at).values(_content(record)))
-        self.changed = self.changed or bool(new or other)
+            self._append(new)
+        if changed:
+            self._replace(changed)
+        self.changed = self.changed or bool(new or changed)
         before = tuple(
             Record(self.name, record.id, known[record.id]["input"], known[record.id]["output"])
-            for record in other
+            for record in changed
         )
-        return Added(len(new), len(other), len(wanted) - len(new) - len(other), before)
+        return Added(len(new), len(changed), len(sent) - len(new) - len(changed), before)
+
+    def _append(self, records: Sequence[Record]) -> None:
+        table = schema.records
+        last = sa.select(sa.func.max(table.c.position)).where(table.c.user == self._key)
+        start = self._connection.scalar(last)
+        rows = [
+            {"user": self._key, "id": record.id, "position": position, **_content(record)}
+            for position, record in enumerate(records, 0 if start is None else start + 1)
+        ]
+        self._connection.execute(sa.insert(table), rows)
+
+    def _replace(self, records: Sequence[Record]) -> None:
+        table = schema.records
+        self._delete(schema.heads)  # they have learned from the texts that are replaced
+        for record in records:
+            at = (table.c.user == self._key) & (table.c.id == record.id)
+            self._connection.execute(sa.update(table).where(at).values(_content(record)))
 
     def count(self) -> int:
         """How many records the user has."""
-        return (
-            self._connection.scalar(
-                sa.select(sa.func.count()).where(schema.records.c.user == self._key)
-            )
-            or 0
-        )
+        rows = sa.select(sa.func.count()).where(schema.records.c.user == self._key)
+        return self._connection.scalar(rows) or 0
 
-    def new(self, records: Sequence[Record]) -> int:
-        """How many of these records the user has not."""
+    def count_new(self, records: Sequence[Record]) -> int:
+        """How many of these records the user does not have."""
         ids = list(dict.fromkeys(record.id for record in records))
         return len(ids) - len(self._known(ids))
 
     def remove(self, id: str) -> bool:
-        """Delete one record; False if there is none of that id. Heads that knew it are deleted too:
-        they hold traces of it.
+        """Delete one record, what it was made from, and the heads, which have learned from it;
+        False if there is none of that id.
         """
-        table = schema.records
-        gone = (
-            self._connection.execute(
-                sa.delete(table).where(table.c.user == self._key, table.c.id == id)
-            ).rowcount
-            > 0
-        )
-        if gone:
-            self._connection.execute(
-                sa.delete(schema.heads).where(schema.heads.c.user == self._key)
-            )
-        if gone and id.startswith(FEEDBACK):  # what it came from would bring it back
-            request = id.removeprefix(FEEDBACK)
-            self._connection.execute(
-                sa.delete(schema.feedback).where(schema.feedback.c.request == request)
-            )
-            self._connection.execute(
-                sa.delete(schema.requests).where(schema.requests.c.id == request)
-            )
-        self.changed = self.changed or gone
-        return gone
+        removed = self._delete(schema.records, schema.records.c.id == id)
+        if removed:
+            self._delete(schema.heads)
+        if removed and id.startswith(FEEDBACK_ID):  # else the feedback would bring it back
+            request = id.removeprefix(FEEDBACK_ID)
+            self._delete(schema.feedback, schema.feedback.c.request == request)
+            self._delete(schema.requests, schema.requests.c.id == request)
+        self.changed = self.changed or removed
+        return removed
 
     def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
-        """Keep the user's heads for a bundle, in place of older ones."""
-        table = schema.heads
-        self._connection.execute(
-            sa.delete(table).where(table.c.user == self._key, table.c.bundle == bundle)
-        )
-        now = time.time()
+        """Keep the user's heads for a bundle, in place of older ones. `heads`: by scorer."""
+        self._delete(schema.heads, schema.heads.c.bundle == bundle)
+        for_all = {"user": self._key, "bundle": bundle, "updated": time.time()}
         rows = [
             {
-                "user": self._key,
-                "bundle": bundle,
+                **for_all,
                 "scorer": scorer,
                 "known": head.known,
                 "until": None if head.until == -math.inf else head.until,
                 "delta": head.delta,
-                "updated": now,
             }
             for scorer, head in heads.items()
         ]
         if rows:
-            self._connection.execute(sa.insert(table), rows)
+            self._connection.execute(sa.insert(schema.heads), rows)
         self.changed = True
 
-    def put_feedback(self, judged: StoredFeedback) -> bool:
-        """Keep what was said of a request; False if exactly this was said before.
+    def put_feedback(self, feedback: StoredFeedback) -> bool:
+        """Keep feedback on a request; False if the same is kept already.
 
         Raises:
-            Contradiction: something else was said of this request before.
+            ConflictingFeedback: other feedback on this request is kept already.
         """
-        table, content = schema.feedback, json.loads(json.dumps(judged.content))
-        before = self._connection.execute(
-            sa.select(table.c.content).where(table.c.request == judged.request)
-        ).one_or_none()
-        if before is None:
-            values = {
-                "request": judged.request,
-                "user": self._key,
-                "created": judged.created,
-                "folded": False,
-                "content": content,
-            }
-            self._connection.execute(sa.insert(table).values(values))
-            self.changed = True
-            return True
-        if before.content["said"] != content["said"]:
-            raise Contradiction("this request has other feedback already")
-        return False
+        table, content = schema.feedback, json.loads(json.dumps(feedback.content))
+        kept = self._connection.scalar(
+            sa.select(table.c.content).where(table.c.request == feedback.request)
+        )
+        if kept is not None:
+            if kept["said"] != content["said"]:
+                raise ConflictingFeedback("this request has other feedback already")
+            return False
+        row = {"request": feedback.request, "created": feedback.created, "content": content}
+        self._connection.execute(sa.insert(table).values(user=self._key, folded=False, **row))
+        self.changed = True
+        return True
 
-    def fold_feedback(self, requests: Sequence[str]) -> None:
-        """From here on the feedback on these requests counts as known to the head: call it with the
-        head that was fitted.
+    def mark_learned(self, requests: Sequence[str]) -> None:
+        """Mark the feedback on these requests as learned by the user's head: call it together with
+        `put_heads`.
         """
         table = schema.feedback
-        for part in parts(requests):
+        for part in in_parts(requests):
             at = (table.c.user == self._key) & table.c.request.in_(part)
             self._connection.execute(sa.update(table).where(at).values(folded=True))
 
     def _known(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Those of the ids that the user has, with the records' content."""
         table, found = schema.records.c, {}
-        for part in parts(ids):
+        for part in in_parts(ids):
             rows = sa.select(table.id, table.input, table.output, table.time).where(
                 table.user == self._key, table.id.in_(part)
             )
@@ -171,10 +145,10 @@ class UserChange:
                 found[row.id] = {"input": row.input, "output": row.output, "time": row.time}
         return found
 
-
-def parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Values, as many at once as every database takes."""
-    return (values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE))
+    def _delete(self, table: sa.Table, *where: sa.ColumnElement[bool]) -> bool:
+        """Delete the user's rows of a table; whether there were any."""
+        rows = sa.delete(table).where(table.c.user == self._key, *where)
+        return self._connection.execute(rows).rowcount > 0
 
 
 def _content(record: Record) -> dict[str, str]:

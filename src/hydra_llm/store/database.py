@@ -1,71 +1,115 @@
-"""Opening SQLite or PostgreSQL so that both keep the same promises. Knows no table.
+"""SQLite or PostgreSQL, with the same guarantees from both. Knows no table.
 
-SQLite: a write-ahead log that is on the disk before a write is acknowledged, one writer at a time
-who takes the lock at once, deleted bytes overwritten. PostgreSQL: connections are tried before they
-are used, so that a server which was restarted is met again.
+SQLite: a write-ahead log that is on the disk before a write returns, one writer at a time who takes
+the lock when the transaction begins, deleted bytes overwritten. PostgreSQL: a connection is tested
+before it is used, so that a restarted server is reached again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from hydra_llm.errors import SettingsError, StoreError
 
+EXPECTED_URL = "sqlite:///FILE or postgresql+psycopg://..."
+MAX_IN = 500
+"""Values of one IN (…): SQLite's oldest limit is 999."""
+PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
 
-def engine_of(url: str, *, patience: float = 30.0) -> Engine:
-    """A database as SQLAlchemy sees it; nothing is opened yet. `patience`: seconds until a
-    statement has failed.
+
+class Database:
+    """One database and its transactions. Any number of threads and processes may use it."""
+
+    def __init__(self, url: str, *, timeout: float = 30.0):
+        """Open nothing yet. `timeout`: seconds until a statement has failed.
+
+        Raises:
+            SettingsError: no URL, an unsupported database, or a missing driver.
+        """
+        self.engine = create_engine(url, timeout=timeout)
+        self.url = self.engine.url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.dispose()
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether it is a file of this machine."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def _transaction(self, **options: Any) -> Iterator[Connection]:
+        with (
+            one_line_errors(self.url),
+            self.engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A transaction that only reads."""
+        return self._transaction()
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """A transaction that writes."""
+        return self._transaction(writes=True)
+
+    def snapshot(self) -> AbstractContextManager[Connection]:
+        """A transaction whose statements all read the database as of one moment."""
+        if self.on_sqlite:
+            return self._transaction()
+        return self._transaction(isolation_level="REPEATABLE READ")
+
+    def rows(self, statement: sa.Select[Any]) -> Sequence[Any]:
+        """The rows that one statement reads, as tuples with named fields."""
+        with self.reading() as connection:
+            return connection.execute(statement).all()
+
+    def value(self, statement: sa.Select[Any]) -> Any:
+        """The first column of the first row that one statement reads; None if there is no row."""
+        with self.reading() as connection:
+            return connection.scalar(statement)
+
+    def write(self, statement: sa.Delete | sa.Update) -> int:
+        """Run one statement; returns how many rows it changed."""
+        with self.writing() as connection:
+            return connection.execute(statement).rowcount
+
+    def run_outside_transaction(self, statement: str) -> Any:
+        """Run a statement that no transaction may surround; the first value that it returns."""
+        level = {"bare": True} if self.on_sqlite else {"isolation_level": "AUTOCOMMIT"}
+        with (
+            one_line_errors(self.url),
+            self.engine.connect().execution_options(**level) as connection,
+        ):
+            result = connection.exec_driver_sql(statement)
+            return result.scalar() if result.returns_rows else None
+
+
+def create_engine(url: str, *, timeout: float = 30.0) -> Engine:
+    """An engine for a URL; nothing is opened yet. `timeout`: seconds until a statement has failed.
 
     Raises:
-        SettingsError: the URL is none, or of a database that is not supported, or its driver is
-            missing.
+        SettingsError: no URL, an unsupported database, or a missing driver.
     """
-    return _engine(_checked(url), patience)
-
-
-def _checked(url: str) -> URL:
+    parsed = _parse(url)
     try:
-        made = make_url(url)
-    except sa.exc.ArgumentError:
-        raise SettingsError(
-            f"store '{url.split('@')[-1]}': no database URL: sqlite:///FILE or postgresql+psycopg://..."
-        ) from None
-    if made.get_backend_name() not in ("sqlite", "postgresql"):
-        raise SettingsError(
-            f"store: {made.get_backend_name()} is not supported: take sqlite:///FILE or postgresql+psycopg://..."
-        )
-    if made.get_backend_name() == "sqlite" and not made.database:
-        raise SettingsError(
-            "store: a database in memory would be another one for each thread: name a file, sqlite:///FILE"
-        )
-    return made.set(drivername="postgresql+psycopg") if made.drivername == "postgresql" else made
-
-
-def _engine(url: URL, patience: float) -> Engine:
-    try:
-        if url.get_backend_name() != "sqlite":
-            # A server that fails is told by an error, one that has gone silent by the network's own
-            # clocks.
-            limits = {
-                "connect_timeout": max(2, int(patience)),
-                "options": f"-c statement_timeout={int(patience * 1000)}",
-                "tcp_user_timeout": int(patience * 1000),
-                "keepalives_idle": max(1, int(patience)),
-                "keepalives_interval": 1,
-                "keepalives_count": 3,
-            }
+        if parsed.get_backend_name() != "sqlite":
             return sa.create_engine(
-                url,
+                parsed,
                 pool_pre_ping=True,
                 pool_size=10,
                 max_overflow=20,
-                pool_timeout=patience,
-                connect_args=limits,
+                pool_timeout=timeout,
+                connect_args=_postgresql_timeouts(timeout),
             )
-        engine = sa.create_engine(url, connect_args={"timeout": patience})
+        engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"store: {error.name} is not installed: pip install 'hydra-llm[server]'"
@@ -75,20 +119,46 @@ def _engine(url: URL, patience: float) -> Engine:
     return engine
 
 
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except sa.exc.ArgumentError:
+        raise SettingsError(
+            f"store '{url.split('@')[-1]}': no database URL: {EXPECTED_URL}"
+        ) from None
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql"):
+        raise SettingsError(f"store: {backend} is not supported: take {EXPECTED_URL}")
+    if backend == "sqlite" and not parsed.database:
+        raise SettingsError(
+            "store: a database in memory would be another one for each thread: name a file,"
+            " sqlite:///FILE"
+        )
+    on_default_driver = parsed.drivername == "postgresql"
+    return parsed.set(drivername="postgresql+psycopg") if on_default_driver else parsed
+
+
+def _postgresql_timeouts(timeout: float) -> dict[str, Any]:
+    """A server that answers reports its timeout; for one that does not, TCP's timers end."""
+    return {
+        "connect_timeout": max(2, int(timeout)),
+        "options": f"-c statement_timeout={int(timeout * 1000)}",
+        "tcp_user_timeout": int(timeout * 1000),
+        "keepalives_idle": max(1, int(timeout)),
+        "keepalives_interval": 1,
+        "keepalives_count": 3,
+    }
+
+
 def _set_up_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # the driver would begin transactions where it thinks fit
-    for line in (
-        "journal_mode = WAL",
-        "synchronous = FULL",
-        "foreign_keys = ON",
-        "secure_delete = ON",
-    ):
+    connection.isolation_level = None  # the driver would begin transactions by itself
+    for line in PRAGMAS:
         connection.execute(f"PRAGMA {line}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: a transaction that reads first and writes later would fail
-    instead of waiting.
+    """Take the lock at the start of a write: a transaction that reads first and writes later would
+    fail instead of waiting.
     """
     options = connection.get_execution_options()
     if not options.get("bare"):
@@ -96,20 +166,37 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
-def told(url: URL) -> Iterator[None]:
-    """A failing database in one line, without its URL's password and without any value that was to
-    be written.
+def one_line_errors(url: URL) -> Iterator[None]:
+    """Database errors as a `StoreError` of one line, without the URL's password and without any
+    value that was written.
     """
     try:
         yield
     except sa.exc.SQLAlchemyError as error:
-        cause = getattr(error, "orig", None)
-        said = str(cause if cause is not None else error).splitlines()
+        cause = getattr(error, "orig", None) or error
+        lines = str(cause).splitlines() or [""]
         raise StoreError(
-            f"store {shown(url)}: {type(cause or error).__name__}: {said[0] if said else ''}"
+            f"store {without_password(url)}: {type(cause).__name__}: {lines[0]}"
         ) from None
 
 
-def shown(url: URL) -> str:
-    """The URL without its password."""
+def without_password(url: URL) -> str:
+    """The URL as text, its password hidden."""
     return url.render_as_string(hide_password=True)
+
+
+def insert_new(connection: Connection, table: sa.Table, row: Mapping[str, Any]) -> None:
+    """Insert a row unless there is one with its key."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    connection.execute(dialect.insert(table).values(row).on_conflict_do_nothing())
+
+
+def in_parts(values: Iterable[str]) -> Iterator[Sequence[str]]:
+    """Values in lists that are short enough for IN (…)."""
+    listed = list(values)
+    return (listed[start : start + MAX_IN] for start in range(0, len(listed), MAX_IN))
+
+
+def column_values(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass as columns of the same names."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -19,24 +19,48 @@ def prepare(engine: Engine) -> None:
     """Give an empty database its tables; refuse one of another version.
 
     Raises:
-        StoreError: the tables are older or newer than this version, or somebody else's.
+        StoreError: the tables are older or newer than this version, or not ours.
     """
-    found, others = _look(engine)
-    if found is None and not others:
+    found, has_tables = _look(engine)
+    if found is None and not has_tables:
         upgrade(engine)
     elif found != latest():
-        raise StoreError(_mend(found))
+        raise StoreError(_refusal(found))
+
+
+def migrated(engine: Engine) -> tuple[str | None, str]:
+    """`upgrade`; returns the versions before and after.
+
+    Raises:
+        StoreError: the tables are newer than this version, or not ours.
+    """
+    found, has_tables = _look(engine)
+    if (has_tables or found is not None) and found not in _versions():
+        raise StoreError(_refusal(found))
+    return found, upgrade(engine)
+
+
+def upgrade(engine: Engine, version: str = "head") -> str:
+    """Bring the tables to a version, by default this program's, in one transaction; returns this
+    program's. Of two processes at once the second finds nothing to do.
+    """
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, version)
+    return latest()
 
 
 def _look(engine: Engine) -> tuple[str | None, bool]:
-    """The version of the tables, and whether there are any of our names."""
+    """The version of the tables, and whether there are tables with our names."""
     with engine.connect() as connection, connection.begin():
-        return revision(connection), bool(
-            set(inspect(connection).get_table_names()) & set(schema.metadata.tables)
-        )
+        names = set(inspect(connection).get_table_names())
+        return revision(connection), not names.isdisjoint(schema.metadata.tables)
 
 
-def _mend(found: str | None) -> str:
+def _refusal(found: str | None) -> str:
     if found is None:
         return (
             "store: there are tables of these names that hydra-llm has not made: take another"
@@ -51,31 +75,6 @@ def _mend(found: str | None) -> str:
         f"store: its tables are of version {found}, which a newer hydra-llm has made: this one"
         f" knows {latest()}"
     )
-
-
-def upgrade(engine: Engine, version: str = "head") -> str:
-    """Bring the tables to a version, this program's, in one transaction; returns it. Two processes
-    at once: the second finds them done.
-    """
-    with engine.connect().execution_options(writes=True) as connection, connection.begin():
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
-        config = _config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, version)
-    return latest()
-
-
-def migrated(engine: Engine) -> tuple[str | None, str]:
-    """`upgrade`, and the version before it.
-
-    Raises:
-        StoreError: the tables are newer than this version, or somebody else's.
-    """
-    found, others = _look(engine)
-    if (found is None and others) or (found is not None and found not in _versions()):
-        raise StoreError(_mend(found))
-    return found, upgrade(engine)
 
 
 def revision(connection: Connection) -> str | None:

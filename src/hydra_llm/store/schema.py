@@ -1,11 +1,10 @@
-"""The gateway's tables, as SQLAlchemy Core sees them; `migrations/` brings an older database to
-them.
+"""The store's tables, as SQLAlchemy Core sees them; `migrations/` brings older databases to them.
 
-Whatever is about a user hangs on that user's row and carries its key: deleting a user is deleting
-by that key in each of `OF_USERS`. A user's `version` grows with every change of what answers depend
-on (records, heads), in the same transaction: a server that has the user in memory asks for this one
-number, and a writer that has read another one is refused. Times are seconds since 1970 (UTC). Knows
-no statement: `store.py` alone speaks SQL.
+Whatever is about a user references that user's row by its key, in a column `user`: deleting a user
+is deleting by this key in each of `OF_USERS`. A user's `version` grows, in the same transaction,
+with every change of what answers depend on (records, heads): a server with the user in its cache
+compares this one number, and a writer that has read another one is refused. Times are seconds since
+1970 (UTC).
 """
 
 from sqlalchemy import (
@@ -33,16 +32,14 @@ metadata = MetaData(
         "ix": "ix_%(table_name)s_%(column_0_name)s",
     }
 )
-"""With names for constraints, so that a migration can name them on every database."""
+"""Constraints have names, so that a migration can name them on every database."""
 
 Key = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite counts up INTEGER keys alone."""
+"""SQLite numbers only INTEGER keys by itself."""
 
-
-LIFE = 2**32
-"""A user's version is the key times this, and one more for each change: keys are given once, so a
-name that was deleted and comes again has no version of before, whatever clocks say. (Databases
-of earlier versions hold users whose versions began with a clock.)
+VERSIONS_PER_KEY = 2**32
+"""A user's version starts at the key times this. Keys are never reused, so a user who is deleted
+and comes again has no version of before.
 """
 
 
@@ -57,7 +54,7 @@ users = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("version", BigInteger, nullable=False),
     Column("created", Double, nullable=False),
-    sqlite_autoincrement=True,  # a key is never given to another user
+    sqlite_autoincrement=True,  # a key is never reused
 )
 
 records = Table(
@@ -110,8 +107,7 @@ feedback = Table(
     Column("content", JSON, nullable=False),
     Index("ix_feedback_user", "user"),
 )
-
-"""`folded`: a head was fitted since, which knows what it brought."""
+"""`folded`: a head that was fitted since has learned it."""
 
 keys = Table(
     "keys",
@@ -124,8 +120,8 @@ keys = Table(
     Column("created", Double, nullable=False),
     Column("revoked", Double, nullable=True),
 )
-"""`bound`: made for one user, so that a request need not name any. It stays false when all but one
-of several are deleted.
+"""`bound`: made for one user, so that a request need not name any. A key made for several stays
+unbound when all but one are deleted.
 """
 
 key_users = Table(
@@ -159,7 +155,7 @@ serving = Table(
     Column("name", String(16), primary_key=True),
     Column("value", Text, nullable=False),
 )
-"""What all servers of this store share: the bundle that they answer with."""
+"""What all servers of this store share, such as the bundle in use."""
 
 OF_USERS = (feedback, requests, jobs, heads, records)
-"""Tables with a column `user`, in the order in which rows may be deleted."""
+"""Tables with a column `user`, in an order in which rows may be deleted."""

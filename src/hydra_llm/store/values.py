@@ -1,4 +1,4 @@
-"""What the store gives and takes, beside records. Knows no database."""
+"""The values that the store takes and returns, beside records. Knows no database."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,39 +7,26 @@ from hydra_llm.errors import StoreError
 from hydra_llm.types import Record
 
 
-class Stale(StoreError):
-    """Somebody else has changed the user since the version that the caller read: read again."""
+class StaleVersion(StoreError):
+    """The user has changed since the version that the caller read: read again."""
 
 
-class Unknown(StoreError):
-    """No such user, or not any more."""
+class NoSuchUser(StoreError):
+    """The user is unknown, or was deleted."""
 
 
-class Contradiction(StoreError):
-    """Something else was said of this request before."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFeedback:
-    """Feedback on one answered request."""
-
-    request: str
-    created: float
-    """When the request was answered: the order of feedback, whenever it came."""
-    content: Any
+class ConflictingFeedback(StoreError):
+    """There is other feedback on this request already."""
 
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """What a server asks before it trusts its memory."""
+    """What a server reads before it uses a user from its cache."""
 
     version: int | None
-    """Another one after every change of the user's records or heads, and after a deletion; None for
-    an unknown user.
-    """
+    """Differs after every change of the user's records or heads; None for an unknown user."""
     bundle: str | None
-    """Folder of the bundle that all servers of this store answer with; None where none was chosen.
-    """
+    """Folder of the bundle that all servers of this store use; None if none was set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +38,7 @@ class Added:
     """Known id, other content: replaced, at the same place in the user's order."""
     unchanged: int = 0
     replaced: tuple[Record, ...] = ()
-    """Those that changed, with the texts that they had."""
+    """The changed ones, with the texts that they had before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +50,7 @@ class StoredHead:
     until: float
     """Time of the latest of these records, in seconds since 1970; -inf if they have none."""
     delta: bytes
-    """Little-endian float32 numbers, in the order that the head bank gives them."""
+    """Little-endian float32 numbers, in the order of the head's parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +66,34 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFeedback:
+    """Feedback on one answered request."""
+
+    request: str
+    created: float
+    """When the request was answered: the order of feedback, whenever it arrived."""
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
-    """An API key; its secret is nowhere, its hash in the store alone."""
+    """An API key. Its secret is kept nowhere, its hash in the store only."""
 
     id: str
     hash: str
     label: str
     admin: bool
     users: tuple[str, ...]
-    """For whom it may speak; an admin's key speaks for all."""
+    """The users whom it may name; an admin's key may name all."""
     created: float
     revoked: float | None
     bound: bool = False
-    """Whether it was made for one user, who need not be named."""
+    """Whether it was made for one user, whom a request need not name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work that goes on after the request that asked for it."""
+    """Work that outlasts the request that asked for it."""
 
     id: str
     user: str
