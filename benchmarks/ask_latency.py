@@ -27,6 +27,7 @@ from simulated_users import HEADLINE, LABELS, made_up_data, open_data, people, w
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.llm.base import Sampling
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import record_text
 from hydra_llm.training.api import learn
@@ -46,11 +47,9 @@ class Writer:
     def identity(self) -> Mapping[str, Any]:
         return {"kind": "fake", "model": "fake:writer", "constrains": False}
 
-    async def generate(
-        self, messages: Sequence[Message], *, n: int = 1, **options: Any
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         began = time.perf_counter()
-        texts = tuple(next(self.headlines) for _ in range(n))
+        texts = tuple(next(self.headlines) for _ in range(sampling.n))
         self.seconds += time.perf_counter() - began
         return Generation(texts, Usage(calls=1))
 

@@ -4,6 +4,7 @@ is refused.
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import anyio
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.pipeline import Personalizer, gather
@@ -38,7 +40,8 @@ class Temperatures:
         self.asked: list[dict[str, Any]] = []
         self.messages: Sequence[Message] = ()
 
-    async def generate(self, messages: Sequence[Message], **options: Any) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        options = asdict(sampling)
         self.asked.append(options)
         self.messages = messages
         said = self.greedy if options["temperature"] == 0 else self.sampled
@@ -212,9 +215,8 @@ class Window:
         self.size, self.fits, self.sampled_size = size, fits, sampled_size or size
         self.asked: list[tuple[float, str]] = []
 
-    async def generate(
-        self, messages: Sequence[Message], *, temperature: float = 0.0, n: int = 1, **options: Any
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        temperature, n = sampling.temperature, sampling.n
         text = shown(messages)
         self.asked.append((temperature, text))
         if len(text) > (size := self.sampled_size if temperature else self.size):

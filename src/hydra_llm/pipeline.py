@@ -18,7 +18,7 @@ import anyio
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
 from hydra_llm.history import before
-from hydra_llm.llm.base import ChatLLM, PartlyFailed
+from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.prompt import Prompt, build
 from hydra_llm.rerank import KeepOrder, Reranker
@@ -190,11 +190,13 @@ class Personalizer:
         settings = self.settings
         return await self.llm.generate(
             messages,
-            n=n,
-            temperature=temperature,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,
-            choices=self.task.labels if settings.constrain else (),
+            Sampling(
+                n=n,
+                temperature=temperature,
+                max_tokens=settings.max_tokens,
+                seed=settings.seed,
+                choices=self.task.labels if settings.constrain else (),
+            ),
         )
 
     # ---- the same from sync code, and for a plain text

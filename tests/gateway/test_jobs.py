@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import anyio.lowlevel
 import pytest
@@ -13,6 +12,7 @@ from hydra_llm.gateway.deployment import Deployment, open_deployment
 from hydra_llm.gateway.jobs import Worker
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from hydra_llm.types import Generation, Message
@@ -23,9 +23,9 @@ from .conftest import anything, records_of
 class FarAway(RuleLLM):
     """One that is waited for, so that a call can be taken back."""
 
-    async def generate(self, *asked: Any, **how: Any) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         await anyio.lowlevel.checkpoint()
-        return await super().generate(*asked, **how)
+        return await super().generate(messages, sampling)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, UserFault
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Meter, Prices
@@ -45,10 +47,9 @@ class Counting:
         self.prefix = prefix
         self.given = 0
 
-    async def generate(
-        self, messages: Sequence[Message], *, n: int = 1, seed: int | None = None, **options: Any
-    ) -> Generation:
-        self.asked.append((n, seed))
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        n = sampling.n
+        self.asked.append((n, sampling.seed))
         await asyncio.sleep(0.01)
         texts = tuple(f"{self.prefix}{self.given + i}" for i in range(n))
         self.given += n
@@ -65,8 +66,8 @@ async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(
 ) -> None:
     meter = Meter(Counting(), prices=Prices(prompt=1e6, completion=1e6))
     llm = CachedLLM(meter, tmp_path / "c.sqlite")
-    first = await llm.generate(MESSAGES, n=4, temperature=1.0)
-    again = await llm.generate(MESSAGES, n=4, temperature=1.0)
+    first = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0))
+    again = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0))
     assert again.texts == first.texts == ("0", "1", "2", "3")
     assert first.usage == Usage(
         calls=1, prompt_tokens=10, completion_tokens=13, cost=23.0, seconds=0.5
@@ -80,7 +81,7 @@ async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(
 async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Path) -> None:
     first = CachedLLM(Counting(), tmp_path / "c.sqlite")
     made = [
-        (await first.generate(MESSAGES, n=n, temperature=t, seed=1)).texts
+        (await first.generate(MESSAGES, Sampling(n=n, temperature=t, seed=1))).texts
         for n, t in [(3, 1.0), (1, 0.0), (2, 0.5)]
     ]
     await first.aclose()
@@ -88,22 +89,22 @@ async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Pa
     later = CachedLLM(inner, tmp_path / "c.sqlite", replay_only=True)
     # in another order: it does not matter
     again = [
-        (await later.generate(MESSAGES, n=n, temperature=t, seed=1)).texts
+        (await later.generate(MESSAGES, Sampling(n=n, temperature=t, seed=1))).texts
         for n, t in [(2, 0.5), (1, 0.0), (3, 1.0)]
     ]
     assert again[::-1] == made
     assert inner.asked == []
     with pytest.raises(LLMError, match=r"no kept answer for request [0-9a-f]{64}, candidate 3"):
-        await later.generate(MESSAGES, n=4, temperature=1.0, seed=1)
+        await later.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=1))
     assert inner.asked == []
 
 
 async def test_only_missing_candidates_are_asked_for_each_with_its_own_seed(tmp_path: Path) -> None:
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
-    four = await llm.generate(MESSAGES, n=4, temperature=1.0, seed=7)
-    eight = await llm.generate(MESSAGES, n=8, temperature=1.0, seed=7)
-    two = await llm.generate(MESSAGES, n=2, temperature=1.0, seed=7)
+    four = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=7))
+    eight = await llm.generate(MESSAGES, Sampling(n=8, temperature=1.0, seed=7))
+    two = await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0, seed=7))
     assert eight.texts[:4] == four.texts
     assert two.texts == four.texts[:2]
     (_, start), *_ = inner.asked
@@ -119,28 +120,27 @@ async def test_each_prompt_has_draws_of_its_own(tmp_path: Path) -> None:
     class Engine:
         identity: Mapping[str, Any] = {"kind": "fake", "model": "engine", "constrains": False}
 
-        async def generate(
-            self,
-            messages: Sequence[Message],
-            *,
-            n: int = 1,
-            seed: int | None = None,
-            **options: Any,
-        ) -> Generation:
+        async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+            seed = sampling.seed
             assert seed is not None
-            return Generation(tuple(str(random.Random(seed + i).random()) for i in range(n)))
+            draws = (random.Random(seed + i).random() for i in range(sampling.n))
+            return Generation(tuple(map(str, draws)))
 
     llm = CachedLLM(Engine(), tmp_path / "c.sqlite")
     made = [
         (
-            await llm.generate([{"role": "user", "content": f"{i}"}], n=7, temperature=1.0, seed=0)
+            await llm.generate(
+                [{"role": "user", "content": f"{i}"}], Sampling(n=7, temperature=1.0, seed=0)
+            )
         ).texts
         for i in range(50)
     ]
     assert len({text for texts in made for text in texts}) == 50 * 7
     again = CachedLLM(Engine(), tmp_path / "d.sqlite")
     assert (
-        await again.generate([{"role": "user", "content": "3"}], n=7, temperature=1.0, seed=0)
+        await again.generate(
+            [{"role": "user", "content": "3"}], Sampling(n=7, temperature=1.0, seed=0)
+        )
     ).texts == made[3]
 
 
@@ -152,17 +152,21 @@ async def test_samples_with_one_seed_are_the_same_by_way_of_four_as_of_eight(
 
     at_once = CachedLLM(RuleLLM(drawn), tmp_path / "a.sqlite")
     in_steps = CachedLLM(RuleLLM(drawn), tmp_path / "b.sqlite")
-    await in_steps.generate(MESSAGES, n=3, temperature=1.0, seed=5)
-    whole = (await at_once.generate(MESSAGES, n=8, temperature=1.0, seed=5)).texts
-    assert (await in_steps.generate(MESSAGES, n=8, temperature=1.0, seed=5)).texts == whole
+    await in_steps.generate(MESSAGES, Sampling(n=3, temperature=1.0, seed=5))
+    whole = (await at_once.generate(MESSAGES, Sampling(n=8, temperature=1.0, seed=5))).texts
+    assert (
+        await in_steps.generate(MESSAGES, Sampling(n=8, temperature=1.0, seed=5))
+    ).texts == whole
     assert len(set(whole)) == 8
 
 
 async def test_greedy_texts_are_one_call(tmp_path: Path) -> None:
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
-    assert (await llm.generate(MESSAGES, n=5, temperature=0.0, seed=1)).texts == ("0",) * 5
-    assert (await llm.generate(MESSAGES, n=1, temperature=0.0, seed=2)).texts == ("0",)
+    assert (await llm.generate(MESSAGES, Sampling(n=5, temperature=0.0, seed=1))).texts == (
+        "0",
+    ) * 5
+    assert (await llm.generate(MESSAGES, Sampling(n=1, temperature=0.0, seed=2))).texts == ("0",)
     assert [n for n, _ in inner.asked] == [1]
 
 
@@ -172,7 +176,7 @@ async def test_identical_calls_in_flight_are_made_once(tmp_path: Path) -> None:
     made: list[Generation] = []
 
     async def one(n: int) -> None:
-        made.append(await llm.generate(MESSAGES, n=n, temperature=1.0))
+        made.append(await llm.generate(MESSAGES, Sampling(n=n, temperature=1.0)))
 
     async with anyio.create_task_group() as group:
         for n in (3, 3, 2, 3):
@@ -188,9 +192,9 @@ async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path
     )
     llm.inner._asked = 1  # type: ignore[attr-defined]
     with pytest.raises(LLMError):
-        await llm.generate(MESSAGES)
+        await llm.generate(MESSAGES, Sampling())
     assert list(llm.rows()) == []
-    assert (await llm.generate(MESSAGES)).texts == ("fine",)
+    assert (await llm.generate(MESSAGES, Sampling())).texts == ("fine",)
     ((request, candidate, row),) = llm.rows()
     assert (request["messages"], candidate, row["text"]) == (MESSAGES, 0, "fine")
 
@@ -200,20 +204,19 @@ class Miserly(Counting):
 
     most = 2
 
-    async def generate(
-        self, messages: Sequence[Message], *, n: int = 1, **options: Any
-    ) -> Generation:
-        return await super().generate(messages, n=min(n, self.most), **options)
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        fewer = replace(sampling, n=min(sampling.n, self.most))
+        return await super().generate(messages, fewer)
 
 
 async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path: Path) -> None:
     inner = Miserly()
     llm = CachedLLM(meter := Meter(inner), tmp_path / "c.sqlite")
     with pytest.raises(LLMError, match=r"^the LLM gave 2 of 5 texts$"):
-        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
+        await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=7))
     with pytest.raises(LLMError, match=r"^the LLM gave 2 of 3 texts$"):
-        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)
-    assert (await llm.generate(MESSAGES, n=5, temperature=1.0, seed=7)).texts == (
+        await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=7))
+    assert (await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=7))).texts == (
         "0",
         "1",
         "2",
@@ -224,19 +227,17 @@ async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path:
     assert inner.asked == [(2, start), (2, start + 2), (1, start + 4)]
     inner.most = 0
     with pytest.raises(LLMError, match="0 of 1"):
-        await llm.generate([{"role": "user", "content": "other"}])
+        await llm.generate([{"role": "user", "content": "other"}], Sampling())
     assert meter.usage.calls == 4
 
 
 async def test_too_many_texts_are_cut_to_what_was_asked_for(tmp_path: Path) -> None:
     class Generous(Counting):
-        async def generate(
-            self, messages: Sequence[Message], *, n: int = 1, **options: Any
-        ) -> Generation:
-            return await super().generate(messages, n=n + 1, **options)
+        async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+            return await super().generate(messages, replace(sampling, n=sampling.n + 1))
 
     llm = CachedLLM(Generous(), tmp_path / "c.sqlite")
-    assert (await llm.generate(MESSAGES, n=2, temperature=1.0)).texts == ("0", "1")
+    assert (await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0))).texts == ("0", "1")
     assert len(list(llm.rows())) == 2
 
 
@@ -245,10 +246,10 @@ class Narrow(Counting):
 
     window = 20
 
-    async def generate(self, messages: Sequence[Message], **options: Any) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         if len(messages[0]["content"]) > self.window:
             raise LLMRefused("too long", fits=0.5)
-        return await super().generate(messages, **options)
+        return await super().generate(messages, sampling)
 
 
 async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Path) -> None:
@@ -295,16 +296,17 @@ requests = st.fixed_dictionaries(
         ),
         "temperature": st.floats(0.01, 2),
         "max_tokens": st.integers(1, 99),
-        "stop": st.lists(content, max_size=2),
+        "stop": st.lists(content, max_size=2).map(tuple),
         "seed": st.none() | st.integers(0, 99),
-        "choices": st.lists(content, max_size=2),
+        "choices": st.lists(content, max_size=2).map(tuple),
     }
 )
 
 
 def key(request: dict[str, Any]) -> str:
     request = dict(request)
-    return key_of(request_of(request.pop("identity"), request.pop("messages"), **request))
+    identity, messages = request.pop("identity"), request.pop("messages")
+    return key_of(request_of(identity, messages, Sampling(**request)))
 
 
 @given(requests, requests)
@@ -332,17 +334,66 @@ def test_the_key_is_the_sha256_of_sorted_json() -> None:
     request = request_of(
         {"model": "m"},
         [{"role": "user", "content": "é"}],
-        temperature=1,
-        max_tokens=2,
-        stop=(),
-        seed=3,
-        choices=("a",),
+        Sampling(temperature=1, max_tokens=2, seed=3, choices=("a",)),
     )
     written = (
         '{"choices":["a"],"llm":{"model":"m"},"max_tokens":2,"messages":[{"content":"\\u00e9","role":"user"}],'
         '"seed":3,"stop":[],"temperature":1.0}'
     )
     assert key_of(request) == hashlib.sha256(written.encode()).hexdigest()
+
+
+GGUF = {
+    "kind": "gguf",
+    "model": "smollm2-135m-instruct",
+    "sha256": "ab",
+    "engine": "xllamacpp 2026.1",
+    "sampler": {"top_k": 40, "top_p": 0.95, "min_p": 0.05},
+    "constrains": True,
+}
+OPENAI = {"kind": "openai", "model": "gpt", "base_url": "https://host/v1", "constrains": False}
+
+
+@pytest.mark.parametrize(
+    ("identity", "sampling", "golden"),
+    [
+        (OPENAI, Sampling(n=8), "28be92e40a8b0c56f3a61555e2c17bd8ea7ae7de33d5d5acd1eb11474af97701"),
+        (
+            OPENAI,
+            Sampling(seed=5),
+            "28be92e40a8b0c56f3a61555e2c17bd8ea7ae7de33d5d5acd1eb11474af97701",
+        ),
+        (
+            OPENAI,
+            Sampling(temperature=1, seed=5),
+            "41174d27160679694f2c0a4f3c0d07554f0f57b6a8cf75bc3e7ec5fc26322f67",
+        ),
+        (
+            OPENAI,
+            Sampling(temperature=0.5, max_tokens=16, stop=("\n", "END")),
+            "0141c9f31eb3cb171765cea4c12da6d2b9e6e9284c61274d641814803f1866bb",
+        ),
+        (
+            GGUF,
+            Sampling(max_tokens=7, choices=("sci-fi", "drama")),
+            "426fa460b1cf658d3ff003120c13a1082ee9b0f4cbe7af88ee1f9d52dbfe3b68",
+        ),
+        (
+            GGUF,
+            Sampling(temperature=0.7, seed=0, choices=("1", "2")),
+            "40cc5965c1c6d68cd56c5c39f582cf8998c3b2eba91bbe80c3ad47dc8d5593ea",
+        ),
+    ],
+)
+def test_keys_of_version_0_1_stay(
+    identity: dict[str, Any], sampling: Sampling, golden: str
+) -> None:
+    """Computed by the code before `Sampling`: existing caches and recordings keep answering."""
+    messages = [
+        {"role": "system", "content": "é \u2028 🎬"},
+        {"role": "user", "content": "Name a film"},
+    ]
+    assert key_of(request_of(identity, messages, sampling)) == golden
 
 
 @settings(max_examples=25, deadline=None)
@@ -372,9 +423,7 @@ def test_the_order_of_calls_does_not_matter(
                     (
                         await llm.generate(
                             [{"role": "user", "content": call[0]}],
-                            n=call[1],
-                            temperature=call[2],
-                            seed=3,
+                            Sampling(n=call[1], temperature=call[2], seed=3),
                         )
                     ).texts
                 )
@@ -393,6 +442,7 @@ def test_the_order_of_calls_does_not_matter(
 
 WORKER = textwrap.dedent("""
     import asyncio, json, sys
+    from hydra_llm.llm.base import Sampling
     from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.llm.fake import RuleLLM
 
@@ -406,7 +456,8 @@ WORKER = textwrap.dedent("""
         print("ready", flush=True)
         sys.stdin.readline()
         for i in range(count):
-            made = await llm.generate([{"role": "user", "content": str(i)}], n=3, temperature=1.0)
+            message = {"role": "user", "content": str(i)}
+            made = await llm.generate([message], Sampling(n=3, temperature=1.0))
             print(json.dumps([i, *made.texts]), flush=True)
 
     asyncio.run(main())
@@ -521,10 +572,12 @@ async def test_answers_that_the_disk_refused_are_kept_for_this_process(
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
     llm._database.execute("PRAGMA query_only = ON")  # every write fails from now on
-    first = await llm.generate(MESSAGES, n=3, temperature=1.0)
-    other = await llm.generate([{"role": "user", "content": "other"}])
-    assert (await llm.generate(MESSAGES, n=3, temperature=1.0)).texts == first.texts
-    assert (await llm.generate([{"role": "user", "content": "other"}])).texts == other.texts
+    first = await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0))
+    other = await llm.generate([{"role": "user", "content": "other"}], Sampling())
+    assert (await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0))).texts == first.texts
+    assert (
+        await llm.generate([{"role": "user", "content": "other"}], Sampling())
+    ).texts == other.texts
     assert len(inner.asked) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -542,12 +595,12 @@ async def test_damage_in_the_middle_of_the_file_is_the_same_line(tmp_path: Path)
     path = tmp_path / "c.sqlite"
     llm = CachedLLM(RuleLLM(lambda messages, index, rng: "fine"), path)
     for i in range(300):
-        await llm.generate([{"role": "user", "content": str(i) + "x" * 200}])
+        await llm.generate([{"role": "user", "content": str(i) + "x" * 200}], Sampling())
     await llm.aclose()
     whole = path.read_bytes()
     path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
     with pytest.raises(UserFault, match="damaged"):
-        await CachedLLM(llm.inner, path).generate(MESSAGES)
+        await CachedLLM(llm.inner, path).generate(MESSAGES, Sampling())
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_once_too(tmp_path: Path) -> None:
@@ -584,14 +637,14 @@ def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path: Path
     with pytest.raises(
         UserFault, match=r"c\.sqlite: another process holds the cache \(database is locked\)"
     ):
-        asyncio.run(llm.generate(MESSAGES))
+        asyncio.run(llm.generate(MESSAGES, Sampling()))
     other.execute("COMMIT")
-    assert asyncio.run(llm.generate(MESSAGES)).texts == ("0",)
+    assert asyncio.run(llm.generate(MESSAGES, Sampling())).texts == ("0",)
     asyncio.run(llm.aclose())
     with pytest.raises(
         UserFault, match="cannot be read .*closed"
     ):  # nor one that was closed: nobody should delete it
-        asyncio.run(llm.generate(MESSAGES))
+        asyncio.run(llm.generate(MESSAGES, Sampling()))
 
 
 def test_a_second_process_that_writes_for_a_while_is_waited_for(tmp_path: Path) -> None:
@@ -608,7 +661,7 @@ d.execute("COMMIT")
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
-    asyncio.run(llm.generate(MESSAGES))
+    asyncio.run(llm.generate(MESSAGES, Sampling()))
     assert process.wait() == 0
     assert len(list(llm.rows())) == 1
     assert llm._unwritten == {}

@@ -10,7 +10,7 @@ import pytest
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.fake import RuleLLM, from_spec
 from hydra_llm.types import Usage
 
@@ -32,52 +32,61 @@ def test_every_fake_says_that_it_is_one(rest: str) -> None:
 
 async def test_echo_answers_with_the_last_message_cut_at_stop_and_length() -> None:
     made = await fake("echo").generate(
-        ask("first", "one two three four"), n=2, stop=["three"], max_tokens=9
+        ask("first", "one two three four"), Sampling(n=2, stop=("three",), max_tokens=9)
     )
     assert made.texts == ("one two ", "one two ")
     assert made.usage == Usage(calls=1, prompt_tokens=5, completion_tokens=4)
-    assert (await fake("echo").generate(ask("one two three"), max_tokens=2)).texts == ("one two",)
+    assert (await fake("echo").generate(ask("one two three"), Sampling(max_tokens=2))).texts == (
+        "one two",
+    )
 
 
 async def test_the_rule_picks_labels_by_chance_that_repeats() -> None:
     llm = fake("rule=labels")
-    labels = ["a", "b", "c"]
-    drawn = await llm.generate(ask("x"), n=30, temperature=1.0, seed=1, choices=labels)
+    labels = ("a", "b", "c")
+    drawn = await llm.generate(ask("x"), Sampling(n=30, temperature=1.0, seed=1, choices=labels))
     assert set(drawn.texts) == set(labels)
     assert (
         drawn.texts
         == (
             await fake("rule=labels").generate(
-                ask("x"), n=30, temperature=1.0, seed=1, choices=labels
+                ask("x"), Sampling(n=30, temperature=1.0, seed=1, choices=labels)
             )
         ).texts
     )
     assert (
         drawn.texts
-        != (await llm.generate(ask("y"), n=30, temperature=1.0, seed=1, choices=labels)).texts
+        != (
+            await llm.generate(ask("y"), Sampling(n=30, temperature=1.0, seed=1, choices=labels))
+        ).texts
     )
     assert (
         drawn.texts
-        != (await llm.generate(ask("x"), n=30, temperature=1.0, seed=99, choices=labels)).texts
+        != (
+            await llm.generate(ask("x"), Sampling(n=30, temperature=1.0, seed=99, choices=labels))
+        ).texts
     )
 
 
 async def test_greedy_answers_depend_on_nothing_but_the_messages() -> None:
     llm = RuleLLM(lambda messages, index, rng: f"{index} {rng.random()}")
     greedy = [
-        await llm.generate(ask("x"), n=2, temperature=0.0, seed=seed) for seed in (None, 1, 2)
+        await llm.generate(ask("x"), Sampling(n=2, temperature=0.0, seed=seed))
+        for seed in (None, 1, 2)
     ]
     assert len({text for made in greedy for text in made.texts}) == 1
 
 
 async def test_sample_i_is_drawn_with_seed_plus_i() -> None:
     llm = RuleLLM(lambda messages, index, rng: str(rng.random()))
-    eight = await llm.generate(ask("x"), n=8, temperature=1.0, seed=3)
-    assert (await llm.generate(ask("x"), n=4, temperature=1.0, seed=7)).texts == eight.texts[4:]
+    eight = await llm.generate(ask("x"), Sampling(n=8, temperature=1.0, seed=3))
+    assert (
+        await llm.generate(ask("x"), Sampling(n=4, temperature=1.0, seed=7))
+    ).texts == eight.texts[4:]
 
 
 async def test_without_labels_the_rule_says_the_first_eight_words() -> None:
-    made = await fake("rule=labels").generate(ask("1 2 3 4 5 6 7 8 9 10"))
+    made = await fake("rule=labels").generate(ask("1 2 3 4 5 6 7 8 9 10"), Sampling())
     assert made.texts == ("1 2 3 4 5 6 7 8",)
 
 
@@ -85,19 +94,19 @@ async def test_a_list_gives_its_texts_in_order_and_then_fails(tmp_path: Path) ->
     script = tmp_path / "s.json"
     script.write_text(json.dumps(["one", "two", "three"]))
     llm = fake(f"script={script}")
-    assert (await llm.generate(ask("x"), n=2, temperature=1.0)).texts == ("one", "two")
-    assert (await llm.generate(ask("x"))).texts == ("three",)
+    assert (await llm.generate(ask("x"), Sampling(n=2, temperature=1.0))).texts == ("one", "two")
+    assert (await llm.generate(ask("x"), Sampling())).texts == ("three",)
     with pytest.raises(LLMError, match="used up"):
-        await llm.generate(ask("x"))
+        await llm.generate(ask("x"), Sampling())
 
 
 async def test_a_map_answers_by_a_part_of_the_message(tmp_path: Path) -> None:
     script = tmp_path / "s.json"
     script.write_text(json.dumps({"sea": "blue", "sun": "yellow"}))
     llm = fake(f"script={script}")
-    assert (await llm.generate(ask("the sea?", "the sun?"))).texts == ("yellow",)
+    assert (await llm.generate(ask("the sea?", "the sun?"), Sampling())).texts == ("yellow",)
     with pytest.raises(LLMError, match="no key"):
-        await llm.generate(ask("the moon?"))
+        await llm.generate(ask("the moon?"), Sampling())
 
 
 @pytest.mark.parametrize("content", ["{", "3"])
@@ -113,7 +122,7 @@ async def test_failures_come_every_so_many_calls() -> None:
     outcomes = []
     for _ in range(6):
         try:
-            outcomes.append((await llm.generate(ask("x"))).texts[0])
+            outcomes.append((await llm.generate(ask("x"), Sampling())).texts[0])
         except LLMRefused:
             outcomes.append("refused")
     assert outcomes == ["x", "x", "refused"] * 2
@@ -121,9 +130,9 @@ async def test_failures_come_every_so_many_calls() -> None:
 
 async def test_a_hang_lasts_until_the_timeout_or_until_it_is_cancelled() -> None:
     with pytest.raises(LLMError, match="hang"):
-        await fake("fail=hang", timeout=0.01).generate(ask("x"))
+        await fake("fail=hang", timeout=0.01).generate(ask("x"), Sampling())
     with anyio.move_on_after(0.01) as scope:
-        await fake("fail=hang", timeout=100).generate(ask("x"))
+        await fake("fail=hang", timeout=100).generate(ask("x"), Sampling())
     assert scope.cancelled_caught
 
 
@@ -147,6 +156,6 @@ def test_an_unknown_fake_is_one_line(rest: str) -> None:
 def test_a_rule_sees_messages_index_and_chance() -> None:
     seen: list[Any] = []
     llm = RuleLLM(lambda *arguments: str(seen.append(arguments)))
-    anyio.run(lambda: llm.generate(ask("x"), n=2, temperature=1.0))
+    anyio.run(lambda: llm.generate(ask("x"), Sampling(n=2, temperature=1.0)))
     assert [(messages, index) for messages, index, _ in seen] == [(ask("x"), 0), (ask("x"), 1)]
     assert all(isinstance(rng, Random) for *_, rng in seen)

@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
@@ -27,8 +28,8 @@ def four_words() -> RuleLLM:
 
 async def test_counts_tokens_and_prices_them_per_million() -> None:
     meter = Meter(four_words(), prices=Prices(prompt=2.0, completion=10.0))
-    made = await meter.generate(ask("a b c"), n=2, temperature=1.0)
-    await meter.generate(ask("a"))
+    made = await meter.generate(ask("a b c"), Sampling(n=2, temperature=1.0))
+    await meter.generate(ask("a"), Sampling())
     assert made.usage.cost == pytest.approx((3 * 2.0 + 8 * 10.0) / 1e6)
     assert (meter.usage.calls, meter.usage.prompt_tokens, meter.usage.completion_tokens) == (
         2,
@@ -40,9 +41,9 @@ async def test_counts_tokens_and_prices_them_per_million() -> None:
 
 async def test_a_failed_call_is_counted_kept_with_its_error_and_raised() -> None:
     meter = Meter(FailingLLM(four_words(), "refused", every=2))
-    await meter.generate(ask("a"))
+    await meter.generate(ask("a"), Sampling())
     with pytest.raises(LLMRefused):
-        await meter.generate(ask("a"))
+        await meter.generate(ask("a"), Sampling())
     assert (meter.usage.calls, meter.usage.failed) == (2, 1)
     assert meter.errors == {"fake:fail=refused: call 2 failed as wished": 1}
 
@@ -61,10 +62,10 @@ async def test_a_budget_stops_before_the_call_that_would_pass_it(
     inner = four_words()  # each call: 1 token of prompt, 4 of completion
     meter = Meter(inner, prices=Prices(prompt=1e6, completion=1e6), budget=budget)
     for _ in range(3):
-        await meter.generate(ask("a"))
+        await meter.generate(ask("a"), Sampling())
     for _ in range(2):
         with pytest.raises(BudgetExceeded, match=named):
-            await meter.generate(ask("a"))
+            await meter.generate(ask("a"), Sampling())
     assert len(inner.calls) == 3
     assert (meter.usage.calls, meter.usage.failed) == (3, 0)
 
@@ -73,7 +74,7 @@ async def test_failed_calls_spend_the_budget_of_calls() -> None:
     meter = Meter(FailingLLM(four_words()), budget=Budget(max_calls=2))
     for expected in (LLMError, LLMError, BudgetExceeded):
         with pytest.raises(expected):
-            await meter.generate(ask("a"))
+            await meter.generate(ask("a"), Sampling())
 
 
 class Slow:
@@ -84,7 +85,7 @@ class Slow:
     def __init__(self) -> None:
         self.now = self.most = 0
 
-    async def generate(self, messages: Sequence[Message], **options: Any) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         self.now += 1
         self.most = max(self.most, self.now)
         await anyio.sleep(0.01)
@@ -100,7 +101,7 @@ async def test_no_more_calls_than_the_limit_run_at_once(limit: int) -> None:
     meter = Meter(slow := Slow(), concurrency=limit)
     async with anyio.create_task_group() as group:
         for i in range(9):
-            group.start_soon(meter.generate, ask(str(i)))
+            group.start_soon(meter.generate, ask(str(i)), Sampling())
     assert (slow.most, meter.usage.calls) == (limit, 9)
 
 
@@ -111,7 +112,7 @@ async def test_the_budget_of_calls_holds_for_calls_in_flight() -> None:
     async def one(i: int) -> None:
         nonlocal refused
         try:
-            await meter.generate(ask(str(i)))
+            await meter.generate(ask(str(i)), Sampling())
         except BudgetExceeded:
             refused += 1
 
@@ -126,11 +127,9 @@ class OneByOne:
 
     identity: Mapping[str, Any] = {"kind": "fake", "model": "one by one", "constrains": False}
 
-    async def generate(
-        self, messages: Sequence[Message], *, n: int = 1, **options: Any
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         await anyio.sleep(0.01)
-        return Generation(("fine",) * n, Usage(calls=n))
+        return Generation(("fine",) * sampling.n, Usage(calls=sampling.n))
 
     async def aclose(self) -> None:
         pass
@@ -138,16 +137,16 @@ class OneByOne:
 
 async def test_where_each_text_is_a_call_the_budget_knows_it_after_the_first() -> None:
     meter = Meter(OneByOne(), budget=Budget(max_calls=20))
-    await meter.generate(ask("first"), n=4)
+    await meter.generate(ask("first"), Sampling(n=4))
     with pytest.raises(BudgetExceeded):  # 4 + 4 × 4 = 20
-        await map_calls(lambda i: meter.generate(ask(str(i)), n=4), range(9), limit=9)
+        await map_calls(lambda i: meter.generate(ask(str(i)), Sampling(n=4)), range(9), limit=9)
     assert meter.usage.calls == 20
 
 
 async def test_a_stopped_call_is_counted_as_one_that_failed() -> None:
     meter = Meter(FailingLLM(four_words(), "hang"))
     with anyio.move_on_after(0.02):
-        await meter.generate(ask("a"))
+        await meter.generate(ask("a"), Sampling())
     assert (meter.usage.calls, meter.usage.failed) == (1, 1)
     assert meter.errors == {"stopped before it answered": 1}
 
@@ -155,7 +154,7 @@ async def test_a_stopped_call_is_counted_as_one_that_failed() -> None:
 async def test_what_is_in_flight_when_the_budget_ends_is_not_thrown_away(tmp_path: Path) -> None:
     llm = CachedLLM(Meter(Slow(), budget=Budget(max_calls=3)), tmp_path / "c.sqlite")
     with pytest.raises(BudgetExceeded):
-        await map_calls(lambda i: llm.generate(ask(str(i))), range(8), limit=4)
+        await map_calls(lambda i: llm.generate(ask(str(i)), Sampling()), range(8), limit=4)
     assert llm.usage.calls == len(list(llm.rows())) == 3
     await llm.aclose()
 
@@ -166,7 +165,7 @@ def test_one_meter_serves_one_event_loop_after_another() -> None:
     async def crowd() -> None:
         async with anyio.create_task_group() as group:
             for i in range(5):
-                group.start_soon(meter.generate, ask(str(i)))
+                group.start_soon(meter.generate, ask(str(i)), Sampling())
 
     for _ in range(3):
         anyio.run(crowd)
@@ -180,10 +179,12 @@ async def test_kept_answers_cost_no_budget_and_a_stopped_run_resumes(tmp_path: P
         return CachedLLM(Meter(four_words(), budget=Budget(max_calls=calls)), tmp_path / "c.sqlite")
 
     first = opened(2)
-    done = [(await first.generate(question)).texts for question in questions[:2]]
+    done = [(await first.generate(question, Sampling())).texts for question in questions[:2]]
     with pytest.raises(BudgetExceeded):
-        await first.generate(questions[2])
+        await first.generate(questions[2], Sampling())
     await first.aclose()
     second = opened(2)
-    assert [(await second.generate(question)).texts for question in questions][:2] == done
+    assert [(await second.generate(question, Sampling())).texts for question in questions][
+        :2
+    ] == done
     assert (second.usage.calls, second.usage.cached) == (2, 2)

@@ -14,7 +14,7 @@ import pytest
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.llm.base import PartlyFailed
+from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Meter, Prices
 from hydra_llm.llm.openai import OpenAILLM, from_spec
@@ -42,7 +42,7 @@ def client(endpoint: Any, **options: Any) -> OpenAILLM:
 async def test_sends_what_was_asked_and_reads_texts_and_tokens(serve: Any, wire: Any) -> None:
     endpoint = serve(lambda body, count: wire.completion(*texts_of(body)))
     made = await client(endpoint).generate(
-        MESSAGES, n=3, temperature=0.5, max_tokens=9, stop=["\n"], seed=4
+        MESSAGES, Sampling(n=3, temperature=0.5, max_tokens=9, stop=("\n",), seed=4)
     )
     assert made.texts == ("text 4.0", "text 4.1", "text 4.2")
     assert made.usage == Usage(calls=1, prompt_tokens=7, completion_tokens=6)
@@ -65,11 +65,11 @@ async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(
 ) -> None:
     endpoint = serve(lambda body, count: wire.completion(texts_of(body)[0]))
     llm = client(endpoint)
-    made = await llm.generate(MESSAGES, n=4, temperature=1.0, seed=10)
+    made = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=10))
     assert made.texts == ("text 10.0", "text 11.0", "text 12.0", "text 13.0")
     assert made.usage == Usage(calls=4, prompt_tokens=28, completion_tokens=8)
     assert llm.native_n is False
-    await llm.generate(MESSAGES, n=2, temperature=1.0, seed=20)
+    await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0, seed=20))
     assert ["n" in body for body in endpoint.asked] == [True] + [False] * 5
 
 
@@ -93,7 +93,7 @@ async def test_an_endpoint_that_refuses_n_gets_n_requests(
         )
     )
     llm = client(endpoint)
-    made = await llm.generate(MESSAGES, n=3, temperature=1.0, seed=1)
+    made = await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0, seed=1))
     assert made.texts == ("text 1.0", "text 2.0", "text 3.0")
     assert (llm.native_n, made.usage.calls) == (False, 3)
 
@@ -103,7 +103,7 @@ async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any,
         lambda body, count: wire.refusal(400, "messages: invalid role in a conversation")
     )
     with pytest.raises(LLMRefused, match="invalid role"):
-        await client(endpoint).generate(MESSAGES, n=3, temperature=1.0)
+        await client(endpoint).generate(MESSAGES, Sampling(n=3, temperature=1.0))
     assert len(endpoint.asked) == 1
 
 
@@ -121,7 +121,7 @@ async def test_a_failed_single_request_fails_the_call_and_loses_nothing_that_was
 ) -> None:
     endpoint = serve(breaking(wire, seed=12))
     with pytest.raises(PartlyFailed, match="HTTP 500") as caught:
-        await client(endpoint).generate(MESSAGES, n=5, temperature=1.0, seed=10)
+        await client(endpoint).generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert caught.value.made.texts == (
         "text 10.0",
         "text 11.0",
@@ -142,12 +142,12 @@ async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(
     meter = Meter(client(endpoint), prices=Prices(prompt=1e6))
     llm = CachedLLM(meter, tmp_path / "c.sqlite")
     with pytest.raises(PartlyFailed):
-        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=10)
+        await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert meter.usage.calls == len(endpoint.asked) == 5
     assert (meter.usage.failed, meter.usage.prompt_tokens, meter.usage.cost) == (1, 28, 28.0)
     assert [row["text"] for _, _, row in llm.rows()] == ["text 10.0", "text 11.0"]
     with pytest.raises(LLMError, match="HTTP 500"):
-        await llm.generate(MESSAGES, n=5, temperature=1.0, seed=10)
+        await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert [body["seed"] for body in endpoint.asked[5:]] == [12]
     asker = Personalizer(
         Task("t", "generation", "{input}"), llm, Nothing(), Settings(samples=6, seed=8)
@@ -185,9 +185,7 @@ async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(
                 partial(
                     llm.generate,
                     [{"role": "user", "content": str(i)}],
-                    n=8,
-                    temperature=1.0,
-                    seed=1,
+                    Sampling(n=8, temperature=1.0, seed=1),
                 )
             )
     assert (most, llm.usage.calls) == (limit, 32)
@@ -280,7 +278,9 @@ async def test_other_refusals_say_nothing_about_the_window(
     serve: Any, wire: Any, status: int, message: str
 ) -> None:
     with pytest.raises(LLMRefused) as caught:
-        await client(serve(lambda body, count: wire.refusal(status, message))).generate(MESSAGES)
+        await client(serve(lambda body, count: wire.refusal(status, message))).generate(
+            MESSAGES, Sampling()
+        )
     assert caught.value.fits is None
 
 
@@ -304,9 +304,9 @@ async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(
 
     endpoint = serve(picky)
     llm = client(endpoint)
-    assert (await llm.generate(MESSAGES, max_tokens=9)).texts == ("fine",)
+    assert (await llm.generate(MESSAGES, Sampling(max_tokens=9))).texts == ("fine",)
     assert endpoint.asked[-1] == {"model": "m", "messages": MESSAGES, "max_completion_tokens": 9}
-    await llm.generate(MESSAGES, max_tokens=9)
+    await llm.generate(MESSAGES, Sampling(max_tokens=9))
     assert len(endpoint.asked) == 4
 
 
@@ -315,7 +315,7 @@ async def test_a_value_out_of_range_is_refused_and_not_left_out(serve: Any, wire
         lambda body, count: wire.refusal(400, "temperature must be at most 2", param="temperature")
     )
     with pytest.raises(LLMRefused, match="at most 2"):
-        await client(endpoint).generate(MESSAGES, temperature=3.0)
+        await client(endpoint).generate(MESSAGES, Sampling(temperature=3.0))
     assert len(endpoint.asked) == 1
 
 
@@ -323,7 +323,7 @@ async def test_a_value_out_of_range_is_refused_and_not_left_out(serve: Any, wire
 async def test_refusals_are_not_tried_again(serve: Any, wire: Any, status: int) -> None:
     endpoint = serve(lambda body, count: wire.refusal(status, f"no:\n{KEY} will not do"))
     with pytest.raises(LLMRefused) as caught:
-        await client(endpoint, retries=3).generate(MESSAGES)
+        await client(endpoint, retries=3).generate(MESSAGES, Sampling())
     assert len(endpoint.asked) == 1
     assert f"HTTP {status}" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -341,7 +341,7 @@ async def test_429_waits_as_long_as_it_says_and_goes_on(serve: Any, wire: Any) -
             else wire.completion("fine")
         )
 
-    made = await client(serve(limited), retries=1).generate(MESSAGES)
+    made = await client(serve(limited), retries=1).generate(MESSAGES, Sampling())
     assert made.texts == ("fine",)
     assert times[1] - times[0] >= 1
 
@@ -351,7 +351,7 @@ async def test_500_is_tried_again_and_then_an_error(serve: Any, wire: Any) -> No
         lambda body, count: wire.reply(500, {"error": {"message": "broken"}}, Retry_After_Ms="1")
     )
     with pytest.raises(LLMError, match="HTTP 500: .*broken") as caught:
-        await client(endpoint, retries=2).generate(MESSAGES)
+        await client(endpoint, retries=2).generate(MESSAGES, Sampling())
     assert not isinstance(caught.value, LLMRefused)
     assert len(endpoint.asked) == 3
 
@@ -364,12 +364,12 @@ async def test_a_hang_ends_at_the_timeout(serve: Any, wire: Any) -> None:
 
     endpoint = serve(hang)
     with pytest.raises(LLMError, match="no answer within 0.2 s"):
-        await client(endpoint, timeout=0.2).generate(MESSAGES)
+        await client(endpoint, timeout=0.2).generate(MESSAGES, Sampling())
 
 
 async def test_a_cut_connection_is_an_error(serve: Any) -> None:
     with pytest.raises(LLMError, match="no connection"):
-        await client(serve(lambda body, count: None)).generate(MESSAGES)
+        await client(serve(lambda body, count: None)).generate(MESSAGES, Sampling())
 
 
 @pytest.mark.parametrize(
@@ -386,19 +386,21 @@ async def test_a_cut_connection_is_an_error(serve: Any) -> None:
 )
 async def test_nonsense_is_an_error(serve: Any, wire: Any, content: bytes) -> None:
     with pytest.raises(LLMError, match="an answer"):
-        await client(serve(lambda body, count: wire.reply(200, content))).generate(MESSAGES)
+        await client(serve(lambda body, count: wire.reply(200, content))).generate(
+            MESSAGES, Sampling()
+        )
 
 
 async def test_no_content_is_an_empty_text(serve: Any, wire: Any) -> None:
     made = await client(serve(lambda body, count: wire.completion(None, ""))).generate(
-        MESSAGES, n=2, temperature=1.0
+        MESSAGES, Sampling(n=2, temperature=1.0)
     )
     assert made.texts == ("", "")
 
 
 def test_the_client_serves_one_event_loop_after_another(serve: Any, wire: Any) -> None:
     llm = client(serve(lambda body, count: wire.completion("fine")))
-    ask: Callable[[], Any] = lambda: llm.generate(MESSAGES)  # noqa: E731
+    ask: Callable[[], Any] = lambda: llm.generate(MESSAGES, Sampling())  # noqa: E731
     assert [anyio.run(ask).texts for _ in range(3)] == [("fine",)] * 3
 
 

@@ -12,6 +12,7 @@ import pytest
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, UserFault
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
@@ -24,7 +25,9 @@ SAID = "do not write \ud800 or \u2028 me down"
 
 def ask(llm: CachedLLM, text: str = SAID, n: int = 2, temperature: float = 0.7) -> Sequence[str]:
     messages: list[Message] = [{"role": "user", "content": text}]
-    return run_sync(lambda: llm.generate(messages, n=n, temperature=temperature, seed=1)).texts
+    return run_sync(
+        lambda: llm.generate(messages, Sampling(n=n, temperature=temperature, seed=1))
+    ).texts
 
 
 def numbered(tmp_path: Path, name: str = "cache") -> CachedLLM:

@@ -14,6 +14,7 @@ import pytest
 from hydra_llm import plugins
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.meter import Meter
 from hydra_llm.llm.registry import bare_llm, endpoint_of, open_llm, wrap
@@ -73,10 +74,10 @@ async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(
     settings = Settings(cache=tmp_path, price_prompt=1e6, price_completion=10e6, max_calls=1)
     llm = open_llm("fake:echo", settings)
     assert isinstance(llm.inner, Meter)
-    assert (await llm.generate(MESSAGES)).usage.cost == 22.0
-    assert (await llm.generate(MESSAGES)).usage.cached == 1
+    assert (await llm.generate(MESSAGES, Sampling())).usage.cost == 22.0
+    assert (await llm.generate(MESSAGES, Sampling())).usage.cached == 1
     with pytest.raises(BudgetExceeded):
-        await llm.generate([{"role": "user", "content": "other"}])
+        await llm.generate([{"role": "user", "content": "other"}], Sampling())
     assert (llm.usage.calls, llm.usage.cached, llm.usage.cost) == (1, 1, 22.0)
     assert (tmp_path / "llm.sqlite").is_file()
     await llm.aclose()
@@ -92,23 +93,25 @@ async def test_an_engine_that_runs_one_call_at_a_time_gets_them_in_order(tmp_pat
     class Engine(RuleLLM):
         parallel = 1
 
-        async def generate(self, messages: Any, **options: Any) -> Any:
+        async def generate(self, messages: Any, sampling: Sampling) -> Any:
             nonlocal running, most
             running += 1
             most = max(most, running)
             await anyio.sleep(0.001)
             order.append(messages[0]["content"])
             running -= 1
-            return await super().generate(messages, **options)
+            return await super().generate(messages, sampling)
 
     llm = wrap(Engine(lambda *_: "said"), Settings(cache=tmp_path, concurrency=8))
 
     async def ask(text: str) -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(partial(llm.generate, [{"role": "user", "content": text}]))
+            group.start_soon(partial(llm.generate, [{"role": "user", "content": text}], Sampling()))
             group.start_soon(
                 partial(
-                    llm.generate, [{"role": "user", "content": text}], n=3, temperature=1.0, seed=0
+                    llm.generate,
+                    [{"role": "user", "content": text}],
+                    Sampling(n=3, temperature=1.0, seed=0),
                 )
             )
 
@@ -167,4 +170,4 @@ async def test_a_damaged_model_is_refused_when_it_is_asked(tmp_path: Path) -> No
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 200)
     with pytest.raises(LLMRefused, match="cannot load"):
-        await bare_llm(f"gguf:{damaged}", Settings()).generate(MESSAGES)
+        await bare_llm(f"gguf:{damaged}", Settings()).generate(MESSAGES, Sampling())

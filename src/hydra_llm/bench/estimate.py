@@ -19,6 +19,7 @@ from hydra_llm.bench.runner import chosen_queries
 from hydra_llm.bundle import Bundle
 from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.llm.meter import Prices
@@ -46,9 +47,8 @@ class Request:
 
     stage: str
     messages: Sequence[Message]
-    options: Mapping[str, Any]
-    n: int
-    """Texts that are missing."""
+    sampling: Sampling
+    """Its `n` is the number of texts that are missing."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -134,35 +134,18 @@ class NotingLLM:
     def identity(self) -> Mapping[str, Any]:
         return self.cache.identity
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-    ) -> Generation:
-        options: dict[str, Any] = {
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "stop": stop,
-            "seed": seed,
-            "choices": choices,
-        }
-        key, distinct = (
-            key_of(request_of(self.identity, messages, **options)),
-            n if temperature > 0 else 1,
-        )
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        key = key_of(request_of(self.identity, messages, sampling))
+        distinct = sampling.n if sampling.temperature > 0 else 1
         missing = distinct - len([index for index in self.cache.kept(key) if 0 <= index < distinct])
         if not missing:
             if not any(key in keys for keys in self.kept.values()):
                 self.kept.setdefault(self.stage, set()).add(key)
         elif key not in self.missing:
-            self.missing[key] = Request(self.stage, messages, options, missing)
-        return Generation((self.labels[0] if self.labels else "a text",) * n, Usage(calls=1))
+            self.missing[key] = Request(self.stage, messages, replace(sampling, n=missing))
+        return Generation(
+            (self.labels[0] if self.labels else "a text",) * sampling.n, Usage(calls=1)
+        )
 
     async def aclose(self) -> None:
         """Nothing to release."""
@@ -330,7 +313,7 @@ async def _made(llm: CachedLLM, sample: Sequence[Request]) -> tuple[Usage, list[
     spent, made, faults = Usage(), [], []
     for request in sample:
         try:
-            spent += (await llm.generate(request.messages, n=request.n, **request.options)).usage
+            spent += (await llm.generate(request.messages, request.sampling)).usage
             made.append(request)
         except LLMError as error:
             faults.append(error)
@@ -355,9 +338,9 @@ def _stage(
         if spent.prompt_tokens
         else 1.0
     )
-    each = spent.completion_tokens / max(1, sum(request.n for request in made))
+    each = spent.completion_tokens / max(1, sum(request.sampling.n for request in made))
     prompt = round(longer * sum(request.prompt_tokens for request in own))
-    completion = round(each * sum(request.n for request in own))
+    completion = round(each * sum(request.sampling.n for request in own))
     second = spent.seconds / max(1, spent.prompt_tokens + spent.completion_tokens)
     cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
     return Stage(name, kept, len(own), prompt, completion, cost, second * (prompt + completion))

@@ -24,7 +24,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selector
@@ -184,7 +184,7 @@ class Profiled:
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
                 made = await self.inner.llm.generate(
-                    self._question(visible), max_tokens=PROFILE_TOKENS
+                    self._question(visible), Sampling(max_tokens=PROFILE_TOKENS)
                 )
                 self.profiles[key], usage = made.texts[0].strip(), made.usage
         answer = await replace(self.inner, about=self.profiles[key]).aanswer(query)

@@ -1,16 +1,14 @@
 """`hydra-llm llm`: what an LLM can do before a run is trusted to it."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson, Config, Set, settings_of
+from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.types import Usage
-
-if TYPE_CHECKING:
-    from hydra_llm.llm.base import ChatLLM
 
 QUESTION = "What is the capital of France? Answer with one word."
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -46,16 +44,21 @@ def check(
     )
 
 
-async def examine(llm: "ChatLLM") -> dict[str, Any]:
+async def examine(llm: ChatLLM) -> dict[str, Any]:
     """What one question, two samples of its answer and (where the engine can) one constrained
     answer tell about an LLM.
     """
     messages = [{"role": "user", "content": QUESTION}]
     try:
-        greedy = await llm.generate(messages, max_tokens=16)
-        samples = await llm.generate(messages, n=2, temperature=1.0, max_tokens=16, seed=1)
+        greedy = await llm.generate(messages, Sampling(max_tokens=16))
+        two = Sampling(n=2, temperature=1.0, max_tokens=16, seed=1)
+        samples = await llm.generate(messages, two)
         choices = ("Paris", "Rome") if llm.identity["constrains"] else ()
-        label = await llm.generate(messages, max_tokens=16, choices=choices) if choices else None
+        label = (
+            await llm.generate(messages, Sampling(max_tokens=16, choices=choices))
+            if choices
+            else None
+        )
     finally:
         await llm.aclose()
     usage = greedy.usage

@@ -26,7 +26,7 @@ import httpx2
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.gateway.schemas import ApiError, chunk_head, chunks_of, delta, role_chunk, text_of
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.registry import endpoint_of
 from hydra_llm.types import Generation, Usage
 
@@ -279,7 +279,7 @@ class EmbeddedUpstream:
         loop = asyncio.get_running_loop()
         work = asyncio.create_task(
             self._generate(
-                body, heard=lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text)
+                body, on_token=lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text)
             )
         )
         work.add_done_callback(lambda _: pieces.put_nowait(None))
@@ -337,7 +337,7 @@ class EmbeddedUpstream:
                         {"role": _role(message), "content": text_of(message)}
                         for message in body["messages"]
                     ],
-                    **sampling,
+                    sampling,
                     **more,
                 )
         except (TypeError, ValueError, OverflowError) as error:
@@ -372,18 +372,17 @@ def _used(usage: Usage) -> dict[str, int]:
     }
 
 
-def _sampling(body: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
     """How the LLM is to sample, from a request's fields."""
     stop, seed = body.get("stop"), body.get("seed")
-    return {
-        "n": int(body.get("n") or 1),
-        "temperature": 1.0 if body.get("temperature") is None else float(body["temperature"]),
-        "max_tokens": max(
-            1, int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)
-        ),
-        "stop": [stop] if isinstance(stop, str) else [str(each) for each in stop or ()],
-        "seed": None if seed is None else int(seed),
-    }
+    most = int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)
+    return Sampling(
+        n=int(body.get("n") or 1),
+        temperature=1.0 if body.get("temperature") is None else float(body["temperature"]),
+        max_tokens=max(1, most),
+        stop=(stop,) if isinstance(stop, str) else tuple(str(each) for each in stop or ()),
+        seed=None if seed is None else int(seed),
+    )
 
 
 def _role(message: Mapping[str, Any]) -> str:

@@ -1,10 +1,29 @@
-"""What a black box is: one async method. Its weights and probabilities are never asked for."""
+"""The interface of an LLM: one async method; weights and probabilities are never needed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from hydra_llm.errors import LLMError
 from hydra_llm.types import Generation, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How texts are drawn. All fields but `n` are part of the cache key."""
+
+    n: int = 1
+    """Texts per call."""
+    temperature: float = 0.0
+    """0 is greedy: all n texts are the same."""
+    max_tokens: int = 128
+    """Limit of each text."""
+    stop: tuple[str, ...] = ()
+    """A text ends before the first of these."""
+    seed: int | None = None
+    """Text i is drawn with `seed + i` where the engine can; greedy texts depend on none."""
+    choices: tuple[str, ...] = ()
+    """Constrain each text to one of them where the engine can (`identity["constrains"]`)."""
 
 
 class PartlyFailed(LLMError):
@@ -22,7 +41,7 @@ class PartlyFailed(LLMError):
 
 @runtime_checkable
 class ChatLLM(Protocol):
-    """Anything that continues a conversation (DESIGN: the black box)."""
+    """Anything that continues a conversation."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -31,19 +50,8 @@ class ChatLLM(Protocol):
         """
         ...
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-    ) -> Generation:
-        """Return n texts. `choices`, where the engine can, constrains the text to one of them;
-        engines that cannot ignore it (`identity["constrains"]` says which).
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        """Return `sampling.n` texts that continue the conversation.
 
         Raises:
             LLMRefused: the same call would fail again.

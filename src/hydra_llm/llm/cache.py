@@ -15,6 +15,7 @@ import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import anyio
 
 from hydra_llm.errors import LLMError, LLMRefused, UserFault
-from hydra_llm.llm.base import ChatLLM, PartlyFailed
+from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
 SCHEMA = """
@@ -41,24 +42,17 @@ a call's rows add up to the call.
 
 
 def request_of(
-    identity: Mapping[str, Any],
-    messages: Sequence[Message],
-    *,
-    temperature: float,
-    max_tokens: int,
-    stop: Sequence[str],
-    seed: int | None,
-    choices: Sequence[str],
+    identity: Mapping[str, Any], messages: Sequence[Message], sampling: Sampling
 ) -> dict[str, Any]:
     """All that changes the output. A greedy answer has no seed: it depends on none."""
     return {
         "llm": dict(identity),
         "messages": [dict(message) for message in messages],
-        "temperature": float(temperature),
-        "max_tokens": max_tokens,
-        "stop": list(stop),
-        "seed": seed if temperature > 0 else None,
-        "choices": list(choices),
+        "temperature": float(sampling.temperature),
+        "max_tokens": sampling.max_tokens,
+        "stop": list(sampling.stop),
+        "seed": sampling.seed if sampling.temperature > 0 else None,
+        "choices": list(sampling.choices),
     }
 
 
@@ -112,17 +106,7 @@ class CachedLLM:
         spent: Usage = getattr(self.inner, "usage", Usage())
         return spent + self._replayed
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, kept ones first looked up; identical calls in flight are made once, n
         greedy texts are one call.
 
@@ -130,14 +114,8 @@ class CachedLLM:
             LLMError: as the inner LLM says, or it gave too few texts, or `replay_only` and the
                 answer is not there.
         """
-        options: dict[str, Any] = {
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "stop": stop,
-            "choices": choices,
-        }
-        request = request_of(self.identity, messages, seed=seed, **options)
-        key, distinct = key_of(request), n if temperature > 0 else 1
+        request = request_of(self.identity, messages, sampling)
+        key, distinct = key_of(request), sampling.n if sampling.temperature > 0 else 1
         async with self._turn(key):
             rows = self._read(key, distinct)
             usage = _replayed(rows)
@@ -145,12 +123,8 @@ class CachedLLM:
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
                 if self.replay_only:
                     raise self._not_kept(key, first)
-                made, fault = await _arrived(
-                    self.inner.generate(
-                        messages, n=count, seed=_drawn_with(key, seed, first), **options
-                    ),
-                    count,
-                )
+                drawn = replace(sampling, n=count, seed=_drawn_with(key, sampling.seed, first))
+                made, fault = await _arrived(self.inner.generate(messages, drawn), count)
                 rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
                 usage += made.usage
                 if isinstance(fault, LLMRefused) and fault.fits is not None:
@@ -162,7 +136,7 @@ class CachedLLM:
                     raise fault
         self._use(key, range(distinct))
         texts = tuple(rows[index]["text"] for index in range(distinct))
-        return Generation(texts * (n // distinct), usage)
+        return Generation(texts * (sampling.n // distinct), usage)
 
     def kept(self, key: str) -> dict[int, Row]:
         """What is stored under a request's key: candidate → row."""

@@ -17,7 +17,7 @@ import anyio
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
 Rule = Callable[[Sequence[Message], int, random.Random], str]
@@ -50,27 +50,19 @@ class RuleLLM:
             "constrains": self._choose is not None,
         }
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
         self.calls.append(tuple(messages))
         texts = []
-        for index in range(n):
-            sample, salt = (index, (seed or 0) + index) if temperature > 0 else (0, 0)
+        for index in range(sampling.n):
+            greedy = sampling.temperature == 0
+            sample, salt = (0, 0) if greedy else (index, (sampling.seed or 0) + index)
             rng = random.Random(_digest([dict(message) for message in messages], salt))
-            if choices and self._choose:
-                texts.append(self._choose(messages, sample, rng, choices))
+            if sampling.choices and self._choose:
+                texts.append(self._choose(messages, sample, rng, sampling.choices))
             else:
-                texts.append(_cut(self._rule(messages, sample, rng), max_tokens, stop))
+                text = self._rule(messages, sample, rng)
+                texts.append(_cut(text, sampling.max_tokens, sampling.stop))
         prompt = sum(_words(message["content"]) for message in messages)
         return Generation(
             tuple(texts),
@@ -96,10 +88,10 @@ class FailingLLM:
     def identity(self) -> Mapping[str, Any]:
         return {**self.inner.identity, "fails": f"{self.kind}, every {self.every}"}
 
-    async def generate(self, messages: Sequence[Message], **options: Any) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         self._asked += 1
         if self._asked % self.every:
-            return await self.inner.generate(messages, **options)
+            return await self.inner.generate(messages, sampling)
         if self.kind == "hang":
             await anyio.sleep(self.timeout)
         raise (LLMRefused if self.kind == "refused" else LLMError)(

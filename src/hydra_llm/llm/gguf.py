@@ -40,6 +40,7 @@ from anyio import to_thread
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.llm.base import Sampling
 from hydra_llm.types import Generation, Message, Usage
 
 ROLES = ("system", "user", "assistant")
@@ -67,7 +68,7 @@ class GgufLLM:
     parallel = 1
     """Calls that run side by side."""
     streams = True
-    """`generate` takes `heard`."""
+    """`generate` takes `on_token`."""
 
     def __init__(
         self,
@@ -110,38 +111,31 @@ class GgufLLM:
     async def generate(
         self,
         messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-        heard: Callable[[str], None] | None = None,
+        sampling: Sampling,
+        on_token: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Return n texts; with `choices` each is one of them, whatever `max_tokens` says. `heard`
-        gets the pieces of the first text as they come, in the engine's thread.
+        """Return n texts; with `choices` each is one of them, whatever `max_tokens` says.
+        `on_token` is called with each piece of the first text, in the engine's thread.
 
         Raises:
             LLMRefused: the prompt is longer than the context, or a role is unknown.
             LLMError: the engine failed.
         """
         body = {
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "stop": list(stop),
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "stop": list(sampling.stop),
             "cache_prompt": True,
             **SAMPLER,
         }
-        if choices:
-            longest = max(
-                len(choice.encode()) for choice in choices
-            )  # no label has more tokens than bytes
-            body |= {"grammar": grammar(choices), "max_tokens": max(max_tokens, longest + 1)}
+        if choices := sampling.choices:
+            longest = max(len(choice.encode()) for choice in choices)  # tokens are no more
+            most = max(sampling.max_tokens, longest + 1)
+            body |= {"grammar": grammar(choices), "max_tokens": most}
         abandoned = threading.Event()
         try:
             return await to_thread.run_sync(
-                self._answer, messages, n, seed, body, abandoned, heard, abandon_on_cancel=True
+                self._answer, messages, sampling, body, abandoned, on_token, abandon_on_cancel=True
             )
         finally:
             abandoned.set()
@@ -165,11 +159,10 @@ class GgufLLM:
     def _answer(
         self,
         messages: Sequence[Message],
-        n: int,
-        seed: int | None,
+        sampling: Sampling,
         body: dict[str, Any],
         abandoned: threading.Event,
-        heard: Callable[[str], None] | None,
+        on_token: Callable[[str], None] | None,
     ) -> Generation:
         with self._one_at_a_time:
             started = time.perf_counter()
@@ -178,6 +171,7 @@ class GgufLLM:
             )
             body = {**body, "messages": [_safe(engine, message) for message in messages]}
             prompt_tokens = self._fit(engine, body)
+            n = sampling.n
             distinct = n if body["temperature"] > 0 else 1
             per_call = max(
                 1, min(self._slots, (2 * engine.context - prompt_tokens) // body["max_tokens"])
@@ -188,9 +182,9 @@ class GgufLLM:
             while len(texts) < distinct and not abandoned.is_set():
                 count = min(per_call, distinct - len(texts))
                 drawn, why, used = engine.chat(
-                    body | _seeded(seed, len(texts)) | {"n": count},
+                    body | _seeded(sampling.seed, len(texts)) | {"n": count},
                     abandoned,
-                    None if texts else heard,
+                    None if texts else on_token,
                 )
                 texts, ends, usage = texts + drawn, ends + why, usage + used
             seconds = time.perf_counter() - started
@@ -292,7 +286,7 @@ class _Engine:
         self,
         body: dict[str, Any],
         abandoned: threading.Event,
-        heard: Callable[[str], None] | None = None,
+        on_token: Callable[[str], None] | None = None,
     ) -> tuple[list[str], list[str], Usage]:
         """The texts of one request, by index, why they ended, and its tokens; the prompt's count
         once.
@@ -307,8 +301,8 @@ class _Engine:
                 piece = choice["delta"].get("content") or ""
                 texts[choice["index"]] += piece
                 ends[choice["index"]] = choice.get("finish_reason") or ends[choice["index"]]
-                if heard is not None and piece and choice["index"] == 0:
-                    heard(piece)
+                if on_token is not None and piece and choice["index"] == 0:
+                    on_token(piece)
             if used := chunk.get("usage"):
                 tokens, prompt = tokens + used["completion_tokens"], used["prompt_tokens"]
             return abandoned.is_set()

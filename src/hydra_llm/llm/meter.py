@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 
 from hydra_llm.errors import BudgetExceeded, LLMError
-from hydra_llm.llm.base import ChatLLM, PartlyFailed
+from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
 
@@ -73,17 +73,7 @@ class Meter:
     def identity(self) -> Mapping[str, Any]:
         return self.inner.identity
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Pass the call on, and add what it cost to `usage`.
 
         Raises:
@@ -91,20 +81,13 @@ class Meter:
             LLMError: as the inner LLM says.
         """
         async with self._slots:
+            n = sampling.n
             calls = n if self._one_by_one else 1
             self._check_budget(calls)
             self._in_flight += calls
             started = time.perf_counter()
             try:
-                made = await self.inner.generate(
-                    messages,
-                    n=n,
-                    temperature=temperature,
-                    max_tokens=max_tokens,
-                    stop=stop,
-                    seed=seed,
-                    choices=choices,
-                )
+                made = await self.inner.generate(messages, sampling)
             except PartlyFailed as error:
                 self.errors[str(error)] += 1
                 raise PartlyFailed(

@@ -20,7 +20,7 @@ from openai.types.chat import ChatCompletion
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.llm.base import PartlyFailed
+from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.registry import endpoint_of
 from hydra_llm.types import Generation, Message, Usage
 
@@ -104,17 +104,7 @@ class OpenAILLM:
             "constrains": False,
         }
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        choices: Sequence[str] = (),
-    ) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, in one request where the endpoint can and in n where it cannot; `choices`
         are ignored.
 
@@ -125,11 +115,12 @@ class OpenAILLM:
         """
         body: dict[str, Any] = {
             "messages": [dict(message) for message in messages],
-            "temperature": temperature,
-            "max_tokens": max_tokens,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
         }
-        if stop:
-            body["stop"] = list(stop)
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        n, seed = sampling.n, sampling.seed
         made = await self._first(body, n, seed)
         if len(made.texts) >= n:
             return Generation(made.texts[:n], made.usage)

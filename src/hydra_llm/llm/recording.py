@@ -9,13 +9,14 @@ Knows no benchmark.
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra_llm.errors import UserFault
+from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.types import Generation
+from hydra_llm.types import Generation, Message
 
 FORMAT = 1
 IN_MEMORY = ":memory:"
@@ -27,7 +28,7 @@ class Recorded:
     def __init__(self, identity: Mapping[str, Any]):
         self.identity = identity
 
-    async def generate(self, *args: Any, **options: Any) -> Generation:
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Never called: `CachedLLM` only replays."""
         raise AssertionError("a recorded LLM was asked")
 
