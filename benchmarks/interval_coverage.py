@@ -22,8 +22,8 @@ import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
 from hydra_llm.bench import stats as compare
-from hydra_llm.bench.metrics import Floats, Metric, score
-from hydra_llm.tasks.base import Task
+from hydra_llm.bench.metrics import Metric, score
+from hydra_llm.tasks.base import Floats, Task
 
 LABELS = tuple(f"label {n}" for n in range(15))
 STARS = ("1", "2", "3", "4", "5")
@@ -113,12 +113,12 @@ def intervals(a: Metric, b: Metric, users: list[str]) -> dict[tuple[str, str], t
     found["difference", "ours"] = difference.low, difference.high
     found |= {
         ("one", name): ends
-        for name, ends in others(sums_by_user(a.rows, users), a.statistic).items()
+        for name, ends in others(sums_by_user(a.rows, users), a.spec.statistic).items()
     }
     both = sums_by_user(np.concatenate([a.rows, b.rows], axis=1), users)
 
     def apart(sums: Floats) -> Floats:
-        return a.statistic(sums[:, width:]) - a.statistic(sums[:, :width])
+        return a.spec.statistic(sums[:, width:]) - a.spec.statistic(sums[:, :width])
 
     return found | {("difference", name): ends for name, ends in others(both, apart).items()}
 

@@ -26,7 +26,8 @@ from hydra_llm.model.scorer import Scorer
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import KeepOrder, LearnedReranker
 from hydra_llm.side_features import fit_stats
-from hydra_llm.tasks.base import Task, rating
+from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.rating import number_of
 from hydra_llm.training import train_scorer as lesson
 from hydra_llm.training.dataset import Table
 from hydra_llm.training.labelling import label_groups
@@ -225,10 +226,10 @@ def test_an_answer_tells_how_it_came_about() -> None:
     assert all(item.usefulness is not None for item in answer.proposal.records)
     assert {candidate.answer for candidate in answer.candidates} == set(STARS.labels)
     assert sum(candidate.votes for candidate in answer.candidates) == 3
-    shares = {rating(c.answer or ""): c.probability or 0.0 for c in answer.candidates}
+    shares = {number_of(c.answer or ""): c.probability or 0.0 for c in answer.candidates}
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
-    below = sum(share for value, share in shares.items() if value < rating(answer.text))
-    above = sum(share for value, share in shares.items() if value > rating(answer.text))
+    below = sum(share for value, share in shares.items() if value < number_of(answer.text))
+    above = sum(share for value, share in shares.items() if value > number_of(answer.text))
     assert below <= 0.5 + 1e-6 >= above  # the median
     assert set(answer.seconds) == {"retrieve", "rerank", "prompt", "llm", "adapt"}
 

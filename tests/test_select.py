@@ -26,7 +26,8 @@ from hydra_llm.select import (
     select,
 )
 from hydra_llm.side_features import CohortStats, Featurizer
-from hydra_llm.tasks.base import Task, overlap
+from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.generation import overlap
 from hydra_llm.types import Candidate, Query, Record
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))

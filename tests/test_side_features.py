@@ -12,15 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import DataError
-from hydra_llm.side_features import (
-    BANDWIDTHS,
-    PSEUDO_COUNT,
-    RECENT_MEMORIES,
-    CohortStats,
-    Featurizer,
-    fit_stats,
-)
-from hydra_llm.tasks.base import Task, overlap
+from hydra_llm.side_features import RECENT_HISTORIES, CohortStats, Featurizer, fit_stats
+from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.generation import overlap
+from hydra_llm.tasks.labels import BANDWIDTHS, PSEUDO_COUNT
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
@@ -200,7 +195,7 @@ def test_the_last_histories_are_kept_as_vectors_until_the_features_are_others() 
     first = own.vectorize(HISTORY)
     assert own.vectorize(list(HISTORY)) is first  # another list of the same records
     assert own.vectorize([*HISTORY[:-1], replace(HISTORY[-1], output="odd")]) is not first
-    for _ in range(RECENT_MEMORIES):
+    for _ in range(RECENT_HISTORIES):
         own.vectorize(past(("rain", "odd")))
     again = own.vectorize(HISTORY)
     assert again is not first

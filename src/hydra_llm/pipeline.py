@@ -94,11 +94,8 @@ class Personalizer:
     def prompt(self, query: Query, records: Sequence[Ranked]) -> Prompt:
         """What the LLM is asked when it sees these records."""
         style = self.settings.prompt_style
-        if (
-            style == "auto"
-            # small models repeat a list of scores (benchmarks/prompt_style.py)
-        ):
-            style = "turns" if self.task.labels else "block"
+        if style == "auto":
+            style = self.task.strategy.prompt_style
         return build(
             self.task,
             query,
@@ -292,12 +289,10 @@ def gather(
     found: dict[str, Candidate] = {}
     unread = 0
     for place, text in enumerate(texts):
-        answer = read_answer(task, text, settings)
+        answer = task.read(text, settings.parsing)
         unread += answer is None
         key = answer if answer is not None else f"\0{text}"
-        old = found.get(key) or Candidate(
-            text if task.kind != "generation" else answer or text, answer
-        )
+        old = found.get(key) or Candidate(task.strategy.candidate_text(text, answer), answer)
         found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
     notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
     if task.labels and settings.candidates == "labels":
@@ -319,14 +314,6 @@ def gather(
     return tuple(found.values()), notes
 
 
-def read_answer(task: Task, text: str, settings: Settings) -> str | None:
-    """The parsed answer; a rating between two labels counts for the nearer one."""
-    answer = task.parse(text, settings.parsing)
-    if answer is None or task.kind != "rating" or answer in task.labels:
-        return answer
-    return min(task.labels, key=lambda label: (abs(float(label) - float(answer)), float(label)))
-
-
 class _Clock:
     """Seconds per stage."""
 
@@ -340,4 +327,4 @@ class _Clock:
         self._last = now
 
 
-__all__ = ["Personalizer", "gather", "read_answer"]
+__all__ = ["Personalizer", "gather"]

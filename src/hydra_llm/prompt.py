@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.tasks.base import Kind, Task, scale
+from hydra_llm.tasks.base import Task
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
@@ -117,21 +117,6 @@ class _Example(NamedTuple):
 
 _Layout = Callable[[Task, Sequence[_Example], str], tuple[Message, ...]]
 
-_WORDS: Mapping[Kind, tuple[str, str, str]] = {
-    "classification": ("Here is how this person labelled earlier texts.", "Text", "Label"),
-    "rating": (
-        "Here is how this person rated earlier items on a scale of {low} to {high}.",
-        "Item",
-        "Score",
-    ),
-    "generation": (
-        "Here is what this person wrote for earlier texts.",
-        "Text",
-        "This person wrote",
-    ),
-}
-"""For each kind: what the block says first, and the names of a record's input and answer in it."""
-
 
 def _block(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
     """One message: the examples, best last, then the instruction. Each field stays on its line, so
@@ -139,16 +124,12 @@ def _block(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, .
     """
     if not shown:
         return ({"role": "user", "content": task.ask(text)},)
-    header, asked, answered = _WORDS[task.kind]
-    low, high = (f"{end:g}" for end in scale(task.labels)) if task.kind == "rating" else ("", "")
+    words = task.strategy.prompt_words()
     lines = [
-        f"{asked}: {fold(one.input)}\n{answered}: {fold(one.output)}" for one in reversed(shown)
+        f"{words.input}: {fold(one.input)}\n{words.answer}: {fold(one.output)}"
+        for one in reversed(shown)
     ]
-    parts = [
-        header.format(low=low, high=high),
-        *lines,
-        f"Now answer as this person would.\n{task.ask(text)}",
-    ]
+    parts = [words.header, *lines, f"Now answer as this person would.\n{task.ask(text)}"]
     return ({"role": "user", "content": "\n\n".join(parts)},)
 
 

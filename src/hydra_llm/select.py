@@ -136,11 +136,9 @@ def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray 
     """[C, C] what each candidate is worth where another one is wanted; None where only the wanted
     one is worth anything.
     """
-    if (
-        how == "best" or task.kind == "classification"
-    ):  # for labels the mode maximises the expected gain
+    if how == "best" or task.strategy.zero_one_gain:
         return None
-    return np.asarray(task.gain_matrix([candidate.answer or "" for candidate in candidates]))
+    return task.gain_matrix([candidate.answer or "" for candidate in candidates])
 
 
 def _best(scores: np.ndarray, shares: np.ndarray, gains: np.ndarray | None) -> int:

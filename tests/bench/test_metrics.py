@@ -64,8 +64,8 @@ def test_rating_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
     )
     assert found["mae"].value == pytest.approx(mean_absolute_error(golds, answers))
     assert found["rmse"].value == pytest.approx(root_mean_squared_error(golds, answers))
-    assert not found["mae"].higher_is_better
-    assert not found["rmse"].higher_is_better
+    assert not found["mae"].spec.higher_is_better
+    assert not found["rmse"].spec.higher_is_better
 
 
 def test_an_unparsable_rating_counts_as_the_end_farthest_from_its_gold() -> None:

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm import __version__
-from hydra_llm.bench.baselines import typical
 from hydra_llm.bench.methods import METHODS, Parts, find_methods
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bench.runner import Row, as_table, run_methods, tabulate
@@ -384,14 +383,6 @@ def test_baselines_see_what_they_say() -> None:
     samples = run(llm, None, ("user-majority",))
     assert llm.calls == []
     assert {sample.answer for sample in samples} == {"loud"}  # the latest of equals
-
-
-def test_typical_answers() -> None:
-    stars = Task("stars", "rating", "{input}", ("1", "2", "3", "4", "5"))
-    assert typical(stars, ["5", "1", "4", "2"]) == "2"
-    assert typical(stars, []) == "3"
-    assert typical(TAGS, ["calm", "loud", "calm", "loud"]) == "loud"
-    assert typical(Task("t", "generation", "{input}"), ["a", "b"]) == "b"
 
 
 def test_an_unknown_method_is_named() -> None:

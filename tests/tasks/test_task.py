@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from hydra_llm.errors import DataError
-from hydra_llm.tasks.base import METRICS, Task, overlap, rating, scale
+from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.generation import overlap
 from hydra_llm.tasks.lamp import LAMP
+from hydra_llm.tasks.rating import number_of
 
 RATING = LAMP["LaMP-3"]
 NEWS = LAMP["LaMP-2N"]
@@ -138,7 +140,7 @@ def test_lamp_tasks_are_the_benchmarks() -> None:
 
 
 def test_metrics_default_to_the_kinds() -> None:
-    assert Task.from_json(task_json(metrics=None)).metrics == METRICS["rating"]
+    assert Task.from_json(task_json(metrics=None)).metrics == ("mae", "rmse")
 
 
 # ---- reading answers
@@ -267,10 +269,10 @@ def test_ratings_are_read_in_range_and_the_same_way_by_both(
     numbers: list[float], text: str
 ) -> None:
     task = ratings(numbers)
-    low, high = scale(task.labels)
+    low, high = min(numbers), max(numbers)
     lenient, strict = task.parse(text), task.parse(text, "strict")
-    assert lenient is None or low <= rating(lenient) <= high
-    if strict is not None and low <= rating(strict) <= high:
+    assert lenient is None or low <= number_of(lenient) <= high
+    if strict is not None and low <= number_of(strict) <= high:
         assert lenient == strict
 
 
@@ -295,6 +297,18 @@ def test_reading_never_raises_and_gives_a_label_or_none(text: str, task: Task) -
         if task.kind == "classification":
             assert answer is None or answer in task.labels
         assert 0 <= task.gain(answer, task.labels[0] if task.labels else "gold") <= 1
+
+
+# ---- typical answers
+
+
+def test_typical_answers() -> None:
+    stars = ratings([1, 2, 3, 4, 5]).strategy.typical
+    assert stars(["5", "1", "4", "2"]) == "2"
+    assert stars([]) == "3"
+    assert classes(["calm", "loud"]).strategy.typical(["calm", "loud", "calm", "loud"]) == "loud"
+    assert HEADLINE.strategy.typical(["a", "b"]) == "b"
+    assert HEADLINE.strategy.typical([]) == ""
 
 
 # ---- gains

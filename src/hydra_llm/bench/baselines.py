@@ -1,7 +1,7 @@
-"""Controls and bounds: what the samples alone, the history alone, or the scorer alone would answer.
+"""Baselines and bounds: the answer of the samples alone, the history alone, or the scorer alone.
 
 `Oracle`, `NthSample` and `ByVoteShare` choose among HYDRA's own candidates; `WithoutLLM` and
-`ScorerOnly` ask no LLM. A method that does not beat them has shown nothing. Knows no metrics.
+`ScorerOnly` call no LLM. A method must beat them to show anything. Knows no metrics.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,7 @@ from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
 
 @dataclass(frozen=True)
 class Oracle:
-    """A bound: the best of what the LLM said, by the gold answer. Labels that it never named are no
-    candidates here.
-    """
+    """Upper bound: the best of the LLM's samples by the gold answer."""
 
     task: Task
 
@@ -38,8 +36,8 @@ class Oracle:
 
 @dataclass(frozen=True)
 class NthSample:
-    """A bound: the LLM's sample of this place. A query's answers at all places together are what
-    one by lot can be expected to be worth.
+    """The LLM's sample of this index; the mean over all indices is the expected score of a
+    uniformly random sample.
     """
 
     place: int
@@ -55,8 +53,8 @@ class NthSample:
 
 @dataclass(frozen=True)
 class ByVoteShare:
-    """The LLM's own votes as the distribution: most votes (self-consistency), or the greatest
-    expected gain (minimum Bayes risk).
+    """Vote shares as the distribution: the mode (self-consistency), or the highest expected gain
+    (minimum Bayes risk).
     """
 
     task: Task
@@ -84,7 +82,7 @@ class ByVoteShare:
 
 @dataclass(frozen=True)
 class WithoutLLM:
-    """What the user's visible records alone answer."""
+    """An answer from the user's visible records alone."""
 
     records: Mapping[str, Sequence[Record]]
     answer: Callable[[Query, Sequence[Record]], str]
@@ -101,8 +99,8 @@ class WithoutLLM:
 
 @dataclass(frozen=True)
 class ScorerOnly:
-    """Every label by the factorized scorer, without any vote of the LLM: what is missing to `hydra`
-    is what the LLM adds.
+    """All labels by the factorized scorer, without the LLM's votes: the difference to `hydra` is
+    what the LLM adds.
     """
 
     task: Task
@@ -116,16 +114,3 @@ class ScorerOnly:
         candidates, chosen, _ = self.adapter.choose(query, blank, visible)
         proposal = Proposal(query, (), (), (), blank, seconds={"adapt": perf_counter() - started})
         return Answer(candidates[chosen].text, proposal, tuple(candidates), chosen)
-
-
-def typical(task: Task, outputs: Sequence[str]) -> str:
-    """The lower median of ratings, the most frequent label (the latest of equals), the latest text;
-    without records the middle label.
-    """
-    if not outputs:
-        return task.labels[len(task.labels) // 2] if task.labels else ""
-    if task.kind == "rating":
-        return sorted(outputs, key=float)[(len(outputs) - 1) // 2]
-    if task.kind == "generation":
-        return outputs[-1]
-    return max(reversed(outputs), key=list(outputs).count)

@@ -11,14 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
-from hydra_llm.bench.baselines import (
-    ByVoteShare,
-    NthSample,
-    Oracle,
-    ScorerOnly,
-    WithoutLLM,
-    typical,
-)
+from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle, ScorerOnly, WithoutLLM
 from hydra_llm.bench.bbox import bbox_adapter
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -28,7 +21,7 @@ from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selector
-from hydra_llm.tasks.base import KINDS, Kind
+from hydra_llm.tasks.base import KINDS
 from hydra_llm.types import Answer, Message, Query, Record, Spent, Usage
 
 
@@ -91,8 +84,8 @@ class Method:
     takes: tuple[str, ...] = ()
     """Which parameters the name may carry: k records, b candidates."""
     source: str = ""
-    kinds: tuple[Kind, ...] = KINDS
-    """Kinds of task that it can answer."""
+    labels_only: bool = False
+    """Whether it can answer tasks with a closed set of labels only."""
     needs: tuple[str, ...] = ("reranker", "adapter")
     """What must have been learned. Seeds share the reranker, and with it the candidates: answers
     that need the adapter differ by seed.
@@ -107,6 +100,12 @@ class Method:
     """
     given: Mapping[str, int] = field(default_factory=dict)
     """Its parameters, where the name has some."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of task that it can answer."""
+        names = KINDS.names()
+        return tuple(name for name in names if not self.labels_only or KINDS.load(name).closed)
 
     def of(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
         """What it is built from, once for each answer that it gives to a query: `seeds` are those
@@ -251,7 +250,9 @@ def _choosing(adapter: Callable[[Parts], Selector]) -> Callable[[Parts], Answere
 def _user_majority(parts: Parts) -> Answerer:
     return WithoutLLM(
         parts.records,
-        lambda query, visible: typical(parts.bundle.task, [record.output for record in visible]),
+        lambda query, visible: parts.bundle.task.strategy.typical(
+            [record.output for record in visible]
+        ),
     )
 
 
@@ -260,7 +261,7 @@ def _copy_nearest(parts: Parts) -> Answerer:
 
     def copied(query: Query, visible: Sequence[Record]) -> str:
         found = nearest.retrieve(query, visible, 1)
-        return found[0].record.output if found else typical(parts.bundle.task, [])
+        return found[0].record.output if found else parts.bundle.task.strategy.typical([])
 
     return WithoutLLM(parts.records, copied)
 
@@ -269,7 +270,6 @@ def _scorer_only(parts: Parts) -> Answerer:
     return ScorerOnly(parts.bundle.task, parts.records, parts.personalizer(adapt=True).adapter)
 
 
-LABELS: tuple[Kind, ...] = ("classification", "rating")
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -433,7 +433,7 @@ METHODS: Mapping[str, Method] = {
             "all labels by the adapter, no LLM",
             "control",
             _scorer_only,
-            kinds=LABELS,
+            labels_only=True,
             needs=("adapter",),
             shows=("adapter",),
         ),
@@ -458,7 +458,7 @@ RECORDS, BUDGET = (1, 2, 4), (8,)
 
 def find_methods(
     names: Sequence[str],
-    kind: Kind | None = None,
+    kind: str | None = None,
     *,
     records: Sequence[int] = RECORDS,
     budget: Sequence[int] = BUDGET,

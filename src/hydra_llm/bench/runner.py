@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hydra_llm.bench.methods import Answerer, Learner, Method, Parts
-from hydra_llm.bench.metrics import Failed, Metric, score
+from hydra_llm.bench.metrics import Failed, Metric, score, title
 from hydra_llm.bench.runlog import Key, RunLog, Sample
 from hydra_llm.bench.stats import interval
 from hydra_llm.config import Settings
@@ -263,7 +263,7 @@ def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         cells: dict[str, Any] = {"method": row.method}
         for name, figures in row.metrics.items():
-            cells[name.upper() if name in ("mae", "rmse") else name] = cell(*figures)
+            cells[title(name)] = cell(*figures)
         cells |= {
             "queries": row.queries,
             "LLM calls": round(row.calls, 1),

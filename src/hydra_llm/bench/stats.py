@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
-from hydra_llm.bench.metrics import Floats, Metric, Statistic, mean
+from hydra_llm.bench.metrics import Metric
+from hydra_llm.tasks.base import Floats, Statistic, mean
 
 CELLS = 4_000_000
 """Draws times users held in memory at once."""
@@ -177,8 +178,8 @@ def _change(a: Metric, b: Metric, users: Sequence[str], everybody: Sequence[str]
     np.add.at(sums, np.searchsorted(everybody, np.asarray(users, dtype=str)[kept]), rows[kept])
     total = sums.sum(axis=0, keepdims=True)
     every = np.concatenate([total, total - sums])
-    ours, theirs = a.statistic(every[:, :width]), b.statistic(every[:, width:])
-    sign = 1 if a.higher_is_better else -1
+    ours, theirs = (a.spec.statistic(every[:, :width]), b.spec.statistic(every[:, width:]))
+    sign = a.spec.sign
     changes: Floats = np.divide(
         sign * (ours - theirs), abs(theirs), out=np.full(len(every), np.nan), where=theirs != 0
     )
@@ -187,13 +188,13 @@ def _change(a: Metric, b: Metric, users: Sequence[str], everybody: Sequence[str]
 
 def _rows(values: Values) -> tuple[Floats, Statistic]:
     if isinstance(values, Metric):
-        return values.rows, values.statistic
+        return values.rows, values.spec.statistic
     column = np.asarray(values, dtype=np.float64)
     return np.column_stack([column, np.where(np.isnan(column), np.nan, 1.0)]), mean
 
 
 def _drawable(values: Values) -> bool:
-    return not isinstance(values, Metric) or values.drawable
+    return not isinstance(values, Metric) or values.spec.resamples
 
 
 def _per_user(rows: Floats, users: Sequence[str]) -> Floats:

@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
 from hydra_llm.bench.methods import BUDGET, RECORDS, find_methods
-from hydra_llm.bench.metrics import score
 from hydra_llm.bench.report.tables import Against, compare
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import Row, tabulate
@@ -242,7 +241,7 @@ class Findings:
     @property
     def metric(self) -> str:
         """The task's first."""
-        return next(iter(score(self.task, [], [])))
+        return next(iter(self.task.metric_specs))
 
 
 def run_study(study: Study, bench: Bench, progress: StageProgress, say: Say) -> Findings:
@@ -370,11 +369,10 @@ def to_json(found: Findings) -> dict[str, Any]:
         for point in study.points
     ]
     about = study.model_dump(include={"name", "question", "x", "log", "settings"})
-    better = score(found.task, [], [])[found.metric].higher_is_better
     return {
         **about,
         "task": found.task.name,
         "metric": found.metric,
-        "higher_is_better": better,
+        "higher_is_better": found.task.metric_specs[found.metric].higher_is_better,
         "points": points,
     }

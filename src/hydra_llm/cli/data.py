@@ -9,8 +9,8 @@ import typer
 
 from hydra_llm.cli import console
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import DataError, SettingsError
-from hydra_llm.tasks.base import KINDS, Kind
+from hydra_llm.errors import DataError
+from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -59,7 +59,7 @@ def import_(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
     kind: Annotated[
-        str | None, typer.Option(help=f"{', '.join(KINDS)}; guessed if not given.")
+        str | None, typer.Option(help=f"{', '.join(KINDS.names())}; guessed if not given.")
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the task; the file's if not given.")] = "",
     prompt: Annotated[
@@ -133,13 +133,10 @@ def get(
     console.emit({"files": sizes} if as_json else sizes, as_json)
 
 
-def _kind(given: str | None) -> Kind | None:
-    for kind in KINDS:
-        if given == kind:
-            return kind
+def _kind(given: str | None) -> str | None:
     if given is not None:
-        raise SettingsError(f"unknown kind '{given}': take one of {', '.join(KINDS)}")
-    return None
+        KINDS.load(given)
+    return given
 
 
 def _tell_problems(problems: Sequence[DataError], as_json: bool) -> None:

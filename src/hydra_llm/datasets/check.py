@@ -94,7 +94,7 @@ def _shares(
     dataset: DataSet, records: list[Record], queries: list[Query]
 ) -> dict[str, dict[str, float]]:
     """Each label's share of the history's and of the queries' answers."""
-    if dataset.task.extra.get("free_history"):
+    if dataset.task.free_history:
         records = []
     counts: dict[str, Counter[str | None]] = {
         "history": Counter(r.output for r in records),

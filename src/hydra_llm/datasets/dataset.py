@@ -231,9 +231,7 @@ class Builder:
             yield "output", f"'{entry['output'][:60]}' is not one of the task's labels"
 
     def _may_answer(self, part: Part, output: str) -> bool:
-        if not self.task.labels or (part == "history" and self.task.extra.get("free_history")):
-            return True
-        return output in self.task.labels
+        return (part == "history" and self.task.free_history) or self.task.is_answer(output)
 
     def build(self, notes: Sequence[str] = ()) -> DataSet:
         """The data set of all that was taken. A user's queries come after all of its history."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hydra_llm.datasets.dataset import Builder, DataSet, Split, held_out
 from hydra_llm.errors import DataError, SettingsError
-from hydra_llm.tasks.base import METRICS, Task
+from hydra_llm.tasks.base import Task
 
 RATING = Task(
     name="movielens-100k",
@@ -26,7 +26,7 @@ RATING = Task(
         " film: {input}"
     ),
     labels=("1", "2", "3", "4", "5"),
-    metrics=METRICS["rating"],
+    metrics=("mae", "rmse"),
     like="LaMP-3",
 )
 INSTALL = "pip install --no-deps recbole==1.2.1"

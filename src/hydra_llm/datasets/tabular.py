@@ -26,7 +26,8 @@ from hydra_llm.datasets.dataset import (
 from hydra_llm.datasets.native import parse_object, read_lines
 from hydra_llm.errors import DataError
 from hydra_llm.history import in_order, parse_time
-from hydra_llm.tasks.base import METRICS, Kind, Task
+from hydra_llm.tasks.base import KINDS, Task
+from hydra_llm.tasks.rating import plain_number
 from hydra_llm.types import Record
 
 MOST_LABELS = 50
@@ -55,7 +56,7 @@ def read_table(
     file: Path,
     columns: Columns = Columns(),
     *,
-    kind: Kind | None = None,
+    kind: str | None = None,
     prompt: str | None = None,
     name: str = "",
     test_share: float = 0.33,
@@ -69,8 +70,8 @@ def read_table(
         DataError: names file, line and field of what is broken.
     """
     rows = list(_once(_rows(file, columns, report), file, columns, report))
-    if kind == "rating":
-        rows = list(_numbered(rows, file, columns, report))
+    if kind:
+        rows = list(_readable(rows, kind, file, columns, report))
     if not rows:
         raise DataError("holds no record", file=file)
     task, note = _task(rows, kind, prompt, name or re.sub(r"\..*", "", file.name), file)
@@ -109,18 +110,14 @@ def _once(rows: Iterator[Row], file: Path, columns: Columns, report: Report) -> 
             yield line, entry
 
 
-def _numbered(rows: list[Row], file: Path, columns: Columns, report: Report) -> Iterator[Row]:
-    """Rows whose output is a number; an empty one is the builder's to report."""
+def _readable(
+    rows: list[Row], kind: str, file: Path, columns: Columns, report: Report
+) -> Iterator[Row]:
+    """Rows whose output the kind can read; an empty one is the builder's to report."""
+    fault_of = KINDS.load(kind).output_fault
     for line, entry in rows:
-        if (output := entry["output"].strip()) and _number(output) is None:
-            report(
-                DataError(
-                    f"'{output[:60]}' is no number, and this is a rating",
-                    file=file,
-                    line=line,
-                    field=columns.output,
-                )
-            )
+        if (output := entry["output"].strip()) and (fault := fault_of(output)):
+            report(DataError(fault, file=file, line=line, field=columns.output))
         else:
             yield line, entry
 
@@ -236,37 +233,32 @@ def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
 
 
 def _task(
-    rows: list[Row], kind: Kind | None, prompt: str | None, name: str, file: Path
+    rows: list[Row], kind: str | None, prompt: str | None, name: str, file: Path
 ) -> tuple[Task, str]:
     """The task, and a note on what was guessed. Labels and ratings are tidied in place: stripped,
     `4.0` becomes `4`.
     """
     outputs = {entry["output"].strip() for _, entry in rows} - {""}
     chosen = kind or guess_kind(outputs, len(rows))
-    if chosen != "generation":
-        outputs = {_tidy(output, chosen) for output in outputs}
+    of_kind = KINDS.load(chosen)
+    if of_kind.closed:
+        outputs = {of_kind.tidy(output) for output in outputs}
         for _, entry in rows:
-            entry["output"] = _tidy(entry["output"].strip(), chosen)
-    labels = _labels(outputs, chosen)
-    data = {
-        "name": name,
-        "kind": chosen,
-        "prompt": prompt or _prompt(chosen, labels),
-        "metrics": list(METRICS[chosen]),
-    }
-    if labels:
-        data["labels"] = labels
+            entry["output"] = of_kind.tidy(entry["output"].strip())
+    labels = of_kind.labels_of(outputs)
+    text = prompt or of_kind.default_prompt(labels)
+    data = {"name": name, "kind": chosen, "prompt": text, "labels": labels}
     task = Task.from_json(data, str(file))
     return task, f"kind {'given' if kind else 'guessed'}: {chosen}" + (
         f", labels: {', '.join(labels)}" if labels else ""
     )
 
 
-def guess_kind(outputs: set[str], count: int) -> Kind:
+def guess_kind(outputs: set[str], count: int) -> str:
     """Rating for at least three numbers of a small range, classification for few short answers that
     come again, else generation.
     """
-    numbers = [_number(output) for output in outputs]
+    numbers = [plain_number(output) for output in outputs]
     known = [number for number in numbers if number is not None]
     if (
         len(known) == len(numbers) >= 3
@@ -276,38 +268,3 @@ def guess_kind(outputs: set[str], count: int) -> Kind:
         return "rating"
     few = 2 <= len(outputs) <= min(MOST_LABELS, count // 2)
     return "classification" if few and max(map(len, outputs)) <= LONGEST_LABEL else "generation"
-
-
-def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
-
-
-def _tidy(output: str, kind: Kind) -> str:
-    number = _number(output) if kind == "rating" else None
-    return output if number is None else f"{number:g}"
-
-
-def _labels(outputs: set[str], kind: Kind) -> list[str]:
-    if kind == "generation":
-        return []
-    numbers = [_number(output) for output in outputs]
-    known = sorted(number for number in numbers if number is not None)
-    if kind == "classification":
-        return sorted(outputs)
-    if all(number.is_integer() for number in known):
-        return [str(value) for value in range(int(known[0]), int(known[-1]) + 1)] if known else []
-    return [f"{number:g}" for number in known]
-
-
-def _prompt(kind: Kind, labels: list[str]) -> str:
-    if kind == "rating" and labels:
-        return (
-            f"What score would this person give, from {labels[0]} to {labels[-1]}? Answer with the"
-            " number alone.\n\n{input}"
-        )
-    if kind == "classification":
-        return (
-            f"Which of these would this person choose: {', '.join(labels)}? Answer with it"
-            " alone.\n\n{input}"
-        )
-    return "Answer as this person would.\n\n{input}"

@@ -56,10 +56,9 @@ class Deployment:
 
     def readable(self, records: tuple[Record, ...]) -> list[Record]:
         """The records that this bundle can read: with labels, those whose answer is one."""
-        if not self.task.labels or self.task.extra.get("free_history"):
+        if self.task.free_history:
             return list(records)
-        labels = set(self.task.labels)
-        return [record for record in records if record.output in labels]
+        return [record for record in records if self.task.is_answer(record.output)]
 
     def forget(self, user: str) -> None:
         """Let go of all that is in memory of a user; of other users' indexes too, which nobody can

@@ -14,7 +14,7 @@ from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.schemas import text_of
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
-from hydra_llm.pipeline import gather, read_answer
+from hydra_llm.pipeline import gather
 from hydra_llm.rerank import LearnedReranker, record_text
 from hydra_llm.select import LearnedSelector, candidate_text
 from hydra_llm.text import repair
@@ -169,7 +169,7 @@ def choose(
         Query(person.name, "asked", question, position=LATER), offered, visible
     )
     keys, said = (
-        [_key(text, read_answer(serving.task, text, serving.settings)) for text in texts],
+        [_key(text, serving.task.read(text, serving.settings.parsing)) for text in texts],
         dict[str, int](),
     )
     for i, key in enumerate(keys):

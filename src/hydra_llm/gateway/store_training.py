@@ -84,10 +84,9 @@ def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
     versions.
     """
     versions, splits, records = {}, {}, []
-    labels = set(task.labels)
     for user in store.users():
         version, found = store.records(user)
-        readable = [record for record in found if not labels or record.output in labels]
+        readable = [record for record in found if task.is_answer(record.output)]
         if version is not None and readable:
             versions[user], splits[user] = version, "train"
             records += readable

@@ -1,69 +1,89 @@
-"""A task as a value: kind, labels, instruction, how answers are read, and what an answer is worth.
+"""A task as a value, and what a kind of task must define.
 
-One class serves every task; what differs between kinds is data here, so that no other module asks
-`if kind == ...` for more than its own stage. Knows no LLM and no model. DESIGN 3.
+`Task` is plain data, read from task.json. What differs between kinds (parsing, gain, metrics,
+prompt words, side features) is a `TaskKind`, one module each; `Task.strategy` is the task's.
+Knows no LLM and no model.
 
-A real one (movie_rating, shaped like LaMP-3):
+Example (movie_rating, shaped like LaMP-3):
     Task("movie_rating", "rating", "What score, 1 to 5, would this person give this film? {input}",
     ("1", "2", "3", "4", "5"))
 """
 
-import math
-import re
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hydra_llm.errors import DataError
+from hydra_llm.plugins import Registry
+from hydra_llm.types import Candidate, Record
 
-Kind = Literal["classification", "rating", "generation"]
+Floats = NDArray[np.float64]
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts [N] → unit rows [N, D]."""
+Statistic = Callable[[Floats], Floats]
+"""Sums [D, S] → values [D]."""
 Parsing = Literal["lenient", "strict"]
-KINDS: tuple[Kind, ...] = ("classification", "rating", "generation")
-METRICS: Mapping[str, tuple[str, ...]] = {
-    "classification": ("accuracy", "macro_f1"),
-    "rating": ("mae", "rmse"),
-    "generation": ("rouge1", "rougeL", "bleu"),
-}
+Pairs = Sequence[tuple[str | None, str]]
+"""Parsed answer, gold answer."""
 
-
-APART = " \t\n:"
+SEPARATORS = " \t\n:"
 """Characters that may stand between an instruction and the text within it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Task:
     """What is asked of the LLM, and how its answers are judged."""
 
     name: str
-    kind: Kind
+    kind: str
+    """A name registered in `KINDS`."""
     prompt: str
     """The instruction; `{input}` stands where the query's text goes."""
     labels: tuple[str, ...] = ()
-    """Every possible answer; empty for generation."""
+    """The closed set of answers; empty where answers are free texts."""
     metrics: tuple[str, ...] = ()
+    """Names of the kind's metrics to report; empty for all."""
     like: str = ""
     """The LaMP task whose shape this one has, if any."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def strategy(self) -> "TaskKind":
+        """What is particular to the task's kind."""
+        return KINDS.load(self.kind)(self)
+
+    @property
+    def metric_specs(self) -> "dict[str, MetricSpec]":
+        """The metrics to report by name, in order."""
+        of_kind = {metric.name: metric for metric in self.strategy.metrics}
+        return {name: of_kind[name] for name in self.metrics or of_kind}
+
+    @property
+    def free_history(self) -> bool:
+        """Whether the records' outputs are no labels although answers are (LaMP-1)."""
+        return bool(self.extra.get("free_history"))
+
+    def is_answer(self, output: str) -> bool:
+        """Whether a text can be the task's answer: any text, or one of the labels."""
+        return not self.labels or output in self.labels
 
     def ask(self, text: str) -> str:
         """The instruction with the query's text in it (no format(): a text may hold braces)."""
         return self.prompt.replace("{input}", text)
 
     def input_of(self, text: str) -> str | None:
-        """The query's text in an instruction that `ask` made; None where it made none."""
+        """The query's text in an instruction made by `ask`; None where it was not made by it."""
         head, _, tail = self.prompt.strip().partition("{input}")
         text = text.strip()
-        apart = (not head or head[-1] in APART) and (
-            not tail or tail[0] in APART
-        )  # else a word might be torn: "Class{input}"
-        if (
-            not (head or tail)
-            or not apart
-            or "{input}" in tail
-            or not (text.startswith(head) and text.endswith(tail))
-        ):
+        # Without a separator a word could be cut in two: "Class{input}".
+        separated = (not head or head[-1] in SEPARATORS) and (not tail or tail[0] in SEPARATORS)
+        unique = (head or tail) and "{input}" not in tail
+        if not (unique and separated and text.startswith(head) and text.endswith(tail)):
             return None
         return text[len(head) : len(text) - len(tail)].strip() or None
 
@@ -76,17 +96,18 @@ class Task:
         """
         if not isinstance(data, Mapping):
             raise DataError("must hold one JSON object", file=file)
-        kind = _kind(data, file)
         known = {"name", "kind", "prompt", "labels", "metrics", "like"}
-        return cls(
+        task = cls(
             name=_text(data, "name", file),
-            kind=kind,
+            kind=_kind(data, file),
             prompt=_prompt(data, file),
-            labels=_labels(data, kind, file),
-            metrics=_metrics(data, kind, file),
+            labels=_texts(data, "labels", file),
+            metrics=_metrics(data, file),
             like=_text(data, "like", file) if data.get("like") else "",
             extra={key: value for key, value in data.items() if key not in known},
         )
+        task.strategy.check(file)
+        return task
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back as the same task."""
@@ -98,13 +119,12 @@ class Task:
             "prompt": self.prompt,
         }
         return {key: value for key, value in fields.items() if value} | {
-            "metrics": list(self.metrics or METRICS[self.kind]),
+            "metrics": list(self.metric_specs),
             **self.extra,
         }
 
     def parse(self, text: str, parsing: Parsing = "lenient") -> str | None:
-        """The answer in an LLM's text: a label, or the text itself for generation; None if there is
-        none.
+        """The answer in an LLM's text: a label, or the text itself; None if there is none.
 
         `strict` reads as LaMP's evaluation does: the stripped text is a label, or a number as it
         stands, or the text.
@@ -112,23 +132,240 @@ class Task:
         one label in it. A number between two labels is its canonical text ("3.5"); outside the
         scale it is an answer for `strict` only.
         """
-        return _PARSERS[self.kind, parsing](text, self.labels)
+        return self.strategy.parse(text, parsing)
+
+    def read(self, text: str, parsing: Parsing = "lenient") -> str | None:
+        """As `parse`, but a rating between two labels becomes the nearest label."""
+        answer = self.parse(text, parsing)
+        return None if answer is None else self.strategy.nearest(answer)
 
     def gain(self, answer: str | None, gold: str) -> float:
-        """0 to 1: what a parsed answer is worth against the gold answer (DESIGN 3); None is worth
-        0.
-        """
-        return 0.0 if answer is None else _GAINS[self.kind](answer, gold, self.labels)
+        """0 to 1: what a parsed answer is worth against the gold answer; None is worth 0."""
+        return 0.0 if answer is None else self.strategy.gain(answer, gold)
 
-    def gain_matrix(self, answers: Sequence[str]) -> list[list[float]]:
-        """[C, C]: entry i, j is the gain of answer i if answer j were the gold one (for
-        expected-gain choosing).
-        """
-        matrix = [[1.0] * len(answers) for _ in answers]
+    def gain_matrix(self, answers: Sequence[str]) -> Floats:
+        """[C, C]: entry i, j is the gain of answer i if answer j were the gold answer."""
+        return self.strategy.gain_matrix(answers)
+
+
+# ---- values that a kind gives and takes
+
+
+def mean(sums: Floats) -> Floats:
+    """[D, 2] of (sum, count) → [D]."""
+    means: Floats = np.divide(
+        sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0
+    )
+    return means
+
+
+def with_count(values: Sequence[float]) -> Floats:
+    """[N] → [N, 2] rows whose sums `mean` reads."""
+    return np.array([values, np.ones(len(values))], dtype=np.float64).T
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """How a metric follows from the sums of its per-query rows (sufficient statistics)."""
+
+    name: str
+    statistic: Statistic = mean
+    per_query: bool = True
+    """Whether a single query has a value (no for RMSE, macro-F1, BLEU)."""
+    higher_is_better: bool = True
+    resamples: bool = True
+    """Whether a bootstrap over users estimates its variance (no for macro-F1, whose resamples
+    lack whole labels).
+    """
+    in_improvement: bool = True
+    """Whether it counts in the mean relative improvement, as published (no for BLEU)."""
+    title: str = ""
+    """What tables and plots call it; by default the name."""
+
+    note: str = ""
+    """A sentence below tables that show it."""
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, −1 where lower is."""
+        return 1 if self.higher_is_better else -1
+
+
+class PromptWords(NamedTuple):
+    """What a block of examples says around the records."""
+
+    header: str
+    input: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class CohortStats:
+    """Statistics of the training users: the fallback where a user's history is short."""
+
+    label_shares: tuple[float, ...] = ()
+    """[L] in the task's order of labels."""
+    reference: float = 0.45
+    """A usual cosine between a query and the nearest records of its user."""
+    words: float = 10.0
+    """Median length of an answer (free texts)."""
+
+
+@dataclass(frozen=True)
+class HistoryVectors:
+    """A user's visible records as numbers, oldest first."""
+
+    inputs: NDArray[np.float32]
+    """[n, D] unit rows."""
+    answers: NDArray[np.float32]
+    """[n, D] unit rows; [n, 0] for tasks with labels."""
+    labels: NDArray[np.int64]
+    """[n] index of each record's label; empty for free texts."""
+    words: Floats = field(default_factory=lambda: np.zeros(0))
+    """[n] length of each answer in words (free texts)."""
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class FeatureContext:
+    """What side features of one query are computed from."""
+
+    query: NDArray[np.float32]
+    """[D] the query's text as a unit vector."""
+    history: HistoryVectors
+    stats: CohortStats
+    embed: Embed
+
+
+class TaskKind(ABC):
+    """What is particular to one kind of task; an instance belongs to one task.
+
+    A new kind is a subclass in one file, registered as an entry point of `KINDS.group`. Kinds with
+    a closed set of answers extend `labels.LabelKind`, those with free texts
+    `generation.Generation`. Letters: C candidates, M records, n visible records, E columns.
+    """
+
+    metrics: ClassVar[tuple[MetricSpec, ...]]
+    closed: ClassVar[bool] = False
+    """Whether every answer is one of the task's labels."""
+    prompt_style: ClassVar[Literal["block", "turns"]] = "block"
+    """How records are shown under `prompt_style = "auto"`."""
+    target_rule: ClassVar[str] = ""
+    """How gains become the adapter's targets; empty for the setting `label_rule`."""
+    zero_one_gain: ClassVar[bool] = False
+    """Whether only the gold answer has a gain: then the mode has the highest expected gain."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def check(self, file: str) -> None:
+        """Raise DataError where the task's labels or extra fields do not fit the kind."""
+        if self.task.labels:
+            said = f"must be left out: a {self.task.kind} task has no labels"
+            raise DataError(said, file=file, field="labels")
+
+    # ---- answers
+
+    @abstractmethod
+    def parse(self, text: str, parsing: Parsing) -> str | None:
+        """The answer in an LLM's text (see `Task.parse`)."""
+
+    def nearest(self, answer: str) -> str:
+        """A parsed answer as one that the task knows."""
+        return answer
+
+    @abstractmethod
+    def gain(self, answer: str, gold: str) -> float:
+        """0 to 1, symmetric, 1 for equal answers."""
+
+    def gain_matrix(self, answers: Sequence[str]) -> Floats:
+        """[C, C] of `gain`."""
+        matrix = np.ones((len(answers), len(answers)))
         for i, answer in enumerate(answers):
-            for j in range(i):  # every gain is symmetric
-                matrix[i][j] = matrix[j][i] = self.gain(answer, answers[j])
+            for j in range(i):
+                matrix[i, j] = matrix[j, i] = self.gain(answer, answers[j])
         return matrix
+
+    @abstractmethod
+    def typical(self, outputs: Sequence[str]) -> str:
+        """What the user answers most typically, from the outputs of the records, oldest first."""
+
+    @abstractmethod
+    def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
+        """[N, S] sufficient statistics of each pair for the metric of this name."""
+
+    # ---- prompts and candidates
+
+    @abstractmethod
+    def prompt_words(self) -> PromptWords:
+        """What a block of examples says around the records."""
+
+    def candidate_text(self, text: str, answer: str | None) -> str:
+        """What stands for a candidate: the LLM's text as it is, or the answer in it."""
+        return text
+
+    # ---- side features
+
+    @abstractmethod
+    def vectorize(self, records: Sequence[Record], embed: Embed) -> HistoryVectors:
+        """Visible records as numbers."""
+
+    @abstractmethod
+    def cohort_stats(self, outputs: Sequence[str], reference: float) -> CohortStats:
+        """Statistics of the training users' outputs; `reference` is passed on."""
+
+    @property
+    @abstractmethod
+    def candidate_columns(self) -> tuple[str, ...]:
+        """[E] names of the columns; `llm_` marks those that need the LLM's samples."""
+
+    @abstractmethod
+    def candidate_features(
+        self, context: FeatureContext, candidates: Sequence[Candidate]
+    ) -> Floats:
+        """[C, E]; for tasks with labels a candidate without an answer gets each column's lowest."""
+
+    record_columns: ClassVar[tuple[str, ...]]
+    """[E] names of the columns that come after those that all kinds have."""
+
+    @abstractmethod
+    def record_features(self, context: FeatureContext, records: Sequence[Record]) -> Floats:
+        """[M, E] of retrieved records."""
+
+    # ---- a task from a table of outputs
+
+    @classmethod
+    def output_fault(cls, output: str) -> str:
+        """What is wrong with an output of this kind; empty if nothing is."""
+        return ""
+
+    @classmethod
+    def tidy(cls, output: str) -> str:
+        """An output in its canonical form."""
+        return output
+
+    @classmethod
+    def labels_of(cls, outputs: set[str]) -> list[str]:
+        """The labels of a task with these tidy outputs."""
+        return []
+
+    @classmethod
+    def default_prompt(cls, labels: Sequence[str]) -> str:
+        """The instruction where none is given."""
+        return "Answer as this person would.\n\n{input}"
+
+
+KINDS: Registry[type[TaskKind]] = Registry(
+    "hydra_llm.task_kinds",
+    {
+        "classification": "hydra_llm.tasks.classification:Classification",
+        "rating": "hydra_llm.tasks.rating:Rating",
+        "generation": "hydra_llm.tasks.generation:Generation",
+    },
+    kind="kind",
+)
 
 
 # ---- task.json
@@ -137,20 +374,16 @@ class Task:
 def _text(data: Mapping[str, Any], name: str, file: str) -> str:
     value = data.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            "must be a text that is not empty" if name in data else "is missing",
-            file=file,
-            field=name,
-        )
+        said = "must be a text that is not empty" if name in data else "is missing"
+        raise DataError(said, file=file, field=name)
     return value
 
 
-def _kind(data: Mapping[str, Any], file: str) -> Kind:
+def _kind(data: Mapping[str, Any], file: str) -> str:
     value = _text(data, "kind", file)
-    for kind in KINDS:
-        if value == kind:
-            return kind
-    raise DataError(f"'{value}' is not one of {', '.join(KINDS)}", file=file, field="kind")
+    if value not in (known := KINDS.names()):
+        raise DataError(f"'{value}' is not one of {', '.join(known)}", file=file, field="kind")
+    return value
 
 
 def _prompt(data: Mapping[str, Any], file: str) -> str:
@@ -160,308 +393,24 @@ def _prompt(data: Mapping[str, Any], file: str) -> str:
     return prompt
 
 
-def _labels(data: Mapping[str, Any], kind: Kind, file: str) -> tuple[str, ...]:
-    labels = _texts(data, "labels", file)
-    if kind == "generation":
-        if labels:
-            raise DataError(
-                "must be left out: a generation task has no labels", file=file, field="labels"
-            )
-        return ()
-    if len(labels) < 2:
-        raise DataError(f"a {kind} task needs at least two labels", file=file, field="labels")
-    if kind == "rating":
-        numbers = [_number(label) for label in labels]
-        if None in numbers or len(set(numbers)) < len(numbers):
-            raise DataError(
-                "a rating task's labels must be different numbers", file=file, field="labels"
-            )
-    return labels
-
-
 def _texts(data: Mapping[str, Any], name: str, file: str) -> tuple[str, ...]:
     values = data.get(name) or ()
     if not isinstance(values, list | tuple):
         raise DataError("must be a list of texts", file=file, field=name)
     for value in values:
         if not isinstance(value, str) or not value or value != value.strip():
-            raise DataError(
-                f"{value!r} is not a text without blanks around it", file=file, field=name
-            )
+            said = f"{value!r} is not a text without blanks around it"
+            raise DataError(said, file=file, field=name)
         if values.count(value) > 1:
             raise DataError(f"'{value}' stands twice", file=file, field=name)
     return tuple(values)
 
 
-def _metrics(data: Mapping[str, Any], kind: Kind, file: str) -> tuple[str, ...]:
-    metrics = _texts(data, "metrics", file) or METRICS[kind]
+def _metrics(data: Mapping[str, Any], file: str) -> tuple[str, ...]:
+    known = tuple(metric.name for metric in KINDS.load(data["kind"]).metrics)
+    metrics = _texts(data, "metrics", file) or known
     for metric in metrics:
-        if metric not in METRICS[kind]:
-            raise DataError(
-                f"'{metric}' is not one of {', '.join(METRICS[kind])} ({kind})",
-                file=file,
-                field="metrics",
-            )
+        if metric not in known:
+            said = f"'{metric}' is not one of {', '.join(known)} ({data['kind']})"
+            raise DataError(said, file=file, field="metrics")
     return metrics
-
-
-# ---- numbers and the scale of a rating task
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-@lru_cache(maxsize=256)
-def scale(labels: tuple[str, ...]) -> tuple[float, float]:
-    """The least and the greatest label of a rating task."""
-    numbers = [float(label) for label in labels]
-    return min(numbers), max(numbers)
-
-
-@lru_cache(maxsize=256)
-def _by_number(labels: tuple[str, ...]) -> dict[float, str]:
-    return {float(label): label for label in labels}
-
-
-def _canonical(number: float, labels: tuple[str, ...]) -> str:
-    return _by_number(labels).get(number) or repr(number + 0.0).removesuffix(
-        ".0"
-    )  # + 0.0 turns -0.0 into 0.0
-
-
-# ---- parsers: (text, labels) → the answer or None
-
-
-def _strict_label(text: str, labels: tuple[str, ...]) -> str | None:
-    return text.strip() if text.strip() in labels else None
-
-
-def _strict_rating(text: str, labels: tuple[str, ...]) -> str | None:
-    number = _number(text.strip())
-    return None if number is None else _canonical(number, labels)
-
-
-def _strict_text(text: str, labels: tuple[str, ...]) -> str | None:
-    return text.strip() or None
-
-
-def _lenient_label(text: str, labels: tuple[str, ...]) -> str | None:
-    """The label that the text is, or the only one that occurs in it as words; of several the only
-    one before the first cut.
-    """
-    exact = _strict_label(text, labels)
-    if exact is not None:
-        return exact
-    for fold, names, words in _readings(labels):
-        folded = fold(text.strip())
-        found = [
-            (match.start(), names[" ".join(match[0].split())]) for match in words.finditer(folded)
-        ]
-        cut = _CUT.search(folded)
-        early = [label for place, label in found if cut and place <= cut.start()]
-        for group in ([label for _, label in found], early):
-            if len(set(group)) == 1:
-                return group[0]
-        if found:
-            return None
-    return None
-
-
-_CUT = re.compile(r"[,!\]\n]")
-"""Where HYDRA cuts an answer, and the end of a line."""
-_LOOSE = str.maketrans({"&": " and ", "-": " ", "_": " "})
-
-_Reading = tuple[Callable[[str], str], Mapping[str, str], re.Pattern[str]]
-
-
-def _loosely(text: str) -> str:
-    return text.casefold().translate(_LOOSE)
-
-
-def _barely(label: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", _loosely(label))
-
-
-@lru_cache(maxsize=256)
-def _readings(labels: tuple[str, ...]) -> tuple[_Reading, ...]:
-    """Three ways to find labels in a text, strictest first: in any case; "&" as "and", hyphens as
-    blanks; "[1]" as "1".
-    """
-    return (
-        _reading(labels, str.casefold, str.casefold),
-        _reading(labels, _loosely, _loosely),
-        _reading(labels, _barely, _loosely),
-    )
-
-
-def _reading(
-    labels: tuple[str, ...], fold_label: Callable[[str], str], fold_text: Callable[[str], str]
-) -> _Reading:
-    """How to fold a text, folded name → label (names that two labels share are left out), and a
-    pattern of the names as words.
-    """
-    folded = [" ".join(fold_label(label).split()) for label in labels]
-    names = {
-        name: label
-        for name, label in zip(folded, labels, strict=True)
-        if name and folded.count(name) == 1
-    }
-    longest_first = sorted(names, key=len, reverse=True)
-    either = (
-        "|".join(r"\s+".join(map(re.escape, name.split())) for name in longest_first) or r"(?!)"
-    )
-    return fold_text, names, re.compile(rf"(?<![^\W_])(?:{either})(?![^\W_])")
-
-
-def _lenient_rating(text: str, labels: tuple[str, ...]) -> str | None:
-    """The first number that is not the scale itself ("on a scale of 1 to 5"); None if it lies
-    outside the scale.
-    """
-    low, high = scale(labels)
-    number = _number(text.strip())
-    if number is None:
-        match = _first_number(labels).search(_the_scale(labels).sub(" ", text))
-        number = None if match is None else _number(match[0])
-    return None if number is None or not low <= number <= high else _canonical(number, labels)
-
-
-@lru_cache(maxsize=256)
-def _the_scale(labels: tuple[str, ...]) -> re.Pattern[str]:
-    low, high = map(re.escape, (_canonical(end, labels) for end in scale(labels)))
-    return re.compile(
-        rf"(?<!\d){low}\s*(?:to|and|through|-|–|—)\s*{high}(?![\d.]*\d)", re.IGNORECASE
-    )
-
-
-@lru_cache(maxsize=256)
-def _first_number(labels: tuple[str, ...]) -> re.Pattern[str]:
-    sign = (
-        r"(?:(?<!\w)-)?" if scale(labels)[0] < 0 else ""
-    )  # elsewhere a dash before a number is a bullet
-    return re.compile(rf"{sign}\d+(?:\.\d+)?")
-
-
-def _lenient_text(text: str, labels: tuple[str, ...]) -> str | None:
-    """The first line that says something, without quotes, markdown and a leading "Title:"."""
-    lines = [line for line in map(_plain, text.splitlines()) if line]
-    answers = [
-        line for line in lines if not line.endswith(":")
-    ]  # "Here is a headline:" announces the next line
-    return next(iter(answers or lines), None)
-
-
-_PREFIX = re.compile(
-    r"^(?:(?:the|a|an|your|my|here(?:['’]s|"
-    r" is)|suggested|possible|new|generated|paraphrased|paper|article|news|email)\s+)*"
-    r"(?:title|headline|subject(?: line)?|tweet|paraphrase|answer|output|response)\s*:\s*",
-    re.IGNORECASE,
-)
-_HEADING = re.compile(r"^#+\s+")
-_QUOTES = ('""', "''", "“”", "‘’", "«»", "„“", "``", "__")
-
-
-def _plain(line: str) -> str:
-    before = None
-    while line != before:
-        before = line
-        line = _HEADING.sub("", line.replace("**", "").strip())
-        line = _unquoted(_PREFIX.sub("", line))
-    return line
-
-
-def _unquoted(line: str) -> str:
-    ends, inner = line[:1] + line[-1:], line[1:-1]
-    return inner.strip() if ends in _QUOTES and not set(ends) & set(inner) else line
-
-
-_PARSERS: Mapping[tuple[str, str], Callable[[str, tuple[str, ...]], str | None]] = {
-    ("classification", "strict"): _strict_label,
-    ("classification", "lenient"): _lenient_label,
-    ("rating", "strict"): _strict_rating,
-    ("rating", "lenient"): _lenient_rating,
-    ("generation", "strict"): _strict_text,
-    ("generation", "lenient"): _lenient_text,
-}
-
-
-# ---- gains: (answer, gold, labels) → 0 to 1
-
-
-def _equal(answer: str, gold: str, labels: tuple[str, ...]) -> float:
-    return float(answer == gold)
-
-
-def _closeness(answer: str, gold: str, labels: tuple[str, ...]) -> float:
-    low, high = scale(labels)
-    return max(0.0, 1.0 - abs(rating(answer) - rating(gold)) / (high - low))
-
-
-def rating(text: str) -> float:
-    """The number that a rating's text stands for.
-
-    Raises:
-        DataError: it is not a number.
-    """
-    number = _number(text)
-    if number is None:
-        raise DataError(f"'{text}' is not a number, so it cannot be a rating")
-    return number
-
-
-def overlap(answer: str, gold: str, labels: tuple[str, ...] = ()) -> float:
-    """(ROUGE-1 + ROUGE-L) / 2, F-measures without stemmer, as rouge_score counts them.
-
-    Where a text has no ASCII word, rouge_score sees nothing; then both texts are read as words of
-    any script.
-    """
-    if answer == gold:
-        return 1.0
-    ours, theirs = _ascii_words(answer), _ascii_words(gold)
-    if not ours or not theirs:
-        ours, theirs = _any_words(answer), _any_words(gold)
-    if not ours or not theirs:
-        return 0.0
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return (
-        _f_measure(common, len(ours), len(theirs))
-        + _f_measure(_common_subsequence(ours, theirs), len(ours), len(theirs))
-    ) / 2
-
-
-@lru_cache(maxsize=16384)
-def _ascii_words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def _any_words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\w+", text.lower()))
-
-
-def _f_measure(common: int, ours: int, theirs: int) -> float:
-    return 2 * common / (ours + theirs)
-
-
-def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
-    """Length of the longest common subsequence; one row of the table as the bits of a number (Hyyrö
-    2004).
-    """
-    places: dict[str, int] = {}
-    for place, word in enumerate(ours):
-        places[word] = places.get(word, 0) | 1 << place
-    row = full = (1 << len(ours)) - 1
-    for word in theirs:
-        matches = row & places.get(word, 0)
-        row = (row + matches | row - matches) & full
-    return len(ours) - row.bit_count()
-
-
-_GAINS: Mapping[str, Callable[[str, str, tuple[str, ...]], float]] = {
-    "classification": _equal,
-    "rating": _closeness,
-    "generation": overlap,
-}

@@ -8,46 +8,31 @@ files (`datasets/lamp.py` does).
 
 from collections.abc import Mapping
 
-from hydra_llm.tasks.base import METRICS, Kind, Task
+from hydra_llm.tasks.base import Task
 
-_NEWS = (
-    *(
-        "women",
-        "religion",
-        "politics",
-        "style & beauty",
-        "entertainment",
-        "culture & arts",
-        "sports",
-        "science & technology",
-    ),
-    *("travel", "business", "crime", "education", "healthy living", "parents", "food & drink"),
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
+
+
+_NEWS = _names(
+    "women, religion, politics, style & beauty, entertainment, culture & arts, sports, "
+    "science & technology, travel, business, crime, education, healthy living, parents, "
+    "food & drink"
 )
-_MOVIES = (
-    *(
-        "sci-fi",
-        "based on a book",
-        "comedy",
-        "action",
-        "twist ending",
-        "dystopia",
-        "dark comedy",
-        "classic",
-        "psychology",
-    ),
-    *("fantasy", "romance", "thought-provoking", "social commentary", "violence", "true story"),
+_MOVIES = _names(
+    "sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, "
+    "psychology, fantasy, romance, thought-provoking, social commentary, violence, true story"
 )
 
 
-def _task(name: str, kind: Kind, prompt: str, labels: tuple[str, ...] = ()) -> Task:
-    return Task(name, kind, prompt, labels, METRICS[kind], like=name)
+def _one_of(question: str, labels: tuple[str, ...]) -> str:
+    return f"{question} Choose one of: {', '.join(labels)}. Answer with it alone."
 
 
-def _one_of(question: str, labels: tuple[str, ...], shown: str) -> str:
-    return (
-        f"{question} Choose one of: {', '.join(labels)}. Answer with it alone.\n\n{shown}:"
-        " {input}"
-    )
+def _task(name: str, kind: str, prompt: str, labels: tuple[str, ...] = ()) -> Task:
+    data = {"name": name, "like": name, "kind": kind, "labels": labels, "prompt": prompt}
+    return Task.from_json(data)
 
 
 _TASKS = (
@@ -61,13 +46,13 @@ _TASKS = (
     _task(
         "LaMP-2N",
         "classification",
-        _one_of("Which category does this article belong to?", _NEWS, "Article"),
+        _one_of("Which category does this article belong to?", _NEWS) + "\n\nArticle: {input}",
         _NEWS,
     ),
     _task(
         "LaMP-2M",
         "classification",
-        _one_of("Which tag fits this movie?", _MOVIES, "Description"),
+        _one_of("Which tag fits this movie?", _MOVIES) + "\n\nDescription: {input}",
         _MOVIES,
     ),
     _task(

@@ -46,9 +46,7 @@ class Collected:
 
 def training_queries(task: Task, records: Sequence[Record], count: int) -> list[Query]:
     """A user's last records as queries, if they see a record and have an answer of the task."""
-    ordered = [
-        record for record in in_order(records) if not task.labels or record.output in task.labels
-    ]
+    ordered = [record for record in in_order(records) if task.is_answer(record.output)]
     return [as_query(record) for record in ordered[-count:] if before(records, record)]
 
 
@@ -123,7 +121,7 @@ def copy_groups(personalizer: Personalizer, evidence: Featurizer, user: str) -> 
 
 def _own_answer(task: Task, record: Record) -> str | None:
     """A record's output as an answer; None where it is none of the labels (LaMP-1's papers)."""
-    return record.output if not task.labels or record.output in task.labels else None
+    return record.output if task.is_answer(record.output) else None
 
 
 def _reranker_group(

@@ -109,9 +109,7 @@ def learn_scorer(
 def _survey(bundle: Bundle) -> None:
     """The population's figures, by the encoder as it is now."""
     histories = [bundle.records[user] for user in bundle.trained_on]
-    bundle.population = bundle.featurizer.population = fit_stats(
-        bundle.task, bundle.store, histories
-    )
+    bundle.population = bundle.featurizer.stats = fit_stats(bundle.task, bundle.store, histories)
 
 
 def _train(
@@ -178,9 +176,8 @@ def target_rule(bundle: Bundle, name: str) -> str:
     """How gains become targets: labels are right or wrong; a gold answer among the candidates is
     above the mean anyway.
     """
-    if name == "adapter" and bundle.task.labels:
-        return "exact"
-    return bundle.settings.label_rule.replace("gold-positive", "above-mean")
+    of_kind = bundle.task.strategy.target_rule if name == "adapter" else ""
+    return of_kind or bundle.settings.label_rule.replace("gold-positive", "above-mean")
 
 
 def _table(bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], rule: str) -> Table:

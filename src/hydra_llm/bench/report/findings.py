@@ -17,7 +17,6 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from hydra_llm.bench.metrics import score
 from hydra_llm.bench.report.tables import Line, Run, compare, plain
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.stats import Paired
@@ -44,11 +43,10 @@ def _of_method(run: Run, lines: Sequence[Line], own: Line) -> Iterator[str]:
         if line.group in RIVALS and plain(line.row.method) != "hydra"
     }
     metric = next(iter(own.row.metrics))
-    better = 1 if score(run.task, [], [])[metric].higher_is_better else -1
     differences = {
         rival: compare(run.task, samples, run.of(rival)).metrics[metric] for rival in rivals
     }
-    yield from _against(name, metric, differences, better)
+    yield from _against(name, metric, differences, run.task.metric_specs[metric].sign)
     if records_of(name) in (None, run.manifest.get("settings", {}).get("k")):
         yield from _room(lines, own, metric)
     yield from _agreement(name, samples)

@@ -13,11 +13,6 @@ from hydra_llm.bench.report.tables import OVERALL, Line, Run, as_differences, as
 from hydra_llm.bench.stats import Relative
 from hydra_llm.llm.meter import FREE, Prices
 
-MACRO_F1 = (
-    "With few users and many labels macro-F1's interval holds the truth less often than it says"
-    " (docs/benchmark.md)."
-)
-
 
 def markdown(run: Run, lines: Sequence[Line], baseline: str, prices: Prices = FREE) -> str:
     """The report of one run."""
@@ -37,8 +32,7 @@ def markdown(run: Run, lines: Sequence[Line], baseline: str, prices: Prices = FR
         "`*` best, `'` second best of what is ranked (controls and bounds are not); 95 % intervals"
         " over users."
     )
-    if "macro_f1" in lines[0].row.metrics:
-        legend += f" {MACRO_F1}"
+    legend = " ".join([legend, *(s.note for s in run.task.metric_specs.values() if s.note)])
     parts = [f"## {title}", like, f"{sentence(run)}.", as_markdown(as_rows(run, lines)), legend]
     if said := findings(run, lines):
         parts += ["### What it says", "\n".join(f"- {each}" for each in said)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from hydra_llm.bench.metrics import score
+from hydra_llm.bench.metrics import title
 from hydra_llm.bench.report.tables import GROUPS, Line, Run
 from hydra_llm.errors import SettingsError
 
@@ -467,8 +467,8 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> "alt.Chart":
 
 
 def _named(run: Run, metric: str) -> str:
-    better = "more" if score(run.task, [], [])[metric].higher_is_better else "less"
-    return f"{metric.upper() if metric in ('mae', 'rmse') else metric} ({better} is better)"
+    better = "more" if run.task.metric_specs[metric].higher_is_better else "less"
+    return f"{title(metric)} ({better} is better)"
 
 
 def _title(text: str) -> "alt.TitleParams":

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra_llm.bench.metrics import title
 from hydra_llm.bench.report import plots
 from hydra_llm.bench.runner import cell
 from hydra_llm.errors import SettingsError
@@ -86,11 +87,14 @@ def drawn(found: Studied) -> str:
         )
         for point, row in _rows(found)
     ]
-    name = metric.upper() if metric in ("mae", "rmse") else metric
     better = "more" if found["higher_is_better"] else "less"
     return plots.svg(
         plots.curve(
-            points, found["x"], f"{name} ({better} is better)", found["question"], found["log"]
+            points,
+            found["x"],
+            f"{title(metric)} ({better} is better)",
+            found["question"],
+            found["log"],
         )
     )
 

@@ -16,7 +16,6 @@ import numpy as np
 from scipy.special import stdtrit
 
 from hydra_llm.bench.methods import METHODS
-from hydra_llm.bench.metrics import score
 from hydra_llm.bench.runlog import Sample, read_learning, read_run
 from hydra_llm.bench.runner import Row, cell, scored, tabulate
 from hydra_llm.bench.stats import Paired, Relative, over_tasks, paired, relative
@@ -169,7 +168,8 @@ def lines_of(run: Run, baseline: str | None = None, prices: Prices = FREE) -> li
             prices,
         )
     }
-    best = {name: _best(run, rows, name) for name in next(iter(rows.values())).metrics}
+    specs = run.task.metric_specs
+    best = {name: _best(run, rows, name) for name in specs}
     against = baseline or next(iter(best.values()))
     if against is not None and against not in rows:
         raise SettingsError(f"{run.folder}: no method '{against}': take one of {', '.join(rows)}")
@@ -178,7 +178,11 @@ def lines_of(run: Run, baseline: str | None = None, prices: Prices = FREE) -> li
             group_of(name),
             row,
             _over(run, name, best),
-            _over(run, name, {metric: top for metric, top in best.items() if metric != "bleu"}),
+            _over(
+                run,
+                name,
+                {metric: top for metric, top in best.items() if specs[metric].in_improvement},
+            ),
             (
                 compare(run.task, run.of(name), run.of(against))
                 if against and name != against
@@ -198,14 +202,9 @@ def _best(run: Run, rows: Mapping[str, Row], metric: str) -> str | None:
     ]
     return min(
         found,
-        key=lambda name: -_sign(run.task, metric) * rows[name].metrics[metric][0],
+        key=lambda name: -run.task.metric_specs[metric].sign * rows[name].metrics[metric][0],
         default=None,
     )
-
-
-def _sign(task: Task, metric: str) -> int:
-    """1 where more is better, −1 where less is."""
-    return 1 if score(task, [], [])[metric].higher_is_better else -1
 
 
 def _over(run: Run, method: str, best: Mapping[str, str | None]) -> Relative | None:
@@ -227,7 +226,7 @@ def marks(run: Run, lines: Sequence[Line]) -> dict[tuple[str, str], int]:
     """
     out: dict[tuple[str, str], int] = {}
     for metric in lines[0].row.metrics:
-        sign = _sign(run.task, metric)
+        sign = run.task.metric_specs[metric].sign
         values = {
             line.row.method: sign * line.row.metrics[metric][0]
             for line in lines

@@ -1,0 +1,207 @@
+"""Generation: the answer is a free text (LaMP-4, LaMP-5, LaMP-7)."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from hydra_llm.tasks.base import (
+    CohortStats,
+    Embed,
+    FeatureContext,
+    Floats,
+    HistoryVectors,
+    MetricSpec,
+    Pairs,
+    Parsing,
+    PromptWords,
+    TaskKind,
+    with_count,
+)
+from hydra_llm.types import Candidate, Record
+
+
+def _bleu(sums: Floats) -> Floats:
+    """0 to 100: sacrebleu's corpus BLEU (13a, exponential smoothing), computed from its sums."""
+    ours, theirs, right, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:10]
+    missed = 2.0 ** np.cumsum(right == 0, axis=1)
+    precision = np.where(right > 0, right, 1 / missed) / np.maximum(total, 1)
+    brevity = np.exp(np.minimum(0, 1 - theirs / np.maximum(ours, 1)))
+    defined = right.any(axis=1) & (total > 0).all(axis=1)
+    return np.where(defined, 100 * brevity * np.exp(np.log(precision).mean(axis=1)), 0.0)
+
+
+class Generation(TaskKind):
+    """A free text."""
+
+    metrics = (
+        MetricSpec("rouge1"),
+        MetricSpec("rougeL"),
+        MetricSpec("bleu", _bleu, per_query=False, in_improvement=False),
+    )
+
+    # ---- answers
+
+    def parse(self, text: str, parsing: Parsing) -> str | None:
+        """The stripped text. Lenient: the first line that says something, without quotes, markdown
+        and a leading "Title:".
+        """
+        if parsing == "strict":
+            return text.strip() or None
+        lines = [line for line in map(_plain, text.splitlines()) if line]
+        # "Here is a headline:" announces the next line
+        answers = [line for line in lines if not line.endswith(":")]
+        return next(iter(answers or lines), None)
+
+    def gain(self, answer: str, gold: str) -> float:
+        return overlap(answer, gold)
+
+    def typical(self, outputs: Sequence[str]) -> str:
+        """The latest text."""
+        return outputs[-1] if outputs else ""
+
+    def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
+        """[N, 2] of ROUGE F-measures, or the n-gram counts of BLEU."""
+        if metric == "bleu":
+            return _ngrams(pairs)
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([metric], use_stemmer=False)
+        return with_count([scorer.score(gold, said or "")[metric].fmeasure for said, gold in pairs])
+
+    def prompt_words(self) -> PromptWords:
+        header = "Here is what this person wrote for earlier texts."
+        return PromptWords(header, "Text", "This person wrote")
+
+    def candidate_text(self, text: str, answer: str | None) -> str:
+        return answer or text
+
+    # ---- side features
+
+    def vectorize(self, records: Sequence[Record], embed: Embed) -> HistoryVectors:
+        outputs = [record.output for record in records]
+        inputs = embed([record.input for record in records])
+        return HistoryVectors(inputs, embed(outputs), np.zeros(0, dtype=np.int64), _words(outputs))
+
+    def cohort_stats(self, outputs: Sequence[str], reference: float) -> CohortStats:
+        words = float(np.median(_words(outputs))) if outputs else CohortStats().words
+        return CohortStats((), reference, words)
+
+    @property
+    def candidate_columns(self) -> tuple[str, ...]:
+        own = ("own_nearest", "own_mean", "length", "length_signed", "cosine")
+        return (*own, "llm_agreement", "llm_votes", "llm_greedy")
+
+    def candidate_features(
+        self, context: FeatureContext, candidates: Sequence[Candidate]
+    ) -> Floats:
+        texts, history = [candidate.text for candidate in candidates], context.history
+        vectors = context.embed(texts)
+        own = vectors @ history.answers.T if len(history) else np.zeros((len(texts), 1))
+        usual = np.log1p(np.median(history.words) if len(history) else context.stats.words)
+        length = np.log1p(_words(texts)) - usual
+        gains = self.gain_matrix(texts)
+        votes = np.array([candidate.votes for candidate in candidates], dtype=np.float64)
+        columns = [
+            own.max(1),
+            own.mean(1),
+            -np.abs(length),
+            length,
+            vectors @ context.query,
+            (gains.sum(0) - gains.diagonal()) / max(1, len(texts) - 1),
+            votes / max(1.0, votes.sum()),
+            np.array([float(candidate.greedy) for candidate in candidates]),
+        ]
+        return np.stack(columns, 1).astype(np.float64)
+
+    record_columns = ("answer_cosine", "answer_words")
+
+    def record_features(self, context: FeatureContext, records: Sequence[Record]) -> Floats:
+        outputs = [record.output for record in records]
+        lengths = np.log1p(_words(outputs)) - np.log1p(context.stats.words)
+        return np.stack([context.embed(outputs) @ context.query, lengths], 1).astype(np.float64)
+
+
+def _words(texts: Sequence[str]) -> Floats:
+    """[N] lengths in words."""
+    return np.array([len(text.split()) for text in texts], dtype=np.float64)
+
+
+def _ngrams(pairs: Pairs) -> Floats:
+    """[N, 10]: length of answer and gold, then matching and all n-grams of the answer for n = 1 to
+    4, by sacrebleu.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    scores = [BLEU().corpus_score([answer or ""], [[gold]]) for answer, gold in pairs]
+    rows = [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]
+    return np.array(rows, dtype=np.float64).reshape(-1, 10)
+
+
+# ---- lenient parsing: one line without what surrounds an answer
+
+_PREFIX = re.compile(
+    r"^(?:(?:the|a|an|your|my|here(?:['’]s|"
+    r" is)|suggested|possible|new|generated|paraphrased|paper|article|news|email)\s+)*"
+    r"(?:title|headline|subject(?: line)?|tweet|paraphrase|answer|output|response)\s*:\s*",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"^#+\s+")
+_QUOTES = ('""', "''", "“”", "‘’", "«»", "„“", "``", "__")
+
+
+def _plain(line: str) -> str:
+    before = None
+    while line != before:
+        before = line
+        line = _HEADING.sub("", line.replace("**", "").strip())
+        line = _unquoted(_PREFIX.sub("", line))
+    return line
+
+
+def _unquoted(line: str) -> str:
+    ends, inner = line[:1] + line[-1:], line[1:-1]
+    return inner.strip() if ends in _QUOTES and not set(ends) & set(inner) else line
+
+
+# ---- gain
+
+
+def overlap(answer: str, gold: str) -> float:
+    """(ROUGE-1 + ROUGE-L) / 2, F-measures without stemmer, as rouge_score counts them.
+
+    rouge_score sees ASCII words only: where a text has none, both are read as words of any script.
+    """
+    if answer == gold:
+        return 1.0
+    ours, theirs = _ascii_words(answer), _ascii_words(gold)
+    if not ours or not theirs:
+        ours, theirs = _any_words(answer), _any_words(gold)
+    if not ours or not theirs:
+        return 0.0
+    both = len(ours) + len(theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return (2 * common / both + 2 * _common_subsequence(ours, theirs) / both) / 2
+
+
+@lru_cache(maxsize=16384)
+def _ascii_words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def _any_words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(ours):
+        places[word] = places.get(word, 0) | 1 << place
+    row = full = (1 << len(ours)) - 1
+    for word in theirs:
+        matches = row & places.get(word, 0)
+        row = (row + matches | row - matches) & full
+    return len(ours) - row.bit_count()

@@ -1,0 +1,180 @@
+"""Rating: the answer is a number on a scale (LaMP-3)."""
+
+import math
+import re
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from hydra_llm.errors import DataError
+from hydra_llm.tasks.base import Floats, MetricSpec, Pairs, Parsing, PromptWords, mean, with_count
+from hydra_llm.tasks.labels import LabelKind
+
+
+def number_of(text: str) -> float:
+    """The number that a rating's text stands for.
+
+    Raises:
+        DataError: it is not a number.
+    """
+    number = _number(text)
+    if number is None:
+        raise DataError(f"'{text}' is not a number, so it cannot be a rating")
+    return number
+
+
+def plain_number(text: str) -> float | None:
+    """A number of digits alone, as tables hold it; None for all else."""
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _root_mean(sums: Floats) -> Floats:
+    return np.sqrt(mean(sums))
+
+
+class Rating(LabelKind):
+    """A number on a scale; the labels are the points of the scale."""
+
+    metrics = (
+        MetricSpec("mae", higher_is_better=False, title="MAE"),
+        MetricSpec("rmse", _root_mean, per_query=False, higher_is_better=False, title="RMSE"),
+    )
+
+    def check(self, file: str) -> None:
+        super().check(file)
+        numbers = [_number(label) for label in self.task.labels]
+        if None in numbers or len(set(numbers)) < len(numbers):
+            said = "a rating task's labels must be different numbers"
+            raise DataError(said, file=file, field="labels")
+
+    @cached_property
+    def scale(self) -> tuple[float, float]:
+        """The least and the greatest label."""
+        numbers = [float(label) for label in self.task.labels]
+        return min(numbers), max(numbers)
+
+    # ---- answers
+
+    def parse(self, text: str, parsing: Parsing) -> str | None:
+        """The text as a number. Lenient: or the first number that is not the scale itself ("on a
+        scale of 1 to 5"); None if it lies outside the scale.
+        """
+        number = _number(text.strip())
+        if parsing == "strict":
+            return None if number is None else self._canonical(number)
+        low, high = self.scale
+        if number is None:
+            match = self._first_number.search(self._scale_itself.sub(" ", text))
+            number = None if match is None else _number(match[0])
+        return None if number is None or not low <= number <= high else self._canonical(number)
+
+    def _canonical(self, number: float) -> str:
+        # + 0.0 turns -0.0 into 0.0
+        return self._by_number.get(number) or repr(number + 0.0).removesuffix(".0")
+
+    @cached_property
+    def _by_number(self) -> dict[float, str]:
+        return {float(label): label for label in self.task.labels}
+
+    @cached_property
+    def _scale_itself(self) -> re.Pattern[str]:
+        low, high = map(re.escape, map(self._canonical, self.scale))
+        between = r"\s*(?:to|and|through|-|–|—)\s*"
+        return re.compile(rf"(?<!\d){low}{between}{high}(?![\d.]*\d)", re.IGNORECASE)
+
+    @cached_property
+    def _first_number(self) -> re.Pattern[str]:
+        # On a scale from 0 a dash before a number is a bullet.
+        sign = r"(?:(?<!\w)-)?" if self.scale[0] < 0 else ""
+        return re.compile(rf"{sign}\d+(?:\.\d+)?")
+
+    def nearest(self, answer: str) -> str:
+        """The nearest label; the lower one of two equally near ones."""
+        if answer in self.task.labels:
+            return answer
+        value = float(answer)
+        return min(self.task.labels, key=lambda label: (abs(float(label) - value), float(label)))
+
+    def gain(self, answer: str, gold: str) -> float:
+        low, high = self.scale
+        return max(0.0, 1.0 - abs(number_of(answer) - number_of(gold)) / (high - low))
+
+    def typical(self, outputs: Sequence[str]) -> str:
+        """The lower median; without outputs the middle label."""
+        if not outputs:
+            return super().typical(outputs)
+        return sorted(outputs, key=float)[(len(outputs) - 1) // 2]
+
+    def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
+        """[N, 2] of distances, squared for RMSE; an answer that cannot be parsed counts as the end
+        of the scale that is farthest from the gold one.
+        """
+        low, high = self.scale
+        distances = [
+            max(number_of(gold) - low, high - number_of(gold))
+            if answer is None
+            else abs(number_of(answer) - number_of(gold))
+            for answer, gold in pairs
+        ]
+        return with_count([each**2 for each in distances] if metric == "rmse" else distances)
+
+    def prompt_words(self) -> PromptWords:
+        low, high = self.scale
+        header = f"Here is how this person rated earlier items on a scale of {low:g} to {high:g}."
+        return PromptWords(header, "Item", "Score")
+
+    # ---- side features
+
+    @cached_property
+    def _unit(self) -> Floats:
+        """[L] the labels as numbers from 0 to 1."""
+        values = np.array([float(label) for label in self.task.labels])
+        unit: Floats = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+        return unit
+
+    def closeness(self, weights: Floats, total: float = 1.0) -> list[Floats]:
+        return [-np.abs(self._unit - weights @ self._unit / total)]
+
+    @property
+    def candidate_columns(self) -> tuple[str, ...]:
+        *shares, votes, greedy = super().candidate_columns
+        near = [name.replace("share", "near") for name in shares]
+        return (*shares, *near, votes, greedy, "llm_near")
+
+    # ---- a task from a table of outputs
+
+    @classmethod
+    def output_fault(cls, output: str) -> str:
+        fine = plain_number(output) is not None
+        return "" if fine else f"'{output[:60]}' is no number, and this is a rating"
+
+    @classmethod
+    def tidy(cls, output: str) -> str:
+        number = plain_number(output)
+        return output if number is None else f"{number:g}"
+
+    @classmethod
+    def labels_of(cls, outputs: set[str]) -> list[str]:
+        """Every whole number of the range, or the numbers that there are."""
+        numbers = sorted(n for output in outputs if (n := plain_number(output)) is not None)
+        if numbers and all(number.is_integer() for number in numbers):
+            return [str(value) for value in range(int(numbers[0]), int(numbers[-1]) + 1)]
+        return [f"{number:g}" for number in numbers]
+
+    @classmethod
+    def default_prompt(cls, labels: Sequence[str]) -> str:
+        if not labels:
+            return super().default_prompt(labels)
+        return (
+            f"What score would this person give, from {labels[0]} to {labels[-1]}? Answer with the"
+            " number alone.\n\n{input}"
+        )
