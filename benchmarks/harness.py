@@ -54,7 +54,7 @@ def main() -> None:
     data = DataSet.from_records(CLASSIFY, whole.splits, earlier, queries)
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(
-            cache=Path(folder), seed=given.seed, asked_users=10, queries_per_user=1
+            cache=Path(folder), seed=given.seed, labelled_users=10, queries_per_user=1
         )
         llm = wrap(RuleLLM(by_lot), settings)
         bundle = fit(data, learn(data, llm, settings).bundle, llm, settings=settings).bundle

@@ -1,4 +1,4 @@
-"""Settings: which source wins, what a bundle's settings may become, and how a wrong one is told."""
+"""Settings: groups, aliases, which source wins, what a bundle's settings may become, errors."""
 
 from itertools import combinations
 from pathlib import Path
@@ -6,24 +6,29 @@ from pathlib import Path
 import pytest
 
 from hydra_llm.config import (
-    OF_LEARNING,
-    OF_THIS_MACHINE,
+    FIXED,
+    GROUP_OF,
+    GROUPS,
+    LOCAL,
     PAPER,
+    STORED_NAMES,
     Settings,
     load_settings,
+    log_renamed,
     settings_over,
 )
 from hydra_llm.errors import SettingsError
 
-LAYERS = {"preset": 8, "file": 5, "environment": 6, "flag": 7}
+LAYERS = {"file": 5, "environment": 6, "preset": 8, "flag": 7}
 """`samples` as each source says it, weakest first; the paper's preset says 8."""
 SUBSETS = [names for size in range(len(LAYERS) + 1) for names in combinations(LAYERS, size)]
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An own working folder."""
+    """An own working folder, and no hint was logged yet."""
     monkeypatch.chdir(tmp_path)
+    log_renamed.cache_clear()
     return tmp_path
 
 
@@ -65,11 +70,10 @@ def test_settings_alone_are_what_they_are_given(
     [
         ("users", "0", "greater than or equal to 1"),
         ("users", "-3", "greater than or equal to 1"),
-        ("asked_users", "-1", "greater than or equal to 0"),
+        ("labelled_users", "-1", "greater than or equal to 0"),
         ("lr", "inf", "finite"),
         ("temperature", "nan", "finite"),
         ("k", "abc", "valid integer"),
-        ("frobnicate", "1", "not permitted"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: str, said: str) -> None:
@@ -78,8 +82,123 @@ def test_a_wrong_value_is_named(name: str, value: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("retreiver", "did you mean retrieval.retriever"),
+        ("model.k", "did you mean retrieval.k?"),
+        ("cautoin", "did you mean selection.abstention_threshold?"),
+        ("frobnicate", "see docs/settings.md"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(name: str, nearest: str, here: Path) -> None:
+    (here / "s.toml").write_text(f"{name} = 1")
+    for read in (
+        lambda: load_settings(**{name: "1"}),
+        lambda: Settings(**{name: "1"}),  # type: ignore[arg-type]
+        lambda: load_settings(file=here / "s.toml"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            read()
+        assert str(caught.value).startswith(f"unknown setting '{name}': {nearest}")
+        assert "\n" not in str(caught.value)
+
+
+# ---- groups and aliases
+
+
+def test_every_setting_is_documented_in_one_group() -> None:
+    assert sum(len(group.model_fields) for group in GROUPS.values()) == len(GROUP_OF)
+    assert set(Settings.model_fields) == set(GROUP_OF)
+    assert all(group.__doc__ for group in GROUPS.values())
+    met = [name for name, group in GROUP_OF.items() if group != "research"]
+    assert 22 <= len(met) <= 28
+    assert not set(GROUPS) & set(GROUP_OF)
+
+
+def another(name: str) -> str | int | float:
+    """A value that is not the setting's default."""
+    default = getattr(Settings(), name)
+    choices = getattr(Settings.model_fields[name].annotation, "__args__", ())
+    if choices and isinstance(choices[0], str):
+        return next(str(choice) for choice in choices if choice != default)
+    if isinstance(default, bool):
+        return str(not default).lower()
+    return (
+        0.25 if isinstance(default, float) else "100" if choices or default != str(default) else "x"
+    )
+
+
+@pytest.mark.parametrize("name", GROUP_OF)
+def test_grouped_flat_and_former_names_are_one_setting(
+    name: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = another(name)
+    wanted = load_settings(**{name: value})
+    assert wanted != Settings()
+    for spelled in {name, f"{GROUP_OF[name]}.{name}", STORED_NAMES.get(name, name)}:
+        assert load_settings(**{spelled: value}) == wanted
+        (here / "s.toml").write_text(f"{spelled} = '{value}'")
+        assert load_settings(file=here / "s.toml") == wanted
+        if spelled != "fit_seed":
+            with monkeypatch.context() as patch:
+                patch.setenv(f"HYDRA_{spelled.replace('.', '_').upper()}", str(value))
+                assert load_settings() == wanted
+
+
+def test_stored_settings_keep_their_names() -> None:
+    """Names in bundles, manifests and run logs, as written before names were grouped."""
+    found = load_settings(caution=1.5, asked_users=3).stored()
+    assert (found["caution"], found["asked_users"], found["votes"]) == (1.5, 3, True)
+    assert not set(found) & {*STORED_NAMES, *LOCAL}
+    assert Settings(**found) == Settings(abstention_threshold=1.5, labelled_users=3)
+
+
+def test_flat_names_in_files_are_hinted_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here / "hydra-llm.toml").write_text("k = 2\nasked_users = 3\nretrieval.retrieved = 7")
+    monkeypatch.setenv("HYDRA_SAMPLES", "3")
+    for _ in range(2):
+        found = load_settings(caution=1)
+    assert (found.k, found.labelled_users, found.retrieved, found.samples) == (2, 3, 7, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "'k' is now written 'retrieval.k'",
+        "'asked_users' is now written 'training.labelled_users'",
+    ]
+
+
+def test_the_grouped_environment_variable_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_K", "2")
+    monkeypatch.setenv("HYDRA_RETRIEVAL_K", "3")
+    assert load_settings().k == 3
+    assert load_settings("paper").k == PAPER["k"]
+
+
+def test_former_names_of_the_gateways_settings_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hydra_llm.gateway.settings import ServeSettings, load_serve_settings
+
+    (here / "hydra-llm.toml").write_text("[serve]\ncaution = 0.5\nkeep_days = 3")
+    monkeypatch.setenv("HYDRA_SERVE_PATIENCE", "4")
+    found = load_serve_settings(waiting=7)
+    assert found == ServeSettings(
+        abstention_threshold=0.5, retention_days=3, store_timeout=4, scoring_queue=7
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "'serve.caution' is now written 'serve.abstention_threshold'",
+        "'serve.keep_days' is now written 'serve.retention_days'",
+    ]
+    with pytest.raises(SettingsError, match=r"'serve\.deadlin': did you mean serve\.deadline"):
+        load_serve_settings(deadlin=3)
+
+
+# ---- errors
+
+
 def test_the_environment_is_told_as_a_flag_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings(asked_users=0).asked_users == 0
+    assert load_settings(labelled_users=0).labelled_users == 0
     monkeypatch.setenv("HYDRA_K", "abc")
     for read in (load_settings, lambda: settings_over(Settings())):
         with pytest.raises(SettingsError, match=r"setting 'k': .*got 'abc'"):
@@ -101,8 +220,8 @@ def test_what_learning_fixed_stays_fixed(here: Path, monkeypatch: pytest.MonkeyP
     (here / "hydra-llm.toml").write_text("encoder = 'other'\nk = 1")
     monkeypatch.setenv("HYDRA_RANK", "3")
     over = settings_over(learned, "paper", None, head="kernel", max_length="32", users=None)
-    assert {name: getattr(over, name) for name in OF_LEARNING} == {
-        name: getattr(learned, name) for name in OF_LEARNING
+    assert {name: getattr(over, name) for name in FIXED} == {
+        name: getattr(learned, name) for name in FIXED
     }
     assert (over.k, over.candidates, over.select) == (1, "sampled", "best")
     with pytest.raises(
@@ -116,8 +235,8 @@ def test_what_learning_fixed_stays_fixed(here: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_setting_is_both_the_machines_and_fixed_by_learning() -> None:
-    assert set(Settings.model_fields) >= OF_LEARNING | OF_THIS_MACHINE
-    assert not OF_LEARNING & OF_THIS_MACHINE
+    assert set(Settings.model_fields) >= FIXED | LOCAL
+    assert not FIXED & LOCAL
 
 
 def test_the_gateways_table_is_no_setting_of_other_commands(tmp_path: Path) -> None:

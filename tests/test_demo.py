@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "k": 1,
         "retrieved": 2,
         "queries_per_user": 1,
-        "asked_users": 2,
+        "labelled_users": 2,
         "samples": 3,
         "epochs": 1,
         "width": 16,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra_llm.config import OF_LEARNING
+from hydra_llm.config import FIXED
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, TARGET = ROOT / "src" / "hydra_llm", ROOT / "docs" / "settings.md"
@@ -88,7 +88,7 @@ def text() -> str:
     paper = ast.literal_eval(next(node.value for node in assigned if node.target.id == "PAPER"))  # type: ignore[union-attr,arg-type]
     rows = [
         f"| `{name}` | `{default}` | {f'`{paper[name]!r}`' if name in paper else ''} |"
-        f" {'fixed' * (name in OF_LEARNING)} | {told} |"
+        f" {'fixed' * (name in FIXED)} | {told} |"
         for name, default, told in fields(tree, "Settings")
     ]
     of_gateway = ast.parse((PACKAGE / "gateway" / "settings.py").read_text(encoding="utf-8"))

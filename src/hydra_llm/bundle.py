@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.config import OF_THIS_MACHINE, Settings, checked, load_settings, settings_over
+from hydra_llm.config import LOCAL, Settings, checked, load_settings, settings_over
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
@@ -131,8 +131,8 @@ class Bundle:
                     adapter,
                     evidence,
                     select=chosen.select,
-                    votes=chosen.votes,
-                    caution=chosen.caution,
+                    votes=chosen.vote_share,
+                    caution=chosen.abstention_threshold,
                 )
                 if adapter
                 else FirstCandidate()
@@ -192,7 +192,7 @@ class Bundle:
         scorers = self.scorers
         config = {
             "task": self.task.to_json(),
-            "settings": settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+            "settings": settings.stored(),
             "llm": dict(self.llm),
             "encoder": encoder_config(encoder),
             "population": asdict(self.population),
@@ -218,14 +218,14 @@ class Bundle:
     def load(
         cls, folder: Path | str, *, cache: Path | None = None, here: Settings | None = None
     ) -> "Bundle":
-        """Read a bundle. `here` tells what a bundle does not carry (`OF_THIS_MACHINE`); by default
+        """Read a bundle. `here` tells what a bundle does not carry (`LOCAL`); by default
         environment and file do.
 
         Raises:
             BundleError: not there, damaged, of a newer format, or its encoder is not what it was
                 learned with. SettingsError: the environment or the settings file is at fault.
         """
-        machine = (here or load_settings()).model_dump(include=set(OF_THIS_MACHINE))
+        machine = (here or load_settings()).model_dump(include=set(LOCAL))
         files = read_bundle(Path(folder))
         config, encoder = files.config, encoder_of(files)
         try:

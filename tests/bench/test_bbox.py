@@ -324,7 +324,7 @@ def test_of_the_training_users_only_those_who_may_be_asked_are() -> None:
     llm = RuleLLM(anything)
     picks(parts(records, llm, queries_per_user=2, asked_users=1), queries[:1])
     assert len(llm.calls) == 2 * (2 + 2 + 1)
-    with pytest.raises(LLMError, match="asked_users"):
+    with pytest.raises(LLMError, match="labelled_users"):
         picks(parts(records, asked_users=0), queries[:1])
 
 

@@ -107,12 +107,12 @@ def test_points_and_grids_are_the_points_of_a_study(tmp_path: Path) -> None:
         (HEAD + "vary = { k = [1] }\n[run]\nuser = 1", "run.user: unknown key"),
         (
             HEAD + "[[points]]\nx = 1\nsettings = { kk = 2 }",
-            "points.1: unknown setting 'kk', see docs/settings.md",
+            "points.1: unknown setting 'kk': did you mean retrieval.k?",
         ),
-        (HEAD + "vary = { kk = [1] }", "points.1: unknown setting 'kk', see docs/settings.md"),
+        (HEAD + "vary = { kk = [1] }", "points.1: unknown setting 'kk': did you mean retrieval.k?"),
         (
             HEAD + "vary = { k = [1] }\n[settings]\nkk = 1",
-            "settings: unknown setting 'kk', see docs/settings.md",
+            "settings: unknown setting 'kk': did you mean retrieval.k?",
         ),
         (
             HEAD + "vary = { k = [1, -1] }",

@@ -80,22 +80,23 @@ def stored(bundle: Path) -> Any:
     return json.loads((bundle / "config.json").read_text())["settings"]
 
 
-def test_flag_environment_file_preset_bundle_in_this_order(
+def test_flag_preset_environment_file_bundle_in_this_order(
     hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def votes(*more: object) -> int:
         told = hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "two", *more, "rain")
         return sum(candidate["votes"] for candidate in told["candidates"])
 
-    Path("own.toml").write_text("samples = 3")
+    Path("own.toml").write_text("llm.samples = 3")
     assert votes() == 2
-    assert votes("--preset", "paper") == 8
-    assert votes("--preset", "paper", "--config", "own.toml") == 3
-    Path("hydra-llm.toml").write_text("samples = 5")
-    assert votes("--preset", "paper") == 5
+    assert votes("--config", "own.toml") == 3
+    Path("hydra-llm.toml").write_text("[llm]\nsamples = 5")
+    assert votes() == 5
     monkeypatch.setenv("HYDRA_SAMPLES", "4")
-    assert votes("--preset", "paper") == 4
-    assert votes("--preset", "paper", "--set", "samples=6") == 6
+    assert votes() == 4
+    assert votes("--preset", "paper") == 8
+    assert votes("--preset", "paper", "--config", "own.toml") == 8
+    assert votes("--preset", "paper", "--set", "llm.samples=6") == 6
 
 
 def test_an_ask_sees_the_latest_records_alone(hydra: Hydra, bundle: Path) -> None:

@@ -376,7 +376,7 @@ async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(
 ) -> None:
     """Stopped, not killed: the network still acknowledges, and no driver notices."""
     with postgresql() as (store, _, data):
-        async with running(store, bundles["tags"], candidates=2, patience=1.0) as world:
+        async with running(store, bundles["tags"], candidates=2, store_timeout=1.0) as world:
             assert (await world.ask("x")).headers["x-hydra-personalized"] == "true"
             of_it = processes_of(data)
             for pid in of_it:

@@ -206,7 +206,7 @@ async def test_users_get_their_own_of_several_candidates(
     users = [f"user{i}" for i in range(6)]
     for user in users:
         store.add_records(user, records_of(user))
-    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+    async with running(store, bundles["tags"], candidates=3, abstention_threshold=0) as world:
         right = alone = 0
         for user in users:
             await fitted(world, user)
@@ -367,7 +367,7 @@ async def test_feedback_moves_the_head_once_in_any_order(
 
 async def test_feedback_changes_what_is_picked(either: Store, bundles: dict[str, Path]) -> None:
     either.add_records("ada", records_of("ada"))
-    async with running(either, bundles["tags"], candidates=3, caution=0) as world:
+    async with running(either, bundles["tags"], candidates=3, abstention_threshold=0) as world:
         await fitted(world, "ada")
         before = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
         wanted = next(label for label in TAGS.labels if label != before)
@@ -853,7 +853,7 @@ async def test_a_label_bundle_leaves_other_conversations_alone(
     store: Store, bundles: dict[str, Path]
 ) -> None:
     store.add_records("ada", records_of("ada"))
-    async with running(store, bundles["tags"], candidates=3, caution=0) as world:
+    async with running(store, bundles["tags"], candidates=3, abstention_threshold=0) as world:
         world.upstream.rule = lambda body, index: f"A poem, version {index}: calm is the sea."
         answer = (await world.ask("Write a poem about the battle.")).json()
         assert answer["choices"][0]["message"]["content"].startswith("A poem, version 0")
@@ -997,7 +997,7 @@ async def test_learning_from_the_store(either: Store, tmp_path: Path) -> None:
         )
         == 0
     )
-    async with running(either, candidates=3, caution=0) as world:
+    async with running(either, candidates=3, abstention_threshold=0) as world:
         right = 0
         for i in range(6):
             for topic, texts in TOPICS.items():

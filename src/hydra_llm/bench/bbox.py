@@ -302,12 +302,14 @@ class BBoxAdapter:
         may cost LLM calls.
         """
         settings, records = self.personalizer.settings, self.personalizer.records
-        users = [user for user in self.bundle.trained_on[: settings.asked_users] if user != without]
+        users = [
+            user for user in self.bundle.trained_on[: settings.labelled_users] if user != without
+        ]
         queries = [query for user in users for query in self._queries(records.get(user, ()))]
         if not queries:
             raise LLMError(
                 "bbox-adapter has nothing to learn from: it asks the LLM about training users'"
-                " records, see `asked_users`"
+                " records, see `labelled_users`"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -227,7 +227,7 @@ async def _go_through(
         await _label(
             parts,
             llm,
-            training[: settings.asked_users],
+            training[: settings.labelled_users],
             "label",
             reranker=settings.retrieved > 0,
             adapter=True,

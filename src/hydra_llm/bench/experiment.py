@@ -15,7 +15,7 @@ from hydra_llm.bench.methods import Method, Parts
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bench.runner import chosen_queries, run_methods
 from hydra_llm.bundle import Bundle
-from hydra_llm.config import OF_THIS_MACHINE, Settings
+from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
 from hydra_llm.history import before, in_order
@@ -211,7 +211,7 @@ def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, 
         "llm": dict(experiment.llm.identity),
         "seeds": list(experiment.seeds),
         "chosen": {"users": len({query.user for query in queries}), "queries": len(queries)},
-        "settings": experiment.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE)),
+        "settings": experiment.settings.stored(),
         **({} if experiment.fit else {"fit": False}),
         **({"learns": experiment.learns} if bundle is None else {"weights": {"0": bundle.weights}}),
     }

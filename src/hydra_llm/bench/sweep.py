@@ -33,7 +33,7 @@ from hydra_llm.bench.methods import BUDGET, RECORDS, find_methods
 from hydra_llm.bench.report.tables import Against, compare
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import Row, tabulate
-from hydra_llm.config import OF_THIS_MACHINE, Settings, checked
+from hydra_llm.config import Settings, checked
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
 from hydra_llm.history import precedes
@@ -188,9 +188,6 @@ def _check(study: Study) -> None:
 
 
 def _check_settings(place: str, values: Mapping[str, Any]) -> None:
-    unknown = next((name for name in values if name not in Settings.model_fields), None)
-    if unknown is not None:
-        raise SettingsError(f"{place}: unknown setting '{unknown}', see docs/settings.md")
     try:
         checked(values)
     except SettingsError as error:
@@ -304,7 +301,7 @@ def _copy_base(experiment: Experiment, bases: Path, progress: StageProgress, say
     """Points that differ in their new users alone learn from the same training users: once, and
     each has a copy to fit its heads in.
     """
-    settings = experiment.settings.model_dump(mode="json", exclude=set(OF_THIS_MACHINE))
+    settings = experiment.settings.stored()
     told = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
     base = bases / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     learned_bundles(replace(experiment, out=base, users=0), progress, say)

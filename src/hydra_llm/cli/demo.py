@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
     "k": 4,
     "retrieved": 5,
     "queries_per_user": 2,
-    "asked_users": 10,
+    "labelled_users": 10,
     "samples": 8,
 }
 

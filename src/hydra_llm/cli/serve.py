@@ -54,7 +54,7 @@ def serve(
     settings, here = load_serve_settings(config, **given(set_)), load_settings(file=config)
     listening = bound(host, port)  # first: a port that is taken is told before anything is loaded
     inside = is_loopback(host)
-    with opened(store, settings.patience) as found:
+    with opened(store, settings.store_timeout) as found:
         if not found.has_keys():
             if not inside:
                 raise SettingsError(

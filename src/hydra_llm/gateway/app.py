@@ -70,7 +70,7 @@ def make_app(
         StoreError: the store fails.
     """
     settings, observer = settings or ServeSettings(), Telemetry()
-    wanted, reads = store.bundle(), TimedReads(settings.patience)
+    wanted, reads = store.bundle(), TimedReads(settings.store_timeout)
     serving = open_deployment(
         store, reads, folder_of(wanted) if wanted else bundle, settings, here or load_settings()
     )
@@ -381,7 +381,7 @@ async def _prune(gateway: Gateway) -> None:
     """Forget answered requests that nobody may comment on any more."""
     while True:
         with suppress(HydraError):
-            before = time.time() - gateway.settings.keep_days * DAY
+            before = time.time() - gateway.settings.retention_days * DAY
             await anyio.to_thread.run_sync(partial(gateway.store.delete_requests, before))
             await anyio.to_thread.run_sync(partial(gateway.store.delete_jobs, before))
             await anyio.to_thread.run_sync(gateway.store.truncate_log)

@@ -125,11 +125,12 @@ def open_deployment(
         )
         null, together = (
             (make_retriever("bm25"), KeepOrder(), FirstCandidate()),
-            MicroBatcher(None, settings.waiting),
+            MicroBatcher(None, settings.scoring_queue),
         )
         return Deployment(None, "", ANY_TASK, plain, *null, people, together, {})
     loaded = Bundle.load(folder, here=here)
-    chosen = loaded.settings.model_copy(update={"caution": settings.caution, **asked})
+    own = {"abstention_threshold": settings.abstention_threshold, **asked}
+    chosen = loaded.settings.model_copy(update=own)
     # Whoever the bundle was learned with is a user of the store like any other: its records and
     # heads are the ones that count.
     bundle = replace(loaded.without_people(str), settings=chosen)
@@ -140,7 +141,7 @@ def open_deployment(
     bundle.store.keep = False
     together = MicroBatcher(
         bundle.store.texts,
-        settings.waiting,
+        settings.scoring_queue,
         bundle.store.pairs if chosen.features == "cross" else None,
     )
     warming = (

@@ -1,106 +1,142 @@
 """Settings of the gateway: flag > environment (`HYDRA_SERVE_...`) > `[serve]` of `hydra-llm.toml` >
-default. Secrets never stand here.
+default. Secrets are no settings.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import EnvSettingsSource, SettingsConfigDict
+from pydantic import Field, model_validator
 
-from hydra_llm.config import SERVE_TABLE, SETTINGS_FILE, Given, settings_file
+from hydra_llm.config import (
+    SERVE_TABLE,
+    SETTINGS_FILE,
+    Group,
+    environment,
+    log_renamed,
+    settings_file,
+    unknown,
+    validated,
+)
 from hydra_llm.errors import SettingsError
 
+RENAMED: Mapping[str, str] = {
+    "caution": "abstention_threshold",
+    "keep_days": "retention_days",
+    "patience": "store_timeout",
+    "waiting": "scoring_queue",
+}
+"""Former name → name; former names are accepted as aliases."""
 
-class ServeSettings(Given):
-    """All that changes what the gateway does, beside its LLM, store and bundle."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="HYDRA_SERVE_", extra="forbid", frozen=True, allow_inf_nan=False
-    )
+class ServeSettings(Group):
+    """All settings of the gateway, beside its LLM, store and bundle."""
 
     # ---- answering
     placement: Literal["turns", "block"] = "turns"
-    """Records as example turns before the conversation, or as a block in a system message of their
-    own.
+    """Records as example turns before the conversation (turns), or listed in a system message of
+    their own (block).
     """
     retrieved: int | None = Field(default=None, ge=0)
-    """Records that are retrieved and reranked; None is as many as the bundle was learned with, and
-    10 without one. A request that wants more in its prompt has as many.
+    """Number of records that are retrieved and reranked, at least `k`; None is the bundle's value,
+    or 10 without a bundle.
     """
     k: int | None = Field(default=None, ge=0)
-    """Of them, how many stand in the prompt; None is as many as the bundle was learned with, and 4
-    without one.
-    """
+    """Number of records in the prompt; None is the bundle's value, or 4 without a bundle."""
     candidates: int = Field(default=8, ge=1, le=64)
-    """Answers among which the adapter picks, where a bundle is in use: the caller's own request,
-    and samples.
+    """Number of candidates for the adapter, if a bundle is in use: the caller's own request, and
+    samples.
     """
     temperature: float = Field(default=0.5, ge=0, le=2)
-    """Of the samples, where the caller's own is lower."""
-    caution: float = Field(default=1.0, ge=0)
-    """The first candidate stands where the pick's lead is less than so many standard deviations of
-    what the head leaves uncertain.
+    """Min temperature of the samples; a higher one of the caller is kept."""
+    abstention_threshold: float = Field(default=1.0, ge=0)
+    """Keep candidate 0 unless the expected-gain margin exceeds this many posterior SDs of the
+    user's head; 0 disables abstention.
     """
     max_prompt_tokens: int = Field(default=4096, ge=64)
-    """Records are shown as long as the prompt stays within this; the caller's own messages are
-    never cut.
-    """
+    """Token limit of the prompt with records; the caller's own messages are never cut."""
     deadline: float = Field(default=60.0, gt=0)
-    """Seconds after which the candidates that have come must do; where none has, the caller's own
-    is waited for.
+    """Samples later than this many seconds are dropped; the caller's own answer is always awaited
+    if no other has arrived.
     """
     upstream_timeout: float = Field(default=600.0, gt=0)
-    """Seconds until an upstream that says nothing counts as failed."""
+    """Read timeout of the upstream LLM, in seconds."""
     personalization: bool = True
-    """Whether replies carry the object `personalization`."""
+    """Add the object `personalization` to replies."""
 
-    # ---- keeping
-    keep_days: float = Field(default=30.0, ge=0)
-    """How long answered requests wait for feedback."""
+    # ---- retention
+    retention_days: float = Field(default=30.0, ge=0)
+    """Days that answered requests are kept for feedback."""
 
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
-    """Of a request's body; what is longer is not read to its end."""
+    """Max size of a request body; the rest of a longer one is not read."""
     max_records: int = Field(default=10_000, ge=1)
-    """Records of one user."""
+    """Max records per user."""
     max_records_per_request: int = Field(default=1_000, ge=1)
-    """Records that one call may add."""
+    """Max records that one call may add."""
     max_text: int = Field(default=100_000, ge=1)
-    """Characters of a record's input or output."""
+    """Max characters of a record's input or output."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Of one key, counted by each server process for itself; None is no limit."""
+    """Rate limit per key and server process; None is no limit."""
     users_in_memory: int = Field(default=10_000, ge=1)
-    """Histories and heads at hand; others are read from the store when they are asked for."""
+    """Max users whose histories and heads are cached in memory; others are read from the store."""
     drain: float | None = Field(default=None, ge=0)
-    """Seconds that requests in flight get when the server is told to stop, rounded up; None is as
-    long as they take.
+    """Graceful shutdown timeout for requests in flight, in seconds (rounded up); None is no limit.
     """
-    patience: float = Field(default=10.0, gt=0)
-    """Seconds that a request waits for the store, before it goes without."""
-    waiting: int = Field(default=256, ge=1)
-    """Requests that may wait to be scored; more go through as they are."""
+    store_timeout: float = Field(default=10.0, gt=0)
+    """Read timeout of the store, in seconds; a request then goes on without it."""
+    scoring_queue: int = Field(default=256, ge=1)
+    """Max requests that wait for scoring; further ones are answered without it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, values: Any) -> Any:
+        return resolve(values) if isinstance(values, Mapping) else values
+
+
+def resolve(values: Mapping[str, Any], hint: bool = False) -> dict[str, Any]:
+    """Settings under their current names; `hint` logs those of former names.
+
+    Raises:
+        SettingsError: an unknown name; suggests the nearest ones.
+    """
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        new = RENAMED.get(name, name)
+        if new not in ServeSettings.model_fields:
+            raise unknown(
+                f"{SERVE_TABLE}.{name}", [*ServeSettings.model_fields, *RENAMED], _spelled
+            )
+        if hint and new != name:
+            log_renamed(f"{SERVE_TABLE}.{name}", f"{SERVE_TABLE}.{new}")
+        out[new] = value
+    return out
+
+
+def _spelled(name: str) -> str:
+    return f"{SERVE_TABLE}.{RENAMED.get(name, name)}"
 
 
 def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings:
-    """The gateway's settings; entries of `given` that are None were not given.
+    """The gateway's settings. `given` are flags; entries that are None count as not given.
 
     Raises:
         SettingsError: an unknown setting, a value out of range, or a file that is not TOML.
     """
     flags = {name: value for name, value in given.items() if value is not None}
-    values = {**_of_file(file), **EnvSettingsSource(ServeSettings)(), **flags}
-    try:
-        return ServeSettings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise SettingsError(
-            f"setting 'serve.{place}': {first['msg']} (got {first.get('input')!r})"
-        ) from None
+    values = {**resolve(_table(file), hint=True), **environment(VARIABLES), **resolve(flags)}
+    return validated(ServeSettings, values, f"{SERVE_TABLE}.")
 
 
-def _of_file(file: Path | None) -> dict[str, Any]:
+VARIABLES: Mapping[str, str] = {
+    f"HYDRA_SERVE_{name.upper()}": RENAMED.get(name, name)
+    for name in (*RENAMED, *ServeSettings.model_fields)
+}
+"""Environment variable → setting; the current name of a setting comes last and wins."""
+
+
+def _table(file: Path | None) -> dict[str, Any]:
     found = settings_file(file).get(SERVE_TABLE, {})
     if not isinstance(found, dict):
         raise SettingsError(f"{file or SETTINGS_FILE}: '{SERVE_TABLE}' must be a table")

@@ -326,7 +326,7 @@ def _told(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: s
 
 def _asked(learned: Learned) -> Sequence[str]:
     """The training users whose pairs may cost LLM calls."""
-    return learned.users[: learned.bundle.settings.asked_users]
+    return learned.users[: learned.bundle.settings.labelled_users]
 
 
 def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:
