@@ -567,11 +567,11 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on_with_every_answer(tmp_path
 
 
 async def test_answers_that_the_disk_refused_are_kept_for_this_process(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
-    llm._database.execute("PRAGMA query_only = ON")  # every write fails from now on
+    llm.file.connection.execute("PRAGMA query_only = ON")  # every write fails from now on
     first = await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0))
     other = await llm.generate([{"role": "user", "content": "other"}], Sampling())
     assert (await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0))).texts == first.texts
@@ -579,14 +579,14 @@ async def test_answers_that_the_disk_refused_are_kept_for_this_process(
         await llm.generate([{"role": "user", "content": "other"}], Sampling())
     ).texts == other.texts
     assert len(inner.asked) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(caplog.records) == 1
 
 
 def test_a_damaged_file_is_one_line_that_names_it_and_the_fix(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     path.write_bytes(b"this is no database, " * 100)
     with pytest.raises(
-        UserFault, match="c.sqlite: the cache is damaged .*: delete or move the file"
+        UserFault, match="c.sqlite: the cache of answers is damaged .*: delete or move it"
     ):
         CachedLLM(Counting(), path)
 
@@ -628,14 +628,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     llm = CachedLLM(Counting(), path)
-    llm._database.execute(
-        "PRAGMA journal_mode = DELETE"
-    )  # as on a shared disk, where readers wait for a writer
-    llm._database.execute("PRAGMA busy_timeout = 20")
+    # as on a shared disk, where readers wait for a writer
+    llm.file.connection.execute("PRAGMA journal_mode = DELETE")
+    llm.file.connection.execute("PRAGMA busy_timeout = 20")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(
-        UserFault, match=r"c\.sqlite: another process holds the cache \(database is locked\)"
+        UserFault,
+        match=r"c\.sqlite: the cache of answers is held by another process \(database is locked\)",
     ):
         asyncio.run(llm.generate(MESSAGES, Sampling()))
     other.execute("COMMIT")

@@ -2,6 +2,7 @@
 be forgotten.
 """
 
+import hashlib
 import logging
 import resource
 import sqlite3
@@ -234,8 +235,8 @@ def test_a_damaged_file_is_one_line_with_the_fix(how: str, tiny: Encoder, tmp_pa
     with pytest.raises(UserFault) as caught:
         FeatureCache(tiny, path).texts(texts)
     message = str(caught.value)
-    assert message.startswith(f"{path}: the file of kept features is damaged")
-    assert "delete it" in message
+    assert message.startswith(f"{path}: the cache of features is damaged")
+    assert "delete or move it" in message
     assert "\n" not in message
 
 
@@ -280,3 +281,27 @@ def test_two_processes_and_four_threads_write_one_file(
     texts = [f"film {number} {part}" for number in range(60) for part in range(5)]
     assert np.allclose(fresh.texts(texts), tiny.encode(texts), atol=1e-5)
     assert (fresh.hits, fresh.misses) == (300, 0)
+
+
+OLD_FILE = """
+CREATE TABLE features (
+    key BLOB PRIMARY KEY, first BLOB NOT NULL, second BLOB, value BLOB NOT NULL
+);
+CREATE INDEX features_first ON features (first);
+CREATE INDEX features_second ON features (second) WHERE second IS NOT NULL;
+"""
+"""What version 0.1 made."""
+
+
+def test_a_file_of_version_0_1_is_read(tiny: Encoder, tmp_path: Path) -> None:
+    vector = np.linspace(0, 1, tiny.width, dtype="<f4")
+    first = hashlib.sha256(b"night").digest()
+    key = hashlib.sha256(tiny.digest.encode() + first).digest()
+    with sqlite3.connect(tmp_path / "features.sqlite") as database:
+        database.executescript(OLD_FILE)
+        row = (key, first, None, vector.tobytes())
+        database.execute("INSERT INTO features VALUES (?, ?, ?, ?)", row)
+    database.close()
+    store = FeatureCache(tiny, tmp_path / "features.sqlite")
+    assert np.array_equal(store.texts(["night"])[0], vector)
+    assert (store.hits, store.forget(["night"])) == (1, 1)

@@ -11,7 +11,6 @@ and no prices.
 
 import hashlib
 import json
-import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +21,8 @@ from typing import Any
 
 import anyio
 
-from hydra_llm.errors import LLMError, LLMRefused, UserFault
+from hydra_llm.errors import LLMError, LLMRefused
+from hydra_llm.kv import CacheFile
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
@@ -87,7 +87,7 @@ class CachedLLM:
             tuple[str, int], Row
         ] = {}  # answers that the disk refused: kept for this process
         self._turns: dict[str, anyio.Lock] = {}
-        self._database = self._open()
+        self.file = CacheFile(self.path, SCHEMA, "answers", required=True)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -158,11 +158,11 @@ class CachedLLM:
             " a.request"
         )
         query += " WHERE a.candidate >= 0 ORDER BY r.id, a.candidate"
-        for request, candidate, payload in self._run(query):
+        for request, candidate, payload in self.file.read(query):
             yield json.loads(request), candidate, json.loads(payload)
 
     async def aclose(self) -> None:
-        self._database.close()
+        self.file.close()
         await self.inner.aclose()
 
     @asynccontextmanager
@@ -181,7 +181,7 @@ class CachedLLM:
             "SELECT candidate, payload FROM answers WHERE request = ? AND candidate >= ? AND"
             " candidate < ?"
         )
-        found = self._run(query, key, first, count)
+        found = self.file.read(query, (key, first, count))
         unwritten = {
             index: row
             for (request, index), row in self._unwritten.items()
@@ -207,77 +207,18 @@ class CachedLLM:
         """
         if not rows:
             return rows
-        try:
-            with self._database:  # one transaction: a kill leaves all of a call or nothing
-                self._database.execute(
-                    "INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, _json(request))
-                )
-                self._database.executemany(
-                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
-                    [(key, index, _json(row)) for index, row in rows.items()],
-                )
-        except sqlite3.OperationalError as error:
-            self._warn(error)
+        kept = self.file.write(  # one transaction: a kill leaves all of a call or nothing
+            ("INSERT OR IGNORE INTO requests VALUES (?, ?)", [(key, _json(request))]),
+            (
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
+                [(key, index, _json(row)) for index, row in rows.items()],
+            ),
+        )
+        if not kept:
             self._unwritten |= {(key, index): row for index, row in rows.items()}
             return rows
-        except sqlite3.DatabaseError as error:
-            raise self._unreadable(error) from None
-        kept = self._read(key, max(rows) + 1, REFUSED)
-        return {index: kept[index] for index in rows}
-
-    def _warn(self, error: Exception) -> None:
-        if not self._unwritten:
-            print(
-                f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without",
-                file=sys.stderr,
-            )
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
-        except (OSError, sqlite3.OperationalError) as error:
-            raise UserFault(
-                f"{self.path}: cannot open the cache ({error}): name another folder by --cache or"
-                " HYDRA_CACHE"
-            ) from None
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
-            database.executescript(SCHEMA)
-        except sqlite3.OperationalError as error:  # a disk that is full or not writable
-            print(
-                f"hydra-llm: {self.path}: cannot keep answers ({error}): the run goes on without",
-                file=sys.stderr,
-            )
-            database = sqlite3.connect(":memory:", check_same_thread=False)
-            database.executescript(SCHEMA)
-        except sqlite3.DatabaseError as error:
-            raise self._unreadable(error) from None
-        return database
-
-    def _run(self, query: str, *values: str | int) -> list[Any]:
-        try:
-            return self._database.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: sqlite3.DatabaseError) -> UserFault:
-        code = (
-            getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
-        )  # the extended codes say more in higher bits
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return UserFault(
-                f"{self.path}: another process holds the cache ({error}): wait for it to end, or"
-                " take another --cache"
-            )
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
-            fix = "delete or move the file, and the answers are asked for again"
-            return UserFault(f"{self.path}: the cache is damaged ({error}): {fix}")
-        return UserFault(
-            f"{self.path}: the cache cannot be read ({error}): check the disk, or take another"
-            " --cache"
-        )
+        stored = self._read(key, max(rows) + 1, REFUSED)
+        return {index: stored[index] for index in rows}
 
 
 def _drawn_with(key: str, seed: int | None, first: int) -> int | None:

@@ -6,19 +6,15 @@ or pairs, H width.
 """
 
 import hashlib
-import logging
-import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from cachetools import FIFOCache
 
-from hydra_llm.errors import UserFault
+from hydra_llm.kv import CacheFile
 from hydra_llm.model.encoder import Encoder
-
-log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 64 * 2**20
 """How many bytes of vectors stay in memory; the oldest go first."""
@@ -26,8 +22,6 @@ PASSING = 4096
 """Vectors of texts that are not for keeping which stay in memory beside those: they come and go,
 and push out nobody's records.
 """
-BUSY_SECONDS = 30.0
-"""How long a write waits for another process that is writing."""
 ASKED_AT_ONCE = 500
 """Keys in one SQL question; SQLite's own limit was 999 in old versions."""
 SCHEMA = """
@@ -58,10 +52,9 @@ class FeatureCache:
         """Distinct texts or pairs that had to be encoded."""
         self._forgotten = 0
         self._lock = Lock()
-        self._memory: dict[bytes, Kept] = {}
-        self._passing: dict[bytes, Kept] = {}
-        self._keeps = path is not None
-        self._file = self._open(path) if path is not None else None
+        self._memory: FIFOCache[bytes, Kept] = FIFOCache(MEMORY_BYTES, lambda kept: kept[0].nbytes)
+        self._passing: FIFOCache[bytes, Kept] = FIFOCache(PASSING)
+        self._file = _open(path) if path is not None else None
 
     @property
     def version(self) -> tuple[str, int]:
@@ -109,22 +102,12 @@ class FeatureCache:
         with self._lock:
             self._forgotten += 1
             for memory in (self._memory, self._passing):
-                gone |= (
-                    keys := {
-                        key for key, (_, made_of) in memory.items() if not marks.isdisjoint(made_of)
-                    }
-                )
-                for key in keys:
+                for key in [key for key, kept in memory.items() if not marks.isdisjoint(kept[1])]:
+                    gone.add(key)
                     del memory[key]
-            try:
-                return (
-                    len(gone | _delete(self._file, texts)) if self._file is not None else len(gone)
-                )
-            except sqlite3.Error as error:
-                raise UserFault(
-                    f"{self.path}: features could not be deleted ({error}): delete the file, it is"
-                    " made anew"
-                ) from error
+            if self._file is not None:
+                gone |= _delete(self._file, texts)
+            return len(gone)
 
     def close(self) -> None:
         """Close the file."""
@@ -132,7 +115,6 @@ class FeatureCache:
             if self._file is not None:
                 self._file.close()
             self._file = None
-            self._keeps = False
 
     def _rows(
         self,
@@ -159,8 +141,8 @@ class FeatureCache:
                 for key, item in wanted.items()
                 if key not in passing and key not in self._passing
             }
-            _push(self._memory, found, lasting, MEMORY_BYTES // (4 * self.encoder.width))
-            _push(self._passing, found, passing, PASSING)
+            _add(self._memory, found, lasting)
+            _add(self._passing, found, passing)
             self._store(found, kept)
         return (
             np.stack([found[key] for key in keys])
@@ -182,83 +164,38 @@ class FeatureCache:
             found.update(self._read(self._file, rest[start : start + ASKED_AT_ONCE]))
         return found
 
-    def _read(self, file: sqlite3.Connection, keys: list[bytes]) -> dict[bytes, np.ndarray]:
+    def _read(self, file: CacheFile, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         marks = ",".join("?" * len(keys))
-        try:
-            rows = file.execute(
-                f"SELECT key, value FROM features WHERE key IN ({marks})", keys
-            ).fetchall()
-            return {key: self._vector(value) for key, value in rows}
-        except sqlite3.Error as error:
-            raise self._damaged(error) from error
-
-    def _vector(self, value: object) -> np.ndarray:
-        if not isinstance(value, bytes) or len(value) != 4 * self.encoder.width:
-            raise self._damaged("a vector has the wrong length")
-        return np.frombuffer(value, "<f4").astype(np.float32)
+        rows = file.read(f"SELECT key, value FROM features WHERE key IN ({marks})", keys)
+        size = 4 * self.encoder.width
+        if any(not isinstance(value, bytes) or len(value) != size for _, value in rows):
+            raise file.fault("a vector has the wrong length")
+        return {key: np.frombuffer(value, "<f4").astype(np.float32) for key, value in rows}
 
     def _store(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
-        if self._keeps and self._file is not None and new:
-            there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
-            rows = [
-                (key, *_hashes(item), found[key].astype("<f4").tobytes())
-                for key, item in new.items()
-                if key not in there
-            ]
-            if rows:
-                self._write(self._file, rows)
-
-    def _write(
-        self, file: sqlite3.Connection, rows: list[tuple[bytes, bytes, bytes | None, bytes]]
-    ) -> None:
-        try:
-            with file:
-                file.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
-        except sqlite3.OperationalError as error:
-            self._stop_keeping(error)
-        except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from error
-
-    def _open(self, path: Path) -> sqlite3.Connection | None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
-            file.execute("PRAGMA journal_mode = WAL")
-            file.execute("PRAGMA synchronous = NORMAL")
-            file.execute("PRAGMA secure_delete = ON")
-            file.executescript(SCHEMA)
-            return file
-        except (OSError, sqlite3.OperationalError) as error:
-            self._stop_keeping(error)
-            return None
-        except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from error
-
-    def _stop_keeping(self, error: Exception) -> None:
-        """A full or read-only disk costs time, not the run."""
-        self._keeps = False
-        log.warning("%s: features are not kept from here on (%s)", self.path, error)
-
-    def _damaged(self, problem: Exception | str) -> UserFault:
-        return UserFault(
-            f"{self.path}: the file of kept features is damaged ({problem}): delete it, it is made"
-            " anew"
-        )
+        if self._file is None or not self._file.keeps or not new:
+            return
+        there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
+        rows = [
+            (key, *_hashes(item), found[key].astype("<f4").tobytes())
+            for key, item in new.items()
+            if key not in there
+        ]
+        if rows:
+            self._file.write(("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows))
 
 
-def _push(
-    memory: dict[bytes, Kept], found: dict[bytes, np.ndarray], items: dict[bytes, Item], most: int
+def _open(path: Path) -> CacheFile:
+    return CacheFile(path, SCHEMA, "features", erases=True)
+
+
+def _add(
+    memory: FIFOCache[bytes, Kept], found: dict[bytes, np.ndarray], items: dict[bytes, Item]
 ) -> None:
     """Add these items' rows; the oldest make room."""
-    memory.update(
-        {
-            key: (found[key], tuple(map(hash, item)))
-            for key, item in items.items()
-            if key not in memory
-        }
-    )
-    for key in list(islice(memory, max(0, len(memory) - most))):
-        del memory[key]
+    for key, item in items.items():
+        if key not in memory:
+            memory[key] = (found[key], tuple(map(hash, item)))
 
 
 def forget_features(path: Path, texts: Iterable[str]) -> int:
@@ -270,34 +207,24 @@ def forget_features(path: Path, texts: Iterable[str]) -> int:
     """
     if not path.exists():
         return 0
+    file = _open(path)
     try:
-        file = sqlite3.connect(path, timeout=BUSY_SECONDS)
-        try:
-            file.execute("PRAGMA secure_delete = ON")
-            return len(_delete(file, texts))
-        finally:
-            file.close()
-    except sqlite3.Error as error:
-        raise UserFault(
-            f"{path}: features could not be deleted ({error}): delete the file, it is made anew"
-        ) from error
+        if not file.keeps:
+            raise file.not_deleted("it cannot be written")
+        return len(_delete(file, texts))
+    finally:
+        file.close()
 
 
-def _delete(file: sqlite3.Connection, texts: Iterable[str]) -> set[bytes]:
+def _delete(file: CacheFile, texts: Iterable[str]) -> set[bytes]:
     """The keys of what was deleted."""
     hashes, gone = [(_hash(text),) for text in texts], set[bytes]()
-    with file:
-        file.execute("BEGIN IMMEDIATE")
+    with file.deleting() as database:
         for column in ("first", "second"):
             for each in hashes:
-                gone.update(
-                    key
-                    for (key,) in file.execute(f"SELECT key FROM features WHERE {column} = ?", each)
-                )
-            file.executemany(f"DELETE FROM features WHERE {column} = ?", hashes)
-    file.execute(
-        "PRAGMA wal_checkpoint(TRUNCATE)"
-    )  # the log holds what was deleted until it is folded in
+                found = database.execute(f"SELECT key FROM features WHERE {column} = ?", each)
+                gone.update(key for (key,) in found)
+            database.executemany(f"DELETE FROM features WHERE {column} = ?", hashes)
     return gone
 
 

@@ -1,0 +1,149 @@
+"""SQLite files that keep what can be made again: an LLM's answers and an encoder's features.
+
+A disk that is full or read-only costs the cache, not the run. Several processes may share a file.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra_llm.errors import UserFault
+
+log = logging.getLogger(__name__)
+
+BUSY_SECONDS = 30.0
+"""How long a write waits for another process that is writing."""
+BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+IN_MEMORY = ":memory:"
+Rows = Iterable[Sequence[Any]]
+
+
+class CacheFile:
+    """An open cache file. Where it cannot be written from the start, an empty one in memory takes
+    its place and `keeps` is False.
+
+    Args:
+        path: The file; its folder is made. `:memory:` is a cache of this process.
+        schema: `CREATE TABLE IF NOT EXISTS` statements.
+        what: What it keeps, as messages name it: "answers", "features".
+        required: A file that cannot be opened is a fault.
+        erases: Overwrite what is deleted.
+
+    Raises:
+        UserFault: the file is damaged, or required and cannot be opened.
+    """
+
+    def __init__(
+        self, path: Path, schema: str, what: str, *, required: bool = False, erases: bool = False
+    ):
+        self.path, self.what, self.keeps = path, what, True
+        try:
+            self.connection = self._connect(path)
+        except (OSError, sqlite3.OperationalError) as error:
+            if required:
+                raise UserFault(
+                    f"{path}: cannot open the cache of {what} ({error}): name another folder by"
+                    " --cache or HYDRA_CACHE"
+                ) from None
+            self._replace(error)
+        setup = f"{schema}PRAGMA secure_delete = ON;" if erases else schema
+        try:
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = NORMAL")
+            self.connection.executescript(setup)
+        except sqlite3.OperationalError as error:  # a disk that is full or not writable
+            self.connection.close()
+            self._replace(error)
+            self.connection.executescript(setup)
+        except sqlite3.DatabaseError as error:
+            self.connection.close()
+            raise self.fault(error) from None
+
+    def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a query.
+
+        Raises:
+            UserFault: the file is damaged, held by another process, or cannot be read.
+        """
+        try:
+            return self.connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self.fault(error) from None
+
+    def write(self, *statements: tuple[str, Rows]) -> bool:
+        """Run each statement for each of its rows, all in one transaction; whether it was kept.
+        The first time that the disk refuses is logged.
+
+        Raises:
+            UserFault: the file is damaged.
+        """
+        try:
+            with self.connection:
+                for statement, rows in statements:
+                    self.connection.executemany(statement, rows)
+        except sqlite3.OperationalError as error:
+            self._stop_keeping(error)
+            return False
+        except sqlite3.DatabaseError as error:
+            raise self.fault(error) from None
+        return True
+
+    @contextmanager
+    def deleting(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that deletes; then the write-ahead log is truncated, which would hold
+        what was deleted.
+
+        Raises:
+            UserFault: it could not be deleted.
+        """
+        try:
+            with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                yield self.connection
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            raise self.not_deleted(error) from error
+
+    def not_deleted(self, error: Exception | str) -> UserFault:
+        """The fault that something could not be deleted."""
+        return UserFault(
+            f"{self.path}: {self.what} could not be deleted ({error}): delete the file, it is made"
+            " again"
+        )
+
+    def fault(self, error: sqlite3.Error | str) -> UserFault:
+        """What is wrong with the file, and what helps; a text tells of damage in its content."""
+        code = sqlite3.SQLITE_CORRUPT
+        if isinstance(error, sqlite3.Error):  # an extended code says more in its higher bits
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
+        if code in BUSY:
+            said, fix = "is held by another process", "wait for it to end, or take another --cache"
+        elif code in DAMAGED:
+            said, fix = "is damaged", f"delete or move it, and the {self.what} are made again"
+        else:
+            said, fix = "cannot be read", "check the disk, or take another --cache"
+        return UserFault(f"{self.path}: the cache of {self.what} {said} ({error}): {fix}")
+
+    def close(self) -> None:
+        """Close the file; reading it is a fault from now on."""
+        self.connection.close()
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+
+    def _replace(self, error: Exception) -> None:
+        self._stop_keeping(error)
+        self.connection = self._connect(Path(IN_MEMORY))
+
+    def _stop_keeping(self, error: Exception) -> None:
+        if self.keeps:
+            log.warning(
+                "%s: cannot keep %s (%s): the run goes on without", self.path, self.what, error
+            )
+        self.keeps = False
