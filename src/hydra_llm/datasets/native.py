@@ -1,9 +1,8 @@
-"""The native layout: a folder of task.json, users.jsonl, history.jsonl[.gz] and queries.jsonl[.gz]
-(DESIGN 3).
+"""The native layout: a folder of task.json, users.jsonl, history.jsonl[.gz] and queries.jsonl[.gz].
 
 `load` reads any data set that hydra-llm knows (the official LaMP files too, see `lamp.py`), `save`
 writes the native layout. Files are read line by line; a broken line is an error that names file,
-line and field. Fields beyond the known ones may be there.
+line and field. Unknown fields are ignored.
 """
 
 import gzip
@@ -11,19 +10,23 @@ import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 from hydra_llm.datasets.dataset import (
     FIELDS,
+    PARTS,
     Builder,
     DataSet,
-    Part,
+    Place,
     Report,
     Split,
     check_split,
+    fields_of,
     stop,
 )
 from hydra_llm.errors import DataError
@@ -36,8 +39,8 @@ __all__ = ["DataSet", "load", "save"]
 def load(path: Path | str, limit_users: int | None = None, report: Report = stop) -> DataSet:
     """Read a data set: a folder in the native layout, or a folder or file in LaMP's official one.
 
-    `limit_users` takes only so many users of each split, the first of the file. `report` is what is
-    done about each broken line; the default raises it.
+    `limit_users` takes only the first so many users of each split. `report` is called with the
+    fault of each broken line; the default raises it.
 
     Raises:
         DataError: names file, line and field.
@@ -45,7 +48,7 @@ def load(path: Path | str, limit_users: int | None = None, report: Report = stop
     path = Path(path)
     if (path / "task.json").is_file():
         return _load_native(path, limit_users, report)
-    from hydra_llm.datasets import lamp  # needs ijson, which few runs do
+    from hydra_llm.datasets import lamp  # imports ijson, which few runs need
 
     if lamp.is_official(path):
         return lamp.load(path, limit_users, report)
@@ -60,12 +63,10 @@ def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataS
     task = _read_task(folder / "task.json")
     splits = _read_users(folder / "users.jsonl", report)
     kept = _first_users(splits, limit_users)
-    builder = Builder(task, kept, report, ignored=frozenset(splits) - frozenset(kept))
-    parts: tuple[Part, ...] = ("history", "queries")
-    for part in parts:
-        file = _find(folder, part)
-        for number, entry in read_entries(file, FIELDS, report):
-            builder.add(part, entry, file, number)
+    builder = Builder(task, kept, ignored=frozenset(splits) - frozenset(kept))
+    for part in PARTS:
+        for place, entry in _read_entries(_find(folder, part), FIELDS, report):
+            builder.add(part, entry, place)
     return builder.build()
 
 
@@ -83,21 +84,14 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     if not file.is_file():
         raise DataError("no such file", file=file)
-    for number, entry in read_entries(file, ("user", "split"), report):
+    for place, entry in _read_entries(file, ("user", "split"), report):
         user, split = entry["user"], check_split(entry["split"])
         if fault := text_fault(user):
-            report(DataError(fault, file=file, line=number, field="user"))
+            place.fault(fault, "user")
         elif user in splits:
-            report(DataError(f"'{user}' stands here twice", file=file, line=number, field="user"))
+            place.fault(f"'{user}' stands here twice", "user")
         elif split is None:
-            report(
-                DataError(
-                    f"'{entry['split']}' is neither train nor test",
-                    file=file,
-                    line=number,
-                    field="split",
-                )
-            )
+            place.fault(f"'{entry['split']}' is neither train nor test", "split")
         else:
             splits[user] = split
     return splits
@@ -105,95 +99,82 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
 
 def _first_users(splits: Mapping[str, Split], limit: int | None) -> dict[str, Split]:
     kept: dict[str, Split] = {}
+    counts = Counter[Split]()
     for user, split in splits.items():
-        if limit is None or sum(its == split for its in kept.values()) < limit:
+        if limit is None or counts[split] < limit:
             kept[user] = split
+            counts[split] += 1
     return kept
 
 
 def _find(folder: Path, part: str) -> Path:
-    found = [
-        file for suffix in (".jsonl", ".jsonl.gz") if (file := folder / f"{part}{suffix}").is_file()
-    ]
-    if len(found) == 1:
-        return found[0]
-    what = (
-        f"there is a {part}.jsonl.gz too: keep one of them"
-        if found
-        else "no such file (nor .jsonl.gz)"
-    )
-    raise DataError(what, file=folder / f"{part}.jsonl")
+    plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
+    if plain.is_file() and zipped.is_file():
+        raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
+    if not plain.is_file() and not zipped.is_file():
+        raise DataError("no such file (nor .jsonl.gz)", file=plain)
+    return plain if plain.is_file() else zipped
 
 
 # ---- lines
 
 
-def read_entries(
-    file: Path, fields: Iterable[str], report: Report
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and the named fields, all texts, of each line that has them; the other lines are
-    reported.
-    """
-    names = tuple(fields)
-    for number, line in read_lines(file, report):
+def _read_entries(
+    file: Path, fields: tuple[str, ...], report: Report
+) -> Iterator[tuple[Place, dict[str, str]]]:
+    """The named fields, all texts, of each line that has them; the other lines are reported."""
+    for place, line in read_lines(file, report):
         try:
-            yield number, _entry(line, names, file, number)
+            data = parse_object(line, place)
+            entry = {name: _text(data, name, place) for name in fields}
         except DataError as fault:
             report(fault)
+        else:
+            yield place, entry
 
 
-def read_lines(file: Path, report: Report) -> Iterator[tuple[int, str]]:
-    """Stream a text file, zipped or not: numbers from 1 and lines. Takes a byte order mark; refuses
+def open_binary(file: Path) -> BufferedIOBase:
+    """A file's bytes, unzipped if its name ends in `.gz`."""
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+
+
+def read_lines(file: Path, report: Report) -> Iterator[tuple[Place, str]]:
+    """The lines of a text file, zipped or not, and their places. Accepts a byte order mark; reports
     what is not UTF-8.
     """
+    place = Place(file, report)
     number = 0
     try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+        with open_binary(file) as stream:
             for number, raw in enumerate(stream, start=1):
+                here = place.at_line(number)
+                raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 try:
-                    yield (
-                        number,
-                        raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
-                        .decode("utf-8")
-                        .rstrip("\r\n"),
-                    )
+                    yield here, raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
-                    report(
-                        DataError(
-                            f"not UTF-8 at byte {error.start + 1} of the line",
-                            file=file,
-                            line=number,
-                        )
-                    )
+                    here.fault(f"not UTF-8 at byte {error.start + 1} of the line")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        report(DataError(f"the zipped file is damaged or cut: {error}", file=file, line=number + 1))
+        place.at_line(number + 1).fault(f"the zipped file is damaged or cut: {error}")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
 
 
-def parse_object(line: str, file: Path, number: int) -> dict[str, Any]:
+def parse_object(line: str, place: Place) -> dict[str, Any]:
     """The JSON object of a line.
 
     Raises:
-        DataError: it is not one, or a field stands in it twice.
+        DataError: it is not one, or has a field twice.
     """
     try:
-        data = json.loads(line, object_pairs_hook=_no_twins, parse_constant=_no_constant)
+        data = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"not JSON: {error}" if line.strip() else "empty line", file=file, line=number
-        ) from None
+        raise place.error(f"not JSON: {error}" if line.strip() else "empty line") from None
     if not isinstance(data, dict):
-        raise DataError("must be a JSON object", file=file, line=number)
+        raise place.error("must be a JSON object")
     return data
 
 
-def _entry(line: str, fields: tuple[str, ...], file: Path, number: int) -> dict[str, str]:
-    data = parse_object(line, file, number)
-    return {name: _text(data, name, file, number) for name in fields}
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         raise ValueError("a field stands twice in one object")
@@ -204,31 +185,28 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _text(data: Mapping[str, Any], name: str, file: Path, number: int) -> str:
+def _text(data: Mapping[str, Any], name: str, place: Place) -> str:
     value = data.get(name)
-    if name == "time":  # may be missing, and seconds since 1970 are numbers by nature
-        value = (
-            ""
-            if value is None
-            else repr(value)
-            if isinstance(value, int | float) and not isinstance(value, bool)
-            else value
-        )
-    if name not in data and name != "time":
-        raise DataError("is missing", file=file, line=number, field=name)
+    if name == "time":  # may be missing; seconds since 1970 are numbers
+        value = "" if value is None else number_as_text(value)
+    elif name not in data:
+        raise place.error("is missing", name)
     if not isinstance(value, str):
-        raise DataError(
-            f"must be a text, not {json.dumps(value)[:40]}", file=file, line=number, field=name
-        )
+        raise place.error(f"must be a text, not {json.dumps(value)[:40]}", name)
     return value
+
+
+def number_as_text(value: Any) -> Any:
+    """A JSON number as text; anything else unchanged."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return repr(value) if is_number else value
 
 
 # ---- writing
 
 
 def save(dataset: DataSet, folder: Path | str) -> None:
-    """Write the native layout; the folder appears whole or not at all, and an existing data set is
-    never overwritten.
+    """Write the native layout; the folder appears whole or not at all, and nothing is overwritten.
 
     Raises:
         DataError: the folder exists and is not empty, or cannot be written.
@@ -251,37 +229,19 @@ def save(dataset: DataSet, folder: Path | str) -> None:
 
 
 def _write(dataset: DataSet, folder: Path) -> None:
-    (folder / "task.json").write_text(
-        json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
-    _write_lines(
-        folder / "users.jsonl",
-        ({"user": user, "split": split} for user, split in dataset.splits.items()),
-    )
-    _write_lines(
-        folder / "history.jsonl.gz",
-        (
-            {"user": r.user, "id": r.id, "time": r.time, "input": r.input, "output": r.output}
-            for r in dataset.stream_history()
-        ),
-    )
-    _write_lines(
-        folder / "queries.jsonl.gz",
-        (
-            {"user": q.user, "id": q.id, "time": q.time, "input": q.input, "output": q.gold}
-            for q in dataset.stream_queries()
-        ),
-    )
+    task = json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1)
+    (folder / "task.json").write_text(task + "\n", encoding="utf-8")
+    users = ({"user": user, "split": split} for user, split in dataset.splits.items())
+    _write_lines(folder / "users.jsonl", users)
+    _write_lines(folder / "history.jsonl.gz", map(fields_of, dataset.stream_history()))
+    _write_lines(folder / "queries.jsonl.gz", map(fields_of, dataset.stream_queries()))
 
 
-def _write_lines(file: Path, rows: Iterable[Mapping[str, str | None]]) -> None:
+def _write_lines(file: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    zipped = file.suffix == ".gz"
     with file.open("wb") as raw:
         # no name and no time inside: equal data sets are equal files
-        stream = (
-            gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
-            if file.suffix == ".gz"
-            else raw
-        )
+        stream = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if zipped else raw
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         if stream is not raw:

@@ -1,39 +1,41 @@
 """A JSONL or CSV file of a user's own as a data set: one record a line, with user, input, output,
-and perhaps time and id.
+and optionally time and id.
 
-Says nothing about LaMP. Kind and labels are guessed where they are not given. The last records of
-each user become queries, so a query never comes before its history; users are split by a hash of
-their name, so that more data does not move them.
+Kind and labels are guessed unless given. The last records of each user become queries, so a query
+never precedes its history; users are split by a hash of their name, so that more data does not move
+them.
 """
 
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hydra_llm.datasets.dataset import (
+    SPLITS,
     Builder,
     DataSet,
-    Report,
+    Place,
     Split,
     held_out,
     readable_time,
     stop,
 )
-from hydra_llm.datasets.native import parse_object, read_lines
+from hydra_llm.datasets.native import number_as_text, parse_object, read_lines
 from hydra_llm.errors import DataError
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.tasks.base import KINDS, Task
 from hydra_llm.tasks.rating import plain_number
 from hydra_llm.types import Record
 
-MOST_LABELS = 50
-LONGEST_LABEL = 40
+MAX_LABELS = 50
+MAX_LABEL_LENGTH = 40
 """In characters."""
-WIDEST_RATING = 10
+MAX_RATING_RANGE = 10
 """Largest difference between two numbers that still looks like one scale."""
 
 
@@ -47,9 +49,14 @@ class Columns:
     time: str = "time"
     id: str = "id"
 
+    def required(self) -> set[str]:
+        """The fields that every line must have."""
+        named = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        return {"user", "input", "output"} | named
 
-Row = tuple[int, dict[str, str]]
-"""The line's number and its entry."""
+
+Row = tuple[Place, dict[str, str]]
+"""Where an entry stands, and the entry."""
 
 
 def read_table(
@@ -62,64 +69,57 @@ def read_table(
     test_share: float = 0.33,
     query_share: float = 0.2,
     seed: int = 0,
-    report: Report = stop,
 ) -> DataSet:
     """Make a data set of a user's own file; `notes` say what was guessed.
 
     Raises:
         DataError: names file, line and field of what is broken.
     """
-    rows = list(_once(_rows(file, columns, report), file, columns, report))
+    rows = list(_unique(_rows(file, columns), columns))
     if kind:
-        rows = list(_readable(rows, kind, file, columns, report))
+        rows = list(_readable(rows, kind, columns))
     if not rows:
         raise DataError("holds no record", file=file)
     task, note = _task(rows, kind, prompt, name or re.sub(r"\..*", "", file.name), file)
-    splits = {entry["user"]: _split(entry["user"], test_share, seed) for _, entry in rows}
-    builder = Builder(task, splits, report)
-    for of_user in _by_user(rows).values():
-        ordered = _ordered(of_user)
-        first_query = len(ordered) - held_out(len(ordered), query_share)
-        for at, (line, entry) in enumerate(ordered):
-            builder.add("history" if at < first_query else "queries", entry, file, line)
+    of_user: dict[str, list[Row]] = {}
+    for row in rows:
+        of_user.setdefault(row[1]["user"], []).append(row)
+    builder = Builder(task, {user: _split(user, test_share, seed) for user in of_user})
+    for its in of_user.values():
+        first_query = len(its) - held_out(len(its), query_share)
+        for at, (place, entry) in enumerate(_ordered(its)):
+            builder.add("history" if at < first_query else "queries", entry, place)
     missing = [
         f"no {split} user: give another seed or test share"
-        for split in ("train", "test")
-        if split not in splits.values()
+        for split in SPLITS
+        if split not in builder.splits.values()
     ]
     return builder.build([note, *missing])
 
 
-def _once(rows: Iterator[Row], file: Path, columns: Columns, report: Report) -> Iterator[Row]:
-    """Rows whose id is new to their user. Asked before the rows are dealt out, or one could be
-    history and its twin a query.
+def _unique(rows: Iterable[Row], columns: Columns) -> Iterator[Row]:
+    """Rows whose id is new to their user. Checked before the rows are dealt out, or of two with one
+    id one could be history and the other a query.
     """
     seen: set[tuple[str, str]] = set()
-    for line, entry in rows:
-        if (key := (entry["user"], entry["id"])) in seen:
-            report(
-                DataError(
-                    f"user '{key[0]}' has the id '{key[1]}' twice",
-                    file=file,
-                    line=line,
-                    field=columns.id,
-                )
-            )
+    for place, entry in rows:
+        key = entry["user"], entry["id"]
+        if key in seen:
+            place.fault(f"user '{key[0]}' has the id '{key[1]}' twice", columns.id)
         else:
             seen.add(key)
-            yield line, entry
+            yield place, entry
 
 
-def _readable(
-    rows: list[Row], kind: str, file: Path, columns: Columns, report: Report
-) -> Iterator[Row]:
-    """Rows whose output the kind can read; an empty one is the builder's to report."""
+def _readable(rows: Iterable[Row], kind: str, columns: Columns) -> Iterator[Row]:
+    """Rows whose output the kind can read; an empty one is reported by the builder."""
     fault_of = KINDS.load(kind).output_fault
-    for line, entry in rows:
-        if (output := entry["output"].strip()) and (fault := fault_of(output)):
-            report(DataError(fault, file=file, line=line, field=columns.output))
+    for place, entry in rows:
+        output = entry["output"].strip()
+        if output and (fault := fault_of(output)):
+            place.fault(fault, columns.output)
         else:
-            yield line, entry
+            yield place, entry
 
 
 def _split(user: str, test_share: float, seed: int) -> Split:
@@ -127,106 +127,63 @@ def _split(user: str, test_share: float, seed: int) -> Split:
     return "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
 
 
-def _by_user(rows: list[Row]) -> dict[str, list[Row]]:
-    users: dict[str, list[Row]] = {}
-    for row in rows:
-        users.setdefault(row[1]["user"], []).append(row)
-    return users
-
-
 def _ordered(rows: list[Row]) -> list[Row]:
-    """One user's rows, oldest first; the file decides where times are equal. An unreadable time is
-    the builder's to report.
+    """One user's rows, oldest first; in file order where times are equal. An unreadable time is
+    reported by the builder.
     """
-    spans = [parse_time(entry["time"] if readable_time(entry["time"]) else "") for _, entry in rows]
-    records = [Record("", "", "", "", span=span, position=at) for at, span in enumerate(spans)]
+    times = [entry["time"] if readable_time(entry["time"]) else "" for _, entry in rows]
+    records = [
+        Record("", "", "", "", span=parse_time(time), position=at) for at, time in enumerate(times)
+    ]
     return [rows[record.position] for record in in_order(records)]
 
 
 # ---- files
 
 
-def _rows(file: Path, columns: Columns, report: Report) -> Iterator[Row]:
-    lines = read_lines(file, report)
+def _rows(file: Path, columns: Columns) -> Iterator[Row]:
+    lines = read_lines(file, stop)
     first = next(lines, None)
     if first is None:
         return
-    if first[1].lstrip().startswith("["):
-        raise DataError("is one JSON array: write one JSON object a line", file=file, line=first[0])
-    raw = (
-        _json_rows(first, lines, file, report)
-        if first[1].lstrip().startswith("{")
-        else _csv_rows(first, lines, file)
-    )
-    for number, data in raw:
+    place, header = first
+    start = header.lstrip()[:1]
+    if start == "[":
+        raise place.error("is one JSON array: write one JSON object a line")
+    every = chain([first], lines)
+    for here, data in _json_rows(every) if start == "{" else _csv_rows(header, every, place):
         entry = {one.name: _cell(data, getattr(columns, one.name)) for one in fields(Columns)}
-        if missing := [
-            getattr(columns, name)
-            for name, value in entry.items()
-            if value is None and _needed(name, columns)
-        ]:
-            for name in missing:
-                report(
-                    DataError(
-                        "is missing, or neither a text nor a number",
-                        file=file,
-                        line=number,
-                        field=name,
-                    )
-                )
-        else:
-            texts = {name: value or "" for name, value in entry.items()}
-            yield number, {**texts, "id": texts["id"] or f"line{number}"}
-
-
-def _needed(name: str, columns: Columns) -> bool:
-    return name in ("user", "input", "output") or getattr(columns, name) != name
+        texts = {name: value for name, value in entry.items() if value is not None}
+        for name in [name for name in entry if name in columns.required() - texts.keys()]:
+            here.fault("is missing, or neither a text nor a number", getattr(columns, name))
+        yield here, {"time": "", **texts, "id": texts.get("id") or f"line{here.line}"}
 
 
 def _cell(data: Mapping[str, Any], column: str) -> str | None:
-    value = data.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return repr(value)
+    value = number_as_text(data.get(column))
     return value if isinstance(value, str) else None
 
 
-def _json_rows(
-    first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Path, report: Report
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _again(first, rest):
-        try:
-            yield number, parse_object(line, file, number)
-        except DataError as fault:
-            report(fault)
+def _json_rows(lines: Iterable[tuple[Place, str]]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    return ((place, parse_object(line, place)) for place, line in lines)
 
 
 def _csv_rows(
-    first: tuple[int, str], rest: Iterator[tuple[int, str]], file: Path
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    header = first[1]
-    text = (
-        line + "\n" for _, line in _again(first, rest)
-    )  # a quoted field may go on over several lines
+    header: str, lines: Iterable[tuple[Place, str]], place: Place
+) -> Iterator[tuple[Place, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(
-        text, delimiter="\t" if "\t" in header and "," not in header else ",", strict=True
-    )
+    delimiter = "\t" if "\t" in header and "," not in header else ","
+    text = (line + "\n" for _, line in lines)  # a quoted field may go on over several lines
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         for row in reader:
+            here = place.at_line(reader.line_num)
             if None in row or None in row.values():
-                raise DataError(
-                    f"the header names {len(reader.fieldnames or ())} fields, the line has others",
-                    file=file,
-                    line=reader.line_num,
-                )
-            yield reader.line_num, row
+                count = len(reader.fieldnames or ())
+                raise here.error(f"the header names {count} fields, the line has others")
+            yield here, row
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", file=file, line=reader.reader.line_num) from None
-
-
-def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    yield first
-    yield from rest
+        raise place.at_line(reader.reader.line_num).error(f"not CSV: {error}") from None
 
 
 # ---- the task
@@ -235,8 +192,8 @@ def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
 def _task(
     rows: list[Row], kind: str | None, prompt: str | None, name: str, file: Path
 ) -> tuple[Task, str]:
-    """The task, and a note on what was guessed. Labels and ratings are tidied in place: stripped,
-    `4.0` becomes `4`.
+    """The task, and a note on what was guessed. Labels and ratings are normalized in place: white
+    space is stripped, `4.0` becomes `4`.
     """
     outputs = {entry["output"].strip() for _, entry in rows} - {""}
     chosen = kind or guess_kind(outputs, len(rows))
@@ -248,23 +205,20 @@ def _task(
     labels = of_kind.labels_of(outputs)
     text = prompt or of_kind.default_prompt(labels)
     data = {"name": name, "kind": chosen, "prompt": text, "labels": labels}
-    task = Task.from_json(data, str(file))
-    return task, f"kind {'given' if kind else 'guessed'}: {chosen}" + (
-        f", labels: {', '.join(labels)}" if labels else ""
-    )
+    note = f"kind {'given' if kind else 'guessed'}: {chosen}"
+    labelled = f", labels: {', '.join(labels)}" if labels else ""
+    return Task.from_json(data, str(file)), note + labelled
 
 
 def guess_kind(outputs: set[str], count: int) -> str:
     """Rating for at least three numbers of a small range, classification for few short answers that
-    come again, else generation.
+    repeat, else generation.
     """
-    numbers = [plain_number(output) for output in outputs]
-    known = [number for number in numbers if number is not None]
+    numbers = [number for output in outputs if (number := plain_number(output)) is not None]
     if (
-        len(known) == len(numbers) >= 3
-        and max(known) - min(known) <= WIDEST_RATING
-        and len(known) <= 2 * WIDEST_RATING + 1
+        3 <= len(numbers) == len(outputs) <= 2 * MAX_RATING_RANGE + 1
+        and max(numbers) - min(numbers) <= MAX_RATING_RANGE
     ):
         return "rating"
-    few = 2 <= len(outputs) <= min(MOST_LABELS, count // 2)
-    return "classification" if few and max(map(len, outputs)) <= LONGEST_LABEL else "generation"
+    few = 2 <= len(outputs) <= min(MAX_LABELS, count // 2)
+    return "classification" if few and max(map(len, outputs)) <= MAX_LABEL_LENGTH else "generation"
