@@ -1,6 +1,4 @@
-"""Evidence against formulas written anew; what is missing stands at a neutral place; nothing later
-is seen (with pairs: test_pairs).
-"""
+"""Side features against formulas written anew; missing values are neutral."""
 
 import math
 from collections.abc import Sequence
@@ -39,8 +37,8 @@ class Hashed:
         return rows
 
 
-def maker(task: Task, population: CohortStats | None = None) -> Featurizer:
-    return Featurizer(task, Hashed(), population or CohortStats())  # type: ignore[arg-type]
+def maker(task: Task, stats: CohortStats | None = None) -> Featurizer:
+    return Featurizer(task, Hashed(), stats or CohortStats())  # type: ignore[arg-type]
 
 
 def past(*pairs: tuple[str, str]) -> list[Record]:
@@ -56,7 +54,7 @@ QUERY = Query("u", "q", "rain night")
 HISTORY = past(("rain night", "odd"), ("old war", "calm"), ("rain", "odd"), ("love song", "loud"))
 
 
-def test_label_shares_are_shrunk_to_the_populations() -> None:
+def test_label_shares_are_shrunk_to_the_training_users() -> None:
     own = maker(TAGS, CohortStats((0.5, 0.3, 0.2), reference=0.4))
     table = own.adapter(
         QUERY, [Candidate(label, label) for label in TAGS.labels], own.vectorize(HISTORY)
@@ -77,16 +75,16 @@ def test_label_shares_are_shrunk_to_the_populations() -> None:
             assert table[row, column] == pytest.approx(math.log(share + 1e-4), abs=1e-4)
 
 
-def test_without_records_the_population_speaks() -> None:
+def test_without_records_shares_are_the_training_users() -> None:
     own = maker(TAGS, CohortStats((0.5, 0.3, 0.2)))
     table = own.adapter(
         QUERY, [Candidate(label, label) for label in TAGS.labels], own.vectorize([])
     )
     assert table[:, 0] == pytest.approx(np.log([0.5001, 0.3001, 0.2001]))
-    assert not table[:, -2:].any()  # nobody was asked
+    assert not table[:, -2:].any()  # no samples
 
 
-def test_votes_are_log_shares_and_silence_is_zero() -> None:
+def test_votes_are_log_shares_and_zero_without_samples() -> None:
     own = maker(TAGS)
     asked = [
         Candidate("odd", "odd", 3, greedy=True),
@@ -101,7 +99,7 @@ def test_votes_are_log_shares_and_silence_is_zero() -> None:
     assert table[:, own.adapter_names.index("llm_greedy")].tolist() == [1, 0, 0]
 
 
-def test_ratings_also_tell_how_near_a_label_is() -> None:
+def test_ratings_have_columns_of_distance() -> None:
     own = maker(STARS, CohortStats((1 / 3, 1 / 3, 1 / 3)))
     asked = [Candidate("1", "1", 1), Candidate("2", "2", 1), Candidate("5", "5", 2, greedy=True)]
     table = own.adapter(QUERY, asked, own.vectorize(past(("x", "5"), ("y", "5"))))
@@ -115,7 +113,7 @@ def test_ratings_also_tell_how_near_a_label_is() -> None:
     )
 
 
-def test_a_candidate_that_could_not_be_read_has_the_worst_of_everything() -> None:
+def test_an_unparsable_candidate_gets_the_lowest_of_each_column() -> None:
     own = maker(TAGS)
     asked = [Candidate("odd", "odd", 3), Candidate("?", None, 2)]
     table = own.adapter(QUERY, asked, own.vectorize(HISTORY))
@@ -174,22 +172,22 @@ def test_records_are_compared_with_the_query() -> None:
     st.lists(st.integers(0, 3), min_size=1, max_size=3),
     st.floats(0, 5),
 )
-def test_evidence_is_always_finite(
+def test_side_features_are_always_finite(
     task: Task, texts: list[str], votes: list[int], score: float
 ) -> None:
     own = maker(task)
     outputs = task.labels or ("", "a b")
     history = past(*((text, outputs[i % len(outputs)]) for i, text in enumerate(texts)))
-    memory = own.vectorize(history)
+    history_vectors = own.vectorize(history)
     answers = task.labels[: len(votes)] or ("ab", "c", "d")[: len(votes)]
     asked = [Candidate(answer, answer, vote) for answer, vote in zip(answers, votes, strict=False)]
-    assert np.isfinite(own.adapter(Query("u", "q", ""), asked, memory)).all()
+    assert np.isfinite(own.adapter(Query("u", "q", ""), asked, history_vectors)).all()
     if history:
         ranked = [Ranked(record, score, i) for i, record in enumerate(history)]
-        assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, memory)).all()
+        assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, history_vectors)).all()
 
 
-def test_the_last_histories_are_kept_as_vectors_until_the_features_are_others() -> None:
+def test_recent_vectors_are_kept_while_features_are_the_same() -> None:
     own = maker(TAGS)
     store: Hashed = own.store  # type: ignore[assignment]
     first = own.vectorize(HISTORY)
@@ -208,7 +206,7 @@ def test_an_unknown_label_is_named() -> None:
         maker(TAGS).vectorize(past(("x", "purple")))
 
 
-def test_the_population_is_the_training_users() -> None:
+def test_cohort_stats_are_the_training_users() -> None:
     found = fit_stats(TAGS, Hashed(), [HISTORY, past(("rain", "odd"))])  # type: ignore[arg-type]
     assert found.label_shares == pytest.approx((2 / 8, 2 / 8, 4 / 8))
     nearest = [max(cosine(a.input, b.input) for b in HISTORY if b is not a) for a in HISTORY]

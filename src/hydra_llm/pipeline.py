@@ -292,7 +292,7 @@ def gather(
         answer = task.read(text, settings.parsing)
         unread += answer is None
         key = answer if answer is not None else f"\0{text}"
-        old = found.get(key) or Candidate(task.strategy.candidate_text(text, answer), answer)
+        old = found.get(key) or Candidate(text if task.labels else answer or text, answer)
         found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
     notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
     if task.labels and settings.candidates == "labels":

@@ -43,7 +43,7 @@ def _check_answers(task: Task, answers: Sequence[str]) -> None:
         assert task.parse("", parsing) is None, "an empty text has an answer"
         for answer in answers:
             assert task.parse(answer, parsing) == answer, f"'{answer}' does not parse to itself"
-            assert task.read(answer, parsing) == answer, f"'{answer}' is not its nearest answer"
+            assert task.read(answer, parsing) == answer, f"'{answer}' is read as another answer"
     assert task.gain(None, answers[0]) == 0, "an unparsable answer has a gain"
     for outputs in ([], answers[:1], answers):
         typical = task.strategy.typical(outputs)

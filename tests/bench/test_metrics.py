@@ -51,7 +51,9 @@ def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) ->
         f1_score(gold, given_, labels=LABELS, average="macro", zero_division=0)
     )
     assert found["accuracy"].unparsable == sum(answer is None for answer, _ in pairs)
-    assert found["accuracy"].samples.tolist() == [float(answer == gold) for answer, gold in pairs]
+    assert found["accuracy"].rows[:, 0].tolist() == [
+        float(answer == gold) for answer, gold in pairs
+    ]
 
 
 @settings(deadline=None)
@@ -68,9 +70,9 @@ def test_rating_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
     assert not found["rmse"].spec.higher_is_better
 
 
-def test_an_unparsable_rating_counts_as_the_end_farthest_from_its_gold() -> None:
+def test_an_unparsable_rating_counts_as_the_farthest_end() -> None:
     found = values(RATINGS, [(None, "2"), (None, "5"), (None, "3"), ("4", "4")])
-    assert found["mae"].samples.tolist() == [3, 4, 2, 0]
+    assert found["mae"].rows[:, 0].tolist() == [3, 4, 2, 0]
     assert found["rmse"].value == pytest.approx(math.sqrt((9 + 16 + 4) / 4))
     assert (found["mae"].unparsable, found["mae"].failed) == (3, 0)
 
@@ -82,7 +84,7 @@ def test_generation_is_rouge_scores_and_sacrebleus(pairs: list[tuple[str | None,
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     for name in ("rouge1", "rougeL"):
         each = [scorer.score(gold, answer or "")[name].fmeasure for answer, gold in pairs]
-        assert found[name].samples.tolist() == each
+        assert found[name].rows[:, 0].tolist() == each
         assert found[name].value == pytest.approx(np.mean(each))
     expected = sacrebleu.corpus_bleu(
         [answer or "" for answer, _ in pairs], [[gold for _, gold in pairs]]
@@ -92,7 +94,7 @@ def test_generation_is_rouge_scores_and_sacrebleus(pairs: list[tuple[str | None,
 
 def test_generation_by_hand() -> None:
     found = values(TEXTS, [("the cat sat", "the cat ran far"), (None, "x y")])
-    assert found["rouge1"].samples.tolist() == [pytest.approx(4 / 7), 0]
+    assert found["rouge1"].rows[:, 0].tolist() == [pytest.approx(4 / 7), 0]
     assert found["rougeL"].value == pytest.approx(2 / 7)
     same = values(TEXTS, [("a b c d e", "a b c d e")])
     assert same["bleu"].value == pytest.approx(100)
@@ -101,7 +103,7 @@ def test_generation_by_hand() -> None:
 def test_a_failed_call_is_nan_and_counted_and_never_zero() -> None:
     found = score(RATINGS, ["4", lost, None], ["5", "1", "1"])
     assert found["mae"].value == pytest.approx((1 + 4) / 2)
-    assert np.isnan(found["mae"].samples).tolist() == [False, True, False]
+    assert np.isnan(found["mae"].rows[:, 0]).tolist() == [False, True, False]
     assert (found["mae"].failed, found["mae"].unparsable) == (1, 1)
 
 
@@ -137,7 +139,7 @@ def test_only_the_tasks_metrics_are_computed() -> None:
     ]
 
 
-def test_golds_that_do_not_fit_are_told() -> None:
+def test_golds_must_fit_the_task_and_the_answers() -> None:
     with pytest.raises(DataError, match="'five' is not a number"):
         score(RATINGS, ["5"], ["five"])
     with pytest.raises(ValueError, match="shorter"):

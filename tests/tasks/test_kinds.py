@@ -76,7 +76,7 @@ def test_every_lamp_task_keeps_the_contract(task: Task) -> None:
         ("gain", lambda self, answer, gold: float(answer <= gold), "not symmetric"),
         ("parse", lambda self, text, parsing: "1", "an empty text has an answer"),
         ("parse", lambda self, text, parsing: "1" if text else None, "does not parse to itself"),
-        ("nearest", lambda self, answer: "1", "not its nearest answer"),
+        ("read", lambda self, text, parsing: "1", "read as another answer"),
         ("typical", lambda self, outputs: "6", "typical answer does not parse"),
         ("metric_rows", lambda self, metric, pairs: np.ones((len(pairs), 2)), "does not reward"),
         ("candidate_columns", ("only",), "for the columns"),

@@ -1,4 +1,4 @@
-"""Tasks: what task.json may hold, how answers are read, what they are worth."""
+"""Tasks: what task.json may hold, how answers are parsed, their gains."""
 
 import json
 from typing import Any
@@ -87,7 +87,7 @@ def test_a_broken_field_is_named(changed: dict[str, Any], field: str, said: str)
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_is_no_object_is_told() -> None:
+def test_json_must_be_an_object() -> None:
     with pytest.raises(DataError, match="one JSON object"):
         Task.from_json(json.loads("[1]"))
 
@@ -332,7 +332,7 @@ def test_gains_by_hand() -> None:
     assert HEADLINE.gain(None, "x") == 0
 
 
-def test_a_gold_rating_that_is_no_number_is_told() -> None:
+def test_a_gold_rating_must_be_a_number() -> None:
     with pytest.raises(DataError, match="'great' is not a number"):
         RATING.gain("4", "great")
 
@@ -361,9 +361,7 @@ def test_generation_gain_sees_other_scripts() -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from(["rating", "classification", "generation"]), st.data())
-def test_gain_matrix_is_symmetric_within_0_and_1_with_1_on_the_diagonal(
-    kind: str, data: st.DataObject
-) -> None:
+def test_gain_matrix_is_symmetric_with_ones_on_the_diagonal(kind: str, data: st.DataObject) -> None:
     task = {"rating": RATING, "classification": NEWS, "generation": HEADLINE}[kind]
     numbers = st.floats(-20, 20).map(str)
     answers = data.draw(

@@ -36,13 +36,6 @@ class Metric:
     unparsable: int = 0
     """Queries whose answer could not be parsed; in `value` as wrong."""
 
-    @property
-    def samples(self) -> Floats:
-        """[N] the metric of each query, NaN where its call failed; empty where a single query has
-        none (RMSE, macro-F1, BLEU).
-        """
-        return self.rows[:, 0] if self.spec.per_query else np.empty(0)
-
 
 def score(
     task: Task, answers: Sequence[str | Failed | None], golds: Sequence[str]

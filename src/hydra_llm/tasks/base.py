@@ -136,8 +136,7 @@ class Task:
 
     def read(self, text: str, parsing: Parsing = "lenient") -> str | None:
         """As `parse`, but a rating between two labels becomes the nearest label."""
-        answer = self.parse(text, parsing)
-        return None if answer is None else self.strategy.nearest(answer)
+        return self.strategy.read(text, parsing)
 
     def gain(self, answer: str | None, gold: str) -> float:
         """0 to 1: what a parsed answer is worth against the gold answer; None is worth 0."""
@@ -170,18 +169,13 @@ class MetricSpec:
 
     name: str
     statistic: Statistic = mean
-    per_query: bool = True
-    """Whether a single query has a value (no for RMSE, macro-F1, BLEU)."""
     higher_is_better: bool = True
     resamples: bool = True
-    """Whether a bootstrap over users estimates its variance (no for macro-F1, whose resamples
-    lack whole labels).
-    """
+    """Whether users can be resampled (no for macro-F1: resamples lack whole labels)."""
     in_improvement: bool = True
     """Whether it counts in the mean relative improvement, as published (no for BLEU)."""
     title: str = ""
     """What tables and plots call it; by default the name."""
-
     note: str = ""
     """A sentence below tables that show it."""
 
@@ -272,9 +266,9 @@ class TaskKind(ABC):
     def parse(self, text: str, parsing: Parsing) -> str | None:
         """The answer in an LLM's text (see `Task.parse`)."""
 
-    def nearest(self, answer: str) -> str:
-        """A parsed answer as one that the task knows."""
-        return answer
+    def read(self, text: str, parsing: Parsing) -> str | None:
+        """As `parse`, but always an answer that the task offers (see `Task.read`)."""
+        return self.parse(text, parsing)
 
     @abstractmethod
     def gain(self, answer: str, gold: str) -> float:
@@ -296,15 +290,9 @@ class TaskKind(ABC):
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
         """[N, S] sufficient statistics of each pair for the metric of this name."""
 
-    # ---- prompts and candidates
-
     @abstractmethod
     def prompt_words(self) -> PromptWords:
         """What a block of examples says around the records."""
-
-    def candidate_text(self, text: str, answer: str | None) -> str:
-        """What stands for a candidate: the LLM's text as it is, or the answer in it."""
-        return text
 
     # ---- side features
 

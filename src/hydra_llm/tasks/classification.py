@@ -33,7 +33,7 @@ class Classification(LabelKind):
 
     metrics = (
         MetricSpec("accuracy"),
-        MetricSpec("macro_f1", _macro_f1, per_query=False, resamples=False, note=_MACRO_F1_NOTE),
+        MetricSpec("macro_f1", _macro_f1, resamples=False, note=_MACRO_F1_NOTE),
     )
     zero_one_gain = True
 
@@ -93,11 +93,8 @@ class Classification(LabelKind):
         """Three ways to find labels in a text, strictest first: in any case; "&" as "and", hyphens
         as blanks; "[1]" as "1".
         """
-        return (
-            _matcher(self.task.labels, str.casefold, str.casefold),
-            _matcher(self.task.labels, _loose, _loose),
-            _matcher(self.task.labels, _bare, _loose),
-        )
+        folds = ((str.casefold, str.casefold), (_loose, _loose), (_bare, _loose))
+        return tuple(_matcher(self.task.labels, *each) for each in folds)
 
 
 _CUT = re.compile(r"[,!\]\n]")

@@ -39,7 +39,7 @@ class Generation(TaskKind):
     metrics = (
         MetricSpec("rouge1"),
         MetricSpec("rougeL"),
-        MetricSpec("bleu", _bleu, per_query=False, in_improvement=False),
+        MetricSpec("bleu", _bleu, in_improvement=False),
     )
 
     # ---- answers
@@ -74,9 +74,6 @@ class Generation(TaskKind):
     def prompt_words(self) -> PromptWords:
         header = "Here is what this person wrote for earlier texts."
         return PromptWords(header, "Text", "This person wrote")
-
-    def candidate_text(self, text: str, answer: str | None) -> str:
-        return answer or text
 
     # ---- side features
 

@@ -26,59 +26,38 @@ _MOVIES = _names(
 )
 
 
-def _one_of(question: str, labels: tuple[str, ...]) -> str:
-    return f"{question} Choose one of: {', '.join(labels)}. Answer with it alone."
+def _task(
+    name: str, kind: str, question: str, answer: str, shown: str, labels: tuple[str, ...] = ()
+) -> Task:
+    prompt = f"{question} Answer with {answer} alone.\n\n{shown}{{input}}"
+    return Task.from_json(
+        {"name": name, "like": name, "kind": kind, "prompt": prompt, "labels": labels}
+    )
 
 
-def _task(name: str, kind: str, prompt: str, labels: tuple[str, ...] = ()) -> Task:
-    data = {"name": name, "like": name, "kind": kind, "labels": labels, "prompt": prompt}
-    return Task.from_json(data)
+def _choice(name: str, question: str, shown: str, labels: tuple[str, ...]) -> Task:
+    question = f"{question} Choose one of: {', '.join(labels)}."
+    return _task(name, "classification", question, "it", shown, labels)
 
 
+_PAPER = "Which of the two references belongs to this author's paper?"
+_STARS = "How many stars, from 1 to 5, does this review give?"
 _TASKS = (
+    _task("LaMP-1", "classification", _PAPER, "[1] or [2]", "", ("[1]", "[2]")),
+    _choice("LaMP-2N", "Which category does this article belong to?", "Article: ", _NEWS),
+    _choice("LaMP-2M", "Which tag fits this movie?", "Description: ", _MOVIES),
+    _task("LaMP-3", "rating", _STARS, "the number", "Review: ", ("1", "2", "3", "4", "5")),
     _task(
-        "LaMP-1",
-        "classification",
-        "Which of the two references belongs to this author's paper? Answer with [1] or [2]"
-        " alone.\n\n{input}",
-        ("[1]", "[2]"),
-    ),
-    _task(
-        "LaMP-2N",
-        "classification",
-        _one_of("Which category does this article belong to?", _NEWS) + "\n\nArticle: {input}",
-        _NEWS,
-    ),
-    _task(
-        "LaMP-2M",
-        "classification",
-        _one_of("Which tag fits this movie?", _MOVIES) + "\n\nDescription: {input}",
-        _MOVIES,
-    ),
-    _task(
-        "LaMP-3",
-        "rating",
-        "How many stars, from 1 to 5, does this review give? Answer with the number"
-        " alone.\n\nReview: {input}",
-        ("1", "2", "3", "4", "5"),
-    ),
-    _task(
-        "LaMP-4",
-        "generation",
-        "Write a headline for this article. Answer with the headline alone.\n\nArticle: {input}",
+        "LaMP-4", "generation", "Write a headline for this article.", "the headline", "Article: "
     ),
     _task(
         "LaMP-5",
         "generation",
-        "Write a title for the paper with this abstract. Answer with the title alone.\n\nAbstract:"
-        " {input}",
+        "Write a title for the paper with this abstract.",
+        "the title",
+        "Abstract: ",
     ),
-    _task(
-        "LaMP-7",
-        "generation",
-        "Say this tweet in other words. Answer with the new tweet alone.\n\nTweet: {input}",
-    ),
+    _task("LaMP-7", "generation", "Say this tweet in other words.", "the new tweet", "Tweet: "),
 )
-
 LAMP: Mapping[str, Task] = {task.name: task for task in _TASKS}
 """LaMP-1, 2N, 2M, 3, 4, 5 and 7 by name."""

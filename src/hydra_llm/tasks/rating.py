@@ -46,7 +46,7 @@ class Rating(LabelKind):
 
     metrics = (
         MetricSpec("mae", higher_is_better=False, title="MAE"),
-        MetricSpec("rmse", _root_mean, per_query=False, higher_is_better=False, title="RMSE"),
+        MetricSpec("rmse", _root_mean, higher_is_better=False, title="RMSE"),
     )
 
     def check(self, file: str) -> None:
@@ -97,9 +97,10 @@ class Rating(LabelKind):
         sign = r"(?:(?<!\w)-)?" if self.scale[0] < 0 else ""
         return re.compile(rf"{sign}\d+(?:\.\d+)?")
 
-    def nearest(self, answer: str) -> str:
-        """The nearest label; the lower one of two equally near ones."""
-        if answer in self.task.labels:
+    def read(self, text: str, parsing: Parsing) -> str | None:
+        """The label nearest to the answer; the lower one of two equally near ones."""
+        answer = self.parse(text, parsing)
+        if answer is None or answer in self.task.labels:
             return answer
         value = float(answer)
         return min(self.task.labels, key=lambda label: (abs(float(label) - value), float(label)))
