@@ -8,13 +8,13 @@ import math
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import anyio
+from cachetools import LRUCache, TTLCache
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
@@ -47,6 +47,8 @@ OF_UPSTREAM = ("/v1/chat/completions", "/v1/models")
 WATCH_SECONDS = 1.0
 REMEMBERED_SECONDS = 300.0
 """How long a caller is known while the store is down."""
+KNOWN_CALLERS, PACED_KEYS = 10_000, 100_000
+"""How many callers are known, and how many keys have a rate; the oldest go first."""
 PRUNE_SECONDS = 600.0
 DAY = 86400.0
 
@@ -140,7 +142,7 @@ class Door:
         self._app, self._store, self._reads, self._settings = app, store, reads, settings
         self._observer, self._on_loopback = observer, on_loopback
         self._pace = Pace(settings.requests_per_minute)
-        self._let_in_before: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
+        self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, REMEMBERED_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -188,24 +190,21 @@ class Door:
         """Who it is. While the store is down, whoever was let in within the last minutes is let in
         again: no answer is lost for that.
         """
-        digest, now = hashlib.sha256(authorization.encode()).digest(), time.monotonic()
+        digest = hashlib.sha256(authorization.encode()).digest()
         try:
             caller = await self._reads.read(
                 partial(caller_of, self._store, authorization, on_loopback=self._on_loopback)
             )
         except StoreError as error:
-            known = self._let_in_before.get(digest)
-            if known is None or known[1] < now - REMEMBERED_SECONDS:
+            known = self._known_callers.get(digest)
+            if known is None:
                 raise
             self._observer.failed("keys", error)
-            return NOBODY if known[0] is ANYBODY else known[0]
+            return NOBODY if known is ANYBODY else known
         except ApiError:
-            self._let_in_before.pop(digest, None)
+            self._known_callers.pop(digest, None)
             raise
-        self._let_in_before[digest] = (caller, now)
-        self._let_in_before.move_to_end(digest)
-        if len(self._let_in_before) > 10_000:
-            self._let_in_before.popitem(last=False)
+        self._known_callers[digest] = caller
         return caller
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
@@ -242,7 +241,7 @@ class Pace:
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
         self._per_minute, self._clock = per_minute, clock
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._left: LRUCache[str, tuple[float, float]] = LRUCache(PACED_KEYS)
 
     def check(self, key: str) -> None:
         """Count a request.
@@ -256,9 +255,6 @@ class Pace:
         left, since = self._left.get(key, (float(self._per_minute), now))
         left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
         self._left[key] = (left - 1 if left >= 1 else left, now)
-        self._left.move_to_end(key)
-        if len(self._left) > 100_000:
-            self._left.popitem(last=False)
         if left < 1:
             wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
             raise ApiError(
