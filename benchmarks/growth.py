@@ -552,7 +552,8 @@ def reranking(bench: Bench) -> Iterator[Series]:
             )
 
         def run(given: tuple[Personalizer, Query, list[Ranked]]) -> None:
-            given[0].reranker.order(given[1], given[2], bundle.records[given[1].user])
+            context = given[0].context(given[1], bundle.records[given[1].user])
+            given[0].rerank(context, given[2])
 
         return timed(f"rerank, {'kept' if kept else 'first sight'}", prepare, run)
 
@@ -599,7 +600,7 @@ def adapting(bench: Bench) -> Iterator[Series]:
         own = bench.own(task, length=length, **size)
         bench.keep(task, own, reranker=False)
         bundle = bench.crowd(task, users, [own])
-        adapter = bundle.personalizer(by_rule(task)).adapter
+        pipeline = bundle.pipeline()
 
         def prepare() -> tuple[Query, list[Candidate]]:
             query = bench.query(bundle, length)
@@ -611,7 +612,8 @@ def adapting(bench: Bench) -> Iterator[Series]:
             ]
 
         def run(given: tuple[Query, list[Candidate]]) -> None:
-            adapter.choose(*given, bundle.records[given[0].user])
+            context = pipeline.context(given[0], bundle.records[given[0].user])
+            pipeline.select(context, given[1])
 
         return timed("adapt labels" if task.labels else "adapt headlines", prepare, run)
 

@@ -94,7 +94,11 @@ def figures(
         samples=1, candidates="sampled", seed=given.seed, **limits, **{"k": given.k, **WAYS[way]}
     )
     asks = Personalizer(
-        data.task, open_llm(given.llm, settings), make_retriever("bm25"), settings, records=records
+        data.task,
+        make_retriever("bm25"),
+        settings,
+        llm=open_llm(given.llm, settings),
+        records=records,
     )
     proposals = run_sync(partial(map_calls, asks.apropose, queries, limit=settings.concurrency))
     answers = []

@@ -17,7 +17,7 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
-from hydra_llm.pipeline import Personalizer, gather
+from hydra_llm.pipeline import Personalizer, Pipeline
 from hydra_llm.retrieve import BM25
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate, Generation, Message, Query, Record, Usage
@@ -56,7 +56,7 @@ class Temperatures:
 
 def door(llm: Any, task: Task = TAGS, **chosen: Any) -> Personalizer:
     given = {"samples": 4, "k": 2, "retrieved": 3, "candidates": "sampled", **chosen}
-    return Personalizer(task, llm, BM25(), Settings(**given), records=RECORDS)
+    return Personalizer(task, BM25(), Settings(**given), llm=llm, records=RECORDS)
 
 
 # ---- candidates
@@ -129,7 +129,7 @@ def test_without_an_adapter_an_unreadable_answer_is_no_label(candidates: str) ->
     [("4", "4"), ("3.4", "3"), ("3.5", "3"), ("4.6 stars", "5"), ("11", None), ("none", None)],
 )
 def test_a_rating_between_two_labels_counts_for_the_nearer(text: str, expected: str | None) -> None:
-    (candidate,), notes = gather(STARS, [text], 1, Settings(candidates="sampled"))
+    (candidate,), notes = Pipeline(STARS, BM25(), Settings(candidates="sampled")).read([text], 1)
     assert candidate.answer == expected
     assert bool(notes) == (expected is None)
 
@@ -142,9 +142,8 @@ def test_a_rating_between_two_labels_counts_for_the_nearer(text: str, expected: 
     st.booleans(),
 )
 def test_no_sample_is_lost(texts: list[str], greedy: int, labels: bool) -> None:
-    candidates, _ = gather(
-        TAGS, texts, greedy, Settings(candidates="labels" if labels else "sampled")
-    )
+    chosen = Settings(candidates="labels" if labels else "sampled")
+    candidates, _ = Pipeline(TAGS, BM25(), chosen).read(texts, greedy)
     assert sum(candidate.votes for candidate in candidates) == len(texts)
     answers = [candidate.answer for candidate in candidates if candidate.answer is not None]
     assert len(answers) == len(set(answers))
@@ -290,9 +289,9 @@ def test_the_prompt_holds_only_what_came_before_the_query(
     llm = RuleLLM(lambda *_: "odd")
     asker = Personalizer(
         TAGS,
-        llm,
         BM25(),
         Settings(samples=2, k=9, retrieved=9),
+        llm=llm,
         records={"u": records, "v": RECORDS["u"]},
     )
     proposal = asker.propose(Query("u", "q", "rain", position=position))
@@ -359,7 +358,7 @@ def test_deciding_asks_nobody_again() -> None:
     asker = door(llm)
     proposal = asker.propose(Query("u", "q", "rain"))
     calls = len(llm.calls)
-    answer = asker.decide(proposal)
+    answer = asker.decide(asker.context_of(proposal.query), proposal)
     assert len(llm.calls) == calls
     assert answer.usage == proposal.usage
     assert set(answer.seconds) == {*proposal.seconds, "adapt"}

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from hydra_llm.context import Context
 from hydra_llm.model.heads import make_bank
 from hydra_llm.model.interactions import Cross, Tower
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.rerank import KeepOrder, LearnedReranker, record_text
+from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker, record_text
 from hydra_llm.side_features import CohortStats, Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Ranked, Record
@@ -56,20 +57,31 @@ def reranker(
     with_answer: bool = True,
     cross: bool = False,
 ) -> LearnedReranker:
-    evidence = Featurizer(task, Seen(), CohortStats())  # type: ignore[arg-type]
+    featurizer = Featurizer(task, Seen(), CohortStats())  # type: ignore[arg-type]
     torch.manual_seed(0)
     interaction = Cross(8) if cross else Tower(8, 4)
-    scorer = Scorer(interaction, make_bank("linear", interaction), evidence.reranker_names).eval()
+    scorer = Scorer(interaction, make_bank("linear", interaction), featurizer.reranker_names).eval()
     for name, weight in (weights or {}).items():
-        scorer.side_weight.data[evidence.reranker_names.index(name)] = weight
-    return LearnedReranker(scorer, evidence, with_answer=with_answer)
+        scorer.side_weight.data[featurizer.reranker_names.index(name)] = weight
+    return LearnedReranker(scorer, featurizer, with_answer=with_answer)
+
+
+def order(
+    chooser: Reranker,
+    retrieved: Sequence[Ranked] = RETRIEVED,
+    past: Sequence[Record] = PAST,
+    query: Query = QUERY,
+) -> list[Ranked]:
+    featurizer = getattr(chooser, "featurizer", None)
+    context = Context(query, tuple(past), featurizer and featurizer.vectorize)
+    return chooser.order(context, retrieved)
 
 
 def test_equal_scores_keep_the_retrievers_order() -> None:
-    found = reranker().order(QUERY, RETRIEVED, PAST)
+    found = order(reranker())
     assert [item.record for item in found] == [item.record for item in RETRIEVED]
     assert [item.usefulness for item in found] == [0.0] * 3
-    assert KeepOrder().order(QUERY, RETRIEVED, PAST) == RETRIEVED
+    assert order(KeepOrder()) == RETRIEVED
 
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
@@ -80,7 +92,7 @@ def test_equal_scores_keep_the_retrievers_order() -> None:
 def test_records_stand_in_the_order_of_their_scores(
     task: Task, column: str, weight: float, expected: str
 ) -> None:
-    found = reranker(task, {column: weight}).order(QUERY, RETRIEVED, PAST)
+    found = order(reranker(task, {column: weight}))
     assert "".join(item.record.id for item in found) == expected
     scores = [item.usefulness or 0.0 for item in found]
     assert scores == sorted(scores, reverse=True)
@@ -91,39 +103,36 @@ def test_records_stand_in_the_order_of_their_scores(
 
 def test_a_record_whose_label_the_users_like_records_have_is_first() -> None:
     past = [*PAST, *(Record("u", f"x{i}", "rain night", "calm", position=10 + i) for i in range(4))]
-    assert (
-        reranker(TAGS, {"answer_share": 1.0}).order(QUERY, RETRIEVED, past)[0].record.output
-        == "calm"
-    )
+    assert order(reranker(TAGS, {"answer_share": 1.0}), past=past)[0].record.output == "calm"
 
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("with_answer", [False, True])
 def test_the_records_answer_is_read_where_it_should_be(with_answer: bool, cross: bool) -> None:
     chooser = reranker(with_answer=with_answer, cross=cross)
-    chooser.order(QUERY, RETRIEVED, PAST)
+    order(chooser)
     texts = [record_text(record, with_answer=with_answer) for record in PAST]
     assert texts == (
         [f"{r.input} → {r.output}" for r in PAST] if with_answer else [r.input for r in PAST]
     )
-    asked = chooser.evidence.store.asked  # type: ignore[attr-defined]
+    asked = chooser.featurizer.store.asked  # type: ignore[attr-defined]
     assert all((f"{QUERY.input} | {text}" if cross else text) in asked for text in texts)
     assert with_answer or not any("→" in text for text in asked)
 
 
 def test_no_records_no_order() -> None:
-    assert reranker().order(QUERY, [], []) == []
+    assert order(reranker(), [], []) == []
 
 
 def test_each_user_has_an_own_order() -> None:
     chooser = reranker(cross=True)
     chooser.scorer.enrol(["u"])
-    vectors = chooser.evidence.store.pairs(
+    vectors = chooser.featurizer.store.pairs(
         [QUERY.input] * 3, [record_text(item.record, with_answer=True) for item in RETRIEVED]
     )
     chooser.scorer.bank.weight[0] = torch.from_numpy(vectors[2] - (vectors[0] + vectors[1]) / 2)
-    assert chooser.order(QUERY, RETRIEVED, PAST)[0].record == RETRIEVED[2].record
+    assert order(chooser)[0].record == RETRIEVED[2].record
     other = Query("stranger", "q", QUERY.input)
-    assert [item.record for item in chooser.order(other, RETRIEVED, PAST)] == [
+    assert [item.record for item in order(chooser, query=other)] == [
         item.record for item in RETRIEVED
     ]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hydra_llm.context import Context
 from hydra_llm.model.heads import LinearBank, make_bank
 from hydra_llm.model.interactions import Interaction, LabelBilinear, Tower
 from hydra_llm.model.laplace import LaplacePosterior
@@ -123,15 +124,19 @@ def adapter(
     """A scorer that knows its evidence's weights, and of user u that everything is a little
     different.
     """
-    evidence = Featurizer(task, Hashed(), CohortStats())  # type: ignore[arg-type]
+    featurizer = Featurizer(task, Hashed(), CohortStats())  # type: ignore[arg-type]
     torch.manual_seed(0)
     interaction: Interaction = LabelBilinear(8, len(task.labels), 4) if by_label else Tower(8, 4)
     scorer = Scorer(
-        interaction, make_bank("linear", interaction), evidence.adapter_names, loss=loss
+        interaction, make_bank("linear", interaction), featurizer.adapter_names, loss=loss
     ).eval()
     for name, weight in (weights or {}).items():
-        scorer.vote_weight[evidence.adapter_names.index(name)] = weight
-    return LearnedSelector(scorer, evidence, select=select)
+        scorer.vote_weight[featurizer.adapter_names.index(name)] = weight
+    return LearnedSelector(scorer, featurizer, select=select)
+
+
+def seen(chooser: LearnedSelector, past: Sequence[Record] = (), user: str = "u") -> Context:
+    return Context(Query(user, "q", QUERY.input), tuple(past), chooser.featurizer.vectorize)
 
 
 @pytest.mark.parametrize("by_label", [False, True])
@@ -142,7 +147,7 @@ def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> N
         Candidate("odd", "odd", 1),
         Candidate("The tag is calm", "calm", 5),
     ]
-    scored, chosen, _ = chooser.choose(QUERY, given, [])
+    scored, chosen, _ = chooser.choose(seen(chooser), given)
     assert chosen == 2
     assert [(c.text, c.answer, c.votes) for c in scored] == [
         (c.text, c.answer, c.votes) for c in given
@@ -157,8 +162,8 @@ def test_label_features_score_a_label_alike_whichever_others_are_offered() -> No
     chooser = adapter(TAGS, by_label=True)
     assert isinstance(chooser.scorer.bank, LinearBank)
     chooser.scorer.bank.shared.data.copy_(torch.randn(chooser.scorer.interaction.size))
-    alone, *_ = chooser.choose(QUERY, texts("odd"), [])
-    turned, *_ = chooser.choose(QUERY, texts("odd", "calm", "loud"), [])
+    alone, *_ = chooser.choose(seen(chooser), texts("odd"))
+    turned, *_ = chooser.choose(seen(chooser), texts("odd", "calm", "loud"))
     assert turned[0].score == pytest.approx(alone[0].score)
     assert alone[0].probability == pytest.approx(1)
 
@@ -166,7 +171,7 @@ def test_label_features_score_a_label_alike_whichever_others_are_offered() -> No
 def test_binary_scores_become_shares_of_their_odds() -> None:
     chooser = adapter(TAGS, loss="binary", weights={"llm_greedy": 2.0})
     scored, chosen, _ = chooser.choose(
-        QUERY, [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)], []
+        seen(chooser), [Candidate("odd", "odd", 1), Candidate("calm", "calm", 1, greedy=True)]
     )
     odds = [1 / (1 + np.exp(-(c.score or 0.0))) for c in scored]
     assert chosen == 1
@@ -178,18 +183,18 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
     assert isinstance(chooser.scorer.bank, LinearBank)
     chooser.scorer.enrol(["u"])
     candidates = texts("loud war film", "rain song", "quiet night")
-    strangers, first, _ = chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])
+    strangers, first, _ = chooser.choose(seen(chooser, user="stranger"), candidates)
     assert first == 0
     assert {c.score for c in strangers} == {0.0}
     features = []
     for c in candidates:  # a head that points at the second candidate's features
-        one, *_ = chooser.choose(QUERY, [c], [])
+        one, *_ = chooser.choose(seen(chooser), [c])
         features.append(one[0].score)
     from hydra_llm.model.grouping import make_groups
 
-    rows = chooser.evidence.adapter(QUERY, candidates, chooser.evidence.vectorize([]))
+    rows = chooser.featurizer.adapter(QUERY, candidates, chooser.featurizer.vectorize([]))
     cases = make_groups(
-        chooser.evidence.store,
+        chooser.featurizer.store,
         chooser.scorer.interaction,
         [QUERY.input],
         [[c.text for c in candidates]],
@@ -197,21 +202,21 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
     )
     phi = chooser.scorer.interaction(cases)[0].detach()
     chooser.scorer.bank.weight[0] = 10 * (phi[1] - (phi[0] + phi[2]) / 2)
-    assert chooser.choose(QUERY, candidates, [])[1] == 1
-    assert chooser.choose(Query("stranger", "q", QUERY.input), candidates, [])[1] == 0
+    assert chooser.choose(seen(chooser), candidates)[1] == 1
+    assert chooser.choose(seen(chooser, user="stranger"), candidates)[1] == 0
 
 
 def test_nothing_readable_leaves_the_first() -> None:
     candidates = [Candidate("?", None, 2), Candidate("!", None, 1)]
-    assert adapter(TAGS).choose(QUERY, candidates, []) == (candidates, 0, False)
-    assert FirstCandidate().choose(QUERY, candidates, []) == (candidates, 0, False)
+    assert adapter(TAGS).choose(Context(QUERY), candidates) == (candidates, 0, False)
+    assert FirstCandidate().choose(Context(QUERY), candidates) == (candidates, 0, False)
 
 
 def test_the_users_history_moves_the_evidence() -> None:
     chooser = adapter(TAGS, by_label=True, weights={"share_all": 1.0})
     past = [Record("u", str(i), "rain night", "odd", position=i) for i in range(5)]
-    assert chooser.choose(QUERY, texts("calm", "loud", "odd"), past)[1] == 2
-    assert chooser.choose(QUERY, texts("calm", "loud", "odd"), [])[1] == 0
+    assert chooser.choose(seen(chooser, past), texts("calm", "loud", "odd"))[1] == 2
+    assert chooser.choose(seen(chooser), texts("calm", "loud", "odd"))[1] == 0
 
 
 def test_every_label_is_offered_once_with_its_votes() -> None:
@@ -248,17 +253,17 @@ def test_caution_leaves_the_first_where_the_lead_is_less_than_the_heads_uncertai
         Candidate(first, first, 1, greedy=True),
         *(replace(c, votes=3) for c in texts(*others)),
     ]
-    chooser.caution = 1.0
-    assert not chooser.choose(QUERY, offered, []).abstained, (
+    chooser.abstention_threshold = 1.0
+    assert not chooser.choose(seen(chooser), offered).abstained, (
         "nothing is known of this bundle's uncertainty"
     )
     left = len(task.labels) if by_label else 1
     scorer.curvature = LaplacePosterior(left, scorer.interaction.size // left)
     scorer.prior_precision = torch.tensor(1e-4)
-    unsure = chooser.choose(QUERY, offered, [])
+    unsure = chooser.choose(seen(chooser), offered)
     assert (unsure.abstained, unsure.chosen) == (True, 0)
     scorer.prior_precision = torch.tensor(1e8)
-    sure = chooser.choose(QUERY, offered, [])
+    sure = chooser.choose(seen(chooser), offered)
     assert not sure.abstained
     assert sure.chosen != 0
     assert unsure.candidates == sure.candidates, "scores do not depend on caution"
@@ -274,7 +279,7 @@ def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -
         scorer.prior_precision, scorer.scale = torch.tensor(2.0), torch.tensor(1.5)
         scorer.enrol(["u"])
         scorer.learned_from("u", 7)
-        groups = chooser._groups(QUERY, texts("calm", "loud", "odd"), [])
+        groups = chooser.groups(seen(chooser), texts("calm", "loud", "odd"))
         heads = (
             torch.randn(20_000, scorer.interaction.size, generator=torch.Generator().manual_seed(0))
             / 9**0.5

@@ -24,10 +24,10 @@ from hydra_llm.model.persistence import (
     write_bundle,
 )
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.pipeline import Personalizer
-from hydra_llm.rerank import KeepOrder, LearnedReranker
+from hydra_llm.pipeline import Personalizer, Pipeline
+from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
-from hydra_llm.select import FirstCandidate, LearnedSelector
+from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
 from hydra_llm.side_features import CohortStats, Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
@@ -104,6 +104,29 @@ class Bundle:
                 " and labels must agree"
             )
 
+    def pipeline(
+        self, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True
+    ) -> Pipeline:
+        """The stages with this bundle's parts; a part that is switched off is the null part."""
+        chosen, featurizer = settings or self.settings, self.featurizer
+        rerank = rerank and (self.reranks or chosen.rerank == "always")
+        reranker: Reranker = KeepOrder()
+        if rerank and self.reranker:
+            reranker = LearnedReranker(
+                self.reranker, featurizer, with_answer=chosen.record_answer
+            )
+        selector: Selector = FirstCandidate()
+        if adapt and self.adapter:
+            selector = LearnedSelector(
+                self.adapter,
+                featurizer,
+                select=chosen.select,
+                votes=chosen.vote_share,
+                abstention_threshold=chosen.abstention_threshold,
+            )
+        retriever = make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed)
+        return Pipeline(self.task, retriever, chosen, reranker, selector, featurizer.vectorize)
+
     def personalizer(
         self,
         llm: ChatLLM,
@@ -112,33 +135,9 @@ class Bundle:
         rerank: bool = True,
         adapt: bool = True,
     ) -> Personalizer:
-        """The main path with this bundle's parts; a part that is switched off is the null part."""
-        chosen, evidence = settings or self.settings, self.featurizer
-        rerank = rerank and (self.reranks or chosen.rerank == "always")
-        reranker, adapter = self.reranker if rerank else None, self.adapter if adapt else None
-        return Personalizer(
-            task=self.task,
-            llm=llm,
-            retriever=make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed),
-            settings=chosen,
-            reranker=(
-                LearnedReranker(reranker, evidence, with_answer=chosen.record_answer)
-                if reranker
-                else KeepOrder()
-            ),
-            adapter=(
-                LearnedSelector(
-                    adapter,
-                    evidence,
-                    select=chosen.select,
-                    votes=chosen.vote_share,
-                    caution=chosen.abstention_threshold,
-                )
-                if adapter
-                else FirstCandidate()
-            ),
-            records=self.records,
-        )
+        """`pipeline` with an LLM and this bundle's records."""
+        stages = self.pipeline(settings, rerank=rerank, adapt=adapt)
+        return Personalizer.of(stages, llm, self.records)
 
     def without_heads(self) -> "Bundle":
         """The same bundle for which everybody is a stranger: the shared heads answer. The

@@ -1,29 +1,30 @@
-"""THE MAIN PATH: history → retrieve → rerank → prompt → LLM → adapt → Answer (DESIGN 1; paper,
-figure 2).
+"""One question to one answer: retrieve → rerank → render → sample → select (paper, figure 2).
 
-A baseline is a `Personalizer` with null parts: no records (`Nothing`), the retriever's order
-(`KeepOrder`), the first candidate (`FirstCandidate`). Learning makes its candidates by `apropose`
-too, so that training and serving cannot drift apart. Knows no files; which records there are is the
-caller's business, which of them a query may see is `history.before`'s.
+`Pipeline` holds the stages; each takes the question's `Context` and what the stage before gave. It
+needs no LLM but in `sample`. `Personalizer` adds an LLM and the users' records. Labelling, the
+benchmark and the gateway call these same stages, so that learning and serving cannot drift apart.
+A baseline is a pipeline with null parts: no records (`Nothing`), the retriever's order
+(`KeepOrder`), the first candidate (`FirstCandidate`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from hydra_llm.config import Settings
+from hydra_llm.context import Context, Vectorize
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
-from hydra_llm.prompt import Prompt, build
+from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
-from hydra_llm.select import FirstCandidate, Selector, all_labels
+from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import repair, text_fault
 from hydra_llm.types import (
@@ -47,132 +48,141 @@ CUT_MARGIN = 0.9
 """Of what should fit, as estimated tokens are not the LLM's; to the power of the number of cuts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The LLM's candidates for a prompt."""
+
+    prompt: Prompt
+    """As it was asked in the end: shorter than given where the LLM's window is smaller."""
+    candidates: tuple[Candidate, ...]
+    usage: Usage
+    notes: tuple[str, ...]
+    """One line for each call that failed, and for answers that could not be parsed."""
+
+
 @dataclass(frozen=True)
-class Personalizer:
-    """Answers each user as that user would want, through any black-box LLM."""
+class Pipeline:
+    """The stages for one task; knows no users and holds no LLM."""
 
     task: Task
-    llm: ChatLLM
     retriever: Retriever
     settings: Settings = field(default_factory=Settings)
     reranker: Reranker = field(default_factory=KeepOrder)
-    adapter: Selector = field(default_factory=FirstCandidate)
-    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
-    """Each known user's records; answers for other users see none."""
-    about: str = ""
-    """What is known of the person, for the system message; nothing by default."""
+    selector: Selector = field(default_factory=FirstCandidate)
+    vectorize: Vectorize | None = None
+    """Makes a context's vectors, where a stage is learned."""
+    profile: str = ""
+    """What is known of the user, for the system message."""
 
-    # ---- the pipeline
+    def context(self, query: Query, visible: Sequence[Record]) -> Context:
+        """All that the stages may know of a question. `visible`: see `history.before`."""
+        return Context(query, tuple(visible), self.vectorize)
 
-    async def apropose(self, query: Query) -> Proposal:
-        """Everything up to the candidates.
+    def retrieve(self, context: Context, most: int = 0) -> list[Ranked]:
+        """The records that may help, best first: as many as the settings say, or `most`."""
+        count = max(self.settings.retrieved, most)
+        return self.retriever.retrieve(context.query, context.visible, count)
 
-        Raises:
-            LLMError: the LLM gave no answer at all.
-        """
-        clock = _Clock()
-        visible = before(self.records.get(query.user, ()), query)
-        retrieved = self.retriever.retrieve(query, visible, self.settings.retrieved)
-        clock.lap("retrieve")
-        ranked = self.reranker.order(query, retrieved, visible)
-        clock.lap("rerank")
-        prompt = self.prompt(query, ranked[: self.settings.k])
-        clock.lap("prompt")
-        prompt, candidates, usage, notes = await self._ask(prompt)
-        clock.lap("llm")
-        return Proposal(
-            query,
-            tuple(retrieved),
-            tuple(ranked),
-            prompt.messages,
-            candidates,
-            usage,
-            clock.seconds,
-            (*prompt.notes, *notes),
-        )
+    def rerank(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
+        """The same records, most useful first."""
+        return self.reranker.order(context, retrieved)
 
-    def prompt(self, query: Query, records: Sequence[Ranked]) -> Prompt:
-        """What the LLM is asked when it sees these records."""
-        style = self.settings.prompt_style
+    def render(
+        self,
+        query: Query,
+        records: Sequence[Ranked],
+        conversation: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Prompt:
+        """What the LLM is asked when it sees these records, as `prompt.render` says."""
+        style: str = self.settings.prompt_style
         if style == "auto":
             style = self.task.strategy.prompt_style
-        return build(
+        return render(
             self.task,
             query,
             records,
             max_tokens=self.settings.max_prompt_tokens,
             style=style,
-            about=self.about,
+            profile=self.profile,
+            conversation=conversation,
         )
 
-    async def aanswer(self, query: Query) -> Answer:
-        """`apropose`, then the adapter's pick."""
-        return self.decide(await self.apropose(query))
-
-    def decide(self, proposal: Proposal) -> Answer:
-        """The adapter's pick among a proposal's candidates; makes no LLM call."""
-        clock = _Clock()
-        visible = before(self.records.get(proposal.query.user, ()), proposal.query)
-        candidates, chosen, abstained = self.adapter.choose(
-            proposal.query, proposal.candidates, visible
-        )
-        clock.lap("adapt")
-        pick = candidates[chosen]
-        timed = replace(proposal, seconds={**proposal.seconds, **clock.seconds})
-        return Answer(
-            pick.answer if pick.answer is not None else pick.text,
-            timed,
-            tuple(candidates),
-            chosen,
-            abstained,
-        )
-
-    async def aask(self, prompt: Prompt) -> tuple[tuple[Candidate, ...], Usage, list[str]]:
-        """The LLM's candidates for a prompt, what they cost, and a line for each call that failed
-        or answer that was unreadable.
+    async def sample(self, llm: ChatLLM, prompt: Prompt) -> Sampled:
+        """Ask the LLM; a prompt that it finds too long is made shorter, for all samples alike.
 
         Raises:
-            LLMError: the LLM gave no answer at all.
-        """
-        return (await self._ask(prompt))[1:]
-
-    async def _ask(self, prompt: Prompt) -> tuple[Prompt, tuple[Candidate, ...], Usage, list[str]]:
-        """`aask`, and the prompt that was asked in the end: a shorter one, for all samples, where
-        the LLM's window is smaller.
+            LLMError: it gave no answer at all.
         """
         spent = Usage()
         for cut in range(1, MOST_CUTS + 2):
-            results = await self._results(prompt.messages)
-            fits = [
-                result.fits
-                for result in results
-                if isinstance(result, LLMRefused) and result.fits is not None
-            ]
-            shorter = (
-                prompt.shorter(min(fits) * CUT_MARGIN**cut) if fits and cut <= MOST_CUTS else None
-            )
+            results = await self._generate(llm, prompt.messages)
+            refused = [result for result in results if isinstance(result, LLMRefused)]
+            fits = [error.fits for error in refused if error.fits is not None]
+            fitting = bool(fits) and cut <= MOST_CUTS
+            shorter = prompt.shorter(min(fits) * CUT_MARGIN**cut) if fitting else None
             if shorter is None:
                 break
             prompt, spent = shorter, spent + _spent(results)
-        greedy = self.settings.greedy_first or self.settings.samples == 1
-        texts, certain, failures = _merge(results, greedy)
-        candidates, unread = gather(self.task, texts, certain, self.settings)
-        return prompt, candidates, spent + _spent(results), failures + unread
+        texts, greedy, failures = _merge(results, self._greedy_calls > 0)
+        candidates, unread = self.read(texts, greedy)
+        return Sampled(prompt, candidates, spent + _spent(results), (*failures, *unread))
 
-    async def _results(self, messages: Sequence[Message]) -> list[Generation | LLMError]:
+    def read(self, texts: Sequence[str], greedy: int) -> tuple[tuple[Candidate, ...], list[str]]:
+        """Texts of the LLM as candidates, and a note for what could not be parsed.
+
+        Equal answers are one candidate with several votes, in order of appearance; the first
+        `greedy` texts are of temperature 0. With `candidates = labels` every label is a candidate,
+        the greedy one first. A text that cannot be parsed is a candidate without an answer.
+        """
+        found: dict[str, Candidate] = {}
+        unread = 0
+        for place, text in enumerate(texts):
+            answer = self.task.read(text, self.settings.parsing)
+            unread += answer is None
+            said = text if self.task.labels else answer or text
+            old = found.setdefault(candidate_key(text, answer), Candidate(said, answer))
+            found[candidate_key(text, answer)] = replace(
+                old, votes=old.votes + 1, greedy=old.greedy or place < greedy
+            )
+        notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
+        if not self.task.labels or self.settings.candidates != "labels":
+            return tuple(found.values()), notes
+        readable = [each for each in found.values() if each.answer is not None]
+        # Those without an answer stay: else a baseline would answer the first label.
+        unreadable = [each for each in found.values() if each.answer is None]
+        offered = [*all_labels(self.task, readable), *unreadable]
+        return tuple(sorted(offered, key=lambda each: (not each.greedy, -each.votes))), notes
+
+    def select(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        """The candidates with their scores, and the pick; makes no LLM call."""
+        return self.selector.choose(context, candidates)
+
+    @property
+    def _greedy_calls(self) -> int:
+        return int(self.settings.greedy_first or self.settings.samples == 1)
+
+    async def _generate(
+        self, llm: ChatLLM, messages: Sequence[Message]
+    ) -> list[Generation | LLMError]:
         """The greedy call and the one for samples, at the same time; an error stands where its
         texts would be.
         """
-        settings = self.settings
-        greedy = int(settings.greedy_first or settings.samples == 1)
+        settings, greedy = self.settings, self._greedy_calls
         wanted = [(greedy, 0.0)] if greedy else []
         if settings.samples > greedy:
             wanted.append((settings.samples - greedy, settings.temperature))
+        shared = Sampling(
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            choices=self.task.labels if settings.constrain else (),
+        )
         results: list[Generation | LLMError] = [LLMError("not asked")] * len(wanted)
 
         async def call(slot: int, n: int, temperature: float) -> None:
             try:
-                results[slot] = await self._generate(messages, n, temperature)
+                results[slot] = await llm.generate(
+                    messages, replace(shared, n=n, temperature=temperature)
+                )
             except LLMError as error:
                 results[slot] = error
 
@@ -181,20 +191,69 @@ class Personalizer:
                 group.start_soon(call, slot, n, temperature)
         return results
 
-    async def _generate(
-        self, messages: Sequence[Message], n: int, temperature: float
-    ) -> Generation:
-        settings = self.settings
-        return await self.llm.generate(
-            messages,
-            Sampling(
-                n=n,
-                temperature=temperature,
-                max_tokens=settings.max_tokens,
-                seed=settings.seed,
-                choices=self.task.labels if settings.constrain else (),
-            ),
+
+@dataclass(frozen=True)
+class Personalizer(Pipeline):
+    """Answers each user as that user would want, through any black-box LLM."""
+
+    llm: ChatLLM = field(kw_only=True)
+    records: Mapping[str, Sequence[Record]] = field(default_factory=dict, kw_only=True)
+    """Each known user's records; answers for other users see none."""
+
+    @classmethod
+    def of(
+        cls, stages: Pipeline, llm: ChatLLM, records: Mapping[str, Sequence[Record]]
+    ) -> "Personalizer":
+        """These stages with an LLM and users."""
+        same = {each.name: getattr(stages, each.name) for each in fields(Pipeline)}
+        return cls(**same, llm=llm, records=records)
+
+    def context_of(self, question: Query | Context) -> Context:
+        """The context of a query; one that was made already is used as it is."""
+        if isinstance(question, Context):
+            return question
+        return self.context(question, before(self.records.get(question.user, ()), question))
+
+    async def apropose(self, question: Query | Context) -> Proposal:
+        """Everything up to the candidates.
+
+        Raises:
+            LLMError: the LLM gave no answer at all.
+        """
+        clock, context = _Clock(), self.context_of(question)
+        retrieved = self.retrieve(context)
+        clock.lap("retrieve")
+        ranked = self.rerank(context, retrieved)
+        clock.lap("rerank")
+        prompt = self.render(context.query, ranked[: self.settings.k])
+        clock.lap("prompt")
+        sampled = await self.sample(self.llm, prompt)
+        clock.lap("llm")
+        return Proposal(
+            context.query,
+            tuple(retrieved),
+            tuple(ranked),
+            sampled.prompt.messages,
+            sampled.candidates,
+            sampled.usage,
+            clock.seconds,
+            (*sampled.prompt.notes, *sampled.notes),
         )
+
+    async def aanswer(self, question: Query | Context) -> Answer:
+        """`apropose`, then the selector's pick."""
+        context = self.context_of(question)
+        return self.decide(context, await self.apropose(context))
+
+    def decide(self, context: Context, proposal: Proposal) -> Answer:
+        """The selector's pick among a proposal's candidates; makes no LLM call."""
+        clock = _Clock()
+        candidates, chosen, abstained = self.select(context, proposal.candidates)
+        clock.lap("adapt")
+        pick = candidates[chosen]
+        timed = replace(proposal, seconds={**proposal.seconds, **clock.seconds})
+        text = pick.answer if pick.answer is not None else pick.text
+        return Answer(text, timed, tuple(candidates), chosen, abstained)
 
     # ---- the same from sync code, and for a plain text
 
@@ -209,12 +268,16 @@ class Personalizer:
             UnknownUser: a plain text for a user without records.
             LLMError: the LLM gave no answer at all.
         """
-        return run_sync(
-            partial(self.aanswer, self.query(query, user) if isinstance(query, str) else query)
-        )
+        question = self.query(query, user) if isinstance(query, str) else query
+        return run_sync(partial(self.aanswer, question))
 
     def query(self, text: str, user: str | None) -> Query:
-        """A text as a query that comes after all of the user's records."""
+        """A text as a query that comes after all of the user's records.
+
+        Raises:
+            UnknownUser: a user without records.
+            UserFault: an empty text, or one that cannot be encoded.
+        """
         if user is None or user not in self.records:
             known = ", ".join(list(self.records)[:3])
             raise UnknownUser(
@@ -240,6 +303,11 @@ class Personalizer:
         return loaded.personalizer(open_llm(llm, chosen) if isinstance(llm, str) else llm, chosen)
 
 
+def candidate_key(text: str, answer: str | None) -> str:
+    """What makes two texts the same candidate."""
+    return answer if answer is not None else f"\0{text}"
+
+
 def _spent(results: Sequence[Generation | LLMError]) -> Usage:
     """What calls cost, those that failed among them."""
 
@@ -253,65 +321,20 @@ def _spent(results: Sequence[Generation | LLMError]) -> Usage:
 def _merge(
     results: Sequence[Generation | LLMError], greedy: bool
 ) -> tuple[list[str], int, list[str]]:
-    """Put the calls' texts together; fail only where none gave a text, or where going on makes no
-    sense.
+    """The calls' texts, how many of them are greedy, and a note for each call that failed; raises
+    only where there is no text, or where going on makes no sense.
     """
     errors = [result for result in results if isinstance(result, LLMError)]
     fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
     if fatal or len(errors) == len(results):
         raise (fatal or errors)[0]
-    texts = [
-        repair(text)
-        for result in results
-        if isinstance(result, Generation)
-        for text in result.texts
-    ]
+    good = [result for result in results if isinstance(result, Generation)]
+    texts = [repair(text) for result in good for text in result.texts]
     if not texts:
         raise LLMError("the LLM gave no text")
     first = results[0]
-    return (
-        texts,
-        len(first.texts) if greedy and isinstance(first, Generation) else 0,
-        [f"a call failed: {e}" for e in errors],
-    )
-
-
-def gather(
-    task: Task, texts: Sequence[str], greedy: int, settings: Settings
-) -> tuple[tuple[Candidate, ...], list[str]]:
-    """Texts of the LLM as candidates: equal answers are one with several votes, in order of
-    appearance; the first `greedy` texts are the temperature-0 answer. With `candidates = labels`
-    every label is a candidate, the greedy one first.
-
-    A text that cannot be parsed stays a candidate of its own, without an answer, and is told in a
-    note.
-    """
-    found: dict[str, Candidate] = {}
-    unread = 0
-    for place, text in enumerate(texts):
-        answer = task.read(text, settings.parsing)
-        unread += answer is None
-        key = answer if answer is not None else f"\0{text}"
-        old = found.get(key) or Candidate(text if task.labels else answer or text, answer)
-        found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
-    notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
-    if task.labels and settings.candidates == "labels":
-        labels = all_labels(
-            task, [candidate for candidate in found.values() if candidate.answer is not None]
-        )
-        unreadable = [
-            candidate for candidate in found.values() if candidate.answer is None
-        ]  # else a baseline would answer the first label
-        return (
-            tuple(
-                sorted(
-                    [*labels, *unreadable],
-                    key=lambda candidate: (not candidate.greedy, -candidate.votes),
-                )
-            ),
-            notes,
-        )
-    return tuple(found.values()), notes
+    certain = len(first.texts) if greedy and isinstance(first, Generation) else 0
+    return texts, certain, [f"a call failed: {error}" for error in errors]
 
 
 class _Clock:
@@ -327,4 +350,4 @@ class _Clock:
         self._last = now
 
 
-__all__ = ["Personalizer", "gather"]
+__all__ = ["Context", "Personalizer", "Pipeline", "Sampled"]

@@ -1,10 +1,11 @@
 """Task, query and records → chat messages inside a token budget.
 
-Knows neither retrieval nor any LLM beyond a function that counts a text's tokens. The best record
-stands last, nearest to the question: small instruct models lean on what they read last, and with
-one record it makes no difference. What must go to stay inside the budget goes in this order: the
-worst records, the end of the last record's input, the end of the query's text. Each cut is told in
-one note. Where the LLM itself finds a prompt too long, `Prompt.shorter` builds it again.
+The library asks the task's instruction alone; in the gateway it is the last message of a
+conversation. Both are built here, so that serving asks what learning asked. The best record stands
+last, nearest to the question: small instruct models lean on what they read last. What must go to
+stay inside the budget goes in this order: the worst records, the end of the last record's input,
+the end of the query's text; a conversation's own messages are never cut. Each cut gives one note.
+Knows neither retrieval nor any LLM.
 """
 
 import math
@@ -12,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.tasks.base import Task
@@ -20,29 +21,32 @@ from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
 Style = Literal["block", "turns"]
-"""Records as a list of examples in the one message, or as earlier turns of the conversation."""
+"""Records as a list of examples in front of the question, or as earlier turns."""
 Count = Callable[[str], int]
 """A text's length in the LLM's tokens."""
+Messages = tuple[Message, ...]
 
 PER_MESSAGE = 8
 """Tokens that a chat template puts around each message (5 in ChatML; a little room for others)."""
 LEAST_INPUT = 40
 """A record whose input would be cut to fewer characters than this is left out instead."""
+INSTRUCTING = ("system", "developer")
+"""Roles of the messages in front of a conversation, behind which example turns begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the LLM is asked, and what stands in it."""
+    """What the LLM is asked, and which records are in it."""
 
-    messages: tuple[Message, ...]
+    messages: Messages
     kept: tuple[Ranked | Record, ...]
-    """The records that stand in the prompt, best first."""
+    """The records in the prompt, best first."""
     notes: tuple[str, ...] = ()
-    """One line for each thing that was cut."""
+    """One line for each cut."""
     tokens: int = 0
-    """Its length, as it was counted or estimated."""
+    """Its length, counted or estimated."""
     again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
-    """Builds it again in other `max_tokens`."""
+    """Builds it again with other `max_tokens`."""
 
     def shorter(self, share: float) -> "Prompt | None":
         """The same question in `share` of its length; None where the instruction has no room."""
@@ -55,48 +59,64 @@ class Prompt:
         return made and replace(made, notes=(note, *made.notes))
 
 
-def build(
+def render(
     task: Task,
     query: Query,
     records: Sequence[Ranked | Record],
     *,
     max_tokens: int,
     count: Count | None = None,
-    style: Style = "block",
-    about: str = "",
+    style: str = "block",
+    profile: str = "",
+    conversation: Sequence[Mapping[str, Any]] | None = None,
 ) -> Prompt:
     """Show `records` (best first), then ask the query. Without records it is exactly the task's
-    instruction.
+    instruction, or the conversation as it is.
 
-    `about` is what is known of the person; it stands before all else, as the system message.
-    `count` measures a text in tokens; without it `estimate` does.
+    Args:
+        count: measures a text in tokens; `estimate` by default.
+        profile: what is known of the user, as a system message in front.
+        conversation: messages that end with the user's question. They are kept as they are,
+            because they are the caller's; where the question is not in the task's words, the
+            records' inputs are not either. One that is just the task's question gives the same
+            messages as `query` alone.
 
     Raises:
-        SettingsError: the instruction alone is longer than `max_tokens`, or the style is unknown.
+        SettingsError: the instruction alone is longer than `max_tokens`, or an unknown style.
     """
     if style not in _STYLES:
         raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(_STYLES)}")
-    page = _Page(task, _STYLES[style], max_tokens, count or estimate, repair(about))
+    page = _Page(
+        task,
+        _STYLES[style],
+        max_tokens,
+        count or estimate,
+        repair(profile),
+        None if conversation is None else tuple(conversation),
+    )
     text = repair(query.input)
     examples = [_example(item) for item in records]
     shown = _fit_records(page, examples, text)
-    asked = _cut(text, lambda part: page.fits(shown, part))
+    asked = text if conversation is not None else _cut(text, lambda part: page.fits(shown, part))
     if asked is None:
         raise SettingsError(
             f"a prompt of {max_tokens} tokens has no room for the instruction of task '{task.name}'"
             " alone"
         )
-    notes = _notes(examples, shown, page) + _told(
-        f"the text of query '{query.id}'", text, asked, page
+    notes = _notes(examples, shown, page)
+    notes += _note_of_cut(f"the text of query '{query.id}'", text, asked, page)
+    again = partial(
+        render,
+        task,
+        query,
+        records,
+        count=count,
+        style=style,
+        profile=profile,
+        conversation=conversation,
     )
-    again = partial(build, task, query, records, count=count, style=style, about=about)
-    return Prompt(
-        page.messages(shown, asked),
-        tuple(records[: len(shown)]),
-        tuple(notes),
-        page.tokens(shown, asked),
-        again,
-    )
+    kept, tokens = tuple(records[: len(shown)]), page.tokens(shown, asked)
+    return Prompt(page.messages(shown, asked), kept, tuple(notes), tokens, again)
 
 
 def estimate(text: str) -> int:
@@ -104,6 +124,16 @@ def estimate(text: str) -> int:
     fewer, other scripts about that).
     """
     return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.5)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message's text: its content, or the text parts of it."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 # ---- how records are shown
@@ -115,33 +145,39 @@ class _Example(NamedTuple):
     output: str
 
 
-_Layout = Callable[[Task, Sequence[_Example], str], tuple[Message, ...]]
+Ask = Callable[[str], str]
+_Layout = Callable[[Task, Sequence[_Example], Messages, Ask], Messages]
 
-
-def _block(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
-    """One message: the examples, best last, then the instruction. Each field stays on its line, so
-    that no text can pose as another.
+def _block(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
+    """The examples, best last, in front of the question's own text. Each field stays on its line,
+    so that no text can pose as another.
     """
     if not shown:
-        return ({"role": "user", "content": task.ask(text)},)
+        return own
     words = task.strategy.prompt_words()
     lines = [
         f"{words.input}: {fold(one.input)}\n{words.answer}: {fold(one.output)}"
         for one in reversed(shown)
     ]
-    parts = [words.header, *lines, f"Now answer as this person would.\n{task.ask(text)}"]
-    return ({"role": "user", "content": "\n\n".join(parts)},)
+    parts = [words.header, *lines, "Now answer as this person would.\n"]
+    block = "\n\n".join(parts)
+    content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
+    front = block if isinstance(content, str) else [{"type": "text", "text": block}]
+    return (*own[:-1], {**own[-1], "content": front + content})
 
 
-def _turns(task: Task, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
-    """Each example as a question and its answer, best last, then the instruction."""
-    messages: list[Message] = []
-    for one in reversed(shown):
-        messages += [
-            {"role": "user", "content": task.ask(one.input)},
+def _turns(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
+    """Each example as a question and its answer, best last, behind the system messages."""
+    head = next((i for i, one in enumerate(own) if one.get("role") not in INSTRUCTING), len(own))
+    turns = [
+        message
+        for one in reversed(shown)
+        for message in (
+            {"role": "user", "content": ask(one.input)},
             {"role": "assistant", "content": one.output},
-        ]
-    return (*messages, {"role": "user", "content": task.ask(text)})
+        )
+    ]
+    return (*own[:head], *turns, *own[head:])
 
 
 _STYLES: Mapping[str, _Layout] = {"block": _block, "turns": _turns}
@@ -163,17 +199,24 @@ class _Page:
     layout: _Layout
     max_tokens: int
     count: Count
-    about: str = ""
+    profile: str = ""
+    conversation: Messages | None = None
 
-    def messages(self, shown: Sequence[_Example], text: str) -> tuple[Message, ...]:
-        first: tuple[Message, ...] = (
-            ({"role": "system", "content": self.about},) if self.about else ()
-        )
-        return first + self.layout(self.task, shown, text)
+    def messages(self, shown: Sequence[_Example], text: str) -> Messages:
+        if self.conversation is not None:
+            return self.layout(self.task, shown, self.conversation, self._ask)
+        system = ({"role": "system", "content": self.profile},) if self.profile else ()
+        own = (*system, {"role": "user", "content": self.task.ask(text)})
+        return self.layout(self.task, shown, own, self.task.ask)
+
+    def _ask(self, text: str) -> str:
+        """A record's input as the conversation asks: its records may come from whole prompts."""
+        own, task = text_of((self.conversation or ({},))[-1]), self.task
+        return task.ask(text) if task.input_of(own) and not task.input_of(text) else text
 
     def tokens(self, shown: Sequence[_Example], text: str) -> int:
         return sum(
-            self.count(message["content"]) + PER_MESSAGE for message in self.messages(shown, text)
+            self.count(text_of(message)) + PER_MESSAGE for message in self.messages(shown, text)
         )
 
     def fits(self, shown: Sequence[_Example], text: str) -> bool:
@@ -210,21 +253,15 @@ def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
 
 
 def _notes(examples: Sequence[_Example], shown: Sequence[_Example], page: _Page) -> list[str]:
-    missing = len(examples) - len(shown)
-    notes = (
-        [
-            f"prompt: {missing} of {len(examples)} records left out to stay within"
-            f" {page.max_tokens} tokens"
-        ]
-        if missing
-        else []
-    )
+    missing, total = len(examples) - len(shown), len(examples)
+    reason = f"to stay within {page.max_tokens} tokens"
+    notes = [f"prompt: {missing} of {total} records left out {reason}"] if missing else []
     for whole, part in zip(examples, shown, strict=False):
-        notes += _told(f"the input of record '{whole.id}'", whole.input, part.input, page)
+        notes += _note_of_cut(f"the input of record '{whole.id}'", whole.input, part.input, page)
     return notes
 
 
-def _told(what: str, whole: str, part: str, page: _Page) -> list[str]:
+def _note_of_cut(what: str, whole: str, part: str, page: _Page) -> list[str]:
     cut = (
         f"prompt: {what} cut at its end from {len(whole)} to {len(part)} characters to stay within"
         f" {page.max_tokens} tokens"

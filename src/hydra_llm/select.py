@@ -1,13 +1,11 @@
-"""Score the candidates as this user would, and pick (paper section 3.3; choosing: DESIGN 5).
+"""Score the candidates for this user and pick one (paper, section 3.3).
 
-    best            the candidate with the highest score, as published
-    expected-gain   the scores are read as a distribution over what the user wants, and the pick
-                    maximises the expected gain
-                    under the task's own gain: the mode for labels, the median for ratings, minimum
-                    Bayes risk for texts
-With caution it abstains, and the first candidate stands, where what the pick would gain is less
-than `caution` times what this user's head leaves uncertain. Knows no LLM. `FirstCandidate` is the
-null part.
+    best            the highest score, as published
+    expected-gain   reads the scores as a distribution over what the user wants and maximises the
+                    expected gain under the task's gain function: the mode for labels, the median
+                    for ratings, minimum Bayes risk for texts
+With an abstention threshold, candidate 0 is kept unless the expected-gain margin of the pick
+exceeds that many posterior standard deviations. Knows no LLM. `FirstCandidate` is the null part.
 """
 
 from collections.abc import Sequence
@@ -17,112 +15,103 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from hydra_llm.context import Context
 from hydra_llm.model.grouping import make_groups
 from hydra_llm.model.interactions import Groups
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
-from hydra_llm.types import Candidate, Query, Record
+from hydra_llm.types import Candidate
 
 TIE = 1e-5
-"""How far apart values are that stand for equal ones."""
+"""Values that differ by less are equal."""
 
 
-class Choice(NamedTuple):
-    """What an adapter made of candidates."""
+class Selection(NamedTuple):
+    """The candidates as a selector has scored them, and its pick."""
 
     candidates: list[Candidate]
     """With scores, where there is a scorer."""
     chosen: int
     """Index of the pick."""
     abstained: bool = False
-    """Whether another one would have been picked, were its lead more certain."""
+    """Whether candidate 0 was kept because the pick's margin was too uncertain."""
+
+    @property
+    def ranking(self) -> list[int]:
+        """Indices of all candidates: the pick, then by falling score; unscored ones last."""
+        scores = [-np.inf if each.score is None else each.score for each in self.candidates]
+        return sorted(range(len(scores)), key=lambda i: (i != self.chosen, -scores[i], i))
 
 
 class Selector(Protocol):
     """Anything that picks one of the candidates for a user."""
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         """The candidates, scored where there is a scorer, and the pick."""
         ...
 
 
 class FirstCandidate:
-    """The LLM's first answer: no adapter."""
+    """The LLM's first answer."""
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
-        return Choice(list(candidates), 0)
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        return Selection(list(candidates), 0)
 
 
 class LearnedSelector:
-    """Picks by the user's factorized scorer; without `votes`, labels are scored as if nobody had
-    been asked.
+    """Picks by the user's factorized scorer. `votes=False` scores labels as if the LLM had not
+    been sampled; `abstention_threshold` is in posterior standard deviations, 0 disables it.
     """
 
     def __init__(
         self,
         scorer: Scorer,
-        evidence: Featurizer,
+        featurizer: Featurizer,
         *,
         select: str = "expected-gain",
         votes: bool = True,
-        caution: float = 0.0,
+        abstention_threshold: float = 0.0,
     ):
-        self.scorer, self.evidence, self.select, self.votes, self.caution = (
-            scorer,
-            evidence,
-            select,
-            votes,
-            caution,
-        )
+        self.scorer, self.featurizer, self.task = scorer, featurizer, featurizer.task
+        self.select, self.votes, self.abstention_threshold = select, votes, abstention_threshold
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
-        task = self.evidence.task
-        places = [
-            place for place, candidate in enumerate(candidates) if candidate.answer is not None
-        ]
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
         if not places:
-            return Choice(list(candidates), 0)
-        readable = [candidates[place] for place in places]
-        offered = (
-            all_labels(task, readable) if self.scorer.interaction.kind == "label" else readable
-        )
-        groups = self._groups(query, offered, visible)
-        by_answer = {candidate.answer: row for row, candidate in enumerate(offered)}
-        rows = [by_answer[candidate.answer] for candidate in readable]
-        scores = self.scorer.score(groups, [query.user], [len(visible)])[0][rows]
-        shares = self.scorer.shares(scores)
-        gains = _gains(task, readable, self.select)
+            return Selection(list(candidates), 0)
+        readable = [candidates[i] for i in places]
+        offered = self.offered(readable)
+        row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
+        rows = [row_of[candidate.answer] for candidate in readable]
+        groups, seen = self.groups(context, offered), len(context.visible)
+        scores = self.scorer.score(groups, [context.query.user], [seen])[0][rows]
+        shares, gains = self.scorer.shares(scores), _gains(self.task, readable, self.select)
         pick = _best(scores.numpy(), shares.numpy(), gains)
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
-        if self.caution and places[0] == 0 and pick != 0:
-            spread = self.scorer.covariance(groups, query.user, len(visible))
-            if (
-                spread is not None
-                and _lead(shares, gains, spread[rows][:, rows], pick) < self.caution
-            ):
-                return Choice(scored, 0, abstained=True)
-        return Choice(scored, places[pick])
+        if self.abstention_threshold and places[0] == 0 and pick != 0:
+            spread = self.scorer.covariance(groups, context.query.user, seen)
+            if spread is not None:
+                margin = _margin(shares, gains, spread[rows][:, rows], pick)
+                if margin < self.abstention_threshold:
+                    return Selection(scored, 0, abstained=True)
+        return Selection(scored, places[pick])
 
-    def _groups(
-        self, query: Query, offered: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Groups:
+    def offered(self, readable: Sequence[Candidate]) -> Sequence[Candidate]:
+        """What is scored: every label where the scorer has features of labels."""
+        by_label = self.scorer.interaction.kind == "label"
+        return all_labels(self.task, readable) if by_label else readable
+
+    def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:
         """The offered candidates as the scorer reads them."""
-        if not self.votes and self.evidence.task.labels:
+        if not self.votes and self.task.labels:
             offered = [replace(candidate, votes=0, greedy=False) for candidate in offered]
-        rows = self.evidence.adapter(query, offered, self.evidence.vectorize(visible))
-        texts = [candidate_text(self.evidence.task, candidate) for candidate in offered]
-        return make_groups(
-            self.evidence.store, self.scorer.interaction, [query.input], [texts], [rows.tolist()]
-        )
+        query, store = context.query, self.featurizer.store
+        features = self.featurizer.adapter(query, offered, context.vectors)
+        texts = [candidate_text(self.task, candidate) for candidate in offered]
+        return make_groups(store, self.scorer.interaction, [query.input], [texts], [features])
 
 
 def select(
@@ -133,8 +122,8 @@ def select(
 
 
 def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray | None:
-    """[C, C] what each candidate is worth where another one is wanted; None where only the wanted
-    one is worth anything.
+    """[C, C] the gain of each candidate if another is wanted; None stands for the identity: for
+    labels the mode maximises the expected gain.
     """
     if how == "best" or task.strategy.zero_one_gain:
         return None
@@ -146,29 +135,26 @@ def _best(scores: np.ndarray, shares: np.ndarray, gains: np.ndarray | None) -> i
 
 
 def first_best(values: np.ndarray) -> int:
-    """The index of the largest value, the first of those that are as large to within rounding:
-    texts that differ in case alone are one and the same to an uncased encoder, and which of them
-    is ahead by a last digit is the processor's choice.
+    """The index of the first value that is the largest to within `TIE`: texts that differ in case
+    alone are equal to an uncased encoder, and a last digit would let the processor choose.
     """
     return int(np.flatnonzero(values >= values.max() - TIE)[0])
 
 
-def _lead(
+def _margin(
     shares: torch.Tensor, gains: np.ndarray | None, covariance: torch.Tensor, pick: int
 ) -> float:
-    """How much more the pick is expected to gain than candidate 0, in standard deviations under the
-    head's uncertainty.
+    """The expected gain of the pick over candidate 0, in posterior standard deviations.
 
-    The expected gain is Δ·p(s) with Δ the difference of the two gains; to first order its variance
-    is gᵀ Σ g, where Σ is the covariance of the scores and g = p ∘ (Δ − Δ·p) the derivative by the
-    scores.
+    It is Δ·p(s) with Δ the difference of the two gains; to first order its variance is gᵀ Σ g with
+    Σ [C, C] the covariance of the scores and g = p ∘ (Δ − Δ·p) the gradient by the scores.
     """
-    worth = torch.eye(len(shares)) if gains is None else torch.from_numpy(gains).float()
-    difference = worth[pick] - worth[0]
-    lead = difference @ shares
-    slope = shares * (difference - lead)
-    deviation = (slope @ covariance @ slope).clamp_min(0).sqrt()
-    return float(lead / deviation.clamp_min(1e-12))
+    gain = torch.eye(len(shares)) if gains is None else torch.from_numpy(gains).float()
+    difference = gain[pick] - gain[0]
+    margin = difference @ shares
+    gradient = shares * (difference - margin)
+    deviation = (gradient @ covariance @ gradient).clamp_min(0).sqrt()
+    return float(margin / deviation.clamp_min(1e-12))
 
 
 def all_labels(task: Task, candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -14,6 +14,7 @@ from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
+from hydra_llm.context import Context
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
@@ -158,34 +159,34 @@ def of(**votes: int) -> list[Candidate]:
 
 def test_votes_pick_the_mode_the_median_and_the_middle() -> None:
     stars = of(_1=3, _4=2, _5=2)
-    assert ByVoteShare(STARS, "best").choose(QUERY, stars, [])[1] == 0
+    assert ByVoteShare(STARS, "best").choose(Context(QUERY), stars)[1] == 0
     assert (
-        ByVoteShare(STARS, "expected-gain").choose(QUERY, stars, [])[1] == 1
+        ByVoteShare(STARS, "expected-gain").choose(Context(QUERY), stars)[1] == 1
     )  # the median of 1 1 1 4 4 5 5
     texts = [
         Candidate(text, text, 1)
         for text in ("a storm at sea", "the great war", "the great war again")
     ]
-    assert ByVoteShare(TITLES, "expected-gain").choose(QUERY, texts, [])[1] == 1
+    assert ByVoteShare(TITLES, "expected-gain").choose(Context(QUERY), texts)[1] == 1
     assert (
-        ByVoteShare(TAGS, "best").choose(QUERY, of(_=9, calm=1, loud=2), [])[1] == 2
+        ByVoteShare(TAGS, "best").choose(Context(QUERY), of(_=9, calm=1, loud=2))[1] == 2
     )  # what cannot be read has no vote
-    assert ByVoteShare(TAGS, "best").choose(QUERY, of(_=9), [])[1] == 0
+    assert ByVoteShare(TAGS, "best").choose(Context(QUERY), of(_=9))[1] == 0
 
 
 def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
-    assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2, odd=1), [])[1] == 2
-    assert Oracle(STARS).choose(Query("u", "q", "", "4"), of(_1=1, _3=1), [])[1] == 1
-    assert Oracle(TAGS).choose(QUERY, of(calm=5, loud=2), [])[1] == 0
+    assert Oracle(TAGS).choose(Context(QUERY), of(calm=5, loud=2, odd=1))[1] == 2
+    assert Oracle(STARS).choose(Context(Query("u", "q", "", "4")), of(_1=1, _3=1))[1] == 1
+    assert Oracle(TAGS).choose(Context(QUERY), of(calm=5, loud=2))[1] == 0
     assert (
-        Oracle(TAGS).choose(QUERY, of(calm=5, odd=0), [])[1] == 0
+        Oracle(TAGS).choose(Context(QUERY), of(calm=5, odd=0))[1] == 0
     )  # the right label, but the LLM did not say it
 
 
 def test_one_by_lot_is_every_sample_once() -> None:
     given = of(calm=3, loud=1, odd=0)
-    assert [NthSample(place).choose(QUERY, given, [])[1] for place in range(4)] == [0, 0, 0, 1]
-    assert NthSample(2).choose(QUERY, of(calm=0, loud=0), [])[1] == 0  # nobody said anything
+    assert [NthSample(place).choose(Context(QUERY), given)[1] for place in range(4)] == [0, 0, 0, 1]
+    assert NthSample(2).choose(Context(QUERY), of(calm=0, loud=0))[1] == 0  # nobody said anything
     said = RuleLLM(lambda messages, index, rng: ("odd", "calm", "odd", "loud", "odd")[index])
     having = parts(said, candidates="sampled")
     samples = run_sync(

@@ -20,6 +20,7 @@ from hydra_llm.bench.sweep import StudyPoint, open_study, with_history
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings, checked
+from hydra_llm.context import Context
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
 from hydra_llm.errors import SettingsError
@@ -251,9 +252,10 @@ def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
     def shares(votes: bool, candidates: Sequence[Candidate]) -> list[float | None]:
         made = bundle.personalizer(
             asked.llm, asked.settings.model_copy(update={"votes": votes})
-        ).adapter
+        ).selector
         assert isinstance(made, LearnedSelector)
-        scored, *_ = made.choose(query, candidates, visible)
+        context = Context(query, tuple(visible), made.featurizer.vectorize)
+        scored, *_ = made.choose(context, candidates)
         assert [each.votes for each in scored] == [
             each.votes for each in candidates
         ]  # they are shown, only not counted

@@ -258,9 +258,9 @@ async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Pa
     def asker(inner: Counting, *, replay_only: bool = False) -> Personalizer:
         return Personalizer(
             task,
-            CachedLLM(inner, tmp_path / "c.sqlite", replay_only=replay_only),
             Nothing(),
             Settings(samples=3),
+            llm=CachedLLM(inner, tmp_path / "c.sqlite", replay_only=replay_only),
         )
 
     first = await asker(Narrow()).apropose(query)

@@ -158,7 +158,7 @@ async def test_a_text_of_many_tokens_is_cut_by_the_engines_own_count(engine: _En
     """Digits are a token each, 3.5 times what the estimate says."""
     small = GgufLLM(smollm2("", Settings()).path, context_per_slot=512)
     task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
-    asker = Personalizer(task, small, Nothing(), Settings(samples=1, max_tokens=2))
+    asker = Personalizer(task, Nothing(), Settings(samples=1, max_tokens=2), llm=small)
     proposal = await asker.apropose(Query("u", "q", "1234567890" * 500))
     await small.aclose()
     assert 256 < proposal.usage.prompt_tokens <= 512 - 2

@@ -150,7 +150,7 @@ async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(
         await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert [body["seed"] for body in endpoint.asked[5:]] == [12]
     asker = Personalizer(
-        Task("t", "generation", "{input}"), llm, Nothing(), Settings(samples=6, seed=8)
+        Task("t", "generation", "{input}"), Nothing(), Settings(samples=6, seed=8), llm=llm
     )
     proposal = await asker.apropose(Query("u", "q", "Hi"))
     assert (proposal.usage.calls, proposal.usage.failed, proposal.usage.prompt_tokens) == (
@@ -259,9 +259,9 @@ async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(
 
     endpoint = serve(narrow)
     task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
-    proposal = await Personalizer(task, client(endpoint), Nothing(), Settings(samples=4)).apropose(
-        Query("u", "q", "0123456789" * 150)
-    )
+    proposal = await Personalizer(
+        task, Nothing(), Settings(samples=4), llm=client(endpoint)
+    ).apropose(Query("u", "q", "0123456789" * 150))
     assert proposal.candidates[0].votes == 4
     assert {body["messages"][0]["content"] for body in endpoint.asked[-2:]} == {
         proposal.messages[0]["content"]

@@ -75,7 +75,7 @@ def personalizer(
 ) -> Personalizer:
     given = {"samples": 3, "k": 2, "retrieved": 3, **chosen}
     return Personalizer(
-        task, llm or RuleLLM(answers_by_the_prompt), BM25(), Settings(**given), records=records
+        task, BM25(), Settings(**given), llm=llm or RuleLLM(answers_by_the_prompt), records=records
     )
 
 

@@ -4,14 +4,15 @@
 `ScorerOnly` call no LLM. A method must beat them to show anything. Knows no metrics.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 
-from hydra_llm.history import before
-from hydra_llm.select import Choice, Selector, all_labels, select
+from hydra_llm.context import Context
+from hydra_llm.pipeline import Personalizer
+from hydra_llm.select import Selection, all_labels, select
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
 
@@ -24,14 +25,12 @@ class Oracle:
 
     task: Task
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         gains = [
-            self.task.gain(each.answer, query.gold or "") if each.votes else -1.0
+            self.task.gain(each.answer, context.query.gold or "") if each.votes else -1.0
             for each in candidates
         ]
-        return Choice(list(candidates), gains.index(max(gains)))
+        return Selection(list(candidates), gains.index(max(gains)))
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,11 @@ class NthSample:
 
     place: int
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         samples = [
             place for place, candidate in enumerate(candidates) for _ in range(candidate.votes)
         ] or [0]
-        return Choice(list(candidates), samples[self.place % len(samples)])
+        return Selection(list(candidates), samples[self.place % len(samples)])
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,19 @@ class ByVoteShare:
     task: Task
     how: str
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         readable = [
             place
             for place, candidate in enumerate(candidates)
             if candidate.answer is not None and candidate.votes
         ]
         if not readable:
-            return Choice(list(candidates), 0)
+            return Selection(list(candidates), 0)
         votes = np.array([float(candidates[place].votes) for place in readable])
         pick = select(
             self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how
         )
-        return Choice(list(candidates), readable[pick])
+        return Selection(list(candidates), readable[pick])
 
 
 # ---- without any LLM
@@ -84,12 +79,13 @@ class ByVoteShare:
 class WithoutLLM:
     """An answer from the user's visible records alone."""
 
-    records: Mapping[str, Sequence[Record]]
+    personalizer: Personalizer
     answer: Callable[[Query, Sequence[Record]], str]
 
     async def aanswer(self, query: Query) -> Answer:
         started = perf_counter()
-        text = self.answer(query, before(self.records.get(query.user, ()), query))
+        context = self.personalizer.context_of(query)
+        text = self.answer(query, context.visible)
         candidate = Candidate(text, text)
         seconds = {"retrieve": perf_counter() - started}
         return Answer(
@@ -103,14 +99,12 @@ class ScorerOnly:
     what the LLM adds.
     """
 
-    task: Task
-    records: Mapping[str, Sequence[Record]]
-    adapter: Selector
+    personalizer: Personalizer
 
     async def aanswer(self, query: Query) -> Answer:
         started = perf_counter()
-        visible = before(self.records.get(query.user, ()), query)
-        blank = tuple(all_labels(self.task, []))
-        candidates, chosen, _ = self.adapter.choose(query, blank, visible)
+        context = self.personalizer.context_of(query)
+        blank = tuple(all_labels(self.personalizer.task, []))
+        candidates, chosen, _ = self.personalizer.select(context, blank)
         proposal = Proposal(query, (), (), (), blank, seconds={"adapt": perf_counter() - started})
         return Answer(candidates[chosen].text, proposal, tuple(candidates), chosen)

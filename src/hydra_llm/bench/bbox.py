@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from hydra_llm.bundle import Bundle
+from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
-from hydra_llm.history import before
 from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.model.grouping import make_groups
 from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear, Tower
 from hydra_llm.pipeline import Personalizer
-from hydra_llm.select import Choice, all_labels, candidate_text, first_best
+from hydra_llm.select import Selection, all_labels, candidate_text, first_best
 from hydra_llm.training.labelling import reads_labels, training_queries
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, Spent, Usage
 
@@ -143,18 +143,16 @@ class ByEnergy:
     bundle: Bundle
     energy: Energy
 
-    def choose(
-        self, query: Query, candidates: Sequence[Candidate], visible: Sequence[Record]
-    ) -> Choice:
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         places = [
             place for place, candidate in enumerate(candidates) if candidate.answer is not None
         ]
         if not places:
-            return Choice(list(candidates), 0)
+            return Selection(list(candidates), 0)
         offered = _offered(self.bundle, [candidates[place] for place in places])
         with torch.no_grad():
             energies = self.energy(
-                _groups(self.bundle, self.energy.interaction, [query], [offered])
+                _groups(self.bundle, self.energy.interaction, [context.query], [offered])
             )
         shares = distribution(energies, _shares([offered]))[0].tolist()
         found = {
@@ -165,7 +163,7 @@ class ByEnergy:
         for place in places:
             score, share = found[candidates[place].answer]
             scored[place] = replace(candidates[place], score=score, probability=share)
-        return Choice(
+        return Selection(
             scored,
             places[first_best(np.array([found[candidates[place].answer][0] for place in places]))],
         )
@@ -272,15 +270,17 @@ class BBoxAdapter:
         return taken
 
     async def aanswer(self, query: Query) -> Answer:
-        visible = before(self.personalizer.records.get(query.user, ()), query)
+        context = self.personalizer.context_of(query)
+        visible = context.visible
         itself = (
             query.user if query.user in self.bundle.trained_on else ""
         )  # whose later records must not have taught the energy
         shared = await self._once(("shared", itself), partial(self._learn, itself))
         seen = ("own", query.user, *(record.id for record in visible))
         own = await self._once(seen, partial(self._adapt, shared, query.user, visible))
-        proposal = await self.personalizer.apropose(query)
-        return replace(self.personalizer, adapter=ByEnergy(self.bundle, own)).decide(proposal)
+        proposal = await self.personalizer.apropose(context)
+        choosing = replace(self.personalizer, selector=ByEnergy(self.bundle, own))
+        return choosing.decide(context, proposal)
 
     async def _once(self, key: tuple[str, ...], make: Callable[[], Awaitable[Energy]]) -> Energy:
         """What `make` made the first time, or why it could not: a dead LLM is not asked for all

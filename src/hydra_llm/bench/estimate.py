@@ -17,6 +17,7 @@ from hydra_llm.bench.experiment import Experiment, whole_methods
 from hydra_llm.bench.methods import Parts
 from hydra_llm.bench.runner import chosen_queries
 from hydra_llm.bundle import Bundle
+from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import Sampling
@@ -33,7 +34,7 @@ from hydra_llm.training.labelling import (
     reranker_groups,
     training_queries,
 )
-from hydra_llm.types import Generation, Message, Query, Ranked, Record, Usage
+from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
 SAMPLE = 5
 """Requests that are really made."""
@@ -154,9 +155,7 @@ class NotingLLM:
 class Reversed:
     """Stands for an order that nobody knows yet."""
 
-    def order(
-        self, query: Query, retrieved: Sequence[Ranked], visible: Sequence[Record]
-    ) -> list[Ranked]:
+    def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         return list(reversed(retrieved))
 
 

@@ -16,7 +16,6 @@ from hydra_llm.bench.bbox import bbox_adapter
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
-from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
@@ -176,9 +175,10 @@ class Profiled:
     locks: dict[tuple[str, int], anyio.Lock] = field(default_factory=dict)
 
     async def aanswer(self, query: Query) -> Answer:
-        visible = before(self.inner.records.get(query.user, ()), query)
+        context = self.inner.context_of(query)
+        visible = context.visible
         if not visible:
-            return await self.inner.aanswer(query)
+            return await self.inner.aanswer(context)
         key, usage = (query.user, len(visible)), Usage()
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
@@ -186,7 +186,7 @@ class Profiled:
                     self._question(visible), Sampling(max_tokens=PROFILE_TOKENS)
                 )
                 self.profiles[key], usage = made.texts[0].strip(), made.usage
-        answer = await replace(self.inner, about=self.profiles[key]).aanswer(query)
+        answer = await replace(self.inner, profile=self.profiles[key]).aanswer(context)
         return replace(
             answer, proposal=replace(answer.proposal, usage=answer.proposal.usage + usage)
         )
@@ -241,7 +241,7 @@ def _shared(parts: Parts) -> Answerer:
 
 
 def _choosing(adapter: Callable[[Parts], Selector]) -> Callable[[Parts], Answerer]:
-    return lambda parts: replace(parts.personalizer(rerank=True), adapter=adapter(parts))
+    return lambda parts: replace(parts.personalizer(rerank=True), selector=adapter(parts))
 
 
 # ---- controls without any LLM
@@ -249,7 +249,7 @@ def _choosing(adapter: Callable[[Parts], Selector]) -> Callable[[Parts], Answere
 
 def _user_majority(parts: Parts) -> Answerer:
     return WithoutLLM(
-        parts.records,
+        parts.personalizer(),
         lambda query, visible: parts.bundle.task.strategy.typical(
             [record.output for record in visible]
         ),
@@ -263,11 +263,11 @@ def _copy_nearest(parts: Parts) -> Answerer:
         found = nearest.retrieve(query, visible, 1)
         return found[0].record.output if found else parts.bundle.task.strategy.typical([])
 
-    return WithoutLLM(parts.records, copied)
+    return WithoutLLM(parts.personalizer(), copied)
 
 
 def _scorer_only(parts: Parts) -> Answerer:
-    return ScorerOnly(parts.bundle.task, parts.records, parts.personalizer(adapt=True).adapter)
+    return ScorerOnly(parts.personalizer(adapt=True))
 
 
 METHODS: Mapping[str, Method] = {

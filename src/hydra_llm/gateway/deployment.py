@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -15,12 +14,10 @@ from hydra_llm.gateway.prefetch import Prefetcher
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.timed_reads import TimedReads
 from hydra_llm.gateway.user_cache import UserCache
-from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import forget_features
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.rerank import KeepOrder, Reranker
-from hydra_llm.retrieve import Forgetful, Retriever, make_retriever
-from hydra_llm.select import FirstCandidate, Selector
+from hydra_llm.pipeline import Pipeline
+from hydra_llm.retrieve import Forgetful, make_retriever
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
@@ -37,17 +34,21 @@ class Deployment:
     """Where the bundle lies; None where there is none."""
     id: str
     """SHA-256 of its weights: heads belong to it. Empty where there is none."""
-    task: Task
-    settings: Settings
-    retriever: Retriever
-    reranker: Reranker
-    adapter: Selector
+    pipeline: Pipeline
     people: UserCache
     together: MicroBatcher
     scorers: dict[str, Scorer]
     bundle: Bundle | None = None
     warming: Prefetcher | None = None
     """Where scoring needs a user's records encoded."""
+
+    @property
+    def task(self) -> Task:
+        return self.pipeline.task
+
+    @property
+    def settings(self) -> Settings:
+        return self.pipeline.settings
 
     @property
     def picks(self) -> bool:
@@ -65,8 +66,8 @@ class Deployment:
         tell from this one's.
         """
         self.people.drop(user)
-        if isinstance(self.retriever, Forgetful):
-            self.retriever.forget()
+        if isinstance(self.pipeline.retriever, Forgetful):
+            self.pipeline.retriever.forget()
 
     def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
         """Forget the features of texts that nobody (but that one) has; those that others have stay,
@@ -123,11 +124,8 @@ def open_deployment(
             here.model_copy(update={"parsing": "strict", **asked}),
             UserCache(store, None, settings.users_in_memory),
         )
-        null, together = (
-            (make_retriever("bm25"), KeepOrder(), FirstCandidate()),
-            MicroBatcher(None, settings.scoring_queue),
-        )
-        return Deployment(None, "", ANY_TASK, plain, *null, people, together, {})
+        pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), plain)
+        return Deployment(None, "", pipeline, people, MicroBatcher(None, settings.scoring_queue), {})
     loaded = Bundle.load(folder, here=here)
     own = {"abstention_threshold": settings.abstention_threshold, **asked}
     chosen = loaded.settings.model_copy(update=own)
@@ -135,7 +133,6 @@ def open_deployment(
     # heads are the ones that count.
     bundle = replace(loaded.without_people(str), settings=chosen)
     people = UserCache(store, bundle, settings.users_in_memory)
-    parts = bundle.personalizer(cast(ChatLLM, None))
     # Questions and answers come and go: of users' records alone something is kept in the file, by
     # warming.
     bundle.store.keep = False
@@ -149,13 +146,10 @@ def open_deployment(
         if chosen.features == "tower"
         else None
     )
-    chain = (parts.retriever, parts.reranker, parts.adapter)
     return Deployment(
         str(folder),
         bundle.weights,
-        bundle.task,
-        chosen,
-        *chain,
+        bundle.pipeline(),
         people,
         together,
         bundle.scorers,

@@ -14,7 +14,7 @@ from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.schemas import text_of
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
-from hydra_llm.pipeline import gather
+from hydra_llm.pipeline import candidate_key
 from hydra_llm.rerank import LearnedReranker, record_text
 from hydra_llm.select import LearnedSelector, candidate_text
 from hydra_llm.text import repair
@@ -62,7 +62,7 @@ class Search:
 
     def pairs(self) -> list[tuple[str, str]]:
         """What the reranker will read, where it reads pairs."""
-        if not _reads_pairs(self.serving.reranker):
+        if not _reads_pairs(self.serving.pipeline.reranker):
             return []
         with_answer = self.serving.settings.record_answer
         return [
@@ -82,7 +82,8 @@ class Search:
             return found(retrieved, {**self._seconds, "rerank": 0.0}, warm=False)
         started = time.perf_counter()
         try:
-            ranked = serving.reranker.order(self.query, retrieved, self._visible)
+            context = serving.pipeline.context(self.query, self._visible)
+            ranked = serving.pipeline.rerank(context, retrieved)
         except (
             Exception
         ) as error:  # the retriever's order is what an answer without this program would get
@@ -95,7 +96,7 @@ class Search:
             self._visible = self.serving.readable(self.person.records)
             started = time.perf_counter()
             retriever, most = (
-                self.serving.retriever,
+                self.serving.pipeline.retriever,
                 max(self.serving.settings.retrieved, self.wanted),
             )
             self._retrieved = (
@@ -115,9 +116,9 @@ def _reads_pairs(scorer: Any) -> bool:
 
 def pairs_of(serving: Deployment, question: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     """What the adapter will read of an LLM's texts, where it reads pairs."""
-    if not _reads_pairs(serving.adapter) or _says_no_label(serving, texts):
+    if not _reads_pairs(serving.pipeline.selector) or _says_no_label(serving, texts):
         return []
-    offered, _ = gather(serving.task, texts, 1, serving.settings)
+    offered, _ = serving.pipeline.read(texts, 1)
     return [
         (question, candidate_text(serving.task, each))
         for each in offered
@@ -164,12 +165,11 @@ def choose(
     if _says_no_label(serving, texts):
         return as_they_came(choices)
     serving.people.seat(person)  # feedback or others may have pushed the head out
-    offered, _ = gather(serving.task, texts, 1, serving.settings)
-    chosen = serving.adapter.choose(
-        Query(person.name, "asked", question, position=LATER), offered, visible
-    )
+    offered, _ = serving.pipeline.read(texts, 1)
+    query = Query(person.name, "asked", question, position=LATER)
+    chosen = serving.pipeline.select(serving.pipeline.context(query, visible), offered)
     keys, said = (
-        [_key(text, serving.task.read(text, serving.settings.parsing)) for text in texts],
+        [candidate_key(text, serving.task.read(text, serving.settings.parsing)) for text in texts],
         dict[str, int](),
     )
     for i, key in enumerate(keys):
@@ -181,7 +181,7 @@ def choose(
     out, candidates, used = [], [], set()
     for which in sorted(range(len(offered)), key=lambda i: (i != chosen.chosen, -scores[i], i)):
         candidate = chosen.candidates[which]
-        place = said.get(_key(candidate.text, candidate.answer))
+        place = said.get(candidate_key(candidate.text, candidate.answer))
         if place is None and which != chosen.chosen:
             continue  # a label that nobody said
         # The pick may be such a label: the scorer's word against the LLM's.
@@ -191,7 +191,7 @@ def choose(
         candidates.append(candidate)
         used.add(place)
     placed = {
-        _key(candidate.text, candidate.answer): place for place, candidate in enumerate(candidates)
+        candidate_key(each.text, each.answer): place for place, each in enumerate(candidates)
     }
     rest = [i for i in range(len(choices)) if i not in used]
     return Picked(
@@ -209,8 +209,3 @@ def _said_by_nobody(like: dict[str, Any], text: str) -> dict[str, Any]:
         "logprobs": None,
         "finish_reason": "stop",
     }
-
-
-def _key(text: str, answer: str | None) -> str:
-    """What makes two texts the same candidate."""
-    return answer if answer is not None else f"\0{text}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.interactions import Groups, Interaction
@@ -17,7 +18,7 @@ def make_groups(
     interaction: Interaction,
     lefts: Sequence[str],
     rights: Sequence[Sequence[str]],
-    evidence: Sequence[Sequence[Sequence[float]]],
+    evidence: Sequence[Sequence[Sequence[float]] | NDArray[np.floating]],
 ) -> Groups:
     """G queries with their candidates' texts and evidence, padded to the longest group. Each
     distinct text is encoded once.
@@ -26,7 +27,8 @@ def make_groups(
     mask = torch.tensor(
         [[c < len(texts) for c in range(width)] for texts in rights], dtype=torch.bool
     ).view(len(rights), width)
-    known = torch.zeros(len(rights), width, len(evidence[0][0]) if evidence and evidence[0] else 0)
+    columns = np.shape(evidence[0])[-1] if len(evidence) and len(evidence[0]) else 0
+    known = torch.zeros(len(rights), width, columns)
     if len(rights):
         known[mask] = torch.tensor(
             np.concatenate([np.asarray(e, dtype=np.float32) for e in evidence])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hydra_llm.config import Settings
+from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order
 from hydra_llm.llm.concurrency import Progress, map_calls
@@ -57,36 +58,33 @@ async def reranker_groups(
     progress: Progress | None = None,
 ) -> Collected:
     """Ask the LLM each query once per retrieved record, at temperature 0."""
-    settings, cases = personalizer.settings, []
-    for query in queries:
-        visible = before(personalizer.records[query.user], query)
-        cases += [
-            (query, item)
-            for item in personalizer.retriever.retrieve(query, visible, settings.retrieved)
-        ]
+    settings = personalizer.settings
+    contexts = [personalizer.context_of(query) for query in queries]
+    cases = [(context, item) for context in contexts for item in personalizer.retrieve(context)]
 
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
-    async def usefulness(case: tuple[Query, Ranked]) -> tuple[float, Usage, list[str]]:
-        query, item = case
-        prompt = once.prompt(query, [item])
-        (answer,), usage, notes = await once.aask(prompt)
-        return once.task.gain(answer.answer, query.gold or ""), usage, [*prompt.notes, *notes]
+    async def usefulness(case: tuple[Context, Ranked]) -> tuple[float, Usage, list[str]]:
+        query, item = case[0].query, case[1]
+        prompt = once.render(query, [item])
+        made = await once.sample(once.llm, prompt)
+        gain = once.task.gain(made.candidates[0].answer, query.gold or "")
+        return gain, made.usage, [*prompt.notes, *made.notes]
 
     results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
     useful: dict[tuple[str, str], list[tuple[Ranked, float]]] = {}
 
     def groups() -> list[LabelledGroup]:
-        told = [
-            (query, useful[key]) for query in queries if (key := (query.user, query.id)) in useful
-        ]
         return [
-            _reranker_group(personalizer, evidence, query, rows, voted=True) for query, rows in told
+            _reranker_group(personalizer, evidence, context, useful[key], voted=True)
+            for context in contexts
+            if (key := (context.query.user, context.query.id)) in useful
         ]
 
     out = Collected(groups, calls=len(cases))
-    for (query, item), result in zip(cases, results, strict=True):
+    for (context, item), result in zip(cases, results, strict=True):
+        query = context.query
         if isinstance(result, LLMError):
             out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
@@ -107,15 +105,13 @@ def copy_groups(personalizer: Personalizer, evidence: Featurizer, user: str) -> 
     """
     task, records, found = personalizer.task, personalizer.records[user], []
     for query in training_queries(task, records, len(records)):
-        retrieved = personalizer.retriever.retrieve(
-            query, before(records, query), personalizer.settings.retrieved
-        )
+        context = personalizer.context_of(query)
         rows = [
             (item, task.gain(_own_answer(task, item.record), query.gold or ""))
-            for item in retrieved
+            for item in personalizer.retrieve(context)
         ]
         if len(rows) > 1:
-            found.append(_reranker_group(personalizer, evidence, query, rows, voted=False))
+            found.append(_reranker_group(personalizer, evidence, context, rows, voted=False))
     return found
 
 
@@ -127,14 +123,13 @@ def _own_answer(task: Task, record: Record) -> str | None:
 def _reranker_group(
     personalizer: Personalizer,
     evidence: Featurizer,
-    query: Query,
+    context: Context,
     rows: Sequence[tuple[Ranked, float]],
     *,
     voted: bool,
 ) -> LabelledGroup:
-    items = [item for item, _ in rows]
-    visible = before(personalizer.records[query.user], query)
-    memory = evidence.vectorize(visible)
+    query, items = context.query, [item for item, _ in rows]
+    memory = evidence.vectorize(context.visible)
     texts = tuple(
         record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items
     )
@@ -146,7 +141,7 @@ def _reranker_group(
         texts,
         tuple(gain for _, gain in rows),
         table,
-        len(visible),
+        len(context.visible),
         voted=voted,
     )
 
@@ -158,17 +153,22 @@ async def adapter_groups(
     progress: Progress | None = None,
 ) -> Collected:
     """Let the LLM propose candidates for each query and say what each is worth."""
+    contexts = [personalizer.context_of(query) for query in queries]
+
+    async def propose(context: Context) -> Proposal:
+        return await personalizer.apropose(replace(context))  # a copy: its vectors are not kept
+
     proposals = await map_calls(
-        personalizer.apropose, queries, limit=personalizer.settings.concurrency, progress=progress
+        propose, contexts, limit=personalizer.settings.concurrency, progress=progress
     )
-    good = [proposal for proposal in proposals if not isinstance(proposal, LLMError)]
 
     def groups() -> list[LabelledGroup]:
-        return [
-            group
-            for proposal in good
-            if (group := _adapter_group(personalizer, evidence, proposal))
-        ]
+        made = (
+            _adapter_group(personalizer, evidence, context, proposal)
+            for context, proposal in zip(contexts, proposals, strict=True)
+            if isinstance(proposal, Proposal)
+        )
+        return [group for group in made if group]
 
     out = Collected(groups, calls=len(queries))
     for query, proposal in zip(queries, proposals, strict=True):
@@ -182,7 +182,7 @@ async def adapter_groups(
 
 
 def _adapter_group(
-    personalizer: Personalizer, evidence: Featurizer, proposal: Proposal
+    personalizer: Personalizer, evidence: Featurizer, context: Context, proposal: Proposal
 ) -> LabelledGroup | None:
     query, settings = proposal.query, personalizer.settings
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
@@ -197,14 +197,7 @@ def _adapter_group(
         candidates = [*candidates, Candidate(query.gold, query.gold)]
     if not candidates:
         return None
-    return _labelled(
-        personalizer.task.gain,
-        evidence,
-        query,
-        candidates,
-        personalizer.records[query.user],
-        voted=True,
-    )
+    return _labelled(evidence, context, candidates, voted=True)
 
 
 def offers_all(task: Task, settings: Settings) -> bool:
@@ -229,25 +222,19 @@ def label_groups(evidence: Featurizer, records: Sequence[Record]) -> list[Labell
     task = evidence.task
     blank = all_labels(task, [])
     queries = [as_query(record) for record in in_order(records) if record.output in task.labels]
-    return [_labelled(task.gain, evidence, query, blank, records, voted=False) for query in queries]
+    contexts = (Context(query, tuple(before(records, query))) for query in queries)
+    return [_labelled(evidence, context, blank, voted=False) for context in contexts]
 
 
 def _labelled(
-    gain: Callable[[str | None, str], float],
-    evidence: Featurizer,
-    query: Query,
-    candidates: Sequence[Candidate],
-    records: Sequence[Record],
-    *,
-    voted: bool,
+    evidence: Featurizer, context: Context, candidates: Sequence[Candidate], *, voted: bool
 ) -> LabelledGroup:
-    gains = tuple(gain(candidate.answer, query.gold or "") for candidate in candidates)
-    visible = before(records, query)
-    table = _frozen(evidence.adapter(query, candidates, evidence.vectorize(visible)).tolist())
-    texts = tuple(candidate_text(evidence.task, candidate) for candidate in candidates)
-    return LabelledGroup(
-        query.user, query.id, query.input, texts, gains, table, len(visible), voted=voted
-    )
+    task, query, count = evidence.task, context.query, len(context.visible)
+    gains = tuple(task.gain(candidate.answer, query.gold or "") for candidate in candidates)
+    vectors = evidence.vectorize(context.visible)
+    table = _frozen(evidence.adapter(query, candidates, vectors).tolist())
+    texts = tuple(candidate_text(task, candidate) for candidate in candidates)
+    return LabelledGroup(query.user, query.id, query.input, texts, gains, table, count, voted=voted)
 
 
 def _frozen(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
