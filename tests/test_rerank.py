@@ -73,7 +73,7 @@ def order(
     query: Query = QUERY,
 ) -> list[Ranked]:
     featurizer = getattr(chooser, "featurizer", None)
-    context = Context(query, tuple(past), featurizer and featurizer.vectorize)
+    context = Context(query, tuple(past), vectorize=featurizer and featurizer.vectorize)
     return chooser.order(context, retrieved)
 
 

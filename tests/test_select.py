@@ -136,7 +136,9 @@ def adapter(
 
 
 def seen(chooser: LearnedSelector, past: Sequence[Record] = (), user: str = "u") -> Context:
-    return Context(Query(user, "q", QUERY.input), tuple(past), chooser.featurizer.vectorize)
+    return Context(
+        Query(user, "q", QUERY.input), tuple(past), vectorize=chooser.featurizer.vectorize
+    )
 
 
 @pytest.mark.parametrize("by_label", [False, True])

@@ -4,10 +4,11 @@ Which records a query may see is decided before (`history.before`); here it is o
 no LLM and no scorer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from hydra_llm.model.heads.base import Head, usable_head
 from hydra_llm.side_features import HistoryVectors
 from hydra_llm.types import Query, Record
 
@@ -21,8 +22,26 @@ class Context:
     query: Query
     visible: tuple[Record, ...] = ()
     """Every record that the query may see, oldest first."""
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    """The user's heads that may answer, by scorer; the shared head answers for the others."""
+    notes: tuple[str, ...] = ()
+    """Why a shared head answers in place of the user's own."""
     vectorize: Vectorize | None = field(default=None, repr=False, compare=False)
     """Makes `vectors`; None where no stage is learned."""
+
+    @classmethod
+    def of(
+        cls,
+        query: Query,
+        visible: Sequence[Record],
+        heads: Mapping[str, Head],
+        vectorize: Vectorize | None,
+    ) -> "Context":
+        """Leaves out heads that know more than the query may see: time never leaks."""
+        judged = {name: usable_head(head, query, len(visible)) for name, head in heads.items()}
+        usable = {name: head for name, (head, _) in judged.items() if head is not None}
+        notes = tuple(f"{name}: {reason}" for name, (_, reason) in judged.items() if reason)
+        return cls(query, tuple(visible), usable, notes, vectorize)
 
     @cached_property
     def vectors(self) -> HistoryVectors:

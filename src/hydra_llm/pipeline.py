@@ -21,6 +21,7 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.model.heads.base import Head
 from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
@@ -74,9 +75,13 @@ class Pipeline:
     profile: str = ""
     """What is known of the user, for the system message."""
 
-    def context(self, query: Query, visible: Sequence[Record]) -> Context:
-        """All that the stages may know of a question. `visible`: see `history.before`."""
-        return Context(query, tuple(visible), self.vectorize)
+    def context(
+        self, query: Query, visible: Sequence[Record], heads: Mapping[str, Head] | None = None
+    ) -> Context:
+        """All that the stages may know of a question: the records of `history.before`, and the
+        user's heads by scorer.
+        """
+        return Context.of(query, visible, heads or {}, self.vectorize)
 
     def retrieve(self, context: Context, most: int = 0) -> list[Ranked]:
         """The records that may help, best first: as many as the settings say, or `most`."""
@@ -199,20 +204,29 @@ class Personalizer(Pipeline):
     llm: ChatLLM = field(kw_only=True)
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict, kw_only=True)
     """Each known user's records; answers for other users see none."""
+    heads: Mapping[str, Mapping[str, Head]] = field(default_factory=dict, kw_only=True)
+    """Scorer → user → head."""
 
     @classmethod
     def of(
-        cls, stages: Pipeline, llm: ChatLLM, records: Mapping[str, Sequence[Record]]
+        cls,
+        stages: Pipeline,
+        llm: ChatLLM,
+        records: Mapping[str, Sequence[Record]],
+        heads: Mapping[str, Mapping[str, Head]] | None = None,
     ) -> "Personalizer":
         """These stages with an LLM and users."""
         same = {each.name: getattr(stages, each.name) for each in fields(Pipeline)}
-        return cls(**same, llm=llm, records=records)
+        return cls(**same, llm=llm, records=records, heads=heads or {})
 
     def context_of(self, question: Query | Context) -> Context:
         """The context of a query; one that was made already is used as it is."""
         if isinstance(question, Context):
             return question
-        return self.context(question, before(self.records.get(question.user, ()), question))
+        heads = {
+            name: own[question.user] for name, own in self.heads.items() if question.user in own
+        }
+        return self.context(question, before(self.records.get(question.user, ()), question), heads)
 
     async def apropose(self, question: Query | Context) -> Proposal:
         """Everything up to the candidates.

@@ -254,7 +254,7 @@ def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
             asked.llm, asked.settings.model_copy(update={"votes": votes})
         ).selector
         assert isinstance(made, LearnedSelector)
-        context = Context(query, tuple(visible), made.featurizer.vectorize)
+        context = Context(query, tuple(visible), vectorize=made.featurizer.vectorize)
         scored, *_ = made.choose(context, candidates)
         assert [each.votes for each in scored] == [
             each.votes for each in candidates

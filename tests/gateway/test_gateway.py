@@ -452,9 +452,9 @@ async def test_whatever_fails_the_caller_gets_an_answer(
         plain = await world.ask(QUESTION)
         assert plain.headers["x-hydra-personalized"] == "false; reason=upstream-refused"
         assert len(world.upstream.bodies[-1]["messages"]) == 1
-        monkeypatch.setattr(serving.adapter, "choose", broken)
+        monkeypatch.setattr(serving.pipeline.selector, "choose", broken)
         assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == "calm"
-        monkeypatch.setattr(serving.reranker, "order", broken)
+        monkeypatch.setattr(serving.pipeline.reranker, "order", broken)
         assert (await world.ask(QUESTION)).headers["x-hydra-personalized"] == "true"
         figures = (await world.http.get("/metrics")).text
         for part in ("candidates", "records", "adapter", "reranker"):
@@ -802,7 +802,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
         await world.http.post("/v1/users/ada/records", json={"records": sent})
         await world.ask(QUESTION)
-        assert serving.retriever._index.cache_info().currsize == 1
+        assert serving.pipeline.retriever._index.cache_info().currsize == 1
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
         for _ in range(500):
@@ -812,7 +812,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         await serving.together.run(lambda: None)
         mine = [text for text in texts_of(records) if text != "calm"]
         assert serving.bundle.store.missing(mine) == len(mine)
-        assert serving.retriever._index.cache_info().currsize == 0
+        assert serving.pipeline.retriever._index.cache_info().currsize == 0
 
 
 async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
