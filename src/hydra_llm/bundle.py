@@ -112,9 +112,7 @@ class Bundle:
         rerank = rerank and (self.reranks or chosen.rerank == "always")
         reranker: Reranker = KeepOrder()
         if rerank and self.reranker:
-            reranker = LearnedReranker(
-                self.reranker, featurizer, with_answer=chosen.record_answer
-            )
+            reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         selector: Selector = FirstCandidate()
         if adapt and self.adapter:
             selector = LearnedSelector(

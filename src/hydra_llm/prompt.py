@@ -148,6 +148,7 @@ class _Example(NamedTuple):
 Ask = Callable[[str], str]
 _Layout = Callable[[Task, Sequence[_Example], Messages, Ask], Messages]
 
+
 def _block(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
     """The examples, best last, in front of the question's own text. Each field stays on its line,
     so that no text can pose as another.

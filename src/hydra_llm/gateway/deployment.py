@@ -125,7 +125,9 @@ def open_deployment(
             UserCache(store, None, settings.users_in_memory),
         )
         pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), plain)
-        return Deployment(None, "", pipeline, people, MicroBatcher(None, settings.scoring_queue), {})
+        return Deployment(
+            None, "", pipeline, people, MicroBatcher(None, settings.scoring_queue), {}
+        )
     loaded = Bundle.load(folder, here=here)
     own = {"abstention_threshold": settings.abstention_threshold, **asked}
     chosen = loaded.settings.model_copy(update=own)

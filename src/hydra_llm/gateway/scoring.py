@@ -190,9 +190,7 @@ def choose(
         )
         candidates.append(candidate)
         used.add(place)
-    placed = {
-        candidate_key(each.text, each.answer): place for place, each in enumerate(candidates)
-    }
+    placed = {candidate_key(each.text, each.answer): place for place, each in enumerate(candidates)}
     rest = [i for i in range(len(choices)) if i not in used]
     return Picked(
         [*out, *(choices[i] for i in rest)],
