@@ -1,7 +1,7 @@
 """hydra-llm personalizes any black-box LLM (HYDRA, Zhuang et al., NeurIPS 2024).
 
-Every public name is imported when it is first used (PEP 562): `import hydra_llm` loads no torch and
-takes milliseconds.
+Every public name is imported at its first use (PEP 562): `import hydra_llm` loads no torch and takes
+milliseconds.
 """
 
 from importlib import import_module
@@ -39,8 +39,7 @@ __all__ = [
     "load_settings",
 ]
 
-# No subpackage may have the name of one of these: importing it would put the module over the
-# function.
+# No module may have one of these names: importing it would replace the name by the module.
 _HOMES = {
     "hydra_llm.config": ("Settings", "load_settings"),
     "hydra_llm.errors": ("HydraError", "LLMError", "UserFault"),

@@ -1,17 +1,19 @@
 """Every exception that hydra-llm raises on purpose.
 
-    HydraError
-    ├── UserFault            the caller can mend it: one line and the fix, exit code 2
-    │   ├── DataError        a data set's file, line or field is broken
-    │   ├── SettingsError    an unknown name or a value out of range
-    │   ├── UnknownUser      the bundle or data set has no such user
-    │   └── BundleError      a bundle is damaged, newer than this version, or does not fit
-    ├── StoreError           the gateway's database failed or is not as expected; nothing was
-                             acknowledged (store/store.py: Stale)
-    └── LLMError             a call to the black box failed; it is recorded, never scored 0
-        ├── PartlyFailed     some of its texts arrived and are kept (llm/base.py)
-        ├── LLMRefused       it will fail again as it stands (401, 403, 404, 400)
-        └── BudgetExceeded   the run's budget is spent; the run stops cleanly and resumes
+    HydraError                    exit code 1
+    ├── UserFault                 the caller can correct it: one line, exit code 2
+    │   ├── DataError             a data set's file, line or field is broken
+    │   ├── SettingsError         an unknown name or a value out of range
+    │   ├── UnknownUser           the bundle or data set has no such user
+    │   └── BundleError           a bundle is damaged, of a newer format, or does not fit
+    ├── StoreError                the gateway's database failed; nothing was kept
+    │   ├── StaleVersion          the user has changed since it was read   (store/values.py)
+    │   ├── NoSuchUser            unknown, or deleted                      (store/values.py)
+    │   └── ConflictingFeedback   the request has other feedback           (store/values.py)
+    └── LLMError                  an LLM call failed; it is recorded, never scored 0
+        ├── PartlyFailed          some of its texts arrived and are kept   (llm/base.py)
+        ├── LLMRefused            it will fail again as it is (400, 401, 403, 404)
+        └── BudgetExceeded        the run stops cleanly, and can be resumed
 
 Each message is one line that names the place and, where there is one, the fix.
 """
@@ -26,7 +28,7 @@ class HydraError(Exception):
 
 
 class UserFault(HydraError):
-    """Something that the caller can fix; the command line prints one line and exits with 2."""
+    """Something that the caller can correct; the command line prints one line and exits with 2."""
 
     exit_code = 2
 
@@ -44,8 +46,8 @@ class DataError(UserFault):
     ):
         self.file, self.line, self.field = file, line, field
         place = ":".join(str(part) for part in (file, line) if part is not None)
-        named = f" field '{field}':" if field else ""
-        super().__init__(f"{place}:{named} {message}" if place else f"{named} {message}".strip())
+        named = f"field '{field}':" if field else ""
+        super().__init__(" ".join(filter(None, (place and f"{place}:", named, message))))
 
 
 class SettingsError(UserFault):
@@ -61,7 +63,7 @@ class BundleError(UserFault):
 
 
 class StoreError(HydraError):
-    """The gateway's database cannot be reached, failed, or is not what was expected of it."""
+    """The gateway's database cannot be reached, has failed, or is not as expected."""
 
     exit_code = 2
 
@@ -71,8 +73,8 @@ class LLMError(HydraError):
 
 
 class LLMRefused(LLMError):
-    """A call that fails again as it stands: wrong key, unknown model, malformed request, a prompt
-    beyond the LLM's window.
+    """A call that will fail again as it is: wrong key, unknown model, malformed request, a prompt
+    longer than the context window.
     """
 
     exit_code = 2
@@ -80,10 +82,8 @@ class LLMRefused(LLMError):
     def __init__(self, message: str, *, fits: float | None = None):
         super().__init__(message)
         self.fits = fits
-        """Where the prompt was too long: the share of it that would fit. A shorter prompt may be
-        asked.
-        """
+        """For a prompt that was too long: the share of it that fits. A shorter one may be tried."""
 
 
 class BudgetExceeded(LLMError):
-    """The next call would pass the budget; what was done so far is kept."""
+    """The next call would exceed the budget; what was done so far is kept."""

@@ -42,7 +42,7 @@ from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBiline
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.select import Selection, all_labels, candidate_text, first_best
 from hydra_llm.training.labelling import reads_labels, training_queries
-from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, Spent, Usage
+from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, StageCost, Usage
 
 if TYPE_CHECKING:
     from hydra_llm.bench.methods import Parts
@@ -262,9 +262,9 @@ class BBoxAdapter:
     """Of the start."""
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
     locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
-    spent: dict[str, Spent] = field(default_factory=dict)
+    spent: dict[str, StageCost] = field(default_factory=dict)
 
-    def taken(self) -> dict[str, Spent]:
+    def taken(self) -> dict[str, StageCost]:
         taken = dict(self.spent)
         self.spent.clear()
         return taken
@@ -364,10 +364,10 @@ async def _proposals(personalizer: Personalizer, queries: Sequence[Query]) -> li
     return good
 
 
-def _spent(users: int, proposals: Sequence[Proposal], started: float) -> Spent:
+def _spent(users: int, proposals: Sequence[Proposal], started: float) -> StageCost:
     """Own seconds are those since `started`, when the LLM had answered."""
     usage = sum((proposal.usage for proposal in proposals), Usage())
-    return Spent(users, usage.seconds + perf_counter() - started, usage)
+    return StageCost(users, usage.seconds + perf_counter() - started, usage)
 
 
 def bbox_adapter(parts: "Parts") -> BBoxAdapter:

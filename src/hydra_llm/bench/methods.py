@@ -21,7 +21,7 @@ from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selector
 from hydra_llm.tasks.base import KINDS
-from hydra_llm.types import Answer, Message, Query, Record, Spent, Usage
+from hydra_llm.types import Answer, Message, Query, Record, StageCost, Usage
 
 
 class Answerer(Protocol):
@@ -36,7 +36,7 @@ class Answerer(Protocol):
 class Learner(Protocol):
     """An answerer that learns as it answers."""
 
-    def taken(self) -> dict[str, Spent]:
+    def taken(self) -> dict[str, StageCost]:
         """What it spent on that since this was last asked, by number of records and user; for all
         of them under an empty name.
         """

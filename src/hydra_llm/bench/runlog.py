@@ -93,7 +93,7 @@ class Sample:
     """
 
     learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What a method that learns as it answers spent on it before this answer, as `Spent.to_json`:
+    """What a method that learns as it answers spent on it before this answer, as `StageCost.to_json`:
     by number of records and user,
     `8:ada`; for all under an empty name.
     """

@@ -43,7 +43,7 @@ from hydra_llm.training.labelling import (
     training_queries,
 )
 from hydra_llm.training.train_scorer import Lesson, fit_groups, learn_scorer, silent, target_rule
-from hydra_llm.types import LabelledGroup, Query, Record, Spent, Usage
+from hydra_llm.types import LabelledGroup, Query, Record, StageCost, Usage
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Learned:
     """One line per call that failed; its pair was left out."""
     notes: list[str] = field(default_factory=list)
     """One line for each thing that was left out or differs from what was asked for."""
-    stages: dict[str, Spent] = field(default_factory=dict)
+    stages: dict[str, StageCost] = field(default_factory=dict)
 
     @property
     def usage(self) -> Usage:
@@ -202,7 +202,7 @@ def _learn_scorer(
 ) -> Scorer:
     started = perf_counter()
     scorer = learn_scorer(learned.bundle, lesson, tune=tune, out=out, progress=progress)
-    learned.stages[f"fit {lesson.name}"] = Spent(len(learned.users), perf_counter() - started)
+    learned.stages[f"fit {lesson.name}"] = StageCost(len(learned.users), perf_counter() - started)
     return scorer
 
 
@@ -285,7 +285,7 @@ def _fit_into(learned: Learned, name: str, scorer: Scorer, groups: Sequence[Labe
         scorer.bank.clear(scorer.row(user))
     if groups:
         fit_groups(bundle, name, scorer, groups, learned.users)
-    learned.stages[f"fit {name}"] = Spent(len(learned.users), perf_counter() - started)
+    learned.stages[f"fit {name}"] = StageCost(len(learned.users), perf_counter() - started)
 
 
 def _warm(bundle: Bundle, users: Sequence[str]) -> None:
@@ -362,7 +362,7 @@ async def _collect_adapter(
 
 def _account(learned: Learned, stage: str, users: int, collected: Collected) -> Collected:
     learned.failures += collected.failures
-    learned.stages[stage] = Spent(users, collected.usage.seconds, collected.usage)
+    learned.stages[stage] = StageCost(users, collected.usage.seconds, collected.usage)
     if collected.notes:
         learned.notes.append(
             f"{stage}: {len(collected.notes)} notes on {collected.calls} questions, the first:"
