@@ -1,6 +1,6 @@
 """hydra-llm personalizes any black-box LLM (HYDRA, Zhuang et al., NeurIPS 2024).
 
-Every public name is imported at its first use (PEP 562): `import hydra_llm` loads no torch and takes
+A public name is imported at its first use (PEP 562): `import hydra_llm` loads no torch and takes
 milliseconds.
 """
 

@@ -93,9 +93,8 @@ class Sample:
     """
 
     learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What a method that learns as it answers spent on it before this answer, as `StageCost.to_json`:
-    by number of records and user,
-    `8:ada`; for all under an empty name.
+    """What training cost before this answer, as `StageCost.to_json`, of a method that learns while
+    it answers: by number of records and user, `8:ada`; for all users under an empty name.
     """
 
     @property
