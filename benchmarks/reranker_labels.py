@@ -28,7 +28,7 @@ from measure import finish, options
 
 from hydra_llm.bench.stats import paired
 from hydra_llm.bundle import Bundle
-from hydra_llm.cli.options import given as setting_pairs
+from hydra_llm.cli.options import GivenSettings
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
 from hydra_llm.llm.concurrency import run_sync
@@ -68,7 +68,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     fixed = {"retrieved": given.retrieved, "queries_per_user": given.queries, "seed": given.seed}
-    settings = load_settings(**setting_pairs(given.set, **fixed))
+    settings = load_settings(**GivenSettings(set_=given.set).given(**fixed))
     data = load(given.data)
     users = [user for user in data.users("train")[: given.teachers] if data.history(user)]
     llm = open_llm(given.llm, settings)

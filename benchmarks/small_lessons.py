@@ -25,7 +25,7 @@ from measure import finish, options
 from torch import Tensor
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.cli.options import given as setting_pairs
+from hydra_llm.cli.options import GivenSettings
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
 from hydra_llm.llm.concurrency import run_sync
@@ -85,7 +85,8 @@ def lessons(given: argparse.Namespace) -> tuple[Bundle, list[LabelledGroup]]:
     """A learned bundle with the new users' reranker heads, and everybody's groups of candidates, in
     a table's order.
     """
-    settings = load_settings(**setting_pairs(given.set, users=given.users, seed=given.seed))
+    flags = {"users": given.users, "seed": given.seed}
+    settings = load_settings(**GivenSettings(set_=given.set).given(**flags))
     data = load(given.data)
     llm, new = open_llm(given.llm, settings), data.users("test")[: given.new]
     bundle = fit(data, learn(data, llm, settings).bundle, llm, users=new).bundle

@@ -160,10 +160,10 @@ class Bundle:
         )
 
     def settings_with(
-        self, preset: str = "default", file: Path | None = None, /, **given: object
+        self, preset: str | None = None, file: Path | None = None, /, **given: object
     ) -> Settings:
-        """The bundle's settings with preset, settings file, environment and the given ones on top;
-        None is not given.
+        """The bundle's settings, overridden by file, environment, preset and `given`; entries that
+        are None count as not given.
 
         Raises:
             SettingsError: an unknown setting, a value out of range, or another value for what was

@@ -3,16 +3,21 @@ real signal.
 """
 
 import errno
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hydra_llm import __version__
+from hydra_llm import __version__, config
 from hydra_llm.cli.main import COMMANDS, load, run
+from hydra_llm.gateway import settings as serve_settings
 
 # A module with commands that end in every way; `hydra-llm NAME` runs its function of that name.
 ENDINGS = """
@@ -65,7 +70,7 @@ RUN += "m.COMMANDS = {n: (f'endings:{n}', 'a line') for n in names}; m.main()"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "endings.py").write_text(ENDINGS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     return tmp_path
 
 
@@ -169,9 +174,45 @@ def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:
 def test_an_option_comes_from_the_environment_unless_a_flag_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HYDRA_LLM_OPTIONS_K", "7")
+    monkeypatch.setenv("HYDRA_OPTIONS_K", "7")
     assert outcome("options") == (0, "7 x\n", "")
     assert outcome("options", "--k", "2") == (0, "2 x\n", "")
+
+
+@pytest.mark.usefixtures("place")
+def test_a_former_variable_works_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_LLM_OPTIONS_K", "7")
+    hint = "'HYDRA_LLM_OPTIONS_K' is now written 'HYDRA_OPTIONS_K'\n"
+    assert outcome("options") == (0, "7 x\n", hint)
+    monkeypatch.setenv("HYDRA_OPTIONS_K", "8")
+    assert outcome("options") == (0, "8 x\n", "")
+
+
+def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each command that does something, with the words that call it."""
+    below = getattr(command, "commands", None)
+    if below is None:
+        yield path, command
+    for name, each in (below or {}).items():
+        yield from leaves(each, (*path, name))
+
+
+def test_no_environment_variable_has_two_meanings() -> None:
+    meanings: dict[str, set[str]] = defaultdict(set)
+    for variable, setting in config.VARIABLES.items():
+        meanings[variable].add(f"setting {setting}")
+    for variable, setting in serve_settings.VARIABLES.items():
+        meanings[variable].add(f"setting serve.{setting}")
+    for name in COMMANDS:
+        for path, command in leaves(load(name), (name,)):
+            for option in command.params:
+                if option.param_type_name == "option" and option.name != "help":
+                    former = "_".join(("HYDRA_LLM", *path, option.name)).upper().replace("-", "_")
+                    for variable in (option.envvar, former):
+                        meanings[variable].add(f"{' '.join(path)} {option.name}")
+    assert "HYDRA_ASK_SEED" in meanings
+    assert "HYDRA_LLM_BENCH_RUN_SET_" in meanings
+    assert {name: each for name, each in meanings.items() if len(each) > 1} == {}
 
 
 @pytest.mark.usefixtures("place")

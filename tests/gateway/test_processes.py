@@ -60,8 +60,8 @@ def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
     assert run(["bundles", "use", str(tmp_path / "one"), *where[2:]]) == 0
     with served(*where, "--bundle", str(tmp_path / "other")) as (_, url, lines):
         assert (
-            f"--bundle {tmp_path / 'other'} is not used: `hydra-llm bundles use` gave this store"
-            f" {tmp_path / 'one'}" in lines[1]
+            f"--bundle {tmp_path / 'other'} is ignored: `hydra-llm bundles use` set"
+            f" {tmp_path / 'one'} for this store" in lines[1]
         )
         assert httpx2.get(f"{url}/health/readiness", timeout=60).status_code == 200
         port = url.rpartition(":")[2]

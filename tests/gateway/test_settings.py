@@ -25,7 +25,7 @@ def anyio_backend() -> str:
 
 
 def test_every_setting_is_in_the_documentation_with_what_it_does() -> None:
-    source = (settings_md.PACKAGE / "server" / "settings.py").read_text(encoding="utf-8")
+    source = (settings_md.PACKAGE / "gateway" / "settings.py").read_text(encoding="utf-8")
     told = {name: what for name, _, what in settings_md.fields(ast.parse(source), "ServeSettings")}
     assert list(told) == list(ServeSettings.model_fields)
     assert all(told.values())

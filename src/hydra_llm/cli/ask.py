@@ -7,53 +7,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import (
-    LLM,
-    AsJson,
-    BundleFolder,
-    Candidates,
-    Config,
-    Preset,
-    Seed,
-    Select,
-    Set,
-    open_bundle,
-)
+from hydra_llm.cli.options import LLM, AsJson, BundleFolder, RunSettings, Selection, with_bundles
 
 if TYPE_CHECKING:
     from hydra_llm.types import Answer
 
 
+@with_bundles
 def ask(
-    text: Annotated[str, typer.Argument(help="What to answer; '-' reads standard input.")],
+    text: Annotated[str, typer.Argument(help="The text to answer; '-' reads standard input.")],
     bundle: BundleFolder,
     llm: LLM,
-    user: Annotated[str, typer.Option(help="For whom.")],
-    k: Annotated[int | None, typer.Option(min=0, help="Records in the prompt.")] = None,
+    user: Annotated[str, typer.Option(help="Id of the user.")],
+    options: RunSettings,
+    selection: Selection,
+    k: Annotated[int | None, typer.Option(min=0, help="Number of records in the prompt.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the user's latest so many records are seen.")
+        int | None, typer.Option(min=1, help="Use only this many of the user's latest records.")
     ] = None,
-    seed: Seed = None,
-    preset: Preset = None,
-    config: Config = None,
-    candidates: Candidates = None,
-    select: Select = None,
-    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one text for one user. `--json` gives records, order, prompt, candidates, scores,
-    usage and seconds per stage.
+    """Answer one text for one user. `--json` prints records, their order, prompt, candidates,
+    scores, usage and seconds per stage.
     """
     from hydra_llm.llm.registry import open_llm
 
-    loaded, settings = open_bundle(
-        bundle, preset, config, set_, k=k, seed=seed, candidates=candidates, select=select
-    )
+    loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
     personalizer = loaded.personalizer(open_llm(llm, settings), settings)
     if limit is not None and user in loaded.records:
-        personalizer = replace(
-            personalizer, records={**loaded.records, user: loaded.records[user][-limit:]}
-        )
+        latest = {**loaded.records, user: loaded.records[user][-limit:]}
+        personalizer = replace(personalizer, records=latest)
     answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
     for note in answer.proposal.notes:
         console.say(note)

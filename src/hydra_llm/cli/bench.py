@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import (
-    AsJson,
+from hydra_llm.cli.former_options import (
     Config,
-    Limit,
     MaybeLLM,
     Preset,
     Record,
@@ -22,6 +20,7 @@ from hydra_llm.cli.options import (
     opened_llm,
     settings_of,
 )
+from hydra_llm.cli.options import AsJson, Limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,14 +1,12 @@
-"""The command `hydra-llm`: which commands there are, and how each of them ends.
+"""The command `hydra-llm`: its subcommands, the environment variables of their options, exit codes.
 
-A command's module is imported only when the command is called, so that `hydra-llm --help` stays
-quick. Knows no data and no LLM.
+A subcommand's module is imported only when it is called, so that `hydra-llm --help` stays fast.
+Imports no data and no LLM.
 
-Every option can also be given by the environment as `HYDRA_LLM_<COMMAND>_<OPTION>` (`hydra-llm ask
---seed 3` is
-`HYDRA_LLM_ASK_SEED=3 hydra-llm ask`); a setting for every command is `HYDRA_<SETTING>` (config.py).
-A flag wins over both.
+Every option can also be given as `HYDRA_<COMMAND>_<OPTION>`: `HYDRA_ASK_SEED=3 hydra-llm ask` is
+`hydra-llm ask --seed 3`. Settings for all commands are `HYDRA_<GROUP>_<SETTING>` (config.py).
 
-Exit codes: 0 done, 1 the LLM failed or a bug, 2 the user can mend it, 130 Ctrl-C.
+Exit codes: 0 done, 1 the LLM failed or a bug, 2 an error that the user can fix, 130 Ctrl-C.
 """
 
 import errno
@@ -31,35 +29,23 @@ STOPPED = 130
 """Exit code after Ctrl-C."""
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "demo": (
-        "hydra_llm.cli.demo:demo",
-        "Learn from real users and personalize a real LLM, offline.",
-    ),
-    "learn": (
-        "hydra_llm.cli.learn:learn",
-        "Learn a bundle (bases and one head per user) from a data set.",
-    ),
-    "fit": (
-        "hydra_llm.cli.learn:fit",
-        "Give new users a head in a bundle that was learned before.",
-    ),
+    "demo": ("hydra_llm.cli.demo:demo", "Personalize a real LLM for real users, offline."),
+    "learn": ("hydra_llm.cli.learn:learn", "Learn a bundle: shared weights and heads."),
+    "fit": ("hydra_llm.cli.learn:fit", "Fit heads of new users in a learned bundle."),
     "ask": ("hydra_llm.cli.ask:ask", "Answer one question for one user."),
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
-    "llm": ("hydra_llm.cli.llm:app", "Look at the LLMs that can be asked."),
-    "serve": (
-        "hydra_llm.cli.serve:serve",
-        "Serve answers that are each user's own (OpenAI-compatible).",
-    ),
-    "keys": ("hydra_llm.cli.serve:keys_app", "Make, list and revoke the gateway's API keys."),
-    "bundles": ("hydra_llm.cli.serve:bundles_app", "Say which bundle running servers answer with."),
-    "store": ("hydra_llm.cli.store:app", "Look after the gateway's database."),
+    "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
+    "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
+    "keys": ("hydra_llm.cli.keys:app", "Create, list and revoke the gateway's API keys."),
+    "bundles": ("hydra_llm.cli.bundles:app", "Set or show the bundle of running servers."),
+    "store": ("hydra_llm.cli.store:app", "Maintain the gateway's database."),
 }
-"""Name → place of a function or a typer app (a group of commands), and the line that `--help`
-shows.
+"""Name → module and attribute, a function or a typer app (a group of commands),
+and the summary that `--help` shows.
 """
 
-# Faults of the machine, not of this program: one line says enough.
+# Errors of the machine, not of this program: reported in one line.
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -76,7 +62,32 @@ def load(name: str) -> Any:
     )
     command.name = name
     command.help = command.help or summary
+    _set_variables(command, name)
     return command
+
+
+def _set_variables(command: Any, *path: str) -> None:
+    """Name the environment variable of each option of a command and of those below it."""
+    for option in command.params:
+        if option.param_type_name == "option":
+            flag = max(option.opts, key=len).lstrip("-")
+            option.envvar = _variable((*path, flag), former=(*path, option.name))
+    for name, below in getattr(command, "commands", {}).items():
+        _set_variables(below, *path, name)
+
+
+def _variable(path: Sequence[str], former: Sequence[str]) -> str:
+    """`HYDRA_ASK_SEED`; the former `HYDRA_LLM_ASK_SEED` if only that one is set."""
+    new, old = (
+        f"{prefix}_{'_'.join(words)}".upper().replace("-", "_")
+        for prefix, words in (("HYDRA", path), ("HYDRA_LLM", former))
+    )
+    if new in os.environ or old not in os.environ:
+        return new
+    from hydra_llm.config import log_renamed
+
+    log_renamed(old, new)
+    return old
 
 
 def _plain(group: typer.Typer) -> typer.Typer:
@@ -91,7 +102,7 @@ def _app_of(function: Callable[..., None]) -> typer.Typer:
 
 
 class LazyGroup(TyperGroup):
-    """Lists COMMANDS by their line in the table; imports a command only to run it."""
+    """Lists COMMANDS by their summaries; imports a command only to run it."""
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
@@ -108,11 +119,7 @@ app = typer.Typer(
     cls=LazyGroup,
     add_completion=False,
     rich_markup_mode=None,
-    context_settings={
-        "auto_envvar_prefix": "HYDRA_LLM",
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 120,
-    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -127,11 +134,7 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            callback=_print_version,
-            is_eager=True,
-            allow_from_autoenv=False,
-            help="Show the version and exit.",
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -139,71 +142,63 @@ def root(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code. What the user can mend is one line on stderr;
-    a bug keeps its traceback.
+    """Run one command line and return its exit code. An error that the user can fix is one line on
+    stderr; a bug keeps its traceback.
     """
     try:
         result = get_group(app).main(
             list(arguments) or ["--help"], prog_name=NAME, standalone_mode=False
         )
-        sys.stdout.flush()  # here, so that a closed pipe is met before the interpreter shuts down
+        sys.stdout.flush()  # a closed pipe must show here, not at interpreter shutdown
     except HydraError as error:
-        return _complain(error, error.exit_code)
+        return _report(error, error.exit_code)
     except typer.TyperException as error:
-        return _complain_of_usage(error)
+        return _report_usage(error)
     except BaseExceptionGroup as group:
-        return _complain_of_group(group)
+        return _report_group(group)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.errno not in MACHINE_FAULTS:
             raise
-        return _complain(error, UserFault.exit_code)
+        return _report(error, UserFault.exit_code)
     except KeyboardInterrupt:
         result = STOPPED
-    if result == STOPPED:  # typer itself turns most of the KeyboardInterrupts into this code
-        _complain("stopped; the same command continues", STOPPED)
+    if result == STOPPED:  # typer itself turns most KeyboardInterrupts into this code
+        _report("stopped; the same command continues", STOPPED)
     return result if isinstance(result, int) else 0
 
 
-def _complain(what: object, code: int, command: str = NAME) -> int:
+def _report(what: object, code: int, command: str = NAME) -> int:
     print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
     return code
 
 
-def _complain_of_usage(error: typer.TyperException) -> int:
+def _report_usage(error: typer.TyperException) -> int:
     message, context = error.format_message(), getattr(error, "ctx", None)
-    if (
-        context is None or "\n" in message.strip()
-    ):  # a group called without its command answers with its whole help
+    if context is None or "\n" in message.strip():  # a group without its command: its whole help
         typer.echo(message, err=True)
         return error.exit_code
-    return _complain(
-        f"{message.rstrip('.')} (see '{context.command_path} --help')",
-        error.exit_code,
-        context.command_path,
-    )
+    line = f"{message.rstrip('.')} (see '{context.command_path} --help')"
+    return _report(line, error.exit_code, context.command_path)
 
 
-def _complain_of_group(group: BaseExceptionGroup[BaseException]) -> int:
-    """Tasks that ran side by side and failed together: the first line, if the caller can mend all
-    of them.
-    """
+def _report_group(group: BaseExceptionGroup[BaseException]) -> int:
+    """Concurrent tasks that failed together: the first error, if the user can fix all of them."""
     faults, bugs = group.split(HydraError)
     if bugs is not None or faults is None:
         raise group
     first: BaseException = faults
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
-    return _complain(first, getattr(first, "exit_code", 1))
+    return _report(first, getattr(first, "exit_code", 1))
 
 
 def main() -> None:
     """The entry point of the command `hydra-llm`."""
-    # Threads that wait must not spin: the encoder, the solver and an embedded LLM share the cores.
+    # Waiting threads must not spin: the encoder, the solver and an embedded LLM share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # whoever ends a job ends it as Ctrl-C does: recordings are written
+    # SIGTERM ends a command as Ctrl-C does, so that recordings are written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))

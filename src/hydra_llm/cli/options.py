@@ -1,18 +1,26 @@
-"""Options that several commands share. Knows no data and no LLM."""
+"""Options that several commands share, alone or as bundles. Knows no data and no LLM.
 
-from collections.abc import Iterator
+A bundle is a frozen dataclass whose fields are options; a command that is decorated with
+`with_bundles` takes it as one parameter.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hydra_llm.config import Settings, load_settings
+from hydra_llm.config import Settings, load_settings, resolve
 from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
     from hydra_llm.llm.cache import CachedLLM
+    from hydra_llm.store.store import Store
 
 LLM = Annotated[
     str,
@@ -21,108 +29,174 @@ LLM = Annotated[
         help="openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND; see `llm check`.",
     ),
 ]
-MaybeLLM = Annotated[
-    str | None,
-    typer.Option(
-        "--llm", help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay."
-    ),
-]
-Replay = Annotated[
-    Path | None,
-    typer.Option(help="In place of --llm: take every answer from this recording, ask no LLM."),
-]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many, for a first look.")]
-Preset = Annotated[str | None, typer.Option(help="default, or paper: the authors' settings.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(help="TOML file of settings; without it hydra-llm.toml of this folder, if there."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any setting of docs/settings.md, e.g. --set head=kernel.",
-    ),
-]
-Record = Annotated[
-    Path | None,
-    typer.Option(
-        help=(
-            "Add what the LLM answered to this file; `replay:FILE` as the LLM repeats the command"
-            " without it."
-        )
-    ),
-]
+Limit = Annotated[int | None, typer.Option(min=1, help="Max number, for a first look.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Candidates = Annotated[
-    str | None,
-    typer.Option(help="sampled: the LLM's samples; labels: every label, samples are votes."),
+StoreURL = Annotated[
+    str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
 ]
-Select = Annotated[str | None, typer.Option(help="best score, or expected-gain.")]
+DEFAULT_STORE = "sqlite:///hydra-llm.db"
 
 
-def given(pairs: list[str] | None, **flags: Any) -> dict[str, Any]:
-    """`--set` pairs and flags as settings; a flag wins.
+def with_bundles(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters of dataclass types are replaced by options, one for each field."""
+    signature = inspect.signature(command, eval_str=True)
+    bundles: dict[str, Any] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if is_dataclass(parameter.annotation)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        own = inspect.signature(bundles[name]).parameters.values() if name in bundles else ()
+        parameters += own or [parameter]
 
-    Raises:
-        SettingsError: a pair without `=`.
-    """
-    out: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {pair}: write NAME=VALUE")
-        out[name.strip().replace("-", "_")] = value.strip()
-    return out | {name: value for name, value in flags.items() if value is not None}
+    @wraps(command)
+    def call(**values: Any) -> None:
+        for name, kind in bundles.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        command(**values)
 
-
-def settings_of(
-    preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any
-) -> Settings:
-    """The settings of a command: flags over environment over file over preset over default."""
-    return load_settings(preset or "default", config, **given(pairs, **flags))
-
-
-def open_bundle(
-    folder: Path, preset: str | None, config: Path | None, pairs: list[str] | None, **flags: Any
-) -> "tuple[Bundle, Settings]":
-    """A bundle and its settings for a command: flags over environment over file over preset over
-    the bundle's own.
-    """
-    from hydra_llm.bundle import Bundle
-
-    name, asked = preset or "default", given(pairs, **flags)
-    bundle = Bundle.load(folder, here=load_settings(name, config, **asked))
-    return bundle, bundle.settings_with(name, config, **asked)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    replaced = [parameter.replace(kind=keyword) for parameter in parameters]
+    vars(call)["__signature__"] = signature.replace(parameters=replaced)
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in replaced}
+    return call
 
 
-def llm_or_replay(llm: str | None, replay: Path | None) -> str:
-    """The LLM's spec from `--llm SPEC` or `--replay FILE`.
+@dataclass(frozen=True)
+class GivenSettings:
+    """Settings by `--set` and `--config`."""
 
-    Raises:
-        SettingsError: both, or neither.
-    """
-    if (llm is None) == (replay is None):
-        raise SettingsError("give one of --llm SPEC and --replay FILE")
-    return llm or f"replay:{replay}"
+    config: Annotated[
+        Path | None, typer.Option(help="Settings file (TOML); default: hydra-llm.toml, if present.")
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting (docs/settings.md), as model.head=kernel; repeatable.",
+        ),
+    ] = None
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Names and values of `--set`.
+
+        Raises:
+            SettingsError: a pair without `=`.
+        """
+        for pair in self.set_ or ():
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise SettingsError(f"--set {pair}: write NAME=VALUE")
+            yield name.strip().replace("-", "_"), value.strip()
+
+    def given(self, **flags: Any) -> dict[str, Any]:
+        """`--set` pairs and flags as settings, by their flat names; a flag wins.
+
+        Raises:
+            SettingsError: a pair without `=`, or an unknown name.
+        """
+        pairs = {resolve(name, hint=True): value for name, value in self.pairs()}
+        return pairs | {name: value for name, value in flags.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RunSettings(GivenSettings):
+    """Settings by `--seed`, `--preset`, `--set` and `--config`."""
+
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(help="default, or paper (the authors'); beats environment and file."),
+    ] = None
+
+    def given(self, **flags: Any) -> dict[str, Any]:
+        """See `GivenSettings.given`; `--seed` is a flag."""
+        return super().given(seed=self.seed, **flags)
+
+    def settings(self, **flags: Any) -> Settings:
+        """The settings of a command (precedence: config.py)."""
+        return load_settings(self.preset, self.config, **self.given(**flags))
+
+    def open_bundle(self, folder: Path, **flags: Any) -> "tuple[Bundle, Settings]":
+        """A bundle, and its settings overridden by those of the command."""
+        from hydra_llm.bundle import Bundle
+
+        bundle = Bundle.load(folder, here=self.settings(**flags))
+        return bundle, bundle.settings_with(self.preset, self.config, **self.given(**flags))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the answer is selected."""
+
+    candidates: Annotated[
+        str | None, typer.Option(help="sampled, or labels: all labels with vote shares.")
+    ] = None
+    select: Annotated[str | None, typer.Option(help="best: highest score; or expected-gain.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Where the LLM's answers are recorded."""
+
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Record the LLM's answers in this file, for --llm replay:FILE."),
+    ] = None
+
+    @contextmanager
+    def opened(self, spec: str, settings: Settings) -> "Iterator[CachedLLM]":
+        """The LLM of a command. Recorded answers are reused, and new ones are added to the file
+        however the command ends.
+        """
+        from hydra_llm.llm.recording import take_up, write_recording
+        from hydra_llm.llm.registry import open_llm
+
+        llm = open_llm(spec, settings)
+        if self.record is not None and self.record.exists():
+            take_up(self.record, llm)
+        try:
+            yield llm
+        finally:
+            if self.record is not None:
+                write_recording(self.record, llm)
+
+
+@dataclass(frozen=True)
+class RecordedLLM(Recording):
+    """The LLM of a benchmark: called, or replayed from a recording."""
+
+    llm: Annotated[
+        str | None,
+        typer.Option(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay."),
+    ] = None
+    replay: Annotated[
+        Path | None, typer.Option(help="Take all answers from this recording, call no LLM.")
+    ] = None
+
+    def spec(self) -> str:
+        """The LLM's spec.
+
+        Raises:
+            SettingsError: both, or neither, of `--llm` and `--replay`.
+        """
+        if (self.llm is None) == (self.replay is None):
+            raise SettingsError("give one of --llm SPEC and --replay FILE")
+        return self.llm or f"replay:{self.replay}"
 
 
 @contextmanager
-def opened_llm(spec: str, settings: Settings, record: Path | None) -> "Iterator[CachedLLM]":
-    """The LLM of a command; what a recording holds it need not be asked, and what it answers is
-    added however the command ends.
-    """
-    from hydra_llm.llm.recording import take_up, write_recording
-    from hydra_llm.llm.registry import open_llm
+def open_store(url: str, timeout: float = 3600.0) -> "Iterator[Store]":
+    """A store that is closed at the end; `timeout` is in seconds, long for maintenance."""
+    from hydra_llm.store.store import Store
 
-    llm = open_llm(spec, settings)
-    if record is not None and record.exists():
-        take_up(record, llm)
+    store = Store(url, timeout=timeout)
     try:
-        yield llm
+        yield store
     finally:
-        if record is not None:
-            write_recording(record, llm)
+        store.close()

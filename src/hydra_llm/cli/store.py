@@ -1,30 +1,19 @@
-"""`hydra-llm store`: look after the gateway's database."""
+"""`hydra-llm store`: maintain the gateway's database."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import AsJson
-
-if TYPE_CHECKING:
-    from hydra_llm.store.store import Store
+from hydra_llm.cli.options import AsJson, StoreURL, open_store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-URL = Annotated[
-    str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
-]
-
 
 @app.command()
-def migrate(store: URL, as_json: AsJson = False) -> None:
-    """Bring the tables to this version; a new database gets them. Stop the servers and take a
-    backup first.
-    """
+def migrate(store: StoreURL, as_json: AsJson = False) -> None:
+    """Migrate the tables to this version, or create them. Stop the servers and back up first."""
     from hydra_llm.store.database import Database, one_line_errors
     from hydra_llm.store.migrate import migrated
 
@@ -37,15 +26,15 @@ def migrate(store: URL, as_json: AsJson = False) -> None:
 @app.command()
 def backup(
     file: Annotated[Path, typer.Argument(help="A new SQLite file.")],
-    store: URL,
+    store: StoreURL,
     as_json: AsJson = False,
 ) -> None:
-    """Copy everything, as it is at one moment, into a file; servers may go on. The file is a store:
-    `--store sqlite:///FILE`.
+    """Write a consistent copy to a file while servers run. The file is a store itself
+    (`--store sqlite:///FILE`).
     """
     from hydra_llm.store.backup import backup as copied
 
-    with opened(store) as found:
+    with open_store(store) as found:
         counts = copied(found, file)
     console.say(f"wrote {file}: it holds users' texts")
     console.emit(counts, as_json)
@@ -53,19 +42,21 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(help="A backup.")], store: URL, as_json: AsJson = False
+    file: Annotated[Path, typer.Argument(help="A backup.")],
+    store: StoreURL,
+    as_json: AsJson = False,
 ) -> None:
-    """Fill an empty store from a backup, of whichever database."""
+    """Fill an empty store, of either database, from a backup."""
     from hydra_llm.store.backup import restore as filled
 
-    with opened(store) as found:
+    with open_store(store) as found:
         console.emit(filled(found, file), as_json)
 
 
 @app.command()
-def check(store: URL, as_json: AsJson = False) -> None:
-    """Count rows, and look for damage; exits with 1 where there is some."""
-    with opened(store) as found:
+def check(store: StoreURL, as_json: AsJson = False) -> None:
+    """Count rows and check for damage; the exit code is 1 if there is any."""
+    with open_store(store) as found:
         faults, counts = found.check(), found.counts()
     console.emit({"faults": faults, "rows": counts} if as_json else counts, as_json)
     for line in faults:
@@ -75,22 +66,8 @@ def check(store: URL, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def scrub(store: URL) -> None:
-    """Rewrite the database's files, so that no byte of what was deleted is left; PostgreSQL's
-    tables are locked meanwhile.
-    """
-    with opened(store) as found:
+def scrub(store: StoreURL) -> None:
+    """Rewrite the database's files without the bytes of deleted rows; locks PostgreSQL's tables."""
+    with open_store(store) as found:
         found.scrub()
-    console.say("nothing of what was deleted is left in the tables' files")
-
-
-@contextmanager
-def opened(url: str, timeout: float = 3600.0) -> "Iterator[Store]":
-    """A store that is closed in the end; who looks after it has time."""
-    from hydra_llm.store.store import Store
-
-    store = Store(url, timeout=timeout)
-    try:
-        yield store
-    finally:
-        store.close()
+    console.say("the tables' files hold no deleted data")

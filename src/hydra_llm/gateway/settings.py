@@ -103,12 +103,13 @@ def resolve(values: Mapping[str, Any], hint: bool = False) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for name, value in values.items():
-        new = RENAMED.get(name, name)
+        new = name.lower().removeprefix(f"{SERVE_TABLE}.").replace("-", "_")
+        new = RENAMED.get(new, new)
         if new not in ServeSettings.model_fields:
             raise unknown(
                 f"{SERVE_TABLE}.{name}", [*ServeSettings.model_fields, *RENAMED], _spelled
             )
-        if hint and new != name:
+        if hint and name in RENAMED:
             log_renamed(f"{SERVE_TABLE}.{name}", f"{SERVE_TABLE}.{new}")
         out[new] = value
     return out
