@@ -70,7 +70,11 @@ class Task:
 
     def is_answer(self, output: str) -> bool:
         """Whether a text can be the task's answer: any text, or one of the labels."""
-        return not self.labels or output in self.labels
+        return not self.labels or output in self._label_set
+
+    @cached_property
+    def _label_set(self) -> frozenset[str]:
+        return frozenset(self.labels)
 
     def ask(self, text: str) -> str:
         """The instruction with the query's text in it (no format(): a text may hold braces)."""
