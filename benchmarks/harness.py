@@ -18,7 +18,7 @@ from typing import Any
 from measure import Limit, finish, options
 from simulated_users import CLASSIFY, made_up_data, people
 
-from hydra_llm.bench.methods import Parts, find_methods
+from hydra_llm.bench.method import Parts, find_methods
 from hydra_llm.bench.runlog import RunLog
 from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.config import load_settings

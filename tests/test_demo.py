@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hydra_llm.bench.methods import DEMO
+from hydra_llm.bench.method import DEMO
 from hydra_llm.cli import demo
 from hydra_llm.cli.main import run
 from hydra_llm.llm.gguf import GgufLLM

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hydra_llm import fit, learn
-from hydra_llm.bench.methods import Parts, find_methods
+from hydra_llm.bench.method import Parts, find_methods
 from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings

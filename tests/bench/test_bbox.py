@@ -18,14 +18,14 @@ from hydra_llm.bench import bbox
 from hydra_llm.bench.bbox import (
     ALPHA,
     ROUNDS,
+    BBoxAdapter,
     Energy,
     Pools,
-    bbox_adapter,
     distribution,
     expected_negatives,
     nce_loss,
 )
-from hydra_llm.bench.methods import Parts, find_methods
+from hydra_llm.bench.method import Parts, find_methods
 from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
@@ -128,7 +128,7 @@ def gain(name: str, having: Parts, queries: Sequence[Query]) -> float:
 
 
 def picks(having: Parts, queries: Sequence[Query]) -> list[Answer]:
-    answerer = bbox_adapter(having)
+    answerer = BBoxAdapter.of(having)
 
     async def ask() -> list[Answer]:
         return [await answerer.aanswer(query) for query in queries]
@@ -306,7 +306,7 @@ def test_pools_are_asked_for_once_and_are_no_part_of_an_answers_cost() -> None:
     records, queries = people(alike=True)
     llm = RuleLLM(anything)
     two = [query for query in queries if query.user == NEW[0]][:3]
-    answerer = bbox_adapter(parts(records, llm, queries_per_user=2))
+    answerer = BBoxAdapter.of(parts(records, llm, queries_per_user=2))
     assert llm.calls == []
     answers = [run_sync(lambda query=query: answerer.aanswer(query)) for query in two]
     assert len(llm.calls) == 2 * (

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from hydra_llm.bench.estimate import as_rows, plan
+from hydra_llm.bench.estimate import estimate_cost, estimate_rows
 from hydra_llm.bench.experiment import Experiment, run_experiment
-from hydra_llm.bench.methods import find_methods, split_names
+from hydra_llm.bench.method import find_methods, split_names
 from hydra_llm.bench.runner import tabulate
 from hydra_llm.cli.main import run
 from hydra_llm.config import load_settings
@@ -166,7 +166,7 @@ def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
     plain = experiment(
         task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm
     )
-    found = plan(plain, told)
+    found = estimate_cost(plain, told)
     made = len(llm.calls)
     assert 0 < found.sampled <= 5
     assert {stage.stage.split()[0] for stage in found.stages} == {"label", "answer"} | (
@@ -177,19 +177,19 @@ def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
         {json.dumps([list(map(dict, call))]) for call in llm.calls}
     )  # the fake is called once for each text
     assert found.total.calls >= spent - made
-    after = plan(plain, told)
+    after = estimate_cost(plain, told)
     assert after.total.kept > 0
     assert after.total.calls < found.total.calls
 
     prompts = experiment(
         task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(by_lot)
     )
-    counted, made = plan(prompts, told), len(llm.calls)
+    counted, made = estimate_cost(prompts, told), len(llm.calls)
     assert 8 < counted.total.calls <= 16  # two methods may show the same records
     run_experiment(prompts, told, print)
     assert len(llm.calls) == counted.total.calls  # those that the plan made are kept
     assert made == counted.sampled == 5
-    assert (nothing := plan(prompts, told)).total.calls == 0
+    assert (nothing := estimate_cost(prompts, told)).total.calls == 0
     assert nothing.total.kept == counted.total.calls
 
 
@@ -203,16 +203,16 @@ def test_a_plan_prices_and_times_by_what_it_saw(tmp_path: Path) -> None:
             ),
         }
     )
-    found = plan(priced, told)
+    found = estimate_cost(priced, told)
     (stage,) = found.stages
     assert stage.cost == 2 * stage.prompt_tokens > 0
     assert stage.calls == 4
 
 
 def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
-    assert plan(experiment(TAGS, tmp_path, "zero-shot"), told).texts == 0  # reads nothing
+    assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot"), told).texts == 0  # reads nothing
     one = experiment(TAGS, tmp_path, "hydra@1,3")
-    found = plan(one, told)
+    found = estimate_cost(one, told)
     assert found.parallel == one.settings.concurrency
     assert (
         0 < found.texts <= 6 * 8 * 2 + 2 * 2
@@ -223,10 +223,10 @@ def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
     )
     assert whole.seconds == 80.0 * len(found.stages) / found.parallel + 20.0
     whole = replace(whole, stages=whole.stages[:1])
-    *_, encode, total = as_rows(whole)
+    *_, encode, total = estimate_rows(whole)
     assert (encode["stage"], encode["minutes"]) == (f"encode {found.texts} texts", 0.3)
     assert total["minutes"] == round(whole.seconds / 60, 1)
-    assert plan(one, told).texts < found.texts  # what it encoded is kept
+    assert estimate_cost(one, told).texts < found.texts  # what it encoded is kept
 
 
 def test_what_shows_a_part_is_left_out_where_that_was_not_learned(tmp_path: Path) -> None:
@@ -240,7 +240,9 @@ def test_what_shows_a_part_is_left_out_where_that_was_not_learned(tmp_path: Path
         "rag@1",
         "hydra@1,3",
     ]
-    why = "which shows the adapter: no two candidates of a query differed in what they were worth"
+    why = (
+        "which requires the adapter: no two candidates of a query differed in what they were worth"
+    )
     assert [line for line in said if "left out" in line] == [
         f"left out: {name}, {why}" for name in ("hydra-adapter@3", "hydra-published@1,3")
     ]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.report.costs import as_costs, as_learning
+from hydra_llm.bench.report.costs import cost_rows, learning_rows
 from hydra_llm.bench.report.findings import calibration_error, findings
 from hydra_llm.bench.report.markdown import markdown
-from hydra_llm.bench.report.tables import Run, lines_of, open_run
+from hydra_llm.bench.report.tables import Run, make_report, open_run
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError
@@ -109,7 +109,7 @@ def made(folder: Path, learning: list[dict[str, Any]]) -> Run:
 
 def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) -> None:
     opened = made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}])
-    assert findings(opened, lines_of(opened)) == [
+    assert findings(make_report(opened)) == [
         "hydra@4,8 is better in accuracy than rag@4 (+0.500 [+0.500, +0.500]).",
         "hydra@4,8 is worse in accuracy than scorer-only (-0.250 [-0.250, -0.250]).",
         (
@@ -158,11 +158,11 @@ def test_of_texts_a_pick_is_right_that_is_as_good_as_the_best_sample(tmp_path: P
         "gives its picks a probability of 0.75 on average, and 0.75 of them are as good as the best"
         " one; expected"
     )
-    assert any(said in each for each in findings(text, lines_of(text)))
+    assert any(said in each for each in findings(make_report(text)))
     other = replace(
         text, manifest={**text.manifest, "settings": {"k": 2}}
     )  # whose bounds stand on other samples
-    assert not any("probability" in each for each in findings(other, lines_of(other)))
+    assert not any("probability" in each for each in findings(make_report(other)))
 
 
 def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
     other = Run(
         opened.folder, {**opened.manifest, "settings": {"k": 2}}, opened.task, opened.samples
     )
-    assert any("Choosing among" in sentence for sentence in findings(opened, lines_of(opened)))
-    assert not any("Choosing among" in sentence for sentence in findings(other, lines_of(other)))
+    assert any("Choosing among" in sentence for sentence in findings(make_report(opened)))
+    assert not any("Choosing among" in sentence for sentence in findings(make_report(other)))
 
 
 def test_what_was_not_measured_is_not_said(tmp_path: Path) -> None:
     skipped = {"reranker": {"skipped": "no record mattered"}, "adapter": {}}
-    said = findings(opened := made(tmp_path, [skipped]), lines_of(opened))
+    said = findings(make_report(opened := made(tmp_path, [skipped])))
     assert said[-1] == "No reranker was learned: no record mattered."
     alone = Run(
         opened.folder,
@@ -184,7 +184,7 @@ def test_what_was_not_measured_is_not_said(tmp_path: Path) -> None:
         opened.task,
         tuple(s for s in opened.samples if s.method == "rag@4"),
     )
-    assert findings(alone, lines_of(alone)) == []
+    assert findings(make_report(alone)) == []
 
 
 def test_calibration_error_against_the_definition() -> None:
@@ -204,16 +204,14 @@ def test_calibration_error_against_the_definition() -> None:
 
 def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
     opened = made(tmp_path, [LEARNED])
-    rows = {
-        row["method"]: row
-        for row in as_costs(lines_of(opened, prices=Prices(prompt=1e6, completion=2e6)))
-    }
+    priced = make_report(opened, prices=Prices(prompt=1e6, completion=2e6))
+    rows = {row["method"]: row for row in cost_rows(priced)}
     assert (rows["rag@4"]["money"], rows["rag@4"]["LLM s"], rows["rag@4"]["retrieve ms"]) == (
         120.0,
         2.0,
         500.0,
     )
-    label, train, fit = as_learning(opened, Prices(prompt=1e6, completion=2e6))
+    label, train, fit = learning_rows(priced)
     assert label == {
         "seed": 0,
         "stage": "label records",
@@ -229,7 +227,7 @@ def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
 
 
 def test_what_seeds_share_stands_once(tmp_path: Path) -> None:
-    rows = as_learning(made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}]))
+    rows = learning_rows(make_report(made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}])))
     assert [(row["seed"], row["stage"]) for row in rows] == [
         ("all", "label records"),
         (0, "fit adapter"),
@@ -255,8 +253,8 @@ def test_a_method_that_learns_as_it_answers_tells_what_that_took_once(tmp_path: 
         replace(samples[1], query="later", learned={"6:u0": spent(1, 2.0, calls=2)})
     )  # with more of his history: another one
     samples += [replace(sample, seed=1) for sample in samples]  # asks the same
-    everybody, new = as_learning(
-        replace(opened, samples=tuple(samples))
+    everybody, new = learning_rows(
+        make_report(replace(opened, samples=tuple(samples)))
     )  # it was stopped, and learned again when it went on
     assert (everybody["stage"], everybody["users"], everybody["LLM calls"]) == (
         "bbox-adapter@8",
@@ -284,7 +282,7 @@ def test_the_command_prints_costs_and_findings(
     assert run(["bench", "show", str(tmp_path / "run"), "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["runs"]
     assert (len(shown["findings"]), shown["learning"][0]["users"]) == (9, 10)
-    text = markdown(opened := open_run(tmp_path / "run"), lines_of(opened), "rag@4")
+    text = markdown(make_report(open_run(tmp_path / "run"), "rag@4"))
     assert "LaMP-style, shaped like LaMP-2" in text
     assert "### What it says\n\n- hydra@4,8 is better" in text
     (tmp_path / "run" / "learning.json").write_text("[")

@@ -12,8 +12,9 @@ import pytest
 
 from hydra_llm.bench.report import html
 from hydra_llm.bench.report import tables as report
+from hydra_llm.bench.report.cells import cell
 from hydra_llm.bench.report.markdown import markdown
-from hydra_llm.bench.report.summary import about, limits, sentence
+from hydra_llm.bench.report.summary import limits, run_summary, summary_line
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.tasks.base import Task
@@ -62,7 +63,7 @@ def opened(tmp_path: Path) -> report.Run:
 
 
 def page(*runs: report.Run, answers: bool = True) -> str:
-    return html.page([(run, report.lines_of(run)) for run in runs], answers)
+    return html.page([report.make_report(run) for run in runs], answers)
 
 
 class Tags(HTMLParser):
@@ -127,17 +128,15 @@ def test_the_page_says_what_was_run_and_asks_for_nothing_else(opened: report.Run
 
 
 def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
-    lines = report.lines_of(opened)
+    found = report.make_report(opened)
     text = page(opened)
     cells = re.findall(r'<td(?: class="(\w+)")?>([^<]*)</td>', text.partition("<h2>Plots")[0])
     shown = [value for _, value in cells]
-    for row in report.as_rows(opened, lines):
+    for row in report.method_rows(found):
         for name, value in row.items():
             if name not in ("part", "method"):
                 assert str(value).removesuffix(" *").removesuffix(" '") in shown
-    for row in report.as_differences(
-        {line.row.method: line.against for line in lines if line.against is not None}
-    ):
+    for row in report.comparison_rows(found.comparisons):
         assert all(
             str(value).replace("'", "&#39;") in shown
             for name, value in row.items()
@@ -145,16 +144,12 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
         )
     best = [value for kind, value in cells if kind == "best"]
     assert best == [
-        str(report.cell(*line.row.metrics[name]))
-        for line in lines
-        if line.row.method == "rag@4"
+        cell(*line.result.metrics[name])
+        for line in found.rows
+        if line.method == "rag@4"
         for name in ("rouge1", "rougeL", "bleu")
     ]
-    assert (
-        [kind for kind, _ in cells].count("second")
-        == list(report.marks(opened, lines).values()).count(2)
-        >= 3
-    )
+    assert [kind for kind, _ in cells].count("second") == list(found.marks.values()).count(2) >= 3
     order = [
         '<tbody class="prompt">',
         '<tbody class="hydra">',
@@ -194,8 +189,8 @@ def test_a_run_says_what_it_was(opened: report.Run) -> None:
     lenient = replace(
         opened, manifest={**opened.manifest, "settings": {"parsing": "lenient", "retrieved": 5}}
     )
-    assert "answers are read: lenient; limits: M = 5 records to rerank" in sentence(lenient)
-    assert sentence(lenient) in markdown(lenient, report.lines_of(lenient), "rag@4")
+    assert "answers are read: lenient; limits: M = 5 records to rerank" in summary_line(lenient)
+    assert summary_line(lenient) in markdown(report.make_report(lenient))
 
 
 def test_the_same_queries_are_drawn_each_time_with_every_answer(opened: report.Run) -> None:
@@ -206,12 +201,14 @@ def test_the_same_queries_are_drawn_each_time_with_every_answer(opened: report.R
     assert len(html.sampled(opened, count=100)) == 18
     assert html.sampled(opened, seed=1) != asked
     for each in asked:
-        assert sorted(method for said in each.said for method in said.methods) == sorted(ANSWERS)
-        assert [said.gain for said in each.said] == sorted(
-            (said.gain for said in each.said), reverse=True
+        assert sorted(method for answer in each.answers for method in answer.methods) == sorted(
+            ANSWERS
         )
-    first = asked[0].said[0]
-    assert (first.gain, first.answer) == (1.0, GOLD)
+        assert [answer.gain for answer in each.answers] == sorted(
+            (answer.gain for answer in each.answers), reverse=True
+        )
+    first = asked[0].answers[0]
+    assert (first.gain, first.text) == (1.0, GOLD)
 
 
 def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(
@@ -225,18 +222,20 @@ def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(
         Sample("oracle", "u", "q", GOLD, GOLD),
     )
     (asked,) = html.sampled(replace(opened, samples=samples))
-    found = [(said.answer, said.error, said.gain, len(said.methods)) for said in asked.said]
+    found = [
+        (answer.text, answer.error, answer.gain, len(answer.methods)) for answer in asked.answers
+    ]
     assert found == [
         (GOLD, "", 1.0, 2),
         ("votes", "", pytest.approx(0.4), 1),
         (None, "", 0.0, 1),
         (None, "HTTP 500", None, 1),
     ]
-    assert [said.methods for said in asked.said[:2]] == [
+    assert [answer.methods for answer in asked.answers[:2]] == [
         ("hydra@4,8 (seed 0)", "oracle"),
         ("hydra@4,8 (seed 2)",),
     ]
-    assert about(replace(opened, samples=samples))["seeds"] == "0, 2"
+    assert run_summary(replace(opened, samples=samples))["seeds"] == "0, 2"
 
 
 def test_a_run_of_one_user_and_one_method_has_a_page(tmp_path: Path) -> None:

@@ -1,15 +1,30 @@
 """Each method is what its name says: what the LLM is shown, what is picked, and what it costs."""
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle
-from hydra_llm.bench.methods import Parts, find_methods, split_names
+from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle, WithoutLLM
+from hydra_llm.bench.method import (
+    BUILTIN,
+    METHODS,
+    Answerer,
+    Parts,
+    find_methods,
+    installed,
+    load_method,
+    method,
+    split_names,
+)
+from hydra_llm.bench.report.tables import GROUPS, Run, group_of
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.bundle import Bundle
@@ -18,6 +33,7 @@ from hydra_llm.context import Context
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.retrieve import Recent
 from hydra_llm.side_features import CohortStats
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate, Message, Query, Record
@@ -240,3 +256,68 @@ def test_a_method_for_labels_is_left_out_or_refused_for_texts() -> None:
         match="'scorer-only' answers classification and rating tasks only, this one is generation",
     ):
         find_methods(["scorer-only"], "generation")
+
+
+# ---- methods of other packages
+
+
+@method("sampling", takes=("k",), source="another package", uses=())
+def parrot(parts: Parts) -> Answerer:
+    """The answer of the latest of k records."""
+    latest = replace(parts.personalizer(samples=1, greedy_first=True), retriever=Recent())
+    return WithoutLLM(latest, lambda query, visible: visible[-latest.settings.k].output)
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package whose entry points are a method, a broken one and no method at all."""
+    points = [
+        EntryPoint("parrot", "foreign_methods:parrot", METHODS.group),
+        EntryPoint("broken", "foreign_methods:absent", METHODS.group),
+        EntryPoint("number", "foreign_methods:number", METHODS.group),
+        EntryPoint("rag", "foreign_methods:parrot", METHODS.group),
+    ]
+    module = SimpleNamespace(parrot=parrot, number=3)
+    monkeypatch.setitem(sys.modules, "foreign_methods", module)
+    monkeypatch.setattr("hydra_llm.plugins.entry_points", lambda group: points)
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_method_of_another_package_runs_in_the_table() -> None:
+    found = find_methods(["rag@1", "parrot@2", "parrot@4"])
+    samples = run_sync(lambda: run_methods(found, parts(RuleLLM(loud)), [QUERY]))
+    assert [(sample.method, sample.answer) for sample in samples] == [
+        ("rag@1", "loud"),
+        ("parrot@2", "odd"),
+        ("parrot@4", "calm"),
+    ]
+    assert [row.method for row in tabulate(TAGS, samples)] == ["rag@1", "parrot@2", "parrot@4"]
+    assert group_of("parrot@2") == "sampling"
+    run = Run(Path("run"), {}, TAGS, tuple(reversed(samples)))
+    assert run.methods == ["rag@1", "parrot@2", "parrot@4"]  # built-in ones first
+    with pytest.raises(SettingsError, match="write it as parrot@k"):
+        find_methods(["parrot@1,2"])
+
+
+@pytest.mark.usefixtures("foreign")
+def test_foreign_methods_are_listed_beside_the_built_in_ones() -> None:
+    names = METHODS.names()
+    assert names[: len(BUILTIN)] == list(BUILTIN)
+    assert set(names[len(BUILTIN) :]) == {"parrot", "broken", "number"}
+    assert load_method("parrot").what == "The answer of the latest of k records"
+    assert load_method("rag").source == "LaMP; HYDRA 4.1"  # a built-in name cannot be replaced
+
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize("name", ["broken", "number"])
+def test_a_broken_foreign_method_is_a_settings_error(name: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        find_methods([name])
+    assert installed("nothing-like-it") is None
+
+
+def test_every_built_in_method_has_the_name_it_is_registered_by() -> None:
+    for name in BUILTIN:
+        assert METHODS.load(name).name == name
+        assert METHODS.load(name).what
+        assert METHODS.load(name).group in GROUPS

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_llm.bench.report import plots
+from hydra_llm.bench.comparison import changes_by_user, pair
+from hydra_llm.bench.report import charts, plots
 from hydra_llm.bench.report import tables as report
+from hydra_llm.bench.report.labels import label_places
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.tasks.base import Task
@@ -71,7 +73,7 @@ def drawn(plot: Any, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def test_there_is_a_plot_for_each_metric_cost_and_for_the_users(opened: report.Run) -> None:
-    assert list(plots.plots(opened, report.lines_of(opened))) == [
+    assert list(plots.plots(report.make_report(opened))) == [
         "score-mae",
         "score-rmse",
         "cost-calls",
@@ -82,17 +84,17 @@ def test_there_is_a_plot_for_each_metric_cost_and_for_the_users(opened: report.R
         opened,
         samples=tuple(replace(sample, tokens=0, llm_seconds=1.0) for sample in opened.samples),
     )
-    assert "cost-llm_seconds" in plots.plots(timed, report.lines_of(timed))
+    assert "cost-llm_seconds" in plots.plots(report.make_report(timed))
     free = replace(
         opened, samples=tuple(replace(sample, tokens=0, calls=0) for sample in opened.samples)
     )
-    assert list(plots.plots(free, report.lines_of(free))) == ["score-mae", "score-rmse", "users"]
+    assert list(plots.plots(report.make_report(free))) == ["score-mae", "score-rmse", "users"]
 
 
 def test_scores_stand_with_their_intervals_and_what_failed_has_none(opened: report.Run) -> None:
-    lines = report.lines_of(opened)
-    row = next(line.row for line in lines if line.row.method == "hydra@4,8")
-    found = drawn(plots.scores(opened, lines, "mae"), "method", "part", "value", "low", "high")
+    shown = report.make_report(opened)
+    row = next(line.result for line in shown.rows if line.method == "hydra@4,8")
+    found = drawn(plots.score_plot(shown, "mae"), "method", "part", "value", "low", "high")
     assert ("hydra@4,8", "HYDRA", *row.metrics["mae"]) in found
     assert row.metrics["mae"][0] == 0.75
     failed = replace(
@@ -102,12 +104,12 @@ def test_scores_stand_with_their_intervals_and_what_failed_has_none(opened: repo
             for s in opened.samples
         ),
     )
-    plot = plots.scores(failed, report.lines_of(failed), "mae")
+    plot = plots.score_plot(report.make_report(failed), "mae")
     assert ("rag@4", "prompts", None, None, None) in drawn(
         plot, "method", "part", "value", "low", "high"
     )
-    assert plots.svg(plot).count(">failed<") == 1
-    assert "MAE (less is better)" in plots.svg(plot)
+    assert charts.svg(plot).count(">failed<") == 1
+    assert "MAE (less is better)" in charts.svg(plot)
 
 
 def test_every_group_has_a_look_of_its_own() -> None:
@@ -117,8 +119,8 @@ def test_every_group_has_a_look_of_its_own() -> None:
 
 
 def test_cost_stands_beside_the_score(opened: report.Run) -> None:
-    lines = report.lines_of(opened)
-    plot = plots.cost(opened, lines, "calls")
+    found = report.make_report(opened)
+    plot = plots.cost_plot(found, "calls")
     assert sorted(drawn(plot, "method", "cost", "value")) == [
         ("hydra@4,8", 8.0, 0.75),
         ("oracle", 1.0, 0.0),
@@ -132,7 +134,7 @@ def test_cost_stands_beside_the_score(opened: report.Run) -> None:
 def test_labels_cover_no_other_label_and_stay_in_the_plot(
     cases: Sequence[tuple[float, float, float]],
 ) -> None:
-    labels = plots.label_places(
+    labels = label_places(
         [(x, y) for x, y, _ in cases], [width for *_, width in cases], (460.0, 340.0)
     )
     boxes = [label.box for label in labels]
@@ -147,23 +149,17 @@ def test_labels_cover_no_other_label_and_stay_in_the_plot(
 
 
 def test_users_are_counted_as_in_the_table_of_differences(opened: report.Run) -> None:
-    lines = report.lines_of(opened)
-    for line in lines:
-        if line.against is not None:
-            changes = plots.differences(
-                plots.gains(opened, line.row.method), plots.gains(opened, "rag@1")
-            )
-            counts = [
-                sum(sign(value) == wanted for value in changes.values()) for wanted in (1, 0, -1)
-            ]
-            assert counts == [line.against.wins, line.against.ties, line.against.losses]
-    found = [
-        row
-        for row in drawn(plots.users(opened, lines), "panel", "place", "difference", "sign")
-        if row[0].startswith("hydra")
-    ]
+    shown = report.make_report(opened)
+    plot = plots.users_plot(shown)
+    bars = drawn(plot, "panel", "place", "difference", "sign")
+    for method, found in shown.comparisons.items():
+        counts = f"{found.wins} better, {found.ties} same, {found.losses} worse"
+        own = [change for panel, _, change, _ in bars if panel == f"{method}|{counts}"]
+        signs = [sum(sign(value) == wanted for value in own) for wanted in (1, 0, -1)]
+        assert signs == [found.wins, found.ties, found.losses]
+        assert len(own) == 4
     panel = "hydra@4,8|2 better, 1 same, 1 worse"
-    assert found == [
+    assert [bar for bar in bars if bar[0] == panel] == [
         (panel, 0, 0.25, "better"),
         (panel, 1, 0.25, "better"),
         (panel, 2, 0.0, "worse"),
@@ -175,29 +171,23 @@ def sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def test_several_answers_to_a_query_count_as_one_and_failed_ones_not_at_all(
-    opened: report.Run,
-) -> None:
-    def of(answers: Mapping[tuple[str, str], Sequence[str]]) -> report.Run:
-        samples = [
-            Sample("hydra", user, query, "3", given)
-            for (user, query), all_ in answers.items()
-            for given in all_
+def test_changes_of_a_user_average_seeds_and_leave_out_failures() -> None:
+    def of(answers: Mapping[tuple[str, str], Sequence[str]]) -> list[Sample]:
+        return [
+            Sample("hydra", user, query, "3", answer, seed=seed)
+            for (user, query), given in answers.items()
+            for seed, answer in enumerate(given)
         ]
-        return replace(
-            opened, samples=(*samples, Sample("hydra", "u9", "a", "3", None, "HTTP 500"))
-        )
 
-    assert plots.gains(of({("u0", "a"): "345", ("u0", "b"): "3", ("u1", "a"): "1"}), "hydra") == {
-        ("u0", "a"): 0.75,
-        ("u0", "b"): 1.0,
-        ("u1", "a"): 0.5,
-    }
-    base = {("u0", "a"): 0.25, ("u0", "c"): 0.0, ("u2", "a"): 1.0}
-    assert plots.differences({("u0", "a"): 0.75, ("u0", "b"): 1.0, ("u1", "a"): 0.5}, base) == {
-        "u0": 0.5
-    }
-    assert plots.differences({("u0", "a"): 0.1 + 0.2}, {("u0", "a"): 0.3}) == {"u0": 0.0}
+    base = of({("u0", "a"): "4", ("u0", "c"): "1", ("u2", "a"): "3", ("u9", "a"): "3"})
+    own = of({("u0", "a"): "345", ("u0", "b"): "3", ("u1", "a"): "1"})
+    own.append(Sample("hydra", "u9", "a", "3", None, "HTTP 500"))
+    # gains of 1, .75 and .5 against .75, on the one query that both answered
+    assert changes_by_user(STARS, pair(own, base)) == {"u0": 0.0}
+    assert changes_by_user(STARS, pair(of({("u0", "a"): "33"}), base)) == {"u0": 0.25}
+    thirds = Task("thirds", "rating", "{input}", ("0", "1", "2", "3"))
+    own, base = of({("u0", "a"): "1", ("u0", "b"): "1"}), of({("u0", "a"): "2", ("u0", "b"): "0"})
+    assert changes_by_user(thirds, pair(own, base)) == {"u0": 0.0}  # rounding is no difference
 
 
 def test_many_users_are_thinned_and_their_ends_stay() -> None:
@@ -209,29 +199,29 @@ def test_many_users_are_thinned_and_their_ends_stay() -> None:
 
 def test_a_curve_has_a_line_for_each_method_and_bears_what_is_missing() -> None:
     points = [
-        plots.Point("hydra", 0, 0.4, 0.3, 0.5),
-        plots.Point("hydra", 20, 0.6),
-        plots.Point("rag", 0, math.nan),
-        plots.Point("rag", 20, 0.5),
+        charts.Point("hydra", 0, 0.4, 0.3, 0.5),
+        charts.Point("hydra", 20, 0.6),
+        charts.Point("rag", 0, math.nan),
+        charts.Point("rag", 20, 0.5),
     ]
-    plot = plots.curve(points, "records", "accuracy", "cold start", log=True)
+    plot = charts.curve(points, "records", "accuracy", "cold start", log=True)
     assert drawn(plot, "method", "x", "value", "low") == [
         ("hydra", 0, 0.4, 0.3),
         ("hydra", 20, 0.6, None),
         ("rag", 20, 0.5, None),
     ]
-    text = plots.svg(plot)
+    text = charts.svg(plot)
     assert all(
         f">{word}<" in text
         for word in ("hydra", "rag", "records", "accuracy", "cold start", "0", "20")
     )
     assert "NaN" not in text
-    named = plots.svg(
-        plots.curve(
+    named = charts.svg(
+        charts.curve(
             [
-                plots.Point("hydra", 5, 0.4),
-                plots.Point("hydra", 10, 0.4),
-                plots.Point("hydra", "all", 0.5),
+                charts.Point("hydra", 5, 0.4),
+                charts.Point("hydra", 10, 0.4),
+                charts.Point("hydra", "all", 0.5),
             ],
             "records",
             "f",
@@ -242,9 +232,9 @@ def test_a_curve_has_a_line_for_each_method_and_bears_what_is_missing() -> None:
 
 
 def test_the_svg_is_whole_the_same_each_time_and_asks_for_nothing(opened: report.Run) -> None:
-    lines = report.lines_of(opened)
-    for plot in plots.plots(opened, lines).values():
-        text = plots.svg(plot)
+    shown = report.make_report(opened)
+    for plot in plots.plots(shown).values():
+        text = charts.svg(plot)
         root = ElementTree.fromstring(text)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert {
@@ -256,8 +246,8 @@ def test_the_svg_is_whole_the_same_each_time_and_asks_for_nothing(opened: report
         assert not re.search(
             r"<(script|image|style)|\bid=|url\(", text
         )  # several stand in one page: no names to clash
-        assert plots.svg(plot) == text
-    assert plots.svg(plots.plots(opened, lines)["users"]).count("u0") == 0  # no user is named
+        assert charts.svg(plot) == text
+    assert charts.svg(plots.plots(shown)["users"]).count("u0") == 0  # no user is named
 
 
 def test_plots_of_several_runs_have_folders_of_their_own(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
+from hydra_llm.bench.comparison import compare, pair, queries_needed
 from hydra_llm.bench.report import tables as report
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bench.runner import tabulate
@@ -61,8 +62,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_method_stands_with_its_figures_in_its_part(folder: Path) -> None:
-    lines = report.lines_of(report.open_run(folder))
-    found = {line.row.method: (line.group, line.row.metrics["mae"][0]) for line in lines}
+    lines = report.make_report(report.open_run(folder)).rows
+    found = {line.method: (line.group, line.result.metrics["mae"][0]) for line in lines}
     assert found == {
         "rag@1": ("prompt", 2.0),
         "rag@4": ("prompt", 1.0),
@@ -76,7 +77,7 @@ def test_every_method_stands_with_its_figures_in_its_part(folder: Path) -> None:
 
 def test_bounds_and_controls_are_not_ranked_and_less_is_better_for_errors(folder: Path) -> None:
     opened = report.open_run(folder)
-    places = report.marks(opened, report.lines_of(opened))
+    places = report.make_report(opened).marks
     assert {key: place for key, place in places.items() if key[1] == "mae"} == {
         ("mbr", "mae"): 1,
         ("hydra@4,8", "mae"): 2,
@@ -89,16 +90,16 @@ def change(found: Relative | None) -> float:
 
 
 def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(folder: Path) -> None:
-    lines = {line.row.method: line for line in report.lines_of(report.open_run(folder))}
-    assert lines["rag@4"].against is None
+    lines = {line.method: line for line in report.make_report(report.open_run(folder)).rows}
+    assert lines["rag@4"].comparison is None
     assert change(lines["hydra@4,8"].over_prompts) == pytest.approx(
         (0.5 + 1 - math.sqrt(0.5)) / 2
     )  # MAE 1 to .5, RMSE 1 to .71
     assert change(lines["rag@1"].over_prompts) == pytest.approx(-1)
-    named = {line.row.method: line for line in report.lines_of(report.open_run(folder), "mbr")}
-    assert named["mbr"].against is None
+    named = {line.method: line for line in report.make_report(report.open_run(folder), "mbr").rows}
+    assert named["mbr"].comparison is None
     with pytest.raises(SettingsError, match="no method 'best'"):
-        report.lines_of(report.open_run(folder), "best")
+        report.make_report(report.open_run(folder), "best")
 
 
 def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
@@ -111,7 +112,7 @@ def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
 
     base = samples(["4"] * 12)
     own = samples(["3"] * 5 + ["4"] * 4 + ["5"] * 3)
-    found = report.compare(STARS, own, base)
+    found = compare(STARS, own, base)
     assert (found.wins, found.ties, found.losses) == (5, 4, 3)
     assert found.worst_tenth == pytest.approx(-0.25)  # one step of four
     assert found.metrics["mae"].difference == pytest.approx((-5 + 3) / 12)
@@ -120,7 +121,7 @@ def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
         replace(sample, answer=None, error="HTTP 500") if sample.user == "u11" else sample
         for sample in own
     ]
-    without = report.compare(STARS, broken, base)
+    without = compare(STARS, broken, base)
     assert (without.wins, without.ties, without.losses) == (
         5,
         4,
@@ -137,7 +138,7 @@ def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
     def answers_of(
         own: Mapping[int, str], base: Mapping[int, str]
     ) -> list[tuple[str | None, str | None]]:
-        return [(mine.answer, its.answer) for mine, its in report.pair(seeded(own), seeded(base))]
+        return [(mine.answer, its.answer) for mine, its in pair(seeded(own), seeded(base))]
 
     assert answers_of({0: "1", 1: "2"}, {1: "4", 0: "3"}) == [("1", "3"), ("2", "4")]
     assert answers_of({0: "1", 1: "2"}, {0: "3"}) == [("1", "3"), ("2", "3")]
@@ -146,7 +147,7 @@ def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
         ("2", "3"),
         ("5", "4"),
     ]
-    assert report.pair(seeded({0: "1"}), seeded({0: "1"}, "another")) == []
+    assert pair(seeded({0: "1"}), seeded({0: "1"}, "another")) == []
 
 
 def test_turns_are_no_seeds() -> None:
@@ -154,16 +155,13 @@ def test_turns_are_no_seeds() -> None:
         replace(sample, method="random@8")
         for sample in seeded({place: str(1 + place % 5) for place in range(8)})
     ]
-    assert len(report.pair(turns, [sample for sample in turns if sample.seed < 2])) == 16
+    assert len(pair(turns, [sample for sample in turns if sample.seed < 2])) == 16
     for seeds in ({0: "1", 1: "2", 2: "3"}, {10: "1", 11: "2"}, {0: "4"}):
-        for pairs in (
-            report.pair(turns, seeded(seeds)),
-            [(b, a) for a, b in report.pair(seeded(seeds), turns)],
-        ):
+        for pairs in (pair(turns, seeded(seeds)), [(b, a) for a, b in pair(seeded(seeds), turns)]):
             assert sorted((a.seed, b.seed) for a, b in pairs) == sorted(
                 (place, seed) for place in range(8) for seed in seeds
             )
-    assert len(report.pair(turns, turns)) == 8
+    assert len(pair(turns, turns)) == 8
 
 
 def test_a_row_over_seeds_counts_its_queries_once_and_names_each_seeds_figure() -> None:
@@ -184,10 +182,10 @@ def test_a_difference_needs_the_more_queries_the_smaller_it_is() -> None:
         return Paired(difference, difference - reach, difference + reach, 0.3, samples, users)
 
     for users in (5, 12, 500):  # few users widen the interval, not the need
-        assert report.needed(spread(0.1, users, 100), 100) == math.ceil(100 * 2.8**2)
-        assert report.needed(spread(0.28, users, 300), 100) == 100  # three seeds of each
-    assert report.needed(Paired(0.0, -0.1, 0.1, 1.0, 100, 10), 100) is None
-    assert report.needed(Paired(0.1, math.nan, math.nan, math.nan, 1, 1), 1) is None
+        assert queries_needed(spread(0.1, users, 100), 100) == math.ceil(100 * 2.8**2)
+        assert queries_needed(spread(0.28, users, 300), 100) == 100  # three seeds of each
+    assert queries_needed(Paired(0.0, -0.1, 0.1, 1.0, 100, 10), 100) is None
+    assert queries_needed(Paired(0.1, math.nan, math.nan, math.nan, 1, 1), 1) is None
 
 
 def test_the_headline_is_the_mean_over_tasks_of_the_methods_that_all_have(
@@ -199,14 +197,13 @@ def test_the_headline_is_the_mean_over_tasks_of_the_methods_that_all_have(
         {**MANIFEST, "data": "another"},
     )
     tables = [
-        (opened, report.lines_of(opened))
-        for opened in (report.open_run(folder), report.open_run(other))
+        report.make_report(opened) for opened in (report.open_run(folder), report.open_run(other))
     ]
     found = report.overall(tables)
     assert set(found) == {"rag@4", "hydra@4,8"}
     first, second = (
-        change({line.row.method: line for line in lines}["hydra@4,8"].over_prompts)
-        for _, lines in tables
+        change({line.method: line for line in each.rows}["hydra@4,8"].over_prompts)
+        for each in tables
     )
     assert found["hydra@4,8"]["all metrics"].change == pytest.approx((first + second) / 2)
     assert report.overall(tables[:1]) == report.overall([tables[0], tables[0]]) == {}

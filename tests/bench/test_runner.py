@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm import __version__
-from hydra_llm.bench.methods import METHODS, Parts, find_methods
+from hydra_llm.bench.method import METHODS, Parts, find_methods
+from hydra_llm.bench.report.cells import results_table
 from hydra_llm.bench.runlog import RunLog, Sample
-from hydra_llm.bench.runner import Row, as_table, run_methods, tabulate
+from hydra_llm.bench.runner import MethodResult, run_methods, tabulate
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, SettingsError
@@ -94,12 +95,12 @@ def test_failed_samples_stay_visible_and_are_not_scored(tmp_path: Path) -> None:
         json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     ]
     assert sum(line["error"] == "HTTP 500" and line["answer"] is None for line in lines) == 3
-    assert as_table([row])[0]["failed"] == 3
-    assert re.fullmatch(r"0\.667 \[0\.\d+, [01]\.\d+\]", as_table([row])[0]["accuracy"])
+    assert results_table([row])[0]["failed"] == 3
+    assert re.fullmatch(r"0\.667 \[0\.\d+, [01]\.\d+\]", results_table([row])[0]["accuracy"])
     assert (
-        as_table(tabulate(TAGS, [sample for sample in samples if sample.user == QUERIES[0].user]))[
-            0
-        ]["accuracy"]
+        results_table(
+            tabulate(TAGS, [sample for sample in samples if sample.user == QUERIES[0].user])
+        )[0]["accuracy"]
         == "0.667"
     )
 
@@ -114,7 +115,7 @@ def test_a_method_of_which_every_call_failed_has_no_figure() -> None:
     assert not np.isnan(other.metrics["accuracy"][0])
     assert all(np.isnan(row.metrics["accuracy"]))
     assert row.to_json()["metrics"]["accuracy"] == [None, None, None]
-    assert as_table([row])[0]["accuracy"] == "failed"
+    assert results_table([row])[0]["accuracy"] == "failed"
     json.dumps(row.to_json(), allow_nan=False)
 
 
@@ -394,7 +395,7 @@ def test_an_unknown_method_is_named() -> None:
 
 def test_all_is_every_method_at_each_k_and_b() -> None:
     names = [method.name for method in find_methods(["all"], records=(1, 4), budget=(2,))]
-    assert {name.partition("@")[0] for name in names} == set(METHODS)
+    assert {name.partition("@")[0] for name in names} == set(METHODS.names())
     assert [name for name in names if name.startswith(("rag@", "hydra@", "mbr"))] == [
         "rag@1",
         "rag@4",
@@ -436,7 +437,7 @@ def test_rows_say_what_an_answer_cost() -> None:
         Sample("m", "a", "3", "calm", None, "HTTP 500"),
     ]
     (row,) = tabulate(TAGS, samples)
-    assert isinstance(row, Row)
+    assert isinstance(row, MethodResult)
     assert (row.calls, row.tokens, row.llm_seconds, row.own_seconds) == (3, 20, 1.5, 0.375)
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from hydra_llm.bench import sweep as study
 from hydra_llm.bench.experiment import Experiment, learned_bundle
-from hydra_llm.bench.methods import find_methods
+from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.runlog import read_run
-from hydra_llm.bench.sweep import StudyPoint, open_study, with_history
+from hydra_llm.bench.sweep import Sweep, SweepPoint, load_sweep, with_history
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings, checked
@@ -30,7 +29,7 @@ from hydra_llm.select import LearnedSelector
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate, Query, Record
 
-STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "sweeps").glob("*.toml"))
+SWEEP_FILES = sorted((Path(__file__).parents[2] / "benchmarks" / "sweeps").glob("*.toml"))
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3"), metrics=("mae",))
 SMALL = {
     "samples": 2,
@@ -88,7 +87,7 @@ def written(folder: Path, text: str) -> Path:
 def test_points_and_grids_are_the_points_of_a_study(tmp_path: Path) -> None:
     grid = "vary = { k = [1, 4], votes = [true, false], history = [3] }\n\n"
     grid += '[[points]]\nx = "none"\nmethods = ["zero-shot"]\nsettings = { k = 0 }\n'
-    found = open_study(written(tmp_path, HEAD + grid))
+    found = load_sweep(written(tmp_path, HEAD + grid))
     assert [(point.x, point.series, point.settings, point.history) for point in found.points] == [
         ("none", "", {"k": 0}, "all"),
         (1, "votes=true, history=3", {"k": 1, "votes": True}, 3),
@@ -134,14 +133,14 @@ def test_points_and_grids_are_the_points_of_a_study(tmp_path: Path) -> None:
 def test_a_fault_is_one_line_that_names_file_and_key(text: str, said: str, tmp_path: Path) -> None:
     file = written(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
-        open_study(file)
+        load_sweep(file)
     assert str(caught.value).startswith(f"{file}: {said}")
     assert "\n" not in str(caught.value)
 
 
 def test_a_study_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"none\.toml: no such study file"):
-        open_study(tmp_path / "none.toml")
+    with pytest.raises(SettingsError, match=r"none\.toml: no such sweep file"):
+        load_sweep(tmp_path / "none.toml")
 
 
 def test_there_is_a_file_for_each_study() -> None:
@@ -149,13 +148,13 @@ def test_there_is_a_file_for_each_study() -> None:
         "k b history training_users cold_start head prior encoder record_answer choosing label_rule"
         " reranker_labels parsing llm"
     )
-    assert {file.stem for file in STUDIES} == set(named.split())
+    assert {file.stem for file in SWEEP_FILES} == set(named.split())
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SWEEP_FILES, ids=lambda file: file.stem)
 def test_a_committed_study_is_sound(file: Path) -> None:
     """Its settings are valid, its points differ in something, and it says why it is there."""
-    found = open_study(file)
+    found = load_sweep(file)
     assert found.name == file.stem
     assert len(found.question) < 100
     assert file.read_text().startswith("# ")
@@ -167,7 +166,7 @@ def test_a_committed_study_is_sound(file: Path) -> None:
     assert all(a != b for a, b in pairwise(points))
 
 
-def settings_of(found: study.Study, point: StudyPoint) -> dict[str, Any]:
+def settings_of(found: Sweep, point: SweepPoint) -> dict[str, Any]:
     return checked({**found.settings, **point.settings}).model_dump(mode="json")
 
 
@@ -267,7 +266,7 @@ def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
 
 # ---- the command
 
-STUDY = """
+SWEEP = """
 name = "cold"
 question = "What do the first records bring?"
 x = "records"
@@ -290,19 +289,19 @@ max_length = 32
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save(made_up(), tmp_path / "data")
-    written(tmp_path, STUDY)
+    written(tmp_path, SWEEP)
     return tmp_path
 
 
 def call(folder: Path, *more: object, llm: str = "fake:rule=labels") -> int:
     options = ["--llm", llm, "--out", folder / "out", "--set", f"cache={folder / 'cache'}", *more]
     return run(
-        [str(part) for part in ("bench", "study", folder / "s.toml", folder / "data", *options)]
+        [str(part) for part in ("bench", "sweep", folder / "s.toml", folder / "data", *options)]
     )
 
 
 def read(folder: Path) -> Any:
-    return json.loads((folder / "out" / "study.json").read_text())
+    return json.loads((folder / "out" / "sweep.json").read_text())
 
 
 def figures(found: Mapping[str, Any]) -> list[Any]:
@@ -339,7 +338,7 @@ def test_a_study_runs_draws_and_goes_on_without_a_call(
     drawing = (folder / "plot.svg").read_text()
     assert "hydra, no head" in drawing
     assert "What do the first records bring?" in drawing
-    assert not (folder / "out" / "study.svg").exists()
+    assert not (folder / "out" / "sweep.svg").exists()
     heads = {
         name: Bundle.load(folder / "out" / name / "bundle").adapter
         for name in ("0", "4", "4-no-head")
@@ -357,7 +356,7 @@ def test_a_study_runs_draws_and_goes_on_without_a_call(
     assert {
         name: (folder / "out" / name / "samples.jsonl").read_bytes() for name in heads
     } == samples
-    assert (folder / "out" / "study.svg").exists()
+    assert (folder / "out" / "sweep.svg").exists()
 
 
 def test_a_study_is_shown_from_its_folder(
@@ -390,9 +389,9 @@ def test_a_study_is_shown_from_its_folder(
     assert text.read_text().count("no head") == 2
     assert run(["bench", "show", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sweeps"] == [read(folder)]
-    (out / "study.json").write_text('{"points": [{}]}')
+    (out / "sweep.json").write_text('{"points": [{}]}')
     assert run(["bench", "show", str(out)]) == 2
-    assert "study.json cannot be read" in capsys.readouterr().err
+    assert "sweep.json cannot be read" in capsys.readouterr().err
 
 
 def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
@@ -420,7 +419,7 @@ def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
 def test_a_point_that_fails_is_told_and_the_others_go_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written(folder, STUDY.replace("{ x = 0, history = 0 }", '{ x = 0, llm = "nobody:none" }'))
+    written(folder, SWEEP.replace("{ x = 0, history = 0 }", '{ x = 0, llm = "nobody:none" }'))
     assert call(folder) == 0
     found = read(folder)
     assert found["points"][0]["error"].startswith("unknown LLM 'nobody:none'")
@@ -441,12 +440,12 @@ def test_what_the_points_set_stands_above_the_command(
 ) -> None:
     written(
         folder,
-        STUDY.replace(
+        SWEEP.replace(
             "{ x = 0, history = 0 }", '{ x = "two", settings = { samples = 2 }, methods = ["rag"] }'
         ),
     )
     assert call(folder, "--set", "samples=3", "--users", 1, "--limit", 1) == 0
-    assert "samples is what the study's points set" in capsys.readouterr().err
+    assert "samples is set by points of the sweep" in capsys.readouterr().err
     for name, samples in (("two", 2), ("4", 3)):
         manifest, _ = read_run(folder / "out" / name)
         assert (manifest["settings"]["samples"], manifest["users"], manifest["queries"]) == (

@@ -1,24 +1,22 @@
-"""The personalized BBox-Adapter, a baseline of HYDRA's (section 4.1): one energy for all users,
+"""The personalized BBox-Adapter, a baseline of HYDRA (section 4.1): one energy for all users,
 learned against its own samples.
 
 Sun et al. 2024, "BBox-Adapter: Lightweight Adapting for Black-Box Large Language Models" (arXiv
 2402.08219), by its sections:
-    3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y). The black box gives no p_LLM: the shares of its samples
-    stand for it, the query's pool
+    3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y). The vote shares of the LLM's samples stand for p_LLM,
+         which a black box does not give
     3.2  the loss, see `nce_loss`
-    3.4  rounds: what is wrong of draws from p as it is now are the negatives, update g (algorithm
-    1), see `adapted`. A pool is small: each
-         candidate counts for as many draws as are expected of it, with less noise, and with none
-         that falls otherwise on another processor
+    3.4  rounds (algorithm 1), see `adapted`: wrong answers drawn from the present p are the
+         negatives. As the candidates are few, each counts for its expected number of draws, which
+         has less noise and is the same on every processor
     4.1  the ground-truth setting: the positive is the user's own answer in every round
     4.4  single-step inference: the LLM writes b whole answers, and the one with the highest g is
-    the answer (p_LLM has done its part
-         in proposing them: 3.3 ranks by g alone)
-Personalized: the prompts carry the user's records, in HYDRA's own order, so that both choose among
-the same candidates; g learns from the training users' histories, and further rounds on the new
-user's own history adapt a copy of it. There are no heads and no evidence columns: those are what
-HYDRA adds. g reads the frozen encoder's features, where the paper tunes a whole encoder. Knows no
-metrics; answers nothing that needs a record later than the query.
+         the answer (3.3 ranks by g alone, as p_LLM has proposed them)
+Personalized: the prompts carry the user's records in HYDRA's order, so that both methods select
+among the same candidates; g learns from the training users' histories, and further rounds on the
+new user's own history adapt a copy of it. There are no heads and no side features, which are what
+HYDRA adds. g reads the frozen encoder's features, where the paper tunes an encoder. Knows no
+metrics; reads no record later than the query.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,13 +24,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import anyio
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hydra_llm.bench.method import Parts
 from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
@@ -44,67 +42,55 @@ from hydra_llm.select import Selection, all_labels, candidate_text, first_best
 from hydra_llm.training.labelling import reads_labels, training_queries
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, StageCost, Usage
 
-if TYPE_CHECKING:
-    from hydra_llm.bench.methods import Parts
-
 ROUNDS = 3
-"""T: how often negatives are taken anew, for the shared energy and again for each user's copy
-(paper 4.6; the authors' settings).
-"""
+"""T: rounds for the shared energy, then for each user's copy (paper 4.6; the authors' value)."""
 STEPS = 50
-"""Updates in a round, each on all pools: frozen features make them cheap."""
+"""Updates in a round, each on all pools, as frozen features make them cheap."""
 RATE = 0.01
 """η of AdamW. The paper's 5e-6 is for tuning a whole encoder."""
 ALPHA = 0.25
-"""α of the squared energies: none gains from growing beyond 1 / 2α = 2, which is a factor of e² on
-the share of the LLM's samples.
-"""
+"""α of the squared energies: none grows beyond 1 / 2α = 2, a factor of e² on the vote share."""
 
 
 class Energy(nn.Module):
-    """g(x, y) = v · φ(x, y): linear, or one hidden layer where φ is a tower's; the same numbers for
-    every user.
-    """
+    """g(x, y) = v · φ(x, y): linear, or with one hidden layer if φ is a bi-encoder's."""
 
     def __init__(self, interaction: Interaction, weights: Tensor):
         super().__init__()
         self.interaction, self.weights = interaction, nn.Parameter(weights)
 
     def forward(self, groups: Groups) -> Tensor:
-        """[G, C]; what stands where there is no candidate means nothing."""
+        """[G, C]; undefined where there is no candidate."""
         return self.interaction.dot(self.interaction(groups)[None], self.weights[None])[0]
 
 
 @dataclass(frozen=True)
 class Pools:
-    """G queries whose gold answers are known, with what the LLM said to each."""
+    """G queries with known gold answers, and the LLM's answers to each."""
 
     groups: Groups
     shares: Tensor
-    """[G, C] of the LLM's samples; 0 for a gold answer that it never gave."""
+    """[G, C] vote shares; 0 for a gold answer that the LLM never gave."""
     gold: Tensor
-    """[G] the place of the gold answer."""
+    """[G] index of the gold answer."""
 
 
 # ---- learning: plain tensors, no users, no texts
 
 
 def nce_loss(energies: Tensor, gold: Tensor, negatives: Tensor, alpha: float = ALPHA) -> Tensor:
-    """The ranking-based noise-contrastive loss by its gradient, with the energies kept small (paper
-    3.2, equation 3):
+    """The ranking-based noise-contrastive loss with a penalty on large energies (paper 3.2,
+    equation 3):
 
         −E₊[g] + E₋[g] + α·E₊[g²] + α·E₋[g²]
 
-    E₊ is the mean over the gold answers, E₋ the mean over the negatives: `negatives` [G, C] says
-    how many draws each stands for.
+    E₊ is the mean over the gold answers, E₋ the mean over the negatives; `negatives` [G, C] is how
+    many draws each stands for.
     """
     positive = energies.gather(1, gold[:, None])
     weights = negatives / negatives.sum().clamp_min(1)
-    rise, fall = (
-        (alpha * positive**2 - positive).mean(),
-        (weights * (alpha * energies**2 + energies)).sum(),
-    )
-    return rise + fall
+    rise = (alpha * positive**2 - positive).mean()
+    return rise + (weights * (alpha * energies**2 + energies)).sum()
 
 
 def distribution(energies: Tensor, shares: Tensor) -> Tensor:
@@ -113,8 +99,8 @@ def distribution(energies: Tensor, shares: Tensor) -> Tensor:
 
 
 def expected_negatives(energies: Tensor, pools: Pools, draws: int) -> Tensor:
-    """[G, C] how often each candidate comes up, on average, in draws from the adapted distribution;
-    the gold answer is no negative (3.4, 4 to 6).
+    """[G, C] expected number of each wrong candidate in draws from the adapted distribution (3.4,
+    lines 4 to 6); 0 for the gold answer.
     """
     return (draws * distribution(energies, pools.shares)).scatter(1, pools.gold[:, None], 0.0)
 
@@ -138,15 +124,13 @@ def adapted(energy: Energy, pools: Pools, *, draws: int, weight_decay: float) ->
 
 @dataclass(frozen=True)
 class ByEnergy:
-    """An adapter: the candidate with the highest energy, the earlier one of equals."""
+    """Selects the candidate with the highest energy, the earlier one of equals."""
 
     bundle: Bundle
     energy: Energy
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
-        places = [
-            place for place, candidate in enumerate(candidates) if candidate.answer is not None
-        ]
+        places = [place for place, each in enumerate(candidates) if each.answer is not None]
         if not places:
             return Selection(list(candidates), 0)
         offered = _offered(self.bundle, [candidates[place] for place in places])
@@ -156,24 +140,22 @@ class ByEnergy:
             )
         shares = distribution(energies, _shares([offered]))[0].tolist()
         found = {
-            c.answer: (score, share)
-            for c, score, share in zip(offered, energies[0].tolist(), shares, strict=True)
+            each.answer: replace(each, score=score, probability=share)
+            for each, score, share in zip(offered, energies[0].tolist(), shares, strict=True)
         }
         scored = list(candidates)
         for place in places:
-            score, share = found[candidates[place].answer]
-            scored[place] = replace(candidates[place], score=score, probability=share)
-        return Selection(
-            scored,
-            places[first_best(np.array([found[candidates[place].answer][0] for place in places]))],
-        )
+            own = found[candidates[place].answer]
+            scored[place] = replace(candidates[place], score=own.score, probability=own.probability)
+        best = first_best(np.array([scored[place].score for place in places]))
+        return Selection(scored, places[best])
 
 
 def _offered(
     bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None
 ) -> list[Candidate]:
-    """What the LLM said and the gold answer; every label where there are labels, as label features
-    want it. No votes are no chance.
+    """The LLM's answers and the gold one, which has no votes if the LLM never gave it; every label
+    of a task with labels, as label features need it.
     """
     if bundle.task.labels:
         return all_labels(bundle.task, readable)
@@ -187,61 +169,44 @@ def _groups(
     queries: Sequence[Query],
     offered: Sequence[Sequence[Candidate]],
 ) -> Groups:
-    texts = [
-        [candidate_text(bundle.task, candidate) for candidate in candidates]
-        for candidates in offered
-    ]
-    return make_groups(
-        bundle.store,
-        interaction,
-        [query.input for query in queries],
-        texts,
-        [[[]] * len(row) for row in texts],
-    )
+    texts = [[candidate_text(bundle.task, each) for each in candidates] for candidates in offered]
+    inputs = [query.input for query in queries]
+    side_features: list[list[list[float]]] = [[[]] * len(row) for row in texts]
+    return make_groups(bundle.store, interaction, inputs, texts, side_features)
 
 
 def _shares(offered: Sequence[Sequence[Candidate]]) -> Tensor:
-    """[G, C] votes as shares, 0 where there is no candidate."""
-    rows = [
-        torch.tensor([float(candidate.votes) for candidate in candidates]) for candidates in offered
-    ]
+    """[G, C] vote shares, 0 where there is no candidate."""
+    rows = [torch.tensor([float(each.votes) for each in candidates]) for candidates in offered]
     votes = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return votes / votes.sum(-1, keepdim=True)
 
 
 def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposal]) -> Pools | None:
-    """Proposals with an answer that can be read, as pools; None where there is none."""
-    readable = [
-        (p.query, [candidate for candidate in p.candidates if candidate.answer is not None])
-        for p in proposals
-    ]
-    cases = [
-        (query, _offered(bundle, candidates, query.gold))
-        for query, candidates in readable
-        if candidates
-    ]
-    if not cases:
+    """Proposals with an answer that could be parsed, as pools; None if there is none."""
+    queries, offered, gold = [], [], []
+    for proposal in proposals:
+        query = proposal.query
+        readable = [each for each in proposal.candidates if each.answer is not None]
+        if readable:
+            candidates = _offered(bundle, readable, query.gold)
+            queries.append(query)
+            offered.append(candidates)
+            gold.append([each.answer for each in candidates].index(query.gold))
+    if not queries:
         return None
-    queries, offered = [query for query, _ in cases], [candidates for _, candidates in cases]
-    gold = [
-        [candidate.answer for candidate in candidates].index(query.gold)
-        for query, candidates in cases
-    ]
-    return Pools(
-        _groups(bundle, interaction, queries, offered), _shares(offered), torch.tensor(gold)
-    )
+    groups = _groups(bundle, interaction, queries, offered)
+    return Pools(groups, _shares(offered), torch.tensor(gold))
 
 
-def _combiner(bundle: Bundle) -> Interaction:
+def _interaction(bundle: Bundle) -> Interaction:
     """Of the kind that the bundle's own adapter has."""
     task, settings, width = bundle.task, bundle.settings, bundle.store.encoder.width
     if settings.features == "cross":
         return Cross(width)
-    return (
-        LabelBilinear(width, len(task.labels), settings.label_rank)
-        if reads_labels(task, settings)
-        else Tower(width, settings.width)
-    )
+    if reads_labels(task, settings):
+        return LabelBilinear(width, len(task.labels), settings.label_rank)
+    return Tower(width, settings.width)
 
 
 # ---- the method
@@ -249,42 +214,46 @@ def _combiner(bundle: Bundle) -> Interaction:
 
 @dataclass(frozen=True)
 class BBoxAdapter:
-    """Learns at its first question, and adapts to a user at the user's first one; what that costs
-    is no part of an answer, see `taken`.
+    """Learns at its first query, and adapts to a user at the user's first query; the cost of that
+    is not part of an answer's, see `pop_spent`.
     """
 
     bundle: Bundle
     personalizer: Personalizer
-    """Proposes the candidates; its records are those of the training users and of the users at
-    hand.
-    """
+    """Proposes the candidates, with the records of the training users and of the run's users."""
     seed: int = 0
-    """Of the start."""
+    """Of the energy's random start."""
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
     locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
     spent: dict[str, StageCost] = field(default_factory=dict)
 
-    def taken(self) -> dict[str, StageCost]:
-        taken = dict(self.spent)
+    @classmethod
+    def of(cls, parts: Parts) -> "BBoxAdapter":
+        """The answerer of the method; makes no LLM call yet."""
+        proposing = parts.personalizer(rerank=True, candidates="sampled")
+        records = {**parts.bundle.records, **parts.records}
+        return cls(parts.bundle, replace(proposing, records=records), parts.seed)
+
+    def pop_spent(self) -> dict[str, StageCost]:
+        spent = dict(self.spent)
         self.spent.clear()
-        return taken
+        return spent
 
     async def aanswer(self, query: Query) -> Answer:
         context = self.personalizer.context_of(query)
         visible = context.visible
-        itself = (
-            query.user if query.user in self.bundle.trained_on else ""
-        )  # whose later records must not have taught the energy
-        shared = await self._once(("shared", itself), partial(self._learn, itself))
+        # a training user's later records must not have taught the energy that answers the user
+        without = query.user if query.user in self.bundle.trained_on else ""
+        shared = await self._once(("shared", without), partial(self._learn, without))
         seen = ("own", query.user, *(record.id for record in visible))
         own = await self._once(seen, partial(self._adapt, shared, query.user, visible))
         proposal = await self.personalizer.apropose(context)
-        choosing = replace(self.personalizer, selector=ByEnergy(self.bundle, own))
-        return choosing.decide(context, proposal)
+        adapted_to = replace(self.personalizer, selector=ByEnergy(self.bundle, own))
+        return adapted_to.decide(context, proposal)
 
     async def _once(self, key: tuple[str, ...], make: Callable[[], Awaitable[Energy]]) -> Energy:
-        """What `make` made the first time, or why it could not: a dead LLM is not asked for all
-        pools again at every query.
+        """The energy that `make` made the first time, or its error: a dead LLM is not called again
+        for all pools at every query.
         """
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.kept:
@@ -298,8 +267,8 @@ class BBoxAdapter:
         return found
 
     async def _learn(self, without: str) -> Energy:
-        """The shared energy, from a random start (algorithm 1), by the training users whose pairs
-        may cost LLM calls.
+        """The shared energy from a random start (algorithm 1), by the first `labelled_users` of the
+        training users.
         """
         settings, records = self.personalizer.settings, self.personalizer.records
         users = [
@@ -313,7 +282,7 @@ class BBoxAdapter:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            interaction = _combiner(self.bundle)
+            interaction = _interaction(self.bundle)
             energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
         proposals = await _proposals(self.personalizer, queries)
         started = perf_counter()
@@ -329,11 +298,9 @@ class BBoxAdapter:
         return found
 
     async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
-        """Further rounds on the user's own history, as far as the query may see it."""
+        """Further rounds on the part of the user's history that the query may see."""
         only = replace(self.personalizer, records={user: visible})
-        proposals = await _proposals(
-            only, self._queries(visible)
-        )  # of another history of the same user's: another adaptation
+        proposals = await _proposals(only, self._queries(visible))
         started = perf_counter()
         pools = _pools(self.bundle, shared.interaction, proposals)
         found = shared if pools is None else self._adapted(shared, pools)
@@ -351,7 +318,7 @@ class BBoxAdapter:
 
 
 async def _proposals(personalizer: Personalizer, queries: Sequence[Query]) -> list[Proposal]:
-    """What the LLM says to each query; those that failed are left out.
+    """The LLM's answers to each query; failed ones are left out.
 
     Raises:
         LLMError: every call failed.
@@ -365,19 +332,6 @@ async def _proposals(personalizer: Personalizer, queries: Sequence[Query]) -> li
 
 
 def _spent(users: int, proposals: Sequence[Proposal], started: float) -> StageCost:
-    """Own seconds are those since `started`, when the LLM had answered."""
+    """The LLM's seconds, and those since `started`, when the LLM had answered."""
     usage = sum((proposal.usage for proposal in proposals), Usage())
     return StageCost(users, usage.seconds + perf_counter() - started, usage)
-
-
-def bbox_adapter(parts: "Parts") -> BBoxAdapter:
-    """The method's answerer; asks nothing yet."""
-    proposing = parts.personalizer(rerank=True, candidates="sampled")
-    return BBoxAdapter(
-        parts.bundle,
-        replace(proposing, records={**parts.bundle.records, **parts.records}),
-        parts.seed,
-    )
-
-
-__all__ = ["BBoxAdapter", "bbox_adapter"]

@@ -1,20 +1,19 @@
-"""What a run will cost, before it is begun: `bench run --dry-run`.
+"""The cost estimate of a run before it begins: `bench run --dry-run`.
 
-The run is gone through with an LLM that only notes what it is asked, so that every distinct request
-is counted once, as the cache will make it; what the cache holds already is told apart. A few of the
-requests are then really made, and kept: their tokens and seconds stand for the others'. What nobody
-can know before learning, the reranker's order, is taken to differ from the retriever's: the most
-that it can cost. Knows no tables.
+The run is gone through with an LLM that only collects the calls, so that each distinct call counts
+once, as in the cache; cached ones are counted apart. A few of the calls are then made, and cached:
+their tokens and seconds stand for the others'. The reranker's order, which is not known before
+learning, is taken to differ from the retriever's: an upper bound. Knows no tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
 
-from hydra_llm.bench.experiment import Experiment, whole_methods
-from hydra_llm.bench.methods import Parts
+from hydra_llm.bench.experiment import Experiment, usable_methods
+from hydra_llm.bench.method import Parts
 from hydra_llm.bench.runner import chosen_queries
 from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
@@ -37,13 +36,98 @@ from hydra_llm.training.labelling import (
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
 SAMPLE = 5
-"""Requests that are really made."""
+"""Calls that are really made."""
 ENCODED = 64
 """Texts that are really encoded."""
 
 
+# ---- the estimate
+
+
 @dataclass(frozen=True)
-class Request:
+class StageEstimate:
+    """The cost of a stage beyond the stages before it."""
+
+    stage: str
+    kept: int
+    """Calls that the cache answers."""
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    seconds: float
+    """Of the LLM, one call after the other."""
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What a run will cost."""
+
+    stages: tuple[StageEstimate, ...]
+    sampled: int
+    """Calls that were made to measure tokens and seconds; 0 if none was missing, or none
+    succeeded.
+    """
+    parallel: int = 1
+    """Calls at once."""
+    texts: int = 0
+    """Records and queries that are not encoded yet; pairs (features=cross) cannot be counted
+    before the run.
+    """
+    encoding: float = 0.0
+    """Seconds to encode them."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, without the arithmetic of learning."""
+        return self.total.seconds / self.parallel + self.encoding
+
+    @property
+    def total(self) -> StageEstimate:
+        names = ("kept", "calls", "prompt_tokens", "completion_tokens", "cost", "seconds")
+        sums = {name: sum(getattr(stage, name) for stage in self.stages) for name in names}
+        return StageEstimate("total", **sums)
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("sampled", "parallel", "texts", "encoding", "seconds")
+        return {
+            "stages": [asdict(stage) for stage in self.stages],
+            "total": asdict(self.total),
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+def estimate_cost(
+    experiment: Experiment, progress: StageProgress, bundle: Bundle | None = None
+) -> CostEstimate:
+    """Go through a run without making its calls, but for a few.
+
+    Raises:
+        LLMError: the LLM refuses even those.
+    """
+    llm, settings = DryRunLLM(experiment.llm, experiment.data.task.labels), experiment.settings
+    encoding = run_sync(partial(_go_through, experiment, llm, progress, bundle))
+    calls = list(llm.missing.values())
+    chosen = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
+    measured = run_sync(partial(_measure, experiment.llm, chosen))
+    prices = Prices(settings.price_prompt, settings.price_completion)
+    stages = [
+        measured.stage_cost(
+            name,
+            len(llm.kept.get(name, ())),
+            [call for call in calls if call.stage == name],
+            prices,
+        )
+        for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)])
+    ]
+    return CostEstimate(tuple(stages), len(measured.calls), experiment.llm.parallel, *encoding)
+
+
+# ---- the calls of a run
+
+
+@dataclass(frozen=True)
+class PendingCall:
     """One call that is still to be made."""
 
     stage: str
@@ -56,78 +140,16 @@ class Request:
         return sum(estimate(message["content"]) + PER_MESSAGE for message in self.messages)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a stage will cost beyond those before it."""
-
-    stage: str
-    kept: int
-    """Requests that the cache holds."""
-    calls: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    seconds: float
-    """Of the LLM, one call after the other."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the run will need."""
-
-    stages: tuple[Stage, ...]
-    sampled: int
-    """Requests that were made to tell tokens and seconds; 0 where none was missing, or none came
-    through.
-    """
-    parallel: int = 1
-    """Calls at once."""
-    texts: int = 0
-    """Records and queries that the encoder has not read yet; of pairs (features=cross) there are
-    more, which nobody knows before.
-    """
-    encoding: float = 0.0
-    """Seconds that it will take for them."""
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole run, as a clock on the wall tells them; learning's own arithmetic is left
-        out.
-        """
-        return self.total.seconds / self.parallel + self.encoding
-
-    @property
-    def total(self) -> Stage:
-        names = ("kept", "calls", "prompt_tokens", "completion_tokens", "cost", "seconds")
-        return Stage(
-            "total", **{name: sum(getattr(stage, name) for stage in self.stages) for name in names}
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        known = {
-            "sampled": self.sampled,
-            "parallel": self.parallel,
-            "texts": self.texts,
-            "encoding": self.encoding,
-            "seconds": self.seconds,
-        }
-        return {
-            "stages": [asdict(stage) for stage in self.stages],
-            "total": asdict(self.total),
-            **known,
-        }
-
-
 @dataclass
-class NotingLLM:
-    """Answers the first label, or any text, and notes each distinct request that the cache could
+class DryRunLLM:
+    """Answers the first label, or any text, and collects each distinct call that the cache could
     not answer.
     """
 
     cache: CachedLLM
     labels: Sequence[str]
     stage: str = ""
-    missing: dict[str, Request] = field(default_factory=dict)
+    missing: dict[str, PendingCall] = field(default_factory=dict)
     kept: dict[str, set[str]] = field(default_factory=dict)
     """Stage → keys that the cache holds."""
 
@@ -138,143 +160,103 @@ class NotingLLM:
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         key = key_of(request_of(self.identity, messages, sampling))
         distinct = sampling.n if sampling.temperature > 0 else 1
-        missing = distinct - len([index for index in self.cache.kept(key) if 0 <= index < distinct])
-        if not missing:
-            if not any(key in keys for keys in self.kept.values()):
-                self.kept.setdefault(self.stage, set()).add(key)
-        elif key not in self.missing:
-            self.missing[key] = Request(self.stage, messages, replace(sampling, n=missing))
-        return Generation(
-            (self.labels[0] if self.labels else "a text",) * sampling.n, Usage(calls=1)
-        )
+        missing = distinct - sum(0 <= index < distinct for index in self.cache.kept(key))
+        if missing:
+            call = PendingCall(self.stage, messages, replace(sampling, n=missing))
+            self.missing.setdefault(key, call)
+        elif not any(key in keys for keys in self.kept.values()):
+            self.kept.setdefault(self.stage, set()).add(key)
+        text = self.labels[0] if self.labels else "a text"
+        return Generation((text,) * sampling.n, Usage(calls=1))
 
     async def aclose(self) -> None:
         """Nothing to release."""
 
 
-class Reversed:
-    """Stands for an order that nobody knows yet."""
+class ReversedOrder:
+    """Stands for a reranker that has not been learned."""
 
     def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         return list(reversed(retrieved))
 
 
 @dataclass(frozen=True)
-class PlannedParts(Parts):
+class UnlearnedParts(Parts):
     """Parts before anything is learned."""
 
     def personalizer(
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
     ) -> Personalizer:
         made = super().personalizer(rerank=rerank, adapt=adapt, **settings)
-        return (
-            replace(made, reranker=Reversed()) if rerank and self.bundle.reranker is None else made
-        )
-
-
-def plan(experiment: Experiment, progress: StageProgress, bundle: Bundle | None = None) -> Plan:
-    """Go through a run without making its calls, but for a few.
-
-    Raises:
-        LLMError: the LLM refuses even those.
-    """
-    llm = NotingLLM(experiment.llm, experiment.data.task.labels)
-    encoding = run_sync(partial(_go_through, experiment, llm, progress, bundle))
-    requests = list(llm.missing.values())
-    spent, made = run_sync(
-        partial(_made, experiment.llm, requests[:: max(1, len(requests) // SAMPLE)][:SAMPLE])
-    )
-    prices = Prices(experiment.settings.price_prompt, experiment.settings.price_completion)
-    names = list(dict.fromkeys([*llm.kept, *(request.stage for request in requests)]))
-    stages = [
-        _stage(
-            name,
-            len(llm.kept.get(name, ())),
-            [request for request in requests if request.stage == name],
-            spent,
-            made,
-            prices,
-        )
-        for name in names
-    ]
-    return Plan(tuple(stages), len(made), experiment.llm.parallel, *encoding)
+        unknown = rerank and self.bundle.reranker is None
+        return replace(made, reranker=ReversedOrder()) if unknown else made
 
 
 async def _go_through(
-    experiment: Experiment, llm: NotingLLM, progress: StageProgress, bundle: Bundle | None
+    experiment: Experiment, llm: DryRunLLM, progress: StageProgress, bundle: Bundle | None
 ) -> tuple[int, float]:
-    """Returns how many texts are still to be encoded, and the seconds for those; what going through
-    has encoded is kept.
-    """
+    """Returns how many texts are still to be encoded, and the seconds for them."""
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
+    if bundle is None:
+        records = {user: data.answered(user) for user in training}
+        records |= {user: in_order(data.history(user)) for user in new}
+        blank = blank_bundle(data.task, llm, settings, records)
+        known, methods = replace(blank, trained_on=tuple(training)), experiment.methods
+    else:
+        known = bundle
+        methods = usable_methods(experiment.methods, [bundle], lambda line: None)
+    visible = known.records | {user: data.history(user) for user in new}
+    parts = UnlearnedParts(known, llm, settings, visible)
     learns = bundle is None and experiment.learns
-    records = {user: data.answered(user) for user in training} | {
-        user: in_order(data.history(user)) for user in new
-    }
-    known = bundle or replace(
-        blank_bundle(data.task, llm, settings, records), trained_on=tuple(training)
-    )
-    parts = PlannedParts(
-        known,
-        experiment.llm,
-        settings,
-        {**known.records, **{user: data.history(user) for user in new}},
-    )
-    parts = replace(parts, llm=llm)
     if learns:
         await _label(
-            parts,
-            llm,
-            training[: settings.labelled_users],
-            "label",
-            reranker=settings.retrieved > 0,
-            adapter=True,
+            parts, llm, "label", training[: settings.labelled_users], (settings.retrieved > 0, True)
         )
-        texts = not offers_all(data.task, settings)
-        await _label(
-            parts, llm, new, "fit", reranker=settings.reranker_labels == "llm", adapter=texts
-        )
-    queries = chosen_queries(
-        data, [user for user in new if user in known.records], experiment.limit
-    )
-    methods = (
-        experiment.methods
-        if learns or bundle is None
-        else whole_methods(experiment.methods, [bundle], print_nothing)
-    )
+        asks_llm = settings.reranker_labels == "llm", not offers_all(data.task, settings)
+        await _label(parts, llm, "fit", new, asks_llm)
+    fitted = [user for user in new if user in known.records]
+    queries = chosen_queries(data, fitted, experiment.limit)
     for place, method in enumerate(methods):
         progress("plan", place, len(methods))
         llm.stage = f"answer {method.name}"
         await map_calls(method.build(parts).aanswer, queries, limit=settings.concurrency)
-    return (
-        _encoding(parts, [*training, *new], queries) if learns else (0, 0.0)
-    )  # without learning all has been read by now
+    # without learning, all texts have been encoded by now
+    return _encoding(parts, [*training, *new], queries) if learns else (0, 0.0)
 
 
-def print_nothing(line: str) -> None:
-    """What is left out is told by the run itself."""
+async def _label(
+    parts: UnlearnedParts,
+    llm: DryRunLLM,
+    stage: str,
+    users: Sequence[str],
+    asked: tuple[bool, bool],
+) -> None:
+    """Label the users' records; `asked`: whether records, and whether candidates need the LLM."""
+    task, count = parts.bundle.task, parts.settings.queries_per_user
+    queries = [
+        query
+        for user in users
+        for query in training_queries(task, in_order(parts.records[user]), count)
+    ]
+    if asked[0]:
+        llm.stage = f"{stage} records"
+        await reranker_groups(parts.personalizer(), parts.bundle.featurizer, queries)
+    if asked[1]:
+        llm.stage = f"{stage} candidates"
+        await adapter_groups(parts.personalizer(rerank=True), parts.bundle.featurizer, queries)
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
-    """How many texts of records and queries the encoder has not read, and the seconds for them by a
-    few that it reads now.
+    """How many texts of records and queries are not encoded, and the seconds for them as measured
+    on a few, which are kept.
     """
-    store, records = (
-        parts.bundle.store,
-        [record for user in users for record in parts.records.get(user, ())],
-    )
-    answered = (
-        [record_text(record, with_answer=True) for record in records]
-        if parts.settings.record_answer
-        else []
-    )
-    texts = list(
-        dict.fromkeys(
-            [record.input for record in records] + answered + [query.input for query in queries]
-        )
-    )
-    missing = [text for text in texts if store.missing([text])]
+    store = parts.bundle.store
+    records = [record for user in users for record in parts.records.get(user, ())]
+    texts = [record.input for record in records] + [query.input for query in queries]
+    if parts.settings.record_answer:
+        texts += [record_text(record, with_answer=True) for record in records]
+    missing = [text for text in dict.fromkeys(texts) if store.missing([text])]
     if not missing:
         return 0, 0.0
     sample, started = missing[:: max(1, len(missing) // ENCODED)], perf_counter()
@@ -282,88 +264,76 @@ def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> t
     return len(missing), len(missing) * (perf_counter() - started) / len(sample)
 
 
-async def _label(
-    parts: PlannedParts,
-    llm: NotingLLM,
-    users: Sequence[str],
-    stage: str,
-    *,
-    reranker: bool,
-    adapter: bool,
-) -> None:
-    task, settings = parts.bundle.task, parts.settings
-    queries = [
-        query
-        for user in users
-        for query in training_queries(
-            task, in_order(parts.records[user]), settings.queries_per_user
-        )
-    ]
-    if reranker:
-        llm.stage = f"{stage} records"
-        await reranker_groups(parts.personalizer(), parts.bundle.featurizer, queries)
-    if adapter:
-        llm.stage = f"{stage} candidates"
-        await adapter_groups(parts.personalizer(rerank=True), parts.bundle.featurizer, queries)
+# ---- their tokens and seconds
 
 
-async def _made(llm: CachedLLM, sample: Sequence[Request]) -> tuple[Usage, list[Request]]:
-    """What a few of the requests cost; one that fails tells nothing."""
-    spent, made, faults = Usage(), [], []
-    for request in sample:
+@dataclass(frozen=True)
+class Measured:
+    """A few calls that were made, and their usage."""
+
+    calls: tuple[PendingCall, ...]
+    usage: Usage
+
+    def stage_cost(
+        self, name: str, kept: int, own: Sequence[PendingCall], prices: Prices
+    ) -> StageEstimate:
+        """The cost of a stage's calls in proportion to the measured ones: prompts to their
+        estimated tokens, answers to their number, seconds to both.
+        """
+        usage = self.usage
+        ratio = usage.prompt_tokens / max(1, _prompt_tokens(self.calls)) or 1.0
+        prompt = round(ratio * _prompt_tokens(own))
+        completion = round(usage.completion_tokens / max(1, _texts(self.calls)) * _texts(own))
+        second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
+        cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
+        seconds = second * (prompt + completion)
+        return StageEstimate(name, kept, len(own), prompt, completion, cost, seconds)
+
+
+def _prompt_tokens(calls: Iterable[PendingCall]) -> int:
+    return sum(call.prompt_tokens for call in calls)
+
+
+def _texts(calls: Iterable[PendingCall]) -> int:
+    return sum(call.sampling.n for call in calls)
+
+
+async def _measure(llm: CachedLLM, sample: Sequence[PendingCall]) -> Measured:
+    """Make a few of the calls; one that fails measures nothing."""
+    usage, made, faults = Usage(), [], []
+    for call in sample:
         try:
-            spent += (await llm.generate(request.messages, request.sampling)).usage
-            made.append(request)
+            usage += (await llm.generate(call.messages, call.sampling)).usage
+            made.append(call)
         except LLMError as error:
             faults.append(error)
     if faults and not made:
         raise faults[0]
-    return spent, made
+    return Measured(tuple(made), usage)
 
 
-def _stage(
-    name: str,
-    kept: int,
-    own: Sequence[Request],
-    spent: Usage,
-    made: Sequence[Request],
-    prices: Prices,
-) -> Stage:
-    """By proportion to what was made: prompts to their estimated tokens, answers to their number,
-    seconds to both.
+# ---- for people
+
+
+def estimate_rows(found: CostEstimate) -> list[dict[str, Any]]:
+    """A row per stage, one for the encoder if it has texts to read, and the total; minutes are
+    wall-clock time.
     """
-    longer = (
-        spent.prompt_tokens / max(1, sum(request.prompt_tokens for request in made))
-        if spent.prompt_tokens
-        else 1.0
-    )
-    each = spent.completion_tokens / max(1, sum(request.sampling.n for request in made))
-    prompt = round(longer * sum(request.prompt_tokens for request in own))
-    completion = round(each * sum(request.sampling.n for request in own))
-    second = spent.seconds / max(1, spent.prompt_tokens + spent.completion_tokens)
-    cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
-    return Stage(name, kept, len(own), prompt, completion, cost, second * (prompt + completion))
-
-
-def as_rows(found: Plan) -> list[dict[str, Any]]:
-    """A row per stage, one for the encoder where it has texts to read, and the sum; minutes are
-    those of the wall.
-    """
-    encode = Stage(f"encode {found.texts} texts", 0, 0, 0, 0, 0.0, found.encoding * found.parallel)
-    total = replace(found.total, seconds=found.seconds * found.parallel)
-    rows = []
-    for stage in (*found.stages, *([encode] if found.texts else []), total):
-        cells = {
+    parallel = found.parallel
+    stages = list(found.stages)
+    if found.texts:
+        name = f"encode {found.texts} texts"
+        stages.append(StageEstimate(name, 0, 0, 0, 0, 0.0, found.encoding * parallel))
+    stages.append(replace(found.total, seconds=found.seconds * parallel))
+    return [
+        {
             "stage": stage.stage,
             "kept": stage.kept,
             "calls": stage.calls,
             "prompt tokens": stage.prompt_tokens,
-        }
-        minutes = round(stage.seconds / found.parallel / 60, 1)
-        cells |= {
             "answer tokens": stage.completion_tokens,
             "money": round(stage.cost, 4),
-            "minutes": minutes,
+            "minutes": round(stage.seconds / parallel / 60, 1),
         }
-        rows.append(cells)
-    return rows
+        for stage in stages
+    ]

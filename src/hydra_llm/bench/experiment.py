@@ -1,8 +1,8 @@
-"""One run of the benchmark: data set → a bundle for each seed → answers by every method → log.
+"""One run of the benchmark: data set → one bundle per seed → answers by every method → log.
 
-`bench run` is one of these, a study several with other settings. The bundles of several seeds share
-the LLM's labels, and the first one's reranker, so that they share the candidates too: further seeds
-of the adapter cost no call. Knows no tables and prints nothing.
+`bench run` is one experiment, a sweep is several with other settings. The bundles of all seeds
+share the LLM's labels and the first one's reranker, and with it the candidates, so that further
+seeds of the adapter cost no LLM call. Knows no tables and prints nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.methods import Method, Parts
+from hydra_llm.bench.method import Method, Parts
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bench.runner import chosen_queries, run_methods
 from hydra_llm.bundle import Bundle
@@ -41,9 +41,9 @@ class Experiment:
     limit: int | None = None
     """Each one's first queries."""
     seeds: tuple[int, ...] = ()
-    """Of the learned parts; none is the settings' own."""
+    """Seeds of the learned parts; the settings' own if empty."""
     fit: bool = True
-    """Without it new users have records and no head: the shared heads answer them."""
+    """Without it new users have records and no head: the shared heads answer for them."""
 
     @property
     def new_users(self) -> list[str]:
@@ -51,24 +51,24 @@ class Experiment:
 
     @property
     def learns(self) -> bool:
-        """Whether a method shows a part that is learned."""
-        return any(method.needs for method in self.methods)
+        """Whether any method uses a learned part."""
+        return any(method.uses for method in self.methods)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """The result of an experiment."""
 
     log: RunLog
     samples: list[Sample]
     learning: list[dict[str, Any]]
-    """One entry per seed: what learning and fitting reached and cost."""
+    """One entry per seed: the report of learning and fitting."""
 
 
 def run_experiment(
     experiment: Experiment, progress: StageProgress, say: Say, bundle: Bundle | None = None
 ) -> Outcome:
-    """Learn what is not there yet, answer what is not answered yet. A given bundle is used as it
+    """Learn what is not learned yet, answer what is not answered yet; a given bundle is used as it
     is.
 
     Raises:
@@ -76,60 +76,48 @@ def run_experiment(
         SettingsError: the folder holds another run.
         LLMError: the budget is spent (a repeat continues), or every call failed.
     """
-    log = RunLog(
-        experiment.out, manifest(experiment, bundle)
-    )  # before anything is learned: a refused command changes nothing
+    # before anything is learned: a refused command changes nothing
+    log = RunLog(experiment.out, manifest(experiment, bundle))
     bundles = {0: bundle} if bundle is not None else learned_bundles(experiment, progress, say)
     parts = [_parts(experiment, seed, each) for seed, each in bundles.items()]
     names = [user for user in experiment.new_users if user in parts[0].bundle.records]
     queries = chosen_queries(experiment.data, names, experiment.limit)
     if not queries:
         raise DataError("no new user with a head has a query: fit them first")
-    methods = whole_methods(experiment.methods, list(bundles.values()), say)
-    _tell_of_time(parts[0], queries, say)
-    log.complete(known_late(parts, queries))
+    methods = usable_methods(experiment.methods, list(bundles.values()), say)
+    _report_shared_heads(parts[0], queries, say)
+    log.complete(late_manifest(parts, queries))
     samples = run_sync(partial(run_methods, methods, parts, queries, log, progress))
     return Outcome(log, samples, [{"seed": seed, **each.report} for seed, each in bundles.items()])
 
 
-def whole_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:
-    """The methods whose parts have been learned; says which are left out.
+def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:
+    """The methods whose required parts have been learned; reports which are left out.
 
     Raises:
         DataError: none is left.
     """
-    lacking = {
-        method.name: [
-            part for part in method.shows if any(part not in each.scorers for each in bundles)
+    usable, reasons = [], {}
+    for method in methods:
+        missing = [
+            part for part in method.requires if any(part not in each.scorers for each in bundles)
         ]
-        for method in methods
-    }
-    why = {
-        part: bundles[0].report.get(part, {}).get("skipped", "the bundle has none")
-        for parts in lacking.values()
-        for part in parts
-    }
-    for name, parts in lacking.items():
-        for part in parts[:1]:
-            say(f"left out: {name}, which shows the {part}: {why[part]}")
-    left = [method for method in methods if not lacking[method.name]]
-    if not left:
-        raise DataError(
-            "no method is left:"
-            f" {', '.join(f'no {part} was learned ({reason})' for part, reason in why.items())}"
-        )
-    return left
+        for part in missing:
+            reasons[part] = bundles[0].report.get(part, {}).get("skipped", "the bundle has none")
+        if missing:
+            part = missing[0]
+            say(f"left out: {method.name}, which requires the {part}: {reasons[part]}")
+        else:
+            usable.append(method)
+    if not usable:
+        why = ", ".join(f"no {part} was learned ({reason})" for part, reason in reasons.items())
+        raise DataError(f"no method is left: {why}")
+    return usable
 
 
 def _parts(experiment: Experiment, seed: int, bundle: Bundle) -> Parts:
-    records = {
-        **bundle.records,
-        **{
-            name: experiment.data.history(name)
-            for name in experiment.new_users
-            if name in bundle.records
-        },
-    }
+    known = [user for user in experiment.new_users if user in bundle.records]
+    records = bundle.records | {user: experiment.data.history(user) for user in known}
     return Parts(bundle, experiment.llm, experiment.settings, records, seed)
 
 
@@ -137,17 +125,14 @@ def _parts(experiment: Experiment, seed: int, bundle: Bundle) -> Parts:
 
 
 def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -> dict[int, Bundle]:
-    """A bundle for each seed, learned and fitted in the run's folder; what is there already stays.
-    Without a method that learns, there is nothing to learn and no call to make.
+    """One bundle per seed, learned and fitted in the run's folder unless it is there already.
+    Without a method that uses a learned part, nothing is learned and no call is made.
     """
-    settings = experiment.settings
+    settings, data = experiment.settings, experiment.data
     if not experiment.learns:
-        records = {user: in_order(experiment.data.history(user)) for user in experiment.new_users}
-        return {
-            settings.training_seed: blank_bundle(
-                experiment.data.task, experiment.llm, settings, records
-            )
-        }
+        records = {user: in_order(data.history(user)) for user in experiment.new_users}
+        blank = blank_bundle(data.task, experiment.llm, settings, records)
+        return {settings.training_seed: blank}
     found: dict[int, Bundle] = {}
     for seed in experiment.seeds or (settings.training_seed,):
         folder = experiment.out / (f"bundle-{seed}" if experiment.seeds else "bundle")
@@ -165,24 +150,21 @@ def learned_bundle(
     say: Say,
     first: Bundle | None = None,
 ) -> Bundle:
-    """Learn the bundle of these settings in `folder`, and fit the new users whom it lacks. The
-    reranker is the first seed's.
+    """Learn the bundle of these settings in `folder`, and fit the new users that it lacks. `first`
+    is the bundle of the first seed, whose reranker is taken.
     """
+    data, llm = experiment.data, experiment.llm
     if not (folder / "config.json").exists():
-        told = learn(
-            experiment.data, experiment.llm, settings, out=folder, progress=progress, first=first
-        )
-        for line in [*told.notes, *told.failures[:3]]:
+        learned = learn(data, llm, settings, out=folder, progress=progress, first=first)
+        for line in [*learned.notes, *learned.failures[:3]]:
             say(line)
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
-        records = bundle.records | {
-            name: experiment.data.history(name) for name in experiment.new_users
-        }
+        records = bundle.records | {user: data.history(user) for user in experiment.new_users}
         return replace(bundle.without_heads(), records=records)
     missing = [user for user in experiment.new_users if user not in bundle.records]
     if missing:
-        fitted = fit(experiment.data, bundle, experiment.llm, users=missing, progress=progress)
+        fitted = fit(data, bundle, llm, users=missing, progress=progress)
         bundle = fitted.bundle
         bundle.report["fitted"] = {"users": len(missing), "stages": fitted.told()}
         bundle.save(folder)
@@ -190,11 +172,11 @@ def learned_bundle(
     return bundle
 
 
-# ---- what names the run, and what is told of it
+# ---- the manifest
 
 
 def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, Any]:
-    """What names the run before it begins: samples of another one are not mixed with its own.
+    """What identifies the run before it begins, so that samples of two runs are not mixed.
 
     Raises:
         DataError: no new user has a query with a known answer.
@@ -217,10 +199,8 @@ def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, 
     }
 
 
-def known_late(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, Any]:
-    """What is known of a run once it has learned, and which queries it asks: those of users who
-    could be fitted.
-    """
+def late_manifest(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, Any]:
+    """What is known after learning; the queries are those of users who could be fitted."""
     return {
         "weights": {str(part.seed): part.bundle.weights for part in parts},
         "trained_on": len(parts[0].bundle.trained_on),
@@ -229,8 +209,8 @@ def known_late(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, An
     }
 
 
-def _tell_of_time(parts: Parts, queries: Sequence[Query], say: Say) -> None:
-    """Say how many queries their users' own heads may not answer."""
+def _report_shared_heads(parts: Parts, queries: Sequence[Query], say: Say) -> None:
+    """Report how many queries precede some records that their user's head was fitted on."""
     scorers = [
         scorer for scorer in (parts.bundle.reranker, parts.bundle.adapter) if scorer is not None
     ]

@@ -1,7 +1,5 @@
-"""A run's folder: what was run, one line per sample, results. Only whole lines count, so that a
-kill loses at most a line.
-
-Knows no methods and no LLM.
+"""A run's folder: manifest, one line per sample, results. Only whole lines count, so that a killed
+run loses at most one line. Knows no methods and no LLM.
 """
 
 import json
@@ -15,46 +13,36 @@ from typing import Any
 
 from hydra_llm import __version__
 from hydra_llm.errors import SettingsError
+from hydra_llm.types import Usage
 
 FORMAT = 4
-NOTED = ("commit",)
-"""Entries of a manifest that are told and not compared."""
+NOT_COMPARED = ("commit",)
+"""Entries of a manifest in which two runs that continue each other may differ."""
 LATE = ("weights", "trained_on", "users", "queries")
-"""Entries that are known when the run has learned; the others stand, and are compared, before it
-begins to.
-"""
+"""Entries that are known only after learning; the others are compared before it."""
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this code runs from, with + where files differ from it;
-    None for an installed package.
+    """The commit of the source tree that this code runs from, with + if files differ from it; None
+    for an installed package.
     """
-    folder = Path(__file__).parent
-    told = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty=+",
-        "--exclude=*",
-    ]
+    describe = ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        return (
-            subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip() or None
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    return found.strip() or None
 
 
 def versions() -> dict[str, str]:
     """What the figures of a run depend on beside its settings."""
-    return {
-        "hydra_llm": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-    }
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"hydra_llm": __version__, "python": platform.python_version(), **libraries}
+
+
+Key = tuple[str, str, str, int]
+"""Method, user, query, seed."""
 
 
 @dataclass(frozen=True)
@@ -67,75 +55,65 @@ class Sample:
     """The query's id."""
     gold: str
     answer: str | None
-    """The parsed answer; None if it could not be read."""
+    """The parsed answer; None if it could not be parsed."""
     error: str = ""
     """Why there is no answer at all; such a sample is not scored."""
     calls: int = 0
-    """LLM calls that this answer takes, cached ones included."""
+    """LLM calls for this answer, cached ones included."""
     tokens: int = 0
     """Of prompts and answers together."""
     completion_tokens: int = 0
     """Of the answers alone."""
     llm_seconds: float = 0.0
-    """Seconds that the LLM took, as measured when it was asked."""
+    """Seconds of the LLM, as measured when it was called."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds per stage of this run."""
     notes: tuple[str, ...] = ()
     seed: int = 0
-    """Of the learned parts; methods that learn nothing are run for the first seed alone. Of
-    `random`: which sample answers.
+    """Of the learned parts; methods that learn nothing run for the first seed alone. The index of
+    the sample for a method that answers once per sample.
     """
     probability: float | None = None
-    """What the adapter gives its pick; None where none chose."""
+    """The adapter's probability of its pick; None without an adapter."""
     agreement: float | None = None
-    """The share of the LLM's samples that the most frequent answer has; None where there was one
-    sample, or none.
-    """
-
+    """The vote share of the most frequent answer; None for fewer than two samples."""
     learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What training cost before this answer, as `StageCost.to_json`, of a method that learns while
-    it answers: by number of records and user, `8:ada`; for all users under an empty name.
+    """Learning costs before this answer of a method that learns while it answers, as
+    `StageCost.to_json`, by `records:user` (`8:ada`); an empty key is for all users.
     """
 
     @property
-    def key(self) -> "Key":
+    def key(self) -> Key:
         return self.method, self.user, self.query, self.seed
 
+    @property
+    def usage(self) -> Usage:
+        """The tokens, as far as prices need them."""
+        completion = self.completion_tokens
+        return Usage(prompt_tokens=self.tokens - completion, completion_tokens=completion)
 
-Key = tuple[str, str, str, int]
-"""Method, user, query, seed."""
 
-
-def _flat(entries: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested entries by dotted names, `settings.temperature`: the one that differs can be named."""
-    out: dict[str, Any] = {}
-    for name, value in entries.items():
-        out |= (
-            _flat(value, f"{before}{name}.")
-            if isinstance(value, Mapping) and value
-            else {f"{before}{name}": value}
-        )
-    return out
+# ---- writing
 
 
 class RunLog:
-    """Appends samples to `samples.jsonl`; a run that was stopped goes on where it was."""
+    """Appends samples to `samples.jsonl`; a stopped run continues where it was."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
-        """Open the folder, or make it.
+        """Open or make the folder.
 
         Raises:
             SettingsError: it holds another run, or one of a newer version; nothing was changed.
         """
         self.folder, self.samples = folder, dict[Key, Sample]()
+        self._manifest, self._file = folder / "manifest.json", folder / "samples.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise SettingsError(
                 f"{folder}: is a file, or lies in one: a run is a folder, take another --out"
             ) from None
-        self._agree({"format": FORMAT, **versions(), "commit": commit(), **manifest})
-        self._file = folder / "samples.jsonl"
+        self._begin(_as_json({"format": FORMAT, **versions(), "commit": commit(), **manifest}))
         if self._file.exists():
             self._read()
 
@@ -145,65 +123,52 @@ class RunLog:
         Raises:
             SettingsError: it learned something else before.
         """
-        file = self.folder / "manifest.json"
-        found = self._found(file) or {}
-        wanted = json.loads(json.dumps(late))
-        there = [name for name in wanted if name in found]
+        found, wanted = self._found() or {}, _as_json(late)
+        known = [name for name in wanted if name in found]
         self._refuse_other(
-            {name: found[name] for name in there}, {name: wanted[name] for name in there}
+            {name: found[name] for name in known}, {name: wanted[name] for name in known}
         )
-        if len(there) < len(wanted):
-            _write_whole(file, {**found, **wanted})
+        if len(known) < len(wanted):
+            _write_whole(self._manifest, {**found, **wanted})
 
-    def _agree(self, manifest: Mapping[str, Any]) -> None:
-        """The folder is of the same run, or empty: a manifest beside which nothing was made yet, as
-        a wrong LLM leaves it, binds nobody.
+    def _begin(self, wanted: Mapping[str, Any]) -> None:
+        """See that the folder is of the same run. A manifest without any result beside it, as a
+        wrong LLM leaves it, is replaced.
         """
-        file = self.folder / "manifest.json"
-        wanted = json.loads(json.dumps(manifest))
-        found = self._found(file)
-        if found is not None and (
-            "weights" in found or any(each != file for each in self.folder.iterdir())
+        found = self._found()
+        if found is None or (
+            "weights" not in found and all(each == self._manifest for each in self.folder.iterdir())
         ):
-            _refuse_newer(file, found)
-            self._refuse_other(
-                {
-                    name: value
-                    for name, value in found.items()
-                    if name in wanted or name not in LATE
-                },
-                wanted,
-            )
-        else:
-            _write_whole(file, wanted)
+            _write_whole(self._manifest, wanted)
+            return
+        _refuse_newer(self._manifest, found)
+        early = {name: value for name, value in found.items() if name in wanted or name not in LATE}
+        self._refuse_other(early, wanted)
 
     def _refuse_other(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        there, asked = (
-            _flat({key: value for key, value in each.items() if key not in NOTED})
-            for each in (found, wanted)
-        )
+        there, asked = _compared(found), _compared(wanted)
         different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
         if different:
-            told = "; ".join(
+            listed = "; ".join(
                 f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked" for key in different
             )
             raise SettingsError(
-                f"{self.folder} holds another run ({told[:300]}): take another --out"
+                f"{self.folder} holds another run ({listed[:300]}): take another --out"
             )
 
-    def _found(self, file: Path) -> dict[str, Any] | None:
-        """The manifest that is there; half of one without any sample is none."""
+    def _found(self) -> dict[str, Any] | None:
+        """The manifest in the folder; a broken one without any sample counts as none."""
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(self._manifest.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError("no JSON object")
             return found
         except FileNotFoundError:
             return None
         except ValueError as error:
-            if (self.folder / "samples.jsonl").exists():
+            if self._file.exists():
                 raise SettingsError(
-                    f"{file} cannot be read ({error}): take another --out"
+                    f"{self._manifest} cannot be read ({error}): take another --out"
                 ) from None
             return None
 
@@ -212,9 +177,8 @@ class RunLog:
         if whole != self._file.stat().st_size:  # the line in which the run was killed
             with self._file.open("r+b") as file:
                 file.truncate(whole)
-        self.samples |= {
-            sample.key: sample for sample in samples if not sample.error
-        }  # what failed is tried again
+        # failed samples are tried again
+        self.samples |= {sample.key: sample for sample in samples if not sample.error}
 
     def add(self, sample: Sample) -> None:
         self.samples[sample.key] = sample
@@ -224,37 +188,54 @@ class RunLog:
     def finish(
         self, results: Sequence[Mapping[str, Any]], learning: Sequence[Mapping[str, Any]] = ()
     ) -> Path:
-        """Write `results.json`, a row per method, and `learning.json`, what each seed's learning
-        did; returns the first's path.
+        """Write `results.json`, a row per method, and `learning.json`, each seed's report of
+        learning; returns the first one's path.
         """
         if learning:
-            self._write("learning.json", learning)
-        return self._write("results.json", results)
-
-    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-        file = self.folder / name
-        file.write_text(
-            json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+            (self.folder / "learning.json").write_text(_indented(list(learning)), encoding="utf-8")
+        file = self.folder / "results.json"
+        file.write_text(_indented(list(results)), encoding="utf-8")
         return file
 
 
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value as it is read back from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(value))
+    return found
+
+
+def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return _flat({key: value for key, value in manifest.items() if key not in NOT_COMPARED})
+
+
+def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested entries by dotted names, as `settings.temperature`."""
+    out: dict[str, Any] = {}
+    for name, value in entries.items():
+        nested = isinstance(value, Mapping) and value
+        out |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return out
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def _write_whole(file: Path, content: Mapping[str, Any]) -> None:
-    """A kill leaves no half of it."""
+    """Write to a temporary file first, so that a kill leaves no half file."""
     temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(_indented(content), encoding="utf-8")
     temporary.replace(file)
 
 
 def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
-    """Write each method's answers as LaMP's evaluation reads them, `lamp/METHOD.json`; an answer
-    that failed or was unreadable is empty.
+    """Write each method's answers as LaMP's evaluation reads them, to `lamp/METHOD.json`; a failed
+    or unparsable answer is empty. Of several seeds it writes the first.
 
-    `like` is the LaMP task's name, LaMP-2N and LaMP-2M being its LaMP_2. Of several seeds it writes
-    the first.
+    `like` is the LaMP task's name; LaMP-2N and LaMP-2M are both LaMP_2.
     """
-    place = folder / "lamp"
-    place.mkdir(exist_ok=True)
+    out = folder / "lamp"
+    out.mkdir(exist_ok=True)
     for method in dict.fromkeys(sample.method for sample in samples):
         own = [sample for sample in samples if sample.method == method]
         golds = [
@@ -263,14 +244,16 @@ def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
             if sample.seed == own[0].seed
         ]
         content = {"task": like.replace("-", "_")[:6], "golds": golds}
-        (place / f"{method}.json").write_text(
-            json.dumps(content, ensure_ascii=False), encoding="utf-8"
-        )
-    return place
+        text = json.dumps(content, ensure_ascii=False)
+        (out / f"{method}.json").write_text(text, encoding="utf-8")
+    return out
+
+
+# ---- reading
 
 
 def read_learning(folder: Path) -> list[dict[str, Any]]:
-    """What each seed's learning told; nothing for a run that has not ended, or learned nothing."""
+    """Each seed's report of learning; empty for a run that has not ended, or learned nothing."""
     file = folder / "learning.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -278,12 +261,12 @@ def read_learning(folder: Path) -> list[dict[str, Any]]:
         raise SettingsError(
             f"{file} cannot be read ({error}): run the same `bench run` again, it writes it anew"
         ) from None
-    return [told for told in found if isinstance(told, dict)] if isinstance(found, list) else []
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
-    """The manifest of a run and its samples; of a sample that failed and was tried again the last
-    try. Changes nothing.
+    """The manifest and the samples of a run; of a sample that was tried again the last try. Changes
+    nothing.
 
     Raises:
         SettingsError: no run is there, it is damaged, or made by a newer version.
@@ -304,21 +287,20 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
 
 
 def _refuse_newer(file: Path, manifest: Mapping[str, Any]) -> None:
-    if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
-        newer = (
-            f"format {manifest['format']} is made by a newer hydra-llm"
-            f" ({manifest.get('hydra_llm')})"
+    number = manifest.get("format")
+    if isinstance(number, int) and number > FORMAT:
+        raise SettingsError(
+            f"{file}: format {number} is made by a newer hydra-llm ({manifest.get('hydra_llm')}):"
+            " upgrade, or take another --out"
         )
-        raise SettingsError(f"{file}: {newer}: upgrade, or take another --out")
 
 
 def _samples(file: Path) -> tuple[list[Sample], int]:
     """The samples of whole lines, and how many bytes those are."""
     text = file.read_bytes()
     whole = text.rfind(b"\n") + 1
-    return [
-        _parse(file, line, number) for number, line in enumerate(text[:whole].split(b"\n")[:-1], 1)
-    ], whole
+    lines = text[:whole].split(b"\n")[:-1]
+    return [_parse(file, line, number) for number, line in enumerate(lines, 1)], whole
 
 
 def _parse(file: Path, line: bytes, number: int) -> Sample:

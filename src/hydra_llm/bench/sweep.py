@@ -1,17 +1,17 @@
-"""A study: the same methods on the same queries while one thing varies, from a settings file
+"""A sweep: the same methods on the same queries while one thing varies, from a settings file
 (`benchmarks/sweeps/`).
 
-    name, question, x, methods, log    what it asks, the axis, who answers, whether the axis is
-    logarithmic
+    name, question, x, methods, log    the question, the axis, the methods, whether the axis is
+                                       logarithmic
     [settings]                         common to all points
     [run]                              users, limit, seeds, k and b, as `bench run` takes them
-    [[points]]                         x; and what is special: settings, series, methods, llm,
+    [[points]]                         x; and what is particular: settings, series, methods, llm,
                                        history, fit
     vary = {NAME = [...], ...}         a grid of points: the first name is x, the others name the
-    series
+                                       series
 
-Each point is an `Experiment` in a folder of its own, so that a stopped study goes on; what points
-ask alike is asked once. Knows no terminal and no LLM.
+Each point is an `Experiment` in its own folder, so that a stopped sweep continues; equal LLM calls
+of several points are made once. Knows no terminal and no LLM.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from hydra_llm.bench.comparison import Comparison, compare
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
-from hydra_llm.bench.methods import BUDGET, RECORDS, find_methods
-from hydra_llm.bench.report.tables import Against, compare
+from hydra_llm.bench.method import BUDGET, RECORDS, find_methods
 from hydra_llm.bench.runlog import Sample
-from hydra_llm.bench.runner import Row, tabulate
+from hydra_llm.bench.runner import MethodResult, tabulate
 from hydra_llm.config import Settings, checked
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
@@ -49,22 +49,22 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StudyPoint(_Part):
+class SweepPoint(_Part):
     """One value of what varies."""
 
     x: int | float | str
     series: str = ""
     """Points of a series are one line of the plot."""
     settings: dict[str, Any] = {}
-    """Above the common ones, and above `--set`."""
+    """Override the common ones and `--set`."""
     methods: tuple[str, ...] = ()
-    """In place of the study's."""
+    """In place of the sweep's."""
     llm: str | None = None
     """In place of `--llm`."""
     history: NonNegativeInt | Literal["all"] = "all"
-    """How many records each new user has: the latest that all of the user's queries may see."""
+    """How many records each new user has: the latest that precede all of the user's queries."""
     fit: bool = True
-    """Without it new users have no heads: the shared ones answer them."""
+    """Without it new users have no heads: the shared ones answer for them."""
 
     @property
     def slug(self) -> str:
@@ -72,8 +72,8 @@ class StudyPoint(_Part):
         return re.sub(r"[^a-z0-9.]+", "-", f"{self.x} {self.series}".lower()).strip("-.") or "point"
 
 
-class RunPart(_Part):
-    """As `bench run` takes them."""
+class RunOptions(_Part):
+    """Options as `bench run` takes them."""
 
     users: PositiveInt | None = None
     """At most so many new users."""
@@ -82,13 +82,13 @@ class RunPart(_Part):
     seeds: tuple[NonNegativeInt, ...] = ()
     """Of the learned parts."""
     k: tuple[PositiveInt, ...] = RECORDS
-    """Records in the prompt, for each of which `all` takes a method."""
+    """Values of k for `all`."""
     b: tuple[PositiveInt, ...] = BUDGET
-    """Candidates, likewise."""
+    """Values of b for `all`."""
 
 
-class Study(_Part):
-    """A study file; after `open_study` all of its points stand in `points`."""
+class Sweep(_Part):
+    """A sweep file; `load_sweep` puts all of its points into `points`."""
 
     name: str
     question: str
@@ -97,89 +97,80 @@ class Study(_Part):
     """What varies, as the title of an axis."""
     methods: tuple[str, ...] = Field(min_length=1)
     settings: dict[str, Any] = {}
-    run: RunPart = RunPart()
-    points: tuple[StudyPoint, ...] = ()
+    run: RunOptions = RunOptions()
+    points: tuple[SweepPoint, ...] = ()
     vary: dict[str, tuple[Any, ...]] = {}
     log: bool = False
     """The axis is logarithmic."""
 
 
-def open_study(file: Path) -> Study:
-    """Read a study file.
+def load_sweep(file: Path) -> Sweep:
+    """Read a sweep file.
 
     Raises:
         SettingsError: not there, not TOML, an unknown key, setting or method, or points that cannot
             be told apart.
     """
     try:
-        study = Study.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
-        study = study.model_copy(update={"points": (*study.points, *_grid(study.vary))})
+        sweep = Sweep.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        sweep = sweep.model_copy(update={"points": (*sweep.points, *_grid(sweep.vary))})
+        _check(sweep)
     except OSError as error:
         raise SettingsError(
-            f"{file}: no such study file ({error.strerror}): see benchmarks/sweeps"
+            f"{file}: no such sweep file ({error.strerror}): see benchmarks/sweeps"
         ) from None
     except ValidationError as error:
-        raise SettingsError(f"{file}: {_told(error)}") from None
-    except ValueError as error:
-        raise SettingsError(f"{file}: not TOML: {error}") from None
-    try:
-        _check(study)
+        raise SettingsError(f"{file}: {_first_fault(error)}") from None
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from None
-    return study
+    except ValueError as error:
+        raise SettingsError(f"{file}: not TOML: {error}") from None
+    return sweep
 
 
-def _grid(vary: Mapping[str, Sequence[Any]]) -> list[StudyPoint]:
+def _grid(vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
     """A point for each combination of values; a name is a setting or a key of a point."""
     points = []
     for values in product(*vary.values()) if vary else ():
-        first, *others = (_written(value) for value in values)
         given = dict(zip(vary, values, strict=True))
+        written = {name: _written(value) for name, value in given.items()}
+        first, *others = written
         own = {name: value for name, value in given.items() if name in ("llm", "history", "fit")}
-        settings = {name: value for name, value in given.items() if name not in own}
-        series = ", ".join(
-            f"{name}={other}" for name, other in zip(list(vary)[1:], others, strict=True)
-        )
-        points.append(
-            StudyPoint.model_validate({"x": first, "series": series, "settings": settings, **own})
-        )
+        point = {
+            "x": written[first],
+            "series": ", ".join(f"{name}={written[name]}" for name in others),
+            "settings": {name: value for name, value in given.items() if name not in own},
+        }
+        points.append(SweepPoint.model_validate(point | own))
     return points
 
 
 def _written(value: Any) -> float | str:
     """A value as TOML writes it; a number stays one."""
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else value
-        if isinstance(value, int | float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, int | float) else str(value)
 
 
-def _told(error: ValidationError) -> str:
-    """The first fault: the key, counted from 1 as a reader does, and what is wrong."""
+def _first_fault(error: ValidationError) -> str:
+    """The first fault: its key, with places counted from 1, and what is wrong."""
     first = error.errors()[0]
     parts = [str(part + 1) if isinstance(part, int) else part for part in first["loc"]]
-    place = ".".join(
-        part for part in parts if re.fullmatch(r"\w+", part) and part not in ("int", "float", "str")
-    )  # no names of types
-    return (
-        f"{place}: unknown key"
-        if first["type"] == "extra_forbidden"
-        else f"{place}: {first['msg']}"
-    )
+    keys = [part for part in parts if re.fullmatch(r"\w+", part)]
+    place = ".".join(key for key in keys if key not in ("int", "float", "str"))  # names of types
+    unknown = first["type"] == "extra_forbidden"
+    return f"{place}: {'unknown key' if unknown else first['msg']}"
 
 
-def _check(study: Study) -> None:
-    if not study.points:
+def _check(sweep: Sweep) -> None:
+    if not sweep.points:
         raise SettingsError("has no points: write [[points]], or vary = {SETTING = [...]}")
-    _check_settings("settings", study.settings)
-    find_methods(study.methods)
+    _check_settings("settings", sweep.settings)
+    find_methods(sweep.methods)
     slugs: dict[str, int] = {}
-    for number, point in enumerate(study.points, 1):
-        _check_settings(f"points.{number}", {**study.settings, **point.settings})
-        find_methods(point.methods or study.methods)
+    for number, point in enumerate(sweep.points, 1):
+        _check_settings(f"points.{number}", {**sweep.settings, **point.settings})
+        find_methods(point.methods or sweep.methods)
         if slugs.setdefault(point.slug, number) != number:
             raise SettingsError(
                 f"points.{number}: is called '{point.slug}' as points.{slugs[point.slug]} is: give"
@@ -198,113 +189,130 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What a study is run on."""
+class SweepContext:
+    """What a sweep is run on."""
 
     data: DataSet
     out: Path
     settings: Callable[[Mapping[str, Any]], Settings]
-    """All settings of a point, by its own ones."""
-    opened: Callable[[str | None], AbstractContextManager[CachedLLM]]
+    """A point's own settings → all of its settings."""
+    open_llm: Callable[[str | None], AbstractContextManager[CachedLLM]]
     """Opens an LLM; None is the command's."""
     users: int | None = None
-    """In place of the study's."""
+    """In place of the sweep's."""
     limit: int | None = None
-    """In place of the study's."""
+    """In place of the sweep's."""
+    progress: StageProgress = lambda stage, done, total: None
+    say: Say = print
 
 
 @dataclass(frozen=True)
-class Line:
+class SweepRow:
     """A method at a point."""
 
-    point: StudyPoint
-    row: Row
-    against: Against | None
+    point: SweepPoint
+    result: MethodResult
+    comparison: Comparison | None
     """This point minus the first one, by the same method on the same queries; None for the first
     itself.
     """
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What came of it."""
+class SweepReport:
+    """The results of a sweep."""
 
-    study: Study
+    sweep: Sweep
     task: Task
-    lines: tuple[Line, ...]
+    rows: tuple[SweepRow, ...]
     failed: Mapping[str, str]
-    """Slug of a point → why there is nothing."""
+    """Slug of a point → its error."""
 
-    @property
-    def metric(self) -> str:
-        """The task's first."""
-        return next(iter(self.task.metric_specs))
+    def to_json(self) -> dict[str, Any]:
+        """All of it for machines: no text of the data, and no path."""
+        metric, spec = next(iter(self.task.metric_specs.items()))
+        return {
+            **self.sweep.model_dump(include={"name", "question", "x", "log", "settings"}),
+            "task": self.task.name,
+            "metric": metric,
+            "higher_is_better": spec.higher_is_better,
+            "points": [self._point_json(point) for point in self.sweep.points],
+        }
+
+    def _point_json(self, point: SweepPoint) -> dict[str, Any]:
+        return {
+            **point.model_dump(exclude_defaults=True),
+            "folder": point.slug,
+            "error": self.failed.get(point.slug),
+            "methods": [
+                {**row.result.to_json(), "against": row.comparison and row.comparison.to_json()}
+                for row in self.rows
+                if row.point is point
+            ],
+        }
 
 
-def run_study(study: Study, bench: Bench, progress: StageProgress, say: Say) -> Findings:
-    """Run every point; one that fails is told, and the others go on. Writes `study.json`.
+def run_sweep(sweep: Sweep, context: SweepContext) -> SweepReport:
+    """Run every point; the error of one that fails is reported, and the others are run.
 
     Raises:
         HydraError: every point failed (the first one's error).
     """
     answered: dict[str, list[Sample]] = {}
     faults: dict[str, HydraError] = {}
-    prices = bench.settings({})
     with ExitStack() as stack:
         llms: dict[str | None, CachedLLM] = {}
-        for number, point in enumerate(study.points, 1):
-            say(f"point {number} of {len(study.points)}: {point.slug}")
+        for number, point in enumerate(sweep.points, 1):
+            context.say(f"point {number} of {len(sweep.points)}: {point.slug}")
             try:
                 if point.llm not in llms:
-                    llms[point.llm] = stack.enter_context(bench.opened(point.llm))
-                answered[point.slug] = _run_point(
-                    study, point, bench, llms[point.llm], progress, say
-                )
+                    llms[point.llm] = stack.enter_context(context.open_llm(point.llm))
+                answered[point.slug] = _run_point(sweep, point, context, llms[point.llm])
             except HydraError as error:
                 faults[point.slug] = error
-                say(f"point {point.slug} failed: {error}; the same command tries it again")
+                context.say(f"point {point.slug} failed: {error}; the same command tries it again")
     if not answered:
         raise next(iter(faults.values()))
-    lines = lines_of(
-        study, bench.data.task, answered, Prices(prices.price_prompt, prices.price_completion)
-    )
-    return Findings(
-        study, bench.data.task, tuple(lines), {slug: str(error) for slug, error in faults.items()}
-    )
+    settings, task = context.settings({}), context.data.task
+    prices = Prices(settings.price_prompt, settings.price_completion)
+    failed = {slug: str(error) for slug, error in faults.items()}
+    return SweepReport(sweep, task, tuple(_rows(sweep, task, answered, prices)), failed)
 
 
 def _run_point(
-    study: Study, point: StudyPoint, bench: Bench, llm: CachedLLM, progress: StageProgress, say: Say
+    sweep: Sweep, point: SweepPoint, context: SweepContext, llm: CachedLLM
 ) -> list[Sample]:
-    run, data = study.run, with_history(bench.data, point.history)
+    run, data = sweep.run, with_history(context.data, point.history)
+    methods = point.methods or sweep.methods
     experiment = Experiment(
         data,
         llm,
-        bench.settings(point.settings),
-        find_methods(point.methods or study.methods, data.task.kind, records=run.k, budget=run.b),
-        bench.out / point.slug,
-        bench.users or run.users,
-        bench.limit or run.limit,
+        context.settings(point.settings),
+        find_methods(methods, data.task.kind, records=run.k, budget=run.b),
+        context.out / point.slug,
+        context.users or run.users,
+        context.limit or run.limit,
         run.seeds,
         point.fit,
     )
-    if sum((each.llm, each.settings) == (point.llm, point.settings) for each in study.points) > 1:
-        _copy_base(replace(experiment, data=bench.data), bench.out / "bases", progress, say)
-    outcome = run_experiment(experiment, progress, say)
-    outcome.log.finish(
-        [row.to_json() for row in tabulate(data.task, outcome.samples)], outcome.learning
-    )
+    alike = [(each.llm, each.settings) == (point.llm, point.settings) for each in sweep.points]
+    if sum(alike) > 1:
+        _copy_base(replace(experiment, data=context.data), context)
+    outcome = run_experiment(experiment, context.progress, context.say)
+    results = [result.to_json() for result in tabulate(data.task, outcome.samples)]
+    outcome.log.finish(results, outcome.learning)
     return outcome.samples
 
 
-def _copy_base(experiment: Experiment, bases: Path, progress: StageProgress, say: Say) -> None:
-    """Points that differ in their new users alone learn from the same training users: once, and
-    each has a copy to fit its heads in.
+def _copy_base(experiment: Experiment, context: SweepContext) -> None:
+    """Points that differ in their new users alone learn the base from the same training users: it
+    is learned once, and each point has a copy to fit its heads in.
     """
     settings = experiment.settings.stored()
-    told = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
-    base = bases / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-    learned_bundles(replace(experiment, out=base, users=0), progress, say)
+    identity = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    base = context.out / "bases" / digest[:12]
+    learned_bundles(replace(experiment, out=base, users=0), context.progress, context.say)
     for bundle in base.glob("bundle*"):
         own, part = experiment.out / bundle.name, experiment.out / f"{bundle.name}.part"
         if not own.exists():
@@ -313,15 +321,14 @@ def _copy_base(experiment: Experiment, bases: Path, progress: StageProgress, say
 
 
 def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
-    """The data set in which each new user has just come, with `count` records: the latest that all
-    of the user's queries may see.
+    """The data set in which each new user has only `count` records: the latest that precede all of
+    the user's queries.
     """
     if count == "all":
         return data
-    new = set(data.users("test"))
     records = {user: data.history(user) for user in data.users()}
     queries = {user: data.queries(user) for user in data.users()}
-    for user in new:
+    for user in data.users("test"):
         early = [
             record
             for record in records[user]
@@ -331,45 +338,17 @@ def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
     return DataSet(data.task, data.splits, records, queries, data.notes)
 
 
-# ---- what it shows
-
-
-def lines_of(
-    study: Study, task: Task, answered: Mapping[str, Sequence[Sample]], prices: Prices
-) -> list[Line]:
+def _rows(
+    sweep: Sweep, task: Task, answered: Mapping[str, Sequence[Sample]], prices: Prices
+) -> list[SweepRow]:
     """Every method at every point that was answered."""
     firsts: dict[str, list[Sample]] = {}
-    lines = []
-    for point in (point for point in study.points if point.slug in answered):
+    rows = []
+    for point in (point for point in sweep.points if point.slug in answered):
         samples = answered[point.slug]
-        for row in tabulate(task, samples, prices):
-            own = [sample for sample in samples if sample.method == row.method]
-            first = firsts.setdefault(row.method, own)
-            lines.append(Line(point, row, None if first is own else compare(task, own, first)))
-    return lines
-
-
-def to_json(found: Findings) -> dict[str, Any]:
-    """All of it for machines: no text of the data, and no path."""
-    study = found.study
-    points = [
-        {
-            **point.model_dump(exclude_defaults=True),
-            "folder": point.slug,
-            "error": found.failed.get(point.slug),
-            "methods": [
-                {**line.row.to_json(), "against": line.against and line.against.to_json()}
-                for line in found.lines
-                if line.point is point
-            ],
-        }
-        for point in study.points
-    ]
-    about = study.model_dump(include={"name", "question", "x", "log", "settings"})
-    return {
-        **about,
-        "task": found.task.name,
-        "metric": found.metric,
-        "higher_is_better": found.task.metric_specs[found.metric].higher_is_better,
-        "points": points,
-    }
+        for result in tabulate(task, samples, prices):
+            own = [sample for sample in samples if sample.method == result.method]
+            first = firsts.setdefault(result.method, own)
+            change = None if first is own else compare(task, own, first)
+            rows.append(SweepRow(point, result, change))
+    return rows

@@ -23,16 +23,15 @@ from hydra_llm.cli.former_options import (
 from hydra_llm.cli.options import AsJson, Limit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     from hydra_llm.bench.experiment import Experiment, Outcome
-    from hydra_llm.bench.report.tables import Line, Run
+    from hydra_llm.bench.report.tables import Report
     from hydra_llm.bundle import Bundle
     from hydra_llm.config import Settings
     from hydra_llm.datasets.dataset import DataSet
     from hydra_llm.llm.cache import CachedLLM
-    from hydra_llm.llm.meter import Prices
     from hydra_llm.tasks.base import Task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -41,7 +40,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """List the methods."""
-    from hydra_llm.bench.methods import METHODS
+    from hydra_llm.bench.method import METHODS, load_method
 
     rows = [
         {
@@ -50,7 +49,7 @@ def methods(as_json: AsJson = False) -> None:
             "what": m.what,
             "source": m.source,
         }
-        for m in METHODS.values()
+        for m in map(load_method, METHODS.names())
     ]
     console.emit(rows, as_json)
 
@@ -122,8 +121,7 @@ def run(
     settings.
     """
     from hydra_llm.bench.experiment import Experiment, run_experiment
-    from hydra_llm.bench.methods import find_methods, split_names
-    from hydra_llm.bench.report.tables import in_turn
+    from hydra_llm.bench.method import find_methods, per_sample, split_names
     from hydra_llm.bench.runlog import export_lamp
     from hydra_llm.datasets.fetch import BASE_URL, load_named
     from hydra_llm.errors import SettingsError
@@ -153,13 +151,13 @@ def run(
     with opened_llm(spec, settings, record) as model:
         experiment = Experiment(dataset, model, settings, chosen, out, users, limit, of_seeds or ())
         if dry_run:
-            _tell_plan(experiment, learned, as_json)
+            _print_estimate(experiment, learned, as_json)
             return
         with console.progress() as report:
             outcome = run_experiment(experiment, report, console.say, learned)
     if lamp:
         name = dataset.task.like or dataset.task.name
-        answered = [sample for sample in outcome.samples if not in_turn(sample.method)]
+        answered = [sample for sample in outcome.samples if not per_sample(sample.method)]
         console.say(f"wrote {export_lamp(out, name, answered)}")
     _tell(outcome, dataset.task, settings, as_json)
 
@@ -182,7 +180,8 @@ def whole_numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
 
 def _tell(outcome: "Outcome", task: "Task", settings: "Settings", as_json: bool) -> None:
     """Write the results and print the table."""
-    from hydra_llm.bench.runner import as_table, tabulate
+    from hydra_llm.bench.report.cells import results_table
+    from hydra_llm.bench.runner import tabulate
     from hydra_llm.llm.meter import Prices
 
     samples = outcome.samples
@@ -194,16 +193,16 @@ def _tell(outcome: "Outcome", task: "Task", settings: "Settings", as_json: bool)
             " asks for them again"
         )
     console.say(f"wrote {outcome.log.finish([row.to_json() for row in rows], outcome.learning)}")
-    console.emit([row.to_json() for row in rows] if as_json else as_table(rows), as_json)
+    console.emit([row.to_json() for row in rows] if as_json else results_table(rows), as_json)
 
 
-def _tell_plan(experiment: "Experiment", bundle: "Bundle | None", as_json: bool) -> None:
-    """Print what a run will need."""
-    from hydra_llm.bench.estimate import as_rows, plan
+def _print_estimate(experiment: "Experiment", bundle: "Bundle | None", as_json: bool) -> None:
+    """Print what a run will cost."""
+    from hydra_llm.bench.estimate import estimate_cost, estimate_rows
 
     with console.progress() as report:
-        found = plan(experiment, report, bundle)
-    console.emit(found.to_json() if as_json else as_rows(found), as_json)
+        found = estimate_cost(experiment, report, bundle)
+    console.emit(found.to_json() if as_json else estimate_rows(found), as_json)
 
 
 def _tell_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
@@ -230,7 +229,7 @@ def _tell_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
 
 @app.command()
 def show(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of studies.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of sweeps.")],
     against: Annotated[
         str | None, typer.Option(help="The baseline; the best prompt-based method otherwise.")
     ] = None,
@@ -264,90 +263,82 @@ def show(
     """Print runs as tables: figures with intervals, paired differences from a baseline, and what
     they say of HYDRA.
     """
-    from hydra_llm.bench.report import sweeps as studied
-    from hydra_llm.bench.report import tables as report
-    from hydra_llm.bench.report.findings import findings
-    from hydra_llm.bench.report.summary import sentence
+    from hydra_llm.bench.report import sweeps, tables
     from hydra_llm.llm.meter import Prices
 
-    studies = [studied.open_studied(folder) for folder in runs if studied.is_study(folder)]
-    read = [report.open_run(folder) for folder in runs if not studied.is_study(folder)]
+    found = [sweeps.open_sweep(folder) for folder in runs if sweeps.is_sweep(folder)]
+    opened = [tables.open_run(folder) for folder in runs if not sweeps.is_sweep(folder)]
     prices = Prices(price_prompt, price_completion)
-    tables = [(run, report.lines_of(run, against, prices)) for run in read]
-    over = report.overall(tables)
-    named = [
-        next((line.row.method for line in lines if line.against is None), "nothing")
-        for _, lines in tables
-    ]
+    reports = [tables.make_report(run, against, prices) for run in opened]
     if markdown is not None:
-        from hydra_llm.bench.report.markdown import markdown as text_of
-        from hydra_llm.bench.report.markdown import of_study, overall_of
+        from hydra_llm.bench.report import markdown as text
 
-        texts = [
-            text_of(run, lines, name, prices)
-            for (run, lines), name in zip(tables, named, strict=True)
-        ]
-        _write(
-            markdown, "\n".join(filter(None, [*texts, overall_of(over), *map(of_study, studies)]))
-        )
+        texts = [text.markdown(report) for report in reports]
+        texts.append(text.overall_markdown(tables.overall(reports)))
+        _write(markdown, "\n".join(filter(None, [*texts, *map(text.sweep_markdown, found)])))
         console.say(f"wrote {markdown}")
     if html is not None:
         from hydra_llm.bench.report.html import page
 
-        _write(html, page(tables, answers, prices, studies))
-        console.say(
-            f"wrote {html}"
-            + (": it quotes the data, --no-answers leaves that out" if answers else "")
-        )
+        _write(html, page(reports, answers, found))
+        quotes = ": it quotes the data, --no-answers leaves that out" if answers else ""
+        console.say(f"wrote {html}{quotes}")
     if plots is not None:
         from hydra_llm.bench.report.plots import write
 
-        for place, (run, lines) in enumerate(tables, 1):
-            folder = plots / f"{place}-{run.folder.name}" if len(tables) > 1 else plots
-            console.say(f"wrote {write(run, lines, folder)}")
+        for place, report in enumerate(reports, 1):
+            several = len(reports) > 1
+            folder = plots / f"{place}-{report.run.folder.name}" if several else plots
+            console.say(f"wrote {write(report, folder)}")
     if as_json:
-        more = [
-            {"findings": findings(run, lines), "learning": list(run.learning)}
-            for run, lines in tables
-        ]
-        found = [
-            report.to_json(run, lines) | each
-            for (run, lines), each in zip(tables, more, strict=True)
-        ]
-        shares = {
-            method: {what: report.share_json(share) for what, share in each.items()}
-            for method, each in over.items()
-        }
-        console.emit({"runs": found, "over_tasks": shares, "sweeps": studies}, True)
+        _print_json(reports, found)
         return
-    for (run, lines), name in zip(tables, named, strict=True):
-        console.print_table(
-            report.as_rows(run, lines),
-            f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked",
-        )
-        print(sentence(run))
-        differences = {line.row.method: line.against for line in lines if line.against is not None}
-        if differences:
-            console.print_table(
-                report.as_differences(differences),
-                f"Paired differences from {name}, 95 % intervals over users",
-            )
-        if costs:
-            _print_costs(run, lines, prices)
-        for said in findings(run, lines):
-            print(f"- {said}")
-    if over:
-        console.print_table(report.as_overall(over), report.OVERALL)
-    for each in studies:
-        console.print_table(studied.as_table(each), each["question"])
+    for report in reports:
+        _print_report(report, costs)
+    if over := tables.overall(reports):
+        console.print_table(tables.overall_rows(over), tables.OVERALL)
+    for each in found:
+        console.print_table(sweeps.sweep_rows(each), each["question"])
 
 
-def _print_costs(run: "Run", lines: "Sequence[Line]", prices: "Prices") -> None:
-    from hydra_llm.bench.report.costs import as_costs, as_learning
+def _print_json(reports: "list[Report]", sweeps: "list[Mapping[str, Any]]") -> None:
+    from hydra_llm.bench.report import tables
+    from hydra_llm.bench.report.findings import findings
 
-    console.print_table(as_costs(lines), "What a query costs")
-    if learning := as_learning(run, prices):
-        console.print_table(learning, "What learning cost")
+    runs = [
+        {
+            **tables.to_json(report),
+            "findings": findings(report),
+            "learning": list(report.run.learning),
+        }
+        for report in reports
+    ]
+    shares = {
+        method: {what: tables.share_json(share) for what, share in each.items()}
+        for method, each in tables.overall(reports).items()
+    }
+    console.emit({"runs": runs, "over_tasks": shares, "sweeps": sweeps}, True)
+
+
+def _print_report(report: "Report", costs: bool) -> None:
+    from hydra_llm.bench.report import tables
+    from hydra_llm.bench.report.costs import cost_rows, learning_rows
+    from hydra_llm.bench.report.findings import findings
+    from hydra_llm.bench.report.summary import summary_line
+
+    run = report.run
+    title = f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked"
+    console.print_table(tables.method_rows(report), title)
+    print(summary_line(run))
+    if report.comparisons:
+        title = f"Paired differences from {report.baseline}, 95 % intervals over users"
+        console.print_table(tables.comparison_rows(report.comparisons), title)
+    if costs:
+        console.print_table(cost_rows(report), "What a query costs")
+        if learning := learning_rows(report):
+            console.print_table(learning, "What learning cost")
+    for sentence in findings(report):
+        print(f"- {sentence}")
 
 
 def _write(file: Path, text: str) -> None:
@@ -364,17 +355,17 @@ def _write(file: Path, text: str) -> None:
 
 
 @app.command()
-def study(
+def sweep(
     file: Annotated[
-        Path, typer.Argument(help="A study: benchmarks/sweeps/*.toml, or one of your own.")
+        Path, typer.Argument(help="A sweep file: benchmarks/sweeps/*.toml, or one of your own.")
     ],
     data: Annotated[str, typer.Argument(help="A data set, as `bench run` takes it.")],
     out: Annotated[
         Path,
         typer.Option(
             help=(
-                "Folder of the study, a run in it for each point; the same command continues a"
-                " stopped one."
+                "Folder of the sweep, with one run per point; the same command continues a stopped"
+                " one."
             )
         ),
     ],
@@ -390,29 +381,28 @@ def study(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Write the plot to this file; without it to study.svg in the study's folder."
+            help="Write the plot to this file; the default is sweep.svg in the sweep's folder."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the methods of a study file at each of its points, print what came out and draw it.
+    """Run the methods of a sweep file at each of its points, print and draw the results.
 
-    `--set` stands above the file's settings, and its points above `--set`. `--record` takes down
-    the LLM of `--llm` alone.
+    Precedence of settings: point > `--set` > sweep file. `--record` records the LLM of `--llm`
+    alone.
     """
-    from hydra_llm.bench import sweep as studies
-    from hydra_llm.bench.report import plots
-    from hydra_llm.bench.report import sweeps as studied
+    from hydra_llm.bench.report import charts, sweeps
+    from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.fetch import load_named
 
     main = llm_or_replay(llm, replay)
-    chosen = studies.open_study(file)
+    chosen = load_sweep(file)
     if plot is not None:
-        plots.require()
+        charts.require()
     asked = given(set_, seed=seed)
     for name in sorted(asked.keys() & {name for point in chosen.points for name in point.settings}):
-        console.say(f"{name} is what the study's points set: yours counts only where they do not")
+        console.say(f"{name} is set by points of the sweep: --set counts only for the others")
 
     def settings(own: "Mapping[str, Any]") -> "Settings":
         return load_settings(preset or "default", config, **{**chosen.settings, **asked, **own})
@@ -422,22 +412,25 @@ def study(
 
     with console.progress() as report:
         dataset = load_named(data, settings({}).cache / "lamp", progress=report)
-        bench = studies.Bench(dataset, out, settings, opened, users, limit)
-        found = studies.to_json(studies.run_study(chosen, bench, report, console.say))
-    console.say(f"wrote {studied.write_studied(found, out)}")
+        context = SweepContext(dataset, out, settings, opened, users, limit, report, console.say)
+        found = run_sweep(chosen, context).to_json()
+    console.say(f"wrote {sweeps.write_sweep(found, out)}")
     if plot is not None or _can_draw():
-        _write(plot or out / "study.svg", studied.drawn(found))
-        console.say(f"wrote {plot or out / 'study.svg'}")
-    console.emit(found if as_json else studied.as_table(found), as_json)
+        _write(plot or out / "sweep.svg", sweeps.sweep_svg(found))
+        console.say(f"wrote {plot or out / 'sweep.svg'}")
+    console.emit(found if as_json else sweeps.sweep_rows(found), as_json)
+
+
+app.command("study", hidden=True)(sweep)  # the name in earlier versions
 
 
 def _can_draw() -> bool:
-    """Whether the extra `report` is installed; what to do is told where it is not."""
-    from hydra_llm.bench.report import plots
+    """Whether the extra `report` is installed; says how to install it otherwise."""
+    from hydra_llm.bench.report import charts
     from hydra_llm.errors import SettingsError
 
     try:
-        plots.require()
+        charts.require()
     except SettingsError as error:
         console.say(str(error))
         return False
@@ -460,5 +453,5 @@ def compare(
         console.emit({method: each.to_json() for method, each in found.items()}, True)
         return
     console.print_table(
-        report.as_differences(found), f"{second} minus {first}, 95 % intervals over users"
+        report.comparison_rows(found), f"{second} minus {first}, 95 % intervals over users"
     )

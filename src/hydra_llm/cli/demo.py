@@ -36,8 +36,9 @@ def demo(
     """What score, 1 to 5, would this person give this film? Learns from MovieLens users, then
     answers for new ones.
     """
-    from hydra_llm.bench.methods import DEMO, Parts, find_methods
-    from hydra_llm.bench.runner import as_table, chosen_queries, run_methods, tabulate
+    from hydra_llm.bench.method import DEMO, Parts, find_methods
+    from hydra_llm.bench.report.cells import results_table
+    from hydra_llm.bench.runner import chosen_queries, run_methods, tabulate
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.demo import movielens
     from hydra_llm.llm.concurrency import run_sync
@@ -67,7 +68,7 @@ def demo(
         return
     counts = f"{TRAINING_USERS} training users, {users} new users, seed {seed}, {llm}"
     console.print_table(
-        as_table(rows),
+        results_table(rows),
         f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better",
     )
     _show(example)

@@ -1,90 +1,71 @@
-"""What a run cost, beside its scores: per query and method, and once for learning. Knows no LLM."""
+"""What a run cost: per query and method, and once for learning. Knows no LLM."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra_llm.bench.report.tables import Line, Run
-from hydra_llm.llm.meter import FREE, Prices
+from hydra_llm.bench.report.tables import Report, Run
+from hydra_llm.llm.meter import Prices
 from hydra_llm.types import Usage
 
-STAGES = ("retrieve", "rerank", "prompt", "llm", "adapt")
-"""Stages of an answer, in the data's order."""
+STAGES = ("retrieve", "rerank", "prompt", "adapt")
+"""This library's own stages of an answer, in the data's order."""
 
 
-def as_costs(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """A row per method: calls, tokens, money and seconds of the LLM per query as they were when it
-    was asked, then this run's own milliseconds per stage (without the LLM's).
+def cost_rows(report: Report) -> list[dict[str, Any]]:
+    """A row per method: calls, tokens, money and seconds of the LLM per query as measured when it
+    was called, then this run's own milliseconds per stage.
     """
-    rows = []
-    for line in lines:
-        row = line.row
-        cells: dict[str, Any] = {
-            "method": row.method,
-            "LLM calls": round(row.calls, 2),
-            "tokens": round(row.tokens),
-        }
-        cells |= {"money": float(f"{row.cost:.3g}"), "LLM s": round(row.llm_seconds, 2)}
-        own = [stage for stage in STAGES if stage != "llm"]
-        rows.append(
-            cells | {f"{stage} ms": round(1000 * row.seconds.get(stage, 0.0), 2) for stage in own}
-        )
-    return rows
-
-
-def as_learning(run: Run, prices: Prices = FREE) -> list[dict[str, Any]]:
-    """A row per stage of learning: label, train, fit the new users. What asks the LLM is the same
-    for all seeds and stands there once; methods that learn as they answer (BBox-Adapter) come
-    last: on labelled queries they share HYDRA's calls.
-    """
-    rows, shared = [], set()
-    for told in run.learning:
-        fitted = {
-            f"{stage}, new users": spent
-            for stage, spent in told.get("fitted", {}).get("stages", {}).items()
-        }
-        for stage, spent in {**told.get("stages", {}), **fitted}.items():
-            if not spent["calls"]:
-                rows.append(_row(told.get("seed"), stage, spent, prices))
-            elif stage not in shared:
-                shared.add(stage)
-                rows.append(
-                    _row("all" if len(run.learning) > 1 else told.get("seed"), stage, spent, prices)
-                )
     return [
-        *rows,
-        *(
-            _row("all" if len(run.seeds) > 1 else seed, stage, spent, prices)
-            for seed, stage, spent in _while_answering(run)
-        ),
+        {
+            "method": result.method,
+            "LLM calls": round(result.calls, 2),
+            "tokens": round(result.tokens),
+            "money": float(f"{result.cost:.3g}"),
+            "LLM s": round(result.llm_seconds, 2),
+            **{f"{name} ms": round(1000 * result.seconds.get(name, 0.0), 2) for name in STAGES},
+        }
+        for result in (row.result for row in report.rows)
     ]
 
 
-def _while_answering(run: Run) -> Iterator[tuple[int, str, dict[str, float]]]:
-    """What methods spent on learning as they answered, for all and for the new users. Seeds ask the
-    LLM the same: the first one's.
+def learning_rows(report: Report) -> list[dict[str, Any]]:
+    """A row per stage of learning: label, train, fit the new users. All seeds share the stages that
+    call the LLM, which are listed once; methods that learn while they answer (BBox-Adapter) come
+    last: they share HYDRA's calls for labelled queries.
+    """
+    run, prices = report.run, report.prices
+    rows, shared = [], set()
+    for learned in run.learning:
+        seed, fitted = learned.get("seed"), learned.get("fitted", {}).get("stages", {})
+        new = {f"{stage}, new users": spent for stage, spent in fitted.items()}
+        for stage, spent in {**learned.get("stages", {}), **new}.items():
+            if not spent["calls"]:
+                rows.append(_row(seed, stage, spent, prices))
+            elif stage not in shared:
+                shared.add(stage)
+                rows.append(_row("all" if len(run.learning) > 1 else seed, stage, spent, prices))
+    several = len(run.seeds) > 1
+    for seed, stage, spent in _while_answering(run):
+        rows.append(_row("all" if several else seed, stage, spent, prices))
+    return rows
 
-    A run that went on learned again: what it told of the same users and histories twice counts
-    once.
+
+def _while_answering(run: Run) -> Iterator[tuple[int, str, dict[str, float]]]:
+    """What methods spent on learning while they answered, for all users and for the new ones. Seeds
+    make the same LLM calls: the first one's are taken. A run that was continued learned again: the
+    same users and histories count once.
     """
     seed = min(run.seeds, default=0)
-    spent = {
-        (s.method, key): each
-        for s in run.samples
-        if s.seed == seed
-        for key, each in s.learned.items()
-    }
-    for method in dict.fromkeys(method for method, _ in spent):
+    spent: dict[str, dict[str, Mapping[str, float]]] = {}
+    for sample in run.samples:
+        if sample.seed == seed and sample.learned:
+            spent.setdefault(sample.method, {}).update(sample.learned)
+    for method, found in spent.items():
         for stage, new in ((method, False), (f"{method}, new users", True)):
-            own = {
-                key: each
-                for (name, key), each in spent.items()
-                if name == method and bool(key) == new
-            }
+            own = {key: each for key, each in found.items() if bool(key) == new}
             if own:
-                sums = {
-                    name: sum(each[name] for each in own.values())
-                    for name in next(iter(own.values()))
-                }
+                names = next(iter(own.values()))
+                sums = {name: sum(each[name] for each in own.values()) for name in names}
                 users = len({key.partition(":")[2] for key in own}) if new else sums["users"]
                 yield seed, stage, {**sums, "users": users}
 
@@ -92,24 +73,16 @@ def _while_answering(run: Run) -> Iterator[tuple[int, str, dict[str, float]]]:
 def _row(
     seed: int | str | None, stage: str, spent: Mapping[str, float], prices: Prices
 ) -> dict[str, Any]:
-    users, usage = (
-        int(spent["users"]),
-        Usage(
-            prompt_tokens=int(spent["prompt_tokens"]),
-            completion_tokens=int(spent["completion_tokens"]),
-        ),
-    )
-    cells: dict[str, Any] = {
+    users = int(spent["users"])
+    prompt, completion = int(spent["prompt_tokens"]), int(spent["completion_tokens"])
+    cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
+    return {
         "seed": seed,
         "stage": stage,
         "users": users,
         "LLM calls": int(spent["calls"]),
-    }
-    cells |= {
-        "tokens": usage.prompt_tokens + usage.completion_tokens,
-        "money": float(f"{prices.cost(usage):.3g}"),
-    }
-    return cells | {
+        "tokens": prompt + completion,
+        "money": float(f"{cost:.3g}"),
         "seconds": round(spent["seconds"], 2),
         "s per user": round(spent["seconds"] / users, 3) if users else None,
     }

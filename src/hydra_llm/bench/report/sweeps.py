@@ -1,109 +1,101 @@
-"""A study that has been run, read from its folder: a table and a curve. Knows no LLM and no run
-folders.
-"""
+"""The results of a sweep, read from its folder: a table and a curve. Knows no LLM and no runs."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.metrics import title
-from hydra_llm.bench.report import plots
-from hydra_llm.bench.runner import cell
+from hydra_llm.bench.report import charts
+from hydra_llm.bench.report.cells import axis_title, cell, difference
+from hydra_llm.bench.stats import Paired
 from hydra_llm.errors import SettingsError
 
-FILE = "study.json"
-Studied = Mapping[str, Any]
-"""What `study.json` holds: no text of the data, and no path."""
+FILE = "sweep.json"
+OLD_FILE = "study.json"
+"""Its name in earlier versions."""
+SweepResult = Mapping[str, Any]
+"""The content of `sweep.json`: no text of the data, and no path."""
 
 
-def is_study(folder: Path) -> bool:
-    """Whether a study has left its results there."""
-    return (folder / FILE).exists()
+def _file(folder: Path) -> Path:
+    new, old = folder / FILE, folder / OLD_FILE
+    return old if old.exists() and not new.exists() else new
 
 
-def open_studied(folder: Path) -> Studied:
-    """Read what a study has found.
+def is_sweep(folder: Path) -> bool:
+    """Whether a sweep has left its results there."""
+    return _file(folder).exists()
+
+
+def open_sweep(folder: Path) -> SweepResult:
+    """Read the results of a sweep.
 
     Raises:
-        SettingsError: it is damaged, or of another version.
+        SettingsError: they are damaged, or of another version.
     """
+    file = _file(folder)
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        as_table(found)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        sweep_rows(found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingsError(
-            f"{folder / FILE} cannot be read ({error}): run the same `bench study` again, it writes"
-            " it anew"
+            f"{file} cannot be read ({error}): run the same `bench sweep` again, it writes it anew"
         ) from None
     return dict(found)
 
 
-def write_studied(found: Studied, folder: Path) -> Path:
-    """Write `study.json`, in which what is no number is null."""
+def write_sweep(found: SweepResult, folder: Path) -> Path:
+    """Write `sweep.json`, in which NaN is null."""
     file = folder / FILE
-    file.write_text(
-        json.dumps(_without_nan(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(_without_nan(found), indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
     return file
 
 
-def as_table(found: Studied) -> list[dict[str, Any]]:
+def sweep_rows(found: SweepResult) -> list[dict[str, Any]]:
     """A row per point and method, for people."""
     metric, series = found["metric"], any(point.get("series") for point in found["points"])
-    out = []
-    for point, row in _rows(found):
-        cells: dict[str, Any] = {found["x"]: point["x"]} | (
-            {"series": point.get("series", "")} if series else {}
-        )
-        cells |= {
+    return [
+        {
+            found["x"]: point["x"],
+            **({"series": point.get("series", "")} if series else {}),
             "method": row["method"],
             **{name: cell(*_numbers(figures)) for name, figures in row["metrics"].items()},
-        }
-        cells[f"{metric} minus first point's"] = _difference(row["against"], metric)
-        cells |= {
+            f"{metric} minus first point's": _difference(row["against"], metric),
             "queries": row["queries"],
             "LLM calls": round(row["calls"], 1),
             "failed": row["failed"],
         }
-        out.append(cells)
-    return out
+        for point, row in _rows(found)
+    ]
 
 
-def drawn(found: Studied) -> str:
+def sweep_svg(found: SweepResult) -> str:
     """The first metric over what varied, as SVG.
 
     Raises:
         SettingsError: the extra `report` is not installed.
     """
-    plots.require()
+    charts.require()
     metric = found["metric"]
     points = [
-        plots.Point(
+        charts.Point(
             ", ".join(filter(None, (row["method"], point.get("series")))),
             point["x"],
             *_numbers(row["metrics"][metric]),
         )
         for point, row in _rows(found)
     ]
-    better = "more" if found["higher_is_better"] else "less"
-    return plots.svg(
-        plots.curve(
-            points,
-            found["x"],
-            f"{title(metric)} ({better} is better)",
-            found["question"],
-            found["log"],
-        )
-    )
+    y = axis_title(metric, found["higher_is_better"])
+    return charts.svg(charts.curve(points, found["x"], y, found["question"], found["log"]))
 
 
-def _rows(found: Studied) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _rows(found: SweepResult) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     return ((point, row) for point in found["points"] for row in point["methods"])
 
 
-def _numbers(figures: list[float | None]) -> list[float]:
+def _numbers(figures: Sequence[float | None]) -> list[float]:
     return [math.nan if each is None else each for each in figures]
 
 
@@ -111,10 +103,9 @@ def _difference(against: Mapping[str, Any] | None, metric: str) -> str:
     if against is None:
         return ""
     found = against["metrics"][metric]
-    difference, low, high, p = _numbers(
-        [found[name] for name in ("difference", "low", "high", "p")]
-    )
-    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] p {p:.3f}"
+    low, high, p = _numbers([found[name] for name in ("low", "high", "p")])
+    (value,) = _numbers([found["difference"]])
+    return difference(Paired(value, low, high, p, found["samples"], found["users"]))
 
 
 def _without_nan(value: Any) -> Any:
@@ -122,4 +113,4 @@ def _without_nan(value: Any) -> Any:
         return {str(name): _without_nan(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,117 @@
+"""Two methods on the same queries: paired differences, users better and worse, queries needed.
+
+Knows neither tables nor LLMs; the statistics are those of `stats`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from hydra_llm.bench.method import per_sample
+from hydra_llm.bench.runlog import Sample
+from hydra_llm.bench.runner import scored
+from hydra_llm.bench.stats import Paired, paired
+from hydra_llm.tasks.base import Task
+
+POWER = 2.8
+"""Standard errors that a difference must have to be found with power 0.8 at the 5 % level:
+1.96 + 0.84.
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method minus a baseline, on the queries that both answered."""
+
+    metrics: Mapping[str, Paired]
+    wins: int
+    """Users whose mean gain is higher."""
+    ties: int
+    losses: int
+    worst_tenth: float
+    """Mean change of gain of the tenth of users who lose most (at least one user)."""
+    needed: Mapping[str, int | None]
+    """Metric → queries needed to show the difference as it is; None if there is none."""
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {name: found._asdict() for name, found in self.metrics.items()}
+        return {**asdict(self), "metrics": metrics}
+
+
+Pair = tuple[Sample, Sample]
+
+
+def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Comparison:
+    """How the samples of one method differ from those of another."""
+    pairs = pair(own, base)
+    users = [sample.user for sample, _ in pairs]
+    queries = len({(sample.user, sample.query) for sample, _ in pairs})
+    ours, theirs = (scored(task, [each[side] for each in pairs]) for side in (0, 1))
+    metrics = {name: paired(ours[name], theirs[name], users) for name in ours}
+    changes = np.array(list(changes_by_user(task, pairs).values()))
+    worst = np.sort(changes)[: max(1, len(changes) // 10)]
+    return Comparison(
+        metrics,
+        wins=int((changes > 0).sum()),
+        ties=int((changes == 0).sum()),
+        losses=int((changes < 0).sum()),
+        worst_tenth=float(worst.mean()) if len(worst) else math.nan,
+        needed={name: queries_needed(found, queries) for name, found in metrics.items()},
+    )
+
+
+def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
+    """The samples of the same query and seed. If one side has a single seed, its sample is paired
+    with each of the other's; a method that answers once per sample has no seeds, so that each of
+    its samples is paired with each of the other's.
+    """
+    ours, theirs = (_by_query(samples) for samples in (own, base))
+    no_seeds = any(per_sample(samples[0].method) for samples in (own, base) if samples)
+    return [
+        each
+        for key in ours
+        if key in theirs
+        for each in _pair_seeds(ours[key], theirs[key], no_seeds)
+    ]
+
+
+def _by_query(samples: Sequence[Sample]) -> dict[tuple[str, str], dict[int, Sample]]:
+    found: dict[tuple[str, str], dict[int, Sample]] = {}
+    for sample in samples:
+        found.setdefault((sample.user, sample.query), {})[sample.seed] = sample
+    return found
+
+
+def _pair_seeds(
+    ours: Mapping[int, Sample], theirs: Mapping[int, Sample], no_seeds: bool
+) -> list[Pair]:
+    if len(ours) == 1 or len(theirs) == 1 or (no_seeds and ours.keys() != theirs.keys()):
+        return [(ours[one], theirs[other]) for one in sorted(ours) for other in sorted(theirs)]
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def changes_by_user(task: Task, pairs: Sequence[Pair]) -> dict[str, float]:
+    """User → mean change of gain, over the pairs in which neither call failed."""
+    changes: dict[str, list[float]] = {}
+    for own, base in pairs:
+        if not own.error and not base.error:
+            change = task.gain(own.answer, own.gold) - task.gain(base.answer, base.gold)
+            changes.setdefault(own.user, []).append(change)
+    # rounded, as 1/3 + 1/3 − 2/3 is no difference
+    return {user: round(float(np.mean(values)), 12) for user, values in changes.items()}
+
+
+def queries_needed(found: Paired, queries: int) -> int | None:
+    """Queries that would show this difference with power 0.8 at the 5 % level, from more users with
+    as many queries each; None if there is no difference.
+    """
+    if found.users < 2 or not found.difference:
+        return None
+    error = (found.high - found.low) / (2 * float(stdtrit(found.users - 1, 0.975)))
+    if not error > 0:
+        return None
+    return math.ceil(round(queries * (POWER * error / abs(found.difference)) ** 2, 6))

@@ -1,0 +1,258 @@
+"""What a benchmarked method is, and how a name such as `hydra@4,8` is found.
+
+A method is the pipeline with other parts; a baseline has null parts. Built-in methods are in
+`methods.py`. A package adds its own as a `Method` in the entry-point group `hydra_llm.methods`.
+Knows neither data sets nor metrics.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Protocol, runtime_checkable
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings
+from hydra_llm.errors import SettingsError
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.pipeline import Personalizer
+from hydra_llm.plugins import Registry
+from hydra_llm.tasks.base import KINDS
+from hydra_llm.types import Answer, Query, Record, StageCost
+
+
+class Answerer(Protocol):
+    """A method when it runs."""
+
+    async def aanswer(self, query: Query) -> Answer:
+        """The method's answer. Raises LLMError if the LLM gave none."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An answerer that learns while it answers."""
+
+    def pop_spent(self) -> dict[str, StageCost]:
+        """Learning costs since the last call, by `records:user`; an empty key is for all users."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What methods are built from."""
+
+    bundle: Bundle
+    llm: ChatLLM
+    settings: Settings
+    records: Mapping[str, Sequence[Record]]
+    seed: int = 0
+    """Seed of the learned parts; the sample's index for a method that answers once per sample."""
+
+    def personalizer(
+        self, *, rerank: bool = False, adapt: bool = False, **settings: object
+    ) -> Personalizer:
+        """The pipeline with the chosen parts and the run's records; other parts are null parts."""
+        chosen = self.settings.model_copy(update=settings)
+        made = self.bundle.personalizer(self.llm, chosen, rerank=rerank, adapt=adapt)
+        return replace(made, records=self.records)
+
+    def with_settings(self, **settings: object) -> "Parts":
+        """The same parts with other settings."""
+        return replace(self, settings=self.settings.model_copy(update=settings))
+
+
+Build = Callable[[Parts], Answerer]
+PARAMETERS = {"k": "k", "b": "samples"}
+"""Parameter of a method → the setting that it overrides."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the benchmark."""
+
+    name: str
+    """`NAME`, or with parameters `NAME@k`, `NAME@b`, `NAME@k,b`; the settings' values otherwise."""
+    what: str
+    """One line for people."""
+    group: str
+    """prompt, hydra, adapter, sampling, control or bound: its part of the table."""
+    build: Build
+    takes: tuple[str, ...] = ()
+    """Parameters that the name may carry: k records, b candidates."""
+    source: str = ""
+    labels_only: bool = False
+    """Whether it can answer tasks with a closed set of labels only."""
+    uses: tuple[str, ...] = ("reranker", "adapter")
+    """Learned parts that it uses. Seeds share the reranker; only answers that use the adapter
+    differ by seed.
+    """
+    requires: tuple[str, ...] = ()
+    """Learned parts without which it is left out of the run."""
+    per_sample: bool = False
+    """Whether it answers once for each of the b samples, with the sample's index as the seed: the
+    mean over them is the expected score of a random sample.
+    """
+    given: Mapping[str, int] = field(default_factory=dict)
+    """Values of its parameters, if the name has any."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of task that it can answer."""
+        names = KINDS.names()
+        return tuple(name for name in names if not self.labels_only or KINDS.load(name).closed)
+
+    def instances(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
+        """The parts for each answer that it gives to a query; `seeds` has one entry per seed."""
+        if self.per_sample:
+            count = self.given.get("b", seeds[0].settings.samples)
+            return [replace(seeds[0], seed=index) for index in range(count)]
+        return seeds if "adapter" in self.uses else seeds[:1]
+
+    def with_parameters(self, values: Sequence[int]) -> "Method":
+        """The method with these values of `takes` in place of the settings' own."""
+        if not values:
+            return self
+        given = dict(zip(self.takes, values, strict=True))
+        chosen = {PARAMETERS[name]: value for name, value in given.items()}
+
+        def build(parts: Parts) -> Answerer:
+            retrieved = max(parts.settings.retrieved, given.get("k", 0))
+            return self.build(parts.with_settings(retrieved=retrieved, **chosen))
+
+        name = f"{self.name}@{','.join(map(str, values))}"
+        return replace(self, name=name, build=build, given=given)
+
+
+def method(
+    group: str,
+    *,
+    takes: tuple[str, ...] = (),
+    source: str = "",
+    labels_only: bool = False,
+    uses: tuple[str, ...] = ("reranker", "adapter"),
+    requires: tuple[str, ...] = (),
+    per_sample: bool = False,
+) -> Callable[[Build], Method]:
+    """Make a `Method` of a function: the function's name with hyphens is the method's name, and its
+    docstring is the description.
+    """
+
+    def make(build: Build) -> Method:
+        name, what = build.__name__.replace("_", "-"), (build.__doc__ or "").strip().rstrip(".")
+        return Method(
+            name, what, group, build, takes, source, labels_only, uses, requires, per_sample
+        )
+
+    return make
+
+
+# ---- finding methods by name
+
+BUILTIN = (
+    *("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag"),
+    *("hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "hydra-shared"),
+    *("bbox-adapter", "self-consistency", "mbr", "random", "oracle"),
+    *("user-majority", "copy-nearest", "scorer-only"),
+)
+"""In the order of the table."""
+METHODS: Registry[Method] = Registry(
+    "hydra_llm.methods",
+    {name: f"hydra_llm.bench.methods:{name.replace('-', '_')}" for name in BUILTIN},
+)
+DEMO = (
+    *("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra"),
+    *("random", "user-majority"),
+)
+"""The methods of the demo's table."""
+RECORDS, BUDGET = (1, 2, 4), (8,)
+"""Values of k and b for `all`, which takes a method once for each of them."""
+
+
+def base_name(name: str) -> str:
+    """`hydra@4,8` → hydra."""
+    return name.partition("@")[0]
+
+
+def load_method(name: str) -> Method:
+    """The method that is registered under a name without parameters.
+
+    Raises:
+        SettingsError: it is not there, cannot be imported, or is no `Method`.
+    """
+    found = METHODS.load(name)
+    if not isinstance(found, Method):
+        raise SettingsError(f"method '{name}' is a {type(found).__name__}, not a bench Method")
+    return replace(found, name=name)
+
+
+def installed(name: str) -> Method | None:
+    """The method of a name with or without parameters; None if it is not installed."""
+    plain = base_name(name)
+    return load_method(plain) if plain in BUILTIN or plain in METHODS.names() else None
+
+
+def per_sample(name: str) -> bool:
+    """Whether the method answers once per sample, so that its seeds are indices of samples."""
+    found = installed(name)
+    return found is not None and found.per_sample
+
+
+def find_methods(
+    names: Sequence[str],
+    kind: str | None = None,
+    *,
+    records: Sequence[int] = RECORDS,
+    budget: Sequence[int] = BUDGET,
+) -> list[Method]:
+    """The methods of these names; `all` is every method that can answer tasks of the kind, at each
+    k of `records` and b of `budget`.
+
+    Raises:
+        SettingsError: no name, an unknown one, a parameter that the method does not take, or a kind
+            of task that it cannot answer.
+    """
+    if not names:
+        known = ", ".join(METHODS.names())
+        raise SettingsError(f"no method is named: take some of {known}, or all")
+    values = {"k": records, "b": budget}
+    found = []
+    for name in names:
+        if name != "all":
+            found.append(_find(name))
+            continue
+        for each in map(load_method, METHODS.names()):
+            if kind is None or kind in each.kinds:
+                grid = product(*(values[parameter] for parameter in each.takes))
+                found += [each.with_parameters(point) for point in grid]
+    for each in found:
+        if kind is not None and kind not in each.kinds:
+            raise SettingsError(
+                f"method '{each.name}' answers {' and '.join(each.kinds)} tasks only, this one is"
+                f" {kind}"
+            )
+    return list({each.name: each for each in found}.values())
+
+
+def _find(name: str) -> Method:
+    plain, at, numbers = name.partition("@")
+    if plain not in METHODS.names():
+        known = ", ".join(METHODS.names())
+        raise SettingsError(f"unknown method '{name}': take some of {known}, or all")
+    found = load_method(plain)
+    values = numbers.split(",") if at else []
+    whole = all(value.isdecimal() and int(value) > 0 for value in values)
+    if at and (len(values) != len(found.takes) or not whole):
+        form = f"{plain}@{','.join(found.takes)}" if found.takes else f"{plain}, without parameters"
+        raise SettingsError(f"method '{name}': write it as {form}, with whole numbers from 1")
+    return found.with_parameters([int(value) for value in values])
+
+
+def split_names(text: str) -> list[str]:
+    """`rag@1,hydra@4,8,mbr` → rag@1, hydra@4,8, mbr."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if names and "@" in names[-1] and part.isdecimal():
+            names[-1] += f",{part}"  # a number after a comma belongs to the name before it
+        else:
+            names.append(part)
+    return names
