@@ -250,7 +250,7 @@ def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
 
     def shares(votes: bool, candidates: Sequence[Candidate]) -> list[float | None]:
         made = bundle.personalizer(
-            asked.llm, asked.settings.model_copy(update={"votes": votes})
+            asked.llm, asked.settings.model_copy(update={"vote_share": votes})
         ).selector
         assert isinstance(made, LearnedSelector)
         context = Context(query, tuple(visible), vectorize=made.featurizer.vectorize)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydra_llm.bench.methods import find_methods
+from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.metrics import score
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
