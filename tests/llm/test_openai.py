@@ -68,7 +68,7 @@ async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(
     made = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=10))
     assert made.texts == ("text 10.0", "text 11.0", "text 12.0", "text 13.0")
     assert made.usage == Usage(calls=4, prompt_tokens=28, completion_tokens=8)
-    assert llm.native_n is False
+    assert not llm.capabilities.native_n
     await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0, seed=20))
     assert ["n" in body for body in endpoint.asked] == [True] + [False] * 5
 
@@ -95,7 +95,7 @@ async def test_an_endpoint_that_refuses_n_gets_n_requests(
     llm = client(endpoint)
     made = await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0, seed=1))
     assert made.texts == ("text 1.0", "text 2.0", "text 3.0")
-    assert (llm.native_n, made.usage.calls) == (False, 3)
+    assert (llm.capabilities.native_n, made.usage.calls) == (False, 3)
 
 
 async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any, wire: Any) -> None:

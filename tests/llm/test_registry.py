@@ -15,9 +15,10 @@ from hydra_llm import plugins
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
 from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.endpoint import endpoint_of
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.meter import Meter
-from hydra_llm.llm.registry import bare_llm, endpoint_of, open_llm, wrap
+from hydra_llm.llm.registry import bare_llm, open_llm, wrap
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "one two"}]

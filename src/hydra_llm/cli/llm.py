@@ -31,8 +31,9 @@ def check(
 ) -> None:
     """Call an LLM without the cache: model, latency, native `n`, token counts."""
     from hydra_llm.llm.concurrency import run_sync
+    from hydra_llm.llm.endpoint import without_userinfo
     from hydra_llm.llm.meter import Meter, Prices
-    from hydra_llm.llm.registry import bare_llm, without_userinfo
+    from hydra_llm.llm.registry import bare_llm
 
     settings = load_settings(file=options.config, **options.given())
     prices = Prices(settings.price_prompt, settings.price_completion)

@@ -6,15 +6,14 @@ A plug-in is an entry point of the group `hydra_llm.llms`: a function `(rest of 
 cache around meter, so that kept answers cost no budget.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.endpoint import without_userinfo
 from hydra_llm.llm.meter import Budget, Meter, Prices
 from hydra_llm.llm.recording import replayed
 from hydra_llm.plugins import Registry
@@ -31,8 +30,6 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
 )
 REPLAY = "replay:"
 """A recording in place of an LLM: it needs neither cache nor meter."""
-ENDPOINT = re.compile(r"(.+?)(?:@(https?://.+))?")
-MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
 FORMS = (
     "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING,"
     " fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
@@ -73,34 +70,3 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
             f"unknown LLM '{without_userinfo(spec)}': take one of {FORMS}{installed}"
         )
     return LLMS.load(name)(rest, settings)
-
-
-def endpoint_of(rest: str) -> tuple[str, str | None]:
-    """Model and URL of `openai:MODEL[@URL]`, what stands behind the colon; a model's name may hold
-    an @ of its own.
-
-    Raises:
-        SettingsError: no model, or what looks like a URL and is none: the model would be asked for
-            at another place than was meant.
-    """
-    found = ENDPOINT.fullmatch(rest)
-    if found is None or MEANT_AS_URL.search(found[1]) or not _is_url(found[2]):
-        told = without_userinfo(rest)
-        raise SettingsError(
-            f"openai:{told} needs a model: openai:MODEL, or openai:MODEL@URL (http:// or https://)"
-            " for another endpoint"
-        )
-    return found[1], found[2]
-
-
-def _is_url(text: str | None) -> bool:
-    """Whether it can be taken apart; nothing is the usual endpoint."""
-    try:
-        return text is None or (bool(urlsplit(text).hostname) and urlsplit(text).port != 0)
-    except ValueError:  # brackets that do not close, a port that is no number
-        return False
-
-
-def without_userinfo(text: str) -> str:
-    """A text without the names and passwords of the URLs in it."""
-    return re.sub(r"(://|@(?=[^/\s@]*:))[^/\s]*@", r"\1", text)

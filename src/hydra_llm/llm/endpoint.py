@@ -1,0 +1,202 @@
+"""An OpenAI-compatible endpoint: its URL and key, what its refusals mean, what its models take.
+
+Shared by `llm/openai.py`, which calls it through the official SDK, and by the gateway's upstream,
+which passes raw bodies through. Sends nothing itself.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from cachetools import TTLCache
+
+from hydra_llm.errors import SettingsError
+
+OPENAI_URL = "https://api.openai.com/v1"
+SPEC = re.compile(r"(.+?)(?:@(https?://.+))?")
+MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
+CAPABILITY_SECONDS = 600.0
+"""How long a model's capabilities are remembered: a bad day of an endpoint changes nothing for
+good.
+"""
+MODELS = 1000
+"""Models whose capabilities are remembered at once."""
+NAMES_N = re.compile(
+    r"""['"`]n['"`]|\bn\b\s*(?:=|>|<|!|must|is|should|has|cannot|parameter|other)"""
+    r"""|parameter:? n\b|multiple (?:choices|completions)"""
+)
+UNSUPPORTED = re.compile(
+    r"unsupported|not supported|does not support|unrecognized|unknown|not permitted|deprecated",
+    re.IGNORECASE,
+)
+TOO_LONG = re.compile(
+    r"context[ _](?:length|size|window)|(?:prompt|input|message)s? (?:is|are) too long",
+    re.IGNORECASE,
+)
+"""How OpenAI, vLLM, llama.cpp (`exceed_context_size_error`) and proxies say that a prompt is longer
+than the context window.
+"""
+WINDOW = re.compile(
+    r"context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)", re.IGNORECASE
+)
+ASKED = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
+"""Numbers of tokens in such a message; the largest is the length of the request."""
+FITS = 0.6
+"""Share of a prompt that is taken to fit where the endpoint names no numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where requests go, and the key that they carry; an endpoint of one's own may need none."""
+
+    url: str
+    key: str = ""
+
+    @classmethod
+    def of(cls, name: str, url: str | None = None, key: str | None = None) -> "Endpoint":
+        """The given URL and key, else those of OPENAI_BASE_URL and OPENAI_API_KEY; `name` is what
+        the error message calls it.
+
+        Raises:
+            SettingsError: OPENAI_BASE_URL is no URL, or OpenAI's own endpoint has no key.
+        """
+        url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise SettingsError(
+                "OPENAI_BASE_URL is no URL of an endpoint: it begins with http:// or https://"
+            )
+        key = key or os.environ.get("OPENAI_API_KEY", "")
+        if not key and url == OPENAI_URL:
+            raise SettingsError(
+                f"{name} needs a key: set OPENAI_API_KEY (another endpoint may need none)"
+            )
+        return cls(url, key)
+
+
+def endpoint_of(rest: str) -> tuple[str, str | None]:
+    """Model and URL of `MODEL[@URL]`, the rest of an `openai:` spec; a model's name may hold an @.
+
+    Raises:
+        SettingsError: no model, or an invalid URL, which would else be taken for part of the model.
+    """
+    found = SPEC.fullmatch(rest)
+    if found is None or MEANT_AS_URL.search(found[1]) or not _is_url(found[2]):
+        raise SettingsError(
+            f"openai:{without_userinfo(rest)} needs a model: openai:MODEL, or openai:MODEL@URL"
+            " (http:// or https://) for another endpoint"
+        )
+    return found[1], found[2]
+
+
+def _is_url(text: str | None) -> bool:
+    """Whether it can be taken apart; None is the usual endpoint."""
+    try:
+        return text is None or (bool(urlsplit(text).hostname) and urlsplit(text).port != 0)
+    except ValueError:  # brackets that do not close, a port that is no number
+        return False
+
+
+def without_userinfo(text: str) -> str:
+    """A text without the names and passwords of the URLs in it."""
+    return re.sub(r"(://|@(?=[^/\s@]*:))[^/\s]*@", r"\1", text)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What an endpoint says where it refuses a request (400 and its like)."""
+
+    status: int
+    message: str
+    code: str = ""
+    param: str = ""
+    """The parameter that the endpoint names."""
+
+    @classmethod
+    def of(cls, status: int, body: Any) -> "Refusal":
+        """From the JSON body of an error."""
+        error = body.get("error", body) if isinstance(body, Mapping) else body
+        if not isinstance(error, Mapping):
+            return cls(status, str(error))
+        code, param = error.get("code") or "", error.get("param") or ""
+        return cls(status, str(error.get("message") or error), str(code), str(param))
+
+    @property
+    def names_n(self) -> bool:
+        """Whether it is about the number of texts."""
+        return self.param == "n" or bool(NAMES_N.search(self.message))
+
+    def names(self, parameter: str) -> bool:
+        """Whether this parameter is not supported at all; a value out of range is the caller's
+        fault.
+        """
+        named = self.param == parameter or re.search(rf"\b{parameter}\b", self.message)
+        return bool(named and UNSUPPORTED.search(f"{self.code} {self.message}"))
+
+    def fits(self, details: object = "") -> float | None:
+        """The share of a prompt that would fit, where it was too long; None where the refusal is
+        about something else. `details` are searched for numbers too.
+        """
+        said = f"{self.code} {self.message} {details}"
+        if self.status not in (400, 413, 422) or not TOO_LONG.search(said):
+            return None
+        windows, asked = _numbers(WINDOW, said), _numbers(ASKED, said)
+        share = min(windows, default=0) / max(asked, default=1)
+        return share if 0 < share < 1 else FITS
+
+
+def _numbers(pattern: re.Pattern[str], text: str) -> list[int]:
+    return [int(number) for found in pattern.findall(text) for number in found if number]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a model takes, as far as its answers have shown."""
+
+    native_n: bool = True
+    """Several texts in one request."""
+    refused: frozenset[str] = frozenset()
+    """Parameters that it does not know: temperature, seed."""
+    limit_name: str = "max_tokens"
+    """The name of the limit; newer models want max_completion_tokens."""
+
+    def applied(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's body with what the model takes."""
+        left_out = self.refused if self.native_n else self.refused | {"n"}
+        sent = {name: value for name, value in body.items() if name not in left_out}
+        if "max_tokens" in sent:
+            sent[self.limit_name] = sent.pop("max_tokens")
+        return sent
+
+    def after(self, refusal: Refusal, sent: Mapping[str, Any]) -> "Capabilities":
+        """What is known after a refusal of `sent`: the same where it names no parameter of it."""
+        if "max_tokens" in sent and refusal.names("max_tokens"):
+            return replace(self, limit_name="max_completion_tokens")
+        named = {name for name in ("temperature", "seed") if name in sent and refusal.names(name)}
+        if named:
+            return replace(self, refused=self.refused | named)
+        return replace(self, native_n=self.native_n and not ("n" in sent and refusal.names_n))
+
+
+UNKNOWN = Capabilities()
+
+
+class CapabilityCache:
+    """Model → what it takes, for `CAPABILITY_SECONDS` after it was last learned."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._known: TTLCache[str, Capabilities] = TTLCache(MODELS, CAPABILITY_SECONDS, clock)
+
+    def of(self, model: str) -> Capabilities:
+        """What is known of a model."""
+        return self._known.get(model, UNKNOWN)
+
+    def learn(self, model: str, capabilities: Capabilities) -> bool:
+        """Remember what a model takes; whether that is new."""
+        if capabilities == self.of(model):
+            return False
+        self._known[model] = capabilities
+        return True
