@@ -20,8 +20,9 @@ from hydra_llm import learn
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.gateway.app import make_app
+from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.upstream import EmbeddedUpstream, UpstreamError
+from hydra_llm.gateway.upstream import UpstreamError
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store

@@ -16,7 +16,9 @@ import with_postgres
 
 from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.gateway.auth import make_key
-from hydra_llm.gateway.upstream import HttpUpstream, open_upstream
+from hydra_llm.gateway.embedded import open_upstream
+from hydra_llm.gateway.upstream import HttpUpstream
+from hydra_llm.llm.endpoint import Endpoint
 from hydra_llm.store.store import Store
 
 from .conftest import records_of, running
@@ -147,7 +149,9 @@ async def upstream_of(*answers: Answer) -> AsyncIterator[HttpUpstream]:
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    upstream = HttpUpstream(f"http://127.0.0.1:{port}/v1", "secret-of-the-server", timeout=1.0)
+    upstream = HttpUpstream(
+        Endpoint(f"http://127.0.0.1:{port}/v1", "secret-of-the-server"), timeout=1.0
+    )
     yield upstream
     await upstream.aclose()
     server.close()
@@ -324,10 +328,10 @@ def test_an_endpoints_url_and_key_come_from_the_server_alone(
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     upstream = open_upstream("openai:m@http://127.0.0.1:9/v1", None, timeout=1)
     assert isinstance(upstream, HttpUpstream)
-    assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    assert upstream.endpoint == Endpoint("http://127.0.0.1:9/v1", "k")
     upstream = open_upstream("openai:@cf/m@http://127.0.0.1:9/v1", None, timeout=1)
     assert isinstance(upstream, HttpUpstream)
-    assert str(upstream._client.base_url) == "http://127.0.0.1:9/v1/"
+    assert upstream.endpoint == Endpoint("http://127.0.0.1:9/v1", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", "user:secret@host/v1")
     with pytest.raises(SettingsError, match="OPENAI_BASE_URL is no URL of an endpoint: it begins"):
         open_upstream("openai:m", None, timeout=1)

@@ -26,9 +26,9 @@ from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.gateway.auth import make_key
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.capabilities import Capabilities, CapabilityCache
-from hydra_llm.gateway.upstream import UpstreamError, usage_of
+from hydra_llm.gateway.upstream import UpstreamError, learn_samples, usage_of
 from hydra_llm.gateway.user_cache import texts_of
+from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
@@ -829,7 +829,7 @@ async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
 
     async with running(store) as world:
         world.app.state.gateway.upstream = HttpUpstream(
-            "http://up/v1", "k", timeout=1, transport=httpx2.MockTransport(answer)
+            Endpoint("http://up/v1", "k"), timeout=1, transport=httpx2.MockTransport(answer)
         )
         for path in (
             "..%2Ffiles",
@@ -1099,7 +1099,7 @@ async def test_another_servers_write_is_seen_at_the_next_request(
 async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
     """The real SmolLM2 through the official SDK."""
     from hydra_llm.config import Settings
-    from hydra_llm.gateway.upstream import EmbeddedUpstream
+    from hydra_llm.gateway.embedded import EmbeddedUpstream
     from hydra_llm.llm.gguf import smollm2
 
     async with running(store) as world:
@@ -1358,19 +1358,35 @@ async def test_a_users_header_may_be_utf_8(store: Store) -> None:
         assert answer.headers["x-hydra-personalized"] == "true"
 
 
-def test_habits_are_a_models_own_pass_and_are_not_learned_from_a_callers_seed() -> None:
+def test_what_samples_teach_is_a_models_own_and_passes() -> None:
     now = [0.0]
-    habits, fine = CapabilityCache(lambda: now[0]), {"choices": [{}]}
-    refused = UpstreamError(400, "no")
-    habits.learn({"model": "a", "seed": 1}, [fine, refused], 3)
-    habits.learn({"model": "a"}, [refused, refused], 3)
-    assert habits.of({"model": "a"}) == Capabilities()
-    habits.learn({"model": "a"}, [fine, refused], 3)
-    assert (habits.of({"model": "a"}).native_n, habits.of({"model": "b"}).native_n) == (False, True)
-    habits.learn({"model": "a"}, [fine, fine, refused], 3)
-    assert not habits.of({"model": "a"}).own_temperature
+    known, fine, refused = (
+        CapabilityCache(lambda: now[0]),
+        {"choices": [{}]},
+        UpstreamError(400, "no"),
+    )
+    sent = {"model": "a", "n": 3, "temperature": 1.0}
+    learn_samples(known, {**sent, "seed": 1}, [fine, refused])  # the seed may be at fault
+    learn_samples(known, sent, [refused, refused])
+    learn_samples(known, sent, [fine, UpstreamError(500, "down")])
+    learn_samples(known, sent, [fine])
+    assert known.of("a") == Capabilities()
+    learn_samples(known, sent, [fine, refused])
+    assert (known.of("a").native_n, known.of("b").native_n) == (False, True)
+    assert "temperature" not in known.of("a").refused
+    learn_samples(known, {"model": "a", "temperature": 1.0}, [fine, fine, refused])
+    assert "temperature" in known.of("a").refused
     now[0] = 601.0
-    assert habits.of({"model": "a"}) == Capabilities()
+    assert known.of("a") == Capabilities()
+    learn_samples(known, sent, [fine, fine])  # one text of three
+    assert known.of("a") == Capabilities(native_n=False)
+
+
+def test_a_refusal_that_names_a_parameter_is_believed() -> None:
+    known, sent = CapabilityCache(), {"model": "a", "n": 3, "temperature": 1.0}
+    said = {"error": {"message": "Unsupported value: 'temperature'", "param": "temperature"}}
+    learn_samples(known, sent, [{"choices": [{}]}, UpstreamError(400, said)])
+    assert known.of("a") == Capabilities(refused=frozenset({"temperature"}))
 
 
 async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:

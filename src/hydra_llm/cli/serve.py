@@ -50,8 +50,8 @@ def serve(
 
     from hydra_llm.config import load_settings
     from hydra_llm.gateway.app import make_app
+    from hydra_llm.gateway.embedded import open_upstream
     from hydra_llm.gateway.settings import load_serve_settings
-    from hydra_llm.gateway.upstream import open_upstream
     from hydra_llm.llm.registry import bare_llm
 
     settings = load_serve_settings(options.config, **dict(options.pairs()))

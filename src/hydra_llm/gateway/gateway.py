@@ -17,7 +17,6 @@ from typing import Any
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.capabilities import CapabilityCache
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.placement import place
 from hydra_llm.gateway.pseudonyms import Pseudonyms
@@ -34,8 +33,9 @@ from hydra_llm.gateway.scoring import Found, Picked, Search, as_they_came, choos
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.timed_reads import TimedReads
-from hydra_llm.gateway.upstream import Upstream, UpstreamError, event, usage_of
+from hydra_llm.gateway.upstream import Upstream, UpstreamError, event, learn_samples, usage_of
 from hydra_llm.gateway.user_cache import UserSnapshot, texts_of
+from hydra_llm.llm.endpoint import CapabilityCache
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.tasks.base import Task
@@ -112,7 +112,7 @@ class Gateway:
         )
         self.wanted: str | None = None
         """The bundle that the store named last."""
-        self._habits = CapabilityCache()
+        self._capabilities = CapabilityCache()
 
     # ---- before the upstream
 
@@ -251,9 +251,10 @@ class Gateway:
         """
         own = int(plan.plain.get("n") or 1)
         started = time.perf_counter()
-        made = await self._asked(self._bodies(plan, plan.candidates - own), own)
+        bodies = self._bodies(plan, plan.candidates - own)
+        made = await self._asked(bodies, own)
         plan.seconds["upstream"] = time.perf_counter() - started
-        self._habits.learn(plan.body, made, plan.candidates - own)
+        learn_samples(self._capabilities, bodies[-1], made)
         good = [each for each in made if not isinstance(each, UpstreamError)]
         errors = [each for each in made if isinstance(each, UpstreamError)]
         for error in errors:
@@ -275,15 +276,15 @@ class Gateway:
             **first,
             **({"seed": first["seed"] + 1} if isinstance(first.get("seed"), int) else {}),
         }
-        habit = self._habits.of(plan.body)
-        if habit.own_temperature:
+        known = self._capabilities.of(str(plan.body.get("model")))
+        if "temperature" not in known.refused:
             more["temperature"] = max(
                 float(first.get("temperature") or 0.0), self.settings.temperature
             )
         if samples < 1:
             return [first]
         return (
-            [first, {**more, "n": samples}] if habit.native_n else [first, *_singles(more, samples)]
+            [first, {**more, "n": samples}] if known.native_n else [first, *_singles(more, samples)]
         )
 
     async def _asked(self, bodies: Sequence[dict[str, Any]], own: int) -> list[Any]:

@@ -1,44 +1,37 @@
-"""The LLM behind the gateway: an OpenAI-compatible endpoint, or any LLM of the core inside this
-process.
+"""The LLM behind the gateway, an OpenAI-compatible endpoint:
 
     complete  a request's body → a chat completion, as plain JSON
     stream    a request's body → the bytes of a stream of chunks
     models    what there is
 
-Bodies pass as they are: what this program does not know, the endpoint may. The URL comes from
-settings, never from a request, and the caller's key goes nowhere. No retries here, the caller's SDK
-does them, but for requests that met a connection which the endpoint was about to close. Knows no
-users.
+Bodies pass through as they are: the endpoint may know fields that this program does not. The URL
+comes from settings, never from a request, and the caller's key goes nowhere. No retries here, the
+caller's SDK does them, but for a request on a kept connection that the endpoint was closing. Knows
+no users. An LLM inside this process is in embedded.py.
 """
 
-import asyncio
 import json
-import os
 import re
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx2
 
-from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.gateway.schemas import ApiError, chunk_head, chunks_of, delta, role_chunk, text_of
-from hydra_llm.llm.base import ChatLLM, Sampling
-from hydra_llm.llm.registry import endpoint_of
-from hydra_llm.types import Generation, Usage
+from hydra_llm.gateway.schemas import ApiError
+from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 
 AS_JSON = {"content-type": "application/json"}
-OPENAI_URL = "https://api.openai.com/v1"
-IDLE = 4.0
-"""Seconds that a connection is kept for the next request: less than common servers keep it, who
-would close it amid a request.
+IDLE_SECONDS = 4.0
+"""How long an idle connection is kept: shorter than common servers keep it, which would close it
+while a request is on its way.
 """
 CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
 """How a request ends on a connection that the endpoint is about to close."""
-STRAIGHT_THROUGH = (
+PASSED_HEADERS = (
     "retry-after",
     "retry-after-ms",
     "x-request-id",
@@ -48,21 +41,25 @@ STRAIGHT_THROUGH = (
 )
 """Headers of an upstream's error that the caller's SDK acts on."""
 ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
-"""What is in every stream that has come to its end; within an answer's text the quotes are escaped.
-"""
+"""What every complete stream holds; within an answer's text the quotes are escaped."""
+DONE = b"data: [DONE]\n\n"
 
 
 class UpstreamError(Exception):
     """The upstream answered with an error, not at all, or with nonsense."""
 
-    def __init__(self, status: int, body: Any, headers: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        said: Any,
+        headers: Mapping[str, str] | None = None,
+        *,
+        code: str | None = None,
+    ):
         self.status, self.headers = status, dict(headers or {})
-        said = body.get("error", body) if isinstance(body, dict) else body
-        self.body = (
-            body
-            if said is not body and isinstance(said, dict)
-            else ApiError(status, str(said)).body()
-        )
+        error = said.get("error", said) if isinstance(said, dict) else said
+        as_sent = error is not said and isinstance(error, dict)
+        self.body = said if as_sent else ApiError(status, str(error), code=code).body()
         super().__init__(str(self.body["error"]))
 
 
@@ -81,7 +78,7 @@ class Upstream(Protocol):
         """The bytes of server-sent events, as they come.
 
         Raises:
-            UpstreamError: before the first byte.
+            UpstreamError: before the first byte, or where the stream breaks off.
         """
         ...
 
@@ -103,21 +100,19 @@ class HttpUpstream:
 
     def __init__(
         self,
-        base_url: str,
-        key: str,
+        endpoint: Endpoint,
         *,
         timeout: float,
         transport: httpx2.AsyncBaseTransport | None = None,
     ):
-        limits = httpx2.Limits(
-            max_connections=1000, max_keepalive_connections=200, keepalive_expiry=IDLE
-        )
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.endpoint = endpoint
         self._client = httpx2.AsyncClient(
-            base_url=base_url.rstrip("/") + "/",
-            headers=headers,
+            base_url=endpoint.url.rstrip("/") + "/",
+            headers={"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {},
             timeout=timeout,
-            limits=limits,
+            limits=httpx2.Limits(
+                max_connections=1000, max_keepalive_connections=200, keepalive_expiry=IDLE_SECONDS
+            ),
             transport=transport,
         )
 
@@ -149,10 +144,9 @@ class HttpUpstream:
     async def models(self, id: str | None = None) -> Any:
         if id is None:
             return await self._send("GET", "models")
-        if any(
-            part in ("", ".", "..") for part in id.split("/")
-        ):  # no way to the endpoint's other paths, which the server's key opens
-            raise UpstreamError(404, ApiError(404, "no such model", code="model_not_found").body())
+        # No way to the endpoint's other paths, which the server's key opens.
+        if any(part in ("", ".", "..") for part in id.split("/")):
+            raise UpstreamError(404, "no such model", code="model_not_found")
         return await self._send("GET", f"models/{quote(id, safe='/')}")
 
     async def aclose(self) -> None:
@@ -162,8 +156,8 @@ class HttpUpstream:
     async def _answering(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> AsyncIterator[httpx2.Response]:
-        """A response that has begun. Whose connection ends before that is sent once more: the
-        endpoint may have closed a kept one just when the request was on its way.
+        """A response that has begun. A request whose connection ends before that is sent once more:
+        the endpoint may have closed an idle connection while the request was on its way.
         """
         request = self._client.build_request(
             method, path, content=None if body is None else json.dumps(body), headers=AS_JSON
@@ -205,18 +199,13 @@ def _error_of(status: int, content: bytes, headers: Mapping[str, str]) -> Upstre
         body = json.loads(content)
     except ValueError:
         body = "the upstream answered with an error that is not JSON"
-    if status in (
-        401,
-        403,
-    ):  # it is the server's own key that was refused, and some endpoints quote it
-        body = ApiError(
-            status, "the upstream refused the gateway's own key", code="upstream_key"
-        ).body()
-    if status < 400:  # a redirect: nobody follows one with somebody's texts
-        status, body = 502, "the upstream answered with a redirect"
-    return UpstreamError(
-        status, body, {name: headers[name] for name in STRAIGHT_THROUGH if name in headers}
-    )
+    passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
+    if status < 400:  # a redirect is not followed with a user's texts
+        return UpstreamError(502, "the upstream answered with a redirect", passed)
+    if status in (401, 403):  # the server's own key was refused, and some endpoints quote it
+        said = "the upstream refused the gateway's own key"
+        return UpstreamError(status, said, passed, code="upstream_key")
+    return UpstreamError(status, body, passed)
 
 
 def _unreached(error: Exception) -> UpstreamError:
@@ -225,172 +214,33 @@ def _unreached(error: Exception) -> UpstreamError:
     return UpstreamError(502, f"the upstream cannot be reached ({type(error).__name__})")
 
 
-class EmbeddedUpstream:
-    """An LLM of the core: an embedded model, or a fake. Calls queue where the engine takes one at a
-    time.
+def learn_samples(
+    known: CapabilityCache,
+    sent: Mapping[str, Any],
+    made: Sequence[Mapping[str, Any] | UpstreamError],
+) -> None:
+    """Learn what a model takes from the caller's own request, whose outcome is first, and from the
+    requests for samples; the last of them had the body `sent`.
+
+    A refusal that names no parameter is taken for one of `n`, then of the samples' temperature: the
+    caller's request, which was answered, had all the rest. One with a seed of the caller's teaches
+    nothing: the seed may be what was refused.
     """
-
-    def __init__(self, llm: ChatLLM, max_tokens: int = 512):
-        self._llm, self._max_tokens = llm, max_tokens
-        self._model, self._since = str(llm.identity.get("model", "llm")), int(time.time())
-        self.room = max(64, int(getattr(llm, "window", 2**20)) - max_tokens)
-        """Tokens of the longest prompt that leaves room for an answer."""
-        # Whoever waits for the engine waits here, not in a thread that others need.
-        self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
-
-    async def complete(self, body: Mapping[str, Any]) -> Any:
-        made = await self._generate(body)
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": end,
-            }
-            for i, (text, end) in enumerate(zip(made.texts, _ends(made), strict=True))
-        ]
-        head = {
-            "id": f"chatcmpl-{token_hex(12)}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self._model,
-        }
-        return {**head, "choices": choices, "usage": _used(made.usage)}
-
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        if getattr(self._llm, "streams", False) and (body.get("n") or 1) == 1:
-            async for piece in self._as_it_comes(body, wants_usage):
-                yield piece
-            return
-        made = await self.complete(body)
-        for chunk in (
-            role_chunk(made["id"], made["model"], len(made["choices"])),
-            *chunks_of(made, usage=wants_usage),
-        ):
-            yield event(chunk)
-        yield DONE
-
-    async def _as_it_comes(
-        self, body: Mapping[str, Any], wants_usage: bool
-    ) -> AsyncIterator[bytes]:
-        """One answer, token by token."""
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        work = asyncio.create_task(
-            self._generate(
-                body, on_token=lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text)
-            )
-        )
-        work.add_done_callback(lambda _: pieces.put_nowait(None))
-        head = chunk_head(f"chatcmpl-{token_hex(12)}", self._model)
-        try:
-            piece = await pieces.get()
-            if piece is None:
-                await work  # an error before the first token is still an error
-            yield event(role_chunk(head["id"], self._model, 1))
-            while piece is not None:
-                yield event({**head, "choices": [delta(0, {"content": piece})]})
-                piece = await pieces.get()
-            made = await work
-        finally:
-            work.cancel()
-        yield event({**head, "choices": [delta(0, {}, _ends(made)[0])]})
-        if wants_usage:
-            yield event({**head, "choices": [], "usage": _used(made.usage)})
-        yield DONE
-
-    async def models(self, id: str | None = None) -> Any:
-        model = {
-            "id": self._model,
-            "object": "model",
-            "created": self._since,
-            "owned_by": "hydra-llm",
-        }
-        if id is None:
-            return {"object": "list", "data": [model]}
-        if id != self._model:
-            raise UpstreamError(
-                404,
-                ApiError(
-                    404,
-                    f"the model '{id}' does not exist: take {self._model}",
-                    code="model_not_found",
-                ).body(),
-            )
-        return model
-
-    async def aclose(self) -> None:
-        await self._llm.aclose()
-
-    async def _generate(self, body: Mapping[str, Any], **more: Any) -> Generation:
-        if body.get("model") != self._model:
-            missing = f"the model '{body.get('model')}' does not exist: take {self._model}"
-            raise UpstreamError(404, ApiError(404, missing, code="model_not_found").body())
-        if body.get("tools") or body.get("functions") or any(map(_has_more, body["messages"])):
-            raise UpstreamError(400, "this model reads texts alone: no tools, images or sound")
-        try:
-            sampling = _sampling(body, self._max_tokens)
-            async with self._turn:
-                return await self._llm.generate(
-                    [
-                        {"role": _role(message), "content": text_of(message)}
-                        for message in body["messages"]
-                    ],
-                    sampling,
-                    **more,
-                )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UpstreamError(
-                400, f"a field of the request has a value that cannot be used: {error}"
-            ) from None
-        except LLMRefused as error:
-            raise UpstreamError(400, str(error)) from None
-        except LLMError as error:
-            raise UpstreamError(502, str(error)) from None
-
-
-def _ends(made: Generation) -> Sequence[str]:
-    return made.ends or ["stop"] * len(made.texts)
-
-
-def _has_more(message: Mapping[str, Any]) -> bool:
-    """Whether a message holds anything that is no text."""
-    content = message.get("content")
-    return bool(message.get("tool_calls")) or (
-        isinstance(content, list)
-        and any(not isinstance(part, Mapping) or "text" not in part for part in content)
-    )
-
-
-def _used(usage: Usage) -> dict[str, int]:
-    total = usage.prompt_tokens + usage.completion_tokens
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": total,
-    }
-
-
-def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
-    """How the LLM is to sample, from a request's fields."""
-    stop, seed = body.get("stop"), body.get("seed")
-    most = int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)
-    return Sampling(
-        n=int(body.get("n") or 1),
-        temperature=1.0 if body.get("temperature") is None else float(body["temperature"]),
-        max_tokens=max(1, most),
-        stop=(stop,) if isinstance(stop, str) else tuple(str(each) for each in stop or ()),
-        seed=None if seed is None else int(seed),
-    )
-
-
-def _role(message: Mapping[str, Any]) -> str:
-    role = str(message.get("role"))
-    return "system" if role == "developer" else role
-
-
-DONE = b"data: [DONE]\n\n"
+    first, last = made[0], made[-1]
+    if len(made) < 2 or isinstance(first, UpstreamError) or "seed" in sent:
+        return
+    model = str(sent.get("model"))
+    before = known.of(model)
+    if not isinstance(last, UpstreamError):
+        if len(last["choices"]) < (sent.get("n") or 1):
+            known.learn(model, replace(before, native_n=False))
+    elif last.status in (400, 422):
+        after = before.after(Refusal.of(last.status, last.body), sent)
+        if after == before and "n" in sent:
+            after = replace(before, native_n=False)
+        elif after == before:
+            after = replace(before, refused=before.refused | {"temperature"})
+        known.learn(model, after)
 
 
 def event(chunk: Mapping[str, Any]) -> bytes:
@@ -410,32 +260,6 @@ async def first_of(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[b
     except StopAsyncIteration:
         raise UpstreamError(502, "the upstream's stream is empty") from None
     return first, stream
-
-
-def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
-    """The upstream of a written LLM: `openai:MODEL[@URL]` is an endpoint, with the key of
-    OPENAI_API_KEY; else `bare` is asked.
-
-    Raises:
-        SettingsError: an endpoint without a key, or neither.
-    """
-    if spec.startswith("openai:"):
-        url = (
-            endpoint_of(spec.removeprefix("openai:"))[1]
-            or os.environ.get("OPENAI_BASE_URL")
-            or OPENAI_URL
-        )
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise SettingsError(
-                "OPENAI_BASE_URL is no URL of an endpoint: it begins with http:// or https://"
-            )
-        key = os.environ.get("OPENAI_API_KEY", "")
-        if not key and url == OPENAI_URL:
-            raise SettingsError(f"{spec} needs a key: set OPENAI_API_KEY")
-        return HttpUpstream(url, key, timeout=timeout)
-    if bare is None:
-        raise SettingsError(f"{spec}: is no LLM that can be served")
-    return EmbeddedUpstream(bare)
 
 
 def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,0 +1,177 @@
+"""The LLM behind the gateway inside this process: an embedded model or a fake. `open_upstream`
+chooses between it and an endpoint.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from secrets import token_hex
+from typing import Any
+
+from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.gateway.schemas import chunk_head, chunks_of, delta, role_chunk, text_of
+from hydra_llm.gateway.upstream import DONE, HttpUpstream, Upstream, UpstreamError, event
+from hydra_llm.llm.base import ChatLLM, Sampling
+from hydra_llm.llm.endpoint import Endpoint, endpoint_of
+from hydra_llm.types import Generation, Usage
+
+
+def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
+    """The upstream of an LLM spec: `openai:MODEL[@URL]` is an endpoint, with the key of
+    OPENAI_API_KEY; else `bare` is asked.
+
+    Raises:
+        SettingsError: an endpoint without a key, or neither.
+    """
+    if spec.startswith("openai:"):
+        url = endpoint_of(spec.removeprefix("openai:"))[1]
+        return HttpUpstream(Endpoint.of(spec, url), timeout=timeout)
+    if bare is None:
+        raise SettingsError(f"{spec}: is no LLM that can be served")
+    return EmbeddedUpstream(bare)
+
+
+class EmbeddedUpstream:
+    """A `ChatLLM` as the upstream. Calls queue where the engine runs one at a time."""
+
+    def __init__(self, llm: ChatLLM, max_tokens: int = 512):
+        self._llm, self._max_tokens = llm, max_tokens
+        self._model, self._since = str(llm.identity.get("model", "llm")), int(time.time())
+        self.room = max(64, int(getattr(llm, "window", 2**20)) - max_tokens)
+        """Tokens of the longest prompt that leaves room for an answer."""
+        # Requests wait for the engine here, not in threads that others need.
+        self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
+
+    async def complete(self, body: Mapping[str, Any]) -> Any:
+        made = await self._generate(body)
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": end,
+            }
+            for i, (text, end) in enumerate(zip(made.texts, _ends(made), strict=True))
+        ]
+        head = {**self._head(), "object": "chat.completion"}
+        return {**head, "choices": choices, "usage": _used(made.usage)}
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        if getattr(self._llm, "streams", False) and (body.get("n") or 1) == 1:
+            async for chunk in self._by_token(body, usage):
+                yield event(chunk)
+        else:
+            made = await self.complete(body)
+            yield event(role_chunk(made["id"], made["model"], len(made["choices"])))
+            for chunk in chunks_of(made, usage=usage):
+                yield event(chunk)
+        yield DONE
+
+    async def _by_token(
+        self, body: Mapping[str, Any], usage: bool
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of one answer, a token each."""
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def on_token(text: str) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, text)
+
+        work = asyncio.create_task(self._generate(body, on_token=on_token))
+        work.add_done_callback(lambda _: pieces.put_nowait(None))
+        head = self._head()
+        try:
+            piece = await pieces.get()
+            if piece is None:
+                await work  # an error before the first token is still an error
+            yield role_chunk(head["id"], self._model, 1)
+            while piece is not None:
+                yield {**head, "choices": [delta(0, {"content": piece})]}
+                piece = await pieces.get()
+            made = await work
+        finally:
+            work.cancel()
+        yield {**head, "choices": [delta(0, {}, _ends(made)[0])]}
+        if usage:
+            yield {**head, "choices": [], "usage": _used(made.usage)}
+
+    async def models(self, id: str | None = None) -> Any:
+        model = {
+            "id": self._model,
+            "object": "model",
+            "created": self._since,
+            "owned_by": "hydra-llm",
+        }
+        if id is None:
+            return {"object": "list", "data": [model]}
+        self._check_model(id)
+        return model
+
+    async def aclose(self) -> None:
+        await self._llm.aclose()
+
+    def _head(self) -> dict[str, Any]:
+        return chunk_head(f"chatcmpl-{token_hex(12)}", self._model)
+
+    def _check_model(self, name: object) -> None:
+        if name != self._model:
+            said = f"the model '{name}' does not exist: take {self._model}"
+            raise UpstreamError(404, said, code="model_not_found")
+
+    async def _generate(self, body: Mapping[str, Any], **streaming: Any) -> Generation:
+        self._check_model(body.get("model"))
+        if body.get("tools") or body.get("functions") or any(map(_has_more, body["messages"])):
+            raise UpstreamError(400, "this model reads text only: no tools, images or sound")
+        try:
+            sampling = _sampling(body, self._max_tokens)
+            messages = [
+                {"role": _role(each), "content": text_of(each)} for each in body["messages"]
+            ]
+            async with self._turn:
+                return await self._llm.generate(messages, sampling, **streaming)
+        except (TypeError, ValueError, OverflowError) as error:
+            said = f"a field of the request has a value that cannot be used: {error}"
+            raise UpstreamError(400, said) from None
+        except LLMRefused as error:
+            raise UpstreamError(400, str(error)) from None
+        except LLMError as error:
+            raise UpstreamError(502, str(error)) from None
+
+
+def _ends(made: Generation) -> Sequence[str]:
+    return made.ends or ["stop"] * len(made.texts)
+
+
+def _has_more(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds anything but text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    others = any(not isinstance(part, Mapping) or "text" not in part for part in parts)
+    return others or bool(message.get("tool_calls"))
+
+
+def _used(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
+    """How the LLM is to sample, from a request's fields."""
+    stop, seed = body.get("stop"), body.get("seed")
+    most = int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)
+    return Sampling(
+        n=int(body.get("n") or 1),
+        temperature=1.0 if body.get("temperature") is None else float(body["temperature"]),
+        max_tokens=max(1, most),
+        stop=(stop,) if isinstance(stop, str) else tuple(str(each) for each in stop or ()),
+        seed=None if seed is None else int(seed),
+    )
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    role = str(message.get("role"))
+    return "system" if role == "developer" else role
