@@ -1130,7 +1130,7 @@ async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
         assert whole.choices[0].finish_reason == "length"
         tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
-        with pytest.raises(openai.BadRequestError, match="texts alone"):
+        with pytest.raises(openai.BadRequestError, match="reads text only"):
             await client.chat.completions.create(model=llm.model, messages=messages, tools=[tool])
         with pytest.raises(openai.BadRequestError, match="the context"):
             await client.chat.completions.create(
