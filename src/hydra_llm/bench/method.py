@@ -95,11 +95,9 @@ class Method:
     given: Mapping[str, int] = field(default_factory=dict)
     """Values of its parameters, if the name has any."""
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of task that it can answer."""
-        names = KINDS.names()
-        return tuple(name for name in names if not self.labels_only or KINDS.load(name).closed)
+    def answers(self, kind: str | None) -> bool:
+        """Whether it can answer tasks of the kind; None is any kind."""
+        return kind is None or not self.labels_only or KINDS.load(kind).closed
 
     def instances(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
         """The parts for each answer that it gives to a query; `seeds` has one entry per seed."""
@@ -221,14 +219,14 @@ def find_methods(
             found.append(_find(name))
             continue
         for each in map(load_method, METHODS.names()):
-            if kind is None or kind in each.kinds:
+            if each.answers(kind):
                 grid = product(*(values[parameter] for parameter in each.takes))
                 found += [each.with_parameters(point) for point in grid]
     for each in found:
-        if kind is not None and kind not in each.kinds:
+        if not each.answers(kind):
+            closed = " and ".join(name for name in KINDS.names() if KINDS.load(name).closed)
             raise SettingsError(
-                f"method '{each.name}' answers {' and '.join(each.kinds)} tasks only, this one is"
-                f" {kind}"
+                f"method '{each.name}' answers {closed} tasks only, this one is {kind}"
             )
     return list({each.name: each for each in found}.values())
 
