@@ -4,26 +4,33 @@ import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import LLM, AsJson, BundleFolder, RunSettings, Selection, with_bundles
+from hydra_llm.cli.options import (
+    LLM,
+    AsJson,
+    BundleFolder,
+    RunSettings,
+    Selection,
+    with_option_sets,
+)
 
 if TYPE_CHECKING:
     from hydra_llm.types import Answer
 
 
-@with_bundles
+@with_option_sets
 def ask(
-    text: Annotated[str, typer.Argument(help="The text to answer; '-' reads standard input.")],
+    text: Annotated[str, Argument(help="The text to answer; '-' reads standard input.")],
     bundle: BundleFolder,
     llm: LLM,
-    user: Annotated[str, typer.Option(help="Id of the user.")],
+    user: Annotated[str, Option(help="Id of the user.")],
     options: RunSettings,
     selection: Selection,
-    k: Annotated[int | None, typer.Option(min=0, help="Number of records in the prompt.")] = None,
+    k: Annotated[int | None, Option(min=0, help="Number of records in the prompt.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only this many of the user's latest records.")
+        int | None, Option(min=1, help="Use only this many of the user's latest records.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
@@ -13,7 +14,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.command()
 def use(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a learned bundle.")],
+    bundle: Annotated[Path, Argument(help="Folder of a learned bundle.")],
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
     """Switch all servers of a store to this bundle; requests in flight keep the one before."""

@@ -1,8 +1,4 @@
-"""What commands print: results on stdout, progress on stderr. Knows neither data sets nor LLMs.
-
-Progress is a callable `report(stage, done, total)`, so that the library's functions can take one
-without knowing this module.
-"""
+"""Output of commands: results on stdout, progress on stderr. Knows neither data sets nor LLMs."""
 
 import json
 import math
@@ -15,17 +11,15 @@ from numbers import Integral, Real
 from typing import Any
 
 Report = Callable[[str, int, int | None], None]
-"""`report(stage, done, total)`: `done` of `total` steps of `stage` are behind us; total None is
-unknown.
-"""
+"""`report(stage, done, total)`: `done` of `total` steps of `stage` are done; None is unknown."""
 
 QUIET_SECONDS = 10.0
-"""Where stderr is no terminal, a stage prints a line at most this often."""
+"""Min seconds between two progress lines of a stage if stderr is not a terminal."""
 
 
 def emit(data: Any, as_json: bool = False) -> None:
-    """Print a result: JSON (one document, not a number is null), or for people: text as it is, a
-    list of rows as a table, anything else as `name: value` lines.
+    """Print a result: as one JSON document (NaN is null), or as text, a table of rows, or
+    `name: value` lines.
     """
     if as_json:
         print(json.dumps(_plain(data), ensure_ascii=False, indent=2, allow_nan=False))
@@ -39,9 +33,7 @@ def emit(data: Any, as_json: bool = False) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
-    """Print rows of equal keys as a table on stdout; numbers stand right. Where stdout is no
-    terminal no column is cut.
-    """
+    """Print rows of equal keys as a table; columns are never cut if stdout is not a terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -57,15 +49,13 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
 
 
 def say(line: str) -> None:
-    """A line for people on stderr: a path that was written, a thing that was cut."""
+    """Print a message for people on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Report]:
-    """Bars on stderr that disappear at the end; where stderr is no terminal a plain line every ten
-    seconds; nothing if `quiet`.
-    """
+    """Transient progress bars on stderr, or plain lines if it is not a terminal."""
     if quiet:
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():
@@ -77,26 +67,18 @@ def progress(quiet: bool = False) -> Iterator[Report]:
 
 @contextmanager
 def _bars() -> Iterator[Report]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, rich.TaskID] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
@@ -107,25 +89,23 @@ def _bars() -> Iterator[Report]:
 
 
 class _Lines:
-    """A plain line when a stage begins to take long, every QUIET_SECONDS from then on, and when
-    such a stage is done.
-    """
+    """A line per stage every QUIET_SECONDS, and when a stage that printed one is done."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last: dict[str, float] = {}
-        self._told: set[str] = set()
+        self._shown: set[str] = set()
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         now = self._clock()
         due = now - self._last.setdefault(stage, now) >= QUIET_SECONDS
         finished = done == total
-        if due or (finished and stage in self._told):
+        if due or (finished and stage in self._shown):
             say(f"{stage}: {done}" + ("" if total is None else f"/{total}"))
             self._last[stage] = now
-            self._told.add(stage)
+            self._shown.add(stage)
         if finished:
-            self._told.discard(stage)
+            self._shown.discard(stage)
             del self._last[stage]
 
 
@@ -136,21 +116,17 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types; a number that is none (NaN, infinite) is null, as an unscored
-    result is not 0.
-    """
+    """The value in JSON's types; NaN and infinity are null: an unscored result is not 0."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [
-            _plain(item)
-            for item in (sorted(value) if isinstance(value, set | frozenset) else value)
-        ]
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [_plain(item) for item in items]
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, Integral):  # numpy's numbers, too
+    if isinstance(value, Integral):  # including numpy's
         return int(value)
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""`hydra-llm data`: look at a data set, make one of a user's own file, download LaMP's."""
+"""`hydra-llm data`: check a data set, import one from a file, download LaMP's."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from hydra_llm.cli import console
+from hydra_llm.cli.options import AsJson
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LAMP_NAMES = "lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
 
 
 class Split(StrEnum):
-    """LaMP's two ways to separate training from evaluation."""
+    """LaMP's two splits: by user, and by time."""
 
     user = "user"
     time = "time"
@@ -26,77 +27,56 @@ class Split(StrEnum):
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="A data set: native folder, or LaMP's files.")],
+    data: Annotated[Path, Argument(help="A data set: native folder, or LaMP's files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Print what is in a data set: users, records, spans, label shares, duplicates, leaks; or what
-    is broken in it.
+    """Summarize a data set: users, records, time spans, label shares, duplicates, leaks; or list
+    its errors.
     """
     from hydra_llm.datasets.check import find_problems, rows, summarize
 
     dataset, problems = find_problems(data)
     if dataset is None:
-        _tell_problems(problems, as_json)
+        _print_problems(problems, as_json)
         raise typer.Exit(DataError.exit_code)
     summary = summarize(dataset)
-    console.emit(
-        (
-            summary
-            if as_json
-            else [{"data set": name, summary["name"]: value} for name, value in rows(summary)]
-        ),
-        as_json,
-    )
+    table = [{"data set": name, summary["name"]: value} for name, value in rows(summary)]
+    console.emit(summary if as_json else table, as_json)
 
 
 @app.command(name="import")
 def import_(
     file: Annotated[
-        Path,
-        typer.Argument(
-            help="JSONL or CSV, one record a line; '-' reads standard input.", allow_dash=True
-        ),
+        Path, Argument(help="JSONL or CSV, one record per line; '-' reads stdin.", allow_dash=True)
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
+    out: Annotated[Path, Option(help="Folder of the new data set.")],
     kind: Annotated[
-        str | None, typer.Option(help=f"{', '.join(KINDS.names())}; guessed if not given.")
+        str | None, Option(help=f"{', '.join(KINDS.names())}; default: guessed.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Name of the task; the file's if not given.")] = "",
-    prompt: Annotated[
-        str | None, typer.Option(help="The instruction, with {input} where the text goes.")
-    ] = None,
-    user_field: Annotated[str, typer.Option(help="Field of the user's name.")] = "user",
-    input_field: Annotated[str, typer.Option(help="Field of the text.")] = "input",
-    output_field: Annotated[str, typer.Option(help="Field of the user's answer.")] = "output",
-    time_field: Annotated[
-        str, typer.Option(help="Field of the time; may be missing unless named.")
-    ] = "time",
-    id_field: Annotated[
-        str, typer.Option(help="Field of the record's id; may be missing unless named.")
-    ] = "id",
-    test_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of users who are new users.")
-    ] = 0.33,
+    name: Annotated[str, Option(help="Name of the task; default: the file's.")] = "",
+    prompt: Annotated[str | None, Option(help="Instruction with {input} for the text.")] = None,
+    user_field: Annotated[str, Option(help="Field of the user's id.")] = "user",
+    input_field: Annotated[str, Option(help="Field of the text.")] = "input",
+    output_field: Annotated[str, Option(help="Field of the user's answer.")] = "output",
+    time_field: Annotated[str, Option(help="Field of the time; optional by default.")] = "time",
+    id_field: Annotated[str, Option(help="Field of the record's id; optional by default.")] = "id",
+    test_share: Annotated[float, Option(min=0, max=1, help="Share of new users.")] = 0.33,
     query_share: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Share of a user's records, the last ones, that become queries."
-        ),
+        float, Option(min=0, max=1, help="Share of a user's records, the latest, as queries.")
     ] = 0.2,
-    seed: Annotated[int, typer.Option(help="Which users are new users.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the split into training and new users.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make a data set of a file of your own: columns user, input, output, and if you have them time
-    and id.
-    """
+    """Import a file with the columns user, input, output and, optionally, time and id."""
     from hydra_llm.datasets.native import save
     from hydra_llm.datasets.tabular import Columns, read_table
 
-    columns = Columns(user_field, input_field, output_field, time_field, id_field)
+    if kind is not None:
+        KINDS.load(kind)
     dataset = read_table(
         Path("/dev/stdin") if str(file) == "-" else file,
-        columns,
-        kind=_kind(kind),
+        Columns(user_field, input_field, output_field, time_field, id_field),
+        kind=kind,
         prompt=prompt,
         name=name,
         test_share=test_share,
@@ -104,27 +84,20 @@ def import_(
         seed=seed,
     )
     save(dataset, out)
-    _tell_made(dataset, out, as_json)
+    _print_imported(dataset, out, as_json)
 
 
 @app.command()
 def get(
-    dataset: Annotated[
-        str,
-        typer.Argument(
-            help="lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the files.")],
+    dataset: Annotated[str, Argument(help=LAMP_NAMES)],
+    out: Annotated[Path, Option(help="Folder for the files.")],
     split: Annotated[
-        Split, typer.Option(help="New users (user) or later questions of the same users (time).")
+        Split, Option(help="user: new users; time: later questions of the same users.")
     ] = Split.user,
-    base_url: Annotated[
-        str | None, typer.Option(help="A mirror of LaMP's download folder.")
-    ] = None,
+    base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download LaMP's official train and dev files; a broken download goes on where it was."""
+    """Download LaMP's official train and dev files; a stopped download is resumed."""
     from hydra_llm.datasets.fetch import BASE_URL, fetch
 
     with console.progress(quiet=as_json) as report:
@@ -133,30 +106,24 @@ def get(
     console.emit({"files": sizes} if as_json else sizes, as_json)
 
 
-def _kind(given: str | None) -> str | None:
-    if given is not None:
-        KINDS.load(given)
-    return given
-
-
-def _tell_problems(problems: Sequence[DataError], as_json: bool) -> None:
+def _print_problems(problems: Sequence[DataError], as_json: bool) -> None:
+    rows = [
+        {
+            "file": str(p.file) if p.file else None,
+            "line": p.line,
+            "field": p.field,
+            "message": str(p),
+        }
+        for p in problems
+    ]
     if as_json:
-        rows = [
-            {
-                "file": str(p.file) if p.file else None,
-                "line": p.line,
-                "field": p.field,
-                "message": str(p),
-            }
-            for p in problems
-        ]
         console.emit({"problems": rows}, as_json)
     for problem in problems:
         console.say(f"hydra-llm: {problem}")
 
 
-def _tell_made(dataset: DataSet, out: Path, as_json: bool) -> None:
-    made = {
+def _print_imported(dataset: DataSet, out: Path, as_json: bool) -> None:
+    found = {
         "folder": str(out),
         "kind": dataset.task.kind,
         "labels": list(dataset.task.labels),
@@ -167,11 +134,11 @@ def _tell_made(dataset: DataSet, out: Path, as_json: bool) -> None:
         "notes": list(dataset.notes),
     }
     if as_json:
-        console.emit(made, as_json)
+        console.emit(found, as_json)
         return
     for note in dataset.notes:
         console.say(note)
     console.emit(
-        f"{made['records']} records and {made['queries']} queries of {len(dataset.users())} users"
-        f" written to {out}"
+        f"wrote {found['records']} records and {found['queries']} queries of"
+        f" {len(dataset.users())} users to {out}"
     )

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
@@ -16,10 +17,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command("create")
 def create(
     user: Annotated[
-        list[str] | None, typer.Option(help="Id of a user whom the key may act for; repeatable.")
+        list[str] | None, Option(help="Id of a user whom the key may act for; repeatable.")
     ] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="The key may act for all users.")] = False,
-    label: Annotated[str, typer.Option(help="A description.")] = "",
+    admin: Annotated[bool, Option("--admin", help="The key may act for all users.")] = False,
+    label: Annotated[str, Option(help="A description.")] = "",
     store: StoreURL = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +44,7 @@ def list_(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 @app.command("revoke")
 def revoke(
-    id: Annotated[str, typer.Argument(help="The key's id, as shown by `keys list`.")],
+    id: Annotated[str, Argument(help="The key's id, as shown by `keys list`.")],
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
     """Revoke a key; the next request with it is refused."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import (
@@ -14,7 +14,7 @@ from hydra_llm.cli.options import (
     Recording,
     RunSettings,
     Selection,
-    with_bundles,
+    with_option_sets,
 )
 
 if TYPE_CHECKING:
@@ -24,25 +24,23 @@ if TYPE_CHECKING:
 SHOWN_FAILURES = 5
 
 
-@with_bundles
+@with_option_sets
 def learn(
     llm: LLM,
     out: Annotated[
-        Path, typer.Option(help="Folder of the new bundle; replaces an older one at the end.")
+        Path, Option(help="Folder of the new bundle; replaces an older one at the end.")
     ],
     options: RunSettings,
     selection: Selection,
     recording: Recording,
     data: Annotated[
-        Path | None,
-        typer.Argument(help="A data set: native folder, or LaMP's files; or give --store."),
+        Path | None, Argument(help="A data set: native folder, or LaMP's files; or give --store.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="The gateway's database: learn from all its users.")
+        str | None, Option(help="The gateway's database: learn from all its users.")
     ] = None,
     task: Annotated[
-        Path | None,
-        typer.Option(help="With --store: the task.json; without it free text generation."),
+        Path | None, Option(help="With --store: the task.json; without it free text generation.")
     ] = None,
     limit: Limit = None,
     as_json: AsJson = False,
@@ -84,16 +82,16 @@ def _learn_from_store(
     return learned
 
 
-@with_bundles
+@with_option_sets
 def fit(
-    data: Annotated[Path, typer.Argument(help="A data set with the users' histories.")],
+    data: Annotated[Path, Argument(help="A data set with the users' histories.")],
     bundle: BundleFolder,
     llm: LLM,
     options: RunSettings,
     recording: Recording,
     user: Annotated[
         list[str] | None,
-        typer.Option(help="Id of a user to fit, repeatable; by default all of split 'test'."),
+        Option(help="Id of a user to fit, repeatable; by default all of split 'test'."),
     ] = None,
     limit: Limit = None,
     as_json: AsJson = False,

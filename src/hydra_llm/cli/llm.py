@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from typer import Argument
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import AsJson, GivenSettings, with_bundles
+from hydra_llm.cli.options import AsJson, GivenSettings, with_option_sets
 from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.types import Usage
@@ -21,11 +22,9 @@ def llm() -> None:
 
 
 @app.command()
-@with_bundles
+@with_option_sets
 def check(
-    spec: Annotated[
-        str, typer.Argument(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND.")
-    ],
+    spec: Annotated[str, Argument(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND.")],
     options: GivenSettings,
     as_json: AsJson = False,
 ) -> None:

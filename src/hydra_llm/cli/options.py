@@ -1,7 +1,7 @@
-"""Options that several commands share, alone or as bundles. Knows no data and no LLM.
+"""Options that several commands share, alone or as sets. Knows no data and no LLM.
 
-A bundle is a frozen dataclass whose fields are options; a command that is decorated with
-`with_bundles` takes it as one parameter.
+An option set is a frozen dataclass whose fields are options; a command that is decorated with
+`with_option_sets` takes it as one parameter.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from hydra_llm.config import Settings, load_settings, resolve
 from hydra_llm.errors import SettingsError
@@ -22,45 +22,35 @@ if TYPE_CHECKING:
     from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.store.store import Store
 
-LLM = Annotated[
-    str,
-    typer.Option(
-        "--llm",
-        help="openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND; see `llm check`.",
-    ),
-]
-BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of a learned bundle.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Max number, for a first look.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LLM_HELP = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND"
+LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
+BundleFolder = Annotated[Path, Option("--bundle", help="Folder of a learned bundle.")]
+Limit = Annotated[int | None, Option(min=1, help="Max number, for a first look.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 StoreURL = Annotated[
-    str, typer.Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
+    str, Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
 ]
 DEFAULT_STORE = "sqlite:///hydra-llm.db"
 
 
-def with_bundles(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters of dataclass types are replaced by options, one for each field."""
-    signature = inspect.signature(command, eval_str=True)
-    bundles: dict[str, Any] = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if is_dataclass(parameter.annotation)
-    }
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in signature.parameters.items():
-        own = inspect.signature(bundles[name]).parameters.values() if name in bundles else ()
-        parameters += own or [parameter]
+def with_option_sets(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one option for each field of its parameters that are option sets."""
+    sets: dict[str, Any] = {}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            sets[name] = parameter.annotation
+        own = inspect.signature(sets[name]).parameters.values() if name in sets else [parameter]
+        options += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
 
     @wraps(command)
     def call(**values: Any) -> None:
-        for name, kind in bundles.items():
+        for name, kind in sets.items():
             values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         command(**values)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    replaced = [parameter.replace(kind=keyword) for parameter in parameters]
-    vars(call)["__signature__"] = signature.replace(parameters=replaced)
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in replaced}
+    vars(call)["__signature__"] = inspect.Signature(options)
+    call.__annotations__ = {option.name: option.annotation for option in options}
     return call
 
 
@@ -69,11 +59,11 @@ class GivenSettings:
     """Settings by `--set` and `--config`."""
 
     config: Annotated[
-        Path | None, typer.Option(help="Settings file (TOML); default: hydra-llm.toml, if present.")
+        Path | None, Option(help="Settings file (TOML); default: hydra-llm.toml, if present.")
     ] = None
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
             metavar="NAME=VALUE",
             help="A setting (docs/settings.md), as model.head=kernel; repeatable.",
@@ -106,10 +96,9 @@ class GivenSettings:
 class RunSettings(GivenSettings):
     """Settings by `--seed`, `--preset`, `--set` and `--config`."""
 
-    seed: Annotated[int | None, typer.Option(help="Seed of sampling, folds and training.")] = None
+    seed: Annotated[int | None, Option(help="Seed of sampling, folds and training.")] = None
     preset: Annotated[
-        str | None,
-        typer.Option(help="default, or paper (the authors'); beats environment and file."),
+        str | None, Option(help="default, or paper (the authors'); beats environment and file.")
     ] = None
 
     def given(self, **flags: Any) -> dict[str, Any]:
@@ -133,11 +122,9 @@ class Selection:
     """How the answer is selected."""
 
     candidates: Annotated[
-        str | None, typer.Option(help="sampled, or labels: all labels with vote shares.")
+        str | None, Option(help="sampled, or labels: all labels with vote shares.")
     ] = None
-    select: Annotated[str | None, typer.Option(help="best: highest score; or expected-gain.")] = (
-        None
-    )
+    select: Annotated[str | None, Option(help="best: highest score; or expected-gain.")] = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +132,7 @@ class Recording:
     """Where the LLM's answers are recorded."""
 
     record: Annotated[
-        Path | None,
-        typer.Option(help="Record the LLM's answers in this file, for --llm replay:FILE."),
+        Path | None, Option(help="Record the LLM's answers in this file, for --llm replay:FILE.")
     ] = None
 
     @contextmanager
@@ -173,10 +159,10 @@ class RecordedLLM(Recording):
 
     llm: Annotated[
         str | None,
-        typer.Option(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay."),
+        Option(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay."),
     ] = None
     replay: Annotated[
-        Path | None, typer.Option(help="Take all answers from this recording, call no LLM.")
+        Path | None, Option(help="Take all answers from this recording, call no LLM.")
     ] = None
 
     def spec(self) -> str:

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import (
@@ -16,7 +16,7 @@ from hydra_llm.cli.options import (
     GivenSettings,
     StoreURL,
     open_store,
-    with_bundles,
+    with_option_sets,
 )
 
 if TYPE_CHECKING:
@@ -30,18 +30,18 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection: the server must not close one while a request arrives."""
 
 
-@with_bundles
+@with_option_sets
 def serve(
     llm: LLM,
     options: GivenSettings,
     bundle: Annotated[
-        Path | None, typer.Option(help="A learned bundle; without it, retrieval only.")
+        Path | None, Option(help="A learned bundle; without it, retrieval only.")
     ] = None,
     store: StoreURL = DEFAULT_STORE,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond loopback a key must exist.")
+        str, Option(help="Address to listen on; beyond loopback a key must exist.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
 ) -> None:
     """Serve an OpenAI-compatible endpoint with personalized answers. `--set` takes the gateway's
     settings.

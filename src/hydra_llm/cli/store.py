@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson, StoreURL, open_store
@@ -25,7 +26,7 @@ def migrate(store: StoreURL, as_json: AsJson = False) -> None:
 
 @app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="A new SQLite file.")],
+    file: Annotated[Path, Argument(help="A new SQLite file.")],
     store: StoreURL,
     as_json: AsJson = False,
 ) -> None:
@@ -42,9 +43,7 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(help="A backup.")],
-    store: StoreURL,
-    as_json: AsJson = False,
+    file: Annotated[Path, Argument(help="A backup.")], store: StoreURL, as_json: AsJson = False
 ) -> None:
     """Fill an empty store, of either database, from a backup."""
     from hydra_llm.store.backup import restore as filled
