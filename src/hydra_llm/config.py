@@ -335,16 +335,14 @@ def log_renamed(old: str, new: str) -> None:
 
 
 def flat(values: Mapping[str, Any], hint: bool = False) -> dict[str, Any]:
-    """Settings under their flat names; tables of groups are unpacked.
-
-    Raises:
-        SettingsError: an unknown name.
+    """Settings under their flat names, without those that are None; tables of groups are unpacked.
+    Raises as `resolve`.
     """
     out: dict[str, Any] = {}
     for name, value in values.items():
         if name in GROUPS and isinstance(value, Mapping):
-            out |= {resolve(f"{name}.{key}", hint): each for key, each in value.items()}
-        else:
+            out |= flat({f"{name}.{key}": each for key, each in value.items()}, hint)
+        elif value is not None:
             out[resolve(name, hint)] = value
     return out
 
@@ -359,7 +357,7 @@ def load_settings(preset: str | None = None, file: Path | None = None, **given: 
         SettingsError: an unknown preset or setting, a value out of range, or a file that is not
             TOML.
     """
-    return checked({**_sources(preset, file), **_flags(given)})
+    return checked({**_sources(preset, file), **flat(given)})
 
 
 def settings_over(
@@ -372,7 +370,7 @@ def settings_over(
         SettingsError: as `load_settings`, or a flag that changes a fixed setting.
     """
     sources = {k: value for k, value in _sources(preset, file).items() if k not in FIXED}
-    return as_learned(learned, checked({**learned.model_dump(), **sources, **_flags(given)}))
+    return as_learned(learned, checked({**learned.model_dump(), **sources, **flat(given)}))
 
 
 def as_learned(learned: Settings, chosen: Settings) -> Settings:
@@ -434,10 +432,6 @@ def settings_file(file: Path | None) -> dict[str, Any]:
         return tomllib.loads(place.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SettingsError(f"{place}: not TOML: {error}") from None
-
-
-def _flags(given: Mapping[str, Any]) -> dict[str, Any]:
-    return flat({name: value for name, value in given.items() if value is not None})
 
 
 AnyGroup = TypeVar("AnyGroup", bound=Group)
