@@ -3,15 +3,21 @@
 Each raises AssertionError with what is broken. The built-in parts pass them too.
 """
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import get_args
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_llm.errors import LLMRefused
+from hydra_llm.llm.base import ChatLLM, Sampling
+from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, MetricSpec, Parsing, Task
-from hydra_llm.types import Candidate, Record
+from hydra_llm.types import Candidate, Generation, Record
 
 # ---- kinds of task
 
@@ -116,3 +122,69 @@ def _hashed(texts: Sequence[str]) -> NDArray[np.float32]:
     wide = np.asarray(rows, dtype=np.float32).reshape(-1, 8)
     unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     return unit
+
+
+# ---- LLMs
+
+ODD_TEXTS = ("", " ", "שלום 🦊 é\u2028", "{input} {% x %}", "a\0b", "cut \ud83d")
+"""What a message may hold: an LLM answers or refuses it, and fails in no other way."""
+
+
+def check_llm(llm: ChatLLM) -> None:
+    """Check the contract of an LLM (`llm.base.ChatLLM`) with about a dozen short calls; closes it.
+
+    Greedy answers must be repeatable, so a hosted model that does not promise that fails.
+    """
+    run_sync(partial(_check_llm, llm))
+
+
+async def _check_llm(llm: ChatLLM) -> None:
+    identity = json.dumps(dict(llm.identity), sort_keys=True)
+    missing = {"kind", "model", "constrains"} - llm.identity.keys()
+    assert not missing, f"the identity names no {', '.join(sorted(missing))}"
+    try:
+        await _check_sampling(llm)
+        await _check_odd_texts(llm)
+        if llm.identity["constrains"]:
+            choices = ("red", "green 🦊")
+            made = await _generate(llm, "Which?", Sampling(n=4, temperature=1.0, choices=choices))
+            assert set(made.texts) <= set(choices), "a text is none of the choices"
+        later = json.dumps(dict(llm.identity), sort_keys=True)
+        assert later == identity, "the identity changes with the calls"
+    finally:
+        await llm.aclose()
+
+
+async def _check_sampling(llm: ChatLLM) -> None:
+    question = "Name three colours of the sea."
+    await _generate(llm, question, Sampling(n=3, temperature=1.0, max_tokens=8, seed=1))
+    greedy = await _generate(llm, question, Sampling(max_tokens=8))
+    again = await _generate(llm, question, Sampling(n=2, max_tokens=8, seed=7))
+    assert again.texts == greedy.texts * 2, "greedy texts are not the same"
+    (text,) = greedy.texts
+    if words := text.split():
+        stopped = await _generate(llm, question, Sampling(max_tokens=8, stop=(words[-1],)))
+        assert words[-1] not in stopped.texts[0], "a text goes on behind a stop text"
+        assert text.startswith(stopped.texts[0]), "a stop text changes what stands before it"
+
+
+async def _check_odd_texts(llm: ChatLLM) -> None:
+    for text in ODD_TEXTS:
+        with suppress(LLMRefused):
+            await _generate(llm, text, Sampling(max_tokens=2))
+
+
+async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
+    """One call; what is true of every answer is checked."""
+    messages = [{"role": "user", "content": text}]
+    made = await llm.generate(messages, sampling)
+    assert messages == [{"role": "user", "content": text}], "the messages were changed"
+    assert len(made.texts) == sampling.n, f"{len(made.texts)} texts for n = {sampling.n}"
+    assert all(isinstance(each, str) for each in made.texts), "a text is no str"
+    assert len(made.ends) in (0, sampling.n), "the reasons of the ends are not one per text"
+    usage = made.usage
+    assert usage.calls + usage.cached >= 1, "the call was not counted"
+    assert not usage.failed, "an answered call counts as failed"
+    assert min(usage.prompt_tokens, usage.completion_tokens) >= 0, "tokens are negative"
+    assert usage.seconds >= 0, "seconds are negative"
+    return made

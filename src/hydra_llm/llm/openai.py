@@ -20,7 +20,7 @@ from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused
 from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint, Refusal, endpoint_of
-from hydra_llm.text import fold
+from hydra_llm.text import fold, repair
 from hydra_llm.types import Generation, Message, Usage
 
 REFUSED = (400, 401, 403, 404, 405, 413, 422)
@@ -85,7 +85,8 @@ class OpenAILLM:
         """
         n, seed = sampling.n, sampling.seed
         body = {
-            "messages": [dict(message) for message in messages],
+            # JSON in UTF-8 cannot hold half of a surrogate pair.
+            "messages": [{name: repair(text) for name, text in each.items()} for each in messages],
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
