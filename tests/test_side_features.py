@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import DataError
-from hydra_llm.side_features import RECENT_HISTORIES, CohortStats, Featurizer, fit_stats
+from hydra_llm.side_features import CohortStats, Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.generation import overlap
 from hydra_llm.tasks.labels import BANDWIDTHS, PSEUDO_COUNT
@@ -23,8 +22,6 @@ TITLES = Task("titles", "generation", "Title of: {input}")
 
 class Hashed:
     """Texts as vectors of their words, without an encoder."""
-
-    version = 0
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(texts), 8), dtype=np.float32)
@@ -185,20 +182,6 @@ def test_side_features_are_always_finite(
     if history:
         ranked = [Ranked(record, score, i) for i, record in enumerate(history)]
         assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, history_vectors)).all()
-
-
-def test_recent_vectors_are_kept_while_features_are_the_same() -> None:
-    own = maker(TAGS)
-    store: Hashed = own.store  # type: ignore[assignment]
-    first = own.vectorize(HISTORY)
-    assert own.vectorize(list(HISTORY)) is first  # another list of the same records
-    assert own.vectorize([*HISTORY[:-1], replace(HISTORY[-1], output="odd")]) is not first
-    for _ in range(RECENT_HISTORIES):
-        own.vectorize(past(("rain", "odd")))
-    again = own.vectorize(HISTORY)
-    assert again is not first
-    store.version = 1
-    assert own.vectorize(HISTORY) is not again
 
 
 def test_an_unknown_label_is_named() -> None:

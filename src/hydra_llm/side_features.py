@@ -14,8 +14,6 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.tasks.base import CohortStats, FeatureContext, Floats, HistoryVectors, Task
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
-RECENT_HISTORIES = 16
-"""Histories whose vectors are kept: reranker and adapter of a question see the same one."""
 STATS_USERS, STATS_RECORDS = 200, 200
 """Training users, and latest records of each, that the usual cosine is measured on."""
 
@@ -25,23 +23,10 @@ class Featurizer:
 
     def __init__(self, task: Task, store: FeatureCache, stats: CohortStats):
         self.task, self.store, self.stats = task, store, stats
-        self._recent: dict[tuple[int, ...], tuple[tuple[Record, ...], HistoryVectors]] = {}
-        self._version = store.version
 
     def vectorize(self, records: Sequence[Record]) -> HistoryVectors:
-        """Visible records as vectors, from the feature cache or, for the latest histories, from
-        memory.
-        """
-        if self._version != self.store.version:
-            self._recent, self._version = {}, self.store.version
-        key = tuple(map(id, records))
-        if key not in self._recent:
-            while len(self._recent) >= RECENT_HISTORIES:
-                self._recent.pop(next(iter(self._recent)), None)
-            vectors = self.task.strategy.vectorize(records, self.store.texts)
-            # The records are kept, or another one might get the same id.
-            self._recent[key] = (tuple(records), vectors)
-        return self._recent[key][1]
+        """Visible records as vectors; `Context.vectors` carries them through one question."""
+        return self.task.strategy.vectorize(records, self.store.texts)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -103,4 +88,4 @@ def _usual_cosine(store: FeatureCache, histories: Sequence[Sequence[Record]]) ->
     return float(np.mean(nearest)) if nearest else CohortStats().reference
 
 
-__all__ = ["RECENT_HISTORIES", "CohortStats", "Featurizer", "HistoryVectors", "fit_stats"]
+__all__ = ["CohortStats", "Featurizer", "HistoryVectors", "fit_stats"]

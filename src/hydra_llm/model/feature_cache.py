@@ -50,18 +50,10 @@ class FeatureCache:
         """Distinct texts or pairs that were there."""
         self.misses = 0
         """Distinct texts or pairs that had to be encoded."""
-        self._forgotten = 0
         self._lock = Lock()
         self._memory: FIFOCache[bytes, Kept] = FIFOCache(MEMORY_BYTES, lambda kept: kept[0].nbytes)
         self._passing: FIFOCache[bytes, Kept] = FIFOCache(PASSING)
         self._file = _open(path) if path is not None else None
-
-    @property
-    def version(self) -> tuple[str, int]:
-        """Changes when the encoder does and when texts are forgotten: what others keep of these
-        features is old then.
-        """
-        return self.encoder.digest, self._forgotten
 
     def texts(self, texts: Sequence[str], *, keep: bool | None = None) -> np.ndarray:
         """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: all of them are in the
@@ -100,7 +92,6 @@ class FeatureCache:
         texts = set(texts)
         marks, gone = set(map(hash, texts)), set[bytes]()
         with self._lock:
-            self._forgotten += 1
             for memory in (self._memory, self._passing):
                 for key in [key for key, kept in memory.items() if not marks.isdisjoint(kept[1])]:
                     gone.add(key)
