@@ -1,15 +1,15 @@
-"""The pipeline's own time for one `ask`, all but the LLM: retrieve, rerank, prompt, adapt.
+"""The pipeline's own time for one `ask`, without the LLM: retrieve, rerank, prompt, adapt.
 
     python benchmarks/ask_latency.py [--data FOLDER] [--runs 40] [--seed 0] [--json]
 
-A headline task with 10 retrieved records and 8 candidates that nobody has seen before, so that
-their features are never kept; the asked text is new each time too, the user's records are warm. The
-LLM is a fake that answers at once; its own time is taken off. `tower` and `cross` bundles are
-learned and loaded from disk first, then asked in turn. Without `--data` the texts are made up (20
-words in, 10 words out, 60 records a user); with it (news_headline) they are users' own, new ones
-from other users. Exits with 1 where a median is above its limit: 60 ms with `tower`, 300 ms with
-`cross`. On a machine that others keep busy the processor's time, with OMP_NUM_THREADS=1, is nearer
-to what an idle one would take than the wall's clock.
+A headline task with 10 retrieved records and 8 candidates. Question and candidates are new each
+time, so that their features are not cached; the user's records are cached. The LLM is a fake that
+answers at once, and its own time is subtracted. `tower` and `cross` bundles are learned and loaded
+from disk first, then asked in turn. Without `--data` the texts are simulated (20 words in, 10 words
+out, 60 records a user); with it (news_headline) they are the users' own, and new texts come from
+other users. Exits with 1 if a median is above its limit: 60 ms with `tower`, 300 ms with `cross`.
+On a busy machine the processor time, with OMP_NUM_THREADS=1, is closer to that of an idle machine
+than the wall-clock time.
 """
 
 import argparse

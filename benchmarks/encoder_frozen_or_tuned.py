@@ -1,24 +1,24 @@
-"""Is it better to tune the encoder or to leave it frozen, per minute of learning?
+"""Whether to tune the encoder or to leave it frozen, per minute of learning.
 
     python benchmarks/encoder_frozen_or_tuned.py [--data FOLDER] [--users 12] [--new 16] [--groups
     8] [--epochs 1 2] [--seed 0] [--json]
 
-Five ways to learn the adapter from the same labelled groups, each as `hydra_llm.learn` does it:
-    label   one block of weights per label on the frozen encoder's vector of the query (tasks with
-            labels)
-    tower   frozen encoder, each text once, a shared layer of principal directions: nothing is
-            trained by gradient trained as tower, the shared layer trained together with base and
-            heads
-    cross   frozen encoder, each pair as one text
-    tuned   as cross, the encoder fine-tuned with base and heads (learning rate 5e-5), for each
-            number of epochs
-judged by new users' later groups, heads fitted on their earlier ones: cross-entropy per group, with
-the shared head and with the user's own. "In folds" is the shared head's loss by which learning
-chose its strengths, on training users whom neither that head nor a trained layer or encoder had
-seen: where it is far below the other, the choice was misled. Minutes are those of learning,
-encoding included. A user's records are the queries, all labels the candidates; no LLM is asked.
-Without `--evidence` no figures of the history stand beside the texts, so that the encoder carries
-the load. Nothing here has a limit: it is the measurement behind a default.
+Ways to learn the adapter from the same labelled groups, each as `hydra_llm.learn` does it:
+    label     one block of weights per label on the frozen encoder's vector of the query (tasks with
+              labels)
+    tower     frozen encoder, each text once, a shared layer of principal directions: nothing is
+              trained by gradient
+    trained   as tower, the shared layer trained together with base and heads
+    cross     frozen encoder, each pair as one text
+    tuned     as cross, the encoder fine-tuned with base and heads (learning rate 5e-5), for each
+              number of epochs
+Validated on new users' later groups, with heads fitted on their earlier ones: cross-entropy per
+group, with the shared head and with the user's own. "In folds" is the shared head's loss by which
+learning chose its strengths, on training users that neither that head nor a trained layer or
+encoder had seen: if it is far below the other, the choice was overfitted. Minutes are those of
+learning, encoding included. A user's records are the queries, all labels the candidates; no LLM is
+called. Without `--evidence` no side features are used, so that only the encoder is measured. There
+is no limit: this is the measurement behind a default.
 """
 
 import argparse

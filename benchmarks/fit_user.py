@@ -1,16 +1,16 @@
-"""How long both heads of one new user take to fit on 50 queries with 8 pairs each, against the
-authors' way, and which is better.
+"""How long it takes to fit both heads of one new user on 50 queries with 8 pairs each, and how good
+they are, against the authors' way.
 
     python benchmarks/fit_user.py [--data FOLDER] [--features tower|cross] [--runs 2] [--seed 0]
     [--json]
 
-Ours: linear heads under the prior, base and strengths learned on other users, features kept. The
-authors' way, written here from the paper: a random head (H×H, tanh, H→2) on the frozen encoder,
-which reads every pair again in every epoch; 2 epochs, batch 64, learning rate 2e-5, AdamW with
-weight decay 0.01, cross-entropy. A fairer rival of the same shape: its features kept, learning rate
-1e-3, up to 200 epochs, the one that is best on the user's last fifth. Same encoder, rows and labels
-for all. Held-out log-loss per pair is over the new users' later groups. Exits with 1 where a limit
-is missed.
+Ours: linear heads under the prior, with base and strengths learned on other users, and cached
+features. The authors' way, implemented from the paper: a random head (H×H, tanh, H→2) on the frozen
+encoder, which reads every pair again in every epoch; 2 epochs, batch 64, learning rate 2e-5, AdamW
+with weight decay 0.01, cross-entropy. A fairer baseline of the same shape: cached features,
+learning rate 1e-3, at most 200 epochs, early stopping on the user's last fifth. Encoder, rows and
+labels are the same for all. The held-out log-loss per pair is over the new users' later groups.
+Exits with 1 if a limit is missed.
 """
 
 import argparse

@@ -1,21 +1,20 @@
-"""What the gateway adds to an answer, over a mock upstream of fixed latency on loopback, beside the
-LiteLLM proxy where that is there.
+"""The latency that the gateway adds to an answer, over a mock upstream of fixed latency on
+loopback, beside the LiteLLM proxy if that is installed.
 
     python benchmarks/gateway.py [--seconds 20] [--features cross] [--soak 300] [--litellm
     VENV/bin/litellm] [--json]
 
-One server process, the mock in a second, the client in a third, all on this machine's cores. The
-client sends at a fixed rate, whether or not earlier requests have been answered; the added latency
-is the client's time minus that of the mock asked directly, in the same run. No two questions and no
-two answers are alike.
+Server, mock and client are one process each on this machine. The client sends at a fixed rate,
+whether or not earlier requests have been answered; the added latency is the client's time minus
+that of direct requests to the mock in the same run. All questions and answers differ.
     personal   a user with 100 records, 10 retrieved, 8 candidates, tower features
     most       requests a second with 64 in flight
-    cold       users whom the server has not seen since it began, of 1,000 with 100 records each in
-               SQLite, their records' features kept
-               as after a fit, or never encoded
-    head       moving a head with a full window of 64 judged answers, without HTTP and database
-    feedback   one piece of it after another over HTTP, each moves the head; the window is nearly
-               full in the end
+    cold       users that the server has not seen since its start, of 1,000 with 100 records each in
+               SQLite; their records' features are cached, as after a fit, or never encoded
+    head       an online update of a head with a full window of 64 rated answers, without HTTP and
+               database
+    feedback   feedback requests one after another over HTTP, each updates the head; the window is
+               nearly full at the end
     soak       200 clients, each sends its next request when it has its answer, half of them for
                users; memory is the server's resident set
 """

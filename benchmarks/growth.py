@@ -1,37 +1,35 @@
-"""How the seconds of each stage grow with users, records per user and words per text, held against
-the law that the design expects.
+"""How the time of each stage grows with users, records per user and words per text, compared with
+the growth that the design expects.
 
     python benchmarks/growth.py [--stages learn fit ...] [--runs 5] [--seed 0] [--json] [--out
     FILE.json] [--plot FILE.svg]
 
-Each series varies one thing over a geometric grid and leaves all else at its base: 4 training
-users, 20 records a user, 20 words a text (an answer of the headline task has half as many), M = 10,
-k = 4, 8 candidates. Bundles of many users hold a head and a history for each, and those who ask are
-drawn by lot. Tower features, linear heads, the packaged encoder; users are made up (people.py).
+Each series varies one thing over a geometric grid; the rest is constant: 4 training users, 20
+records a user, 20 words a text (an answer of the headline task has half as many), M = 10, k = 4, 8
+candidates. Bundles of many users hold a head and a history for each; the asking users are random.
+Tower features, linear heads, the packaged encoder; users are simulated (simulated_users.py).
 
-The main figure is the processor's time of all threads (torch has one), as a busy machine stretches
-the wall's clock; that one stands in the JSON beside it. Medians of several runs after a warm-up,
-the sizes taking turns; slow stages get three fifths of the runs. The law is seconds = a + b·x^p
-(power_law.py says how it is fitted); `grows` is the share of the largest size's time that is not
-the fixed cost a: where it is small, p says little. The interval of p is a bootstrap over the runs,
-and with few runs too narrow.
+The main figure is the processor time of all threads (torch has one), as wall-clock time depends on
+the load of the machine; it is in the JSON too. Medians of several runs after a warm-up, the sizes
+in turn; slow stages have three fifths of the runs. The growth law is seconds = a + b·x^p (fitted as
+in power_law.py); `grows` is the share of the largest size's time that is not the fixed cost a: if
+it is small, p says little. The interval of p is a bootstrap over the runs, too narrow for few runs.
 
-    label      learn's part before the fits: histories read, retrieval, prompts, bookkeeping of the
-               LLM's answers, labelled groups
-    train      learn's fits of base and heads, features kept
-    fit        one new user's two heads; `first sight`: no text is known, the encoder reads the
+    label      the part of learning before the fits: reading histories, retrieval, prompts,
+               bookkeeping of the LLM's answers, labelled groups
+    train      the fits of base and heads with cached features
+    fit        both heads of one new user; `first sight`: no text is cached, the encoder reads the
                whole history
-    retrieve   BM25; `first sight`: the user's index is built, `kept`: it is at hand
+    retrieve   BM25; `first sight`: the user's index is built, `kept`: it is cached
     rerank     a new question; `first sight`: the history is new too, `kept`: only the question's
                text is new
     generate   prompt and candidates
-    adapt      8 new headlines, or 12 labels whose query the reranker has read
+    adapt      8 new headlines, or 12 labels whose query the reranker has encoded
     encode     the encoder alone: what `first sight` adds
 
-The LLM is a fake that answers at once (its own time, some hashing, is in the figures): what it
-costs is told in calls and prompt tokens (words, to the fake), which are counts and so exact. Words
-stop where neither the encoder's window (256 tokens) nor max_prompt_tokens cuts: beyond, time and
-tokens stay as they are.
+The LLM is a fake that answers at once (its own time is included); its cost is given in calls and
+prompt tokens (words, for the fake), which are exact. Texts are short enough that neither the
+encoder's window (256 tokens) nor max_prompt_tokens cuts them.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/harness.py [--queries 1000] [--methods rag@4 hydra@4,8] [--seed 0] [--json]
 
-Made-up users rate by topic (people.py), the LLM is a fake whose answers are in the cache after a
-first run; timed is the second run of each method into a new run folder: retrieval, reranking,
-prompts, look-ups, adapting, the sample's line, and the table with its bootstrap. The limit is for
-the first method. Exits with 1 where it is missed.
+Simulated users rate by topic (simulated_users.py); the LLM is a fake whose answers are cached after
+a first run. The second run of each method into a new run folder is timed: retrieval, reranking,
+prompts, cache look-ups, selection, the run log, and the table with its bootstrap. The limit is for
+the first method. Exits with 1 if it is missed.
 """
 
 import random

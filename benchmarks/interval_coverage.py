@@ -1,16 +1,16 @@
-"""How often the benchmark's 95 % intervals hold the truth, per metric, for as few users as our own
-runs have, beside other intervals.
+"""Coverage of the benchmark's 95 % intervals, per metric, for as few users as the committed runs
+have, beside other intervals.
 
     python benchmarks/interval_coverage.py [--users 13] [--queries 5] [--runs 400] [--json]
 
-Made-up people with tastes of their own answer by two methods of known skill. The truth is the same
-metric on very many of them; then `runs` small benchmarks are drawn, each with an interval for one
-method and for the paired difference of both:
+Simulated users with different preferences are answered by two methods of known accuracy. The truth
+is the same metric on very many users; then `runs` small benchmarks are drawn, each with an interval
+for one method and for the paired difference of both:
     ours         `hydra_llm.bench.stats`
     percentile   the expanded percentile bootstrap over users, for every metric
     bca          the bias-corrected and accelerated bootstrap over users
-Prints the share of intervals that hold the truth and their mean width. No LLM, no data set; two to
-four minutes a size.
+Prints the share of intervals that contain the truth and their mean width. No LLM, no data set; two
+to four minutes a size.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""What the scripts here share: kinds timed in turn, medians with quartiles, limits, one way to
-report them.
+"""What the scripts here share: jobs timed in turn, medians with quartiles, limits, one report.
 
-Kinds are run in turn within one process, so that a busy machine slows all of them alike; what
-counts is their ratio.
+Jobs are run in turn within one process, so that load on the machine slows all of them alike; their
+ratio counts.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""An OpenAI-compatible endpoint that says the same after a fixed time: what a gateway adds to it is
-the gateway's own.
+"""An OpenAI-compatible endpoint that answers after a fixed time, to measure what a gateway adds.
 
     python benchmarks/mock_upstream.py --port 9000 --latency 0.05
 
-Bare ASGI, so that it costs as little as can be; `n` gives as many choices, no two answers alike.
+Plain ASGI, for a low overhead; `n` gives as many choices, and all answers differ.
 """
 
 import argparse

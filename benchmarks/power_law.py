@@ -1,12 +1,10 @@
-"""Seconds as a + b·x^p: the growth law of what was measured at several sizes, with an interval for
-p.
+"""Time as a + b·x^p: the growth law of measurements at several sizes, with an interval for p.
 
-a, b and p are chosen together by least squares of the relative errors, a and b not below 0, p from
-0.1 to 3: a fixed cost that is paid at every size (a) would otherwise hide how the rest grows. Where
-the curve rises by less than a fifth from the smallest size to the largest, nothing can be said of
-what so little grows by: the law is then the constant, and p is 0. The interval is a bootstrap over
-the repeats at each size; it knows the noise of the clock, not whether the law is of this form.
-Knows no stages. Letters: D draws, P exponents on trial, S sizes, R repeats.
+a, b and p minimize the squared relative errors, with a and b not below 0 and p from 0.1 to 3; the
+fixed cost a would otherwise hide how the rest grows. If the time rises by less than a fifth from
+the smallest to the largest size, p cannot be estimated: the law is then constant, and p is 0. The
+interval is a bootstrap over the repeats at each size; it covers the noise of the clock, not whether
+the law has this form. Letters: D draws, P exponents, S sizes, R repeats.
 """
 
 from collections.abc import Sequence

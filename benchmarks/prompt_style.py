@@ -1,15 +1,15 @@
-"""How records should stand in the prompt of a task with labels, by the LLM's greedy answers for
+"""How to present records in the prompt of a task with labels, by the LLM's greedy answers for
 training users.
 
     python benchmarks/prompt_style.py [--data FOLDER] [--llm smollm2] [--users 12] [--queries 3]
     [--k 4] [--unconstrained] [--json]
 
-Three ways to ask each of a training user's latest records: without records (`none`), with the k
+Three prompts for each of a training user's latest records: without records (`none`), with the k
 best of BM25 as one list (`block`), and with the same records as earlier turns of the conversation
-(`turns`). The gain is DESIGN 3's; for ratings, the correlation of answers and truth tells whether
-the LLM listens at all, and the share of its most frequent answer whether it repeats itself. Without
-`--data` the users are the demo's. Nothing here has a limit: it is the measurement behind a default
-(`prompt_style=auto`). Answers are kept in the cache of the LLM, as everywhere.
+(`turns`). The gain is the task's; for ratings, the correlation of answers and truth says whether
+the LLM uses its input at all, and the share of its most frequent answer whether it repeats itself.
+Without `--data` the users are the demo's. There is no limit: this is the measurement behind a
+default (`prompt_style=auto`). Answers are cached.
 """
 
 import argparse

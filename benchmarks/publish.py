@@ -1,4 +1,4 @@
-"""Put a finished run among the committed results: figures, report and plots, and the recording that
+"""Add a finished run to the committed results: figures, report and plots, and the recording that
 repeats it; no text of the data.
 
     python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE --arguments
@@ -6,10 +6,11 @@ repeats it; no text of the data.
 
 `--arguments` are those of `bench run` beside DATA, --llm, --out and --record.
 
-Writes benchmarks/results/NAME: the manifest, `report.json` (what `bench show --against rag@4
---json` says), `report.md`, plots, the recording, and the commands with which `benchmarks/replay.py`
-repeats them. `samples.jsonl` stays behind: it quotes the data. With the runs of the other results
-`--beside` it, also benchmarks/results/overall.json: what all of them say together.
+Writes benchmarks/results/NAME: the manifest, `report.json` (the output of `bench show --against
+rag@4 --json`), `report.md`, plots, the recording, and the commands with which
+`benchmarks/replay.py` repeats them. `samples.jsonl` is left out, as it quotes the data. With the
+runs of the other results `--beside` it, also benchmarks/results/overall.json: the results over all
+tasks.
 """
 
 import argparse

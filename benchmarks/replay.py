@@ -3,14 +3,14 @@ and compare every figure.
 
     python benchmarks/replay.py DATA [--only NAME]
 
-DATA is the folder in which the data sets lie (`DATA/movie_rating`, ...); they are not part of this
-repository. For each folder of `benchmarks/results` that has one, `commands.json` says of which data
-set it is and how it was made, and `recording.jsonl.gz` what the LLM answered. All that
-`report.json` holds must come out again to three decimals: metrics and intervals of every method and
-seed, paired differences, shares over the best prompts, what was found, what learning reached and
-asked; only the seconds of this machine may differ. So must `overall.json`, what all of them say
-together, and `reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the same
-recordings. Leaves with 1 and names what does not.
+DATA is the folder of the data sets (`DATA/movie_rating`, ...), which are not part of this
+repository. For each folder of `benchmarks/results`, `commands.json` names the data set and the
+arguments, and `recording.jsonl.gz` holds the LLM's answers. Everything in `report.json` must come
+out again to three decimals: metrics and intervals of every method and seed, paired differences,
+shares over the best prompts, findings, results and costs of learning; only this machine's seconds
+may differ. So must `overall.json`, the results over all tasks, and `reranker_labels.json`, which
+`benchmarks/reranker_labels.py` measures on the same recordings. Exits with 1 and names what
+differs.
 """
 
 import argparse

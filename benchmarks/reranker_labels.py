@@ -1,18 +1,18 @@
-"""What should teach the reranker: the LLM's use of single records, or what each record's own answer
-would be worth?
+"""Which labels to learn the reranker from: the LLM's answers with single records, or the gain of
+each record's own answer.
 
     python benchmarks/reranker_labels.py DATA --llm SPEC [--users 20] [--queries 3] [--retrieved 5]
     [--folds 5] [--set NAME=VALUE] [--json]
 
-The measurement behind a default (`reranker_labels=history`), on training users alone. Their latest
-queries are asked once per retrieved record, as learning does: those answers, kept in the cache or a
-recording (`--llm replay:FILE`), are the truth. Users take turns in folds; the base is learned on
-the other folds' users, the heads on what came before the judged queries, once from the LLM's
-answers (`llm`, as published) and once from copies (`history`). Printed is the mean gain of the
-LLM's answer with the first record of each order, with its paired difference from the retriever's
-first and a 95 % interval over users; `best` is the bound, `copy` the record whose own answer is
-worth most, which only the gold answer tells. Last, how copies and answers go together within a
-query (correlation).
+The measurement behind a default (`reranker_labels=history`), on training users alone. The LLM is
+asked for their latest queries once per retrieved record, as in learning; these answers, cached or
+recorded (`--llm replay:FILE`), are the truth. In cross-validation over users, the base is learned
+on the other folds' users and the heads on the records before the judged queries, once from the
+LLM's answers (`llm`, as published) and once from the records' own answers (`history`). Printed is
+the mean gain of the LLM's answer with the first record of each order, with its paired difference
+from the retriever's first and a 95 % interval over users; `best` is the upper bound, `copy` the
+record whose own answer has the highest gain, which needs the gold answer. Last, the correlation of
+both kinds of labels within a query.
 """
 
 import argparse

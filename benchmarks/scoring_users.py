@@ -1,12 +1,12 @@
-"""Does scoring 20 candidates for one user cost the same with few users in the bank as with very
-many? What does a user weigh?
+"""Whether scoring 20 candidates for one user takes equally long with few and with very many users,
+and how much memory a user takes.
 
     python benchmarks/scoring_users.py [--runs 60] [--seed 0] [--json]
 
-Each run scores for users drawn by lot, so that a large bank cannot live on the processor's cache;
-banks of both sizes take turns. `cross` features at H = 768. Exits with 1 where the large bank is
-more than 1.2 times as slow, or where a user takes other than what DESIGN 4 says. Memory is that of
-the bank's tensors, and beside it the growth of the process.
+Each run scores for random users, so that many users do not fit the processor's cache; both sizes
+are run in turn. `cross` features at H = 768. Exits with 1 if many users are more than 1.2 times as
+slow, or if a user takes more memory than documented. Memory is that of the heads, and beside it the
+growth of the process.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Users with known tastes, made up for the scripts here, and the same rows from a real data set.
+"""Simulated users with known preferences for the scripts here, and the same rows from a real data
+set.
 
-A text mixes words of two topics; a person cares for some topics more than for others, each person
-in an own way and all persons a little alike. Whoever reads the texts can learn that; how likely
-each label was is known, so that a log-loss can be held against the best possible one.
+A text mixes words of two topics; each user prefers some topics, in part individually and in part as
+all users do. The preferences can be learned from the texts, and the probability of each label is
+known, so that a log-loss can be compared with the best possible one.
 """
 
 import math

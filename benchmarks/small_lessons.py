@@ -1,16 +1,17 @@
-"""What the adapter learns from a few labelled queries of texts: with small lessons judged whole,
-and as it was before.
+"""Learning the adapter from a few labelled queries of a text task: constants for few groups against
+the general ones.
 
     python benchmarks/small_lessons.py DATA --llm SPEC [--users 20] [--new 17] [--splits 24] [--set
     NAME=VALUE] [--json]
 
-The measurement behind two constants (`learning.fit.TINY_FOLDS`, `learning.table.FEW`), on training
-users and on new users' histories alone, never on their queries. All of them have groups of
-candidates, as learning and fitting make them (`--llm replay:FILE` asks nobody). In each split as
-many as there are training users, by lot, teach a base, and the others judge: all their groups under
-the shared head, and each group by a head of those before it. Printed are the mean cross-entropy and
-gain of the picks; `before` is the same with folds of a third of the users and the last third of
-each user's groups. Equal shares and the first candidates stand beside them.
+The measurement behind two constants of training (more folds, and validation on all groups, if there
+are few), on training users and on new users' histories alone, never on their queries. All users
+have groups of candidates, as learning and fitting make them (`--llm replay:FILE` makes no calls).
+In each random split as many users as there are training users teach a base, and the others
+validate: all their groups under the shared head, and each group under a head of the groups before
+it. Printed are the mean cross-entropy and the gain of the picks; `before` is the same with folds of
+a third of the users and the last third of each user's groups. Equal shares and the first candidates
+are beside them.
 """
 
 import argparse

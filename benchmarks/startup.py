@@ -3,7 +3,7 @@ run.
 
     python benchmarks/startup.py [--runs 15] [--json]
 
-The kinds are run in turn, so that a busy machine slows all of them alike. Exits with 1 where a
+The kinds are run in turn, so that load on the machine slows all of them alike. Exits with 1 if a
 median is above its limit.
 """
 

@@ -113,9 +113,9 @@ def test_scores_stand_with_their_intervals_and_what_failed_has_none(opened: repo
 
 
 def test_every_group_has_a_look_of_its_own() -> None:
-    for looks in (plots.COLOURS, plots.SHAPES):
-        assert set(looks) == set(report.GROUPS)
-        assert len(set(looks.values())) == len(looks)
+    assert set(plots.LOOKS) == set(report.GROUPS)
+    for looks in zip(*plots.LOOKS.values(), strict=True):
+        assert len(set(looks)) == len(plots.LOOKS)
 
 
 def test_cost_stands_beside_the_score(opened: report.Run) -> None:

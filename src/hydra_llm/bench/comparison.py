@@ -71,12 +71,8 @@ def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
     """
     ours, theirs = (_by_query(samples) for samples in (own, base))
     no_seeds = any(per_sample(samples[0].method) for samples in (own, base) if samples)
-    return [
-        each
-        for key in ours
-        if key in theirs
-        for each in _pair_seeds(ours[key], theirs[key], no_seeds)
-    ]
+    common = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    return [each for sides in common for each in _pair_seeds(*sides, no_seeds)]
 
 
 def _by_query(samples: Sequence[Sample]) -> dict[tuple[str, str], dict[int, Sample]]:

@@ -10,7 +10,6 @@ from hydra_llm.bench.method import Answerer, Learner, Method, Parts
 from hydra_llm.bench.metrics import Failed, Metric, score
 from hydra_llm.bench.runlog import Key, RunLog, Sample
 from hydra_llm.bench.stats import interval
-from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, LLMError
 from hydra_llm.llm.concurrency import StageProgress, map_calls
@@ -51,21 +50,13 @@ async def run_methods(
         LLMError: the budget is spent, or every call failed (the first error).
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
-    instances = {
-        (each.name, part.seed): (each, part) for each in methods for part in each.instances(seeds)
-    }
-    answerers = {name: each.build(part) for name, (each, part) in instances.items()}
-    records = {
-        name: _records_shown(each, part.settings) for name, (each, part) in instances.items()
-    }
+    instances = [(each, part) for each in methods for part in each.instances(seeds)]
+    answerers = {(each.name, part.seed): each.build(part) for each, part in instances}
+    by_records = sorted(instances, key=lambda each: _records_shown(*each))
+    order = dict.fromkeys((each.name, part.seed) for each, part in by_records)
     done = {} if log is None else dict(log.samples)
     faults: list[LLMError] = []
-    todo = [
-        (*name, query)
-        for query in queries
-        for name in sorted(answerers, key=records.__getitem__)
-        if _key(*name, query) not in done
-    ]
+    todo = [(*name, q) for q in queries for name in order if _key(*name, q) not in done]
 
     async def one(case: Case) -> Sample:
         sample = await _sample(case, answerers[case[:2]], faults)
@@ -82,9 +73,9 @@ async def run_methods(
     return [done[_key(*name, query)] for name in answerers for query in queries]
 
 
-def _records_shown(method: Method, settings: Settings) -> int:
+def _records_shown(method: Method, parts: Parts) -> int:
     """How many records its prompts show, as far as the parameters and settings tell."""
-    default = settings.k if "reranker" in method.uses or "k" in method.takes else 0
+    default = parts.settings.k if "reranker" in method.uses or "k" in method.takes else 0
     return method.given.get("k", default)
 
 

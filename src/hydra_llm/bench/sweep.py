@@ -329,11 +329,8 @@ def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
     records = {user: data.history(user) for user in data.users()}
     queries = {user: data.queries(user) for user in data.users()}
     for user in data.users("test"):
-        early = [
-            record
-            for record in records[user]
-            if all(precedes(record, query) for query in queries[user])
-        ]
+        asked = queries[user]
+        early = [each for each in records[user] if all(precedes(each, query) for query in asked)]
         records[user] = early[max(0, len(early) - count) :]
     return DataSet(data.task, data.splits, records, queries, data.notes)
 

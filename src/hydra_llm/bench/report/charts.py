@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 LINES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 SHAPES = ("circle", "diamond", "triangle-down", "triangle-up", "square", "cross")
 FONT = "Helvetica, Arial, sans-serif"
-AXIS = {
-    "labelColor": "#222222",
-    "titleColor": "#222222",
-    "titleFontWeight": "normal",
-    "gridColor": "#E6E6E6",
-}
+DARK, GRID = "#222222", "#E6E6E6"
+AXIS = {"labelColor": DARK, "titleColor": DARK, "titleFontWeight": "normal", "gridColor": GRID}
 
 
 def require() -> None:

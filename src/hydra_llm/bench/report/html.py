@@ -120,13 +120,10 @@ def _figures(report: Report) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
     drawn = {name: Markup(svg(plot)) for name, plot in plots(report).items()}
-    found = [
-        (kind, caption, [plot for name, plot in drawn.items() if name.startswith(kind)])
-        for kind, caption in CAPTIONS.items()
-    ]
+    of_kind = {kind: [drawn[name] for name in drawn if name.startswith(kind)] for kind in CAPTIONS}
     return [
-        {"kind": kind, "caption": caption, "plots": those}
-        for kind, caption, those in found
+        {"kind": kind, "caption": CAPTIONS[kind], "plots": those}
+        for kind, those in of_kind.items()
         if those
     ]
 

@@ -38,11 +38,8 @@ def label_places(
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     labels = []
     for (x, y), width in zip(points, widths, strict=True):
-        tries = [
-            Label(x + 9 * sign, y + up, width, side, up != 0)
-            for up in UPWARD
-            for sign, side in SIDES
-        ]
+        places = [(up, sign, side) for up in UPWARD for sign, side in SIDES]
+        tries = [Label(x + 9 * sign, y + up, width, side, up != 0) for up, sign, side in places]
         labels.append(next((label for label in tries if _free(label.box, area, taken)), tries[0]))
         taken.append(labels[-1].box)
     return labels

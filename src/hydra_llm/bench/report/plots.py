@@ -4,16 +4,16 @@ Groups of methods differ in colour and shape. Needs the extra `report`. Knows no
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from hydra_llm.bench.comparison import changes_by_user, pair
 from hydra_llm.bench.report.cells import axis_title
 from hydra_llm.bench.report.charts import chart, legend, points, require, styled, svg, title
-from hydra_llm.bench.report.labels import label_places
+from hydra_llm.bench.report.labels import Side, label_places
 from hydra_llm.bench.report.tables import GROUPS, Report, TableRow
 from hydra_llm.errors import SettingsError
 
@@ -22,23 +22,15 @@ if TYPE_CHECKING:
 
     from hydra_llm.bench.report.charts import Plot
 
-COLOURS = {
-    "prompt": "#0072B2",
-    "hydra": "#D55E00",
-    "adapter": "#CC79A7",
-    "sampling": "#009E73",
-    "control": "#7F7F7F",
-    "bound": "#000000",
+LOOKS = {
+    "prompt": ("#0072B2", "circle"),
+    "hydra": ("#D55E00", "diamond"),
+    "adapter": ("#CC79A7", "triangle-down"),
+    "sampling": ("#009E73", "triangle-up"),
+    "control": ("#7F7F7F", "square"),
+    "bound": ("#000000", "cross"),
 }
-SHAPES = {
-    "prompt": "circle",
-    "hydra": "diamond",
-    "adapter": "triangle-down",
-    "sampling": "triangle-up",
-    "control": "square",
-    "bound": "cross",
-}
-"""By group of a method."""
+"""Group of a method → colour and shape."""
 SIGNS = {"better": "#009E73", "worse": "#D55E00"}
 BARS = 200
 """At most so many users are drawn; of more users evenly spaced ones."""
@@ -92,16 +84,14 @@ def score_plot(report: Report, metric: str) -> "Plot":
     base = chart(data).encode(y=alt.Y("method:N", sort=[row.method for row in rows], axis=axis))
     look: dict[str, Any] = {"title": _axis(report, metric), "scale": alt.Scale(zero=False)}
     x, low = alt.X("value:Q", **look), alt.X("low:Q", **look)
+    colour, shape = _looks(rows)
+    interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
+    failed = base.transform_filter("!isValid(datum.value)").mark_text(align="left", text="failed")
+    marks = points(base.transform_filter("isValid(datum.value)"))
     layers = [
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=2)
-        .encode(x=low, x2="high:Q", color=_colour(rows)),
-        points(base.transform_filter("isValid(datum.value)")).encode(
-            x=x, color=_colour(rows), shape=_shape(rows)
-        ),
-        base.transform_filter("!isValid(datum.value)")
-        .mark_text(align="left", text="failed")
-        .encode(x=alt.value(4)),
+        interval.encode(x=low, x2="high:Q", color=colour),
+        marks.encode(x=x, color=colour, shape=shape),
+        failed.encode(x=alt.value(4)),
     ]
     values = [row.result.metrics[metric][0] for row in rows if row.method == report.baseline]
     for value in (value for value in values if not math.isnan(value)):
@@ -112,11 +102,7 @@ def score_plot(report: Report, metric: str) -> "Plot":
 
 # ---- score against cost
 
-COSTS = {
-    "calls": "LLM calls a query",
-    "tokens": "tokens a query",
-    "llm_seconds": "seconds of LLM a query",
-}
+COSTS = {"calls": "LLM calls", "tokens": "tokens", "llm_seconds": "seconds of LLM"}
 AREA = (460, 340)
 """Width and height of the plot in pixels."""
 
@@ -134,24 +120,21 @@ def cost_plot(report: Report, measure: str) -> "Plot | None":
     data, (most, low, high) = _cost_data(rows, metric, measure)
     x = alt.X(
         "cost:Q",
-        title=f"{COSTS[measure]} (root scale)",
+        title=f"{COSTS[measure]} a query (root scale)",
         axis=alt.Axis(tickCount=6),
         scale=alt.Scale(type="sqrt", domain=[0, most], nice=False),
     )
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     y = alt.Y("value:Q", title=_axis(report, metric), scale=y_scale)
-    base = chart(data)
+    base, (colour, shape) = chart(data), _looks(rows)
+    leader = base.transform_filter("datum.moved").mark_rule(color="#999999", strokeWidth=0.7)
+    names = base.encode(x="at:Q", y="height:Q", text="method:N")
+    left, right = (names.transform_filter(f"datum.side == '{side}'") for side in get_args(Side))
     layers = alt.layer(
-        base.transform_filter("datum.moved")
-        .mark_rule(color="#999999", strokeWidth=0.7)
-        .encode(x=x, y=y, x2="at:Q", y2="height:Q"),
-        points(base).encode(x=x, y=y, color=_colour(rows), shape=_shape(rows)),
-        *(
-            base.transform_filter(f"datum.side == '{side}'")
-            .mark_text(align=side, fontSize=11)
-            .encode(x="at:Q", y="height:Q", text="method:N")
-            for side in ("left", "right")
-        ),
+        leader.encode(x=x, y=y, x2="at:Q", y2="height:Q"),
+        points(base).encode(x=x, y=y, color=colour, shape=shape),
+        left.mark_text(align="left", fontSize=11),
+        right.mark_text(align="right", fontSize=11),
     )
     return styled(layers.properties(width=AREA[0], height=AREA[1]))
 
@@ -264,22 +247,14 @@ def _axis(report: Report, metric: str) -> str:
     return axis_title(metric, report.sign(metric) > 0)
 
 
-def _colour(rows: Sequence[TableRow]) -> "alt.Color":
-    import altair as alt
-
-    return alt.Color("part:N", title=None, legend=legend(3), scale=_by_part(rows, COLOURS))
-
-
-def _shape(rows: Sequence[TableRow]) -> "alt.Shape":
-    import altair as alt
-
-    return alt.Shape("part:N", title=None, legend=legend(3), scale=_by_part(rows, SHAPES))
-
-
-def _by_part(rows: Sequence[TableRow], looks: Mapping[str, str]) -> "alt.Scale":
+def _looks(rows: Sequence[TableRow]) -> "tuple[alt.Color, alt.Shape]":
+    """Colour and shape by the part of the table."""
     import altair as alt
 
     groups = list(dict.fromkeys(row.group for row in rows))
-    return alt.Scale(
-        domain=[GROUPS[group] for group in groups], range=[looks[group] for group in groups]
+    parts = [GROUPS[group] for group in groups]
+    colours, shapes = (
+        alt.Scale(domain=parts, range=[LOOKS[group][which] for group in groups]) for which in (0, 1)
     )
+    look: dict[str, Any] = {"title": None, "legend": legend(3)}
+    return alt.Color("part:N", scale=colours, **look), alt.Shape("part:N", scale=shapes, **look)
