@@ -141,7 +141,7 @@ def picks(having: Parts, queries: Sequence[Query]) -> list[Answer]:
 
 @pytest.mark.parametrize("alike", [True, False], ids=["one taste", "own tastes"])
 @pytest.mark.parametrize("label_features", [True, False], ids=["labels", "tower"])
-def test_tastes_are_learned_from_the_llms_own_samples(alike: bool, label_features: bool) -> None:
+def test_bbox_learns_preferences_from_samples(alike: bool, label_features: bool) -> None:
     records, queries = people(alike)
     having = parts(records, label_features=label_features)
     learned, chance, best = (
@@ -159,7 +159,7 @@ def test_tastes_are_learned_from_the_llms_own_samples(alike: bool, label_feature
     assert nobody > 0.6 if alike else nobody < learned - 0.2, (nobody, learned)
 
 
-def test_texts_are_told_apart_too() -> None:
+def test_bbox_learns_texts() -> None:
     records, queries = people(alike=True)
     having = parts(records, task=TITLES)
     assert gain("bbox-adapter@6", having, queries) > gain("random@6", having, queries) + 0.3
@@ -206,7 +206,7 @@ def made_pools(count: int = 40) -> Pools:
     return Pools(groups, shares, (right @ torch.tensor([2.0, -1.0, 0.0])).argmax(-1))
 
 
-def test_negatives_are_what_draws_by_share_and_energy_would_give_and_the_gold_one_is_none() -> None:
+def test_negatives_are_expected_draws_of_wrong_candidates() -> None:
     energies, shares = torch.tensor([[0.0, math.log(2.0), 5.0]]), torch.tensor([[0.5, 0.25, 0.0]])
     torch.testing.assert_close(distribution(energies, shares), torch.tensor([[0.5, 0.5, 0.0]]))
     pools = made_pools()
@@ -224,9 +224,7 @@ def test_negatives_are_what_draws_by_share_and_energy_would_give_and_the_gold_on
     assert (counts[:, 3] == 0).all()  # the LLM never said it
 
 
-def test_every_round_takes_its_negatives_from_what_the_last_one_learned(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_round_draws_negatives_from_the_last_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     pools, seen = made_pools(), []
 
     def spy(energies: torch.Tensor, *given: Any) -> torch.Tensor:
@@ -257,7 +255,7 @@ def test_every_round_takes_its_negatives_from_what_the_last_one_learned(
 # ---- what it may see, and what it costs
 
 
-def test_the_same_seed_picks_the_same_and_another_starts_elsewhere() -> None:
+def test_bbox_is_deterministic_by_seed() -> None:
     records, queries = people(alike=False)
 
     def scores(**chosen: Any) -> list[list[float | None]]:
@@ -302,7 +300,7 @@ def test_nothing_later_than_the_query_is_seen_nor_its_own_answer(user: str) -> N
     assert picks(parts(records), [late])[0].candidates != picks(altered, [late])[0].candidates
 
 
-def test_pools_are_asked_for_once_and_are_no_part_of_an_answers_cost() -> None:
+def test_bbox_pools_are_sampled_once_outside_answer_costs() -> None:
     records, queries = people(alike=True)
     llm = RuleLLM(anything)
     two = [query for query in queries if query.user == NEW[0]][:3]
@@ -319,7 +317,7 @@ def test_pools_are_asked_for_once_and_are_no_part_of_an_answers_cost() -> None:
     )  # each with a record
 
 
-def test_of_the_training_users_only_those_who_may_be_asked_are() -> None:
+def test_bbox_learns_from_labelled_users_only() -> None:
     records, queries = people(alike=True)
     llm = RuleLLM(anything)
     picks(parts(records, llm, queries_per_user=2, asked_users=1), queries[:1])
@@ -337,7 +335,7 @@ def failing(when: Callable[[str], bool]) -> RuleLLM:
     return RuleLLM(rule)
 
 
-def test_failed_calls_are_left_out_and_without_any_pool_the_query_fails() -> None:
+def test_bbox_skips_failed_calls_and_fails_without_a_pool() -> None:
     records, queries = people(alike=True)
     some = failing(lambda text: "sea" in text)
     calm = [query for query in queries if "sea" not in query.input]

@@ -14,7 +14,7 @@ coverage: Any = pytest.importorskip(
 )
 
 
-def test_the_interval_of_macro_f1_holds_the_truth_where_few_users_lack_labels() -> None:
+def test_macro_f1_interval_covers_the_truth_with_missing_labels() -> None:
     """The percentile interval holds it in half of such benchmarks: draws of users lack whole
     labels, and lie too low.
     """

@@ -1,6 +1,4 @@
-"""Whole runs: seeds that cost no call, a plan that counts what is asked, a stop by SIGTERM, and
-data of many shapes.
-"""
+"""Experiments: seeds without further calls, cost estimates, SIGTERM, data of many shapes."""
 
 import importlib
 import json
@@ -92,9 +90,7 @@ def told(stage: str, done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
-def test_more_seeds_cost_no_more_calls_and_a_repeat_changes_nothing(
-    task: Task, tmp_path: Path
-) -> None:
+def test_more_seeds_need_no_more_calls(task: Task, tmp_path: Path) -> None:
     llm = RuleLLM(by_lot)
     once = run_experiment(experiment(task, tmp_path, llm=llm, seeds=(0,)), told, print)
     asked = len(llm.calls)
@@ -158,7 +154,7 @@ def test_methods_of_equally_many_records_ask_one_after_the_other(tmp_path: Path)
 
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
-def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
+def test_an_estimate_counts_the_calls_of_the_run(task: Task, tmp_path: Path) -> None:
     """Exactly, where no reranker puts records in an order that nobody can know before; else never
     less.
     """
@@ -193,7 +189,7 @@ def test_a_plan_counts_what_the_run_asks(task: Task, tmp_path: Path) -> None:
     assert nothing.total.kept == counted.total.calls
 
 
-def test_a_plan_prices_and_times_by_what_it_saw(tmp_path: Path) -> None:
+def test_an_estimate_uses_measured_tokens_and_prices(tmp_path: Path) -> None:
     one = experiment(TAGS, tmp_path, "zero-shot")
     priced = Experiment(
         **{
@@ -209,7 +205,7 @@ def test_a_plan_prices_and_times_by_what_it_saw(tmp_path: Path) -> None:
     assert stage.calls == 4
 
 
-def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
+def test_estimated_minutes_are_wall_clock(tmp_path: Path) -> None:
     assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot"), told).texts == 0  # reads nothing
     one = experiment(TAGS, tmp_path, "hydra@1,3")
     found = estimate_cost(one, told)
@@ -229,7 +225,7 @@ def test_a_plans_minutes_are_those_of_the_wall(tmp_path: Path) -> None:
     assert estimate_cost(one, told).texts < found.texts  # what it encoded is kept
 
 
-def test_what_shows_a_part_is_left_out_where_that_was_not_learned(tmp_path: Path) -> None:
+def test_methods_without_their_required_part_are_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     same = RuleLLM(
         lambda messages, index, rng: "a song"
@@ -267,7 +263,7 @@ def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:
     }
 
 
-def test_the_command_takes_k_b_and_seeds_and_plans(
+def test_bench_run_takes_k_b_seeds_and_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(users_data(TAGS), tmp_path / "data")
@@ -485,9 +481,7 @@ class Answers(BaseHTTPRequestHandler):
         """A test's server says nothing."""
 
 
-def test_whoever_ends_the_job_loses_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM amid a run, as a scheduler sends it: what was answered is in the recording, and
     nothing of it is asked again.
     """
@@ -602,7 +596,7 @@ def noted_run(folder: Path, fatal: int) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_a_kill_in_any_stage_loses_the_call_in_flight_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_kill_in_any_stage_loses_only_the_call_in_flight(tmp_path: Path) -> None:
     """kill -9 while records are labelled, candidates are labelled, new users are fitted, and
     queries are answered; and without a call in flight: in training, with half a bundle written,
     between fitting and saving, before the results are written.

@@ -1,6 +1,4 @@
-"""What a run says of itself: every sentence stands on the run's own numbers, and is absent where
-there are none.
-"""
+"""Findings, costs and costs of learning come from the figures of the run."""
 
 import json
 import math
@@ -107,7 +105,7 @@ def made(folder: Path, learning: list[dict[str, Any]]) -> Run:
     return open_run(folder)
 
 
-def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) -> None:
+def test_findings_compare_hydra_and_give_reasons(tmp_path: Path) -> None:
     opened = made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}])
     assert findings(make_report(opened)) == [
         "hydra@4,8 is better in accuracy than rag@4 (+0.500 [+0.500, +0.500]).",
@@ -143,7 +141,7 @@ def test_the_sentences_tell_whom_hydra_beats_whom_not_and_why(tmp_path: Path) ->
     ]
 
 
-def test_of_texts_a_pick_is_right_that_is_as_good_as_the_best_sample(tmp_path: Path) -> None:
+def test_a_text_pick_is_correct_if_as_good_as_the_oracle(tmp_path: Path) -> None:
     titles = Task("titles", "generation", "Title? {input}", metrics=("rouge1",))
     opened = made(tmp_path, [])
     picks = [
@@ -165,7 +163,7 @@ def test_of_texts_a_pick_is_right_that_is_as_good_as_the_best_sample(tmp_path: P
     assert not any("probability" in each for each in findings(make_report(other)))
 
 
-def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
+def test_bounds_of_other_samples_give_no_finding(tmp_path: Path) -> None:
     opened = made(tmp_path, [])
     other = Run(
         opened.folder, {**opened.manifest, "settings": {"k": 2}}, opened.task, opened.samples
@@ -174,7 +172,7 @@ def test_bounds_of_other_samples_say_nothing(tmp_path: Path) -> None:
     assert not any("Choosing among" in sentence for sentence in findings(make_report(other)))
 
 
-def test_what_was_not_measured_is_not_said(tmp_path: Path) -> None:
+def test_missing_figures_give_no_finding(tmp_path: Path) -> None:
     skipped = {"reranker": {"skipped": "no record mattered"}, "adapter": {}}
     said = findings(make_report(opened := made(tmp_path, [skipped])))
     assert said[-1] == "No reranker was learned: no record mattered."
@@ -202,7 +200,7 @@ def test_calibration_error_against_the_definition() -> None:
     assert calibration_error(np.ones(3), np.ones(3)) == 0.0
 
 
-def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
+def test_costs_are_per_query_and_per_learning_stage(tmp_path: Path) -> None:
     opened = made(tmp_path, [LEARNED])
     priced = make_report(opened, prices=Prices(prompt=1e6, completion=2e6))
     rows = {row["method"]: row for row in cost_rows(priced)}
@@ -226,7 +224,7 @@ def test_costs_stand_per_query_and_learning_per_stage(tmp_path: Path) -> None:
     assert (fit["stage"], fit["users"], fit["s per user"]) == ("fit adapter, new users", 20, 0.025)
 
 
-def test_what_seeds_share_stands_once(tmp_path: Path) -> None:
+def test_stages_shared_by_seeds_are_listed_once(tmp_path: Path) -> None:
     rows = learning_rows(make_report(made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}])))
     assert [(row["seed"], row["stage"]) for row in rows] == [
         ("all", "label records"),
@@ -237,7 +235,7 @@ def test_what_seeds_share_stands_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_method_that_learns_as_it_answers_tells_what_that_took_once(tmp_path: Path) -> None:
+def test_online_learning_costs_are_counted_once(tmp_path: Path) -> None:
     opened = made(tmp_path, [])
     learned = (
         {"": spent(5, 9.0, calls=40)},

@@ -1,6 +1,4 @@
-"""The page of a run: it holds all that it shows, quotes the data only where that is asked for, and
-trusts no text.
-"""
+"""The HTML page of runs is self-contained, escapes texts, and quotes data only on request."""
 
 import re
 from collections.abc import Sequence
@@ -159,9 +157,7 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
 
 
-def test_answers_are_quoted_only_where_they_are_asked_for_and_are_never_markup(
-    opened: report.Run,
-) -> None:
+def test_answers_are_optional_and_escaped(opened: report.Run) -> None:
     text = page(opened)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "<script" not in text
@@ -211,9 +207,7 @@ def test_the_same_queries_are_drawn_each_time_with_every_answer(opened: report.R
     assert (first.gain, first.text) == (1.0, GOLD)
 
 
-def test_equal_answers_stand_together_and_what_failed_or_was_unreadable_is_told(
-    opened: report.Run,
-) -> None:
+def test_equal_answers_are_grouped_and_failures_shown(opened: report.Run) -> None:
     samples = (
         Sample("rag@1", "u", "q", GOLD, None, "HTTP 500"),
         Sample("rag@4", "u", "q", GOLD, None),

@@ -1,4 +1,4 @@
-"""Each method is what its name says: what the LLM is shown, what is picked, and what it costs."""
+"""Methods: records in the prompt, candidates, picks and costs; names with parameters; plug-ins."""
 
 import random
 import sys
@@ -104,7 +104,7 @@ def test_the_llm_is_shown_what_the_name_says(name: str, expected: list[str]) -> 
     assert len(llm.calls) == 1
 
 
-def test_a_profile_is_written_once_from_the_history_and_stands_before_the_records() -> None:
+def test_pag_writes_one_profile_per_history() -> None:
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
         return "likes it loud" if "characteristic" in messages[-1]["content"] else "loud"
 
@@ -125,7 +125,7 @@ def test_a_profile_is_written_once_from_the_history_and_stands_before_the_record
     assert len(early.calls) == 2
 
 
-def test_records_by_lot_change_with_the_seed_and_not_with_the_run() -> None:
+def test_random_records_depend_on_the_seed_only() -> None:
     drawn = []
     for seed in (0, 0, 1, 2, 3, 4):
         llm = RuleLLM(loud)
@@ -151,7 +151,7 @@ def test_candidates_are_as_many_as_the_name_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["user-majority", "copy-nearest"])
-def test_controls_ask_no_llm(name: str) -> None:
+def test_baselines_without_llm_make_no_call(name: str) -> None:
     llm = RuleLLM(loud)
     assert answer(name, llm).calls == 0
     assert llm.calls == []
@@ -199,7 +199,7 @@ def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
     )  # the right label, but the LLM did not say it
 
 
-def test_one_by_lot_is_every_sample_once() -> None:
+def test_random_answers_once_per_sample() -> None:
     given = of(calm=3, loud=1, odd=0)
     assert [NthSample(place).choose(Context(QUERY), given)[1] for place in range(4)] == [0, 0, 0, 1]
     assert NthSample(2).choose(Context(QUERY), of(calm=0, loud=0))[1] == 0  # nobody said anything
@@ -243,7 +243,7 @@ def test_names_carry_parameters() -> None:
         ("user-majority@1", "without"),
     ],
 )
-def test_a_wrong_parameter_is_told_with_the_right_form(name: str, form: str) -> None:
+def test_a_wrong_parameter_error_shows_the_right_form(name: str, form: str) -> None:
     with pytest.raises(SettingsError, match=f"method '{name}': write it as .*{form}"):
         find_methods([name])
 

@@ -1,6 +1,4 @@
-"""Plots: every figure at its place, users as the tables count them, labels that cover nothing, and
-SVG that needs nothing else.
-"""
+"""Plots show the figures of the tables; labels do not overlap; SVG is self-contained."""
 
 import math
 import re
@@ -72,7 +70,7 @@ def drawn(plot: Any, *columns: str) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(tuple(row.get(column) for column in columns) for row in found))
 
 
-def test_there_is_a_plot_for_each_metric_cost_and_for_the_users(opened: report.Run) -> None:
+def test_there_is_a_plot_per_metric_per_cost_and_of_users(opened: report.Run) -> None:
     assert list(plots.plots(report.make_report(opened))) == [
         "score-mae",
         "score-rmse",
@@ -91,7 +89,7 @@ def test_there_is_a_plot_for_each_metric_cost_and_for_the_users(opened: report.R
     assert list(plots.plots(report.make_report(free))) == ["score-mae", "score-rmse", "users"]
 
 
-def test_scores_stand_with_their_intervals_and_what_failed_has_none(opened: report.Run) -> None:
+def test_score_plot_has_intervals_and_marks_failures(opened: report.Run) -> None:
     shown = report.make_report(opened)
     row = next(line.result for line in shown.rows if line.method == "hydra@4,8")
     found = drawn(plots.score_plot(shown, "mae"), "method", "part", "value", "low", "high")
@@ -118,7 +116,7 @@ def test_every_group_has_a_look_of_its_own() -> None:
         assert len(set(looks)) == len(plots.LOOKS)
 
 
-def test_cost_stands_beside_the_score(opened: report.Run) -> None:
+def test_cost_plot_shows_cost_and_score(opened: report.Run) -> None:
     found = report.make_report(opened)
     plot = plots.cost_plot(found, "calls")
     assert sorted(drawn(plot, "method", "cost", "value")) == [
@@ -197,7 +195,7 @@ def test_many_users_are_thinned_and_their_ends_stay() -> None:
     assert thin == sorted(thin, reverse=True)
 
 
-def test_a_curve_has_a_line_for_each_method_and_bears_what_is_missing() -> None:
+def test_a_curve_has_a_line_per_method_and_skips_nan() -> None:
     points = [
         charts.Point("hydra", 0, 0.4, 0.3, 0.5),
         charts.Point("hydra", 20, 0.6),
@@ -231,7 +229,7 @@ def test_a_curve_has_a_line_for_each_method_and_bears_what_is_missing() -> None:
     assert ticks == ["5", "10", "all"]  # in their own order, not the alphabet's
 
 
-def test_the_svg_is_whole_the_same_each_time_and_asks_for_nothing(opened: report.Run) -> None:
+def test_svg_is_valid_deterministic_and_self_contained(opened: report.Run) -> None:
     shown = report.make_report(opened)
     for plot in plots.plots(shown).values():
         text = charts.svg(plot)
@@ -250,9 +248,7 @@ def test_the_svg_is_whole_the_same_each_time_and_asks_for_nothing(opened: report
     assert charts.svg(plots.plots(shown)["users"]).count("u0") == 0  # no user is named
 
 
-def test_plots_of_several_runs_have_folders_of_their_own(
-    opened: report.Run, tmp_path: Path
-) -> None:
+def test_plots_of_several_runs_have_separate_folders(opened: report.Run, tmp_path: Path) -> None:
     assert run(["bench", "show", str(opened.folder), "--plots", str(tmp_path / "one")]) == 0
     assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [
         "cost-calls.svg",

@@ -66,7 +66,7 @@ def test_what_differs_is_named(again: Any, line: str) -> None:
     assert replay.differing(PUBLISHED, again)[0] == [line]
 
 
-def test_a_published_run_is_repeated_and_a_changed_figure_is_found(
+def test_replay_repeats_a_run_and_finds_changed_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))

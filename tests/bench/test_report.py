@@ -1,6 +1,4 @@
-"""Tables of a run: the right figure at the right place, the best of what is ranked, and differences
-by user.
-"""
+"""Tables of a run: figures, marks of the best, paired differences by user."""
 
 import json
 import math
@@ -61,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "run", {**found, "oracle": answers(0)})
 
 
-def test_every_method_stands_with_its_figures_in_its_part(folder: Path) -> None:
+def test_every_method_is_in_its_part_of_the_table(folder: Path) -> None:
     lines = report.make_report(report.open_run(folder)).rows
     found = {line.method: (line.group, line.result.metrics["mae"][0]) for line in lines}
     assert found == {
@@ -75,7 +73,7 @@ def test_every_method_stands_with_its_figures_in_its_part(folder: Path) -> None:
     assert list(found) == ["rag@1", "rag@4", "hydra@4,8", "mbr", "oracle", "user-majority"]
 
 
-def test_bounds_and_controls_are_not_ranked_and_less_is_better_for_errors(folder: Path) -> None:
+def test_bounds_and_baselines_are_not_marked_as_best(folder: Path) -> None:
     opened = report.open_run(folder)
     places = report.make_report(opened).marks
     assert {key: place for key, place in places.items() if key[1] == "mae"} == {
@@ -89,7 +87,7 @@ def change(found: Relative | None) -> float:
     return found.change
 
 
-def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(folder: Path) -> None:
+def test_the_default_baseline_is_the_best_prompt(folder: Path) -> None:
     lines = {line.method: line for line in report.make_report(report.open_run(folder)).rows}
     assert lines["rag@4"].comparison is None
     assert change(lines["hydra@4,8"].over_prompts) == pytest.approx(
@@ -102,7 +100,7 @@ def test_the_baseline_is_the_best_prompt_and_the_headline_is_relative_to_it(fold
         report.make_report(report.open_run(folder), "best")
 
 
-def test_users_are_counted_once_and_the_worst_tenth_is_who_loses_most() -> None:
+def test_comparison_counts_users_and_their_worst_tenth() -> None:
     def samples(values: Sequence[str]) -> list[Sample]:
         return [
             Sample("m", user, query, "3", value)
@@ -134,7 +132,7 @@ def seeded(answers: Mapping[int, str], user: str = "u") -> list[Sample]:
     return [Sample("m", user, "q", "3", answer, seed=seed) for seed, answer in answers.items()]
 
 
-def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
+def test_samples_are_paired_by_seed() -> None:
     def answers_of(
         own: Mapping[int, str], base: Mapping[int, str]
     ) -> list[tuple[str | None, str | None]]:
@@ -150,7 +148,7 @@ def test_seeds_stand_beside_their_own_and_one_seed_beside_each() -> None:
     assert pair(seeded({0: "1"}), seeded({0: "1"}, "another")) == []
 
 
-def test_turns_are_no_seeds() -> None:
+def test_samples_of_random_are_not_seeds() -> None:
     turns = [
         replace(sample, method="random@8")
         for sample in seeded({place: str(1 + place % 5) for place in range(8)})
@@ -164,7 +162,7 @@ def test_turns_are_no_seeds() -> None:
     assert len(pair(turns, turns)) == 8
 
 
-def test_a_row_over_seeds_counts_its_queries_once_and_names_each_seeds_figure() -> None:
+def test_a_result_over_seeds_counts_each_query_once() -> None:
     samples = [
         each for user, own in (("a", "1"), ("b", "3")) for each in seeded({0: own, 1: "3"}, user)
     ]
@@ -188,9 +186,7 @@ def test_a_difference_needs_the_more_queries_the_smaller_it_is() -> None:
     assert queries_needed(Paired(0.1, math.nan, math.nan, math.nan, 1, 1), 1) is None
 
 
-def test_the_headline_is_the_mean_over_tasks_of_the_methods_that_all_have(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_overall_is_the_mean_over_tasks_of_common_methods(folder: Path, tmp_path: Path) -> None:
     other = write(
         tmp_path / "other",
         {"rag@4": answers(1), "hydra@4,8": answers(1), "new": answers(0)},

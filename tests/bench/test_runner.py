@@ -1,6 +1,4 @@
-"""A run: failed samples stay visible and unscored, a killed run goes on where it was, and another
-run's folder is refused.
-"""
+"""Runs: failed samples are kept and not scored, a killed run continues, another run is refused."""
 
 import json
 import os
@@ -120,9 +118,7 @@ def test_a_method_of_which_every_call_failed_has_no_figure() -> None:
 
 
 @pytest.mark.parametrize("error", [LLMError("HTTP 500"), LLMRefused("HTTP 401")])
-def test_a_run_of_which_every_call_failed_ends_with_the_first_error_and_keeps_its_samples(
-    tmp_path: Path, error: LLMError
-) -> None:
+def test_all_calls_failing_raises_the_first_error(tmp_path: Path, error: LLMError) -> None:
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
         raise error
 
@@ -232,7 +228,7 @@ def begun(folder: Path, manifest: dict[str, Any] = MANIFEST) -> None:
     (folder / "samples.jsonl").touch()
 
 
-def test_a_manifest_alone_binds_nobody(tmp_path: Path) -> None:
+def test_a_manifest_without_results_is_replaced(tmp_path: Path) -> None:
     """As a run leaves it whose LLM was not there."""
     RunLog(tmp_path, MANIFEST)
     log = RunLog(tmp_path, {**MANIFEST, "seed": 1})
@@ -273,7 +269,7 @@ def test_a_kill_while_the_manifest_is_written_costs_nothing(tmp_path: Path) -> N
         RunLog(tmp_path, {**MANIFEST, "seed": 1})
 
 
-def test_a_run_names_its_versions_and_is_not_continued_by_another(
+def test_a_run_is_not_continued_by_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun(tmp_path)
@@ -363,7 +359,7 @@ def test_samples_of_any_text_are_read_back(
 # ---- methods
 
 
-def test_a_method_without_an_adapter_that_cannot_be_read_answers_nothing() -> None:
+def test_unparsable_answers_without_an_adapter_are_none() -> None:
     for name in ("zero-shot", "rag", "hydra-reranker", "random"):
         samples = run(RuleLLM(lambda *_: "who knows"), None, (name,))
         assert {sample.answer for sample in samples} == {None}, name
@@ -409,7 +405,7 @@ def test_all_is_every_method_at_each_k_and_b() -> None:
     assert len({method.name for method in twice}) == len(twice)
 
 
-def test_a_method_that_learns_answers_with_each_seed_and_the_others_once() -> None:
+def test_only_methods_with_an_adapter_answer_per_seed() -> None:
     llm = RuleLLM(right)
     several = [replace(parts(llm), seed=seed) for seed in (3, 5)]
     samples = run_sync(lambda: run_methods(find_methods(["rag", "hydra"]), several, QUERIES))

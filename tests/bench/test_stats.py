@@ -191,7 +191,7 @@ def test_pairing_sees_a_small_difference_that_two_intervals_hide() -> None:
     st.lists(st.floats(-5, 5).map(lambda value: round(value, 6)), min_size=4, max_size=12),
     st.integers(0, 3),
 )  # none within rounding of 0
-def test_p_is_below_5_percent_just_where_the_interval_excludes_zero(
+def test_p_below_5_percent_iff_the_interval_excludes_zero(
     differences: list[float], seed: int
 ) -> None:
     found = paired(
@@ -243,9 +243,7 @@ def test_one_user_or_none_gives_no_certainty() -> None:
     assert paired([1.0, 2.0], [0.0, 0.0], ["u", "u"]).difference == 1.5
 
 
-def test_the_same_seed_gives_the_same_interval_and_parts_do_not_matter(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_intervals_are_deterministic_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     values, users = simulated(np.random.default_rng(1), users=9, each=2)
     first = interval(values, users, draws=3000, seed=5)
     assert (
@@ -294,6 +292,6 @@ def test_a_share_is_as_sure_as_the_jackknife_says() -> None:
     assert relative([(own["mae"], nothing, users)]) is None
 
 
-def test_a_wrong_number_of_users_is_told() -> None:
+def test_a_wrong_number_of_users_raises() -> None:
     with pytest.raises(ValueError, match="2 samples, but 1 users"):
         interval([1.0, 2.0], ["u"])

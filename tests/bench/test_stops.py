@@ -71,9 +71,7 @@ def answers(folder: Path) -> list[tuple[Any, ...]]:
         "hydra_llm.bench.runlog:RunLog.finish 1",
     ],
 )
-def test_ctrl_c_in_any_stage_is_one_line_and_the_same_command_goes_on(
-    tmp_path: Path, before: str
-) -> None:
+def test_ctrl_c_in_any_stage_can_be_continued(tmp_path: Path, before: str) -> None:
     save(users_data(TITLES), tmp_path / "data")
     asked = command(tmp_path, "run", "--methods", "rag@1,hydra@1,3", "--seeds", "0,1")
     script = INTERRUPTED.format(tests=str(Path(__file__).parents[2]), before=before)

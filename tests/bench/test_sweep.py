@@ -1,6 +1,4 @@
-"""Studies: files are read with every fault in one line, new users have the records that a point
-says, and a stopped study goes on.
-"""
+"""Sweeps: errors of the file, histories of new users, runs that continue."""
 
 import json
 import re
@@ -84,7 +82,7 @@ def written(folder: Path, text: str) -> Path:
 # ---- the file
 
 
-def test_points_and_grids_are_the_points_of_a_study(tmp_path: Path) -> None:
+def test_points_and_grids_are_the_points_of_a_sweep(tmp_path: Path) -> None:
     grid = "vary = { k = [1, 4], votes = [true, false], history = [3] }\n\n"
     grid += '[[points]]\nx = "none"\nmethods = ["zero-shot"]\nsettings = { k = 0 }\n'
     found = load_sweep(written(tmp_path, HEAD + grid))
@@ -138,12 +136,12 @@ def test_a_fault_is_one_line_that_names_file_and_key(text: str, said: str, tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_a_study_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_sweep_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.toml: no such sweep file"):
         load_sweep(tmp_path / "none.toml")
 
 
-def test_there_is_a_file_for_each_study() -> None:
+def test_there_is_a_file_for_each_sweep() -> None:
     named = (
         "k b history training_users cold_start head prior encoder record_answer choosing label_rule"
         " reranker_labels parsing llm"
@@ -152,7 +150,7 @@ def test_there_is_a_file_for_each_study() -> None:
 
 
 @pytest.mark.parametrize("file", SWEEP_FILES, ids=lambda file: file.stem)
-def test_a_committed_study_is_sound(file: Path) -> None:
+def test_committed_sweep_files_are_valid(file: Path) -> None:
     """Its settings are valid, its points differ in something, and it says why it is there."""
     found = load_sweep(file)
     assert found.name == file.stem
@@ -173,7 +171,7 @@ def settings_of(found: Sweep, point: SweepPoint) -> dict[str, Any]:
 # ---- histories
 
 
-def test_new_users_have_the_latest_records_that_all_of_their_queries_may_see() -> None:
+def test_with_history_keeps_the_latest_visible_records() -> None:
     data = made_up()
     assert with_history(data, "all") is data
     for count in range(11):
@@ -206,9 +204,7 @@ def experiment(folder: Path, **given: Any) -> Experiment:
     )
 
 
-def test_without_a_fit_new_users_keep_their_records_and_have_the_shared_head(
-    tmp_path: Path,
-) -> None:
+def test_without_fit_new_users_have_the_shared_head(tmp_path: Path) -> None:
     asked = experiment(tmp_path)
     fitted = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
     bare = learned_bundle(
@@ -312,7 +308,7 @@ def figures(found: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def test_a_study_runs_draws_and_goes_on_without_a_call(
+def test_a_sweep_runs_draws_and_continues_without_calls(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(folder, "--plot", folder / "plot.svg") == 0
@@ -359,7 +355,7 @@ def test_a_study_runs_draws_and_goes_on_without_a_call(
     assert (folder / "out" / "sweep.svg").exists()
 
 
-def test_a_study_is_shown_from_its_folder(
+def test_bench_show_reads_a_sweep_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(folder) == 0
@@ -416,7 +412,7 @@ def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert own.weights == bundles[1].weights
 
 
-def test_a_point_that_fails_is_told_and_the_others_go_on(
+def test_a_failing_point_is_reported_and_others_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written(folder, SWEEP.replace("{ x = 0, history = 0 }", '{ x = 0, llm = "nobody:none" }'))
@@ -428,14 +424,14 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(
     assert "point 0 failed: unknown LLM 'nobody:none'" in capsys.readouterr().err
 
 
-def test_a_study_of_which_every_point_fails_is_an_error(
+def test_a_sweep_whose_points_all_fail_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(folder, llm="fake:fail=error") == 1
     assert "as wished" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_the_points_set_stands_above_the_command(
+def test_settings_of_points_override_the_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written(
