@@ -1,6 +1,4 @@
-"""The BBox-Adapter learns what users like from its own samples, asks nothing twice, and never looks
-ahead.
-"""
+"""BBox-Adapter learns preferences from its own samples and sees no later record."""
 
 import json
 import math

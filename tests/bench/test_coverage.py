@@ -1,6 +1,4 @@
-"""Intervals on simulated people, by `benchmarks/interval_coverage.py`: how often they hold the
-truth.
-"""
+"""Coverage of the intervals on simulated users, by `benchmarks/interval_coverage.py`."""
 
 from typing import Any
 

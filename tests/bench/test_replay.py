@@ -1,6 +1,4 @@
-"""The check of the committed results finds what differs: a comparison that accepts everything would
-go unnoticed.
-"""
+"""The check of the committed results finds every changed figure."""
 
 import json
 import sys

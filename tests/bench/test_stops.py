@@ -1,6 +1,4 @@
-"""What stops a run, or keeps it from beginning: Ctrl-C in every stage, a budget, a recording that
-lacks a call, bad golds, another run.
-"""
+"""Stopped and refused runs: Ctrl-C, budget, incomplete recording, wrong golds, another run."""
 
 import gzip
 import json
