@@ -1,18 +1,26 @@
 """What holds for every test: no network but loopback, caches in a folder of their own, no settings
-from the developer's shell.
+from the developer's shell, bounded memory.
 """
 
 import errno
 import ipaddress
 import os
+import resource
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# On a busy machine an example may take long.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 # Before any test module imports a library that reads them.
 _CACHES = tempfile.TemporaryDirectory(prefix="hydra-llm-tests-")
@@ -24,6 +32,46 @@ os.environ.update(
 )
 for _name in [name for name in os.environ if name.startswith(("HYDRA_", "OPENAI_"))]:
     del os.environ[_name]
+
+
+MAX_MEMORY = 4 * 2**30
+"""Bytes of memory that a test process, or a process that a test starts, may ever hold."""
+_peaks: dict[str, int] = {}
+"""Test file to the largest memory so far, for the files that raised it; of all workers."""
+
+
+def _peak() -> int:
+    usage = (resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(each.ru_maxrss for each in usage) * 1024
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    before = _peak()
+    result = yield
+    if _peak() > before:
+        _peaks[item.nodeid.partition("::")[0]] = _peak()
+    return result
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for file, peak in getattr(node, "workeroutput", {}).get("peaks", {}).items():
+        _peaks[file] = max(peak, _peaks.get(file, 0))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peaks"] = _peaks
+    elif max(_peaks.values(), default=0) > MAX_MEMORY:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    largest = sorted(_peaks.items(), key=lambda item: -item[1])[:3]
+    for file, peak in largest:
+        too_much = f", more than {MAX_MEMORY / 2**30:.1f}" * (peak > MAX_MEMORY)
+        terminalreporter.write_line(f"peak memory {peak / 2**30:.1f} GB in {file}{too_much}")
 
 
 class NetworkBlocked(OSError):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from hydra_llm.cli.main import COMMANDS, NAME, load, run
+from tests.waiting import FOREVER
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(
@@ -121,7 +122,7 @@ def parse(arguments: list[str]) -> None:
 @pytest.mark.parametrize("code", blocks("python", TEXT))
 def test_python_block(code: str, folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=FOREVER
     )
     assert done.returncode == 0, done.stderr
 
@@ -153,16 +154,18 @@ def test_the_gateways_blocks(folder: Path) -> None:
         for kind, code in found:
             here = code.replace("8000", port).replace("gpt-4o-mini", "fake:echo")
             command = ["bash", "-euc", here] if kind == "bash" else [sys.executable, "-c", here]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=FOREVER
+            )
             assert done.returncode == 0, done.stderr
             assert "error" not in done.stdout
             assert ("'head_moved': True" in done.stdout) == (kind == "python")
     finally:
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait(FOREVER) == 0
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
+def _wait_for(port: int, server: subprocess.Popen[bytes], seconds: float = FOREVER) -> None:
     ends = time.monotonic() + seconds
     while True:
         with socket.socket() as probe:

@@ -31,6 +31,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Query, Record
+from tests.waiting import FOREVER
 
 WORDS = ("rain", "war", "love", "night", "star", "sea", "old", "song")
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
@@ -523,7 +524,7 @@ def test_sigterm_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=FOREVER)
     assert (process.returncode, err.splitlines()[-1]) == (
         130,
         "hydra-llm: stopped; the same command continues",
@@ -532,7 +533,7 @@ def test_sigterm_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Answers.go.set()
     Answers.asked = 0
     _, err = (other := begun("two", "second")).communicate(
-        timeout=120
+        timeout=FOREVER
     )  # another machine: no cache, the recording alone
     assert other.returncode == 0, err
     assert Answers.asked == 5

@@ -20,6 +20,7 @@ import pytest
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
+from tests.waiting import FOREVER
 
 SMALL = [
     "--set",
@@ -626,7 +627,7 @@ def slowly(seconds: float, said: str = "2") -> Behaviour:
     return behave
 
 
-QUICK = ["--set", "retries=0", "--set", "timeout=0.5"]
+ONCE = ["--set", "retries=0"]
 BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
     "401": (lambda _: (401, {}, "wrong key"), 2, "HTTP 401"),
     "404": (lambda _: (404, {}, "no such model"), 2, "HTTP 404"),
@@ -641,10 +642,11 @@ def test_an_endpoint_that_never_answers_well_ends_every_command_in_one_line(
     hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path, name: str
 ) -> None:
     behaviour, code, line = BAD_ENDPOINTS[name]
+    quick = [*ONCE, "--set", "timeout=0.5"] if name == "hang" else ONCE
     llm, out, log = serve(behaviour).llm, tmp_path / "bundle", tmp_path / "run"
     for command in (
-        ["ask", "--bundle", bundle, "--llm", llm, "--user", "new", *QUICK, "rain"],
-        ["learn", data, "--llm", llm, "--out", out, *SMALL, *QUICK],
+        ["ask", "--bundle", bundle, "--llm", llm, "--user", "new", *quick, "rain"],
+        ["learn", data, "--llm", llm, "--out", out, *SMALL, *quick],
         [
             "bench",
             "run",
@@ -657,7 +659,7 @@ def test_an_endpoint_that_never_answers_well_ends_every_command_in_one_line(
             log,
             "--methods",
             "rag,user-majority",
-            *QUICK,
+            *quick,
         ],
     ):
         told = hydra(*command)
@@ -689,7 +691,7 @@ def test_a_flawed_endpoint_costs_what_failed_and_a_repeat_asks_for_that_alone(
         tmp_path / "run",
         "--methods",
         "rag",
-        *QUICK,
+        *ONCE,
         "--json",
     ]
     told = hydra(*run_)
@@ -757,7 +759,7 @@ def test_a_full_disk_under_the_cache_costs_the_cache_alone(
         [sys.executable, "-c", FULL, str(limit), *command, "rain " * 900],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=FOREVER,
     )
     assert (done.returncode, done.stdout.strip() in STARS["labels"]) == (0, True), done.stderr
     assert (
@@ -811,7 +813,7 @@ def test_a_second_process_on_the_same_cache_and_ctrl_c_in_the_middle(
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=FOREVER)
     assert (process.returncode, out, err) == (
         130,
         "",
@@ -823,7 +825,7 @@ def test_a_second_process_on_the_same_cache_and_ctrl_c_in_the_middle(
 
     fast.set()
     again = [start(*learn, "--out", tmp_path / name) for name in ("one", "two")]
-    ends = [(*each.communicate(timeout=200), each.returncode) for each in again]
+    ends = [(*each.communicate(timeout=FOREVER), each.returncode) for each in again]
     assert [code for _, _, code in ends] == [0, 0], ends
     assert not set(endpoint.asked[4:]) & set(
         answered

@@ -18,6 +18,7 @@ import pytest
 from hydra_llm import __version__, config
 from hydra_llm.cli.main import COMMANDS, load, run
 from hydra_llm.gateway import settings as serve_settings
+from tests.waiting import FOREVER
 
 # A module with commands that end in every way; `hydra-llm NAME` runs its function of that name.
 ENDINGS = """
@@ -86,7 +87,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def outcome(*arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `hydra-llm ARGUMENTS` in an own process."""
     process = start(*arguments)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=FOREVER)
     return process.returncode, out, err
 
 
@@ -128,7 +129,7 @@ def test_ctrl_c_is_one_line(command: str) -> None:
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)  # into the sleep itself
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=FOREVER)
     assert (process.returncode, err) == (130, "hydra-llm: stopped; the same command continues\n")
 
 
@@ -141,7 +142,7 @@ def test_a_closed_pipe_is_quiet(command: str) -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=FOREVER) == 1
 
 
 @pytest.mark.usefixtures("place")

@@ -3,6 +3,7 @@ says what a test wants.
 """
 
 import asyncio
+import gc
 import json
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fastapi.dependencies.models
 import httpx2
 import openai
 import pytest
@@ -28,6 +30,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Record
+from tests.waiting import FOREVER
 
 TOPICS = {
     "sea": (
@@ -96,7 +99,21 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("bundles") / task.name
         learn(data, RuleLLM(anything), settings, out=folder)
         out[task.name] = folder
+    gc.collect()
+    gc.freeze()  # what is imported by now is never looked at again
     return out
+
+
+@pytest.fixture(autouse=True)
+def freed() -> Iterator[None]:
+    """Free the encoder of each gateway that a test made: FastAPI's caches keep an app's functions,
+    and with them the app, for as long as the process lives.
+    """
+    yield
+    for cached in vars(fastapi.dependencies.models).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+    gc.collect()
 
 
 @dataclass
@@ -264,7 +281,7 @@ async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:
         "server": ("g", 80),
     }
     task, text = asyncio.create_task(app(scope, receive, send)), b""
-    while (piece := await asyncio.wait_for(out.get(), 20)) is not None:
+    while (piece := await asyncio.wait_for(out.get(), FOREVER)) is not None:
         text += piece
         while b"\n\n" in text:
             event, _, text = text.partition(b"\n\n")

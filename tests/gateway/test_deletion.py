@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
+from tests.waiting import FOREVER, async_until
 
 from .conftest import World, running
 
@@ -56,14 +57,6 @@ async def send(world: World, records: list[Record]) -> None:
     ).status_code == 200
 
 
-async def until(true: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if true():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it does not come true")
-
-
 def kept(folder: Path) -> int:
     """Features in the file."""
     with sqlite3.connect(folder / "cache" / "features.sqlite") as file:
@@ -80,7 +73,7 @@ async def test_a_request_under_way_brings_nothing_back(
         features = world.app.state.gateway.serving.bundle.store
         of_bob = set(features._passing)
         await send(world, storms(6))
-        await until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
         reached, deleted, complete = asyncio.Event(), asyncio.Event(), world.upstream.complete
 
         async def late(body: Mapping[str, Any]) -> Any:
@@ -90,7 +83,7 @@ async def test_a_request_under_way_brings_nothing_back(
 
         monkeypatch.setattr(world.upstream, "complete", late)
         asking = asyncio.create_task(world.ask("a question of the deep"))
-        await asyncio.wait_for(reached.wait(), 20)
+        await asyncio.wait_for(reached.wait(), FOREVER)
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
         deleted.set()
         reply = await asking
@@ -116,14 +109,14 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
         serving = world.app.state.gateway.serving
         async with busy(serving.together, monkeypatch):
             await send(world, records)
-            await until(lambda: bool(serving.together._later))
+            await async_until(lambda: bool(serving.together._later))
             if how == "the user":
                 assert (await world.http.delete("/v1/users/ada")).status_code == 200
             elif how == "a record":
                 assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
             else:
                 await send(world, [Record("ada", "r0", "a calm at last", "calm")])
-        await until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
         await serving.together.run(lambda: None)
         gone = texts_of(records if how == "the user" else records[:1])
         assert serving.bundle.store.missing(gone) == len(gone)
@@ -143,9 +136,9 @@ async def test_another_server_writes_no_features_of_a_user_who_is_deleted_here(
         serving = second.app.state.gateway.serving
         async with busy(serving.together, monkeypatch):
             await send(second, storms(6))
-            await until(lambda: bool(serving.together._later))
+            await async_until(lambda: bool(serving.together._later))
             assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await until(lambda: serving.warming.idle)
+        await async_until(lambda: serving.warming.idle)
         assert kept(tmp_path) == 0
     other.close()
 
@@ -156,7 +149,7 @@ async def test_what_changes_amid_the_warming_is_warmed_too(
     async with running(store, bundles["titles"], warm=False) as world:
         for place in range(0, 12, 2):
             await send(world, storms(12)[place : place + 2])
-        await until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
         assert kept(tmp_path) == len(set(texts_of(storms(12))))
 
 
@@ -165,7 +158,7 @@ async def test_a_deletion_tells_how_many_features_have_gone(
 ) -> None:
     async with running(store, bundles["titles"], warm=False) as world:
         await send(world, storms(6))
-        await until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
         count = kept(tmp_path)
         assert count == 18
         assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == count
@@ -182,7 +175,7 @@ def in_store(file: Path, needle: bytes) -> bool:
 async def test_a_reader_who_keeps_the_texts_in_sqlites_log_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store(f"sqlite:///{tmp_path / 'read.db'}", timeout=0.2)
+    store = Store(f"sqlite:///{tmp_path / 'read.db'}", timeout=1.0)
     async with running(store) as world:
         for reading in (True, False):
             await send(world, storms(3))

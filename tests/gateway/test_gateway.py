@@ -6,10 +6,10 @@ import asyncio
 import json
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
+from tests.waiting import FOREVER, async_until
 
 from .conftest import TAGS, TITLES, TOPICS, World, anything, records_of, running, streamed, tastes
 
@@ -50,7 +51,8 @@ async def fitted(world: World, user: str) -> None:
     """Fit a user's heads, and wait for it."""
     answer = await world.http.post(f"/v1/users/{user}/fit")
     assert answer.status_code == 202
-    for _ in range(400):
+    end = time.monotonic() + FOREVER
+    while time.monotonic() < end:
         job = (await world.http.get(f"/v1/users/{user}/jobs/{answer.json()['id']}")).json()
         if job["state"] in ("done", "failed"):
             assert job["state"] == "done", job
@@ -264,7 +266,17 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
             return encode(left, right)
 
         monkeypatch.setattr(serving.bundle.store.encoder, "encode_pairs", noted)
-        busy = asyncio.create_task(serving.together.run(partial(time.sleep, 0.5)))
+        waiting, release, run = 0, threading.Event(), serving.together.run
+
+        async def counted(*work: Any, **more: Any) -> Any:
+            nonlocal waiting
+            waiting += 1
+            if waiting == len(askers):  # release the thread when this one is in the queue too
+                asyncio.get_running_loop().call_soon(release.set)
+            return await run(*work, **more)
+
+        busy = asyncio.create_task(run(release.wait))
+        monkeypatch.setattr(serving.together, "run", counted)
         asked = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
         answers = [answer.json()["personalization"] for answer in asked]
         await busy
@@ -782,7 +794,8 @@ async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answe
         assert first.headers["x-hydra-personalized"] == "true"
         told = first.json()["personalization"]
         assert (told["candidates"], told["warm"]) == (1, False)
-        for _ in range(200):
+        end = time.monotonic() + FOREVER
+        while time.monotonic() < end:
             told = (await world.ask(QUESTION)).json()["personalization"]
             assert (told["candidates"] > 1) == told["warm"]
             if told["warm"]:
@@ -805,10 +818,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         assert serving.pipeline.retriever._index.cache_info().currsize == 1
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        for _ in range(500):
-            if serving.warming.idle:
-                break
-            await asyncio.sleep(0.02)
+        await async_until(lambda: serving.warming.idle)
         await serving.together.run(lambda: None)
         mine = [text for text in texts_of(records) if text != "calm"]
         assert serving.bundle.store.missing(mine) == len(mine)
@@ -1051,7 +1061,8 @@ async def test_a_running_server_switches_to_another_bundle(
             )
             == 0
         )
-        for _ in range(300):
+        end = time.monotonic() + FOREVER
+        while time.monotonic() < end:
             codes = [
                 answer.status_code
                 for answer in await asyncio.gather(*(world.ask(QUESTION) for _ in range(5)))

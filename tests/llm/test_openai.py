@@ -23,6 +23,7 @@ from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Usage
+from tests.waiting import FOREVER
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -360,7 +361,7 @@ async def test_a_hang_ends_at_the_timeout(serve: Any, wire: Any) -> None:
     endpoint: Any = None
 
     def hang(body: dict[str, Any], count: int) -> Any:
-        endpoint.release.wait(30)
+        endpoint.release.wait(FOREVER)
 
     endpoint = serve(hang)
     with pytest.raises(LLMError, match="no answer within 0.2 s"):

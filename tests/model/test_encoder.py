@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hydra_llm.errors import SettingsError
 from hydra_llm.model import encoder as module
 from hydra_llm.model.encoder import Encoder, open_encoder
+from tests.waiting import FOREVER
 
 TEXTS = [
     "A quiet film about rain.",
@@ -103,7 +104,9 @@ def test_the_window_is_the_models_own_where_that_is_smaller(
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=9), batch=st.integers(1, 4))
 def test_a_text_is_encoded_alike_in_every_company(
@@ -368,7 +371,7 @@ def open_from_hub(endpoint: str, home: Path) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=FOREVER,
     )
     return run.stdout.splitlines()
 

@@ -27,7 +27,9 @@ TEXTS = ["night rain", "", "old war film", "night rain", "\x00\ud800🙂"]
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     calls=st.lists(

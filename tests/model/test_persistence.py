@@ -32,6 +32,7 @@ from hydra_llm.model.persistence import (
     write_bundle,
 )
 from hydra_llm.types import Record
+from tests.waiting import FOREVER
 
 RECORDS = {
     "u1": [
@@ -473,7 +474,7 @@ def test_kill_9_leaves_the_old_or_the_new_bundle(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(tmp_path / "bundle"), "0"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=FOREVER,
     )
     assert run.returncode == 0, run.stderr
     bundles, clean = map(int, run.stdout.split())
@@ -495,7 +496,7 @@ def test_a_reader_never_sees_a_mix_while_a_writer_replaces(tmp_path: Path) -> No
     writer.start()
     try:
         tags = set()
-        reads, deadline = 0, time.monotonic() + 60
+        reads, deadline = 0, time.monotonic() + FOREVER
         while (
             reads < 40 or len(tags) < 3
         ) and time.monotonic() < deadline:  # on a slow disk the writer may need a while

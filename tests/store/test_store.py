@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +37,7 @@ from hydra_llm.store.values import (
     StoredHead,
 )
 from hydra_llm.types import Record
+from tests.waiting import until
 
 
 def record(id: str, output: str = "yes", time: str = "2020-01-01", user: str = "ada") -> Record:
@@ -118,7 +118,9 @@ def test_a_removed_record_takes_the_heads_with_it_and_leaves_a_gap(store: Store)
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.lists(
@@ -683,10 +685,10 @@ def test_a_restarted_postgresql_is_met_again_and_has_kept_what_it_acknowledged()
         writer.start()
         for _ in range(3):
             before = len(acknowledged)
-            _until(lambda before=before: len(acknowledged) > before + 5)
+            until(lambda before=before: len(acknowledged) > before + 5)
             with_postgres.restart(programs, found["TEST_POSTGRES_DATA"])
         before = len(acknowledged)
-        _until(lambda: len(acknowledged) > before + 5)
+        until(lambda: len(acknowledged) > before + 5)
         ended.set()
         writer.join()
         there = {each.id for each in store.records("ada")[1]}
@@ -697,10 +699,3 @@ def test_a_restarted_postgresql_is_met_again_and_has_kept_what_it_acknowledged()
     assert len(there - set(acknowledged)) <= 3, (
         "a write whose acknowledgement was lost may be there, once a restart"
     )
-
-
-def _until(true: Callable[[], bool], seconds: float = 30.0) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
