@@ -79,7 +79,8 @@ def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
         assert (second.returncode, second.stdout) == (2, "")
         assert second.stderr.count("\n") == 1
         assert (
-            f"--host 127.0.0.1 --port {port}: Address already in use: take another" in second.stderr
+            f"--host 127.0.0.1 --port {port}: Address already in use: choose another"
+            in second.stderr
         )
 
 
