@@ -184,7 +184,7 @@ async def test_identical_calls_in_flight_are_made_once(tmp_path: Path) -> None:
             group.start_soon(one, n)
     assert len(inner.asked) == 1
     assert {generation.texts[:2] for generation in made} == {("0", "1")}
-    assert llm._turns == {}
+    assert llm._locks == {}
 
 
 async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path) -> None:

@@ -1,3 +1,1 @@
-"""The black boxes: one interface, several engines, a cache and a meter around any of them (DESIGN
-6).
-"""
+"""LLMs: one interface, several engines, a cache and a meter around any of them."""

@@ -1,12 +1,11 @@
-"""Keeps every text that an LLM gave, so that a repeat costs nothing and gives the same (DESIGN 6).
-Wraps any `ChatLLM`.
+"""Keeps every text of an LLM, so that a repeated call costs nothing and gives the same text. Wraps
+any `ChatLLM`; knows no budget and no prices.
 
 A SQLite file with two tables: `requests` (all that was asked, as JSON, under its SHA-256) and
-`answers` (one text, under its request and its index among the candidates; a prompt that was too
-long has its refusal at index -1, for a replay without the LLM to cut it as it was cut). JSON only,
-never pickle. Index i is the same row whether 4 or 8 candidates were asked for; only missing ones
-are asked for. Several processes may share the file: what was stored first stays. Knows no budget
-and no prices.
+`answers` (one text under its request and its index among the samples; a prompt that was too long
+has its refusal at index -1, so that a replay without the LLM cuts it alike). JSON only, never
+pickle. Index i is the same row for 4 and for 8 samples: only missing ones are asked for. Several
+processes may share the file: the first text stored stays.
 """
 
 import hashlib
@@ -15,7 +14,6 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,18 @@ CREATE TABLE IF NOT EXISTS answers (
     payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
 ) WITHOUT ROWID;
 """
+REQUEST = "INSERT OR IGNORE INTO requests VALUES (?, ?)"
+ANSWER = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
+OWN = "SELECT candidate, payload FROM answers WHERE request = ? AND candidate BETWEEN ? AND ?"
+ALL = (
+    "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id = a.request"
+    " WHERE a.candidate >= 0 ORDER BY r.id, a.candidate"
+)
 REFUSED = -1
-"""Where a request's refusal stands among its answers."""
+"""The index of a request's refusal among its answers."""
 Row = Mapping[str, Any]
-"""One stored text: `text`, `calls`, `prompt_tokens`, `completion_tokens`, `seconds`; the shares of
-a call's rows add up to the call.
+"""One stored text: `text`, `calls`, `prompt_tokens`, `completion_tokens`, `seconds`; the rows of a
+call add up to its usage.
 """
 
 
@@ -63,7 +68,7 @@ def key_of(request: Mapping[str, Any]) -> str:
 
 class CachedLLM:
     """Any LLM with its answers kept in `path`. With `replay_only` a missing answer is an error, and
-    the LLM is never asked.
+    the LLM is never asked; errors name `name`, by default the path.
 
     Raises:
         UserFault: the file cannot be opened, or is damaged.
@@ -72,22 +77,15 @@ class CachedLLM:
     def __init__(
         self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False, name: str = ""
     ):
-        self.inner, self.path, self.replay_only, self.name = (
-            inner,
-            Path(path),
-            replay_only,
-            name or str(path),
-        )
+        self.inner, self.replay_only, self.name = inner, replay_only, name or str(path)
         self.used: dict[str, set[int]] = {}
-        """Key of each request that this process made → which candidates it got (`REFUSED` among
-        them): what a recording holds.
+        """Key of each request of this process → indices of the texts it got (`REFUSED` among them):
+        what a recording holds.
         """
+        self.file = CacheFile(Path(path), SCHEMA, "answers", required=True)
         self._replayed = Usage()
-        self._unwritten: dict[
-            tuple[str, int], Row
-        ] = {}  # answers that the disk refused: kept for this process
-        self._turns: dict[str, anyio.Lock] = {}
-        self.file = CacheFile(self.path, SCHEMA, "answers", required=True)
+        self._unwritten: dict[str, dict[int, Row]] = {}  # the disk refused them: key → rows
+        self._locks: dict[str, anyio.Lock] = {}
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -100,14 +98,14 @@ class CachedLLM:
 
     @property
     def usage(self) -> Usage:
-        """What the inner LLM spent (if it counts), and what the cache answered: tokens and seconds
+        """What the inner LLM spent, if it counts, and what the cache answered: tokens and seconds
         as they once were, cost 0.
         """
         spent: Usage = getattr(self.inner, "usage", Usage())
         return spent + self._replayed
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        """Return n texts, kept ones first looked up; identical calls in flight are made once, n
+        """Return n texts, kept ones where there are any. Identical calls in flight are made once; n
         greedy texts are one call.
 
         Raises:
@@ -117,7 +115,7 @@ class CachedLLM:
         request = request_of(self.identity, messages, sampling)
         key, distinct = key_of(request), sampling.n if sampling.temperature > 0 else 1
         async with self._turn(key):
-            rows = self._read(key, distinct)
+            rows = self._read(key, 0, distinct - 1)
             usage = _replayed(rows)
             self._replayed += usage
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
@@ -128,10 +126,9 @@ class CachedLLM:
                 rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
                 usage += made.usage
                 if isinstance(fault, LLMRefused) and fault.fits is not None:
+                    refusal = {"refused": str(fault), "fits": fault.fits}
                     self._use(key, [REFUSED])
-                    self._write(
-                        key, request, {REFUSED: {"refused": str(fault), "fits": fault.fits}}
-                    )
+                    self._write(key, request, {REFUSED: refusal})
                 if fault:
                     raise fault
         self._use(key, range(distinct))
@@ -139,26 +136,16 @@ class CachedLLM:
         return Generation(texts * (sampling.n // distinct), usage)
 
     def kept(self, key: str) -> dict[int, Row]:
-        """What is stored under a request's key: candidate → row."""
-        return self._read(key, sys.maxsize, REFUSED)
+        """What is stored under a request's key: index → row."""
+        return self._read(key, REFUSED, sys.maxsize)
 
     def keep(self, key: str, rows: Mapping[int, Row]) -> None:
         """Store rows of a recording, whose requests are known by their keys alone."""
         self._write(key, {}, rows)
 
-    def _use(self, key: str, candidates: Iterable[int]) -> None:
-        self.used.setdefault(key, set()).update(candidates)
-
     def rows(self) -> Iterator[tuple[Mapping[str, Any], int, Row]]:
-        """Everything in the file: the request, the candidate's index, the stored text with its
-        share of the usage.
-        """
-        query = (
-            "SELECT r.payload, a.candidate, a.payload FROM answers a JOIN requests r ON r.id ="
-            " a.request"
-        )
-        query += " WHERE a.candidate >= 0 ORDER BY r.id, a.candidate"
-        for request, candidate, payload in self.file.read(query):
+        """Everything in the file: request, index, stored text with its share of the usage."""
+        for request, candidate, payload in self.file.read(ALL):
             yield json.loads(request), candidate, json.loads(payload)
 
     async def aclose(self) -> None:
@@ -168,30 +155,42 @@ class CachedLLM:
     @asynccontextmanager
     async def _turn(self, key: str) -> AsyncIterator[None]:
         """One identical call at a time: the next one finds the answers kept."""
-        lock = self._turns.setdefault(key, anyio.Lock())
+        lock = self._locks.setdefault(key, anyio.Lock())
         try:
             async with lock:
                 yield
         finally:
             if not lock.locked():  # else it has passed on to one that waited
-                self._turns.pop(key, None)
+                self._locks.pop(key, None)
 
-    def _read(self, key: str, count: int, first: int = 0) -> dict[int, Row]:
-        query = (
-            "SELECT candidate, payload FROM answers WHERE request = ? AND candidate >= ? AND"
-            " candidate < ?"
-        )
-        found = self.file.read(query, (key, first, count))
-        unwritten = {
-            index: row
-            for (request, index), row in self._unwritten.items()
-            if request == key and first <= index < count
-        }
-        return unwritten | {index: json.loads(payload) for index, payload in found}
+    def _use(self, key: str, candidates: Iterable[int]) -> None:
+        self.used.setdefault(key, set()).update(candidates)
+
+    def _read(self, key: str, first: int, last: int) -> dict[int, Row]:
+        rows = self._unwritten.get(key, {})
+        found = {index: row for index, row in rows.items() if first <= index <= last}
+        for index, payload in self.file.read(OWN, (key, first, last)):
+            found[index] = json.loads(payload)
+        return found
+
+    def _write(
+        self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]
+    ) -> dict[int, Row]:
+        """Keep the rows; returns them as they are kept: where another process was first, its text
+        is the answer.
+        """
+        if not rows:
+            return {}
+        answers = [(key, index, _json(row)) for index, row in rows.items()]
+        if not self.file.write((REQUEST, [(key, _json(request))]), (ANSWER, answers)):
+            self._unwritten.setdefault(key, {}).update(rows)
+            return dict(rows)
+        kept = self._read(key, REFUSED, max(rows))
+        return {index: kept[index] for index in rows}
 
     def _not_kept(self, key: str, candidate: int) -> LLMError:
         """The refusal that was kept, or that there is nothing."""
-        if refused := self._read(key, 0, REFUSED).get(REFUSED):
+        if refused := self._read(key, REFUSED, REFUSED).get(REFUSED):
             self._use(key, [REFUSED])
             return LLMRefused(refused["refused"], fits=refused["fits"])
         return LLMError(
@@ -199,34 +198,13 @@ class CachedLLM:
             " be asked"
         )
 
-    def _write(
-        self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]
-    ) -> Mapping[int, Row]:
-        """Keep the rows; returns them as they are kept: where another process was first, its text
-        is the answer.
-        """
-        if not rows:
-            return rows
-        kept = self.file.write(  # one transaction: a kill leaves all of a call or nothing
-            ("INSERT OR IGNORE INTO requests VALUES (?, ?)", [(key, _json(request))]),
-            (
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
-                [(key, index, _json(row)) for index, row in rows.items()],
-            ),
-        )
-        if not kept:
-            self._unwritten |= {(key, index): row for index, row in rows.items()}
-            return rows
-        stored = self._read(key, max(rows) + 1, REFUSED)
-        return {index: stored[index] for index in rows}
-
 
 def _drawn_with(key: str, seed: int | None, first: int) -> int | None:
-    """The seed of a request's sample `first`; sample i has that of sample 0 plus i, however many
-    are asked for at once.
+    """The seed of a request's sample `first`: that of sample 0 plus `first`, however many are asked
+    for at once.
 
-    Each prompt has draws of its own: with one seed for all, sample i would be the same quantile of
-    every answer's distribution, and the noise of the samples would be common to all queries.
+    Each prompt has seeds of its own: with one for all, sample i would be the same quantile of every
+    answer's distribution, and the samples' noise common to all queries.
     """
     return None if seed is None else (seed + int(key[:8], 16)) % 2**31 + first
 
@@ -245,9 +223,7 @@ async def _arrived(call: Awaitable[Generation], count: int) -> tuple[Generation,
 
 
 def _rows(made: Generation) -> list[Row]:
-    """One row per text; what the call cost is shared out: calls and prompt to the first, the rest
-    evenly.
-    """
+    """One row per text; calls and prompt are the first one's, the rest is shared out evenly."""
     count, usage = len(made.texts), made.usage
     even, rest = divmod(usage.completion_tokens, count or 1)
     return [
@@ -266,21 +242,20 @@ def _replayed(rows: Mapping[int, Row]) -> Usage:
     """What kept rows cost when they were made, as cached calls; no money is spent again."""
     total = Usage()
     for row in rows.values():
-        total += Usage(
-            cached=row["calls"],
-            prompt_tokens=row["prompt_tokens"],
-            completion_tokens=row["completion_tokens"],
-            seconds=row["seconds"],
-        )
+        prompt, completion = row["prompt_tokens"], row["completion_tokens"]
+        total += Usage(0, row["calls"], 0, prompt, completion, seconds=row["seconds"])
     return total
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     """Neighbouring indices as (first, count): each run is one call."""
-    groups = [
-        list(group) for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
-    ]
-    return [(group[0][1], len(group)) for group in groups]
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and sum(runs[-1]) == index:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return runs
 
 
 def _json(value: Any) -> str:

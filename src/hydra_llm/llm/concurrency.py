@@ -1,8 +1,4 @@
-"""Many calls at once, and the one door from sync code to async code. Knows no LLM.
-
-A failed call is not an end: its error stands where its result would be. A spent budget and Ctrl-C
-end everything.
-"""
+"""Many calls at once, and the one way from sync code to async code. Knows no LLM."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +28,9 @@ async def map_calls(
     `LLMError` where one failed.
 
     Raises:
-        BudgetExceeded: after the first one nothing new is begun; what was paid for and is in flight
-            still comes into the cache. LLMRefused: the very first answer was a refusal (of more
-            than one prompt's length), so every other would be one too.
+        BudgetExceeded: once; nothing new is begun, and calls in flight still reach the cache.
+        LLMRefused: the very first answer was a refusal (not of a prompt's length), so every other
+            would be one too.
     """
     results: list[R | LLMError | None] = [None] * len(items)
     fatal: list[LLMError] = []
@@ -68,9 +64,7 @@ async def map_calls(
 
 
 def run_sync(function: Callable[[], Awaitable[R]]) -> R:
-    """Run an async function from sync code; in a notebook, where a loop runs already, in a thread
-    of its own.
-    """
+    """Run an async function from sync code; where a loop runs (a notebook), in another thread."""
     try:
         sniffio.current_async_library()
     except sniffio.AsyncLibraryNotFoundError:

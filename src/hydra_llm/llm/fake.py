@@ -1,9 +1,7 @@
-"""LLMs that are none, for tests, dry runs and demonstrations without a model: everything that they
-say is made up by a rule.
+"""LLMs without a model, for tests, dry runs and demonstrations: a rule makes up every text.
 
-They are called fake wherever their answers are reported. Deterministic: the same messages, index
-and seed give the same text; at temperature 0 the seed and the index count for nothing. Tokens are
-words.
+They are named as fake wherever their answers are reported. Deterministic: the same messages, index
+and seed give the same text; at temperature 0 seed and index have no effect. Tokens are words.
 """
 
 import hashlib
@@ -21,56 +19,47 @@ from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
 Rule = Callable[[Sequence[Message], int, random.Random], str]
-"""(messages, index of the sample, source of chance) -> text."""
+"""(messages, index of the sample, random generator) -> text."""
+Choose = Callable[[Sequence[Message], int, random.Random, Sequence[str]], str]
+"""(messages, index of the sample, random generator, choices) -> text."""
 FAILURES = ("error", "refused", "hang")
 
 
 class RuleLLM:
-    """A fake whose answers are `rule(messages, index, rng)`, or `choose(messages, index, rng,
-    choices)` where choices are given.
-
-    Constrains to choices only if it has `choose`; `calls` is what it was asked, in order.
+    """A fake that answers by `rule`, and by `choose` where choices are given: only with it does it
+    constrain. `calls` holds the messages of each call, in order.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        *,
-        name: str = "rule",
-        choose: Callable[[Sequence[Message], int, random.Random, Sequence[str]], str] | None = None,
-    ):
+    def __init__(self, rule: Rule, *, name: str = "rule", choose: Choose | None = None):
         self._rule, self._choose, self.name = rule, choose, name
         self.calls: list[tuple[Message, ...]] = []
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "kind": "fake",
-            "model": f"fake:{self.name}",
-            "constrains": self._choose is not None,
-        }
+        constrains = self._choose is not None
+        return {"kind": "fake", "model": f"fake:{self.name}", "constrains": constrains}
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
         self.calls.append(tuple(messages))
-        texts = []
-        for index in range(sampling.n):
-            greedy = sampling.temperature == 0
-            sample, salt = (0, 0) if greedy else (index, (sampling.seed or 0) + index)
-            rng = random.Random(_digest([dict(message) for message in messages], salt))
-            if sampling.choices and self._choose:
-                texts.append(self._choose(messages, sample, rng, sampling.choices))
-            else:
-                text = self._rule(messages, sample, rng)
-                texts.append(_cut(text, sampling.max_tokens, sampling.stop))
+        texts = tuple(self._text(messages, sampling, index) for index in range(sampling.n))
         prompt = sum(_words(message["content"]) for message in messages)
-        return Generation(
-            tuple(texts),
-            Usage(calls=1, prompt_tokens=prompt, completion_tokens=sum(map(_words, texts))),
-        )
+        return Generation(texts, Usage(1, 0, 0, prompt, sum(map(_words, texts))))
 
     async def aclose(self) -> None:
         """Nothing to release."""
+
+    def _text(self, messages: Sequence[Message], sampling: Sampling, index: int) -> str:
+        greedy = sampling.temperature == 0
+        sample, salt = (0, 0) if greedy else (index, (sampling.seed or 0) + index)
+        rng = random.Random(_digest([dict(message) for message in messages], salt))
+        if sampling.choices and self._choose:
+            return self._choose(messages, sample, rng, sampling.choices)
+        text = self._rule(messages, sample, rng)
+        for mark in filter(None, sampling.stop):
+            text = text.split(mark, 1)[0]
+        most = sampling.max_tokens
+        return text if _words(text) <= most else " ".join(text.split()[:most])
 
 
 class FailingLLM:
@@ -82,20 +71,20 @@ class FailingLLM:
         self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0
     ):
         self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
-        self._asked = 0
+        self._calls = 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
         return {**self.inner.identity, "fails": f"{self.kind}, every {self.every}"}
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        self._asked += 1
-        if self._asked % self.every:
+        self._calls += 1
+        if self._calls % self.every:
             return await self.inner.generate(messages, sampling)
         if self.kind == "hang":
             await anyio.sleep(self.timeout)
         raise (LLMRefused if self.kind == "refused" else LLMError)(
-            f"fake:fail={self.kind}: call {self._asked} failed as wished"
+            f"fake:fail={self.kind}: call {self._calls} failed as wished"
         )
 
     async def aclose(self) -> None:
@@ -108,16 +97,14 @@ def echo() -> RuleLLM:
 
 
 def label_rule() -> RuleLLM:
-    """Picks among the choices by chance, or echoes the first 8 words of the last user message."""
+    """A random choice, or the first 8 words of the last user message."""
 
     def words(messages: Sequence[Message], index: int, rng: random.Random) -> str:
         asked = [message["content"] for message in messages if message["role"] == "user"]
         return " ".join(asked[-1].split()[:8]) if asked else ""
 
     return RuleLLM(
-        words,
-        name="rule=labels",
-        choose=lambda messages, index, rng, choices: rng.choice(list(choices)),
+        words, name="rule=labels", choose=lambda _, index, rng, choices: rng.choice(list(choices))
     )
 
 
@@ -127,40 +114,30 @@ def scripted(path: Path) -> RuleLLM:
 
     Raises:
         SettingsError: the file cannot be read or is neither.
-        LLMError: when asked: the list is used up, or no key fits.
+        LLMError: in a call: the list is used up, or no key fits.
     """
     try:
         script = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"fake:script={path}: cannot be read as JSON ({error})") from None
-    name = f"script={_digest(script, 0)[:12]}"
-    if isinstance(script, list):
-        return RuleLLM(_in_order(iter(script), path), name=name)
-    if isinstance(script, dict):
-        return RuleLLM(_by_key(script, path), name=name)
-    raise SettingsError(
-        f"fake:script={path}: must be a list of texts, or a map from a part of the message to a"
-        " text"
-    )
+    if not isinstance(script, list | dict):
+        raise SettingsError(
+            f"fake:script={path}: must be a list of texts, or a map from a part of the message to a"
+            " text"
+        )
+    left = iter(script)
 
-
-def _in_order(texts: Any, path: Path) -> Rule:
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        for text in texts:
-            return str(text)
-        raise LLMError(f"fake:script={path}: every text of the list is used up")
-
-    return rule
-
-
-def _by_key(script: Mapping[str, Any], path: Path) -> Rule:
-    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        if isinstance(script, list):
+            for text in left:
+                return str(text)
+            raise LLMError(f"fake:script={path}: every text of the list is used up")
         for part, text in script.items():
             if part in messages[-1]["content"]:
                 return str(text)
         raise LLMError(f"fake:script={path}: no key is part of the last message")
 
-    return rule
+    return RuleLLM(rule, name=f"script={_digest(script, 0)[:12]}")
 
 
 def from_spec(rest: str, settings: Settings) -> ChatLLM:
@@ -198,9 +175,3 @@ def _digest(value: Any, salt: int) -> str:
 
 def _words(text: str) -> int:
     return len(text.split())
-
-
-def _cut(text: str, max_tokens: int, stop: Sequence[str]) -> str:
-    for mark in stop:
-        text = text.split(mark, 1)[0] if mark else text
-    return text if _words(text) <= max_tokens else " ".join(text.split()[:max_tokens])

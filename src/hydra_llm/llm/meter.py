@@ -1,9 +1,7 @@
-"""Counts what an LLM costs and stops a run before it costs more than was allowed (DESIGN 6). Wraps
-any `ChatLLM`; knows no cache.
+"""Counts what an LLM costs and stops a run at its budget. Wraps any `ChatLLM`; knows no cache.
 
-A failed call is counted and its error kept; it is raised to whoever asked, never turned into an
-answer. A call that was stopped in the middle counts as failed too: it reached the LLM, though
-nobody knows its tokens.
+A failed call is counted with its error, which is raised to the caller, never turned into an answer.
+A cancelled call counts as failed too: it reached the LLM, though its tokens are unknown.
 """
 
 import time
@@ -35,11 +33,10 @@ FREE = Prices()
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may spend; None is no limit. Checked before each call, so tokens and cost can pass
-    it by the calls in flight.
+    """What a run may spend; None is no limit. Checked before each call, so that calls in flight can
+    exceed tokens and cost.
 
-    Where an endpoint draws one text per call, the first answer tells; until then a request for n
-    texts counts as one call.
+    A request for n texts counts as one call until the endpoint is seen to draw one text per call.
     """
 
     max_calls: int | None = None
@@ -48,7 +45,7 @@ class Budget:
 
 
 class Meter:
-    """Any LLM with calls counted, priced, limited in number at once and stopped at a budget."""
+    """Any LLM with counted and priced calls, a budget, and at most `concurrency` at once."""
 
     def __init__(
         self,
@@ -58,13 +55,11 @@ class Meter:
         budget: Budget = Budget(),
         concurrency: int = 8,
     ):
-        self.inner, self.prices, self.budget = inner, prices, budget
+        self.inner, self.prices, self.budget, self.parallel = inner, prices, budget, concurrency
         self.usage = Usage()
-        """All that was spent, failed calls among it."""
+        """All that was spent, also by failed calls."""
         self.errors: Counter[str] = Counter()
-        """How often each failure was met."""
-        self.parallel = concurrency
-        """Calls at once."""
+        """Error message → count."""
         self._slots = anyio.Semaphore(concurrency)
         self._in_flight = 0
         self._one_by_one = False  # whether n texts were seen to be n calls
@@ -81,49 +76,46 @@ class Meter:
             LLMError: as the inner LLM says.
         """
         async with self._slots:
-            n = sampling.n
-            calls = n if self._one_by_one else 1
+            calls = sampling.n if self._one_by_one else 1
             self._check_budget(calls)
             self._in_flight += calls
             started = time.perf_counter()
             try:
                 made = await self.inner.generate(messages, sampling)
+                return self._counted(made, sampling.n, time.perf_counter() - started)
             except PartlyFailed as error:
                 self.errors[str(error)] += 1
-                raise PartlyFailed(
-                    str(error), self._counted(error.made, n, time.perf_counter() - started)
-                ) from None
+                counted = self._counted(error.made, sampling.n, time.perf_counter() - started)
+                raise PartlyFailed(str(error), counted) from None
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
                 self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
-                self.errors[
-                    str(error) if isinstance(error, LLMError) else "stopped before it answered"
-                ] += 1
+                told = str(error) if isinstance(error, LLMError) else "stopped before it answered"
+                self.errors[told] += 1
                 raise
             finally:
                 self._in_flight -= calls
-            return self._counted(made, n, time.perf_counter() - started)
 
     async def aclose(self) -> None:
         await self.inner.aclose()
 
     def _counted(self, made: Generation, n: int, waited: float) -> Generation:
         self._one_by_one |= made.usage.calls >= n > 1
-        # An engine whose calls queue knows better than we how long this one took.
-        usage = replace(
-            made.usage, cost=self.prices.cost(made.usage), seconds=made.usage.seconds or waited
-        )
+        # An engine whose calls queue tells its own seconds: waiting would count the queue.
+        seconds = made.usage.seconds or waited
+        usage = replace(made.usage, cost=self.prices.cost(made.usage), seconds=seconds)
         self.usage += usage
-        return Generation(made.texts, usage)
+        return replace(made, usage=usage)
 
     def _check_budget(self, calls: int) -> None:
         """Whether there is room for so many calls more, beside those in flight."""
-        tokens = self.usage.prompt_tokens + self.usage.completion_tokens
-        for name, spent, limit in (
-            ("max_calls", self.usage.calls + self._in_flight + calls - 1, self.budget.max_calls),
-            ("max_llm_tokens", tokens, self.budget.max_tokens),
-            ("max_cost", self.usage.cost, self.budget.max_cost),
+        spent, budget = self.usage, self.budget
+        tokens = spent.prompt_tokens + spent.completion_tokens
+        for name, value, limit in (
+            ("max_calls", spent.calls + self._in_flight + calls - 1, budget.max_calls),
+            ("max_llm_tokens", tokens, budget.max_tokens),
+            ("max_cost", spent.cost, budget.max_cost),
         ):
-            if limit is not None and spent >= limit:
+            if limit is not None and value >= limit:
                 raise BudgetExceeded(
                     f"the LLM's budget {name}={limit} is spent: raise it and run again, what was"
                     " done is kept"

@@ -2,8 +2,7 @@
 --record FILE`, `bench run --replay FILE`.
 
 Gzipped JSON lines: the LLM's identity, then each request's key (the SHA-256 of all that was asked,
-never a prompt) with the texts that it got and what they cost. The same run gives the same bytes.
-Knows no benchmark.
+never a prompt) with its texts and what they cost. The same run gives the same bytes.
 """
 
 import gzip
@@ -14,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from hydra_llm.errors import UserFault
+from hydra_llm.kv import IN_MEMORY
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.types import Generation, Message
 
 FORMAT = 1
-IN_MEMORY = ":memory:"
+Requests = dict[str, dict[int, Any]]
+"""Key → index of the text → row."""
 
 
 class Recorded:
-    """The LLM of a recording: known by name, never asked."""
+    """The LLM of a recording: known by its identity, never asked."""
 
     def __init__(self, identity: Mapping[str, Any]):
         self.identity = identity
@@ -37,23 +38,18 @@ class Recorded:
 
 
 def write_recording(file: Path, llm: CachedLLM) -> int:
-    """Write what this process asked `llm` for, beside what the file holds already; returns how many
-    requests it now has.
+    """Add what this process asked `llm` for to what the file holds; returns the file's number of
+    requests.
 
     Raises:
         UserFault: the file cannot be written, or is a recording of another LLM.
     """
-    found = {key: llm.kept(key) for key in llm.used}
-    requests = {
-        key: {index: found[key][index] for index in sorted(used) if index in found[key]}
-        for key, used in llm.used.items()
-    }
-    known = _of_llm(file, llm) if file.exists() else {}
-    requests = {key: known.get(key, {}) | requests.get(key, {}) for key in {**known, **requests}}
-    lines = [
-        {"format": FORMAT, "llm": dict(llm.identity)},
-        *({"key": key, "rows": requests[key]} for key in sorted(requests)),
-    ]
+    requests = _of_llm(file, llm) if file.exists() else {}
+    for key, used in llm.used.items():
+        kept, rows = llm.kept(key), requests.setdefault(key, {})
+        rows.update((index, kept[index]) for index in sorted(used) if index in kept)
+    lines: list[Any] = [{"format": FORMAT, "llm": dict(llm.identity)}]
+    lines += [{"key": key, "rows": requests[key]} for key in sorted(requests)]
     text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)
     temporary = file.with_name(file.name + ".part")
     try:
@@ -67,7 +63,7 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
 
 def take_up(file: Path, llm: CachedLLM) -> None:
     """Put a recording's answers into the cache of `llm`: a run that was stopped on another machine
-    goes on where it was.
+    resumes.
 
     Raises:
         UserFault: as `read_recording`, or it is a recording of another LLM.
@@ -76,7 +72,7 @@ def take_up(file: Path, llm: CachedLLM) -> None:
         llm.keep(key, rows)
 
 
-def _of_llm(file: Path, llm: CachedLLM) -> dict[str, dict[int, dict[str, Any]]]:
+def _of_llm(file: Path, llm: CachedLLM) -> Requests:
     identity, requests = read_recording(file)
     if identity != dict(llm.identity):
         raise UserFault(
@@ -85,8 +81,8 @@ def _of_llm(file: Path, llm: CachedLLM) -> dict[str, dict[int, dict[str, Any]]]:
     return requests
 
 
-def read_recording(file: Path) -> tuple[dict[str, Any], dict[str, dict[int, dict[str, Any]]]]:
-    """The LLM's identity, and each request's rows by candidate.
+def read_recording(file: Path) -> tuple[dict[str, Any], Requests]:
+    """The LLM's identity, and each request's rows.
 
     Raises:
         UserFault: not there, damaged, or of a newer format.
@@ -115,7 +111,7 @@ def _lines(file: Path) -> Iterator[Any]:
 
 
 def replayed(file: Path) -> CachedLLM:
-    """The recorded LLM: answers what it answered then, and names what it was not asked.
+    """The recorded LLM: a request that is not in the recording is an error.
 
     Raises:
         UserFault: as `read_recording`.

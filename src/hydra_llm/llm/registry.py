@@ -1,9 +1,8 @@
-"""From a written name to a black box: `openai:MODEL[@URL]`, `gguf:PATH`, `smollm2`, `replay:FILE`,
-`fake:...`, or a plug-in's name.
+"""LLMs by name: `openai:MODEL[@URL]`, `gguf:PATH`, `smollm2`, `replay:FILE`, `fake:...`, or a
+plug-in's.
 
 A plug-in is an entry point of the group `hydra_llm.llms`: a function `(rest of the spec, settings)
--> ChatLLM`. The built-in ones are entry points too, only written down here. Each is wrapped as
-cache around meter, so that kept answers cost no budget.
+-> ChatLLM`. Each LLM is wrapped as cache around meter, so that kept answers cost no budget.
 """
 
 from collections.abc import Callable
@@ -29,7 +28,7 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
     kind="LLM",
 )
 REPLAY = "replay:"
-"""A recording in place of an LLM: it needs neither cache nor meter."""
+"""A recording instead of an LLM: it needs neither cache nor meter."""
 FORMS = (
     "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING,"
     " fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
@@ -37,8 +36,7 @@ FORMS = (
 
 
 def open_llm(spec: str, settings: Settings) -> CachedLLM:
-    """Build the LLM that `spec` names, cached in `settings.cache`, metered, priced and limited by
-    the settings.
+    """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings.
 
     Raises:
         SettingsError: an unknown spec, or what it needs is not there.
@@ -50,11 +48,11 @@ def open_llm(spec: str, settings: Settings) -> CachedLLM:
 
 
 def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLLM:
-    """Cache around meter around `llm`; the cache lies in `path` or in the settings' folder."""
+    """Cache around meter around `llm`; the cache file is `path` or in the settings' folder."""
     prices = Prices(settings.price_prompt, settings.price_completion)
     budget = Budget(settings.max_calls, settings.max_llm_tokens, settings.max_cost)
-    # An engine that runs one call at a time gets them in the order in which they were made: the
-    # next one often shares its prompt.
+    # An engine that runs one call at a time gets them in order: the next one often shares its
+    # prompt.
     concurrency = min(settings.concurrency, getattr(llm, "parallel", settings.concurrency))
     meter = Meter(llm, prices=prices, budget=budget, concurrency=concurrency)
     return CachedLLM(meter, path or settings.cache / "llm.sqlite")
