@@ -188,10 +188,9 @@ async def test_identical_calls_in_flight_are_made_once(tmp_path: Path) -> None:
 
 
 async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path) -> None:
-    llm = CachedLLM(
-        FailingLLM(RuleLLM(lambda messages, index, rng: "fine"), every=2), tmp_path / "c.sqlite"
-    )
-    llm.inner._asked = 1  # type: ignore[attr-defined]
+    inner = FailingLLM(RuleLLM(lambda messages, index, rng: "fine"), every=2)
+    inner.calls = 1  # the next one fails
+    llm = CachedLLM(inner, tmp_path / "c.sqlite")
     with pytest.raises(LLMError):
         await llm.generate(MESSAGES, Sampling())
     assert list(llm.rows()) == []

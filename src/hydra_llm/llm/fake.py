@@ -71,20 +71,21 @@ class FailingLLM:
         self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0
     ):
         self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
-        self._calls = 0
+        self.calls = 0
+        """Calls so far."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
         return {**self.inner.identity, "fails": f"{self.kind}, every {self.every}"}
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        self._calls += 1
-        if self._calls % self.every:
+        self.calls += 1
+        if self.calls % self.every:
             return await self.inner.generate(messages, sampling)
         if self.kind == "hang":
             await anyio.sleep(self.timeout)
         raise (LLMRefused if self.kind == "refused" else LLMError)(
-            f"fake:fail={self.kind}: call {self._calls} failed as wished"
+            f"fake:fail={self.kind}: call {self.calls} failed as wished"
         )
 
     async def aclose(self) -> None:
