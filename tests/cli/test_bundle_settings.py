@@ -99,6 +99,28 @@ def test_flag_preset_environment_file_bundle_in_this_order(
     assert votes("--preset", "paper", "--set", "llm.samples=6") == 6
 
 
+def test_a_preset_beats_file_and_environment_in_fit_and_bench(
+    hydra: Hydra, learned: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Settings] = []
+
+    def spy(*arguments: Any, settings: Settings, **options: Any) -> Any:
+        used.append(settings)
+        return fit(*arguments, settings=settings, **options)
+
+    monkeypatch.setattr("hydra_llm.training.api.fit", spy)
+    Path("hydra-llm.toml").write_text("[llm]\nsamples = 3\n[retrieval]\nretrieved = 1")
+    monkeypatch.setenv("HYDRA_LLM_TEMPERATURE", "0.25")
+    common = [learned / "data", "--bundle", bundle, "--llm", LABELS]
+    for options, wanted in (([], (3, 1, 0.25)), (["--preset", "paper"], (8, 10, 1.0))):
+        out = f"run{len(options)}"
+        hydra("fit", *common, *options)
+        hydra("bench", "run", *common, "--methods", "rag", "--out", out, *options)
+        ran = json.loads(Path(out, "manifest.json").read_text())["settings"]
+        assert (used[-1].samples, used[-1].retrieved, used[-1].temperature) == wanted
+        assert (ran["samples"], ran["retrieved"], ran["temperature"]) == wanted
+
+
 def test_an_ask_sees_the_latest_records_alone(hydra: Hydra, bundle: Path) -> None:
     ask = ["ask", "--bundle", bundle, "--llm", LABELS, "--user", "two"]
     assert len(hydra(*ask, "rain")["retrieved"]) == 3

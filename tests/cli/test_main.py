@@ -189,6 +189,23 @@ def test_a_former_variable_works_with_a_hint(monkeypatch: pytest.MonkeyPatch) ->
     assert outcome("options") == (0, "8 x\n", "")
 
 
+def test_a_former_command_works_with_a_hint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.log_renamed.cache_clear()
+    none, out = str(tmp_path / "none.toml"), str(tmp_path / "out")
+    ends = []
+    for name in ("sweep", "study"):
+        code = run(["bench", name, none, "data", "--out", out, "--llm", "fake:echo"])
+        ends.append((code, capsys.readouterr().err))
+    assert ends[0] == ends[1]
+    assert ends[0][0] == 2
+    hints = [record.getMessage() for record in caplog.records]
+    assert hints == ["'bench study' is now written 'bench sweep'"]
+    assert run(["bench", "--help"]) == 0
+    assert "study" not in capsys.readouterr().out
+
+
 def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Each command that does something, with the words that call it."""
     below = getattr(command, "commands", None)

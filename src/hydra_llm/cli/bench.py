@@ -226,7 +226,7 @@ class ReportFiles:
             from hydra_llm.bench.report.html import page
 
             _write(self.html, page(reports, self.answers, sweeps))
-            quotes = ": it quotes the data, --no-answers omits that" if self.answers else ""
+            quotes = ": it quotes the data, --no-answers leaves that out" if self.answers else ""
             console.say(f"wrote {self.html}{quotes}")
         if self.plots is not None:
             from hydra_llm.bench.report.plots import write
@@ -316,9 +316,9 @@ def _print_report(report: "Report", costs: bool) -> None:
         title = f"Paired differences from {report.baseline}, 95 % intervals over users"
         console.print_table(tables.comparison_rows(report.comparisons), title)
     if costs:
-        console.print_table(cost_rows(report), "Cost per query")
+        console.print_table(cost_rows(report), "What a query costs")
         if learning := learning_rows(report):
-            console.print_table(learning, "Cost of learning")
+            console.print_table(learning, "What learning cost")
     for sentence in findings(report):
         print(f"- {sentence}")
 
