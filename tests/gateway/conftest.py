@@ -5,6 +5,7 @@ says what a test wants.
 import asyncio
 import gc
 import json
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ import httpx2
 import openai
 import pytest
 from fastapi import FastAPI
+from filelock import FileLock
 
 from hydra_llm import learn
 from hydra_llm.config import Settings
@@ -84,21 +86,27 @@ def anything(messages: Sequence[Message], index: int, rng: random.Random) -> str
     return rng.choice(TAGS.labels)
 
 
+def learn_bundle(task: Task, folder: Path) -> None:
+    users = [f"train{i}" for i in range(8)]
+    records = [record for user in users for record in records_of(user)]
+    data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
+    settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16)
+    learn(data, RuleLLM(anything), settings, out=folder)
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A bundle for tags, and one for titles (the same answers, as texts)."""
-    out = {}
-    for task in (TAGS, TITLES):
-        users = [f"train{i}" for i in range(8)]
-        data = DataSet.from_records(
-            task, dict.fromkeys(users, "train"), [r for user in users for r in records_of(user)], []
-        )
-        settings = Settings(
-            samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16
-        )
-        folder = tmp_path_factory.mktemp("bundles") / task.name
-        learn(data, RuleLLM(anything), settings, out=folder)
-        out[task.name] = folder
+    """A bundle for tags, and one for titles (the same answers, as texts); learned once for all
+    workers of a run.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = {task.name: folder / "bundles" / task.name for task in (TAGS, TITLES)}
+    with FileLock(folder / "bundles.lock"):
+        for task in (TAGS, TITLES):
+            if not out[task.name].exists():
+                learn_bundle(task, out[task.name])
     gc.collect()
     gc.freeze()  # what is imported by now is never looked at again
     return out
