@@ -159,18 +159,15 @@ class RunLog:
     def _found(self) -> dict[str, Any] | None:
         """The manifest in the folder; a broken one without any sample counts as none."""
         try:
-            found = json.loads(self._manifest.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no JSON object")
-            return found
+            return _object(self._manifest)
         except FileNotFoundError:
             return None
         except ValueError as error:
-            if self._file.exists():
-                raise SettingsError(
-                    f"{self._manifest} cannot be read ({error}): take another --out"
-                ) from None
-            return None
+            if not self._file.exists():
+                return None
+            raise SettingsError(
+                f"{self._manifest} cannot be read ({error}): take another --out"
+            ) from None
 
     def _read(self) -> None:
         samples, whole = _samples(self._file)
@@ -273,17 +270,25 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     """
     file = folder / "manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = _object(file)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{folder}: is no run ({error}): name the --out of `hydra-llm bench run`"
         ) from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest.get("format"), int):
         raise SettingsError(f"{folder}: is no run (manifest.json is of something else)")
     _refuse_newer(file, manifest)
     samples = folder / "samples.jsonl"
     found = _samples(samples)[0] if samples.exists() else []
     return manifest, list({sample.key: sample for sample in found}.values())
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError if it holds none."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _refuse_newer(file: Path, manifest: Mapping[str, Any]) -> None:
