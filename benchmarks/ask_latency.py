@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Limit, finish, options, show, summary
-from simulated_users import HEADLINE, LABELS, made_up_data, open_data, people, words
+from simulated_users import HEADLINE, LABELS, open_data, simulate_users, simulated_data, words
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
@@ -108,7 +108,7 @@ def material(given: argparse.Namespace) -> tuple[DataSet, Iterator[str], Iterato
     dice = random.Random(given.seed)
     if given.data is None:
         return (
-            made_up_data(HEADLINE, people(given.users, given.seed), 60, given.seed),
+            simulated_data(HEADLINE, simulate_users(given.users, given.seed), 60, given.seed),
             endless(20, dice),
             endless(10, dice),
         )

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from measure import finish, options
-from simulated_users import CLASSIFY, learn_scorer, made_up_data, open_data, people
+from simulated_users import CLASSIFY, learn_scorer, open_data, simulate_users, simulated_data
 
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
@@ -69,9 +69,9 @@ def main() -> None:
     data = (
         open_data(given.data)
         if given.data
-        else made_up_data(
+        else simulated_data(
             CLASSIFY,
-            people(given.users + given.new, given.seed),
+            simulate_users(given.users + given.new, given.seed),
             given.groups,
             given.seed,
             given.new,

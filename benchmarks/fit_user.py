@@ -26,7 +26,15 @@ from typing import Any
 
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
-from simulated_users import CLASSIFY, Rows, learn_scorer, made_up_rows, open_data, people, real_rows
+from simulated_users import (
+    CLASSIFY,
+    Rows,
+    learn_scorer,
+    open_data,
+    real_rows,
+    simulate_users,
+    simulated_rows,
+)
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -93,8 +101,12 @@ def rows_of(
     given: argparse.Namespace, store: FeatureCache
 ) -> tuple[Rows, list[Case], dict[tuple[str, str], tuple[float, ...]]]:
     if given.data is None:
-        training = made_up_rows(people(given.users, given.seed, "old"), TRAINING_GROUPS, given.seed)
-        new = made_up_rows(people(given.new, given.seed, "new"), KNOWN + HELD_OUT, given.seed)
+        training = simulated_rows(
+            simulate_users(given.users, given.seed, "old"), TRAINING_GROUPS, given.seed
+        )
+        new = simulated_rows(
+            simulate_users(given.new, given.seed, "new"), KNOWN + HELD_OUT, given.seed
+        )
     else:
         data = open_data(given.data)
         longest = sorted(data.users("test"), key=lambda user: -len(data.answered(user)))[

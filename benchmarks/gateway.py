@@ -36,7 +36,7 @@ from typing import Any
 
 import httpx2
 from measure import Limit, finish, milliseconds, options
-from simulated_users import HEADLINE, LABELS, people, words
+from simulated_users import HEADLINE, LABELS, simulate_users, words
 
 LATENCY = 0.05
 SLOW = 40
@@ -192,7 +192,7 @@ class Told(dict[str, dict[str, float]]):
 
 
 def prepare(given: Any, folder: Path) -> str:
-    """A bundle from made-up people, and a store of others with their records; every record's
+    """A bundle of simulated users, and a store of others with their records; every record's
     features are kept, as after a fit.
     """
     from hydra_llm.config import load_settings
@@ -205,7 +205,7 @@ def prepare(given: Any, folder: Path) -> str:
     settings = load_settings(
         cache=folder / "cache", features=given.features, samples=4, retrieved=4, queries_per_user=1
     )
-    teachers = people(6, given.seed)
+    teachers = simulate_users(6, given.seed)
     dice = random.Random(given.seed)
 
     def records(name: str, count: int) -> list[Record]:

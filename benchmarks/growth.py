@@ -52,7 +52,7 @@ from typing import Any
 import torch
 from measure import finish, options, summary
 from power_law import Growth, growth
-from simulated_users import CLASSIFY, HEADLINE, LABELS, UserSnapshot, people, words
+from simulated_users import CLASSIFY, HEADLINE, LABELS, SimulatedUser, simulate_users, words
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
@@ -89,7 +89,7 @@ EXPECTED: Mapping[str, Exponents] = {
         "users": 1,
         "records": 1,
         "words": 0,
-    },  # groups: every record of a task with labels is one (DESIGN 5)
+    },  # groups: every record of a task with labels is one
     "label, LLM calls": {"users": 1, "records": 0, "words": 0},  # queries_per_user of each user
     "label, prompt tokens": {"users": 1, "records": 0, "words": 1},
     "train": {"users": 1, "records": 1, "words": 0},
@@ -139,15 +139,14 @@ WHY: Mapping[tuple[str, str], str] = {
     ("fit labels, kept", "words"): "BM25 splits the texts anew for each slice of the history",
     ("fit headlines, kept", "words"): "as for labels",
     ("retrieve, kept", "users"): (
-        "256 indexes are kept: with more users who ask by lot it is a step up to `first sight`, not"
-        " a slope"
+        "256 indexes are kept: with more random users it is a step up to `first sight`, not a slope"
     ),
     ("retrieve, first sight", "words"): (
         "made-up texts draw on 140 words: longer ones repeat them, and an index holds each once a"
         " record"
     ),
     ("generate", "records"): "`before` looks at every record; no LLM waits for that",
-    ("adapt labels", "records"): "the evidence weighs every record against the query",
+    ("adapt labels", "records"): "side features compare every record with the query",
     ("rerank, kept", "M"): (
         "the M records are known, scoring them is one product: the question's own pass through the"
         " encoder is all"
@@ -218,7 +217,7 @@ def main() -> None:
             for series in STAGES[name](bench)
             for row in measured(series, given.runs)
         ]
-    told = [in_full(row, row.law(given.seed)) for row in rows]
+    series = [in_full(row, row.law(given.seed)) for row in rows]
     spent = {
         "cpu_s": round(time.process_time() - began, 1),
         "wall_s": round(time.perf_counter() - wall, 1),
@@ -227,20 +226,20 @@ def main() -> None:
         "main_figure": "seconds of the processor, all threads",
         "base": base(),
         "spent": spent,
-        "rows": told,
+        "rows": series,
     }
     if given.out:
         given.out.write_text(
             json.dumps({**about(given), **result}, indent=1) + "\n", encoding="utf-8"
         )
     if given.plot:
-        plot(told, given.plot)
+        plot(series, given.plot)
     given.out, given.plot = (str(path) if path else None for path in (given.out, given.plot))
     finish(
         given,
         result,
         [
-            *lines_of(told),
+            *lines_of(series),
             f"this took {spent['cpu_s']} s of the processor, {spent['wall_s']} s by the clock",
         ],
         [],
@@ -321,7 +320,9 @@ class Watch:
 # ---- what is measured
 
 
-def history(task: Task, person: UserSnapshot, records: int, length: int, seed: int) -> list[Record]:
+def history(
+    task: Task, person: SimulatedUser, records: int, length: int, seed: int
+) -> list[Record]:
     """A person's records; fewer of them are the first of more."""
     dice, out = random.Random(f"{person.name} {length} {seed}"), []
     for place in range(records):
@@ -339,7 +340,7 @@ def renamed(records: Sequence[Record], user: str) -> list[Record]:
 
 
 def by_rule(task: Task) -> RuleLLM:
-    """A fake: a label by lot, or ten words about a topic by lot."""
+    """A fake: a random label, or ten random words about a topic."""
     return RuleLLM(
         lambda _messages, _index, rng: (
             rng.choice(LABELS) if task.labels else words([rng.choice(LABELS)], WORDS // 2, rng)
@@ -363,7 +364,7 @@ class Bench:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed, self.number, self.dice = folder, seed, count(), random.Random(seed)
         self.bundles: dict[str, Bundle] = {}
-        self.asker = people(1, seed, "asker ")[0]
+        self.asker = simulate_users(1, seed, "asker ")[0]
 
     def settings(self, **changed: Any) -> Settings:
         return load_settings(**{"cache": self.folder / "kept", "seed": self.seed, **changed})
@@ -381,13 +382,13 @@ class Bench:
     def training(
         self, task: Task, users: int = USERS, records: int = RECORDS, length: int = WORDS
     ) -> DataSet:
-        persons = people(users, self.seed)
+        simulated = simulate_users(users, self.seed)
         rows = [
             record
-            for person in persons
+            for person in simulated
             for record in history(task, person, records, length, self.seed)
         ]
-        return DataSet.from_records(task, {person.name: "train" for person in persons}, rows, [])
+        return DataSet.from_records(task, {person.name: "train" for person in simulated}, rows, [])
 
     def keep(self, task: Task, records: Sequence[Record], *, reranker: bool = True) -> None:
         """Let the store know these texts, as it does after a first look; those that only the
@@ -425,7 +426,7 @@ class Bench:
         return words(self.dice.sample(LABELS, 2), length, self.dice)
 
     def query(self, bundle: Bundle, length: int = WORDS) -> Query:
-        """A new question of a user by lot."""
+        """A new question of a random user."""
         return Query(
             f"user {self.dice.randrange(len(bundle.records))}",
             f"asked {next(self.number)}",
@@ -500,11 +501,11 @@ def retrieving(bench: Bench) -> Iterator[Series]:
     """BM25; every user has an index of its own."""
 
     def sampler(kept: bool, users: int = 1, records: int = RECORDS, length: int = WORDS) -> Sampler:
-        persons = people(users, bench.seed)
+        simulated = simulate_users(users, bench.seed)
         bundle = bench.crowd(
             CLASSIFY,
             users,
-            [history(CLASSIFY, person, records, length, bench.seed) for person in persons],
+            [history(CLASSIFY, person, records, length, bench.seed) for person in simulated],
         )
         personalizer = bundle.personalizer(by_rule(CLASSIFY))
         for own in bundle.records.values():
@@ -712,11 +713,11 @@ def line_of(row: Mapping[str, Any]) -> str:
     ends = [written(point["median"], row["unit"]) for point in (first, last)]
     exponent = f"{law['exponent']:.2f} [{law['low']:.2f}, {law['high']:.2f}]"
     span, expected = f"{first['size']:,} to {last['size']:,}", LAWS[row["expected_exponent"]]
-    told = (
+    text = (
         f"{row['stage']:<27}{row['variable']:<11}{span:>14}{ends[0]:>12}{ends[1]:>11} "
         f" {exponent:<20}{row['grows']:>6.0%}"
     )
-    return f"{told}  {expected:<10}{row['verdict']}"
+    return f"{text}  {expected:<10}{row['verdict']}"
 
 
 def written(value: float, unit: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Limit, finish, options
-from simulated_users import CLASSIFY, made_up_data, people
+from simulated_users import CLASSIFY, simulate_users, simulated_data
 
 from hydra_llm.bench.method import Parts, find_methods
 from hydra_llm.bench.runlog import RunLog
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["rag@4", "hydra@4,8"])
     given = parser.parse_args()
     users = max(2, given.queries // PER_USER)
-    whole = made_up_data(CLASSIFY, people(users + 10, given.seed), 50, given.seed, new=users)
+    whole = simulated_data(
+        CLASSIFY, simulate_users(users + 10, given.seed), 50, given.seed, new=users
+    )
     new = whole.users("test")
     earlier = [
         record
@@ -56,7 +58,7 @@ def main() -> None:
         settings = load_settings(
             cache=Path(folder), seed=given.seed, labelled_users=10, queries_per_user=1
         )
-        llm = wrap(RuleLLM(by_lot), settings)
+        llm = wrap(RuleLLM(random_label), settings)
         bundle = fit(data, learn(data, llm, settings).bundle, llm, settings=settings).bundle
         parts = Parts(bundle, llm, settings, bundle.records)
         seconds = {name: replayed(name, parts, queries, Path(folder)) for name in given.methods}
@@ -82,7 +84,7 @@ def main() -> None:
     )
 
 
-def by_lot(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+def random_label(messages: Sequence[Message], index: int, rng: random.Random) -> str:
     return rng.choice(CLASSIFY.labels)
 
 

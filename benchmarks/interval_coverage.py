@@ -68,8 +68,8 @@ def made(task: Task, users: int, queries: int, dice: np.random.Generator) -> Ans
             luck, other = dice.random(len(gold)), dice.integers(len(options), size=len(gold))
             golds.append(" ".join(options[place] for place in gold))
             for skill, answers in zip(SKILL, given, strict=True):
-                said = np.where(luck < np.clip(easy[gold] + ease + skill, 0, 1), gold, other)
-                answers.append(" ".join(options[place] for place in said))
+                answered = np.where(luck < np.clip(easy[gold] + ease + skill, 0, 1), gold, other)
+                answers.append(" ".join(options[place] for place in answered))
     return Answers(golds, given, [f"u{n // queries}" for n in range(users * queries)])
 
 
@@ -180,11 +180,11 @@ def main() -> None:
         )
         return
     for row in rows:
-        told = (
+        report = (
             f"{row['metric']:9} {row['of']:11} {row['interval']:11} covers {row['covers']:.3f},"
             f" width {row['width']:.3f}"
         )
-        print(f"{told} (truth {row['truth']:.3f})")
+        print(f"{report} (truth {row['truth']:.3f})")
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def finish(
             "cores": os.cpu_count(),
         }
         checked = [{**asdict(limit), "holds": limit.holds} for limit in limits]
-        told = {"options": vars(given), "machine": machine, **result, "limits": checked}
+        found = {"options": vars(given), "machine": machine, **result, "limits": checked}
         print(
-            json.dumps(told, indent=2, default=lambda path: path.name)
+            json.dumps(found, indent=2, default=lambda path: path.name)
         )  # where data lie is this machine's business
     else:
         print("\n".join(lines))

@@ -64,20 +64,20 @@ def main() -> None:
             jobs[OVERALL] = lambda: (read(OVERALL), overall([out / "run" for out in runs.values()]))
             if (RESULTS / LABELS).exists():
                 jobs[LABELS] = partial(of_labels, given.data)
-        same = [told(name, job) for name, job in jobs.items()]
+        same = [compared(name, job) for name, job in jobs.items()]
     print(f"{len(names)} results in {(time.perf_counter() - whole) / 60:.1f} minutes")
     sys.exit(not all(same))
 
 
-def told(name: str, job: Job) -> bool:
+def compared(name: str, job: Job) -> bool:
     """Print how a result and its repetition compare, and whether they are the same."""
     began = time.perf_counter()
     lines, compared = differing(*job())
-    said = (
+    line = (
         f"{name}: {'DIFFERS' if lines else 'the same'} in {compared} figures"
         f" ({time.perf_counter() - began:.0f} s)"
     )
-    print("\n".join([said, *(f"  {line}" for line in lines[:50])]), flush=True)
+    print("\n".join([line, *(f"  {line}" for line in lines[:50])]), flush=True)
     return not lines
 
 

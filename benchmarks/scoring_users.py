@@ -32,7 +32,7 @@ KINDS = {
 }
 """Users in the small and in the large bank; 1,000 `mlp` heads are 2.4 GB."""
 NUMBERS = {"linear": 769, "lowrank": RANK, "kernel": PAIRS * (H + 1), "mlp": 592_130}
-"""32-bit numbers of one user by DESIGN 4 (`kernel`: φ and one residual for each kept pair)."""
+"""Expected 32-bit numbers of one user (`kernel`: φ and one residual for each kept pair)."""
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def limits_of(row: dict[str, Any]) -> list[Limit]:
     return [
         Limit(f"{row['head']}: time with {high} users / with {low}", row["ratio"], 1.2),
         Limit(
-            f"{row['head']}: numbers per user / DESIGN's",
+            f"{row['head']}: numbers per user / expected",
             row["numbers_per_user"] / row["numbers_expected"],
             1.0,
         ),

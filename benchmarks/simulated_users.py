@@ -76,7 +76,7 @@ def words(topics: Sequence[str], count: int, dice: random.Random) -> str:
 
 
 @dataclass(frozen=True)
-class UserSnapshot:
+class SimulatedUser:
     """Someone with tastes of their own."""
 
     name: str
@@ -89,15 +89,15 @@ class UserSnapshot:
         return max(topics, key=lambda topic: self.likes[topic])
 
 
-def people(count: int, seed: int, prefix: str = "p") -> list[UserSnapshot]:
-    """`count` persons; two thirds of the variance of their tastes are their own."""
+def simulate_users(count: int, seed: int, prefix: str = "p") -> list[SimulatedUser]:
+    """`count` users; two thirds of the variance of their tastes are their own."""
     common = random.Random("common")
     shared = [{topic: common.gauss(0, 1.0) for topic in TOPICS} for _ in range(2)]
     out = []
     for i in range(count):
         dice = random.Random(f"{prefix} {i} {seed}")
         out.append(
-            UserSnapshot(
+            SimulatedUser(
                 f"{prefix}{i}",
                 *(
                     {topic: mean + dice.gauss(0, 1.4) for topic, mean in table.items()}
@@ -118,10 +118,10 @@ class Rows:
     """By (scorer, query): how likely each pair was to be labelled 1; empty for real rows."""
 
 
-def made_up_rows(persons: Sequence[UserSnapshot], count: int, seed: int) -> Rows:
+def simulated_rows(users: Sequence[SimulatedUser], count: int, seed: int) -> Rows:
     """`count` groups of 8 pairs for each person and scorer."""
     rows = Rows([], [], {})
-    for person in persons:
+    for person in users:
         dice = random.Random(f"{person.name} rows {seed}")
         for place in range(count):
             topics = dice.sample(LABELS, 2)
@@ -215,23 +215,22 @@ def real_rows(
     return rows
 
 
-def made_up_data(
-    task: Task, persons: Sequence[UserSnapshot], records: int, seed: int, new: int = 0
+def simulated_data(
+    task: Task, users: Sequence[SimulatedUser], records: int, seed: int, new: int = 0
 ) -> DataSet:
-    """A data set of persons; the last `new` are new users. Answers are the topic, or a headline
+    """A data set of users; the last `new` are new users. Answers are the topic, or a headline
     about it, that the person prefers.
     """
     splits: dict[str, Split] = {
-        person.name: "train" if i < len(persons) - new else "test"
-        for i, person in enumerate(persons)
+        person.name: "train" if i < len(users) - new else "test" for i, person in enumerate(users)
     }
-    return DataSet.from_records(task, splits, _histories(task, persons, records, seed), [])
+    return DataSet.from_records(task, splits, _histories(task, users, records, seed), [])
 
 
 def _histories(
-    task: Task, persons: Sequence[UserSnapshot], records: int, seed: int
+    task: Task, users: Sequence[SimulatedUser], records: int, seed: int
 ) -> Iterator[Record]:
-    for person in persons:
+    for person in users:
         dice = random.Random(f"{person.name} history {seed}")
         for place in range(records):
             topics = dice.sample(LABELS, 2)
