@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra_llm.training.newton import losses
 from measure import finish, options
 from simulated_users import CLASSIFY, learn_scorer, open_data, simulate_users, simulated_data
 
@@ -40,7 +41,6 @@ from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.training.convex import fit_heads
 from hydra_llm.training.dataset import Table, make_table
 from hydra_llm.training.labelling import label_groups
-from hydra_llm.training.newton import losses
 from hydra_llm.types import LabelledGroup
 
 RULE = "exact"

@@ -234,10 +234,11 @@ def prepare(given: Any, folder: Path) -> str:
 
 def head_alone(folder: Path, cache: Path) -> dict[str, float]:
     """Milliseconds of `heads_after` for a user whose window is full."""
+    from hydra_llm.training.online import WINDOW
+
     from hydra_llm.bundle import Bundle
     from hydra_llm.gateway.feedback import heads_after
     from hydra_llm.store.values import StoredFeedback
-    from hydra_llm.training.online import WINDOW
 
     bundle, dice, judged = Bundle.load(folder, cache=cache), random.Random(1), []
     for place in range(WINDOW):

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from hydra_llm.training.newton import losses
 from measure import finish, options
 from torch import Tensor
 
@@ -39,7 +40,6 @@ from hydra_llm.training.api import fit, learn
 from hydra_llm.training.convex import fit_all, fit_heads
 from hydra_llm.training.dataset import Table, gain_spread, in_table_order, make_table
 from hydra_llm.training.labelling import adapter_groups, training_queries
-from hydra_llm.training.newton import losses
 from hydra_llm.types import Candidate, LabelledGroup
 
 Row = tuple[float, float]

@@ -23,14 +23,15 @@ from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import KeepOrder, LearnedReranker
 from hydra_llm.side_features import fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.rating import number_of
-from hydra_llm.training import train_scorer as lesson
-from hydra_llm.training.dataset import Table
-from hydra_llm.training.labelling import label_groups
+from hydra_llm.training import train_scorer as training
+from hydra_llm.training.dataset import TrainingSet
+from hydra_llm.training.labelling import weak_adapter_groups
 from hydra_llm.types import LabelledGroup, Message, Query, Record
 
 TOPICS = {
@@ -259,13 +260,17 @@ def test_nothing_of_a_new_user_reaches_the_base() -> None:
             )
             before[name] = {key: value.clone() for key, value in mine.tensors().items()}
     assert "adapter" in before
-    fit(here.data, one, llm)
+    heads = {name: dict(own) for name, own in one.heads.items()}
+    records = dict(one.records)
+    fitted = fit(here.data, one, llm).bundle
+    assert set(fitted.heads["adapter"]) == set(here.data.users("test")) | set(heads["adapter"])
     for name, tensors in before.items():
-        after = getattr(one, name).tensors()
-        assert all(
-            (after[key][: len(value)] == value).all() if value.dim() else (after[key] == value)
-            for key, value in tensors.items()
-        )
+        after = getattr(fitted, name).tensors()
+        assert all((after[key] == value).all() for key, value in tensors.items())
+        assert all(fitted.heads[name][user] is head for user, head in heads[name].items())
+    # the argument is as it was
+    assert {name: dict(own) for name, own in one.heads.items()} == heads
+    assert dict(one.records) == records
 
 
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel", "mlp"])
@@ -326,15 +331,17 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(
     spec.loader.exec_module(conftest)
     here, llm = world(TAGS), crowd_pleaser(TAGS)
     seen: dict[str, dict[tuple[str, str, bool], LabelledGroup]] = {}
-    real = lesson._table
+    real = training._training_set
 
-    def table(bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
+    def spied(
+        bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
+    ) -> TrainingSet:
         seen["adapter" if "llm_votes" in scorer.side_names else "reranker"] = {
             (g.user, g.query, g.voted): g for g in groups
         }
-        return real(bundle, scorer, groups, rule)
+        return real(bundle, rule, scorer, groups)
 
-    monkeypatch.setattr(lesson, "_table", table)
+    monkeypatch.setattr(training, "_training_set", spied)
     encoder = str(conftest._save_model(tmp_path / "bert"))
     settings = Settings(
         samples=2, retrieved=3, k=1, queries_per_user=1, users=6, max_length=16, cache=tmp_path
@@ -351,7 +358,7 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(
     now = [
         group
         for user in bundle.trained_on
-        for group in label_groups(bundle.featurizer, bundle.records[user])
+        for group in weak_adapter_groups(bundle.featurizer, bundle.records[user])
     ]
     assert len(now) > 50
     assert all(
@@ -408,8 +415,9 @@ def test_histories_teach_new_users_without_calls() -> None:
         (None, None, True),
     )
     for pick, first, used in cases:
-        bundle.report["reranker"] = {"gain_pick": pick, "gain_first": first}
-        assert bundle.reranks is used
+        report = {"reranker": {"gain_pick": pick, "gain_first": first}}
+        assert reranker_helps(report) is used
+        bundle = replace(bundle, use_reranker=used)
         assert isinstance(bundle.personalizer(llm).reranker, LearnedReranker if used else KeepOrder)
         always = bundle.settings_with(rerank="always")
         assert isinstance(bundle.personalizer(llm, always).reranker, LearnedReranker)

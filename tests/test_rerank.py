@@ -2,14 +2,14 @@
 retriever's order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 import torch
 
 from hydra_llm.context import Context
-from hydra_llm.model.heads import make_bank
+from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Cross, Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker, record_text
@@ -60,7 +60,7 @@ def reranker(
     featurizer = Featurizer(task, Seen(), CohortStats())  # type: ignore[arg-type]
     torch.manual_seed(0)
     interaction = Cross(8) if cross else Tower(8, 4)
-    scorer = Scorer(interaction, make_bank("linear", interaction), featurizer.reranker_names).eval()
+    scorer = Scorer(interaction, make_head("linear", interaction), featurizer.reranker_names).eval()
     for name, weight in (weights or {}).items():
         scorer.side_weight.data[featurizer.reranker_names.index(name)] = weight
     return LearnedReranker(scorer, featurizer, with_answer=with_answer)
@@ -71,9 +71,11 @@ def order(
     retrieved: Sequence[Ranked] = RETRIEVED,
     past: Sequence[Record] = PAST,
     query: Query = QUERY,
+    heads: Mapping[str, Head] | None = None,
 ) -> list[Ranked]:
     featurizer = getattr(chooser, "featurizer", None)
-    context = Context(query, tuple(past), vectorize=featurizer and featurizer.vectorize)
+    vectorize = featurizer and featurizer.vectorize
+    context = Context(query, tuple(past), heads or {}, vectorize=vectorize)
     return chooser.order(context, retrieved)
 
 
@@ -126,12 +128,11 @@ def test_no_records_no_order() -> None:
 
 def test_each_user_has_an_own_order() -> None:
     chooser = reranker(cross=True)
-    chooser.scorer.enrol(["u"])
     vectors = chooser.featurizer.store.pairs(
         [QUERY.input] * 3, [record_text(item.record, with_answer=True) for item in RETRIEVED]
     )
-    chooser.scorer.bank.weight[0] = torch.from_numpy(vectors[2] - (vectors[0] + vectors[1]) / 2)
-    assert order(chooser)[0].record == RETRIEVED[2].record
+    own = Head.of(np.append(vectors[2] - (vectors[0] + vectors[1]) / 2, 0.0))
+    assert order(chooser, heads={"reranker": own})[0].record == RETRIEVED[2].record
     other = Query("stranger", "q", QUERY.input)
     assert [item.record for item in order(chooser, query=other)] == [
         item.record for item in RETRIEVED

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.context import Context
-from hydra_llm.model.heads import LinearBank, make_bank
+from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Interaction, LabelBilinear, Tower
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.scorer import Loss, Scorer
@@ -128,7 +128,7 @@ def adapter(
     torch.manual_seed(0)
     interaction: Interaction = LabelBilinear(8, len(task.labels), 4) if by_label else Tower(8, 4)
     scorer = Scorer(
-        interaction, make_bank("linear", interaction), featurizer.adapter_names, loss=loss
+        interaction, make_head("linear", interaction), featurizer.adapter_names, loss=loss
     ).eval()
     for name, weight in (weights or {}).items():
         scorer.vote_weight[featurizer.adapter_names.index(name)] = weight
@@ -162,8 +162,7 @@ def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> N
 
 def test_label_features_score_a_label_alike_whichever_others_are_offered() -> None:
     chooser = adapter(TAGS, by_label=True)
-    assert isinstance(chooser.scorer.bank, LinearBank)
-    chooser.scorer.bank.shared.data.copy_(torch.randn(chooser.scorer.interaction.size))
+    chooser.scorer.head.set_shared(torch.randn(chooser.scorer.interaction.size), torch.zeros(()))
     alone, *_ = chooser.choose(seen(chooser), texts("odd"))
     turned, *_ = chooser.choose(seen(chooser), texts("odd", "calm", "loud"))
     assert turned[0].score == pytest.approx(alone[0].score)
@@ -182,8 +181,6 @@ def test_binary_scores_become_shares_of_their_odds() -> None:
 
 def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
     chooser = adapter(TITLES)
-    assert isinstance(chooser.scorer.bank, LinearBank)
-    chooser.scorer.enrol(["u"])
     candidates = texts("loud war film", "rain song", "quiet night")
     strangers, first, _ = chooser.choose(seen(chooser, user="stranger"), candidates)
     assert first == 0
@@ -203,8 +200,9 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
         [rows.tolist()],
     )
     phi = chooser.scorer.interaction(cases)[0].detach()
-    chooser.scorer.bank.weight[0] = 10 * (phi[1] - (phi[0] + phi[2]) / 2)
-    assert chooser.choose(seen(chooser), candidates)[1] == 1
+    numbers = torch.cat([10 * (phi[1] - (phi[0] + phi[2]) / 2), torch.zeros(1)])
+    own = replace(seen(chooser), heads={"adapter": Head.of(numbers)})
+    assert chooser.choose(own, candidates)[1] == 1
     assert chooser.choose(seen(chooser, user="stranger"), candidates)[1] == 0
 
 
@@ -260,7 +258,7 @@ def test_caution_leaves_the_first_where_the_lead_is_less_than_the_heads_uncertai
         "nothing is known of this bundle's uncertainty"
     )
     left = len(task.labels) if by_label else 1
-    scorer.curvature = LaplacePosterior(left, scorer.interaction.size // left)
+    scorer.posterior = LaplacePosterior(left, scorer.interaction.size // left)
     scorer.prior_precision = torch.tensor(1e-4)
     unsure = chooser.choose(seen(chooser), offered)
     assert (unsure.abstained, unsure.chosen) == (True, 0)
@@ -276,11 +274,9 @@ def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -
         chooser = adapter(task, by_label=by_label)
         scorer = chooser.scorer
         left = len(task.labels) if by_label else 1
-        scorer.curvature = LaplacePosterior(left, scorer.interaction.size // left)
-        scorer.curvature._keep(torch.eye(left), torch.eye(scorer.interaction.size // left))
+        right = scorer.interaction.size // left
+        scorer.posterior = LaplacePosterior.of(torch.eye(left), torch.eye(right))
         scorer.prior_precision, scorer.scale = torch.tensor(2.0), torch.tensor(1.5)
-        scorer.enrol(["u"])
-        scorer.learned_from("u", 7)
         groups = chooser.groups(seen(chooser), texts("calm", "loud", "odd"))
         heads = (
             torch.randn(20_000, scorer.interaction.size, generator=torch.Generator().manual_seed(0))
@@ -290,10 +286,10 @@ def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -
         drawn = (
             1.5 * scorer.interaction.dot(x[None].expand(len(heads), *x.shape), heads)[:, 0].detach()
         )
-        found = scorer.covariance(groups, "u")
+        found = scorer.covariance(groups, Head.of(scorer.head.empty(), 7))
         assert found is not None
         assert torch.allclose(found, torch.cov(drawn.T), atol=0.05 * float(found.diagonal().max()))
-        stranger = scorer.covariance(groups, "stranger")
+        stranger = scorer.covariance(groups, None)
         assert stranger is not None
         assert torch.allclose(stranger, found * 9 / 2, atol=1e-5), "who has no head is less certain"
 

@@ -1,12 +1,11 @@
-"""What was learned, together: scorers, encoder, population, records; from and to a folder on disk.
+"""The artifact of learning: shared weights, users' heads and records; from and to a folder.
 
-The files themselves are `model/bundle.py`'s business; this module knows what they mean. A bundle
+The files themselves are `model/persistence`'s business; this module knows what they mean. A bundle
 holds the records of the users that it has heads for (they are what is retrieved): treat it as their
 data. Knows no LLM beyond its identity.
 """
 
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from hydra_llm.config import LOCAL, Settings, checked, load_settings, settings_o
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import Head, HeadMatrix
 from hydra_llm.model.persistence import (
     BundleFiles,
     encoder_config,
@@ -24,6 +24,7 @@ from hydra_llm.model.persistence import (
     write_bundle,
 )
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.model.upgrade import upgraded
 from hydra_llm.pipeline import Personalizer, Pipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
@@ -32,31 +33,40 @@ from hydra_llm.side_features import CohortStats, Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
 
+Heads = Mapping[str, Mapping[str, Head]]
+"""Scorer ("reranker", "adapter") → user → head."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class Bundle:
-    """A learned reranker and adapter with all that they need to answer."""
+    """A learned reranker and adapter with all that they need to answer. Learning and fitting give
+    a new one.
+    """
 
     task: Task
     settings: Settings
     llm: Mapping[str, Any]
-    """Identity of the LLM that the pairs were labelled with."""
+    """Identity of the LLM that labelled the training data."""
     store: FeatureCache
     population: CohortStats
-    reranker: Scorer | None = None
-    adapter: Scorer | None = None
-    records: dict[str, list[Record]] = field(default_factory=dict, repr=False)
-    """Of the users who have a head, oldest first; empty for one without a history."""
-    trained_on: tuple[str, ...] = ()
-    """The users from whom the shared base was learned; a head of any other user leaves no trace in
-    the base.
+    scorers: Mapping[str, Scorer] = field(default_factory=dict, repr=False)
+    """By name, "reranker" and "adapter": those that were learned."""
+    heads: Heads = field(default_factory=dict, repr=False)
+    """Users who are in none of them get the shared head."""
+    use_reranker: bool = True
+    """Whether the reranker orders: not where its first records were worth less than the
+    retriever's on held-out users.
     """
-    report: dict[str, Any] = field(default_factory=dict)
+    records: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
+    """Of the users who were fitted, oldest first; empty for one without a history."""
+    trained_on: tuple[str, ...] = ()
+    """The users from whom the shared weights were learned; a head of any other user leaves no trace
+    in them.
+    """
+    report: Mapping[str, Any] = field(default_factory=dict)
     """How learning went: strengths, held-out losses, calls, seconds."""
     weights: str = ""
-    """SHA-256 of the weights' file that this was read from: two bundles of other scorers differ in
-    it.
-    """
+    """SHA-256 of the weights' file that this was read from."""
     learned_with: Settings | None = None
     """What `save` writes: by default the first `settings`; a copy that answers or fits with others
     keeps these.
@@ -67,30 +77,23 @@ class Bundle:
     """
 
     def __post_init__(self) -> None:
-        self.learned_with = self.learned_with or self.settings
+        object.__setattr__(self, "learned_with", self.learned_with or self.settings)
 
     @cached_property
     def featurizer(self) -> Featurizer:
         return Featurizer(self.task, self.store, self.population)
 
     @property
-    def scorers(self) -> dict[str, Scorer]:
-        """The scorers that there are, by name."""
-        return {
-            name: scorer
-            for name, scorer in (("reranker", self.reranker), ("adapter", self.adapter))
-            if scorer is not None
-        }
+    def reranker(self) -> Scorer | None:
+        return self.scorers.get("reranker")
 
     @property
-    def reranks(self) -> bool:
-        """Whether the reranker orders: not where its first records were worth less than the
-        retriever's on held-out users.
-        """
-        pick, first = (
-            self.report.get("reranker", {}).get(name) for name in ("gain_pick", "gain_first")
-        )
-        return pick is None or first is None or not pick < first
+    def adapter(self) -> Scorer | None:
+        return self.scorers.get("adapter")
+
+    def heads_of(self, user: str) -> dict[str, Head]:
+        """A user's heads by scorer; none for a stranger."""
+        return {name: heads[user] for name, heads in self.heads.items() if user in heads}
 
     def check_task(self, task: Task) -> None:
         """See that data of this task can be read, fitted and scored by this bundle.
@@ -109,7 +112,7 @@ class Bundle:
     ) -> Pipeline:
         """The stages with this bundle's parts; a part that is switched off is the null part."""
         chosen, featurizer = settings or self.settings, self.featurizer
-        rerank = rerank and (self.reranks or chosen.rerank == "always")
+        rerank = rerank and (self.use_reranker or chosen.rerank == "always")
         reranker: Reranker = KeepOrder()
         if rerank and self.reranker:
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
@@ -133,31 +136,22 @@ class Bundle:
         rerank: bool = True,
         adapt: bool = True,
     ) -> Personalizer:
-        """`pipeline` with an LLM and this bundle's records."""
+        """`pipeline` with an LLM and this bundle's records and heads."""
         stages = self.pipeline(settings, rerank=rerank, adapt=adapt)
-        return Personalizer.of(stages, llm, self.records)
+        return Personalizer.of(stages, llm, self.records, self.heads)
 
     def without_heads(self) -> "Bundle":
         """The same bundle for which everybody is a stranger: the shared heads answer. The
-        non-personal control.
+        non-personal baseline.
         """
-        return replace(self, reranker=_headless(self.reranker), adapter=_headless(self.adapter))
+        return replace(self, heads={})
 
     def without_people(self, hashed: Callable[[str], str]) -> "Bundle":
-        """What is shared alone: no head, no record, and who taught under hashes; for where heads
+        """The shared weights alone: no head, no record, and hashes of who taught; for where heads
         and records have their own store.
         """
-        scorers = [
-            None if scorer is None else scorer.without_users()
-            for scorer in (self.reranker, self.adapter)
-        ]
-        return replace(
-            self,
-            reranker=scorers[0],
-            adapter=scorers[1],
-            records={},
-            trained_on=tuple(map(hashed, self.trained_on)),
-        )
+        trained_on = tuple(map(hashed, self.trained_on))
+        return replace(self, heads={}, records={}, trained_on=trained_on)
 
     def settings_with(
         self, preset: str | None = None, file: Path | None = None, /, **given: object
@@ -181,35 +175,40 @@ class Bundle:
             BundleError: another process is writing there or has changed the bundle since this one
                 was read, or the disk fails.
         """
-        folder, encoder, settings = (
-            Path(folder),
-            self.store.encoder,
-            self.learned_with or self.settings,
-        )
-        scorers = self.scorers
-        config = {
+        folder, settings = Path(folder), self.learned_with or self.settings
+        encoder = self.store.encoder if settings.tune_encoder else None
+        config, tensors = self._config(settings), self._tensors()
+        files = BundleFiles(config, tensors, self.records, self.card(), encoder)
+        place = folder.resolve()
+        self.versions[place] = write_bundle(folder, files, replaces=self.versions.get(place))
+        return folder
+
+    def _config(self, settings: Settings) -> dict[str, Any]:
+        return {
             "task": self.task.to_json(),
             "settings": settings.stored(),
             "llm": dict(self.llm),
-            "encoder": encoder_config(encoder),
+            "encoder": encoder_config(self.store.encoder),
             "population": asdict(self.population),
-            "scorers": {name: scorer.config() for name, scorer in scorers.items()},
+            "scorers": {
+                name: scorer.config() | self._matrix(name).config()
+                for name, scorer in self.scorers.items()
+            },
+            "use_reranker": self.use_reranker,
             "trained_on": list(self.trained_on),
             "without_records": [user for user, its in self.records.items() if not its],
-            "report": self.report,
+            "report": dict(self.report),
         }
-        tensors = {
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
             f"{name}.{key}": value.contiguous()
-            for name, scorer in scorers.items()
-            for key, value in scorer.tensors().items()
+            for name, scorer in self.scorers.items()
+            for key, value in (scorer.tensors() | self._matrix(name).tensors()).items()
         }
-        files = BundleFiles(
-            config, tensors, self.records, self.card(), encoder if settings.tune_encoder else None
-        )
-        self.versions[folder.resolve()] = write_bundle(
-            folder, files, replaces=self.versions.get(folder.resolve())
-        )
-        return folder
+
+    def _matrix(self, name: str) -> HeadMatrix:
+        return HeadMatrix.of(self.heads.get(name, {}))
 
     @classmethod
     def load(
@@ -223,35 +222,36 @@ class Bundle:
                 learned with. SettingsError: the environment or the settings file is at fault.
         """
         machine = (here or load_settings()).model_dump(include=set(LOCAL))
-        files = read_bundle(Path(folder))
-        config, encoder = files.config, encoder_of(files)
+        read = read_bundle(Path(folder))
+        encoder = encoder_of(read)
         try:
+            files = upgraded(read)
+            config, tensors = files.config, files.tensors
             settings = checked({**config["settings"], **machine})
+            shares = tuple(config["population"]["label_shares"])
             scorers = {
-                name: _scorer(name, entry, files.tensors)
+                name: _scorer_and_heads(name, entry, tensors)
                 for name, entry in config["scorers"].items()
             }
-            population = CohortStats(
-                **{
-                    **config["population"],
-                    "label_shares": tuple(config["population"]["label_shares"]),
-                }
-            )
             return cls(
                 task=Task.from_json(config["task"], f"{folder}/config.json"),
                 settings=settings,
                 llm=config["llm"],
                 store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
-                population=population,
-                reranker=scorers.get("reranker"),
-                adapter=scorers.get("adapter"),
-                records=files.records | {user: [] for user in config.get("without_records", ())},
+                population=CohortStats(**{**config["population"], "label_shares": shares}),
+                scorers={name: scorer for name, (scorer, _) in scorers.items()},
+                heads={name: heads for name, (_, heads) in scorers.items()},
+                use_reranker=config["use_reranker"],
+                records={
+                    **files.records,
+                    **{user: [] for user in config.get("without_records", ())},
+                },
                 trained_on=tuple(config["trained_on"]),
                 report=config["report"],
                 weights=config["files"]["weights.safetensors"]["sha256"],
                 versions={Path(folder).resolve(): config["sha256"]},
             )
-        except (KeyError, TypeError, RuntimeError, DataError, SettingsError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, DataError, SettingsError) as error:
             raise BundleError(
                 f"{folder}: config.json and the weights do not fit together"
                 f" ({type(error).__name__}: {error})"
@@ -259,50 +259,43 @@ class Bundle:
 
     def card(self) -> str:
         """The model card: what this is, what it was learned from, what it must not be used for."""
-        heads = self.scorers
+        model = self.llm.get("model", self.llm.get("kind", "unknown"))
+        encoder = self.store.encoder
         lines = [
             f"# hydra-llm bundle for task {self.task.name}",
             "",
             f"- Kind: {self.task.kind}; labels: {', '.join(self.task.labels) or 'none'}",
-            (
-                f"- Learned from {len(self.trained_on)} training users; heads for"
-                f" {len(self.records)} users, whose records it holds."
-            ),
-            (
-                "- LLM that labelled the pairs:"
-                f" {self.llm.get('model', self.llm.get('kind', 'unknown'))}"
-            ),
-            f"- Encoder: {self.store.encoder.name} (digest {self.store.encoder.digest[:12]})",
+            f"- Learned from {len(self.trained_on)} training users; heads for"
+            f" {len(self.records)} users, whose records it holds.",
+            f"- LLM that labelled the training data: {model}",
+            f"- Encoder: {encoder.name} (digest {encoder.digest[:12]})",
             *(
-                f"- {name}: {s.interaction.kind} features, {s.bank.kind} head,"
-                f" {s.bank.numbers_per_user} numbers a user"
-                for name, s in heads.items()
+                f"- {name}: {scorer.interaction.kind} features, {scorer.head.name} head,"
+                f" {self._size(name)} numbers a user"
+                for name, scorer in self.scorers.items()
             ),
             "",
-            (
-                "It holds personal records and parameters derived from them: handle it as its"
-                " users' data. Scores are calibrated on held-out"
-            ),
+            "It holds personal records and parameters derived from them: handle it as its users'"
+            " data. Scores are calibrated on held-out",
             "users of the training set only; users and tasks unlike those are out of its range.",
         ]
         return "\n".join(lines) + "\n"
 
-
-def _scorer(name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Scorer:
-    return Scorer.restore(
-        config,
-        {
-            key.removeprefix(f"{name}."): t
-            for key, t in tensors.items()
-            if key.startswith(f"{name}.")
-        },
-    )
+    def _size(self, name: str) -> int:
+        """Of a user's head, the mean where it grows with the history."""
+        fixed, heads = self.scorers[name].head.numbers_per_user, self.heads.get(name, {})
+        total = 0 if fixed else sum(len(head.numbers) for head in heads.values())
+        return fixed or total // max(1, len(heads))
 
 
-def _headless(scorer: Scorer | None) -> Scorer | None:
-    """The scorer, all else shared with it, without the names of its users."""
-    if scorer is None:
-        return None
-    stranger = copy(scorer)
-    stranger.users, stranger.known, stranger.empty = {}, {}, []
-    return stranger
+def _scorer_and_heads(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> tuple[Scorer, HeadMatrix]:
+    own = {
+        key.removeprefix(f"{name}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{name}.")
+    }
+    heads = HeadMatrix.restore(config, own)
+    shared = {key: value for key, value in own.items() if not key.startswith("heads.")}
+    return Scorer.restore(config, shared), heads

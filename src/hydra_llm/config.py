@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hydra_llm.errors import SettingsError
+from hydra_llm.plugins import HEADS
 
 SETTINGS_FILE = "hydra-llm.toml"
 SERVE_TABLE = "serve"
@@ -92,8 +93,17 @@ class ModelSettings(Group):
     """`minilm` (all-MiniLM-L6-v2 from its package), a Hugging Face model name, or a folder."""
     max_length: int = Field(default=256, ge=8)
     """Max tokens per encoded text; longer texts are truncated."""
-    head: Literal["mlp", "linear", "lowrank", "kernel"] = "linear"
-    """Kind of a user's head, from 592,130 parameters (mlp) to `rank` parameters (lowrank)."""
+    head: str = "linear"
+    """Kind of a user's head, from 592,130 parameters (mlp) over `rank` (lowrank) to one (bias):
+    mlp, linear, lowrank, kernel, bias or an installed one.
+    """
+
+    @field_validator("head")
+    @classmethod
+    def _known_head(cls, name: str) -> str:
+        if name not in HEADS.builtin and name not in HEADS.names():
+            raise ValueError(f"unknown head '{name}': take one of {', '.join(HEADS.names())}")
+        return name
 
 
 class TrainingSettings(Group):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hydra_llm.errors import SettingsError
 
@@ -52,3 +52,21 @@ class Registry(Generic[T]):
     def _installed(self) -> dict[str, EntryPoint]:
         found = entry_points(group=self.group)
         return {point.name: point for point in found if point.name not in self.builtin}
+
+
+HEADS: Registry[Any] = Registry(
+    "hydra_llm.heads",
+    {
+        name: f"hydra_llm.model.heads.{name}:{kind}Head"
+        for name, kind in {
+            "mlp": "MLP",
+            "linear": "Linear",
+            "lowrank": "LowRank",
+            "kernel": "Kernel",
+            "bias": "Bias",
+        }.items()
+    },
+)
+"""Kinds of a user's head: subclasses of `hydra_llm.model.heads.HeadKind`. Here, without torch, so
+that settings can be checked against their names.
+"""

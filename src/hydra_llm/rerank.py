@@ -44,7 +44,7 @@ class LearnedReranker:
         groups = make_groups(
             store, self.scorer.interaction, [query.input], [self.texts(retrieved)], [features]
         )
-        scores = self.scorer.score(groups, [query.user], [len(context.visible)])[0].tolist()
+        scores = self.scorer.score(groups, [context.heads.get("reranker")])[0].tolist()
         scored = [
             replace(item, usefulness=score) for item, score in zip(retrieved, scores, strict=True)
         ]

@@ -84,15 +84,15 @@ class LearnedSelector:
         offered = self.offered(readable)
         row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
         rows = [row_of[candidate.answer] for candidate in readable]
-        groups, seen = self.groups(context, offered), len(context.visible)
-        scores = self.scorer.score(groups, [context.query.user], [seen])[0][rows]
+        groups, head = self.groups(context, offered), context.heads.get("adapter")
+        scores = self.scorer.score(groups, [head])[0][rows]
         shares, gains = self.scorer.shares(scores), _gains(self.task, readable, self.select)
         pick = _best(scores.numpy(), shares.numpy(), gains)
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
         if self.abstention_threshold and places[0] == 0 and pick != 0:
-            spread = self.scorer.covariance(groups, context.query.user, seen)
+            spread = self.scorer.covariance(groups, head)
             if spread is not None:
                 margin = _margin(shares, gains, spread[rows][:, rows], pick)
                 if margin < self.abstention_threshold:
@@ -101,7 +101,7 @@ class LearnedSelector:
 
     def offered(self, readable: Sequence[Candidate]) -> Sequence[Candidate]:
         """What is scored: every label where the scorer has features of labels."""
-        by_label = self.scorer.interaction.kind == "label"
+        by_label = self.scorer.interaction.by_label
         return all_labels(self.task, readable) if by_label else readable
 
     def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:

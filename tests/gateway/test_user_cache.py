@@ -18,7 +18,6 @@ def test_nobody_is_at_hand_at_another_version(store: Store, version: int) -> Non
     people = UserCache(store, None, 10)
     person = people.load("ada")
     assert person is not None
-    people.seat(person)
     assert people.at_hand("ada", person.version) is person
     assert people.at_hand("ada", version) is None
 

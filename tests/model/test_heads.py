@@ -1,6 +1,4 @@
-"""Heads and combiners against naive loops, explicit features and finite differences; no row ever
-touches another.
-"""
+"""Kinds of heads and interactions against naive loops, explicit features and finite differences."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.model.heads import HeadBank, KernelBank, LinearBank, LowRankBank, MLPBank, make_bank
+from hydra_llm.history import parse_time
+from hydra_llm.model.heads import (
+    Head,
+    HeadKind,
+    HeadMatrix,
+    HeadProblem,
+    latest_time,
+    make_head,
+    usable_head,
+)
+from hydra_llm.model.heads.kernel import KernelHead, pack
 from hydra_llm.model.interactions import (
     Cross,
     Groups,
@@ -23,8 +31,11 @@ from hydra_llm.model.interactions import (
     make_interaction,
     principal,
 )
+from hydra_llm.model.newton import losses
+from hydra_llm.plugins import HEADS
+from hydra_llm.types import Query, Record
 
-KINDS = ("linear", "lowrank", "mlp", "kernel")
+KINDS = tuple(HEADS.builtin)
 USERS, ROWS = 4, [2, -1, 0, 2, 3]
 
 
@@ -46,28 +57,41 @@ def random_groups(
     )
 
 
-def filled(kind: str, interaction: Interaction, users: int = USERS) -> HeadBank:
-    """A bank in which every number is random."""
+def randomised(kind: str, interaction: Interaction) -> HeadKind:
+    """A kind whose shared numbers are random."""
     draw = torch.Generator().manual_seed(1)
-    bank = make_bank(kind, interaction, rank=3, users=users)
-    for value in [*bank.parameters(), *bank.buffers()]:
+    made = make_head(kind, interaction, rank=3)
+    for value in [*made.parameters(), *made.buffers()]:
         value.data.copy_(0.5 * torch.randn(value.shape, generator=draw))
-    if isinstance(bank, KernelBank):
-        width, answers = (
-            (interaction.rank + 1, interaction.labels)
-            if isinstance(interaction, LabelBilinear)
-            else (interaction.size, 1)
+    return made
+
+
+def some_heads(kind: HeadKind, interaction: Interaction, users: int = USERS) -> list[Head]:
+    """Heads in which every number is random; those of a kernel grow from user to user."""
+    draw = torch.Generator().manual_seed(2)
+    if kind.numbers_per_user is not None:
+        rows = 0.5 * torch.randn(users, kind.numbers_per_user, generator=draw)
+        return [Head.of(row, 3) for row in rows]
+    by_label = isinstance(interaction, LabelBilinear)
+    width = interaction.rank + 1 if by_label else interaction.size
+    depth = interaction.labels if by_label else 1
+    return [
+        Head.of(
+            pack(
+                torch.randn(user + 2, width, generator=draw),
+                torch.randn(user + 2, depth, generator=draw),
+            ),
+            3,
         )
-        for row in range(users):
-            bank.remember(
-                row,
-                torch.randn(row + 2, width, generator=draw),
-                torch.randn(row + 2, answers, generator=draw),
-            )
-    return bank
+        for user in range(users)
+    ]
 
 
-def combiner_of(kind: str) -> Interaction:
+def in_rows(heads: list[Head], rows: list[int]) -> list[Head | None]:
+    return [heads[row] if row >= 0 else None for row in rows]
+
+
+def interaction_of(kind: str) -> Interaction:
     torch.manual_seed(0)
     shapes = {
         "tower": {"width": 6, "size": 5},
@@ -79,17 +103,16 @@ def combiner_of(kind: str) -> Interaction:
     return interaction
 
 
-def by_hand(bank: HeadBank, phi: np.ndarray, row: int, key: np.ndarray, label: int) -> float:
+def by_hand(
+    kind: HeadKind, phi: np.ndarray, head: Head | None, key: np.ndarray, label: int
+) -> float:
     """The score of one pair, number by number. `key` is what the kernel compares: φ, or z of the
     query for label features.
     """
-    at = {
-        name: value.detach().double().numpy()
-        for name, value in bank.state_dict().items()
-        if isinstance(value, Tensor)
-    }
-    if isinstance(bank, MLPBank):
-        flat, size = at["shared"] + (at["weight"][row] if row >= 0 else 0), bank.size
+    at = {name: value.detach().double().numpy() for name, value in kind.state_dict().items()}
+    own = None if head is None else head.numbers.astype(float)
+    if kind.name == "mlp":
+        flat, size = at["shared"] + (0 if own is None else own), int(phi.size)
         w1, b1 = flat[: size * size].reshape(size, size), flat[size * size : size * size + size]
         w2, b2 = flat[size * size + size : size * size + 3 * size].reshape(2, size), flat[-2:]
         hidden = [
@@ -98,153 +121,244 @@ def by_hand(bank: HeadBank, phi: np.ndarray, row: int, key: np.ndarray, label: i
         logits = [sum(w2[k][i] * hidden[i] for i in range(size)) + b2[k] for k in (0, 1)]
         return float(logits[1] - logits[0])
     score = sum(a * b for a, b in zip(at["shared"], phi, strict=True)) + at["shared_bias"]
-    if row < 0:
+    if own is None:
         return float(score)
-    if isinstance(bank, LinearBank):
-        score += at["weight"][row] @ phi + at["bias"][row]
-    elif isinstance(bank, LowRankBank):
-        score += sum(at["weight"][row][k] * (at["basis"][k] @ phi) for k in range(len(at["basis"])))
-    elif isinstance(bank, KernelBank):
+    if kind.name == "linear":
+        score += own[:-1] @ phi + own[-1]
+    elif kind.name == "lowrank":
+        score += sum(own[k] * (at["basis"][k] @ phi) for k in range(len(at["basis"])))
+    elif kind.name == "bias":
+        score *= 1 + own[0]
+    elif kind.name == "kernel":
+        width, depth = int(own[0]), int(own[1])
         top, below = 0.0, math.exp(at["log_ridge"])
-        for kept, residual in zip(
-            bank.keys[row].double().numpy(), bank.residuals[row].double().numpy(), strict=True
-        ):
+        for pair in own[2:].reshape(-1, width + depth):
+            kept, residual = pair[:width], pair[width:]
             cosine = kept @ key / np.linalg.norm(kept) / np.linalg.norm(key)
             weight = math.exp((cosine - 1) / math.exp(at["log_bandwidth"]))
-            top, below = top + weight * residual[label if len(residual) > 1 else 0], below + weight
+            top, below = top + weight * residual[label if depth > 1 else 0], below + weight
         score += at["strength"] * top / below
     return float(score)
 
 
 @pytest.mark.parametrize("features", ["tower", "cross", "label"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_agree_with_a_loop_over_pairs(kind: str, features: str) -> None:
-    if (kind, features) == ("mlp", "label"):
+@pytest.mark.parametrize("name", KINDS)
+def test_scores_agree_with_a_loop_over_pairs(name: str, features: str) -> None:
+    if (name, features) == ("mlp", "label"):
         with pytest.raises(SettingsError):
-            make_bank(kind, combiner_of(features))
+            make_head(name, interaction_of(features))
         return
-    interaction, groups, rows = combiner_of(features), random_groups(), torch.tensor(ROWS)
-    bank = filled(kind, interaction)
+    interaction, groups = interaction_of(features), random_groups()
+    kind = randomised(name, interaction)
+    heads = in_rows(some_heads(kind, interaction), ROWS)
     x = interaction(groups).detach()
-    scores = bank(interaction, x, rows).detach().numpy()
-    for g, row in enumerate(ROWS):
+    scores = kind.score(interaction, x, heads).detach().numpy()
+    for g, head in enumerate(heads):
         for c in range(scores.shape[1]):
             z = x[g].double().numpy() if features == "label" else x[g, c].double().numpy()
             phi = np.kron(np.eye(3)[c], z) if features == "label" else z
-            assert scores[g, c] == pytest.approx(by_hand(bank, phi, row, z, c), abs=2e-4)
+            assert scores[g, c] == pytest.approx(by_hand(kind, phi, head, z, c), abs=2e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_finite_differences(kind: str) -> None:
-    interaction, groups, rows = combiner_of("tower").double(), random_groups(), torch.tensor(ROWS)
-    groups = Groups(
-        groups.left.double(),
-        groups.right.double() if groups.right is not None else None,
-        groups.evidence,
-        groups.mask,
-    )
-    bank = filled(kind, interaction).double()
-    if isinstance(bank, KernelBank):
-        bank.keys, bank.residuals = (
-            [k.double() for k in bank.keys],
-            [r.double() for r in bank.residuals],
-        )
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "kernel"])
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    interaction, groups = interaction_of("tower").double(), random_groups()
+    assert groups.right is not None
+    groups = Groups(groups.left.double(), groups.right.double(), groups.evidence, groups.mask)
+    kind = randomised(name, interaction).double()
     state = {
         name: value.detach().clone().requires_grad_()
-        for name, value in [*bank.named_parameters(), *bank.named_buffers()]
+        for name, value in [*kind.named_parameters(), *kind.named_buffers()]
     }
     x = interaction(groups).detach().requires_grad_()
+    numbers = torch.randn(5, kind.joint_numbers, dtype=torch.float64, requires_grad=True)
 
-    def scores(x: Tensor, *values: Tensor) -> Tensor:
-        out: Tensor = torch.func.functional_call(
-            bank, dict(zip(state, values, strict=True)), (interaction, x, rows)
-        )
+    class Scoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+            return self.kind.score_numbers(interaction, x, numbers)
+
+    def scores(x: Tensor, numbers: Tensor, *values: Tensor) -> Tensor:
+        named = {f"kind.{key}": value for key, value in zip(state, values, strict=True)}
+        out: Tensor = torch.func.functional_call(Scoring(), named, (x, numbers))
         return out
 
-    assert torch.autograd.gradcheck(scores, (x, *state.values()), atol=1e-6)
+    assert torch.autograd.gradcheck(scores, (x, numbers, *state.values()), atol=1e-6)
 
 
-def test_numbers_per_user_are_the_designs() -> None:
-    wide = Cross(768)
-    assert make_bank("mlp", wide).numbers_per_user == 592_130
-    assert make_bank("linear", wide).numbers_per_user == 769
-    assert make_bank("lowrank", wide, rank=16).numbers_per_user == 16
-    kernel = make_bank("kernel", wide, users=2)
-    assert isinstance(kernel, KernelBank)
-    kernel.remember(0, torch.zeros(4, 768), torch.zeros(4, 1))
-    assert kernel.numbers_per_user == 4 * 769 // 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_row_minus_one_and_a_row_of_zeros_are_the_shared_head(kind: str) -> None:
-    interaction, groups = combiner_of("cross"), random_groups()
-    bank = filled(kind, interaction)
-    x, nobody = interaction(groups), torch.full((5,), -1)
-    shared = bank(interaction, x, nobody)
-    bank.clear(1)
-    assert torch.equal(bank(interaction, x, torch.full((5,), 1)), shared)
-    empty = filled(kind, interaction, users=0)
-    empty.load_state_dict(
-        {**empty.state_dict(), **{n: p.detach() for n, p in bank.named_parameters()}}
+def test_the_kernels_gradients_are_those_of_finite_differences() -> None:
+    interaction = interaction_of("tower")
+    kind = randomised("kernel", interaction).double()
+    assert isinstance(kind, KernelHead)
+    draw = torch.Generator().manual_seed(4)
+    x, keys, residuals = (
+        torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
+        for shape in ((4, 5), (3, 5), (3, 1))
     )
-    assert torch.equal(empty(interaction, x, nobody), shared)
+    names = ("log_bandwidth", "strength", "log_ridge")
+    values = [getattr(kind, name).detach().clone().requires_grad_() for name in names]
+
+    def smooth(x: Tensor, keys: Tensor, residuals: Tensor, *values: Tensor) -> Tensor:
+        bandwidth, strength, ridge = values
+        cosine = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(keys, dim=-1).T
+        weight = ((cosine - 1) / bandwidth.exp()).exp()
+        return strength * (weight @ residuals) / (ridge.exp() + weight.sum(-1, keepdim=True))
+
+    assert torch.autograd.gradcheck(smooth, (x, keys, residuals, *values), atol=1e-6)
+    assert torch.allclose(kind.smooth(x, keys, residuals), smooth(x, keys, residuals, *values))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_per_user_are_as_documented() -> None:
+    wide = Cross(768)
+    sizes = {"mlp": 592_130, "linear": 769, "lowrank": 16, "bias": 1, "kernel": None}
+    for name, size in sizes.items():
+        assert make_head(name, wide, rank=16).numbers_per_user == size
+    assert len(pack(torch.zeros(4, 768), torch.zeros(4, 1))) == 2 + 4 * 769
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_head_and_a_head_of_zeros_are_the_shared_head(name: str) -> None:
+    interaction, groups = interaction_of("cross"), random_groups()
+    kind = randomised(name, interaction)
+    x = interaction(groups)
+    shared = kind.shared_score(interaction, x)
+    nobody = kind.score(interaction, x, [None] * 5)
+    assert torch.allclose(nobody, shared, atol=1e-6)
+    assert torch.equal(kind.score(interaction, x, [Head.of(kind.empty())] * 5), nobody)
+
+
+@pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_growing_and_clearing_leave_the_others_bit_identical(
-    kind: str, data: st.DataObject
-) -> None:
-    interaction, groups = combiner_of("cross"), random_groups(8, seed=3)
-    bank = filled(kind, interaction)
-    rows = torch.tensor(data.draw(st.lists(st.integers(-1, USERS - 1), min_size=8, max_size=8)))
-    before = bank(interaction, interaction(groups), rows)
-    untouched = torch.ones(8, dtype=torch.bool)
-    for step in data.draw(st.lists(st.integers(-3, USERS - 1), min_size=1, max_size=4)):
-        if step < 0:
-            bank.grow(len(bank) - step)
-        else:
-            bank.clear(step)
-            untouched &= rows != step
-    after = bank(interaction, interaction(groups), rows)
-    assert torch.equal(after[untouched], before[untouched])
-    shared = bank(interaction, interaction(groups), torch.full((8,), -1))
-    assert torch.equal(after[~untouched], shared[~untouched])
-    new = torch.full((8,), len(bank) - 1) if len(bank) > USERS else torch.full((8,), -1)
-    assert torch.equal(bank(interaction, interaction(groups), new), shared)
+def test_nobodys_score_depends_on_other_users(name: str, data: st.DataObject) -> None:
+    interaction, groups = interaction_of("cross"), random_groups(8, seed=3)
+    kind = randomised(name, interaction)
+    heads = some_heads(kind, interaction)
+    rows = data.draw(st.lists(st.integers(-1, USERS - 1), min_size=8, max_size=8))
+    x = interaction(groups)
+    before = kind.score(interaction, x, in_rows(heads, rows))
+    changed = data.draw(st.integers(0, USERS - 1))
+    others = torch.tensor([row != changed for row in rows])
+    heads[changed] = heads[(changed + 1) % USERS]
+    after = kind.score(interaction, x, in_rows(heads, rows))
+    assert torch.equal(after[others], before[others])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_growing_to_fewer_users_loses_nobody(kind: str) -> None:
-    interaction, groups = combiner_of("cross"), random_groups()
-    bank = filled(kind, interaction)
-    before = bank(interaction, interaction(groups), torch.tensor(ROWS))
-    bank.grow(1)
-    assert len(bank) == USERS
-    assert torch.equal(bank(interaction, interaction(groups), torch.tensor(ROWS)), before)
+def test_a_head_of_another_size_is_refused() -> None:
+    interaction = Cross(6)
+    x = interaction(random_groups(1))
+    for name in ("linear", "lowrank", "mlp", "bias"):
+        with pytest.raises(ValueError, match="numbers"):
+            make_head(name, interaction).score(interaction, x, [Head.of(np.ones(5))])
+    with pytest.raises(ValueError, match="numbers"):
+        make_head("kernel", interaction).score(interaction, x, [Head.of(np.ones(5))])
 
 
-# ---- combiners
+def test_a_head_is_a_copy_that_nobody_can_change() -> None:
+    source = torch.ones(3)
+    head = Head.of(source, 2, 5.0)
+    source.zero_()
+    assert head.numbers.tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        head.numbers[0] = 2
+    assert (head.records, head.until) == (2, 5.0)
 
 
-@pytest.mark.parametrize("kind", ["linear", "lowrank", "mlp"])
-def test_enrolling_one_after_another_seldom_copies_everybody(kind: str) -> None:
-    bank = make_bank(kind, Cross(3), rank=2)
-    places = set()
-    for users in range(1, 401):
-        bank.grow(users)
-        assert isinstance(bank.weight, Tensor)
-        assert len(bank.weight) == users
-        assert not bank.weight[-1].any()
-        bank.weight[-1] = users
-        places.add(bank.weight.data_ptr())
-    assert torch.equal(bank.weight[:, 0], torch.arange(1.0, 401.0))
-    assert len(places) < 40
+# ---- the head of one number
+
+
+def test_a_bias_head_is_a_temperature_of_the_shared_score() -> None:
+    interaction, groups = interaction_of("cross"), random_groups()
+    kind = randomised("bias", interaction)
+    x = interaction(groups)
+    shared = kind.shared_score(interaction, x)
+    for c, factor in ((-1.0, 0.0), (0.5, 1.5), (-3.0, -2.0)):
+        scores = kind.score(interaction, x, [Head.of(np.array([c]))] * 5)
+        assert torch.allclose(scores, factor * shared, atol=1e-6)
+
+
+def test_bias_heads_tell_followers_from_contrarians() -> None:
+    """One user wants what all want, another one the opposite, a third anything."""
+    interaction = Cross(6)
+    kind = make_head("bias", interaction)
+    weight = torch.randn(6, generator=torch.Generator().manual_seed(3))
+    kind.set_shared(weight, torch.zeros(()))
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(3, 200, 4, 6, generator=draw)
+    taste = torch.tensor([2.0, -1.0, 0.0])[:, None, None] * (x @ weight)
+    wanted = torch.multinomial(taste.flatten(0, 1).softmax(-1), 1, generator=draw)[:, 0]
+    target = nn.functional.one_hot(wanted, 4).float().view(3, 200, 4)
+    mask, zero = torch.ones(3, 200, 4, dtype=torch.bool), torch.zeros(3, 200, 4)
+    problem = HeadProblem(("a", "b", "c"), interaction, x, zero, target, mask, "listwise", 0.01)
+    found = [1 + float(numbers[0]) for numbers in kind.fit(problem)]
+    assert found == pytest.approx([2.0, -1.0, 0.0], abs=0.4)
+    own = [Head.of(numbers) for numbers in kind.fit(problem)]
+    for user, head in enumerate(own):
+        shared = losses(
+            kind.shared_score(interaction, x[user]), target[user], mask[user], "listwise"
+        )
+        fitted = losses(
+            kind.score(interaction, x[user], [head] * 200), target[user], mask[user], "listwise"
+        )
+        assert fitted.sum() < shared.sum()
+
+
+# ---- many heads in one array, and which queries a head may answer
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_matrix_of_heads_is_the_heads_and_is_read_back(name: str) -> None:
+    interaction = interaction_of("cross")
+    kind = randomised(name, interaction)
+    heads = dict(zip("abcd", some_heads(kind, interaction), strict=True))
+    heads["e"] = Head.of(kind.empty())
+    heads["b"] = Head.of(heads["b"].numbers, 7, 1.5e9)
+    matrix = HeadMatrix.of(heads)
+    again = HeadMatrix.restore(matrix.config(), matrix.tensors())
+    for mapping in (matrix, again):
+        assert list(mapping) == list(heads)
+        for user, head in heads.items():
+            assert np.array_equal(mapping[user].numbers, head.numbers)
+            assert (mapping[user].records, mapping[user].until) == (head.records, head.until)
+    with pytest.raises(KeyError):
+        matrix["stranger"]
+    with pytest.raises(ValueError, match="users"):
+        HeadMatrix.restore({**matrix.config(), "users": ["a"]}, matrix.tensors())
+
+
+def test_a_head_answers_no_query_that_sees_less_than_it_has_learned() -> None:
+    head = Head.of(np.zeros(1), 3, parse_time("2020-05-01")[0])
+
+    def asked(time: str, visible: int) -> tuple[Head | None, str]:
+        return usable_head(head, Query("u", "q", "?", time=time, span=parse_time(time)), visible)
+
+    assert asked("2020-05-02", 3) == (head, "")
+    assert asked("", 4) == (head, "")
+    assert asked("2020", 3) == (head, ""), "a year may end after the head's time"
+    for time, visible, word in (("2020-05-02", 2, "3 records"), ("2020-04-29", 5, "2020-05-01")):
+        found, reason = asked(time, visible)
+        assert found is None
+        assert word in reason
+    assert usable_head(None, Query("u", "q", "?"), 0) == (None, "")
+
+
+def test_the_latest_time_is_of_records_that_have_one() -> None:
+    def at(time: str) -> Record:
+        return Record("u", time, "x", "y", time, parse_time(time))
+
+    assert latest_time([]) == -math.inf
+    assert latest_time([at("")]) == -math.inf
+    assert latest_time([at("2020"), at("2019-05-01"), at("")]) == parse_time("2020")[0]
+
+
+# ---- interactions
 
 
 def test_label_features_are_one_hot_kronecker_products() -> None:
-    interaction, groups = combiner_of("label"), random_groups(7)
+    interaction, groups = interaction_of("label"), random_groups(7)
     assert isinstance(interaction, LabelBilinear)
     z = interaction(groups)
     assert z.shape == (7, 5)
@@ -289,7 +403,7 @@ def test_label_features_keep_the_principal_directions() -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), users=st.integers(1, 3), groups=st.integers(1, 4))
 def test_outer_is_the_transpose_of_dot(features: str, seed: int, users: int, groups: int) -> None:
-    interaction = combiner_of(features)
+    interaction = interaction_of(features)
     torch.manual_seed(seed)
     x = torch.randn(
         users,
@@ -306,7 +420,7 @@ def test_outer_is_the_transpose_of_dot(features: str, seed: int, users: int, gro
 
 
 def test_tower_is_its_formula() -> None:
-    interaction, groups = combiner_of("tower"), random_groups()
+    interaction, groups = interaction_of("tower"), random_groups()
     assert isinstance(interaction, Tower)
     assert groups.right is not None
     phi = interaction(groups)
@@ -346,7 +460,7 @@ def test_preparation_sees_no_padding_and_scales_to_one_half(features: str) -> No
 
 @pytest.mark.parametrize("features", ["tower", "cross", "label"])
 def test_features_of_a_pair_do_not_depend_on_its_company(features: str) -> None:
-    interaction, groups = combiner_of(features), random_groups()
+    interaction, groups = interaction_of(features), random_groups()
     whole = interaction(groups)
     for g in range(5):
         order = groups.mask[g].nonzero()[:, 0]
@@ -360,15 +474,15 @@ def test_features_of_a_pair_do_not_depend_on_its_company(features: str) -> None:
 
 
 @pytest.mark.parametrize("features", ["tower", "cross", "label"])
-def test_a_combiner_is_made_again_from_its_config(features: str) -> None:
-    interaction, groups = combiner_of(features), random_groups()
+def test_an_interaction_is_made_again_from_its_config(features: str) -> None:
+    interaction, groups = interaction_of(features), random_groups()
     again = make_interaction(interaction.config())
     again.load_state_dict(interaction.state_dict())
     assert torch.equal(again(groups), interaction(groups))
     assert again.config() == interaction.config()
 
 
-def test_principal_directions_are_the_same_whatever_signs_and_noise_the_processor_leaves() -> None:
+def test_principal_directions_do_not_depend_on_the_processor() -> None:
     rows = torch.randn(
         30, 40, generator=torch.Generator().manual_seed(1)
     )  # of rank 30: nothing varies along ten of the directions

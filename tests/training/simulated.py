@@ -5,10 +5,10 @@
 import torch
 from torch import Tensor
 
-from hydra_llm.model.heads import make_bank
+from hydra_llm.model.heads import make_head
 from hydra_llm.model.interactions import Cross, Groups
 from hydra_llm.model.scorer import Loss, Scorer
-from hydra_llm.training.dataset import Table
+from hydra_llm.training.dataset import TrainingSet
 
 WIDTH = 5
 
@@ -22,7 +22,7 @@ def simulate(
     candidates: int = 4,
     loss: Loss = "listwise",
     seed: int = 0,
-) -> tuple[Table, dict[str, Tensor]]:
+) -> tuple[TrainingSet, dict[str, Tensor]]:
     """A table and each user's true weights [WIDTH]; δᵤ has the deviation `differ` in each
     direction, w₀ `shared`.
     """
@@ -47,12 +47,14 @@ def simulate(
     cases = Groups(
         torch.zeros(count, 0), x * mask[..., None], torch.zeros(count, candidates, 0), mask, target
     )
-    return Table(cases, names, places, torch.zeros(count, dtype=torch.bool), cases.target), truth
+    return TrainingSet(
+        cases, names, places, torch.zeros(count, dtype=torch.bool), cases.target
+    ), truth
 
 
 def cross_scorer(
     head: str,
-    table: Table,
+    table: TrainingSet,
     *,
     loss: Loss = "listwise",
     rank: int = 3,
@@ -61,4 +63,4 @@ def cross_scorer(
     torch.manual_seed(0)
     interaction = Cross(WIDTH)
     interaction.prepare(table.groups)
-    return Scorer(interaction, make_bank(head, interaction, rank=rank), evidence, loss=loss)
+    return Scorer(interaction, make_head(head, interaction, rank=rank), evidence, loss=loss)

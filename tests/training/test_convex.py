@@ -4,22 +4,23 @@ made up.
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hydra_llm.model.heads import KernelBank, LinearBank, make_bank
+from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Groups, LabelBilinear
+from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Loss, Scorer
-from hydra_llm.training import convex as fit
-from hydra_llm.training import kernel
-from hydra_llm.training.convex import PRECISIONS, fit_all, fit_heads
-from hydra_llm.training.dataset import Table
-from hydra_llm.training.newton import losses
+from hydra_llm.training.convex import Strengths, fit_heads, fit_scorer
+from hydra_llm.training.dataset import TrainingSet
+from hydra_llm.training.report import FitReport
 
 _spec = importlib.util.spec_from_file_location(
     "simulated", Path(__file__).with_name("simulated.py")
@@ -31,23 +32,28 @@ _spec.loader.exec_module(simulated)
 simulate, cross_scorer = simulated.simulate, simulated.cross_scorer
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few strengths and steps, where the choice among them is not the subject."""
-    monkeypatch.setattr(fit, "RIDGES", (3.0, 30.0))
-    monkeypatch.setattr(fit, "PRECISIONS", (1.0, 10.0, 100.0))
-    monkeypatch.setattr(kernel, "STEPS", 30)
+QUICK = Strengths(ridges=(3.0, 30.0), precisions=(1.0, 10.0, 100.0))
+"""Few strengths, where the choice among them is not the subject."""
+Heads = dict[str, Head]
 
 
-def loss_of(scorer: Scorer, table: Table, users: list[str] | None = None) -> float:
+def quickly(scorer: Scorer, table: TrainingSet, **options: Any) -> tuple[FitReport, Heads]:
+    if scorer.head.name == "kernel":
+        scorer.head.tuning_steps = 30  # type: ignore[assignment]
+    return fit_scorer(scorer, table, strengths=QUICK, **options)
+
+
+def scored(scorer: Scorer, table: TrainingSet, heads: Heads, users: Sequence[str] = ()) -> Tensor:
+    return scorer.score(table.groups, [heads.get(user) for user in users or table.users])
+
+
+def loss_of(scorer: Scorer, table: TrainingSet, heads: Heads, users: Sequence[str] = ()) -> float:
     assert table.groups.target is not None
-    scores = scorer.score(table.groups, users or list(table.users)).masked_fill(
-        ~table.groups.mask, 0
-    )
+    scores = scored(scorer, table, heads, users).masked_fill(~table.groups.mask, 0)
     return float(losses(scores, table.groups.target, table.groups.mask, scorer.loss).mean())
 
 
-def uniform_loss(table: Table, loss: Loss) -> float:
+def uniform_loss(table: TrainingSet, loss: Loss) -> float:
     assert table.groups.target is not None
     return float(
         losses(
@@ -61,57 +67,54 @@ def uniform_loss(table: Table, loss: Loss) -> float:
     [(h, loss) for h in ("linear", "lowrank") for loss in ("listwise", "binary")]
     + [("kernel", "listwise")],
 )
-def test_new_users_later_cases_are_predicted_best_by_their_own_heads(
-    head: str, loss: Loss, quick: None
-) -> None:
+def test_new_users_are_predicted_best_by_their_own_heads(head: str, loss: Loss) -> None:
     table, _ = simulate(20, 20, differ=1.5, shared=2.0, loss=loss)
     train, new = table.of(table.names()[:10]), table.of(table.names()[10:])
     early, late = new.split_late(0.4)
     scorer = cross_scorer(head, table, loss=loss, rank=5)
-    report = fit_all(scorer, train)
-    shared_before = {name: value.clone() for name, value in scorer.named_parameters()}
-    fit_heads(scorer, early, new.names())
+    report, _ = quickly(scorer, train)
+    shared_before = {name: value.clone() for name, value in scorer.tensors().items()}
+    heads = fit_heads(scorer, early, new.names())
     own, shared, uniform = (
-        loss_of(scorer, late),
-        loss_of(scorer, late, ["nobody"] * len(late)),
+        loss_of(scorer, late, heads),
+        loss_of(scorer, late, {}),
         uniform_loss(late, loss),
     )
     assert own < (0.95 if head == "kernel" else 0.85) * shared
     assert shared < uniform
     assert report.loss_user < report.loss_shared < report.loss_uniform
     assert all(
-        torch.equal(value, shared_before[name]) for name, value in scorer.named_parameters()
+        torch.equal(value, shared_before[name]) for name, value in scorer.tensors().items()
     )  # a new user changes nothing shared
     swapped = dict(zip(new.names(), new.names()[1:] + new.names()[:1], strict=True))
     assert (
-        loss_of(scorer, late, [swapped[user] for user in late.users]) > shared
+        loss_of(scorer, late, heads, [swapped[user] for user in late.users]) > shared
     )  # another user's head is worse than none
 
 
-def test_a_users_weights_are_recovered(quick: None) -> None:
+def test_a_users_weights_are_recovered() -> None:
     table, truth = simulate(16, 60, differ=1.5)
     scorer = cross_scorer("linear", table)
-    fit_all(scorer, table)
-    assert isinstance(scorer.bank, LinearBank)
+    _, heads = quickly(scorer, table)
     for name, weights in truth.items():
-        found = scorer.bank.shared.detach() + scorer.bank.weight[scorer.row(name)]
+        found = scorer.tensors()["head.shared"] + torch.tensor(heads[name].numbers[:-1])
         assert torch.cosine_similarity(found, weights, dim=0) > 0.9, name
 
 
 def test_strengths_follow_how_much_users_differ() -> None:
     alike, _ = simulate(24, 10, differ=0.0, shared=1.5)
     unlike, _ = simulate(24, 10, differ=4.0, shared=0.5)
-    reports = [fit_all(cross_scorer("linear", table), table) for table in (alike, unlike)]
+    reports = [fit_scorer(cross_scorer("linear", table), table)[0] for table in (alike, unlike)]
     assert reports[0].precision >= 100 > reports[1].precision
     assert reports[0].loss_user == pytest.approx(
         reports[0].loss_shared, abs=0.02
     )  # nothing is lost where there is nothing to learn
-    assert {report.precision for report in reports} <= set(PRECISIONS)
+    assert {report.precision for report in reports} <= set(Strengths().precisions)
 
 
 def test_the_reports_figures_are_per_group_that_was_held_out() -> None:
     table, _ = simulate(6, 10)
-    report = fit_all(cross_scorer("linear", table), table)
+    report, _ = fit_scorer(cross_scorer("linear", table), table)
     assert (report.users, report.groups, report.held_out_groups) == (6, 60, 18)
     late = table.split_late()[1]
     assert report.loss_uniform == pytest.approx(uniform_loss(late, "listwise"), rel=1e-5)
@@ -134,7 +137,7 @@ def expected_calibration_error(chances: Tensor, hits: Tensor, bins: int = 10) ->
 @pytest.mark.parametrize(
     ("head", "rank"), [("linear", 1), ("lowrank", 5), ("lowrank", 1), ("kernel", 1)]
 )
-def test_scores_may_be_read_as_chances(head: str, rank: int, quick: None) -> None:
+def test_scores_may_be_read_as_chances(head: str, rank: int) -> None:
     """On later cases of new users, where the truth is known; undoing the calibration by a factor of
     2 must be seen.
     """
@@ -142,93 +145,93 @@ def test_scores_may_be_read_as_chances(head: str, rank: int, quick: None) -> Non
     train, new = table.of(table.names()[:80]), table.of(table.names()[80:])
     early, late = new.split_late(0.5)
     scorer = cross_scorer(head, table, rank=rank)
-    report = fit_all(scorer, train)
-    fit_heads(scorer, early, new.names())
-    assert loss_of(scorer, late) == pytest.approx(
+    report, _ = quickly(scorer, train)
+    heads = fit_heads(scorer, early, new.names())
+    assert loss_of(scorer, late, heads) == pytest.approx(
         report.loss_calibrated, rel=0.1
     )  # judged with the kind of head that serves
     assert late.groups.target is not None
     there, hits = late.groups.mask, late.groups.target[late.groups.mask]
-    error = expected_calibration_error(scorer.distribution(late.groups, late.users)[there], hits)
-    assert error < 0.035
+
+    def error() -> float:
+        shares = scorer.shares(scored(scorer, late, heads))
+        return expected_calibration_error(shares[there], hits)
+
+    calibrated = error()
+    assert calibrated < 0.035
     scorer.scale = scorer.scale * 2
-    assert (
-        expected_calibration_error(scorer.distribution(late.groups, late.users)[there], hits)
-        > error + 0.03
-    )
+    assert error() > calibrated + 0.03
 
 
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
-def test_the_same_table_and_seed_give_the_same_numbers(head: str, quick: None) -> None:
+def test_the_same_table_and_seed_give_the_same_numbers(head: str) -> None:
     table, _ = simulate(8, 8)
     one, other = cross_scorer(head, table), cross_scorer(head, table)
-    assert fit_all(one, table, seed=3).to_json() == fit_all(other, table, seed=3).to_json()
+    (report, heads), (again, theirs) = (quickly(each, table, seed=3) for each in (one, other))
+    assert report.to_json() == again.to_json()
+    assert all((head.numbers == theirs[name].numbers).all() for name, head in heads.items())
     assert one.tensors().keys() == other.tensors().keys()
     assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
 
 
-def test_one_user_alone_and_groups_that_say_nothing_are_enough_to_go_on(quick: None) -> None:
+def test_one_user_or_uninformative_groups_are_enough() -> None:
     table, _ = simulate(1, 5)
     scorer = cross_scorer("linear", table)
-    fit_all(scorer, table)
-    assert loss_of(scorer, table) < uniform_loss(table, "listwise")
+    _, heads = quickly(scorer, table)
+    assert loss_of(scorer, table, heads) < uniform_loss(table, "listwise")
     blank = replace(
         table,
         groups=table.groups.with_target(torch.zeros_like(table.groups.mask, dtype=torch.float32)),
     )
     scorer = cross_scorer("linear", table)
-    fit_all(scorer, blank)
+    quickly(scorer, blank)
     assert all(value.isfinite().all() for value in scorer.tensors().values())
 
 
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
-def test_a_head_does_not_depend_on_who_else_is_fitted(head: str, quick: None) -> None:
+def test_a_head_does_not_depend_on_who_else_is_fitted(head: str) -> None:
     table, _ = simulate(8, 6)
     table = table.take(
         [i for i in range(len(table)) if i % 6 < 1 + i // 6 % 5]
     )  # users with 1 to 5 groups
     train, new = table.of(table.names()[:4]), table.of(table.names()[4:])
     together, apart = cross_scorer(head, table), cross_scorer(head, table)
-    fit_all(together, train)
-    fit_all(apart, train)
-    fit_heads(together, new, new.names())
+    quickly(together, train)
+    quickly(apart, train)
+    at_once, alone = fit_heads(together, new, new.names()), Heads()
     for name in reversed(new.names()):
-        fit_heads(apart, new.of([name]), [name])
-    assert torch.allclose(
-        together.score(new.groups, new.users), apart.score(new.groups, new.users), atol=1e-2
-    )
+        alone |= fit_heads(apart, new.of([name]), [name])
+    assert torch.allclose(scored(together, new, at_once), scored(apart, new, alone), atol=1e-2)
 
 
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
-def test_fitting_again_replaces_what_was_there(head: str, quick: None) -> None:
+def test_fitting_again_replaces_what_was_there(head: str) -> None:
     table, _ = simulate(8, 8)
     train, new = table.of(table.names()[:6]), table.of(table.names()[6:7])
     twice, once = cross_scorer(head, table), cross_scorer(head, table)
     for scorer in (twice, once):
-        fit_all(scorer, train)
+        quickly(scorer, train)
     fit_heads(twice, new.take([0, 1]), new.names())
-    fit_heads(twice, new, new.names())
-    fit_heads(once, new, new.names())
-    assert torch.equal(twice.score(new.groups, new.users), once.score(new.groups, new.users))
+    heads, theirs = (fit_heads(each, new, new.names()) for each in (twice, once))
+    assert torch.equal(scored(twice, new, heads), scored(once, new, theirs))
 
 
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
-def test_a_user_whose_groups_are_gone_has_the_shared_head_again(head: str, quick: None) -> None:
+def test_a_user_whose_groups_are_gone_has_the_shared_head_again(head: str) -> None:
     table, _ = simulate(8, 8)
     scorer = cross_scorer(head, table)
-    fit_all(scorer, table)
+    quickly(scorer, table)
     first = table.names()[0]
-    fit_heads(scorer, table.of(table.names()[1:]), [first])
+    heads = fit_heads(scorer, table.of(table.names()[1:]), [first])
     own = table.of([first])
-    assert torch.equal(
-        scorer.score(own.groups, own.users), scorer.score(own.groups, ["nobody"] * len(own))
-    )
+    assert heads[first].records == 0
+    assert torch.equal(scored(scorer, own, heads), scored(scorer, own, {}))
 
 
 # ---- the kernel head
 
 
-def tastes(users: int, groups: int, seed: int) -> Table:
+def tastes(users: int, groups: int, seed: int) -> TrainingSet:
     """Cases of four kinds (directions in space) and three labels; each user maps kinds to labels in
     an own way.
     """
@@ -249,7 +252,7 @@ def tastes(users: int, groups: int, seed: int) -> Table:
         torch.eye(3)[label],
     )
     names = tuple(f"u{i}" for i in range(users) for _ in range(groups))
-    return Table(
+    return TrainingSet(
         cases,
         names,
         torch.arange(groups).repeat(users),
@@ -258,66 +261,51 @@ def tastes(users: int, groups: int, seed: int) -> Table:
     )
 
 
-def label_scorer(head: str, table: Table) -> Scorer:
+def label_scorer(head: str, table: TrainingSet) -> Scorer:
     interaction = LabelBilinear(8, 3, 8)
     interaction.prepare(table.groups)
-    return Scorer(interaction, make_bank(head, interaction), ())
+    return Scorer(interaction, make_head(head, interaction), ())
 
 
 @pytest.mark.parametrize("head", ["kernel", "linear"])
-def test_tastes_are_recovered_on_label_features(head: str, quick: None) -> None:
+def test_tastes_are_recovered_on_label_features(head: str) -> None:
     table = tastes(24, 20, seed=1)
     train, new = table.of(table.names()[:12]), table.of(table.names()[12:])
     early, late = new.split_late(0.5)
     scorer = label_scorer(head, table)
-    fit_all(scorer, train)
+    quickly(scorer, train)
 
-    def accuracy(users: tuple[str, ...]) -> float:
-        assert late.groups.target is not None
-        return float(
-            (scorer.score(late.groups, users).argmax(-1) == late.groups.target.argmax(-1))
-            .float()
-            .mean()
-        )
+    def accuracy(heads: Heads, users: Sequence[str] = ()) -> float:
+        right = scored(scorer, late, heads, users).argmax(-1) == late.target.argmax(-1)
+        return float(right.float().mean())
 
-    assert accuracy(late.users) < 0.6  # nobody knows them yet
-    fit_heads(scorer, early, new.names())
-    assert accuracy(late.users) > 0.8
+    assert accuracy({}) < 0.6  # nobody knows them yet
+    heads = fit_heads(scorer, early, new.names())
+    assert accuracy(heads) > 0.8
     swapped = dict(zip(new.names(), new.names()[1:] + new.names()[:1], strict=True))
-    assert accuracy(tuple(swapped[user] for user in late.users)) < 0.6
+    assert accuracy(heads, [swapped[user] for user in late.users]) < 0.6
 
 
-def test_a_kernel_head_is_appended_to_and_cleared(quick: None) -> None:
+def test_an_append_to_a_kernel_head_is_a_fit() -> None:
     table = tastes(8, 12, seed=2)
     train, new = table.of(table.names()[:7]), table.of(table.names()[7:])
-    name, rest = new.names()[0], list(range(6, 12))
-    scorer = label_scorer("kernel", table)
-    fit_all(scorer, train)
-    assert isinstance(scorer.bank, KernelBank)
-    bank, unfitted = scorer.bank, scorer.score(new.groups, new.users)
-    fit_heads(scorer, new.take(range(6)), [name])
-    row, kept = scorer.row(name), bank.keys[scorer.row(name)]
-    half = scorer.score(new.groups, new.users)
-    from hydra_llm.training.kernel import as_memory, residuals
-
-    x, _, residual = residuals(scorer, new.take(rest))
-    keys, values, _ = as_memory(scorer, new.take(rest), x, residual)
-    bank.vectorize(row, keys, values)
-    assert torch.equal(bank.keys[row][:6], kept)
-    appended = scorer.score(new.groups, new.users)
-    fit_heads(scorer, new, [name])
-    assert torch.allclose(
-        appended, scorer.score(new.groups, new.users), atol=1e-5
-    )  # an append is a fit
-    assert not torch.allclose(appended, half)
-    bank.clear(row)
-    assert torch.equal(scorer.score(new.groups, new.users), unfitted)
+    name, scorer = new.names()[0], label_scorer("kernel", table)
+    quickly(scorer, train)
+    half, rest, whole = (
+        fit_heads(scorer, new.take(places), [name])[name]
+        for places in (range(6), range(6, 12), range(12))
+    )
+    appended = Head.of(np.concatenate([half.numbers, rest.numbers[2:]]))
+    scores, before, unfitted = (
+        scorer.score(new.groups, [head] * len(new)) for head in (appended, half, None)
+    )
+    assert torch.allclose(scores, scorer.score(new.groups, [whole] * len(new)), atol=1e-5)
+    assert not torch.allclose(scores, before)
+    assert not torch.allclose(before, unfitted)
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_votes_count_only_where_they_help_users_who_did_not_weigh_them(
-    told: bool, quick: None
-) -> None:
+def test_votes_count_only_where_they_help_held_out_users(told: bool) -> None:
     """Half of the groups are voted; the votes point at the wanted candidate, or at any: then they
     help by chance, in few of the draws.
     """
@@ -335,7 +323,9 @@ def test_votes_count_only_where_they_help_users_who_did_not_weigh_them(
         )
         scorer = cross_scorer("linear", table, evidence=("llm_votes",))
         groups = replace(table.groups, evidence=votes[..., None])
-        report = fit_all(scorer, Table(groups, table.users, table.positions, voted, table.gains))
+        report, _ = quickly(
+            scorer, TrainingSet(groups, table.users, table.positions, voted, table.gains)
+        )
         weight = float(scorer.vote_weight[0])
         helped = report.loss_with_votes < report.loss_without_votes
         assert (weight != 0) == helped == bool(report.vote_weight)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from hydra_llm.model.interactions import Cross, Groups, Tower
 from hydra_llm.training.dataset import (
-    FEW,
-    Table,
+    FEW_GROUPS,
+    TrainingSet,
     chunks_of_users,
     folds,
-    make_table,
+    make_training_set,
     targets,
     within_group_spread,
 )
@@ -134,7 +134,7 @@ def test_a_table_is_padded_and_each_users_oldest_group_stands_first() -> None:
         group("a", 2, count=0),
         group("a", 9),
     ]
-    table = make_table(Store(), Tower(2, 3), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
+    table = make_training_set(Store(), Tower(2, 3), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
     assert table.users == ("a", "a", "b", "b")
     assert table.positions.tolist() == [9, 9, 1, 4]
     assert table.voted.tolist() == [False, True, False, False]
@@ -156,7 +156,7 @@ def test_a_table_is_padded_and_each_users_oldest_group_stands_first() -> None:
     assert table.groups.evidence[1].tolist() == [[0, 7], [1, 7], [2, 7]]
     assert table.groups.evidence[2].tolist() == [[0, 7], [0, 0], [0, 0]]
     assert table.groups.target.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]
-    crossed = make_table(Store(), Cross(2), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
+    crossed = make_training_set(Store(), Cross(2), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
     assert crossed.groups.right is not None
     assert crossed.groups.right[1].tolist() == [[9, 90], [9, 91], [9, 92]]
 
@@ -166,7 +166,7 @@ tables = st.lists(
 )
 
 
-def table_of(rows: list[tuple[str, int, bool]]) -> Table:
+def table_of(rows: list[tuple[str, int, bool]]) -> TrainingSet:
     ordered = sorted(rows)
     size = len(ordered)
     groups = Groups(
@@ -181,7 +181,7 @@ def table_of(rows: list[tuple[str, int, bool]]) -> Table:
         tuple(user for user, _, _ in ordered),
         torch.tensor([voted for *_, voted in ordered]),
     )
-    return Table(groups, users, places, voted, torch.zeros(size, 2))
+    return TrainingSet(groups, users, places, voted, torch.zeros(size, 2))
 
 
 @settings(max_examples=100, deadline=None)
@@ -204,8 +204,8 @@ def test_each_of_few_groups_is_judged_once_by_those_before_it(
     rows: list[tuple[str, int, bool]],
 ) -> None:
     table = table_of(rows)
-    cuts = table.split_steps()
-    if max(map(len, table.by_user().values())) > FEW:
+    cuts = table.prequential_splits()
+    if max(map(len, table.index.values())) > FEW_GROUPS:
         assert [late.users for _, late in cuts] == [table.split_late()[1].users]
         return
     assert sum(len(late) for _, late in cuts) == len(table)
@@ -221,11 +221,11 @@ def test_each_of_few_groups_is_judged_once_by_those_before_it(
 def test_before_the_votes_nothing_from_after_them(rows: list[tuple[str, int, bool]]) -> None:
     table = table_of(rows)
     if len({voted for *_, voted in rows}) == 1:
-        assert [late.users for _, late in table.split_voted()] == [
-            late.users for _, late in table.split_steps()
+        assert [late.users for _, late in table.calibration_splits()] == [
+            late.users for _, late in table.prequential_splits()
         ]
         return
-    ((early, late),) = table.split_voted()
+    ((early, late),) = table.calibration_splits()
     assert late.voted.all()
     assert len(late) == sum(voted for *_, voted in rows)
     assert not early.voted.any()
@@ -271,9 +271,9 @@ def test_a_users_graded_targets_do_not_depend_on_who_else_is_in_the_table() -> N
 
     mine, other = graded("a", (0.4, 0.5)), graded("b", (0.0, 1.0))
     alone, together = (
-        make_table(Store(), Tower(2, 3), groups, rule="graded", loss="listwise", spread=0.1).of(
-            ["a"]
-        )  # type: ignore[arg-type]
+        make_training_set(
+            Store(), Tower(2, 3), groups, rule="graded", loss="listwise", spread=0.1
+        ).of(["a"])  # type: ignore[arg-type]
         for groups in ([mine], [mine, other])
     )
     assert alone.groups.target is not None

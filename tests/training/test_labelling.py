@@ -23,11 +23,11 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
-    copy_groups,
-    label_groups,
     offers_all,
     reranker_groups,
     training_queries,
+    weak_adapter_groups,
+    weak_reranker_groups,
 )
 from hydra_llm.types import LabelledGroup, Message, Query, Record
 
@@ -86,24 +86,22 @@ def collect(
     evidence, door = maker(task), personalizer(task, records)
 
     async def both() -> tuple[Collected, Collected]:
-        return await reranker_groups(door, evidence, queries), await adapter_groups(
-            door, evidence, queries
-        )
+        return await reranker_groups(door, queries), await adapter_groups(door, queries)
 
     reranker, adapter = run_sync(both)
     assert not reranker.failures
-    found = [*reranker.groups(), *adapter.groups()]
+    found = [*reranker.groups(evidence), *adapter.groups(evidence)]
     found += [
         group
         for query in queries
-        for group in copy_groups(door, evidence, query.user)
+        for group in weak_reranker_groups(door, evidence, query.user)
         if group.query == query.id
     ]
     if task.labels:
         found += [
             group
             for query in queries
-            for group in label_groups(evidence, records[query.user])
+            for group in weak_adapter_groups(evidence, records[query.user])
             if group.query == query.id
         ]
     return found
@@ -216,8 +214,8 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
     door = personalizer(
         TAGS, {"u": records}, llm, retrieved=10, record_answer=True, prompt_style="block"
     )
-    found = run_sync(lambda: reranker_groups(door, maker(TAGS), [as_query(records[4])]))
-    (group,) = found.groups()
+    found = run_sync(lambda: reranker_groups(door, [as_query(records[4])]))
+    (group,) = found.groups(maker(TAGS))
     assert dict(zip(group.rights, group.gains, strict=True)) == {
         f"rain {i} → {records[i].output}": float(i in (0, 2)) for i in range(4)
     }
@@ -232,8 +230,8 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
         prompt_style="block",
     )
     assert set(
-        run_sync(lambda: reranker_groups(blind, maker(TAGS), [as_query(records[4])]))
-        .groups()[0]
+        run_sync(lambda: reranker_groups(blind, [as_query(records[4])]))
+        .groups(maker(TAGS))[0]
         .rights
     ) == {f"rain {i}" for i in range(4)}
 
@@ -251,9 +249,9 @@ def test_candidates_are_the_samples_or_every_label() -> None:
         door = personalizer(
             TAGS, {"u": records}, llm, candidates=candidates, label_features=features
         )
-        (group,) = run_sync(
-            lambda door=door: adapter_groups(door, maker(TAGS), [as_query(records[2])])
-        ).groups()
+        (group,) = run_sync(lambda door=door: adapter_groups(door, [as_query(records[2])])).groups(
+            maker(TAGS)
+        )
         assert dict(zip(group.rights, group.gains, strict=True)) == expected
         assert offers_all(TAGS, door.settings) == (len(expected) == 3)
         votes = dict(
@@ -276,16 +274,16 @@ def test_the_users_own_text_is_a_candidate_only_where_that_is_asked_for() -> Non
         door = personalizer(
             TITLES, {"u": records}, RuleLLM(lambda *_: "the loud war"), label_rule=rule
         )
-        (group,) = run_sync(
-            lambda door=door: adapter_groups(door, maker(TITLES), [as_query(records[1])])
-        ).groups()
+        (group,) = run_sync(lambda door=door: adapter_groups(door, [as_query(records[1])])).groups(
+            maker(TITLES)
+        )
         assert list(group.rights) == expected
         assert group.gains[-1] == (1.0 if rule == "gold-positive" else 0.0)
 
 
 def test_every_record_teaches_all_labels_without_the_llm() -> None:
     records = [Record("u", str(i), WORDS[i], TAGS.labels[i], position=9 - i) for i in range(3)]
-    groups = label_groups(maker(TAGS), records)
+    groups = weak_adapter_groups(maker(TAGS), records)
     assert [group.query for group in groups] == ["2", "1", "0"]
     assert [group.gains for group in groups] == [(0, 0, 1), (0, 1, 0), (1, 0, 0)]
     assert all(group.rights == TAGS.labels and not group.voted for group in groups)
@@ -299,16 +297,16 @@ def test_what_failed_is_told_and_left_out() -> None:
     door = personalizer(
         TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm"), every=2), retrieved=3
     )
-    found = run_sync(lambda: reranker_groups(door, maker(TAGS), queries))
+    found = run_sync(lambda: reranker_groups(door, queries))
     assert len(found.failures) == 3 == found.usage.failed
     assert all("query" in line and "record" in line for line in found.failures)
-    assert sum(len(group.rights) for group in found.groups()) == 3
+    assert sum(len(group.rights) for group in found.groups(maker(TAGS))) == 3
     assert all(
-        gain == 1.0 for group in found.groups() for gain in group.gains
+        gain == 1.0 for group in found.groups(maker(TAGS)) for gain in group.gains
     )  # failed is not zero
     door = personalizer(TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm")))
-    found = run_sync(lambda: adapter_groups(door, maker(TAGS), queries))
-    assert found.groups() == []
+    found = run_sync(lambda: adapter_groups(door, queries))
+    assert found.groups(maker(TAGS)) == []
     assert [line.split(":")[0] for line in found.failures] == ["query 4", "query 5"]
     with pytest.raises(LLMError):
         run_sync(lambda: door.apropose(queries[0]))
@@ -316,15 +314,21 @@ def test_what_failed_is_told_and_left_out() -> None:
 
 def test_groups_of_a_history_that_is_not_sorted_stand_in_the_order_of_time() -> None:
     from hydra_llm.model.interactions import LabelBilinear
-    from hydra_llm.training.dataset import make_table
+    from hydra_llm.training.dataset import make_training_set
 
     times = ["2020-03-01", "2020-01-01", "2020-02-01"]
     records = [
         Record("u", time, "rain", "calm", time, parse_time(time), i) for i, time in enumerate(times)
     ]
-    groups = label_groups(maker(TAGS), records)
+    groups = weak_adapter_groups(maker(TAGS), records)
     assert [group.query for group in groups] == sorted(times)
-    table = make_table(Hashed(), LabelBilinear(16, 3, 2), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
+    table = make_training_set(
+        Hashed(),  # type: ignore[arg-type]
+        LabelBilinear(16, 3, 2),
+        groups,
+        rule="exact",
+        loss="listwise",
+    )
     early, late = table.split_late()
     latest = next(group for group in groups if group.query == max(times))
     assert late.positions.tolist() == [latest.position]
@@ -341,7 +345,7 @@ def test_a_record_is_worth_what_its_own_answer_would_be(task: Task) -> None:
     ]
     llm = RuleLLM(answers_by_the_prompt)
     door = personalizer(task, {"u": records}, llm)
-    groups = copy_groups(door, maker(task), "u")
+    groups = weak_reranker_groups(door, maker(task), "u")
     assert llm.calls == []
     assert [group.query for group in groups] == [
         "r2",
@@ -366,4 +370,4 @@ def test_a_history_without_labels_teaches_nothing_by_copies() -> None:
         "pick", "classification", "Which? {input}", ("[1]", "[2]"), extra={"free_history": True}
     )
     records = [Record("u", f"r{i}", f"rain {i}", f"a title {i}", position=i) for i in range(4)]
-    assert copy_groups(personalizer(task, {"u": records}), maker(task), "u") == []
+    assert weak_reranker_groups(personalizer(task, {"u": records}), maker(task), "u") == []

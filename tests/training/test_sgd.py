@@ -12,25 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.model.heads import MLPBank, make_bank
+from hydra_llm.model.heads import Head, SGDConfig, make_head
 from hydra_llm.model.interactions import Cross, Groups, Tower
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training.convex import fit_all
-from hydra_llm.training.dataset import Table, make_table
-from hydra_llm.training.sgd import (
-    Plan,
-    TextSource,
-    fit_mlp,
-    fit_unseen,
-    held_out_users,
-    train_joint,
-)
+from hydra_llm.plugins import HEADS
+from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
+from hydra_llm.training.dataset import TrainingSet, make_training_set
+from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, train_jointly
 from hydra_llm.types import LabelledGroup
 
 _spec = importlib.util.spec_from_file_location(
@@ -41,10 +36,10 @@ assert _spec.loader is not None
 simulated: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(simulated)
 
-PLAN = Plan(epochs=4, lr=0.02, batch=16, patience=0, seed=3)
+CONFIG = SGDConfig(epochs=4, lr=0.02, batch=16, patience=0, seed=3)
 
 
-def towers(users: int = 6) -> Table:
+def towers(users: int = 6) -> TrainingSet:
     table, _ = simulated.simulate(users, 6)
     draw = torch.Generator().manual_seed(1)
     groups = table.groups
@@ -60,11 +55,11 @@ def towers(users: int = 6) -> Table:
     )
 
 
-def scorer_of(table: Table, head: str = "mlp", features: str = "tower") -> Scorer:
+def scorer_of(table: TrainingSet, head: str = "mlp", features: str = "tower") -> Scorer:
     torch.manual_seed(0)
     interaction = Tower(5, 4) if features == "tower" else Cross(5)
     interaction.prepare(table.groups)
-    return Scorer(interaction, make_bank(head, interaction, rank=2), ())
+    return Scorer(interaction, make_head(head, interaction, rank=2), ())
 
 
 def same(one: Scorer, other: Scorer) -> bool:
@@ -72,6 +67,16 @@ def same(one: Scorer, other: Scorer) -> bool:
     return one.tensors().keys() == theirs.keys() and all(
         torch.equal(value, theirs[name]) for name, value in one.tensors().items()
     )
+
+
+def same_heads(one: dict[str, Head], other: dict[str, Head]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(head.numbers, other[name].numbers) for name, head in one.items()
+    )
+
+
+def own_scores(scorer: Scorer, table: TrainingSet, heads: dict[str, Head]) -> torch.Tensor:
+    return scorer.score(table.groups, heads_for(table, heads))
 
 
 class Stopped(Exception):
@@ -86,19 +91,20 @@ def stop_after(epochs: int) -> Any:
     return done
 
 
-@pytest.mark.parametrize("head", ["linear", "lowrank", "mlp", "kernel"])
+@pytest.mark.parametrize("head", list(HEADS.builtin))
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(head: str) -> None:
     table = towers()
     scorers = [scorer_of(table, head) for _ in range(3)]
     runs = [
-        train_joint(scorer, table, replace(PLAN, seed=seed))
+        train_jointly(scorer, table, replace(CONFIG, seed=seed))
         for scorer, seed in zip(scorers, (3, 3, 4), strict=True)
     ]
-    assert runs[0] == runs[1] != runs[2]
+    (losses, heads), (again, theirs), (others, _) = runs
+    assert losses == again != others
     assert same(scorers[0], scorers[1])
+    assert same_heads(heads, theirs)
     assert not same(scorers[0], scorers[2])
-    assert runs[0][-1] < runs[0][0]
-    assert not any(value.requires_grad for value in scorers[0].bank.buffers())
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -106,11 +112,11 @@ def test_few_epochs_are_kept(epochs: int) -> None:
     table = towers()
     scorer = scorer_of(table)
     before = {name: value.clone() for name, value in scorer.tensors().items()}
-    train_joint(scorer, table, replace(PLAN, epochs=epochs))
+    _, heads = train_jointly(scorer, table, replace(CONFIG, epochs=epochs))
     assert not torch.equal(
         scorer.tensors()["interaction.layer.weight"], before["interaction.layer.weight"]
     )
-    assert scorer.tensors()["bank.weight"].any()
+    assert all(head.numbers.any() and head.records == 6 for head in heads.values())
 
 
 @pytest.mark.parametrize("stopped_after", [1, 3])
@@ -120,74 +126,76 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     table, file = towers(), tmp_path / "x.checkpoint"
     whole, parts = scorer_of(table, head), scorer_of(table, head)
-    losses = train_joint(whole, table, PLAN)
+    losses, heads = train_jointly(whole, table, CONFIG)
     with pytest.raises(Stopped):
-        train_joint(parts, table, PLAN, checkpoint=file, done=stop_after(stopped_after))
+        train_jointly(parts, table, CONFIG, checkpoint=file, done=stop_after(stopped_after))
     again = scorer_of(table, head)  # another process: nothing but the checkpoint is left
-    assert train_joint(again, table, PLAN, checkpoint=file) == losses
+    found, theirs = train_jointly(again, table, CONFIG, checkpoint=file)
+    assert found == losses
     assert same(again, whole)
+    assert same_heads(heads, theirs)
 
 
 def test_a_run_with_patience_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
     table, file = towers(10), tmp_path / "x.checkpoint"
-    plan = replace(PLAN, epochs=40, lr=0.02, patience=3)  # held-out users soon get worse
+    config = replace(CONFIG, epochs=40, lr=0.02, patience=3)  # held-out users soon get worse
     whole, parts, again = (scorer_of(table) for _ in range(3))
-    losses = train_joint(whole, table, plan)
+    losses, _ = train_jointly(whole, table, config)
     assert 3 < len(losses) < 40
     with pytest.raises(Stopped):
-        train_joint(parts, table, plan, checkpoint=file, done=stop_after(len(losses) - 1))
-    assert train_joint(again, table, plan, checkpoint=file) == losses
+        train_jointly(parts, table, config, checkpoint=file, done=stop_after(len(losses) - 1))
+    assert train_jointly(again, table, config, checkpoint=file)[0] == losses
     assert same(again, whole)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     table, file = towers(), tmp_path / "x.checkpoint"
     with pytest.raises(Stopped):
-        train_joint(scorer_of(table), table, PLAN, checkpoint=file, done=stop_after(1))
+        train_jointly(scorer_of(table), table, CONFIG, checkpoint=file, done=stop_after(1))
     for other in (scorer_of(table, "linear"), scorer_of(table, features="cross")):
         with pytest.raises(BundleError, match="other settings or data"):
-            train_joint(other, table, PLAN, checkpoint=file)
+            train_jointly(other, table, CONFIG, checkpoint=file)
     fewer = table.of(table.names()[:4])
     with pytest.raises(BundleError, match="other settings or data"):
-        train_joint(scorer_of(table), fewer, PLAN, checkpoint=file)
+        train_jointly(scorer_of(table), fewer, CONFIG, checkpoint=file)
 
 
 @pytest.mark.parametrize("changed", [{"seed": 9}, {"lr": 0.5}, {"batch": 4}, {"weight_decay": 0.9}])
 def test_a_checkpoint_of_other_settings_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
     table, file = towers(), tmp_path / "x.checkpoint"
     with pytest.raises(Stopped):
-        train_joint(scorer_of(table), table, PLAN, checkpoint=file, done=stop_after(1))
+        train_jointly(scorer_of(table), table, CONFIG, checkpoint=file, done=stop_after(1))
     with pytest.raises(BundleError):
-        train_joint(scorer_of(table), table, replace(PLAN, **changed), checkpoint=file)
+        train_jointly(scorer_of(table), table, replace(CONFIG, **changed), checkpoint=file)
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     table, file = towers(), tmp_path / "x.checkpoint"
     with pytest.raises(Stopped):
-        train_joint(scorer_of(table), table, PLAN, checkpoint=file, done=stop_after(1))
+        train_jointly(scorer_of(table), table, CONFIG, checkpoint=file, done=stop_after(1))
     assert table.groups.target is not None
     other = replace(table, groups=table.groups.with_target(table.groups.target.flip(0)))
     with pytest.raises(BundleError):
-        train_joint(scorer_of(table), other, PLAN, checkpoint=file)
+        train_jointly(scorer_of(table), other, CONFIG, checkpoint=file)
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "x.checkpoint"
     file.write_bytes(b"\0" * 100)
     with pytest.raises(BundleError, match="x.checkpoint"):
-        train_joint(scorer_of(towers()), towers(), PLAN, checkpoint=file)
+        train_jointly(scorer_of(towers()), towers(), CONFIG, checkpoint=file)
 
 
 KILLED = """
 import os, signal, sys, importlib.util
 from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
-import hydra_llm.training.sgd as joint
+import hydra_llm.training.sgd as sgd
 spec = importlib.util.spec_from_file_location("test_joint", {this!r})
 here = importlib.util.module_from_spec(spec)
 sys.modules["test_joint"] = here
 spec.loader.exec_module(here)
-real, count = joint.save_file, 0
+real, count = sgd.save_file, 0
 
 def save_half(tensors, path, metadata):
     global count
@@ -198,9 +206,9 @@ def save_half(tensors, path, metadata):
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-joint.save_file = save_half
+sgd.save_file = save_half
 table = here.towers()
-joint.train_joint(here.scorer_of(table), table, here.PLAN, checkpoint=Path({file!r}))
+sgd.train_jointly(here.scorer_of(table), table, here.CONFIG, checkpoint=Path({file!r}))
 """
 
 
@@ -216,11 +224,11 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     table, epochs = towers(), []
     whole, again = scorer_of(table), scorer_of(table)
-    train_joint(
-        again, table, PLAN, checkpoint=file, done=lambda epoch, total, loss: epochs.append(epoch)
+    train_jointly(
+        again, table, CONFIG, checkpoint=file, done=lambda epoch, total, loss: epochs.append(epoch)
     )
     assert epochs == [3, 4]  # two epochs were done and kept
-    train_joint(whole, table, PLAN)
+    train_jointly(whole, table, CONFIG)
     assert all(
         torch.allclose(value, whole.tensors()[name], atol=1e-5)
         for name, value in again.tensors().items()
@@ -267,15 +275,15 @@ def test_a_tuned_encoder_lowers_the_loss_and_is_another_encoder_afterwards(
 ) -> None:
     groups, store = word_groups(), FeatureCache(encoder)
     interaction = Cross(encoder.width)
-    table = make_table(store, interaction, groups, rule="exact", loss="listwise")
+    table = make_training_set(store, interaction, groups, rule="exact", loss="listwise")
     interaction.prepare(table.groups)
-    scorer = Scorer(interaction, make_bank("linear", interaction), ())
+    scorer = Scorer(interaction, make_head("linear", interaction), ())
     scorer.prior_precision = torch.tensor(0.1)
     digest, vectors = encoder.digest, store.pairs(["the film"], ["dull war"])
-    losses = train_joint(
+    losses, heads = train_jointly(
         scorer,
         table,
-        Plan(epochs=12, lr=5e-3, batch=8, patience=0),
+        SGDConfig(epochs=12, lr=5e-3, batch=8, patience=0),
         source=TextSource(encoder, groups),
     )
     assert losses[-1] < 0.8 * losses[0]
@@ -286,16 +294,16 @@ def test_a_tuned_encoder_lowers_the_loss_and_is_another_encoder_afterwards(
         torch.from_numpy(vectors),
         atol=1e-3,
     )  # no stale features
-    now = make_table(store, interaction, groups, rule="exact", loss="listwise")
+    now = make_training_set(store, interaction, groups, rule="exact", loss="listwise")
     assert now.groups.target is not None
-    right = scorer.score(now.groups, now.users).argmax(-1) == now.groups.target.argmax(-1)
+    right = own_scores(scorer, now, heads).argmax(-1) == now.groups.target.argmax(-1)
     assert right.float().mean() > 0.8  # c's head, too, on one shared encoder
 
 
 def test_fresh_features_stand_where_the_tables_do(encoder: Encoder) -> None:
     groups = [*word_groups(("a",)), LabelledGroup("b", "0", "a song", ("night",), (1.0,), ((),), 0)]
     store = FeatureCache(encoder)
-    table = make_table(store, Cross(encoder.width), groups, rule="exact", loss="binary")
+    table = make_training_set(store, Cross(encoder.width), groups, rule="exact", loss="binary")
     with torch.no_grad():
         filled = TextSource(encoder, groups).fill(table, torch.tensor([6, 0, 3]))
     assert table.groups.right is not None
@@ -307,63 +315,78 @@ def test_fresh_features_stand_where_the_tables_do(encoder: Encoder) -> None:
 # ---- new users with mlp heads
 
 
+def fit_mlp(
+    scorer: Scorer,
+    table: TrainingSet,
+    names: Sequence[str],
+    config: SGDConfig,
+    *,
+    random_start: bool,
+) -> dict[str, Head]:
+    return fit_heads(scorer, table, names, sgd=replace(config, random_start=random_start))
+
+
 @pytest.mark.parametrize("random_start", [False, True])
 def test_mlp_heads_are_fitted_and_the_shared_one_stays(random_start: bool) -> None:
     table = towers(8)
     train, new = table.of(table.names()[:5]), table.of(table.names()[5:])
     scorer = scorer_of(table)
-    train_joint(scorer, train, replace(PLAN, epochs=10))
-    others, shared = (
-        scorer.score(train.groups, train.users),
-        scorer.tensors()["bank.shared"].clone(),
-    )
-    fit_mlp(scorer, new, new.names(), replace(PLAN, epochs=40), random_start=random_start)
-    assert torch.equal(scorer.score(train.groups, train.users), others)
-    assert torch.equal(scorer.tensors()["bank.shared"], shared)
-    assert new.groups.target is not None
-    own, nobody = (
-        scorer.score(new.groups, users).log_softmax(-1) for users in (new.users, ["?"] * len(new))
-    )
-    told = new.groups.target.bool()
-    assert own[told].mean() > nobody[told].mean()
+    train_jointly(scorer, train, replace(CONFIG, epochs=10))
+    before = {name: value.clone() for name, value in scorer.tensors().items()}
+    heads = fit_mlp(scorer, new, new.names(), replace(CONFIG, epochs=40), random_start=random_start)
+    assert all(torch.equal(value, before[name]) for name, value in scorer.tensors().items())
+    own, nobody = (own_scores(scorer, new, each).log_softmax(-1) for each in (heads, {}))
+    wanted = new.target.bool()
+    assert own[wanted].mean() > nobody[wanted].mean()
 
 
 def test_a_head_with_the_shared_prior_stays_nearer_to_the_shared_head() -> None:
     table = towers(8)
     train, new = table.of(table.names()[:5]), table.of(table.names()[5:])
     scorer = scorer_of(table)
-    train_joint(scorer, train, replace(PLAN, epochs=10))
-    assert isinstance(scorer.bank, MLPBank)
-    rows, distance = None, {}
+    train_jointly(scorer, train, replace(CONFIG, epochs=10))
+    first, *others = new.names()
+    distance = {}
     for start in (False, True):
-        fit_mlp(scorer, new.take([0, 1]), new.names(), replace(PLAN, epochs=5), random_start=start)
-        rows = scorer.rows(new.names())
-        distance[start] = scorer.bank.weight[rows].norm(dim=1)
-        assert not scorer.bank.weight[rows[1:]].any()  # without groups the head is the shared one
-    assert 0 < distance[False][0] < 0.5 * distance[True][0]
+        heads = fit_mlp(
+            scorer, new.take([0, 1]), new.names(), replace(CONFIG, epochs=5), random_start=start
+        )
+        distance[start] = float(np.linalg.norm(heads[first].numbers))
+        # without groups the head is the shared one
+        assert not any(heads[name].numbers.any() for name in others)
+    assert 0 < distance[False] < 0.5 * distance[True]
 
 
 @pytest.mark.parametrize("random_start", [False, True])
 def test_an_mlp_head_does_not_depend_on_who_else_is_fitted(random_start: bool) -> None:
     table = towers(8)
     first, *others = table.names()[5:]
-    heads = []
+    found = []
     for names in ([first], [*others, first]):
         scorer = scorer_of(table)
-        train_joint(scorer, table.of(table.names()[:5]), PLAN)
-        fit_mlp(scorer, table, names, PLAN, random_start=random_start)
-        assert isinstance(scorer.bank, MLPBank)
-        heads.append(scorer.bank.weight[scorer.row(first)])
-        assert len({tuple(row.tolist()) for row in scorer.bank.weight[scorer.rows(names)]}) == len(
-            names
-        )
-    assert torch.equal(*heads)
+        train_jointly(scorer, table.of(table.names()[:5]), CONFIG)
+        heads = fit_mlp(scorer, table, names, CONFIG, random_start=random_start)
+        found.append(heads[first].numbers)
+        assert len({tuple(heads[name].numbers.tolist()) for name in names}) == len(names)
+    assert np.array_equal(*found)
+
+
+def test_training_draws_nothing_from_the_processs_generator() -> None:
+    table = towers()
+    state = torch.random.get_rng_state()
+    train_jointly(scorer := scorer_of(table), table, CONFIG)
+    torch.random.set_rng_state(state)
+    expected = torch.rand(3)
+    torch.random.set_rng_state(state)
+    train_jointly(scorer, table, CONFIG)
+    fit_mlp(scorer, table, table.names(), CONFIG, random_start=True)
+    assert torch.equal(torch.rand(3), expected)
 
 
 # ---- what is chosen on users whom nothing was trained on
 
 
-def by_lot(users: int, groups: int = 12, told: float = 0.0) -> Table:
+def random_targets(users: int, groups: int = 12, told: float = 0.0) -> TrainingSet:
     """Targets that nothing tells: whoever seems to know them has seen them. With `told` the first
     feature of a candidate tells them.
     """
@@ -393,33 +416,36 @@ def by_lot(users: int, groups: int = 12, told: float = 0.0) -> Table:
 
 
 def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> None:
-    table, plan = by_lot(20), replace(PLAN, epochs=60, patience=100, lr=0.03)
+    table, config = random_targets(20), replace(CONFIG, epochs=60, patience=100, lr=0.03)
     torch.manual_seed(0)
     interaction = Tower(5, 16)
     interaction.prepare(table.groups)
-    scorer = Scorer(interaction, make_bank("linear", interaction), ())
-    train_joint(scorer, table, plan)
+    scorer = Scorer(interaction, make_head("linear", interaction), ())
+    train_jointly(scorer, table, config)
     state = [tensor.clone() for tensor in interaction.parameters()]
     torch.manual_seed(0)
-    everyone = Scorer(interaction, make_bank("linear", interaction), ())
-    train_joint(everyone, table, replace(plan, patience=0))
-    seen = fit_all(everyone, table)
+    everyone = Scorer(interaction, make_head("linear", interaction), ())
+    train_jointly(everyone, table, replace(config, patience=0))
+    seen, _ = fit_scorer(everyone, table)
     with torch.no_grad():
         for tensor, value in zip(interaction.parameters(), state, strict=True):
             tensor.copy_(value)
-    unseen = fit_all(scorer, table, unseen=held_out_users(table, plan))
+    unseen, _ = fit_scorer(scorer, table, unseen=held_out_users(table, config))
     assert seen.loss_shared < 0.97 * seen.loss_uniform  # the mistake that `unseen` is there for
     assert unseen.loss_shared > 0.99 * unseen.loss_uniform
-    late = table.of(held_out_users(table, plan)).split_late()[1]
+    late = table.of(held_out_users(table, config)).split_late()[1]
     assert unseen.held_out_groups == len(late)
 
 
 @pytest.mark.parametrize("told", [0.0, 2.0])
 def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen(told: float) -> None:
-    table, plan = by_lot(300, told=told), replace(PLAN, epochs=40, batch=512, patience=100, lr=0.05)
+    table, config = (
+        random_targets(300, told=told),
+        replace(CONFIG, epochs=40, batch=512, patience=100, lr=0.05),
+    )
     scorer = scorer_of(table)
-    train_joint(scorer, table, plan)
-    report = fit_unseen(scorer, table, plan, random_start=True)
+    train_jointly(scorer, table, config)
+    report, heads = fit_unseen(scorer, table, replace(config, random_start=True))
     assert report.loss_user > report.loss_calibrated
     if told:
         assert report.scale > 0.2  # heads that overdo what is true are believed in part
@@ -429,13 +455,14 @@ def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen(told: floa
             0.05
         )  # heads that only know chance must not be believed
         assert report.loss_calibrated == pytest.approx(report.loss_uniform, rel=0.02)
-    held = scorer.rows(held_out_users(table, plan))
-    assert scorer.bank.weight[held].any(dim=1).all()  # type: ignore[union-attr,operator]
+    assert heads.keys() == set(held_out_users(table, config))
+    assert all(head.numbers.any() for head in heads.values())
 
 
 def test_mlp_heads_without_held_out_users_stay_as_they_are() -> None:
     table = towers(4)
     scorer = scorer_of(table)
-    train_joint(scorer, table, PLAN)
-    report = fit_unseen(scorer, table, PLAN, random_start=False)
+    train_jointly(scorer, table, CONFIG)
+    report, heads = fit_unseen(scorer, table, CONFIG)
+    assert heads == {}
     assert (report.held_out_groups, report.scale, float(scorer.scale)) == (0, 1.0, 1.0)

@@ -36,10 +36,11 @@ from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.model.grouping import make_groups
-from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear, Tower
+from hydra_llm.model.interactions import Groups, Interaction
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.select import Selection, all_labels, candidate_text, first_best
 from hydra_llm.training.labelling import reads_labels, training_queries
+from hydra_llm.training.train_scorer import make_features
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, StageCost, Usage
 
 ROUNDS = 3
@@ -201,12 +202,7 @@ def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposa
 
 def _interaction(bundle: Bundle) -> Interaction:
     """Of the kind that the bundle's own adapter has."""
-    task, settings, width = bundle.task, bundle.settings, bundle.store.encoder.width
-    if settings.features == "cross":
-        return Cross(width)
-    if reads_labels(task, settings):
-        return LabelBilinear(width, len(task.labels), settings.label_rank)
-    return Tower(width, settings.width)
+    return make_features(bundle, by_label=reads_labels(bundle.task, bundle.settings))
 
 
 # ---- the method

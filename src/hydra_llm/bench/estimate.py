@@ -206,7 +206,7 @@ async def _go_through(
     else:
         known = bundle
         methods = usable_methods(experiment.methods, [bundle], lambda line: None)
-    visible = known.records | {user: data.history(user) for user in new}
+    visible = {**known.records, **{user: data.history(user) for user in new}}
     parts = UnlearnedParts(known, llm, settings, visible)
     learns = bundle is None and experiment.learns
     if learns:
@@ -241,10 +241,10 @@ async def _label(
     ]
     if asked[0]:
         llm.stage = f"{stage} records"
-        await reranker_groups(parts.personalizer(), parts.bundle.featurizer, queries)
+        await reranker_groups(parts.personalizer(), queries)
     if asked[1]:
         llm.stage = f"{stage} candidates"
-        await adapter_groups(parts.personalizer(rerank=True), parts.bundle.featurizer, queries)
+        await adapter_groups(parts.personalizer(rerank=True), queries)
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:

@@ -5,7 +5,7 @@ share the LLM's labels and the first one's reranker, and with it the candidates,
 seeds of the adapter cost no LLM call. Knows no tables and prints nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from hydra_llm.errors import DataError
 from hydra_llm.history import before, in_order
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress, run_sync
+from hydra_llm.model.heads import usable_head
 from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.types import Query
 
@@ -117,7 +118,8 @@ def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Sa
 
 def _parts(experiment: Experiment, seed: int, bundle: Bundle) -> Parts:
     known = [user for user in experiment.new_users if user in bundle.records]
-    records = bundle.records | {user: experiment.data.history(user) for user in known}
+    own = {user: experiment.data.history(user) for user in known}
+    records = {**bundle.records, **own}
     return Parts(bundle, experiment.llm, experiment.settings, records, seed)
 
 
@@ -160,14 +162,14 @@ def learned_bundle(
             say(line)
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
-        records = bundle.records | {user: data.history(user) for user in experiment.new_users}
-        return replace(bundle.without_heads(), records=records)
+        own = {user: data.history(user) for user in experiment.new_users}
+        return replace(bundle.without_heads(), records={**bundle.records, **own})
     missing = [user for user in experiment.new_users if user not in bundle.records]
     if missing:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
-        bundle = fitted.bundle
-        bundle.report["fitted"] = {"users": len(missing), "stages": fitted.told()}
-        bundle.save(folder)
+        stages = {"users": len(missing), "stages": fitted.told()}
+        report = {**fitted.bundle.report, "fitted": stages}
+        replace(fitted.bundle, report=report).save(folder)
         bundle = Bundle.load(folder, here=settings)
     return bundle
 
@@ -211,13 +213,13 @@ def late_manifest(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str,
 
 def _report_shared_heads(parts: Parts, queries: Sequence[Query], say: Say) -> None:
     """Report how many queries precede some records that their user's head was fitted on."""
-    scorers = [
-        scorer for scorer in (parts.bundle.reranker, parts.bundle.adapter) if scorer is not None
-    ]
-    records: Mapping[str, Sequence[Any]] = parts.records
-    seen = [(query.user, len(before(records[query.user], query))) for query in queries]
+    bundle, records = parts.bundle, parts.records
     amid = sum(
-        any(scorer.serving_row(*case) != scorer.row(case[0]) for scorer in scorers) for case in seen
+        any(
+            usable_head(head, query, len(before(records[query.user], query)))[0] is None
+            for head in bundle.heads_of(query.user).values()
+        )
+        for query in queries
     )
     if amid:
         say(

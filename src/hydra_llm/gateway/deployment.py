@@ -2,7 +2,7 @@
 a whole when the bundle changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ class Deployment:
     pipeline: Pipeline
     people: UserCache
     together: MicroBatcher
-    scorers: dict[str, Scorer]
+    scorers: Mapping[str, Scorer]
     bundle: Bundle | None = None
     warming: Prefetcher | None = None
     """Where scoring needs a user's records encoded."""

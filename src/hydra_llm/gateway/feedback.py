@@ -1,5 +1,5 @@
-"""What a user made of an answer → a record, and a head that has moved (learning/online.py). Knows
-no HTTP.
+"""What a user made of an answer → a record, and an updated head (`Scorer.online_update`). Knows no
+HTTP.
 
 Everything that feedback changes, the feedback itself, the record and the head, is one transaction
 on the version that was read; whoever comes in between makes this one read again. The same feedback
@@ -12,26 +12,20 @@ from functools import partial
 from typing import Any
 
 import anyio
-import torch
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.user_cache import UserCache, as_head, as_numbers
+from hydra_llm.gateway.user_cache import UserCache, to_head, to_stored
+from hydra_llm.model.heads import Head
+from hydra_llm.model.scorer import FEEDBACK_WINDOW
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import (
-    ConflictingFeedback,
-    Request,
-    StaleVersion,
-    StoredFeedback,
-    StoredHead,
-)
+from hydra_llm.store.values import ConflictingFeedback, Request, StaleVersion, StoredFeedback
 from hydra_llm.text import text_fault
-from hydra_llm.training.dataset import make_table
-from hydra_llm.training.online import WINDOW, moved, supports_online_update
+from hydra_llm.training.dataset import make_training_set
 from hydra_llm.training.train_scorer import target_rule
 from hydra_llm.types import Candidate, LabelledGroup, Query, Record
 
@@ -39,7 +33,7 @@ ACCEPTED = 0.5
 """A rating from which on the answer counts as what the user wanted."""
 TRIES = 8
 FITTED = "fitted"
-"""Under which name the adapter's head is kept that feedback moves away from."""
+"""Under which name the adapter's head is kept as it was fitted, without feedback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ class _Now:
 
     version: int
     records: tuple[Record, ...]
-    heads: dict[str, StoredHead]
+    heads: dict[str, Head]
     judged: list[StoredFeedback]
     """Feedback that no fitted head knows."""
 
@@ -162,8 +156,8 @@ def _read(store: Store, people: UserCache, user: str, bundle: str) -> _Now:
     return _Now(
         person.version,
         person.records,
-        store.heads(user, bundle),
-        store.unlearned_feedback(user, WINDOW, bundle=bundle),
+        {name: to_head(head) for name, head in store.heads(user, bundle).items()},
+        store.unlearned_feedback(user, FEEDBACK_WINDOW, bundle=bundle),
     )
 
 
@@ -174,7 +168,7 @@ def _write(
     judged: StoredFeedback,
     record: Record | None,
     bundle: str,
-    heads: dict[str, StoredHead],
+    heads: dict[str, Head],
 ) -> bool:
     """All of it in one transaction; False where exactly this was said before."""
     with store.change(user, version=version) as change:
@@ -183,7 +177,7 @@ def _write(
         if record is not None:
             change.add([record])
         if heads:
-            change.put_heads(bundle, heads)
+            change.put_heads(bundle, {name: to_stored(head) for name, head in heads.items()})
         return True
 
 
@@ -221,7 +215,7 @@ def _answer(candidate: Candidate) -> str:
 
 def _learned(
     serving: Deployment, told: _Told, request: Request, now: _Now
-) -> tuple[StoredFeedback, dict[str, StoredHead]]:
+) -> tuple[StoredFeedback, dict[str, Head]]:
     """What is kept of the feedback, and the heads that it moves; none where it teaches nothing or
     nobody learns from it.
     """
@@ -233,7 +227,6 @@ def _learned(
     )
     if group is None or serving.bundle is None:
         return judged, {}
-    serving.people.drop(request.user)
     return judged, heads_after(serving.bundle, request.user, now.heads, [*now.judged, judged])
 
 
@@ -243,12 +236,7 @@ def _group(
     """The candidates with what each was worth, as plain values."""
     adapter = serving.scorers.get("adapter")
     readable = [candidate for candidate in told.candidates if candidate.answer is not None]
-    if (
-        adapter is None
-        or serving.bundle is None
-        or not supports_online_update(adapter)
-        or not readable
-    ):
+    if adapter is None or serving.bundle is None or not adapter.updates_online or not readable:
         return None
     offered = all_labels(serving.task, readable) if serving.task.labels else readable
     gains = _gains(serving, told, offered)
@@ -275,15 +263,12 @@ def _gains(serving: Deployment, told: _Told, offered: Sequence[Candidate]) -> li
 
 
 def heads_after(
-    bundle: Bundle, user: str, heads: dict[str, StoredHead], judged: Sequence[StoredFeedback]
-) -> dict[str, StoredHead]:
-    """The adapter's head after all feedback since it was fitted, and the fitted one beside it; the
-    scorer keeps neither.
-    """
+    bundle: Bundle, user: str, heads: Mapping[str, Head], judged: Sequence[StoredFeedback]
+) -> dict[str, Head]:
+    """The adapter's head after all feedback since it was fitted, and the fitted one beside it."""
     scorer = bundle.scorers["adapter"]
-    nothing = as_head(torch.zeros(scorer.bank.numbers_per_user), 0)
-    fitted = heads.get(FITTED) or heads.get("adapter") or nothing
-    table = make_table(
+    fitted = heads.get(FITTED) or heads.get("adapter") or Head.of(scorer.head.empty())
+    data = make_training_set(
         bundle.store,
         scorer.interaction,
         _groups(bundle, user, judged),
@@ -291,12 +276,7 @@ def heads_after(
         loss=scorer.loss,
         spread=float(scorer.gain_spread),
     )
-    scorer.put_head(user, as_numbers(fitted), fitted.known)
-    numbers = scorer.head_of(user)
-    vector = moved(scorer, scorer.row(user), fitted.known, table)
-    numbers[: len(vector)] = vector
-    scorer.forget(user)
-    return {FITTED: fitted, "adapter": as_head(numbers, fitted.known)}
+    return {FITTED: fitted, "adapter": scorer.online_update(fitted, data.groups)}
 
 
 def _groups(bundle: Bundle, user: str, judged: Sequence[StoredFeedback]) -> list[LabelledGroup]:
@@ -306,8 +286,8 @@ def _groups(bundle: Bundle, user: str, judged: Sequence[StoredFeedback]) -> list
         for each in judged
         if each.content["bundle"] == bundle.weights and each.content["group"]
     }
-    ordered = sorted(latest.values(), key=lambda each: (each.created, each.request))[-WINDOW:]
-    return [_labelled(user, place, each) for place, each in enumerate(ordered)]
+    ordered = sorted(latest.values(), key=lambda each: (each.created, each.request))
+    return [_labelled(user, i, each) for i, each in enumerate(ordered[-FEEDBACK_WINDOW:])]
 
 
 def _labelled(user: str, place: int, judged: StoredFeedback) -> LabelledGroup:

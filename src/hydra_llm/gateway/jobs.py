@@ -1,8 +1,8 @@
 """Work that goes on after its request: fitting a user's heads. One thread a server; a job of a
 server that died is taken up by another.
 
-A fit uses scorers of its own, so that no answer waits for it, and a memory of features that ends
-with it: whatever becomes of its user, nothing of it stays. Knows no HTTP.
+A fit changes nothing of the bundle in use, so that no answer waits for it, and has a memory of
+features that ends with it: whatever becomes of its user, nothing of it stays. Knows no HTTP.
 """
 
 import logging
@@ -16,14 +16,14 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.feedback import heads_after
-from hydra_llm.gateway.user_cache import as_head, texts_of
+from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import Head
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Job, StaleVersion, StoredFeedback, StoredHead
+from hydra_llm.store.values import Job, StaleVersion, StoredFeedback
 from hydra_llm.training.api import fit
-from hydra_llm.training.online import supports_online_update
 from hydra_llm.types import Record
 
 log = logging.getLogger("hydra_llm.gateway")
@@ -41,7 +41,6 @@ class Worker:
     def __init__(self, store: Store, serving: Callable[[], Deployment], llm: ChatLLM | None):
         self._store, self._serving, self._llm = store, serving, llm
         self._wake, self._ended = threading.Event(), False
-        self._own: tuple[str, Bundle] | None = None
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
     def start(self) -> None:
@@ -102,9 +101,10 @@ class Worker:
             )
             with features_of(serving.bundle) as features:
                 heads = self.heads(serving, job, records, judged, features)
+                stored = {name: to_stored(head) for name, head in heads.items()}
                 try:
                     with self._store.change(job.user, version=version) as change:
-                        change.put_heads(serving.id, heads)
+                        change.put_heads(serving.id, stored)
                         if (
                             serving.warming is not None
                         ):  # encoded already; amid the transaction, so that a deletion comes later
@@ -122,13 +122,15 @@ class Worker:
         records: Sequence[Record],
         judged: Sequence[StoredFeedback],
         features: FeatureCache,
-    ) -> dict[str, StoredHead]:
-        """The user's heads, fitted on all records that the bundle can read, and moved by the
+    ) -> dict[str, Head]:
+        """The user's heads, fitted on all records that the bundle can read, and updated by the
         feedback that became no record.
         """
         if self._llm is None:
             raise HydraError("this server has no LLM that could label candidates")
-        bundle = replace(self._private(serving), store=features)
+        assert serving.bundle is not None
+        learned_with = serving.bundle.learned_with or serving.bundle.settings
+        bundle = replace(serving.bundle, store=features, settings=learned_with)
         readable = serving.readable(tuple(records))
         data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
 
@@ -136,34 +138,13 @@ class Worker:
             if self._ended or not self._store.update_job(job.id, done, total):
                 raise Stopped
 
-        scorers = bundle.scorers
-        try:
-            fit(data, bundle, self._llm, users=[job.user], progress=tell)
-            heads = {
-                name: as_head(scorer.head_of(job.user), scorer.known.get(job.user, 0))
-                for name, scorer in scorers.items()
-            }
-        finally:
-            bundle.records.clear()
-            for scorer in scorers.values():
-                if job.user in scorer.users:
-                    scorer.forget(job.user)
-        if judged and "adapter" in scorers and supports_online_update(scorers["adapter"]):
+        heads = fit(data, bundle, self._llm, users=[job.user], progress=tell).bundle.heads_of(
+            job.user
+        )
+        adapter = bundle.adapter
+        if judged and adapter is not None and adapter.updates_online:
             heads |= heads_after(bundle, job.user, heads, judged)
         return heads
-
-    def _private(self, serving: Deployment) -> Bundle:
-        """The bundle with scorers of this thread alone, and nobody in them."""
-        assert serving.bundle is not None
-        if self._own is None or self._own[0] != serving.id:
-            loaded = Bundle.load(serving.folder or "", here=serving.settings)
-            if loaded.weights != serving.id:
-                raise HydraError(
-                    "another bundle lies in that folder now: run `hydra-llm bundles use` for it"
-                )
-            loaded.store.close()
-            self._own = (serving.id, loaded.without_people(str))
-        return self._own[1]
 
 
 @contextmanager

@@ -73,7 +73,6 @@ class Search:
     def found(self) -> Found | None:
         """The records, best first; None where there are none."""
         serving = self.serving
-        serving.people.seat(self.person)  # whoever was encoded beside may have pushed the head out
         retrieved = self._retrieve()
         if not self._visible:
             return None
@@ -82,7 +81,7 @@ class Search:
             return found(retrieved, {**self._seconds, "rerank": 0.0}, warm=False)
         started = time.perf_counter()
         try:
-            context = serving.pipeline.context(self.query, self._visible)
+            context = serving.pipeline.context(self.query, self._visible, self.person.heads)
             ranked = serving.pipeline.rerank(context, retrieved)
         except (
             Exception
@@ -110,7 +109,7 @@ def _reads_pairs(scorer: Any) -> bool:
     """Whether a reranker or adapter is a learned one that reads a question and a text at once."""
     return (
         isinstance(scorer, LearnedReranker | LearnedSelector)
-        and scorer.scorer.interaction.kind == "cross"
+        and scorer.scorer.interaction.reads_pairs
     )
 
 
@@ -164,10 +163,10 @@ def choose(
     """
     if _says_no_label(serving, texts):
         return as_they_came(choices)
-    serving.people.seat(person)  # feedback or others may have pushed the head out
     offered, _ = serving.pipeline.read(texts, 1)
     query = Query(person.name, "asked", question, position=LATER)
-    chosen = serving.pipeline.select(serving.pipeline.context(query, visible), offered)
+    context = serving.pipeline.context(query, visible, person.heads)
+    chosen = serving.pipeline.select(context, offered)
     keys, said = (
         [candidate_key(text, serving.task.read(text, serving.settings.parsing)) for text in texts],
         dict[str, int](),

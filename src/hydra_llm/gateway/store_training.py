@@ -11,7 +11,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
 from hydra_llm.gateway.deployment import ANY_TASK
 from hydra_llm.gateway.pseudonyms import Pseudonyms
-from hydra_llm.gateway.user_cache import as_head
+from hydra_llm.gateway.user_cache import to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.store.store import Store
@@ -53,11 +53,7 @@ def learn_from_store(
         bundle.without_people(Pseudonyms(store.salt()).hashed).save(out)
         weights = type(bundle).load(out).weights
         for user in learned.users:
-            heads = {
-                name: as_head(s.head_of(user), s.known.get(user, 0))
-                for name, s in bundle.scorers.items()
-                if user in s.users
-            }
+            heads = {name: to_stored(head) for name, head in bundle.heads_of(user).items()}
             try:
                 with store.change(user, version=versions[user]) as change:
                     change.put_heads(weights, heads)

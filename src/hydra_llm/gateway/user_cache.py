@@ -1,24 +1,18 @@
-"""Users at hand: their records, and their heads in the bundle's scorers, true to the store at every
-request.
+"""The users who asked last, with their records and heads, true to the store at every request.
 
-A request asks the store for one number, the user's version; where it is the one that is at hand,
-nothing is read. Other processes' writes are so seen at the next request. The least recently asked
-users make room. Knows no HTTP and no LLM.
-
-`load` reads the store, in any thread; what changes heads (`seat`, `drop`) runs in the one thread
-that scores (together.py), so that a head never changes under a score, and no score ever waits for
-the store.
+A request asks the store for one number, the user's version; where it is the one in memory, nothing
+is read. Other processes' writes are so seen at the next request. Knows no HTTP and no LLM.
 """
 
-import math
-from collections import OrderedDict
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from cachetools import LRUCache
 
 from hydra_llm.bundle import Bundle
+from hydra_llm.model.heads import Head
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
 from hydra_llm.types import Record, as_one_text
@@ -35,84 +29,75 @@ class UserSnapshot:
     version: int
     records: tuple[Record, ...]
     """Oldest first."""
-    heads: Mapping[str, StoredHead]
+    heads: Mapping[str, Head]
     """By scorer."""
 
 
 class UserCache:
-    """A store's users, those who asked last in memory."""
+    """A store's users, the least recently used of whom make room. Any thread may call."""
 
     def __init__(self, store: Store, bundle: Bundle | None, size: int):
-        self._store, self._bundle, self._size = store, bundle, size
-        self._at_hand: OrderedDict[str, UserSnapshot] = OrderedDict()
-        self._warm: dict[str, int] = {}
-        self._scorers = bundle.scorers if bundle is not None else {}
+        self._store, self._bundle = store, bundle
+        self._recent: LRUCache[str, UserSnapshot] = LRUCache(size)
+        self._encoded: LRUCache[str, int] = LRUCache(size)
+        """Name → version whose records have been encoded."""
+        self._lock, self._dropped = threading.Lock(), 0
 
     def at_hand(self, name: str, version: int) -> UserSnapshot | None:
         """The user as of `version`, where that is in memory; no later one either: it may be of a
         user who was deleted since.
         """
-        person = self._at_hand.get(name)
-        return person if person is not None and person.version == version else None
+        with self._lock:
+            user = self._recent.get(name)
+        return user if user is not None and user.version == version else None
 
     def load(self, name: str) -> UserSnapshot | None:
         """The user as the store has it; None for one who is not there."""
+        dropped = self._dropped
         version, records = self._store.records(name)
         if version is None:
             return None
         heads = self._store.heads(name, self._bundle.weights) if self._bundle is not None else {}
-        return UserSnapshot(
-            name,
-            version,
-            tuple(records),
-            {scorer: head for scorer, head in heads.items() if scorer in self._scorers},
-        )
-
-    def seat(self, person: UserSnapshot) -> None:
-        """Have this user's heads in the scorers, as of this version."""
-        if self.at_hand(person.name, person.version) is None:
-            self.drop(person.name)
-            for scorer, head in person.heads.items():
-                self._scorers[scorer].put_head(person.name, as_numbers(head), head.known)
-            self._at_hand[person.name] = person
-        self._at_hand.move_to_end(person.name)
-        while len(self._at_hand) > self._size:
-            self.drop(next(iter(self._at_hand)))
+        scorers = self._bundle.scorers if self._bundle is not None else {}
+        own = {scorer: to_head(head) for scorer, head in heads.items() if scorer in scorers}
+        user = UserSnapshot(name, version, tuple(records), own)
+        with self._lock:
+            if dropped == self._dropped:  # else this may be the user who was deleted meanwhile
+                self._recent[name] = user
+        return user
 
     def drop(self, name: str) -> None:
         """Let go of a user."""
-        self._warm.pop(name, None)
-        if self._at_hand.pop(name, None) is None:
-            return
-        for scorer in self._scorers.values():
-            if name in scorer.users:
-                scorer.forget(name)
+        with self._lock:
+            self._dropped += 1
+            self._recent.pop(name, None)
+            self._encoded.pop(name, None)
 
-    def is_warm(self, person: UserSnapshot, records: Sequence[Record]) -> bool:
+    def is_warm(self, user: UserSnapshot, records: Sequence[Record]) -> bool:
         """Whether these records have been encoded, so that scoring need not wait for that."""
-        if (
-            self._bundle is None
-            or self._bundle.settings.features != "tower"
-            or self._warm.get(person.name) == person.version
-        ):
+        if self._bundle is None or self._bundle.settings.features != "tower":
             return True
+        with self._lock:
+            if self._encoded.get(user.name) == user.version:
+                return True
         warm = self._bundle.store.missing(texts_of(records)) <= MOST_MISSING
         if warm:
-            self._warm[person.name] = person.version
+            with self._lock:
+                self._encoded[user.name] = user.version
         return warm
 
     def __len__(self) -> int:
-        return len(self._at_hand)
+        return len(self._recent)
 
 
-def as_numbers(head: StoredHead) -> torch.Tensor:
-    """A kept head as the scorer takes it."""
-    return torch.from_numpy(np.frombuffer(head.delta, "<f4").astype(np.float32))
+def to_head(stored: StoredHead) -> Head:
+    """A head as the store keeps it."""
+    return Head(np.frombuffer(stored.delta, "<f4"), stored.known, stored.until)
 
 
-def as_head(numbers: torch.Tensor, known: int) -> StoredHead:
-    """The inverse of `as_numbers`."""
-    return StoredHead(known, -math.inf, numbers.detach().numpy().astype("<f4").tobytes())
+def to_stored(head: Head) -> StoredHead:
+    """The inverse of `to_head`."""
+    return StoredHead(head.records, head.until, head.numbers.astype("<f4").tobytes())
 
 
 def texts_of(records: Sequence[Record]) -> list[str]:

@@ -33,18 +33,8 @@ def make_groups(
         known[mask] = torch.tensor(
             np.concatenate([np.asarray(e, dtype=np.float32) for e in evidence])
         )
-    if interaction.kind == "cross":
-        pairs = [
-            (left, right) for left, texts in zip(lefts, rights, strict=True) for right in texts
-        ]
-        vectors = store.pairs([left for left, _ in pairs], [right for _, right in pairs])
-        return Groups(torch.zeros(len(lefts), 0), _spread(vectors, mask), known, mask)
-    left = torch.from_numpy(store.texts(list(lefts)))
-    if interaction.kind == "label":
-        return Groups(left, None, known, mask)
-    return Groups(
-        left, _spread(store.texts([text for texts in rights for text in texts]), mask), known, mask
-    )
+    left, right = interaction.encode(store, lefts, rights)
+    return Groups(left, None if right is None else _spread(right, mask), known, mask)
 
 
 def _spread(vectors: np.ndarray, mask: torch.Tensor) -> torch.Tensor:

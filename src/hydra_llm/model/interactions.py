@@ -1,23 +1,29 @@
-"""How vectors of texts become the features φ of a pair (DESIGN 4).
+"""How vectors of texts become the features φ of a pair.
 
-Three ways behind one interface. A group is one query with its C candidates (or C retrieved
-records).
-    tower   [q, r, q·r, |q − r|] through one shared layer; each text is encoded once
-    cross   the encoder reads the pair as one text, as in the paper (section 3.2)
-    label   for a closed set of labels: one block of weights per label on the query's vector
+A group is one query with its C candidates (or C retrieved records).
+    tower   bi-encoder: [q, r, q·r, |q − r|] through one shared layer; each text is encoded once
+    cross   cross-encoder: the encoder reads the pair as one text, as in the paper (section 3.2)
+    label   label-bilinear, for a closed set of labels: one block of weights per label on the
+            query's vector
 A head is a vector v of length `size`; `dot` scores with it and `outer` is the transpose of `dot`,
-so that a solver needs neither the kind of features nor, for labels, the full φ (which would be
-mostly zeros).
+so that a solver needs neither the kind of features nor, for labels, the full φ (mostly zeros).
 
 Letters: U users, G groups of a user, C candidates, D width of the encoder, H width of φ, V length
-of a head's vector. Knows no users' names, no texts and no tasks.
+of a head's vector, K rank, N kept pairs. Knows no users' names and no tasks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.laplace import mean_fisher
+
+Texts = Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +55,29 @@ class Groups:
         return replace(self, target=target)
 
 
-class PairInteraction(nn.Module):
-    """φ of shape [G, C, H] stands explicitly; `size` is H. Base of tower and cross."""
+class Interaction(nn.Module):
+    """Features of G groups as `x`: the base of all kinds, and of those whose φ stands explicitly,
+    [G, C, H].
+    """
 
-    kind: str
+    kind: ClassVar[str]
+    reads_pairs: ClassVar[bool] = False
+    """Whether the encoder reads query and candidate as one text: nothing is kept of one alone."""
+    by_label: ClassVar[bool] = False
+    """Whether the candidates are always the task's labels, in their order."""
+    trainable: ClassVar[bool] = False
+    """Whether it has weights of its own that can be trained by gradient."""
     size: int
+    """V."""
 
     def forward(self, groups: Groups) -> Tensor:
-        """φ: [G, C, H]."""
+        """x [G, C, H]."""
+        raise NotImplementedError
+
+    def encode(
+        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
+    ) -> tuple[Tensor, np.ndarray | None]:
+        """Vectors of the queries [G, D] and, in a row, of all candidates or pairs [B, D]."""
         raise NotImplementedError
 
     def prepare(self, groups: Groups) -> None:
@@ -64,24 +85,47 @@ class PairInteraction(nn.Module):
         groups.
         """
 
-    @staticmethod
-    def dot(x: Tensor, v: Tensor) -> Tensor:
+    def config(self) -> dict[str, Any]:
+        """What `make_interaction` needs."""
+        raise NotImplementedError
+
+    def numbers(self, groups: Groups) -> int:
+        """How many numbers x takes for one group."""
+        return self.size * groups.mask.shape[1]
+
+    def dot(self, x: Tensor, v: Tensor) -> Tensor:
         """x [U, G, C, H], v [U, H] → scores [U, G, C]."""
         return torch.einsum("ugch,uh->ugc", x, v)
 
-    @staticmethod
-    def outer(x: Tensor, r: Tensor) -> Tensor:
+    def outer(self, x: Tensor, r: Tensor) -> Tensor:
         """x [U, G, C, H], r [U, G, C] → [U, H], the transpose of `dot`."""
         return torch.einsum("ugch,ugc->uh", x, r)
 
-    def config(self) -> dict[str, Any]:
-        raise NotImplementedError
+    def explicit(self, x: Tensor) -> Tensor | None:
+        """φ [G, C, V]; None where it would be mostly zeros."""
+        return x
+
+    def on_basis(self, x: Tensor, basis: Tensor) -> Tensor:
+        """φ on a basis [K, V]: [G, C, K]."""
+        return x @ basis.T
+
+    def fisher(self, x: Tensor, share: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
+        """The mean Fisher information of heads by its two Kronecker factors (model/laplace.py);
+        `share` as in `mean_fisher`.
+        """
+        return torch.ones(1, 1), mean_fisher(x, share, binary)
+
+    def keys(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a kernel compares: keys [N, D] with their residuals [N, R] and groups [N]."""
+        group = torch.arange(len(x))[:, None].expand_as(mask)
+        return x[mask], residual[mask][:, None], group[mask]
 
 
-class Tower(PairInteraction):
-    """[q, r, q·r, |q − r|] through a shared layer with tanh (DESIGN 4: `tower`)."""
+class Tower(Interaction):
+    """Bi-encoder: [q, r, q·r, |q − r|] through a shared layer with tanh."""
 
     kind = "tower"
+    trainable = True
 
     def __init__(self, width: int, size: int):
         super().__init__()
@@ -91,6 +135,12 @@ class Tower(PairInteraction):
 
     def forward(self, groups: Groups) -> Tensor:
         return torch.tanh(self.layer(self._joined(groups) - self.mean))
+
+    def encode(
+        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
+    ) -> tuple[Tensor, np.ndarray | None]:
+        left = torch.from_numpy(store.texts(list(lefts)))
+        return left, store.texts([text for texts in rights for text in texts])
 
     def prepare(self, groups: Groups) -> None:
         """Start the layer at the principal directions of the training pairs, each with standard
@@ -115,12 +165,11 @@ class Tower(PairInteraction):
         return {"kind": self.kind, "width": self.width, "size": self.size}
 
 
-class Cross(PairInteraction):
-    """The pair's own vector from the encoder, scaled to unit variance over the training pairs
-    (DESIGN 4: `cross`).
-    """
+class Cross(Interaction):
+    """Cross-encoder: the pair's own vector, scaled to unit variance over the training pairs."""
 
     kind = "cross"
+    reads_pairs = True
 
     def __init__(self, width: int):
         super().__init__()
@@ -132,6 +181,13 @@ class Cross(PairInteraction):
         assert groups.right is not None
         return (groups.right - self.mean) * self.scale
 
+    def encode(
+        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
+    ) -> tuple[Tensor, np.ndarray | None]:
+        pairs = [(q, right) for q, texts in zip(lefts, rights, strict=True) for right in texts]
+        vectors = store.pairs([left for left, _ in pairs], [right for _, right in pairs])
+        return torch.zeros(len(lefts), 0), vectors
+
     def prepare(self, groups: Groups) -> None:
         assert groups.right is not None
         rows = groups.right[groups.mask]
@@ -142,15 +198,14 @@ class Cross(PairInteraction):
         return {"kind": self.kind, "width": self.width}
 
 
-class LabelBilinear(nn.Module):
-    """One block of weights per label on the query's vector: φ(q, a) = e_a ⊗ [P(q − μ), 1] (DESIGN
-    5, closed label sets).
+class LabelBilinear(Interaction):
+    """One block of weights per label on the query's vector: φ(q, a) = e_a ⊗ [P(q − μ), 1].
 
-    P keeps the `rank` principal directions of the training queries: a head has `labels`·(rank + 1)
-    numbers.
+    P keeps the `rank` principal directions of the training queries: V = labels · (rank + 1).
     """
 
     kind = "label"
+    by_label = True
     project: Tensor
 
     def __init__(self, width: int, labels: int, rank: int):
@@ -165,6 +220,11 @@ class LabelBilinear(nn.Module):
         z = (groups.left - self.mean) @ self.project.T
         return torch.cat([z, torch.ones_like(z[:, :1])], -1)
 
+    def encode(
+        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
+    ) -> tuple[Tensor, np.ndarray | None]:
+        return torch.from_numpy(store.texts(list(lefts))), None
+
     def prepare(self, groups: Groups) -> None:
         centred = groups.left - groups.left.mean(0)
         self.mean = groups.left.mean(0)
@@ -174,19 +234,35 @@ class LabelBilinear(nn.Module):
         self.project = torch.zeros_like(self.project)
         self.project[: len(directions)] = directions * (self.width**0.5 / 5)
 
+    def numbers(self, groups: Groups) -> int:
+        return groups.left.shape[1] * groups.mask.shape[1]
+
     def dot(self, x: Tensor, v: Tensor) -> Tensor:
         """x [U, G, rank + 1], v [U, V] → scores [U, G, labels]."""
-        return torch.einsum("ugd,uld->ugl", x, v.view(len(v), self.labels, self.rank + 1))
+        return torch.einsum("ugd,uld->ugl", x, self._blocks(v))
 
     def outer(self, x: Tensor, r: Tensor) -> Tensor:
         """x [U, G, rank + 1], r [U, G, labels] → [U, V], the transpose of `dot`."""
         return torch.einsum("ugd,ugl->uld", x, r).flatten(1)
 
+    def explicit(self, x: Tensor) -> Tensor | None:
+        return None
+
+    def on_basis(self, x: Tensor, basis: Tensor) -> Tensor:
+        return torch.einsum("gd,kld->glk", x, self._blocks(basis))
+
+    def fisher(self, x: Tensor, share: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
+        between = 0 if binary else share.T @ share / len(share)
+        return share.mean(0).diag() - between, x.T @ x / len(x)
+
+    def keys(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, residual, torch.arange(len(x))
+
+    def _blocks(self, v: Tensor) -> Tensor:
+        return v.view(len(v), self.labels, self.rank + 1)
+
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "width": self.width, "labels": self.labels, "rank": self.rank}
-
-
-Interaction = Tower | Cross | LabelBilinear
 
 
 def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -204,22 +280,22 @@ def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
     ).sign()
 
 
+KINDS: dict[str, type[Interaction]] = {each.kind: each for each in (Tower, Cross, LabelBilinear)}
+
+
 def make_interaction(config: dict[str, Any]) -> Interaction:
     """The inverse of `config()`: an empty interaction of the same shape."""
-    kinds: dict[str, type[Tower | Cross | LabelBilinear]] = {
-        "tower": Tower,
-        "cross": Cross,
-        "label": LabelBilinear,
-    }
-    return kinds[config["kind"]](**{key: value for key, value in config.items() if key != "kind"})
+    kind: Any = KINDS[config["kind"]]
+    made: Interaction = kind(**{key: value for key, value in config.items() if key != "kind"})
+    return made
 
 
-__all__ = [
-    "Cross",
-    "Groups",
-    "Interaction",
-    "LabelBilinear",
-    "PairInteraction",
-    "Tower",
-    "make_interaction",
-]
+def interaction_for(
+    features: str, width: int, *, size: int, labels: int = 0, label_rank: int = 0
+) -> Interaction:
+    """An untrained interaction of an encoder of `width` for a setting of `features`: label-bilinear
+    in place of the bi-encoder where there are labels to score.
+    """
+    if features == Cross.kind:
+        return Cross(width)
+    return LabelBilinear(width, labels, label_rank) if labels else Tower(width, size)

@@ -1,29 +1,22 @@
-"""How sharply one labelled group bends the loss of a head, on average over the training users: what
-a history weighs against feedback.
+"""Laplace approximation of a head's posterior: how much one labelled group says about a head, on
+average over the training users.
 
-    F = mean over groups of ∂²loss/∂v² = A ⊗ B, kept as eigenvectors
+    F = mean over groups of the Fisher information = A ⊗ B, kept as eigenvectors (K-FAC)
 
-For pair features A is the number 1 and B is V×V. For label features φ = e_a ⊗ z the two parts are A
-over the labels and B over z: the mean of the products is taken as the product of the means, so that
-a hundred labels cost no more than ten. On these vectors precision + n·F is a diagonal, for any n: a
-head needs no curvature of its own (learning/online.py).
+For pair features A is the number 1. For label features φ = e_a ⊗ z the factors are A over the
+labels and B over z: the mean of the products is taken as the product of the means, so that a
+hundred labels cost no more than ten. In these coordinates precision + n·F is diagonal for any n: a
+head needs no Hessian of its own.
 
-Letters: U users, G groups, C candidates, V length of a head's vector, L labels, K rank. Knows no
-users.
+Letters: U users, G groups, C candidates, V coordinates of a head. Knows no users.
 """
 
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.model.heads import HeadBank, LowRankBank
-from hydra_llm.model.interactions import Groups, Interaction
-
-MOST_GROUPS = 2000
-"""A mean over so many groups is good enough."""
-
 
 class LaplacePosterior(nn.Module):
-    """F by eigenvalues and eigenvectors; empty until it was measured."""
+    """F by its eigenvalues and eigenvectors; empty until it is measured."""
 
     left: Tensor
     left_vectors: Tensor
@@ -37,43 +30,20 @@ class LaplacePosterior(nn.Module):
         self.register_buffer("right", torch.zeros(right))
         self.register_buffer("right_vectors", torch.eye(right))
 
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> "LaplacePosterior":
+        """From the two factors of F, symmetric matrices."""
+        posterior = cls()
+        (values, posterior.left_vectors), (others, posterior.right_vectors) = (
+            torch.linalg.eigh(part) for part in (left, right)
+        )
+        posterior.left, posterior.right = values.clamp_min(0), others.clamp_min(0)
+        return posterior
+
     @property
     def known(self) -> bool:
         """Whether it was measured."""
         return len(self.right) > 0
-
-    @torch.no_grad()
-    def measure(
-        self,
-        interaction: Interaction,
-        bank: HeadBank,
-        groups: Groups,
-        scores: Tensor,
-        *,
-        binary: bool,
-    ) -> None:
-        """The mean over groups at the scores [G, C] that they have; a low-rank bank's is that of
-        its K coefficients.
-        """
-        index = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))[
-            :MOST_GROUPS
-        ]
-        groups, scores = groups[index], scores[index].masked_fill(~groups.mask[index], -1e30)
-        share = scores.sigmoid() * (scores.sigmoid() * -1 + 1) if binary else scores.softmax(-1)
-        x = interaction(groups)
-        if interaction.kind == "label":
-            over_labels = share.mean(0).diag() - (0 if binary else share.T @ share / len(share))
-            self._keep(over_labels, x.T @ x / len(x))
-            return
-        inner = torch.einsum("gc,gch,gck->hk", share, x, x)
-        if not binary:
-            middle = torch.einsum("gc,gch->gh", share, x)
-            inner = inner - middle.T @ middle
-        inner = inner / max(1, len(x))
-        self._keep(
-            torch.ones(1, 1),
-            bank.basis @ inner @ bank.basis.T if isinstance(bank, LowRankBank) else inner,
-        )
 
     @property
     def values(self) -> Tensor:
@@ -82,22 +52,26 @@ class LaplacePosterior(nn.Module):
 
     def turn(self, w: Tensor) -> Tensor:
         """Coordinates on the eigenvectors [U, V] → heads [U, V]."""
-        return (
-            self.left_vectors
-            @ w.view(len(w), len(self.left), len(self.right))
-            @ self.right_vectors.T
-        ).flatten(1)
+        w = w.view(len(w), len(self.left), len(self.right))
+        return (self.left_vectors @ w @ self.right_vectors.T).flatten(1)
 
     def back(self, v: Tensor) -> Tensor:
         """The inverse of `turn`, which is its transpose: [U, V] → [U, V]."""
-        return (
-            self.left_vectors.T
-            @ v.view(len(v), len(self.left), len(self.right))
-            @ self.right_vectors
-        ).flatten(1)
+        v = v.view(len(v), len(self.left), len(self.right))
+        return (self.left_vectors.T @ v @ self.right_vectors).flatten(1)
 
-    def _keep(self, left: Tensor, right: Tensor) -> None:
-        (self.left, self.left_vectors), (self.right, self.right_vectors) = (
-            torch.linalg.eigh(part) for part in (left, right)
-        )
-        self.left, self.right = self.left.clamp_min(0), self.right.clamp_min(0)
+    def covariance(self, rows: Tensor, precision: Tensor, records: int) -> Tensor:
+        """[C, C] φ (λ + records·F)⁻¹ φᵀ for features `rows` [C, V]."""
+        turned = self.back(rows) * (precision + records * self.values).rsqrt()
+        return turned @ turned.T
+
+
+def mean_fisher(phi: Tensor, share: Tensor, binary: bool) -> Tensor:
+    """[V, V] the mean Fisher information of groups with features phi [G, C, V] and predicted
+    shares [G, C] (binary: the Bernoulli variances).
+    """
+    inner = torch.einsum("gc,gch,gck->hk", share, phi, phi)
+    if not binary:
+        middle = torch.einsum("gc,gch->gh", share, phi)
+        inner = inner - middle.T @ middle
+    return inner / max(1, len(phi))

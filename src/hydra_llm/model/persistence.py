@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,7 +38,7 @@ from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.types import ALWAYS, Record
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, CARD, WEIGHTS, HISTORY, ENCODER, LOCK = (
     "config.json",
     "README.md",
@@ -67,7 +67,7 @@ class BundleFiles:
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     """By user, so that `ask` can retrieve; users without records are left out."""
     card: str = ""
     """The model card, in Markdown."""
@@ -275,7 +275,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _pack_records(records: Mapping[str, list[Record]]) -> bytes:
+def _pack_records(records: Mapping[str, Sequence[Record]]) -> bytes:
     lines = (json.dumps(_record_json(record)) for user in records.values() for record in user)
     return gzip.compress("".join(line + "\n" for line in lines).encode(), compresslevel=6, mtime=0)
 

@@ -1,19 +1,20 @@
-"""Learn a bundle from training users; fit the heads of new users (DESIGN 1 and 5; paper section 3).
+"""Learn a bundle from training users; fit the heads of new users (paper, section 3).
 
-    alearn   training users → labelled groups → base, heads → Bundle
-    afit     a new user's history → labelled groups → one head in each bank; nothing shared changes
+    alearn   training users → labelled groups → shared weights and heads → Bundle
+    afit     new users' histories → labelled groups → heads → Bundle with the same shared weights
 
-LLM calls are what this costs: they go through the cache, so that a run that was stopped continues
-where it was. `learn` and `fit` are the same from sync code.
+Both give a new bundle and change none of their arguments. LLM calls are what this costs: they go
+through the cache, so that a run that was stopped continues where it was. `learn` and `fit` are the
+same from sync code.
 """
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, as_learned, load_settings
@@ -27,23 +28,34 @@ from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
-from hydra_llm.model.scorer import Scorer
+from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import record_text
-from hydra_llm.side_features import fit_stats
+from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.convex import Heads
 from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
-    copy_groups,
-    label_groups,
     offers_all,
     reads_labels,
     reranker_groups,
     training_queries,
+    weak_adapter_groups,
+    weak_reranker_groups,
 )
-from hydra_llm.training.train_scorer import Lesson, fit_groups, learn_scorer, silent, target_rule
+from hydra_llm.training.train_scorer import (
+    LabelledData,
+    TrainingFiles,
+    empty_heads,
+    fit_new_heads,
+    silent,
+    target_rule,
+    train_scorer,
+)
 from hydra_llm.types import LabelledGroup, Query, Record, StageCost, Usage
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -85,7 +97,8 @@ async def alearn(
     progress: StageProgress = silent,
     first: Bundle | None = None,
 ) -> Learned:
-    """Learn base and heads from a data set's training users; with `out`, write the bundle there.
+    """Learn shared weights and heads from a data set's training users; with `out`, write the bundle
+    there.
 
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is taken
     over, and with it the candidates.
@@ -103,112 +116,125 @@ async def alearn(
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
     bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
-    learned = Learned(
-        bundle, tuple(records), notes=_told(users, records, "have no records and were left out")
-    )
-    tune = settings.tune_encoder
-    ranking = await _reranker_lesson(learned, model, progress) if first is None else None
-    if first is not None:
-        bundle.reranker = deepcopy(first.reranker)
-        bundle.report["reranker"] = first.report.get("reranker", {})
-    if ranking is not None:
-        bundle.reranker = _learn_scorer(learned, ranking, tune=tune, out=out, progress=progress)
-        if not bundle.reranks:
-            learned.notes.append(
-                "the retriever's order stands: on held-out users the reranker's first records were"
-                " worth less"
-            )
-    picking = await _adapter_lesson(learned, model, progress)
-    if picking is not None:
-        bundle.adapter = _learn_scorer(learned, picking, tune=tune, out=out, progress=progress)
-    if (
-        tune and ranking is not None and picking is not None
-    ):  # the adapter's tuning has moved the encoder under the reranker
-        bundle.reranker = _learn_scorer(learned, ranking, out=out, progress=progress)
-    bundle.report |= {
-        "users": len(records),
-        "calls": learned.usage.calls,
-        "cached": learned.usage.cached,
-        "stages": learned.told(),
-    }
+    notes = _lacking(users, records, "have no records and were left out")
+    learned = Learned(bundle, tuple(records), notes=notes)
+    files = TrainingFiles(out, progress)
+    if first is None:
+        ranking = await _reranker_data(learned, model, progress)
+        _train(learned, ranking, files, tune=settings.tune_encoder)
+        _use_reranker(learned)
+    else:
+        ranking = None
+        _take_reranker(learned, first)
+    picking = await _adapter_data(learned, model, progress)
+    _train(learned, picking, files, tune=settings.tune_encoder)
+    if settings.tune_encoder and picking is not None:
+        _train(learned, ranking, files)  # the encoder has moved under the reranker
+        _use_reranker(learned)
+    _report(learned)
     if out is not None:
-        bundle.save(out)
+        learned.bundle.save(out)
     return learned
 
 
 def blank_bundle(
-    task: Task, llm: ChatLLM, settings: Settings, records: dict[str, list[Record]]
+    task: Task, llm: ChatLLM, settings: Settings, records: Mapping[str, Sequence[Record]]
 ) -> Bundle:
     """A bundle that has learned nothing: all that prompts need."""
     encoder = open_encoder(
         settings.encoder, pooling=settings.pooling, max_length=settings.max_length
     )
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
-    return Bundle(
-        task,
-        settings,
-        dict(llm.identity),
-        store,
-        fit_stats(task, store, list(records.values())),
-        records=records,
-    )
+    stats = fit_stats(task, store, list(records.values()))
+    return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
 
 
-async def _reranker_lesson(
+async def _reranker_data(
     learned: Learned, llm: ChatLLM, progress: StageProgress
-) -> Lesson | None:
+) -> LabelledData | None:
     bundle = learned.bundle
     if bundle.settings.retrieved == 0:
         return None
-    door = bundle.personalizer(llm, rerank=False)
-    collected = await _collect_reranker(learned, door, _asked(learned), progress)
+    plain = bundle.personalizer(llm, rerank=False)
+    collected = await _collect_reranker(learned, plain, _asked(learned), progress)
 
-    def groups() -> list[LabelledGroup]:
-        return [*collected.groups(), *_from_copies(bundle, door, learned.users)]
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        weak = _weak_reranker_groups(plain, featurizer, learned.users)
+        return [*collected.groups(featurizer), *weak]
 
-    if not _teaches(groups()):
+    if not _informative(groups(bundle.featurizer)):
         _skip(learned, "reranker", "no retrieved record changed what the LLM's answer was worth")
         return None
-    return Lesson(
-        "reranker", groups, bundle.featurizer.reranker_names, target_rule(bundle, "reranker")
-    )
+    names, rule = bundle.featurizer.reranker_names, target_rule(bundle, "reranker")
+    return LabelledData("reranker", groups, names, rule)
 
 
-async def _adapter_lesson(learned: Learned, llm: ChatLLM, progress: StageProgress) -> Lesson | None:
+async def _adapter_data(
+    learned: Learned, llm: ChatLLM, progress: StageProgress
+) -> LabelledData | None:
     bundle = learned.bundle
-    collected = await _collect_adapter(
-        learned, bundle.personalizer(llm, adapt=False), _asked(learned), progress
-    )
+    plain = bundle.personalizer(llm, adapt=False)
+    collected = await _collect_adapter(learned, plain, _asked(learned), progress)
 
-    def groups() -> list[LabelledGroup]:
-        return [*collected.groups(), *_from_labels(bundle, learned.users)]
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+        weak = _weak_adapter_groups(bundle, featurizer, learned.users)
+        return [*collected.groups(featurizer), *weak]
 
-    if not _teaches(groups()):
+    if not _informative(groups(bundle.featurizer)):
         _skip(learned, "adapter", "no two candidates of a query differed in what they were worth")
         return None
+    names, rule = bundle.featurizer.adapter_names, target_rule(bundle, "adapter")
     by_label = reads_labels(bundle.task, bundle.settings)
-    return Lesson(
-        "adapter", groups, bundle.featurizer.adapter_names, target_rule(bundle, "adapter"), by_label
-    )
+    return LabelledData("adapter", groups, names, rule, by_label)
 
 
-def _learn_scorer(
-    learned: Learned,
-    lesson: Lesson,
-    *,
-    tune: bool = False,
-    out: Path | str | None,
-    progress: StageProgress,
-) -> Scorer:
+def _informative(groups: Sequence[LabelledGroup]) -> bool:
+    return any(len(set(group.gains)) > 1 for group in groups)
+
+
+def _train(
+    learned: Learned, data: LabelledData | None, files: TrainingFiles, *, tune: bool = False
+) -> None:
+    if data is None:
+        return
     started = perf_counter()
-    scorer = learn_scorer(learned.bundle, lesson, tune=tune, out=out, progress=progress)
-    learned.stages[f"fit {lesson.name}"] = StageCost(len(learned.users), perf_counter() - started)
-    return scorer
+    learned.bundle = train_scorer(learned.bundle, data, tune=tune, files=files)
+    learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
+
+
+def _use_reranker(learned: Learned) -> None:
+    """Decide by held-out users whether the reranker is used."""
+    helps = reranker_helps(learned.bundle.report)
+    if learned.bundle.reranker is not None and learned.bundle.use_reranker and not helps:
+        learned.notes.append(
+            "the retriever's order stands: on held-out users the reranker's first records were"
+            " worth less"
+        )
+    learned.bundle = replace(learned.bundle, use_reranker=helps)
+
+
+def _take_reranker(learned: Learned, first: Bundle) -> None:
+    bundle = learned.bundle
+    learned.bundle = replace(
+        bundle,
+        scorers={name: each for name, each in first.scorers.items() if name == "reranker"},
+        heads={name: each for name, each in first.heads.items() if name == "reranker"},
+        use_reranker=first.use_reranker,
+        report={**bundle.report, "reranker": first.report.get("reranker", {})},
+    )
 
 
 def _skip(learned: Learned, name: str, why: str) -> None:
-    learned.bundle.report[name] = {"skipped": why}
+    bundle = learned.bundle
+    learned.bundle = replace(bundle, report={**bundle.report, name: {"skipped": why}})
     learned.notes.append(f"no {name} was learned: {why}")
+
+
+def _report(learned: Learned) -> None:
+    usage = learned.usage
+    told = {"users": len(learned.users), "calls": usage.calls, "cached": usage.cached}
+    report = {**learned.bundle.report, **told, "stages": learned.told()}
+    learned.bundle = replace(learned.bundle, report=report)
 
 
 # ---- fitting new users
@@ -234,73 +260,78 @@ async def afit(
             data set is of another task than the bundle.
     """
     folder = None if isinstance(bundle, Bundle) else Path(bundle)
-    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    given = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
-        loaded = replace(loaded, settings=as_learned(loaded.settings, settings))
-    _, data, model = _opened(dataset, llm, loaded.settings)
-    loaded.check_task(data.task)
+        given = replace(given, settings=as_learned(given.settings, settings))
+    _, data, model = _opened(dataset, llm, given.settings)
+    given.check_task(data.task)
     names = list(users) if users else data.users("test")
-    unknown = [name for name in names if name not in set(data.users())]
-    if unknown:
-        raise UnknownUser(
-            f"unknown user '{unknown[0]}': the data set has {len(data.users())} users, see"
-            " `hydra-llm data check`"
-        )
-    loaded.records |= {name: in_order(data.history(name)) for name in names}
-    learned = Learned(
-        loaded,
-        tuple(names),
-        notes=_told(names, loaded.records, "have no records: they get the shared head"),
-    )
-    await _fit_users(learned, model, progress)
+    _check_known(names, data)
+    own = {name: in_order(data.history(name)) for name in names}
+    notes = _lacking(names, own, "have no records: they get the shared head")
+    fresh = replace(given, records=_overlaid(given.records, own))
+    learned = Learned(fresh, tuple(names), notes=notes)
+    await _fit_reranker(learned, model, progress)
+    await _fit_adapter(learned, model, progress)
     if folder is not None:
-        loaded.save(folder)
+        learned.bundle.save(folder)
     return learned
 
 
-async def _fit_users(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
-    bundle = learned.bundle
-    if bundle.reranker is not None:
-        door = bundle.personalizer(llm, rerank=False)
-        groups = _from_copies(bundle, door, learned.users)
-        if bundle.settings.reranker_labels == "llm":
-            groups = (await _collect_reranker(learned, door, learned.users, progress)).groups()
-        _fit_into(learned, "reranker", bundle.reranker, groups)
-        _warm(bundle, learned.users)
-    if bundle.adapter is not None:
-        groups = _from_labels(bundle, learned.users)
-        if not groups:
-            groups = (
-                await _collect_adapter(
-                    learned, bundle.personalizer(llm, adapt=False), learned.users, progress
-                )
-            ).groups()
-        _fit_into(learned, "adapter", bundle.adapter, groups)
-
-
-def _fit_into(learned: Learned, name: str, scorer: Scorer, groups: Sequence[LabelledGroup]) -> None:
-    bundle, started = learned.bundle, perf_counter()
-    scorer.enrol(learned.users)
-    for user in learned.users:  # fitted anew: a user without groups has the shared head
-        scorer.bank.clear(scorer.row(user))
-    if groups:
-        fit_groups(bundle, name, scorer, groups, learned.users)
-    learned.stages[f"fit {name}"] = StageCost(len(learned.users), perf_counter() - started)
-
-
-def _warm(bundle: Bundle, users: Sequence[str]) -> None:
-    """Encode what the reranker will read of these users' records, so that their first question does
-    not wait for it.
-    """
-    if bundle.settings.features == "tower":
-        with_answer = bundle.settings.record_answer
-        bundle.store.texts(
-            [
-                record_text(record, with_answer=with_answer)
-                for user in users
-                for record in bundle.records[user]
-            ]
+def _check_known(names: Sequence[str], data: DataSet) -> None:
+    known = set(data.users())
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise UnknownUser(
+            f"unknown user '{unknown}': the data set has {len(known)} users, see"
+            " `hydra-llm data check`"
         )
+
+
+async def _fit_reranker(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
+    bundle, users = learned.bundle, learned.users
+    if bundle.reranker is None:
+        return
+    plain = bundle.personalizer(llm, rerank=False)
+    groups = _weak_reranker_groups(plain, bundle.featurizer, users)
+    if bundle.settings.reranker_labels == "llm":
+        collected = await _collect_reranker(learned, plain, users, progress)
+        groups = collected.groups(bundle.featurizer)
+    _add_heads(learned, "reranker", groups)
+    if not bundle.reranker.interaction.reads_pairs:  # else the first question waits for it
+        with_answer = bundle.settings.record_answer
+        records = (record for user in users for record in bundle.records[user])
+        bundle.store.texts([record_text(record, with_answer=with_answer) for record in records])
+
+
+async def _fit_adapter(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
+    bundle, users = learned.bundle, learned.users
+    if bundle.adapter is None:
+        return
+    groups = _weak_adapter_groups(bundle, bundle.featurizer, users)
+    if not groups:
+        plain = bundle.personalizer(llm, adapt=False)
+        collected = await _collect_adapter(learned, plain, users, progress)
+        groups = collected.groups(bundle.featurizer)
+    _add_heads(learned, "adapter", groups)
+
+
+def _add_heads(learned: Learned, name: str, groups: Sequence[LabelledGroup]) -> None:
+    """Fitted anew: a user without groups has the shared head."""
+    bundle, users, started = learned.bundle, learned.users, perf_counter()
+    heads: Heads = (
+        fit_new_heads(bundle, name, groups, users) if groups else empty_heads(bundle, name, users)
+    )
+    own = _overlaid(bundle.heads.get(name, {}), heads)
+    learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
+    learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
+
+
+def _overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
+    """Both, `new` first, without a copy of what may be a million users'."""
+    if isinstance(old, ChainMap):
+        return ChainMap({**old.maps[0], **new}, *old.maps[1:])
+    return ChainMap(dict(new), old)  # type: ignore[arg-type]  # nobody writes to the second
 
 
 # ---- what both need
@@ -318,7 +349,7 @@ def _opened(
     return chosen, data, open_llm(llm, chosen) if isinstance(llm, str) else llm
 
 
-def _told(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
+def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
     without = [user for user in users if not records.get(user)]
     named = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
     return [f"{len(without)} of {len(users)} users {fate} ({named})"] if without else []
@@ -341,23 +372,19 @@ def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:
 
 
 async def _collect_reranker(
-    learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress
+    learned: Learned, plain: Personalizer, users: Sequence[str], progress: StageProgress
 ) -> Collected:
-    queries = _latest_queries(learned, users)
-    collected = await reranker_groups(
-        personalizer, learned.bundle.featurizer, queries, partial(progress, "label records")
-    )
-    return _account(learned, "label records", len(users), collected)
+    stage, queries = "label records", _latest_queries(learned, users)
+    collected = await reranker_groups(plain, queries, partial(progress, stage))
+    return _account(learned, stage, len(users), collected)
 
 
 async def _collect_adapter(
-    learned: Learned, personalizer: Any, users: Sequence[str], progress: StageProgress
+    learned: Learned, plain: Personalizer, users: Sequence[str], progress: StageProgress
 ) -> Collected:
-    queries = _latest_queries(learned, users)
-    collected = await adapter_groups(
-        personalizer, learned.bundle.featurizer, queries, partial(progress, "label candidates")
-    )
-    return _account(learned, "label candidates", len(users), collected)
+    stage, queries = "label candidates", _latest_queries(learned, users)
+    collected = await adapter_groups(plain, queries, partial(progress, stage))
+    return _account(learned, stage, len(users), collected)
 
 
 def _account(learned: Learned, stage: str, users: int, collected: Collected) -> Collected:
@@ -373,24 +400,24 @@ def _account(learned: Learned, stage: str, users: int, collected: Collected) -> 
     return collected
 
 
-def _from_labels(bundle: Bundle, users: Sequence[str]) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM, where the adapter reads labels."""
+def _weak_adapter_groups(
+    bundle: Bundle, featurizer: Featurizer, users: Sequence[str]
+) -> list[LabelledGroup]:
+    """The groups that histories give without an LLM, where the adapter learns from every label."""
     if not offers_all(bundle.task, bundle.settings):
         return []
     return [
-        group for user in users for group in label_groups(bundle.featurizer, bundle.records[user])
+        group for user in users for group in weak_adapter_groups(featurizer, bundle.records[user])
     ]
 
 
-def _from_copies(bundle: Bundle, door: Personalizer, users: Sequence[str]) -> list[LabelledGroup]:
+def _weak_reranker_groups(
+    plain: Personalizer, featurizer: Featurizer, users: Sequence[str]
+) -> list[LabelledGroup]:
     """The reranker's groups from histories alone; none where it learns as published."""
-    if bundle.settings.reranker_labels == "llm":
+    if plain.settings.reranker_labels == "llm":
         return []
-    return [group for user in users for group in copy_groups(door, bundle.featurizer, user)]
-
-
-def _teaches(groups: Sequence[LabelledGroup]) -> bool:
-    return any(len(set(group.gains)) > 1 for group in groups)
+    return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
 
 
 def learn(

@@ -1,31 +1,30 @@
-"""What scores are worth as probabilities, by held-out groups of training users (DESIGN 5): β, and
-the weight of the LLM's votes.
+"""Scores as probabilities: temperature scaling and the weight of the LLM's votes, by held-out
+groups of training users.
 
 Letters: G groups, C candidates, X columns of a mix. Knows no texts and no LLM.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hydra_llm.model.scorer import Loss, Scorer
-from hydra_llm.training.dataset import Table
-from hydra_llm.training.newton import Problem, losses, solve
-
-if TYPE_CHECKING:
-    from hydra_llm.training.convex import FitReport
+from hydra_llm.model.newton import Loss, Problem, losses, newton_cg
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.training.dataset import TrainingSet
+from hydra_llm.training.report import FitReport
 
 CALIBRATION_RIDGE = 1.0
-MIX_FOLDS = 10
-"""Parts of the users whose votes are judged by weights that the others taught."""
+CROSS_FIT_FOLDS = 10
+"""Parts of the users whose votes are judged by weights that were fitted on the others."""
+LEAST_SCALE = 0.05
 
 
 class HeldOut(NamedTuple):
     """Groups that nothing was fitted on, with scores before calibration [G, C]."""
 
-    late: Table
+    late: TrainingSet
     shared: Tensor
     """By a base that has not seen these users."""
     own: Tensor
@@ -33,16 +32,36 @@ class HeldOut(NamedTuple):
 
 
 @torch.no_grad()
-def weigh_picks(scorer: Scorer, held_out: Sequence[HeldOut], report: "FitReport") -> None:
+def evaluate_held_out(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
+    """The report's losses on held-out groups: of equal shares, of the shared head, of the users'
+    own.
+    """
+    report.held_out_groups = sum(int(held.late.informative.sum()) for held in held_out)
+    count = max(1, report.held_out_groups)
+    report.loss_uniform, report.loss_shared, report.loss_user = (
+        sum(summed_loss(scorer, held.late, scores) for held, scores in each) / count
+        for each in (
+            [(held, torch.zeros_like(held.own)) for held in held_out],
+            [(held, held.shared) for held in held_out],
+            [(held, held.own) for held in held_out],
+        )
+    )
+
+
+def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
+    """The loss of scores [G, C], summed over groups."""
+    return float(losses(scores, data.target, data.groups.mask, scorer.loss).sum())
+
+
+@torch.no_grad()
+def evaluate_picks(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
     """What the calibrated scorer's first choices are worth on held-out groups, beside the first
     candidates and the best.
     """
     worth: list[Tensor] = []
     for late, _, own in held_out:
         mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
-        scores = (scorer.scale * own + late.groups.evidence @ scorer.vote_weight).masked_fill(
-            ~mask, -torch.inf
-        )
+        scores = scorer.calibrated(own, late.groups)
         first, pick, best = mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)
         worth.append(gains.gather(1, torch.stack([first, pick, best], 1)))
     if worth:
@@ -50,82 +69,96 @@ def weigh_picks(scorer: Scorer, held_out: Sequence[HeldOut], report: "FitReport"
 
 
 @torch.no_grad()
-def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: "FitReport") -> None:
-    """Fit β and the weights of the LLM's columns on held-out scores, drawn towards β = 1 and no
-    weight.
-
-    Votes that make the scorer worse for users whose votes it has not seen get no weight: the LLM is
-    then asked in vain, and not heard.
+def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
+    """Fit β and the weights of the LLM's columns on held-out scores, regularised towards β = 1 and
+    no weight. Votes that raise the loss of users whom their weight was not fitted on get weight 0.
     """
     if not held_out:
         return
-    scores = torch.cat([held.own for held in held_out])
-    evidence, mask, target = (
-        torch.cat([getattr(held.late.groups, name) for held in held_out])
-        for name in ("evidence", "mask", "target")
-    )
-    columns = _llm_columns(scorer)
-    if float(scorer.side_weight[columns].abs().sum()) > 0 or not any(
-        bool(held.late.voted.any()) for held in held_out
-    ):
-        columns = []  # the base has weighed them already, or nobody was asked
-    known = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
-    users = [user for held in held_out for user in held.late.users]
+    mix = _Mix.of(scorer, held_out)
     report.loss_with_votes, report.loss_without_votes = (
-        _loss_by_others(mixed, scores, target, mask, scorer.loss, users)
-        for mixed in (known, known[..., :1])
+        each.cross_fitted_loss() for each in (mix, mix.without_votes())
     )
     if report.loss_with_votes > report.loss_without_votes:
-        known, columns = known[..., :1], []
-    v = _mix(known, scores, target, mask, scorer.loss)
-    scorer.scale = (1 + v[0]).clamp_min(0.05)
+        mix = mix.without_votes()
+    v = mix.fit()
+    scorer.scale = (1 + v[0]).clamp_min(LEAST_SCALE)
     scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
-    scorer.vote_weight[columns] = v[1:]
-    votes = known[..., 1:] @ v[1:]
-    told = (target.sum(-1) > 0).sum().clamp_min(1)
+    scorer.vote_weight[mix.columns] = v[1:]
+    informative = (mix.target.sum(-1) > 0).sum().clamp_min(1)
+    scores = scorer.scale * mix.scores + mix.x[..., 1:] @ v[1:]
     report.loss_calibrated = float(
-        losses(scorer.scale * scores + votes, target, mask, scorer.loss).sum() / told
+        losses(scores, mix.target, mix.mask, mix.loss).sum() / informative
     )
     report.scale = float(scorer.scale)
     report.vote_weight = {
-        scorer.side_names[c]: round(float(w), 4) for c, w in zip(columns, v[1:], strict=True)
+        scorer.side_names[c]: round(float(w), 4) for c, w in zip(mix.columns, v[1:], strict=True)
     }
 
 
-def _mix(x: Tensor, offset: Tensor, target: Tensor, mask: Tensor, loss: Loss) -> Tensor:
-    """The weights [X] of the columns of x [G, C, X] that, added to the offset, fit the targets
-    best; drawn towards 0.
-    """
-    problem = Problem(
-        lambda v: torch.einsum("gcx,ux->ugc", x, v),
-        lambda r: torch.einsum("gcx,ugc->ux", x, r),
-        x.shape[-1],
-        offset[None],
-        target[None],
-        mask[None],
-        loss,
-    )
-    return solve(problem, CALIBRATION_RIDGE)[0]
+class _Mix(NamedTuple):
+    """Scores and votes as the columns of a regression."""
 
+    x: Tensor
+    """[G, C, X] the scores, then the columns of votes."""
+    columns: list[int]
+    """Of the side features, which of them."""
+    target: Tensor
+    mask: Tensor
+    loss: Loss
+    users: list[str]
+    """[G]."""
 
-def _loss_by_others(
-    known: Tensor, scores: Tensor, target: Tensor, mask: Tensor, loss: Loss, users: Sequence[str]
-) -> float:
-    """Mean loss of the mix, each fold of users [G] with weights that the others taught; NaN where
-    there is one user alone.
-    """
-    names = list(dict.fromkeys(users))
-    if len(names) < 2:
-        return float("nan")
-    place = {name: index % MIX_FOLDS for index, name in enumerate(names)}
-    fold, total = torch.tensor([place[user] for user in users]), 0.0
-    for own in (fold == each for each in range(min(MIX_FOLDS, len(names)))):
-        v = _mix(known[~own], scores[~own], target[~own], mask[~own], loss)
-        mixed = scores[own] * (1 + v[0]).clamp_min(0.05) + known[own][..., 1:] @ v[1:]
-        total += float(losses(mixed, target[own], mask[own], loss).sum())
-    return total / max(1, int((target.sum(-1) > 0).sum()))
+    @classmethod
+    def of(cls, scorer: Scorer, held_out: Sequence[HeldOut]) -> "_Mix":
+        scores = torch.cat([held.own for held in held_out])
+        evidence, mask, target = (
+            torch.cat([getattr(held.late.groups, name) for held in held_out])
+            for name in ("evidence", "mask", "target")
+        )
+        columns = [i for i, name in enumerate(scorer.side_names) if name.startswith("llm_")]
+        weighed = float(scorer.side_weight[columns].abs().sum()) > 0  # by the base already
+        if weighed or not any(bool(held.late.voted.any()) for held in held_out):
+            columns = []
+        x = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
+        users = [user for held in held_out for user in held.late.users]
+        return cls(x, columns, target, mask, scorer.loss, users)
 
+    @property
+    def scores(self) -> Tensor:
+        return self.x[..., 0]
 
-def _llm_columns(scorer: Scorer) -> list[int]:
-    """The evidence that only LLM samples can give: names that begin with `llm_`."""
-    return [i for i, name in enumerate(scorer.side_names) if name.startswith("llm_")]
+    def without_votes(self) -> "_Mix":
+        return self._replace(x=self.x[..., :1], columns=[])
+
+    def fit(self, where: Tensor | None = None) -> Tensor:
+        """The weights [X] that, added to the scores, fit the targets best; drawn towards 0."""
+        x, target, mask = (
+            part if where is None else part[where] for part in (self.x, self.target, self.mask)
+        )
+        problem = Problem(
+            lambda v: torch.einsum("gcx,ux->ugc", x, v),
+            lambda r: torch.einsum("gcx,ugc->ux", x, r),
+            x.shape[-1],
+            x[None, ..., 0],
+            target[None],
+            mask[None],
+            self.loss,
+        )
+        return newton_cg(problem, CALIBRATION_RIDGE)[0]
+
+    def cross_fitted_loss(self) -> float:
+        """Mean loss, each fold of users with weights that were fitted on the others; NaN for one
+        user alone.
+        """
+        names = list(dict.fromkeys(self.users))
+        if len(names) < 2:
+            return float("nan")
+        fold_of = {name: index % CROSS_FIT_FOLDS for index, name in enumerate(names)}
+        fold, total = torch.tensor([fold_of[user] for user in self.users]), 0.0
+        for own in (fold == each for each in range(min(CROSS_FIT_FOLDS, len(names)))):
+            v = self.fit(~own)
+            votes = self.x[own][..., 1:] @ v[1:]
+            scores = self.scores[own] * (1 + v[0]).clamp_min(LEAST_SCALE) + votes
+            total += float(losses(scores, self.target[own], self.mask[own], self.loss).sum())
+        return total / max(1, int((self.target.sum(-1) > 0).sum()))

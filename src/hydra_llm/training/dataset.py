@@ -1,10 +1,10 @@
-"""Rows of learning as tensors: groups of pairs, whose they are, and in which order they came.
+"""Labelled groups as tensors: whose they are, and in which order they came.
 
 Knows no files and no LLM. Letters: G groups, C candidates, U users.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,19 +13,19 @@ from torch import Tensor
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.grouping import make_groups
 from hydra_llm.model.interactions import Groups, Interaction
-from hydra_llm.model.scorer import Loss
+from hydra_llm.model.newton import Loss
 from hydra_llm.types import LabelledGroup
 
-FEW = 6
-"""Groups of a user, up to which each one is predicted from those before it: a third of three says
-next to nothing.
+FEW_GROUPS = 6
+"""Of a user, up to which each one is predicted from those before it: a third of three says next to
+nothing.
 """
-Cut = tuple["Table", "Table"]
-"""Groups that teach, and later ones of the same users that judge."""
+Split = tuple["TrainingSet", "TrainingSet"]
+"""Groups that heads are fitted on, and later ones of the same users that judge them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TrainingSet:
     """G labelled groups in each user's order."""
 
     groups: Groups
@@ -35,102 +35,109 @@ class Table:
     positions: Tensor
     """[G] the query's place in its user's order."""
     voted: Tensor
-    """[G] True where the LLM was asked: the evidence holds what its samples said, or the gains are
-    what it made of the records.
+    """[G] True where the LLM was asked: the side features hold what its samples said, or the gains
+    are what it made of the records.
     """
     gains: Tensor
     """[G, C] what each candidate is worth, 0 to 1."""
+    index: dict[str, list[int]] = field(init=False, repr=False, compare=False)
+    """User → places of the user's groups."""
+
+    def __post_init__(self) -> None:
+        index: dict[str, list[int]] = {}
+        for i, user in enumerate(self.users):
+            index.setdefault(user, []).append(i)
+        object.__setattr__(self, "index", index)
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(self.users))
+    @property
+    def target(self) -> Tensor:
+        """[G, C]."""
+        assert self.groups.target is not None
+        return self.groups.target
 
-    def take(self, index: Sequence[int] | Tensor) -> "Table":
+    @property
+    def informative(self) -> Tensor:
+        """[G] True where a candidate is better than another."""
+        return self.target.sum(-1) > 0
+
+    def names(self) -> list[str]:
+        """Each user once."""
+        return list(self.index)
+
+    def take(self, index: Sequence[int] | Tensor) -> "TrainingSet":
+        """The groups at these places."""
         index = torch.as_tensor(index, dtype=torch.long)
         users = tuple(self.users[i] for i in index.tolist())
-        return Table(
+        return TrainingSet(
             self.groups[index], users, self.positions[index], self.voted[index], self.gains[index]
         )
 
-    def of(self, names: Sequence[str]) -> "Table":
+    def of(self, names: Sequence[str]) -> "TrainingSet":
+        """The groups of these users."""
         wanted = set(names)
         return self.take([i for i, user in enumerate(self.users) if user in wanted])
 
-    def only_voted(self, voted: bool) -> "Table":
+    def where_voted(self, voted: bool) -> "TrainingSet":
+        """The groups for which the LLM was asked, or those for which it was not."""
         return self.take((self.voted == voted).nonzero()[:, 0])
 
-    def split_late(self, share: float = 0.3) -> Cut:
-        """Each user's earlier and later groups: heads are judged on what came after what they were
-        fitted on.
-        """
+    def split_late(self, share: float = 0.3) -> Split:
+        """Each user's earlier and later groups."""
         early: list[int] = []
         late: list[int] = []
-        for index in self.by_user().values():
+        for index in self.index.values():
             cut = len(index) - max(1, round(len(index) * share)) if len(index) > 1 else 0
             early, late = early + index[:cut], late + index[cut:]
         return self.take(early), self.take(late)
 
-    def split_steps(self) -> list[Cut]:
-        """Of users with few groups each one counts: their first groups with none before them, their
-        second ones, and so on; `split_late` where somebody has more than `FEW`.
+    def prequential_splits(self) -> list[Split]:
+        """Users with few groups: their first groups with none before them, their second ones with
+        the first, and so on. `split_late` where somebody has more than `FEW_GROUPS`.
         """
-        own = list(self.by_user().values())
+        own = list(self.index.values())
         most = max(map(len, own), default=0)
-        if most > FEW:
+        if most > FEW_GROUPS:
             return [self.split_late()]
-        steps = range(most)
         return [
             (
                 self.take([i for index in own for i in index[:step]]),
                 self.take([index[step] for index in own if len(index) > step]),
             )
-            for step in steps
+            for step in range(most)
         ]
 
-    def split_voted(self) -> list[Cut]:
-        """What came before each user's first voted group, and the voted groups; `split_steps` where
-        all or none are voted.
+    def calibration_splits(self) -> list[Split]:
+        """What came before each user's first voted group, and the voted groups;
+        `prequential_splits` where all or none are voted.
         """
         if bool(self.voted.all()) or not bool(self.voted.any()):
-            return self.split_steps()
-        first: dict[str, int] = {}
-        for user, position in zip(
-            self.users,
-            torch.where(self.voted, self.positions, torch.iinfo(torch.long).max).tolist(),
-            strict=True,
-        ):
-            first[user] = min(first.get(user, position), position)
+            return self.prequential_splits()
+        places = torch.where(self.voted, self.positions, torch.iinfo(torch.long).max)
+        first = {user: int(places[index].min()) for user, index in self.index.items()}
         before = [
             i
             for i, user in enumerate(self.users)
             if not self.voted[i] and self.positions[i] < first[user]
         ]
-        return [(self.take(before), self.only_voted(True))]
+        return [(self.take(before), self.where_voted(True))]
 
-    def seen(self) -> dict[str, int]:
-        """How many of each user's records a head knows that was fitted on these groups: the last
-        query's own answer is among them.
+    def records_seen(self) -> dict[str, int]:
+        """How many of each user's records a head has learned from that is fitted on these groups:
+        the last query's own answer is one of them.
         """
-        return {
-            user: int(self.positions[index].max()) + 1 for user, index in self.by_user().items()
-        }
-
-    def by_user(self) -> dict[str, list[int]]:
-        out: dict[str, list[int]] = {}
-        for i, user in enumerate(self.users):
-            out.setdefault(user, []).append(i)
-        return out
+        return {user: int(self.positions[index].max()) + 1 for user, index in self.index.items()}
 
 
 def chunks_of_users(
-    table: Table, names: Sequence[str], *, numbers: int = 30_000_000, per_group: int = 1
+    data: TrainingSet, names: Sequence[str], *, numbers: int = 30_000_000, per_group: int = 1
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Users with padded group indices [U, G] (−1 where there is none), of like length and few
-    enough for memory.
+    """Users with padded places of their groups [U, G] (−1 where there is none), of like length and
+    few enough for memory.
     """
-    index = table.by_user()
+    index = data.index
     ordered = sorted((name for name in names if name in index), key=lambda name: len(index[name]))
     while ordered:
         longest = len(index[ordered[-1]])
@@ -148,42 +155,47 @@ def folds(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
     return [part for part in ([names[i] for i in order[k::count]] for k in range(count)) if part]
 
 
+# ---- from gains to targets
+
+
 def targets(
     gains: Tensor, mask: Tensor, *, rule: str, loss: Loss, spread: float | None = None
 ) -> Tensor:
-    """What each candidate should get, from its gain [G, C] (DESIGN 5).
+    """What each candidate should get, from its gain [G, C].
 
     Listwise: a distribution over the group. `exact`: equal shares for those with gain 1 (labels:
     the right one); `above-mean`: for those above the group's mean; `graded`: softmax of the gains,
     centred in the group and divided by `spread` (their usual deviation within a group). Binary:
     `exact` and `above-mean` 0 or 1, `graded` the gain itself; where all gains are 0 or 1, right and
-    wrong are absolute and need no mean. A group whose gains are all equal teaches nothing about
-    order: all zeros (listwise).
+    wrong are absolute and need no mean. A group whose gains are all equal is not informative: all
+    zeros (listwise).
     """
-    masked = gains * mask
-    count = mask.sum(-1, keepdim=True).clamp_min(1)
-    centred = (gains - masked.sum(-1, keepdim=True) / count) * mask
+    masked, centred = gains * mask, _centred(gains, mask)
     right = (masked >= 1 - 1e-9).float()
     above = right if rule == "exact" else (centred > 1e-9).float() * mask
     if loss == "binary":
         absolute = ((gains == 0) | (gains == 1) | ~mask).all(-1, keepdim=True)
         return masked if rule == "graded" else torch.where(absolute, right, above)
-    tells = (centred.abs().amax(-1, keepdim=True) > 1e-9) & (above.sum(-1, keepdim=True) > 0)
+    differs = (centred.abs().amax(-1, keepdim=True) > 1e-9) & (above.sum(-1, keepdim=True) > 0)
     share = above / above.sum(-1, keepdim=True).clamp_min(1)
     if rule == "graded":
         scale = spread if spread else within_group_spread(gains, mask)
         share = (centred / scale).masked_fill(~mask, -torch.inf).softmax(-1)
-    return torch.where(tells, share, 0.0).nan_to_num(0.0)
+    return torch.where(differs, share, 0.0).nan_to_num(0.0)
+
+
+def _centred(gains: Tensor, mask: Tensor) -> Tensor:
+    count = mask.sum(-1, keepdim=True).clamp_min(1)
+    return (gains - (gains * mask).sum(-1, keepdim=True) / count) * mask
 
 
 def within_group_spread(gains: Tensor, mask: Tensor) -> float:
     """The root mean square of gains around their group's mean, where they differ."""
-    count = mask.sum(-1, keepdim=True).clamp_min(1)
-    centred = (gains - (gains * mask).sum(-1, keepdim=True) / count) * mask
-    tells = centred.abs().amax(-1) > 1e-9
-    if not tells.any():
+    centred = _centred(gains, mask)
+    differs = centred.abs().amax(-1) > 1e-9
+    if not differs.any():
         return 1.0
-    return float((centred[tells].square().sum() / mask[tells].sum()).sqrt().clamp_min(1e-6))
+    return float((centred[differs].square().sum() / mask[differs].sum()).sqrt().clamp_min(1e-6))
 
 
 def gain_spread(groups: Sequence[LabelledGroup]) -> float:
@@ -193,14 +205,15 @@ def gain_spread(groups: Sequence[LabelledGroup]) -> float:
     width = max((len(group.gains) for group in groups), default=0)
     gains, mask = torch.zeros(len(groups), width), torch.zeros(len(groups), width, dtype=torch.bool)
     for row, group in enumerate(groups):
-        gains[row, : len(group.gains)], mask[row, : len(group.gains)] = (
-            torch.tensor(group.gains),
-            True,
-        )
+        gains[row, : len(group.gains)] = torch.tensor(group.gains)
+        mask[row, : len(group.gains)] = True
     return within_group_spread(gains, mask)
 
 
-def in_table_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
+# ---- from texts to tensors
+
+
+def in_set_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
     """The groups that have candidates, each user's together, oldest first."""
     return sorted(
         (group for group in groups if group.rights),
@@ -208,7 +221,7 @@ def in_table_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
     )
 
 
-def make_table(
+def make_training_set(
     store: FeatureCache,
     interaction: Interaction,
     groups: Sequence[LabelledGroup],
@@ -216,22 +229,22 @@ def make_table(
     rule: str,
     loss: Loss,
     spread: float | None = None,
-) -> Table:
+) -> TrainingSet:
     """Labelled groups as tensors, each user's oldest first; every distinct text is encoded once.
-    `spread` as in `targets`.
+    `rule` and `spread` as in `targets`.
     """
-    groups = in_table_order(groups)
-    cases = make_groups(
+    groups = in_set_order(groups)
+    made = make_groups(
         store,
         interaction,
         [g.left for g in groups],
         [g.rights for g in groups],
         [g.evidence for g in groups],
     )
-    gains = torch.zeros(cases.mask.shape)
-    gains[cases.mask] = torch.tensor([gain for group in groups for gain in group.gains])
-    return Table(
-        cases.with_target(targets(gains, cases.mask, rule=rule, loss=loss, spread=spread)),
+    gains = torch.zeros(made.mask.shape)
+    gains[made.mask] = torch.tensor([gain for group in groups for gain in group.gains])
+    return TrainingSet(
+        made.with_target(targets(gains, made.mask, rule=rule, loss=loss, spread=spread)),
         tuple(group.user for group in groups),
         torch.tensor([group.position for group in groups], dtype=torch.long),
         torch.tensor([group.voted for group in groups], dtype=torch.bool),

@@ -1,14 +1,13 @@
-"""From histories to labelled groups: what the reranker and the adapter learn from (DESIGN 5; paper
-sections 3.2 and 3.3).
+"""From histories to labelled groups: what the reranker and the adapter learn from (paper, 3.2 and
+3.3).
 
 A user's own later records serve as queries for the earlier ones; `history.before` decides what each
 may see.
     reranker  each retrieved record alone in the prompt; its gain is the gain of the LLM's answer
-    copies    the same records, each worth what its own answer would be for the query: no LLM call
-              at all
     adapter   the candidates of `Personalizer.apropose`, each with its gain
-    labels    for tasks with labels, the record's own answer against the other labels: no LLM call
-              at all
+and weak labels, which cost no LLM call:
+    reranker  the same records, each worth what its own answer would be for the query (1-NN)
+    adapter   for tasks with labels, the record's own answer against the other labels
 Knows no scorer but those inside the personalizer. A failed call leaves its pair out and is told.
 """
 
@@ -21,6 +20,7 @@ from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order
 from hydra_llm.llm.concurrency import Progress, map_calls
 from hydra_llm.pipeline import Personalizer
+from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.side_features import Featurizer
@@ -32,9 +32,9 @@ from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, R
 class Collected:
     """What the LLM did, ready to be made into groups."""
 
-    groups: Callable[[], list[LabelledGroup]]
-    """Makes the labelled groups, with evidence from the encoder as it is now: a tuned one changes
-    it.
+    groups: Callable[[Featurizer], list[LabelledGroup]]
+    """Makes the labelled groups, with side features of the encoder as it is now: tuning changes
+    them.
     """
     calls: int = 0
     """Questions that the LLM was asked."""
@@ -52,10 +52,7 @@ def training_queries(task: Task, records: Sequence[Record], count: int) -> list[
 
 
 async def reranker_groups(
-    personalizer: Personalizer,
-    evidence: Featurizer,
-    queries: Sequence[Query],
-    progress: Progress | None = None,
+    personalizer: Personalizer, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
     """Ask the LLM each query once per retrieved record, at temperature 0."""
     settings = personalizer.settings
@@ -75,9 +72,9 @@ async def reranker_groups(
     results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
     useful: dict[tuple[str, str], list[tuple[Ranked, float]]] = {}
 
-    def groups() -> list[LabelledGroup]:
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
         return [
-            _reranker_group(personalizer, evidence, context, useful[key], voted=True)
+            _reranker_group(personalizer, featurizer, context, useful[key], voted=True)
             for context in contexts
             if (key := (context.query.user, context.query.id)) in useful
         ]
@@ -95,7 +92,9 @@ async def reranker_groups(
     return out
 
 
-def copy_groups(personalizer: Personalizer, evidence: Featurizer, user: str) -> list[LabelledGroup]:
+def weak_reranker_groups(
+    personalizer: Personalizer, featurizer: Featurizer, user: str
+) -> list[LabelledGroup]:
     """Each of a user's records as a query for those before it; a record is worth what its own
     answer would be there.
 
@@ -111,7 +110,7 @@ def copy_groups(personalizer: Personalizer, evidence: Featurizer, user: str) -> 
             for item in personalizer.retrieve(context)
         ]
         if len(rows) > 1:
-            found.append(_reranker_group(personalizer, evidence, context, rows, voted=False))
+            found.append(_reranker_group(personalizer, featurizer, context, rows, voted=False))
     return found
 
 
@@ -122,18 +121,19 @@ def _own_answer(task: Task, record: Record) -> str | None:
 
 def _reranker_group(
     personalizer: Personalizer,
-    evidence: Featurizer,
+    featurizer: Featurizer,
     context: Context,
     rows: Sequence[tuple[Ranked, float]],
     *,
     voted: bool,
 ) -> LabelledGroup:
     query, items = context.query, [item for item, _ in rows]
-    memory = evidence.vectorize(context.visible)
     texts = tuple(
         record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items
     )
-    table = _frozen(evidence.reranker(query, items, memory).tolist())
+    table = _frozen(
+        featurizer.reranker(query, items, featurizer.vectorize(context.visible)).tolist()
+    )
     return LabelledGroup(
         query.user,
         query.id,
@@ -147,10 +147,7 @@ def _reranker_group(
 
 
 async def adapter_groups(
-    personalizer: Personalizer,
-    evidence: Featurizer,
-    queries: Sequence[Query],
-    progress: Progress | None = None,
+    personalizer: Personalizer, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
     """Let the LLM propose candidates for each query and say what each is worth."""
     contexts = [personalizer.context_of(query) for query in queries]
@@ -162,27 +159,27 @@ async def adapter_groups(
         propose, contexts, limit=personalizer.settings.concurrency, progress=progress
     )
 
-    def groups() -> list[LabelledGroup]:
+    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
         made = (
-            _adapter_group(personalizer, evidence, context, proposal)
+            _adapter_group(personalizer, featurizer, context, proposal)
             for context, proposal in zip(contexts, proposals, strict=True)
             if isinstance(proposal, Proposal)
         )
         return [group for group in made if group]
 
     out = Collected(groups, calls=len(queries))
-    for query, proposal in zip(queries, proposals, strict=True):
+    for context, proposal in zip(contexts, proposals, strict=True):
         if isinstance(proposal, LLMError):
-            out.failures.append(f"query {query.id}: {proposal}")
+            out.failures.append(f"query {context.query.id}: {proposal}")
             out.usage += Usage(failed=1)
         else:
             out.usage += proposal.usage
-            out.notes += proposal.notes
+            out.notes += [note for note in proposal.notes if note not in context.notes]
     return out
 
 
 def _adapter_group(
-    personalizer: Personalizer, evidence: Featurizer, context: Context, proposal: Proposal
+    personalizer: Personalizer, featurizer: Featurizer, context: Context, proposal: Proposal
 ) -> LabelledGroup | None:
     query, settings = proposal.query, personalizer.settings
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
@@ -197,42 +194,38 @@ def _adapter_group(
         candidates = [*candidates, Candidate(query.gold, query.gold)]
     if not candidates:
         return None
-    return _labelled(evidence, context, candidates, voted=True)
+    return _labelled(featurizer, context, candidates, voted=True)
 
 
 def offers_all(task: Task, settings: Settings) -> bool:
-    """Whether the adapter learns from every label (DESIGN 5), not from the sampled ones alone."""
+    """Whether the adapter learns from every label, not from the sampled ones alone."""
     return bool(task.labels) and (settings.candidates == "labels" or reads_labels(task, settings))
 
 
 def reads_labels(task: Task, settings: Settings) -> bool:
     """Whether the adapter's features are label features."""
-    return (
-        bool(task.labels)
-        and settings.label_features
-        and settings.features == "tower"
-        and settings.head != "mlp"
-    )
+    wanted = settings.label_features and settings.features == "tower"
+    return bool(task.labels) and wanted and bool(HEADS.load(settings.head).on_labels)
 
 
-def label_groups(evidence: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
+def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
     """A user's records, each a query over all labels whose answer the record itself gives; the
     first sees nothing.
     """
-    task = evidence.task
+    task = featurizer.task
     blank = all_labels(task, [])
     queries = [as_query(record) for record in in_order(records) if record.output in task.labels]
     contexts = (Context(query, tuple(before(records, query))) for query in queries)
-    return [_labelled(evidence, context, blank, voted=False) for context in contexts]
+    return [_labelled(featurizer, context, blank, voted=False) for context in contexts]
 
 
 def _labelled(
-    evidence: Featurizer, context: Context, candidates: Sequence[Candidate], *, voted: bool
+    featurizer: Featurizer, context: Context, candidates: Sequence[Candidate], *, voted: bool
 ) -> LabelledGroup:
-    task, query, count = evidence.task, context.query, len(context.visible)
+    task, query, count = featurizer.task, context.query, len(context.visible)
     gains = tuple(task.gain(candidate.answer, query.gold or "") for candidate in candidates)
-    vectors = evidence.vectorize(context.visible)
-    table = _frozen(evidence.adapter(query, candidates, vectors).tolist())
+    vectors = featurizer.vectorize(context.visible)
+    table = _frozen(featurizer.adapter(query, candidates, vectors).tolist())
     texts = tuple(candidate_text(task, candidate) for candidate in candidates)
     return LabelledGroup(query.user, query.id, query.input, texts, gains, table, count, voted=voted)
 

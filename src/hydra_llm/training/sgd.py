@@ -1,18 +1,18 @@
 """What is not convex: the shared layer, a tuned encoder and `mlp` heads, trained together with the
-users' heads by gradient.
+users' heads by gradient. This is the paper's own way (section 3.1).
 
-This is the paper's own way (section 3.1): base and heads learn jointly from all training users. The
-convex way of `fit.py` runs after it on the frozen features, except for `mlp` heads. Training is
-reproducible by its seed, and stops and resumes: after every epoch all that it needs is written to a
-checkpoint. Knows no tasks and no LLM.
+`convex.py` runs after it on the frozen features, except for `mlp` heads. Training is reproducible
+by its seed, and stops and resumes: after every epoch all that it needs goes to a checkpoint. Knows
+no tasks and no LLM.
 """
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,47 +21,42 @@ from torch import Tensor, nn
 
 from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder
-from hydra_llm.model.heads import LinearBank, LowRankBank, MLPBank
+from hydra_llm.model.heads import Head, SGDConfig
 from hydra_llm.model.interactions import Groups
+from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training.calibration import HeldOut, calibrate, weigh_picks
-from hydra_llm.training.convex import FitReport, judge, standardise
-from hydra_llm.training.dataset import Table, folds
-from hydra_llm.training.newton import losses
+from hydra_llm.training.calibration import calibrate, evaluate_held_out, evaluate_picks
+from hydra_llm.training.convex import Heads, fit_heads, held_out_scores, standardise
+from hydra_llm.training.dataset import TrainingSet, folds
+from hydra_llm.training.report import FitReport
 from hydra_llm.types import LabelledGroup
 
 EpochDone = Callable[[int, int, float], None]
 """Called with (epochs done, epochs, mean training loss per group)."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How joint training goes."""
-
-    epochs: int = 30
-    lr: float = 1e-3
-    batch: int = 64
-    """Pairs per step, rounded to whole groups."""
-    weight_decay: float = 0.01
-    patience: int = 5
-    """Epochs without a better loss on held-out users before training stops; 0 trains all epochs, as
-    the paper does.
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws of torch's default generator by this seed, as some of torch takes no other; what the
+    process draws later is not changed.
     """
-    seed: int = 0
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        yield
 
 
 class TextSource:
     """Pairs' features computed with gradients, for a tuned encoder; `None` in its place means the
-    table's kept features.
+    training set's kept features.
     """
 
     def __init__(self, encoder: Encoder, groups: Sequence[LabelledGroup]):
         self.encoder = encoder
         self.texts = [(group.left, group.rights) for group in groups]
 
-    def fill(self, table: Table, index: Tensor) -> Groups:
+    def fill(self, data: TrainingSet, index: Tensor) -> Groups:
         """The groups of `index` with fresh pair vectors [G, C, H]."""
-        groups = table.groups[index]
+        groups = data.groups[index]
         pairs = [(self.texts[i][0], right) for i in index.tolist() for right in self.texts[i][1]]
         vectors = self.encoder.forward_pairs(
             [left for left, _ in pairs], [right for _, right in pairs]
@@ -71,135 +66,114 @@ class TextSource:
         return Groups(groups.left, right, groups.evidence, groups.mask, groups.target)
 
 
-def train_joint(
+def train_jointly(
     scorer: Scorer,
-    table: Table,
-    plan: Plan,
+    data: TrainingSet,
+    config: SGDConfig,
     *,
     source: TextSource | None = None,
     checkpoint: Path | None = None,
     done: EpochDone | None = None,
-) -> list[float]:
-    """Train interaction, shared head, evidence weights, the users' heads and, with a source, the
-    encoder. Returns the mean loss of each epoch.
+) -> tuple[list[float], Heads]:
+    """Train interaction, shared head, side weights, the users' heads and, with a source, the
+    encoder. Returns the mean loss of each epoch, and the heads.
 
     With patience, a fifth of the users are held out to tell when to stop, and what was best for
     them is kept.
     """
-    names = table.names()
-    scorer.enrol(names)
-    standardise(scorer, table)
-    held = set(held_out_users(table, plan))
-    train = torch.tensor([i for i, user in enumerate(table.users) if user not in held])
-    watch = torch.tensor(
-        [i for i, user in enumerate(table.users) if user in held], dtype=torch.long
-    )
-    state = _State(scorer, source, plan, _fingerprint(table, plan, scorer.loss))
-    run = state.resume(checkpoint) or _Run(
-        _watch_loss(scorer, table, watch, source), state.values()
-    )
-    while len(run.losses) < plan.epochs and not (plan.patience and run.waited >= plan.patience):
-        run.losses.append(_epoch(scorer, table, train, state, source, plan, len(run.losses)))
+    standardise(scorer, data)
+    held = held_out_users(data, config)
+    train = torch.tensor([i for i, user in enumerate(data.users) if user not in set(held)])
+    watched = torch.tensor([i for user in held for i in data.index[user]], dtype=torch.long)
+    watched = watched.sort().values
+    state = _State(scorer, data, source, config)
+    run = state.resume(checkpoint) or _Run(state.watch_loss(watched), state.values())
+    while len(run.losses) < config.epochs and not run.exhausted(config.patience):
+        run.losses.append(state.epoch(train, len(run.losses)))
         # without held-out users the last epoch is the best
-        run.watch(
-            _watch_loss(scorer, table, watch, source) if held else -float(len(run.losses)), state
-        )
+        run.watch(state.watch_loss(watched) if held else -float(len(run.losses)), state)
         if checkpoint is not None:
             state.write(checkpoint, run)
         if done is not None:
-            done(len(run.losses), plan.epochs, run.losses[-1])
+            done(len(run.losses), config.epochs, run.losses[-1])
     state.put(run.best_values)
-    state.freeze()
-    for name, records in table.seen().items():
-        scorer.learned_from(name, records)
-    return run.losses
+    return run.losses, state.heads()
 
 
-def held_out_users(table: Table, plan: Plan) -> list[str]:
-    """The fifth of the users from whom `train_joint` does not learn; nobody without patience, or
+def held_out_users(data: TrainingSet, config: SGDConfig) -> list[str]:
+    """The fifth of the users from whom `train_jointly` does not learn; nobody without patience, or
     where there are fewer than five.
     """
-    names = table.names()
-    return folds(names, 5, plan.seed)[0] if plan.patience and len(names) >= 5 else []
-
-
-def _epoch(
-    scorer: Scorer,
-    table: Table,
-    train: Tensor,
-    state: "_State",
-    source: TextSource | None,
-    plan: Plan,
-    epoch: int,
-) -> float:
-    order = train[
-        torch.randperm(
-            len(train), generator=torch.Generator().manual_seed(plan.seed * 1000 + epoch)
-        )
-    ]
-    total, count = 0.0, 0
-    torch.manual_seed(plan.seed * 1000 + epoch)  # dropout of a tuned encoder
-    for index in _batches(table, order, plan.batch):
-        groups = source.fill(table, index) if source else table.groups[index]
-        rows = scorer.rows([table.users[i] for i in index.tolist()])
-        assert groups.target is not None
-        loss = losses(scorer.core(groups, rows), groups.target, groups.mask, scorer.loss).sum()
-        state.step((loss + state.prior(rows, table)) / len(index))
-        total, count = total + float(loss.detach()), count + len(index)
-    return total / max(1, count)
-
-
-def _batches(table: Table, order: Tensor, pairs: int) -> Iterator[Tensor]:
-    """Groups in order, as many at once as have about `pairs` pairs."""
-    sizes = table.groups.mask.sum(-1)
-    start, held = 0, 0
-    for end, i in enumerate(order.tolist(), 1):
-        held += int(sizes[i])
-        if held >= pairs or end == len(order):
-            yield order[start:end]
-            start, held = end, 0
-
-
-@torch.no_grad()
-def _watch_loss(scorer: Scorer, table: Table, index: Tensor, source: TextSource | None) -> float:
-    """Mean loss of the held-out users under the shared head; 0 where nobody is held out."""
-    if not len(index):
-        return 0.0
-    groups = source.fill(table, index) if source else table.groups[index]
-    assert groups.target is not None
-    scores = scorer.core(groups, torch.full((len(index),), -1))
-    return float(losses(scores, groups.target, groups.mask, scorer.loss).mean())
+    names = data.names()
+    return folds(names, 5, config.seed)[0] if config.patience and len(names) >= 5 else []
 
 
 class _State:
-    """Everything that training changes: parameters, the bank's rows, the optimizer; to and from a
-    checkpoint.
+    """Everything that training changes: parameters, the users' numbers, the optimizer; to and from
+    a checkpoint.
     """
 
-    def __init__(self, scorer: Scorer, source: TextSource | None, plan: Plan, fingerprint: str):
-        self.scorer, self.plan, self.fingerprint = scorer, plan, fingerprint
-        bank = scorer.bank
-        self.rows = (
-            bank.weight.requires_grad_(True)
-            if isinstance(bank, LinearBank | LowRankBank | MLPBank)
-            else None
-        )
+    def __init__(
+        self, scorer: Scorer, data: TrainingSet, source: TextSource | None, config: SGDConfig
+    ):
+        self.scorer, self.data, self.source, self.config = scorer, data, source, config
+        self.fingerprint = _fingerprint(data, config, scorer.loss)
+        names = data.names()
+        place = {name: row for row, name in enumerate(names)}
+        self.row = torch.tensor([place[user] for user in data.users], dtype=torch.long)
+        """[G] the row of each group's user."""
+        self.numbers = torch.zeros(len(names), scorer.head.joint_numbers, requires_grad=True)
         decayed: list[Tensor] = list(scorer.interaction.parameters())
         if source is not None:
             decayed += list(source.encoder.parameters())
             source.encoder.train()
-        self.source = source
-        free: list[Tensor] = [*scorer.bank.shared_parameters(), scorer.side_weight]
-        free += [] if self.rows is None else [self.rows]
+        free: list[Tensor] = [*scorer.head.joint_parameters(), scorer.side_weight]
+        free += [self.numbers] if self.numbers.numel() else []
         self.tensors = decayed + free
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": plan.weight_decay},
-                {"params": free, "weight_decay": plan.weight_decay / 10},
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": free, "weight_decay": config.weight_decay / 10},
             ],
-            lr=plan.lr,
+            lr=config.lr,
         )
-        self.counts: Tensor | None = None
+        self.counts = torch.bincount(self.row, minlength=len(names)).clamp_min(1)
+
+    def groups(self, index: Tensor) -> Groups:
+        return self.source.fill(self.data, index) if self.source else self.data.groups[index]
+
+    def epoch(self, train: Tensor, epoch: int) -> float:
+        """One pass; the mean loss per group."""
+        seed, sizes = self.config.seed * 1000 + epoch, self.data.groups.mask.sum(-1)
+        draw = torch.Generator().manual_seed(seed)
+        order = train[torch.randperm(len(train), generator=draw)]
+        total, count = 0.0, 0
+        with seeded(seed):  # dropout of a tuned encoder
+            for index in self.config.batches(sizes, order):
+                loss = self.loss(index)
+                self.step((loss + self.prior(self.row[index])) / len(index))
+                total, count = total + float(loss.detach()), count + len(index)
+        return total / max(1, count)
+
+    def loss(self, index: Tensor) -> Tensor:
+        """The summed loss of a batch under its users' heads."""
+        groups, scorer = self.groups(index), self.scorer
+        assert groups.target is not None
+        own = scorer.head.score_numbers(
+            scorer.interaction, scorer.interaction(groups), self.numbers[self.row[index]]
+        )
+        scores = own + scorer.side_score(groups)
+        return losses(scores, groups.target, groups.mask, scorer.loss).sum()
+
+    @torch.no_grad()
+    def watch_loss(self, index: Tensor) -> float:
+        """Mean loss of the held-out users under the shared head; 0 where nobody is held out."""
+        if not len(index):
+            return 0.0
+        groups = self.groups(index)
+        assert groups.target is not None
+        scores = self.scorer.core(groups)
+        return float(losses(scores, groups.target, groups.mask, self.scorer.loss).mean())
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -207,17 +181,11 @@ class _State:
         nn.utils.clip_grad_norm_(self.tensors, 1.0)
         self.optimizer.step()
 
-    def prior(self, rows: Tensor, table: Table) -> Tensor:
-        """½ λ |δᵤ|² of the users in a batch, spread over each user's groups so that an epoch counts
+    def prior(self, rows: Tensor) -> Tensor:
+        """½ λ |δ|² of the users in a batch, spread over each user's groups so that an epoch counts
         it once.
         """
-        if self.rows is None:
-            return torch.zeros(())
-        if self.counts is None:
-            self.counts = torch.bincount(
-                self.scorer.rows(table.users), minlength=len(self.scorer.users)
-            ).clamp_min(1)
-        own = self.rows[rows] ** 2
+        own = self.numbers[rows] ** 2
         return 0.5 * self.scorer.prior_precision * (own.sum(-1) / self.counts[rows]).sum()
 
     def values(self) -> list[Tensor]:
@@ -228,12 +196,18 @@ class _State:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
 
-    def freeze(self) -> None:
-        """Training is over: nothing asks for gradients any more."""
-        if self.rows is not None:
-            self.scorer.bank.weight = self.rows.detach()
+    def heads(self) -> Heads:
+        """What was trained of each user; the encoder's training is over."""
         if self.source is not None:
             self.source.encoder.eval()
+        if not self.numbers.numel():
+            return {}
+        kind, seen, heads = self.scorer.head, self.data.records_seen(), {}
+        for name, own in zip(self.data.names(), self.numbers.detach(), strict=True):
+            numbers = torch.from_numpy(kind.empty())
+            numbers[: len(own)] = own
+            heads[name] = Head.of(numbers, seen[name])
+        return heads
 
     # ---- checkpoint: safetensors with the course of the run in its header, replaced in one step
 
@@ -264,39 +238,34 @@ class _State:
         """
         if path is None or not path.is_file():
             return None
-        try:
-            tensors = load_file(path)
-            with safe_open(path, "pt") as file:
-                course = json.loads(file.metadata()["course"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"{path}: a damaged checkpoint ({error}): delete it to start anew"
-            ) from None
-        shapes = [
-            tensors[f"value.{i}"].shape if f"value.{i}" in tensors else None
-            for i in range(len(self.tensors))
-        ]
-        if course["fingerprint"] != self.fingerprint or shapes != [
-            tensor.shape for tensor in self.tensors
-        ]:
+        tensors, course = _read_checkpoint(path)
+        count = range(len(self.tensors))
+        values = [tensors.get(f"value.{i}") for i in count]
+        shapes = [None if value is None else value.shape for value in values]
+        wanted = [tensor.shape for tensor in self.tensors]
+        if course["fingerprint"] != self.fingerprint or shapes != wanted:
             raise BundleError(
                 f"{path}: a checkpoint of other settings or data: delete it to start anew"
             )
-        self.put([tensors[f"value.{i}"] for i in range(len(self.tensors))])
-        for i, tensor in enumerate(self.tensors):
-            found = {
-                name.split(".")[1]: v
-                for name, v in tensors.items()
-                if name.startswith("optimizer.") and name.endswith(f".{i}")
-            }
-            if found:
-                self.optimizer.state[tensor] = found
-        return _Run(
-            course["best"],
-            [tensors[f"best.{i}"] for i in range(len(self.tensors))],
-            course["losses"],
-            course["waited"],
-        )
+        self.put([value for value in values if value is not None])
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if part == "optimizer":
+                key, _, i = rest.rpartition(".")
+                self.optimizer.state[self.tensors[int(i)]][key] = value
+        best = [tensors[f"best.{i}"] for i in count]
+        return _Run(course["best"], best, course["losses"], course["waited"])
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            course = json.loads(file.metadata()["course"])
+        return load_file(path), course
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{path}: a damaged checkpoint ({error}): delete it to start anew"
+        ) from None
 
 
 @dataclass
@@ -311,6 +280,9 @@ class _Run:
     waited: int = 0
     """Epochs since the best one."""
 
+    def exhausted(self, patience: int) -> bool:
+        return bool(patience) and self.waited >= patience
+
     def watch(self, found: float, state: _State) -> None:
         if found < self.best:
             self.best, self.best_values, self.waited = found, state.values(), 0
@@ -318,19 +290,15 @@ class _Run:
             self.waited += 1
 
 
-def _fingerprint(table: Table, plan: Plan, loss: str) -> str:
-    """Names the settings and the data, so that no other run goes on from its checkpoint; the number
-    of epochs may grow.
+def _fingerprint(data: TrainingSet, config: SGDConfig, loss: str) -> str:
+    """Names settings and data, so that no other run goes on from its checkpoint; the number of
+    epochs may grow.
     """
-    groups = table.groups
+    groups = data.groups
     settings = [
-        plan.lr,
-        plan.batch,
-        plan.weight_decay,
-        plan.patience,
-        plan.seed,
+        *(config.lr, config.batch, config.weight_decay, config.patience, config.seed),
         loss,
-        list(table.users),
+        list(data.users),
     ]
     hasher = hashlib.sha256(json.dumps(settings).encode())
     for tensor in (groups.left, groups.right, groups.evidence, groups.mask, groups.target):
@@ -339,76 +307,19 @@ def _fingerprint(table: Table, plan: Plan, loss: str) -> str:
     return hasher.hexdigest()
 
 
-def fit_mlp(
-    scorer: Scorer, table: Table, names: Sequence[str], plan: Plan, *, random_start: bool
-) -> None:
-    """Fit `mlp` heads of some users on kept features, everything shared frozen: each by a small
-    gradient descent of its own, so that nobody's head depends on who else is fitted. Whoever has
-    no groups has the shared head.
-
-    Drawn towards the shared head (the prior, as strong as the weight decay), or started at random
-    and only decayed, as the authors' code does.
+def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[FitReport, Heads]:
+    """The users whom joint training held out get heads: of their earlier groups, to calibrate on
+    the later ones; then of all.
     """
-    bank = scorer.bank
-    assert isinstance(bank, MLPBank)
-    scorer.enrol(names)
-    groups, seen = table.by_user(), table.seen()
-    for name in names:
-        bank.clear(scorer.row(name))
-        scorer.learned_from(name, seen.get(name, 0))
-        if name in groups:
-            bank.weight[scorer.row(name)] = _descend(
-                scorer, bank, table.take(groups[name]), plan, random_start
-            )
-
-
-def _descend(scorer: Scorer, bank: MLPBank, own: Table, plan: Plan, random_start: bool) -> Tensor:
-    """One user's δ."""
-    shared = bank.shared.detach()
-    lot = zlib.crc32(own.users[0].encode("utf-8", "surrogatepass")) ^ plan.seed
-    delta = bank.random(1, lot)[0] - shared if random_start else torch.zeros_like(shared)
-    delta.requires_grad_(True)
-    optimizer = torch.optim.AdamW([delta], lr=plan.lr, weight_decay=0.0)
-    with torch.no_grad():
-        x, evidence = scorer.interaction(own.groups), scorer.side_score(own.groups)
-    target, mask = own.groups.target, own.groups.mask
-    assert target is not None
-    for epoch in range(plan.epochs):
-        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(plan.seed + epoch))
-        for index in _batches(own, order, plan.batch):
-            heads = (shared + delta).expand(len(index), -1)
-            loss = losses(
-                bank.apply_heads(x[index], heads) + evidence[index],
-                target[index],
-                mask[index],
-                scorer.loss,
-            ).sum() / len(index)
-            pull = shared + delta if random_start else delta
-            optimizer.zero_grad()
-            (loss + 0.5 * plan.weight_decay * pull.square().sum()).backward()
-            optimizer.step()
-    return delta.detach()
-
-
-def fit_unseen(scorer: Scorer, table: Table, plan: Plan, *, random_start: bool) -> FitReport:
-    """The users whom joint training held out get `mlp` heads: of their earlier groups, to calibrate
-    on the later ones; then of all.
-    """
-    unseen = held_out_users(table, plan)
-    report = FitReport(users=len(table.names()), groups=len(table))
+    unseen = held_out_users(data, config)
+    report = FitReport(users=len(data.names()), groups=len(data))
     if not unseen:
-        return report
-    held_out = []
-    for early, late in table.of(unseen).split_steps():
-        fit_mlp(scorer, early, unseen, plan, random_start=random_start)
-        with torch.no_grad():
-            nobody, own = (
-                scorer.core(late.groups, rows)
-                for rows in (torch.full((len(late),), -1), scorer.rows(late.users))
-            )
-        held_out.append(HeldOut(late, nobody, own))
-    judge(scorer, held_out, report)
+        return report, {}
+    held_out = [
+        held_out_scores(scorer, late, fit_heads(scorer, early, unseen, sgd=config))
+        for early, late in data.of(unseen).prequential_splits()
+    ]
+    evaluate_held_out(scorer, held_out, report)
     calibrate(scorer, held_out, report)
-    weigh_picks(scorer, held_out, report)
-    fit_mlp(scorer, table, unseen, plan, random_start=random_start)
-    return report
+    evaluate_picks(scorer, held_out, report)
+    return report, fit_heads(scorer, data, unseen, sgd=config)

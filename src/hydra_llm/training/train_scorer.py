@@ -1,9 +1,9 @@
-"""One scorer learns from its labelled groups: features, targets, training of what is not convex,
-then the heads.
+"""One scorer from its labelled data: features, joint training of what is not convex, then the base
+and the users' heads.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,14 @@ import torch
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.llm.concurrency import StageProgress
-from hydra_llm.model.heads import MLPBank, make_bank
-from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Tower
+from hydra_llm.model.heads import Head, SGDConfig, latest_time, make_head
+from hydra_llm.model.interactions import Interaction, interaction_for
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.side_features import fit_stats
-from hydra_llm.training.convex import fit_all, fit_heads
-from hydra_llm.training.dataset import Table, gain_spread, in_table_order, make_table
-from hydra_llm.training.sgd import (
-    Plan,
-    TextSource,
-    fit_mlp,
-    fit_unseen,
-    held_out_users,
-    train_joint,
-)
+from hydra_llm.plugins import HEADS
+from hydra_llm.side_features import Featurizer, fit_stats
+from hydra_llm.training.convex import Heads, fit_heads, fit_scorer
+from hydra_llm.training.dataset import TrainingSet, gain_spread, in_set_order, make_training_set
+from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
 from hydra_llm.types import LabelledGroup
 
 
@@ -34,142 +28,165 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a scorer is to learn from."""
+class LabelledData:
+    """What a scorer is learned from."""
 
     name: str
     """reranker or adapter."""
-    groups: Callable[[], list[LabelledGroup]]
-    """Makes the labelled groups, with evidence from the encoder as it is now."""
-    evidence: Sequence[str]
-    """Names of the evidence's columns."""
+    groups: Callable[[Featurizer], list[LabelledGroup]]
+    """Makes the labelled groups with side features of the encoder as it is now."""
+    side_names: Sequence[str]
+    """Names of the side features' columns."""
     rule: str
-    """How gains become targets, see `table.targets`."""
+    """How gains become targets, see `dataset.targets`."""
     by_label: bool = False
     """Label features, in place of features of pairs."""
 
 
-def learn_scorer(
-    bundle: Bundle,
-    lesson: Lesson,
-    *,
-    tune: bool = False,
-    out: Path | str | None = None,
-    progress: StageProgress = silent,
-) -> Scorer:
-    """Build the features, train what is not convex (with `tune`, the bundle's encoder too), fit
-    what is.
+@dataclass(frozen=True)
+class TrainingFiles:
+    """Where training tells how far it is."""
+
+    out: Path | str | None = None
+    """The bundle's folder; checkpoints lie beside it. None keeps none."""
+    progress: StageProgress = silent
+
+    def checkpoint(self, name: str) -> Path | None:
+        return None if self.out is None else Path(f"{self.out}.{name}.checkpoint")
+
+
+def train_scorer(
+    bundle: Bundle, data: LabelledData, *, tune: bool = False, files: TrainingFiles | None = None
+) -> Bundle:
+    """The bundle with one scorer more: train what is not convex (with `tune`, the bundle's own
+    encoder too), fit what is.
     """
-    settings, name = bundle.settings, lesson.name
-    torch.manual_seed(settings.training_seed)
-    interaction = _make_combiner(bundle, lesson.by_label)
-    scorer = Scorer(
-        interaction,
-        make_bank(settings.head, interaction, rank=settings.rank),
-        lesson.evidence,
-        loss=settings.loss,
-    )
-    groups = lesson.groups()
+    config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
+    groups = data.groups(bundle.featurizer)
+    scorer = _untrained(bundle, data)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
-    progress(f"fit {name}", 0, 1)
-    table = _table(bundle, scorer, groups, lesson.rule)
-    interaction.prepare(table.groups)
+    files.progress(f"fit {name}", 0, 1)
+    training_set = _training_set(bundle, data.rule, scorer, groups)
+    scorer.interaction.prepare(training_set.groups)
     report: dict[str, Any] = {
-        "groups": len(table),
-        "features": interaction.kind,
-        "head": scorer.bank.kind,
+        "groups": len(training_set),
+        "features": scorer.interaction.kind,
+        "head": scorer.head.name,
     }
-    plan = _plan(settings)
-    trains = plan.epochs > 0 and (
-        tune or isinstance(scorer.bank, MLPBank) or isinstance(interaction, Tower)
-    )
-    if trains:
-        source = TextSource(bundle.store.encoder, in_table_order(groups)) if tune else None
-        losses = _train(scorer, table, plan, source, name, out, progress)
+    trainable = tune or not scorer.head.convex or scorer.interaction.trainable
+    joint: Heads = {}
+    if trains := config.epochs > 0 and trainable:
+        source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
+        losses, joint = _train_jointly(scorer, training_set, config, source, name, files)
         report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
-        if tune:  # features and evidence of the encoder as it is now
-            _survey(bundle)
-            table = _table(bundle, scorer, lesson.groups(), lesson.rule)
-    if isinstance(scorer.bank, MLPBank):
-        report |= fit_unseen(scorer, table, plan, random_start=settings.prior == "random").to_json(
-            convex=False
-        )
+        if tune:  # features and side features of the encoder as it is now
+            bundle = _with_present_stats(bundle)
+            groups = data.groups(bundle.featurizer)
+            training_set = _training_set(bundle, data.rule, scorer, groups)
+    fitted, heads = _fit(scorer, training_set, config, trained=trains)
+    files.progress(f"fit {name}", 1, 1)
+    return replace(
+        bundle,
+        scorers={**bundle.scorers, name: scorer.eval()},
+        heads={**bundle.heads, name: with_times({**joint, **heads}, bundle.records)},
+        report={**bundle.report, name: report | fitted},
+    )
+
+
+def _fit(
+    scorer: Scorer, data: TrainingSet, config: SGDConfig, *, trained: bool
+) -> tuple[dict[str, Any], Heads]:
+    if not scorer.head.convex:
+        report, heads = fit_unseen(scorer, data, config)
     else:
-        report |= fit_all(
-            scorer,
-            table,
-            seed=settings.training_seed,
-            unseen=held_out_users(table, plan) if trains else (),
-        ).to_json()
-    bundle.report[name] = report
-    progress(f"fit {name}", 1, 1)
-    return scorer.eval()
+        unseen = held_out_users(data, config) if trained else ()
+        report, heads = fit_scorer(scorer, data, seed=config.seed, unseen=unseen)
+    return report.to_json(convex=scorer.head.convex), heads
 
 
-def _survey(bundle: Bundle) -> None:
-    """The population's figures, by the encoder as it is now."""
-    histories = [bundle.records[user] for user in bundle.trained_on]
-    bundle.population = bundle.featurizer.stats = fit_stats(bundle.task, bundle.store, histories)
-
-
-def _train(
+def _train_jointly(
     scorer: Scorer,
-    table: Table,
-    plan: Plan,
+    data: TrainingSet,
+    config: SGDConfig,
     source: TextSource | None,
     name: str,
-    out: Path | str | None,
-    progress: StageProgress,
-) -> list[float]:
+    files: TrainingFiles,
+) -> tuple[list[float], Heads]:
     """Joint training with a checkpoint beside the bundle that is to come."""
-    checkpoint = None if out is None else Path(f"{out}.{name}.checkpoint")
+    checkpoint = files.checkpoint(name)
 
     def done(epoch: int, total: int, loss: float) -> None:
-        progress(f"train {name}", epoch, total)
+        files.progress(f"train {name}", epoch, total)
 
-    losses = train_joint(scorer, table, plan, source=source, checkpoint=checkpoint, done=done)
+    out = train_jointly(scorer, data, config, source=source, checkpoint=checkpoint, done=done)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    return losses
+    return out
 
 
-def _make_combiner(bundle: Bundle, by_label: bool) -> Interaction:
-    settings, width = bundle.settings, bundle.store.encoder.width
-    if settings.features == "cross":
-        return Cross(width)
-    if by_label:
-        return LabelBilinear(width, len(bundle.task.labels), settings.label_rank)
-    return Tower(width, settings.width)
+def _untrained(bundle: Bundle, data: LabelledData) -> Scorer:
+    settings = bundle.settings
+    with seeded(settings.training_seed):
+        interaction = make_features(bundle, by_label=data.by_label)
+        head = make_head(settings.head, interaction, rank=settings.rank)
+        return Scorer(interaction, head, data.side_names, loss=settings.loss)
 
 
-def _plan(settings: Settings) -> Plan:
-    usual = 30 if settings.head == "mlp" else 0
-    epochs = (
-        settings.epochs if settings.epochs is not None else 2 if settings.tune_encoder else usual
-    )
-    patience = (
-        0 if settings.prior == "random" else 5
-    )  # as published, all training users are trained on, for all epochs
-    return Plan(
-        epochs, settings.lr, settings.batch, settings.weight_decay, patience, settings.training_seed
+def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
+    """The untrained interaction of a bundle's scorer."""
+    settings, labels = bundle.settings, len(bundle.task.labels) if by_label else 0
+    return interaction_for(
+        settings.features,
+        bundle.store.encoder.width,
+        size=settings.width,
+        labels=labels,
+        label_rank=settings.label_rank,
     )
 
 
-def fit_groups(
-    bundle: Bundle, name: str, scorer: Scorer, groups: Sequence[LabelledGroup], users: Sequence[str]
-) -> None:
-    """Fit the heads of enrolled users on their groups; nothing shared changes."""
-    table = _table(bundle, scorer, groups, target_rule(bundle, name))
-    if isinstance(scorer.bank, MLPBank):
-        fit_mlp(
-            scorer,
-            table,
-            users,
-            _plan(bundle.settings),
-            random_start=bundle.settings.prior == "random",
-        )
-    else:
-        fit_heads(scorer, table, users)
+def _with_present_stats(bundle: Bundle) -> Bundle:
+    """The cohort's statistics by the encoder as it is now."""
+    histories = [bundle.records[user] for user in bundle.trained_on]
+    return replace(bundle, population=fit_stats(bundle.task, bundle.store, histories))
+
+
+def sgd_config(settings: Settings) -> SGDConfig:
+    """How what is not convex is trained by these settings."""
+    default = 2 if settings.tune_encoder else 0 if HEADS.load(settings.head).convex else 30
+    random_start = settings.prior == "random"
+    return SGDConfig(
+        default if settings.epochs is None else settings.epochs,
+        settings.lr,
+        settings.batch,
+        settings.weight_decay,
+        # as published, all training users are trained on, for all epochs
+        0 if random_start else 5,
+        settings.training_seed,
+        random_start,
+    )
+
+
+def fit_new_heads(
+    bundle: Bundle, name: str, groups: Sequence[LabelledGroup], users: Sequence[str]
+) -> Heads:
+    """The heads of these users on their groups, for one scorer of the bundle."""
+    scorer = bundle.scorers[name]
+    data = _training_set(bundle, target_rule(bundle, name), scorer, groups)
+    heads = fit_heads(scorer, data, users, sgd=sgd_config(bundle.settings))
+    return with_times(heads, bundle.records)
+
+
+def empty_heads(bundle: Bundle, name: str, users: Sequence[str]) -> Heads:
+    """Heads that are the shared one, for users without groups."""
+    return dict.fromkeys(users, Head.of(bundle.scorers[name].head.empty()))
+
+
+def with_times(heads: Heads, records: Mapping[str, Sequence[Any]]) -> Heads:
+    """The heads with the time of the latest record that each has learned from."""
+    return {
+        user: Head(head.numbers, head.records, latest_time(records.get(user, ())[: head.records]))
+        for user, head in heads.items()
+    }
 
 
 def target_rule(bundle: Bundle, name: str) -> str:
@@ -180,8 +197,10 @@ def target_rule(bundle: Bundle, name: str) -> str:
     return of_kind or bundle.settings.label_rule.replace("gold-positive", "above-mean")
 
 
-def _table(bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], rule: str) -> Table:
-    return make_table(
+def _training_set(
+    bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
+) -> TrainingSet:
+    return make_training_set(
         bundle.store,
         scorer.interaction,
         groups,

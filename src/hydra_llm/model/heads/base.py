@@ -1,15 +1,26 @@
-"""One user's part of a scorer, and which queries it may answer.
+"""One user's part of a scorer as a value, and what a kind of head must be able to do.
 
-Knows no files and no LLM.
+    score(user, pair) = g(φ; θ₀ + δ)     θ₀: the shared head, δ: the user's numbers (paper, 3.1)
+
+Every head has a Gaussian prior whose mean is the shared head: without records it is the shared
+head. A new kind is one module with a subclass of `HeadKind` (or of `LinearInNumbers`), and one
+entry point of the group `hydra_llm.heads`.
+
+Letters: U users, G groups, C candidates, P numbers of a head. Knows no texts and no files.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import ClassVar, Self
 
 import numpy as np
+from torch import Tensor, nn
 
+from hydra_llm.model.interactions import Interaction
+from hydra_llm.model.laplace import LaplacePosterior
+from hydra_llm.model.newton import Loss
 from hydra_llm.types import Query, Record
 
 
@@ -18,11 +29,20 @@ class Head:
     """One user's numbers, and what they were learned from."""
 
     numbers: np.ndarray
-    """[P] float32."""
+    """[P] float32; read-only where `Head.of` made it."""
     records: int = 0
     """How many of the user's records, oldest first, it has learned from."""
     until: float = -math.inf
     """Time of the latest of these records, in seconds since 1970; -inf where no time is known."""
+
+    @classmethod
+    def of(cls, numbers: Tensor | np.ndarray, records: int = 0, until: float = -math.inf) -> Self:
+        """A head with a copy of these numbers, which nobody can change."""
+        if isinstance(numbers, Tensor):
+            numbers = numbers.detach().numpy()
+        own = np.array(numbers, dtype=np.float32)
+        own.flags.writeable = False
+        return cls(own, records, until)
 
 
 def latest_time(records: Sequence[Record]) -> float:
@@ -57,3 +77,170 @@ def _date(seconds: float) -> str:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
     except (OverflowError, OSError, ValueError):
         return f"{seconds:g}"
+
+
+@dataclass(frozen=True)
+class SGDConfig:
+    """How what is not convex is trained."""
+
+    epochs: int = 30
+    lr: float = 1e-3
+    batch: int = 64
+    """Pairs per step, rounded to whole groups."""
+    weight_decay: float = 0.01
+    patience: int = 5
+    """Epochs without a lower loss of held-out users before training stops; 0 trains all epochs, as
+    in the paper.
+    """
+    seed: int = 0
+    random_start: bool = False
+    """A new `mlp` head starts at random, as in the authors' code, not at the shared head."""
+
+    def batches(self, sizes: Tensor, order: Tensor) -> Iterable[Tensor]:
+        """Groups in order, as many at once as have about `batch` pairs; `sizes` [G] in pairs."""
+        start, held = 0, 0
+        for end, i in enumerate(order.tolist(), 1):
+            held += int(sizes[i])
+            if held >= self.batch or end == len(order):
+                yield order[start:end]
+                start, held = end, 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProblem:
+    """U users' labelled groups, from which their heads are fitted while all else is frozen."""
+
+    users: tuple[str, ...]
+    interaction: Interaction
+    x: Tensor
+    """[U, G, ...] features as the interaction gives them, padded."""
+    offset: Tensor
+    """[U, G, C] what is in the score beside the head."""
+    target: Tensor
+    """[U, G, C]."""
+    mask: Tensor
+    """[U, G, C] False for padding."""
+    loss: Loss
+    precision: float = 1.0
+    """Of the Gaussian prior around the shared head."""
+    sgd: SGDConfig = SGDConfig()
+
+    def user(self, u: int) -> "HeadProblem":
+        """One user's problem without padded groups, U = 1."""
+        own = self.mask[u].any(-1)
+        x, offset, target, mask = (
+            part[u, own][None] for part in (self.x, self.offset, self.target, self.mask)
+        )
+        users = self.users[u : u + 1]
+        return replace(self, users=users, x=x, offset=offset, target=target, mask=mask)
+
+
+class HeadKind(nn.Module):
+    """What one kind of head is: its shared parameters are θ₀ and whatever else all users share."""
+
+    name: ClassVar[str]
+    convex: ClassVar[bool] = True
+    """Whether the shared head is fitted by ridge regression; else all by gradient."""
+    has_precision: ClassVar[bool] = True
+    """Whether the strength of its prior is chosen on held-out users."""
+    on_labels: ClassVar[bool] = True
+    """Whether it goes with features of labels (`label_features`)."""
+    updates_online: ClassVar[bool] = False
+    """Whether feedback can change a head without a new fit, given a measured posterior."""
+
+    @classmethod
+    def create(cls, interaction: Interaction, rank: int) -> Self:
+        """An unfitted head for these features; `rank` is for kinds that have one.
+
+        Raises:
+            SettingsError: this kind needs other features.
+        """
+        raise NotImplementedError
+
+    rank: int = 0
+    """What `create` needs to make it again."""
+
+    @property
+    def numbers_per_user(self) -> int | None:
+        """P; None where it grows with the history."""
+        raise NotImplementedError
+
+    # ---- scoring
+
+    def shared_score(self, interaction: Interaction, x: Tensor) -> Tensor:
+        """[G, C] by the shared head alone."""
+        raise NotImplementedError
+
+    def score(self, interaction: Interaction, x: Tensor, heads: Sequence[Head | None]) -> Tensor:
+        """[G, C] of G groups, one head each; None is the shared head."""
+        raise NotImplementedError
+
+    # ---- learning
+
+    def set_shared(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the shared head of a convex kind to a vector [V] and a bias."""
+        raise NotImplementedError
+
+    def precision_probe(self) -> "HeadKind":
+        """The kind by whose heads the precision of the prior is chosen."""
+        return self
+
+    def tune(self, rounds: Iterable[Iterable[HeadProblem]], count: int) -> None:
+        """Learn what else all users share by predicting users whom the base has not seen: one
+        problem each; in each of the `count` rounds the base is another one.
+        """
+
+    def learn_shared(self, problems: Iterable[HeadProblem]) -> None:
+        """Learn what else all users share from the training users under the present base."""
+
+    def fit(self, problem: HeadProblem) -> list[np.ndarray]:
+        """U users' numbers [P] on their groups; who has none gets `empty()`."""
+        raise NotImplementedError
+
+    def empty(self) -> np.ndarray:
+        """The numbers that make a head the shared one."""
+        return np.zeros(self.numbers_per_user or 0, dtype=np.float32)
+
+    # ---- joint training by gradient
+
+    @property
+    def joint_numbers(self) -> int:
+        """How many of a user's numbers, the first ones, are trained together with the base."""
+        return 0
+
+    def joint_parameters(self) -> list[nn.Parameter]:
+        """The shared parameters that are trained together with them."""
+        raise NotImplementedError
+
+    def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
+        """[G, C] with plain numbers [G, joint_numbers], differentiable."""
+        return self.shared_score(interaction, x)
+
+    # ---- uncertainty and feedback
+
+    def fisher(
+        self, interaction: Interaction, x: Tensor, share: Tensor, binary: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Factors of the mean Fisher information of a head; None where heads have no posterior."""
+        return None
+
+    def covariance(
+        self,
+        interaction: Interaction,
+        x: Tensor,
+        posterior: LaplacePosterior,
+        precision: Tensor,
+        records: int,
+    ) -> Tensor | None:
+        """[C, C] of one group's scores (G = 1) under a head that has learned from so many records;
+        None where that is not known.
+        """
+        return None
+
+    def online_update(
+        self, problem: HeadProblem, posterior: LaplacePosterior, head: Head | None
+    ) -> Head:
+        """The head after feedback (U = 1): the judged groups exactly, all before as a Gaussian
+        around the fitted head.
+        """
+        raise NotImplementedError

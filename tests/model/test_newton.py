@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from hydra_llm.model.interactions import Cross, LabelBilinear
-from hydra_llm.model.scorer import Loss
-from hydra_llm.training.newton import (
+from hydra_llm.model.heads import HeadProblem, make_head
+from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear
+from hydra_llm.model.newton import (
+    Loss,
     Problem,
-    _objective,
-    descend,
-    head_problem,
-    in_basis,
+    grad_and_hvp,
+    lbfgs,
     losses,
-    slope,
-    solve,
+    newton_cg,
+    objective,
+    with_bias,
 )
 
 LOSSES: tuple[Loss, ...] = ("listwise", "binary")
@@ -49,6 +49,14 @@ def problem_of(
     offset = torch.randn(users, groups, candidates, generator=draw, dtype=torch.float64)
     problem = head_problem(Cross(SIZE), x, offset, target, mask, loss)
     return problem, x if loss == "listwise" else torch.cat([x, torch.ones_like(x[..., :1])], -1)
+
+
+def head_problem(
+    interaction: Interaction, x: Tensor, offset: Tensor, target: Tensor, mask: Tensor, loss: Loss
+) -> Problem:
+    """A head on features x; with the binary loss its last number is a bias."""
+    dot, outer = (lambda v: interaction.dot(x, v)), (lambda r: interaction.outer(x, r))
+    return with_bias(Problem(dot, outer, interaction.size, offset, target, mask, loss))
 
 
 def by_scipy(problem: Problem, phi: Tensor, precision: Tensor) -> np.ndarray:
@@ -93,8 +101,8 @@ def test_the_minimiser_is_scipys(loss: Loss, strong: float) -> None:
     precision = torch.full((phi.shape[-1],), strong, dtype=torch.float64)
     expected = by_scipy(problem, phi, precision)
     assert np.abs(expected).max() > 0.05
-    assert solve(problem, strong, tolerance=1e-9).numpy() == pytest.approx(expected, abs=1e-5)
-    assert solve(problem, strong).numpy() == pytest.approx(
+    assert newton_cg(problem, strong, tolerance=1e-9).numpy() == pytest.approx(expected, abs=1e-5)
+    assert newton_cg(problem, strong).numpy() == pytest.approx(
         expected, abs=2e-3
     )  # as learning calls it
 
@@ -103,7 +111,7 @@ def test_the_minimiser_is_scipys(loss: Loss, strong: float) -> None:
 def test_each_coordinate_has_its_own_precision(loss: Loss) -> None:
     problem, phi = problem_of(loss)
     precision = torch.logspace(-1, 3, phi.shape[-1], dtype=torch.float64)
-    assert solve(problem, precision, tolerance=1e-9).numpy() == pytest.approx(
+    assert newton_cg(problem, precision, tolerance=1e-9).numpy() == pytest.approx(
         by_scipy(problem, phi, precision), abs=1e-5
     )
 
@@ -119,7 +127,7 @@ def test_several_users_at_once_are_as_one_by_one(
     loss: Loss, seed: int, scale: float, precision: float
 ) -> None:
     problem, _ = problem_of(loss, seed=seed, scale=scale)
-    together = solve(problem, precision, steps=60, tolerance=1e-8)
+    together = newton_cg(problem, precision, steps=60, tolerance=1e-8)
     for user in range(3):
         alone, _ = problem_of(loss, seed=seed, scale=scale)
         one = slice(user, user + 1)
@@ -140,7 +148,7 @@ def test_several_users_at_once_are_as_one_by_one(
             loss,
         )
         assert torch.allclose(
-            solve(single, precision, steps=60, tolerance=1e-8)[0], together[user], atol=1e-4
+            newton_cg(single, precision, steps=60, tolerance=1e-8)[0], together[user], atol=1e-4
         )
 
 
@@ -155,26 +163,27 @@ def test_the_objective_never_ends_above_its_start(
     loss: Loss, seed: int, scale: float, precision: float
 ) -> None:
     problem, _ = problem_of(loss, seed=seed, scale=scale)
-    v = solve(problem, precision)
+    v = newton_cg(problem, precision)
     assert v.isfinite().all()
     start, end = (
-        _objective(torch.zeros_like(v), problem, precision),
-        _objective(v, problem, precision),
+        objective(torch.zeros_like(v), problem, precision),
+        objective(v, problem, precision),
     )
     assert (end <= start * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_basis_is_as_features_in_that_basis(loss: Loss) -> None:
+def test_low_rank_heads_are_heads_on_projected_features(loss: Loss) -> None:
     problem, phi = problem_of(loss)
-    basis = torch.randn(
-        2, problem.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-    )
-    found = solve(in_basis(problem, basis), 1.0, tolerance=1e-9)
-    assert found.shape == (3, 2)
-    assert found.numpy() == pytest.approx(
-        by_scipy(problem, phi @ basis.T, torch.ones(2, dtype=torch.float64)), abs=1e-5
-    )
+    phi = phi[..., :SIZE]
+    kind = make_head("lowrank", Cross(SIZE), rank=2).double()
+    basis = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    kind.load_state_dict({**kind.state_dict(), "basis": basis})
+    users, parts = ("a", "b", "c"), (problem.offset, problem.target, problem.mask)
+    found = kind.fit(HeadProblem(users, Cross(SIZE), phi, *parts, loss))
+    assert np.stack(found).shape == (3, 2)
+    expected = by_scipy(problem, phi @ basis.T, torch.ones(2, dtype=torch.float64))
+    assert np.stack(found) == pytest.approx(expected, abs=2e-3)
 
 
 def test_compressed_label_features_are_as_explicit_ones() -> None:
@@ -189,11 +198,11 @@ def test_compressed_label_features_are_as_explicit_ones() -> None:
     problem = head_problem(interaction, z, offset, target, mask, "listwise")
     phi = torch.einsum("lk,ugd->uglkd", torch.eye(3, dtype=torch.float64), z).flatten(-2)
     expected = by_scipy(problem, phi, torch.ones(9, dtype=torch.float64))
-    assert solve(problem, 1.0, tolerance=1e-9).numpy() == pytest.approx(expected, abs=1e-5)
+    assert newton_cg(problem, 1.0, tolerance=1e-9).numpy() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_slopes_are_autograds(loss: Loss) -> None:
+def test_gradients_and_hessian_products_are_autograds(loss: Loss) -> None:
     problem, _ = problem_of(loss)
     scores = torch.randn(problem.offset.shape, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(problem.offset.shape, dtype=torch.float64)
@@ -203,7 +212,7 @@ def test_slopes_are_autograds(loss: Loss) -> None:
 
     (gradient,) = torch.autograd.grad(total(scores), scores)
     _, product = torch.autograd.functional.hvp(total, scores, direction)
-    found, hessian = slope(scores.detach(), problem)
+    found, hessian = grad_and_hvp(scores.detach(), problem)
     assert torch.allclose(found, gradient, atol=1e-10)
     assert torch.allclose(hessian(direction), product, atol=1e-10)
 
@@ -221,7 +230,7 @@ def test_a_loss_sees_no_padding(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_user_without_groups_and_an_infinite_precision_give_the_shared_head(loss: Loss) -> None:
+def test_no_groups_or_infinite_precision_give_the_shared_head(loss: Loss) -> None:
     problem, _ = problem_of(loss)
     nothing = Problem(
         problem.dot,
@@ -233,23 +242,21 @@ def test_a_user_without_groups_and_an_infinite_precision_give_the_shared_head(lo
         loss,
     )
     nothing.mask[1] = False
-    found = solve(nothing, 0.5)
+    found = newton_cg(nothing, 0.5)
     assert not found[1].any()
     assert found[0].any()
-    assert not solve(problem, float("inf")).any()
-    assert solve(problem, 1e12).abs().max() < 1e-9
+    assert not newton_cg(problem, float("inf")).any()
+    assert newton_cg(problem, 1e12).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("known", ["exactly", "badly"])
-def test_descent_finds_scipys_minimum_however_well_the_curvature_is_known(
-    loss: Loss, known: str
-) -> None:
+def test_lbfgs_finds_scipys_minimum_with_any_preconditioner(loss: Loss, known: str) -> None:
     problem, phi = problem_of(loss, users=1, groups=12, seed=3, scale=2.0)
     precision = torch.linspace(0.05, 2.0, problem.size, dtype=torch.float64)
     zero = torch.zeros(problem.size, dtype=torch.float64)
     bent = torch.autograd.functional.hessian(
-        lambda v: _objective(v[None], problem, precision).sum(), zero
+        lambda v: objective(v[None], problem, precision).sum(), zero
     )
     inverse = (
         torch.linalg.inv(bent)
@@ -257,15 +264,15 @@ def test_descent_finds_scipys_minimum_however_well_the_curvature_is_known(
         else torch.diag(torch.logspace(-2, 1, problem.size, dtype=torch.float64))
     )
     expected = by_scipy(problem, phi, precision)
-    assert descend(
+    assert lbfgs(
         problem, precision, lambda r: r @ inverse, tolerance=1e-9
     ).numpy() == pytest.approx(expected, abs=1e-5)
-    assert descend(problem, precision, lambda r: r @ inverse).numpy() == pytest.approx(
+    assert lbfgs(problem, precision, lambda r: r @ inverse).numpy() == pytest.approx(
         expected, abs=2e-3
     )  # as feedback calls it
 
 
-def test_descent_stands_still_where_nothing_can_be_gained() -> None:
+def test_lbfgs_stays_where_nothing_can_be_gained() -> None:
     problem, _ = problem_of("listwise", users=1)
     precision = torch.full((problem.size,), 1e12, dtype=torch.float64)
-    assert descend(problem, precision, lambda r: r / precision).abs().max() < 1e-6
+    assert lbfgs(problem, precision, lambda r: r / precision).abs().max() < 1e-6

@@ -1,0 +1,79 @@
+"""Many users' heads over one array: what is read from, and written to, a bundle's weights."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydra_llm.model.heads.base import Head
+
+
+class HeadMatrix(Mapping[str, Head]):
+    """User → head, a view of one flat array of all users' numbers; `ends` [U] says where each
+    user's numbers end, as those of some kinds grow with the history.
+    """
+
+    def __init__(
+        self, users: Mapping[str, int], numbers: np.ndarray, ends: np.ndarray, meta: np.ndarray
+    ):
+        self._rows, self._numbers, self._ends, self._meta = users, numbers, ends, meta
+        numbers.flags.writeable = False
+
+    @classmethod
+    def of(cls, heads: Mapping[str, Head]) -> "HeadMatrix":
+        """A copy of these heads in one array."""
+        values = list(heads.values())
+        empty = np.zeros(0, dtype=np.float32)
+        numbers = np.concatenate([empty, *(head.numbers for head in values)])
+        ends = np.cumsum([len(head.numbers) for head in values], dtype=np.int64)
+        meta = np.array([(head.records, head.until) for head in values], dtype=np.float64)
+        rows = {user: row for row, user in enumerate(heads)}
+        return cls(rows, numbers, ends, meta.reshape(-1, 2))
+
+    def __getitem__(self, user: str) -> Head:
+        row = self._rows[user]
+        start = int(self._ends[row - 1]) if row else 0
+        records, until = self._meta[row]
+        return Head(self._numbers[start : int(self._ends[row])], int(records), float(until))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    # ---- on disk: plain values and tensors
+
+    def config(self) -> dict[str, Any]:
+        """Users in the order of their rows, with what their heads were learned from."""
+        return {
+            "users": list(self._rows),
+            "known": self._meta[:, 0].astype(int).tolist(),
+            "until": [None if math.isinf(until) else until for until in self._meta[:, 1].tolist()],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers in a row, and where each user's end."""
+        return {
+            "heads.numbers": torch.from_numpy(self._numbers.copy()),
+            "heads.ends": torch.from_numpy(self._ends),
+        }
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "HeadMatrix":
+        """The inverse of `config` and `tensors`.
+
+        Raises:
+            KeyError, ValueError: they do not fit together.
+        """
+        users, ends = config["users"], tensors["heads.ends"].numpy()
+        numbers = tensors["heads.numbers"].numpy()
+        untils = [-math.inf if until is None else until for until in config["until"]]
+        meta = np.array(list(zip(config["known"], untils, strict=True)), dtype=np.float64)
+        if len(users) != len(ends) or (len(ends) and int(ends[-1]) != len(numbers)):
+            raise ValueError(f"{len(users)} users, {len(ends)} heads of {len(numbers)} numbers")
+        rows = {user: row for row, user in enumerate(users)}
+        return cls(rows, numbers, ends, meta.reshape(-1, 2))

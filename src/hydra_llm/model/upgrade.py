@@ -1,0 +1,105 @@
+"""Bundles of older formats as the present one. The only place that knows how they were written.
+
+Format 1 kept users' heads as rows of the scorer's tensors, some of them of users who were
+forgotten, and did not say whether the reranker is used, nor until when a head has learned.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydra_llm.history import in_order
+from hydra_llm.model.heads import Head, HeadMatrix, latest_time
+from hydra_llm.model.heads.kernel import pack
+from hydra_llm.model.laplace import LaplacePosterior
+from hydra_llm.model.persistence import BundleFiles
+from hydra_llm.types import Record
+
+RENAMED = {
+    "combiner.": "interaction.",
+    "evidence_": "side_",
+    "curvature.": "posterior.",
+    "bank.": "head.",
+}
+"""How names of tensors began in format 1, and how they do now."""
+FORGOTTEN = "\0forgotten-"
+"""How the name began that stood in the row of a forgotten user."""
+
+
+def upgraded(files: BundleFiles) -> BundleFiles:
+    """The files as the present format has them.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not of the format that they claim.
+    """
+    if files.config["format"] >= 2:
+        return files
+    config: dict[str, Any] = {**files.config, "scorers": {}}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in files.config["scorers"].items():
+        own = {
+            _renamed(key.removeprefix(f"{name}.")): value
+            for key, value in files.tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        matrix = HeadMatrix.of(_heads(entry, own, files.records))
+        config["scorers"][name] = _entry(entry) | matrix.config()
+        own = _shared(entry, own) | matrix.tensors()
+        tensors |= {f"{name}.{key}": value for key, value in own.items()}
+    config["use_reranker"] = reranker_helps(config["report"])
+    return BundleFiles(config, tensors, files.records, files.card, files.encoder)
+
+
+def reranker_helps(report: Mapping[str, Any]) -> bool:
+    """Whether the reranker's first records were worth as much as the retriever's on held-out users;
+    true where nobody has measured it.
+    """
+    told = report.get("reranker", {})
+    pick, first = told.get("gain_pick"), told.get("gain_first")
+    return pick is None or first is None or not pick < first
+
+
+def _renamed(name: str) -> str:
+    old = next((old for old in RENAMED if name.startswith(old)), "")
+    return RENAMED.get(old, "") + name.removeprefix(old)
+
+
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "interaction": entry.get("interaction") or entry["combiner"],
+        **{key: entry[key] for key in ("head", "rank", "evidence", "loss")},
+    }
+
+
+def _shared(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = ("head.weight", "head.bias", "head.keys.", "head.residuals.")
+    kept = {name: value for name, value in tensors.items() if not name.startswith(own)}
+    # of low-rank heads on label features it was measured for other coordinates
+    lacks = entry["head"] == "lowrank" and _entry(entry)["interaction"]["kind"] == "label"
+    if lacks or "posterior.left" not in kept:
+        none = LaplacePosterior().state_dict()
+        kept |= {f"posterior.{part}": value for part, value in none.items()}
+    return kept
+
+
+def _heads(
+    entry: Mapping[str, Any], tensors: Mapping[str, Tensor], records: Mapping[str, Sequence[Record]]
+) -> dict[str, Head]:
+    heads = {}
+    for row, (user, known) in enumerate(zip(entry["users"], entry["known"], strict=True)):
+        if not user.startswith(FORGOTTEN):
+            learned = in_order(records.get(user, ()))[:known]
+            heads[user] = Head.of(
+                _numbers(entry["head"], tensors, row), known, latest_time(learned)
+            )
+    return heads
+
+
+def _numbers(kind: str, tensors: Mapping[str, Tensor], row: int) -> Any:
+    if kind == "kernel":
+        none = torch.zeros(0, 1)
+        return pack(*(tensors.get(f"head.{part}.{row}", none) for part in ("keys", "residuals")))
+    weight = tensors["head.weight"][row]
+    return torch.cat([weight, tensors["head.bias"][row : row + 1]]) if kind == "linear" else weight
