@@ -62,9 +62,7 @@ class Counting:
         pass
 
 
-async def test_a_replay_gives_the_same_texts_and_tells_the_same_usage_as_cached(
-    tmp_path: Path,
-) -> None:
+async def test_a_replay_gives_the_same_texts_and_usage(tmp_path: Path) -> None:
     meter = Meter(Counting(), prices=Prices(prompt=1e6, completion=1e6))
     llm = CachedLLM(meter, tmp_path / "c.sqlite")
     first = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0))
@@ -100,7 +98,7 @@ async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Pa
     assert inner.asked == []
 
 
-async def test_only_missing_candidates_are_asked_for_each_with_its_own_seed(tmp_path: Path) -> None:
+async def test_only_missing_samples_are_asked_for_with_their_seeds(tmp_path: Path) -> None:
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
     four = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=7))
@@ -145,9 +143,7 @@ async def test_each_prompt_has_draws_of_its_own(tmp_path: Path) -> None:
     ).texts == made[3]
 
 
-async def test_samples_with_one_seed_are_the_same_by_way_of_four_as_of_eight(
-    tmp_path: Path,
-) -> None:
+async def test_eight_samples_start_with_the_four_of_the_same_seed(tmp_path: Path) -> None:
     def drawn(messages: Sequence[Message], index: int, rng: Any) -> str:
         return str(rng.random())
 
@@ -497,9 +493,7 @@ def stored(path: Path) -> dict[tuple[str, int], str]:
     return found
 
 
-def test_two_processes_share_a_cache_and_what_was_stored_first_is_the_answer_of_both(
-    tmp_path: Path,
-) -> None:
+def test_the_first_answer_stored_is_that_of_two_processes(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     both = [start(path, name, 60) for name in ("one", "two")]
     for process in both:
@@ -515,9 +509,7 @@ def test_two_processes_share_a_cache_and_what_was_stored_first_is_the_answer_of_
     assert len(stored(path)) == 180
 
 
-def test_a_kill_in_the_middle_of_writes_loses_no_told_answer_and_leaves_no_half_call(
-    tmp_path: Path,
-) -> None:
+def test_a_kill_amid_writes_loses_no_returned_answer(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     process = start(path, "one", 100_000)
     release(process)
@@ -542,7 +534,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 """
 
 
-def test_a_full_disk_is_told_once_and_the_run_goes_on_with_every_answer(tmp_path: Path) -> None:
+def test_a_full_disk_is_logged_once_and_loses_no_answer(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     script = FULL_DISK + WORKER
     run = subprocess.run(
@@ -625,7 +617,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         CachedLLM(Counting(), tmp_path / "file" / "c.sqlite")
 
 
-def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path: Path) -> None:
+def test_a_cache_held_by_another_process_is_not_damaged(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     llm = CachedLLM(Counting(), path)
     # as on a shared disk, where readers wait for a writer

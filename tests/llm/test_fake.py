@@ -30,7 +30,7 @@ def test_every_fake_says_that_it_is_one(rest: str) -> None:
     assert fake(rest).identity["kind"] == "fake"
 
 
-async def test_echo_answers_with_the_last_message_cut_at_stop_and_length() -> None:
+async def test_echo_is_the_last_message_cut_at_stop_and_length() -> None:
     made = await fake("echo").generate(
         ask("first", "one two three four"), Sampling(n=2, stop=("three",), max_tokens=9)
     )

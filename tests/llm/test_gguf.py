@@ -82,7 +82,7 @@ async def test_eight_samples_are_eight_texts_and_greedy_ones_are_equal(llm: Gguf
     assert len(set(greedy.texts)) == 1
 
 
-async def test_more_samples_than_slots_come_in_several_calls_with_other_seeds(llm: GgufLLM) -> None:
+async def test_samples_beyond_the_slots_come_in_several_calls(llm: GgufLLM) -> None:
     made = await llm.generate(STORY, Sampling(n=19, temperature=1.0, max_tokens=12, seed=1))
     assert len(set(made.texts)) == 19
     assert made.usage.calls == 3
@@ -166,7 +166,7 @@ async def test_a_text_of_many_tokens_is_cut_by_the_engines_own_count(engine: Eng
     assert sum("cut again" in note for note in proposal.notes) == 1
 
 
-def test_a_window_of_another_size_is_another_llm_and_the_usual_one_keeps_its_old_name() -> None:
+def test_only_another_context_window_is_named_in_the_identity() -> None:
     path = smollm2("", Settings()).path
     usual = GgufLLM(path).identity
     assert list(usual) == ["kind", "model", "sha256", "engine", "sampler", "constrains"]
@@ -264,7 +264,7 @@ anyio.run(main)
 @pytest.mark.skipif(
     not Path("/proc/self/net/tcp").exists(), reason="reads Linux's table of sockets"
 )
-def test_the_engine_listens_on_loopback_only_and_stops_with_its_llm() -> None:
+def test_the_engine_listens_on_loopback_until_it_is_closed() -> None:
     run = subprocess.run(
         [sys.executable, "-c", PORTS], capture_output=True, text=True, check=True, timeout=FOREVER
     )

@@ -135,7 +135,7 @@ class OneByOne:
         pass
 
 
-async def test_where_each_text_is_a_call_the_budget_knows_it_after_the_first() -> None:
+async def test_the_budget_counts_each_text_where_texts_are_calls() -> None:
     meter = Meter(OneByOne(), budget=Budget(max_calls=20))
     await meter.generate(ask("first"), Sampling(n=4))
     with pytest.raises(BudgetExceeded):  # 4 + 4 × 4 = 20
@@ -151,7 +151,7 @@ async def test_a_stopped_call_is_counted_as_one_that_failed() -> None:
     assert meter.errors == {"stopped before it answered": 1}
 
 
-async def test_what_is_in_flight_when_the_budget_ends_is_not_thrown_away(tmp_path: Path) -> None:
+async def test_calls_in_flight_at_the_budgets_end_are_kept(tmp_path: Path) -> None:
     llm = CachedLLM(Meter(Slow(), budget=Budget(max_calls=3)), tmp_path / "c.sqlite")
     with pytest.raises(BudgetExceeded):
         await map_calls(lambda i: llm.generate(ask(str(i)), Sampling()), range(8), limit=4)

@@ -61,9 +61,7 @@ async def test_sends_what_was_asked_and_reads_texts_and_tokens(serve: Any, wire:
     assert endpoint.keys == [f"Bearer {KEY}"]
 
 
-async def test_an_endpoint_that_ignores_n_gets_n_requests_and_is_remembered(
-    serve: Any, wire: Any
-) -> None:
+async def test_an_endpoint_that_ignores_n_gets_n_requests(serve: Any, wire: Any) -> None:
     endpoint = serve(lambda body, count: wire.completion(texts_of(body)[0]))
     llm = client(endpoint)
     made = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=10))
@@ -117,9 +115,7 @@ def breaking(wire: Any, seed: int) -> Callable[[dict[str, Any], int], Any]:
     )
 
 
-async def test_a_failed_single_request_fails_the_call_and_loses_nothing_that_was_paid_for(
-    serve: Any, wire: Any
-) -> None:
+async def test_a_failed_single_request_keeps_the_texts_that_came(serve: Any, wire: Any) -> None:
     endpoint = serve(breaking(wire, seed=12))
     with pytest.raises(PartlyFailed, match="HTTP 500") as caught:
         await client(endpoint).generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
@@ -133,7 +129,7 @@ async def test_a_failed_single_request_fails_the_call_and_loses_nothing_that_was
     assert len(endpoint.asked) == 5
 
 
-async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(
+async def test_only_texts_that_are_missing_are_asked_for_again(
     serve: Any, wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Seeds that say which text it is, for an endpoint that fails at the third; that prompts differ
@@ -164,7 +160,7 @@ async def test_what_arrived_is_kept_counted_and_only_the_rest_is_asked_again(
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-async def test_single_requests_are_bound_by_the_limit_of_calls_in_flight(
+async def test_single_requests_obey_the_limit_of_calls_in_flight(
     serve: Any, wire: Any, limit: int, tmp_path: Path
 ) -> None:
     now, most, lock = 0, 0, threading.Lock()
@@ -244,7 +240,7 @@ LENGTHY = {
 
 
 @pytest.mark.parametrize("wording", LENGTHY)
-async def test_a_prompt_beyond_the_endpoints_window_is_cut_and_asked_again(
+async def test_a_prompt_beyond_the_context_window_is_cut(
     serve: Any, wire: Any, wording: str
 ) -> None:
     status, message, fields = LENGTHY[wording]
@@ -285,9 +281,7 @@ async def test_other_refusals_say_nothing_about_the_window(
     assert caught.value.fits is None
 
 
-async def test_parameters_that_a_model_does_not_know_are_mended_and_remembered(
-    serve: Any, wire: Any
-) -> None:
+async def test_parameters_that_a_model_refuses_are_remembered(serve: Any, wire: Any) -> None:
     def picky(body: dict[str, Any], count: int) -> Any:
         if "max_tokens" in body:
             said = (

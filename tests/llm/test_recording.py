@@ -51,7 +51,7 @@ def test_answers_are_those_that_were_given(tmp_path: Path) -> None:
         ask(again, n=3)
 
 
-def test_only_what_was_used_is_recorded_and_a_second_command_adds_to_it(tmp_path: Path) -> None:
+def test_a_recording_holds_what_was_used_and_grows(tmp_path: Path) -> None:
     ask(numbered(tmp_path), "of an earlier run")
     llm, file = numbered(tmp_path), tmp_path / "r.jsonl.gz"
     ask(llm, n=1)
@@ -106,7 +106,7 @@ def test_what_is_no_recording_is_told_in_one_line(
     assert str(caught.value).startswith(str(file))
 
 
-def test_a_run_goes_on_from_a_recording_where_another_machine_stopped(tmp_path: Path) -> None:
+def test_a_run_resumes_from_another_machines_recording(tmp_path: Path) -> None:
     llm, file = numbered(tmp_path), tmp_path / "r.jsonl.gz"
     given = ask(llm, n=2)
     write_recording(file, llm)

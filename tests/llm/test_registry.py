@@ -59,9 +59,7 @@ def test_a_models_name_may_hold_an_at(rest: str, found: tuple[str, str | None]) 
         "m@http://h:x/v1",
     ],
 )
-def test_what_is_meant_as_a_url_and_is_none_is_refused_and_its_password_is_not_told(
-    rest: str,
-) -> None:
+def test_an_invalid_url_is_refused_without_its_password(rest: str) -> None:
     for refuse in (lambda: endpoint_of(rest), lambda: bare_llm(f"opnai:{rest}", Settings())):
         with pytest.raises(SettingsError) as error:
             refuse()
@@ -69,9 +67,7 @@ def test_what_is_meant_as_a_url_and_is_none_is_refused_and_its_password_is_not_t
         assert "openai:MODEL" in str(error.value)
 
 
-async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(
-    tmp_path: Path,
-) -> None:
+async def test_cache_wraps_meter_with_the_settings_prices_and_budget(tmp_path: Path) -> None:
     settings = Settings(cache=tmp_path, price_prompt=1e6, price_completion=10e6, max_calls=1)
     llm = open_llm("fake:echo", settings)
     assert isinstance(llm.inner, Meter)
@@ -84,7 +80,7 @@ async def test_cache_is_around_meter_with_prices_and_budget_from_the_settings(
     await llm.aclose()
 
 
-async def test_an_engine_that_runs_one_call_at_a_time_gets_them_in_order(tmp_path: Path) -> None:
+async def test_a_serial_engine_gets_its_calls_in_order(tmp_path: Path) -> None:
     """A greedy call and the samples on the same prompt stay neighbours, however many questions are
     asked at once.
     """

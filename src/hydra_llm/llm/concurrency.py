@@ -24,13 +24,11 @@ async def map_calls(
     limit: int = 8,
     progress: Progress | None = None,
 ) -> list[R | LLMError]:
-    """Apply an async function to each item, `limit` at once; results in the items' order, an
-    `LLMError` where one failed.
+    """Results in the items' order, an `LLMError` where a call failed; `limit` calls at once.
 
     Raises:
-        BudgetExceeded: once; nothing new is begun, and calls in flight still reach the cache.
-        LLMRefused: the very first answer was a refusal (not of a prompt's length), so every other
-            would be one too.
+        BudgetExceeded: nothing new is begun; calls in flight still reach the cache.
+        LLMRefused: the first call was refused, not for its length: all others would be.
     """
     results: list[R | LLMError | None] = [None] * len(items)
     fatal: list[LLMError] = []
@@ -46,10 +44,10 @@ async def map_calls(
                 results[index] = await function(items[index])
             except LLMError as error:
                 results[index] = error
-                if isinstance(error, BudgetExceeded):
+                refused = isinstance(error, LLMRefused) and error.fits is None and done == 0
+                if refused or isinstance(error, BudgetExceeded):
                     fatal.append(error)
-                elif isinstance(error, LLMRefused) and error.fits is None and done == 0:
-                    fatal.append(error)
+                if refused:
                     group.cancel_scope.cancel()
         done += 1
         if progress is not None:

@@ -1,8 +1,8 @@
-"""Features kept by content and encoder, so that no text is encoded twice: in memory, and in a
-SQLite file where one is given.
+"""Features by content and encoder, so that no text is encoded twice: in memory and, if given, in a
+SQLite file.
 
-Knows no users: whoever deletes a user's records calls `forget` with their texts. Letters: B texts
-or pairs, H width.
+Knows no users: deleting a user's records includes calling `forget` with their texts. Letters: B
+texts or pairs, H width.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from hydra_llm.model.encoder import Encoder
 MEMORY_BYTES = 64 * 2**20
 """How many bytes of vectors stay in memory; the oldest go first."""
 PASSING = 4096
-"""Vectors of texts that are not for keeping which stay in memory beside those: they come and go,
-and push out nobody's records.
+"""How many vectors of texts that are not kept, such as queries, stay in memory: they evict no
+record's.
 """
 ASKED_AT_ONCE = 500
-"""Keys in one SQL question; SQLite's own limit was 999 in old versions."""
+"""Keys in one SQL query; SQLite's limit was 999 in old versions."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS features (
     key BLOB PRIMARY KEY, first BLOB NOT NULL, second BLOB, value BLOB NOT NULL
@@ -33,13 +33,13 @@ CREATE INDEX IF NOT EXISTS features_second ON features (second) WHERE second IS 
 """
 Item = tuple[str] | tuple[str, str]
 Kept = tuple[np.ndarray, tuple[int, ...]]
-"""A vector in memory, and `hash()` of each text that it was made of: texts that share one by chance
-are forgotten together.
+"""A vector in memory, and `hash()` of each of its texts: texts with the same hash are forgotten
+together.
 """
 
 
 class FeatureCache:
-    """An encoder that remembers. Safe for several threads and several processes on one file."""
+    """An encoder with a cache, safe for several threads, and for several processes on one file."""
 
     def __init__(self, encoder: Encoder, path: Path | None = None):
         self.encoder = encoder
@@ -47,7 +47,7 @@ class FeatureCache:
         self.keep = True
         """Whether what is encoded is written to the file, unless a call says otherwise."""
         self.hits = 0
-        """Distinct texts or pairs that were there."""
+        """Distinct texts or pairs that were cached."""
         self.misses = 0
         """Distinct texts or pairs that had to be encoded."""
         self._lock = Lock()
