@@ -1,8 +1,6 @@
-"""Known vulnerabilities of the pinned packages, by pip-audit in an environment of its own: `python
-tools/audit.py`.
+"""Audit the pinned packages for known vulnerabilities, by pip-audit in its own environment.
 
-Leaves with 1 where there are some. Where pip-audit's data cannot be reached nothing was audited:
-that is said, and leaves with 0.
+Exits with 1 if there are any; with 0 and a message if pip-audit or its data cannot be reached.
 """
 
 import json
@@ -40,19 +38,19 @@ def main() -> int:
             file=sys.stderr,
         )
         return 0
-    return told(packages)
+    return report(packages)
 
 
-def told(packages: list[dict]) -> int:
-    """Print what was found, and how many packages nothing is known of."""
+def report(packages: list[dict]) -> int:
+    """Print the vulnerabilities, and how many packages could not be audited."""
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     found = [(package, fault) for package in packages for fault in package.get("vulns", [])]
     for package, fault in found:
         fixed = ", ".join(fault["fix_versions"]) or "no version yet"
-        print(f"{package['name']} {package['version']}: {fault['id']}, mended in {fixed}")
+        print(f"{package['name']} {package['version']}: {fault['id']}, fixed in {fixed}")
     audited = len(packages) - len(skipped)
     print(
-        f"{audited} packages audited, {len(skipped)} of which nothing can be learned here,"
+        f"{audited} packages audited, {len(skipped)} not known to the database,"
         f" {len(found)} vulnerabilities"
     )
     return 1 if found else 0

@@ -1,16 +1,15 @@
-"""The tables of results in README and in benchmarks/results/README.md, each between `<!-- NAME -->`
-and `<!-- /NAME -->`.
+"""Write the tables of results into the pages that have their markers, `<!-- NAME -->` and
+`<!-- /NAME -->`: README.md, docs/results.md and benchmarks/results/README.md.
 
     python tools/results_md.py [--check]
 
-    NAME_60    README: the rows of benchmarks/results/NAME_60/report.json that matter most
-    overall    both: benchmarks/results/overall.json, what all of them say together
+    NAME_60    the main rows of benchmarks/results/NAME_60/report.json
+    overall    benchmarks/results/overall.json, over all tasks
     growth     benchmarks/results/growth.json
     small_lessons, reranker_labels    of the same name
-    gateway_tower, gateway_cross    of the same name, each series with the limits that the
-                                    measurement knows
+    gateway_tower, gateway_cross    of the same name, each series with the limits of the benchmark
 
-With --check it changes nothing and leaves with 1 where a table is not what the files say.
+`--check` writes nothing and exits with 1 if a table is stale.
 """
 
 import json
@@ -22,7 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", RESULTS / "README.md")
+PLACES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md")
+PAGES = tuple(page for page in PLACES if page.exists())
 BASELINE = "rag@4"
 TYPICAL = {"accuracy": "most frequent label", "mae": "median", "rouge1": "latest text"}
 """First metric → what `user-majority` answers."""
@@ -40,15 +40,15 @@ SHOWN = {
     "bbox-adapter@8": "bbox-adapter@8",
     "self-consistency@8": "self-consistency@8",
     "mbr@8": "mbr@8",
-    "hydra-shared@4,8": "control: shared heads@4,8",
-    "hydra-shared@1,8": "control: shared heads@1,8",
-    "scorer-only": "control: scorer without LLM",
-    "copy-nearest": "control: copy the nearest record",
-    "user-majority": "control: the user's {typical}",
-    "random@8": "bound: one sample by lot",
-    "oracle@8": "bound: the best sample",
+    "hydra-shared@4,8": "baseline: shared heads@4,8",
+    "hydra-shared@1,8": "baseline: shared heads@1,8",
+    "scorer-only": "baseline: scorer without LLM",
+    "copy-nearest": "baseline: 1-NN (nearest record)",
+    "user-majority": "baseline: the user's {typical}",
+    "random@8": "lower bound: expected random sample",
+    "oracle@8": "upper bound: best sample",
 }
-"""Method → its name in the table. The best prompt by the first metric is shown too."""
+"""Method → its name in the table. The best prompt by the first metric is also shown."""
 TOGETHER = (
     "hydra@4,8",
     "hydra@1,8",
@@ -149,7 +149,7 @@ def together(found: dict[str, Any]) -> str:
     ]
     lines = ["| method | all metrics | without BLEU |", "|---|---|---|"]
     for name in sorted(shown, key=lambda name: -found[name]["all metrics"][0]):
-        title = SHOWN.get(name, name).removeprefix("control: ") + (
+        title = SHOWN.get(name, name).removeprefix("baseline: ") + (
             " (the best prompt)" if name in prompts else ""
         )
         lines.append(

@@ -161,7 +161,7 @@ def hydra(capsys: pytest.CaptureFixture[str]) -> Hydra:
 # ---- places
 
 
-def test_a_bundle_that_cannot_be_written_is_told_before_the_llm_is_asked(
+def test_an_unwritable_bundle_fails_before_the_llm_is_called(
     hydra: Hydra, data: Path, tmp_path: Path
 ) -> None:
     taken = tmp_path / "taken"
@@ -638,7 +638,7 @@ BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ENDPOINTS)
-def test_an_endpoint_that_never_answers_well_ends_every_command_in_one_line(
+def test_a_broken_endpoint_ends_every_command_in_one_line(
     hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path, name: str
 ) -> None:
     behaviour, code, line = BAD_ENDPOINTS[name]
@@ -672,7 +672,7 @@ def test_an_endpoint_that_never_answers_well_ends_every_command_in_one_line(
     assert len([error for error in errors if line in error]) == 6  # recorded, not lost
 
 
-def test_a_flawed_endpoint_costs_what_failed_and_a_repeat_asks_for_that_alone(
+def test_a_repeat_retries_only_the_calls_that_failed(
     hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path
 ) -> None:
     flawed = True
@@ -783,7 +783,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_second_process_on_the_same_cache_and_ctrl_c_in_the_middle(
+def test_two_processes_share_a_cache_and_ctrl_c_stops_one(
     hydra: Hydra, serve: Serve, data: Path, tmp_path: Path
 ) -> None:
     """A real SIGINT after three answers; the same command goes on, beside another one: no answer is

@@ -157,9 +157,7 @@ def test_what_learning_fixed_is_refused_by_every_command(
     assert hydra("fit", data, *common, "--set", f"{name}={was}")["users"] == 2
 
 
-def test_sampled_candidates_can_be_chosen_from_where_the_adapter_reads_labels(
-    hydra: Hydra, bundle: Path
-) -> None:
+def test_sampled_candidates_work_with_a_label_adapter(hydra: Hydra, bundle: Path) -> None:
     told = hydra(
         "ask",
         "--bundle",

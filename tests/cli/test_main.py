@@ -172,9 +172,7 @@ def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_an_option_comes_from_the_environment_unless_a_flag_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_flag_overrides_the_options_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_OPTIONS_K", "7")
     assert outcome("options") == (0, "7 x\n", "")
     assert outcome("options", "--k", "2") == (0, "2 x\n", "")

@@ -3,12 +3,13 @@
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
 
 if TYPE_CHECKING:
+    from hydra_llm.bench.runner import MethodResult
     from hydra_llm.types import Answer
 
 TRAINING_USERS, NEW_USERS, QUERIES = 100, 12, 4
@@ -25,53 +26,51 @@ SETTINGS: dict[str, Any] = {
 
 def demo(
     users: Annotated[
-        int, typer.Option(min=2, help="New users; films that they rated later are the queries.")
+        int, Option(min=2, help="New users; their latest ratings are the queries.")
     ] = NEW_USERS,
-    seed: Annotated[int, typer.Option(help="Which users, and the seed of sampling.")] = 0,
-    llm: Annotated[
-        str, typer.Option("--llm", help="Any LLM; the default runs inside this process.")
-    ] = "smollm2",
+    seed: Annotated[int, Option(help="Seed of the choice of users and of sampling.")] = 0,
+    llm: Annotated[str, Option("--llm", help="Any LLM; the default is embedded.")] = "smollm2",
     as_json: AsJson = False,
 ) -> None:
-    """What score, 1 to 5, would this person give this film? Learns from MovieLens users, then
-    answers for new ones.
+    """Predict users' ratings of films, 1 to 5: learn from MovieLens users, then answer for new
+    ones.
     """
-    from hydra_llm.bench.method import DEMO, Parts, find_methods
     from hydra_llm.bench.report.cells import results_table
-    from hydra_llm.bench.runner import chosen_queries, run_methods, tabulate
-    from hydra_llm.config import load_settings
-    from hydra_llm.datasets.demo import movielens
     from hydra_llm.llm.concurrency import run_sync
-    from hydra_llm.llm.registry import open_llm
-    from hydra_llm.training.api import afit, alearn
-
-    settings = load_settings(seed=seed, **SETTINGS)
-    dataset = movielens(TRAINING_USERS, users, seed)
-    model = open_llm(llm, settings)
-
-    async def everything(report: console.Report) -> tuple[Any, Any]:
-        learned = await alearn(dataset, model, settings, progress=report)
-        fitted = await afit(dataset, learned.bundle, model, settings=settings, progress=report)
-        bundle = fitted.bundle
-        parts = Parts(bundle, model, settings, bundle.records)
-        queries = chosen_queries(dataset, fitted.users, QUERIES)
-        samples = await run_methods(find_methods(DEMO), parts, queries, None, report)
-        example = await bundle.personalizer(model).aanswer(queries[0])
-        return tabulate(dataset.task, samples), example
 
     with console.progress() as report:
-        rows, example = run_sync(partial(everything, report))
+        rows, example = run_sync(partial(_run, users, seed, llm, report))
     if as_json:
         from hydra_llm.cli.ask import as_dict
 
         console.emit({"rows": [row.to_json() for row in rows], "example": as_dict(example)}, True)
         return
     counts = f"{TRAINING_USERS} training users, {users} new users, seed {seed}, {llm}"
-    console.print_table(
-        results_table(rows),
-        f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better",
-    )
+    title = f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better"
+    console.print_table(results_table(rows), title)
     _show(example)
+
+
+async def _run(
+    users: int, seed: int, llm: str, report: console.Report
+) -> "tuple[list[MethodResult], Answer]":
+    """The result of each method, and one worked answer."""
+    from hydra_llm.bench.method import DEMO, Parts, find_methods
+    from hydra_llm.bench.runner import chosen_queries, run_methods, tabulate
+    from hydra_llm.config import load_settings
+    from hydra_llm.datasets.demo import movielens
+    from hydra_llm.llm.registry import open_llm
+    from hydra_llm.training.api import afit, alearn
+
+    settings = load_settings(seed=seed, **SETTINGS)
+    dataset, model = movielens(TRAINING_USERS, users, seed), open_llm(llm, settings)
+    learned = await alearn(dataset, model, settings, progress=report)
+    fitted = await afit(dataset, learned.bundle, model, settings=settings, progress=report)
+    parts = Parts(fitted.bundle, model, settings, fitted.bundle.records)
+    queries = chosen_queries(dataset, fitted.users, QUERIES)
+    samples = await run_methods(find_methods(DEMO), parts, queries, None, report)
+    example = await fitted.bundle.personalizer(model).aanswer(queries[0])
+    return tabulate(dataset.task, samples), example
 
 
 def _show(answer: "Answer") -> None:
@@ -80,7 +79,7 @@ def _show(answer: "Answer") -> None:
     print(f"One answer: user {query.user}, film {query.input}; the true score is {query.gold}.")
     rows = [
         {
-            "place": place,
+            "rank": place,
             "record": item.record.input,
             "score": item.record.output,
             "retrieved as": item.rank + 1,
@@ -88,7 +87,7 @@ def _show(answer: "Answer") -> None:
         }
         for place, item in enumerate(answer.proposal.records, 1)
     ]
-    console.print_table(rows, "Records as the reranker put them (the first k stand in the prompt)")
+    console.print_table(rows, "Records in the reranker's order (the first k are in the prompt)")
     ordered = sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0))
     console.print_table(
         [
