@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test check format docs bench bench-replay audit clean help
+.PHONY: demo test test-fast check format docs bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -17,8 +17,14 @@ help: ## Show these lines
 demo: $(READY) ## Set up, then learn from real users and personalize a real LLM, offline
 	@$(BIN)/hydra-llm demo
 
-test: $(READY) ## Set up, then run the tests (offline; beside a PostgreSQL, if one is installed)
-	@$(BIN)/python tools/with_postgres.py env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# glibc would keep an arena of freed memory for every thread.
+PYTEST = env OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test: $(READY) ## Set up, then run all tests (offline; beside a PostgreSQL, if one is installed)
+	@$(BIN)/python tools/with_postgres.py $(PYTEST)
+
+test-fast: $(READY) ## The tests that take no more than a few seconds each
+	@$(PYTEST) -m "not slow and not llm"
 
 check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/ruff check
@@ -28,7 +34,7 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/python tools/commands_md.py --check
 	@$(BIN)/python tools/settings_md.py --check
 	@$(BIN)/python tools/results_md.py --check
-	@$(BIN)/python -m pytest -q tests/test_readme.py
+	@$(BIN)/python -m pytest -q tests/test_readme.py tests/test_conventions.py
 
 format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix

@@ -93,7 +93,7 @@ def comes_before(one: Seconds, one_position: int, other: Seconds, other_position
 
 
 @given(histories(), written_times(), st.integers(0, 12))
-def test_a_query_sees_exactly_what_came_before_it_in_its_users_order(
+def test_a_query_sees_exactly_what_precedes_it(
     history: list[tuple[Record, Seconds]], time: tuple[str, Seconds], position: int
 ) -> None:
     query = Query("a", "q", "x", time=time[0], span=parse_time(time[0]), position=position)
@@ -108,7 +108,7 @@ def test_a_query_sees_exactly_what_came_before_it_in_its_users_order(
 
 
 @given(histories())
-def test_a_record_as_query_sees_neither_itself_nor_anything_that_sees_it(
+def test_a_record_as_query_never_sees_itself_or_later_records(
     history: list[tuple[Record, Seconds]],
 ) -> None:
     records = [record for record, _ in history]
@@ -167,7 +167,7 @@ def test_an_unknown_time_keeps_its_place_between_known_ones() -> None:
     assert [record.id for record in in_order(reversed(records))] == ["a", "b", "c", "d"]
 
 
-def test_a_query_without_a_place_comes_after_everything_of_its_user_only() -> None:
+def test_a_query_without_position_comes_last_for_its_user() -> None:
     records = [
         Record("a", "1", "x", "y", "2020", parse_time("2020"), 10**9),
         Record("b", "2", "x", "y"),

@@ -55,7 +55,7 @@ def test_the_figures_are_those_counted_by_hand() -> None:
     }
 
 
-def test_a_text_that_another_user_wrote_is_a_leak_a_users_own_is_not() -> None:
+def test_a_gold_text_of_another_user_is_a_leak() -> None:
     task = Task("t", "generation", "Title: {input}")
     records = [Record("a", "1", "x", "Mine"), Record("b", "1", "x", "Theirs")]
     queries = [Query("a", "2", "y", "Mine"), Query("a", "3", "z", "Theirs")]

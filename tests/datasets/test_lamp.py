@@ -212,7 +212,7 @@ def test_the_test_split_without_golds_is_left_out_with_a_note(tmp_path: Path) ->
         load(tmp_path)
 
 
-def test_the_time_split_has_dates_and_people_who_stand_in_both_parts(tmp_path: Path) -> None:
+def test_the_time_split_has_dates_and_users_of_both_parts(tmp_path: Path) -> None:
     old = question("LaMP-3", "t1", "good", [("late", "4"), ("early", "1")], user_id="ann")
     old["profile"][0]["date"], old["profile"][1]["date"] = "2015-6-3", 2014
     again = question("LaMP-3", "t2", "well", [], user_id="ann") | {"profile": old["profile"]}
@@ -227,7 +227,7 @@ def test_the_time_split_has_dates_and_people_who_stand_in_both_parts(tmp_path: P
     assert any("@test" in note for note in dataset.notes)
 
 
-def test_what_nobody_can_mend_is_left_out_with_a_note(tmp_path: Path) -> None:
+def test_known_flaws_are_left_out_with_a_note(tmp_path: Path) -> None:
     profile = [{"id": "a", "text": "", "score": "1"}, {"id": "b", "text": "x\0", "score": "1"}]
     profile += [{"id": "c", "text": "x", "score": 2}] * 2 + [{"id": "c", "text": "z", "score": "3"}]
     dataset = load(small(tmp_path, profile=profile))
@@ -364,7 +364,7 @@ def test_golds_without_questions_and_questions_without_golds(tmp_path: Path) -> 
         load(tmp_path)
 
 
-def test_an_instruction_without_lamps_marks_is_what_questions_share(tmp_path: Path) -> None:
+def test_an_unmarked_instruction_is_what_questions_share(tmp_path: Path) -> None:
     made = [
         question("LaMP-3", key, "", [("y", "1")]) | {"input": f"Rate this product {text}"}
         for key, text in (("1", "good one"), ("2", "glad"))

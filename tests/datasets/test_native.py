@@ -272,9 +272,7 @@ def test_two_histories_are_one_too_many(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_byte_order_mark_windows_line_ends_and_further_fields_are_no_fault(
-    tmp_path: Path,
-) -> None:
+def test_byte_order_mark_crlf_and_unknown_fields_are_accepted(tmp_path: Path) -> None:
     line = b"\xef\xbb\xbf" + json.dumps({**GOOD, "note": 1}).encode() + b"\r\n"
     dataset = load(
         write(

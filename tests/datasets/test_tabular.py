@@ -93,7 +93,7 @@ def test_the_last_records_in_time_become_queries(tmp_path: Path) -> None:
     ]
 
 
-def test_users_are_split_by_their_name_so_that_more_data_moves_nobody(tmp_path: Path) -> None:
+def test_more_data_leaves_every_user_in_its_split(tmp_path: Path) -> None:
     def splits(users: int, seed: int) -> dict[str, Any]:
         rows = [{"user": f"u{at}", "input": "x", "output": f"y{at}"} for at in range(users)]
         return read_table(write(tmp_path, rows), seed=seed).splits

@@ -74,7 +74,7 @@ def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> No
     assert store.state("ada").version == version + 1
 
 
-def test_a_user_who_was_deleted_and_comes_again_is_another_version(
+def test_a_recreated_user_never_has_an_old_version(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that still holds the deleted one in memory must see that it is out of date, whatever
@@ -105,7 +105,7 @@ def test_a_user_who_is_unknown_has_nothing(store: Store) -> None:
         raise AssertionError("a change of nobody began")
 
 
-def test_a_removed_record_takes_the_heads_with_it_and_leaves_a_gap(store: Store) -> None:
+def test_removing_a_record_deletes_heads_and_keeps_positions(store: Store) -> None:
     store.add_records("ada", [record("a"), record("b")])
     with store.change("ada") as ada:
         ada.put_heads("bundle", {"adapter": StoredHead(2, 1.5, b"\0\1")})
@@ -146,7 +146,7 @@ def test_any_order_of_writes_ends_as_a_dict_would(
 # ---- versions
 
 
-def test_a_writer_that_read_an_older_version_is_refused_and_changes_nothing(store: Store) -> None:
+def test_a_writer_with_a_stale_version_is_refused(store: Store) -> None:
     store.add_records("ada", [record("a")])
     read = store.state("ada").version
     store.add_records("ada", [record("b")])
@@ -234,7 +234,7 @@ def test_heads_come_back_with_the_time_until_which_they_learned(store: Store) ->
 # ---- feedback, requests, keys, jobs
 
 
-def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None:
+def test_feedback_counts_once_and_conflicts_are_refused(store: Store) -> None:
     store.add_records("ada", [record("a")])
     said = StoredFeedback("r1", 5.0, {"said": {"chosen": 1}, "why": ["ü"], "score": 0.1})
     with store.change("ada") as ada:
@@ -257,7 +257,7 @@ def test_feedback_counts_once_and_contradiction_is_refused(store: Store) -> None
     assert store.counts()["feedback"] == 4
 
 
-def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(
+def test_only_feedback_of_the_bundle_with_a_group_is_read(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.add_records("ada", [record("a")])
@@ -281,7 +281,7 @@ def test_feedback_of_other_bundles_and_such_as_teaches_nothing_takes_no_place(
     assert store.unlearned_feedback("ada", 5, bundle="z") == []
 
 
-def test_a_request_of_a_user_who_was_deleted_meanwhile_is_not_kept(store: Store) -> None:
+def test_a_request_of_a_deleted_user_is_not_kept(store: Store) -> None:
     for _ in range(2):
         store.add_records("ada", [record("a")])
         asked = store.state("ada").version
@@ -306,7 +306,7 @@ def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
     assert store.request("r2") is not None
 
 
-def test_a_door_that_was_closed_stays_closed(store: Store) -> None:
+def test_a_store_that_had_keys_stays_closed_without_any(store: Store) -> None:
     """Deleting a user deletes the key that spoke for that user alone; nobody is let in for that."""
     store.add_records("ada", [record("a")])
     store.add_key(Key("k", "hash", "", False, ("ada",), 1.0, None))
@@ -318,7 +318,7 @@ def test_a_door_that_was_closed_stays_closed(store: Store) -> None:
     assert store.delete_user("bob") is None
 
 
-def test_texts_that_somebody_still_has_are_told(store: Store) -> None:
+def test_texts_in_use_are_found(store: Store) -> None:
     store.add_records("ada", [Record("ada", "1", "a", "b"), Record("ada", "2", "c", "d")])
     store.add_request(request("r1"))
     assert store.texts_in_use(["a", "b", "a → b", "c → b", "e", "asked", "a → b → c"]) == {
@@ -355,9 +355,7 @@ def test_keys(store: Store) -> None:
     assert store.key("k2") == revoked, "a key is revoked once"
 
 
-def test_a_job_is_done_by_one_server_and_taken_over_when_that_one_dies(
-    store: Store, url: str
-) -> None:
+def test_a_job_has_one_worker_and_is_taken_over_when_it_dies(store: Store, url: str) -> None:
     store.add_records("ada", [record("a")])
     assert store.claim_job() is None
     made = store.add_job("j1", "ada", "fit")
@@ -426,9 +424,7 @@ def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
     assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys"}
 
 
-def test_after_a_deletion_no_byte_is_left_and_nobody_else_has_changed(
-    store: Store, tmp_path: Path
-) -> None:
+def test_deletion_leaves_no_byte_and_changes_nobody_else(store: Store, tmp_path: Path) -> None:
     fill(store, "lovelace", "marmalade")
     fill(store, "bob", "rhubarb")
     store.add_key(Key("both", "hash-both", "two people", False, ("lovelace", "bob"), 1.0, None))
@@ -498,7 +494,7 @@ def test_a_backup_is_a_store_and_fills_an_empty_one(store: Store, tmp_path: Path
     assert store.check() == []
 
 
-def test_what_is_wrong_is_told(store: Store) -> None:
+def test_check_reports_changed_tables(store: Store) -> None:
     store.add_records("ada", [record("a")])
     assert store.check() == []
     with store.engine.begin() as connection:
@@ -507,7 +503,7 @@ def test_what_is_wrong_is_told(store: Store) -> None:
     assert len(store.check()) == 2
 
 
-def test_a_damaged_file_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
     store = Store(f"sqlite:///{file}")
     store.add_records("ada", [record(f"r{i}", "x" * 500) for i in range(200)])
@@ -608,7 +604,7 @@ def test_urls_that_cannot_be_opened(url: str, said: str) -> None:
         Store(url)
 
 
-def test_a_database_that_is_not_there_is_one_line_without_the_password(tmp_path: Path) -> None:
+def test_a_missing_database_is_one_line_without_the_password(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as found:
         Store("postgresql+psycopg://me:secret-word@127.0.0.1:1/db")
     assert "secret-word" not in str(found.value)
@@ -660,7 +656,7 @@ def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
         )
 
 
-def test_a_restarted_postgresql_is_met_again_and_has_kept_what_it_acknowledged() -> None:
+def test_acknowledged_writes_survive_postgresql_restarts() -> None:
     """A server of this test alone: others keep theirs."""
     programs = with_postgres.binaries()
     if programs is None:
