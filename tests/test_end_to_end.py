@@ -137,6 +137,7 @@ def answers_of(personalizer: Personalizer, queries: Sequence[Query]) -> list[str
     return [personalizer.answer(query).text for query in queries]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "head"),
     [(TAGS, "linear"), (STARS, "kernel"), (TAGS, "mlp")],
@@ -206,6 +207,7 @@ def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(
     )  # the disk changes nothing
 
 
+@pytest.mark.slow
 def test_an_answer_tells_how_it_came_about() -> None:
     here, llm = world(STARS), crowd_pleaser(STARS)
     settings = Settings(
@@ -235,6 +237,7 @@ def test_an_answer_tells_how_it_came_about() -> None:
     assert set(answer.seconds) == {"retrieve", "rerank", "prompt", "llm", "adapt"}
 
 
+@pytest.mark.slow
 def test_nothing_of_a_new_user_reaches_the_base() -> None:
     """Whether they exist or not, a repeat gives the same numbers; and fitting them moves no one
     else's head.
@@ -273,6 +276,7 @@ def test_nothing_of_a_new_user_reaches_the_base() -> None:
     assert dict(one.records) == records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel", "mlp"])
 def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_head(
     head: str,
@@ -378,6 +382,7 @@ def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(
         )
 
 
+@pytest.mark.slow
 def test_fitting_does_not_change_what_learning_fixed() -> None:
     here, llm = world(TAGS), crowd_pleaser(TAGS)
     bundle = learn(
@@ -391,6 +396,7 @@ def test_fitting_does_not_change_what_learning_fixed() -> None:
     assert (fitted.bundle.settings.k, bundle.settings.k) == (2, 1)
 
 
+@pytest.mark.slow
 def test_histories_teach_new_users_without_calls() -> None:
     """Tasks with labels need the LLM for neither head; a reranker that was worth less on held-out
     users is learned, kept, and not used.

@@ -33,6 +33,8 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Query, Record
 from tests.waiting import FOREVER
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("rain", "war", "love", "night", "star", "sea", "old", "song")
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
 TITLES = Task("titles", "generation", "Title of: {input}")
@@ -596,7 +598,6 @@ def noted_run(folder: Path, fatal: int) -> list[Any]:
     return [(sample.key, sample.answer, sample.error) for sample in outcome.samples]
 
 
-@pytest.mark.slow
 def test_a_kill_in_any_stage_loses_only_the_call_in_flight(tmp_path: Path) -> None:
     """kill -9 while records are labelled, candidates are labelled, new users are fitted, and
     queries are answered; and without a call in flight: in training, with half a bundle written,

@@ -204,6 +204,7 @@ def experiment(folder: Path, **given: Any) -> Experiment:
     )
 
 
+@pytest.mark.slow
 def test_without_fit_new_users_have_the_shared_head(tmp_path: Path) -> None:
     asked = experiment(tmp_path)
     fitted = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
@@ -229,6 +230,7 @@ def lines() -> list[str]:
 # ---- votes
 
 
+@pytest.mark.slow
 def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
     asked = experiment(tmp_path)
     bundle = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
@@ -305,6 +307,7 @@ def figures(found: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_draws_and_continues_without_calls(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +355,7 @@ def test_a_sweep_runs_draws_and_continues_without_calls(
     assert (folder / "out" / "sweep.svg").exists()
 
 
+@pytest.mark.slow
 def test_bench_show_reads_a_sweep_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,7 @@ def test_an_unwritable_bundle_fails_before_the_llm_is_called(
     assert taken.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_run_of_another_bundle_is_refused(
     hydra: Hydra, data: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -459,6 +460,7 @@ SCRIPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "texts",
     [SCRIPTS, ["the of and to", "of", "the", "and to", "to"]],
@@ -502,6 +504,7 @@ def test_any_script_and_stop_words_alone_go_the_whole_way(
 # ---- answers of the LLM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     ["", "I'm sorry, but I can't help with that.", "€€€ \0", "\ud83d cut"],
@@ -734,6 +737,7 @@ sys.exit(run(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 40_000], ids=["from the start", "in the middle"])
 def test_a_full_disk_under_the_cache_costs_the_cache_alone(
     serve: Serve, bundle: Path, tmp_path: Path, limit: int
@@ -783,6 +787,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache_and_ctrl_c_stops_one(
     hydra: Hydra, serve: Serve, data: Path, tmp_path: Path
 ) -> None:

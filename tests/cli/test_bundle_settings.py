@@ -80,6 +80,7 @@ def stored(bundle: Path) -> Any:
     return json.loads((bundle / "config.json").read_text())["settings"]
 
 
+@pytest.mark.slow
 def test_flag_preset_environment_file_bundle_in_this_order(
     hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

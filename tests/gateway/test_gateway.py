@@ -202,6 +202,7 @@ async def test_the_official_sdk(either: Store) -> None:
 # ---- with a bundle
 
 
+@pytest.mark.slow
 async def test_users_get_their_own_of_several_candidates(
     store: Store, bundles: dict[str, Path]
 ) -> None:
@@ -227,6 +228,7 @@ async def test_users_get_their_own_of_several_candidates(
         assert {choice["message"]["content"] for choice in three["choices"]} == set(TAGS.labels)
 
 
+@pytest.mark.slow
 async def test_what_waits_together_is_encoded_together_pairs_too(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -965,6 +967,7 @@ def test_a_steady_caller_is_not_starved() -> None:
     assert waits == {"1"}
 
 
+@pytest.mark.slow
 async def test_learning_from_the_store(either: Store, tmp_path: Path) -> None:
     for i in range(6):
         either.add_records(f"user{i}", records_of(f"user{i}"))

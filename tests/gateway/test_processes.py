@@ -25,7 +25,7 @@ from tests.waiting import FOREVER, async_until, until
 from .conftest import records_of
 from .test_chaos import GOOD, MESSAGES, framed, said, stream_that, upstream_of, whole
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 SERVE = [sys.executable, "-m", "hydra_llm", "serve", "--port", "0"]
 
 

@@ -154,6 +154,7 @@ async def test_a_prompt_beyond_the_context_is_one_line(llm: GgufLLM) -> None:
         await llm.generate([{"role": "tool<", "content": "x"}], Sampling())
 
 
+@pytest.mark.slow
 async def test_a_text_of_many_tokens_is_cut_by_the_engines_own_count(engine: Engine) -> None:
     """Digits are a token each, 3.5 times what the estimate says."""
     small = GgufLLM(smollm2("", Settings()).path, context_per_slot=512)
@@ -174,6 +175,7 @@ def test_only_another_context_window_is_named_in_the_identity() -> None:
     assert GgufLLM(path, context_per_slot=512).identity == {**usual, "context": 512}
 
 
+@pytest.mark.slow
 async def test_old_prompts_in_a_small_pool_make_room_for_new_ones() -> None:
     small = GgufLLM(smollm2("", Settings()).path, context_per_slot=128)
     for i in range(4):  # two of these prompts with their samples fill the pool of 256

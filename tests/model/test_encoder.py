@@ -376,6 +376,7 @@ def open_from_hub(endpoint: str, home: Path) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_longformer_loads_from_a_hub_and_then_from_its_cache(
     hub: str, longformer_folder: Path, tmp_path: Path
 ) -> None:

@@ -629,6 +629,7 @@ for i in itertools.count(start):
 """
 
 
+@pytest.mark.slow
 def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
     acknowledged = 0
     for _ in range(50):
@@ -656,6 +657,7 @@ def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_acknowledged_writes_survive_postgresql_restarts() -> None:
     """A server of this test alone: others keep theirs."""
     programs = with_postgres.binaries()

@@ -304,6 +304,7 @@ def test_an_append_to_a_kernel_head_is_a_fit() -> None:
     assert not torch.allclose(before, unfitted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 def test_votes_count_only_where_they_help_held_out_users(told: bool) -> None:
     """Half of the groups are voted; the votes point at the wanted candidate, or at any: then they

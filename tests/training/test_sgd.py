@@ -212,6 +212,7 @@ sgd.train_jointly(here.scorer_of(table), table, here.CONFIG, checkpoint=Path({fi
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     file = tmp_path / "x.checkpoint"
     script = KILLED.format(tests=str(Path(__file__).parent), this=__file__, file=str(file))
@@ -415,6 +416,7 @@ def random_targets(users: int, groups: int = 12, told: float = 0.0) -> TrainingS
     )
 
 
+@pytest.mark.slow
 def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> None:
     table, config = random_targets(20), replace(CONFIG, epochs=60, patience=100, lr=0.03)
     torch.manual_seed(0)
@@ -437,6 +439,7 @@ def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> N
     assert unseen.held_out_groups == len(late)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [0.0, 2.0])
 def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen(told: float) -> None:
     table, config = (
