@@ -16,6 +16,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selector
+from hydra_llm.text import fold
 from hydra_llm.types import Answer, Message, Query, Record, Usage
 
 GREEDY: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
@@ -103,10 +104,7 @@ class Profiled:
         """The latest records, each cut to its share of the prompt."""
         latest = list(visible)[-PROFILE_RECORDS:]
         room = int(self.inner.settings.max_prompt_tokens * 3 / len(latest)) // 2
-        lines = [
-            f"{' '.join(record.input.split())[:room]} → {' '.join(record.output.split())[:room]}"
-            for record in latest
-        ]
+        lines = [f"{fold(record.input)[:room]} → {fold(record.output)[:room]}" for record in latest]
         return [{"role": "user", "content": PROFILE.replace("{records}", "\n".join(lines))}]
 
 
