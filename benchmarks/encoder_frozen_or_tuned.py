@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra_llm.training.newton import losses
 from measure import finish, options
 from simulated_users import CLASSIFY, learn_scorer, open_data, simulate_users, simulated_data
 
@@ -36,11 +35,13 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import Head
+from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer, fit_stats
-from hydra_llm.training.convex import fit_heads
-from hydra_llm.training.dataset import Table, make_table
-from hydra_llm.training.labelling import label_groups
+from hydra_llm.training.convex import fit_heads, heads_for
+from hydra_llm.training.dataset import TrainingSet, make_training_set
+from hydra_llm.training.labelling import weak_adapter_groups
 from hydra_llm.types import LabelledGroup
 
 RULE = "exact"
@@ -119,7 +120,11 @@ def rows_of(
         data.task, store, fit_stats(data.task, store, [histories[user] for user in users["train"]])
     )
     old, new = (
-        [group for user in names for group in label_groups(maker, histories[user])[-given.groups :]]
+        [
+            group
+            for user in names
+            for group in weak_adapter_groups(maker, histories[user])[-given.groups :]
+        ]
         for names in users.values()
     )
     if given.evidence:
@@ -155,15 +160,15 @@ def measure(
         store, settings, data.task, "adapter", old, names, RULE, by_label=way == "label"
     )
     minutes = (time.perf_counter() - began) / 60
-    early, late = make_table(
+    early, late = make_training_set(
         store, scorer.interaction, new, rule=RULE, loss=scorer.loss
     ).split_late()
     shared, uniform = (
-        loss_of(scorer, late, known=False),
+        loss_of(scorer, late, {}),
         float(late.groups.mask.sum(-1).float().log().mean()),
     )
-    fit_heads(scorer, early, early.names())
-    own, right = loss_of(scorer, late, known=True), hits(scorer, late)
+    heads = fit_heads(scorer, early, early.names())
+    own, right = loss_of(scorer, late, heads), hits(scorer, late, heads)
     return {
         "way": way,
         "minutes": minutes,
@@ -177,17 +182,15 @@ def measure(
     }
 
 
-def loss_of(scorer: Scorer, late: Table, *, known: bool) -> float:
+def loss_of(scorer: Scorer, late: TrainingSet, heads: dict[str, Head]) -> float:
     assert late.groups.target is not None
-    scores = scorer.score(late.groups, late.users if known else [""] * len(late)).masked_fill(
-        ~late.groups.mask, -1e30
-    )
+    scores = scorer.score(late.groups, heads_for(late, heads)).masked_fill(~late.groups.mask, -1e30)
     return float(losses(scores, late.groups.target, late.groups.mask, scorer.loss).mean())
 
 
-def hits(scorer: Scorer, late: Table) -> float:
+def hits(scorer: Scorer, late: TrainingSet, heads: dict[str, Head]) -> float:
     assert late.groups.target is not None
-    pick = scorer.score(late.groups, late.users).argmax(-1)
+    pick = scorer.score(late.groups, heads_for(late, heads)).argmax(-1)
     return float((late.groups.target[torch.arange(len(late)), pick] > 0).float().mean())
 
 

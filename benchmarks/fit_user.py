@@ -41,9 +41,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.convex import fit_heads
-from hydra_llm.training.dataset import make_table
+from hydra_llm.training.dataset import make_training_set
 from hydra_llm.types import LabelledGroup
 
 KNOWN, HELD_OUT, TRAINING_GROUPS = 50, 25, 12
@@ -147,15 +148,14 @@ def pairs(groups: Groups) -> tuple[list[str], list[str], Tensor]:
 # ---- the ways
 
 
-def ours(case: Case, scorers: dict[str, Scorer], store: FeatureCache, user: str) -> None:
+def ours(case: Case, scorers: dict[str, Scorer], store: FeatureCache, user: str) -> dict[str, Head]:
+    """The user's head of each scorer."""
+    heads = {}
     for name, scorer in scorers.items():
-        scorer.enrol([user])
         groups = [renamed(group, user) for group in case.known[name]]
-        fit_heads(
-            scorer,
-            make_table(store, scorer.interaction, groups, rule=RULE, loss=scorer.loss),
-            [user],
-        )
+        data = make_training_set(store, scorer.interaction, groups, rule=RULE, loss=scorer.loss)
+        heads[name] = fit_heads(scorer, data, [user])[user]
+    return heads
 
 
 def renamed(group: LabelledGroup, user: str) -> LabelledGroup:
@@ -252,9 +252,11 @@ def timed(
         {"": lambda: ours(case, scorers, store, next(fresh))}, 10 * given.runs, warm_up=5
     )[""]
     for name, scorer in scorers.items():
-        table = make_table(store, scorer.interaction, case.known[name], rule=RULE, loss=scorer.loss)
+        table = make_training_set(
+            store, scorer.interaction, case.known[name], rule=RULE, loss=scorer.loss
+        )
         steps: dict[str, Callable[[], object]] = {
-            f"  {name}: look the features up": lambda n=name, s=scorer: make_table(
+            f"  {name}: look the features up": lambda n=name, s=scorer: make_training_set(
                 store, s.interaction, case.known[n], rule=RULE, loss=s.loss
             ),  # type: ignore[misc]
             f"  {name}: fit the head": lambda s=scorer, t=table: fit_heads(s, t, [case.name]),  # type: ignore[misc]
@@ -277,12 +279,12 @@ def judged(
     kept_rows: Read = lambda left, right: torch.from_numpy(store.pairs(left, right))  # noqa: E731
     found: dict[str, dict[str, list[float]]] = {}
     for one in cases:
-        ours(one, scorers, store, one.name)
+        heads = ours(one, scorers, store, one.name)
         for name, scorer in scorers.items():
             x, labels = kept(one.later[name], store)
             losses = {
-                "ours": our_loss(scorer, one.later[name], one.name, store),
-                "the shared head alone": our_loss(scorer, one.later[name], "", store),
+                "ours": our_loss(scorer, one.later[name], heads[name], store),
+                "the shared head alone": our_loss(scorer, one.later[name], None, store),
                 "the authors' way": float(
                     cross_entropy(
                         authors_way(one.known[name], kept_rows, x.shape[1], seed)(x), labels
@@ -303,10 +305,10 @@ def judged(
     }
 
 
-def our_loss(scorer: Scorer, groups: Groups, user: str, store: FeatureCache) -> float:
-    table = make_table(store, scorer.interaction, groups, rule=RULE, loss=scorer.loss)
+def our_loss(scorer: Scorer, groups: Groups, head: Head | None, store: FeatureCache) -> float:
+    table = make_training_set(store, scorer.interaction, groups, rule=RULE, loss=scorer.loss)
     assert table.groups.target is not None
-    scores, mask = scorer.score(table.groups, [user] * len(table)), table.groups.mask
+    scores, mask = scorer.score(table.groups, [head] * len(table)), table.groups.mask
     return float(binary_cross_entropy_with_logits(scores[mask], table.groups.target[mask]))
 
 

@@ -234,14 +234,13 @@ def prepare(given: Any, folder: Path) -> str:
 
 def head_alone(folder: Path, cache: Path) -> dict[str, float]:
     """Milliseconds of `heads_after` for a user whose window is full."""
-    from hydra_llm.training.online import WINDOW
-
     from hydra_llm.bundle import Bundle
     from hydra_llm.gateway.feedback import heads_after
+    from hydra_llm.model.scorer import FEEDBACK_WINDOW
     from hydra_llm.store.values import StoredFeedback
 
     bundle, dice, judged = Bundle.load(folder, cache=cache), random.Random(1), []
-    for place in range(WINDOW):
+    for place in range(FEEDBACK_WINDOW):
         rights = [words(LABELS[:3], 8, dice) for _ in range(8)]
         evidence = [[dice.random() for _ in bundle.featurizer.adapter_names] for _ in rights]
         group = {

@@ -33,7 +33,6 @@ encoder's window (256 tokens) nor max_prompt_tokens cuts them.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -59,6 +58,7 @@ from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import Head
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import KeepOrder, record_text
 from hydra_llm.tasks.base import Task
@@ -401,15 +401,14 @@ class Bench:
     def crowd(self, task: Task, users: int, histories: Sequence[Sequence[Record]]) -> Bundle:
         """The bundle with a head and a history for each of many users; the histories go round."""
         bundle, names = self.bundle(task), [f"user {i}" for i in range(users)]
-        reranker, adapter = copy.deepcopy(bundle.reranker), copy.deepcopy(bundle.adapter)
-        assert reranker is not None
-        assert adapter is not None
-        reranker.enrol(names)
-        adapter.enrol(names)
+        heads = {
+            name: dict.fromkeys(names, Head.of(scorer.head.empty()))
+            for name, scorer in bundle.scorers.items()
+        }
         records = {
             name: renamed(histories[i % len(histories)], name) for i, name in enumerate(names)
         }
-        return replace(bundle, reranker=reranker, adapter=adapter, records=records)
+        return replace(bundle, heads=heads, records=records)
 
     def unseen(self, bundle: Bundle) -> Bundle:
         """The bundle with a store that knows no text."""

@@ -33,13 +33,19 @@ from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.registry import open_llm
-from hydra_llm.model.heads import make_bank
+from hydra_llm.model.heads import make_head
 from hydra_llm.model.interactions import Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.api import blank_bundle
-from hydra_llm.training.convex import fit_all, fit_heads
-from hydra_llm.training.dataset import Table, folds, gain_spread, in_table_order, make_table
-from hydra_llm.training.labelling import copy_groups, reranker_groups, training_queries
+from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
+from hydra_llm.training.dataset import (
+    TrainingSet,
+    folds,
+    gain_spread,
+    in_set_order,
+    make_training_set,
+)
+from hydra_llm.training.labelling import reranker_groups, training_queries, weak_reranker_groups
 from hydra_llm.types import LabelledGroup
 
 
@@ -93,11 +99,13 @@ def labelled(
         for user in asked
         for q in training_queries(task, bundle.records[user], bundle.settings.queries_per_user)
     ]
-    truth = in_table_order(
-        run_sync(partial(reranker_groups, door, bundle.featurizer, queries)).groups()
+    truth = in_set_order(
+        run_sync(partial(reranker_groups, door, queries)).groups(bundle.featurizer)
     )
     copies = [
-        group for user in bundle.records for group in copy_groups(door, bundle.featurizer, user)
+        group
+        for user in bundle.records
+        for group in weak_reranker_groups(door, bundle.featurizer, user)
     ]
     worth = {(group.user, group.query): group.gains for group in copies}
     cases = [
@@ -131,10 +139,9 @@ def first_gains(
         scorer, tables = fitted(
             bundle, train, [early, [group for group in judged if group.user in part]]
         )
-        if len(tables[0]):
-            fit_heads(scorer, tables[0], part)
+        heads = fit_heads(scorer, tables[0], part) if len(tables[0]) else {}
         picks = (
-            scorer.core(tables[1].groups, scorer.rows(tables[1].users))
+            scorer.core(tables[1].groups, heads_for(tables[1], heads))
             .masked_fill(~tables[1].groups.mask, -torch.inf)
             .argmax(-1)
         )
@@ -147,23 +154,25 @@ def first_gains(
 @torch.no_grad()
 def fitted(
     bundle: Bundle, train: Sequence[LabelledGroup], others: Sequence[Sequence[LabelledGroup]]
-) -> tuple[Scorer, list[Table]]:
+) -> tuple[Scorer, list[TrainingSet]]:
     settings = bundle.settings
     interaction = Tower(bundle.store.encoder.width, settings.width)
     scorer = Scorer(
         interaction,
-        make_bank("linear", interaction, rank=settings.rank),
+        make_head("linear", interaction, rank=settings.rank),
         bundle.featurizer.reranker_names,
     )
     rule = settings.label_rule.replace("gold-positive", "above-mean")
     spread = gain_spread(train)
     tables = [
-        make_table(bundle.store, interaction, groups, rule=rule, loss="listwise", spread=spread)
+        make_training_set(
+            bundle.store, interaction, groups, rule=rule, loss="listwise", spread=spread
+        )
         for groups in (train, *others)
         if groups
     ]
     interaction.prepare(tables[0].groups)
-    fit_all(scorer, tables[0], seed=settings.training_seed)
+    fit_scorer(scorer, tables[0], seed=settings.training_seed)
     empty = tables[0].take([])
     made = iter(tables[1:])
     return scorer, [next(made) if groups else empty for groups in others]

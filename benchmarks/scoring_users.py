@@ -11,14 +11,16 @@ growth of the process.
 
 import argparse
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from measure import Limit, finish, in_turn, options, show, summary
 
-from hydra_llm.model.heads import HeadBank, KernelBank, make_bank
+from hydra_llm.model.heads import HeadMatrix, make_head
+from hydra_llm.model.heads.kernel import pack
 from hydra_llm.model.interactions import Cross, Groups
 from hydra_llm.model.scorer import Scorer
 
@@ -28,10 +30,11 @@ KINDS = {
     "linear": (100, 100_000),
     "lowrank": (100, 100_000),
     "kernel": (100, 100_000),
+    "bias": (100, 100_000),
     "mlp": (100, 1_000),
 }
 """Users in the small and in the large bank; 1,000 `mlp` heads are 2.4 GB."""
-NUMBERS = {"linear": 769, "lowrank": RANK, "kernel": PAIRS * (H + 1), "mlp": 592_130}
+NUMBERS = {"linear": 769, "lowrank": RANK, "kernel": 2 + PAIRS * (H + 1), "bias": 1, "mlp": 592_130}
 """Expected 32-bit numbers of one user (`kernel`: φ and one residual for each kept pair)."""
 
 
@@ -45,22 +48,21 @@ def main() -> None:
 
 def measure(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     sizes, grown = KINDS[kind], []
-    scorers: dict[int, Scorer] = {}
+    filled_ones: dict[int, tuple[Scorer, HeadMatrix]] = {}
     for users in sizes:
         before = resident()
-        scorers[users] = filled(kind, users)
+        filled_ones[users] = filled(kind, users)
         grown.append(resident() - before)
     jobs: dict[str, Callable[[], object]] = {
-        str(users): scoring(scorer, given.seed) for users, scorer in scorers.items()
+        str(users): scoring(*each, given.seed) for users, each in filled_ones.items()
     }
     times = {
         name: [value / CALLS for value in values]
         for name, values in in_turn(jobs, given.runs, warm_up=3).items()
     }
     small, large = (summary(times[str(users)]) for users in sizes)
-    weight = (tensor_bytes(scorers[sizes[1]].bank) - tensor_bytes(scorers[sizes[0]].bank)) / (
-        sizes[1] - sizes[0]
-    )
+    small_bytes, large_bytes = (number_bytes(filled_ones[users][1]) for users in sizes)
+    weight = (large_bytes - small_bytes) / (sizes[1] - sizes[0])
     return {
         "head": kind,
         "users": sizes,
@@ -73,23 +75,24 @@ def measure(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def filled(kind: str, users: int) -> Scorer:
-    """A scorer whose bank holds a head of random numbers for each user."""
+def filled(kind: str, users: int) -> tuple[Scorer, HeadMatrix]:
+    """A scorer, and a head of random numbers for each user."""
     interaction = Cross(H)
-    scorer = Scorer(interaction, make_bank(kind, interaction, rank=RANK), ())
-    scorer.enrol([f"user {i}" for i in range(users)])
-    if isinstance(scorer.bank, KernelBank):
-        for row in range(users):
-            scorer.bank.vectorize(row, torch.randn(PAIRS, H), torch.randn(PAIRS, 1))
-    else:
-        for table in scorer.bank.buffers():
-            if table.dim() and len(table) == users:
-                table.normal_()
-    return scorer.eval()
+    scorer = Scorer(interaction, make_head(kind, interaction, rank=RANK), ())
+    size = scorer.head.numbers_per_user
+    lengths = np.full(users, size or len(pack(torch.zeros(PAIRS, H), torch.zeros(PAIRS, 1))))
+    draw = np.random.default_rng(0)
+    numbers = draw.standard_normal(int(lengths.sum()), dtype=np.float32)
+    if size is None:  # what each head begins with
+        starts = np.cumsum(lengths) - lengths
+        numbers[starts], numbers[starts + 1] = H, 1
+    names = {f"user {i}": i for i in range(users)}
+    heads = HeadMatrix(names, numbers, np.cumsum(lengths), np.zeros((users, 2)))
+    return scorer.eval(), heads
 
 
-def scoring(scorer: Scorer, seed: int) -> Callable[[], object]:
-    lots, users = random.Random(seed), list(scorer.users)
+def scoring(scorer: Scorer, heads: HeadMatrix, seed: int) -> Callable[[], object]:
+    lots, users = random.Random(seed), list(heads)
     groups = Groups(
         torch.zeros(1, 0),
         torch.randn(1, CANDIDATES, H),
@@ -99,21 +102,13 @@ def scoring(scorer: Scorer, seed: int) -> Callable[[], object]:
 
     def run() -> None:
         for _ in range(CALLS):
-            scorer.score(groups, [lots.choice(users)])
+            scorer.score(groups, [heads[lots.choice(users)]])
 
     return run
 
 
-def tensor_bytes(bank: HeadBank) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(bank))
-
-
-def tensors_of(bank: HeadBank) -> Iterator[torch.Tensor]:
-    yield from bank.parameters()
-    yield from bank.buffers()
-    if isinstance(bank, KernelBank):
-        yield from bank.keys
-        yield from bank.residuals
+def number_bytes(heads: HeadMatrix) -> int:
+    return sum(len(head.numbers) * 4 for head in heads.values())
 
 
 def resident() -> int:

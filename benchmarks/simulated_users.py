@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet, Split
@@ -23,7 +21,7 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import CohortStats
 from hydra_llm.tasks.base import Task
-from hydra_llm.training import train_scorer as lesson
+from hydra_llm.training.train_scorer import LabelledData, train_scorer
 from hydra_llm.types import LabelledGroup, Record
 
 TOPICS = {
@@ -254,14 +252,10 @@ def learn_scorer(
     by_label: bool = False,
 ) -> tuple[Scorer, dict[str, Any]]:
     """A scorer from labelled groups in the very way of `hydra_llm.learn`, and its report."""
-    torch.manual_seed(settings.seed)
     bundle = Bundle(task, settings, {}, store, CohortStats())
-    scorer = lesson.learn_scorer(
-        bundle,
-        lesson.Lesson(name, lambda: list(groups), evidence, rule, by_label),
-        tune=settings.tune_encoder,
-    )
-    return scorer, bundle.report[name]
+    data = LabelledData(name, lambda _: list(groups), evidence, rule, by_label)
+    learned = train_scorer(bundle, data, tune=settings.tune_encoder)
+    return learned.scorers[name], learned.report[name]
 
 
 def open_data(folder: Path) -> DataSet:

@@ -22,7 +22,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from hydra_llm.training.newton import losses
 from measure import finish, options
 from torch import Tensor
 
@@ -32,20 +31,21 @@ from hydra_llm.config import load_settings
 from hydra_llm.datasets.native import load
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.registry import open_llm
-from hydra_llm.model.heads import make_bank
+from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Tower
+from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.select import select
 from hydra_llm.training.api import fit, learn
-from hydra_llm.training.convex import fit_all, fit_heads
-from hydra_llm.training.dataset import Table, gain_spread, in_table_order, make_table
+from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
+from hydra_llm.training.dataset import TrainingSet, gain_spread, in_set_order, make_training_set
 from hydra_llm.training.labelling import adapter_groups, training_queries
 from hydra_llm.types import Candidate, LabelledGroup
 
 Row = tuple[float, float]
 """Cross-entropy and gain of the pick of one group."""
 HEADS = ("shared head", "own head")
-BEFORE = {"hydra_llm.training.convex.TINY_TABLE": 0, "hydra_llm.training.dataset.FEW": 0}
+BEFORE = {"hydra_llm.training.convex.TINY_SET": 0, "hydra_llm.training.dataset.FEW_GROUPS": 0}
 
 
 def main() -> None:
@@ -98,8 +98,8 @@ def lessons(given: argparse.Namespace) -> tuple[Bundle, list[LabelledGroup]]:
         for q in training_queries(bundle.task, bundle.records[user], settings.queries_per_user)
     ]
     door = bundle.personalizer(llm, adapt=False)
-    return bundle, in_table_order(
-        run_sync(lambda: adapter_groups(door, bundle.featurizer, queries)).groups()
+    return bundle, in_set_order(
+        run_sync(lambda: adapter_groups(door, queries)).groups(bundle.featurizer)
     )
 
 
@@ -114,7 +114,7 @@ def judged(
     and without any scorer.
     """
     interaction = Tower(bundle.store.encoder.width, bundle.settings.width)
-    scorer = Scorer(interaction, make_bank("linear", interaction), bundle.featurizer.adapter_names)
+    scorer = Scorer(interaction, make_head("linear", interaction), bundle.featurizer.adapter_names)
     train, late = (
         table_of(bundle, scorer, groups, gain_spread(teaching)) for groups in (teaching, judging)
     )
@@ -122,27 +122,27 @@ def judged(
     with ExitStack() as stack:
         for name, value in constants.items():
             stack.enter_context(patch(name, value))
-        fit_all(scorer, train, seed=seed)
+        fit_scorer(scorer, train, seed=seed)
     told = {"equal shares": rows_of(bundle, late, torch.zeros_like(late.gains), judging)}
     told["first candidate"] = [
         (0.0, group.gains[0]) for group in judging if len(set(group.gains)) > 1
     ]
-    told["shared head"] = rows_of(bundle, late, calibrated(scorer, late, own=False), judging)
+    told["shared head"] = rows_of(bundle, late, calibrated(scorer, late, {}), judging)
     told["own head"] = []
-    for before, after in late.split_steps():
-        fit_heads(scorer, before, late.names())
+    for before, after in late.prequential_splits():
+        heads = fit_heads(scorer, before, late.names())
         places = {
             (user, int(place)) for user, place in zip(after.users, after.positions, strict=True)
         }
         own = [group for group in judging if (group.user, group.position) in places]
-        told["own head"] += rows_of(bundle, after, calibrated(scorer, after, own=True), own)
+        told["own head"] += rows_of(bundle, after, calibrated(scorer, after, heads), own)
     return told
 
 
 def table_of(
     bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], spread: float
-) -> Table:
-    return make_table(
+) -> TrainingSet:
+    return make_training_set(
         bundle.store,
         scorer.interaction,
         groups,
@@ -153,13 +153,12 @@ def table_of(
 
 
 @torch.no_grad()
-def calibrated(scorer: Scorer, table: Table, *, own: bool) -> Tensor:
-    rows = scorer.rows(table.users) if own else torch.full((len(table),), -1)
-    return scorer.scale * scorer.core(table.groups, rows)
+def calibrated(scorer: Scorer, table: TrainingSet, heads: dict[str, Head]) -> Tensor:
+    return scorer.scale * scorer.core(table.groups, heads_for(table, heads))
 
 
 def rows_of(
-    bundle: Bundle, table: Table, scores: Tensor, groups: Sequence[LabelledGroup]
+    bundle: Bundle, table: TrainingSet, scores: Tensor, groups: Sequence[LabelledGroup]
 ) -> list[Row]:
     """Of each group in which candidates differ in worth."""
     assert table.groups.target is not None
