@@ -11,11 +11,17 @@ from typing import get_args
 from zlib import crc32
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hydra_llm.errors import LLMRefused
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.model.heads import Head, HeadKind, HeadMatrix, HeadProblem, SGDConfig
+from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBilinear
+from hydra_llm.model.laplace import LaplacePosterior
+from hydra_llm.model.newton import losses
+from hydra_llm.plugins import HEADS
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, MetricSpec, Parsing, Task
 from hydra_llm.types import Candidate, Generation, Record
 
@@ -188,3 +194,142 @@ async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
     assert min(usage.prompt_tokens, usage.completion_tokens) >= 0, "tokens are negative"
     assert usage.seconds >= 0, "seconds are negative"
     return made
+
+
+# ---- kinds of a user's head
+
+
+def check_head(kind: type[HeadKind] | str) -> None:
+    """Check the contract of a kind of head (`model.heads.HeadKind`), on features of pairs and,
+    where it goes with them, of labels. `kind` may be a registered name.
+    """
+    made: type[HeadKind] = HEADS.load(kind) if isinstance(kind, str) else kind
+    interactions = [Cross(6), *([LabelBilinear(6, 4, 3)] if made.on_labels else [])]
+    for interaction in interactions:
+        problem = _head_problem(interaction)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            head = made.create(interaction, 2)
+            if head.convex:
+                head.set_shared(torch.randn(interaction.size), torch.tensor(0.3))
+        head.learn_shared([problem])
+        _check_shared(head, problem)
+        _check_fit(head, problem)
+        _check_bytes(head, problem)
+        _check_gradients(head, problem)
+        _check_update(head, problem)
+
+
+def _head_problem(interaction: Interaction) -> HeadProblem:
+    """Three users with five labelled groups of four candidates each; the last user has one."""
+    draw = torch.Generator().manual_seed(1)
+    left, right = torch.randn(15, 6, generator=draw), torch.randn(15, 4, 6, generator=draw)
+    none, every = torch.zeros(15, 4, 0), torch.ones(15, 4, dtype=torch.bool)
+    groups = Groups(left, None if interaction.by_label else right, none, every)
+    interaction.prepare(groups)
+    x = interaction(groups).detach().unflatten(0, (3, 5))
+    mask = torch.ones(3, 5, 4, dtype=torch.bool)
+    mask[2, 1:] = False
+    target = torch.nn.functional.one_hot(torch.randint(4, (3, 5), generator=draw), 4) * mask
+    config = SGDConfig(epochs=3)
+    users = ("ann", "bob", "cid")
+    zero = torch.zeros(3, 5, 4)
+    return HeadProblem(users, interaction, x, zero, target.float(), mask, "listwise", sgd=config)
+
+
+def _score(head: HeadKind, problem: HeadProblem, heads: Sequence[Head | None]) -> torch.Tensor:
+    """[G, C] of the first user's groups."""
+    return head.score(problem.interaction, problem.x[0], heads).detach()
+
+
+def _check_shared(head: HeadKind, problem: HeadProblem) -> None:
+    shared = head.shared_score(problem.interaction, problem.x[0]).detach()
+    assert shared.shape == problem.offset[0].shape, "scores have another shape than [G, C]"
+    empty = Head.of(head.empty())
+    for each in (None, empty):
+        assert torch.allclose(_score(head, problem, [each] * 5), shared, atol=1e-5), (
+            "an empty history does not give exactly the shared score"
+        )
+
+
+def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    together = [Head.of(numbers) for numbers in head.fit(problem)]
+    assert len(together) == len(problem.users), "not every user is fitted"
+    assert any(own.numbers.any() for own in together), "a fit learns nothing"
+    for u, own in enumerate(together):
+        (alone,) = head.fit(problem.user(u))
+        assert np.allclose(alone, own.numbers, atol=1e-3), "a head depends on who else is fitted"
+    for g, score in enumerate(_score(head, problem, [together[g % 3] for g in range(5)])):
+        one = head.score(problem.interaction, problem.x[0, g : g + 1], [together[g % 3]])
+        assert torch.allclose(one[0].detach(), score, atol=1e-5), "a batch differs from one by one"
+    after = head.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items()), (
+        "fitting or scoring changes what all users share"
+    )
+    shared = head.shared_score(problem.interaction, problem.x[0]).detach()
+    assert torch.allclose(_score(head, problem, [None] * 5), shared, atol=1e-5), (
+        "something of a fitted user stays in the shared head"
+    )
+
+
+def _check_bytes(head: HeadKind, problem: HeadProblem) -> None:
+    numbers = head.fit(problem)
+    own = [Head.of(each) for each in numbers]
+    before = _score(head, problem, [own[0]] * 5)
+    again = HeadMatrix.of(dict(zip(problem.users, own, strict=True)))
+    assert torch.equal(_score(head, problem, [again[problem.users[0]]] * 5), before), (
+        "a head is another one after it was kept"
+    )
+    for each in numbers:
+        each[...] = 7
+    assert torch.equal(_score(head, problem, [own[0]] * 5), before), "a head shares memory"
+    size = head.numbers_per_user
+    for u, kept in enumerate(own):
+        largest = size or (int(problem.mask[u].sum()) + 1) * (problem.interaction.size + 4)
+        assert size in (None, len(kept.numbers)), "numbers_per_user is not true"
+        assert len(kept.numbers) <= largest, "a head outgrows its history"
+    assert len(head.empty()) == (size or 0), "an empty head has another size"
+
+
+def _check_gradients(head: HeadKind, problem: HeadProblem) -> None:
+    """Trained jointly, a small step against the gradient lowers the loss."""
+    if not head.joint_numbers:
+        return
+    numbers = torch.zeros(5, head.joint_numbers, requires_grad=True)
+
+    def loss(own: torch.Tensor) -> torch.Tensor:
+        scores = head.score_numbers(problem.interaction, problem.x[0], own)
+        return losses(scores, problem.target[0], problem.mask[0], problem.loss).sum()
+
+    (gradient,) = torch.autograd.grad(loss(numbers), numbers)
+    draw = torch.Generator().manual_seed(2)
+    step = 1e-2 * torch.randn(numbers.shape, generator=draw)
+    with torch.no_grad():
+        found = float(loss(numbers + step) - loss(numbers - step)) / 2
+        expected = float((gradient * step).sum())
+    assert abs(found - expected) <= 1e-3 + 0.02 * abs(expected), (
+        "the gradient of the loss is not that of finite differences"
+    )
+
+
+def _check_update(head: HeadKind, problem: HeadProblem) -> None:
+    """Feedback on the groups that a fit would see is that fit, and changes no argument."""
+    if not head.updates_online:
+        return
+    own = problem.user(0)
+    share = torch.full_like(own.target[0], 0.25)
+    factors = head.fisher(own.interaction, own.x[0], share, False)
+    assert factors is not None, "a head that is updated by feedback needs a posterior"
+    posterior = LaplacePosterior.of(*factors)
+    fitted = Head.of(head.empty(), 0, 5.0)
+    updated = head.online_update(own, posterior, fitted)
+    (expected,) = head.fit(own)
+    assert np.allclose(updated.numbers, expected, atol=5e-3), "feedback is not a fit"
+    assert (updated.records, updated.until) == (0, 5.0), "feedback is no record"
+    assert not fitted.numbers.any(), "feedback changes its argument"
+    spread = head.covariance(own.interaction, own.x[0, :1], posterior, torch.tensor(1.0), 0)
+    assert spread is not None, "a posterior without a covariance"
+    spread = spread.detach()
+    assert torch.allclose(spread, spread.T, atol=1e-5), "the covariance is not symmetric"
+    assert float(spread.diagonal().min()) >= -1e-6, "a variance is negative"

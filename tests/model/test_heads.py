@@ -22,6 +22,7 @@ from hydra_llm.model.heads import (
     usable_head,
 )
 from hydra_llm.model.heads.kernel import KernelHead, pack
+from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import (
     Cross,
     Groups,
@@ -33,6 +34,7 @@ from hydra_llm.model.interactions import (
 )
 from hydra_llm.model.newton import losses
 from hydra_llm.plugins import HEADS
+from hydra_llm.testing import check_head
 from hydra_llm.types import Query, Record
 
 KINDS = tuple(HEADS.builtin)
@@ -265,6 +267,34 @@ def test_a_head_is_a_copy_that_nobody_can_change() -> None:
     with pytest.raises(ValueError, match="read-only"):
         head.numbers[0] = 2
     assert (head.records, head.until) == (2, 5.0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_built_in_kinds_keep_the_contract(name: str) -> None:
+    check_head(name)
+
+
+class Leaky(LinearHead):
+    """Keeps what it has fitted in the shared head."""
+
+    def fit(self, problem: HeadProblem) -> list[np.ndarray]:
+        found = super().fit(problem)
+        self.set_shared(torch.tensor(found[0][:-1]), torch.zeros(()))
+        return found
+
+
+class Lying(LinearHead):
+    """Has fewer numbers than it says."""
+
+    def fit(self, problem: HeadProblem) -> list[np.ndarray]:
+        return [numbers[:-1] for numbers in super().fit(problem)]
+
+
+def test_a_kind_that_breaks_the_contract_is_found_out() -> None:
+    with pytest.raises(AssertionError):
+        check_head(Leaky)
+    with pytest.raises((AssertionError, ValueError)):
+        check_head(Lying)
 
 
 # ---- the head of one number
