@@ -7,6 +7,8 @@ compares this one number, and a writer that has read another one is refused. Tim
 1970 (UTC).
 """
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -43,6 +45,10 @@ and comes again has no version of before.
 """
 
 
+def _required(**kinds: Any) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=False) for name, kind in kinds.items()]
+
+
 def _user() -> Column[int]:
     return Column("user", Key, ForeignKey("users.key", ondelete="CASCADE"), nullable=False)
 
@@ -52,8 +58,7 @@ users = Table(
     metadata,
     Column("key", Key, primary_key=True, autoincrement=True),
     Column("name", Text, nullable=False, unique=True),
-    Column("version", BigInteger, nullable=False),
-    Column("created", Double, nullable=False),
+    *_required(version=BigInteger, created=Double),
     sqlite_autoincrement=True,  # a key is never reused
 )
 
@@ -61,11 +66,7 @@ records = Table(
     "records",
     metadata,
     _user(),
-    Column("id", Text, nullable=False),
-    Column("position", BigInteger, nullable=False),
-    Column("input", Text, nullable=False),
-    Column("output", Text, nullable=False),
-    Column("time", Text, nullable=False),
+    *_required(id=Text, position=BigInteger, input=Text, output=Text, time=Text),
     Index("ix_records_user_id", "user", "id", unique=True),
     Index("ix_records_user_position", "user", "position", unique=True),
 )
@@ -74,12 +75,9 @@ heads = Table(
     "heads",
     metadata,
     _user(),
-    Column("bundle", String(64), nullable=False),
-    Column("scorer", String(16), nullable=False),
-    Column("known", BigInteger, nullable=False),
+    *_required(bundle=String(64), scorer=String(16), known=BigInteger, delta=LargeBinary),
     Column("until", Double, nullable=True),
-    Column("delta", LargeBinary, nullable=False),
-    Column("updated", Double, nullable=False),
+    *_required(updated=Double),
     Index("ix_heads_user_bundle", "user", "bundle", "scorer", unique=True),
 )
 """`until` is NULL where the time is unknown (heads from before version 0003) or is none."""
@@ -89,10 +87,7 @@ requests = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     _user(),
-    Column("created", Double, nullable=False),
-    Column("bundle", String(64), nullable=False),
-    Column("question", Text, nullable=False),
-    Column("content", JSON, nullable=False),
+    *_required(created=Double, bundle=String(64), question=Text, content=JSON),
     Index("ix_requests_user", "user"),
     Index("ix_requests_created", "created"),
 )
@@ -102,9 +97,7 @@ feedback = Table(
     metadata,
     Column("request", String(64), primary_key=True),
     _user(),
-    Column("created", Double, nullable=False),
-    Column("folded", Boolean, nullable=False),
-    Column("content", JSON, nullable=False),
+    *_required(created=Double, folded=Boolean, content=JSON),
     Index("ix_feedback_user", "user"),
 )
 """`folded`: a head that was fitted since has learned it."""
@@ -114,10 +107,9 @@ keys = Table(
     metadata,
     Column("id", String(16), primary_key=True),
     Column("hash", String(64), nullable=False, unique=True),
-    Column("label", Text, nullable=False),
-    Column("admin", Boolean, nullable=False),
+    *_required(label=Text, admin=Boolean),
     Column("bound", Boolean, nullable=False, server_default=false()),
-    Column("created", Double, nullable=False),
+    *_required(created=Double),
     Column("revoked", Double, nullable=True),
 )
 """`bound`: made for one user, so that a request need not name any. A key made for several stays
@@ -128,7 +120,7 @@ key_users = Table(
     "key_users",
     metadata,
     Column("key", String(16), ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
-    Column("name", Text, nullable=False),
+    *_required(name=Text),
     Index("ix_key_users_key_name", "key", "name", unique=True),
     Index("ix_key_users_name", "name"),
 )
@@ -138,22 +130,14 @@ jobs = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     _user(),
-    Column("kind", String(16), nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("done", BigInteger, nullable=False),
-    Column("total", BigInteger, nullable=False),
-    Column("error", Text, nullable=False),
-    Column("created", Double, nullable=False),
-    Column("updated", Double, nullable=False),
+    *_required(kind=String(16), state=String(16), done=BigInteger, total=BigInteger, error=Text),
+    *_required(created=Double, updated=Double),
     Index("ix_jobs_user", "user"),
     Index("ix_jobs_state", "state"),
 )
 
 serving = Table(
-    "serving",
-    metadata,
-    Column("name", String(16), primary_key=True),
-    Column("value", Text, nullable=False),
+    "serving", metadata, Column("name", String(16), primary_key=True), *_required(value=Text)
 )
 """What all servers of this store share, such as the bundle in use."""
 

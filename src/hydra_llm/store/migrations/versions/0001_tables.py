@@ -44,6 +44,12 @@ def upgrade() -> None:
     _create_of_users("jobs", "id", id=NAME, kind=SHORT, state=SHORT, **progress, **times)
     op.create_index("ix_jobs_user", "jobs", ["user"])
     op.create_index("ix_jobs_state", "jobs", ["state"])
+    _create_keys()
+    served = sa.PrimaryKeyConstraint("name", name="pk_serving")
+    op.create_table("serving", *_required(name=SHORT, value=TEXT), served)
+
+
+def _create_keys() -> None:
     op.create_table(
         "keys",
         *_required(id=SHORT, hash=NAME, label=TEXT, admin=sa.Boolean(), created=TIME),
@@ -58,8 +64,6 @@ def upgrade() -> None:
     )
     op.create_index("ix_key_users_key_name", "key_users", ["key", "name"], unique=True)
     op.create_index("ix_key_users_name", "key_users", ["name"])
-    served = sa.PrimaryKeyConstraint("name", name="pk_serving")
-    op.create_table("serving", *_required(name=SHORT, value=TEXT), served)
 
 
 def _required(**kinds: Any) -> list[sa.Column[Any]]:
