@@ -5,7 +5,7 @@ no LLM and no scorer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hydra_llm.model.heads.base import Head, usable_head
@@ -17,7 +17,7 @@ Vectorize = Callable[[Sequence[Record]], HistoryVectors]
 
 @dataclass(frozen=True)
 class Context:
-    """One question of one user. A copy (`dataclasses.replace`) carries no vectors: for keeping."""
+    """One question of one user."""
 
     query: Query
     visible: tuple[Record, ...] = ()
@@ -42,6 +42,10 @@ class Context:
         usable = {name: head for name, (head, _) in judged.items() if head is not None}
         notes = tuple(f"{name}: {reason}" for name, (_, reason) in judged.items() if reason)
         return cls(query, tuple(visible), usable, notes, vectorize)
+
+    def at_rest(self) -> "Context":
+        """A copy without vectors, for keeping while others are answered."""
+        return replace(self)
 
     @cached_property
     def vectors(self) -> HistoryVectors:

@@ -23,9 +23,9 @@ from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.model.heads.base import Head
 from hydra_llm.prompt import Prompt, render
-from hydra_llm.rerank import KeepOrder, Reranker
+from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import Retriever
-from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels
+from hydra_llm.select import FirstCandidate, LearnedSelector, Selection, Selector, all_labels
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import repair, text_fault
 from hydra_llm.types import (
@@ -96,17 +96,26 @@ class Pipeline:
         self,
         query: Query,
         records: Sequence[Ranked],
+        *,
         conversation: Sequence[Mapping[str, Any]] | None = None,
+        window: int | None = None,
     ) -> Prompt:
-        """What the LLM is asked when it sees these records, as `prompt.render` says."""
+        """What the LLM is asked when it sees these records.
+
+        Args:
+            conversation: the caller's messages, which end with the question (see `prompt.render`).
+            window: tokens that the LLM can take, where that is known to be less than the settings
+                say. The library instead asks, and again with less where the LLM refuses.
+        """
         style: str = self.settings.prompt_style
+        limit = self.settings.max_prompt_tokens
         if style == "auto":
             style = self.task.strategy.prompt_style
         return render(
             self.task,
             query,
             records,
-            max_tokens=self.settings.max_prompt_tokens,
+            max_tokens=min(limit, window or limit),
             style=style,
             profile=self.profile,
             conversation=conversation,
@@ -161,6 +170,20 @@ class Pipeline:
     def select(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         """The candidates with their scores, and the pick; makes no LLM call."""
         return self.selector.choose(context, candidates)
+
+    def record_pairs(self, context: Context, retrieved: Sequence[Ranked]) -> list[tuple[str, str]]:
+        """What `rerank` will have encoded as pairs, to do so for many questions at once."""
+        if isinstance(self.reranker, LearnedReranker):
+            return self.reranker.pairs(context, retrieved)
+        return []
+
+    def candidate_pairs(
+        self, context: Context, candidates: Sequence[Candidate]
+    ) -> list[tuple[str, str]]:
+        """What `select` will have encoded as pairs."""
+        if isinstance(self.selector, LearnedSelector):
+            return self.selector.pairs(context, candidates)
+        return []
 
     @property
     def _greedy_calls(self) -> int:

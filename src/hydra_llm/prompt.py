@@ -48,6 +48,10 @@ class Prompt:
     again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
     """Builds it again with other `max_tokens`."""
 
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(each.record if isinstance(each, Ranked) else each for each in self.kept)
+
     def shorter(self, share: float) -> "Prompt | None":
         """The same question in `share` of its length; None where the instruction has no room."""
         room = int(self.tokens * share)

@@ -50,6 +50,11 @@ class LearnedReranker:
         ]
         return sorted(scored, key=lambda item: (-(item.usefulness or 0.0), item.rank))
 
+    def pairs(self, context: Context, retrieved: Sequence[Ranked]) -> list[tuple[str, str]]:
+        """What a cross-encoder will read; none where texts are encoded one by one."""
+        cross = self.scorer.interaction.kind == "cross"
+        return [(context.query.input, text) for text in self.texts(retrieved)] if cross else []
+
     def texts(self, retrieved: Sequence[Ranked]) -> list[str]:
         """What the scorer reads of each record."""
         return [record_text(item.record, with_answer=self.with_answer) for item in retrieved]

@@ -104,6 +104,12 @@ class LearnedSelector:
         by_label = self.scorer.interaction.by_label
         return all_labels(self.task, readable) if by_label else readable
 
+    def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+        """What a cross-encoder will read; none where texts are encoded one by one."""
+        cross = self.scorer.interaction.kind == "cross"
+        readable = [candidate for candidate in candidates if cross and candidate.answer is not None]
+        return [(context.query.input, candidate_text(self.task, each)) for each in readable]
+
     def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:
         """The offered candidates as the scorer reads them."""
         if not self.votes and self.task.labels:

@@ -244,7 +244,7 @@ async def running(
         llm=RuleLLM(anything),
         on_loopback=on_loopback,
     )
-    serving = app.state.gateway.serving
+    serving = app.state.gateway.deployment
     if warm and serving.bundle is not None:
         serving.bundle.store.texts(
             [text for user in store.users() for text in texts_of(store.records(user)[1])]

@@ -70,10 +70,10 @@ async def test_a_request_under_way_brings_nothing_back(
     bob = [Record("bob", "b0", "storm number 1 of the sea", "loud 1")]
     store.add_records("bob", bob)
     async with running(store, bundles["titles"], candidates=2) as world:
-        features = world.app.state.gateway.serving.bundle.store
+        features = world.app.state.gateway.deployment.bundle.store
         of_bob = set(features._passing)
         await send(world, storms(6))
-        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
         reached, deleted, complete = asyncio.Event(), asyncio.Event(), world.upstream.complete
 
         async def late(body: Mapping[str, Any]) -> Any:
@@ -106,7 +106,7 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
 ) -> None:
     records = storms(6)
     async with running(store, bundles["titles"], warm=False, candidates=2) as world:
-        serving = world.app.state.gateway.serving
+        serving = world.app.state.gateway.deployment
         async with busy(serving.together, monkeypatch):
             await send(world, records)
             await async_until(lambda: bool(serving.together._later))
@@ -116,7 +116,7 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
                 assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
             else:
                 await send(world, [Record("ada", "r0", "a calm at last", "calm")])
-        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
         await serving.together.run(lambda: None)
         gone = texts_of(records if how == "the user" else records[:1])
         assert serving.bundle.store.missing(gone) == len(gone)
@@ -133,7 +133,7 @@ async def test_another_server_writes_no_features_of_a_user_who_is_deleted_here(
         running(store, bundles["titles"]) as world,
         running(other, bundles["titles"], warm=False) as second,
     ):
-        serving = second.app.state.gateway.serving
+        serving = second.app.state.gateway.deployment
         async with busy(serving.together, monkeypatch):
             await send(second, storms(6))
             await async_until(lambda: bool(serving.together._later))
@@ -149,7 +149,7 @@ async def test_what_changes_amid_the_warming_is_warmed_too(
     async with running(store, bundles["titles"], warm=False) as world:
         for place in range(0, 12, 2):
             await send(world, storms(12)[place : place + 2])
-        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
         assert kept(tmp_path) == len(set(texts_of(storms(12))))
 
 
@@ -158,7 +158,7 @@ async def test_a_deletion_tells_how_many_features_have_gone(
 ) -> None:
     async with running(store, bundles["titles"], warm=False) as world:
         await send(world, storms(6))
-        await async_until(lambda: world.app.state.gateway.serving.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
         count = kept(tmp_path)
         assert count == 18
         assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == count

@@ -54,7 +54,7 @@ async def test_a_request_that_an_earlier_version_kept_still_takes_feedback(
             {"said": text, "text": text, "answer": text, "votes": 1, "greedy": False, "score": 0.0}
             for text in ("calm", "loud")
         ]
-        bundle = world.app.state.gateway.serving.id
+        bundle = world.app.state.gateway.deployment.id
         store.add_request(
             Request(
                 "req_old", "ada", time.time(), bundle, QUESTION, {"candidates": kept, "visible": 3}

@@ -116,10 +116,11 @@ async def test_the_callers_messages_and_unknown_fields_arrive_as_they_are(store:
         answer = await world.http.post("/v1/chat/completions", json=body)
         assert answer.headers["x-hydra-personalized"] == "true"
         asked = world.upstream.bodies[-1]
-        assert [m for m in asked["messages"] if m in messages] == messages
-        (block,) = [m for m in asked["messages"] if m not in messages]
-        assert block["role"] == "system"
-        assert asked["messages"].index(block) == 1
+        *before, last = asked["messages"]
+        assert before == messages[:-1]
+        assert last == {**messages[-1], "content": last["content"]}
+        assert last["content"].startswith("Here is what this person wrote for earlier texts.")
+        assert last["content"].endswith(f"\n{QUESTION}")
         assert (asked["top_p"], asked["made_up"]) == (0.3, {"a": [1]})
         with_tools = await world.http.post(
             "/v1/chat/completions", json={**body, "tools": [{"type": "function"}]}
@@ -257,7 +258,7 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
     for user in askers:
         store.add_records(user, records_of(user))
     async with running(store, tmp_path / "cross", candidates=3) as world:
-        serving = world.app.state.gateway.serving
+        serving = world.app.state.gateway.deployment
         alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
         serving.bundle.store.forget([QUESTION])  # all pairs are with it
         batches: list[int] = []
@@ -365,7 +366,7 @@ async def test_feedback_moves_the_head_once_in_any_order(
                 "/v1/feedback", json={"request_id": ids[0], "chosen": 0}
             )
             assert differs.status_code == 409
-            bundle = world.app.state.gateway.serving.id
+            bundle = world.app.state.gateway.deployment.id
             heads.append(place.heads("ada", bundle)["adapter"].delta)
             outputs = [record.output for record in place.records("ada")[1]]
             assert "calm at last" in outputs
@@ -402,7 +403,7 @@ async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str
     """A rejected answer becomes no record: the fitted head alone would have forgotten it."""
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["titles"], candidates=3) as world:
-        bundle = world.app.state.gateway.serving.id
+        bundle = world.app.state.gateway.deployment.id
         for said in ({"rejected": True}, {"rating": 0.1}, {"edited": "calm"}):
             id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
             assert (await world.http.post("/v1/feedback", json={"request_id": id, **said})).json()[
@@ -452,7 +453,7 @@ async def test_whatever_fails_the_caller_gets_an_answer(
         raise RuntimeError("a bug with ada's texts")
 
     async with running(store, bundles["tags"], candidates=3) as world:
-        serving = world.app.state.gateway.serving
+        serving = world.app.state.gateway.deployment
         fault = UpstreamError(500, "down")
         world.upstream.faults = [fault]  # the first candidate fails, the samples come
         assert (await world.ask(QUESTION)).status_code == 200
@@ -813,7 +814,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
     records = [Record("ada", f"r{i}", f"storm number {i} of the sea", "calm") for i in range(60)]
     async with running(store, bundles["tags"], warm=False, candidates=2) as world:
-        serving = world.app.state.gateway.serving
+        serving = world.app.state.gateway.deployment
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
         await world.http.post("/v1/users/ada/records", json={"records": sent})
         await world.ask(QUESTION)
@@ -1104,7 +1105,7 @@ async def test_another_servers_write_is_seen_at_the_next_request(
             == len(first) + 6
         )
         await fitted(second, "ada")
-        serving = world.app.state.gateway.serving
+        serving = world.app.state.gateway.deployment
         await world.ask(QUESTION)
         assert "adapter" in serving.people.at_hand("ada", either.state("ada").version).heads
     other.close()
@@ -1188,7 +1189,7 @@ async def test_a_deleted_user_leaves_no_features_whatever_was_done(
 ) -> None:
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
     async with running(store, bundles["titles"], candidates=3) as world:
-        serving = world.app.state.gateway.serving
+        serving = world.app.state.gateway.deployment
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of("ada")]
         await world.http.post("/v1/users/ada/records", json={"records": sent})
         await world.http.post(
@@ -1217,7 +1218,7 @@ async def test_a_replaced_record_takes_its_heads_with_it(
     either.add_records("ada", records_of("ada"))
     async with running(either, bundles["tags"]) as world:
         await fitted(world, "ada")
-        bundle = world.app.state.gateway.serving.id
+        bundle = world.app.state.gateway.deployment.id
         assert either.heads("ada", bundle)
         assert (
             await world.http.post(
@@ -1237,7 +1238,7 @@ async def test_what_comes_after_a_switch_of_bundles_still_gets_an_answer(
         plain = world.upstream.complete
 
         async def slow(body: Any) -> Any:
-            gateway.serving.close()  # as when the old scorers' time is up
+            gateway.deployment.close()  # as when the old scorers' time is up
             return await plain(body)
 
         world.upstream.complete = slow  # type: ignore[method-assign]
@@ -1258,7 +1259,7 @@ async def test_a_user_deleted_while_old_scorers_answer_costs_no_answer(
 
         async def slow(body: Any) -> Any:
             store.delete_user("ada")
-            gateway.serving.close()
+            gateway.deployment.close()
             return await plain(body)
 
         world.upstream.complete = slow  # type: ignore[method-assign]

@@ -78,9 +78,9 @@ def test_the_settings_file_counts_for_the_llm_and_the_bundle(
         monkeypatch, "--store", f"sqlite:///{tmp_path / 's.db'}", "--config", str(file), *bundle
     ).app.state
     assert state.gateway.settings.k == 3
-    assert state.gateway.serving.settings.cache == tmp_path / "there"
+    assert state.gateway.deployment.settings.cache == tmp_path / "there"
     if name:
-        assert state.gateway.serving.bundle.store.path == tmp_path / "there" / "features.sqlite"
+        assert state.gateway.deployment.bundle.store.path == tmp_path / "there" / "features.sqlite"
     client = state.worker._llm._client
     assert (client.timeout, client.max_retries) == (7, 1)
 

@@ -76,9 +76,9 @@ def make_app(
     serving = open_deployment(
         store, reads, folder_of(wanted) if wanted else bundle, settings, here or load_settings()
     )
-    gateway = Gateway(store, reads, upstream, settings, serving, observer, store.salt())
-    gateway.wanted = wanted
-    worker = Worker(store, lambda: gateway.serving, llm)
+    gateway = Gateway(store, reads, upstream, settings, serving, observer)
+    gateway.active_bundle = wanted
+    worker = Worker(store, lambda: gateway.deployment, llm)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -88,7 +88,7 @@ def make_app(
         for task in tasks:
             task.cancel()
         await anyio.to_thread.run_sync(worker.close)
-        await anyio.to_thread.run_sync(gateway.serving.close)
+        await anyio.to_thread.run_sync(gateway.deployment.close)
         await upstream.aclose()
 
     # Its /docs loads nothing from elsewhere.
@@ -353,24 +353,24 @@ async def _watch(gateway: Gateway) -> None:
         await asyncio.sleep(WATCH_SECONDS)
         try:
             wanted = await gateway.reads.read(gateway.store.bundle)
-            if wanted is not None and wanted != gateway.wanted:
+            if wanted is not None and wanted != gateway.active_bundle:
                 opened = partial(
                     open_deployment,
                     gateway.store,
                     gateway.reads,
                     folder_of(wanted),
                     gateway.settings,
-                    gateway.serving.settings,
+                    gateway.deployment.settings,
                 )
                 new = await anyio.to_thread.run_sync(opened)
-                old, gateway.serving, gateway.wanted = gateway.serving, new, wanted
+                old, gateway.deployment, gateway.active_bundle = gateway.deployment, new, wanted
                 log.info("bundle %s is in use", new.id[:12])
                 asyncio.get_running_loop().call_later(
                     gateway.settings.deadline + gateway.settings.upstream_timeout,
                     threading.Thread(target=old.close).start,
                 )
         except Exception as error:  # tried again: its files may still be under way
-            gateway.observer.failed("bundle", error)
+            gateway.telemetry.failed("bundle", error)
 
 
 async def _prune(gateway: Gateway) -> None:

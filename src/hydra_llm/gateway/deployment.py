@@ -1,4 +1,4 @@
-"""What answers are made with: a bundle's parts, or BM25 alone where there is no bundle. Replaced as
+"""What requests are answered with: a bundle's pipeline, or BM25 alone without a bundle. Replaced as
 a whole when the bundle changes.
 """
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -23,7 +24,9 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
 
 ANY_TASK = Task("chat", "generation", "{input}")
-"""What is answered where no bundle says more."""
+"""What is answered without a bundle."""
+WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_tokens": 4096}
+"""Of a conversation's answer every line counts, and conversations are longer than tasks."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Deployment:
     scorers: Mapping[str, Scorer]
     bundle: Bundle | None = None
     warming: Prefetcher | None = None
-    """Where scoring needs a user's records encoded."""
+    """Where scoring needs a user's history encoded."""
 
     @property
     def task(self) -> Task:
@@ -51,7 +54,7 @@ class Deployment:
         return self.pipeline.settings
 
     @property
-    def picks(self) -> bool:
+    def selects(self) -> bool:
         """Whether there is an adapter, so that several candidates are worth asking for."""
         return "adapter" in self.scorers
 
@@ -62,28 +65,20 @@ class Deployment:
         return [record for record in records if self.task.is_answer(record.output)]
 
     def forget(self, user: str) -> None:
-        """Let go of all that is in memory of a user; of other users' indexes too, which nobody can
-        tell from this one's.
-        """
+        """Drop a user from memory; and every index, as none says whose it is."""
         self.people.drop(user)
         if isinstance(self.pipeline.retriever, Forgetful):
             self.pipeline.retriever.forget()
 
     def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
-        """Forget the features of texts that nobody (but that one) has; those that others have stay,
-        and their answers with them.
-
-        Returns how many there were.
+        """Delete the features of texts that nobody (but that one user) has; returns how many.
 
         Raises:
             UserFault: they cannot be deleted.
         """
         held = store.texts_in_use(texts, except_user=but)
-        forget = (
-            self.bundle.store.forget
-            if self.bundle
-            else partial(forget_features, self.settings.cache / "features.sqlite")
-        )
+        cache = self.settings.cache / "features.sqlite"
+        forget = self.bundle.store.forget if self.bundle else partial(forget_features, cache)
         return forget([text for text in texts if text not in held])
 
     def close(self) -> None:
@@ -92,7 +87,7 @@ class Deployment:
 
 
 def named(folder: Path, weights: str) -> str:
-    """How the store names a bundle: another one in the same folder is another one."""
+    """How the store names a bundle: another one in the same folder has another name."""
     return f"{weights[:16]}:{folder}"
 
 
@@ -108,53 +103,55 @@ def open_deployment(
     settings: ServeSettings,
     here: Settings,
 ) -> Deployment:
-    """Load a bundle and put it to work on a store's users. `here` tells what a bundle does not
-    carry: the folder of features, say.
+    """Load a bundle and serve a store's users with it. `here` has the settings that a bundle does
+    not carry, such as the folder of features.
 
     Raises:
         BundleError: it is not there, damaged, or newer.
     """
-    asked = {
-        name: wanted
-        for name in ("retrieved", "k")
-        if (wanted := getattr(settings, name)) is not None
-    }
     if folder is None:
-        plain, people = (
-            here.model_copy(update={"parsing": "strict", **asked}),
+        plain = here.model_copy(update=WITHOUT_BUNDLE | _overrides(settings))
+        pipeline, users = (
+            Pipeline(ANY_TASK, make_retriever("bm25"), plain),
             UserCache(store, None, settings.users_in_memory),
         )
-        pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), plain)
-        return Deployment(
-            None, "", pipeline, people, MicroBatcher(None, settings.scoring_queue), {}
-        )
+        batcher = MicroBatcher(None, settings.scoring_queue)
+        return Deployment(None, "", pipeline, users, batcher, {})
     loaded = Bundle.load(folder, here=here)
-    own = {"abstention_threshold": settings.abstention_threshold, **asked}
-    chosen = loaded.settings.model_copy(update=own)
-    # Whoever the bundle was learned with is a user of the store like any other: its records and
-    # heads are the ones that count.
+    chosen = loaded.settings.model_copy(update=_overrides(settings))
+    # Who the bundle was learned with is a user of the store like any other: the store's records and
+    # heads count.
     bundle = replace(loaded.without_people(str), settings=chosen)
-    people = UserCache(store, bundle, settings.users_in_memory)
-    # Questions and answers come and go: of users' records alone something is kept in the file, by
-    # warming.
-    bundle.store.keep = False
-    together = MicroBatcher(
-        bundle.store.texts,
-        settings.scoring_queue,
-        bundle.store.pairs if chosen.features == "cross" else None,
-    )
-    warming = (
-        Prefetcher(store, reads, people, bundle.store, together)
-        if chosen.features == "tower"
-        else None
-    )
+    users, features = UserCache(store, bundle, settings.users_in_memory), bundle.store
+    # Only features of users' records are written to disk, by the prefetcher; questions and answers
+    # come and go.
+    features.keep = False
+    encode_pairs = features.pairs if chosen.features == "cross" else None
+    batcher = MicroBatcher(features.texts, settings.scoring_queue, encode_pairs)
+    prefetcher = None
+    if chosen.features == "tower":
+        prefetcher = Prefetcher(store, reads, users, features, batcher)
     return Deployment(
         str(folder),
         bundle.weights,
         bundle.pipeline(),
-        people,
-        together,
+        users,
+        batcher,
         bundle.scorers,
         bundle,
-        warming,
+        prefetcher,
     )
+
+
+def _overrides(settings: ServeSettings) -> dict[str, Any]:
+    """What the gateway's settings change of the bundle's; None and `auto` change nothing."""
+    given = {
+        "retrieved": settings.retrieved,
+        "k": settings.k,
+        "samples": settings.candidates,
+        "temperature": settings.temperature,
+        "abstention_threshold": settings.abstention_threshold,
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "prompt_style": None if settings.placement == "auto" else settings.placement,
+    }
+    return {name: value for name, value in given.items() if value is not None}

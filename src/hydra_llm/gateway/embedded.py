@@ -9,10 +9,11 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.gateway.schemas import chunk_head, chunks_of, delta, role_chunk, text_of
+from hydra_llm.gateway.schemas import chunk_head, chunks_of, delta, role_chunk
 from hydra_llm.gateway.upstream import DONE, HttpUpstream, Upstream, UpstreamError, event
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
+from hydra_llm.prompt import text_of
 from hydra_llm.types import Generation, Usage
 
 

@@ -1,18 +1,17 @@
-"""OpenAI's endpoints: /v1/chat/completions and /v1/models. Reads requests, streams answers; what an
-answer is, is personal.py's.
+"""OpenAI's endpoints: /v1/chat/completions and /v1/models. Reads requests and streams answers; what
+an answer is, decides gateway.py.
 """
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from hydra_llm.gateway.auth import NOBODY, Caller
-from hydra_llm.gateway.gateway import Gateway, Plan, Reply
+from hydra_llm.gateway.gateway import Gateway, Reply, RoutedRequest
 from hydra_llm.gateway.pseudonyms import named_user
 from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, chunks_of, role_chunk
 from hydra_llm.gateway.telemetry import Span
@@ -40,15 +39,15 @@ async def chat(
     body = json.loads(await http.body())
     caller: Caller = http.state.caller
     user = None if caller is NOBODY else _user(caller, body, _in_utf8(x_hydra_user))
-    with gateway.observer.span(request.model) as span:
-        plan = await gateway.plan(request, body, user)
+    with gateway.telemetry.span(request.model) as span:
+        routed = await gateway.route(request, body, user)
         if caller is NOBODY:
-            plan = replace(plan, reason="store-failure")
+            routed = routed.passed_through("store-failure")
         if request.stream:
-            return await _stream(gateway, plan, request, span)
-        reply = await gateway.answer(plan)
-        _answered(gateway, reply, span)
-        return Json(reply.completion, headers=_headers(reply.plan))
+            return await _stream(gateway, routed, request, span)
+        reply = await gateway.answer(routed)
+        _count(gateway, reply, span)
+        return Json(reply.completion, headers=_headers(reply.request))
 
 
 @router.get("/v1/models", response_model=None)
@@ -93,70 +92,66 @@ def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | Non
     return named
 
 
-async def _stream(gateway: Gateway, plan: Plan, request: ChatRequest, span: Span) -> Response:
-    if plan.candidates > 1 and plan.reason is None:
-        wants_usage = bool((request.stream_options or {}).get("include_usage"))
-        pieces = _picked_stream(gateway, plan, request, wants_usage, span)
+async def _stream(
+    gateway: Gateway, routed: RoutedRequest, request: ChatRequest, span: Span
+) -> Response:
+    if routed.candidates > 1:
+        pieces = _stream_of_pick(gateway, routed, request, span)
     else:
         try:
-            first, rest = await first_of(gateway.stream(plan))
+            first, rest = await first_of(gateway.stream(routed))
         except UpstreamError as error:
-            plan = gateway.without_records(plan, error)
-            first, rest = await first_of(gateway.stream(plan))
-        pieces = _whole(first, rest)
-        gateway.observer.answered(plan.reason, plan.seconds)
-    return StreamingResponse(
-        span.around(pieces),
-        media_type=STREAM,
-        headers=_headers(plan) | {"cache-control": "no-cache"},
-    )
+            routed = gateway.without_records(routed, error)
+            first, rest = await first_of(gateway.stream(routed))
+        pieces = _joined(first, rest)
+        gateway.telemetry.answered(routed.reason, routed.seconds)
+    headers = _headers(routed) | {"cache-control": "no-cache"}
+    return StreamingResponse(span.around(pieces), media_type=STREAM, headers=headers)
 
 
-async def _whole(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield first
     try:
         async for piece in rest:
             yield piece
-    # the status is out already: the error is the stream's last event, whatever came before it
+    # The status is out already: the error is the stream's last event, whatever came before it.
     except UpstreamError as error:
         yield b"\n\n" + event(error.body)
 
 
-async def _picked_stream(
-    gateway: Gateway, plan: Plan, request: ChatRequest, wants_usage: bool, span: Span
+async def _stream_of_pick(
+    gateway: Gateway, routed: RoutedRequest, request: ChatRequest, span: Span
 ) -> AsyncIterator[bytes]:
-    """The role at once, comments while the candidates run, then the pick."""
-    id = f"chatcmpl-{plan.id}"
+    """The role at once, comments while the candidates are sampled, then the pick."""
+    id = f"chatcmpl-{routed.id}"
     yield event(role_chunk(id, request.model, request.n or 1))
-    answer = asyncio.create_task(gateway.answer(plan))
+    answer = asyncio.create_task(gateway.answer(routed))
     try:
         while not (await asyncio.wait({answer}, timeout=KEEP_ALIVE_SECONDS))[0]:
             yield KEEP_ALIVE
         reply = answer.result()
-    except (
-        UpstreamError
-    ) as error:  # the status is out already: the error is the stream's last event
+    except UpstreamError as error:  # the status is out already, as above
         yield event(error.body)
         return
     finally:
         answer.cancel()
-    _answered(gateway, reply, span)
-    completion = {**reply.completion, "id": id}
-    if (
-        reply.plan.reason is not None and gateway.settings.personalization
-    ):  # the header was out before anybody knew
-        completion["personalization"] = {"personalized": False, "reason": reply.plan.reason}
+    _count(gateway, reply, span)
+    completion, reason = {**reply.completion, "id": id}, reply.request.reason
+    if reason is not None and gateway.settings.personalization:  # the header is out already
+        completion["personalization"] = {"personalized": False, "reason": reason}
+    wants_usage = bool((request.stream_options or {}).get("include_usage"))
     for chunk in chunks_of(completion, usage=wants_usage):
         yield event(chunk)
     yield DONE
 
 
-def _headers(plan: Plan) -> dict[str, str]:
-    if plan.reason is not None:
-        return {"x-hydra-personalized": f"false; reason={plan.reason}"}
-    return {"x-hydra-personalized": "true", "x-hydra-request-id": plan.id}
+def _headers(routed: RoutedRequest) -> dict[str, str]:
+    if routed.reason is not None:
+        return {"x-hydra-personalized": f"false; reason={routed.reason}"}
+    return {"x-hydra-personalized": "true", "x-hydra-request-id": routed.id}
 
 
-def _answered(gateway: Gateway, reply: Reply, span: Span) -> None:
-    gateway.observer.answered(reply.plan.reason, reply.plan.seconds, abstained=reply.abstained)
-    gateway.observer.spent(span, reply.completion)
+def _count(gateway: Gateway, reply: Reply, span: Span) -> None:
+    request = reply.request
+    gateway.telemetry.answered(request.reason, request.seconds, abstained=reply.abstained)
+    gateway.telemetry.spent(span, reply.completion)

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from hydra_llm.prompt import text_of
+
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """Of a user, a record or a request: no control characters."""
 
@@ -159,19 +161,6 @@ class FeedbackIn(BaseModel):
         return found[0]
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """A message's text: its content, or the text parts of it."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(
-        part["text"]
-        for part in parts
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-    )
-
-
 class Json(JSONResponse):
     """JSON that can also hold half of a surrogate pair, as somebody's message or an LLM's answer
     may: escaped, as it came.
@@ -222,9 +211,9 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
     return out
 
 
-class Heard:
-    """What a stream of chunks says, put together as it passes, up to its end: the usage behind all
-    choices, or `[DONE]`.
+class StreamReader:
+    """Reads a stream of chunks as it passes, up to its end: the usage behind all choices, or
+    `[DONE]`.
     """
 
     def __init__(self) -> None:
@@ -234,12 +223,10 @@ class Heard:
         """What the chunks have in common."""
         self.ended = False
         self.rest = b""
-        """What has come and not been passed on: half a line, or all from the end on."""
+        """What was not passed on: half a line, or all from the end on."""
 
     def take(self, piece: bytes) -> bytes:
-        """The next bytes of the stream; returns those that may be passed on: whole lines before the
-        end.
-        """
+        """The next bytes; returns those that may be passed on: whole lines before the end."""
         *lines, self.rest = (self.rest + piece).split(b"\n")
         for place, line in enumerate(lines):
             if self._ends(line):
@@ -251,32 +238,25 @@ class Heard:
     @property
     def choices(self) -> list[dict[str, Any]]:
         """As those of a completion."""
-        return [
-            {"message": {"role": "assistant", "content": text}}
-            for _, text in sorted(self.texts.items())
-        ]
+        texts = [text for _, text in sorted(self.texts.items())]
+        return [{"message": {"role": "assistant", "content": text}} for text in texts]
 
     def _ends(self, line: bytes) -> bool:
-        """Whether the stream ends with this line; else it is heard."""
+        """Whether the stream ends with this line; else it is read."""
         if not line.startswith(b"data:"):
             return False
-        said = line[5:].strip()
-        if said == b"[DONE]":
+        data = line[5:].strip()
+        if data == b"[DONE]":
             return True
-        with contextlib.suppress(
-            Exception
-        ):  # what cannot be read is not heard; it goes out as it came
-            chunk = json.loads(said)
+        with contextlib.suppress(Exception):  # what cannot be parsed goes out as it came
+            chunk = json.loads(data)
             if chunk.get("usage") and not chunk["choices"]:
                 return True
-            self.head |= {
-                name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk
-            }
+            common = ("id", "object", "created", "model")
+            self.head |= {name: chunk[name] for name in common if name in chunk}
             for choice in chunk["choices"]:
-                index = choice.get("index", 0)
-                self.texts[index] = self.texts.get(index, "") + (
-                    choice["delta"].get("content") or ""
-                )
+                index, text = choice.get("index", 0), choice["delta"].get("content") or ""
+                self.texts[index] = self.texts.get(index, "") + text
         return False
 
 

@@ -33,9 +33,9 @@ class ServeSettings(Group):
     """All settings of the gateway, beside its LLM, store and bundle."""
 
     # ---- answering
-    placement: Literal["turns", "block"] = "turns"
-    """Records as example turns before the conversation (turns), or listed in a system message of
-    their own (block).
+    placement: Literal["auto", "turns", "block"] = "auto"
+    """Records as example turns behind the system messages (turns), or listed in front of the last
+    user message's text (block); auto is the bundle's style, or turns without a bundle.
     """
     retrieved: int | None = Field(default=None, ge=0)
     """Number of records that are retrieved and reranked, at least `k`; None is the bundle's value,
@@ -43,18 +43,20 @@ class ServeSettings(Group):
     """
     k: int | None = Field(default=None, ge=0)
     """Number of records in the prompt; None is the bundle's value, or 4 without a bundle."""
-    candidates: int = Field(default=8, ge=1, le=64)
+    candidates: int | None = Field(default=None, ge=1, le=64)
     """Number of candidates for the adapter, if a bundle is in use: the caller's own request, and
-    samples.
+    samples; None is the bundle's number of samples.
     """
-    temperature: float = Field(default=0.5, ge=0, le=2)
-    """Min temperature of the samples; a higher one of the caller is kept."""
-    abstention_threshold: float = Field(default=1.0, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """Min temperature of the samples; a higher one of the caller is kept. None is the bundle's."""
+    abstention_threshold: float | None = Field(default=None, ge=0)
     """Keep candidate 0 unless the expected-gain margin exceeds this many posterior SDs of the
-    user's head; 0 disables abstention.
+    user's head; 0 disables abstention, None is the bundle's value.
     """
-    max_prompt_tokens: int = Field(default=4096, ge=64)
-    """Token limit of the prompt with records; the caller's own messages are never cut."""
+    max_prompt_tokens: int | None = Field(default=None, ge=64)
+    """Token limit of the prompt with records; the caller's own messages are never cut. None is the
+    bundle's value, or 4096 without a bundle.
+    """
     deadline: float = Field(default=60.0, gt=0)
     """Samples later than this many seconds are dropped; the caller's own answer is always awaited
     if no other has arrived.

@@ -52,7 +52,7 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
     if added.replaced:
         await _let_go(http, user)
         await _forget_texts(http, store, texts_of(added.replaced), but=None)
-    if (warming := http.app.state.gateway.serving.warming) is not None:
+    if (warming := http.app.state.gateway.deployment.warming) is not None:
         warming.begin(user)
     return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
 
@@ -94,8 +94,8 @@ async def feedback(said: FeedbackIn, http: Request) -> dict[str, Any]:
             code="request_not_found",
             param="request_id",
         )
-    taken = await take_feedback(gateway.store, gateway.serving, said, request, gateway.settings)
-    gateway.observer.heard(kind)
+    taken = await take_feedback(gateway.store, gateway.deployment, said, request, gateway.settings)
+    gateway.telemetry.heard(kind)
     return {
         "request_id": said.request_id,
         "repeated": taken.repeated,
@@ -108,7 +108,7 @@ async def feedback(said: FeedbackIn, http: Request) -> dict[str, Any]:
 async def fit(user: User, http: Request) -> dict[str, Any]:
     """Fit the user's heads on all records, as a job."""
     store = _store(http, user)
-    if http.app.state.gateway.serving.bundle is None:
+    if http.app.state.gateway.deployment.bundle is None:
         raise ApiError(409, "there is no bundle yet: learn one first", code="no_bundle")
     job = await _in_thread(partial(store.add_job, f"job_{token_hex(12)}", user, "fit"))
     if job is None:
@@ -163,10 +163,10 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     features += await _forget_texts(http, store, texts, but=None)  # what was encoded meanwhile
     if counts is None:
         raise _unknown()
-    taught = gateway.serving.bundle.trained_on if gateway.serving.bundle else ()
+    taught = gateway.deployment.bundle.trained_on if gateway.deployment.bundle else ()
     report = {
         "deleted": {**counts, "features": features},
-        "in_shared_base": user in taught or gateway.names.hashed(user) in taught,
+        "in_shared_base": user in taught or gateway.pseudonyms.hashed(user) in taught,
     }
     return report if await _in_thread(partial(_shortened, store)) else {**report, "warning": IN_LOG}
 
@@ -252,7 +252,7 @@ async def _let_go(http: Request, user: str) -> None:
     """Drop what is in memory of a user; when this returns nothing more of it is encoded, and what
     the scoring thread had begun is done.
     """
-    serving = http.app.state.gateway.serving
+    serving = http.app.state.gateway.deployment
     if serving.warming is not None:
         await serving.warming.stop(user)
     await serving.together.run(partial(serving.forget, user), must=True)
@@ -264,7 +264,7 @@ async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: s
     Raises:
         ApiError: 503, they cannot be deleted.
     """
-    serving = http.app.state.gateway.serving
+    serving = http.app.state.gateway.deployment
     try:
         forgotten: int = await _in_thread(partial(serving.forget_texts, store, texts, but=but))
         return forgotten

@@ -153,7 +153,7 @@ async def adapter_groups(
     contexts = [personalizer.context_of(query) for query in queries]
 
     async def propose(context: Context) -> Proposal:
-        return await personalizer.apropose(replace(context))  # a copy: its vectors are not kept
+        return await personalizer.apropose(context.at_rest())
 
     proposals = await map_calls(
         propose, contexts, limit=personalizer.settings.concurrency, progress=progress

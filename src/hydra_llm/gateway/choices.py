@@ -1,0 +1,117 @@
+"""An LLM's choices in a user's order, and what is kept and told of them.
+
+A choice is what an OpenAI completion holds; a candidate is what the pipeline scores. Choices with
+the same answer are one candidate. Knows no HTTP, no store and no upstream.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_llm.context import Context
+from hydra_llm.pipeline import Pipeline, candidate_key
+from hydra_llm.prompt import text_of
+from hydra_llm.text import repair
+from hydra_llm.types import Candidate, Record
+
+Choice = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RankedChoices:
+    """Choices, best first: those that differ, then those that repeat one of them."""
+
+    choices: list[Choice]
+    candidates: list[Candidate]
+    """[i] is what the adapter read of choice i; the choices behind them are repetitions."""
+    abstained: bool = False
+    repeats: tuple[int, ...] = ()
+    """Of each choice behind the candidates, the index of the one that it repeats."""
+
+    def stored(self, count: int, visible: int) -> dict[str, Any]:
+        """What the store keeps of a request for feedback. `count`: choices that the caller saw."""
+        texts = choice_texts(self.choices)
+        names = ("text", "answer", "votes", "greedy", "score")
+        candidates = [
+            {"said": text, **{name: getattr(candidate, name) for name in names}}
+            for candidate, text in zip(self.candidates, texts, strict=False)
+        ]
+        repeated = zip(self.repeats, texts[len(candidates) : count], strict=False)
+        repeats = [{"candidate": which, "said": text} for which, text in repeated]
+        return {"candidates": candidates, "repeats": repeats, "visible": visible}
+
+    def told(self) -> dict[str, Any]:
+        """The part of the object `personalization` that every reply has."""
+        return {
+            "candidates": len(self.candidates),
+            "abstained": self.abstained,
+            "scores": [candidate.score for candidate in self.candidates],
+        }
+
+    def explained(self, shown: Sequence[Record]) -> dict[str, Any]:
+        """The part that a caller gets who asks for it: texts, probabilities and records."""
+        records = [{"id": r.id, "input": r.input, "output": r.output} for r in shown]
+        different = self.choices[: len(self.candidates)]
+        return {
+            "texts": [text_of(choice["message"]) for choice in different],
+            "probabilities": [candidate.probability for candidate in self.candidates],
+            "shown": records,
+        }
+
+
+def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each choice says, as every file and encoder takes it."""
+    return [repair(text_of(choice["message"])) for choice in choices]
+
+
+def unranked(choices: Sequence[Choice]) -> RankedChoices:
+    """The choices in the order in which they came, without scores."""
+    return RankedChoices(
+        list(choices), [Candidate(text, text, 1) for text in choice_texts(choices)]
+    )
+
+
+def answers_task(pipeline: Pipeline, texts: Sequence[str], in_task_words: bool) -> bool:
+    """Whether texts answer the task, so that they may be scored. Where the question is not in the
+    task's words the LLM may not have been asked for a label: then no label is an answer.
+    """
+    return (
+        in_task_words or not pipeline.task.labels or bool(pipeline.task.parse(texts[0], "strict"))
+    )
+
+
+def rank(
+    pipeline: Pipeline, context: Context, choices: Sequence[Choice], greedy: int
+) -> RankedChoices:
+    """The choices in the user's order: the pick, then by score; equal answers behind all others.
+    The first `greedy` choices are of temperature 0.
+    """
+    texts, parsing = choice_texts(choices), pipeline.settings.parsing
+    offered, _ = pipeline.read(texts, greedy)
+    selection = pipeline.select(context, offered)
+    keys = [candidate_key(text, pipeline.task.read(text, parsing)) for text in texts]
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    order: list[Choice] = []
+    places: dict[str, int] = {}
+    for index in selection.ranking:
+        candidate = selection.candidates[index]
+        key = candidate_key(candidate.text, candidate.answer)
+        if key in first:
+            order.append(choices[first[key]])
+        elif index == selection.chosen:  # a label that the LLM never gave, picked by the scorer
+            order.append(_made_choice(choices[0], candidate.text))
+        else:
+            continue
+        places[key] = index
+    candidates = [selection.candidates[index] for index in places.values()]
+    rest = [i for i, key in enumerate(keys) if i != first[key]]
+    rank_of = {key: i for i, key in enumerate(places)}
+    repeats = tuple(rank_of[keys[i]] for i in rest)
+    return RankedChoices(
+        [*order, *(choices[i] for i in rest)], candidates, selection.abstained, repeats
+    )
+
+
+def _made_choice(like: Choice, text: str) -> Choice:
+    message = {"role": "assistant", "content": text}
+    return {**like, "message": message, "logprobs": None, "finish_reason": "stop"}

@@ -1,0 +1,319 @@
+"""The gateway and the library answer alike: for the same user, records, question and samples they
+ask the LLM the same, score the same and pick the same.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hydra_llm import learn
+from hydra_llm.bundle import Bundle
+from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.pipeline import Personalizer
+from hydra_llm.prompt import estimate
+from hydra_llm.side_features import Featurizer
+from hydra_llm.store.store import Store
+from hydra_llm.tasks.base import Task
+from hydra_llm.types import Answer, Generation, Message, Query, Record, Usage
+
+from .conftest import World, records_of, running
+from .conftest import streamed as streamed_events
+
+pytestmark = pytest.mark.anyio
+
+LABELS = ("calm", "loud", "odd")
+TASKS = {
+    "label": Task("tags", "classification", "Which tag? text: {input}\nOne word.", LABELS),
+    "rating": Task("stars", "rating", "How many stars?\n{input}", ("1", "2", "3", "4", "5")),
+    "text": Task("titles", "generation", "Title of: {input}"),
+}
+SAID = {
+    "label": ["The tag is loud.", "odd", "odd"],
+    "rating": ["3 stars", "4.4", "2"],
+    "text": ['Title: "A calm sea"', "the odd storm", "loud war of old"],
+}
+"""What the LLM says: first at temperature 0, then sampled. Not all are answers as they stand."""
+QUESTION = "the battle for the bridge in winter"
+LEARNED = {"samples": 3, "retrieved": 6, "k": 3, "queries_per_user": 2, "max_length": 32}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def history(task: Task, user: str, count: int = 20) -> list[Record]:
+    outputs = dict(zip(LABELS, task.labels or LABELS, strict=False))
+    records = enumerate(records_of(user, count))
+    return [replace(r, output=outputs[r.output], position=i) for i, r in records]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle for each kind of task, learned with settings that are not the gateway's own."""
+    out = {}
+    for kind, task in TASKS.items():
+
+        def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+            return rng.choice(task.labels or LABELS)  # noqa: B023
+
+        users = [f"train{i}" for i in range(6)]
+        records = [record for user in users for record in history(task, user)]
+        data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
+        given = {**LEARNED, "temperature": 0.7, "rerank": "always", "max_prompt_tokens": 700}
+        out[kind] = tmp_path_factory.mktemp("parity") / kind
+        learn(data, RuleLLM(rule), Settings(width=16, **given), out=out[kind])
+    return out
+
+
+@dataclass
+class Scripted:
+    """An LLM that notes what it was asked, and says what a test wants."""
+
+    said: Sequence[str]
+    identity: Mapping[str, Any] = field(default_factory=lambda: {"kind": "fake", "model": "s"})
+    asked: list[tuple[Sequence[Message], Sampling]] = field(default_factory=list)
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        self.asked.append((messages, sampling))
+        own = sampling.temperature == 0
+        return Generation(tuple(self.said[:1] if own else self.said[1:]), Usage(calls=1))
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass
+class Features:
+    """The side features that both scorers have read, in order."""
+
+    arrays: list[np.ndarray] = field(default_factory=list)
+
+    def taken(self) -> list[np.ndarray]:
+        taken, self.arrays = self.arrays, []
+        return taken
+
+
+@pytest.fixture
+def features(monkeypatch: pytest.MonkeyPatch) -> Features:
+    seen, rerank, adapt = Features(), Featurizer.reranker, Featurizer.adapter
+
+    def reranker(self: Featurizer, *given: Any) -> np.ndarray:
+        seen.arrays.append(rerank(self, *given))
+        return seen.arrays[-1]
+
+    def adapter(self: Featurizer, *given: Any) -> np.ndarray:
+        seen.arrays.append(adapt(self, *given))
+        return seen.arrays[-1]
+
+    monkeypatch.setattr(Featurizer, "reranker", reranker)
+    monkeypatch.setattr(Featurizer, "adapter", adapter)
+    return seen
+
+
+def library(folder: Path, task: Task, said: Sequence[str], **chosen: Any) -> Personalizer:
+    bundle = Bundle.load(folder)
+    bundle.records["ada"] = history(task, "ada")
+    return bundle.personalizer(Scripted(said), bundle.settings.model_copy(update=chosen))
+
+
+async def answered(asker: Personalizer, text: str = QUESTION) -> tuple[Answer, list[Any]]:
+    answer = await asker.aanswer(Query("ada", "asked", text))
+    assert isinstance(asker.llm, Scripted)
+    return answer, sorted(asker.llm.asked, key=lambda asked: asked[1].temperature)
+
+
+def script(world: World, said: Sequence[str]) -> None:
+    """Have the upstream give the first text to the caller's own request, the others as samples."""
+    world.upstream.rule = lambda body, index: said[1 + index] if "n" in body else said[0]
+
+
+def asked_of(task: Task, text: str = QUESTION) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": task.ask(text)}]
+
+
+async def ask(world: World, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    body = {"model": "m", "user": "ada", "messages": messages, **more}
+    answer = await world.http.post("/v1/chat/completions", json=body)
+    assert answer.headers["x-hydra-personalized"] == "true"
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def sampling_of(body: Mapping[str, Any]) -> tuple[int, float, int]:
+    return body.get("n", 1), body["temperature"], body["max_tokens"]
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_gateway_answers_as_the_library(
+    store: Store, learned: dict[str, Path], features: Features, kind: str, streamed: bool
+) -> None:
+    task, said = TASKS[kind], SAID[kind]
+    answer, calls = await answered(library(learned[kind], task, said))
+    expected = features.taken()
+    store.add_records("ada", history(task, "ada"))
+    async with running(store, learned[kind]) as world:
+        script(world, said)
+        given = {"temperature": 0, "max_tokens": 48, "personalization": {"explain": True}}
+        if streamed:
+            told, text = await read_stream(world, {"messages": asked_of(task), **given})
+        else:
+            whole = await ask(world, asked_of(task), **given)
+            told, text = whole["personalization"], whole["choices"][0]["message"]["content"]
+        bodies = world.upstream.bodies
+    assert [body["messages"] for body in bodies] == [list(messages) for messages, _ in calls]
+    assert [sampling_of(body) for body in bodies] == [
+        (sampling.n, sampling.temperature, sampling.max_tokens) for _, sampling in calls
+    ]
+    assert told["records"] == [item.record.id for item in answer.proposal.records[:3]]
+    seen = features.taken()
+    for one, other in zip(seen, expected, strict=True):
+        assert np.array_equal(one, other)
+    assert len(expected) == 2, "records and candidates"
+    scores = {task.read(t): s for t, s in zip(told["texts"], told["scores"], strict=True)}
+    assert len(scores) == 3 if kind == "text" else len(scores) >= 2
+    of_library = {candidate.answer: candidate.score for candidate in answer.candidates}
+    assert scores == {name: of_library[name] for name in scores}
+    assert task.read(text) == answer.text
+    assert told["abstained"] == answer.abstained
+
+
+async def read_stream(world: World, body: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The object `personalization` of a stream, and its text."""
+    sent = {"model": "m", "user": "ada", "stream": True, **body}
+    events = [piece async for piece in streamed_events(world.app, sent)]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events if "{" in event]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    return next(c["personalization"] for c in chunks if "personalization" in c), text
+
+
+@pytest.mark.parametrize(("temperature", "greedy"), [(None, False), (0.3, False), (0, True)])
+async def test_an_answer_is_greedy_at_temperature_0_only(
+    store: Store, learned: dict[str, Path], temperature: float | None, greedy: bool
+) -> None:
+    store.add_records("ada", history(TASKS["text"], "ada"))
+    async with running(store, learned["text"]) as world:
+        script(world, SAID["text"])
+        chosen = {} if temperature is None else {"temperature": temperature}
+        told = await ask(world, asked_of(TASKS["text"]), **chosen)
+        kept = store.request(told["personalization"]["request_id"])
+        assert [body.get("temperature") for body in world.upstream.bodies] == [temperature, 0.7]
+    assert kept is not None
+    flags = {each["said"]: each["greedy"] for each in kept.content["candidates"]}
+    assert flags == {SAID["text"][0]: greedy, SAID["text"][1]: False, SAID["text"][2]: False}
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+async def test_records_without_room_are_cut_and_dropped_alike(
+    store: Store, learned: dict[str, Path], kind: str
+) -> None:
+    """At the budget that the bundle was learned with: the best record that fits is not enough."""
+    task = TASKS[kind]
+    long = [
+        replace(r, input=f"{r.input} {'and so on ' * (260 if i % 2 else 90)}")
+        for i, r in enumerate(history(task, "ada", 6))
+    ]
+    asker = replace(library(learned[kind], task, SAID[kind]), records={"ada": long})
+    _, calls = await answered(asker)
+    store.add_records("ada", long)
+    async with running(store, learned[kind]) as world:
+        await ask(world, asked_of(task))
+        messages = world.upstream.bodies[0]["messages"]
+    assert messages == list(calls[0][0])
+    assert sum(estimate(message["content"]) for message in messages) <= 700
+    assert any("…" in m["content"] or "so on" in m["content"] for m in messages), "one is shown"
+
+
+async def test_a_question_without_room_is_cut_in_the_library_alone(
+    store: Store, learned: dict[str, Path]
+) -> None:
+    """The caller's own words are the caller's: the gateway leaves the records out instead."""
+    task, text = TASKS["text"], "a very long story " * 200
+    _, calls = await answered(library(learned["text"], task, SAID["text"]), text)
+    assert calls[0][0][-1]["content"].endswith("…")
+    store.add_records("ada", history(task, "ada"))
+    async with running(store, learned["text"]) as world:
+        await ask(world, asked_of(task, text))
+        assert world.upstream.bodies[0]["messages"] == asked_of(task, text)
+
+
+async def test_in_a_conversation_records_have_the_learned_style(
+    store: Store, learned: dict[str, Path]
+) -> None:
+    system, earlier = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "Yes?"},
+    )
+    for kind in ("label", "text"):
+        task = TASKS[kind]
+        _, calls = await answered(library(learned[kind], task, SAID[kind]))
+        alone = [dict(message) for message in calls[0][0]]
+        store.add_records("ada", history(task, "ada"))
+        async with running(store, learned[kind]) as world:
+            await ask(world, [system, earlier, *asked_of(task)])
+            messages = world.upstream.bodies[0]["messages"]
+        if kind == "label":
+            turns = [system, *alone[:-1], earlier, alone[-1]]
+            assert messages == turns, "behind the system's"
+        else:
+            assert messages == [system, earlier, *alone], "a block in front of the question"
+        store.delete_user("ada")
+
+
+async def test_parts_of_a_message_stay_behind_the_block(
+    store: Store, learned: dict[str, Path]
+) -> None:
+    task = TASKS["text"]
+    store.add_records("ada", history(task, "ada"))
+    image = {"type": "image_url", "image_url": {"url": "data:x"}}
+    parts = [{"type": "text", "text": task.ask(QUESTION)}, image]
+    async with running(store, learned["text"]) as world:
+        await ask(world, [{"role": "user", "content": parts, "name": "ada"}])
+        (message,) = world.upstream.bodies[0]["messages"]
+    assert message["content"][1:] == parts
+    assert message["content"][0]["text"].startswith("Here is what this person wrote")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {}),
+        (
+            {"abstention_threshold": 1.5, "max_prompt_tokens": 900, "placement": "turns"},
+            {"abstention_threshold": 1.5, "max_prompt_tokens": 900, "prompt_style": "turns"},
+        ),
+        ({"candidates": 5, "temperature": 0.2}, {"samples": 5, "temperature": 0.2}),
+    ],
+)
+async def test_the_bundles_settings_hold_unless_others_are_given(
+    store: Store, learned: dict[str, Path], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    loaded = Bundle.load(learned["text"]).settings
+    async with running(store, learned["text"], **given) as world:
+        settings = world.app.state.gateway.deployment.settings
+    assert settings == loaded.model_copy(update=expected)
+    async with running(store) as world:
+        bare = world.app.state.gateway.deployment.settings
+    assert (bare.max_prompt_tokens, bare.prompt_style) == (4096, "turns"), "without a bundle"
+
+
+async def test_an_answer_to_the_task_is_read_as_in_learning(
+    store: Store, learned: dict[str, Path]
+) -> None:
+    """A sentence around a label is that label, as nothing but a label was asked for."""
+    store.add_records("ada", history(TASKS["label"], "ada"))
+    async with running(store, learned["label"]) as world:
+        script(world, ["I would say odd.", "odd", "odd"])
+        asked = await ask(world, asked_of(TASKS["label"]))
+        assert None not in asked["personalization"]["scores"]
+        other = await ask(world, [{"role": "user", "content": "Tell me of the bridge."}])
+        assert other["personalization"]["scores"] == [None] * 3
