@@ -52,7 +52,7 @@ class LearnedReranker:
 
     def pairs(self, context: Context, retrieved: Sequence[Ranked]) -> list[tuple[str, str]]:
         """What a cross-encoder will read; none where texts are encoded one by one."""
-        cross = self.scorer.interaction.kind == "cross"
+        cross = self.scorer.interaction.reads_pairs
         return [(context.query.input, text) for text in self.texts(retrieved)] if cross else []
 
     def texts(self, retrieved: Sequence[Ranked]) -> list[str]:

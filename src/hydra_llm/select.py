@@ -106,7 +106,7 @@ class LearnedSelector:
 
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
         """What a cross-encoder will read; none where texts are encoded one by one."""
-        cross = self.scorer.interaction.kind == "cross"
+        cross = self.scorer.interaction.reads_pairs
         readable = [candidate for candidate in candidates if cross and candidate.answer is not None]
         return [(context.query.input, candidate_text(self.task, each)) for each in readable]
 

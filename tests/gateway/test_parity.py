@@ -16,8 +16,10 @@ from hydra_llm import learn
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.gateway.user_cache import to_stored
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.model.heads import Head
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.prompt import estimate
 from hydra_llm.side_features import Featurizer
@@ -42,6 +44,7 @@ SAID = {
     "text": ['Title: "A calm sea"', "the odd storm", "loud war of old"],
 }
 """What the LLM says: first at temperature 0, then sampled. Not all are answers as they stand."""
+Heads = Mapping[str, Head]
 QUESTION = "the battle for the bridge in winter"
 LEARNED = {"samples": 3, "retrieved": 6, "k": 3, "queries_per_user": 2, "max_length": 32}
 
@@ -119,10 +122,31 @@ def features(monkeypatch: pytest.MonkeyPatch) -> Features:
     return seen
 
 
-def library(folder: Path, task: Task, said: Sequence[str], **chosen: Any) -> Personalizer:
-    bundle = Bundle.load(folder)
-    bundle.records["ada"] = history(task, "ada")
-    return bundle.personalizer(Scripted(said), bundle.settings.model_copy(update=chosen))
+def library(
+    folder: Path, task: Task, said: Sequence[str], heads: Heads | None = None
+) -> Personalizer:
+    bundle = replace(Bundle.load(folder), records={"ada": history(task, "ada")})
+    own = {name: {"ada": head} for name, head in (heads or {}).items()}
+    return replace(bundle, heads=own).personalizer(Scripted(said))
+
+
+def some_heads(bundle: Bundle) -> Heads:
+    """A head of ada in each scorer, whose scores are not the shared head's."""
+    out = {}
+    for name, scorer in bundle.scorers.items():
+        empty = Head.of(scorer.head.empty()).numbers
+        numbers = np.random.default_rng(1).normal(size=empty.shape).astype(np.float32)
+        out[name] = Head(numbers, records=20)
+    return out
+
+
+def add_user(
+    store: Store, task: Task, bundle: Bundle | None = None, heads: Heads | None = None
+) -> None:
+    store.add_records("ada", history(task, "ada"))
+    if bundle and heads:
+        with store.change("ada") as change:
+            change.put_heads(bundle.weights, {name: to_stored(h) for name, h in heads.items()})
 
 
 async def answered(asker: Personalizer, text: str = QUESTION) -> tuple[Answer, list[Any]]:
@@ -157,10 +181,14 @@ def sampling_of(body: Mapping[str, Any]) -> tuple[int, float, int]:
 async def test_the_gateway_answers_as_the_library(
     store: Store, learned: dict[str, Path], features: Features, kind: str, streamed: bool
 ) -> None:
-    task, said = TASKS[kind], SAID[kind]
-    answer, calls = await answered(library(learned[kind], task, said))
+    task, said, bundle = TASKS[kind], SAID[kind], Bundle.load(learned[kind])
+    heads = some_heads(bundle)
+    answer, calls = await answered(library(learned[kind], task, said, heads))
     expected = features.taken()
-    store.add_records("ada", history(task, "ada"))
+    shared, _ = await answered(library(learned[kind], task, said))
+    assert [c.score for c in shared.candidates] != [c.score for c in answer.candidates]
+    features.taken()
+    add_user(store, task, bundle, heads)
     async with running(store, learned[kind]) as world:
         script(world, said)
         given = {"temperature": 0, "max_tokens": 48, "personalization": {"explain": True}}
@@ -200,7 +228,7 @@ async def read_stream(world: World, body: dict[str, Any]) -> tuple[dict[str, Any
 async def test_an_answer_is_greedy_at_temperature_0_only(
     store: Store, learned: dict[str, Path], temperature: float | None, greedy: bool
 ) -> None:
-    store.add_records("ada", history(TASKS["text"], "ada"))
+    add_user(store, TASKS["text"])
     async with running(store, learned["text"]) as world:
         script(world, SAID["text"])
         chosen = {} if temperature is None else {"temperature": temperature}
@@ -240,7 +268,7 @@ async def test_a_question_without_room_is_cut_in_the_library_alone(
     task, text = TASKS["text"], "a very long story " * 200
     _, calls = await answered(library(learned["text"], task, SAID["text"]), text)
     assert calls[0][0][-1]["content"].endswith("…")
-    store.add_records("ada", history(task, "ada"))
+    add_user(store, task)
     async with running(store, learned["text"]) as world:
         await ask(world, asked_of(task, text))
         assert world.upstream.bodies[0]["messages"] == asked_of(task, text)
@@ -257,7 +285,7 @@ async def test_in_a_conversation_records_have_the_learned_style(
         task = TASKS[kind]
         _, calls = await answered(library(learned[kind], task, SAID[kind]))
         alone = [dict(message) for message in calls[0][0]]
-        store.add_records("ada", history(task, "ada"))
+        add_user(store, task)
         async with running(store, learned[kind]) as world:
             await ask(world, [system, earlier, *asked_of(task)])
             messages = world.upstream.bodies[0]["messages"]
@@ -310,7 +338,7 @@ async def test_an_answer_to_the_task_is_read_as_in_learning(
     store: Store, learned: dict[str, Path]
 ) -> None:
     """A sentence around a label is that label, as nothing but a label was asked for."""
-    store.add_records("ada", history(TASKS["label"], "ada"))
+    add_user(store, TASKS["label"])
     async with running(store, learned["label"]) as world:
         script(world, ["I would say odd.", "odd", "odd"])
         asked = await ask(world, asked_of(TASKS["label"]))

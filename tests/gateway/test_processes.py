@@ -78,14 +78,8 @@ def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
         second = subprocess.run([*SERVE, *where, "--port", port], capture_output=True, text=True)
         assert (second.returncode, second.stdout) == (2, "")
         assert second.stderr.count("\n") == 1
-<<<<<<< HEAD
         taken = f"--host 127.0.0.1 --port {port}: Address already in use: choose another"
         assert taken in second.stderr
-=======
-        assert (
-            f"--host 127.0.0.1 --port {port}: Address already in use" in second.stderr
-        )
->>>>>>> eaf7ee9 (Documentation of what the gateway asks)
 
 
 def test_what_one_server_is_told_the_other_knows_at_its_next_request(url: str) -> None:

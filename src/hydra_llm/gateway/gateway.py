@@ -281,7 +281,6 @@ class Gateway:
                 return unranked(made.choices)
 
             def ranked() -> RankedChoices:
-                deployment.people.seat(personal.user)  # feedback or others may have evicted it
                 return rank(pipeline, personal.context.at_rest(), made.choices, made.greedy)
 
             def pairs() -> Sequence[tuple[str, str]]:

@@ -48,7 +48,7 @@ class RecordSearch:
         """The question comes after all of the user's records."""
         visible = self.deployment.readable(self.user.records)
         query = Query(self.user.name, "asked", self.question)
-        return self.deployment.pipeline.context(query, visible)
+        return self.deployment.pipeline.context(query, visible, self.user.heads)
 
     @cached_property
     def retrieved(self) -> list[Ranked]:
@@ -62,7 +62,6 @@ class RecordSearch:
     def run(self) -> Found | None:
         """The records, best first; None for a user without any."""
         users, pipeline = self.deployment.people, self.deployment.pipeline
-        users.seat(self.user)  # a user encoded in the same batch may have evicted the heads
         ranked, visible = self.retrieved, self.context.visible
         if not visible:
             return None
