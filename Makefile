@@ -34,7 +34,7 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/python tools/commands_md.py --check
 	@$(BIN)/python tools/settings_md.py --check
 	@$(BIN)/python tools/results_md.py --check
-	@$(BIN)/python -m pytest -q tests/test_readme.py
+	@$(BIN)/python -m pytest -q tests/test_readme.py tests/test_conventions.py
 
 format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix

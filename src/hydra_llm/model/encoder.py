@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, to vectors of width H: the encoder φ of DESIGN 4 (paper: the Longformer
+"""Texts, or pairs of texts, to vectors of width H: the encoder φ of docs/method.md (paper: the Longformer
 under reranker and adapter).
 
 Knows no users, heads or files of features. transformers is imported when the first encoder is
@@ -121,7 +121,7 @@ class Encoder(torch.nn.Module):
     def encode_pairs(
         self, left: Sequence[str], right: Sequence[str], batch: int = 16
     ) -> np.ndarray:
-        """Encode each pair as one text (`cross` in DESIGN 4). Returns the pooled vectors [B, H]
+        """Encode each pair as one text (`cross`). Returns the pooled vectors [B, H]
         float32, not normalised.
         """
         return self._encode(list(zip(left, right, strict=True)), batch).numpy()

@@ -1,0 +1,80 @@
+"""What holds for the whole repository: short functions with few parameters, and no reference to a
+document that is not in it.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MAX_FUNCTION = 40
+MAX_PARAMETERS = 8
+LONG = {
+    "bundle.py load",
+    "gateway/app.py make_app",
+    "gateway/deployment.py open_deployment",
+    "gateway/gateway.py _keep",
+    "gateway/gateway.py plan",
+    "gateway/scoring.py choose",
+    "gateway/store_training.py learn_from_store",
+    "llm/concurrency.py map_calls",
+    "prompt.py render",
+    "training/api.py alearn",
+}
+"""Functions that are still longer; the list may only shrink."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def source_files() -> list[Path]:
+    return sorted((ROOT / "src").rglob("*.py"))
+
+
+def functions(files: list[Path]) -> Iterator[tuple[str, Function]]:
+    """Every function, and where it stands."""
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, Function):
+                yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", node
+
+
+def parameters(function: Function) -> int:
+    """How many parameters it takes, without `self` and `cls`."""
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    return len([each for each in named if each.arg not in ("self", "cls")])
+
+
+def test_functions_outside_the_cli_are_short() -> None:
+    long = [
+        f"{at}: {length} lines"
+        for at, each in functions(source_files())
+        if "/cli/" not in at
+        and re.sub(r"^src/hydra_llm/|:\d+", "", at) not in LONG
+        and (length := (each.end_lineno or each.lineno) - each.lineno + 1) > MAX_FUNCTION
+    ]
+    assert not long
+
+
+def test_functions_outside_the_cli_take_few_parameters() -> None:
+    many = [
+        f"{at}: {count} parameters"
+        for at, each in functions(source_files())
+        if "/cli/" not in at and (count := parameters(each)) > MAX_PARAMETERS
+    ]
+    assert not many
+
+
+def test_no_file_refers_to_a_document_outside() -> None:
+    """The design and style notes of the developers are not part of the repository."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    found = []
+    for name in listed.stdout.split("\0"):
+        file = ROOT / name
+        if name == Path(__file__).relative_to(ROOT).as_posix() or file.suffix in (".gz", ".png"):
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        found += [f"{name}: {match[0]}" for match in re.finditer(r"\b(DESIGN|STYLE)\b", text)]
+    assert not found
