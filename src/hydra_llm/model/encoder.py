@@ -1,5 +1,5 @@
-"""Texts, or pairs of texts, to vectors of width H: the encoder φ of docs/method.md (paper: the Longformer
-under reranker and adapter).
+"""Encoder φ: texts, or pairs of texts, to vectors of width H (paper: the Longformer under reranker
+and adapter).
 
 Knows no users, heads or files of features. transformers is imported when the first encoder is
 opened, not before. Letters: B texts or pairs, L tokens, H width.
