@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import bm25s
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_llm import retrieve
+from hydra_llm import plugins
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
-from hydra_llm.retrieve import BM25, make_retriever
+from hydra_llm.retrieve import BM25, RETRIEVERS, make_retriever
+from hydra_llm.testing import check_retriever
 from hydra_llm.types import Query, Ranked, Record
 
 BUILT_IN = ["bm25", "dense", "recent", "random", "nothing"]
@@ -161,8 +163,13 @@ def test_an_earlier_slice_of_time_is_scored_as_if_nothing_came_later(
 
 def test_an_index_is_built_once_for_the_same_records(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    real = retrieve._okapi
-    monkeypatch.setattr(retrieve, "_okapi", lambda texts: built.append(texts) or real(texts))
+    real = bm25s.BM25.index
+
+    def index(self: bm25s.BM25, tokens: object, **given: object) -> object:
+        built.append(tokens)
+        return real(self, tokens, **given)
+
+    monkeypatch.setattr(bm25s.BM25, "index", index)
     retriever, records = BM25(), history("cat sat", "dog ran")
     for text in ("cat", "dog", "cat"):
         retriever.retrieve(ask(text), records, 1)
@@ -312,7 +319,7 @@ def test_a_records_answer_is_matched_only_on_request() -> None:
 def test_unknown_names_and_missing_parts_are_told() -> None:
     with pytest.raises(
         SettingsError,
-        match="unknown retriever 'bm52': take one of bm25, dense, nothing, random, recent",
+        match="unknown retriever 'bm52': take one of bm25, dense, recent, random, nothing",
     ):
         make_retriever("bm52")
     with pytest.raises(SettingsError, match="needs an encoder"):
@@ -332,8 +339,38 @@ class Oldest:
 
 
 def test_a_package_can_bring_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("oldest", f"{__name__}:Oldest", retrieve.GROUP)
-    monkeypatch.setattr(retrieve, "_registered", lambda: {"oldest": point})
+    point = EntryPoint("oldest", f"{__name__}:Oldest", RETRIEVERS.group)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
     found = make_retriever("oldest", seed=4)
     assert found.given == {"embed": None, "seed": 4, "text": "input"}  # type: ignore[attr-defined]
     assert ids(found.retrieve(ask("x"), history("a", "b"), 1)) == ["r0"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_built_in_ones_keep_the_contract(name: str) -> None:
+    check_retriever(name)
+
+
+class Broken(BM25):
+    """Returns the records as they come, whatever the query."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.fault, self.calls = fault, 0
+
+    def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
+        found = super().retrieve(query, records, m)
+        self.calls += 1
+        if self.fault == "too many":
+            return super().retrieve(query, records, m + 1)
+        if self.fault == "worst first":
+            return [replace(item, rank=i) for i, item in enumerate(reversed(found))]
+        if self.fault == "another order each time":
+            return found if self.calls % 2 else found[:-1]
+        return [replace(item, score=float("nan")) for item in found]
+
+
+@pytest.mark.parametrize("fault", ["too many", "worst first", "another order each time", "nan"])
+def test_a_broken_retriever_fails_the_contract(fault: str) -> None:
+    with pytest.raises(AssertionError):
+        check_retriever(Broken(fault))

@@ -1,19 +1,14 @@
-"""Retrieval: which of a user's earlier records may help with a query. One Protocol, five ways, and
-a door for more.
+"""Which of a user's earlier records may help with a query.
 
-Records come in as `history.before` lets them through; nothing here knows time beyond their order,
-nor any LLM. Every retriever is deterministic and takes the later record first where two are equally
-good.
-
-BM25 is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b
-0.75, and the weight of words that more than half of the records hold raised to a quarter of the
-mean weight).
+Records come in as `history.before` lets them through, oldest first. Every retriever is
+deterministic and takes the later record first where two are equally good. BM25 is Okapi on
+`str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75; words that
+more than half of the records hold weigh a quarter of the mean weight). Knows no LLM.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
-from importlib.metadata import EntryPoint, entry_points
-from random import Random as Dice
+from functools import lru_cache
+from random import Random as Generator
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +16,7 @@ from numpy.typing import NDArray
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import in_order
+from hydra_llm.plugins import Registry
 from hydra_llm.types import Query, Ranked, Record
 
 if TYPE_CHECKING:
@@ -28,18 +24,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]
-"""Texts → [N, H]. It is called with all visible records of a user, so it should keep what it has
-computed.
-"""
+"""Texts → [N, H]; called with all visible records of a user, so it should cache."""
 Matched = Literal["input", "both"]
-"""What of a record is matched with the query's text: its input (as LaMP), or its input and its
-answer.
-"""
-
-GROUP = "hydra_llm.retrievers"
-"""Entry points of this group are called as `factory(embed=..., seed=..., text=...)` and return a
-`Retriever`.
-"""
+"""What of a record is matched with the query: its input (as LaMP), or input and answer."""
 KEPT_INDEXES = 256
 
 
@@ -53,32 +40,35 @@ class Retriever(Protocol):
 
 @runtime_checkable
 class Forgetful(Protocol):
-    """A retriever that keeps something made of records, and lets go of it when it is told to."""
+    """A retriever with a cache of what it made of records."""
 
     def forget(self) -> None:
-        """Keep nothing of what was seen until now."""
+        """Empty the cache."""
         ...
+
+
+RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
+    "hydra_llm.retrievers",
+    {
+        "bm25": "hydra_llm.retrieve:BM25",
+        "dense": "hydra_llm.retrieve:Dense",
+        "recent": "hydra_llm.retrieve:Recent",
+        "random": "hydra_llm.retrieve:Random",
+        "nothing": "hydra_llm.retrieve:Nothing",
+    },
+)
+"""Called as `factory(embed=..., seed=..., text=...)`."""
 
 
 def make_retriever(
     name: str, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"
 ) -> Retriever:
-    """Build the retriever of that name: bm25, dense, recent, random, nothing, or one that a package
-    has registered.
+    """Build the retriever that is registered under `name`.
 
     Raises:
         SettingsError: no such retriever, or it needs an encoder and `embed` is None.
     """
-    found = _registered()
-    if name not in found:
-        raise SettingsError(f"unknown retriever '{name}': take one of {', '.join(sorted(found))}")
-    retriever: Retriever = found[name].load()(embed=embed, seed=seed, text=text)
-    return retriever
-
-
-@cache
-def _registered() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+    return RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
 
 
 class _ByScore:
@@ -131,7 +121,7 @@ class BM25(_ByScore):
         return np.asarray(index.get_scores(words), dtype=np.float64)
 
     def forget(self) -> None:
-        """Let go of every index."""
+        """Empty the cache."""
         self._index.cache_clear()
 
 
@@ -184,7 +174,7 @@ class Dense(_ByScore):
         return similar
 
     def forget(self) -> None:
-        """Let go of every row."""
+        """Empty the cache."""
         self._rows.cache_clear()
 
 
@@ -209,9 +199,9 @@ class Random(_ByScore):
     """Random records: the same for the same seed, user, query and records, on every machine."""
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: the lots, 0 to 1."""
-        dice = Dice(f"{self.seed}\n{query.user}\n{query.id}")
-        return np.array([dice.random() for _ in records])
+        """[N]: uniform, 0 to 1."""
+        random = Generator(f"{self.seed}\n{query.user}\n{query.id}")
+        return np.array([random.random() for _ in records])
 
 
 class Nothing(_ByScore):

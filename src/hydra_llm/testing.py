@@ -22,8 +22,9 @@ from hydra_llm.model.interactions import Cross, Groups, Interaction, LabelBiline
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import losses
 from hydra_llm.plugins import HEADS
+from hydra_llm.retrieve import Retriever, make_retriever
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, MetricSpec, Parsing, Task
-from hydra_llm.types import Candidate, Generation, Record
+from hydra_llm.types import Candidate, Generation, Query, Record
 
 # ---- kinds of task
 
@@ -333,3 +334,47 @@ def _check_update(head: HeadKind, problem: HeadProblem) -> None:
     spread = spread.detach()
     assert torch.allclose(spread, spread.T, atol=1e-5), "the covariance is not symmetric"
     assert float(spread.diagonal().min()) >= -1e-6, "a variance is negative"
+
+
+# ---- retrievers
+
+
+def check_retriever(retriever: Retriever | str) -> None:
+    """Check the contract of a retriever (`retrieve.Retriever`), or of the one registered under a
+    name: at most m of the given records, best first, each once; deterministic; empty histories and
+    odd texts are no error; nothing given is changed, and nothing leaks from one user to another.
+    """
+    if isinstance(retriever, str):
+        retriever = make_retriever(retriever, embed=_word_lengths)
+    texts = ("rain at night", "", "the of and", "\u05e9\u05dc\u05d5\u05dd", "rain", "rain")
+    records = [Record("u", str(i), text, f"answer {i}", position=i) for i, text in enumerate(texts)]
+    query, before = Query("u", "q", "rain at night"), list(records)
+    assert list(retriever.retrieve(query, [], 3)) == [], "an empty history has records"
+    for text in ("rain at night", "", "unseen words"):
+        for m in (0, 1, 3, len(records) + 5):
+            _check_found(retriever, Query("u", "q", text), records, m)
+    assert records == before, "the given records were changed"
+    all_found = retriever.retrieve(query, records, len(records))
+    others = [Record("v", "0", "rain at night", "another", position=0)]
+    retriever.retrieve(Query("v", "q", "rain at night"), others, 1)
+    assert retriever.retrieve(query, records, len(records)) == all_found, "users are mixed up"
+    edited = [Record("u", "0", "an edited text", "answer", position=0)]
+    found = retriever.retrieve(query, edited, 1)
+    assert all(item.record in edited for item in found), "an edited record is found as it was"
+
+
+def _check_found(retriever: Retriever, query: Query, records: Sequence[Record], m: int) -> None:
+    found = retriever.retrieve(query, records, m)
+    ids, scores = [item.record.id for item in found], [item.score for item in found]
+    assert len(found) <= m, f"more than m = {m} records"
+    assert len(set(ids)) == len(ids), "a record is found twice"
+    assert all(item.record in records for item in found), "a record that was not given"
+    assert [item.rank for item in found] == list(range(len(found))), "ranks are not 0, 1, …"
+    assert np.isfinite(scores).all(), "a score is not finite"
+    assert scores == sorted(scores, reverse=True), "not best first"
+    assert retriever.retrieve(query, records, m) == found, "not deterministic"
+
+
+def _word_lengths(texts: Sequence[str]) -> NDArray[np.float32]:
+    """A stand-in encoder: [N, 2]."""
+    return np.array([[len(text) + 1, len(text.split()) + 1] for text in texts], dtype=np.float32)
