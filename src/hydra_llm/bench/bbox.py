@@ -100,9 +100,7 @@ def distribution(energies: Tensor, shares: Tensor) -> Tensor:
 
 
 def expected_negatives(energies: Tensor, pools: Pools, draws: int) -> Tensor:
-    """[G, C] expected number of each wrong candidate in draws from the adapted distribution (3.4,
-    lines 4 to 6); 0 for the gold answer.
-    """
+    """[G, C] expected draws of each wrong candidate (3.4, lines 4 to 6); 0 for the gold."""
     return (draws * distribution(energies, pools.shares)).scatter(1, pools.gold[:, None], 0.0)
 
 
@@ -155,9 +153,7 @@ class ByEnergy:
 def _offered(
     bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None
 ) -> list[Candidate]:
-    """The LLM's answers and the gold one, which has no votes if the LLM never gave it; every label
-    of a task with labels, as label features need it.
-    """
+    """Labels, or the LLM's answers with the gold one, which may have no votes."""
     if bundle.task.labels:
         return all_labels(bundle.task, readable)
     missing = gold is not None and all(candidate.answer != gold for candidate in readable)
@@ -210,9 +206,7 @@ def _interaction(bundle: Bundle) -> Interaction:
 
 @dataclass(frozen=True)
 class BBoxAdapter:
-    """Learns at its first query, and adapts to a user at the user's first query; the cost of that
-    is not part of an answer's, see `pop_spent`.
-    """
+    """Learns at its first query, adapts at each user's first; see `pop_spent` for that cost."""
 
     bundle: Bundle
     personalizer: Personalizer
@@ -248,9 +242,7 @@ class BBoxAdapter:
         return adapted_to.decide(context, proposal)
 
     async def _once(self, key: tuple[str, ...], make: Callable[[], Awaitable[Energy]]) -> Energy:
-        """The energy that `make` made the first time, or its error: a dead LLM is not called again
-        for all pools at every query.
-        """
+        """The first result or error of `make`, so that a dead LLM is not called again."""
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.kept:
                 try:
@@ -263,9 +255,7 @@ class BBoxAdapter:
         return found
 
     async def _learn(self, without: str) -> Energy:
-        """The shared energy from a random start (algorithm 1), by the first `labelled_users` of the
-        training users.
-        """
+        """The shared energy from a random start (algorithm 1), by `labelled_users` users."""
         settings, records = self.personalizer.settings, self.personalizer.records
         users = [
             user for user in self.bundle.trained_on[: settings.labelled_users] if user != without

@@ -18,9 +18,7 @@ from hydra_llm.bench.stats import Paired, paired
 from hydra_llm.tasks.base import Task
 
 POWER = 2.8
-"""Standard errors that a difference must have to be found with power 0.8 at the 5 % level:
-1.96 + 0.84.
-"""
+"""Standard errors of a difference found with power 0.8 at the 5 % level: 1.96 + 0.84."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ def changes_by_user(task: Task, pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def queries_needed(found: Paired, queries: int) -> int | None:
-    """Queries that would show this difference with power 0.8 at the 5 % level, from more users with
-    as many queries each; None if there is no difference.
-    """
+    """Queries, of more users, that show the difference with power 0.8; None without one."""
     if found.users < 2 or not found.difference:
         return None
     error = (found.high - found.low) / (2 * float(stdtrit(found.users - 1, 0.975)))

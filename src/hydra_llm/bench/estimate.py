@@ -65,15 +65,11 @@ class CostEstimate:
 
     stages: tuple[StageEstimate, ...]
     sampled: int
-    """Calls that were made to measure tokens and seconds; 0 if none was missing, or none
-    succeeded.
-    """
+    """Calls that were made to measure tokens and seconds."""
     parallel: int = 1
     """Calls at once."""
     texts: int = 0
-    """Records and queries that are not encoded yet; pairs (features=cross) cannot be counted
-    before the run.
-    """
+    """Records and queries to encode; pairs (features=cross) are not counted."""
     encoding: float = 0.0
     """Seconds to encode them."""
 
@@ -142,9 +138,7 @@ class PendingCall:
 
 @dataclass
 class DryRunLLM:
-    """Answers the first label, or any text, and collects each distinct call that the cache could
-    not answer.
-    """
+    """Answers the first label, or any text, and collects the calls that are not cached."""
 
     cache: CachedLLM
     labels: Sequence[str]
@@ -248,9 +242,7 @@ async def _label(
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
-    """How many texts of records and queries are not encoded, and the seconds for them as measured
-    on a few, which are kept.
-    """
+    """How many texts are not encoded, and the seconds for them as measured on a few."""
     store = parts.bundle.store
     records = [record for user in users for record in parts.records.get(user, ())]
     texts = [record.input for record in records] + [query.input for query in queries]
@@ -277,9 +269,7 @@ class Measured:
     def stage_cost(
         self, name: str, kept: int, own: Sequence[PendingCall], prices: Prices
     ) -> StageEstimate:
-        """The cost of a stage's calls in proportion to the measured ones: prompts to their
-        estimated tokens, answers to their number, seconds to both.
-        """
+        """By estimated tokens of prompts and number of answers, as in the measured calls."""
         usage = self.usage
         ratio = usage.prompt_tokens / max(1, _prompt_tokens(self.calls)) or 1.0
         prompt = round(ratio * _prompt_tokens(own))
@@ -316,9 +306,7 @@ async def _measure(llm: CachedLLM, sample: Sequence[PendingCall]) -> Measured:
 
 
 def estimate_rows(found: CostEstimate) -> list[dict[str, Any]]:
-    """A row per stage, one for the encoder if it has texts to read, and the total; minutes are
-    wall-clock time.
-    """
+    """A row per stage, for the encoder, and the total; minutes are wall-clock time."""
     parallel = found.parallel
     stages = list(found.stages)
     if found.texts:

@@ -18,10 +18,9 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
-from hydra_llm.history import before, in_order
+from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress, run_sync
-from hydra_llm.model.heads import usable_head
 from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.types import Query
 
@@ -152,9 +151,7 @@ def learned_bundle(
     say: Say,
     first: Bundle | None = None,
 ) -> Bundle:
-    """Learn the bundle of these settings in `folder`, and fit the new users that it lacks. `first`
-    is the bundle of the first seed, whose reranker is taken.
-    """
+    """Learn a bundle with the reranker of `first`, and fit the new users that it lacks."""
     data, llm = experiment.data, experiment.llm
     if not (folder / "config.json").exists():
         learned = learn(data, llm, settings, out=folder, progress=progress, first=first)
@@ -213,16 +210,9 @@ def late_manifest(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str,
 
 def _report_shared_heads(parts: Parts, queries: Sequence[Query], say: Say) -> None:
     """Report how many queries precede some records that their user's head was fitted on."""
-    bundle, records = parts.bundle, parts.records
-    amid = sum(
-        any(
-            usable_head(head, query, len(before(records[query.user], query)))[0] is None
-            for head in bundle.heads_of(query.user).values()
-        )
-        for query in queries
-    )
-    if amid:
+    context_of = parts.personalizer().context_of
+    if shared := sum(bool(context_of(query).notes) for query in queries):
         say(
-            f"{amid} of {len(queries)} queries may not see all that their user's head was fitted"
+            f"{shared} of {len(queries)} queries precede records that their user's head was fitted"
             " on: the shared head answers them"
         )

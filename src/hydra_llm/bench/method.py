@@ -8,7 +8,7 @@ Knows neither data sets nor metrics.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -83,15 +83,11 @@ class Method:
     labels_only: bool = False
     """Whether it can answer tasks with a closed set of labels only."""
     uses: tuple[str, ...] = ("reranker", "adapter")
-    """Learned parts that it uses. Seeds share the reranker; only answers that use the adapter
-    differ by seed.
-    """
+    """Learned parts that it uses; its answers differ by seed if the adapter is one."""
     requires: tuple[str, ...] = ()
     """Learned parts without which it is left out of the run."""
     per_sample: bool = False
-    """Whether it answers once for each of the b samples, with the sample's index as the seed: the
-    mean over them is the expected score of a random sample.
-    """
+    """Whether it answers once per sample, with the sample's index as the seed."""
     given: Mapping[str, int] = field(default_factory=dict)
     """Values of its parameters, if the name has any."""
 
@@ -121,25 +117,12 @@ class Method:
         return replace(self, name=name, build=build, given=given)
 
 
-def method(
-    group: str,
-    *,
-    takes: tuple[str, ...] = (),
-    source: str = "",
-    labels_only: bool = False,
-    uses: tuple[str, ...] = ("reranker", "adapter"),
-    requires: tuple[str, ...] = (),
-    per_sample: bool = False,
-) -> Callable[[Build], Method]:
-    """Make a `Method` of a function: the function's name with hyphens is the method's name, and its
-    docstring is the description.
-    """
+def method(group: str, **fields: Any) -> Callable[[Build], Method]:
+    """Make a `Method` with a function's name and docstring; `fields` are the `Method`'s."""
 
     def make(build: Build) -> Method:
         name, what = build.__name__.replace("_", "-"), (build.__doc__ or "").strip().rstrip(".")
-        return Method(
-            name, what, group, build, takes, source, labels_only, uses, requires, per_sample
-        )
+        return Method(name, what, group, build, **fields)
 
     return make
 

@@ -77,9 +77,7 @@ PROFILE = (
 
 @dataclass(frozen=True)
 class Profiled:
-    """Puts a profile, which the LLM writes from the history, before the records; one profile per
-    user and history.
-    """
+    """Puts a profile by the LLM, one per user and history, before the records."""
 
     inner: Personalizer
     profiles: dict[tuple[str, int], str] = field(default_factory=dict)

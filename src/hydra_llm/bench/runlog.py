@@ -23,9 +23,7 @@ LATE = ("weights", "trained_on", "users", "queries")
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this code runs from, with + if files differ from it; None
-    for an installed package.
-    """
+    """The commit of the source tree, with + if files differ; None if installed."""
     describe = ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
@@ -70,9 +68,7 @@ class Sample:
     """Seconds per stage of this run."""
     notes: tuple[str, ...] = ()
     seed: int = 0
-    """Of the learned parts; methods that learn nothing run for the first seed alone. The index of
-    the sample for a method that answers once per sample.
-    """
+    """Of the learned parts; the index of the sample for a method that answers per sample."""
     probability: float | None = None
     """The adapter's probability of its pick; None without an adapter."""
     agreement: float | None = None
@@ -132,9 +128,7 @@ class RunLog:
             _write_whole(self._manifest, {**found, **wanted})
 
     def _begin(self, wanted: Mapping[str, Any]) -> None:
-        """See that the folder is of the same run. A manifest without any result beside it, as a
-        wrong LLM leaves it, is replaced.
-        """
+        """Check that the folder is of the same run; a manifest without results is replaced."""
         found = self._found()
         if found is None or (
             "weights" not in found and all(each == self._manifest for each in self.folder.iterdir())
@@ -185,9 +179,7 @@ class RunLog:
     def finish(
         self, results: Sequence[Mapping[str, Any]], learning: Sequence[Mapping[str, Any]] = ()
     ) -> Path:
-        """Write `results.json`, a row per method, and `learning.json`, each seed's report of
-        learning; returns the first one's path.
-        """
+        """Write `results.json`, whose path is returned, and `learning.json`, a row per seed."""
         if learning:
             (self.folder / "learning.json").write_text(_indented(list(learning)), encoding="utf-8")
         file = self.folder / "results.json"

@@ -124,9 +124,7 @@ class MethodResult:
 
     method: str
     metrics: Mapping[str, tuple[float, float, float]]
-    """Metric → value, lower and upper end of its 95 % interval (bootstrap over users); NaN if
-    nothing was scored.
-    """
+    """Metric → value and ends of its 95 % interval over users; NaN if not scored."""
     queries: int
     """Each counted once, however many seeds answered it."""
     failed: int
@@ -142,9 +140,7 @@ class MethodResult:
     cost: float
     """Money per query, at the given prices."""
     seconds: Mapping[str, float]
-    """Seconds per query and stage, in this run: retrieve, rerank, prompt, llm (near 0 if the
-    answers were cached), adapt.
-    """
+    """Seconds per query and stage, in this run; `llm` is near 0 if cached."""
     seeds: Mapping[int, Mapping[str, float]]
     """Seed of the learned parts → metric → value, if there are several seeds."""
 

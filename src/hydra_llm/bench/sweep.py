@@ -213,9 +213,7 @@ class SweepRow:
     point: SweepPoint
     result: MethodResult
     comparison: Comparison | None
-    """This point minus the first one, by the same method on the same queries; None for the first
-    itself.
-    """
+    """This point minus the first one, same method and queries; None for the first."""
 
 
 @dataclass(frozen=True)
@@ -305,9 +303,7 @@ def _run_point(
 
 
 def _copy_base(experiment: Experiment, context: SweepContext) -> None:
-    """Points that differ in their new users alone learn the base from the same training users: it
-    is learned once, and each point has a copy to fit its heads in.
-    """
+    """Points that differ in their new users alone share a base, which is learned once."""
     settings = experiment.settings.stored()
     identity = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -321,9 +317,7 @@ def _copy_base(experiment: Experiment, context: SweepContext) -> None:
 
 
 def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
-    """The data set in which each new user has only `count` records: the latest that precede all of
-    the user's queries.
-    """
+    """New users have only `count` records: the latest that precede all their queries."""
     if count == "all":
         return data
     records = {user: data.history(user) for user in data.users()}

@@ -12,9 +12,7 @@ STAGES = ("retrieve", "rerank", "prompt", "adapt")
 
 
 def cost_rows(report: Report) -> list[dict[str, Any]]:
-    """A row per method: calls, tokens, money and seconds of the LLM per query as measured when it
-    was called, then this run's own milliseconds per stage.
-    """
+    """A row per method: the LLM's cost per query, this run's milliseconds per stage."""
     return [
         {
             "method": result.method,

@@ -155,9 +155,7 @@ def _calibration(name: str, picks: Iterable[tuple[Sample, bool]], correct_is: st
 
 
 def calibration_error(probabilities: np.ndarray, correct: np.ndarray) -> float:
-    """Mean distance of probability [N] and share of correct ones [N] in ten equal bins, weighted by
-    their size (Naeini et al. 2015).
-    """
+    """Expected calibration error of probabilities [N] in ten bins (Naeini et al. 2015)."""
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     inside = [bins == place for place in np.unique(bins)]
     gaps = (abs(probabilities[each].mean() - correct[each].mean()) * each.mean() for each in inside)

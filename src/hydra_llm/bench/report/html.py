@@ -98,9 +98,7 @@ def _shown(report: Report, answers: bool) -> dict[str, Any]:
 
 
 def _parts(report: Report) -> list[dict[str, Any]]:
-    """The main table, part by part: each row's cells by column as (text, class), class best or
-    second where it is one.
-    """
+    """The main table by part: cells as (text, class), class best or second or none."""
     found: dict[str, list[dict[str, tuple[str, str]]]] = {}
     for row in method_rows(report):
         places = {name: report.marks.get((row["method"], name), 0) for name in row}

@@ -108,9 +108,7 @@ AREA = (460, 340)
 
 
 def cost_plot(report: Report, measure: str) -> "Plot | None":
-    """The first metric against what a query costs, on a root scale, which has a place for 0; None
-    if nothing costs anything.
-    """
+    """The first metric against the cost on a root scale; None if nothing costs anything."""
     import altair as alt
 
     metric = report.metrics[0]
@@ -142,9 +140,7 @@ def cost_plot(report: Report, measure: str) -> "Plot | None":
 def _cost_data(
     rows: Sequence[TableRow], metric: str, measure: str
 ) -> tuple[list[dict[str, Any]], tuple[float, float, float]]:
-    """Points with their labels in units of the axes, and the axes' ends: greatest cost, lowest and
-    highest value.
-    """
+    """Points with labels, and the axes' ends: greatest cost, lowest and highest value."""
     costs = [float(getattr(row.result, measure)) for row in rows]
     values = [row.result.metrics[metric][0] for row in rows]
     room = 0.08 * (max(values) - min(values)) or 0.05
@@ -174,9 +170,7 @@ def _cost_data(
 
 
 def users_plot(report: Report) -> "Plot | None":
-    """Each method's users, from who gains most to who loses most against the baseline; None without
-    a baseline or another method.
-    """
+    """Each method's users by their change against the baseline; None without one."""
     import altair as alt
 
     panels = _panels(report)

@@ -155,9 +155,7 @@ class Report:
 
     @cached_property
     def marks(self) -> dict[tuple[str, str], int]:
-        """(method, metric) → 1 for the best of the ranked groups, 2 for the second best; equal
-        values share their place.
-        """
+        """(method, metric) → 1 for the best of the ranked groups, 2 for the second best."""
         out: dict[tuple[str, str], int] = {}
         for metric in self.metrics:
             values = {
