@@ -262,7 +262,7 @@ def test_queries_amid_the_history_are_told(hydra: Hydra, tmp_path: Path) -> None
     )
     assert told.code == 0
     assert (
-        "1 of 2 queries may not see all that their user's head was fitted on: the shared head"
+        "1 of 2 queries precede records that their user's head was fitted on: the shared head"
         " answers them" in "\n".join(told.lines)
     )
 
