@@ -1,9 +1,8 @@
-"""Run a command beside a real PostgreSQL of its own: `python tools/with_postgres.py make test`.
+"""Run a command with its own PostgreSQL server: `python tools/with_postgres.py make test`.
 
-The server is made anew in a temporary folder, listens on loopback alone, and is gone when the
-command ends. The command finds it as TEST_POSTGRES_URL, and its folder of data as
-TEST_POSTGRES_DATA. Where PostgreSQL is not installed, that is said, and the command runs without
-it; with `--required` it is an error.
+The server runs in a temporary folder, on loopback only, and stops when the command ends. The
+command gets TEST_POSTGRES_URL and TEST_POSTGRES_DATA, the data folder. Without PostgreSQL it runs
+without a server; with `--required` that is an error.
 """
 
 import os
@@ -19,24 +18,17 @@ from pathlib import Path
 
 
 def binaries() -> Path | None:
-    """The folder of PostgreSQL's own programs: Debian keeps them out of PATH."""
+    """The folder of PostgreSQL's programs; Debian does not put it on PATH."""
     places = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin"),
-        key=lambda place: int(place.parent.name),
-        reverse=True,
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda place: -int(place.parent.name)
     )
-    on_path = shutil.which("initdb")
-    return next(
-        iter(
-            [place for place in places if (place / "initdb").exists()]
-            or ([Path(on_path).parent] if on_path else [])
-        ),
-        None,
-    )
+    if on_path := shutil.which("initdb"):
+        places.append(Path(on_path).parent)
+    return next((place for place in places if (place / "initdb").exists()), None)
 
 
 def account() -> str | None:
-    """Whose processes they are: PostgreSQL refuses to run as root."""
+    """The server's account: PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}
@@ -46,64 +38,35 @@ def account() -> str | None:
 @contextmanager
 def server(programs: Path) -> Iterator[dict[str, str]]:
     """A running server, as environment variables."""
-    user = account()
     with tempfile.TemporaryDirectory(prefix="hydra-postgres-", dir="/tmp") as folder:
-        if user:
+        if user := account():
             shutil.chown(folder, user)
-        data = Path(folder) / "data"
-        quiet = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "check": True}
-        subprocess.run(
-            [
-                programs / "initdb",
-                "-D",
-                data,
-                "-A",
-                "trust",
-                "-U",
-                "postgres",
-                "--no-sync",
-                "-E",
-                "UTF8",
-                "--locale=C",
-            ],
-            **quiet,
-        )
-        port = free_port()
-        options = (
-            f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
-        )
-        subprocess.run(
-            [
-                programs / "pg_ctl",
-                "-D",
-                data,
-                "-o",
-                options,
-                "-l",
-                Path(folder) / "log",
-                "-w",
-                "start",
-            ],
-            **quiet,
+        data, port = f"{folder}/data", free_port()
+        new = ["-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C"]
+        call(folder, programs / "initdb", "-D", data, *new)
+        settings = f"listen_addresses=127.0.0.1 port={port} unix_socket_directories={folder}"
+        options = ["-o", " ".join(f"-c {setting}" for setting in settings.split())]
+        call(
+            folder, programs / "pg_ctl", "-D", data, *options, "-l", f"{folder}/log", "-w", "start"
         )
         try:
             yield {
                 "TEST_POSTGRES_URL": f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres",
-                "TEST_POSTGRES_DATA": str(data),
+                "TEST_POSTGRES_DATA": data,
             }
         finally:
-            subprocess.run(
-                [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"],
-                **{**quiet, "check": False},
-            )
+            stop = ("-m", "immediate", "-w", "stop")
+            call(folder, programs / "pg_ctl", "-D", data, *stop, check=False)
 
 
 def restart(programs: Path, data: str) -> None:
-    """Stop it as a crash would, and start it anew on the same port (pg_ctl keeps the options)."""
-    command = [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "restart"]
-    subprocess.run(
-        command, user=account(), cwd=Path(data).parent, stdout=subprocess.DEVNULL, check=True
-    )
+    """Stop it as a crash would, and restart it on the same port (pg_ctl keeps the options)."""
+    call(Path(data).parent, programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "restart")
+
+
+def call(folder: Path | str, *command: Path | str, check: bool = True) -> None:
+    """Run one of PostgreSQL's programs in a folder."""
+    subprocess.run(command, user=account(), cwd=folder, stdout=subprocess.DEVNULL, check=check)
 
 
 def free_port() -> int:
