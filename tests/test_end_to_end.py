@@ -312,6 +312,9 @@ def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_
             data, replace(learned, records=dict(learned.records)), llm, users=[user]
         ).bundle
         answers = [bundle.personalizer(llm).answer(query) for query in (early, late)]
+        told = [" ".join(answer.proposal.notes) for answer in answers]
+        assert "the shared head answers" in told[0]
+        assert "the shared head answers" not in told[1]
         found.append(
             [
                 [c.probability for c in answer.candidates]

@@ -274,7 +274,7 @@ class Personalizer(Pipeline):
             sampled.candidates,
             sampled.usage,
             clock.seconds,
-            (*sampled.prompt.notes, *sampled.notes),
+            (*context.notes, *sampled.prompt.notes, *sampled.notes),
         )
 
     async def aanswer(self, question: Query | Context) -> Answer:
