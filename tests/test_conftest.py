@@ -40,6 +40,7 @@ def test_loopback_connects() -> None:
             assert accepted.recv(1) == b"x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "code", "workers"), [("4 * 2**30", 0, ()), ("1", 1, ()), ("1", 1, ("-n", "1"))]
 )

@@ -326,6 +326,7 @@ def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_
     assert found[0][1] != found[1][1]
 
 
+@pytest.mark.slow
 def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

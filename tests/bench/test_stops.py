@@ -164,6 +164,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stopped", [False, True], ids=["a whole run", "one that was stopped before it answered"]
 )

@@ -390,6 +390,7 @@ def test_questions_are_streamed(tmp_path: Path) -> None:
     assert not is_official(tmp_path / "other.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "llm"), [("LaMP-2N", "rule=labels"), ("LaMP-3", "rule=labels"), ("LaMP-4", "echo")]
 )

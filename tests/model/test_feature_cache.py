@@ -255,6 +255,7 @@ for number in range(60):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_and_four_threads_write_one_file(
     tiny: Encoder, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

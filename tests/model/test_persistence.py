@@ -469,6 +469,7 @@ print(len(seen), clean)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_the_old_or_the_new_bundle(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "bundle"), "0"],

@@ -106,6 +106,7 @@ def test_an_installed_kind_keeps_the_contract(yes_no: Task) -> None:
     check_task(yes_no)
 
 
+@pytest.mark.slow
 def test_learn_and_ask_with_an_installed_kind(yes_no: Task, tmp_path: Path) -> None:
     records = [
         Record(

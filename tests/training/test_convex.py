@@ -62,6 +62,7 @@ def uniform_loss(table: TrainingSet, loss: Loss) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "loss"),
     [(h, loss) for h in ("linear", "lowrank") for loss in ("listwise", "binary")]
@@ -101,6 +102,7 @@ def test_a_users_weights_are_recovered() -> None:
         assert torch.cosine_similarity(found, weights, dim=0) > 0.9, name
 
 
+@pytest.mark.slow
 def test_strengths_follow_how_much_users_differ() -> None:
     alike, _ = simulate(24, 10, differ=0.0, shared=1.5)
     unlike, _ = simulate(24, 10, differ=4.0, shared=0.5)

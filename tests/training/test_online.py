@@ -141,6 +141,7 @@ def test_the_order_of_feedback_does_not_matter(head: str, features: str, loss: L
     assert np.allclose(one.numbers, other.numbers, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_no_feedback_changes_nothing_and_only_the_latest_counts() -> None:
     scorer, table = scorer_and_table("linear", "cross")
     fitted = quickly(scorer, table)["u000"]
