@@ -73,7 +73,7 @@ async def test_a_request_under_way_brings_nothing_back(
         features = world.app.state.gateway.deployment.bundle.store
         of_bob = set(features._passing)
         await send(world, storms(6))
-        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
         reached, deleted, complete = asyncio.Event(), asyncio.Event(), world.upstream.complete
 
         async def late(body: Mapping[str, Any]) -> Any:
@@ -107,17 +107,17 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
     records = storms(6)
     async with running(store, bundles["titles"], warm=False, candidates=2) as world:
         serving = world.app.state.gateway.deployment
-        async with busy(serving.together, monkeypatch):
+        async with busy(serving.batcher, monkeypatch):
             await send(world, records)
-            await async_until(lambda: bool(serving.together._later))
+            await async_until(lambda: bool(serving.batcher._later))
             if how == "the user":
                 assert (await world.http.delete("/v1/users/ada")).status_code == 200
             elif how == "a record":
                 assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
             else:
                 await send(world, [Record("ada", "r0", "a calm at last", "calm")])
-        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
-        await serving.together.run(lambda: None)
+        await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
+        await serving.batcher.run(lambda: None)
         gone = texts_of(records if how == "the user" else records[:1])
         assert serving.bundle.store.missing(gone) == len(gone)
         if how == "the user":
@@ -134,11 +134,11 @@ async def test_another_server_writes_no_features_of_a_user_who_is_deleted_here(
         running(other, bundles["titles"], warm=False) as second,
     ):
         serving = second.app.state.gateway.deployment
-        async with busy(serving.together, monkeypatch):
+        async with busy(serving.batcher, monkeypatch):
             await send(second, storms(6))
-            await async_until(lambda: bool(serving.together._later))
+            await async_until(lambda: bool(serving.batcher._later))
             assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await async_until(lambda: serving.warming.idle)
+        await async_until(lambda: serving.prefetcher.idle)
         assert kept(tmp_path) == 0
     other.close()
 
@@ -149,7 +149,7 @@ async def test_what_changes_amid_the_warming_is_warmed_too(
     async with running(store, bundles["titles"], warm=False) as world:
         for place in range(0, 12, 2):
             await send(world, storms(12)[place : place + 2])
-        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
         assert kept(tmp_path) == len(set(texts_of(storms(12))))
 
 
@@ -158,7 +158,7 @@ async def test_a_deletion_tells_how_many_features_have_gone(
 ) -> None:
     async with running(store, bundles["titles"], warm=False) as world:
         await send(world, storms(6))
-        await async_until(lambda: world.app.state.gateway.deployment.warming.idle)
+        await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
         count = kept(tmp_path)
         assert count == 18
         assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == count

@@ -269,7 +269,7 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
             return encode(left, right)
 
         monkeypatch.setattr(serving.bundle.store.encoder, "encode_pairs", noted)
-        waiting, release, run = 0, threading.Event(), serving.together.run
+        waiting, release, run = 0, threading.Event(), serving.batcher.run
 
         async def counted(*work: Any, **more: Any) -> Any:
             nonlocal waiting
@@ -279,7 +279,7 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
             return await run(*work, **more)
 
         busy = asyncio.create_task(run(release.wait))
-        monkeypatch.setattr(serving.together, "run", counted)
+        monkeypatch.setattr(serving.batcher, "run", counted)
         asked = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
         answers = [answer.json()["personalization"] for answer in asked]
         await busy
@@ -821,8 +821,8 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         assert serving.pipeline.retriever._index.cache_info().currsize == 1
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await async_until(lambda: serving.warming.idle)
-        await serving.together.run(lambda: None)
+        await async_until(lambda: serving.prefetcher.idle)
+        await serving.batcher.run(lambda: None)
         mine = [text for text in texts_of(records) if text != "calm"]
         assert serving.bundle.store.missing(mine) == len(mine)
         assert serving.pipeline.retriever._index.cache_info().currsize == 0
@@ -952,15 +952,15 @@ async def test_samples_that_are_refused_are_asked_for_otherwise(
 
 
 def test_a_steady_caller_is_not_starved() -> None:
-    from hydra_llm.gateway.app import Pace
+    from hydra_llm.gateway.middleware import RateLimiter
     from hydra_llm.gateway.schemas import ApiError
 
     now = 0.0
-    pace, let_in, waits = Pace(60, clock=lambda: now), 0, set()
+    rates, let_in, waits = RateLimiter(60, clock=lambda: now), 0, set()
     for _ in range(600):  # two a second for five minutes, where one is allowed
         now += 0.5
         try:
-            pace.check("k")
+            rates.check("k")
             let_in += 1
         except ApiError as error:
             waits.add(error.headers["retry-after"])
@@ -1107,7 +1107,7 @@ async def test_another_servers_write_is_seen_at_the_next_request(
         await fitted(second, "ada")
         serving = world.app.state.gateway.deployment
         await world.ask(QUESTION)
-        assert "adapter" in serving.people.at_hand("ada", either.state("ada").version).heads
+        assert "adapter" in serving.users.at_hand("ada", either.state("ada").version).heads
     other.close()
 
 
@@ -1202,7 +1202,7 @@ async def test_a_deleted_user_leaves_no_features_whatever_was_done(
         await world.http.post("/v1/feedback", json={"request_id": id, "edited": "calm at last"})
         await world.ask(QUESTION)
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await serving.together.run(lambda: None)
+        await serving.batcher.run(lambda: None)
         assert kept(tmp_path) == 0
 
 

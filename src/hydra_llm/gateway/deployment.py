@@ -38,11 +38,11 @@ class Deployment:
     id: str
     """SHA-256 of its weights: heads belong to it. Empty where there is none."""
     pipeline: Pipeline
-    people: UserCache
-    together: MicroBatcher
+    users: UserCache
+    batcher: MicroBatcher
     scorers: Mapping[str, Scorer]
     bundle: Bundle | None = None
-    warming: Prefetcher | None = None
+    prefetcher: Prefetcher | None = None
     """Where scoring needs a user's history encoded."""
 
     @property
@@ -66,7 +66,7 @@ class Deployment:
 
     def forget(self, user: str) -> None:
         """Drop a user from memory; and every index, as none says whose it is."""
-        self.people.drop(user)
+        self.users.drop(user)
         if isinstance(self.pipeline.retriever, Forgetful):
             self.pipeline.retriever.forget()
 
@@ -83,7 +83,7 @@ class Deployment:
 
     def close(self) -> None:
         """End the scoring thread."""
-        self.together.close()
+        self.batcher.close()
 
 
 def named(folder: Path, weights: str) -> str:

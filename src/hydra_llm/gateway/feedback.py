@@ -84,10 +84,10 @@ async def take_feedback(
     texts = [request.question, *(candidate.text for candidate in told.candidates)]
     for _ in range(TRIES):
         now = await anyio.to_thread.run_sync(
-            partial(_read, store, serving.people, request.user, serving.id)
+            partial(_read, store, serving.users, request.user, serving.id)
         )
         record = told.record if len(now.records) < settings.max_records else None
-        judged, heads = await serving.together.run(
+        judged, heads = await serving.batcher.run(
             partial(_learned, serving, told, request, now), texts
         )
         try:

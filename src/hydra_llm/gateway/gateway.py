@@ -181,7 +181,7 @@ class Gateway:
         """The user's records for a question, or why there are none."""
         try:
             search = RecordSearch(deployment, user, question, self.telemetry, k)
-            found = await deployment.together.run(search.run, [question], pairs=search.pairs)
+            found = await deployment.batcher.run(search.run, [question], pairs=search.pairs)
         except Overloaded as error:
             self.telemetry.failed("scoring", error)
             return "overloaded"
@@ -190,8 +190,8 @@ class Gateway:
             return "scoring-failure"
         if found is None:
             return "no-history"
-        if not found.warm and deployment.warming is not None:
-            deployment.warming.begin(user.name)
+        if not found.warm and deployment.prefetcher is not None:
+            deployment.prefetcher.begin(user.name)
         return found
 
     async def _snapshot(self, deployment: Deployment, user: str) -> UserSnapshot | str:
@@ -201,8 +201,8 @@ class Gateway:
             if version is None:
                 return "unknown-user"
             return (
-                deployment.people.at_hand(user, version)
-                or await self.reads.read(partial(deployment.people.load, user))
+                deployment.users.at_hand(user, version)
+                or await self.reads.read(partial(deployment.users.load, user))
                 or "unknown-user"
             )
         except Exception as error:  # whatever fails must not cost the caller an answer
@@ -288,7 +288,7 @@ class Gateway:
                     personal.context, pipeline.read(texts, made.greedy)[0]
                 )
 
-            return await deployment.together.run(ranked, texts, pairs=pairs)
+            return await deployment.batcher.run(ranked, texts, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
             return unranked(made.choices)
@@ -306,7 +306,7 @@ class Gateway:
             keep = partial(self.store.add_request, stored, version=user.version)
             kept = await self.reads.read(keep)
             if not kept:  # deleted while the upstream was asked
-                await deployment.together.run(partial(deployment.forget, user.name), must=True)
+                await deployment.batcher.run(partial(deployment.forget, user.name), must=True)
                 texts = [
                     question,
                     *choice_texts(ranked.choices),

@@ -106,7 +106,7 @@ class Worker:
                     with self._store.change(job.user, version=version) as change:
                         change.put_heads(serving.id, stored)
                         if (
-                            serving.warming is not None
+                            serving.prefetcher is not None
                         ):  # encoded already; amid the transaction, so that a deletion comes later
                             features.texts(texts_of(serving.readable(tuple(records))), keep=True)
                         change.mark_learned([each.request for each in known])

@@ -31,16 +31,16 @@ class Prefetcher:
         self,
         store: Store,
         reads: TimedReads,
-        people: UserCache,
+        users: UserCache,
         features: FeatureCache,
-        together: MicroBatcher,
+        batcher: MicroBatcher,
     ):
-        self._store, self._reads, self._people, self._features, self._together = (
+        self._store, self._reads, self._users, self._features, self._batcher = (
             store,
             reads,
-            people,
+            users,
             features,
-            together,
+            batcher,
         )
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
@@ -68,21 +68,23 @@ class Prefetcher:
     async def _walk(self, user: str) -> None:
         place = 0
         with suppress(HydraError):  # whoever asks for this user next begins again
-            while (person := await self._person(user)) is not None and place < len(person.records):
-                texts = texts_of(person.records[place : place + RECORDS_AT_ONCE])
-                await self._together.later(partial(self._features.texts, texts, keep=False))
+            while (snapshot := await self._snapshot(user)) is not None and place < len(
+                snapshot.records
+            ):
+                texts = texts_of(snapshot.records[place : place + RECORDS_AT_ONCE])
+                await self._batcher.later(partial(self._features.texts, texts, keep=False))
                 with suppress(StaleVersion):  # the user has changed: read again
-                    await anyio.to_thread.run_sync(partial(self._write, person, texts))
+                    await anyio.to_thread.run_sync(partial(self._write, snapshot, texts))
                     place += RECORDS_AT_ONCE
 
-    async def _person(self, user: str) -> UserSnapshot | None:
+    async def _snapshot(self, user: str) -> UserSnapshot | None:
         version = (await self._reads.read(partial(self._store.state, user))).version
         if version is None:
             return None
-        return self._people.at_hand(user, version) or await self._reads.read(
-            partial(self._people.load, user)
+        return self._users.at_hand(user, version) or await self._reads.read(
+            partial(self._users.load, user)
         )
 
-    def _write(self, person: UserSnapshot, texts: list[str]) -> None:
-        with self._store.change(person.name, version=person.version):
+    def _write(self, snapshot: UserSnapshot, texts: list[str]) -> None:
+        with self._store.change(snapshot.name, version=snapshot.version):
             self._features.texts(texts, keep=True)

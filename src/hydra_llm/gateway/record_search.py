@@ -61,7 +61,7 @@ class RecordSearch:
 
     def run(self) -> Found | None:
         """The records, best first; None for a user without any."""
-        users, pipeline = self.deployment.people, self.deployment.pipeline
+        users, pipeline = self.deployment.users, self.deployment.pipeline
         ranked, visible = self.retrieved, self.context.visible
         if not visible:
             return None

@@ -52,8 +52,8 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
     if added.replaced:
         await _let_go(http, user)
         await _forget_texts(http, store, texts_of(added.replaced), but=None)
-    if (warming := http.app.state.gateway.deployment.warming) is not None:
-        warming.begin(user)
+    if (prefetcher := http.app.state.gateway.deployment.prefetcher) is not None:
+        prefetcher.begin(user)
     return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
 
 
@@ -253,9 +253,9 @@ async def _let_go(http: Request, user: str) -> None:
     the scoring thread had begun is done.
     """
     serving = http.app.state.gateway.deployment
-    if serving.warming is not None:
-        await serving.warming.stop(user)
-    await serving.together.run(partial(serving.forget, user), must=True)
+    if serving.prefetcher is not None:
+        await serving.prefetcher.stop(user)
+    await serving.batcher.run(partial(serving.forget, user), must=True)
 
 
 async def _forget_texts(http: Request, store: Store, texts: list[str], *, but: str | None) -> int:

@@ -1,0 +1,233 @@
+"""What surrounds every request: who may come in, how often, how large, and which errors go out, all
+in OpenAI's shape. ASGI itself, so that streams stay streams.
+"""
+
+import hashlib
+import math
+import time
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
+from typing import Any
+
+from cachetools import LRUCache, TTLCache
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from hydra_llm.errors import HydraError, StoreError
+from hydra_llm.gateway.auth import ANYBODY, NOBODY, Caller, caller_of
+from hydra_llm.gateway.batching import Overloaded
+from hydra_llm.gateway.schemas import ApiError, Json
+from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.telemetry import Telemetry, log
+from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.gateway.upstream import UpstreamError
+from hydra_llm.store.store import Store
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")
+"""They need no key: they tell nothing about anybody."""
+UPSTREAM_PATHS = ("/v1/chat/completions", "/v1/models")
+KNOWN_SECONDS = 300.0
+"""How long a caller is known while the store is down."""
+KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000
+"""How many callers are known, and how many keys have a rate; the oldest go first."""
+
+
+class ConnectionCut(Exception):
+    """Makes the server cut the connection: half an answer must not look like a whole one, and the
+    server logs nothing of it that quotes anybody.
+    """
+
+
+class AccessMiddleware:
+    """Checks keys, rates and sizes of bodies, counts requests, and turns errors into responses."""
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        store: Store,
+        reads: TimedReads,
+        settings: ServeSettings,
+        telemetry: Telemetry,
+        on_loopback: bool,
+    ):
+        self._app, self._store, self._reads, self._settings = app, store, reads, settings
+        self._telemetry, self._on_loopback = telemetry, on_loopback
+        self._rates = RateLimiter(settings.requests_per_minute)
+        self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, started = 500, False
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                status, started = message["status"], True
+            await send(message)
+
+        scope = _undecoded(scope)
+        self._telemetry.in_flight.inc()
+        try:
+            try:
+                if not scope["path"].startswith(OPEN_PATHS):
+                    await self._authorize(scope)
+                receive = self._limited(scope, receive)
+            except (ApiError, StoreError) as error:
+                await _error_response(error)(scope, receive, counted)
+                return
+            try:
+                await self._app(scope, receive, counted)
+            except Exception as error:
+                self._telemetry.failed("request", error)
+                if started:
+                    _log_bug(error)
+                    raise ConnectionCut from None
+                await _error_response(error)(scope, receive, counted)
+        finally:
+            self._telemetry.in_flight.dec()
+            self._telemetry.request(getattr(scope.get("route"), "path", "unknown"), status)
+
+    async def _authorize(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        caller = await self._caller(headers.get(b"authorization", b"").decode("latin-1"))
+        if caller is NOBODY and not scope["path"].startswith(UPSTREAM_PATHS):
+            raise StoreError("nobody can tell whether a key is needed by now")
+        self._rates.check(caller.key)
+        scope.setdefault("state", {})["caller"] = caller
+
+    async def _caller(self, authorization: str) -> Caller:
+        """Who it is. While the store is down, callers of the last minutes are still known."""
+        digest = hashlib.sha256(authorization.encode()).digest()
+        try:
+            caller = await self._reads.read(
+                partial(caller_of, self._store, authorization, on_loopback=self._on_loopback)
+            )
+        except StoreError as error:
+            known = self._known_callers.get(digest)
+            if known is None:
+                raise
+            self._telemetry.failed("keys", error)
+            return NOBODY if known is ANYBODY else known
+        except ApiError:
+            self._known_callers.pop(digest, None)
+            raise
+        self._known_callers[digest] = caller
+        return caller
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        most, seen = self._settings.max_body_bytes, 0
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length) > most:
+            raise _too_large(most)
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise HTTPException(
+                    413, f"the body has more than {most} bytes"
+                )  # FastAPI lets this class through as it is
+            return message
+
+        return counted
+
+
+def _undecoded(scope: Scope) -> Scope:
+    """With a user's path as sent: a decoded `%2F` would split an id (user_routes decodes)."""
+    raw = scope.get("raw_path")
+    if not raw or not scope["path"].startswith("/v1/users/"):
+        return scope
+    return {**scope, "path": raw.decode("latin-1")}
+
+
+class RateLimiter:
+    """So many requests a minute for each key: a token bucket."""
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
+        self._per_minute, self._clock = per_minute, clock
+        self._left: LRUCache[str, tuple[float, float]] = LRUCache(LIMITED_KEYS)
+
+    def check(self, key: str) -> None:
+        """Count a request.
+
+        Raises:
+            ApiError: 429, too many.
+        """
+        if self._per_minute is None:
+            return
+        now = self._clock()
+        left, since = self._left.get(key, (float(self._per_minute), now))
+        left = min(float(self._per_minute), left + (now - since) * self._per_minute / 60)
+        self._left[key] = (left - 1 if left >= 1 else left, now)
+        if left < 1:
+            wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
+            raise ApiError(
+                429,
+                f"more than {self._per_minute} requests a minute",
+                code="rate_limit_exceeded",
+                headers=wait,
+            )
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
+
+
+# ---- errors, in OpenAI's shape
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Have every error answered in OpenAI's shape."""
+
+    async def respond(_: Request, error: Exception) -> Response:
+        return _error_response(error)
+
+    for kind in (ApiError, UpstreamError, HydraError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, respond)
+
+
+def _error_response(error: Exception) -> Json:
+    if isinstance(error, ApiError):
+        return Json(error.body(), error.status, headers=error.headers)
+    if isinstance(error, UpstreamError):
+        return Json(error.body, error.status, headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        made = ApiError(
+            400, f"{place or 'body'}: {first['msg']}", param=place or None, code="invalid_request"
+        )
+    elif isinstance(error, HTTPException):
+        made = ApiError(error.status_code, str(error.detail))
+    elif isinstance(error, Overloaded):
+        made = ApiError(
+            503, "more waits here than this machine can do: try again", code="overloaded"
+        )
+    elif isinstance(error, StoreError):
+        log.error("the store failed: %s", type(error).__name__)
+        made = ApiError(
+            503,
+            "the store does not answer: nothing was changed, try again",
+            code="store_unavailable",
+        )
+    else:
+        _log_bug(error)
+        made = ApiError(500, "something went wrong here", code="internal_error")
+    return Json(made.body(), made.status)
+
+
+def _log_bug(error: Exception) -> None:
+    """Where it is, without its message, which may quote somebody."""
+    log.error(
+        "a bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
+    )
