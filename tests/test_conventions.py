@@ -1,5 +1,5 @@
-"""What holds for the whole repository: short functions with few parameters, and no reference to a
-document that is not in it.
+"""What holds for the whole repository: short names of tests, short functions with few parameters,
+and no reference to a document that is not in it.
 """
 
 import ast
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+MAX_NAME = 60
 MAX_FUNCTION = 40
 MAX_PARAMETERS = 8
 LONG = {
@@ -45,6 +46,12 @@ def parameters(function: Function) -> int:
     given = function.args
     named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
     return len([each for each in named if each.arg not in ("self", "cls")])
+
+
+def test_test_names_are_short() -> None:
+    tests = functions(sorted((ROOT / "tests").rglob("test_*.py")))
+    long = [at for at, each in tests if each.name.startswith("test_") and len(each.name) > MAX_NAME]
+    assert not long
 
 
 def test_functions_outside_the_cli_are_short() -> None:

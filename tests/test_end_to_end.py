@@ -143,7 +143,7 @@ def answers_of(personalizer: Personalizer, queries: Sequence[Query]) -> list[str
     [(TAGS, "linear"), (STARS, "kernel"), (TAGS, "mlp")],
     ids=["tags-linear", "stars-kernel", "tags-mlp"],
 )
-def test_new_users_tastes_are_recovered_and_shuffled_ones_are_not(
+def test_new_users_tastes_are_recovered_but_shuffled_ones_not(
     task: Task, head: str, tmp_path: Path
 ) -> None:
     here, llm, folder = world(task), crowd_pleaser(task), tmp_path / "bundle"
@@ -278,9 +278,7 @@ def test_nothing_of_a_new_user_reaches_the_base() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "lowrank", "kernel", "mlp"])
-def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_head(
-    head: str,
-) -> None:
+def test_neither_query_nor_head_sees_what_came_later(head: str) -> None:
     """Later records are other records with other answers: the answer to an earlier query stays, and
     that to a later one does not.
     """
@@ -327,7 +325,7 @@ def test_a_query_amid_a_users_time_sees_nothing_of_what_came_later_nor_does_the_
 
 
 @pytest.mark.slow
-def test_with_a_tuned_encoder_learning_and_answering_see_the_same_evidence(
+def test_a_tuned_encoder_is_the_same_in_training_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.util.spec_from_file_location(

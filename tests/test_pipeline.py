@@ -62,7 +62,7 @@ def door(llm: Any, task: Task = TAGS, **chosen: Any) -> Personalizer:
 # ---- candidates
 
 
-def test_the_greedy_answer_is_first_and_equal_answers_are_one_with_votes() -> None:
+def test_the_greedy_answer_is_first_and_equal_ones_are_votes() -> None:
     llm = Temperatures("The tag is odd", ["calm", "odd", "calm"])
     proposal = door(llm).propose(Query("u", "q", "rain"))
     assert proposal.candidates == (
@@ -91,7 +91,7 @@ def test_what_is_asked_for(chosen: dict[str, Any], expected: list[tuple[int, flo
     assert proposal.candidates[0].greedy == (expected[0][1] == 0.0)
 
 
-def test_labels_are_all_candidates_the_greedy_one_first_then_by_votes() -> None:
+def test_all_labels_are_candidates_greedy_first_then_by_votes() -> None:
     llm = Temperatures("loud", ["odd", "odd", "odd"])
     proposal = door(llm, candidates="labels").propose(Query("u", "q", "rain"))
     assert [(c.answer, c.votes, c.greedy) for c in proposal.candidates] == [
@@ -101,7 +101,7 @@ def test_labels_are_all_candidates_the_greedy_one_first_then_by_votes() -> None:
     ]
 
 
-def test_unreadable_answers_are_noted_and_stay_candidates_without_an_answer() -> None:
+def test_unparsable_candidates_are_noted_and_have_no_answer() -> None:
     llm = Temperatures("I cannot say", ["odd", "?", "?"])
     proposal = door(llm).propose(Query("u", "q", "rain"))
     assert [(c.text, c.answer, c.votes) for c in proposal.candidates] == [
@@ -168,7 +168,7 @@ def test_failing_samples_leave_the_greedy_answer() -> None:
     assert (proposal.usage.calls, proposal.usage.failed) == (1, 1)
 
 
-def test_a_failing_greedy_answer_leaves_samples_of_which_none_is_greedy() -> None:
+def test_without_the_greedy_answer_no_sample_is_greedy() -> None:
     proposal = door(Temperatures(LLMError("HTTP 500"), ["odd", "calm"])).propose(
         Query("u", "q", "rain")
     )
@@ -229,9 +229,7 @@ LONG = Query("u", "q", "0123456789" * 200)  # 2000 characters, 572 tokens by est
 
 
 @pytest.mark.parametrize("fits", [None, 0.6])
-def test_a_prompt_that_the_llm_finds_too_long_is_cut_again_and_told_once(
-    fits: float | None,
-) -> None:
+def test_a_prompt_too_long_for_the_llm_is_cut_and_noted_once(fits: float | None) -> None:
     llm = Window(800, fits)
     proposal = door(llm).propose(LONG)
     assert [c.answer for c in proposal.candidates] == ["odd"]
@@ -244,9 +242,7 @@ def test_a_prompt_that_the_llm_finds_too_long_is_cut_again_and_told_once(
     assert (proposal.usage.calls, proposal.usage.failed) == (2, len(llm.asked) - 2)
 
 
-def test_samples_and_the_greedy_answer_are_of_the_same_prompt_even_if_only_one_was_refused() -> (
-    None
-):
+def test_greedy_answer_and_samples_always_share_a_prompt() -> None:
     llm = Window(5000, sampled_size=1000)
     proposal = door(llm).propose(LONG)
     assert {text for _, text in llm.asked[-2:]} == {shown(proposal.messages)}

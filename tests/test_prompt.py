@@ -54,7 +54,7 @@ def test_without_records_it_is_exactly_the_instruction(task: Task, style: Style)
     assert (prompt.kept, prompt.notes) == ((), ())
 
 
-def test_block_shows_examples_with_the_best_nearest_to_the_question() -> None:
+def test_block_shows_the_best_example_nearest_to_the_question() -> None:
     prompt = render(
         RATING, ask("Alien"), [record(0, "Best", "5"), record(1, "Second", "2")], max_tokens=500
     )

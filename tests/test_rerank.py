@@ -103,7 +103,7 @@ def test_records_stand_in_the_order_of_their_scores(
     }
 
 
-def test_a_record_whose_label_the_users_like_records_have_is_first() -> None:
+def test_a_record_with_the_label_of_similar_records_is_first() -> None:
     past = [*PAST, *(Record("u", f"x{i}", "rain night", "calm", position=10 + i) for i in range(4))]
     assert order(reranker(TAGS, {"answer_share": 1.0}), past=past)[0].record.output == "calm"
 

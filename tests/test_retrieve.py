@@ -94,7 +94,7 @@ def test_a_word_that_most_records_hold_still_counts_a_little() -> None:
     assert found[0].score > found[-1].score == 0
 
 
-def test_words_are_split_at_blanks_and_keep_their_case_as_in_lamp() -> None:
+def test_words_are_split_at_blanks_and_keep_case_as_in_lamp() -> None:
     found = BM25().retrieve(ask("Cat"), history("cat dog bird", "the Cat, slept", "a Cat slept"), 3)
     assert ids(found)[0] == "r2"
     assert [item.score > 0 for item in found] == [True, False, False]
@@ -149,7 +149,7 @@ def test_trap_records_that_are_added_or_edited_are_found() -> None:
 
 @settings(deadline=None)
 @given(st.lists(sentence, min_size=2, max_size=8), sentence, st.data())
-def test_an_earlier_slice_of_time_is_scored_as_if_nothing_came_later(
+def test_an_earlier_time_slice_is_scored_without_later_records(
     texts: list[str], query: str, data: st.DataObject
 ) -> None:
     records, kept = history(*texts), BM25()

@@ -160,7 +160,7 @@ def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> N
     assert (scored[2].probability or 0) > (scored[1].probability or 0)
 
 
-def test_label_features_score_a_label_alike_whichever_others_are_offered() -> None:
+def test_label_features_score_a_label_whatever_else_is_offered() -> None:
     chooser = adapter(TAGS, by_label=True)
     chooser.scorer.head.set_shared(torch.randn(chooser.scorer.interaction.size), torch.zeros(()))
     alone, *_ = chooser.choose(seen(chooser), texts("odd"))
@@ -236,9 +236,7 @@ def test_every_label_is_offered_once_with_its_votes() -> None:
 @pytest.mark.parametrize(
     ("task", "by_label"), [(TAGS, True), (TAGS, False), (TITLES, False), (STARS, True)]
 )
-def test_caution_leaves_the_first_where_the_lead_is_less_than_the_heads_uncertainty(
-    task: Task, by_label: bool
-) -> None:
+def test_abstention_keeps_the_first_if_the_lead_is_uncertain(task: Task, by_label: bool) -> None:
     chooser = adapter(
         task,
         by_label=by_label,
@@ -269,7 +267,7 @@ def test_caution_leaves_the_first_where_the_lead_is_less_than_the_heads_uncertai
     assert unsure.candidates == sure.candidates, "scores do not depend on caution"
 
 
-def test_the_uncertainty_of_scores_is_that_of_heads_drawn_from_the_posterior() -> None:
+def test_score_uncertainty_is_that_of_posterior_head_samples() -> None:
     for task, by_label in ((TAGS, True), (TITLES, False)):
         chooser = adapter(task, by_label=by_label)
         scorer = chooser.scorer

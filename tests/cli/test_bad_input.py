@@ -712,7 +712,7 @@ def test_a_repeat_retries_only_the_calls_that_failed(
     assert len(endpoint.asked) - first == 2
 
 
-def test_too_many_requests_are_asked_again_when_the_endpoint_says(
+def test_too_many_requests_are_retried_when_the_endpoint_says(
     hydra: Hydra, serve: Serve, bundle: Path
 ) -> None:
     endpoint = serve(

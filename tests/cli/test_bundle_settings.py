@@ -175,7 +175,7 @@ def test_sampled_candidates_work_with_a_label_adapter(hydra: Hydra, bundle: Path
     assert told["candidates"][0]["probability"] == pytest.approx(1)
 
 
-def test_fit_leaves_the_settings_that_the_bundle_was_learned_with(
+def test_fit_leaves_the_settings_of_the_bundles_training(
     hydra: Hydra, learned: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = stored(bundle)
@@ -231,9 +231,7 @@ def test_a_wrong_environment_or_file_is_said_as_everywhere(
     assert hydra(*line).startswith("hydra-llm.toml: not TOML: ")
 
 
-def test_heads_that_another_process_saved_in_between_are_not_lost(
-    learned: Path, bundle: Path
-) -> None:
+def test_heads_that_another_process_saved_are_not_lost(learned: Path, bundle: Path) -> None:
     dataset = DataSet.from_records(STARS, USERS, RECORDS, QUERIES)  # type: ignore[arg-type]
     mine, theirs = Bundle.load(bundle), Bundle.load(bundle)
     ours = fit(dataset, mine, LABELS, users=["one"], settings=mine.settings_with(seed=1)).bundle

@@ -237,7 +237,7 @@ async def test_one_good_candidate_is_enough(store: Store, bundles: dict[str, Pat
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_kept_connection_that_the_upstream_closes_costs_no_answer(
+async def test_a_pooled_connection_closed_upstream_costs_no_answer(
     store: Store, stream: bool
 ) -> None:
     good = stream_that(framed(said("whole", "stop"), b"")) if stream else whole(200, GOOD)
@@ -377,7 +377,7 @@ async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str
             )
 
 
-async def test_a_database_that_hangs_costs_some_seconds_once_and_no_answer(
+async def test_a_hanging_database_costs_seconds_once_and_no_answer(
     bundles: dict[str, Path],
 ) -> None:
     """Stopped, not killed: the network still acknowledges, and no driver notices."""

@@ -124,7 +124,7 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
             assert kept(tmp_path) == 0
 
 
-async def test_another_server_writes_no_features_of_a_user_who_is_deleted_here(
+async def test_no_server_writes_features_of_a_user_deleted_on_another(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Two servers, one store and one features file: the other's queue is out of reach."""

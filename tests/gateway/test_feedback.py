@@ -45,7 +45,7 @@ async def test_every_choice_that_is_shown_can_be_chosen(
         assert (await choose(world, two, 2))[0] == 400, "it was not shown"
 
 
-async def test_a_request_that_an_earlier_version_kept_still_takes_feedback(
+async def test_a_request_of_an_earlier_version_still_takes_feedback(
     store: Store, bundles: dict[str, Path]
 ) -> None:
     store.add_records("ada", records_of("ada"))

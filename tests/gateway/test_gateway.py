@@ -64,9 +64,7 @@ async def fitted(world: World, user: str) -> None:
 # ---- without a bundle
 
 
-async def test_who_has_no_history_is_passed_through_and_who_has_one_is_shown_it(
-    store: Store,
-) -> None:
+async def test_only_users_with_a_history_have_records_in_the_prompt(store: Store) -> None:
     async with running(store) as world:
         for user, reason in ((None, "no-user"), ("ada", "unknown-user")):
             answer = await world.ask(QUESTION, user)
@@ -91,7 +89,7 @@ async def test_who_has_no_history_is_passed_through_and_who_has_one_is_shown_it(
         assert len(answer.json()["personalization"]["records"]) == 2
 
 
-async def test_the_callers_messages_and_unknown_fields_arrive_as_they_are(store: Store) -> None:
+async def test_messages_and_unknown_fields_arrive_as_they_are(store: Store) -> None:
     store.add_records("ada", records_of("ada"))
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -306,7 +304,7 @@ async def test_a_stream_of_the_pick_begins_at_once_and_ends_with_it(
         assert chunks[-1].model_extra["personalization"]["request_id"]
 
 
-async def test_a_stream_begins_before_a_slow_upstream_and_is_seen_to_live(
+async def test_a_stream_begins_before_a_slow_upstream_and_stays_alive(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The role before anything was answered, comments while nothing is, then the pick."""
@@ -491,7 +489,7 @@ def _store_error() -> Exception:
     return StoreError("gone")
 
 
-async def test_an_upstream_that_gives_one_choice_at_a_time_is_asked_for_each(
+async def test_an_upstream_of_one_choice_per_call_is_called_for_each(
     store: Store, bundles: dict[str, Path]
 ) -> None:
     store.add_records("ada", records_of("ada"))
@@ -508,7 +506,7 @@ async def test_an_upstream_that_gives_one_choice_at_a_time_is_asked_for_each(
         assert all("n" not in body or body["n"] == 1 for body in world.upstream.bodies)
 
 
-async def test_the_callers_own_n_is_kept_whatever_becomes_of_the_samples(
+async def test_the_callers_n_is_kept_whatever_becomes_of_the_samples(
     store: Store, bundles: dict[str, Path]
 ) -> None:
     store.add_records("ada", records_of("ada"))
@@ -586,7 +584,7 @@ async def test_records_are_added_listed_and_deleted(either: Store) -> None:
             assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_after_a_deletion_nothing_is_left_and_others_answers_are_the_same_bits(
+async def test_a_deletion_leaves_nothing_and_changes_no_others_answers(
     store: Store, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for user in ("ada", "bob"):
@@ -713,7 +711,7 @@ async def test_nobody_reaches_another_user(
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
-async def test_before_the_first_key_every_key_will_do_and_then_none_of_those(
+async def test_any_key_is_valid_only_until_the_first_one_is_created(
     store: Store, method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     """On loopback: whoever tries the program on a desk needs no key; from the first one on, only
@@ -783,7 +781,7 @@ async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
                 )
 
 
-async def test_a_history_that_was_never_encoded_is_warmed_beside_the_first_answer(
+async def test_a_history_never_encoded_is_prefetched_at_first_answer(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))  # nobody's features are here
@@ -920,9 +918,7 @@ async def test_a_question_in_the_tasks_words_is_the_text_within_them(
         assert other.headers["x-hydra-personalized"] == "true"
 
 
-async def test_records_that_an_upstream_cannot_take_are_left_out_of_streams_too(
-    store: Store,
-) -> None:
+async def test_records_too_long_upstream_are_left_out_of_streams_too(store: Store) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
         world.upstream.faults = [UpstreamError(400, "too long")]
@@ -1165,7 +1161,7 @@ async def test_the_page_of_the_docs_loads_nothing_from_elsewhere(store: Store) -
 # ---- what a review found
 
 
-async def test_a_key_of_two_users_is_never_bound_to_the_one_who_is_left(either: Store) -> None:
+async def test_a_key_of_two_users_is_never_bound_to_the_remaining_one(either: Store) -> None:
     for user in ("ada", "bob"):
         either.add_records(user, records_of(user))
     _, admin = make_key(either, admin=True)
@@ -1229,7 +1225,7 @@ async def test_a_replaced_record_takes_its_heads_with_it(
         assert not either.heads("ada", bundle)
 
 
-async def test_what_comes_after_a_switch_of_bundles_still_gets_an_answer(
+async def test_requests_after_a_switch_of_bundles_are_answered(
     store: Store, bundles: dict[str, Path]
 ) -> None:
     store.add_records("ada", records_of("ada"))
@@ -1268,7 +1264,7 @@ async def test_a_user_deleted_while_old_scorers_answer_costs_no_answer(
         assert answer.json()["personalization"]["request_id"] is None
 
 
-async def test_a_bug_is_answered_in_openais_shape_and_its_text_stays_here(
+async def test_a_bug_is_an_error_in_openais_shape_without_its_text(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     quoted = "".join(

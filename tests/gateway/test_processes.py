@@ -61,7 +61,7 @@ def connects(url: str) -> bool:
         return probe.connect_ex((at.hostname, at.port)) == 0
 
 
-def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
+def test_a_server_prints_its_port_and_the_bundle_it_ignores(
     tmp_path: Path, bundles: dict[str, Path]
 ) -> None:
     for name in ("one", "other"):
@@ -82,7 +82,7 @@ def test_a_server_tells_which_port_it_took_and_which_bundle_it_does_not_use(
         assert taken in second.stderr
 
 
-def test_what_one_server_is_told_the_other_knows_at_its_next_request(url: str) -> None:
+def test_a_change_on_one_server_is_seen_by_the_other_at_once(url: str) -> None:
     """Two processes on one database, the second asked by the official SDK as most programs use it:
     not async.
     """

@@ -74,7 +74,7 @@ async def test_a_true_stream_tells_of_itself_before_its_end(
         )
 
 
-async def test_whoever_leaves_at_the_end_of_a_stream_can_still_give_feedback(store: Store) -> None:
+async def test_feedback_works_after_leaving_at_the_end_of_a_stream(store: Store) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
         id = ""
@@ -180,7 +180,7 @@ async def on_loopback(app: Any) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("user", ["ada", "nobody"])
-async def test_a_fault_amid_a_stream_cuts_it_and_its_message_stays_here(
+async def test_a_fault_within_a_stream_cuts_it_without_its_message(
     store: Store, caplog: pytest.LogCaptureFixture, user: str
 ) -> None:
     quoted = "".join(

@@ -22,7 +22,7 @@ def test_nobody_is_at_hand_at_another_version(store: Store, version: int) -> Non
     assert people.at_hand("ada", version) is None
 
 
-async def test_a_user_who_was_made_anew_by_a_slow_clock_is_not_the_deleted_one(
+async def test_a_user_recreated_by_a_slow_clock_is_not_the_deleted_one(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another server, whose clock is late, deletes the user and takes new records."""

@@ -85,7 +85,7 @@ def test_fine_tuning_makes_features_anew(tiny_folder: Path, tmp_path: Path) -> N
     assert np.allclose(after, encoder.encode(TEXTS), atol=1e-5)
 
 
-def test_what_is_not_for_keeping_pushes_out_nothing_and_is_forgotten_too(
+def test_unkept_features_evict_nothing_and_are_forgotten_too(
     tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hydra_llm.model.feature_cache.PASSING", 2)
@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(
     assert np.array_equal(FeatureCache(tiny, path).texts(["night rain"]), kept)
 
 
-def test_a_place_that_cannot_be_written_is_told_and_the_run_goes_on(
+def test_an_unwritable_place_is_warned_of_and_the_run_goes_on(
     tiny: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("not a folder")

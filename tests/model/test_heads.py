@@ -359,7 +359,7 @@ def test_a_matrix_of_heads_is_the_heads_and_is_read_back(name: str) -> None:
         HeadMatrix.restore({**matrix.config(), "users": ["a"]}, matrix.tensors())
 
 
-def test_a_head_answers_no_query_that_sees_less_than_it_has_learned() -> None:
+def test_a_head_answers_no_query_that_sees_less_than_it_learned() -> None:
     head = Head.of(np.zeros(1), 3, parse_time("2020-05-01")[0])
 
     def asked(time: str, visible: int) -> tuple[Head | None, str]:
@@ -531,7 +531,7 @@ def test_principal_directions_do_not_depend_on_the_processor() -> None:
     assert len(principal(covariance, 5)[0]) == 5
 
 
-def test_label_features_keep_no_direction_in_which_no_query_differs() -> None:
+def test_label_features_drop_directions_without_variance() -> None:
     interaction = LabelBilinear(40, 3, 20)
     left = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
     interaction.prepare(

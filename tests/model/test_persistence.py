@@ -299,7 +299,7 @@ def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
         read_bundle(tmp_path)
 
 
-def test_content_that_is_wrong_under_a_right_hash_is_still_an_error(tmp_path: Path) -> None:
+def test_wrong_content_under_a_right_hash_is_an_error(tmp_path: Path) -> None:
     def put(name: str, data: bytes) -> None:
         write_bundle(tmp_path, some_files())
         (content_of(tmp_path) / name).write_bytes(data)

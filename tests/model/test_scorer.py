@@ -153,7 +153,7 @@ def test_the_score_is_its_formula() -> None:
 
 @pytest.mark.parametrize("loss", ["listwise", "binary"])
 @pytest.mark.parametrize(("head", "features"), KINDS)
-def test_a_distribution_sums_to_one_over_the_candidates_that_are_there(
+def test_a_distribution_sums_to_one_over_the_present_candidates(
     head: str, features: str, loss: Loss
 ) -> None:
     scorer, groups = scorer_of(head, features, loss), random_groups(features=features)

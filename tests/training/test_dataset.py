@@ -126,7 +126,7 @@ def group(user: str, position: int, voted: bool = False, count: int = 2) -> Labe
     )
 
 
-def test_a_table_is_padded_and_each_users_oldest_group_stands_first() -> None:
+def test_a_dataset_is_padded_with_each_users_oldest_group_first() -> None:
     groups = [
         group("b", 4),
         group("a", 9, True, 3),
@@ -265,7 +265,7 @@ def test_folds_part_the_users(count: int, parts: int, seed: int) -> None:
     assert found == folds(names, parts, seed)
 
 
-def test_a_users_graded_targets_do_not_depend_on_who_else_is_in_the_table() -> None:
+def test_graded_targets_of_a_user_do_not_depend_on_other_users() -> None:
     def graded(user: str, gains: tuple[float, ...]) -> LabelledGroup:
         return LabelledGroup(user, "q", "1", ("2", "3"), gains, ((0.0,), (1.0,)))
 

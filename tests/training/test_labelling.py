@@ -133,9 +133,7 @@ def records_of_one_user(draw: st.DrawFn, task: Task) -> list[Record]:
 @pytest.mark.parametrize("task", [TAGS, STARS, TITLES], ids=lambda task: task.name)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_no_record_at_or_after_a_query_changes_anything_in_its_group(
-    task: Task, data: st.DataObject
-) -> None:
+def test_no_record_at_or_after_a_query_changes_its_group(task: Task, data: st.DataObject) -> None:
     records = data.draw(records_of_one_user(task))
     at = data.draw(st.sampled_from(records))
     query = as_query(at)
@@ -184,9 +182,7 @@ def test_an_earlier_record_does_change_the_group(task: Task) -> None:
 
 
 @given(st.data())
-def test_training_queries_are_the_last_records_that_have_something_to_see(
-    data: st.DataObject,
-) -> None:
+def test_training_queries_are_the_last_records_with_a_history(data: st.DataObject) -> None:
     records = data.draw(records_of_one_user(TAGS))
     count = data.draw(st.integers(1, 8))
     found = training_queries(TAGS, records, count)
@@ -265,7 +261,7 @@ def test_candidates_are_the_samples_or_every_label() -> None:
         assert votes.get("odd", -9) < votes["calm"]
 
 
-def test_the_users_own_text_is_a_candidate_only_where_that_is_asked_for() -> None:
+def test_the_users_own_text_is_a_candidate_only_if_asked_for() -> None:
     records = [Record("u", str(i), "rain", "a quiet night", position=i) for i in range(2)]
     for rule, expected in (
         ("graded", ["the loud war"]),
@@ -312,7 +308,7 @@ def test_what_failed_is_told_and_left_out() -> None:
         run_sync(lambda: door.apropose(queries[0]))
 
 
-def test_groups_of_a_history_that_is_not_sorted_stand_in_the_order_of_time() -> None:
+def test_groups_of_an_unsorted_history_are_in_order_of_time() -> None:
     from hydra_llm.model.interactions import LabelBilinear
     from hydra_llm.training.dataset import make_training_set
 

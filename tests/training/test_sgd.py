@@ -92,7 +92,7 @@ def stop_after(epochs: int) -> Any:
 
 
 @pytest.mark.parametrize("head", list(HEADS.builtin))
-def test_the_same_seed_gives_the_same_numbers_and_another_does_not(head: str) -> None:
+def test_the_same_seed_gives_the_same_numbers_another_does_not(head: str) -> None:
     table = towers()
     scorers = [scorer_of(table, head) for _ in range(3)]
     runs = [
@@ -136,7 +136,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert same_heads(heads, theirs)
 
 
-def test_a_run_with_patience_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_a_resumed_run_with_early_stopping_ends_the_same(tmp_path: Path) -> None:
     table, file = towers(10), tmp_path / "x.checkpoint"
     config = replace(CONFIG, epochs=40, lr=0.02, patience=3)  # held-out users soon get worse
     whole, parts, again = (scorer_of(table) for _ in range(3))
@@ -213,7 +213,7 @@ sgd.train_jointly(here.scorer_of(table), table, here.CONFIG, checkpoint=Path({fi
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_kill_during_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     file = tmp_path / "x.checkpoint"
     script = KILLED.format(tests=str(Path(__file__).parent), this=__file__, file=str(file))
     killed = subprocess.run(
@@ -271,9 +271,7 @@ def encoder(tmp_path: Path) -> Encoder:
     return open_encoder(str(conftest._save_model(tmp_path / "bert")), max_length=16)
 
 
-def test_a_tuned_encoder_lowers_the_loss_and_is_another_encoder_afterwards(
-    encoder: Encoder,
-) -> None:
+def test_tuning_lowers_the_loss_and_gives_another_encoder(encoder: Encoder) -> None:
     groups, store = word_groups(), FeatureCache(encoder)
     interaction = Cross(encoder.width)
     table = make_training_set(store, interaction, groups, rule="exact", loss="listwise")
@@ -341,7 +339,7 @@ def test_mlp_heads_are_fitted_and_the_shared_one_stays(random_start: bool) -> No
     assert own[wanted].mean() > nobody[wanted].mean()
 
 
-def test_a_head_with_the_shared_prior_stays_nearer_to_the_shared_head() -> None:
+def test_the_shared_prior_keeps_a_head_nearer_to_the_shared_head() -> None:
     table = towers(8)
     train, new = table.of(table.names()[:5]), table.of(table.names()[5:])
     scorer = scorer_of(table)
@@ -417,7 +415,7 @@ def random_targets(users: int, groups: int = 12, told: float = 0.0) -> TrainingS
 
 
 @pytest.mark.slow
-def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> None:
+def test_chance_looks_informative_only_to_folds_of_training() -> None:
     table, config = random_targets(20), replace(CONFIG, epochs=60, patience=100, lr=0.03)
     torch.manual_seed(0)
     interaction = Tower(5, 16)
@@ -441,7 +439,7 @@ def test_chance_looks_like_knowledge_only_to_folds_that_training_has_seen() -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [0.0, 2.0])
-def test_mlp_heads_are_calibrated_on_users_whom_training_has_not_seen(told: float) -> None:
+def test_mlp_heads_are_calibrated_on_users_outside_training(told: float) -> None:
     table, config = (
         random_targets(300, told=told),
         replace(CONFIG, epochs=40, batch=512, patience=100, lr=0.05),
