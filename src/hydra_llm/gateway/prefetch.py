@@ -1,9 +1,8 @@
-"""Histories are encoded when nobody waits, a few records at a time, so that no question has to wait
-for it.
+"""Prefetch: histories are encoded when no request waits, a few records at a time.
 
-Vectors go to the file amid a transaction on the very records that they are of: a deletion, by
-whichever server, comes before it, and nothing is written, or after it, and takes them along. What
-still waits to be encoded in this process is taken back by `stop`.
+Vectors are written to disk inside a transaction on the records that they are of: a deletion, by any
+server, comes before it, and nothing is written, or after it, and removes them too. `stop` cancels
+what still waits in this process.
 """
 
 import asyncio
@@ -21,11 +20,11 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import StaleVersion
 
 RECORDS_AT_ONCE = 2
-"""Six texts that whoever comes meanwhile waits for: some hundredths of a second."""
+"""Six texts, some hundredths of a second: a request that comes meanwhile waits so long."""
 
 
 class Prefetcher:
-    """Encodes the histories of those users who were named; each is under way once."""
+    """Encodes the histories of given users; each is under way once."""
 
     def __init__(
         self,
@@ -51,31 +50,29 @@ class Prefetcher:
             task.add_done_callback(lambda _: self._under_way.pop(user, None))
 
     async def stop(self, user: str) -> None:
-        """Encode nothing more of the user; what runs already is done before whatever the scoring
-        thread is asked from now on.
+        """Encode nothing more of the user; what runs already ends before any job that the scoring
+        thread gets from now on.
         """
         if (task := self._under_way.get(user)) is not None:
             task.cancel()
-            await asyncio.wait(
-                {task}
-            )  # its end is the sign that what it had in the queue was taken back
+            await asyncio.wait({task})  # then what it had in the queue is cancelled too
 
     @property
     def idle(self) -> bool:
-        """Whether nobody's records are under way."""
+        """Whether no history is under way."""
         return not self._under_way
 
     async def _walk(self, user: str) -> None:
-        place = 0
+        start = 0
         with suppress(HydraError):  # whoever asks for this user next begins again
-            while (snapshot := await self._snapshot(user)) is not None and place < len(
-                snapshot.records
-            ):
-                texts = texts_of(snapshot.records[place : place + RECORDS_AT_ONCE])
+            while (snapshot := await self._snapshot(user)) is not None:
+                if not (records := snapshot.records[start : start + RECORDS_AT_ONCE]):
+                    return
+                texts = texts_of(records)
                 await self._batcher.later(partial(self._features.texts, texts, keep=False))
                 with suppress(StaleVersion):  # the user has changed: read again
                     await anyio.to_thread.run_sync(partial(self._write, snapshot, texts))
-                    place += RECORDS_AT_ONCE
+                    start += RECORDS_AT_ONCE
 
     async def _snapshot(self, user: str) -> UserSnapshot | None:
         version = (await self._reads.read(partial(self._store.state, user))).version

@@ -1,7 +1,6 @@
-"""What operators see: Prometheus counters, one log line for a fault, GenAI spans. Never a user's
-id, never a text.
+"""Prometheus counters, one log line for a fault, GenAI spans. Never a user's id, never a text.
 
-Each `Telemetry` has a registry of its own, so that two servers in one process do not meet.
+Each `Telemetry` has a registry of its own, so that a process may hold two servers.
 """
 
 import logging
@@ -76,7 +75,7 @@ class Telemetry:
         self._failures.labels(part).inc()
         log.warning("%s failed and was left out: %s", part, type(error).__name__)
 
-    def heard(self, kind: str) -> None:
+    def feedback(self, kind: str) -> None:
         """Feedback has come."""
         self._feedback.labels(kind).inc()
 

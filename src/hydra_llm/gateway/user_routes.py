@@ -95,7 +95,7 @@ async def feedback(said: FeedbackIn, http: Request) -> dict[str, Any]:
             param="request_id",
         )
     taken = await take_feedback(gateway.store, gateway.deployment, said, request, gateway.settings)
-    gateway.telemetry.heard(kind)
+    gateway.telemetry.feedback(kind)
     return {
         "request_id": said.request_id,
         "repeated": taken.repeated,
