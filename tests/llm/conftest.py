@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from hydra_llm.llm.cache import CachedLLM
+
 Reply = tuple[int, dict[str, str], bytes] | None
 """Status, headers, body; None cuts the connection without an answer."""
 Behaviour = Callable[[dict[str, Any], int], Reply]
@@ -135,3 +137,13 @@ class Wire:
 @pytest.fixture
 def wire() -> type[Wire]:
     return Wire
+
+
+def stored_rows(llm: CachedLLM) -> list[tuple[dict[str, Any], int, dict[str, Any]]]:
+    """Every text in a cache's file: request, index, row."""
+    query = (
+        "SELECT r.payload, candidate, a.payload FROM answers a JOIN requests r ON r.id = request"
+        " WHERE candidate >= 0 ORDER BY r.id, candidate"
+    )
+    stored = llm.file.read(query)
+    return [(json.loads(request), index, json.loads(row)) for request, index, row in stored]

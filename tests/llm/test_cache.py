@@ -34,6 +34,8 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.types import Generation, Message, Query, Usage
 from tests.waiting import FOREVER
 
+from .conftest import stored_rows
+
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "Name a film"}]
 
@@ -189,9 +191,9 @@ async def test_a_failed_call_is_not_kept_and_the_next_one_is_made(tmp_path: Path
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
     with pytest.raises(LLMError):
         await llm.generate(MESSAGES, Sampling())
-    assert list(llm.rows()) == []
+    assert stored_rows(llm) == []
     assert (await llm.generate(MESSAGES, Sampling())).texts == ("fine",)
-    ((request, candidate, row),) = llm.rows()
+    ((request, candidate, row),) = stored_rows(llm)
     assert (request["messages"], candidate, row["text"]) == (MESSAGES, 0, "fine")
 
 
@@ -234,7 +236,7 @@ async def test_too_many_texts_are_cut_to_what_was_asked_for(tmp_path: Path) -> N
 
     llm = CachedLLM(Generous(), tmp_path / "c.sqlite")
     assert (await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0))).texts == ("0", "1")
-    assert len(list(llm.rows())) == 2
+    assert len(stored_rows(llm)) == 2
 
 
 class Narrow(Counting):
@@ -272,7 +274,7 @@ async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Pa
     whole = await asker(grown).apropose(query)
     assert whole.messages[0]["content"] == query.input
     assert (await asker(unasked, replay_only=True).apropose(query)).candidates == whole.candidates
-    assert all("text" in row for _, _, row in asker(unasked).llm.rows())  # type: ignore[attr-defined]
+    assert all("text" in row for _, _, row in stored_rows(asker(unasked).llm))  # type: ignore[attr-defined]
 
 
 # ---- keys
@@ -655,5 +657,5 @@ d.execute("COMMIT")
     process.stdout.readline()
     asyncio.run(llm.generate(MESSAGES, Sampling()))
     assert process.wait() == 0
-    assert len(list(llm.rows())) == 1
+    assert len(stored_rows(llm)) == 1
     assert llm._unwritten == {}

@@ -15,6 +15,8 @@ from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Budget, Meter, Prices
 from hydra_llm.types import Generation, Message, Usage
 
+from .conftest import stored_rows
+
 pytestmark = pytest.mark.anyio
 
 
@@ -98,7 +100,7 @@ class Slow:
 
 @pytest.mark.parametrize("limit", [1, 3])
 async def test_no_more_calls_than_the_limit_run_at_once(limit: int) -> None:
-    meter = Meter(slow := Slow(), concurrency=limit)
+    meter = Meter(slow := Slow(), parallel=limit)
     async with anyio.create_task_group() as group:
         for i in range(9):
             group.start_soon(meter.generate, ask(str(i)), Sampling())
@@ -155,12 +157,12 @@ async def test_calls_in_flight_at_the_budgets_end_are_kept(tmp_path: Path) -> No
     llm = CachedLLM(Meter(Slow(), budget=Budget(max_calls=3)), tmp_path / "c.sqlite")
     with pytest.raises(BudgetExceeded):
         await map_calls(lambda i: llm.generate(ask(str(i)), Sampling()), range(8), limit=4)
-    assert llm.usage.calls == len(list(llm.rows())) == 3
+    assert llm.usage.calls == len(stored_rows(llm)) == 3
     await llm.aclose()
 
 
 def test_one_meter_serves_one_event_loop_after_another() -> None:
-    meter = Meter(Slow(), concurrency=2)
+    meter = Meter(Slow(), parallel=2)
 
     async def crowd() -> None:
         async with anyio.create_task_group() as group:

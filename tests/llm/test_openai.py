@@ -25,6 +25,8 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Usage
 from tests.waiting import FOREVER
 
+from .conftest import stored_rows
+
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "Hi"}]
 KEY = "sk-secret-key"
@@ -142,7 +144,7 @@ async def test_only_texts_that_are_missing_are_asked_for_again(
         await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert meter.usage.calls == len(endpoint.asked) == 5
     assert (meter.usage.failed, meter.usage.prompt_tokens, meter.usage.cost) == (1, 28, 28.0)
-    assert [row["text"] for _, _, row in llm.rows()] == ["text 10.0", "text 11.0"]
+    assert [row["text"] for _, _, row in stored_rows(llm)] == ["text 10.0", "text 11.0"]
     with pytest.raises(LLMError, match="HTTP 500"):
         await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert [body["seed"] for body in endpoint.asked[5:]] == [12]

@@ -12,14 +12,10 @@ from hydra_llm.types import Generation, Message
 class Sampling:
     """How texts are drawn. All fields but `n` are part of the cache key."""
 
-    n: int = 1
-    """Texts per call."""
-    temperature: float = 0.0
-    """0 is greedy: all n texts are the same."""
-    max_tokens: int = 128
-    """Limit of each text."""
-    stop: tuple[str, ...] = ()
-    """A text ends before the first of these."""
+    n: int = 1  # texts per call
+    temperature: float = 0.0  # 0 is greedy: all n texts are the same
+    max_tokens: int = 128  # limit of each text
+    stop: tuple[str, ...] = ()  # a text ends before the first of these
     seed: int | None = None
     """Text i is drawn with `seed + i` where the engine can; greedy texts depend on none."""
     choices: tuple[str, ...] = ()
@@ -27,16 +23,14 @@ class Sampling:
 
 
 class PartlyFailed(LLMError):
-    """A call for several texts of which some arrived. They were paid for: the cache keeps them, the
-    meter counts them.
+    """Some of a call's texts arrived; they were paid for, so they are cached and counted.
+
+    `made` holds the texts before the first missing one, and the usage of the whole call.
     """
 
     def __init__(self, message: str, made: Generation):
         super().__init__(message)
         self.made = made
-        """The first texts, up to the first that is missing, and what the whole call cost: texts
-        behind a gap and failures too.
-        """
 
 
 @runtime_checkable
@@ -45,9 +39,7 @@ class ChatLLM(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """All that names this LLM and changes its output: kind, model, file hash, engine version.
-        JSON values only.
-        """
+        """All that names this LLM and changes its output: kind, model, file hash, ... (JSON)."""
         ...
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:

@@ -11,10 +11,8 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused
 
 T = TypeVar("T")
 R = TypeVar("R")
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
-StageProgress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
+Progress = Callable[[int, int], None]  # (done, total)
+StageProgress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 async def map_calls(

@@ -1,7 +1,6 @@
 """An OpenAI-compatible endpoint: its URL and key, what its refusals mean, what its models take.
 
-Shared by `llm/openai.py`, which calls it through the official SDK, and by the gateway's upstream,
-which passes raw bodies through. Sends nothing itself.
+Shared by `llm/openai.py` (the official SDK) and the gateway's upstream (raw bodies). Sends nothing.
 """
 
 import os
@@ -19,12 +18,8 @@ from hydra_llm.errors import SettingsError
 OPENAI_URL = "https://api.openai.com/v1"
 SPEC = re.compile(r"(.+?)(?:@(https?://.+))?")
 MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
-CAPABILITY_SECONDS = 600.0
-"""How long a model's capabilities are remembered: a bad day of an endpoint changes nothing for
-good.
-"""
-MODELS = 1000
-"""Models whose capabilities are remembered at once."""
+CAPABILITY_SECONDS = 600.0  # what an endpoint refuses in a bad hour is tried again
+MODELS = 1000  # whose capabilities are remembered at once
 NAMES_N = re.compile(
     r"""['"`]n['"`]|\bn\b\s*(?:=|>|<|!|must|is|should|has|cannot|parameter|other)"""
     r"""|parameter:? n\b|multiple (?:choices|completions)"""
@@ -37,43 +32,37 @@ TOO_LONG = re.compile(
     r"context[ _](?:length|size|window)|(?:prompt|input|message)s? (?:is|are) too long",
     re.IGNORECASE,
 )
-"""How OpenAI, vLLM, llama.cpp (`exceed_context_size_error`) and proxies say that a prompt is longer
-than the context window.
-"""
+"""A prompt longer than the context window, as OpenAI, vLLM, llama.cpp and proxies say it."""
 WINDOW = re.compile(
     r"context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)", re.IGNORECASE
 )
 ASKED = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
 """Numbers of tokens in such a message; the largest is the length of the request."""
-FITS = 0.6
-"""Share of a prompt that is taken to fit where the endpoint names no numbers."""
+FITS = 0.6  # share of a prompt that is taken to fit where the endpoint names no numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where requests go, and the key that they carry; an endpoint of one's own may need none."""
+    """Where requests go, and the key that they carry; a local endpoint may need none."""
 
     url: str
     key: str = ""
 
     @classmethod
     def of(cls, name: str, url: str | None = None, key: str | None = None) -> "Endpoint":
-        """The given URL and key, else those of OPENAI_BASE_URL and OPENAI_API_KEY; `name` is what
-        the error message calls it.
+        """URL and key as given, else of OPENAI_BASE_URL and OPENAI_API_KEY; errors say `name`.
 
         Raises:
             SettingsError: OPENAI_BASE_URL is no URL, or OpenAI's own endpoint has no key.
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         if urlsplit(url).scheme not in ("http", "https"):
-            raise SettingsError(
-                "OPENAI_BASE_URL is no URL of an endpoint: it begins with http:// or https://"
-            )
+            said = "is no URL of an endpoint: it begins with http:// or https://"
+            raise SettingsError(f"OPENAI_BASE_URL {said}")
         key = key or os.environ.get("OPENAI_API_KEY", "")
         if not key and url == OPENAI_URL:
-            raise SettingsError(
-                f"{name} needs a key: set OPENAI_API_KEY (another endpoint may need none)"
-            )
+            fix = "set OPENAI_API_KEY (another endpoint may need none)"
+            raise SettingsError(f"{name} needs a key: {fix}")
         return cls(url, key)
 
 
@@ -83,19 +72,16 @@ def endpoint_of(rest: str) -> tuple[str, str | None]:
     Raises:
         SettingsError: no model, or an invalid URL, which would else be taken for part of the model.
     """
-    found = SPEC.fullmatch(rest)
-    if found is None or MEANT_AS_URL.search(found[1]) or not _is_url(found[2]):
-        raise SettingsError(
-            f"openai:{without_userinfo(rest)} needs a model: openai:MODEL, or openai:MODEL@URL"
-            " (http:// or https://) for another endpoint"
-        )
-    return found[1], found[2]
+    match = SPEC.fullmatch(rest)
+    if match is None or MEANT_AS_URL.search(match[1]) or not _is_url(match[2] or OPENAI_URL):
+        forms = "openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint"
+        raise SettingsError(f"openai:{without_userinfo(rest)} needs a model: {forms}")
+    return match[1], match[2]
 
 
-def _is_url(text: str | None) -> bool:
-    """Whether it can be taken apart; None is the usual endpoint."""
+def _is_url(text: str) -> bool:
     try:
-        return text is None or (bool(urlsplit(text).hostname) and urlsplit(text).port != 0)
+        return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
     except ValueError:  # brackets that do not close, a port that is no number
         return False
 
@@ -112,8 +98,7 @@ class Refusal:
     status: int
     message: str
     code: str = ""
-    param: str = ""
-    """The parameter that the endpoint names."""
+    param: str = ""  # the parameter that the endpoint names
 
     @classmethod
     def of(cls, status: int, body: Any) -> "Refusal":
@@ -130,21 +115,16 @@ class Refusal:
         return self.param == "n" or bool(NAMES_N.search(self.message))
 
     def names(self, parameter: str) -> bool:
-        """Whether this parameter is not supported at all; a value out of range is the caller's
-        fault.
-        """
+        """Whether this parameter is not supported at all (not: its value is out of range)."""
         named = self.param == parameter or re.search(rf"\b{parameter}\b", self.message)
         return bool(named and UNSUPPORTED.search(f"{self.code} {self.message}"))
 
     def fits(self, details: object = "") -> float | None:
-        """The share of a prompt that would fit, where it was too long; None where the refusal is
-        about something else. `details` are searched for numbers too.
-        """
-        said = f"{self.code} {self.message} {details}"
-        if self.status not in (400, 413, 422) or not TOO_LONG.search(said):
+        """Of a prompt that was too long the share that would fit, by numbers in the texts."""
+        text = f"{self.code} {self.message} {details}"
+        if self.status not in (400, 413, 422) or not TOO_LONG.search(text):
             return None
-        windows, asked = _numbers(WINDOW, said), _numbers(ASKED, said)
-        share = min(windows, default=0) / max(asked, default=1)
+        share = min(_numbers(WINDOW, text), default=0) / max(_numbers(ASKED, text), default=1)
         return share if 0 < share < 1 else FITS
 
 
@@ -156,12 +136,9 @@ def _numbers(pattern: re.Pattern[str], text: str) -> list[int]:
 class Capabilities:
     """What a model takes, as far as its answers have shown."""
 
-    native_n: bool = True
-    """Several texts in one request."""
-    refused: frozenset[str] = frozenset()
-    """Parameters that it does not know: temperature, seed."""
-    limit_name: str = "max_tokens"
-    """The name of the limit; newer models want max_completion_tokens."""
+    native_n: bool = True  # several texts in one request
+    refused: frozenset[str] = frozenset()  # parameters that it does not know: temperature, seed
+    limit_name: str = "max_tokens"  # newer models want max_completion_tokens
 
     def applied(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A request's body with what the model takes."""
@@ -175,8 +152,7 @@ class Capabilities:
         """What is known after a refusal of `sent`: the same where it names no parameter of it."""
         if "max_tokens" in sent and refusal.names("max_tokens"):
             return replace(self, limit_name="max_completion_tokens")
-        named = {name for name in ("temperature", "seed") if name in sent and refusal.names(name)}
-        if named:
+        if named := {name for name in {"temperature", "seed"} & sent.keys() if refusal.names(name)}:
             return replace(self, refused=self.refused | named)
         return replace(self, native_n=self.native_n and not ("n" in sent and refusal.names_n))
 
@@ -191,7 +167,6 @@ class CapabilityCache:
         self._known: TTLCache[str, Capabilities] = TTLCache(MODELS, CAPABILITY_SECONDS, clock)
 
     def of(self, model: str) -> Capabilities:
-        """What is known of a model."""
         return self._known.get(model, UNKNOWN)
 
     def learn(self, model: str, capabilities: Capabilities) -> bool:

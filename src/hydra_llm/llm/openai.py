@@ -1,8 +1,7 @@
-"""Any OpenAI-compatible endpoint through the official SDK: hosted models, vLLM, llama.cpp's server,
-a LiteLLM proxy.
+"""Any OpenAI-compatible endpoint (hosted, vLLM, llama.cpp's server, LiteLLM) by the official SDK.
 
-Retries are the SDK's alone: it waits as long as `Retry-After` says, up to two minutes. What a model
-does not take is learned from its refusals (llm/endpoint.py). Knows no cache and no budget.
+Retries are the SDK's alone: it honours `Retry-After` up to two minutes. What a model does not take
+is learned from its refusals (llm/endpoint.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,11 @@ from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint, Refu
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Generation, Message, Usage
 
-REFUSED = (400, 401, 403, 404, 405, 413, 422)
-"""Statuses at which the same call would fail again."""
+REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same call would fail again
 
 
 class OpenAILLM:
-    """A model behind an endpoint. Key and URL come from OPENAI_API_KEY and OPENAI_BASE_URL unless
-    given.
+    """A model behind an endpoint; URL and key default to OPENAI_BASE_URL and OPENAI_API_KEY.
 
     Raises:
         SettingsError: no key, and no URL of another endpoint, is known.
@@ -50,12 +47,10 @@ class OpenAILLM:
         self._capabilities = CapabilityCache()
         self._client = self._open()
         self._loop: object = None
-        # Of requests: where the endpoint draws one text each, a call is many.
-        self._slots = anyio.Semaphore(concurrency)
+        self._slots = anyio.Semaphore(concurrency)  # of requests: a call may be several
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model takes, as far as its answers have shown."""
         return self._capabilities.of(self.model)
 
     @property
@@ -66,52 +61,42 @@ class OpenAILLM:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "kind": "openai",
-            "model": self.model,
-            "base_url": self.base_url,
-            "constrains": False,
-        }
+        place = {"model": self.model, "base_url": self.base_url}
+        return {"kind": "openai", **place, "constrains": False}
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        """Return n texts, in one request where the endpoint can and in n where it cannot; `choices`
-        are ignored.
+        """Return n texts, in one request where the endpoint can, else in n; ignores `choices`.
 
         Raises:
             LLMRefused: key, model or request are wrong, or the prompt is too long.
             PartlyFailed: one of n requests failed.
-            LLMError: the endpoint failed, timed out, hung up or answered nonsense, after the SDK's
-                retries.
+            LLMError: after the SDK's retries no answer, or one that cannot be read.
         """
-        n, seed = sampling.n, sampling.seed
-        body = {
-            # JSON in UTF-8 cannot hold half of a surrogate pair.
-            "messages": [{name: repair(text) for name, text in each.items()} for each in messages],
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
-            **({"stop": list(sampling.stop)} if sampling.stop else {}),
-        }
-        made = await self._send({**body, **_seeded(seed), **({"n": n} if n > 1 else {})})
-        if len(made.texts) >= n:
-            return Generation(made.texts[:n], made.usage)
-        return await self._rest(body, n, seed, made)
+        # JSON in UTF-8 cannot hold half of a surrogate pair.
+        repaired = [{name: repair(text) for name, text in each.items()} for each in messages]
+        body: dict[str, Any] = {"messages": repaired, "temperature": sampling.temperature}
+        body["max_tokens"] = sampling.max_tokens
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        made = await self._send(body | _drawn(sampling.seed, 0, sampling.n))
+        if len(made.texts) >= sampling.n:
+            return Generation(made.texts[: sampling.n], made.usage)
+        return await self._rest(body, sampling, made)
 
     async def aclose(self) -> None:
         await self._client.close()
 
     async def _rest(
-        self, body: Mapping[str, Any], n: int, seed: int | None, made: Generation
+        self, body: Mapping[str, Any], sampling: Sampling, made: Generation
     ) -> Generation:
-        """The texts that are missing, one request each, all at the same time and each with a seed
-        of its own.
-        """
-        missing = range(len(made.texts), n)
+        """The missing texts, one concurrent request each, with a seed of its own."""
+        missing = range(len(made.texts), sampling.n)
         singles: dict[int, Generation] = {}
         failures: list[LLMError] = []
 
         async def single(index: int) -> None:
             try:
-                singles[index] = await self._send({**body, **_seeded(seed, index)})
+                singles[index] = await self._send({**body, **_drawn(sampling.seed, index)})
             except LLMError as error:
                 failures.append(error)
 
@@ -146,22 +131,17 @@ class OpenAILLM:
             async with self._slots:
                 answer = await create(model=self.model, **sent)
         except openai.APIStatusError as error:
-            text = self._line(f"HTTP {error.status_code}: {error.message}")
-            raise (
-                _Refused(text, error) if error.status_code in REFUSED else LLMError(text)
-            ) from None
+            raise self._failed(f"HTTP {error.status_code}: {error.message}", error) from None
         except openai.APITimeoutError:
-            raise LLMError(self._line(f"no answer within {self.timeout:g} s")) from None
+            raise self._failed(f"no answer within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise LLMError(self._line(f"no connection: {error.__cause__ or error}")) from None
+            raise self._failed(f"no connection: {error.__cause__ or error}") from None
         except (openai.OpenAIError, ValueError) as error:
-            raise LLMError(self._line(f"an answer that cannot be read: {error}")) from None
+            raise self._failed(f"an answer that cannot be read: {error}") from None
         return self._read(answer)
 
     def _client_here(self) -> openai.AsyncOpenAI:
-        """The client of this event loop: open connections cannot follow to another one, and sync
-        callers start one per call.
-        """
+        """The client of this event loop: connections belong to one, and `run_sync` starts many."""
         loop = anyio.lowlevel.current_token()
         if self._loop not in (None, loop):
             self._client = self._open()
@@ -174,55 +154,50 @@ class OpenAILLM:
             base_url=self.endpoint.url,
             timeout=self.timeout,
             max_retries=self.retries,
-            # The SDK's usual one closes itself in whatever loop is running when it is collected,
-            # and fails there.
+            # The SDK's own one closes itself in whatever loop runs when it is collected, and fails.
             http_client=openai.DefaultAsyncHttpxClient(timeout=self.timeout),
         )
 
     def _read(self, answer: ChatCompletion) -> Generation:
         try:  # the SDK checks nothing: an endpoint's nonsense arrives as it is
             choices = sorted(answer.choices, key=lambda choice: choice.index or 0)
-            texts = tuple(_text(choice.message.content) for choice in choices)
+            contents = [choice.message.content for choice in choices]
+            texts = tuple(text if isinstance(text, str) else "" for text in contents)
             used = answer.usage
             tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
         except (AttributeError, TypeError) as error:
-            said = f"an answer without choices: {str(answer)[:80]} ({type(error).__name__})"
-            raise LLMError(self._line(said)) from None
+            shown = f"{str(answer)[:80]} ({type(error).__name__})"
+            raise self._failed(f"an answer without choices: {shown}") from None
         if not texts:
-            raise LLMError(self._line("an answer without choices"))
+            raise self._failed("an answer without choices")
         return Generation(texts, Usage(1, 0, 0, *tokens))
 
-    def _line(self, text: str) -> str:
-        """One line of an error, without the key."""
+    def _failed(self, text: str, status: openai.APIStatusError | None = None) -> LLMError:
+        """The error of one line, without the key."""
         line = f"{self.model} at {self.base_url}: {fold(text)[:500]}"
-        return line.replace(self.endpoint.key, "***") if self.endpoint.key else line
+        if self.endpoint.key:
+            line = line.replace(self.endpoint.key, "***")
+        if status and status.status_code in REFUSED:
+            return _Refused(line, status)
+        return LLMError(line)
 
 
 class _Refused(LLMRefused):
     """A refusal with what the endpoint said."""
 
     def __init__(self, text: str, error: openai.APIStatusError):
-        self.refusal = Refusal(
-            error.status_code, str(error.message), str(error.code or ""), str(error.param or "")
-        )
+        code, param = str(error.code or ""), str(error.param or "")
+        self.refusal = Refusal(error.status_code, str(error.message), code, param)
         super().__init__(text, fits=self.refusal.fits(error.body))
 
 
-def _text(content: object) -> str:
-    return content if isinstance(content, str) else ""
-
-
-def _seeded(seed: int | None, offset: int = 0) -> dict[str, int]:
-    return {} if seed is None else {"seed": seed + offset}
+def _drawn(seed: int | None, index: int, n: int = 1) -> dict[str, int]:
+    seeded = {} if seed is None else {"seed": seed + index}
+    return seeded | ({"n": n} if n > 1 else {})
 
 
 def from_spec(rest: str, settings: Settings) -> OpenAILLM:
     """`openai:MODEL[@URL]`."""
     model, url = endpoint_of(rest)
-    return OpenAILLM(
-        model,
-        base_url=url,
-        timeout=settings.timeout,
-        retries=settings.retries,
-        concurrency=settings.concurrency,
-    )
+    options = settings.model_dump(include={"timeout", "retries", "concurrency"})
+    return OpenAILLM(model, base_url=url, **options)

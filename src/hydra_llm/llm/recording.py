@@ -1,45 +1,41 @@
-"""A run's answers in one file, so that anyone can repeat the run without the LLM: `bench run
---record FILE`, `bench run --replay FILE`.
+"""A run's answers in one file, to repeat it without the LLM (`bench run --record`, `--replay`).
 
-Gzipped JSON lines: the LLM's identity, then each request's key (the SHA-256 of all that was asked,
-never a prompt) with its texts and what they cost. The same run gives the same bytes.
+Gzipped JSON lines: the LLM's identity, then each request's key (a SHA-256, never a prompt) with its
+texts and what they cost. The same run gives the same bytes.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra_llm.errors import UserFault
 from hydra_llm.kv import IN_MEMORY
 from hydra_llm.llm.base import Sampling
-from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.cache import CachedLLM, canonical
 from hydra_llm.types import Generation, Message
 
 FORMAT = 1
-Requests = dict[str, dict[int, Any]]
-"""Key → index of the text → row."""
+Requests = dict[str, dict[int, Any]]  # key → index of the text → row
 
 
 class Recorded:
-    """The LLM of a recording: known by its identity, never asked."""
+    """The LLM of a recording: it has an identity, and is never called."""
 
     def __init__(self, identity: Mapping[str, Any]):
         self.identity = identity
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        """Never called: `CachedLLM` only replays."""
-        raise AssertionError("a recorded LLM was asked")
+        raise AssertionError("a recorded LLM was called")
 
     async def aclose(self) -> None:
         """Nothing to release."""
 
 
 def write_recording(file: Path, llm: CachedLLM) -> int:
-    """Add what this process asked `llm` for to what the file holds; returns the file's number of
-    requests.
+    """Add this process's requests to the file; returns how many it holds then.
 
     Raises:
         UserFault: the file cannot be written, or is a recording of another LLM.
@@ -50,7 +46,7 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
         rows.update((index, kept[index]) for index in sorted(used) if index in kept)
     lines: list[Any] = [{"format": FORMAT, "llm": dict(llm.identity)}]
     lines += [{"key": key, "rows": requests[key]} for key in sorted(requests)]
-    text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)
+    text = "".join(canonical(line) + "\n" for line in lines)
     temporary = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +58,7 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
 
 
 def take_up(file: Path, llm: CachedLLM) -> None:
-    """Put a recording's answers into the cache of `llm`: a run that was stopped on another machine
-    resumes.
+    """Put a recording's answers into the cache of `llm`, to resume another machine's run.
 
     Raises:
         UserFault: as `read_recording`, or it is a recording of another LLM.
@@ -75,9 +70,8 @@ def take_up(file: Path, llm: CachedLLM) -> None:
 def _of_llm(file: Path, llm: CachedLLM) -> Requests:
     identity, requests = read_recording(file)
     if identity != dict(llm.identity):
-        raise UserFault(
-            f"{file}: is a recording of another LLM ({identity.get('model')}): take another file"
-        )
+        other = f"is a recording of another LLM ({identity.get('model')})"
+        raise UserFault(f"{file}: {other}: take another file")
     return requests
 
 
@@ -87,23 +81,17 @@ def read_recording(file: Path) -> tuple[dict[str, Any], Requests]:
     Raises:
         UserFault: not there, damaged, or of a newer format.
     """
-    lines = _lines(file)
     try:
+        content = gzip.decompress(file.read_bytes()).decode("ascii")
+        lines = map(json.loads, content.splitlines())
         header = next(lines)
-        if header["format"] > FORMAT:
-            raise UserFault(
-                f"{file}: format {header['format']} is made by a newer hydra-llm: install that one"
-            )
-        return header["llm"], {
-            line["key"]: {int(index): row for index, row in line["rows"].items()} for line in lines
-        }
+        if (made := header["format"]) > FORMAT:
+            newer = f"format {made} is made by a newer hydra-llm: install that one"
+            raise UserFault(f"{file}: {newer}")
+        rows = ((line["key"], line["rows"].items()) for line in lines)
+        return header["llm"], {key: {int(i): row for i, row in items} for key, items in rows}
     except (StopIteration, KeyError, TypeError, AttributeError) as error:
         raise UserFault(f"{file}: is no recording ({type(error).__name__}: {error})") from None
-
-
-def _lines(file: Path) -> Iterator[Any]:
-    try:
-        yield from map(json.loads, gzip.decompress(file.read_bytes()).decode("ascii").splitlines())
     except OSError as error:  # not there, or no gzip
         raise UserFault(f"{file}: the recording cannot be read ({error})") from None
     except (ValueError, EOFError, zlib.error) as error:

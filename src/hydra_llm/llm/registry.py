@@ -1,8 +1,7 @@
-"""LLMs by name: `openai:MODEL[@URL]`, `gguf:PATH`, `smollm2`, `replay:FILE`, `fake:...`, or a
-plug-in's.
+"""LLMs by spec, `NAME[:REST]` (`FORMS`); each is wrapped as cache around meter, so that cached
+answers cost no budget.
 
-A plug-in is an entry point of the group `hydra_llm.llms`: a function `(rest of the spec, settings)
--> ChatLLM`. Each LLM is wrapped as cache around meter, so that kept answers cost no budget.
+A plug-in is an entry point of the group `hydra_llm.llms`: a function `(REST, settings) -> ChatLLM`.
 """
 
 from collections.abc import Callable
@@ -27,8 +26,7 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
     },
     kind="LLM",
 )
-REPLAY = "replay:"
-"""A recording instead of an LLM: it needs neither cache nor meter."""
+REPLAY = "replay:"  # a recording instead of an LLM: it needs neither cache nor meter
 FORMS = (
     "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING,"
     " fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
@@ -51,10 +49,9 @@ def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLL
     """Cache around meter around `llm`; the cache file is `path` or in the settings' folder."""
     prices = Prices(settings.price_prompt, settings.price_completion)
     budget = Budget(settings.max_calls, settings.max_llm_tokens, settings.max_cost)
-    # An engine that runs one call at a time gets them in order: the next one often shares its
-    # prompt.
-    concurrency = min(settings.concurrency, getattr(llm, "parallel", settings.concurrency))
-    meter = Meter(llm, prices=prices, budget=budget, concurrency=concurrency)
+    # An engine that runs one call at a time gets them in order: the next one may share its prompt.
+    parallel = min(settings.concurrency, getattr(llm, "parallel", settings.concurrency))
+    meter = Meter(llm, prices=prices, budget=budget, parallel=parallel)
     return CachedLLM(meter, path or settings.cache / "llm.sqlite")
 
 
@@ -64,7 +61,6 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     known = LLMS.names()
     if name not in known:
         installed = "".join(f", {other}:..." for other in known if other not in LLMS.builtin)
-        raise SettingsError(
-            f"unknown LLM '{without_userinfo(spec)}': take one of {FORMS}{installed}"
-        )
+        shown = without_userinfo(spec)
+        raise SettingsError(f"unknown LLM '{shown}': take one of {FORMS}{installed}")
     return LLMS.load(name)(rest, settings)
