@@ -16,27 +16,19 @@ MAX_PROBLEMS = 20
 EXAMPLES = 3
 
 
-class _TooMany(Exception):
-    """`MAX_PROBLEMS` are collected."""
-
-
 def find_problems(path: Path) -> tuple[DataSet | None, list[DataError]]:
-    """Read the whole data set and collect what is broken, up to 20 problems; the data set is None
-    if there are any.
-    """
+    """Read the data set and collect up to 20 problems; the data set is None if there are any."""
     problems: list[DataError] = []
 
     def keep(problem: DataError) -> None:
         problems.append(problem)
         if len(problems) >= MAX_PROBLEMS:
-            raise _TooMany
+            raise problem
 
     try:
         dataset = load(path, report=keep)
     except DataError as problem:
-        return None, [*problems, problem]
-    except _TooMany:
-        return None, problems
+        return None, problems if problem in problems else [*problems, problem]
     return (None if problems else dataset), problems
 
 
@@ -69,9 +61,12 @@ def summarize(dataset: DataSet) -> dict[str, Any]:
 
 def _span(entries: Sequence[Record | Query]) -> dict[str, Any]:
     known = [entry for entry in entries if entry.span != ALWAYS]
-    first = min(known, key=lambda entry: entry.span[0]).time if known else None
-    last = max(known, key=lambda entry: entry.span[1]).time if known else None
-    return {"first": first, "last": last, "unknown": len(entries) - len(known)}
+    unknown = len(entries) - len(known)
+    if not known:
+        return {"first": None, "last": None, "unknown": unknown}
+    first = min(known, key=lambda entry: entry.span[0])
+    last = max(known, key=lambda entry: entry.span[1])
+    return {"first": first.time, "last": last.time, "unknown": unknown}
 
 
 def _spread(counts: Iterable[int]) -> dict[str, float] | None:
@@ -79,20 +74,14 @@ def _spread(counts: Iterable[int]) -> dict[str, float] | None:
     return {"min": min(values), "median": median(values), "max": max(values)} if values else None
 
 
-def _shares(
-    dataset: DataSet, records: list[Record], queries: list[Query]
-) -> dict[str, dict[str, float]]:
+def _shares(dataset: DataSet, records: list[Record], queries: list[Query]) -> dict[str, Any]:
     """Each label's share of the history's and of the queries' answers."""
-    if dataset.task.free_history:
-        records = []
-    counts: dict[str, Counter[str | None]] = {
-        "history": Counter(r.output for r in records),
-        "queries": Counter(q.gold for q in queries),
-    }
+    history = [] if dataset.task.free_history else records
+    golds = Counter(query.gold for query in queries)
+    counts = {"history": Counter[str | None](r.output for r in history), "queries": golds}
+    known = {part: count for part, count in counts.items() if count}
     return {
-        label: {
-            part: count[label] / count.total() for part, count in counts.items() if count.total()
-        }
+        label: {part: count[label] / count.total() for part, count in known.items()}
         for label in dataset.task.labels
     }
 
@@ -103,22 +92,21 @@ def _duplicates(records: list[Record]) -> dict[str, Any]:
     for record in records:
         key = (record.user, record.input, record.output)
         if key in seen:
-            repeated.append(_name(record))
+            repeated.append(record)
         seen.add(key)
     return _found(repeated)
 
 
 def _leaks(dataset: DataSet) -> dict[str, Any]:
     """Ways in which an answer may be known beforehand; each with its count and examples."""
-    texts, ids, early = [], [], []
+    texts, ids, early = list[Query](), list[Query](), list[Query]()
     for user in dataset.users():
-        history = dataset.history(user)
+        history, queries = dataset.history(user), dataset.queries(user)
         seen_texts = {record.input for record in history}
         seen_ids = {record.id for record in history}
-        for query in dataset.queries(user):
-            texts += [_name(query)] * (query.input in seen_texts)
-            ids += [_name(query)] * (query.id in seen_ids)
-            early += [_name(query)] * (len(before(history, query)) < len(history))
+        texts += [query for query in queries if query.input in seen_texts]
+        ids += [query for query in queries if query.id in seen_ids]
+        early += [query for query in queries if len(before(history, query)) < len(history)]
     return {
         "query's text stands in its user's history": _found(texts),
         "query's id stands in its user's history": _found(ids),
@@ -127,26 +115,20 @@ def _leaks(dataset: DataSet) -> dict[str, Any]:
     }
 
 
-def _golds_elsewhere(dataset: DataSet) -> list[str]:
+def _golds_elsewhere(dataset: DataSet) -> list[Query]:
     """Of free texts only: a label is in every history."""
     if dataset.task.labels:
         return []
     owners: dict[str, set[str]] = {}
     for record in dataset.stream_history():
         owners.setdefault(record.output, set()).add(record.user)
-    return [
-        _name(query)
-        for query in dataset.stream_queries()
-        if owners.get(query.gold or "", set()) - {query.user}
-    ]
+    queries = dataset.stream_queries()
+    return [query for query in queries if owners.get(query.gold or "", set()) - {query.user}]
 
 
-def _name(entry: Record | Query) -> str:
-    return f"{entry.user}/{entry.id}"
-
-
-def _found(names: list[str]) -> dict[str, Any]:
-    return {"count": len(names), "examples": names[:EXAMPLES]}
+def _found(entries: Sequence[Record | Query]) -> dict[str, Any]:
+    examples = [f"{entry.user}/{entry.id}" for entry in entries[:EXAMPLES]]
+    return {"count": len(entries), "examples": examples}
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

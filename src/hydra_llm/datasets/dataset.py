@@ -1,9 +1,4 @@
-"""A data set in memory, and the one class through which every entry gets into it.
-
-Knows the task and the users' order, but no file layout: `native.py`, `lamp.py`, `tabular.py` and
-`demo.py` read those and hand raw fields to the `Builder`, which finds the same faults in all of
-them.
-"""
+"""A data set in memory, and the `Builder` that checks every entry, whatever file it came from."""
 
 import hashlib
 import json
@@ -24,8 +19,8 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 Part = Literal["history", "queries"]
 PARTS: tuple[Part, ...] = ("history", "queries")
 FIELDS = ("user", "id", "time", "input", "output")
-Report = Callable[[DataError], None]
-"""What is done about a fault: raise it (`stop`), or keep it in a list and go on (`data check`)."""
+Fields = Mapping[str, str]  # the `FIELDS` of an entry
+Report = Callable[[DataError], None]  # raises a fault (`stop`), or keeps it (`data check`)
 
 Entry = TypeVar("Entry", Record, Query)
 
@@ -37,13 +32,12 @@ def stop(fault: DataError) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A place in a file, for the faults that are found there, and what is done about them."""
+    """A place in a file, and what is done about the faults that are found there."""
 
     file: Path | None = None
     report: Report = stop
     line: int | None = None
-    path: str = ""
-    """Precedes the field's name where there is no line number, e.g. `[3].profile[7].`."""
+    path: str = ""  # precedes the field's name where there is no line, e.g. `[3].profile[7].`
 
     def error(self, message: str, field: str = "") -> DataError:
         """A fault of this place, or of a field here."""
@@ -55,18 +49,17 @@ class Place:
         self.report(self.error(message, field))
 
     def at_line(self, number: int) -> "Place":
-        """A line of this file."""
         return replace(self, line=number)
 
     def at(self, path: str) -> "Place":
-        """A part of this place, e.g. `profile[7].`."""
         return replace(self, path=f"{self.path}{path}")
 
 
+Row = tuple[Place, dict[str, str]]  # an entry and its place
+
+
 class DataSet:
-    """A task, its users, and each user's history and queries. Made by a `Builder`, and not changed
-    afterwards.
-    """
+    """A task, its users, and each user's history and queries; never changed."""
 
     def __init__(
         self,
@@ -77,10 +70,8 @@ class DataSet:
         notes: Sequence[str] = (),
     ):
         self.task = task
-        self.splits = dict(splits)
-        """User to `train` or `test`, in the order of the file."""
-        self.notes = tuple(notes)
-        """One line for each thing that the reader changed or left out."""
+        self.splits = dict(splits)  # user to `train` or `test`, in the order of the file
+        self.notes = tuple(notes)  # one line for each thing that the reader changed or left out
         self._records, self._queries = records, queries
 
     @classmethod
@@ -97,60 +88,51 @@ class DataSet:
             DataError: the first entry that is broken.
         """
         builder = Builder(task, splits)
-        for record in records:
-            builder.add("history", fields_of(record), Place(path=f"{record.user}/{record.id}."))
-        for query in queries:
-            builder.add("queries", fields_of(query), Place(path=f"{query.user}/{query.id}."))
+        parts: dict[Part, Iterable[Record | Query]] = {"history": records, "queries": queries}
+        for part, entries in parts.items():
+            for entry in entries:
+                builder.add(part, fields_of(entry), Place(path=f"{entry.user}/{entry.id}."))
         return builder.build()
 
     def users(self, split: str | None = None) -> list[str]:
         """The users in file order, all or those of one split."""
         if split is not None and split not in SPLITS:
             raise SettingsError(f"unknown split '{split}': take train or test")
-        return [user for user, its in self.splits.items() if split in (None, its)]
+        return [user for user, own in self.splits.items() if split in (None, own)]
 
     def history(self, user: str) -> list[Record]:
-        """The user's records, oldest first; empty if there are none.
-
-        Raises:
-            UnknownUser: the data set has no such user.
-        """
-        self._check_user(user)
-        return in_order(self._records.get(user, ()))
+        """The user's records, oldest first. Raises UnknownUser."""
+        return in_order(self._of(user, self._records))
 
     def queries(self, user: str) -> list[Query]:
-        """The user's queries with their gold answers, in order.
-
-        Raises:
-            UnknownUser: the data set has no such user.
-        """
-        self._check_user(user)
-        return list(self._queries.get(user, ()))
+        """The user's queries with their gold answers, in order. Raises UnknownUser."""
+        return list(self._of(user, self._queries))
 
     def answered(self, user: str) -> list[Record]:
-        """The user's history and, as records, the queries with a gold answer, oldest first. For
-        training users only.
-        """
-        asked = [
+        """History and, as records, the queries with a gold answer, oldest first; for training."""
+        as_records = [
             Record(q.user, f"query:{q.id}", q.input, q.gold, q.time, q.span, q.position)
             for q in self.queries(user)
             if q.gold is not None
         ]
-        return in_order([*self.history(user), *asked])
+        return in_order([*self.history(user), *as_records])
 
     def stream_history(self) -> Iterator[Record]:
         """Every record, user by user, in file order."""
-        return (record for user in self.splits for record in self._records.get(user, ()))
+        return (record for user in self.splits for record in self._of(user, self._records))
 
     def stream_queries(self) -> Iterator[Query]:
         """Every query, user by user, in file order."""
-        return (query for user in self.splits for query in self._queries.get(user, ()))
+        return (query for user in self.splits for query in self._of(user, self._queries))
+
+    def _of(self, user: str, entries: Mapping[str, Sequence[Entry]]) -> Sequence[Entry]:
+        if user not in self.splits:
+            raise UnknownUser(f"the data set '{self.task.name}' has no user '{user}'")
+        return entries.get(user, ())
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content: equal for the same task, users and entries, whatever file they
-        came from.
-        """
+        """SHA-256 of task, users and entries, whatever file they came from."""
         sha = hashlib.sha256()
         for part in self._content():
             sha.update(json.dumps(part, sort_keys=True).encode() + b"\n")
@@ -160,14 +142,10 @@ class DataSet:
         yield self.task.to_json()
         for user, split in self.splits.items():
             yield "user", user, split
-            for record in self._records.get(user, ()):
+            for record in self._of(user, self._records):
                 yield "history", *fields_of(record).values()
-            for query in self._queries.get(user, ()):
+            for query in self._of(user, self._queries):
                 yield "queries", *fields_of(query).values()
-
-    def _check_user(self, user: str) -> None:
-        if user not in self.splits:
-            raise UnknownUser(f"the data set '{self.task.name}' has no user '{user}'")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DataSet) and self.digest == other.digest
@@ -179,26 +157,36 @@ class DataSet:
         return f"DataSet({self.task.name!r}, {len(self.splits)} users, {self.digest[:12]})"
 
 
+def as_fields(*values: str) -> dict[str, str]:
+    """The values, in the order of `FIELDS`, by name."""
+    return dict(zip(FIELDS, values, strict=True))
+
+
 def fields_of(entry: Record | Query) -> dict[str, str]:
     """An entry's `FIELDS`; a query's output is its gold answer."""
     output = entry.output if isinstance(entry, Record) else entry.gold or ""
-    return dict(zip(FIELDS, (entry.user, entry.id, entry.time, entry.input, output), strict=True))
+    return as_fields(entry.user, entry.id, entry.time, entry.input, output)
 
 
 class Builder:
-    """Checks entries one by one and gives each its position in its user's order."""
+    """Checks entries one by one and gives each its position in its user's order. Entries of the
+    users in `ignored` are left out unchecked.
+    """
 
-    def __init__(
-        self, task: Task, splits: Mapping[str, Split], ignored: frozenset[str] = frozenset()
-    ):
+    def __init__(self, task: Task, splits: Mapping[str, Split], ignored: Iterable[str] = ()):
         self.task = task
         self.splits = dict(splits)
-        self.ignored = ignored
-        """Users of the file who were not asked for: their entries are left out unchecked."""
-        self._entries: dict[Part, dict[str, list[Mapping[str, str]]]] = {part: {} for part in PARTS}
+        self.ignored = frozenset(ignored)
+        self._entries: dict[Part, dict[str, list[Fields]]] = {part: {} for part in PARTS}
         self._ids: set[tuple[Part, str, str]] = set()
 
-    def add(self, part: Part, entry: Mapping[str, str], place: Place = Place()) -> None:
+    def add_user(self, rows: Sequence[Row], query_share: float = 0.2) -> None:
+        """Add a user's entries, oldest first; the last ones become queries."""
+        first_query = len(rows) - held_out(len(rows), query_share)
+        for at, (place, entry) in enumerate(rows):
+            self.add("history" if at < first_query else "queries", entry, place)
+
+    def add(self, part: Part, entry: Fields, place: Place = Place()) -> None:
         """Take an entry (`FIELDS`, all texts) if nothing is wrong with it, else report it."""
         user = entry["user"]
         if user in self.ignored:
@@ -210,42 +198,36 @@ class Builder:
             self._entries[part].setdefault(user, []).append(entry)
             self._ids.add((part, user, entry["id"]))
 
-    def _faults(self, part: Part, entry: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    def _faults(self, part: Part, entry: Fields) -> Iterator[tuple[str, str]]:
         for name in FIELDS:
             if fault := text_fault(entry[name], may_be_empty=name == "time"):
                 yield name, fault
-        user, id, time, output = (entry[name] for name in ("user", "id", "time", "output"))
+        user, id, time, _, output = (entry[name] for name in FIELDS)
         if user and user not in self.splits:
             yield "user", f"'{user}' is not among the data set's users"
         if (part, user, id) in self._ids:
             yield "id", f"user '{user}' has the id '{id}' twice"
         if not readable_time(time):
             yield "time", f"'{time}' is no time: write ISO 8601, a year, or seconds since 1970"
-        if output and not self._may_answer(part, output):
+        free = part == "history" and self.task.free_history
+        if output and not free and not self.task.is_answer(output):
             yield "output", f"'{output[:60]}' is not one of the task's labels"
-
-    def _may_answer(self, part: Part, output: str) -> bool:
-        return (part == "history" and self.task.free_history) or self.task.is_answer(output)
 
     def build(self, notes: Sequence[str] = ()) -> DataSet:
         """The data set of all entries taken. A user's queries come after all of its history."""
-        records = {
-            user: [_made(Record, entry, position) for position, entry in enumerate(its)]
-            for user, its in self._entries["history"].items()
-        }
-        queries = {
-            user: [
-                _made(Query, entry, position)
-                for position, entry in enumerate(its, len(records.get(user, ())))
-            ]
-            for user, its in self._entries["queries"].items()
-        }
-        return DataSet(self.task, self.splits, records, queries, notes)
+        history, queries = (self._entries[part].items() for part in PARTS)
+        records = {user: _made(Record, entries) for user, entries in history}
+        after = {user: len(made) for user, made in records.items()}
+        asked = {user: _made(Query, entries, after.get(user, 0)) for user, entries in queries}
+        return DataSet(self.task, self.splits, records, asked, notes)
 
 
-def _made(kind: type[Entry], entry: Mapping[str, str], position: int) -> Entry:
-    user, id, time, input, output = (entry[name] for name in FIELDS)
-    return kind(user, id, input, output, time, parse_time(time), position)
+def _made(kind: type[Entry], entries: Iterable[Fields], first: int = 0) -> list[Entry]:
+    made = []
+    for position, entry in enumerate(entries, first):
+        user, id, time, input, output = (entry[name] for name in FIELDS)
+        made.append(kind(user, id, input, output, time, parse_time(time), position))
+    return made
 
 
 def readable_time(text: str) -> bool:
@@ -257,13 +239,6 @@ def readable_time(text: str) -> bool:
     return True
 
 
-def check_split(value: str) -> Split | None:
-    """`train` or `test`, or None for anything else."""
-    return value if value in SPLITS else None
-
-
 def held_out(count: int, share: float = 0.2) -> int:
-    """How many of a user's `count` records, the last ones, become queries: a share of them, 1 to
-    10; none of a single record.
-    """
+    """How many of a user's `count` records, the last ones, become queries: 1 to 10, none of one."""
     return min(10, max(1, int(count * share)), count - 1) if count > 1 else 0

@@ -1,9 +1,8 @@
-"""Real users from an installed package, for the demo: MovieLens-100K inside the wheel recbole (its
-data files only, never imported).
+"""MovieLens-100K for the demo, from the data files inside the wheel recbole (never imported).
 
-Source: Harper and Konstan 2015, GroupLens; research use. The wheel's files have one typed header
-line (`user_id:token`), tabs between fields, articles behind titles (`Godfather, The`) and a few
-flaws, which are corrected or left out here with a note. Knows no LLM.
+Source: Harper and Konstan 2015, GroupLens; research use. The files have one typed header line
+(`user_id:token`), tabs between fields, articles behind titles (`Godfather, The`) and a few flaws,
+which are corrected or left out with a note.
 """
 
 import csv
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from hydra_llm.datasets.dataset import FIELDS, Builder, DataSet, Place, Split, held_out
+from hydra_llm.datasets.dataset import Builder, DataSet, Place, Row, Split, as_fields
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.tasks.base import Task
 
@@ -31,9 +30,8 @@ RATING = Task(
 INSTALL = "pip install --no-deps recbole==1.2.1"
 MIN_RATINGS = 20
 """Users with fewer are left out."""
-
-Rating = tuple[str, str, str, str]
-"""Film, score, seconds since 1970, the film's number."""
+ITEM_FIELDS = ("item_id", "movie_title", "release_year", "class")
+RATING_FIELDS = ("user_id", "item_id", "rating", "timestamp")
 
 
 def movielens(
@@ -61,22 +59,10 @@ def movielens(
     random.Random(seed).shuffle(users)
     train: dict[str, Split] = dict.fromkeys(users[:users_train], "train")
     test: dict[str, Split] = dict.fromkeys(users[len(users) - users_test :], "test")
-    return _build(ratings, train | test, per_user, notes)
-
-
-def _build(
-    ratings: Mapping[str, list[Rating]],
-    chosen: Mapping[str, Split],
-    per_user: int,
-    notes: list[str],
-) -> DataSet:
+    chosen = train | test
     builder = Builder(RATING, {f"u{user}": split for user, split in chosen.items()})
     for user in chosen:
-        latest = ratings[user][-per_user:]
-        first_query = len(latest) - held_out(len(latest))
-        for at, (film, score, time, item) in enumerate(latest):
-            entry = dict(zip(FIELDS, (f"u{user}", f"m{item}", time, film, score), strict=True))
-            builder.add("history" if at < first_query else "queries", entry)
+        builder.add_user(ratings[user][-per_user:])
     return builder.build(notes)
 
 
@@ -92,18 +78,18 @@ def _wheel_folder() -> Path:
     )
 
 
-def _read_ratings(folder: Path) -> dict[str, list[Rating]]:
+def _read_ratings(folder: Path) -> dict[str, list[Row]]:
     """Each user's ratings, oldest first; within one second as the file orders them."""
-    items = _rows(folder / "ml-100k.item", ("item_id", "movie_title", "release_year", "class"))
+    items = _rows(folder / "ml-100k.item", ITEM_FIELDS)
     films = {row["item_id"]: film for row in items if (film := _describe(row))}
-    ratings: dict[str, list[Rating]] = {}
-    for row in _rows(folder / "ml-100k.inter", ("user_id", "item_id", "rating", "timestamp")):
-        if row["item_id"] in films:
-            ratings.setdefault(row["user_id"], []).append(
-                (films[row["item_id"]], row["rating"], row["timestamp"], row["item_id"])
-            )
-    for its in ratings.values():
-        its.sort(key=lambda rating: int(rating[2]))
+    ratings: dict[str, list[Row]] = {}
+    for row in _rows(folder / "ml-100k.inter", RATING_FIELDS):
+        user, item, score, time = (row[name] for name in RATING_FIELDS)
+        if item in films:
+            entry = as_fields(f"u{user}", f"m{item}", time, films[item], score)
+            ratings.setdefault(user, []).append((Place(), entry))
+    for rows in ratings.values():
+        rows.sort(key=lambda row: int(row[1]["time"]))
     return ratings
 
 
@@ -113,12 +99,12 @@ def _rows(file: Path, fields: tuple[str, ...]) -> Iterator[dict[str, str]]:
             rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
             names = [column.partition(":")[0] for column in next(rows, [])]
             if missing := [name for name in fields if name not in names]:
-                place, message = Place(file, line=1), "is missing from the header"
-                raise place.error(f"{message}: another version of the file?", missing[0])
+                message = "is missing from the header: another version of the file?"
+                raise Place(file, line=1).error(message, missing[0])
             for number, row in enumerate(rows, start=2):
                 if len(row) != len(names):
-                    place = Place(file, line=number)
-                    raise place.error(f"{len(row)} fields instead of {len(names)}")
+                    message = f"{len(row)} fields instead of {len(names)}"
+                    raise Place(file, line=number).error(message)
                 yield dict(zip(names, row, strict=True))
     except OSError as error:
         raise DataError(f"{error.strerror}: {INSTALL}", file=file) from None
@@ -135,15 +121,15 @@ def _describe(row: Mapping[str, str]) -> str:
     return f"{dated}. {genres}" if genres else dated
 
 
-def _drop_repeats(ratings: Mapping[str, list[Rating]]) -> list[str]:
+def _drop_repeats(ratings: Mapping[str, list[Row]]) -> list[str]:
     """A few films have two numbers: keep each user's first rating of a film, or a query's answer
     could be in the history.
     """
     dropped = 0
-    for its in ratings.values():
-        first = {rating[0]: rating for rating in reversed(its)}
-        dropped += len(its) - len(first)
-        its[:] = [rating for rating in its if first.get(rating[0]) is rating]
+    for rows in ratings.values():
+        first = {entry["input"]: entry for _, entry in reversed(rows)}
+        dropped += len(rows) - len(first)
+        rows[:] = [row for row in rows if first[row[1]["input"]] is row[1]]
     return [
         f"{dropped} second ratings of a film by the same user were left out (the film has two"
         " numbers)",

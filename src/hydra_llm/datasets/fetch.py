@@ -1,13 +1,10 @@
 """Download LaMP's official files: resumed where a transfer broke off, checked before they get their
-final names.
+final names. Addresses as published at lamp-benchmark.github.io/download.
 
-Addresses as published at lamp-benchmark.github.io/download:
-`LaMP_N/{part}/{part}_{questions,outputs}.json`, movies under `LaMP_2/new/`, the time split under
-`time/`. That server answers a wrong address with 200 and an HTML page, so a file counts only when
-it is whole JSON and its ids are those of its partner. Knows nothing else of the files' content.
+The server answers a wrong address with 200 and an HTML page, so a file counts only when it is
+complete JSON and its ids are those of its partner.
 """
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +13,10 @@ from pathlib import Path
 import httpx2
 
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.datasets.lamp import read_gold_ids, stream_questions
+from hydra_llm.datasets.lamp import read_gold_ids, read_question_ids
 from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, SettingsError, UserFault
+from hydra_llm.text import fold
 
 BASE_URL = "https://ciir.cs.umass.edu/downloads/LaMP/"
 FOLDERS: Mapping[str, str] = {
@@ -42,21 +40,14 @@ def _ignore(name: str, done: int, size: int | None) -> None:
 
 
 def addresses(task: str, split: str, base_url: str = BASE_URL) -> dict[str, str]:
-    """File name to address of the four files of a task.
-
-    Raises:
-        SettingsError: an unknown task or split.
-    """
+    """File name to address of a task's four files; SettingsError for an unknown task or split."""
     if task not in FOLDERS:
         raise SettingsError(f"unknown data set '{task}': take one of {', '.join(FOLDERS)}")
     if split not in ("user", "time"):
         raise SettingsError(f"unknown split '{split}': take user or time")
     root = f"{base_url.rstrip('/')}/{'time/' if split == 'time' else ''}{FOLDERS[task]}"
-    return {
-        f"{part}_{what}.json": f"{root}/{part}/{part}_{what}.json"
-        for part in PARTS
-        for what in ("questions", "outputs")
-    }
+    names = [(part, f"{part}_{what}.json") for part in PARTS for what in ("questions", "outputs")]
+    return {name: f"{root}/{part}/{name}" for part, name in names}
 
 
 def fetch(
@@ -82,31 +73,23 @@ def fetch(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, address in wanted.items():
-                if not (folder / name).is_file() and not (folder / f"{name}.whole").is_file():
+                if not any((folder / f"{name}{end}").is_file() for end in ("", ".whole")):
                     part = folder / f"{name}.part"
                     _Download(session, address, part, progress).run(pause)
         except OSError as error:
-            raise UserFault(
-                f"{folder}: cannot be written: {error.strerror}; what has arrived is kept"
-            ) from None
+            message = f"{folder}: cannot be written: {error.strerror}; what has arrived is kept"
+            raise UserFault(message) from None
     for part_name in PARTS:
-        questions, outputs = (
-            folder / f"{part_name}_{what}.json" for what in ("questions", "outputs")
+        _accept(
+            folder / f"{part_name}_questions.json", folder / f"{part_name}_outputs.json", wanted
         )
-        _accept(questions, outputs, wanted)
     return [folder / name for name in wanted]
 
 
 def load_named(
     name: str, folder: Path, *, base_url: str = BASE_URL, progress: Progress = _ignore
 ) -> DataSet:
-    """Load a data set by its path, or one of LaMP's by its name: its files are downloaded into
-    `folder` once.
-
-    Raises:
-        DataError: it is broken, or not there.
-        UserFault: the server cannot be reached.
-    """
+    """Load a data set by its path, or one of LaMP's by its name: downloaded into `folder` once."""
     place = Path(name)
     if name.lower() in FOLDERS and not place.exists():
         place = folder / name.lower()
@@ -121,17 +104,16 @@ def load_named(
 class _Download:
     client: httpx2.Client
     address: str
-    part: Path
-    """`NAME.part`; becomes `NAME.whole`, and gets its name when its content is checked."""
+    part: Path  # `NAME.part`; becomes `NAME.whole`, and `NAME` when its content is checked
     progress: Progress
 
     @property
     def tag_file(self) -> Path:
-        """Holds the name of the version that `part` belongs to."""
+        """Holds the ETag of the version that `part` belongs to."""
         return self.part.with_suffix(".tag")
 
     def run(self, pause: float) -> None:
-        """Download the file, resuming after each break."""
+        """Download the file, resuming after each broken transfer."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._transfer()
@@ -140,7 +122,8 @@ class _Download:
             except httpx2.HTTPError as error:
                 never_reached = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol)
                 if attempt == ATTEMPTS or (never_reached and attempt == 1):
-                    raise UserFault(f"{self.address}: {_reason(error)}{self._kept()}") from None
+                    reason = fold(str(error)) or type(error).__name__
+                    raise UserFault(f"{self.address}: {reason}{self._kept()}") from None
             except httpx2.InvalidURL as error:
                 raise UserFault(f"{self.address}: {error}") from None
             time.sleep(pause * attempt)
@@ -160,7 +143,10 @@ class _Download:
             headers |= {"Range": f"bytes={have}-", "If-Range": tag}
         with self.client.stream("GET", self.address, headers=headers) as response:
             self._check_status(response)
-            start = _start(response, have)
+            start = have if response.status_code == 206 else 0  # 200: the range was ignored
+            sent = response.headers.get("content-range")
+            if response.status_code == 206 and not str(sent).startswith(f"bytes {have}-"):
+                raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
             self._keep_tag(response)
             self._write(response, start)
         self.tag_file.unlink(missing_ok=True)
@@ -196,44 +182,22 @@ class _Download:
             raise httpx2.ReadError(f"{done} of {size} bytes arrived")
 
 
-def _reason(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-
-
-def _start(response: httpx2.Response, have: int) -> int:
-    """The byte at which this response begins: 0 where the server ignored the range."""
-    if response.status_code == 200:
-        return 0
-    sent = response.headers.get("content-range")
-    found = re.match(r"bytes (\d+)-", sent or "")
-    if not found or int(found[1]) != have:
-        raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
-    return have
-
-
 # ---- what arrived
 
 
 def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
-    """Give a pair of files its names if both are whole and belong together; else remove it."""
+    """Give a pair of files its names if both are complete and belong together; else remove it."""
     files = (questions, outputs)
     places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
-    asked = _checked(places[0], wanted[questions.name], _question_ids)
+    asked = _checked(places[0], wanted[questions.name], read_question_ids)
     golds = _checked(places[1], wanted[outputs.name], read_gold_ids)
     if not asked or asked != golds:
         differing = sorted(asked ^ golds)[:1]
         _discard(places)
-        raise DataError(
-            f"{len(asked)} questions and {len(golds)} outputs do not fit each other {differing};"
-            " removed",
-            file=questions,
-        )
+        counts = f"{len(asked)} questions and {len(golds)} outputs"
+        raise DataError(f"{counts} do not fit each other {differing}; removed", file=questions)
     for place, file in zip(places, files, strict=True):
         place.replace(file)
-
-
-def _question_ids(file: Path) -> set[str]:
-    return {str(id) for id in stream_questions(file, "item.id")}
 
 
 def _checked(place: Path, address: str, read: Callable[[Path], set[str]]) -> set[str]:

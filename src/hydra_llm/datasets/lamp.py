@@ -1,6 +1,4 @@
-"""The official LaMP files, `{split}_questions.json` and `{split}_outputs.json`.
-
-LaMP-1, 2N, 2M, 3, 4, 5 and 7 can be read.
+"""The official files of LaMP-1, 2N, 2M, 3, 4, 5 and 7: `{split}_{questions,outputs}.json`.
 
 Layout as published at lamp-benchmark.github.io: questions are a list of `{id, input, profile}`;
 `input` is the instruction and the text; profile entries have `id`, the task's fields and, in the
@@ -8,14 +6,13 @@ time split, `date`; outputs are `{task, golds: [{id, output}]}`. Each question i
 unless it names one (`user_id`). Train files give train users, dev files test users. Files are
 hundreds of megabytes: they are read as a stream (ijson). Known flaws of the files (an empty text, a
 repeated id) are left out or renamed with a note; all else is an error that names file and field.
-`fetch.py` downloads the files.
 """
 
 import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
@@ -24,12 +21,12 @@ from typing import Any
 
 import ijson
 
-from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Split, stop
+from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Split, as_fields, stop
 from hydra_llm.datasets.native import open_binary
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
-from hydra_llm.text import text_fault
+from hydra_llm.text import fold, text_fault
 
 SPLITS: Mapping[str, Split] = {"train": "train", "dev": "test", "test": "test"}
 """LaMP's split to ours. The golds of LaMP's own test split are not public."""
@@ -37,30 +34,18 @@ SPLITS: Mapping[str, Split] = {"train": "train", "dev": "test", "test": "test"}
 Question = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How one LaMP task names the fields of its profile, and what precedes the text in its
-    questions.
-    """
-
-    input: str
-    output: str
-    before_text: str
-
-
-_LAYOUTS: Mapping[str, _Layout] = {
-    "LaMP-1": _Layout("abstract", "title", '"'),
-    "LaMP-2N": _Layout("text", "category", "article: "),
-    "LaMP-2M": _Layout("description", "tag", "description: "),
-    "LaMP-3": _Layout("text", "score", "review: "),
-    "LaMP-4": _Layout("text", "title", "article: "),
-    "LaMP-5": _Layout("abstract", "title", ": "),
-    "LaMP-7": _Layout("text", "text", ": "),
+LAYOUTS: Mapping[str, tuple[str, str, str]] = {
+    "LaMP-1": ("abstract", "title", '"'),
+    "LaMP-2N": ("text", "category", "article: "),
+    "LaMP-2M": ("description", "tag", "description: "),
+    "LaMP-3": ("text", "score", "review: "),
+    "LaMP-4": ("text", "title", "article: "),
+    "LaMP-5": ("abstract", "title", ": "),
+    "LaMP-7": ("text", "text", ": "),
 }
+"""A profile's fields for input and output, and what precedes the text in a question."""
 FREE_HISTORY = ("LaMP-1",)
-"""Tasks whose records are no answers of the task: an author's papers, where the question is which
-of two to cite.
-"""
+"""Tasks whose records, an author's papers, are no answers of the task (which of two to cite)."""
 
 
 def is_official(path: Path) -> bool:
@@ -69,21 +54,16 @@ def is_official(path: Path) -> bool:
 
 
 def load(path: Path, limit_users: int | None = None, report: Report = stop) -> DataSet:
-    """Read a folder (or its `train` and `dev` folders, or one questions file) in LaMP's layout; see
-    `native.load`.
-    """
-    found = [
-        (part, file, file.with_name(file.name.replace("_questions.json", "_outputs.json")))
-        for part, file in _find(path)
-    ]
-    usable = [each for each in found if each[0] != "test" or each[2].is_file()]
+    """Read a folder, its `train` and `dev` folders, or one questions file; see `native.load`."""
+    found = _find(path)
+    usable = [(part, file) for part, file in found if part != "test" or _outputs(file).is_file()]
     if not usable:
         raise DataError("LaMP's test questions have no public golds: take train and dev", file=path)
     reader = _Reader()
     if len(usable) < len(found):
         reader.notes.append("LaMP's test questions were left out: their golds are not public")
-    for part, questions, outputs in usable:
-        golds = _read_golds(outputs, report)
+    for part, questions in usable:
+        golds = _read_golds(_outputs(questions), report)
         reader.read(Place(questions, report), golds, SPLITS[part], limit_users)
     return reader.build(path)
 
@@ -97,6 +77,10 @@ def _find(path: Path) -> list[tuple[str, Path]]:
     return [(part, file) for part, file in places if file.is_file()]
 
 
+def _outputs(questions: Path) -> Path:
+    return questions.with_name(questions.name.replace("_questions.json", "_outputs.json"))
+
+
 # ---- files
 
 
@@ -108,26 +92,21 @@ def _open(file: Path) -> Iterator[BufferedIOBase]:
                 stream.seek(0)
             yield stream
     except (ijson.JSONError, EOFError, gzip.BadGzipFile) as error:
-        detail = re.sub(r"\s+", " ", str(error)).strip()
-        raise DataError(f"not JSON, or cut: {detail[:120]}", file=file) from None
+        raise DataError(f"not JSON, or cut: {fold(str(error))[:120]}", file=file) from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
 
 
 def stream_questions(file: Path, prefix: str = "item") -> Iterator[Any]:
-    """The questions of a file one by one (or what `prefix` names in each), without holding the file
-    in memory.
-    """
+    """The questions of a file one by one (or what `prefix` names in each)."""
     with _open(file) as stream:
         yield from ijson.items(stream, prefix, use_float=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Golds:
-    task: str
-    """The task that an outputs file names."""
-    outputs: Mapping[str, str]
-    """By question id."""
+    task: str  # that the outputs file names
+    outputs: Mapping[str, str]  # by question id
 
 
 def _read_golds(file: Path, report: Report) -> _Golds:
@@ -156,18 +135,26 @@ def read_gold_ids(file: Path) -> set[str]:
     return set(_read_golds(file, stop).outputs)
 
 
+def read_question_ids(file: Path) -> set[str]:
+    """The question ids of a questions file."""
+    return {str(id) for id in stream_questions(file, "item.id")}
+
+
 def _text(data: Any, name: str, place: Place) -> str | None:
-    """A field as text (an integer is written out); None, and reported, if it is missing or of
-    another type.
-    """
-    there = isinstance(data, dict) and name in data
-    value = data[name] if there else None
-    if isinstance(value, int) and not isinstance(value, bool):
+    """A text or integer field as text; None, and reported, if there is none."""
+    present = isinstance(data, dict) and name in data
+    value = data[name] if present else None
+    if isinstance(value, int | str) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, str):
-        return value
-    place.fault("must be a text" if there else "is missing", name)
+    place.fault("must be a text" if present else "is missing", name)
     return None
+
+
+def _texts(data: Any, names: Iterable[str], place: Place) -> list[str] | None:
+    """The fields as texts; None, and each one reported, if any is not usable."""
+    values = [_text(data, name, place) for name in names]
+    texts = [value for value in values if value is not None]
+    return texts if len(texts) == len(values) else None
 
 
 # ---- questions to entries
@@ -175,19 +162,18 @@ def _text(data: Any, name: str, place: Place) -> str | None:
 
 @dataclass
 class _Reader:
-    """Reads one file after the other. Queries are kept back until all are read, because the
-    instruction is what all questions have in common.
+    """Reads one file after the other. Queries wait until all are read, because the instruction is
+    what all questions have in common.
     """
 
     notes: list[str] = field(default_factory=list)
-    changes: Counter[str] = field(default_factory=Counter)
-    """What was left out or renamed, and how often."""
+    changes: Counter[str] = field(default_factory=Counter)  # what was left out or renamed
     name: str = ""
     builder: Builder | None = None
     instruction: str | None = None
     queries: list[tuple[Place, dict[str, str]]] = field(default_factory=list)
+    # (user, id) to input and output: the profiles of one user's questions overlap
     records: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
-    """(user, id) to input and output: the profiles of one user's questions overlap."""
 
     def read(self, file: Place, golds: _Golds, split: Split, limit: int | None) -> None:
         """Read a file's questions, up to the first one of a user beyond the limit."""
@@ -241,17 +227,14 @@ class _Reader:
         return id or ""
 
     def _read_profile(self, builder: Builder, question: Question, user: str, place: Place) -> None:
-        layout, profile = _LAYOUTS[self.name], question.get("profile")
+        names, profile = ("id", *LAYOUTS[self.name][:2]), question.get("profile")
         if not isinstance(profile, list):
             place.fault("must be a list" if "profile" in question else "is missing", "profile")
             return
         for at, item in enumerate(profile):
             here = place.at(f"profile[{at}].")
-            id, text, answer = (
-                _text(item, name, here) for name in ("id", layout.input, layout.output)
-            )
-            if id is not None and text is not None and answer is not None:
-                entry = _entry(item, user, id, text, answer)
+            if texts := _texts(item, names, here):
+                entry = _entry(item, user, *texts)
                 if self._is_usable(entry, "profile entries") and self._is_new(entry):
                     builder.add("history", entry, here)
 
@@ -262,9 +245,7 @@ class _Reader:
         return not fault
 
     def _is_new(self, entry: dict[str, str]) -> bool:
-        """False for a record that the user has already; one with a used id but another text gets an
-        id of its own.
-        """
+        """Whether the user lacks this record; one with a used id but another text is renamed."""
         texts, number, id = (entry["input"], entry["output"]), 1, entry["id"]
         while (known := self.records.get((entry["user"], entry["id"]))) is not None:
             if known == texts:
@@ -291,11 +272,10 @@ class _Reader:
         return self.builder.build([*self.notes, *changes])
 
     def _instruction_end(self) -> int:
-        """The length of the instruction in front of every text: up to LaMP's own mark, or else all
-        that the questions have in common.
+        """The length of the instruction before every text: up to LaMP's own mark, or else all that
+        the questions have in common.
         """
-        common = self.instruction or ""
-        mark = _LAYOUTS[self.name].before_text
+        common, mark = self.instruction or "", LAYOUTS[self.name][2]
         if mark in common:
             return common.index(mark) + len(mark)
         self.notes.append(
@@ -312,13 +292,11 @@ def _user(question: Any, place: Place) -> str | None:
 
 def _common_start(one: str, other: str) -> str:
     pairs = enumerate(zip(one, other, strict=False))
-    end = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-    return one[:end]
+    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def _entry(data: Question, user: str, id: str, text: str, output: str) -> dict[str, str]:
-    time = str(data.get("date") or "")
-    return {"user": user, "id": id, "time": time, "input": text, "output": output}
+    return as_fields(user, id, str(data.get("date") or ""), text, output)
 
 
 def _task(name: str, question: str) -> Task:

@@ -17,18 +17,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from hydra_llm.datasets.dataset import (
-    FIELDS,
-    PARTS,
-    Builder,
-    DataSet,
-    Place,
-    Report,
-    Split,
-    check_split,
-    fields_of,
-    stop,
-)
+from hydra_llm.datasets import dataset as data_set
+from hydra_llm.datasets.dataset import SPLITS, Builder, DataSet, Place, Report, Row, Split, stop
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
@@ -39,11 +29,8 @@ __all__ = ["DataSet", "load", "save"]
 def load(path: Path | str, limit_users: int | None = None, report: Report = stop) -> DataSet:
     """Read a data set: a folder in the native layout, or a folder or file in LaMP's official one.
 
-    `limit_users` takes only the first so many users of each split. `report` is called with the
-    fault of each broken line; the default raises it.
-
-    Raises:
-        DataError: names file, line and field.
+    `limit_users` takes only the first users of each split. `report` is called with each DataError,
+    which names file, line and field; the default raises it.
     """
     path = Path(path)
     if (path / "task.json").is_file():
@@ -54,18 +41,17 @@ def load(path: Path | str, limit_users: int | None = None, report: Report = stop
         return lamp.load(path, limit_users, report)
     if not path.exists():
         raise DataError("no such folder", file=path)
-    raise DataError(
-        "no data set: neither task.json nor LaMP's {train,dev}_questions.json is here", file=path
-    )
+    message = "no data set: neither task.json nor LaMP's {train,dev}_questions.json is here"
+    raise DataError(message, file=path)
 
 
 def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataSet:
     task = _read_task(folder / "task.json")
     splits = _read_users(folder / "users.jsonl", report)
     kept = _first_users(splits, limit_users)
-    builder = Builder(task, kept, ignored=frozenset(splits) - frozenset(kept))
-    for part in PARTS:
-        for place, entry in _read_entries(_find(folder, part), FIELDS, report):
+    builder = Builder(task, kept, ignored=splits.keys() - kept.keys())
+    for part in data_set.PARTS:
+        for place, entry in _read_entries(_find(folder, part), data_set.FIELDS, report):
             builder.add(part, entry, place)
     return builder.build()
 
@@ -85,13 +71,13 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
     if not file.is_file():
         raise DataError("no such file", file=file)
     for place, entry in _read_entries(file, ("user", "split"), report):
-        user, split = entry["user"], check_split(entry["split"])
+        user, split = entry["user"], entry["split"]
         if fault := text_fault(user):
             place.fault(fault, "user")
         elif user in splits:
             place.fault(f"'{user}' stands here twice", "user")
-        elif split is None:
-            place.fault(f"'{entry['split']}' is neither train nor test", "split")
+        elif split not in SPLITS:
+            place.fault(f"'{split}' is neither train nor test", "split")
         else:
             splits[user] = split
     return splits
@@ -111,17 +97,16 @@ def _find(folder: Path, part: str) -> Path:
     plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
     if plain.is_file() and zipped.is_file():
         raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
-    if not plain.is_file() and not zipped.is_file():
+    found = next((file for file in (plain, zipped) if file.is_file()), None)
+    if found is None:
         raise DataError("no such file (nor .jsonl.gz)", file=plain)
-    return plain if plain.is_file() else zipped
+    return found
 
 
 # ---- lines
 
 
-def _read_entries(
-    file: Path, fields: tuple[str, ...], report: Report
-) -> Iterator[tuple[Place, dict[str, str]]]:
+def _read_entries(file: Path, fields: Iterable[str], report: Report) -> Iterator[Row]:
     """The named fields, all texts, of each line that has them; the other lines are reported."""
     for place, line in read_lines(file, report):
         try:
@@ -139,11 +124,8 @@ def open_binary(file: Path) -> BufferedIOBase:
 
 
 def read_lines(file: Path, report: Report) -> Iterator[tuple[Place, str]]:
-    """The lines of a text file, zipped or not, and their places. Accepts a byte order mark; reports
-    what is not UTF-8.
-    """
-    place = Place(file, report)
-    number = 0
+    """The lines of a text file, zipped or not, and their places; reports what is not UTF-8."""
+    place, number = Place(file, report), 0
     try:
         with open_binary(file) as stream:
             for number, raw in enumerate(stream, start=1):
@@ -160,11 +142,7 @@ def read_lines(file: Path, report: Report) -> Iterator[tuple[Place, str]]:
 
 
 def parse_object(line: str, place: Place) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Raises:
-        DataError: it is not one, or has a field twice.
-    """
+    """The JSON object of a line; DataError if it is none, or has a field twice."""
     try:
         data = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -206,25 +184,24 @@ def number_as_text(value: Any) -> Any:
 
 
 def save(dataset: DataSet, folder: Path | str) -> None:
-    """Write the native layout; the folder appears whole or not at all, and nothing is overwritten.
-
-    Raises:
-        DataError: the folder exists and is not empty, or cannot be written.
+    """Write the native layout; the folder appears complete or not at all. DataError if it is not
+    empty, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError("exists already: remove it or name another folder", file=folder)
+    parent = folder.absolute().parent
     part = None
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        parent.mkdir(parents=True, exist_ok=True)
+        part = Path(mkdtemp(prefix=f".{folder.name}.", dir=parent))
         _write(dataset, part)
         part.chmod(0o755)  # mkdtemp makes it private
         part.replace(folder)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", file=folder) from None
     finally:
-        if part is not None and part.exists():
+        if part is not None:
             shutil.rmtree(part, ignore_errors=True)
 
 
@@ -233,8 +210,8 @@ def _write(dataset: DataSet, folder: Path) -> None:
     (folder / "task.json").write_text(task + "\n", encoding="utf-8")
     users = ({"user": user, "split": split} for user, split in dataset.splits.items())
     _write_lines(folder / "users.jsonl", users)
-    _write_lines(folder / "history.jsonl.gz", map(fields_of, dataset.stream_history()))
-    _write_lines(folder / "queries.jsonl.gz", map(fields_of, dataset.stream_queries()))
+    _write_lines(folder / "history.jsonl.gz", map(data_set.fields_of, dataset.stream_history()))
+    _write_lines(folder / "queries.jsonl.gz", map(data_set.fields_of, dataset.stream_queries()))
 
 
 def _write_lines(file: Path, rows: Iterable[Mapping[str, str]]) -> None:

@@ -1,30 +1,20 @@
-"""A JSONL or CSV file of a user's own as a data set: one record a line, with user, input, output,
-and optionally time and id.
+"""A JSONL or CSV file as a data set: a record a line (user, input, output, perhaps time and id).
 
 Kind and labels are guessed unless given. The last records of each user become queries, so a query
-never precedes its history; users are split by a hash of their name, so that more data does not move
-them.
+never precedes its history. Users are split by a hash of their name: more data does not move them.
 """
 
 import csv
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.datasets.dataset import (
-    SPLITS,
-    Builder,
-    DataSet,
-    Place,
-    Split,
-    held_out,
-    readable_time,
-    stop,
-)
+from hydra_llm.datasets import dataset
+from hydra_llm.datasets.dataset import Builder, DataSet, Place, Row, Split
 from hydra_llm.datasets.native import number_as_text, parse_object, read_lines
 from hydra_llm.errors import DataError
 from hydra_llm.history import in_order, parse_time
@@ -37,6 +27,9 @@ MAX_LABEL_LENGTH = 40
 """In characters."""
 MAX_RATING_RANGE = 10
 """Largest difference between two numbers that still looks like one scale."""
+
+
+Cells = tuple[Place, dict[str, Any]]  # a line's fields and its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +46,6 @@ class Columns:
         """The fields that every line must have."""
         named = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
         return {"user", "input", "output"} | named
-
-
-Row = tuple[Place, dict[str, str]]
-"""Where an entry stands, and the entry."""
 
 
 def read_table(
@@ -85,22 +74,15 @@ def read_table(
     for row in rows:
         of_user.setdefault(row[1]["user"], []).append(row)
     builder = Builder(task, {user: _split(user, test_share, seed) for user in of_user})
-    for its in of_user.values():
-        first_query = len(its) - held_out(len(its), query_share)
-        for at, (place, entry) in enumerate(_ordered(its)):
-            builder.add("history" if at < first_query else "queries", entry, place)
-    missing = [
-        f"no {split} user: give another seed or test share"
-        for split in SPLITS
-        if split not in builder.splits.values()
-    ]
-    return builder.build([note, *missing])
+    for own in of_user.values():
+        builder.add_user(_ordered(own), query_share)
+    missing = [split for split in dataset.SPLITS if split not in builder.splits.values()]
+    advice = [f"no {split} user: give another seed or test share" for split in missing]
+    return builder.build([note, *advice])
 
 
 def _unique(rows: Iterable[Row], columns: Columns) -> Iterator[Row]:
-    """Rows whose id is new to their user. Checked before the rows are dealt out, or of two with one
-    id one could be history and the other a query.
-    """
+    """Rows whose id is new to their user; of two with one id one could become a query."""
     seen: set[tuple[str, str]] = set()
     for place, entry in rows:
         key = entry["user"], entry["id"]
@@ -128,13 +110,11 @@ def _split(user: str, test_share: float, seed: int) -> Split:
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
-    """One user's rows, oldest first; in file order where times are equal. An unreadable time is
-    reported by the builder.
-    """
-    times = [entry["time"] if readable_time(entry["time"]) else "" for _, entry in rows]
-    records = [
-        Record("", "", "", "", span=parse_time(time), position=at) for at, time in enumerate(times)
-    ]
+    """One user's rows, oldest first; in file order where times are equal."""
+    records = []
+    for at, (_, entry) in enumerate(rows):
+        time = entry["time"] if dataset.readable_time(entry["time"]) else ""  # reported later
+        records.append(Record("", "", "", "", span=parse_time(time), position=at))
     return [rows[record.position] for record in in_order(records)]
 
 
@@ -142,7 +122,7 @@ def _ordered(rows: list[Row]) -> list[Row]:
 
 
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:
-    lines = read_lines(file, stop)
+    lines = read_lines(file, dataset.stop)
     first = next(lines, None)
     if first is None:
         return
@@ -150,27 +130,20 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
     start = header.lstrip()[:1]
     if start == "[":
         raise place.error("is one JSON array: write one JSON object a line")
-    every = chain([first], lines)
-    for here, data in _json_rows(every) if start == "{" else _csv_rows(header, every, place):
-        entry = {one.name: _cell(data, getattr(columns, one.name)) for one in fields(Columns)}
-        texts = {name: value for name, value in entry.items() if value is not None}
-        for name in [name for name in entry if name in columns.required() - texts.keys()]:
-            here.fault("is missing, or neither a text nor a number", getattr(columns, name))
-        yield here, {"time": "", **texts, "id": texts.get("id") or f"line{here.line}"}
+    all_lines = chain([first], lines)
+    parsed: Iterable[Cells] = ((here, parse_object(line, here)) for here, line in all_lines)
+    for here, data in parsed if start == "{" else _csv_rows(header, all_lines, place):
+        entry = {"time": "", "id": ""}
+        for name, column in asdict(columns).items():
+            value = number_as_text(data.get(column))
+            if isinstance(value, str):
+                entry[name] = value
+            elif name in columns.required():
+                here.fault("is missing, or neither a text nor a number", column)
+        yield here, {**entry, "id": entry["id"] or f"line{here.line}"}
 
 
-def _cell(data: Mapping[str, Any], column: str) -> str | None:
-    value = number_as_text(data.get(column))
-    return value if isinstance(value, str) else None
-
-
-def _json_rows(lines: Iterable[tuple[Place, str]]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    return ((place, parse_object(line, place)) for place, line in lines)
-
-
-def _csv_rows(
-    header: str, lines: Iterable[tuple[Place, str]], place: Place
-) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _csv_rows(header: str, lines: Iterable[tuple[Place, str]], place: Place) -> Iterator[Cells]:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if "\t" in header and "," not in header else ","
     text = (line + "\n" for _, line in lines)  # a quoted field may go on over several lines
