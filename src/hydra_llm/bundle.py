@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.config import LOCAL, Settings, checked, load_settings, settings_over
+from hydra_llm.config import LOCAL, Settings, load_settings, settings_over
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
@@ -227,7 +227,7 @@ class Bundle:
         try:
             files = upgraded(read)
             config, tensors = files.config, files.tensors
-            settings = checked({**config["settings"], **machine})
+            settings = Settings.checked({**config["settings"], **machine})
             shares = tuple(config["population"]["label_shares"])
             scorers = {
                 name: _scorer_and_heads(name, entry, tensors)

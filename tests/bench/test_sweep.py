@@ -16,7 +16,7 @@ from hydra_llm.bench.runlog import read_run
 from hydra_llm.bench.sweep import Sweep, SweepPoint, load_sweep, with_history
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
-from hydra_llm.config import Settings, checked
+from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
@@ -165,7 +165,7 @@ def test_committed_sweep_files_are_valid(file: Path) -> None:
 
 
 def settings_of(found: Sweep, point: SweepPoint) -> dict[str, Any]:
-    return checked({**found.settings, **point.settings}).model_dump(mode="json")
+    return Settings.checked({**found.settings, **point.settings}).model_dump(mode="json")
 
 
 # ---- histories

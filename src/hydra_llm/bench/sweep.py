@@ -33,7 +33,7 @@ from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_exp
 from hydra_llm.bench.method import BUDGET, RECORDS, find_methods
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import MethodResult, tabulate
-from hydra_llm.config import Settings, checked
+from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
 from hydra_llm.history import precedes
@@ -180,7 +180,7 @@ def _check(sweep: Sweep) -> None:
 
 def _check_settings(place: str, values: Mapping[str, Any]) -> None:
     try:
-        checked(values)
+        Settings.checked(values)
     except SettingsError as error:
         raise SettingsError(f"{place}: {error}") from None
 

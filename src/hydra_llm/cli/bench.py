@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson, Limit, RecordedLLM, RunSettings, with_option_sets
-from hydra_llm.config import Settings, flat, load_settings, log_renamed
+from hydra_llm.config import NAMES, Settings, load_settings, log_renamed
 from hydra_llm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -362,11 +362,13 @@ def sweep(
     main, chosen, asked = source.spec(), load_sweep(file), options.given()
     if plot is not None:
         charts.require()
-    for name in sorted(asked.keys() & {name for p in chosen.points for name in flat(p.settings)}):
+    for name in sorted(
+        asked.keys() & {name for p in chosen.points for name in NAMES.flat(p.settings)}
+    ):
         console.say(f"{name} is set by points of the sweep: --set counts only for the others")
 
     def settings(own: Mapping[str, Any]) -> Settings:
-        merged = {**flat(chosen.settings), **asked, **flat(own)}
+        merged = {**NAMES.flat(chosen.settings), **asked, **NAMES.flat(own)}
         return load_settings(options.preset, options.config, **merged)
 
     def opened(spec: str | None) -> "AbstractContextManager[CachedLLM]":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from hydra_llm.config import Settings, load_settings, resolve
+from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class GivenSettings:
         Raises:
             SettingsError: a pair without `=`, or an unknown name.
         """
-        pairs = {resolve(name, hint=True): value for name, value in self.pairs()}
+        pairs = {NAMES.resolve(name, hint=True): value for name, value in self.pairs()}
         return pairs | {name: value for name, value in flags.items() if value is not None}
 
 

@@ -1,6 +1,4 @@
-"""Settings of the gateway: flag > environment (`HYDRA_SERVE_...`) > `[serve]` of `hydra-llm.toml` >
-default. Secrets are no settings.
-"""
+"""The gateway's settings: flag > environment (`HYDRA_SERVE_...`) > `[serve]` table > default."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,16 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from hydra_llm.config import (
-    SERVE_TABLE,
-    SETTINGS_FILE,
-    Group,
-    environment,
-    log_renamed,
-    settings_file,
-    unknown,
-    validated,
-)
+from hydra_llm import config
+from hydra_llm.config import SERVE_TABLE
 from hydra_llm.errors import SettingsError
 
 RENAMED: Mapping[str, str] = {
@@ -29,38 +19,28 @@ RENAMED: Mapping[str, str] = {
 """Former name → name; former names are accepted as aliases."""
 
 
-class ServeSettings(Group):
+class ServeSettings(config.Group):
     """All settings of the gateway, beside its LLM, store and bundle."""
+
+    error_prefix = "serve."
 
     # ---- answering
     placement: Literal["auto", "turns", "block"] = "auto"
-    """Records as example turns behind the system messages (turns), or listed in front of the last
-    user message's text (block); auto is the bundle's style, or turns without a bundle.
-    """
+    """turns: example turns; block: a list in the last user message; auto: as learned, or turns."""
     retrieved: int | None = Field(default=None, ge=0)
-    """Number of records that are retrieved and reranked, at least `k`; None is the bundle's value,
-    or 10 without a bundle.
-    """
+    """Records retrieved and reranked, at least `k`; None is the bundle's value, or 10 without."""
     k: int | None = Field(default=None, ge=0)
     """Number of records in the prompt; None is the bundle's value, or 4 without a bundle."""
     candidates: int | None = Field(default=None, ge=1, le=64)
-    """Number of candidates for the adapter, if a bundle is in use: the caller's own request, and
-    samples; None is the bundle's number of samples.
-    """
+    """Candidates, the caller's own answer included; None is the bundle's number of samples."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Min temperature of the samples; a higher one of the caller is kept. None is the bundle's."""
     abstention_threshold: float | None = Field(default=None, ge=0)
-    """Keep candidate 0 unless the expected-gain margin exceeds this many posterior SDs of the
-    user's head; 0 disables abstention, None is the bundle's value.
-    """
+    """As `selection.abstention_threshold`; None is the bundle's value."""
     max_prompt_tokens: int | None = Field(default=None, ge=64)
-    """Token limit of the prompt with records; the caller's own messages are never cut. None is the
-    bundle's value, or 4096 without a bundle.
-    """
+    """Token limit of the prompt, caller's text never cut; None is the bundle's, 4096 without."""
     deadline: float = Field(default=60.0, gt=0)
-    """Samples later than this many seconds are dropped; the caller's own answer is always awaited
-    if no other has arrived.
-    """
+    """Samples later than this many seconds are dropped, once any answer has arrived."""
     upstream_timeout: float = Field(default=600.0, gt=0)
     """Read timeout of the upstream LLM, in seconds."""
     personalization: bool = True
@@ -84,8 +64,7 @@ class ServeSettings(Group):
     users_in_memory: int = Field(default=10_000, ge=1)
     """Max users whose histories and heads are cached in memory; others are read from the store."""
     drain: float | None = Field(default=None, ge=0)
-    """Graceful shutdown timeout for requests in flight, in seconds (rounded up); None is no limit.
-    """
+    """Graceful shutdown timeout for requests in flight, in seconds (rounded up); None: no limit."""
     store_timeout: float = Field(default=10.0, gt=0)
     """Read timeout of the store, in seconds; a request then goes on without it."""
     scoring_queue: int = Field(default=256, ge=1)
@@ -94,31 +73,15 @@ class ServeSettings(Group):
     @model_validator(mode="before")
     @classmethod
     def _current_names(cls, values: Any) -> Any:
-        return resolve(values) if isinstance(values, Mapping) else values
+        return NAMES.flat({SERVE_TABLE: values}) if isinstance(values, Mapping) else values
 
 
-def resolve(values: Mapping[str, Any], hint: bool = False) -> dict[str, Any]:
-    """Settings under their current names; `hint` logs those of former names.
-
-    Raises:
-        SettingsError: an unknown name; suggests the nearest ones.
-    """
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        new = name.lower().removeprefix(f"{SERVE_TABLE}.").replace("-", "_")
-        new = RENAMED.get(new, new)
-        if new not in ServeSettings.model_fields:
-            raise unknown(
-                f"{SERVE_TABLE}.{name}", [*ServeSettings.model_fields, *RENAMED], _spelled
-            )
-        if hint and name in RENAMED:
-            log_renamed(f"{SERVE_TABLE}.{name}", f"{SERVE_TABLE}.{new}")
-        out[new] = value
-    return out
-
-
-def _spelled(name: str) -> str:
-    return f"{SERVE_TABLE}.{RENAMED.get(name, name)}"
+NAMES = config.Names(dict.fromkeys(ServeSettings.model_fields, SERVE_TABLE), RENAMED)
+VARIABLES: Mapping[str, str] = {
+    f"HYDRA_SERVE_{name.upper()}": RENAMED.get(name, name)
+    for name in (*RENAMED, *ServeSettings.model_fields)
+}
+"""Environment variable → setting; the current name of a setting comes last and wins."""
 
 
 def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings:
@@ -127,20 +90,9 @@ def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings
     Raises:
         SettingsError: an unknown setting, a value out of range, or a file that is not TOML.
     """
-    flags = {name: value for name, value in given.items() if value is not None}
-    values = {**resolve(_table(file), hint=True), **environment(VARIABLES), **resolve(flags)}
-    return validated(ServeSettings, values, f"{SERVE_TABLE}.")
-
-
-VARIABLES: Mapping[str, str] = {
-    f"HYDRA_SERVE_{name.upper()}": RENAMED.get(name, name)
-    for name in (*RENAMED, *ServeSettings.model_fields)
-}
-"""Environment variable → setting; the current name of a setting comes last and wins."""
-
-
-def _table(file: Path | None) -> dict[str, Any]:
-    found = settings_file(file).get(SERVE_TABLE, {})
-    if not isinstance(found, dict):
-        raise SettingsError(f"{file or SETTINGS_FILE}: '{SERVE_TABLE}' must be a table")
-    return found
+    table = config.settings_file(file).get(SERVE_TABLE, {})
+    if not isinstance(table, dict):
+        raise SettingsError(f"{file or config.SETTINGS_FILE}: '{SERVE_TABLE}' must be a table")
+    in_file = NAMES.flat({SERVE_TABLE: table}, hint=True)
+    flags = NAMES.flat({SERVE_TABLE: given})
+    return ServeSettings.checked(in_file | config.environment(VARIABLES) | flags)
