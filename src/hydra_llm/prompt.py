@@ -90,35 +90,33 @@ def render(
     """
     if style not in _STYLES:
         raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(_STYLES)}")
-    page = _Page(
-        task,
-        _STYLES[style],
-        max_tokens,
-        count or estimate,
-        repair(profile),
-        None if conversation is None else tuple(conversation),
-    )
-    text = repair(query.input)
-    examples = [_example(item) for item in records]
+    given: dict[str, Any] = {
+        "count": count,
+        "style": style,
+        "profile": profile,
+        "conversation": conversation,
+    }
+    again = partial(render, task, query, records, **given)
+    own = None if conversation is None else tuple(conversation)
+    page = _Page(task, _STYLES[style], max_tokens, count or estimate, repair(profile), own)
+    return _filled(page, query, records, again)
+
+
+def _filled(
+    page: "_Page", query: Query, records: Sequence[Ranked | Record], again: Callable[..., Prompt]
+) -> Prompt:
+    """The page with as much as there is room for."""
+    text, examples = repair(query.input), [_example(item) for item in records]
     shown = _fit_records(page, examples, text)
-    asked = text if conversation is not None else _cut(text, lambda part: page.fits(shown, part))
+    kept_whole = page.conversation is not None
+    asked = text if kept_whole else _cut(text, lambda part: page.fits(shown, part))
     if asked is None:
         raise SettingsError(
-            f"a prompt of {max_tokens} tokens has no room for the instruction of task '{task.name}'"
-            " alone"
+            f"a prompt of {page.max_tokens} tokens has no room for the instruction of task"
+            f" '{page.task.name}' alone"
         )
     notes = _notes(examples, shown, page)
     notes += _note_of_cut(f"the text of query '{query.id}'", text, asked, page)
-    again = partial(
-        render,
-        task,
-        query,
-        records,
-        count=count,
-        style=style,
-        profile=profile,
-        conversation=conversation,
-    )
     kept, tokens = tuple(records[: len(shown)]), page.tokens(shown, asked)
     return Prompt(page.messages(shown, asked), kept, tuple(notes), tokens, again)
 

@@ -58,45 +58,36 @@ def make_app(
     gateway.active_bundle = active
     worker = Worker(store, lambda: gateway.deployment, llm)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
-        tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
-        yield
-        for task in tasks:
-            task.cancel()
-        await anyio.to_thread.run_sync(worker.close)
-        await anyio.to_thread.run_sync(gateway.deployment.close)
-        await upstream.aclose()
-
+    about = {"title": "hydra-llm", "version": __version__}
+    lifespan = partial(_lifespan, gateway, worker)
     # Its /docs loads nothing from elsewhere.
-    app = FastAPIOffline(
-        title="hydra-llm",
-        version=__version__,
-        lifespan=lifespan,
-        redoc_url=None,
-        static_url="/docs/static",
-    )
+    app = FastAPIOffline(**about, lifespan=lifespan, redoc_url=None, static_url="/docs/static")
     app.state.gateway, app.state.worker = gateway, worker
     app.include_router(openai_routes.router)
     app.include_router(user_routes.router)
-    _add_health(app, store, reads, telemetry)
+    _add_health(app, gateway)
     add_error_handlers(app)
-    app.add_middleware(
-        AccessMiddleware,
-        store=store,
-        reads=reads,
-        settings=settings,
-        telemetry=telemetry,
-        on_loopback=on_loopback,
-    )
+    app.add_middleware(AccessMiddleware, gateway=gateway, on_loopback=on_loopback)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(gateway: Gateway, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
+    worker.start()
+    upstream = gateway.upstream
+    tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
+    yield
+    for task in tasks:
+        task.cancel()
+    await anyio.to_thread.run_sync(worker.close)
+    await anyio.to_thread.run_sync(gateway.deployment.close)
+    await upstream.aclose()
 
 
 # ---- health
 
 
-def _add_health(app: FastAPI, store: Store, reads: TimedReads, telemetry: Telemetry) -> None:
+def _add_health(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/health/liveness", tags=["health"])
     async def liveness() -> dict[str, str]:
         """The process answers."""
@@ -106,7 +97,7 @@ def _add_health(app: FastAPI, store: Store, reads: TimedReads, telemetry: Teleme
     async def readiness(response: Response) -> dict[str, str]:
         """The store answers; no LLM is asked."""
         try:
-            await reads.read(store.bundle)
+            await gateway.reads.read(gateway.store.bundle)
         except HydraError:
             response.status_code = 503
             return {"status": "the store does not answer"}
@@ -115,7 +106,7 @@ def _add_health(app: FastAPI, store: Store, reads: TimedReads, telemetry: Teleme
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(telemetry.text(), media_type="text/plain; version=0.0.4")
+        return Response(gateway.telemetry.text(), media_type="text/plain; version=0.0.4")
 
 
 # ---- in the background

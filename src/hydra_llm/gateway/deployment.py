@@ -110,13 +110,7 @@ def open_deployment(
         BundleError: it is not there, damaged, or newer.
     """
     if folder is None:
-        plain = here.model_copy(update=WITHOUT_BUNDLE | _overrides(settings))
-        pipeline, users = (
-            Pipeline(ANY_TASK, make_retriever("bm25"), plain),
-            UserCache(store, None, settings.users_in_memory),
-        )
-        batcher = MicroBatcher(None, settings.scoring_queue)
-        return Deployment(None, "", pipeline, users, batcher, {})
+        return _without_bundle(store, settings, here)
     loaded = Bundle.load(folder, here=here)
     chosen = loaded.settings.model_copy(update=_overrides(settings))
     # Who the bundle was learned with is a user of the store like any other: the store's records and
@@ -141,6 +135,13 @@ def open_deployment(
         bundle,
         prefetcher,
     )
+
+
+def _without_bundle(store: Store, settings: ServeSettings, here: Settings) -> Deployment:
+    chosen = here.model_copy(update=WITHOUT_BUNDLE | _overrides(settings))
+    pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
+    users = UserCache(store, None, settings.users_in_memory)
+    return Deployment(None, "", pipeline, users, MicroBatcher(None, settings.scoring_queue), {})
 
 
 def _overrides(settings: ServeSettings) -> dict[str, Any]:

@@ -18,12 +18,10 @@ from starlette.exceptions import HTTPException
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.gateway.auth import ANYBODY, NOBODY, Caller, caller_of
 from hydra_llm.gateway.batching import Overloaded
+from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, Json
-from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.telemetry import Telemetry, log
-from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.upstream import UpstreamError
-from hydra_llm.store.store import Store
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -47,19 +45,11 @@ class ConnectionCut(Exception):
 class AccessMiddleware:
     """Checks keys, rates and sizes of bodies, counts requests, and turns errors into responses."""
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        store: Store,
-        reads: TimedReads,
-        settings: ServeSettings,
-        telemetry: Telemetry,
-        on_loopback: bool,
-    ):
-        self._app, self._store, self._reads, self._settings = app, store, reads, settings
-        self._telemetry, self._on_loopback = telemetry, on_loopback
-        self._rates = RateLimiter(settings.requests_per_minute)
+    def __init__(self, app: Any, *, gateway: Gateway, on_loopback: bool):
+        self._app, self._store, self._reads = app, gateway.store, gateway.reads
+        self._settings, self._telemetry = gateway.settings, gateway.telemetry
+        self._on_loopback = on_loopback
+        self._rates = RateLimiter(self._settings.requests_per_minute)
         self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
