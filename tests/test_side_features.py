@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hydra_llm.errors import DataError
 from hydra_llm.side_features import CohortStats, Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.classification import BANDWIDTHS, PSEUDO_COUNT
 from hydra_llm.tasks.generation import overlap
-from hydra_llm.tasks.labels import BANDWIDTHS, PSEUDO_COUNT
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))

@@ -1,8 +1,4 @@
-"""A task as a value, and what a kind of task must define.
-
-`Task` is plain data, read from task.json. What differs between kinds (parsing, gain, metrics,
-prompt words, side features) is a `TaskKind`, one module each; `Task.strategy` is the task's.
-Knows no LLM and no model.
+"""A task as a value (`Task`, read from task.json), and what a kind of it defines (`TaskKind`).
 
 Example (movie_rating, shaped like LaMP-3):
     Task("movie_rating", "rating", "What score, 1 to 5, would this person give this film? {input}",
@@ -23,16 +19,12 @@ from hydra_llm.plugins import Registry
 from hydra_llm.types import Candidate, Record
 
 Floats = NDArray[np.float64]
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts [N] → unit rows [N, D]."""
-Statistic = Callable[[Floats], Floats]
-"""Sums [D, S] → values [D]."""
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]  # texts [N] → unit rows [N, D]
+Statistic = Callable[[Floats], Floats]  # sums [D, S] → values [D]
 Parsing = Literal["lenient", "strict"]
-Pairs = Sequence[tuple[str | None, str]]
-"""Parsed answer, gold answer."""
+Pairs = Sequence[tuple[str | None, str]]  # parsed answer, gold answer
 
-SEPARATORS = " \t\n:"
-"""Characters that may stand between an instruction and the text within it."""
+SEPARATORS = " \t\n:"  # what may stand between an instruction and the text within it
 
 
 @dataclass(frozen=True)
@@ -70,11 +62,7 @@ class Task:
 
     def is_answer(self, output: str) -> bool:
         """Whether a text can be the task's answer: any text, or one of the labels."""
-        return not self.labels or output in self._label_set
-
-    @cached_property
-    def _label_set(self) -> frozenset[str]:
-        return frozenset(self.labels)
+        return not self.labels or output in self.labels
 
     def ask(self, text: str) -> str:
         """The instruction with the query's text in it (no format(): a text may hold braces)."""
@@ -100,41 +88,34 @@ class Task:
         """
         if not isinstance(data, Mapping):
             raise DataError("must hold one JSON object", file=file)
-        known = {"name", "kind", "prompt", "labels", "metrics", "like"}
-        task = cls(
-            name=_text(data, "name", file),
-            kind=_kind(data, file),
-            prompt=_prompt(data, file),
-            labels=_texts(data, "labels", file),
-            metrics=_metrics(data, file),
-            like=_text(data, "like", file) if data.get("like") else "",
-            extra={key: value for key, value in data.items() if key not in known},
-        )
+        fields = _Fields(data, file)
+        name, kind = fields.text("name"), fields.text("kind")
+        fields.check_known("kind", [kind], KINDS.names())
+        if "{input}" not in (prompt := fields.text("prompt")):
+            raise fields.fault("prompt", "must hold {input} where the query's text goes")
+        labels, known = fields.texts("labels"), [spec.name for spec in KINDS.load(kind).metrics]
+        metrics = fields.texts("metrics") or tuple(known)
+        fields.check_known("metrics", metrics, known, f" ({kind})")
+        like = fields.text("like") if data.get("like") else ""
+        own = {"name", "kind", "prompt", "labels", "metrics", "like"}
+        extra = {key: value for key, value in data.items() if key not in own}
+        task = cls(name, kind, prompt, labels, metrics, like, extra)
         task.strategy.check(file)
         return task
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back as the same task."""
-        fields = {
-            "name": self.name,
-            "like": self.like,
-            "kind": self.kind,
-            "labels": list(self.labels),
-            "prompt": self.prompt,
-        }
-        return {key: value for key, value in fields.items() if value} | {
-            "metrics": list(self.metric_specs),
-            **self.extra,
-        }
+        values = {key: getattr(self, key) for key in ("name", "like", "kind", "labels", "prompt")}
+        values["labels"] = list(self.labels)
+        known = {key: value for key, value in values.items() if value}
+        return {**known, "metrics": list(self.metric_specs), **self.extra}
 
     def parse(self, text: str, parsing: Parsing = "lenient") -> str | None:
-        """The answer in an LLM's text: a label, or the text itself; None if there is none.
+        """The answer in an LLM's text: a label, a number or the text itself; None if there is none.
 
-        `strict` reads as LaMP's evaluation does: the stripped text is a label, or a number as it
-        stands, or the text.
-        `lenient` also reads what surrounds an answer: quotes, markdown, "Title:", a sentence with
-        one label in it. A number between two labels is its canonical text ("3.5"); outside the
-        scale it is an answer for `strict` only.
+        `strict` reads the stripped text, as LaMP's evaluation does. `lenient` also drops what
+        surrounds an answer: quotes, markdown, "Title:", a sentence with one label in it. A number
+        between two labels is its canonical text ("3.5"); outside the scale `strict` only reads it.
         """
         return self.strategy.parse(text, parsing)
 
@@ -156,9 +137,8 @@ class Task:
 
 def mean(sums: Floats) -> Floats:
     """[D, 2] of (sum, count) → [D]."""
-    means: Floats = np.divide(
-        sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0
-    )
+    total, count = sums.T
+    means: Floats = np.divide(total, count, out=np.full(len(sums), np.nan), where=count > 0)
     return means
 
 
@@ -174,14 +154,10 @@ class MetricSpec:
     name: str
     statistic: Statistic = mean
     higher_is_better: bool = True
-    resamples: bool = True
-    """Whether users can be resampled (no for macro-F1: resamples lack whole labels)."""
-    in_improvement: bool = True
-    """Whether it counts in the mean relative improvement, as published (no for BLEU)."""
-    title: str = ""
-    """What tables and plots call it; by default the name."""
-    note: str = ""
-    """A sentence below tables that show it."""
+    resamples: bool = True  # users can be resampled; False for macro-F1: resamples lack labels
+    in_improvement: bool = True  # counts in the mean relative improvement, as published
+    title: str = ""  # in tables and plots; by default the name
+    note: str = ""  # a sentence below tables that show it
 
     @property
     def sign(self) -> int:
@@ -201,26 +177,19 @@ class PromptWords(NamedTuple):
 class CohortStats:
     """Statistics of the training users: the fallback where a user's history is short."""
 
-    label_shares: tuple[float, ...] = ()
-    """[L] in the task's order of labels."""
-    reference: float = 0.45
-    """A usual cosine between a query and the nearest records of its user."""
-    words: float = 10.0
-    """Median length of an answer (free texts)."""
+    label_shares: tuple[float, ...] = ()  # [L] in the task's order of labels
+    reference: float = 0.45  # usual cosine between a query and the nearest records of its user
+    words: float = 10.0  # median length of an answer (free texts)
 
 
 @dataclass(frozen=True)
 class HistoryVectors:
     """A user's visible records as numbers, oldest first."""
 
-    inputs: NDArray[np.float32]
-    """[n, D] unit rows."""
-    answers: NDArray[np.float32]
-    """[n, D] unit rows; [n, 0] for tasks with labels."""
-    labels: NDArray[np.int64]
-    """[n] index of each record's label; empty for free texts."""
-    words: Floats = field(default_factory=lambda: np.zeros(0))
-    """[n] length of each answer in words (free texts)."""
+    inputs: NDArray[np.float32]  # [n, D] unit rows
+    answers: NDArray[np.float32]  # [n, D] unit rows; [n, 0] for tasks with labels
+    labels: NDArray[np.int64]  # [n] index of each record's label; empty for free texts
+    words: Floats = field(default_factory=lambda: np.zeros(0))  # [n] length of each free text
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -230,8 +199,7 @@ class HistoryVectors:
 class FeatureContext:
     """What side features of one query are computed from."""
 
-    query: NDArray[np.float32]
-    """[D] the query's text as a unit vector."""
+    query: NDArray[np.float32]  # [D] the query's text as a unit vector
     history: HistoryVectors
     stats: CohortStats
     embed: Embed
@@ -240,20 +208,16 @@ class FeatureContext:
 class TaskKind(ABC):
     """What is particular to one kind of task; an instance belongs to one task.
 
-    A new kind is a subclass in one file, registered as an entry point of `KINDS.group`. Kinds with
-    a closed set of answers extend `labels.LabelKind`, those with free texts
-    `generation.Generation`. Letters: C candidates, M records, n visible records, E columns.
+    A new kind is a subclass in one file, registered as an entry point of `KINDS.group`; it extends
+    `classification.LabelKind` (a closed set of answers) or `generation.Generation` (free texts).
+    Letters: C candidates, M records, n visible records, E columns.
     """
 
     metrics: ClassVar[tuple[MetricSpec, ...]]
-    closed: ClassVar[bool] = False
-    """Whether every answer is one of the task's labels."""
-    prompt_style: ClassVar[Literal["block", "turns"]] = "block"
-    """How records are shown under `prompt_style = "auto"`."""
-    target_rule: ClassVar[str] = ""
-    """How gains become the adapter's targets; empty for the setting `label_rule`."""
-    zero_one_gain: ClassVar[bool] = False
-    """Whether only the gold answer has a gain: then the mode has the highest expected gain."""
+    closed: ClassVar[bool] = False  # every answer is one of the task's labels
+    prompt_style: ClassVar[Literal["block", "turns"]] = "block"  # of `prompt_style = "auto"`
+    target_rule: ClassVar[str] = ""  # gains to the adapter's targets; "": setting `label_rule`
+    zero_one_gain: ClassVar[bool] = False  # then the mode has the highest expected gain
 
     def __init__(self, task: Task):
         self.task = task
@@ -261,8 +225,8 @@ class TaskKind(ABC):
     def check(self, file: str) -> None:
         """Raise DataError where the task's labels or extra fields do not fit the kind."""
         if self.task.labels:
-            said = f"must be left out: a {self.task.kind} task has no labels"
-            raise DataError(said, file=file, field="labels")
+            message = f"must be left out: a {self.task.kind} task has no labels"
+            raise DataError(message, file=file, field="labels")
 
     # ---- answers
 
@@ -319,8 +283,7 @@ class TaskKind(ABC):
     ) -> Floats:
         """[C, E]; for tasks with labels a candidate without an answer gets each column's lowest."""
 
-    record_columns: ClassVar[tuple[str, ...]]
-    """[E] names of the columns that come after those that all kinds have."""
+    record_columns: ClassVar[tuple[str, ...]]  # [E] names, after those that all kinds have
 
     @abstractmethod
     def record_features(self, context: FeatureContext, records: Sequence[Record]) -> Floats:
@@ -349,13 +312,10 @@ class TaskKind(ABC):
         return "Answer as this person would.\n\n{input}"
 
 
+BUILTIN = ("classification", "rating", "generation")
 KINDS: Registry[type[TaskKind]] = Registry(
     "hydra_llm.task_kinds",
-    {
-        "classification": "hydra_llm.tasks.classification:Classification",
-        "rating": "hydra_llm.tasks.rating:Rating",
-        "generation": "hydra_llm.tasks.generation:Generation",
-    },
+    {name: f"hydra_llm.tasks.{name}:{name.capitalize()}" for name in BUILTIN},
     kind="kind",
 )
 
@@ -363,46 +323,37 @@ KINDS: Registry[type[TaskKind]] = Registry(
 # ---- task.json
 
 
-def _text(data: Mapping[str, Any], name: str, file: str) -> str:
-    value = data.get(name)
-    if not isinstance(value, str) or not value.strip():
-        said = "must be a text that is not empty" if name in data else "is missing"
-        raise DataError(said, file=file, field=name)
-    return value
+@dataclass(frozen=True)
+class _Fields:
+    """Checked access to the fields of a task.json."""
 
+    data: Mapping[str, Any]
+    file: str
 
-def _kind(data: Mapping[str, Any], file: str) -> str:
-    value = _text(data, "kind", file)
-    if value not in (known := KINDS.names()):
-        raise DataError(f"'{value}' is not one of {', '.join(known)}", file=file, field="kind")
-    return value
+    def fault(self, name: str, message: str) -> DataError:
+        return DataError(message, file=self.file, field=name)
 
+    def text(self, name: str) -> str:
+        value = self.data.get(name)
+        if isinstance(value, str) and value.strip():
+            return value
+        given = name in self.data
+        raise self.fault(name, "must be a text that is not empty" if given else "is missing")
 
-def _prompt(data: Mapping[str, Any], file: str) -> str:
-    prompt = _text(data, "prompt", file)
-    if "{input}" not in prompt:
-        raise DataError("must hold {input} where the query's text goes", file=file, field="prompt")
-    return prompt
+    def texts(self, name: str) -> tuple[str, ...]:
+        values = self.data.get(name) or ()
+        if not isinstance(values, list | tuple):
+            raise self.fault(name, "must be a list of texts")
+        for value in values:
+            if not isinstance(value, str) or not value or value != value.strip():
+                raise self.fault(name, f"{value!r} is not a text without blanks around it")
+            if values.count(value) > 1:
+                raise self.fault(name, f"'{value}' stands twice")
+        return tuple(values)
 
-
-def _texts(data: Mapping[str, Any], name: str, file: str) -> tuple[str, ...]:
-    values = data.get(name) or ()
-    if not isinstance(values, list | tuple):
-        raise DataError("must be a list of texts", file=file, field=name)
-    for value in values:
-        if not isinstance(value, str) or not value or value != value.strip():
-            said = f"{value!r} is not a text without blanks around it"
-            raise DataError(said, file=file, field=name)
-        if values.count(value) > 1:
-            raise DataError(f"'{value}' stands twice", file=file, field=name)
-    return tuple(values)
-
-
-def _metrics(data: Mapping[str, Any], file: str) -> tuple[str, ...]:
-    known = tuple(metric.name for metric in KINDS.load(data["kind"]).metrics)
-    metrics = _texts(data, "metrics", file) or known
-    for metric in metrics:
-        if metric not in known:
-            said = f"'{metric}' is not one of {', '.join(known)} ({data['kind']})"
-            raise DataError(said, file=file, field="metrics")
-    return metrics
+    def check_known(
+        self, name: str, values: Sequence[str], known: Sequence[str], where: str = ""
+    ) -> None:
+        for value in values:
+            if value not in known:
+                raise self.fault(name, f"'{value}' is not one of {', '.join(known)}{where}")

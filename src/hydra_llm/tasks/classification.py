@@ -1,25 +1,134 @@
-"""Classification: the answer is one label of a closed set (LaMP-1, LaMP-2)."""
+"""Classification: the answer is one label of a closed set (LaMP-1, LaMP-2). `LabelKind` is what all
+kinds with labels share. Letters: n records, C candidates, L labels, D width.
+"""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hydra_llm.tasks.base import Floats, MetricSpec, Pairs, Parsing, PromptWords, with_count
-from hydra_llm.tasks.labels import LabelKind
+from hydra_llm.errors import DataError
+from hydra_llm.tasks import base
+from hydra_llm.tasks.base import Floats, HistoryVectors, Pairs, Parsing, PromptWords
+from hydra_llm.text import fold
+from hydra_llm.types import Candidate, Record
+
+BANDWIDTHS = (0.05, 0.15, 0.5)
+"""τ of the kernel exp(cos / τ), from "the nearest record alone" to "nearly all alike"."""
+PSEUDO_COUNT = 2.0  # how many records the training users' label shares count for
+
+
+class LabelKind(base.TaskKind):
+    """A kind whose answers are the task's labels."""
+
+    closed = True
+    prompt_style = "turns"  # small models repeat a list of scores (benchmarks/prompt_style.py)
+    target_rule = "exact"
+    record_columns = ("answer_share", "answer_near")
+
+    def check(self, file: str) -> None:
+        if len(self.task.labels) < 2:
+            message = f"a {self.task.kind} task needs at least two labels"
+            raise DataError(message, file=file, field="labels")
+
+    def typical(self, outputs: Sequence[str]) -> str:
+        """The most frequent label, the latest of equals; without outputs the middle label."""
+        if outputs:
+            return max(reversed(outputs), key=list(outputs).count)
+        return self.task.labels[len(self.task.labels) // 2] if self.task.labels else ""
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Label → its place."""
+        return {label: i for i, label in enumerate(self.task.labels)}
+
+    # ---- the user's history
+
+    def vectorize(self, records: Sequence[Record], embed: base.Embed) -> HistoryVectors:
+        inputs = embed([record.input for record in records])
+        if self.task.free_history:
+            labelled = [i for i, record in enumerate(records) if record.output in self.index]
+            records, inputs = [records[i] for i in labelled], inputs[labelled]
+        return HistoryVectors(inputs, inputs[:, :0], self._indices(records))
+
+    def _indices(self, records: Sequence[Record]) -> NDArray[np.int64]:
+        try:
+            return np.array([self.index[record.output] for record in records], dtype=np.int64)
+        except KeyError as error:
+            labels = f"the labels of task '{self.task.name}'"
+            raise DataError(f"a record's output {error} is none of {labels}") from None
+
+    def cohort_stats(self, outputs: Sequence[str], reference: float) -> base.CohortStats:
+        counts = np.array([outputs.count(label) for label in self.task.labels]) + 1.0
+        return base.CohortStats(tuple((counts / counts.sum()).tolist()), reference)
+
+    def label_shares(self, context: base.FeatureContext) -> list[Floats]:
+        """For each bandwidth, and none: [L] label shares of similar records, shrunk to the cohort.
+
+        They are the prior mean of a user's score: they personalize before any head is fitted.
+        """
+        history, stats, count = context.history, context.stats, len(self.task.labels)
+        prior = np.asarray(stats.label_shares or [1 / count] * count, dtype=np.float64)
+        onehot = np.eye(count)[history.labels]
+        similarity = history.inputs @ context.query - stats.reference
+        weights = [np.exp(similarity / bandwidth) for bandwidth in BANDWIDTHS]
+        weights.append(np.ones(len(history)))
+        return [(w @ onehot + PSEUDO_COUNT * prior) / (w.sum() + PSEUDO_COUNT) for w in weights]
+
+    def closeness(self, weights: Floats, total: float = 1.0) -> list[Floats]:
+        """A column [L]: how near each label is to the weighted mean; none for unordered labels."""
+        return []
+
+    # ---- candidates
+
+    @property
+    def candidate_columns(self) -> tuple[str, ...]:
+        shares = (*(f"share_{bandwidth}" for bandwidth in BANDWIDTHS), "share_all")
+        return (*shares, "llm_votes", "llm_greedy")
+
+    def candidate_features(
+        self, context: base.FeatureContext, candidates: Sequence[Candidate]
+    ) -> Floats:
+        shares = self.label_shares(context)
+        columns = [np.log(share + 1e-4) for share in shares]
+        columns += [column for share in shares for column in self.closeness(share)]
+        table = np.stack([*columns, *self._votes(candidates)], 1)
+        worst = table.min(0)
+        places = [self.index.get(candidate.answer or "") for candidate in candidates]
+        return np.stack([worst if i is None else table[i] for i in places])
+
+    def _votes(self, candidates: Sequence[Candidate]) -> list[Floats]:
+        """Columns [L] of the LLM's samples: zeros without any."""
+        votes, greedy = np.zeros(len(self.task.labels)), np.zeros(len(self.task.labels))
+        for candidate in candidates:
+            if (i := self.index.get(candidate.answer or "")) is not None:
+                votes[i], greedy[i] = candidate.votes, float(candidate.greedy)
+        total = votes.sum()
+        if not total:
+            return [votes, greedy, *(votes for _ in self.closeness(votes))]
+        logs = np.log((votes + 0.5) / (total + 0.5 * len(votes)) * len(votes))
+        return [logs, greedy, *self.closeness(votes, total)]
+
+    # ---- records
+
+    def record_features(self, context: base.FeatureContext, records: Sequence[Record]) -> Floats:
+        """How likely each record's own answer is the right one, by the user's similar records."""
+        if self.task.free_history:
+            return np.zeros((len(records), 2))
+        share = self.label_shares(context)[1]
+        (near,) = self.closeness(share) or [share - share.max()]
+        index = self._indices(records)
+        return np.stack([np.log(share + 1e-4)[index], near[index]], 1)
 
 
 def _macro_f1(sums: Floats) -> Floats:
-    """Mean F1 over the task's labels; a label neither answered nor gold counts 0, as in
-    scikit-learn and LaMP.
-    """
+    """Mean F1 over all labels; one neither answered nor gold counts 0, as in scikit-learn."""
     right, given, gold = np.moveaxis(sums.reshape(len(sums), 3, -1), 1, 0)
-    macro: Floats = np.divide(
-        2 * right, given + gold, out=np.zeros_like(right), where=given + gold > 0
-    ).mean(axis=1)
-    return macro
+    both = given + gold
+    f1: Floats = np.divide(2 * right, both, out=np.zeros_like(right), where=both > 0)
+    return np.asarray(f1.mean(axis=1))
 
 
 _MACRO_F1_NOTE = (
@@ -32,8 +141,8 @@ class Classification(LabelKind):
     """One label of a closed set."""
 
     metrics = (
-        MetricSpec("accuracy"),
-        MetricSpec("macro_f1", _macro_f1, resamples=False, note=_MACRO_F1_NOTE),
+        base.MetricSpec("accuracy"),
+        base.MetricSpec("macro_f1", _macro_f1, resamples=False, note=_MACRO_F1_NOTE),
     )
     zero_one_gain = True
 
@@ -46,7 +155,7 @@ class Classification(LabelKind):
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
         """[N, 2], or for macro-F1 [N, 3 L]: for each label, whether it is right, answered, gold."""
         if metric == "accuracy":
-            return with_count([float(answer == gold) for answer, gold in pairs])
+            return base.with_count([float(answer == gold) for answer, gold in pairs])
         rows = np.zeros((len(pairs), 3, len(self.index)))
         for row, (answer, gold) in zip(rows, pairs, strict=True):
             for part, label in enumerate((answer if answer == gold else None, answer, gold)):
@@ -60,10 +169,8 @@ class Classification(LabelKind):
 
     @classmethod
     def default_prompt(cls, labels: Sequence[str]) -> str:
-        return (
-            f"Which of these would this person choose: {', '.join(labels)}? Answer with it"
-            " alone.\n\n{input}"
-        )
+        question = f"Which of these would this person choose: {', '.join(labels)}?"
+        return question + " Answer with it alone.\n\n{input}"
 
     # ---- parsing
 
@@ -74,56 +181,47 @@ class Classification(LabelKind):
         if text.strip() in self.index:
             return text.strip()
         for matcher in self._matchers if parsing == "lenient" else ():
-            folded = matcher.fold(text.strip())
-            found = [
-                (match.start(), matcher.names[" ".join(match[0].split())])
-                for match in matcher.pattern.finditer(folded)
-            ]
-            cut = _CUT.search(folded)
-            early = [label for start, label in found if cut and start <= cut.start()]
-            for group in ([label for _, label in found], early):
-                if len(set(group)) == 1:
-                    return group[0]
-            if found:
+            matches, before_cut = matcher.find(text.strip())
+            for labels in (matches, before_cut):
+                if len(labels) == 1:
+                    return labels.pop()
+            if matches:
                 return None
         return None
 
     @cached_property
-    def _matchers(self) -> "tuple[_Matcher, ...]":
-        """Three ways to find labels in a text, strictest first: in any case; "&" as "and", hyphens
-        as blanks; "[1]" as "1".
-        """
+    def _matchers(self) -> "list[_Matcher]":
+        """Strictest first: in any case; "&" as "and", hyphens as blanks; "[1]" as "1"."""
         folds = ((str.casefold, str.casefold), (_loose, _loose), (_bare, _loose))
-        return tuple(_matcher(self.task.labels, *each) for each in folds)
+        return [_Matcher(self.task.labels, *each) for each in folds]
 
 
-_CUT = re.compile(r"[,!\]\n]")
-"""Where HYDRA cuts an answer, and the end of a line."""
+_CUT = re.compile(r"[,!\]\n]")  # where HYDRA cuts an answer, and the end of a line
 _SPELLINGS = str.maketrans({"&": " and ", "-": " ", "_": " "})
+_Normalize = Callable[[str], str]
 
 
-class _Matcher(NamedTuple):
-    fold: Callable[[str], str]
-    """Of a text, before the pattern is searched in it."""
-    names: Mapping[str, str]
-    """Folded name → label; names that two labels share are left out."""
-    pattern: re.Pattern[str]
-    """The names as words."""
+class _Matcher:
+    """Finds labels as words; a normalized name that two labels share is left out."""
 
+    def __init__(self, labels: Sequence[str], of_label: _Normalize, of_text: _Normalize):
+        names = [fold(of_label(label)) for label in labels]
+        pairs = zip(names, labels, strict=True)
+        self.labels = {name: label for name, label in pairs if name and names.count(name) == 1}
+        self.of_text = of_text
+        longest_first = sorted(self.labels, key=len, reverse=True)
+        either = "|".join(r"\s+".join(map(re.escape, name.split())) for name in longest_first)
+        self.pattern = re.compile(rf"(?<![^\W_])(?:{either or '(?!)'})(?![^\W_])")
 
-def _matcher(
-    labels: tuple[str, ...], fold_label: Callable[[str], str], fold_text: Callable[[str], str]
-) -> _Matcher:
-    folded = [" ".join(fold_label(label).split()) for label in labels]
-    names = {
-        name: label
-        for name, label in zip(folded, labels, strict=True)
-        if name and folded.count(name) == 1
-    }
-    longest_first = sorted(names, key=len, reverse=True)
-    either = "|".join(r"\s+".join(map(re.escape, name.split())) for name in longest_first)
-    pattern = re.compile(rf"(?<![^\W_])(?:{either or '(?!)'})(?![^\W_])")
-    return _Matcher(fold_text, names, pattern)
+    def find(self, text: str) -> tuple[set[str], set[str]]:
+        """The labels in a text, and those before the first cut."""
+        text = self.of_text(text)
+        cut = _CUT.search(text)
+        matches = [
+            (match.start(), self.labels[fold(match[0])]) for match in self.pattern.finditer(text)
+        ]
+        early = {label for start, label in matches if cut and start <= cut.start()}
+        return {label for _, label in matches}, early
 
 
 def _loose(text: str) -> str:

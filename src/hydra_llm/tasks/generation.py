@@ -7,19 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from hydra_llm.tasks.base import (
-    CohortStats,
-    Embed,
-    FeatureContext,
-    Floats,
-    HistoryVectors,
-    MetricSpec,
-    Pairs,
-    Parsing,
-    PromptWords,
-    TaskKind,
-    with_count,
-)
+from hydra_llm.tasks import base
+from hydra_llm.tasks.base import CohortStats, Floats, HistoryVectors, Pairs, Parsing, PromptWords
 from hydra_llm.types import Candidate, Record
 
 
@@ -33,21 +22,19 @@ def _bleu(sums: Floats) -> Floats:
     return np.where(defined, 100 * brevity * np.exp(np.log(precision).mean(axis=1)), 0.0)
 
 
-class Generation(TaskKind):
+class Generation(base.TaskKind):
     """A free text."""
 
     metrics = (
-        MetricSpec("rouge1"),
-        MetricSpec("rougeL"),
-        MetricSpec("bleu", _bleu, in_improvement=False),
+        base.MetricSpec("rouge1"),
+        base.MetricSpec("rougeL"),
+        base.MetricSpec("bleu", _bleu, in_improvement=False),
     )
 
     # ---- answers
 
     def parse(self, text: str, parsing: Parsing) -> str | None:
-        """The stripped text. Lenient: the first line that says something, without quotes, markdown
-        and a leading "Title:".
-        """
+        """The stripped text. Lenient: its first line that says something, as `_plain` has it."""
         if parsing == "strict":
             return text.strip() or None
         lines = [line for line in map(_plain, text.splitlines()) if line]
@@ -69,7 +56,8 @@ class Generation(TaskKind):
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([metric], use_stemmer=False)
-        return with_count([scorer.score(gold, said or "")[metric].fmeasure for said, gold in pairs])
+        scores = [scorer.score(gold, answer or "")[metric] for answer, gold in pairs]
+        return base.with_count([score.fmeasure for score in scores])
 
     def prompt_words(self) -> PromptWords:
         header = "Here is what this person wrote for earlier texts."
@@ -77,7 +65,7 @@ class Generation(TaskKind):
 
     # ---- side features
 
-    def vectorize(self, records: Sequence[Record], embed: Embed) -> HistoryVectors:
+    def vectorize(self, records: Sequence[Record], embed: base.Embed) -> HistoryVectors:
         outputs = [record.output for record in records]
         inputs = embed([record.input for record in records])
         return HistoryVectors(inputs, embed(outputs), np.zeros(0, dtype=np.int64), _words(outputs))
@@ -92,7 +80,7 @@ class Generation(TaskKind):
         return (*own, "llm_agreement", "llm_votes", "llm_greedy")
 
     def candidate_features(
-        self, context: FeatureContext, candidates: Sequence[Candidate]
+        self, context: base.FeatureContext, candidates: Sequence[Candidate]
     ) -> Floats:
         texts, history = [candidate.text for candidate in candidates], context.history
         vectors = context.embed(texts)
@@ -115,7 +103,7 @@ class Generation(TaskKind):
 
     record_columns = ("answer_cosine", "answer_words")
 
-    def record_features(self, context: FeatureContext, records: Sequence[Record]) -> Floats:
+    def record_features(self, context: base.FeatureContext, records: Sequence[Record]) -> Floats:
         outputs = [record.output for record in records]
         lengths = np.log1p(_words(outputs)) - np.log1p(context.stats.words)
         return np.stack([context.embed(outputs) @ context.query, lengths], 1).astype(np.float64)
@@ -127,9 +115,7 @@ def _words(texts: Sequence[str]) -> Floats:
 
 
 def _ngrams(pairs: Pairs) -> Floats:
-    """[N, 10]: length of answer and gold, then matching and all n-grams of the answer for n = 1 to
-    4, by sacrebleu.
-    """
+    """[N, 10] by sacrebleu: lengths of answer and gold, matching and all n-grams for n = 1 to 4."""
     from sacrebleu.metrics.bleu import BLEU
 
     scores = [BLEU().corpus_score([answer or ""], [[gold]]) for answer, gold in pairs]
@@ -139,17 +125,18 @@ def _ngrams(pairs: Pairs) -> Floats:
 
 # ---- lenient parsing: one line without what surrounds an answer
 
-_PREFIX = re.compile(
-    r"^(?:(?:the|a|an|your|my|here(?:['’]s|"
-    r" is)|suggested|possible|new|generated|paraphrased|paper|article|news|email)\s+)*"
-    r"(?:title|headline|subject(?: line)?|tweet|paraphrase|answer|output|response)\s*:\s*",
-    re.IGNORECASE,
+_BEFORE = (
+    r"the|a|an|your|my|here(?:['’]s| is)|suggested|possible|new|generated|paraphrased|paper|article"
+    "|news|email"
 )
+_NAMED = r"title|headline|subject(?: line)?|tweet|paraphrase|answer|output|response"
+_PREFIX = re.compile(rf"^(?:(?:{_BEFORE})\s+)*(?:{_NAMED})\s*:\s*", re.IGNORECASE)
 _HEADING = re.compile(r"^#+\s+")
 _QUOTES = ('""', "''", "“”", "‘’", "«»", "„“", "``", "__")
 
 
 def _plain(line: str) -> str:
+    """A line without quotes, markdown and a leading "Title:", however nested."""
     before = None
     while line != before:
         before = line
@@ -167,29 +154,24 @@ def _unquoted(line: str) -> str:
 
 
 def overlap(answer: str, gold: str) -> float:
-    """(ROUGE-1 + ROUGE-L) / 2, F-measures without stemmer, as rouge_score counts them.
+    """(ROUGE-1 + ROUGE-L) / 2, F-measures without stemmer, of ASCII words as in rouge_score.
 
-    rouge_score sees ASCII words only: where a text has none, both are read as words of any script.
+    Where a text has none, both are read as words of any script.
     """
     if answer == gold:
         return 1.0
-    ours, theirs = _ascii_words(answer), _ascii_words(gold)
-    if not ours or not theirs:
-        ours, theirs = _any_words(answer), _any_words(gold)
-    if not ours or not theirs:
-        return 0.0
-    both = len(ours) + len(theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return (2 * common / both + 2 * _common_subsequence(ours, theirs) / both) / 2
+    for word in (r"[a-z0-9]+", r"\w+"):
+        ours, theirs = _found(word, answer), _found(word, gold)
+        if ours and theirs:
+            both = len(ours) + len(theirs)
+            common = sum((Counter(ours) & Counter(theirs)).values())
+            return (2 * common / both + 2 * _common_subsequence(ours, theirs) / both) / 2
+    return 0.0
 
 
 @lru_cache(maxsize=16384)
-def _ascii_words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def _any_words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\w+", text.lower()))
+def _found(pattern: str, text: str) -> list[str]:
+    return re.findall(pattern, text.lower())
 
 
 def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:

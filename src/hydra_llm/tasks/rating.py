@@ -9,7 +9,7 @@ import numpy as np
 
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Floats, MetricSpec, Pairs, Parsing, PromptWords, mean, with_count
-from hydra_llm.tasks.labels import LabelKind
+from hydra_llm.tasks.classification import LabelKind
 
 
 def number_of(text: str) -> float:
@@ -53,20 +53,23 @@ class Rating(LabelKind):
         super().check(file)
         numbers = [_number(label) for label in self.task.labels]
         if None in numbers or len(set(numbers)) < len(numbers):
-            said = "a rating task's labels must be different numbers"
-            raise DataError(said, file=file, field="labels")
+            message = "a rating task's labels must be different numbers"
+            raise DataError(message, file=file, field="labels")
+
+    @cached_property
+    def _by_number(self) -> dict[float, str]:
+        return {float(label): label for label in self.task.labels}
 
     @cached_property
     def scale(self) -> tuple[float, float]:
         """The least and the greatest label."""
-        numbers = [float(label) for label in self.task.labels]
-        return min(numbers), max(numbers)
+        return min(self._by_number), max(self._by_number)
 
     # ---- answers
 
     def parse(self, text: str, parsing: Parsing) -> str | None:
-        """The text as a number. Lenient: or the first number that is not the scale itself ("on a
-        scale of 1 to 5"); None if it lies outside the scale.
+        """The text as a number. Lenient: or its first number but the scale itself ("1 to 5"); None
+        where that lies outside the scale.
         """
         number = _number(text.strip())
         if parsing == "strict":
@@ -80,10 +83,6 @@ class Rating(LabelKind):
     def _canonical(self, number: float) -> str:
         # + 0.0 turns -0.0 into 0.0
         return self._by_number.get(number) or repr(number + 0.0).removesuffix(".0")
-
-    @cached_property
-    def _by_number(self) -> dict[float, str]:
-        return {float(label): label for label in self.task.labels}
 
     @cached_property
     def _scale_itself(self) -> re.Pattern[str]:
@@ -103,7 +102,7 @@ class Rating(LabelKind):
         if answer is None or answer in self.task.labels:
             return answer
         value = float(answer)
-        return min(self.task.labels, key=lambda label: (abs(float(label) - value), float(label)))
+        return self._by_number[min(self._by_number, key=lambda n: (abs(n - value), n))]
 
     def gain(self, answer: str, gold: str) -> float:
         low, high = self.scale
@@ -116,17 +115,14 @@ class Rating(LabelKind):
         return sorted(outputs, key=float)[(len(outputs) - 1) // 2]
 
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
-        """[N, 2] of distances, squared for RMSE; an answer that cannot be parsed counts as the end
-        of the scale that is farthest from the gold one.
-        """
+        """[N, 2] distances, squared for RMSE; an unparsable answer has the largest possible one."""
         low, high = self.scale
-        distances = [
-            max(number_of(gold) - low, high - number_of(gold))
-            if answer is None
-            else abs(number_of(answer) - number_of(gold))
-            for answer, gold in pairs
-        ]
-        return with_count([each**2 for each in distances] if metric == "rmse" else distances)
+        errors: list[float] = []
+        for answer, gold in pairs:
+            number = number_of(gold)
+            worst = max(number - low, high - number)
+            errors.append(worst if answer is None else abs(number_of(answer) - number))
+        return with_count([error**2 for error in errors] if metric == "rmse" else errors)
 
     def prompt_words(self) -> PromptWords:
         low, high = self.scale
@@ -175,7 +171,5 @@ class Rating(LabelKind):
     def default_prompt(cls, labels: Sequence[str]) -> str:
         if not labels:
             return super().default_prompt(labels)
-        return (
-            f"What score would this person give, from {labels[0]} to {labels[-1]}? Answer with the"
-            " number alone.\n\n{input}"
-        )
+        question = f"What score would this person give, from {labels[0]} to {labels[-1]}?"
+        return question + " Answer with the number alone.\n\n{input}"
