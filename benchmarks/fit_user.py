@@ -165,7 +165,7 @@ def renamed(group: LabelledGroup, user: str) -> LabelledGroup:
         group.left,
         group.rights,
         group.gains,
-        group.evidence,
+        group.side_features,
         group.position,
         group.voted,
     )

@@ -368,13 +368,14 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
     ]
     assert len(now) > 50
     assert all(
-        group.evidence == seen["adapter"][group.user, group.query, False].evidence for group in now
+        group.side_features == seen["adapter"][group.user, group.query, False].side_features
+        for group in now
     )
     for (user, place, _), group in seen["reranker"].items():
         record = next(record for record in bundle.records[user] if record.id == place)
         visible = before_query(bundle.records[user], as_query(record))
         retrieved = bundle.personalizer(llm).retriever.retrieve(as_query(record), visible, 3)
-        assert group.evidence == tuple(
+        assert group.side_features == tuple(
             map(
                 tuple,
                 bundle.featurizer.reranker(

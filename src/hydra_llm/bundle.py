@@ -33,8 +33,7 @@ from hydra_llm.side_features import CohortStats, Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
 
-Heads = Mapping[str, Mapping[str, Head]]
-"""Scorer ("reranker", "adapter") → user → head."""
+Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,11 @@ class Registry(Generic[T]):
 HEADS: Registry[Any] = Registry(
     "hydra_llm.heads",
     {
-        name: f"hydra_llm.model.heads.{name}:{kind}Head"
-        for name, kind in {
-            "mlp": "MLP",
-            "linear": "Linear",
-            "lowrank": "LowRank",
-            "kernel": "Kernel",
-            "bias": "Bias",
-        }.items()
+        "mlp": "hydra_llm.model.heads.mlp:MLPHead",
+        "linear": "hydra_llm.model.heads.linear:LinearHead",
+        "lowrank": "hydra_llm.model.heads.linear:LowRankHead",
+        "kernel": "hydra_llm.model.heads.kernel:KernelHead",
+        "bias": "hydra_llm.model.heads.linear:BiasHead",
     },
 )
 """Kinds of a user's head: subclasses of `hydra_llm.model.heads.HeadKind`. Here, without torch, so

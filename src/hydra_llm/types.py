@@ -192,7 +192,7 @@ class LabelledGroup:
     """[C] records with their answers (reranker) or candidates' texts (adapter)."""
     gains: tuple[float, ...]
     """[C] 0 to 1, from the task's gain."""
-    evidence: tuple[tuple[float, ...], ...]
+    side_features: tuple[tuple[float, ...], ...]
     """[C][E] each pair's side features; the scorer names the columns."""
     position: int = 0
     """The query's position in the user's order: how many records it may see."""

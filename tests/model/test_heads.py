@@ -166,7 +166,7 @@ def test_scores_agree_with_a_loop_over_pairs(name: str, features: str) -> None:
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     interaction, groups = interaction_of("tower").double(), random_groups()
     assert groups.right is not None
-    groups = Groups(groups.left.double(), groups.right.double(), groups.evidence, groups.mask)
+    groups = Groups(groups.left.double(), groups.right.double(), groups.side_features, groups.mask)
     kind = randomised(name, interaction).double()
     state = {
         name: value.detach().clone().requires_grad_()
@@ -244,7 +244,7 @@ def test_nobodys_score_depends_on_other_users(name: str, data: st.DataObject) ->
     before = kind.score(interaction, x, in_rows(heads, rows))
     changed = data.draw(st.integers(0, USERS - 1))
     others = torch.tensor([row != changed for row in rows])
-    heads[changed] = heads[(changed + 1) % USERS]
+    heads[changed] = Head.of(heads[(changed + 1) % USERS].numbers)  # a user of its own
     after = kind.score(interaction, x, in_rows(heads, rows))
     assert torch.equal(after[others], before[others])
 
@@ -470,7 +470,7 @@ def test_preparation_sees_no_padding_and_scales_to_one_half(features: str) -> No
     loud = Groups(
         groups.left,
         torch.where(groups.mask[..., None], groups.right, 1e6),
-        groups.evidence,
+        groups.side_features,
         groups.mask,
     )  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -497,7 +497,7 @@ def test_features_of_a_pair_do_not_depend_on_its_company(features: str) -> None:
         assert groups.right is not None
         full = torch.ones(1, len(order), dtype=torch.bool)
         alone = Groups(
-            groups.left[[g]], groups.right[[g]][:, order], groups.evidence[[g]][:, order], full
+            groups.left[[g]], groups.right[[g]][:, order], groups.side_features[[g]][:, order], full
         )
         expected = whole[g] if features == "label" else whole[g, order]
         assert torch.allclose(interaction(alone)[0], expected, atol=1e-6)

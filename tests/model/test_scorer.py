@@ -141,7 +141,7 @@ def test_the_score_is_its_formula() -> None:
         b = at["head.shared_bias"] + numbers[-1].double()
         for c in range(4):
             phi = (groups.right[g, c].double() - at["interaction.mean"]) * at["interaction.scale"]
-            known = groups.evidence[g, c].double()
+            known = groups.side_features[g, c].double()
             core = phi @ v + b + ((known - at["side_mean"]) / at["side_scale"]) @ at["side_weight"]
             expected = 1.7 * core + known @ at["vote_weight"]
             assert (
@@ -177,12 +177,12 @@ def test_a_groups_scores_depend_on_neither_padding_nor_company(head: str, featur
         alone = Groups(
             groups.left[[g]],
             groups.right[[g]][:, there],
-            groups.evidence[[g]][:, there],
+            groups.side_features[[g]][:, there],
             groups.mask[[g]][:, there],
         )
         assert torch.allclose(scored(scorer, alone, [users[g]])[0], whole[g, there], atol=1e-4)
     noise = groups.mask.logical_not()[..., None] * 1e3
-    noisy = Groups(groups.left, groups.right + noise, groups.evidence + noise, groups.mask)
+    noisy = Groups(groups.left, groups.right + noise, groups.side_features + noise, groups.mask)
     assert torch.equal(scored(scorer, noisy, users), whole)
     shuffled = torch.tensor([3, 5, 0, 1, 4, 2])
     assert torch.allclose(

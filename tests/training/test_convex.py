@@ -325,7 +325,7 @@ def test_votes_count_only_where_they_help_held_out_users(told: bool) -> None:
             * table.groups.mask
         )
         scorer = cross_scorer("linear", table, evidence=("llm_votes",))
-        groups = replace(table.groups, evidence=votes[..., None])
+        groups = replace(table.groups, side_features=votes[..., None])
         report, _ = quickly(
             scorer, TrainingSet(groups, table.users, table.positions, voted, table.gains)
         )

@@ -153,8 +153,8 @@ def test_a_dataset_is_padded_with_each_users_oldest_group_first() -> None:
         [10, 0, 0],
         [40, 41, 0],
     ]
-    assert table.groups.evidence[1].tolist() == [[0, 7], [1, 7], [2, 7]]
-    assert table.groups.evidence[2].tolist() == [[0, 7], [0, 0], [0, 0]]
+    assert table.groups.side_features[1].tolist() == [[0, 7], [1, 7], [2, 7]]
+    assert table.groups.side_features[2].tolist() == [[0, 7], [0, 0], [0, 0]]
     assert table.groups.target.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]
     crossed = make_training_set(Store(), Cross(2), groups, rule="exact", loss="listwise")  # type: ignore[arg-type]
     assert crossed.groups.right is not None

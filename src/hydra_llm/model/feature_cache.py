@@ -16,14 +16,12 @@ from cachetools import FIFOCache
 from hydra_llm.kv import CacheFile
 from hydra_llm.model.encoder import Encoder
 
-MEMORY_BYTES = 64 * 2**20
-"""How many bytes of vectors stay in memory; the oldest go first."""
+MEMORY_BYTES = 64 * 2**20  # how many bytes of vectors stay in memory; the oldest go first
 PASSING = 4096
 """How many vectors of texts that are not kept, such as queries, stay in memory: they evict no
 record's.
 """
-ASKED_AT_ONCE = 500
-"""Keys in one SQL query; SQLite's limit was 999 in old versions."""
+ASKED_AT_ONCE = 500  # keys in one SQL query; SQLite's limit was 999 in old versions
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS features (
     key BLOB PRIMARY KEY, first BLOB NOT NULL, second BLOB, value BLOB NOT NULL
@@ -46,10 +44,8 @@ class FeatureCache:
         self.path = path
         self.keep = True
         """Whether what is encoded is written to the file, unless a call says otherwise."""
-        self.hits = 0
-        """Distinct texts or pairs that were cached."""
-        self.misses = 0
-        """Distinct texts or pairs that had to be encoded."""
+        self.hits = 0  # distinct texts or pairs that were cached
+        self.misses = 0  # distinct texts or pairs that had to be encoded
         self._lock = Lock()
         self._memory: FIFOCache[bytes, Kept] = FIFOCache(MEMORY_BYTES, lambda kept: kept[0].nbytes)
         self._passing: FIFOCache[bytes, Kept] = FIFOCache(PASSING)

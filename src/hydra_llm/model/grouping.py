@@ -1,6 +1,7 @@
 """From texts to groups of vectors: the one way in which scoring and learning see a case.
 
-Letters: G groups, C candidates, D width of the encoder, E evidence. Knows no users and no tasks.
+Letters: G groups, C candidates, D width of the encoder, E side features. Knows no users and no
+tasks.
 """
 
 from collections.abc import Sequence
@@ -18,27 +19,21 @@ def make_groups(
     interaction: Interaction,
     lefts: Sequence[str],
     rights: Sequence[Sequence[str]],
-    evidence: Sequence[Sequence[Sequence[float]] | NDArray[np.floating]],
+    side_features: Sequence[Sequence[Sequence[float]] | NDArray[np.floating]],
 ) -> Groups:
-    """G queries with their candidates' texts and evidence, padded to the longest group. Each
+    """G queries with their candidates' texts and side features, padded to the longest group. Each
     distinct text is encoded once.
     """
-    width = max((len(texts) for texts in rights), default=0)
-    mask = torch.tensor(
-        [[c < len(texts) for c in range(width)] for texts in rights], dtype=torch.bool
-    ).view(len(rights), width)
-    columns = np.shape(evidence[0])[-1] if len(evidence) and len(evidence[0]) else 0
-    known = torch.zeros(len(rights), width, columns)
-    if len(rights):
-        known[mask] = torch.tensor(
-            np.concatenate([np.asarray(e, dtype=np.float32) for e in evidence])
-        )
+    counts = torch.tensor([len(texts) for texts in rights], dtype=torch.long)
+    mask = torch.arange(max(counts.tolist(), default=0)) < counts[:, None]
+    rows = [np.asarray(each, dtype=np.float32) for each in side_features]
+    side = _padded(np.concatenate(rows) if rows else np.zeros((0, 0)), mask)
     left, right = interaction.encode(store, lefts, rights)
-    return Groups(left, None if right is None else _spread(right, mask), known, mask)
+    return Groups(left, None if right is None else _padded(right, mask), side, mask)
 
 
-def _spread(vectors: np.ndarray, mask: torch.Tensor) -> torch.Tensor:
-    """Rows [B, D] into their places [G, C, D]; zeros elsewhere."""
-    out = torch.zeros(*mask.shape, vectors.shape[-1])
-    out[mask] = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+def _padded(rows: np.ndarray, mask: torch.Tensor) -> torch.Tensor:
+    """Rows [B, D] in their places [G, C, D]; zeros elsewhere."""
+    out = torch.zeros(*mask.shape, rows.shape[-1])
+    out[mask] = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
     return out

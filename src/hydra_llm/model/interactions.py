@@ -30,14 +30,11 @@ Texts = Sequence[str]
 class Groups:
     """G groups of up to C candidates, padded."""
 
-    left: Tensor
-    """[G, D] the queries' vectors."""
+    left: Tensor  # [G, D] the queries' vectors
     right: Tensor | None
     """[G, C, D] the candidates' vectors (tower) or the pairs' (cross); None for label features."""
-    evidence: Tensor
-    """[G, C, E] what is known of each pair beside its text."""
-    mask: Tensor
-    """[G, C] True where there is a candidate."""
+    side_features: Tensor  # [G, C, E] what is known of each pair beside its text
+    mask: Tensor  # [G, C] True where there is a candidate
     target: Tensor | None = None
     """[G, C] what each candidate should get; a distribution over the group, or 0 to 1 each for the
     binary loss.
@@ -49,7 +46,7 @@ class Groups:
     def __getitem__(self, index: Tensor | slice | list[int]) -> "Groups":
         right = None if self.right is None else self.right[index]
         target = None if self.target is None else self.target[index]
-        return Groups(self.left[index], right, self.evidence[index], self.mask[index], target)
+        return Groups(self.left[index], right, self.side_features[index], self.mask[index], target)
 
     def with_target(self, target: Tensor) -> "Groups":
         return replace(self, target=target)
@@ -67,8 +64,7 @@ class Interaction(nn.Module):
     """Whether the candidates are always the task's labels, in their order."""
     trainable: ClassVar[bool] = False
     """Whether it has weights of its own that can be trained by gradient."""
-    size: int
-    """V."""
+    size: int  # V
 
     def forward(self, groups: Groups) -> Tensor:
         """x [G, C, H]."""

@@ -20,28 +20,20 @@ Loss = Literal["listwise", "binary"]
 Apply = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4
 """Of the gradient's largest entry, relative to that at v = 0 (or to 1, if that is larger)."""
-MEMORY = 8
-"""Steps whose change of gradient `lbfgs` keeps."""
-HALVINGS = 12
-"""Of a step, at most, until the objective falls (Armijo)."""
+MEMORY = 8  # steps whose change of gradient `lbfgs` keeps
+HALVINGS = 12  # of a step, at most, until the objective falls (Armijo)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """U convex problems of the same shape."""
 
-    dot: Apply
-    """[U, V] → [U, G, C]."""
-    outer: Apply
-    """[U, G, C] → [U, V], its transpose."""
-    size: int
-    """V."""
-    offset: Tensor
-    """[U, G, C] scores at v = 0."""
-    target: Tensor
-    """[U, G, C]."""
-    mask: Tensor
-    """[U, G, C]; a group without any candidate, or without any target, counts nothing."""
+    dot: Apply  # [U, V] → [U, G, C]
+    outer: Apply  # [U, G, C] → [U, V], its transpose
+    size: int  # V
+    offset: Tensor  # [U, G, C] scores at v = 0
+    target: Tensor  # [U, G, C]
+    mask: Tensor  # [U, G, C]; a group without any candidate, or without any target, counts nothing
     loss: Loss
 
 

@@ -55,8 +55,7 @@ FILE_NAME = re.compile(
 pickle.
 """
 ENCODER_KEYS = ("name", "digest", "pooling", "max_length", "width")
-READ_AGAIN = 5
-"""How often a reader starts anew because the bundle was replaced under it."""
+READ_AGAIN = 5  # how often a reader starts anew because the bundle was replaced under it
 
 
 @dataclass
@@ -69,8 +68,7 @@ class BundleFiles:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     """By user, so that `ask` can retrieve; users without records are left out."""
-    card: str = ""
-    """The model card, in Markdown."""
+    card: str = ""  # the model card, in Markdown
     encoder: Encoder | None = None
     """Only where it was fine-tuned; else `config["encoder"]` names it."""
 

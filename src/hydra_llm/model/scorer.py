@@ -62,7 +62,7 @@ class Scorer(nn.Module):
 
     def side_score(self, groups: Groups) -> Tensor:
         """[G, C] what the side features alone say, standardised as in training."""
-        standard = (groups.evidence - self.side_mean) / self.side_scale
+        standard = (groups.side_features - self.side_mean) / self.side_scale
         return standard @ self.side_weight
 
     def core(self, groups: Groups, heads: Heads | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class Scorer(nn.Module):
 
     def calibrated(self, core: Tensor, groups: Groups) -> Tensor:
         """[G, C] core scores with β and the votes; −inf where there is no candidate."""
-        scores = self.scale * core + groups.evidence @ self.vote_weight
+        scores = self.scale * core + groups.side_features @ self.vote_weight
         return scores.masked_fill(~groups.mask, -torch.inf)
 
     @torch.inference_mode()

@@ -24,8 +24,7 @@ RENAMED = {
     "bank.": "head.",
 }
 """How names of tensors began in format 1, and how they do now."""
-FORGOTTEN = "\0forgotten-"
-"""How the name began that stood in the row of a forgotten user."""
+FORGOTTEN = "\0forgotten-"  # how the name began that stood in the row of a forgotten user
 
 
 def upgraded(files: BundleFiles) -> BundleFiles:

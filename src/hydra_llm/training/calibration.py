@@ -25,10 +25,8 @@ class HeldOut(NamedTuple):
     """Groups that nothing was fitted on, with scores before calibration [G, C]."""
 
     late: TrainingSet
-    shared: Tensor
-    """By a base that has not seen these users."""
-    own: Tensor
-    """By heads, of the kind that will serve, fitted on these users' earlier groups."""
+    shared: Tensor  # by a base that has not seen these users
+    own: Tensor  # by heads, of the kind that will serve, fitted on these users' earlier groups
 
 
 @torch.no_grad()
@@ -99,28 +97,25 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
 class _Mix(NamedTuple):
     """Scores and votes as the columns of a regression."""
 
-    x: Tensor
-    """[G, C, X] the scores, then the columns of votes."""
-    columns: list[int]
-    """Of the side features, which of them."""
+    x: Tensor  # [G, C, X] the scores, then the columns of votes
+    columns: list[int]  # of the side features, which of them
     target: Tensor
     mask: Tensor
     loss: Loss
-    users: list[str]
-    """[G]."""
+    users: list[str]  # [G]
 
     @classmethod
     def of(cls, scorer: Scorer, held_out: Sequence[HeldOut]) -> "_Mix":
         scores = torch.cat([held.own for held in held_out])
-        evidence, mask, target = (
+        side, mask, target = (
             torch.cat([getattr(held.late.groups, name) for held in held_out])
-            for name in ("evidence", "mask", "target")
+            for name in ("side_features", "mask", "target")
         )
         columns = [i for i, name in enumerate(scorer.side_names) if name.startswith("llm_")]
         weighed = float(scorer.side_weight[columns].abs().sum()) > 0  # by the base already
         if weighed or not any(bool(held.late.voted.any()) for held in held_out):
             columns = []
-        x = torch.cat([scores[..., None], evidence[..., columns]], -1) * mask[..., None]
+        x = torch.cat([scores[..., None], side[..., columns]], -1) * mask[..., None]
         users = [user for held in held_out for user in held.late.users]
         return cls(x, columns, target, mask, scorer.loss, users)
 

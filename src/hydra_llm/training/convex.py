@@ -31,16 +31,13 @@ from hydra_llm.training.calibration import (
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users, folds
 from hydra_llm.training.report import FitReport
 
-LARGE_SET = 2000
-"""Groups above which a handful of side weights need no choice of ridge."""
-FOLDS = 3
-"""Parts of the users who take turns as those whom the base has not seen."""
+LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
+FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
 TINY_SET, TINY_FOLDS = 300, 10
 """Up to so many groups there are more folds: a base without a third of them would be far from the
 one that serves.
 """
-FISHER_GROUPS = 2000
-"""A mean over so many groups is good enough."""
+FISHER_GROUPS = 2000  # a mean over so many groups is good enough
 Heads = dict[str, Head]
 SplitUsers = Callable[[TrainingSet], list[Split]]
 
@@ -158,11 +155,11 @@ def heads_for(data: TrainingSet, heads: Mapping[str, Head]) -> list[Head | None]
 
 
 @torch.no_grad()
-def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, evidence_ridge: float = 1.0) -> None:
+def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float = 1.0) -> None:
     """Set the shared head and the side weights to the minimiser of the ridge-penalised loss."""
     groups, interaction, size = data.groups, scorer.interaction, scorer.interaction.size
     standardise(scorer, data)
-    side = ((groups.evidence - scorer.side_mean) / scorer.side_scale)[None]
+    side = ((groups.side_features - scorer.side_mean) / scorer.side_scale)[None]
     x, count = interaction(groups)[None], side.shape[-1]
     head = with_bias(
         Problem(
@@ -184,7 +181,7 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, evidence_ridge: fl
         size=head.size + count,
     )
     precision = torch.full((problem.size,), ridge)
-    precision[size : head.size], precision[head.size :] = 1e-3, evidence_ridge
+    precision[size : head.size], precision[head.size :] = 1e-3, side_ridge
     v = newton_cg(problem, precision)[0]
     scorer.head.set_shared(v[:size], v[size] if head.size > size else torch.zeros(()))
     scorer.side_weight.copy_(v[head.size :])
@@ -192,7 +189,7 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, evidence_ridge: fl
 
 def standardise(scorer: Scorer, data: TrainingSet) -> None:
     """From here on side features count in deviations from their mean in this training set."""
-    rows = data.groups.evidence[data.groups.mask]
+    rows = data.groups.side_features[data.groups.mask]
     scorer.side_mean = rows.mean(0)
     spread = (rows - scorer.side_mean).square().mean(0).sqrt()
     scorer.side_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
@@ -224,9 +221,9 @@ def _choose_strengths(
 
 
 def _unseen_loss(
-    scorer: Scorer, plain: TrainingSet, fold: Fold, ridge: float, evidence_ridge: float
+    scorer: Scorer, plain: TrainingSet, fold: Fold, ridge: float, side_ridge: float
 ) -> float:
-    fit_base(scorer, fold.train, ridge, evidence_ridge)
+    fit_base(scorer, fold.train, ridge, side_ridge)
     unseen = plain.of(fold.held_out)
     with torch.no_grad():
         return summed_loss(scorer, unseen, scorer.core(unseen.groups))

@@ -28,18 +28,14 @@ Split = tuple["TrainingSet", "TrainingSet"]
 class TrainingSet:
     """G labelled groups in each user's order."""
 
-    groups: Groups
-    """With targets."""
-    users: tuple[str, ...]
-    """Whose group: G names; a user's groups stand together, oldest first."""
-    positions: Tensor
-    """[G] the query's place in its user's order."""
+    groups: Groups  # with targets
+    users: tuple[str, ...]  # whose group: G names; a user's groups stand together, oldest first
+    positions: Tensor  # [G] the query's place in its user's order
     voted: Tensor
     """[G] True where the LLM was asked: the side features hold what its samples said, or the gains
     are what it made of the records.
     """
-    gains: Tensor
-    """[G, C] what each candidate is worth, 0 to 1."""
+    gains: Tensor  # [G, C] what each candidate is worth, 0 to 1
     index: dict[str, list[int]] = field(init=False, repr=False, compare=False)
     """User → places of the user's groups."""
 
@@ -239,7 +235,7 @@ def make_training_set(
         interaction,
         [g.left for g in groups],
         [g.rights for g in groups],
-        [g.evidence for g in groups],
+        [g.side_features for g in groups],
     )
     gains = torch.zeros(made.mask.shape)
     gains[made.mask] = torch.tensor([gain for group in groups for gain in group.gains])

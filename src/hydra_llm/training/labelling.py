@@ -36,8 +36,7 @@ class Collected:
     """Makes the labelled groups, with side features of the encoder as it is now: tuning changes
     them.
     """
-    calls: int = 0
-    """Questions that the LLM was asked."""
+    calls: int = 0  # questions that the LLM was asked
     failures: list[str] = field(default_factory=list)
     """One line for each that failed; its pair is left out."""
     notes: list[str] = field(default_factory=list)

@@ -63,7 +63,7 @@ class TextSource:
         )
         right = vectors.new_zeros(*groups.mask.shape, vectors.shape[-1])
         right = right.masked_scatter(groups.mask[..., None].expand_as(right), vectors)
-        return Groups(groups.left, right, groups.evidence, groups.mask, groups.target)
+        return Groups(groups.left, right, groups.side_features, groups.mask, groups.target)
 
 
 def train_jointly(
@@ -272,13 +272,10 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 class _Run:
     """How far training has come, and what was best so far."""
 
-    best: float
-    """Lowest loss of the held-out users."""
+    best: float  # lowest loss of the held-out users
     best_values: list[Tensor]
-    losses: list[float] = field(default_factory=list)
-    """Mean training loss of each epoch."""
-    waited: int = 0
-    """Epochs since the best one."""
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    waited: int = 0  # epochs since the best one
 
     def exhausted(self, patience: int) -> bool:
         return bool(patience) and self.waited >= patience
@@ -301,7 +298,7 @@ def _fingerprint(data: TrainingSet, config: SGDConfig, loss: str) -> str:
         list(data.users),
     ]
     hasher = hashlib.sha256(json.dumps(settings).encode())
-    for tensor in (groups.left, groups.right, groups.evidence, groups.mask, groups.target):
+    for tensor in (groups.left, groups.right, groups.side_features, groups.mask, groups.target):
         if tensor is not None:
             hasher.update(tensor.contiguous().numpy().tobytes())
     return hasher.hexdigest()

@@ -31,16 +31,12 @@ def silent(stage: str, done: int, total: int) -> None:
 class LabelledData:
     """What a scorer is learned from."""
 
-    name: str
-    """reranker or adapter."""
+    name: str  # reranker or adapter
     groups: Callable[[Featurizer], list[LabelledGroup]]
     """Makes the labelled groups with side features of the encoder as it is now."""
-    side_names: Sequence[str]
-    """Names of the side features' columns."""
-    rule: str
-    """How gains become targets, see `dataset.targets`."""
-    by_label: bool = False
-    """Label features, in place of features of pairs."""
+    side_names: Sequence[str]  # names of the side features' columns
+    rule: str  # how gains become targets, see `dataset.targets`
+    by_label: bool = False  # label features, in place of features of pairs
 
 
 @dataclass(frozen=True)

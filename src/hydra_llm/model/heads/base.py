@@ -3,8 +3,8 @@
     score(user, pair) = g(φ; θ₀ + δ)     θ₀: the shared head, δ: the user's numbers (paper, 3.1)
 
 Every head has a Gaussian prior whose mean is the shared head: without records it is the shared
-head. A new kind is one module with a subclass of `HeadKind` (or of `LinearInNumbers`), and one
-entry point of the group `hydra_llm.heads`.
+head. A new kind is a subclass of `HeadKind` (or of `linear.AdditiveHead`) and an entry point of the
+group `hydra_llm.heads`.
 
 Letters: U users, G groups, C candidates, P numbers of a head. Knows no texts and no files.
 """
@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hydra_llm.model.interactions import Interaction
@@ -28,10 +29,8 @@ from hydra_llm.types import Query, Record
 class Head:
     """One user's numbers, and what they were learned from."""
 
-    numbers: np.ndarray
-    """[P] float32; read-only where `Head.of` made it."""
-    records: int = 0
-    """How many of the user's records, oldest first, it has learned from."""
+    numbers: np.ndarray  # [P] float32; read-only where `Head.of` made it
+    records: int = 0  # how many of the user's records, oldest first, it has learned from
     until: float = -math.inf
     """Time of the latest of these records, in seconds since 1970; -inf where no time is known."""
 
@@ -85,8 +84,7 @@ class SGDConfig:
 
     epochs: int = 30
     lr: float = 1e-3
-    batch: int = 64
-    """Pairs per step, rounded to whole groups."""
+    batch: int = 64  # pairs per step, rounded to whole groups
     weight_decay: float = 0.01
     patience: int = 5
     """Epochs without a lower loss of held-out users before training stops; 0 trains all epochs, as
@@ -112,17 +110,12 @@ class HeadProblem:
 
     users: tuple[str, ...]
     interaction: Interaction
-    x: Tensor
-    """[U, G, ...] features as the interaction gives them, padded."""
-    offset: Tensor
-    """[U, G, C] what is in the score beside the head."""
-    target: Tensor
-    """[U, G, C]."""
-    mask: Tensor
-    """[U, G, C] False for padding."""
+    x: Tensor  # [U, G, ...] features as the interaction gives them, padded
+    offset: Tensor  # [U, G, C] what is in the score beside the head
+    target: Tensor  # [U, G, C]
+    mask: Tensor  # [U, G, C] False for padding
     loss: Loss
-    precision: float = 1.0
-    """Of the Gaussian prior around the shared head."""
+    precision: float = 1.0  # of the Gaussian prior around the shared head
     sgd: SGDConfig = SGDConfig()
 
     def user(self, u: int) -> "HeadProblem":
@@ -135,6 +128,21 @@ class HeadProblem:
         return replace(self, users=users, x=x, offset=offset, target=target, mask=mask)
 
 
+def gather(heads: Sequence[Head | None], size: int) -> Tensor:
+    """[G, size] the heads' numbers, zeros for None.
+
+    Raises:
+        ValueError: a head has another number of numbers.
+    """
+    out = np.zeros((len(heads), size), dtype=np.float32)
+    for row, head in enumerate(heads):
+        if head is not None:
+            if len(head.numbers) != size:
+                raise ValueError(f"a head of {len(head.numbers)} numbers, where {size} are needed")
+            out[row] = head.numbers
+    return torch.from_numpy(out)
+
+
 class HeadKind(nn.Module):
     """What one kind of head is: its shared parameters are θ₀ and whatever else all users share."""
 
@@ -143,10 +151,10 @@ class HeadKind(nn.Module):
     """Whether the shared head is fitted by ridge regression; else all by gradient."""
     has_precision: ClassVar[bool] = True
     """Whether the strength of its prior is chosen on held-out users."""
-    on_labels: ClassVar[bool] = True
-    """Whether it goes with features of labels (`label_features`)."""
+    on_labels: ClassVar[bool] = True  # whether it goes with features of labels (`label_features`)
     updates_online: ClassVar[bool] = False
     """Whether feedback can change a head without a new fit, given a measured posterior."""
+    rank: int = 0  # what `create` needs to make it again
 
     @classmethod
     def create(cls, interaction: Interaction, rank: int) -> Self:
@@ -156,9 +164,6 @@ class HeadKind(nn.Module):
             SettingsError: this kind needs other features.
         """
         raise NotImplementedError
-
-    rank: int = 0
-    """What `create` needs to make it again."""
 
     @property
     def numbers_per_user(self) -> int | None:
@@ -173,7 +178,7 @@ class HeadKind(nn.Module):
 
     def score(self, interaction: Interaction, x: Tensor, heads: Sequence[Head | None]) -> Tensor:
         """[G, C] of G groups, one head each; None is the shared head."""
-        raise NotImplementedError
+        return self.score_numbers(interaction, x, gather(heads, self.numbers_per_user or 0))
 
     # ---- learning
 
@@ -213,7 +218,7 @@ class HeadKind(nn.Module):
         raise NotImplementedError
 
     def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
-        """[G, C] with plain numbers [G, joint_numbers], differentiable."""
+        """[G, C] with plain numbers [G, joint_numbers or P], differentiable."""
         return self.shared_score(interaction, x)
 
     # ---- uncertainty and feedback
@@ -244,3 +249,28 @@ class HeadKind(nn.Module):
         around the fitted head.
         """
         raise NotImplementedError
+
+
+class VectorShared(HeadKind):
+    """Kinds whose shared head is a vector θ₀ [V] and a bias b₀."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.shared = nn.Parameter(torch.zeros(size))
+        self.shared_bias = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def create(cls, interaction: Interaction, rank: int) -> Self:
+        return cls(interaction.size)
+
+    @torch.no_grad()
+    def set_shared(self, weight: Tensor, bias: Tensor) -> None:
+        self.shared.copy_(weight)
+        self.shared_bias.copy_(bias)
+
+    def joint_parameters(self) -> list[nn.Parameter]:
+        return [self.shared, self.shared_bias]
+
+    def shared_score(self, interaction: Interaction, x: Tensor) -> Tensor:
+        v = self.shared.expand(len(x), -1)
+        return interaction.dot(x[:, None], v)[:, 0] + self.shared_bias

@@ -11,14 +11,13 @@ Numbers of a head: D, R, then N rows of a key [D] and its residuals [R]; none wi
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.model.heads.additive import VectorShared
-from hydra_llm.model.heads.base import Head, HeadProblem
+from hydra_llm.model.heads.base import Head, HeadProblem, VectorShared
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.newton import losses
 
@@ -39,10 +38,6 @@ class KernelHead(VectorShared):
         self.strength = nn.Parameter(torch.tensor(1.0))
         self.log_ridge = nn.Parameter(torch.tensor(0.0))
         self.tuning_steps = TUNING_STEPS
-
-    @classmethod
-    def create(cls, interaction: Interaction, rank: int) -> Self:
-        return cls(interaction.size)
 
     @property
     def numbers_per_user(self) -> None:
@@ -128,14 +123,11 @@ class _Case(NamedTuple):
     """One user's groups under a base, with the pairs that they leave."""
 
     problem: HeadProblem
-    x: Tensor
-    """[B, D] what is compared with the keys."""
-    scores: Tensor
-    """[G, C] without the user's head."""
+    x: Tensor  # [B, D] what is compared with the keys
+    scores: Tensor  # [G, C] without the user's head
     keys: Tensor
     residuals: Tensor
-    seen: Tensor
-    """[B, N] 1 where the key's group came before x's."""
+    seen: Tensor  # [B, N] 1 where the key's group came before x's
 
 
 def pack(keys: Tensor, residuals: Tensor) -> np.ndarray:

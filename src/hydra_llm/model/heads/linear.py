@@ -1,50 +1,216 @@
-"""δ = (w, b): a weight vector and a bias per user, V + 1 numbers. For long histories."""
+"""Heads that are linear in the user's numbers: the user's vector is a combination of directions.
 
-from typing import Self
+    s = (θ₀ + c·B)·φ + b₀ + c·b     c: the user's K numbers; B [K, V] and b [K]: the directions
+
+The kinds differ in B alone. Fitting c is a convex problem, its posterior is Gaussian to second
+order (model/laplace.py), and feedback moves it without a new fit:
+
+    minimise over c   Σ over the judged groups of loss(c) + ½ (c − c_fit)ᵀ (λ + N·F) (c − c_fit)
+
+c_fit is the head as it was fitted on N records, λ the prior's precision, F the mean Fisher
+information of a group. The result depends on the set of judged groups, not on their order.
+
+Letters: U users, G groups, C candidates, V length of the shared head, K coordinates.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from hydra_llm.model.heads.additive import AdditiveHead
-from hydra_llm.model.heads.base import HeadProblem
+from hydra_llm.model.heads.base import Head, HeadKind, HeadProblem, VectorShared
 from hydra_llm.model.interactions import Interaction
-from hydra_llm.model.newton import Apply, newton_cg, with_bias
+from hydra_llm.model.laplace import LaplacePosterior, mean_fisher
+from hydra_llm.model.newton import Apply, Problem, hessian_inverse, lbfgs, newton_cg, with_bias
 
 
-class LinearHead(AdditiveHead):
-    """s = (θ₀ + w)·φ + b₀ + b. The bias matters for the binary loss alone: it moves all candidates
-    of a group alike, so only a new fit changes it.
-    """
+class AdditiveHead(VectorShared):
+    """The base of these kinds; one that is not `LinearHead` says what its directions are."""
 
-    name = "linear"
+    updates_online = True
+    own_bias = False  # whether one more number, the last, is a bias of the user
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, coordinates: int | None = None):
         super().__init__(size)
-        self.coordinates = size
+        self.coordinates = size if coordinates is None else coordinates
 
-    @classmethod
-    def create(cls, interaction: Interaction, rank: int) -> Self:
-        return cls(interaction.size)
+    def directions(self) -> tuple[Tensor, Tensor] | None:
+        """B [K, V] and b [K]; None where the coordinates are the vector itself."""
+        raise NotImplementedError
 
     @property
     def numbers_per_user(self) -> int:
-        return self.coordinates + 1
+        return self.coordinates + self.own_bias
+
+    @property
+    def joint_numbers(self) -> int:
+        return self.coordinates
 
     def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
-        v = self.shared + numbers[:, : self.coordinates]
-        b = self.shared_bias + numbers[:, self.coordinates :].sum(-1)
-        return interaction.dot(x[:, None], v)[:, 0] + b[:, None]
+        K, basis = self.coordinates, self.directions()
+        own, bias = numbers[:, :K], numbers[:, K:].sum(-1)
+        if basis is not None:
+            own, bias = own @ basis[0], bias + own @ basis[1]
+        scores = interaction.dot(x[:, None], self.shared + own)[:, 0]
+        return scores + (self.shared_bias + bias)[:, None]
 
     def design(self, interaction: Interaction, x: Tensor) -> tuple[Apply, Apply]:
-        return lambda v: interaction.dot(x, v), lambda r: interaction.outer(x, r)
+        """The score's linear part for x [U, G, ...], [U, K] → [U, G, C], and its transpose."""
+        basis = self.directions()
+        if basis is None:
+            return lambda c: interaction.dot(x, c), lambda r: interaction.outer(x, r)
+        B, b = basis
+        return (
+            lambda c: interaction.dot(x, c @ B) + (c @ b)[:, None, None],
+            lambda r: interaction.outer(x, r) @ B.T + r.sum((1, 2))[:, None] * b,
+        )
 
     def explicit(self, interaction: Interaction, x: Tensor) -> Tensor | None:
-        return interaction.explicit(x)
+        """The features of the coordinates [G, C, K]; None where they would be mostly zeros."""
+        if (basis := self.directions()) is None:
+            return interaction.explicit(x)
+        return interaction.on_basis(x, basis[0]) + basis[1]
 
     @torch.no_grad()
     def fit(self, problem: HeadProblem) -> list[np.ndarray]:
-        convex = with_bias(self._convex(problem))
+        interaction, x = problem.interaction, problem.x
+        shared = self.shared_score(interaction, x.flatten(0, 1)).view_as(problem.offset)
+        convex = self._convex(problem, shared, *self.design(interaction, x))
+        if self.own_bias:
+            convex = with_bias(convex)
         values = newton_cg(convex, problem.precision)
-        missing = self.numbers_per_user - convex.size
-        return list(torch.nn.functional.pad(values, (0, missing)).numpy())
+        return list(pad(values, (0, self.numbers_per_user - convex.size)).numpy())
+
+    def _convex(self, problem: HeadProblem, scores: Tensor, dot: Apply, outer: Apply) -> Problem:
+        """The problem in the coordinates of `dot`, from heads that give these scores."""
+        offset, target, mask = scores + problem.offset, problem.target, problem.mask
+        return Problem(dot, outer, self.coordinates, offset, target, mask, problem.loss)
+
+    def fisher(
+        self, interaction: Interaction, x: Tensor, share: Tensor, binary: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        rows = self.explicit(interaction, x)
+        if rows is None:
+            return interaction.fisher(x, share, binary)
+        return torch.ones(1, 1), mean_fisher(rows, share, binary)
+
+    def covariance(
+        self,
+        interaction: Interaction,
+        x: Tensor,
+        posterior: LaplacePosterior,
+        precision: Tensor,
+        records: int,
+    ) -> Tensor | None:
+        count = self.shared_score(interaction, x).shape[1]
+        _, outer = self.design(interaction, x[None].expand(count, *x.shape))
+        return posterior.covariance(outer(torch.eye(count)[:, None]), precision, records)
+
+    @torch.no_grad()
+    def online_update(
+        self, problem: HeadProblem, posterior: LaplacePosterior, head: Head | None
+    ) -> Head:
+        fitted = head or Head.of(self.empty())
+        interaction, x = problem.interaction, problem.x[0]
+        dot, outer = self.design(interaction, problem.x)
+        convex = self._convex(
+            problem,
+            self.score(interaction, x, [fitted] * len(x)),
+            lambda v: dot(posterior.turn(v)),
+            lambda r: posterior.back(outer(r)),
+        )
+        precision = problem.precision + fitted.records * posterior.values
+        rows = self.explicit(interaction, x)
+        if rows is None:
+            change = newton_cg(convex, precision)
+        else:
+            change = _by_lbfgs(convex, rows @ posterior.right_vectors, precision)
+        numbers = torch.tensor(fitted.numbers)
+        numbers[: self.coordinates] += posterior.turn(change)[0]
+        return Head.of(numbers, fitted.records, fitted.until)
+
+
+def _by_lbfgs(problem: Problem, rows: Tensor, precision: Tensor) -> Tensor:
+    """The same with explicit features [G, C, K]: the Hessian hardly changes on the way, so a few
+    gradients are enough where features are as wide as the encoder.
+    """
+    flat = rows.flatten(0, 1)
+    explicit = replace(
+        problem,
+        dot=lambda v: (flat @ v[0]).view(problem.offset.shape),
+        outer=lambda r: (r.flatten() @ flat)[None],
+    )
+    return lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))
+
+
+class LinearHead(AdditiveHead):
+    """A weight vector and a bias per user, V + 1 numbers: for long histories.
+
+    The bias matters for the binary loss alone: it moves all candidates of a group alike, so only a
+    new fit changes it.
+    """
+
+    name = "linear"
+    own_bias = True
+
+    def directions(self) -> None:
+        return None
+
+
+class LowRankHead(AdditiveHead):
+    """K numbers on a basis that all users share, learned from the training users' own linear heads:
+    for a million users with short histories.
+    """
+
+    name = "lowrank"
+    basis: Tensor
+
+    def __init__(self, size: int, rank: int):
+        super().__init__(size, min(rank, size))
+        self.rank = self.coordinates
+        self.register_buffer("basis", torch.zeros(self.rank, size))
+
+    @classmethod
+    def create(cls, interaction: Interaction, rank: int) -> "LowRankHead":
+        return cls(interaction.size, rank)
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        return self.basis, self.basis.new_zeros(self.rank)
+
+    def precision_probe(self) -> HeadKind:
+        probe = LinearHead(self.basis.shape[1])
+        probe.shared, probe.shared_bias = self.shared, self.shared_bias
+        return probe
+
+    @torch.no_grad()
+    def learn_shared(self, problems: Iterable[HeadProblem]) -> None:
+        """The basis: the directions in which the training users' linear heads differ most."""
+        probe = self.precision_probe()
+        deltas = np.stack([numbers for problem in problems for numbers in probe.fit(problem)])
+        own = torch.from_numpy(deltas)[:, : self.basis.shape[1]]
+        _, _, directions = torch.linalg.svd(own, full_matrices=False)
+        self.basis.zero_()
+        top = min(len(self.basis), len(directions))
+        self.basis[:top] = directions[:top]
+
+
+class BiasHead(AdditiveHead):
+    """One number c that scales the shared score, s = (1 + c)·(θ₀·φ + b₀): a temperature per user.
+
+    A constant added to every candidate of a group would change no order and no listwise loss, so
+    the one number multiplies what does differ between candidates. c > 0: the user is more like the
+    training users than they are on average; c = −1: what others want says nothing about this one;
+    c < −1: the opposite. It is the smallest head that there is, the lower bound of what a head can
+    give, and an example of how to add one.
+    """
+
+    name = "bias"
+
+    def __init__(self, size: int):
+        super().__init__(size, 1)
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        return self.shared[None], self.shared_bias[None]

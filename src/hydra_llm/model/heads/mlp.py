@@ -5,7 +5,6 @@ that nobody's head depends on who else is fitted.
 """
 
 import zlib
-from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.model.heads.additive import gather
-from hydra_llm.model.heads.base import Head, HeadKind, HeadProblem
+from hydra_llm.model.heads.base import HeadKind, HeadProblem
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.newton import losses
 
@@ -51,18 +49,13 @@ class MLPHead(HeadKind):
     def numbers_per_user(self) -> int:
         return self.size * self.size + 3 * self.size + 2
 
-    @property
-    def joint_numbers(self) -> int:
-        return self.numbers_per_user
+    joint_numbers = numbers_per_user
 
     def joint_parameters(self) -> list[nn.Parameter]:
         return [self.shared]
 
     def shared_score(self, interaction: Interaction, x: Tensor) -> Tensor:
         return self._network(x, self.shared.expand(len(x), -1))
-
-    def score(self, interaction: Interaction, x: Tensor, heads: Sequence[Head | None]) -> Tensor:
-        return self.score_numbers(interaction, x, gather(heads, self.numbers_per_user))
 
     def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
         return self._network(x, self.shared + numbers)
@@ -85,17 +78,16 @@ class MLPHead(HeadKind):
     def _fit_one(self, problem: HeadProblem) -> Tensor:
         shared, sgd, delta = self.shared.detach(), problem.sgd, self._start(problem)
         optimizer = torch.optim.AdamW([delta], lr=sgd.lr, weight_decay=0.0)
-        x, offset, target, mask = (
-            part[0] for part in (problem.x, problem.offset, problem.target, problem.mask)
-        )
+        parts = (problem.x, problem.offset, problem.target, problem.mask)
+        x, offset, target, mask = (part[0] for part in parts)
         for epoch in range(sgd.epochs):
             draw = torch.Generator().manual_seed(sgd.seed + epoch)
             for index in sgd.batches(mask.sum(-1), torch.randperm(len(x), generator=draw)):
                 scores = self._network(x[index], (shared + delta).expand(len(index), -1))
                 own = losses(scores + offset[index], target[index], mask[index], problem.loss)
                 decayed = shared + delta if sgd.random_start else delta
-                optimizer.zero_grad()
                 penalty = 0.5 * sgd.weight_decay * decayed.square().sum()
+                optimizer.zero_grad()
                 (own.sum() / len(index) + penalty).backward()
                 optimizer.step()
         return delta.detach()
