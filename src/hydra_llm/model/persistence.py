@@ -1,16 +1,14 @@
 """A bundle: all that was learned, in one folder, as plain content. Safetensors, JSON and gzipped
 JSON lines; never pickle.
 
-    BUNDLE/config.json              format, settings, LLM, encoder, users, scorers; sha256 and size
-                                    of every content file
-    BUNDLE/README.md                the model card, for people (who may edit it: it is a copy and
-                                    not checked)
-    BUNDLE/content-1f3a9c22/        weights.safetensors, history.jsonl.gz, README.md, and encoder/
-                                    where it was fine-tuned
+    BUNDLE/config.json          format, settings, LLM, encoder, users, scorers; sha256 and size of
+                                every content file
+    BUNDLE/README.md            a copy of the model card, for people: not checked
+    BUNDLE/content-1f3a9c22/    weights.safetensors, history.jsonl.gz, README.md; encoder/ if tuned
 
-A write makes a new content folder and then replaces config.json, one rename: whoever is killed at
-any moment leaves the old bundle or the new one. It works where the folder itself cannot be renamed
-(a mounted volume). Knows no heads and no scorers.
+A write makes a new content folder and then replaces config.json, one rename: a process that is
+killed at any moment leaves the old bundle or the new one, also where the folder itself cannot be
+renamed (a mounted volume). Knows no heads and no scorers.
 """
 
 import gzip
@@ -39,23 +37,20 @@ from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.types import ALWAYS, Record
 
 FORMAT = 2
-CONFIG, CARD, WEIGHTS, HISTORY, ENCODER, LOCK = (
+CONFIG, CARD, WEIGHTS, HISTORY = (
     "config.json",
     "README.md",
     "weights.safetensors",
     "history.jsonl.gz",
-    "encoder",
-    ".lock",
 )
+ENCODER, LOCK = "encoder", ".lock"
 CONTENT = re.compile(r"content-[0-9a-f]{8}")
+# what a content file may be called: no way out of the folder, and nothing that is loaded by pickle
 FILE_NAME = re.compile(
     r"(encoder/)?[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.(safetensors|json|txt|model|jinja|md|jsonl\.gz)"
 )
-"""What a content file may be called: no way out of the folder, and nothing that is loaded by
-pickle.
-"""
 ENCODER_KEYS = ("name", "digest", "pooling", "max_length", "width")
-READ_AGAIN = 5  # how often a reader starts anew because the bundle was replaced under it
+RETRIES = 5  # of a reader, because the bundle was replaced under it
 
 
 @dataclass
@@ -66,11 +61,9 @@ class BundleFiles:
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
-    """By user, so that `ask` can retrieve; users without records are left out."""
+    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # of users who have some
     card: str = ""  # the model card, in Markdown
-    encoder: Encoder | None = None
-    """Only where it was fine-tuned; else `config["encoder"]` names it."""
+    encoder: Encoder | None = None  # if it was fine-tuned; else `config["encoder"]` names it
 
 
 def encoder_config(encoder: Encoder) -> dict[str, Any]:
@@ -87,37 +80,28 @@ def encoder_of(files: BundleFiles, device: str = "cpu") -> Encoder:
     """
     if files.encoder is not None:
         return files.encoder.to(device)
-    name = files.config["encoder"]["name"]
-    return _open_said(files.config["encoder"], name, f"encoder '{name}' here", device)
+    entry = files.config["encoder"]
+    return _open_encoder(entry, entry["name"], f"encoder '{entry['name']}' here", device)
 
 
 def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = None) -> str:
-    """Write a bundle, or replace an older one once the new one is complete; returns
-    `config["sha256"]` of what was written.
-
-    `replaces` is the `config["sha256"]` that this one was made from: nothing that came in between
-    may be lost. None replaces any.
+    """Write a bundle, or replace an older one once the new one is complete; returns its
+    `config["sha256"]`. `replaces` is that of the bundle that this one was made from; None is any.
 
     Raises:
-        BundleError: another process is writing there, or has changed the bundle; the folder holds
-            something else; the disk fails.
+        BundleError: another process writes or has changed it; it is another folder; a full disk.
     """
     check_place(folder)
-    try:
+    with _reported(folder, "cannot be written", "; a bundle that stood there is still whole"):
         folder.mkdir(parents=True, exist_ok=True)
         with _only_writer(folder):
             check_place(folder)
             _check_unchanged(folder, replaces)
             return _replace(folder, files)
-    except OSError as error:
-        raise BundleError(
-            f"{folder}: cannot be written ({error}); a bundle that stood there is still whole"
-        ) from error
 
 
 def check_place(folder: Path) -> None:
-    """See before long work whether a bundle may be written there: never into a folder that is
-    somebody's for something else.
+    """Check, before long work, that a bundle may be written there.
 
     Raises:
         BundleError: it is a file, or a folder that holds something else.
@@ -126,12 +110,8 @@ def check_place(folder: Path) -> None:
         raise BundleError(f"{folder}: is a file: a bundle is a folder, choose another name")
     if not folder.is_dir() or _config_or_none(folder) is not None:
         return
-    ours = (LOCK, CONFIG + ".new")
-    foreign = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in ours and not CONTENT.fullmatch(path.name)
-    )
+    names = sorted(path.name for path in folder.iterdir() if not CONTENT.fullmatch(path.name))
+    foreign = [name for name in names if name not in (LOCK, CONFIG + ".new")]
     if foreign:
         raise BundleError(f"{folder}: holds '{foreign[0]}' and is no bundle: choose another folder")
 
@@ -142,7 +122,7 @@ def read_bundle(folder: Path) -> BundleFiles:
     Raises:
         BundleError: it is not there, damaged, or made by a newer version; names the file.
     """
-    for _ in range(READ_AGAIN):
+    for _ in range(RETRIES):
         text = _read_config_text(folder)
         try:
             return _read(folder, _parse_config(folder, text))
@@ -150,6 +130,17 @@ def read_bundle(folder: Path) -> BundleFiles:
             if text == _read_config_text(folder):
                 raise
     raise BundleError(f"{folder}: the bundle is replaced faster than it can be read")
+
+
+@contextmanager
+def _reported(
+    place: Path, fault: str, advice: str = "", errors: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """Report these errors as a `BundleError` at a file or folder."""
+    try:
+        yield
+    except errors as error:
+        raise BundleError(f"{place}: {fault} ({error}){advice}") from error
 
 
 # ---- writing
@@ -161,10 +152,8 @@ def _only_writer(folder: Path) -> Iterator[None]:
         with FileLock(folder / LOCK, timeout=0):
             yield
     except Timeout:
-        raise BundleError(
-            f"{folder}: another process is writing this bundle: wait for it, or choose another"
-            " folder"
-        ) from None
+        fault = "another process is writing this bundle: wait for it, or choose another folder"
+        raise BundleError(f"{folder}: {fault}") from None
 
 
 def _config_or_none(folder: Path) -> dict[str, Any] | None:
@@ -176,8 +165,8 @@ def _config_or_none(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_unchanged(folder: Path, replaces: str | None) -> None:
-    there = _config_or_none(folder)
-    if replaces is not None and there is not None and there.get("sha256") != replaces:
+    present = _config_or_none(folder)
+    if replaces is not None and present is not None and present.get("sha256") != replaces:
         raise BundleError(
             f"{folder}: was changed by another process since it was read, and would lose that: the"
             " same command again continues, the LLM's answers are in the cache"
@@ -190,9 +179,8 @@ def _replace(folder: Path, files: BundleFiles) -> str:
     try:
         _write_content(content, files)
         config = _complete(content, files)
-        _write_new(
-            folder / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode()
-        )  # from here on the new bundle counts
+        text = json.dumps(config, indent=1, allow_nan=False)
+        _write_new(folder / CONFIG, text.encode())  # from here on the new bundle counts
         _write_new(folder / CARD, files.card.encode())
         return str(config["sha256"])
     finally:
@@ -200,9 +188,7 @@ def _replace(folder: Path, files: BundleFiles) -> str:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove every content that the config does not name: an older one, or that of a writer that
-    failed or was killed.
-    """
+    """Remove every content that the config does not name: an older one, or an incomplete one."""
     keep = (_config_or_none(folder) or {}).get("content")
     for path in folder.iterdir():
         if CONTENT.fullmatch(path.name) and path.name != keep:
@@ -226,32 +212,25 @@ def _write_content(content: Path, files: BundleFiles) -> None:
 
 def _complete(content: Path, files: BundleFiles) -> dict[str, Any]:
     """The config with all that only the writer knows."""
+    config = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **files.config}
+    if files.encoder is not None:
+        config["encoder"] = encoder_config(files.encoder)
     paths = sorted(path for path in content.rglob("*") if path.is_file())
-    said = {"encoder": encoder_config(files.encoder)} if files.encoder is not None else {}
-    config = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **files.config,
-        **said,
-        "format": FORMAT,
-        "hydra_llm": __version__,
-        "content": content.name,
-        "files": {
-            path.relative_to(content).as_posix(): {
-                "sha256": _sha256(path),
-                "bytes": path.stat().st_size,
-            }
-            for path in paths
-        },
-    }
-    config = json.loads(
-        json.dumps(config), parse_constant=lambda _: None
-    )  # as it will be read: JSON has neither tuples nor NaN
+    listed = {path.relative_to(content).as_posix(): _file_entry(path) for path in paths}
+    config |= {"format": FORMAT, "hydra_llm": __version__, "content": content.name}
+    config |= {"files": listed}
+    # as it will be read: JSON has neither tuples nor NaN
+    config = json.loads(json.dumps(config), parse_constant=lambda _: None)
     return {**config, "sha256": _config_sha256(config)}
 
 
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
 def _config_sha256(config: Mapping[str, Any]) -> str:
-    said = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    hashed = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def _write_new(path: Path, data: bytes) -> None:
@@ -290,84 +269,77 @@ def _record_json(record: Record) -> dict[str, Any]:
 def _read_config_text(folder: Path) -> bytes:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle")
-    try:
+    with _reported(folder / CONFIG, "cannot be read"):
+        if not (folder / CONFIG).exists():
+            raise BundleError(f"{folder}: no {CONFIG} in it, so it is no bundle")
         return (folder / CONFIG).read_bytes()
-    except FileNotFoundError:
-        raise BundleError(f"{folder}: no {CONFIG} in it, so it is no bundle") from None
-    except OSError as error:
-        raise BundleError(f"{folder / CONFIG}: cannot be read ({error})") from error
 
 
 def _parse_config(folder: Path, text: bytes) -> dict[str, Any]:
     place = folder / CONFIG
-    try:
+    with _reported(place, "damaged, not JSON", errors=(ValueError,)):
         config = json.loads(text)
-    except ValueError as error:
-        raise BundleError(f"{place}: damaged, not JSON ({error})") from error
-    version = config.get("format") if isinstance(config, dict) else None
-    if not isinstance(version, int):
-        raise BundleError(f"{place}: no format version, so it is no bundle of hydra-llm")
-    if version > FORMAT:
-        raise BundleError(
-            f"{place}: format {version} is made by a newer hydra-llm ({config.get('hydra_llm')});"
-            " upgrade to read it"
-        )
-    if config.get("sha256") != _config_sha256(config):
-        raise BundleError(
-            f"{place}: damaged or edited, its sha256 does not match: copy it again, or learn anew"
-        )
-    _check_names(place, config)
+    fault = _format_fault(config) or _listing_fault(config)
+    if fault:
+        raise BundleError(f"{place}: {fault}")
     return dict(config)
 
 
-def _check_names(place: Path, config: Mapping[str, Any]) -> None:
-    files, content = config.get("files"), config.get("content")
-    if (
-        not isinstance(content, str)
-        or not CONTENT.fullmatch(content)
-        or not isinstance(files, dict)
-    ):
-        raise BundleError(f"{place}: damaged, no list of files")
-    for name, said in files.items():
+def _format_fault(config: Any) -> str:
+    version = config.get("format") if isinstance(config, dict) else None
+    if not isinstance(version, int):
+        return "no format version, so it is no bundle of hydra-llm"
+    if version > FORMAT:
+        writer = f"format {version} is made by a newer hydra-llm ({config.get('hydra_llm')})"
+        return f"{writer}; upgrade to read it"
+    if config.get("sha256") != _config_sha256(config):
+        return "damaged or edited, its sha256 does not match: copy it again, or learn anew"
+    return ""
+
+
+def _listing_fault(config: Mapping[str, Any]) -> str:
+    """What is wrong with the names of the content's files."""
+    files, content, encoder = (config.get(key) for key in ("files", "content", "encoder"))
+    if not (isinstance(files, dict) and isinstance(content, str) and CONTENT.fullmatch(content)):
+        return "damaged, no list of files"
+    for name, entry in files.items():
         if not FILE_NAME.fullmatch(name):
-            raise BundleError(f"{place}: {name!r} is no file that a bundle may hold")
-        if not isinstance(said, dict) or {"sha256", "bytes"} - said.keys():
-            raise BundleError(f"{place}: damaged, no sha256 and size of '{name}'")
+            return f"{name!r} is no file that a bundle may hold"
+        if not isinstance(entry, dict) or {"sha256", "bytes"} - entry.keys():
+            return f"damaged, no sha256 and size of '{name}'"
     for name in (WEIGHTS, HISTORY, CARD):
         if name not in files:
-            raise BundleError(f"{place}: damaged, '{name}' is not listed")
-    said = config.get("encoder")
-    described = isinstance(said, dict) and set(ENCODER_KEYS) <= said.keys()
-    if not described and any(name.startswith(ENCODER + "/") for name in files):
-        raise BundleError(f"{place}: damaged, no description of its encoder")
+            return f"damaged, '{name}' is not listed"
+    described = isinstance(encoder, dict) and set(ENCODER_KEYS) <= encoder.keys()
+    return (
+        "" if described or not _encoder_files(config) else "damaged, no description of its encoder"
+    )
+
+
+def _encoder_files(config: Mapping[str, Any]) -> set[str]:
+    return {name for name in config["files"] if name.startswith(ENCODER + "/")}
 
 
 def _read(folder: Path, config: dict[str, Any]) -> BundleFiles:
     content = folder / config["content"]
-    try:
-        for name, said in config["files"].items():
-            _check_file(content / name, said)
+    with _reported(content, "cannot be read", errors=(OSError, UnicodeDecodeError)):
+        for name, entry in config["files"].items():
+            _check_file(content / name, entry)
         card = (content / CARD).read_text(encoding="utf-8")
-        return BundleFiles(
-            config,
-            _load_tensors(content),
-            _unpack_records(content / HISTORY),
-            card,
-            _load_encoder(content, config),
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{content}: cannot be read ({error})") from error
+        with _reported(content / WEIGHTS, "damaged", errors=(SafetensorError,)):
+            tensors = load_file(content / WEIGHTS)
+        records = _unpack_records(content / HISTORY)
+        return BundleFiles(config, tensors, records, card, _load_encoder(content, config))
 
 
-def _check_file(path: Path, said: Mapping[str, Any]) -> None:
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise BundleError(f"{path}: missing from the bundle: copy it again")
-    if path.stat().st_size != said["bytes"]:
-        raise BundleError(
-            f"{path}: damaged, {path.stat().st_size} bytes instead of {said['bytes']}: copy it"
-            " again"
-        )
-    if _sha256(path) != said["sha256"]:
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        sizes = f"{size} bytes instead of {entry['bytes']}"
+        raise BundleError(f"{path}: damaged, {sizes}: copy it again")
+    if _sha256(path) != entry["sha256"]:
         raise BundleError(f"{path}: damaged, its content is not what was written: copy it again")
 
 
@@ -376,45 +348,36 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_tensors(content: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(content / WEIGHTS)
-    except SafetensorError as error:
-        raise BundleError(f"{content / WEIGHTS}: damaged ({error})") from error
-
-
 def _unpack_records(path: Path) -> dict[str, list[Record]]:
     records: dict[str, list[Record]] = {}
-    try:
+    errors = (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error)
+    with _reported(path, "damaged", errors=errors):
         for line in gzip.decompress(path.read_bytes()).splitlines():
-            record = json.loads(line)
-            span = record.pop("span")
-            records.setdefault(record["user"], []).append(
-                Record(**record, span=ALWAYS if span is None else (span[0], span[1]))
-            )
-    except (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error) as error:
-        raise BundleError(f"{path}: damaged ({error})") from error
+            values = json.loads(line)
+            start, end = values.pop("span") or ALWAYS
+            record = Record(**values, span=(start, end))
+            records.setdefault(record.user, []).append(record)
     return records
 
 
 def _load_encoder(content: Path, config: dict[str, Any]) -> Encoder | None:
-    listed = {name for name in config["files"] if name.startswith(ENCODER + "/")}
+    listed, folder = _encoder_files(config), content / ENCODER
     if not listed:
         return None
-    for path in (content / ENCODER).iterdir():
+    for path in folder.iterdir():
         if f"{ENCODER}/{path.name}" not in listed:  # transformers would read it unchecked
             raise BundleError(f"{path}: a file that the bundle does not list: remove it")
-    said = config["encoder"]
-    encoder = _open_said(said, str(content / ENCODER), f"{content / ENCODER}")
-    encoder.name = said["name"]
+    encoder = _open_encoder(config["encoder"], str(folder), f"{folder}")
+    encoder.name = config["encoder"]["name"]
     return encoder
 
 
-def _open_said(said: Mapping[str, Any], source: str, place: str, device: str = "cpu") -> Encoder:
-    encoder = open_encoder(
-        source, pooling=said["pooling"], max_length=said["max_length"], device=device
-    )
-    if encoder.digest != said["digest"]:
+def _open_encoder(
+    entry: Mapping[str, Any], source: str, place: str, device: str = "cpu"
+) -> Encoder:
+    pooling, max_length = entry["pooling"], entry["max_length"]
+    encoder = open_encoder(source, pooling=pooling, max_length=max_length, device=device)
+    if encoder.digest != entry["digest"]:
         raise BundleError(
             f"{place} is not the encoder that the bundle was made with: install that version, or"
             " learn anew"
