@@ -164,7 +164,7 @@ def learned_bundle(
     missing = [user for user in experiment.new_users if user not in bundle.records]
     if missing:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
-        stages = {"users": len(missing), "stages": fitted.told()}
+        stages = {"users": len(missing), "stages": fitted.stages_json()}
         report = {**fitted.bundle.report, "fitted": stages}
         replace(fitted.bundle, report=report).save(folder)
         bundle = Bundle.load(folder, here=settings)

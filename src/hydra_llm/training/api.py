@@ -9,12 +9,13 @@ same from sync code.
 """
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, as_learned, load_settings
@@ -33,7 +34,6 @@ from hydra_llm.pipeline import Personalizer
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
-from hydra_llm.training.convex import Heads
 from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
@@ -53,7 +53,7 @@ from hydra_llm.training.train_scorer import (
     target_rule,
     train_scorer,
 )
-from hydra_llm.types import LabelledGroup, Query, Record, StageCost, Usage
+from hydra_llm.types import LabelledGroup, Record, StageCost, Usage
 
 T = TypeVar("T")
 
@@ -73,16 +73,37 @@ class Learned:
     @property
     def usage(self) -> Usage:
         """Of all stages."""
-        return sum((spent.usage for spent in self.stages.values()), Usage())
+        return sum((cost.usage for cost in self.stages.values()), Usage())
 
     @property
     def seconds(self) -> dict[str, float]:
         """Of each stage."""
-        return {stage: spent.seconds for stage, spent in self.stages.items()}
+        return {stage: cost.seconds for stage, cost in self.stages.items()}
 
-    def told(self) -> dict[str, dict[str, float]]:
+    def stages_json(self) -> dict[str, dict[str, float]]:
         """The stages as JSON values."""
-        return {stage: spent.to_json() for stage, spent in self.stages.items()}
+        return {stage: cost.to_json() for stage, cost in self.stages.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What differs between the reranker and the adapter."""
+
+    name: str
+    stage: str  # what the LLM labels
+    skipped: str  # why none is learned where all gains are equal
+
+    def plain(self, bundle: Bundle, llm: ChatLLM) -> Personalizer:
+        """The pipeline without this scorer."""
+        return bundle.personalizer(llm, rerank=self is ADAPTER, adapt=self is RERANKER)
+
+
+RERANKER = _Part(
+    "reranker", "label records", "no retrieved record changed what the LLM's answer was worth"
+)
+ADAPTER = _Part(
+    "adapter", "label candidates", "no two candidates of a query differed in what they were worth"
+)
 
 
 # ---- learning the shared base
@@ -117,21 +138,22 @@ async def alearn(
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
     bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
-    learned = Learned(bundle, tuple(records), notes=notes)
+    learned, ranking = Learned(bundle, tuple(records), notes=notes), None
     files = TrainingFiles(out, progress)
-    if first is None:
-        ranking = await _reranker_data(learned, model, progress)
+    if first is not None:
+        _take_reranker(learned, first)
+    elif settings.retrieved > 0:
+        ranking = await _labelled_data(RERANKER, learned, model, progress)
         _train(learned, ranking, files, tune=settings.tune_encoder)
         _use_reranker(learned)
-    else:
-        ranking = None
-        _take_reranker(learned, first)
-    picking = await _adapter_data(learned, model, progress)
+    picking = await _labelled_data(ADAPTER, learned, model, progress)
     _train(learned, picking, files, tune=settings.tune_encoder)
     if settings.tune_encoder and picking is not None:
         _train(learned, ranking, files)  # the encoder has moved under the reranker
         _use_reranker(learned)
-    _report(learned)
+    usage, users = learned.usage, list(records)
+    figures = {"users": len(users), "calls": usage.calls, "cached": usage.cached}
+    _report(learned, **figures, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
     return learned
@@ -149,47 +171,25 @@ def blank_bundle(
     return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
 
 
-async def _reranker_data(
-    learned: Learned, llm: ChatLLM, progress: StageProgress
+async def _labelled_data(
+    part: _Part, learned: Learned, llm: ChatLLM, progress: StageProgress
 ) -> LabelledData | None:
-    bundle = learned.bundle
-    if bundle.settings.retrieved == 0:
-        return None
-    plain = bundle.personalizer(llm, rerank=False)
-    collected = await _collect_reranker(learned, plain, _asked(learned), progress)
+    """What a scorer is trained on; None where no candidate is better than another."""
+    bundle, users = learned.bundle, learned.users
+    plain = part.plain(bundle, llm)
+    asked = users[: bundle.settings.labelled_users]
+    collected = await _collect(part, learned, plain, asked, progress)
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        weak = _weak_reranker_groups(plain, featurizer, learned.users)
-        return [*collected.groups(featurizer), *weak]
+        return [*collected.groups(featurizer), *_weak_groups(part, plain, featurizer, users)]
 
-    if not _informative(groups(bundle.featurizer)):
-        _skip(learned, "reranker", "no retrieved record changed what the LLM's answer was worth")
+    if not any(len(set(group.gains)) > 1 for group in groups(bundle.featurizer)):
+        _report(learned, **{part.name: {"skipped": part.skipped}})
+        learned.notes.append(f"no {part.name} was learned: {part.skipped}")
         return None
-    names, rule = bundle.featurizer.reranker_names, target_rule(bundle, "reranker")
-    return LabelledData("reranker", groups, names, rule)
-
-
-async def _adapter_data(
-    learned: Learned, llm: ChatLLM, progress: StageProgress
-) -> LabelledData | None:
-    bundle = learned.bundle
-    plain = bundle.personalizer(llm, adapt=False)
-    collected = await _collect_adapter(learned, plain, _asked(learned), progress)
-
-    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        weak = _weak_adapter_groups(bundle, featurizer, learned.users)
-        return [*collected.groups(featurizer), *weak]
-
-    if not _informative(groups(bundle.featurizer)):
-        _skip(learned, "adapter", "no two candidates of a query differed in what they were worth")
-        return None
-    names, rule = bundle.featurizer.adapter_names, target_rule(bundle, "adapter")
-    by_label = reads_labels(bundle.task, bundle.settings)
-    return LabelledData("adapter", groups, names, rule, by_label)
-
-
-def _informative(groups: Sequence[LabelledGroup]) -> bool:
-    return any(len(set(group.gains)) > 1 for group in groups)
+    names = getattr(bundle.featurizer, f"{part.name}_names")
+    by_label = part is ADAPTER and reads_labels(bundle.task, bundle.settings)
+    return LabelledData(part.name, groups, names, target_rule(bundle, part.name), by_label)
 
 
 def _train(
@@ -214,27 +214,18 @@ def _use_reranker(learned: Learned) -> None:
 
 
 def _take_reranker(learned: Learned, first: Bundle) -> None:
-    bundle = learned.bundle
     learned.bundle = replace(
-        bundle,
-        scorers={name: each for name, each in first.scorers.items() if name == "reranker"},
-        heads={name: each for name, each in first.heads.items() if name == "reranker"},
+        learned.bundle,
+        scorers={name: scorer for name, scorer in first.scorers.items() if name == "reranker"},
+        heads={name: heads for name, heads in first.heads.items() if name == "reranker"},
         use_reranker=first.use_reranker,
-        report={**bundle.report, "reranker": first.report.get("reranker", {})},
     )
+    _report(learned, reranker=first.report.get("reranker", {}))
 
 
-def _skip(learned: Learned, name: str, why: str) -> None:
+def _report(learned: Learned, **entries: Any) -> None:
     bundle = learned.bundle
-    learned.bundle = replace(bundle, report={**bundle.report, name: {"skipped": why}})
-    learned.notes.append(f"no {name} was learned: {why}")
-
-
-def _report(learned: Learned) -> None:
-    usage = learned.usage
-    told = {"users": len(learned.users), "calls": usage.calls, "cached": usage.cached}
-    report = {**learned.bundle.report, **told, "stages": learned.told()}
-    learned.bundle = replace(learned.bundle, report=report)
+    learned.bundle = replace(bundle, report={**bundle.report, **entries})
 
 
 # ---- fitting new users
@@ -271,8 +262,9 @@ async def afit(
     notes = _lacking(names, own, "have no records: they get the shared head")
     fresh = replace(given, records=_overlaid(given.records, own))
     learned = Learned(fresh, tuple(names), notes=notes)
-    await _fit_reranker(learned, model, progress)
-    await _fit_adapter(learned, model, progress)
+    for part in (RERANKER, ADAPTER):
+        await _fit_part(part, learned, model, progress)
+    _encode_records(learned.bundle, names)
     if folder is not None:
         learned.bundle.save(folder)
     return learned
@@ -288,40 +280,34 @@ def _check_known(names: Sequence[str], data: DataSet) -> None:
         )
 
 
-async def _fit_reranker(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
+async def _fit_part(part: _Part, learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
+    """Fit one scorer's heads, on weak labels where there are some."""
     bundle, users = learned.bundle, learned.users
-    if bundle.reranker is None:
+    if part.name not in bundle.scorers:
         return
-    plain = bundle.personalizer(llm, rerank=False)
-    groups = _weak_reranker_groups(plain, bundle.featurizer, users)
-    if bundle.settings.reranker_labels == "llm":
-        collected = await _collect_reranker(learned, plain, users, progress)
+    plain = part.plain(bundle, llm)
+    groups = _weak_groups(part, plain, bundle.featurizer, users)
+    if not groups and (part is ADAPTER or bundle.settings.reranker_labels == "llm"):
+        collected = await _collect(part, learned, plain, users, progress)
         groups = collected.groups(bundle.featurizer)
-    _add_heads(learned, "reranker", groups)
-    if not bundle.reranker.interaction.reads_pairs:  # else the first question waits for it
+    _add_heads(learned, part.name, groups)
+
+
+def _encode_records(bundle: Bundle, users: Sequence[str]) -> None:
+    """Encode what the reranker reads of these users: else their first question waits for it."""
+    if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
         with_answer = bundle.settings.record_answer
         records = (record for user in users for record in bundle.records[user])
         bundle.store.texts([record_text(record, with_answer=with_answer) for record in records])
 
 
-async def _fit_adapter(learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
-    bundle, users = learned.bundle, learned.users
-    if bundle.adapter is None:
-        return
-    groups = _weak_adapter_groups(bundle, bundle.featurizer, users)
-    if not groups:
-        plain = bundle.personalizer(llm, adapt=False)
-        collected = await _collect_adapter(learned, plain, users, progress)
-        groups = collected.groups(bundle.featurizer)
-    _add_heads(learned, "adapter", groups)
-
-
 def _add_heads(learned: Learned, name: str, groups: Sequence[LabelledGroup]) -> None:
     """Fitted anew: a user without groups has the shared head."""
     bundle, users, started = learned.bundle, learned.users, perf_counter()
-    heads: Heads = (
-        fit_new_heads(bundle, name, groups, users) if groups else empty_heads(bundle, name, users)
-    )
+    if groups:
+        heads = fit_new_heads(bundle, name, groups, users)
+    else:
+        heads = empty_heads(bundle, name, users)
     own = _overlaid(bundle.heads.get(name, {}), heads)
     learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
     learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
@@ -355,39 +341,23 @@ def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate
     return [f"{len(without)} of {len(users)} users {fate} ({named})"] if without else []
 
 
-def _asked(learned: Learned) -> Sequence[str]:
-    """The training users whose pairs may cost LLM calls."""
-    return learned.users[: learned.bundle.settings.labelled_users]
-
-
-def _latest_queries(learned: Learned, users: Sequence[str]) -> list[Query]:
-    bundle = learned.bundle
-    return [
-        query
-        for user in users
-        for query in training_queries(
-            bundle.task, bundle.records[user], bundle.settings.queries_per_user
-        )
-    ]
-
-
-async def _collect_reranker(
-    learned: Learned, plain: Personalizer, users: Sequence[str], progress: StageProgress
+async def _collect(
+    part: _Part,
+    learned: Learned,
+    plain: Personalizer,
+    users: Sequence[str],
+    progress: StageProgress,
 ) -> Collected:
-    stage, queries = "label records", _latest_queries(learned, users)
-    collected = await reranker_groups(plain, queries, partial(progress, stage))
-    return _account(learned, stage, len(users), collected)
+    """Let the LLM label the users' latest queries."""
+    most = plain.settings.queries_per_user
+    latest = (training_queries(plain.task, plain.records[user], most) for user in users)
+    label = reranker_groups if part is RERANKER else adapter_groups
+    collected = await label(plain, list(chain(*latest)), partial(progress, part.stage))
+    _account(learned, part.stage, len(users), collected)
+    return collected
 
 
-async def _collect_adapter(
-    learned: Learned, plain: Personalizer, users: Sequence[str], progress: StageProgress
-) -> Collected:
-    stage, queries = "label candidates", _latest_queries(learned, users)
-    collected = await adapter_groups(plain, queries, partial(progress, stage))
-    return _account(learned, stage, len(users), collected)
-
-
-def _account(learned: Learned, stage: str, users: int, collected: Collected) -> Collected:
+def _account(learned: Learned, stage: str, users: int, collected: Collected) -> None:
     learned.failures += collected.failures
     learned.stages[stage] = StageCost(users, collected.usage.seconds, collected.usage)
     if collected.notes:
@@ -397,27 +367,20 @@ def _account(learned: Learned, stage: str, users: int, collected: Collected) -> 
         )
     if collected.failures and len(collected.failures) == collected.calls:
         raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
-    return collected
 
 
-def _weak_adapter_groups(
-    bundle: Bundle, featurizer: Featurizer, users: Sequence[str]
+def _weak_groups(
+    part: _Part, plain: Personalizer, featurizer: Featurizer, users: Sequence[str]
 ) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM, where the adapter learns from every label."""
-    if not offers_all(bundle.task, bundle.settings):
-        return []
-    return [
-        group for user in users for group in weak_adapter_groups(featurizer, bundle.records[user])
-    ]
-
-
-def _weak_reranker_groups(
-    plain: Personalizer, featurizer: Featurizer, users: Sequence[str]
-) -> list[LabelledGroup]:
-    """The reranker's groups from histories alone; none where it learns as published."""
-    if plain.settings.reranker_labels == "llm":
-        return []
-    return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
+    """The groups that histories give without an LLM: not for a reranker that learns as published,
+    nor for an adapter that does not learn from every label.
+    """
+    own: Iterable[list[LabelledGroup]] = ()
+    if part is RERANKER and plain.settings.reranker_labels != "llm":
+        own = (weak_reranker_groups(plain, featurizer, user) for user in users)
+    if part is ADAPTER and offers_all(plain.task, plain.settings):
+        own = (weak_adapter_groups(featurizer, plain.records[user]) for user in users)
+    return list(chain.from_iterable(own))
 
 
 def learn(
