@@ -1,7 +1,6 @@
 """A store → a SQLite file, and back: all tables as of one moment, from either database."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -17,18 +16,16 @@ ROWS_AT_ONCE = 500
 
 
 def backup(store: Store, file: Path) -> dict[str, int]:
-    """Copy everything, as of one moment, into a new SQLite file, which is a store too; returns rows
-    per table.
+    """Copy everything, as of one moment, into a new SQLite file, which is a store too.
 
-    Raises:
-        StoreError: the file exists already, or cannot be written.
+    Returns rows per table. Raises StoreError: the file exists already, or cannot be written.
     """
     if file.exists():
         raise StoreError(f"{file}: exists already, name a new file")
     part = file.with_name(file.name + ".part")
     part.unlink(missing_ok=True)
     try:
-        with _opened(part) as copy:
+        with closing(Store(f"sqlite:///{part}")) as copy:
             counts = _copy(store, copy)
             copy.truncate_log()
         part.replace(file)
@@ -38,34 +35,22 @@ def backup(store: Store, file: Path) -> dict[str, int]:
 
 
 def restore(store: Store, file: Path) -> dict[str, int]:
-    """Fill a store, which must be empty, from a backup; returns rows per table.
+    """Fill an empty store from a backup; returns rows per table.
 
-    Raises:
-        StoreError: there are rows already, or the file is no backup.
+    Raises StoreError: there are rows already, or the file is no backup.
     """
     if any(count for table, count in store.counts().items() if table != "serving"):
         raise StoreError(f"{without_password(store.url)}: is not empty: restore into a new store")
     if not file.is_file():
         raise StoreError(f"{file}: no such file")
-    with _opened(file) as saved:
+    with closing(Store(f"sqlite:///{file}")) as saved:
         return _copy(saved, store)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{file}")
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def _copy(source: Store, target: Store) -> dict[str, int]:
     with source.snapshot() as reading, target.writing() as writing:
-        counts = {
-            table.name: _copy_table(reading, writing, table)
-            for table in schema.metadata.sorted_tables
-        }
+        tables = schema.metadata.sorted_tables
+        counts = {table.name: _copy_table(reading, writing, table) for table in tables}
         if not target.on_sqlite:  # its sequence does not know the keys that were copied
             last = sa.func.coalesce(sa.func.max(schema.users.c.key), 1)
             sequence = sa.func.pg_get_serial_sequence("users", "key")
@@ -76,8 +61,8 @@ def _copy(source: Store, target: Store) -> dict[str, int]:
 def _copy_table(reading: Connection, writing: Connection, table: sa.Table) -> int:
     writing.execute(sa.delete(table))  # an empty store may have a salt: the original's replaces it
     count = 0
-    rows = reading.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table))
+    rows = reading.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table)).mappings()
     for part in rows.partitions():
-        writing.execute(sa.insert(table), [dict(row._mapping) for row in part])
+        writing.execute(sa.insert(table), [dict(row) for row in part])
         count += len(part)
     return count

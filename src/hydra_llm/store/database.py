@@ -5,7 +5,6 @@ the lock when the transaction begins, deleted bytes overwritten. PostgreSQL: a c
 before it is used, so that a restarted server is reached again.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -26,11 +25,7 @@ class Database:
     """One database and its transactions. Any number of threads and processes may use it."""
 
     def __init__(self, url: str, *, timeout: float = 30.0):
-        """Open nothing yet. `timeout`: seconds until a statement has failed.
-
-        Raises:
-            SettingsError: no URL, an unsupported database, or a missing driver.
-        """
+        """Open nothing yet; see `create_engine`."""
         self.engine = create_engine(url, timeout=timeout)
         self.url = self.engine.url
 
@@ -95,25 +90,18 @@ class Database:
 def create_engine(url: str, *, timeout: float = 30.0) -> Engine:
     """An engine for a URL; nothing is opened yet. `timeout`: seconds until a statement has failed.
 
-    Raises:
-        SettingsError: no URL, an unsupported database, or a missing driver.
+    Raises SettingsError: no URL, an unsupported database, or a missing driver.
     """
     parsed = _parse(url)
     try:
         if parsed.get_backend_name() != "sqlite":
-            return sa.create_engine(
-                parsed,
-                pool_pre_ping=True,
-                pool_size=10,
-                max_overflow=20,
-                pool_timeout=timeout,
-                connect_args=_postgresql_timeouts(timeout),
-            )
+            pool = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
+            timeouts = _postgresql_timeouts(timeout)
+            return sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **pool)
         engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
     except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"store: {error.name} is not installed: pip install 'hydra-llm[server]'"
-        ) from None
+        message = f"store: {error.name} is not installed: pip install 'hydra-llm[server]'"
+        raise SettingsError(message) from None
     sa.event.listen(engine, "connect", _set_up_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -123,17 +111,14 @@ def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
     except sa.exc.ArgumentError:
-        raise SettingsError(
-            f"store '{url.split('@')[-1]}': no database URL: {EXPECTED_URL}"
-        ) from None
+        shown = url.split("@")[-1]
+        raise SettingsError(f"store '{shown}': no database URL: {EXPECTED_URL}") from None
     backend = parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql"):
         raise SettingsError(f"store: {backend} is not supported: take {EXPECTED_URL}")
     if backend == "sqlite" and not parsed.database:
-        raise SettingsError(
-            "store: a database in memory would be another one for each thread: name a file,"
-            " sqlite:///FILE"
-        )
+        message = "store: a database in memory would be another one for each thread"
+        raise SettingsError(f"{message}: name a file, sqlite:///FILE")
     on_default_driver = parsed.drivername == "postgresql"
     return parsed.set(drivername="postgresql+psycopg") if on_default_driver else parsed
 
@@ -157,9 +142,7 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Take the lock at the start of a write: a transaction that reads first and writes later would
-    fail instead of waiting.
-    """
+    """Lock at the start of a write: one that reads first and writes later would fail, not wait."""
     options = connection.get_execution_options()
     if not options.get("bare"):
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
@@ -167,17 +150,13 @@ def _begin_sqlite(connection: Connection) -> None:
 
 @contextmanager
 def one_line_errors(url: URL) -> Iterator[None]:
-    """Database errors as a `StoreError` of one line, without the URL's password and without any
-    value that was written.
-    """
+    """Database errors as a `StoreError` of one line, without passwords and written values."""
     try:
         yield
     except sa.exc.SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
-        lines = str(cause).splitlines() or [""]
-        raise StoreError(
-            f"store {without_password(url)}: {type(cause).__name__}: {lines[0]}"
-        ) from None
+        reason = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+        raise StoreError(f"store {without_password(url)}: {reason}") from None
 
 
 def without_password(url: URL) -> str:
@@ -195,8 +174,3 @@ def in_parts(values: Iterable[str]) -> Iterator[Sequence[str]]:
     """Values in lists that are short enough for IN (…)."""
     listed = list(values)
     return (listed[start : start + MAX_IN] for start in range(0, len(listed), MAX_IN))
-
-
-def column_values(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass as columns of the same names."""
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

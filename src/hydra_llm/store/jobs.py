@@ -1,12 +1,13 @@
 """Jobs: who waits, who works, how far."""
 
 import time
+from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
 
 from hydra_llm.store import schema
-from hydra_llm.store.database import Database, column_values
+from hydra_llm.store.database import Database
 from hydra_llm.store.users import locked_user
 from hydra_llm.store.values import Job
 
@@ -22,8 +23,7 @@ class Jobs(Database):
             user = locked_user(connection, name)
             if user is None:
                 return None
-            row = {**column_values(job), "user": user.key}
-            connection.execute(sa.insert(schema.jobs).values(row))
+            connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
         return job
 
     def job(self, id: str) -> Job | None:
@@ -32,17 +32,14 @@ class Jobs(Database):
         return Job(*rows[0]) if rows else None
 
     def claim_job(self, *, abandoned_after: float = 600.0) -> Job | None:
-        """Take the oldest job that waits, or that has had no update for so many seconds; None if
-        there is none.
-        """
+        """Take the oldest job that waits, or that has had no update for so many seconds."""
         table, now = schema.jobs.c, time.time()
         abandoned = (table.state == "running") & (table.updated < now - abandoned_after)
         ready = _jobs().where((table.state == "waiting") | abandoned)
         first = ready.order_by(table.created, table.id).limit(1)
+        locked = first.with_for_update(skip_locked=True, of=schema.jobs)
         with self.writing() as connection:
-            row = connection.execute(
-                first.with_for_update(skip_locked=True, of=schema.jobs)
-            ).one_or_none()
+            row = connection.execute(locked).one_or_none()
             if row is None:
                 return None
             claimed = sa.update(schema.jobs).where(table.id == row.id)
@@ -52,9 +49,7 @@ class Jobs(Database):
     def update_job(
         self, id: str, done: int, total: int, *, state: str = "running", error: str = ""
     ) -> bool:
-        """Keep a job's progress or end, and that its worker is alive. False if the job was deleted
-        with its user.
-        """
+        """Keep a job's progress or end; False if the job was deleted with its user."""
         values = {"done": done, "total": total, "state": state, "error": error}
         job = sa.update(schema.jobs).where(schema.jobs.c.id == id)
         return self.write(job.values(updated=time.time(), **values)) > 0
@@ -68,7 +63,6 @@ class Jobs(Database):
 
 def _jobs() -> sa.Select[Any]:
     """Jobs, in the order of `Job`'s fields."""
-    table = schema.jobs.c
-    progress = (table.state, table.done, table.total, table.error, table.created, table.updated)
-    columns = (table.id, schema.users.c.name, table.kind, *progress)
-    return sa.select(*columns).join_from(schema.jobs, schema.users)
+    columns = {field.name: schema.jobs.c[field.name] for field in fields(Job)}
+    named = columns | {"user": schema.users.c.name}
+    return sa.select(*named.values()).join_from(schema.jobs, schema.users)

@@ -2,14 +2,14 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
-from hydra_llm.store.database import Database, column_values, insert_new
+from hydra_llm.store.database import Database, insert_new
 from hydra_llm.store.values import Key
 
 ONCE_MADE = {"name": "keys", "value": "were made"}
@@ -21,25 +21,21 @@ class Keys(Database):
 
     def add_key(self, key: Key) -> None:
         """Keep a new key."""
-        row = column_values(key)
-        names = row.pop("users")
+        row = asdict(key)
+        users = [{"key": key.id, "name": name} for name in row.pop("users")]
         with self.writing() as connection:
             insert_new(connection, schema.serving, ONCE_MADE)
             connection.execute(sa.insert(schema.keys).values(row))
-            if names:
-                rows = [{"key": key.id, "name": name} for name in names]
-                connection.execute(sa.insert(schema.key_users), rows)
-
-    def keys(self) -> list[Key]:
-        """Every key, revoked ones too, oldest first."""
-        return self._keys()
+            if users:
+                connection.execute(sa.insert(schema.key_users), users)
 
     def key(self, id: str) -> Key | None:
         """A key by its public id."""
-        found = self._keys(id)
+        found = self.keys(id)
         return found[0] if found else None
 
-    def _keys(self, id: str | None = None) -> list[Key]:
+    def keys(self, id: str | None = None) -> list[Key]:
+        """Every key, or the one of an id; revoked ones too, oldest first."""
         keys, users = schema.keys.c, schema.key_users.c
         rows = sa.select(schema.keys).order_by(keys.created, keys.id)
         names = sa.select(schema.key_users).order_by(users.name)
@@ -50,7 +46,7 @@ class Keys(Database):
             of_key = defaultdict[str, list[str]](list)
             for key, name in connection.execute(names):
                 of_key[key].append(name)
-        return [_key(row, of_key[row.id]) for row in found]
+        return [Key(**{**row._mapping, "users": tuple(of_key[row.id])}) for row in found]
 
     def has_keys(self) -> bool:
         """Whether any key was ever made: then every request needs one."""
@@ -66,22 +62,18 @@ class Keys(Database):
             return connection.scalar(sa.select(table.c.id).where(table.c.id == id)) is not None
 
 
-def _key(row: Row[Any], users: Sequence[str]) -> Key:
-    return Key(**{**row._mapping, "users": tuple(users)})
-
-
 def of_user(connection: Connection, name: str) -> list[dict[str, Any]]:
     """Id and label of each key that names a user."""
     rows = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users)
     found = connection.execute(rows.where(schema.key_users.c.name == name))
-    return [dict(row._mapping) for row in found]
+    return [dict(row) for row in found.mappings()]
 
 
 def delete_of_user(connection: Connection, name: str) -> int:
     """Remove a user from all keys; returns how many keys named nobody else, and were deleted."""
     keys, users = schema.keys, schema.key_users
-    held = list(connection.scalars(sa.select(users.c.key).where(users.c.name == name)))
+    named = set(connection.scalars(sa.select(users.c.key).where(users.c.name == name)))
     connection.execute(sa.delete(users).where(users.c.name == name))
-    kept = set(connection.scalars(sa.select(users.c.key).where(users.c.key.in_(held))))
-    unused = sa.delete(keys).where(keys.c.id.in_(set(held) - kept), keys.c.admin.is_(False))
+    kept = set(connection.scalars(sa.select(users.c.key).where(users.c.key.in_(named))))
+    unused = sa.delete(keys).where(keys.c.id.in_(named - kept), keys.c.admin.is_(False))
     return connection.execute(unused).rowcount

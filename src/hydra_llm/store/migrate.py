@@ -16,11 +16,7 @@ FOLDER = Path(__file__).parent / "migrations"
 
 
 def prepare(engine: Engine) -> None:
-    """Give an empty database its tables; refuse one of another version.
-
-    Raises:
-        StoreError: the tables are older or newer than this version, or not ours.
-    """
+    """Give an empty database its tables; StoreError if they are of another version, or not ours."""
     found, has_tables = _look(engine)
     if found is None and not has_tables:
         upgrade(engine)
@@ -29,11 +25,7 @@ def prepare(engine: Engine) -> None:
 
 
 def migrated(engine: Engine) -> tuple[str | None, str]:
-    """`upgrade`; returns the versions before and after.
-
-    Raises:
-        StoreError: the tables are newer than this version, or not ours.
-    """
+    """`upgrade`; returns the versions before and after. StoreError for newer or foreign tables."""
     found, has_tables = _look(engine)
     if (has_tables or found is not None) and found not in _versions():
         raise StoreError(_refusal(found))
@@ -41,8 +33,8 @@ def migrated(engine: Engine) -> tuple[str | None, str]:
 
 
 def upgrade(engine: Engine, version: str = "head") -> str:
-    """Bring the tables to a version, by default this program's, in one transaction; returns this
-    program's. Of two processes at once the second finds nothing to do.
+    """Bring the tables to a version in one transaction; returns this program's version. Of two
+    processes at once the second finds nothing to do.
     """
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
@@ -62,19 +54,12 @@ def _look(engine: Engine) -> tuple[str | None, bool]:
 
 def _refusal(found: str | None) -> str:
     if found is None:
-        return (
-            "store: there are tables of these names that hydra-llm has not made: take another"
-            " database"
-        )
+        names = "there are tables of these names that hydra-llm has not made"
+        return f"store: {names}: take another database"
+    version = f"store: its tables are of version {found}"
     if found in _versions():
-        return (
-            f"store: its tables are of version {found}, this program needs {latest()}: run"
-            " `hydra-llm store migrate`"
-        )
-    return (
-        f"store: its tables are of version {found}, which a newer hydra-llm has made: this one"
-        f" knows {latest()}"
-    )
+        return f"{version}, this program needs {latest()}: run `hydra-llm store migrate`"
+    return f"{version}, which a newer hydra-llm has made: this one knows {latest()}"
 
 
 def revision(connection: Connection) -> str | None:
@@ -85,7 +70,7 @@ def revision(connection: Connection) -> str | None:
 
 def latest() -> str:
     """The version that this program needs."""
-    head = _scripts().get_current_head()
+    head = ScriptDirectory.from_config(_config()).get_current_head()
     assert head is not None
     return head
 
@@ -97,14 +82,11 @@ def differences(connection: Connection) -> list[str]:
 
 
 def _versions() -> set[str]:
-    return {script.revision for script in _scripts().walk_revisions()}
+    scripts = ScriptDirectory.from_config(_config())
+    return {script.revision for script in scripts.walk_revisions()}
 
 
 def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     return config
-
-
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())

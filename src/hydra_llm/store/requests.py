@@ -1,11 +1,12 @@
 """Answered requests and the feedback on them."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import sqlalchemy as sa
 
 from hydra_llm.store import schema
-from hydra_llm.store.database import Database, column_values, in_parts
+from hydra_llm.store.database import Database, in_parts
 from hydra_llm.store.values import Request, StoredFeedback
 from hydra_llm.types import ARROW, as_one_text
 
@@ -14,9 +15,7 @@ class Requests(Database):
     """The part of the store that holds answered requests and feedback."""
 
     def add_request(self, request: Request, *, version: int | None = None) -> bool:
-        """Keep an answered request. False, and nothing is kept, if the user is unknown or was
-        deleted after that version.
-        """
+        """Keep an answered request; False if the user is unknown, or deleted since that version."""
         users = schema.users.c
         key = sa.select(users.key).where(users.name == request.user)
         if version is not None:
@@ -26,25 +25,16 @@ class Requests(Database):
             user = connection.scalar(key.with_for_update(read=True))
             if user is None:
                 return False
-            row = {**column_values(request), "user": user}
+            row = asdict(request) | {"user": user}
             connection.execute(sa.insert(schema.requests).values(row))
         return True
 
     def request(self, id: str) -> Request | None:
         """A kept request."""
         table = schema.requests.c
-        rows = self.rows(
-            sa.select(
-                table.id,
-                schema.users.c.name,
-                table.created,
-                table.bundle,
-                table.question,
-                table.content,
-            )
-            .join_from(schema.requests, schema.users)
-            .where(table.id == id)
-        )
+        columns = (table.created, table.bundle, table.question, table.content)
+        found = sa.select(table.id, schema.users.c.name, *columns).where(table.id == id)
+        rows = self.rows(found.join_from(schema.requests, schema.users))
         return Request(*rows[0]) if rows else None
 
     def delete_requests(self, before: float) -> int:
@@ -67,16 +57,12 @@ class Requests(Database):
             .order_by(table.created.desc(), table.request.desc())
         )
         if bundle is not None:
-            rows = rows.where(
-                table.content["bundle"].as_string() == bundle,
-                table.content["group"].as_string().is_not(None),
-            )
+            group = table.content["group"].as_string()
+            rows = rows.where(table.content["bundle"].as_string() == bundle, group.is_not(None))
         return [StoredFeedback(*row) for row in self.rows(rows.limit(count))][::-1]
 
     def texts_in_use(self, texts: Sequence[str], *, except_user: str | None = None) -> set[str]:
-        """The texts that occur in anybody else's records (input, output, or both as one text) or
-        questions.
-        """
+        """Those that occur in other users' records (input, output, both as one) or questions."""
         wanted, found = set(texts), set[str]()
         inputs = {text.partition(ARROW)[0] for text in wanted}
         records, requests = schema.records.c, schema.requests.c
@@ -85,14 +71,11 @@ class Requests(Database):
             key = connection.scalar(named) if except_user is not None else None
             other = -1 if key is None else key
             pairs = sa.select(records.input, records.output).where(records.user != other)
-            outputs = sa.select(records.output).where(records.user != other)
-            questions = sa.select(requests.question).where(requests.user != other)
+            outputs = sa.select(records.output).where(records.user != other).distinct()
+            questions = sa.select(requests.question).where(requests.user != other).distinct()
             for part in in_parts(wanted | inputs):
                 for row in connection.execute(pairs.where(records.input.in_(part)).distinct()):
                     found |= {row.input, as_one_text(row.input, row.output)}
-                for rows in (
-                    outputs.where(records.output.in_(part)),
-                    questions.where(requests.question.in_(part)),
-                ):
-                    found |= set(connection.scalars(rows.distinct()))
+                found.update(connection.scalars(outputs.where(records.output.in_(part))))
+                found.update(connection.scalars(questions.where(requests.question.in_(part))))
         return found & wanted

@@ -9,136 +9,78 @@ compares this one number, and a writer that has read another one is refused. Tim
 
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    false,
-)
-
-metadata = MetaData(
-    naming_convention={
-        "pk": "pk_%(table_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_name)s",
-        "ix": "ix_%(table_name)s_%(column_0_name)s",
-    }
-)
-"""Constraints have names, so that a migration can name them on every database."""
-
-Key = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite numbers only INTEGER keys by itself."""
+import sqlalchemy as sa
+from sqlalchemy import JSON, Boolean, Column, ForeignKey, Index, LargeBinary, Text
 
 VERSIONS_PER_KEY = 2**32
 """A user's version starts at the key times this. Keys are never reused, so a user who is deleted
 and comes again has no version of before.
 """
+CONVENTION = {
+    "pk": "pk_%(table_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ix": "ix_%(table_name)s_%(column_0_name)s",
+}
+metadata = sa.MetaData(naming_convention=CONVENTION)  # a migration can name every constraint
+
+Key = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys
+Short, Name, Number, Time = sa.String(16), sa.String(64), sa.BigInteger, sa.Double
 
 
-def _required(**kinds: Any) -> list[Column[Any]]:
-    return [Column(name, kind, nullable=False) for name, kind in kinds.items()]
+def _table(name: str, primary: str | None = None, /, *parts: Any, **required: Any) -> sa.Table:
+    columns = [
+        Column(column, kind, nullable=False, primary_key=column == primary)
+        for column, kind in required.items()
+    ]
+    return sa.Table(name, metadata, *parts, *columns)
 
 
-def _user() -> Column[int]:
-    return Column("user", Key, ForeignKey("users.key", ondelete="CASCADE"), nullable=False)
+def _of_users(name: str, primary: str | None = None, /, **required: Any) -> sa.Table:
+    user = Column("user", Key, ForeignKey("users.key", ondelete="CASCADE"), nullable=False)
+    return _table(name, primary, user, **required)
 
 
-users = Table(
-    "users",
-    metadata,
-    Column("key", Key, primary_key=True, autoincrement=True),
-    Column("name", Text, nullable=False, unique=True),
-    *_required(version=BigInteger, created=Double),
-    sqlite_autoincrement=True,  # a key is never reused
-)
+users = _table("users", "key", key=Key, name=Text, version=Number, created=Time)
+sa.UniqueConstraint(users.c.name)
 
-records = Table(
-    "records",
-    metadata,
-    _user(),
-    *_required(id=Text, position=BigInteger, input=Text, output=Text, time=Text),
-    Index("ix_records_user_id", "user", "id", unique=True),
-    Index("ix_records_user_position", "user", "position", unique=True),
-)
+records = _of_users("records", id=Text, position=Number, input=Text, output=Text, time=Text)
+Index("ix_records_user_id", records.c.user, records.c.id, unique=True)
+Index("ix_records_user_position", records.c.user, records.c.position, unique=True)
 
-heads = Table(
-    "heads",
-    metadata,
-    _user(),
-    *_required(bundle=String(64), scorer=String(16), known=BigInteger, delta=LargeBinary),
-    Column("until", Double, nullable=True),
-    *_required(updated=Double),
-    Index("ix_heads_user_bundle", "user", "bundle", "scorer", unique=True),
-)
-"""`until` is NULL where the time is unknown (heads from before version 0003) or is none."""
+heads = _of_users("heads", bundle=Name, scorer=Short, known=Number, delta=LargeBinary, updated=Time)
+heads.append_column(Column("until", Time))  # NULL: unknown (before version 0003), or none
+Index("ix_heads_user_bundle", heads.c.user, heads.c.bundle, heads.c.scorer, unique=True)
 
-requests = Table(
-    "requests",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    _user(),
-    *_required(created=Double, bundle=String(64), question=Text, content=JSON),
-    Index("ix_requests_user", "user"),
-    Index("ix_requests_created", "created"),
-)
+requests = _of_users("requests", "id", id=Name, created=Time, bundle=Name, question=Text)
+requests.append_column(Column("content", JSON, nullable=False))
+Index("ix_requests_user", requests.c.user)
+Index("ix_requests_created", requests.c.created)
 
-feedback = Table(
-    "feedback",
-    metadata,
-    Column("request", String(64), primary_key=True),
-    _user(),
-    *_required(created=Double, folded=Boolean, content=JSON),
-    Index("ix_feedback_user", "user"),
-)
+_row = {"request": Name, "created": Time, "content": JSON}
+feedback = _of_users("feedback", "request", **_row, folded=Boolean)
 """`folded`: a head that was fitted since has learned it."""
+Index("ix_feedback_user", feedback.c.user)
 
-keys = Table(
-    "keys",
-    metadata,
-    Column("id", String(16), primary_key=True),
-    Column("hash", String(64), nullable=False, unique=True),
-    *_required(label=Text, admin=Boolean),
-    Column("bound", Boolean, nullable=False, server_default=false()),
-    *_required(created=Double),
-    Column("revoked", Double, nullable=True),
-)
+keys = _table("keys", "id", id=Short, hash=Name, label=Text, admin=Boolean, created=Time)
+keys.append_column(Column("bound", Boolean, nullable=False, server_default=sa.false()))
 """`bound`: made for one user, so that a request need not name any. A key made for several stays
 unbound when all but one are deleted.
 """
+keys.append_column(Column("revoked", Time))
+sa.UniqueConstraint(keys.c.hash)
 
-key_users = Table(
-    "key_users",
-    metadata,
-    Column("key", String(16), ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
-    *_required(name=Text),
-    Index("ix_key_users_key_name", "key", "name", unique=True),
-    Index("ix_key_users_name", "name"),
-)
+key_users = _table("key_users", key=Short, name=Text)
+sa.ForeignKeyConstraint([key_users.c.key], ["keys.id"], ondelete="CASCADE")
+Index("ix_key_users_key_name", key_users.c.key, key_users.c.name, unique=True)
+Index("ix_key_users_name", key_users.c.name)
 
-jobs = Table(
-    "jobs",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    _user(),
-    *_required(kind=String(16), state=String(16), done=BigInteger, total=BigInteger, error=Text),
-    *_required(created=Double, updated=Double),
-    Index("ix_jobs_user", "user"),
-    Index("ix_jobs_state", "state"),
-)
+_progress = {"done": Number, "total": Number, "error": Text, "created": Time, "updated": Time}
+jobs = _of_users("jobs", "id", id=Name, kind=Short, state=Short, **_progress)
+Index("ix_jobs_user", jobs.c.user)
+Index("ix_jobs_state", jobs.c.state)
 
-serving = Table(
-    "serving", metadata, Column("name", String(16), primary_key=True), *_required(value=Text)
-)
+serving = _table("serving", "name", name=Short, value=Text)
 """What all servers of this store share, such as the bundle in use."""
 
 OF_USERS = (feedback, requests, jobs, heads, records)

@@ -29,9 +29,7 @@ class Store(Users, Requests, Jobs, Keys):
         """Open the database and check its tables; an empty one gets them. `timeout`: seconds until
         a statement has failed.
 
-        Raises:
-            SettingsError: no URL, an unsupported database, or a missing driver.
-            StoreError: the database cannot be reached, or its tables are of another version.
+        Raises SettingsError for the URL, StoreError for the database or its version.
         """
         super().__init__(url, timeout=timeout)
         with one_line_errors(self.url):
@@ -56,25 +54,20 @@ class Store(Users, Requests, Jobs, Keys):
         table = schema.serving
         with self.writing() as connection:
             insert_new(connection, table, {"name": "salt", "value": secrets.token_hex(32)})
-            found: str = connection.scalars(
-                sa.select(table.c.value).where(table.c.name == "salt")
-            ).one()
+            salt = sa.select(table.c.value).where(table.c.name == "salt")
+            found: str = connection.scalars(salt).one()
         return found
 
     def scrub(self) -> None:
-        """Rewrite the database's files, so that no byte of what was deleted is left in them.
-
-        Raises:
-            StoreError: SQLite's log was in use all the time.
+        """Rewrite the database's files without the bytes of deleted rows; StoreError if SQLite's
+        log was in use all the time.
         """
         self.run_outside_transaction("VACUUM" if self.on_sqlite else "VACUUM (FULL, ANALYZE)")
         if not self.truncate_log():
             raise StoreError("the log is in use, and still holds pages as they were: try again")
 
     def truncate_log(self) -> bool:
-        """Write SQLite's log back, which still holds deleted pages, and empty it. False if somebody
-        was reading it all the time.
-        """
+        """Write back and empty SQLite's log, which holds deleted pages; False if it was in use."""
         if not self.on_sqlite:
             return True
         return bool(self.run_outside_transaction("PRAGMA wal_checkpoint(TRUNCATE)") == 0)
@@ -88,9 +81,7 @@ class Store(Users, Requests, Jobs, Keys):
             }
 
     def check(self) -> list[str]:
-        """One line for each fault: a damaged file, tables unlike this version's, rows of users who
-        are not there.
-        """
+        """A line for each fault: a damaged file, tables unlike the schema, rows without a user."""
         with self.reading() as connection:
             faults = migrate.differences(connection)
             if self.on_sqlite:

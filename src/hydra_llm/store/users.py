@@ -34,17 +34,12 @@ class Users(Database):
         return [row.name for row in rows]
 
     def records(self, name: str) -> tuple[int | None, list[Record]]:
-        """The user's version and the records of that version, in the user's order; (None, []) for
-        an unknown user.
-        """
+        """The user's version and the records of that version, in order; (None, []) if unknown."""
         users, records = schema.users.c, schema.records.c
         columns = (records.id, records.input, records.output, records.time, records.position)
-        rows = self.rows(
-            sa.select(users.version, *columns)
-            .join_from(schema.users, schema.records, isouter=True)
-            .where(users.name == name)
-            .order_by(records.position)
-        )
+        found = sa.select(users.version, *columns).where(users.name == name)
+        joined = found.join_from(schema.users, schema.records, isouter=True)
+        rows = self.rows(joined.order_by(records.position))
         return (rows[0].version if rows else None), [
             Record(name, id, input, output, time, parse_time(time), position)
             for _, id, input, output, time, position in rows
@@ -54,14 +49,11 @@ class Users(Database):
     def heads(self, name: str, bundle: str) -> dict[str, StoredHead]:
         """The user's heads for a bundle, by scorer; empty if none was fitted."""
         table = schema.heads.c
-        rows = self.rows(
-            sa.select(table.scorer, table.known, table.until, table.delta)
-            .join_from(schema.heads, schema.users)
-            .where(schema.users.c.name == name, table.bundle == bundle)
-        )
+        found = sa.select(table.scorer, table.known, table.until, table.delta)
+        own = found.where(schema.users.c.name == name, table.bundle == bundle)
         return {
             scorer: StoredHead(known, -math.inf if until is None else until, delta)
-            for scorer, known, until, delta in rows
+            for scorer, known, until, delta in self.rows(own.join_from(schema.heads, schema.users))
         }
 
     @contextmanager
@@ -70,9 +62,7 @@ class Users(Database):
     ) -> Iterator[UserChange]:
         """Change a user in one transaction, with the user's row locked.
 
-        Raises:
-            StaleVersion: `version` was given and is not the user's any more.
-            NoSuchUser: no such user, unless `create`.
+        Raises StaleVersion if `version` is not the user's any more, NoSuchUser unless `create`.
         """
         users = schema.users
         with self.writing() as connection:
@@ -98,15 +88,12 @@ class Users(Database):
             return user.add(records)
 
     def delete_user(self, name: str, *, version: int | None = None) -> dict[str, int] | None:
-        """Delete the user and everything about the user: rows per table, or None for an unknown
-        user.
+        """Delete the user and everything about the user: rows per table; None for an unknown user.
 
         A key for this user only is deleted too: it names the user. SQLite overwrites the bytes, but
-        keeps them in its log until `truncate_log`; PostgreSQL keeps them in its files until
-        `scrub`.
+        its log keeps them until `truncate_log`; PostgreSQL's files keep them until `scrub`.
 
-        Raises:
-            StaleVersion: `version` was given and is not the user's any more; nothing was deleted.
+        Raises StaleVersion if `version` is not the user's any more; then nothing was deleted.
         """
         with self.writing() as connection:
             found = locked_user(connection, name)
@@ -121,21 +108,18 @@ class Users(Database):
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
-        """All that is kept about a user, as plain values (heads' numbers as bytes); None for an
-        unknown user.
-        """
+        """All that is kept about a user, as plain values (heads' numbers as bytes), or None."""
         users = sa.select(schema.users).where(schema.users.c.name == name)
         with self.reading() as connection:
             row = connection.execute(users).one_or_none()
             if row is None:
                 return None
-            of_user = {
-                table.name: _plain_rows(connection, table, row.key)
-                for table in reversed(schema.OF_USERS)
-            }
-            own_keys = keys.of_user(connection, name)
-        facts = {"user": name, "version": row.version, "created": row.created}
-        return {**facts, **of_user, "keys": own_keys}
+            export = {"user": name, "version": row.version, "created": row.created}
+            for table in reversed(schema.OF_USERS):
+                columns = [column for column in table.c if column.name != "user"]
+                rows = connection.execute(sa.select(*columns).where(table.c.user == row.key))
+                export[table.name] = [dict(found) for found in rows.mappings()]
+            return {**export, "keys": keys.of_user(connection, name)}
 
 
 def locked_user(connection: Connection, name: str) -> Any:
@@ -145,17 +129,7 @@ def locked_user(connection: Connection, name: str) -> Any:
 
 
 def check_version(found: Any, version: int | None) -> None:
-    """Check that the user's row has a version, if one is named.
-
-    Raises:
-        StaleVersion: it has another one, or there is no row.
-    """
+    """Raise StaleVersion if a version is named and the user's row has another, or is not there."""
     if version is not None and (found is None or found.version != version):
         now = found.version if found else "none"
         raise StaleVersion(f"the user is at version {now}, not {version}: read again")
-
-
-def _plain_rows(connection: Connection, table: sa.Table, user: int) -> list[dict[str, Any]]:
-    columns = [column for column in table.c if column.name != "user"]
-    rows = connection.execute(sa.select(*columns).where(table.c.user == user))
-    return [dict(row._mapping) for row in rows]

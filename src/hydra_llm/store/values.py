@@ -21,12 +21,14 @@ class ConflictingFeedback(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """What a server reads before it uses a user from its cache."""
+    """What a server reads before it uses a user from its cache.
+
+    `version` differs after every change of the user's records or heads; None: unknown user.
+    `bundle`: folder of the bundle that all servers of this store use; None if none was set.
+    """
 
     version: int | None
-    """Differs after every change of the user's records or heads; None for an unknown user."""
     bundle: str | None
-    """Folder of the bundle that all servers of this store use; None if none was set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +36,18 @@ class Added:
     """What became of records that were sent."""
 
     added: int = 0
-    changed: int = 0
-    """Known id, other content: replaced, at the same place in the user's order."""
+    changed: int = 0  # known id, other content: replaced, at the same place in the user's order
     unchanged: int = 0
-    replaced: tuple[Record, ...] = ()
-    """The changed ones, with the texts that they had before."""
+    replaced: tuple[Record, ...] = ()  # the changed ones, with the texts that they had before
 
 
 @dataclass(frozen=True, slots=True)
 class StoredHead:
     """One user's head of one scorer of one bundle."""
 
-    known: int
-    """How many of the user's records it has learned from."""
-    until: float
-    """Time of the latest of these records, in seconds since 1970; -inf if they have none."""
-    delta: bytes
-    """Little-endian float32 numbers, in the order of the head's parameters."""
+    known: int  # how many of the user's records it has learned from
+    until: float  # time of the latest of these, in seconds since 1970; -inf if they have none
+    delta: bytes  # little-endian float32 numbers, in the order of the head's parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +67,36 @@ class StoredFeedback:
     """Feedback on one answered request."""
 
     request: str
-    created: float
-    """When the request was answered: the order of feedback, whenever it arrived."""
+    created: float  # when the request was answered: the order of feedback, whenever it arrived
     content: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key. Its secret is kept nowhere, its hash in the store only."""
+    """An API key. Its secret is kept nowhere, its hash in the store only.
+
+    `users`: whom it may name (an admin's key: all). `bound`: made for one user, whom a request need
+    not name.
+    """
 
     id: str
     hash: str
     label: str
     admin: bool
     users: tuple[str, ...]
-    """The users whom it may name; an admin's key may name all."""
     created: float
     revoked: float | None
     bound: bool = False
-    """Whether it was made for one user, whom a request need not name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work that outlasts the request that asked for it."""
+    """Work that outlasts its request. `state`: waiting, running, done or failed."""
 
     id: str
     user: str
     kind: str
     state: str
-    """waiting, running, done or failed."""
     done: int
     total: int
     error: str
