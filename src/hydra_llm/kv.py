@@ -1,6 +1,5 @@
-"""SQLite files that keep what can be made again: an LLM's answers and an encoder's features.
-
-A disk that is full or read-only costs the cache, not the run. Several processes may share a file.
+"""SQLite caches, of an LLM's answers and an encoder's features. Several processes may share a file;
+a disk that is full or read-only costs the cache, not the run.
 """
 
 import logging
@@ -14,8 +13,7 @@ from hydra_llm.errors import UserFault
 
 log = logging.getLogger(__name__)
 
-BUSY_SECONDS = 30.0
-"""How long a write waits for another process that is writing."""
+BUSY_SECONDS = 30.0  # how long a write waits for another process
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 IN_MEMORY = ":memory:"
@@ -45,10 +43,9 @@ class CacheFile:
             self.connection = self._connect(path)
         except (OSError, sqlite3.OperationalError) as error:
             if required:
-                raise UserFault(
-                    f"{path}: cannot open the cache of {what} ({error}): name another folder by"
-                    " --cache or HYDRA_CACHE"
-                ) from None
+                fix = "name another folder by --cache or HYDRA_CACHE"
+                message = f"{path}: cannot open the cache of {what} ({error}): {fix}"
+                raise UserFault(message) from None
             self._replace(error)
         setup = f"{schema}PRAGMA secure_delete = ON;" if erases else schema
         try:
@@ -64,19 +61,14 @@ class CacheFile:
             raise self.fault(error) from None
 
     def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        """The rows of a query.
-
-        Raises:
-            UserFault: the file is damaged, held by another process, or cannot be read.
-        """
+        """The rows of a query; a `UserFault` where the file cannot be read."""
         try:
             return self.connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise self.fault(error) from None
 
     def write(self, *statements: tuple[str, Rows]) -> bool:
-        """Run each statement for each of its rows, all in one transaction; whether it was kept.
-        The first time that the disk refuses is logged.
+        """Run each statement for its rows, all in one transaction; False if the disk refused it.
 
         Raises:
             UserFault: the file is damaged.
@@ -94,12 +86,7 @@ class CacheFile:
 
     @contextmanager
     def deleting(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that deletes; then the write-ahead log is truncated, which would hold
-        what was deleted.
-
-        Raises:
-            UserFault: it could not be deleted.
-        """
+        """One transaction that deletes, also from the write-ahead log, or a `UserFault`."""
         try:
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
@@ -110,13 +97,11 @@ class CacheFile:
 
     def not_deleted(self, error: Exception | str) -> UserFault:
         """The fault that something could not be deleted."""
-        return UserFault(
-            f"{self.path}: {self.what} could not be deleted ({error}): delete the file, it is made"
-            " again"
-        )
+        fix = "delete the file, it is made again"
+        return UserFault(f"{self.path}: {self.what} could not be deleted ({error}): {fix}")
 
     def fault(self, error: sqlite3.Error | str) -> UserFault:
-        """What is wrong with the file, and what helps; a text tells of damage in its content."""
+        """What is wrong with the file, and what helps; a text says what is damaged in it."""
         code = sqlite3.SQLITE_CORRUPT
         if isinstance(error, sqlite3.Error):  # an extended code says more in its higher bits
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
@@ -143,7 +128,6 @@ class CacheFile:
 
     def _stop_keeping(self, error: Exception) -> None:
         if self.keeps:
-            log.warning(
-                "%s: cannot keep %s (%s): the run goes on without", self.path, self.what, error
-            )
+            message = "%s: cannot keep %s (%s): the run goes on without"
+            log.warning(message, self.path, self.what, error)
         self.keeps = False

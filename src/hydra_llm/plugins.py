@@ -6,8 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from hydra_llm.errors import SettingsError
 
-T = TypeVar("T")
-"""What every plug-in of a group is, such as a factory."""
+T = TypeVar("T")  # what every plug-in of a group is, such as a factory
 
 
 class Registry(Generic[T]):
@@ -19,8 +18,8 @@ class Registry(Generic[T]):
 
     def __init__(self, group: str, builtin: Mapping[str, str], kind: str = ""):
         self.group = group
+        # What error messages call one of them: by default the group's last word, singular.
         self.kind = kind or group.rpartition(".")[2].removesuffix("s").replace("_", " ")
-        """What error messages call one of them: by default the group's last word, singular."""
         self.builtin = {name: EntryPoint(name, path, group) for name, path in builtin.items()}
 
     def names(self) -> list[str]:
@@ -42,11 +41,10 @@ class Registry(Generic[T]):
         except Exception as error:  # a foreign module may raise anything when it is imported
             if name in self.builtin:
                 raise
-            package = f" of {point.dist.name}" if point.dist else ""
-            raise SettingsError(
-                f"the {self.kind} '{name}'{package} cannot be loaded from {point.value}"
-                f" ({type(error).__name__}: {' '.join(str(error).split())})"
-            ) from error
+            owner = f" of {point.dist.name}" if point.dist else ""
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            place = f"the {self.kind} '{name}'{owner} cannot be loaded from {point.value}"
+            raise SettingsError(f"{place} ({cause})") from error
         return loaded
 
     def _installed(self) -> dict[str, EntryPoint]:
@@ -64,6 +62,4 @@ HEADS: Registry[Any] = Registry(
         "bias": "hydra_llm.model.heads.linear:BiasHead",
     },
 )
-"""Kinds of a user's head: subclasses of `hydra_llm.model.heads.HeadKind`. Here, without torch, so
-that settings can be checked against their names.
-"""
+"""Kinds of a user's head (`model.heads.HeadKind`), here for settings that know no torch."""

@@ -23,8 +23,23 @@ from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import losses
 from hydra_llm.plugins import HEADS
 from hydra_llm.retrieve import Retriever, make_retriever
-from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, MetricSpec, Parsing, Task
+from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, Pairs, Parsing, Task
 from hydra_llm.types import Candidate, Generation, Query, Record
+
+TEXTS = ("a quiet night in the rain", "The Loud War of Stars", "rain")
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor, message: str) -> None:
+    assert torch.allclose(found.detach(), expected.detach(), atol=1e-5), message
+
+
+def _hashed(texts: Sequence[str]) -> NDArray[np.float32]:
+    """[N, 8] unit vectors of texts, without an encoder."""
+    rows = [np.random.default_rng(crc32(text.encode())).standard_normal(8) for text in texts]
+    wide = np.asarray(rows, dtype=np.float32).reshape(-1, 8)
+    unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return unit
+
 
 # ---- kinds of task
 
@@ -33,14 +48,12 @@ def check_task(task: Task | str, answers: Sequence[str] = ()) -> None:
     """Check the contract of a task's kind (`tasks.base.TaskKind`).
 
     `task` may be the name of a registered kind; one with a closed set then gets the labels 1 to 5.
-    `answers` are valid answers of a kind without labels; three texts by default.
+    `answers` are valid answers of a kind without labels; by default `TEXTS`.
     """
     if isinstance(task, str):
-        labels = ("1", "2", "3", "4", "5") if KINDS.load(task).closed else ()
+        labels = tuple("12345") if KINDS.load(task).closed else ()
         task = Task("checked", task, "Answer: {input}", labels)
-    answers = (
-        task.labels or answers or ("a quiet night in the rain", "The Loud War of Stars", "rain")
-    )
+    answers = task.labels or answers or TEXTS
     assert len(set(answers)) > 1, "at least two different answers are needed"
     restored = Task.from_json(task.to_json())
     assert restored.to_json() == task.to_json(), "task.json changes when it is read"
@@ -72,23 +85,17 @@ def _check_answers(task: Task, answers: Sequence[str]) -> None:
 
 def _check_metrics(task: Task, answers: Sequence[str]) -> None:
     golds = [*answers, answers[0]]
-    said: list[str | None] = [*reversed(answers), None]
+    pairs: Pairs = list(zip([*reversed(answers), None], golds, strict=True))
     for name, spec in task.metric_specs.items():
-
-        def rows(found: Sequence[str | None], gold: Sequence[str], name: str = name) -> Floats:
-            return task.strategy.metric_rows(name, list(zip(found, gold, strict=True)))
-
-        def value(rows: Floats, spec: MetricSpec = spec) -> float:
-            return float(spec.statistic(rows.sum(0, keepdims=True))[0])
-
-        every = rows(said, golds)
-        assert len(rows([], [])) == 0, f"{name} has rows of no queries"
-        for i, row in enumerate(every):
-            alone = rows(said[i : i + 1], golds[i : i + 1])
-            assert (alone == row).all(), f"{name}: a batch differs from one by one"
-        right, wrong = value(rows(golds, golds)), value(rows([None] * len(golds), golds))
-        assert np.isfinite([value(every), right, wrong]).all(), f"{name} is not finite"
-        assert spec.sign * right > spec.sign * wrong, f"{name} does not reward gold answers"
+        rows = partial(task.strategy.metric_rows, name)
+        assert len(rows([])) == 0, f"{name} has rows of no queries"
+        for pair, row in zip(pairs, rows(pairs), strict=True):
+            assert (rows([pair]) == row).all(), f"{name}: a batch differs from one by one"
+        right, wrong = [(gold, gold) for gold in golds], [(None, gold) for gold in golds]
+        sums = [rows(each).sum(0, keepdims=True) for each in (pairs, right, wrong)]
+        values = [float(spec.statistic(each)[0]) for each in sums]
+        assert np.isfinite(values).all(), f"{name} is not finite"
+        assert spec.sign * (values[1] - values[2]) > 0, f"{name} does not reward gold answers"
 
 
 def _check_side_features(task: Task, answers: Sequence[str]) -> None:
@@ -123,18 +130,9 @@ def _check_table(table: Floats, rows: int, names: Sequence[str]) -> None:
     assert np.isfinite(table).all(), "a side feature is not finite"
 
 
-def _hashed(texts: Sequence[str]) -> NDArray[np.float32]:
-    """[N, 8] unit vectors of texts, without an encoder."""
-    rows = [np.random.default_rng(crc32(text.encode())).standard_normal(8) for text in texts]
-    wide = np.asarray(rows, dtype=np.float32).reshape(-1, 8)
-    unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return unit
-
-
 # ---- LLMs
 
 ODD_TEXTS = ("", " ", "שלום 🦊 é\u2028", "{input} {% x %}", "a\0b", "cut \ud83d")
-"""What a message may hold: an LLM answers or refuses it, and fails in no other way."""
 
 
 def check_llm(llm: ChatLLM) -> None:
@@ -151,7 +149,9 @@ async def _check_llm(llm: ChatLLM) -> None:
     assert not missing, f"the identity names no {', '.join(sorted(missing))}"
     try:
         await _check_sampling(llm)
-        await _check_odd_texts(llm)
+        for text in ODD_TEXTS:
+            with suppress(LLMRefused):  # it answers or refuses, and fails in no other way
+                await _generate(llm, text, Sampling(max_tokens=2))
         if llm.identity["constrains"]:
             choices = ("red", "green 🦊")
             made = await _generate(llm, "Which?", Sampling(n=4, temperature=1.0, choices=choices))
@@ -175,12 +175,6 @@ async def _check_sampling(llm: ChatLLM) -> None:
         assert text.startswith(stopped.texts[0]), "a stop text changes what stands before it"
 
 
-async def _check_odd_texts(llm: ChatLLM) -> None:
-    for text in ODD_TEXTS:
-        with suppress(LLMRefused):
-            await _generate(llm, text, Sampling(max_tokens=2))
-
-
 async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
     """One call; what is true of every answer is checked."""
     messages = [{"role": "user", "content": text}]
@@ -201,8 +195,9 @@ async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
 
 
 def check_head(kind: type[HeadKind] | str) -> None:
-    """Check the contract of a kind of head (`model.heads.HeadKind`), on features of pairs and,
-    where it goes with them, of labels. `kind` may be a registered name.
+    """Check the contract of a kind of head (`model.heads.HeadKind`), or of a registered name.
+
+    It is checked on features of pairs and, where it goes with them, of labels.
     """
     made: type[HeadKind] = HEADS.load(kind) if isinstance(kind, str) else kind
     interactions = [Cross(6), *([LabelBilinear(6, 4, 3)] if made.on_labels else [])]
@@ -214,11 +209,8 @@ def check_head(kind: type[HeadKind] | str) -> None:
             if head.convex:
                 head.set_shared(torch.randn(interaction.size), torch.tensor(0.3))
         head.learn_shared([problem])
-        _check_shared(head, problem)
-        _check_fit(head, problem)
-        _check_bytes(head, problem)
-        _check_gradients(head, problem)
-        _check_update(head, problem)
+        for check in (_check_shared, _check_fit, _check_bytes, _check_gradients, _check_update):
+            check(head, problem)
 
 
 def _head_problem(interaction: Interaction) -> HeadProblem:
@@ -244,13 +236,11 @@ def _score(head: HeadKind, problem: HeadProblem, heads: Sequence[Head | None]) -
 
 
 def _check_shared(head: HeadKind, problem: HeadProblem) -> None:
-    shared = head.shared_score(problem.interaction, problem.x[0]).detach()
+    shared = head.shared_score(problem.interaction, problem.x[0])
     assert shared.shape == problem.offset[0].shape, "scores have another shape than [G, C]"
-    empty = Head.of(head.empty())
-    for each in (None, empty):
-        assert torch.allclose(_score(head, problem, [each] * 5), shared, atol=1e-5), (
-            "an empty history does not give exactly the shared score"
-        )
+    message = "an empty history does not give exactly the shared score"
+    for empty in (None, Head.of(head.empty())):
+        _assert_close(_score(head, problem, [empty] * 5), shared, message)
 
 
 def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
@@ -263,25 +253,22 @@ def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
         assert np.allclose(alone, own.numbers, atol=1e-3), "a head depends on who else is fitted"
     for g, score in enumerate(_score(head, problem, [together[g % 3] for g in range(5)])):
         one = head.score(problem.interaction, problem.x[0, g : g + 1], [together[g % 3]])
-        assert torch.allclose(one[0].detach(), score, atol=1e-5), "a batch differs from one by one"
+        _assert_close(one[0], score, "a batch differs from one by one")
     after = head.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items()), (
-        "fitting or scoring changes what all users share"
-    )
-    shared = head.shared_score(problem.interaction, problem.x[0]).detach()
-    assert torch.allclose(_score(head, problem, [None] * 5), shared, atol=1e-5), (
-        "something of a fitted user stays in the shared head"
-    )
+    same = all(torch.equal(value, after[name]) for name, value in before.items())
+    assert same, "fitting or scoring changes what all users share"
+    shared = head.shared_score(problem.interaction, problem.x[0])
+    message = "something of a fitted user stays in the shared head"
+    _assert_close(_score(head, problem, [None] * 5), shared, message)
 
 
 def _check_bytes(head: HeadKind, problem: HeadProblem) -> None:
     numbers = head.fit(problem)
     own = [Head.of(each) for each in numbers]
     before = _score(head, problem, [own[0]] * 5)
-    again = HeadMatrix.of(dict(zip(problem.users, own, strict=True)))
-    assert torch.equal(_score(head, problem, [again[problem.users[0]]] * 5), before), (
-        "a head is another one after it was kept"
-    )
+    stored = HeadMatrix.of(dict(zip(problem.users, own, strict=True)))[problem.users[0]]
+    again = _score(head, problem, [stored] * 5)
+    assert torch.equal(again, before), "a head is another one after it was kept"
     for each in numbers:
         each[...] = 7
     assert torch.equal(_score(head, problem, [own[0]] * 5), before), "a head shares memory"
@@ -309,9 +296,8 @@ def _check_gradients(head: HeadKind, problem: HeadProblem) -> None:
     with torch.no_grad():
         found = float(loss(numbers + step) - loss(numbers - step)) / 2
         expected = float((gradient * step).sum())
-    assert abs(found - expected) <= 1e-3 + 0.02 * abs(expected), (
-        "the gradient of the loss is not that of finite differences"
-    )
+    message = "the gradient of the loss is not that of finite differences"
+    assert abs(found - expected) <= 1e-3 + 0.02 * abs(expected), message
 
 
 def _check_update(head: HeadKind, problem: HeadProblem) -> None:
@@ -331,21 +317,21 @@ def _check_update(head: HeadKind, problem: HeadProblem) -> None:
     assert not fitted.numbers.any(), "feedback changes its argument"
     spread = head.covariance(own.interaction, own.x[0, :1], posterior, torch.tensor(1.0), 0)
     assert spread is not None, "a posterior without a covariance"
-    spread = spread.detach()
-    assert torch.allclose(spread, spread.T, atol=1e-5), "the covariance is not symmetric"
-    assert float(spread.diagonal().min()) >= -1e-6, "a variance is negative"
+    _assert_close(spread, spread.T, "the covariance is not symmetric")
+    assert float(spread.detach().diagonal().min()) >= -1e-6, "a variance is negative"
 
 
 # ---- retrievers
 
 
 def check_retriever(retriever: Retriever | str) -> None:
-    """Check the contract of a retriever (`retrieve.Retriever`), or of the one registered under a
-    name: at most m of the given records, best first, each once; deterministic; empty histories and
-    odd texts are no error; nothing given is changed, and nothing leaks from one user to another.
+    """Check the contract of a retriever (`retrieve.Retriever`), or of a registered name.
+
+    It finds at most m of the given records, best first, each once; it is deterministic, takes empty
+    histories and odd texts, changes nothing, and leaks nothing from one user to another.
     """
     if isinstance(retriever, str):
-        retriever = make_retriever(retriever, embed=_word_lengths)
+        retriever = make_retriever(retriever, embed=_hashed)
     texts = ("rain at night", "", "the of and", "\u05e9\u05dc\u05d5\u05dd", "rain", "rain")
     records = [Record("u", str(i), text, f"answer {i}", position=i) for i, text in enumerate(texts)]
     query, before = Query("u", "q", "rain at night"), list(records)
@@ -373,8 +359,3 @@ def _check_found(retriever: Retriever, query: Query, records: Sequence[Record], 
     assert np.isfinite(scores).all(), "a score is not finite"
     assert scores == sorted(scores, reverse=True), "not best first"
     assert retriever.retrieve(query, records, m) == found, "not deterministic"
-
-
-def _word_lengths(texts: Sequence[str]) -> NDArray[np.float32]:
-    """A stand-in encoder: [N, 2]."""
-    return np.array([[len(text) + 1, len(text.split()) + 1] for text in texts], dtype=np.float32)

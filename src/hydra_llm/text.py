@@ -2,9 +2,7 @@
 
 
 def repair(text: str) -> str:
-    """Lone surrogates become U+FFFD, NUL a blank: JSON and an answer cut inside an emoji hold them,
-    but UTF-8 and C strings do not.
-    """
+    """Lone surrogates, which JSON may hold but UTF-8 cannot, become U+FFFD; NUL becomes a blank."""
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\0", " ")
@@ -16,9 +14,7 @@ def fold(text: str) -> str:
 
 
 def text_fault(text: str, may_be_empty: bool = False) -> str:
-    """What makes a text unusable, or ''. NUL cannot pass through C strings, half a surrogate pair
-    cannot be encoded.
-    """
+    """What makes a text unusable, or ''."""
     if not text.strip() and not may_be_empty:
         return "is empty"
     if "\0" in text:

@@ -26,50 +26,37 @@ class Oracle:
     task: Task
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
-        gains = [
-            self.task.gain(each.answer, context.query.gold or "") if each.votes else -1.0
-            for each in candidates
-        ]
+        gold = context.query.gold or ""
+        gains = [self.task.gain(c.answer, gold) if c.votes else -1.0 for c in candidates]
         return Selection(list(candidates), gains.index(max(gains)))
 
 
 @dataclass(frozen=True)
 class NthSample:
-    """The LLM's sample of this index; the mean over all indices is the expected score of a
-    uniformly random sample.
-    """
+    """The LLM's sample of this index; their mean is the expected score of a random sample."""
 
     place: int
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
-        samples = [
-            place for place, candidate in enumerate(candidates) for _ in range(candidate.votes)
-        ] or [0]
+        samples = [i for i, c in enumerate(candidates) for _ in range(c.votes)] or [0]
         return Selection(list(candidates), samples[self.place % len(samples)])
 
 
 @dataclass(frozen=True)
 class ByVoteShare:
-    """Vote shares as the distribution: the mode (self-consistency), or the highest expected gain
-    (minimum Bayes risk).
-    """
+    """By vote shares the mode (self-consistency) or the best expected gain (minimum Bayes risk)."""
 
     task: Task
     how: str
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
-        readable = [
-            place
-            for place, candidate in enumerate(candidates)
-            if candidate.answer is not None and candidate.votes
-        ]
-        if not readable:
+        parsed = [i for i, c in enumerate(candidates) if c.answer is not None and c.votes]
+        if not parsed:
             return Selection(list(candidates), 0)
-        votes = np.array([float(candidates[place].votes) for place in readable])
-        pick = select(
-            self.task, [candidates[i] for i in readable], votes, votes / votes.sum(), self.how
-        )
-        return Selection(list(candidates), readable[pick])
+        votes = np.array([float(candidates[i].votes) for i in parsed])
+        among = [candidates[i] for i in parsed]
+        pick = select(self.task, among, votes, votes / votes.sum(), self.how)
+        return Selection(list(candidates), parsed[pick])
 
 
 # ---- without any LLM
@@ -86,18 +73,14 @@ class WithoutLLM:
         started = perf_counter()
         context = self.personalizer.context_of(query)
         text = self.answer(query, context.visible)
-        candidate = Candidate(text, text)
-        seconds = {"retrieve": perf_counter() - started}
-        return Answer(
-            text, Proposal(query, (), (), (), (candidate,), seconds=seconds), (candidate,), 0
-        )
+        candidates, seconds = (Candidate(text, text),), {"retrieve": perf_counter() - started}
+        proposal = Proposal(query, (), (), (), candidates, seconds=seconds)
+        return Answer(text, proposal, candidates, 0)
 
 
 @dataclass(frozen=True)
 class ScorerOnly:
-    """All labels by the factorized scorer, without the LLM's votes: the difference to `hydra` is
-    what the LLM adds.
-    """
+    """All labels by the scorer, without the LLM's votes: what `hydra` is better by is the LLM's."""
 
     personalizer: Personalizer
 

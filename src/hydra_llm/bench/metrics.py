@@ -1,9 +1,8 @@
 """Metrics of parsed answers against gold ones, kept so that a bootstrap can resample them.
 
-A metric is a function of sums over queries (sufficient statistics): the same few lines give its
-value and its 10,000 bootstrap values, for means as for RMSE, macro-F1 and BLEU. Which metrics there
-are is the task kind's (`tasks/`). An answer that cannot be parsed (None) counts as wrong; one whose
-call failed (`Failed`) is NaN and counted, never 0. Knows neither users nor LLMs.
+A metric of a task kind (`tasks/`) is a function of sums over queries (sufficient statistics), for
+its value as for its bootstrap values. An answer that cannot be parsed (None) counts as wrong; one
+whose call failed (`Failed`) is NaN and counted, never 0.
 """
 
 from collections.abc import Sequence
@@ -27,14 +26,10 @@ class Metric:
     """A metric's value and what it was computed from. Letters: N queries, S sums."""
 
     spec: MetricSpec
-    value: float
-    """NaN where no query was scored."""
-    rows: Floats
-    """[N, S] sufficient statistics of each query; NaN where its call failed."""
-    failed: int = 0
-    """Queries without an answer, not in `value`."""
-    unparsable: int = 0
-    """Queries whose answer could not be parsed; in `value` as wrong."""
+    value: float  # NaN where no query was scored
+    rows: Floats  # [N, S] sufficient statistics of each query; NaN where its call failed
+    failed: int = 0  # queries without an answer, not in `value`
+    unparsable: int = 0  # queries whose answer could not be parsed, in `value` as wrong
 
 
 def score(
