@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from hydra_llm.bench.method import per_sample
+from hydra_llm.bench.metrics import Metric
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import scored
 from hydra_llm.bench.stats import Paired, paired
@@ -20,35 +21,31 @@ from hydra_llm.tasks.base import Task
 POWER = 2.8
 """Standard errors of a difference found with power 0.8 at the 5 % level: 1.96 + 0.84."""
 
+Pair = tuple[Sample, Sample]
+
 
 @dataclass(frozen=True)
 class Comparison:
     """A method minus a baseline, on the queries that both answered."""
 
     metrics: Mapping[str, Paired]
-    wins: int
-    """Users whose mean gain is higher."""
+    wins: int  # users whose mean gain is higher
     ties: int
     losses: int
-    worst_tenth: float
-    """Mean change of gain of the tenth of users who lose most (at least one user)."""
+    worst_tenth: float  # mean change of gain of the tenth of users who lose most (at least one)
     needed: Mapping[str, int | None]
     """Metric → queries needed to show the difference as it is; None if there is none."""
 
     def to_json(self) -> dict[str, Any]:
-        metrics = {name: found._asdict() for name, found in self.metrics.items()}
+        metrics = {name: each._asdict() for name, each in self.metrics.items()}
         return {**asdict(self), "metrics": metrics}
-
-
-Pair = tuple[Sample, Sample]
 
 
 def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Comparison:
     """How the samples of one method differ from those of another."""
     pairs = pair(own, base)
-    users = [sample.user for sample, _ in pairs]
     queries = len({(sample.user, sample.query) for sample, _ in pairs})
-    ours, theirs = (scored(task, [each[side] for each in pairs]) for side in (0, 1))
+    ours, theirs, users = scored_pairs(task, pairs)
     metrics = {name: paired(ours[name], theirs[name], users) for name in ours}
     changes = np.array(list(changes_by_user(task, pairs).values()))
     worst = np.sort(changes)[: max(1, len(changes) // 10)]
@@ -58,8 +55,16 @@ def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Compar
         ties=int((changes == 0).sum()),
         losses=int((changes < 0).sum()),
         worst_tenth=float(worst.mean()) if len(worst) else math.nan,
-        needed={name: queries_needed(found, queries) for name, found in metrics.items()},
+        needed={name: queries_needed(each, queries) for name, each in metrics.items()},
     )
+
+
+def scored_pairs(
+    task: Task, pairs: Sequence[Pair]
+) -> tuple[dict[str, Metric], dict[str, Metric], list[str]]:
+    """The metrics of both sides, and the user of each pair."""
+    ours, theirs = (scored(task, [each[side] for each in pairs]) for side in (0, 1))
+    return ours, theirs, [sample.user for sample, _ in pairs]
 
 
 def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
@@ -67,25 +72,26 @@ def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
     with each of the other's; a method that answers once per sample has no seeds, so that each of
     its samples is paired with each of the other's.
     """
-    ours, theirs = (_by_query(samples) for samples in (own, base))
+    sides = _by_query(own), _by_query(base)
     no_seeds = any(per_sample(samples[0].method) for samples in (own, base) if samples)
-    common = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    return [each for sides in common for each in _pair_seeds(*sides, no_seeds)]
+    pairs: list[Pair] = []
+    for query, ours in sides[0].items():
+        theirs = sides[1].get(query, {})
+        if 1 in (len(ours), len(theirs)) or (no_seeds and ours.keys() != theirs.keys()):
+            pairs += [
+                (ours[one], theirs[other]) for one in sorted(ours) for other in sorted(theirs)
+            ]
+        else:
+            pairs += [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return pairs
 
 
 def _by_query(samples: Sequence[Sample]) -> dict[tuple[str, str], dict[int, Sample]]:
-    found: dict[tuple[str, str], dict[int, Sample]] = {}
+    """(user, query) → seed → sample."""
+    seeds: dict[tuple[str, str], dict[int, Sample]] = {}
     for sample in samples:
-        found.setdefault((sample.user, sample.query), {})[sample.seed] = sample
-    return found
-
-
-def _pair_seeds(
-    ours: Mapping[int, Sample], theirs: Mapping[int, Sample], no_seeds: bool
-) -> list[Pair]:
-    if len(ours) == 1 or len(theirs) == 1 or (no_seeds and ours.keys() != theirs.keys()):
-        return [(ours[one], theirs[other]) for one in sorted(ours) for other in sorted(theirs)]
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        seeds.setdefault((sample.user, sample.query), {})[sample.seed] = sample
+    return seeds
 
 
 def changes_by_user(task: Task, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -99,11 +105,11 @@ def changes_by_user(task: Task, pairs: Sequence[Pair]) -> dict[str, float]:
     return {user: round(float(np.mean(values)), 12) for user, values in changes.items()}
 
 
-def queries_needed(found: Paired, queries: int) -> int | None:
+def queries_needed(change: Paired, queries: int) -> int | None:
     """Queries, of more users, that show the difference with power 0.8; None without one."""
-    if found.users < 2 or not found.difference:
+    if change.users < 2 or not change.difference:
         return None
-    error = (found.high - found.low) / (2 * float(stdtrit(found.users - 1, 0.975)))
+    error = (change.high - change.low) / (2 * float(stdtrit(change.users - 1, 0.975)))
     if not error > 0:
         return None
-    return math.ceil(round(queries * (POWER * error / abs(found.difference)) ** 2, 6))
+    return math.ceil(round(queries * (POWER * error / abs(change.difference)) ** 2, 6))

@@ -6,8 +6,8 @@ their tokens and seconds stand for the others'. The reranker's order, which is n
 learning, is taken to differ from the retriever's: an upper bound. Knows no tables.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -26,22 +26,12 @@ from hydra_llm.llm.meter import Prices
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.rerank import record_text
+from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
-from hydra_llm.training.labelling import (
-    adapter_groups,
-    offers_all,
-    reranker_groups,
-    training_queries,
-)
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
-SAMPLE = 5
-"""Calls that are really made."""
-ENCODED = 64
-"""Texts that are really encoded."""
-
-
-# ---- the estimate
+SAMPLE, ENCODED = 5, 64
+"""Calls that are really made, and texts that are really encoded."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +39,12 @@ class StageEstimate:
     """The cost of a stage beyond the stages before it."""
 
     stage: str
-    kept: int
-    """Calls that the cache answers."""
-    calls: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    seconds: float
-    """Of the LLM, one call after the other."""
+    kept: int = 0  # calls that the cache answers
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0  # of the LLM, one call after the other
 
 
 @dataclass(frozen=True)
@@ -64,14 +52,10 @@ class CostEstimate:
     """What a run will cost."""
 
     stages: tuple[StageEstimate, ...]
-    sampled: int
-    """Calls that were made to measure tokens and seconds."""
-    parallel: int = 1
-    """Calls at once."""
-    texts: int = 0
-    """Records and queries to encode; pairs (features=cross) are not counted."""
-    encoding: float = 0.0
-    """Seconds to encode them."""
+    sampled: int  # calls that were made to measure tokens and seconds
+    parallel: int = 1  # calls at once
+    texts: int = 0  # records and queries to encode; pairs (features=cross) are not counted
+    encoding: float = 0.0  # seconds to encode them
 
     @property
     def seconds(self) -> float:
@@ -80,16 +64,17 @@ class CostEstimate:
 
     @property
     def total(self) -> StageEstimate:
-        names = ("kept", "calls", "prompt_tokens", "completion_tokens", "cost", "seconds")
-        sums = {name: sum(getattr(stage, name) for stage in self.stages) for name in names}
-        return StageEstimate("total", **sums)
+        names = [field.name for field in fields(StageEstimate)[1:]]
+        return StageEstimate(
+            "total", *(sum(getattr(s, name) for s in self.stages) for name in names)
+        )
 
     def to_json(self) -> dict[str, Any]:
-        names = ("sampled", "parallel", "texts", "encoding", "seconds")
         return {
             "stages": [asdict(stage) for stage in self.stages],
             "total": asdict(self.total),
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in ("sampled", "parallel", "texts", "encoding")},
+            "seconds": self.seconds,
         }
 
 
@@ -105,18 +90,35 @@ def estimate_cost(
     encoding = run_sync(partial(_go_through, experiment, llm, progress, bundle))
     calls = list(llm.missing.values())
     chosen = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
-    measured = run_sync(partial(_measure, experiment.llm, chosen))
+    made, usage = run_sync(partial(_measure, experiment.llm, chosen))
     prices = Prices(settings.price_prompt, settings.price_completion)
-    stages = [
-        measured.stage_cost(
-            name,
-            len(llm.kept.get(name, ())),
-            [call for call in calls if call.stage == name],
-            prices,
-        )
-        for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)])
+    stages = []
+    for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)]):
+        own = [call for call in calls if call.stage == name]
+        expected = _expected(own, made, usage)
+        prompt, completion = expected.prompt_tokens, expected.completion_tokens
+        counts = len(llm.kept.get(name, ())), len(own), prompt, completion
+        stages.append(StageEstimate(name, *counts, prices.cost(expected), expected.seconds))
+    return CostEstimate(tuple(stages), len(made), experiment.llm.parallel, *encoding)
+
+
+def estimate_rows(cost: CostEstimate) -> list[dict[str, Any]]:
+    """A row per stage, for the encoder, and the total; minutes are wall-clock time."""
+    encode = StageEstimate(f"encode {cost.texts} texts")
+    rows = [(stage, stage.seconds / cost.parallel) for stage in cost.stages]
+    rows += [(encode, cost.encoding)] if cost.texts else []
+    return [
+        {
+            "stage": stage.stage,
+            "kept": stage.kept,
+            "calls": stage.calls,
+            "prompt tokens": stage.prompt_tokens,
+            "answer tokens": stage.completion_tokens,
+            "money": round(stage.cost, 4),
+            "minutes": round(seconds / 60, 1),
+        }
+        for stage, seconds in [*rows, (cost.total, cost.seconds)]
     ]
-    return CostEstimate(tuple(stages), len(measured.calls), experiment.llm.parallel, *encoding)
 
 
 # ---- the calls of a run
@@ -124,16 +126,11 @@ def estimate_cost(
 
 @dataclass(frozen=True)
 class PendingCall:
-    """One call that is still to be made."""
+    """One call that is still to be made; its `n` is the number of texts that are missing."""
 
     stage: str
     messages: Sequence[Message]
     sampling: Sampling
-    """Its `n` is the number of texts that are missing."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(estimate(message["content"]) + PER_MESSAGE for message in self.messages)
 
 
 @dataclass
@@ -144,8 +141,7 @@ class DryRunLLM:
     labels: Sequence[str]
     stage: str = ""
     missing: dict[str, PendingCall] = field(default_factory=dict)
-    kept: dict[str, set[str]] = field(default_factory=dict)
-    """Stage → keys that the cache holds."""
+    kept: dict[str, set[str]] = field(default_factory=dict)  # stage → keys that the cache holds
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -181,9 +177,9 @@ class UnlearnedParts(Parts):
     def personalizer(
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
     ) -> Personalizer:
-        made = super().personalizer(rerank=rerank, adapt=adapt, **settings)
+        pipeline = super().personalizer(rerank=rerank, adapt=adapt, **settings)
         unknown = rerank and self.bundle.reranker is None
-        return replace(made, reranker=ReversedOrder()) if unknown else made
+        return replace(pipeline, reranker=ReversedOrder()) if unknown else pipeline
 
 
 async def _go_through(
@@ -192,24 +188,22 @@ async def _go_through(
     """Returns how many texts are still to be encoded, and the seconds for them."""
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
+    methods, learns = experiment.methods, bundle is None and experiment.learns
     if bundle is None:
         records = {user: data.answered(user) for user in training}
         records |= {user: in_order(data.history(user)) for user in new}
         blank = blank_bundle(data.task, llm, settings, records)
-        known, methods = replace(blank, trained_on=tuple(training)), experiment.methods
+        bundle = replace(blank, trained_on=tuple(training))
     else:
-        known = bundle
-        methods = usable_methods(experiment.methods, [bundle], lambda line: None)
-    visible = {**known.records, **{user: data.history(user) for user in new}}
-    parts = UnlearnedParts(known, llm, settings, visible)
-    learns = bundle is None and experiment.learns
+        methods = usable_methods(methods, [bundle], lambda line: None)
+    visible = {**bundle.records, **{user: data.history(user) for user in new}}
+    parts = UnlearnedParts(bundle, llm, settings, visible)
     if learns:
-        await _label(
-            parts, llm, "label", training[: settings.labelled_users], (settings.retrieved > 0, True)
-        )
-        asks_llm = settings.reranker_labels == "llm", not offers_all(data.task, settings)
-        await _label(parts, llm, "fit", new, asks_llm)
-    fitted = [user for user in new if user in known.records]
+        labelled = training[: settings.labelled_users]
+        await _label(parts, llm, "label", labelled, (settings.retrieved > 0, True))
+        needs_llm = settings.reranker_labels == "llm", not labelling.offers_all(data.task, settings)
+        await _label(parts, llm, "fit", new, needs_llm)
+    fitted = [user for user in new if user in bundle.records]
     queries = chosen_queries(data, fitted, experiment.limit)
     for place, method in enumerate(methods):
         progress("plan", place, len(methods))
@@ -224,21 +218,18 @@ async def _label(
     llm: DryRunLLM,
     stage: str,
     users: Sequence[str],
-    asked: tuple[bool, bool],
+    needs_llm: tuple[bool, bool],
 ) -> None:
-    """Label the users' records; `asked`: whether records, and whether candidates need the LLM."""
+    """Label the users' records; `needs_llm`: whether labels of records, and of candidates do."""
     task, count = parts.bundle.task, parts.settings.queries_per_user
-    queries = [
-        query
-        for user in users
-        for query in training_queries(task, in_order(parts.records[user]), count)
-    ]
-    if asked[0]:
+    histories = (in_order(parts.records[user]) for user in users)
+    queries = [q for own in histories for q in labelling.training_queries(task, own, count)]
+    if needs_llm[0]:
         llm.stage = f"{stage} records"
-        await reranker_groups(parts.personalizer(), queries)
-    if asked[1]:
+        await labelling.reranker_groups(parts.personalizer(), queries)
+    if needs_llm[1]:
         llm.stage = f"{stage} candidates"
-        await adapter_groups(parts.personalizer(rerank=True), queries)
+        await labelling.adapter_groups(parts.personalizer(rerank=True), queries)
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
@@ -259,36 +250,9 @@ def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> t
 # ---- their tokens and seconds
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A few calls that were made, and their usage."""
-
-    calls: tuple[PendingCall, ...]
-    usage: Usage
-
-    def stage_cost(
-        self, name: str, kept: int, own: Sequence[PendingCall], prices: Prices
-    ) -> StageEstimate:
-        """By estimated tokens of prompts and number of answers, as in the measured calls."""
-        usage = self.usage
-        ratio = usage.prompt_tokens / max(1, _prompt_tokens(self.calls)) or 1.0
-        prompt = round(ratio * _prompt_tokens(own))
-        completion = round(usage.completion_tokens / max(1, _texts(self.calls)) * _texts(own))
-        second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
-        cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
-        seconds = second * (prompt + completion)
-        return StageEstimate(name, kept, len(own), prompt, completion, cost, seconds)
-
-
-def _prompt_tokens(calls: Iterable[PendingCall]) -> int:
-    return sum(call.prompt_tokens for call in calls)
-
-
-def _texts(calls: Iterable[PendingCall]) -> int:
-    return sum(call.sampling.n for call in calls)
-
-
-async def _measure(llm: CachedLLM, sample: Sequence[PendingCall]) -> Measured:
+async def _measure(
+    llm: CachedLLM, sample: Sequence[PendingCall]
+) -> tuple[list[PendingCall], Usage]:
     """Make a few of the calls; one that fails measures nothing."""
     usage, made, faults = Usage(), [], []
     for call in sample:
@@ -299,29 +263,20 @@ async def _measure(llm: CachedLLM, sample: Sequence[PendingCall]) -> Measured:
             faults.append(error)
     if faults and not made:
         raise faults[0]
-    return Measured(tuple(made), usage)
+    return made, usage
 
 
-# ---- for people
+def _expected(calls: Sequence[PendingCall], made: Sequence[PendingCall], usage: Usage) -> Usage:
+    """By estimated tokens of prompts and number of answers, as in the calls that were made."""
+    ratio = usage.prompt_tokens / max(1, _prompt_tokens(made)) or 1.0
+    prompt, texts = round(ratio * _prompt_tokens(calls)), sum(call.sampling.n for call in calls)
+    per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in made))
+    completion = round(per_text * texts)
+    second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
+    seconds = second * (prompt + completion)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, seconds=seconds)
 
 
-def estimate_rows(found: CostEstimate) -> list[dict[str, Any]]:
-    """A row per stage, for the encoder, and the total; minutes are wall-clock time."""
-    parallel = found.parallel
-    stages = list(found.stages)
-    if found.texts:
-        name = f"encode {found.texts} texts"
-        stages.append(StageEstimate(name, 0, 0, 0, 0, 0.0, found.encoding * parallel))
-    stages.append(replace(found.total, seconds=found.seconds * parallel))
-    return [
-        {
-            "stage": stage.stage,
-            "kept": stage.kept,
-            "calls": stage.calls,
-            "prompt tokens": stage.prompt_tokens,
-            "answer tokens": stage.completion_tokens,
-            "money": round(stage.cost, 4),
-            "minutes": round(stage.seconds / parallel / 60, 1),
-        }
-        for stage in stages
-    ]
+def _prompt_tokens(calls: Sequence[PendingCall]) -> int:
+    messages = (message for call in calls for message in call.messages)
+    return sum(estimate(message["content"]) + PER_MESSAGE for message in messages)

@@ -36,14 +36,10 @@ class Experiment:
     settings: Settings
     methods: Sequence[Method]
     out: Path
-    users: int | None = None
-    """At most so many new users."""
-    limit: int | None = None
-    """Each one's first queries."""
-    seeds: tuple[int, ...] = ()
-    """Seeds of the learned parts; the settings' own if empty."""
-    fit: bool = True
-    """Without it new users have records and no head: the shared heads answer for them."""
+    users: int | None = None  # at most so many new users
+    limit: int | None = None  # each one's first queries
+    seeds: tuple[int, ...] = ()  # of the learned parts; the settings' own if empty
+    fit: bool = True  # without it the shared heads answer for new users, with their records
 
     @property
     def new_users(self) -> list[str]:
@@ -57,12 +53,11 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of an experiment."""
+    """The result of an experiment; `learning` has each seed's report of learning and fitting."""
 
     log: RunLog
     samples: list[Sample]
     learning: list[dict[str, Any]]
-    """One entry per seed: the report of learning and fitting."""
 
 
 def run_experiment(
@@ -79,14 +74,24 @@ def run_experiment(
     # before anything is learned: a refused command changes nothing
     log = RunLog(experiment.out, manifest(experiment, bundle))
     bundles = {0: bundle} if bundle is not None else learned_bundles(experiment, progress, say)
-    parts = [_parts(experiment, seed, each) for seed, each in bundles.items()]
-    names = [user for user in experiment.new_users if user in parts[0].bundle.records]
-    queries = chosen_queries(experiment.data, names, experiment.limit)
+    first = next(iter(bundles.values()))
+    own = {u: experiment.data.history(u) for u in experiment.new_users if u in first.records}
+    queries = chosen_queries(experiment.data, list(own), experiment.limit)
     if not queries:
         raise DataError("no new user with a head has a query: fit them first")
+    parts = [
+        Parts(each, experiment.llm, experiment.settings, {**each.records, **own}, seed)
+        for seed, each in bundles.items()
+    ]
     methods = usable_methods(experiment.methods, list(bundles.values()), say)
-    _report_shared_heads(parts[0], queries, say)
-    log.complete(late_manifest(parts, queries))
+    context_of = parts[0].personalizer().context_of
+    if shared := sum(bool(context_of(query).notes) for query in queries):
+        say(
+            f"{shared} of {len(queries)} queries precede records that their user's head was fitted"
+            " on: the shared head answers them"
+        )
+    weights = {str(seed): each.weights for seed, each in bundles.items()}
+    log.complete({"weights": weights, "trained_on": len(first.trained_on), **_counts(queries)})
     samples = run_sync(partial(run_methods, methods, parts, queries, log, progress))
     return Outcome(log, samples, [{"seed": seed, **each.report} for seed, each in bundles.items()])
 
@@ -115,16 +120,6 @@ def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Sa
     return usable
 
 
-def _parts(experiment: Experiment, seed: int, bundle: Bundle) -> Parts:
-    known = [user for user in experiment.new_users if user in bundle.records]
-    own = {user: experiment.data.history(user) for user in known}
-    records = {**bundle.records, **own}
-    return Parts(bundle, experiment.llm, experiment.settings, records, seed)
-
-
-# ---- the bundles
-
-
 def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -> dict[int, Bundle]:
     """One bundle per seed, learned and fitted in the run's folder unless it is there already.
     Without a method that uses a learned part, nothing is learned and no call is made.
@@ -134,13 +129,13 @@ def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -
         records = {user: in_order(data.history(user)) for user in experiment.new_users}
         blank = blank_bundle(data.task, experiment.llm, settings, records)
         return {settings.training_seed: blank}
-    found: dict[int, Bundle] = {}
+    bundles: dict[int, Bundle] = {}
     for seed in experiment.seeds or (settings.training_seed,):
         folder = experiment.out / (f"bundle-{seed}" if experiment.seeds else "bundle")
         seeded = settings.model_copy(update={"fit_seed": seed}) if experiment.seeds else settings
-        first = next(iter(found.values()), None)
-        found[seed] = learned_bundle(experiment, seeded, folder, progress, say, first)
-    return found
+        first = next(iter(bundles.values()), None)
+        bundles[seed] = learned_bundle(experiment, seeded, folder, progress, say, first)
+    return bundles
 
 
 def learned_bundle(
@@ -152,26 +147,22 @@ def learned_bundle(
     first: Bundle | None = None,
 ) -> Bundle:
     """Learn a bundle with the reranker of `first`, and fit the new users that it lacks."""
-    data, llm = experiment.data, experiment.llm
+    data, llm, new = experiment.data, experiment.llm, experiment.new_users
     if not (folder / "config.json").exists():
         learned = learn(data, llm, settings, out=folder, progress=progress, first=first)
         for line in [*learned.notes, *learned.failures[:3]]:
             say(line)
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
-        own = {user: data.history(user) for user in experiment.new_users}
+        own = {user: data.history(user) for user in new}
         return replace(bundle.without_heads(), records={**bundle.records, **own})
-    missing = [user for user in experiment.new_users if user not in bundle.records]
-    if missing:
+    if missing := [user for user in new if user not in bundle.records]:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
         stages = {"users": len(missing), "stages": fitted.stages_json()}
         report = {**fitted.bundle.report, "fitted": stages}
         replace(fitted.bundle, report=report).save(folder)
         bundle = Bundle.load(folder, here=settings)
     return bundle
-
-
-# ---- the manifest
 
 
 def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, Any]:
@@ -191,28 +182,12 @@ def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, 
         "task": experiment.data.task.to_json(),
         "llm": dict(experiment.llm.identity),
         "seeds": list(experiment.seeds),
-        "chosen": {"users": len({query.user for query in queries}), "queries": len(queries)},
+        "chosen": _counts(queries),
         "settings": experiment.settings.stored(),
         **({} if experiment.fit else {"fit": False}),
         **({"learns": experiment.learns} if bundle is None else {"weights": {"0": bundle.weights}}),
     }
 
 
-def late_manifest(parts: Sequence[Parts], queries: Sequence[Query]) -> dict[str, Any]:
-    """What is known after learning; the queries are those of users who could be fitted."""
-    return {
-        "weights": {str(part.seed): part.bundle.weights for part in parts},
-        "trained_on": len(parts[0].bundle.trained_on),
-        "users": len({query.user for query in queries}),
-        "queries": len(queries),
-    }
-
-
-def _report_shared_heads(parts: Parts, queries: Sequence[Query], say: Say) -> None:
-    """Report how many queries precede some records that their user's head was fitted on."""
-    context_of = parts.personalizer().context_of
-    if shared := sum(bool(context_of(query).notes) for query in queries):
-        say(
-            f"{shared} of {len(queries)} queries precede records that their user's head was fitted"
-            " on: the shared head answers them"
-        )
+def _counts(queries: Sequence[Query]) -> dict[str, int]:
+    return {"users": len({query.user for query in queries}), "queries": len(queries)}

@@ -5,7 +5,7 @@ run loses at most one line. Knows no methods and no LLM.
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +16,9 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.types import Usage
 
 FORMAT = 4
-NOT_COMPARED = ("commit",)
-"""Entries of a manifest in which two runs that continue each other may differ."""
-LATE = ("weights", "trained_on", "users", "queries")
-"""Entries that are known only after learning; the others are compared before it."""
+NOT_COMPARED = ("commit",)  # entries in which two runs that continue each other may differ
+LATE = ("weights", "trained_on", "users", "queries")  # entries known only after learning
+Key = tuple[str, str, str, int]  # method, user, query, seed
 
 
 def commit() -> str | None:
@@ -27,20 +26,16 @@ def commit() -> str | None:
     describe = ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.strip() or None
+    return output.strip() or None
 
 
 def versions() -> dict[str, str]:
     """What the figures of a run depend on beside its settings."""
     libraries = {name: version(name) for name in ("torch", "transformers")}
     return {"hydra_llm": __version__, "python": platform.python_version(), **libraries}
-
-
-Key = tuple[str, str, str, int]
-"""Method, user, query, seed."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,12 @@ class Sample:
         return Usage(prompt_tokens=self.tokens - completion, completion_tokens=completion)
 
 
-# ---- writing
+def by_method(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Method → its samples, in the order in which methods first appear."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.method, []).append(sample)
+    return groups
 
 
 class RunLog:
@@ -111,7 +111,12 @@ class RunLog:
             ) from None
         self._begin(_as_json({"format": FORMAT, **versions(), "commit": commit(), **manifest}))
         if self._file.exists():
-            self._read()
+            samples, whole = _samples(self._file)
+            if whole != self._file.stat().st_size:  # the line in which the run was killed
+                with self._file.open("r+b") as file:
+                    file.truncate(whole)
+            # failed samples are tried again
+            self.samples |= {sample.key: sample for sample in samples if not sample.error}
 
     def complete(self, late: Mapping[str, Any]) -> None:
         """Add what the run has learned to the manifest.
@@ -119,38 +124,32 @@ class RunLog:
         Raises:
             SettingsError: it learned something else before.
         """
-        found, wanted = self._found() or {}, _as_json(late)
-        known = [name for name in wanted if name in found]
-        self._refuse_other(
-            {name: found[name] for name in known}, {name: wanted[name] for name in known}
-        )
-        if len(known) < len(wanted):
-            _write_whole(self._manifest, {**found, **wanted})
+        there, new = self._read_manifest() or {}, _as_json(late)
+        known = [name for name in new if name in there]
+        old, again = ({name: part[name] for name in known} for part in (there, new))
+        self._refuse_other(old, again)
+        if len(known) < len(new):
+            _write_whole(self._manifest, {**there, **new})
 
-    def _begin(self, wanted: Mapping[str, Any]) -> None:
+    def _begin(self, new: Mapping[str, Any]) -> None:
         """Check that the folder is of the same run; a manifest without results is replaced."""
-        found = self._found()
-        if found is None or (
-            "weights" not in found and all(each == self._manifest for each in self.folder.iterdir())
-        ):
-            _write_whole(self._manifest, wanted)
+        there = self._read_manifest()
+        bare = all(file == self._manifest for file in self.folder.iterdir())
+        if there is None or ("weights" not in there and bare):
+            _write_whole(self._manifest, new)
             return
-        _refuse_newer(self._manifest, found)
-        early = {name: value for name, value in found.items() if name in wanted or name not in LATE}
-        self._refuse_other(early, wanted)
+        _refuse_newer(self._manifest, there)
+        self._refuse_other({k: v for k, v in there.items() if k in new or k not in LATE}, new)
 
-    def _refuse_other(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        there, asked = _compared(found), _compared(wanted)
-        different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    def _refuse_other(self, there: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        old, asked = _flat(there), _flat(new)
+        values = {key: (old.get(key), asked.get(key)) for key in {**old, **asked}}
+        different = [f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in values.items() if a != b]
         if different:
-            listed = "; ".join(
-                f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked" for key in different
-            )
-            raise SettingsError(
-                f"{self.folder} holds another run ({listed[:300]}): take another --out"
-            )
+            listed = "; ".join(different)[:300]
+            raise SettingsError(f"{self.folder} holds another run ({listed}): take another --out")
 
-    def _found(self) -> dict[str, Any] | None:
+    def _read_manifest(self) -> dict[str, Any] | None:
         """The manifest in the folder; a broken one without any sample counts as none."""
         try:
             return _object(self._manifest)
@@ -163,14 +162,6 @@ class RunLog:
                 f"{self._manifest} cannot be read ({error}): take another --out"
             ) from None
 
-    def _read(self) -> None:
-        samples, whole = _samples(self._file)
-        if whole != self._file.stat().st_size:  # the line in which the run was killed
-            with self._file.open("r+b") as file:
-                file.truncate(whole)
-        # failed samples are tried again
-        self.samples |= {sample.key: sample for sample in samples if not sample.error}
-
     def add(self, sample: Sample) -> None:
         self.samples[sample.key] = sample
         with self._file.open("a", encoding="utf-8") as file:
@@ -181,39 +172,34 @@ class RunLog:
     ) -> Path:
         """Write `results.json`, whose path is returned, and `learning.json`, a row per seed."""
         if learning:
-            (self.folder / "learning.json").write_text(_indented(list(learning)), encoding="utf-8")
+            _write_whole(self.folder / "learning.json", list(learning))
         file = self.folder / "results.json"
-        file.write_text(_indented(list(results)), encoding="utf-8")
+        _write_whole(file, list(results))
         return file
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """The value as it is read back from a file."""
-    found: dict[str, Any] = json.loads(json.dumps(value))
-    return found
-
-
-def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return _flat({key: value for key, value in manifest.items() if key not in NOT_COMPARED})
+    copy: dict[str, Any] = json.loads(json.dumps(value))
+    return copy
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested entries by dotted names, as `settings.temperature`."""
+    """What is compared of nested entries, by dotted names, as `settings.temperature`."""
     out: dict[str, Any] = {}
     for name, value in entries.items():
-        nested = isinstance(value, Mapping) and value
-        out |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{prefix}{name}.")
+        elif prefix or name not in NOT_COMPARED:
+            out[prefix + name] = value
     return out
 
 
-def _indented(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write_whole(file: Path, content: Mapping[str, Any]) -> None:
-    """Write to a temporary file first, so that a kill leaves no half file."""
+def _write_whole(file: Path, content: Any) -> None:
+    """Write JSON to a temporary file first, so that a kill leaves no half file."""
     temporary = file.with_suffix(".part")
-    temporary.write_text(_indented(content), encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
@@ -225,32 +211,25 @@ def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
     """
     out = folder / "lamp"
     out.mkdir(exist_ok=True)
-    for method in dict.fromkeys(sample.method for sample in samples):
-        own = [sample for sample in samples if sample.method == method]
-        golds = [
-            {"id": sample.query, "output": sample.answer or ""}
-            for sample in own
-            if sample.seed == own[0].seed
-        ]
+    for method, own in by_method(samples).items():
+        first = [sample for sample in own if sample.seed == own[0].seed]
+        golds = [{"id": sample.query, "output": sample.answer or ""} for sample in first]
         content = {"task": like.replace("-", "_")[:6], "golds": golds}
         text = json.dumps(content, ensure_ascii=False)
         (out / f"{method}.json").write_text(text, encoding="utf-8")
     return out
 
 
-# ---- reading
-
-
 def read_learning(folder: Path) -> list[dict[str, Any]]:
     """Each seed's report of learning; empty for a run that has not ended, or learned nothing."""
     file = folder / "learning.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{file} cannot be read ({error}): run the same `bench run` again, it writes it anew"
         ) from None
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
@@ -260,7 +239,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     Raises:
         SettingsError: no run is there, it is damaged, or made by a newer version.
     """
-    file = folder / "manifest.json"
+    file, lines = folder / "manifest.json", folder / "samples.jsonl"
     try:
         manifest = _object(file)
     except (OSError, ValueError) as error:
@@ -270,17 +249,16 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     if not isinstance(manifest.get("format"), int):
         raise SettingsError(f"{folder}: is no run (manifest.json is of something else)")
     _refuse_newer(file, manifest)
-    samples = folder / "samples.jsonl"
-    found = _samples(samples)[0] if samples.exists() else []
-    return manifest, list({sample.key: sample for sample in found}.values())
+    samples = _samples(lines)[0] if lines.exists() else []
+    return manifest, list({sample.key: sample for sample in samples}.values())
 
 
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError if it holds none."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
         raise ValueError("no JSON object")
-    return found
+    return content
 
 
 def _refuse_newer(file: Path, manifest: Mapping[str, Any]) -> None:
@@ -296,15 +274,13 @@ def _samples(file: Path) -> tuple[list[Sample], int]:
     """The samples of whole lines, and how many bytes those are."""
     text = file.read_bytes()
     whole = text.rfind(b"\n") + 1
-    lines = text[:whole].split(b"\n")[:-1]
-    return [_parse(file, line, number) for number, line in enumerate(lines, 1)], whole
-
-
-def _parse(file: Path, line: bytes, number: int) -> Sample:
-    try:
-        entry = json.loads(line)
-        return Sample(**{**entry, "notes": tuple(entry["notes"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise SettingsError(
-            f"{file}:{number}: is no sample ({error}): remove the line, or take another --out"
-        ) from None
+    samples = []
+    for number, line in enumerate(text[:whole].split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+            samples.append(Sample(**{**entry, "notes": tuple(entry["notes"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise SettingsError(
+                f"{file}:{number}: is no sample ({error}): remove the line, or take another --out"
+            ) from None
+    return samples, whole

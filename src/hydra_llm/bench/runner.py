@@ -8,29 +8,20 @@ from typing import Any
 
 from hydra_llm.bench.method import Answerer, Learner, Method, Parts
 from hydra_llm.bench.metrics import Failed, Metric, score
-from hydra_llm.bench.runlog import Key, RunLog, Sample
+from hydra_llm.bench.runlog import RunLog, Sample, by_method
 from hydra_llm.bench.stats import interval
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import BudgetExceeded, LLMError
 from hydra_llm.llm.concurrency import StageProgress, map_calls
 from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.base import Task
-from hydra_llm.types import Answer, Query
+from hydra_llm.types import Query
 
 
 def chosen_queries(dataset: DataSet, users: Sequence[str], limit: int | None) -> list[Query]:
     """Each user's first `limit` queries whose gold answer is known."""
-    return [
-        query
-        for user in users
-        for query in [q for q in dataset.queries(user) if q.gold is not None][:limit]
-    ]
-
-
-# ---- answering
-
-Case = tuple[str, int, Query]
-"""Method, seed, query."""
+    known = ([q for q in dataset.queries(user) if q.gold is not None] for user in users)
+    return [query for queries in known for query in queries[:limit]]
 
 
 async def run_methods(
@@ -50,27 +41,32 @@ async def run_methods(
         LLMError: the budget is spent, or every call failed (the first error).
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
-    instances = [(each, part) for each in methods for part in each.instances(seeds)]
+    instances = [(method, part) for method in methods for part in method.instances(seeds)]
     answerers = {(each.name, part.seed): each.build(part) for each, part in instances}
     by_records = sorted(instances, key=lambda each: _records_shown(*each))
-    order = dict.fromkeys((each.name, part.seed) for each, part in by_records)
+    order = dict.fromkeys((method.name, part.seed) for method, part in by_records)
+    blank = {
+        (name, seed, query): Sample(name, query.user, query.id, query.gold or "", None, seed=seed)
+        for query in queries
+        for name, seed in order
+    }
     done = {} if log is None else dict(log.samples)
     faults: list[LLMError] = []
-    todo = [(*name, q) for q in queries for name in order if _key(*name, q) not in done]
 
-    async def one(case: Case) -> Sample:
-        sample = await _sample(case, answerers[case[:2]], faults)
+    async def one(case: tuple[str, int, Query]) -> Sample:
+        sample = await _sample(blank[case], case[2], answerers[case[:2]], faults)
         if log is not None:
             log.add(sample)
         return sample
 
+    todo = [case for case, sample in blank.items() if sample.key not in done]
     report = None if progress is None else partial(progress, "answer")
-    for found in await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report):
-        assert isinstance(found, Sample)  # a failed call is a failed sample
-        done[found.key] = found
+    for sample in await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report):
+        assert isinstance(sample, Sample)  # a failed call is a failed sample
+        done[sample.key] = sample
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
-    return [done[_key(*name, query)] for name in answerers for query in queries]
+    return [done[blank[(*name, query)].key] for name in answerers for query in queries]
 
 
 def _records_shown(method: Method, parts: Parts) -> int:
@@ -79,43 +75,33 @@ def _records_shown(method: Method, parts: Parts) -> int:
     return method.given.get("k", default)
 
 
-def _key(method: str, seed: int, query: Query) -> Key:
-    return method, query.user, query.id, seed
-
-
-async def _sample(case: Case, answerer: Answerer, faults: list[LLMError]) -> Sample:
-    method, seed, query = case
-    failed = Sample(method, query.user, query.id, query.gold or "", None, seed=seed)
+async def _sample(
+    blank: Sample, query: Query, answerer: Answerer, faults: list[LLMError]
+) -> Sample:
+    """The sample of a query with its answer or error; `faults` collects the errors."""
     try:
         answer = await answerer.aanswer(query)
     except BudgetExceeded:
         raise
     except LLMError as error:
         faults.append(error)
-        return replace(failed, error=str(error))
+        return replace(blank, error=str(error))
     spent = answerer.pop_spent() if isinstance(answerer, Learner) else {}
-    learned = {user: each.to_json() for user, each in spent.items()}
-    return replace(failed, learned=learned, **_figures(answer))
-
-
-def _figures(answer: Answer) -> dict[str, Any]:
-    """What a sample keeps of an answer."""
     usage, pick = answer.usage, answer.candidates[answer.chosen]
     votes = [candidate.votes for candidate in answer.candidates]
-    return {
-        "answer": pick.answer,
-        "calls": usage.calls + usage.cached,
-        "tokens": usage.prompt_tokens + usage.completion_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "llm_seconds": usage.seconds,
-        "seconds": dict(answer.seconds),
-        "notes": answer.proposal.notes,
-        "probability": pick.probability,
-        "agreement": max(votes) / sum(votes) if sum(votes) > 1 else None,
-    }
-
-
-# ---- scoring
+    return replace(
+        blank,
+        answer=pick.answer,
+        calls=usage.calls + usage.cached,
+        tokens=usage.prompt_tokens + usage.completion_tokens,
+        completion_tokens=usage.completion_tokens,
+        llm_seconds=usage.seconds,
+        seconds=dict(answer.seconds),
+        notes=answer.proposal.notes,
+        probability=pick.probability,
+        agreement=max(votes) / sum(votes) if sum(votes) > 1 else None,
+        learned={user: cost.to_json() for user, cost in spent.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -146,14 +132,12 @@ class MethodResult:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; what was not scored is null."""
-        return {
-            **asdict(self),
-            "metrics": {name: rounded(values) for name, values in self.metrics.items()},
-            "seeds": {
-                seed: dict(zip(values, rounded(values.values()), strict=True))
-                for seed, values in self.seeds.items()
-            },
+        metrics = {name: rounded(values) for name, values in self.metrics.items()}
+        seeds = {
+            seed: dict(zip(values, rounded(values.values()), strict=True))
+            for seed, values in self.seeds.items()
         }
+        return {**asdict(self), "metrics": metrics, "seeds": seeds}
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
@@ -169,10 +153,7 @@ def scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
 
 def tabulate(task: Task, samples: Sequence[Sample], prices: Prices = FREE) -> list[MethodResult]:
     """One result per method, in the order in which methods first appear."""
-    return [
-        _result(task, [sample for sample in samples if sample.method == method], prices)
-        for method in dict.fromkeys(sample.method for sample in samples)
-    ]
+    return [_result(task, own, prices) for own in by_method(samples).values()]
 
 
 def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
@@ -181,13 +162,17 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
     def mean(values: Iterable[float]) -> float:
         return sum(values) / max(1, len(answered))
 
+    users, seeds = [sample.user for sample in own], sorted({sample.seed for sample in own})
+    metrics = dict.fromkeys(task.metric_specs, (math.nan,) * 3)
+    for name, metric in scored(task, own).items():
+        if not math.isnan(metric.value):
+            metrics[name] = (metric.value, *interval(metric, users))
+    of_seeds = {seed: [each for each in own if each.seed == seed] for seed in seeds}
     stages = dict.fromkeys(stage for sample in answered for stage in sample.seconds)
-    seconds = {
-        stage: mean(sample.seconds.get(stage, 0.0) for sample in answered) for stage in stages
-    }
+    seconds = {stage: mean(each.seconds.get(stage, 0.0) for each in answered) for stage in stages}
     return MethodResult(
         own[0].method,
-        _with_intervals(task, own),
+        metrics,
         queries=len({(sample.user, sample.query) for sample in own}),
         failed=len(own) - len(answered),
         unparsable=sum(sample.answer is None for sample in answered),
@@ -197,28 +182,9 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
         own_seconds=sum(time for stage, time in seconds.items() if stage != "llm"),
         cost=mean(prices.cost(sample.usage) for sample in answered),
         seconds=seconds,
-        seeds=_by_seed(task, own),
+        seeds={seed: _values(task, part) for seed, part in of_seeds.items() if len(seeds) > 1},
     )
 
 
-def _with_intervals(task: Task, own: Sequence[Sample]) -> dict[str, tuple[float, float, float]]:
-    users = [sample.user for sample in own]
-    return {
-        name: (metric.value, *interval(metric, users))
-        if not math.isnan(metric.value)
-        else (math.nan,) * 3
-        for name, metric in scored(task, own).items()
-    }
-
-
-def _by_seed(task: Task, own: Sequence[Sample]) -> dict[int, dict[str, float]]:
-    seeds = sorted({sample.seed for sample in own})
-    if len(seeds) < 2:
-        return {}
-    return {
-        seed: {
-            name: metric.value
-            for name, metric in scored(task, [each for each in own if each.seed == seed]).items()
-        }
-        for seed in seeds
-    }
+def _values(task: Task, samples: Sequence[Sample]) -> dict[str, float]:
+    return {name: metric.value for name, metric in scored(task, samples).items()}

@@ -28,11 +28,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from hydra_llm.bench.comparison import Comparison, compare
+from hydra_llm.bench.comparison import compare
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
 from hydra_llm.bench.method import BUDGET, RECORDS, find_methods
-from hydra_llm.bench.runlog import Sample
-from hydra_llm.bench.runner import MethodResult, tabulate
+from hydra_llm.bench.runlog import Sample, by_method
+from hydra_llm.bench.runner import tabulate
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
@@ -40,9 +40,6 @@ from hydra_llm.history import precedes
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.meter import Prices
-from hydra_llm.tasks.base import Task
-
-# ---- the file
 
 
 class _Part(BaseModel):
@@ -53,14 +50,10 @@ class SweepPoint(_Part):
     """One value of what varies."""
 
     x: int | float | str
-    series: str = ""
-    """Points of a series are one line of the plot."""
-    settings: dict[str, Any] = {}
-    """Override the common ones and `--set`."""
-    methods: tuple[str, ...] = ()
-    """In place of the sweep's."""
-    llm: str | None = None
-    """In place of `--llm`."""
+    series: str = ""  # points of a series are one line of the plot
+    settings: dict[str, Any] = {}  # override the common ones and `--set`
+    methods: tuple[str, ...] = ()  # in place of the sweep's
+    llm: str | None = None  # in place of `--llm`
     history: NonNegativeInt | Literal["all"] = "all"
     """How many records each new user has: the latest that precede all of the user's queries."""
     fit: bool = True
@@ -76,32 +69,24 @@ class RunOptions(_Part):
     """Options as `bench run` takes them."""
 
     users: PositiveInt | None = None
-    """At most so many new users."""
     limit: PositiveInt | None = None
-    """Each one's first queries."""
     seeds: tuple[NonNegativeInt, ...] = ()
-    """Of the learned parts."""
     k: tuple[PositiveInt, ...] = RECORDS
-    """Values of k for `all`."""
     b: tuple[PositiveInt, ...] = BUDGET
-    """Values of b for `all`."""
 
 
 class Sweep(_Part):
     """A sweep file; `load_sweep` puts all of its points into `points`."""
 
     name: str
-    question: str
-    """One line."""
-    x: str
-    """What varies, as the title of an axis."""
+    question: str  # one line
+    x: str  # what varies, as the title of an axis
     methods: tuple[str, ...] = Field(min_length=1)
     settings: dict[str, Any] = {}
     run: RunOptions = RunOptions()
     points: tuple[SweepPoint, ...] = ()
     vary: dict[str, tuple[Any, ...]] = {}
-    log: bool = False
-    """The axis is logarithmic."""
+    log: bool = False  # the axis is logarithmic
 
 
 def load_sweep(file: Path) -> Sweep:
@@ -116,16 +101,16 @@ def load_sweep(file: Path) -> Sweep:
         sweep = sweep.model_copy(update={"points": (*sweep.points, *_grid(sweep.vary))})
         _check(sweep)
     except OSError as error:
-        raise SettingsError(
-            f"{file}: no such sweep file ({error.strerror}): see benchmarks/sweeps"
-        ) from None
+        fault = f"no such sweep file ({error.strerror}): see benchmarks/sweeps"
     except ValidationError as error:
-        raise SettingsError(f"{file}: {_first_fault(error)}") from None
+        fault = _first_fault(error)
     except SettingsError as error:
-        raise SettingsError(f"{file}: {error}") from None
+        fault = str(error)
     except ValueError as error:
-        raise SettingsError(f"{file}: not TOML: {error}") from None
-    return sweep
+        fault = f"not TOML: {error}"
+    else:
+        return sweep
+    raise SettingsError(f"{file}: {fault}")
 
 
 def _grid(vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
@@ -133,19 +118,15 @@ def _grid(vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
     points = []
     for values in product(*vary.values()) if vary else ():
         given = dict(zip(vary, values, strict=True))
-        written = {name: _written(value) for name, value in given.items()}
-        first, *others = written
-        own = {name: value for name, value in given.items() if name in ("llm", "history", "fit")}
-        point = {
-            "x": written[first],
-            "series": ", ".join(f"{name}={written[name]}" for name in others),
-            "settings": {name: value for name, value in given.items() if name not in own},
-        }
-        points.append(SweepPoint.model_validate(point | own))
+        own = {name: given.pop(name) for name in vary if name in ("llm", "history", "fit")}
+        x, *others = (_as_written(value) for value in values)
+        series = ", ".join(f"{n}={v}" for n, v in zip(list(vary)[1:], others, strict=True))
+        fields: dict[str, Any] = {"x": x, "series": series, "settings": given, **own}
+        points.append(SweepPoint.model_validate(fields))
     return points
 
 
-def _written(value: Any) -> float | str:
+def _as_written(value: Any) -> float | str:
     """A value as TOML writes it; a number stays one."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -156,10 +137,9 @@ def _first_fault(error: ValidationError) -> str:
     """The first fault: its key, with places counted from 1, and what is wrong."""
     first = error.errors()[0]
     parts = [str(part + 1) if isinstance(part, int) else part for part in first["loc"]]
-    keys = [part for part in parts if re.fullmatch(r"\w+", part)]
-    place = ".".join(key for key in keys if key not in ("int", "float", "str"))  # names of types
-    unknown = first["type"] == "extra_forbidden"
-    return f"{place}: {'unknown key' if unknown else first['msg']}"
+    types = ("int", "float", "str")
+    place = ".".join(part for part in parts if re.fullmatch(r"\w+", part) and part not in types)
+    return f"{place}: {'unknown key' if first['type'] == 'extra_forbidden' else first['msg']}"
 
 
 def _check(sweep: Sweep) -> None:
@@ -185,73 +165,23 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
         raise SettingsError(f"{place}: {error}") from None
 
 
-# ---- the run
-
-
 @dataclass(frozen=True)
 class SweepContext:
     """What a sweep is run on."""
 
     data: DataSet
     out: Path
-    settings: Callable[[Mapping[str, Any]], Settings]
-    """A point's own settings → all of its settings."""
-    open_llm: Callable[[str | None], AbstractContextManager[CachedLLM]]
-    """Opens an LLM; None is the command's."""
-    users: int | None = None
-    """In place of the sweep's."""
-    limit: int | None = None
-    """In place of the sweep's."""
+    settings: Callable[[Mapping[str, Any]], Settings]  # a point's own settings → all of them
+    open_llm: Callable[[str | None], AbstractContextManager[CachedLLM]]  # None: the command's
+    users: int | None = None  # in place of the sweep's
+    limit: int | None = None  # in place of the sweep's
     progress: StageProgress = lambda stage, done, total: None
     say: Say = print
 
 
-@dataclass(frozen=True)
-class SweepRow:
-    """A method at a point."""
-
-    point: SweepPoint
-    result: MethodResult
-    comparison: Comparison | None
-    """This point minus the first one, same method and queries; None for the first."""
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """The results of a sweep."""
-
-    sweep: Sweep
-    task: Task
-    rows: tuple[SweepRow, ...]
-    failed: Mapping[str, str]
-    """Slug of a point → its error."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it for machines: no text of the data, and no path."""
-        metric, spec = next(iter(self.task.metric_specs.items()))
-        return {
-            **self.sweep.model_dump(include={"name", "question", "x", "log", "settings"}),
-            "task": self.task.name,
-            "metric": metric,
-            "higher_is_better": spec.higher_is_better,
-            "points": [self._point_json(point) for point in self.sweep.points],
-        }
-
-    def _point_json(self, point: SweepPoint) -> dict[str, Any]:
-        return {
-            **point.model_dump(exclude_defaults=True),
-            "folder": point.slug,
-            "error": self.failed.get(point.slug),
-            "methods": [
-                {**row.result.to_json(), "against": row.comparison and row.comparison.to_json()}
-                for row in self.rows
-                if row.point is point
-            ],
-        }
-
-
-def run_sweep(sweep: Sweep, context: SweepContext) -> SweepReport:
-    """Run every point; the error of one that fails is reported, and the others are run.
+def run_sweep(sweep: Sweep, context: SweepContext) -> dict[str, Any]:
+    """Run every point; the error of one that fails is reported, and the others are run. Returns the
+    content of `sweep.json`: no text of the data, and no path.
 
     Raises:
         HydraError: every point failed (the first one's error).
@@ -271,22 +201,36 @@ def run_sweep(sweep: Sweep, context: SweepContext) -> SweepReport:
                 context.say(f"point {point.slug} failed: {error}; the same command tries it again")
     if not answered:
         raise next(iter(faults.values()))
-    settings, task = context.settings({}), context.data.task
-    prices = Prices(settings.price_prompt, settings.price_completion)
-    failed = {slug: str(error) for slug, error in faults.items()}
-    return SweepReport(sweep, task, tuple(_rows(sweep, task, answered, prices)), failed)
+    metric, spec = next(iter(context.data.task.metric_specs.items()))
+    rows = _rows(context, answered)
+    points = [
+        {
+            **point.model_dump(exclude_defaults=True),
+            "folder": point.slug,
+            "error": str(faults[point.slug]) if point.slug in faults else None,
+            "methods": rows.get(point.slug, []),
+        }
+        for point in sweep.points
+    ]
+    return {
+        **sweep.model_dump(include={"name", "question", "x", "log", "settings"}),
+        "task": context.data.task.name,
+        "metric": metric,
+        "higher_is_better": spec.higher_is_better,
+        "points": points,
+    }
 
 
 def _run_point(
     sweep: Sweep, point: SweepPoint, context: SweepContext, llm: CachedLLM
 ) -> list[Sample]:
     run, data = sweep.run, with_history(context.data, point.history)
-    methods = point.methods or sweep.methods
+    names = point.methods or sweep.methods
     experiment = Experiment(
         data,
         llm,
         context.settings(point.settings),
-        find_methods(methods, data.task.kind, records=run.k, budget=run.b),
+        find_methods(names, data.task.kind, records=run.k, budget=run.b),
         context.out / point.slug,
         context.users or run.users,
         context.limit or run.limit,
@@ -330,16 +274,20 @@ def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
 
 
 def _rows(
-    sweep: Sweep, task: Task, answered: Mapping[str, Sequence[Sample]], prices: Prices
-) -> list[SweepRow]:
-    """Every method at every point that was answered."""
+    context: SweepContext, answered: Mapping[str, Sequence[Sample]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Slug of a point → its methods as JSON; `against` is the point minus the first one with the
+    method, on the same queries.
+    """
+    settings, task = context.settings({}), context.data.task
+    prices = Prices(settings.price_prompt, settings.price_completion)
     firsts: dict[str, list[Sample]] = {}
-    rows = []
-    for point in (point for point in sweep.points if point.slug in answered):
-        samples = answered[point.slug]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for slug, samples in answered.items():
+        own = by_method(samples)
         for result in tabulate(task, samples, prices):
-            own = [sample for sample in samples if sample.method == result.method]
-            first = firsts.setdefault(result.method, own)
-            change = None if first is own else compare(task, own, first)
-            rows.append(SweepRow(point, result, change))
+            mine = own[result.method]
+            first = firsts.setdefault(result.method, mine)
+            against = None if first is mine else compare(task, mine, first).to_json()
+            rows.setdefault(slug, []).append({**result.to_json(), "against": against})
     return rows

@@ -378,7 +378,7 @@ def sweep(
     dataset = _load(data, settings({}))
     with console.progress() as report:
         context = SweepContext(dataset, out, settings, opened, users, limit, report, console.say)
-        found = run_sweep(chosen, context).to_json()
+        found = run_sweep(chosen, context)
     console.say(f"wrote {sweeps.write_sweep(found, out)}")
     if plot is not None or _can_draw():
         _write(plot or out / "sweep.svg", sweeps.sweep_svg(found))
