@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_llm.bench.comparison import changes_by_user, pair
-from hydra_llm.bench.report import charts, plots
+from hydra_llm.bench.report import plots
 from hydra_llm.bench.report import tables as report
 from hydra_llm.bench.report.labels import label_places
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -106,8 +106,8 @@ def test_score_plot_has_intervals_and_marks_failures(opened: report.Run) -> None
     assert ("rag@4", "prompts", None, None, None) in drawn(
         plot, "method", "part", "value", "low", "high"
     )
-    assert charts.svg(plot).count(">failed<") == 1
-    assert "MAE (less is better)" in charts.svg(plot)
+    assert plots.svg(plot).count(">failed<") == 1
+    assert "MAE (less is better)" in plots.svg(plot)
 
 
 def test_every_group_has_a_look_of_its_own() -> None:
@@ -197,29 +197,29 @@ def test_many_users_are_thinned_and_their_ends_stay() -> None:
 
 def test_a_curve_has_a_line_per_method_and_skips_nan() -> None:
     points = [
-        charts.Point("hydra", 0, 0.4, 0.3, 0.5),
-        charts.Point("hydra", 20, 0.6),
-        charts.Point("rag", 0, math.nan),
-        charts.Point("rag", 20, 0.5),
+        plots.Point("hydra", 0, 0.4, 0.3, 0.5),
+        plots.Point("hydra", 20, 0.6),
+        plots.Point("rag", 0, math.nan),
+        plots.Point("rag", 20, 0.5),
     ]
-    plot = charts.curve(points, "records", "accuracy", "cold start", log=True)
+    plot = plots.curve(points, "records", "accuracy", "cold start", log=True)
     assert drawn(plot, "method", "x", "value", "low") == [
         ("hydra", 0, 0.4, 0.3),
         ("hydra", 20, 0.6, None),
         ("rag", 20, 0.5, None),
     ]
-    text = charts.svg(plot)
+    text = plots.svg(plot)
     assert all(
         f">{word}<" in text
         for word in ("hydra", "rag", "records", "accuracy", "cold start", "0", "20")
     )
     assert "NaN" not in text
-    named = charts.svg(
-        charts.curve(
+    named = plots.svg(
+        plots.curve(
             [
-                charts.Point("hydra", 5, 0.4),
-                charts.Point("hydra", 10, 0.4),
-                charts.Point("hydra", "all", 0.5),
+                plots.Point("hydra", 5, 0.4),
+                plots.Point("hydra", 10, 0.4),
+                plots.Point("hydra", "all", 0.5),
             ],
             "records",
             "f",
@@ -232,7 +232,7 @@ def test_a_curve_has_a_line_per_method_and_skips_nan() -> None:
 def test_svg_is_valid_deterministic_and_self_contained(opened: report.Run) -> None:
     shown = report.make_report(opened)
     for plot in plots.plots(shown).values():
-        text = charts.svg(plot)
+        text = plots.svg(plot)
         root = ElementTree.fromstring(text)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert {
@@ -244,8 +244,8 @@ def test_svg_is_valid_deterministic_and_self_contained(opened: report.Run) -> No
         assert not re.search(
             r"<(script|image|style)|\bid=|url\(", text
         )  # several stand in one page: no names to clash
-        assert charts.svg(plot) == text
-    assert charts.svg(plots.plots(shown)["users"]).count("u0") == 0  # no user is named
+        assert plots.svg(plot) == text
+    assert plots.svg(plots.plots(shown)["users"]).count("u0") == 0  # no user is named
 
 
 def test_plots_of_several_runs_have_separate_folders(opened: report.Run, tmp_path: Path) -> None:

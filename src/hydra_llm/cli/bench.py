@@ -356,12 +356,12 @@ def sweep(
     Precedence of settings: point > `--set` > sweep file. `--record` records only the LLM of
     `--llm`, not those of points.
     """
-    from hydra_llm.bench.report import charts, sweeps
+    from hydra_llm.bench.report import cells, sweeps
     from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
 
     main, chosen, asked = source.spec(), load_sweep(file), options.given()
     if plot is not None:
-        charts.require()
+        cells.require()
     for name in sorted(
         asked.keys() & {name for p in chosen.points for name in NAMES.flat(p.settings)}
     ):
@@ -396,10 +396,10 @@ def study(**values: Any) -> None:
 
 def _can_draw() -> bool:
     """Whether the extra `report` is installed; says how to install it otherwise."""
-    from hydra_llm.bench.report import charts
+    from hydra_llm.bench.report import cells
 
     try:
-        charts.require()
+        cells.require()
     except SettingsError as error:
         console.say(str(error))
         return False

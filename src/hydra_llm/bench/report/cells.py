@@ -7,6 +7,23 @@ from typing import Any
 from hydra_llm.bench.metrics import title
 from hydra_llm.bench.runner import MethodResult
 from hydra_llm.bench.stats import Paired, Relative
+from hydra_llm.errors import SettingsError
+
+
+def require() -> None:
+    """Check that the libraries of pages and plots are there.
+
+    Raises:
+        SettingsError: the extra `report` is not installed.
+    """
+    try:
+        import altair  # noqa: F401
+        import jinja2  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            f"reports and plots need {error.name}: pip install 'hydra-llm[report]'"
+        ) from None
 
 
 def cell(value: float, low: float, high: float) -> str:
@@ -16,23 +33,23 @@ def cell(value: float, low: float, high: float) -> str:
     return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def signed(found: Paired) -> str:
+def signed(change: Paired) -> str:
     """`+0.069 [-0.026, +0.180]`."""
-    interval = "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"{found.difference:+.3f}{interval}"
+    interval = "" if math.isnan(change.low) else f" [{change.low:+.3f}, {change.high:+.3f}]"
+    return f"{change.difference:+.3f}{interval}"
 
 
-def difference(found: Paired) -> str:
+def difference(change: Paired) -> str:
     """`+0.069 [-0.026, +0.180] p 0.150`."""
-    return "failed" if math.isnan(found.difference) else f"{signed(found)} p {found.p:.3f}"
+    return "failed" if math.isnan(change.difference) else f"{signed(change)} p {change.p:.3f}"
 
 
-def share(found: Relative | None) -> str:
+def share(over: Relative | None) -> str:
     """`+3.1% [-2.0%, +8.2%]`."""
-    if found is None:
+    if over is None:
         return ""
-    low, high = found.interval()
-    return f"{found.change:+.1%}" + ("" if math.isnan(low) else f" [{low:+.1%}, {high:+.1%}]")
+    low, high = over.interval()
+    return f"{over.change:+.1%}" + ("" if math.isnan(low) else f" [{low:+.1%}, {high:+.1%}]")
 
 
 def axis_title(metric: str, higher: bool) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydra_llm.bench.report.tables import Report, Run
+from hydra_llm.bench.runlog import by_method
 from hydra_llm.llm.meter import Prices
 from hydra_llm.types import Usage
 
@@ -31,41 +32,37 @@ def learning_rows(report: Report) -> list[dict[str, Any]]:
     call the LLM, which are listed once; methods that learn while they answer (BBox-Adapter) come
     last: they share HYDRA's calls for labelled queries.
     """
-    run, prices = report.run, report.prices
-    rows, shared = [], set()
+    run, shared = report.run, set()
+    rows: list[tuple[int | str | None, str, Mapping[str, float]]] = []
     for learned in run.learning:
         seed, fitted = learned.get("seed"), learned.get("fitted", {}).get("stages", {})
         new = {f"{stage}, new users": spent for stage, spent in fitted.items()}
         for stage, spent in {**learned.get("stages", {}), **new}.items():
             if not spent["calls"]:
-                rows.append(_row(seed, stage, spent, prices))
+                rows.append((seed, stage, spent))
             elif stage not in shared:
                 shared.add(stage)
-                rows.append(_row("all" if len(run.learning) > 1 else seed, stage, spent, prices))
-    several = len(run.seeds) > 1
-    for seed, stage, spent in _while_answering(run):
-        rows.append(_row("all" if several else seed, stage, spent, prices))
-    return rows
+                rows.append(("all" if len(run.learning) > 1 else seed, stage, spent))
+    seed = "all" if len(run.seeds) > 1 else min(run.seeds, default=0)
+    rows += [(seed, stage, spent) for stage, spent in _while_answering(run)]
+    return [_row(*row, report.prices) for row in rows]
 
 
-def _while_answering(run: Run) -> Iterator[tuple[int, str, dict[str, float]]]:
+def _while_answering(run: Run) -> Iterator[tuple[str, dict[str, float]]]:
     """What methods spent on learning while they answered, for all users and for the new ones. Seeds
     make the same LLM calls: the first one's are taken. A run that was continued learned again: the
     same users and histories count once.
     """
-    seed = min(run.seeds, default=0)
-    spent: dict[str, dict[str, Mapping[str, float]]] = {}
-    for sample in run.samples:
-        if sample.seed == seed and sample.learned:
-            spent.setdefault(sample.method, {}).update(sample.learned)
-    for method, found in spent.items():
+    first = [sample for sample in run.samples if sample.seed == min(run.seeds, default=0)]
+    for method, samples in by_method(sample for sample in first if sample.learned).items():
+        spent = {key: each for sample in samples for key, each in sample.learned.items()}
         for stage, new in ((method, False), (f"{method}, new users", True)):
-            own = {key: each for key, each in found.items() if bool(key) == new}
+            own = {key: each for key, each in spent.items() if bool(key) == new}
             if own:
                 names = next(iter(own.values()))
                 sums = {name: sum(each[name] for each in own.values()) for name in names}
                 users = len({key.partition(":")[2] for key in own}) if new else sums["users"]
-                yield seed, stage, {**sums, "users": users}
+                yield stage, {**sums, "users": users}
 
 
 def _row(

@@ -9,23 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra_llm.bench.report.charts import require, svg
+from hydra_llm.bench.report import tables
+from hydra_llm.bench.report.cells import require
 from hydra_llm.bench.report.costs import cost_rows, learning_rows
 from hydra_llm.bench.report.findings import findings
-from hydra_llm.bench.report.plots import BARS, plots
+from hydra_llm.bench.report.plots import BARS, plots, svg
 from hydra_llm.bench.report.summary import run_summary
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows, sweep_svg
-from hydra_llm.bench.report.tables import (
-    GROUPS,
-    OVERALL,
-    Report,
-    Run,
-    comparison_rows,
-    method_rows,
-    overall,
-    overall_rows,
-)
-from hydra_llm.bench.runlog import Sample
+from hydra_llm.bench.runlog import Sample, by_method
 
 SHOWN = 10
 """Queries whose answers are shown."""
@@ -44,7 +35,7 @@ CAPTIONS = {
 
 
 def page(
-    reports: Sequence[Report], answers: bool = True, sweeps: Sequence[SweepResult] = ()
+    reports: Sequence[tables.Report], answers: bool = True, sweeps: Sequence[SweepResult] = ()
 ) -> str:
     """The reports of runs, then of sweeps, as the text of an HTML file; without `answers` it quotes
     nothing of the data.
@@ -56,13 +47,9 @@ def page(
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("hydra_llm.bench.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = PackageLoader("hydra_llm.bench.report")
+    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
+    environment = Environment(loader=templates, trim_blocks=True, lstrip_blocks=True, **strict)
     names = [report.run.task.name for report in reports] + [each["name"] for each in sweeps]
     curves = [
         {"question": each["question"], "rows": sweep_rows(each), "plot": Markup(sweep_svg(each))}
@@ -71,14 +58,14 @@ def page(
     return environment.get_template("report.html").render(
         runs=[_shown(report, answers) for report in reports],
         answers=answers,
-        title=OVERALL,
-        overall=overall_rows(overall(reports)),
+        title=tables.OVERALL,
+        overall=tables.overall_rows(tables.overall(reports)),
         sweeps=curves,
         names=", ".join(dict.fromkeys(names)),
     )
 
 
-def _shown(report: Report, answers: bool) -> dict[str, Any]:
+def _shown(report: tables.Report, answers: bool) -> dict[str, Any]:
     """What the template shows of a run."""
     run = report.run
     return {
@@ -89,7 +76,7 @@ def _shown(report: Report, answers: bool) -> dict[str, Any]:
         "parts": _parts(report),
         "baseline": report.baseline,
         "findings": findings(report),
-        "differences": comparison_rows(report.comparisons),
+        "differences": tables.comparison_rows(report.comparisons),
         "costs": cost_rows(report),
         "learning": learning_rows(report),
         "figures": _figures(report),
@@ -97,36 +84,32 @@ def _shown(report: Report, answers: bool) -> dict[str, Any]:
     }
 
 
-def _parts(report: Report) -> list[dict[str, Any]]:
+def _parts(report: tables.Report) -> list[dict[str, Any]]:
     """The main table by part: cells as (text, class), class best or second or none."""
-    found: dict[str, list[dict[str, tuple[str, str]]]] = {}
-    for row in method_rows(report):
-        places = {name: report.marks.get((row["method"], name), 0) for name in row}
-        rows = found.setdefault(row.pop("part"), [])
-        rows.append({name: _cell(str(text), places[name]) for name, text in row.items()})
-    groups = {title: group for group, title in GROUPS.items()}
-    return [{"title": title, "group": groups[title], "rows": rows} for title, rows in found.items()]
+    groups = {title: group for group, title in tables.GROUPS.items()}
+    parts: dict[str, dict[str, Any]] = {}
+    for row in tables.method_rows(report):
+        title, cells = row.pop("part"), {}
+        for name, text in row.items():
+            if place := report.marks.get((row["method"], name)):  # its mark is cut off
+                cells[name] = (text[:-2], ("best", "second")[place - 1])
+            else:
+                cells[name] = (str(text), "")
+        part = parts.setdefault(title, {"title": title, "group": groups[title], "rows": []})
+        part["rows"].append(cells)
+    return list(parts.values())
 
 
-def _cell(text: str, place: int) -> tuple[str, str]:
-    """`place`: 1 for the best, 2 for the second best, whose mark of two characters is cut off."""
-    return (text[:-2], ("best", "second")[place - 1]) if place else (text, "")
-
-
-def _figures(report: Report) -> list[dict[str, Any]]:
+def _figures(report: tables.Report) -> list[dict[str, Any]]:
     """Plots of a kind beside each other, under their caption."""
     from markupsafe import Markup
 
     drawn = {name: Markup(svg(plot)) for name, plot in plots(report).items()}
-    of_kind = {kind: [drawn[name] for name in drawn if name.startswith(kind)] for kind in CAPTIONS}
-    return [
-        {"kind": kind, "caption": CAPTIONS[kind], "plots": those}
-        for kind, those in of_kind.items()
-        if those
-    ]
-
-
-# ---- answers side by side
+    figures = []
+    for kind, caption in CAPTIONS.items():
+        if own := [drawn[name] for name in drawn if name.startswith(kind)]:
+            figures.append({"kind": kind, "caption": caption, "plots": own})
+    return figures
 
 
 @dataclass(frozen=True)
@@ -135,8 +118,7 @@ class SharedAnswer:
 
     text: str | None
     error: str
-    gain: float | None
-    """None if the call failed."""
+    gain: float | None  # None if the call failed
     methods: tuple[str, ...]
 
 
@@ -150,7 +132,7 @@ class SampledQuery:
     answers: tuple[SharedAnswer, ...]
 
 
-def sampled(run: Run, count: int = SHOWN, seed: int = 0) -> list[SampledQuery]:
+def sampled(run: tables.Run, count: int = SHOWN, seed: int = 0) -> list[SampledQuery]:
     """Random queries, the same ones each time, with all answers to them."""
     by_query: dict[tuple[str, str], list[Sample]] = {}
     for sample in run.samples:
@@ -159,17 +141,16 @@ def sampled(run: Run, count: int = SHOWN, seed: int = 0) -> list[SampledQuery]:
     return [_sampled_query(run, by_query[key]) for key in sorted(drawn)]
 
 
-def _sampled_query(run: Run, samples: Sequence[Sample]) -> SampledQuery:
-    order, methods = run.methods, [sample.method for sample in samples]
-    first = samples[0]
+def _sampled_query(run: tables.Run, samples: Sequence[Sample]) -> SampledQuery:
+    own, first = by_method(samples), samples[0]
     by_answer: dict[tuple[str | None, str], list[str]] = {}
-    for sample in sorted(samples, key=lambda sample: order.index(sample.method)):
-        several = methods.count(sample.method) > 1
-        name = f"{sample.method} (seed {sample.seed})" if several else sample.method
-        by_answer.setdefault((sample.answer, sample.error), []).append(name)
+    for method in sorted(own, key=run.methods.index):
+        for each in own[method]:
+            name = f"{method} (seed {each.seed})" if len(own[method]) > 1 else method
+            by_answer.setdefault((each.answer, each.error), []).append(name)
     answers = [
-        SharedAnswer(text, error, None if error else run.task.gain(text, first.gold), tuple(those))
-        for (text, error), those in by_answer.items()
+        SharedAnswer(text, error, None if error else run.task.gain(text, first.gold), tuple(names))
+        for (text, error), names in by_answer.items()
     ]
     answers.sort(key=lambda each: -1.0 if each.gain is None else each.gain, reverse=True)
     return SampledQuery(first.user, first.query, first.gold, tuple(answers))

@@ -4,26 +4,21 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Side = Literal["left", "right"]
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels."""
-HEIGHT = 13
-"""Of a label in pixels."""
+Box = tuple[float, float, float, float]  # left, top, right and bottom in pixels
+HEIGHT = 13  # of a label in pixels
 SIDES: tuple[tuple[int, Side], ...] = ((1, "left"), (-1, "right"))
 UPWARD = sorted((step * HEIGHT / 2 for step in range(-60, 61)), key=abs)
 """Vertical distances that are tried, the nearest first."""
 
 
 class Label(NamedTuple):
-    """Where a label is, in pixels."""
+    """Where a label is, in pixels: its text begins (side left) or ends (right) at x, around y."""
 
     x: float
-    """Where its text begins (side left) or ends (side right)."""
     y: float
-    """Its middle."""
     width: float
     side: Side
-    moved: bool = False
-    """Whether it is above or below its point's height."""
+    moved: bool = False  # above or below its point's height
 
     @property
     def box(self) -> Box:

@@ -3,17 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra_llm.bench.report import tables
 from hydra_llm.bench.report.costs import cost_rows, learning_rows
 from hydra_llm.bench.report.findings import findings
 from hydra_llm.bench.report.summary import summary_line
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows
-from hydra_llm.bench.report.tables import (
-    OVERALL,
-    Report,
-    comparison_rows,
-    method_rows,
-    overall_rows,
-)
 from hydra_llm.bench.stats import Relative
 
 LIKE = (
@@ -26,20 +20,21 @@ LEGEND = (
 )
 
 
-def markdown(report: Report) -> str:
+def markdown(report: tables.Report) -> str:
     """The report of one run."""
     task, manifest = report.run.task, report.run.manifest
     sizes = f"{manifest['users']} users, {manifest['queries']} queries"
+    notes = (spec.note for spec in task.metric_specs.values() if spec.note)
     parts = [
         f"## {task.name}, {manifest['llm'].get('model')}, {sizes}",
         LIKE.format(task.like) if task.like else "",
         f"{summary_line(report.run)}.",
-        as_markdown(method_rows(report)),
-        " ".join([LEGEND, *(spec.note for spec in task.metric_specs.values() if spec.note)]),
+        as_markdown(tables.method_rows(report)),
+        " ".join([LEGEND, *notes]),
     ]
-    if found := findings(report):
-        parts += ["### What it says", "\n".join(f"- {each}" for each in found)]
-    comparisons = comparison_rows(report.comparisons)
+    if sentences := findings(report):
+        parts += ["### What it says", "\n".join(f"- {each}" for each in sentences)]
+    comparisons = tables.comparison_rows(report.comparisons)
     parts += [f"### Against {report.baseline or 'nothing'}", as_markdown(comparisons)]
     parts += ["### What a query costs", as_markdown(cost_rows(report))]
     if learning := learning_rows(report):
@@ -47,14 +42,15 @@ def markdown(report: Report) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def overall_markdown(found: Mapping[str, Mapping[str, Relative]]) -> str:
+def overall_markdown(shares: Mapping[str, Mapping[str, Relative]]) -> str:
     """What several runs say together; empty if they say nothing."""
-    return f"## {OVERALL}\n\n{as_markdown(overall_rows(found))}\n" if found else ""
+    rows = as_markdown(tables.overall_rows(shares))
+    return f"## {tables.OVERALL}\n\n{rows}\n" if shares else ""
 
 
-def sweep_markdown(found: SweepResult) -> str:
+def sweep_markdown(result: SweepResult) -> str:
     """A sweep's table."""
-    return f"## {found['question']}\n\n{as_markdown(sweep_rows(found))}\n"
+    return f"## {result['question']}\n\n{as_markdown(sweep_rows(result))}\n"
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

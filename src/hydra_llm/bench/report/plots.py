@@ -1,27 +1,33 @@
-"""A run's figures as charts: scores, score against cost, users better and worse.
+"""Charts: of a run its scores, score against cost, users better and worse; of a sweep its curve.
 
-Groups of methods differ in colour and shape. Needs the extra `report`. Knows no LLM.
+One style, SVG without network or JavaScript. Groups of methods differ in colour and shape; colours
+are those of Okabe and Ito, which colour-blind people can tell apart. Needs the extra `report`
+(altair, vl-convert). Knows no LLM.
 """
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hydra_llm.bench.comparison import changes_by_user, pair
-from hydra_llm.bench.report.cells import axis_title
-from hydra_llm.bench.report.charts import chart, legend, points, require, styled, svg, title
-from hydra_llm.bench.report.labels import Side, label_places
+from hydra_llm.bench.report.cells import axis_title, require
+from hydra_llm.bench.report.labels import label_places
 from hydra_llm.bench.report.tables import GROUPS, Report, TableRow
 from hydra_llm.errors import SettingsError
 
-if TYPE_CHECKING:
-    import altair as alt
+require()
+import altair as alt  # noqa: E402
 
-    from hydra_llm.bench.report.charts import Plot
-
+Plot = alt.LayerChart | alt.FacetChart
+LINES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+SHAPES = ("circle", "diamond", "triangle-down", "triangle-up", "square", "cross")
+FONT = "Helvetica, Arial, sans-serif"
+DARK, GRID = "#222222", "#E6E6E6"
+AXIS = {"labelColor": DARK, "titleColor": DARK, "titleFontWeight": "normal", "gridColor": GRID}
 LOOKS = {
     "prompt": ("#0072B2", "circle"),
     "hydra": ("#D55E00", "diamond"),
@@ -34,18 +40,21 @@ LOOKS = {
 SIGNS = {"better": "#009E73", "worse": "#D55E00"}
 BARS = 200
 """At most so many users are drawn; of more users evenly spaced ones."""
+COSTS = {"calls": "LLM calls", "tokens": "tokens", "llm_seconds": "seconds of LLM"}
+AREA = (460, 340)
+"""Width and height of the plot of costs in pixels."""
 
 
-def plots(report: Report) -> "dict[str, Plot]":
+def plots(report: Report) -> dict[str, Plot]:
     """Every plot of a run by its name, as for a file: score-METRIC, cost-MEASURE, users."""
-    found: dict[str, Plot | None] = {
-        f"score-{metric}": score_plot(report, metric) for metric in report.metrics
-    }
+    drawn: dict[str, Plot | None] = {}
+    for metric in report.metrics:
+        drawn[f"score-{metric}"] = score_plot(report, metric)
     tokens = any(row.result.tokens for row in report.rows)
     for measure in ("calls", "tokens" if tokens else "llm_seconds"):
-        found[f"cost-{measure}"] = cost_plot(report, measure)
-    found["users"] = users_plot(report)
-    return {name: plot for name, plot in found.items() if plot is not None}
+        drawn[f"cost-{measure}"] = cost_plot(report, measure)
+    drawn["users"] = users_plot(report)
+    return {name: plot for name, plot in drawn.items() if plot is not None}
 
 
 def write(report: Report, folder: Path) -> Path:
@@ -67,24 +76,19 @@ def write(report: Report, folder: Path) -> Path:
     return folder
 
 
-# ---- scores
-
-
-def score_plot(report: Report, metric: str) -> "Plot":
+def score_plot(report: Report, metric: str) -> Plot:
     """Each method's figure with its 95 % interval; the dashed line is the baseline."""
-    import altair as alt
-
-    rows = _by_group(report)
+    rows, (colour, shape) = report.by_group, _looks(report.by_group)
+    figures = {row.method: row.result.metrics[metric] for row in rows}
     data = [
         {"method": row.method, "part": GROUPS[row.group]}
-        | dict(zip(("value", "low", "high"), row.result.metrics[metric], strict=True))
+        | dict(zip(("value", "low", "high"), figures[row.method], strict=True))
         for row in rows
     ]
     axis = alt.Axis(title=None, domain=False, ticks=False, labelLimit=220, labelPadding=6)
-    base = chart(data).encode(y=alt.Y("method:N", sort=[row.method for row in rows], axis=axis))
+    base = chart(data).encode(y=alt.Y("method:N", sort=list(figures), axis=axis))
     look: dict[str, Any] = {"title": _axis(report, metric), "scale": alt.Scale(zero=False)}
     x, low = alt.X("value:Q", **look), alt.X("low:Q", **look)
-    colour, shape = _looks(rows)
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
     failed = base.transform_filter("!isValid(datum.value)").mark_text(align="left", text="failed")
     marks = points(base.transform_filter("isValid(datum.value)"))
@@ -93,64 +97,56 @@ def score_plot(report: Report, metric: str) -> "Plot":
         marks.encode(x=x, color=colour, shape=shape),
         failed.encode(x=alt.value(4)),
     ]
-    values = [row.result.metrics[metric][0] for row in rows if row.method == report.baseline]
-    for value in (value for value in values if not math.isnan(value)):
+    value = figures[report.baseline][0] if report.baseline in figures else math.nan
+    if not math.isnan(value):
         dashes = chart([{"value": value}]).mark_rule(strokeDash=[4, 3], color="#999999")
         layers.insert(0, dashes.encode(x="value:Q"))
     return styled(alt.layer(*layers).properties(width=340, height=alt.Step(19)))
 
 
-# ---- score against cost
-
-COSTS = {"calls": "LLM calls", "tokens": "tokens", "llm_seconds": "seconds of LLM"}
-AREA = (460, 340)
-"""Width and height of the plot in pixels."""
-
-
-def cost_plot(report: Report, measure: str) -> "Plot | None":
+def cost_plot(report: Report, measure: str) -> Plot | None:
     """The first metric against the cost on a root scale; None if nothing costs anything."""
-    import altair as alt
-
     metric = report.metrics[0]
-    rows = [row for row in _by_group(report) if not math.isnan(row.result.metrics[metric][0])]
-    if not any(getattr(row.result, measure) for row in rows):
-        return None
-    data, (most, low, high) = _cost_data(rows, metric, measure)
-    x = alt.X(
-        "cost:Q",
-        title=f"{COSTS[measure]} a query (root scale)",
-        axis=alt.Axis(tickCount=6),
-        scale=alt.Scale(type="sqrt", domain=[0, most], nice=False),
-    )
-    y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
-    y = alt.Y("value:Q", title=_axis(report, metric), scale=y_scale)
-    base, (colour, shape) = chart(data), _looks(rows)
-    leader = base.transform_filter("datum.moved").mark_rule(color="#999999", strokeWidth=0.7)
-    names = base.encode(x="at:Q", y="height:Q", text="method:N")
-    left, right = (names.transform_filter(f"datum.side == '{side}'") for side in get_args(Side))
-    layers = alt.layer(
-        leader.encode(x=x, y=y, x2="at:Q", y2="height:Q"),
-        points(base).encode(x=x, y=y, color=colour, shape=shape),
-        left.mark_text(align="left", fontSize=11),
-        right.mark_text(align="right", fontSize=11),
-    )
-    return styled(layers.properties(width=AREA[0], height=AREA[1]))
-
-
-def _cost_data(
-    rows: Sequence[TableRow], metric: str, measure: str
-) -> tuple[list[dict[str, Any]], tuple[float, float, float]]:
-    """Points with labels, and the axes' ends: greatest cost, lowest and highest value."""
+    rows = [row for row in report.by_group if not math.isnan(row.result.metrics[metric][0])]
     costs = [float(getattr(row.result, measure)) for row in rows]
+    if not any(costs):
+        return None
     values = [row.result.metrics[metric][0] for row in rows]
     room = 0.08 * (max(values) - min(values)) or 0.05
     most, low, high = 1.1 * max(costs), min(values) - room, max(values) + room
+    x_scale = alt.Scale(type="sqrt", domain=[0, most], nice=False)
+    y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
+    x_title, ticks = f"{COSTS[measure]} a query (root scale)", alt.Axis(tickCount=6)
+    x = alt.X("cost:Q", title=x_title, axis=ticks, scale=x_scale)
+    y = alt.Y("value:Q", title=_axis(report, metric), scale=y_scale)
+    base = chart(_labelled(rows, costs, values, (most, low, high)))
+    colour, shape = _looks(rows)
+    leader = base.transform_filter("datum.moved").mark_rule(color="#999999", strokeWidth=0.7)
+    names = base.encode(x="at:Q", y="height:Q", text="method:N")
+    left, right = (
+        names.transform_filter(f"datum.side == '{side}'").mark_text(align=side, fontSize=11)
+        for side in ("left", "right")
+    )
+    marks = points(base).encode(x=x, y=y, color=colour, shape=shape)
+    leaders = leader.encode(x=x, y=y, x2="at:Q", y2="height:Q")
+    layers = alt.layer(leaders, marks, left, right)
+    return styled(layers.properties(width=AREA[0], height=AREA[1]))
+
+
+def _labelled(
+    rows: Sequence[TableRow],
+    costs: Sequence[float],
+    values: Sequence[float],
+    ends: tuple[float, float, float],
+) -> list[dict[str, Any]]:
+    """Points with labels; `ends` of the axes: greatest cost, lowest and highest value."""
+    most, low, high = ends
     pixels = [
         (AREA[0] * math.sqrt(cost / most), AREA[1] * (high - value) / (high - low))
         for cost, value in zip(costs, values, strict=True)
     ]
     labels = label_places(pixels, [6.2 * len(row.method) for row in rows], AREA)
-    data = [
+    return [
         {
             "method": row.method,
             "part": GROUPS[row.group],
@@ -163,42 +159,36 @@ def _cost_data(
         }
         for row, cost, value, label in zip(rows, costs, values, labels, strict=True)
     ]
-    return data, (most, low, high)
 
 
-# ---- users
-
-
-def users_plot(report: Report) -> "Plot | None":
+def users_plot(report: Report) -> Plot | None:
     """Each method's users by their change against the baseline; None without one."""
-    import altair as alt
-
     panels = _panels(report)
     rows = [
-        {"panel": panel, "place": place, "difference": change, "sign": _sign(change)}
+        {
+            "panel": panel,
+            "place": place,
+            "difference": change,
+            "sign": "better" if change > 0 else "worse",
+        }
         for panel, changes in panels.items()
         for place, change in enumerate(_thinned(changes))
     ]
     if not rows:
         return None
     zero = alt.when("datum.value === 0").then(alt.value("#555555")).otherwise(alt.value("#E6E6E6"))
-    scale = alt.Scale(domain=list(SIGNS), range=list(SIGNS.values()))
+    signs = alt.Scale(domain=list(SIGNS), range=list(SIGNS.values()))
     bars = (
         chart(rows)
         .mark_bar()
         .encode(
             x=alt.X("place:O", axis=None, scale=alt.Scale(padding=0.15)),
             y=alt.Y("difference:Q", title=None, axis=alt.Axis(tickCount=4, gridColor=zero)),
-            color=alt.Color("sign:N", title=None, scale=scale, legend=None),
+            color=alt.Color("sign:N", title=None, scale=signs, legend=None),
         )
     )
-    header = alt.Header(
-        title=None,
-        labelExpr="split(datum.value, '|')",
-        labelAnchor="start",
-        labelFontSize=11,
-        labelLineHeight=13,
-    )
+    lines: dict[str, Any] = {"labelExpr": "split(datum.value, '|')", "labelLineHeight": 13}
+    header = alt.Header(title=None, labelAnchor="start", labelFontSize=11, **lines)
     facet = alt.Facet("panel:N", sort=list(panels), header=header)
     drawn: alt.FacetChart = bars.properties(width=165, height=80).facet(facet=facet, columns=3)
     heading = title(f"mean gain of each user minus {report.baseline}'s")
@@ -207,21 +197,14 @@ def users_plot(report: Report) -> "Plot | None":
 
 def _panels(report: Report) -> dict[str, list[float]]:
     """Heading of a method's panel → its users' mean changes of gain, the greatest first."""
-    if report.baseline is None:
-        return {}
-    run, base = report.run, report.run.of(report.baseline)
-    found = {}
-    for row in _by_group(report):
-        if row.comparison is not None:
+    run, panels = report.run, {}
+    base = run.of(report.baseline) if report.baseline else []
+    for row in report.by_group:
+        if base and (found := row.comparison):
             changes = changes_by_user(run.task, pair(run.of(row.method), base)).values()
-            each = row.comparison
-            counts = f"{each.wins} better, {each.ties} same, {each.losses} worse"
-            found[f"{row.method}|{counts}"] = sorted(changes, reverse=True)
-    return found
-
-
-def _sign(change: float) -> str:
-    return "better" if change > 0 else "worse"
+            counts = f"{found.wins} better, {found.ties} same, {found.losses} worse"
+            panels[f"{row.method}|{counts}"] = sorted(changes, reverse=True)
+    return panels
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
@@ -230,25 +213,104 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [values[round(place)] for place in np.linspace(0, len(values) - 1, BARS)]
 
 
-# ---- what the charts of a run share
-
-
-def _by_group(report: Report) -> list[TableRow]:
-    return [row for group in GROUPS for row in report.rows if row.group == group]
-
-
 def _axis(report: Report, metric: str) -> str:
     return axis_title(metric, report.sign(metric) > 0)
 
 
-def _looks(rows: Sequence[TableRow]) -> "tuple[alt.Color, alt.Shape]":
+def _looks(rows: Sequence[TableRow]) -> tuple[alt.Color, alt.Shape]:
     """Colour and shape by the part of the table."""
-    import altair as alt
-
     groups = list(dict.fromkeys(row.group for row in rows))
     parts = [GROUPS[group] for group in groups]
     colours, shapes = (
         alt.Scale(domain=parts, range=[LOOKS[group][which] for group in groups]) for which in (0, 1)
     )
-    look: dict[str, Any] = {"title": None, "legend": legend(3)}
-    return alt.Color("part:N", scale=colours, **look), alt.Shape("part:N", scale=shapes, **look)
+    colour = alt.Color("part:N", scale=colours, **legend(3))
+    return colour, alt.Shape("part:N", scale=shapes, **legend(3))
+
+
+# ---- the curve of a sweep
+
+
+class Point(NamedTuple):
+    """One figure of a sweep."""
+
+    method: str
+    x: float | str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+def curve(data: Sequence[Point], x: str, y: str, heading: str = "", log: bool = False) -> Plot:
+    """A line per method over what a sweep varies: numbers to scale (`log`: logarithmic, but for 0),
+    or names in order. Unknown intervals (NaN) and points without a value are left out.
+    """
+    if any(isinstance(point.x, str) for point in data):  # 1, 5, all
+        data = [point._replace(x=str(point.x)) for point in data]
+    methods = list(dict.fromkeys(point.method for point in data))
+    colours, shapes = (
+        alt.Scale(domain=methods, range=[looks[i % len(looks)] for i in range(len(methods))])
+        for looks in (LINES, SHAPES)
+    )
+    colour = alt.Color("method:N", scale=colours, **legend(2))
+    shape = alt.Shape("method:N", scale=shapes, **legend(2))
+    rows = [point._asdict() for point in data if not math.isnan(point.value)]
+    base = chart(rows).encode(x=_x_axis([point.x for point in data], x, log), color=colour)
+    scale = alt.Scale(zero=False)
+    value, low = alt.Y("value:Q", title=y, scale=scale), alt.Y("low:Q", title=y, scale=scale)
+    interval = base.transform_filter("isValid(datum.low)").encode(y=low, y2="high:Q")
+    layers = alt.layer(
+        interval.mark_area(opacity=0.12),
+        interval.mark_rule(opacity=0.5),
+        base.mark_line(strokeWidth=2).encode(y=value),
+        points(base, 60).encode(y="value:Q", shape=shape),
+    )
+    return styled(layers.properties(width=420, height=260, title=title(heading)))
+
+
+def _x_axis(values: Sequence[float | str], name: str, log: bool) -> alt.X:
+    if names := [value for value in dict.fromkeys(values) if isinstance(value, str)]:
+        return alt.X("x:O", title=name, sort=names, axis=alt.Axis(labelAngle=0))
+    numbers = sorted({float(value) for value in values})
+    scale = alt.Scale(type="symlog" if log else "linear", zero=False, padding=12)
+    return alt.X("x:Q", title=name, axis=alt.Axis(values=numbers), scale=scale)
+
+
+# ---- what all charts share
+
+
+def svg(plot: Plot) -> str:
+    """The plot as the text of an SVG file."""
+    text = io.StringIO()
+    plot.save(text, format="svg")
+    return text.getvalue()
+
+
+def chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
+    """A chart that holds its rows; NaN is null."""
+    values = [{name: None if v != v else v for name, v in row.items()} for row in rows]
+    return alt.Chart(alt.InlineData(values=values))
+
+
+def points(base: alt.Chart, size: int = 70) -> alt.Chart:
+    """Filled marks for the rows of a chart."""
+    marks: alt.Chart = base.mark_point(filled=True, size=size, opacity=1)
+    return marks
+
+
+def title(text: str) -> alt.TitleParams:
+    """A small heading at the left."""
+    return alt.TitleParams(text, anchor="start", fontSize=12, fontWeight="normal")
+
+
+def legend(columns: int) -> dict[str, Any]:
+    """An encoding's options: a legend below the plot, without a title."""
+    box = alt.Legend(orient="bottom", columns=columns, symbolOpacity=1, labelLimit=220)
+    return {"title": None, "legend": box}
+
+
+def styled(plot: Plot) -> Plot:
+    """Dark on white, without a description of every mark, as pages have a caption."""
+    configured = plot.configure(font=FONT, background="white", aria=False, axis=AXIS)
+    plain: Plot = configured.configure_view(stroke=None)
+    return plain

@@ -21,7 +21,7 @@ def run_summary(run: Run) -> dict[str, str]:
     manifest, task, seeds = run.manifest, run.task, run.seeds
     llm, settings = manifest.get("llm", {}), manifest.get("settings", {})
     weights = {seed: digest for seed, digest in manifest.get("weights", {}).items() if digest}
-    found = {
+    summary = {
         "LLM": ", ".join(str(llm[key]) for key in ("model", "kind", "engine") if llm.get(key)),
         "users": manifest.get("users"),
         "queries": manifest.get("queries"),
@@ -34,7 +34,7 @@ def run_summary(run: Run) -> dict[str, str]:
         "data": str(manifest.get("data", ""))[:16],
         "weights": ", ".join(f"seed {seed}: {digest[:12]}" for seed, digest in weights.items()),
     }
-    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+    return {name: str(value) for name, value in summary.items() if value not in (None, "")}
 
 
 def limits(settings: Mapping[str, Any]) -> str:
@@ -45,7 +45,5 @@ def limits(settings: Mapping[str, Any]) -> str:
 
 def summary_line(run: Run) -> str:
     """The summary in one line, without the digests of data and weights."""
-    shown = {
-        key: value for key, value in run_summary(run).items() if key not in ("data", "weights")
-    }
-    return "; ".join(f"{name}: {value}" for name, value in shown.items())
+    shown = {**run_summary(run), "data": "", "weights": ""}
+    return "; ".join(f"{name}: {value}" for name, value in shown.items() if value)

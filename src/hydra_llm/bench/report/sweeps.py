@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.report import charts
-from hydra_llm.bench.report.cells import axis_title, cell, difference
+from hydra_llm.bench.report.cells import axis_title, cell, difference, require
 from hydra_llm.bench.stats import Paired
 from hydra_llm.errors import SettingsError
 
 FILE = "sweep.json"
-OLD_FILE = "study.json"
-"""Its name in earlier versions."""
+OLD_FILE = "study.json"  # its name in earlier versions
 SweepResult = Mapping[str, Any]
 """The content of `sweep.json`: no text of the data, and no path."""
 
@@ -36,29 +34,29 @@ def open_sweep(folder: Path) -> SweepResult:
     """
     file = _file(folder)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        sweep_rows(found)
+        result = json.loads(file.read_text(encoding="utf-8"))
+        sweep_rows(result)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingsError(
             f"{file} cannot be read ({error}): run the same `bench sweep` again, it writes it anew"
         ) from None
-    return dict(found)
+    return dict(result)
 
 
-def write_sweep(found: SweepResult, folder: Path) -> Path:
+def write_sweep(result: SweepResult, folder: Path) -> Path:
     """Write `sweep.json`, in which NaN is null."""
     file = folder / FILE
-    text = json.dumps(_without_nan(found), indent=2, ensure_ascii=False)
+    text = json.dumps(_without_nan(result), indent=2, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
     return file
 
 
-def sweep_rows(found: SweepResult) -> list[dict[str, Any]]:
+def sweep_rows(result: SweepResult) -> list[dict[str, Any]]:
     """A row per point and method, for people."""
-    metric, series = found["metric"], any(point.get("series") for point in found["points"])
+    metric, series = result["metric"], any(point.get("series") for point in result["points"])
     return [
         {
-            found["x"]: point["x"],
+            result["x"]: point["x"],
             **({"series": point.get("series", "")} if series else {}),
             "method": row["method"],
             **{name: cell(*_numbers(figures)) for name, figures in row["metrics"].items()},
@@ -67,32 +65,29 @@ def sweep_rows(found: SweepResult) -> list[dict[str, Any]]:
             "LLM calls": round(row["calls"], 1),
             "failed": row["failed"],
         }
-        for point, row in _rows(found)
+        for point, row in _rows(result)
     ]
 
 
-def sweep_svg(found: SweepResult) -> str:
+def sweep_svg(result: SweepResult) -> str:
     """The first metric over what varied, as SVG.
 
     Raises:
         SettingsError: the extra `report` is not installed.
     """
-    charts.require()
-    metric = found["metric"]
-    points = [
-        charts.Point(
-            ", ".join(filter(None, (row["method"], point.get("series")))),
-            point["x"],
-            *_numbers(row["metrics"][metric]),
-        )
-        for point, row in _rows(found)
-    ]
-    y = axis_title(metric, found["higher_is_better"])
-    return charts.svg(charts.curve(points, found["x"], y, found["question"], found["log"]))
+    require()
+    from hydra_llm.bench.report import plots
+
+    metric, points = result["metric"], []
+    for point, row in _rows(result):
+        name = ", ".join(filter(None, (row["method"], point.get("series"))))
+        points.append(plots.Point(name, point["x"], *_numbers(row["metrics"][metric])))
+    y = axis_title(metric, result["higher_is_better"])
+    return plots.svg(plots.curve(points, result["x"], y, result["question"], result["log"]))
 
 
-def _rows(found: SweepResult) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    return ((point, row) for point in found["points"] for row in point["methods"])
+def _rows(result: SweepResult) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    return ((point, row) for point in result["points"] for row in point["methods"])
 
 
 def _numbers(figures: Sequence[float | None]) -> list[float]:
@@ -102,10 +97,9 @@ def _numbers(figures: Sequence[float | None]) -> list[float]:
 def _difference(against: Mapping[str, Any] | None, metric: str) -> str:
     if against is None:
         return ""
-    found = against["metrics"][metric]
-    low, high, p = _numbers([found[name] for name in ("low", "high", "p")])
-    (value,) = _numbers([found["difference"]])
-    return difference(Paired(value, low, high, p, found["samples"], found["users"]))
+    own = against["metrics"][metric]
+    value, low, high, p = _numbers([own[name] for name in ("difference", "low", "high", "p")])
+    return difference(Paired(value, low, high, p, own["samples"], own["users"]))
 
 
 def _without_nan(value: Any) -> Any:

@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.comparison import Comparison, compare, pair
+from hydra_llm.bench.comparison import Comparison, compare, pair, scored_pairs
 from hydra_llm.bench.method import METHODS, base_name, installed, per_sample
 from hydra_llm.bench.report.cells import cell, difference, share
-from hydra_llm.bench.runlog import Sample, read_learning, read_run
-from hydra_llm.bench.runner import MethodResult, rounded, scored, tabulate
+from hydra_llm.bench.runlog import Sample, by_method, read_learning, read_run
+from hydra_llm.bench.runner import MethodResult, rounded, tabulate
 from hydra_llm.bench.stats import Relative, over_tasks, relative
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.meter import FREE, Prices
@@ -38,35 +38,36 @@ OVERALL = (
 )
 
 
-# ---- a run, read from its folder
-
-
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read."""
+    """A run folder, read; `learning` is each seed's report of learning."""
 
     folder: Path
     manifest: Mapping[str, Any]
     task: Task
     samples: tuple[Sample, ...]
     learning: tuple[Mapping[str, Any], ...] = ()
-    """Each seed's report of learning."""
+
+    @cached_property
+    def by_method(self) -> dict[str, list[Sample]]:
+        """Method → samples, in the order of the installed methods; others come last."""
+        places = {name: place for place, name in enumerate(METHODS.names())}
+        groups = by_method(self.samples)
+        order = sorted(groups, key=lambda name: (places.get(base_name(name), len(places)), name))
+        return {name: groups[name] for name in order}
 
     @property
     def methods(self) -> list[str]:
-        """In the order of the installed methods; others come last."""
-        places = {name: place for place, name in enumerate(METHODS.names())}
-        names = {sample.method for sample in self.samples}
-        return sorted(names, key=lambda name: (places.get(base_name(name), len(places)), name))
+        return list(self.by_method)
 
     @property
     def seeds(self) -> list[int]:
         """Of the learned parts."""
-        with_seeds = {name for name in self.methods if not per_sample(name)}
-        return sorted({sample.seed for sample in self.samples if sample.method in with_seeds})
+        with_seeds = [own for name, own in self.by_method.items() if not per_sample(name)]
+        return sorted({sample.seed for own in with_seeds for sample in own})
 
     def of(self, method: str) -> list[Sample]:
-        return [sample for sample in self.samples if sample.method == method]
+        return self.by_method.get(method, [])
 
 
 def open_run(folder: Path) -> Run:
@@ -98,27 +99,24 @@ def compare_runs(first: Run, second: Run) -> dict[str, Comparison]:
             f"{first.folder} and {second.folder} answer other data sets: their answers cannot be"
             " paired"
         )
-    common = [method for method in first.methods if method in second.methods]
+    common = [method for method in first.methods if method in second.by_method]
     if not common:
         raise SettingsError(f"{first.folder} and {second.folder} have no method in common")
     return {name: compare(first.task, second.of(name), first.of(name)) for name in common}
 
 
-# ---- the report of a run
-
-
 @dataclass(frozen=True)
 class TableRow:
-    """A method in the table."""
+    """A method in the table: improvement over the best prompt-based method of each metric (HYDRA
+    4.2), and without BLEU, whose ratios are large for short texts, as it is near 0 there;
+    difference from the baseline, None for the baseline itself, and without one.
+    """
 
     group: str
     result: MethodResult
     over_prompts: Relative | None
-    """Mean relative improvement over the best prompt-based method of each metric (HYDRA 4.2)."""
     over_prompts_without_bleu: Relative | None
-    """The same without BLEU, whose ratios are large for short texts, as it is near 0 there."""
     comparison: Comparison | None
-    """Against the baseline; None for the baseline itself, and without one."""
 
     @property
     def method(self) -> str:
@@ -136,8 +134,13 @@ class Report:
     @property
     def baseline(self) -> str | None:
         """The method that the others are compared with."""
-        found = [row.method for row in self.rows if row.comparison is None]
-        return found[0] if len(found) == 1 else None
+        alone = [row.method for row in self.rows if row.comparison is None]
+        return alone[0] if len(alone) == 1 else None
+
+    @property
+    def by_group(self) -> list[TableRow]:
+        """The rows in the order of the table's parts."""
+        return [row for group in GROUPS for row in self.rows if row.group == group]
 
     @property
     def comparisons(self) -> dict[str, Comparison]:
@@ -157,14 +160,13 @@ class Report:
     def marks(self) -> dict[tuple[str, str], int]:
         """(method, metric) → 1 for the best of the ranked groups, 2 for the second best."""
         out: dict[tuple[str, str], int] = {}
+        ranked = {row.method: row.result.metrics for row in self.rows if row.group in RANKED}
         for metric in self.metrics:
-            values = {
-                row.method: self.sign(metric) * row.result.metrics[metric][0]
-                for row in self.rows
-                if row.group in RANKED and not math.isnan(row.result.metrics[metric][0])
-            }
-            for place, value in enumerate(sorted(set(values.values()), reverse=True)[:2], 1):
-                out |= {(method, metric): place for method, own in values.items() if own == value}
+            values = {name: self.sign(metric) * own[metric][0] for name, own in ranked.items()}
+            best = sorted({v for v in values.values() if not math.isnan(v)}, reverse=True)[:2]
+            for name, value in values.items():
+                if value in best:
+                    out[name, metric] = 1 + best.index(value)
         return out
 
 
@@ -175,11 +177,16 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
     Raises:
         SettingsError: the run has no such baseline.
     """
-    samples = [sample for name in run.methods for sample in run.of(name)]
-    results = {each.method: each for each in tabulate(run.task, samples, prices)}
-    specs = run.task.metric_specs
-    best = {name: _best_prompt(run, results, name) for name in specs}
-    base = baseline or next(iter(best.values()))
+    samples = [sample for own in run.by_method.values() for sample in own]
+    results = {result.method: result for result in tabulate(run.task, samples, prices)}
+    prompts = [result for name, result in results.items() if group_of(name) == "prompt"]
+    specs, best = run.task.metric_specs, dict[str, str]()
+    for metric, spec in specs.items():
+        values = {each.method: spec.sign * each.metrics[metric][0] for each in prompts}
+        known = [name for name, value in values.items() if not math.isnan(value)]
+        if known:
+            best[metric] = max(known, key=values.__getitem__)
+    base = baseline or best.get(next(iter(specs)))
     if base is not None and base not in results:
         raise SettingsError(f"{run.folder}: no method '{base}': take one of {', '.join(results)}")
     without_bleu = {name: top for name, top in best.items() if specs[name].in_improvement}
@@ -198,30 +205,20 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
 
 def group_of(method: str) -> str:
     """Its part of the table; a method that is not installed counts as HYDRA's."""
-    found = installed(method)
-    return found.group if found is not None and found.group in GROUPS else "hydra"
+    known = installed(method)
+    return known.group if known is not None and known.group in GROUPS else "hydra"
 
 
-def _best_prompt(run: Run, results: Mapping[str, MethodResult], metric: str) -> str | None:
-    """The best prompt-based method by a metric."""
-    values = {name: each.metrics[metric][0] for name, each in results.items()}
-    found = [name for name in values if group_of(name) == "prompt" and not math.isnan(values[name])]
-    sign = run.task.metric_specs[metric].sign
-    return min(found, key=lambda name: -sign * values[name], default=None)
-
-
-def _over(run: Run, method: str, best: Mapping[str, str | None]) -> Relative | None:
+def _over(run: Run, method: str, best: Mapping[str, str]) -> Relative | None:
     """`best`: metric → the prompt-based method that is best by it."""
-    pairs_with = {name: pair(run.of(method), run.of(name)) for name in set(best.values()) if name}
+    tops = set(best.values())
+    scores = {top: scored_pairs(run.task, pair(run.of(method), run.of(top))) for top in tops}
     cases = []
-    for metric, name in best.items():
-        if name and (pairs := pairs_with[name]):
-            own, base = (scored(run.task, [each[side] for each in pairs]) for side in (0, 1))
-            cases.append((own[metric], base[metric], [sample.user for sample, _ in pairs]))
+    for metric, top in best.items():
+        ours, theirs, users = scores[top]
+        if users:
+            cases.append((ours[metric], theirs[metric], users))
     return relative(cases) if cases else None
-
-
-# ---- several tasks
 
 
 def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
@@ -234,29 +231,25 @@ def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
         return {}
     tables = [{row.method: row for row in report.rows} for report in reports]
     out: dict[str, dict[str, Relative]] = {}
-    for method in (method for method in tables[0] if all(method in each for each in tables)):
-        rows = [table[method] for table in tables]
+    for method in tables[0]:
+        rows = [table[method] for table in tables if method in table]
         shares = {
             "all metrics": [row.over_prompts for row in rows],
             "without BLEU": [row.over_prompts_without_bleu for row in rows],
         }
-        known = {what: [each for each in found if each] for what, found in shares.items()}
-        means = {what: over_tasks(v) for what, v in known.items() if len(v) == len(rows)}
-        if means:
-            out[method] = means
+        for what, each in shares.items():
+            if len(known := [share for share in each if share]) == len(tables):
+                out.setdefault(method, {})[what] = over_tasks(known)
     return out
 
 
-def overall_rows(found: Mapping[str, Mapping[str, Relative]]) -> list[dict[str, Any]]:
+def overall_rows(shares: Mapping[str, Mapping[str, Relative]]) -> list[dict[str, Any]]:
     """A row per method, the best first."""
-    order = sorted(found, key=lambda method: -next(iter(found[method].values())).change)
+    order = sorted(shares, key=lambda method: -next(iter(shares[method].values())).change)
     return [
-        {"method": method, **{what: share(each) for what, each in found[method].items()}}
+        {"method": method, **{what: share(each) for what, each in shares[method].items()}}
         for method in order
     ]
-
-
-# ---- rows for people, and all of it for machines
 
 
 def method_rows(report: Report) -> list[dict[str, Any]]:
@@ -264,7 +257,7 @@ def method_rows(report: Report) -> list[dict[str, Any]]:
     marks = {0: "", 1: " *", 2: " '"}
     return [
         {
-            "part": title,
+            "part": GROUPS[row.group],
             "method": row.method,
             **{
                 name: cell(*figures) + marks[report.marks.get((row.method, name), 0)]
@@ -275,25 +268,23 @@ def method_rows(report: Report) -> list[dict[str, Any]]:
             "LLM calls": round(row.result.calls, 1),
             "failed": row.result.failed,
         }
-        for group, title in GROUPS.items()
-        for row in report.rows
-        if row.group == group
+        for row in report.by_group
     ]
 
 
 def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[dict[str, Any]]:
     """A row per method: paired differences, users better and worse, queries needed."""
     out = []
-    for method, found in comparisons.items():
-        users = found.wins + found.ties + found.losses
-        needed = next(iter(found.needed.values()), None)
+    for method, own in comparisons.items():
+        users = own.wins + own.ties + own.losses
+        needed = next(iter(own.needed.values()), None)
         out.append(
             {
                 "method": method,
-                **{name: difference(each) for name, each in found.metrics.items()},
-                "users better, same, worse": f"{found.wins}, {found.ties}, {found.losses}",
-                "worse": f"{found.losses / users:.0%}" if users else "",
-                "worst tenth": f"{found.worst_tenth:+.3f}",
+                **{name: difference(each) for name, each in own.metrics.items()},
+                "users better, same, worse": f"{own.wins}, {own.ties}, {own.losses}",
+                "worse": f"{own.losses / users:.0%}" if users else "",
+                "worst tenth": f"{own.worst_tenth:+.3f}",
                 "queries needed": "" if needed is None else needed,
             }
         )
@@ -315,6 +306,6 @@ def to_json(report: Report) -> dict[str, Any]:
     return {"run": str(report.run.folder), "task": report.run.task.name, "methods": rows}
 
 
-def share_json(found: Relative | None) -> list[float | None] | None:
+def share_json(over: Relative | None) -> list[float | None] | None:
     """Change and the ends of its interval, null where there is none."""
-    return found and rounded((found.change, *found.interval()))
+    return over and rounded((over.change, *over.interval()))
