@@ -28,7 +28,7 @@ class HydraError(Exception):
 
 
 class UserFault(HydraError):
-    """Something that the caller can correct; the command line prints one line and exits with 2."""
+    """Something that the caller can correct."""
 
     exit_code = 2
 
@@ -46,8 +46,8 @@ class DataError(UserFault):
     ):
         self.file, self.line, self.field = file, line, field
         place = ":".join(str(part) for part in (file, line) if part is not None)
-        named = f"field '{field}':" if field else ""
-        super().__init__(" ".join(filter(None, (place and f"{place}:", named, message))))
+        parts = (place and f"{place}:", field and f"field '{field}':", message)
+        super().__init__(" ".join(filter(None, parts)))
 
 
 class SettingsError(UserFault):
@@ -73,8 +73,9 @@ class LLMError(HydraError):
 
 
 class LLMRefused(LLMError):
-    """A call that will fail again as it is: wrong key, unknown model, malformed request, a prompt
-    longer than the context window.
+    """A call that will fail again as it is: wrong key, unknown model, malformed or too long.
+
+    `fits`: for a prompt that was too long, the share of it that fits; a shorter one may be tried.
     """
 
     exit_code = 2
@@ -82,7 +83,6 @@ class LLMRefused(LLMError):
     def __init__(self, message: str, *, fits: float | None = None):
         super().__init__(message)
         self.fits = fits
-        """For a prompt that was too long: the share of it that fits. A shorter one may be tried."""
 
 
 class BudgetExceeded(LLMError):

@@ -1,8 +1,7 @@
 """A user's records in time: parse times, order records, and show a query only what precedes it.
 
 No information leaks from the future: only records that `before` returns reach a query, and a head
-answers no query that may see fewer records than the head has learned from. Knows no files and no
-torch.
+answers no query that may see fewer records than the head has learned from.
 """
 
 import math
@@ -22,14 +21,11 @@ _DAY = 86400.0
 
 @lru_cache(maxsize=65536)
 def parse_time(text: str) -> Span:
-    """Parse a written time as the interval in which it lies.
+    """Parse a written time as the interval in which it lies; ValueError if it is none.
 
     Accepts ISO 8601 (with or without time, zone, fraction), a year, a year and month, a day
     (`2020-01-31`, `2020/1/31`, `20200131`), and seconds or milliseconds since 1970. Times without a
     zone count as UTC. Empty means unknown (`ALWAYS`).
-
-    Raises:
-        ValueError: the text is none of these.
     """
     text = text.strip()
     if not text:
@@ -37,7 +33,9 @@ def parse_time(text: str) -> Span:
     if found := _CALENDAR.fullmatch(text) or _COMPACT.fullmatch(text):
         return _parse_calendar(*(int(part) for part in found.groups() if part))
     if _NUMBER.fullmatch(text):
-        return _parse_epoch(float(text))
+        is_milliseconds = abs(float(text)) >= 1e11  # 1e11 s is the year 5138
+        seconds = float(text) / 1000 if is_milliseconds else float(text)
+        return seconds, seconds
     return _parse_iso(text)
 
 
@@ -45,17 +43,9 @@ def _parse_calendar(year: int, month: int | None = None, day: int | None = None)
     start = datetime(year, 1 if month is None else month, 1 if day is None else day, tzinfo=UTC)
     if day is not None:
         return start.timestamp(), start.timestamp() + _DAY
-    if month is None or month == 12:
-        end = start.replace(year=year + 1, month=1)
-    else:
-        end = start.replace(month=month + 1)
+    years, months = divmod(12 if month is None else month, 12)
+    end = start.replace(year=year + years, month=months + 1)
     return start.timestamp(), end.timestamp()
-
-
-def _parse_epoch(number: float) -> Span:
-    is_milliseconds = abs(number) >= 1e11  # 1e11 s is the year 5138
-    seconds = number / 1000 if is_milliseconds else number
-    return seconds, seconds
 
 
 def _parse_iso(text: str) -> Span:
@@ -85,15 +75,12 @@ def _overlap(a: Span, b: Span) -> bool:
 
 def before(records: Iterable[Record], query: Record | Query) -> list[Record]:
     """The records of the query's user that certainly precede it, oldest first."""
-    return in_order(
-        record for record in records if record.user == query.user and precedes(record, query)
-    )
+    own = (record for record in records if record.user == query.user)
+    return in_order(record for record in own if precedes(record, query))
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """A user's records, oldest first: by time, then by position. One of unknown time stays
-    directly behind the records that precede it by position.
-    """
+    """A user's records by time, then by position; one of unknown time stays behind those before."""
     last_known = -math.inf
     keyed: list[tuple[float, int, Record]] = []
     for record in sorted(records, key=lambda r: r.position):

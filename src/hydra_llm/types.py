@@ -27,12 +27,9 @@ class Record:
     id: str
     input: str
     output: str
-    time: str = ""
-    """As written in the data; empty if unknown."""
-    span: Span = ALWAYS
-    """`time` as an interval, see `history.parse_time`."""
-    position: int = 0
-    """Place in the user's order; decides where spans are equal or overlap."""
+    time: str = ""  # as written in the data; empty if unknown
+    span: Span = ALWAYS  # `time` as an interval, see `history.parse_time`
+    position: int = 0  # place in the user's order; decides where spans are equal or overlap
 
 
 ARROW = " → "
@@ -53,8 +50,7 @@ class Query:
     gold: str | None = None
     time: str = ""
     span: Span = ALWAYS
-    position: int = 2**62
-    """By default after every record of the user."""
+    position: int = 2**62  # by default after every record of the user
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +58,22 @@ class Ranked:
     """A record in a ranking, best first."""
 
     record: Record
-    score: float
-    """The retriever's score."""
-    rank: int
-    """0 is the retriever's best."""
-    usefulness: float | None = None
-    """The reranker's score for this user; None where no reranker ran."""
+    score: float  # of the retriever
+    rank: int  # 0 is the retriever's best
+    usefulness: float | None = None  # the reranker's score for this user; None if none ran
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """LLM calls and what they cost. Adds up with `+`."""
 
-    calls: int = 0
-    """Calls that were sent to the LLM."""
-    cached: int = 0
-    """Calls that the cache answered."""
+    calls: int = 0  # sent to the LLM
+    cached: int = 0  # answered by the cache
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float = 0.0
-    """In the currency of the prices in the settings; 0 where none are given."""
-    seconds: float = 0.0
-    """Seconds of waiting; a cached call counts what it took when it was sent."""
+    cost: float = 0.0  # in the currency of the prices in the settings; 0 where none are given
+    seconds: float = 0.0  # of waiting; a cached call counts what it took when it was sent
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(*map(add, astuple(self), astuple(other)))
@@ -94,10 +83,8 @@ class Usage:
 class StageCost:
     """What a stage of training cost."""
 
-    users: int
-    """How many were labelled, trained on, or fitted."""
-    seconds: float
-    """The LLM's seconds as measured when it was called, and all others of this run."""
+    users: int  # labelled, trained on, or fitted
+    seconds: float  # the LLM's as measured when it was called, and all others of this run
     usage: Usage = Usage()
 
     def to_json(self) -> dict[str, float]:
@@ -117,8 +104,7 @@ class Generation:
 
     texts: tuple[str, ...]
     usage: Usage = Usage()
-    ends: tuple[str, ...] = ()
-    """Each text's finish reason, `stop` or `length`; empty if unknown."""
+    ends: tuple[str, ...] = ()  # each text's finish reason, `stop` or `length`; empty if unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +170,10 @@ class LabelledGroup:
     """The pairs of one query, which compete with each other, and the gain of each."""
 
     user: str
-    query: str
-    """The query's id."""
-    left: str
-    """The query's text."""
-    rights: tuple[str, ...]
-    """[C] records with their answers (reranker) or candidates' texts (adapter)."""
-    gains: tuple[float, ...]
-    """[C] 0 to 1, from the task's gain."""
-    side_features: tuple[tuple[float, ...], ...]
-    """[C][E] each pair's side features; the scorer names the columns."""
-    position: int = 0
-    """The query's position in the user's order: how many records it may see."""
-    voted: bool = False
-    """Whether the side features include vote shares of the LLM's samples."""
+    query: str  # the query's id
+    left: str  # the query's text
+    rights: tuple[str, ...]  # [C] records with answers (reranker), candidates' texts (adapter)
+    gains: tuple[float, ...]  # [C] 0 to 1, from the task's gain
+    side_features: tuple[tuple[float, ...], ...]  # [C][E]; the scorer names the columns
+    position: int = 0  # of the query in the user's order: how many records it may see
+    voted: bool = False  # whether the side features include vote shares of the LLM's samples

@@ -79,11 +79,10 @@ def fetch(
         except OSError as error:
             message = f"{folder}: cannot be written: {error.strerror}; what has arrived is kept"
             raise UserFault(message) from None
-    for part_name in PARTS:
-        _accept(
-            folder / f"{part_name}_questions.json", folder / f"{part_name}_outputs.json", wanted
-        )
-    return [folder / name for name in wanted]
+    files = [folder / name for name in wanted]
+    for questions, outputs in (files[:2], files[2:]):
+        _accept(questions, outputs, wanted)
+    return files
 
 
 def load_named(
@@ -189,8 +188,15 @@ def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
     """Give a pair of files its names if both are complete and belong together; else remove it."""
     files = (questions, outputs)
     places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
-    asked = _checked(places[0], wanted[questions.name], read_question_ids)
-    golds = _checked(places[1], wanted[outputs.name], read_gold_ids)
+    try:
+        place, address = places[0], wanted[questions.name]
+        asked = read_question_ids(place)
+        place, address = places[1], wanted[outputs.name]
+        golds = read_gold_ids(place)
+    except DataError as fault:
+        _discard([place])
+        message = f"what arrived is no LaMP file and was removed ({fault})"
+        raise DataError(message, file=address) from None
     if not asked or asked != golds:
         differing = sorted(asked ^ golds)[:1]
         _discard(places)
@@ -198,15 +204,6 @@ def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
         raise DataError(f"{counts} do not fit each other {differing}; removed", file=questions)
     for place, file in zip(places, files, strict=True):
         place.replace(file)
-
-
-def _checked(place: Path, address: str, read: Callable[[Path], set[str]]) -> set[str]:
-    try:
-        return read(place)
-    except DataError as fault:
-        _discard([place])
-        message = f"what arrived is no LaMP file and was removed ({fault})"
-        raise DataError(message, file=address) from None
 
 
 def _discard(places: list[Path]) -> None:

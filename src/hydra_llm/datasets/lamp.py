@@ -32,8 +32,6 @@ SPLITS: Mapping[str, Split] = {"train": "train", "dev": "test", "test": "test"}
 """LaMP's split to ours. The golds of LaMP's own test split are not public."""
 
 Question = dict[str, Any]
-
-
 LAYOUTS: Mapping[str, tuple[str, str, str]] = {
     "LaMP-1": ("abstract", "title", '"'),
     "LaMP-2N": ("text", "category", "article: "),
@@ -63,8 +61,7 @@ def load(path: Path, limit_users: int | None = None, report: Report = stop) -> D
     if len(usable) < len(found):
         reader.notes.append("LaMP's test questions were left out: their golds are not public")
     for part, questions in usable:
-        golds = _read_golds(_outputs(questions), report)
-        reader.read(Place(questions, report), golds, SPLITS[part], limit_users)
+        reader.read(questions, part, report, limit_users)
     return reader.build(path)
 
 
@@ -103,13 +100,8 @@ def stream_questions(file: Path, prefix: str = "item") -> Iterator[Any]:
         yield from ijson.items(stream, prefix, use_float=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Golds:
-    task: str  # that the outputs file names
-    outputs: Mapping[str, str]  # by question id
-
-
-def _read_golds(file: Path, report: Report) -> _Golds:
+def _read_golds(file: Path, report: Report) -> tuple[str, dict[str, str]]:
+    """The task that an outputs file names, and its outputs by question id."""
     if not file.is_file():
         raise DataError("no such file: the golds stand there", file=file)
     try:
@@ -127,12 +119,12 @@ def _read_golds(file: Path, report: Report) -> _Golds:
             place.fault(f"'{id}' stands there twice", "id")
         elif id is not None and output is not None:
             outputs[id] = output
-    return _Golds(str(data.get("task", "")), outputs)
+    return str(data.get("task", "")), outputs
 
 
 def read_gold_ids(file: Path) -> set[str]:
     """The question ids of an outputs file."""
-    return set(_read_golds(file, stop).outputs)
+    return set(_read_golds(file, stop)[1])
 
 
 def read_question_ids(file: Path) -> set[str]:
@@ -175,26 +167,27 @@ class _Reader:
     # (user, id) to input and output: the profiles of one user's questions overlap
     records: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
-    def read(self, file: Place, golds: _Golds, split: Split, limit: int | None) -> None:
+    def read(self, questions: Path, part: str, report: Report, limit: int | None) -> None:
         """Read a file's questions, up to the first one of a user beyond the limit."""
-        assert file.file is not None
+        declared, golds = _read_golds(_outputs(questions), report)
+        file, split = Place(questions, report), SPLITS[part]
         users: dict[str, str] = {}
         ids: set[str] = set()
-        for at, question in enumerate(stream_questions(file.file)):
+        for at, question in enumerate(stream_questions(questions)):
             place = file.at(f"[{at}].")
             name = _user(question, place)
             if name is None:
                 continue
             if limit is not None and name not in users and len(users) >= limit:
                 return
-            builder = self._builder_for(question, golds.task, file)
+            builder = self._builder_for(question, declared, file)
             if name not in users:
                 users[name] = self._add_user(builder, name, split)
             ids.add(self._read_query(question, users[name], golds, place))
             self._read_profile(builder, question, users[name], place)
         if not ids:
             raise file.error("holds no question: a list of {id, input, profile} is expected")
-        if spare := golds.outputs.keys() - ids:
+        if spare := golds.keys() - ids:
             file.fault(f"{len(spare)} golds have no question, '{min(spare)}' for one", "id")
 
     def _builder_for(self, question: Question, declared: str, file: Place) -> Builder:
@@ -215,15 +208,17 @@ class _Reader:
         builder.splits[user] = split
         return user
 
-    def _read_query(self, question: Question, user: str, golds: _Golds, place: Place) -> str:
+    def _read_query(
+        self, question: Question, user: str, golds: Mapping[str, str], place: Place
+    ) -> str:
         """Keep a question for later; returns its id."""
         id, text = (_text(question, name, place) for name in ("id", "input"))
-        if id is not None and id not in golds.outputs:
+        if id is not None and id not in golds:
             place.fault(f"question '{id}' has no gold in the outputs file", "id")
         elif id is not None and text is not None:
             known = text if self.instruction is None else self.instruction
             self.instruction = _common_start(known, text)
-            self.queries.append((place, _entry(question, user, id, text, golds.outputs[id])))
+            self.queries.append((place, _entry(question, user, id, text, golds[id])))
         return id or ""
 
     def _read_profile(self, builder: Builder, question: Question, user: str, place: Place) -> None:

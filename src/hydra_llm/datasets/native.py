@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedIOBase
 from pathlib import Path
@@ -84,13 +83,9 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
 
 
 def _first_users(splits: Mapping[str, Split], limit: int | None) -> dict[str, Split]:
-    kept: dict[str, Split] = {}
-    counts = Counter[Split]()
-    for user, split in splits.items():
-        if limit is None or counts[split] < limit:
-            kept[user] = split
-            counts[split] += 1
-    return kept
+    """The first users of each split, in the order of the file."""
+    kept = {user for part in SPLITS for user in [u for u in splits if splits[u] == part][:limit]}
+    return {user: split for user, split in splits.items() if user in kept}
 
 
 def _find(folder: Path, part: str) -> Path:

@@ -64,9 +64,9 @@ def read_table(
     Raises:
         DataError: names file, line and field of what is broken.
     """
-    rows = list(_unique(_rows(file, columns), columns))
+    rows = list(_rows(file, columns))
     if kind:
-        rows = list(_readable(rows, kind, columns))
+        _check_outputs(rows, kind, columns)
     if not rows:
         raise DataError("holds no record", file=file)
     task, note = _task(rows, kind, prompt, name or re.sub(r"\..*", "", file.name), file)
@@ -81,27 +81,13 @@ def read_table(
     return builder.build([note, *advice])
 
 
-def _unique(rows: Iterable[Row], columns: Columns) -> Iterator[Row]:
-    """Rows whose id is new to their user; of two with one id one could become a query."""
-    seen: set[tuple[str, str]] = set()
-    for place, entry in rows:
-        key = entry["user"], entry["id"]
-        if key in seen:
-            place.fault(f"user '{key[0]}' has the id '{key[1]}' twice", columns.id)
-        else:
-            seen.add(key)
-            yield place, entry
-
-
-def _readable(rows: Iterable[Row], kind: str, columns: Columns) -> Iterator[Row]:
-    """Rows whose output the kind can read; an empty one is reported by the builder."""
+def _check_outputs(rows: Iterable[Row], kind: str, columns: Columns) -> None:
+    """Raise the first output that the kind cannot read; the builder finds empty ones."""
     fault_of = KINDS.load(kind).output_fault
     for place, entry in rows:
         output = entry["output"].strip()
         if output and (fault := fault_of(output)):
-            place.fault(fault, columns.output)
-        else:
-            yield place, entry
+            raise place.error(fault, columns.output)
 
 
 def _split(user: str, test_share: float, seed: int) -> Split:
@@ -122,25 +108,35 @@ def _ordered(rows: list[Row]) -> list[Row]:
 
 
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:
-    lines = read_lines(file, dataset.stop)
-    first = next(lines, None)
-    if first is None:
-        return
-    place, header = first
-    start = header.lstrip()[:1]
-    if start == "[":
-        raise place.error("is one JSON array: write one JSON object a line")
-    all_lines = chain([first], lines)
-    parsed: Iterable[Cells] = ((here, parse_object(line, here)) for here, line in all_lines)
-    for here, data in parsed if start == "{" else _csv_rows(header, all_lines, place):
+    """The entries of a file; one whose id its user has already is an error."""
+    seen = set[tuple[str, str]]()
+    for place, data in _cells(read_lines(file, dataset.stop)):
         entry = {"time": "", "id": ""}
         for name, column in asdict(columns).items():
             value = number_as_text(data.get(column))
             if isinstance(value, str):
                 entry[name] = value
             elif name in columns.required():
-                here.fault("is missing, or neither a text nor a number", column)
-        yield here, {**entry, "id": entry["id"] or f"line{here.line}"}
+                raise place.error("is missing, or neither a text nor a number", column)
+        user, id = entry["user"], entry["id"] or f"line{place.line}"
+        if (user, id) in seen:  # checked here, or one could be history and the other a query
+            raise place.error(f"user '{user}' has the id '{id}' twice", columns.id)
+        seen.add((user, id))
+        yield place, {**entry, "id": id}
+
+
+def _cells(lines: Iterator[tuple[Place, str]]) -> Iterable[Cells]:
+    first = next(lines, None)
+    if first is None:
+        return ()
+    place, header = first
+    start = header.lstrip()[:1]
+    if start == "[":
+        raise place.error("is one JSON array: write one JSON object a line")
+    every = chain([first], lines)
+    if start == "{":
+        return ((here, parse_object(line, here)) for here, line in every)
+    return _csv_rows(header, every, place)
 
 
 def _csv_rows(header: str, lines: Iterable[tuple[Place, str]], place: Place) -> Iterator[Cells]:
@@ -184,14 +180,12 @@ def _task(
 
 
 def guess_kind(outputs: set[str], count: int) -> str:
-    """Rating for at least three numbers of a small range, classification for few short answers that
+    """Rating for at least three numbers of a small range, classification for few short outputs that
     repeat, else generation.
     """
     numbers = [number for output in outputs if (number := plain_number(output)) is not None]
-    if (
-        3 <= len(numbers) == len(outputs) <= 2 * MAX_RATING_RANGE + 1
-        and max(numbers) - min(numbers) <= MAX_RATING_RANGE
-    ):
+    all_numbers = 3 <= len(numbers) == len(outputs) <= 2 * MAX_RATING_RANGE + 1
+    if all_numbers and max(numbers) - min(numbers) <= MAX_RATING_RANGE:
         return "rating"
     few = 2 <= len(outputs) <= min(MAX_LABELS, count // 2)
     return "classification" if few and max(map(len, outputs)) <= MAX_LABEL_LENGTH else "generation"
