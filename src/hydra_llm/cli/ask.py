@@ -2,41 +2,28 @@
 
 import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import (
-    LLM,
-    AsJson,
-    BundleFolder,
-    RunSettings,
-    Selection,
-    with_option_sets,
-)
-
-if TYPE_CHECKING:
-    from hydra_llm.types import Answer
+from hydra_llm.cli import options as opt
+from hydra_llm.types import Answer, Ranked
 
 
-@with_option_sets
+@opt.with_option_sets
 def ask(
     text: Annotated[str, Argument(help="The text to answer; '-' reads standard input.")],
-    bundle: BundleFolder,
-    llm: LLM,
+    bundle: opt.BundleFolder,
+    llm: opt.LLM,
     user: Annotated[str, Option(help="Id of the user.")],
-    options: RunSettings,
-    selection: Selection,
+    options: opt.RunSettings,
+    selection: opt.Selection,
     k: Annotated[int | None, Option(min=0, help="Number of records in the prompt.")] = None,
-    limit: Annotated[
-        int | None, Option(min=1, help="Use only this many of the user's latest records.")
-    ] = None,
-    as_json: AsJson = False,
+    limit: Annotated[int | None, Option(min=1, help="Max number of latest records.")] = None,
+    as_json: opt.AsJson = False,
 ) -> None:
-    """Answer one text for one user. `--json` prints records, their order, prompt, candidates,
-    scores, usage and seconds per stage.
-    """
+    """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
     from hydra_llm.llm.registry import open_llm
 
     loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
@@ -50,24 +37,14 @@ def ask(
     console.emit(as_dict(answer) if as_json else answer.text, as_json)
 
 
-def as_dict(answer: "Answer") -> dict[str, Any]:
+def as_dict(answer: Answer) -> dict[str, Any]:
     """All that is known of an answer."""
     proposal = answer.proposal
     return {
         "answer": answer.text,
         "user": proposal.query.user,
         "retrieved": [{"id": item.record.id, "score": item.score} for item in proposal.retrieved],
-        "records": [
-            {
-                "id": i.record.id,
-                "input": i.record.input,
-                "output": i.record.output,
-                "rank": i.rank,
-                "score": i.score,
-                "usefulness": i.usefulness,
-            }
-            for i in proposal.records
-        ],
+        "records": [_record_row(item) for item in proposal.records],
         "prompt": [dict(message) for message in proposal.messages],
         "candidates": [asdict(candidate) for candidate in answer.candidates],
         "chosen": answer.chosen,
@@ -75,3 +52,8 @@ def as_dict(answer: "Answer") -> dict[str, Any]:
         "seconds": dict(answer.seconds),
         "notes": list(proposal.notes),
     }
+
+
+def _record_row(item: Ranked) -> dict[str, Any]:
+    record = {name: getattr(item.record, name) for name in ("id", "input", "output")}
+    return record | {name: getattr(item, name) for name in ("rank", "score", "usefulness")}

@@ -11,12 +11,12 @@ import typer
 from typer import Argument, Option
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import AsJson, Limit, RecordedLLM, RunSettings, with_option_sets
+from hydra_llm.cli import options as opt
 from hydra_llm.config import NAMES, Settings, load_settings, log_renamed
 from hydra_llm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    from hydra_llm.bench.experiment import Experiment, Outcome
+    from hydra_llm.bench.experiment import Outcome
     from hydra_llm.bench.method import Method
     from hydra_llm.bench.report.tables import Report
     from hydra_llm.bundle import Bundle
@@ -26,29 +26,23 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-Users = Annotated[int | None, Option(min=1, help="Max number of new users.")]
 DATA_HELP = "A native folder, LaMP's files, or lamp-1, -2n, -2m, -3, -4, -5, -7 (downloaded)."
+Data = Annotated[str, Argument(help=DATA_HELP)]
+Users = Annotated[int | None, Option(min=1, help="Max number of new users.")]
+Price = Annotated[float, Option(min=0, help="Price per million tokens.")]
 
 
 @dataclass(frozen=True)
 class MethodChoice:
     """Which methods run, and for which seeds."""
 
-    methods: Annotated[
-        str, Option(help="Comma-separated (rag, hydra@4,8 as k,b), or all; see `bench methods`.")
-    ] = "all"
+    methods: Annotated[str, Option(help="As rag,hydra@4,8, or all; see `bench methods`.")] = "all"
     k: Annotated[str, Option(help="Records in the prompt, comma-separated, for all.")] = "1,2,4"
     b: Annotated[str, Option("--b", help="Candidates, comma-separated, for all.")] = "8"
-    seeds: Annotated[
-        str | None, Option(help="Seeds of training, comma-separated; they share labels.")
-    ] = None
+    seeds: Annotated[str | None, Option(help="Seeds of training, comma-separated.")] = None
 
     def find(self, kind: str | None = None) -> "Sequence[Method]":
-        """The methods, for tasks of a kind.
-
-        Raises:
-            SettingsError: an unknown method, or not whole numbers.
-        """
+        """The methods, for tasks of a kind; an unknown one is an error."""
         from hydra_llm.bench.method import find_methods, split_names
 
         records, budget = whole_numbers("--k", self.k), whole_numbers("--b", self.b)
@@ -60,64 +54,50 @@ class MethodChoice:
 
 
 def whole_numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
-    """`1,2,4` → (1, 2, 4).
-
-    Raises:
-        SettingsError: not whole numbers from `least`.
-    """
+    """`1,2,4` → (1, 2, 4); anything but whole numbers from `least` is an error."""
     values = [part.strip() for part in text.split(",")]
     if not all(value.isdecimal() and int(value) >= least for value in values):
-        raise SettingsError(
-            f"{option} {text}: write whole numbers from {least} with commas, as 1,2,4"
-        )
+        fix = f"write whole numbers from {least} with commas, as 1,2,4"
+        raise SettingsError(f"{option} {text}: {fix}")
     return tuple(dict.fromkeys(map(int, values)))
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(as_json: opt.AsJson = False) -> None:
     """List the methods."""
     from hydra_llm.bench.method import METHODS, load_method
 
-    rows = [
-        {
-            "method": "@".join(filter(None, (m.name, ",".join(m.takes)))),
-            "group": m.group,
-            "what": m.what,
-            "source": m.source,
-        }
-        for m in map(load_method, METHODS.names())
-    ]
+    rows = []
+    for m in map(load_method, METHODS.names()):
+        name = "@".join(filter(None, (m.name, ",".join(m.takes))))
+        rows.append({"method": name, "group": m.group, "what": m.what, "source": m.source})
     console.emit(rows, as_json)
 
 
 @app.command()
-@with_option_sets
+@opt.with_option_sets
 def run(
-    data: Annotated[str, Argument(help=DATA_HELP)],
+    data: Data,
     out: Annotated[Path, Option(help="Folder of the run; a stopped run continues there.")],
-    source: RecordedLLM,
+    source: opt.RecordedLLM,
     choice: MethodChoice,
-    options: RunSettings,
-    bundle: Annotated[
-        Path | None, Option(help="A learned bundle; by default one is learned in the run's folder.")
-    ] = None,
+    options: opt.RunSettings,
+    bundle: Annotated[Path | None, Option(help="A bundle; default: one is learned.")] = None,
     users: Users = None,
-    limit: Limit = None,
+    limit: opt.Limit = None,
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Estimate the cost from a few calls; answer nothing.")
-    ] = False,
-    lamp: Annotated[
-        bool, Option("--export-lamp", help="Also write answers in LaMP's format, per method.")
-    ] = False,
-    as_json: AsJson = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only estimate the cost.")] = False,
+    lamp: Annotated[bool, Option("--export-lamp", help="Also write LaMP's format.")] = False,
+    as_json: opt.AsJson = False,
 ) -> None:
-    """Answer new users' queries by each method and print the table; `--limit` takes each user's
-    first queries.
+    """Answer new users' queries (of each, the first `--limit`) by each method; print the table.
 
     Without `--bundle`, first learn from the training users and fit the new users' heads.
     """
+    from hydra_llm.bench.estimate import estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
+    from hydra_llm.bench.method import per_sample
+    from hydra_llm.bench.runlog import export_lamp
 
     spec, seeds = source.spec(), choice.seed_numbers()
     choice.find()  # fails before anything is read
@@ -131,13 +111,17 @@ def run(
     chosen = choice.find(dataset.task.kind)
     with source.opened(spec, settings) as model:
         experiment = Experiment(dataset, model, settings, chosen, out, users, limit, seeds)
-        if dry_run:
-            _print_estimate(experiment, learned, as_json)
-            return
         with console.progress() as report:
-            outcome = run_experiment(experiment, report, console.say, learned)
+            if dry_run:
+                cost = estimate_cost(experiment, report, learned)
+            else:
+                outcome = run_experiment(experiment, report, console.say, learned)
+    if dry_run:
+        console.emit(cost.to_json() if as_json else estimate_rows(cost), as_json)
+        return
     if lamp:
-        _export_lamp(outcome, dataset.task, out)
+        answered = [sample for sample in outcome.samples if not per_sample(sample.method)]
+        console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, answered)}")
     _print_outcome(outcome, dataset.task, settings, as_json)
 
 
@@ -149,59 +133,33 @@ def _load(data: str, settings: Settings, base_url: str | None = None) -> "DataSe
         return load_named(data, folder, base_url=base_url or BASE_URL, progress=report)
 
 
-def _export_lamp(outcome: "Outcome", task: "Task", out: Path) -> None:
-    from hydra_llm.bench.method import per_sample
-    from hydra_llm.bench.runlog import export_lamp
-
-    answered = [sample for sample in outcome.samples if not per_sample(sample.method)]
-    console.say(f"wrote {export_lamp(out, task.like or task.name, answered)}")
-
-
 def _print_outcome(outcome: "Outcome", task: "Task", settings: Settings, as_json: bool) -> None:
     """Write the results and print the table."""
     from hydra_llm.bench.report.cells import results_table
     from hydra_llm.bench.runner import tabulate
     from hydra_llm.llm.meter import Prices
 
-    samples = outcome.samples
-    rows = tabulate(task, samples, Prices(settings.price_prompt, settings.price_completion))
-    if failed := [sample for sample in samples if sample.error]:
+    prices = Prices(settings.price_prompt, settings.price_completion)
+    rows = tabulate(task, outcome.samples, prices)
+    figures = [row.to_json() for row in rows]
+    if failed := [sample for sample in outcome.samples if sample.error]:
         first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
-        console.say(
-            f"{len(failed)} of {len(samples)} answers failed, the first {first}; the same command"
-            " retries them"
-        )
-    console.say(f"wrote {outcome.log.finish([row.to_json() for row in rows], outcome.learning)}")
-    console.emit([row.to_json() for row in rows] if as_json else results_table(rows), as_json)
-
-
-def _print_estimate(experiment: "Experiment", bundle: "Bundle | None", as_json: bool) -> None:
-    """Print what a run will cost."""
-    from hydra_llm.bench.estimate import estimate_cost, estimate_rows
-
-    with console.progress() as report:
-        found = estimate_cost(experiment, report, bundle)
-    console.emit(found.to_json() if as_json else estimate_rows(found), as_json)
+        counts = f"{len(failed)} of {len(outcome.samples)} answers failed"
+        console.say(f"{counts}, the first {first}; the same command retries them")
+    console.say(f"wrote {outcome.log.finish(figures, outcome.learning)}")
+    console.emit(figures if as_json else results_table(rows), as_json)
 
 
 def _say_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
-    """Say how many new users have no head in the bundle.
-
-    Raises:
-        DataError: none of them has one.
-    """
+    """Say how many new users have no head in the bundle; an error if none has one."""
     new = dataset.users("test")
     missing = [user for user in new if user not in bundle.records]
     if new and len(missing) == len(new):
-        raise DataError(
-            f"{data}: no new user with a head has a query: run `hydra-llm fit {data} --bundle"
-            " BUNDLE` first"
-        )
+        command = f"hydra-llm fit {data} --bundle BUNDLE"
+        raise DataError(f"{data}: no new user with a head has a query: run `{command}` first")
     if missing:
-        console.say(
-            f"{len(missing)} of {len(new)} new users have no head and are left out: run `hydra-llm"
-            f" fit {data}` for them"
-        )
+        counts = f"{len(missing)} of {len(new)} new users have no head and are left out"
+        console.say(f"{counts}: run `hydra-llm fit {data}` for them")
 
 
 @dataclass(frozen=True)
@@ -209,53 +167,39 @@ class ReportFiles:
     """Files that `bench show` writes."""
 
     markdown: Annotated[Path | None, Option(help="Write the tables to this file.")] = None
-    html: Annotated[
-        Path | None, Option(help="Write tables, plots and sampled answers to this offline page.")
-    ] = None
-    answers: Annotated[
-        bool, Option("--answers/--no-answers", help="Quote sampled answers in the HTML page.")
-    ] = True
-    plots: Annotated[Path | None, Option(help="Write the plots to this folder, as SVG.")] = None
+    html: Annotated[Path | None, Option(help="Write an offline page to this file.")] = None
+    answers: Annotated[bool, Option(help="Quote sampled answers in the HTML page.")] = True
+    plots: Annotated[Path | None, Option(help="Write the plots (SVG) to this folder.")] = None
 
     def write(self, reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> None:
-        """Write each file that was asked for."""
+        """Write the files whose options are given."""
         if self.markdown is not None:
             _write(self.markdown, _markdown(reports, sweeps))
-            console.say(f"wrote {self.markdown}")
         if self.html is not None:
             from hydra_llm.bench.report.html import page
 
-            _write(self.html, page(reports, self.answers, sweeps))
             quotes = ": it quotes the data, --no-answers leaves that out" if self.answers else ""
-            console.say(f"wrote {self.html}{quotes}")
+            _write(self.html, page(reports, self.answers, sweeps), quotes)
         if self.plots is not None:
             from hydra_llm.bench.report.plots import write
 
-            for place, report in enumerate(reports, 1):
-                several = f"{place}-{report.run.folder.name}" if len(reports) > 1 else ""
-                console.say(f"wrote {write(report, self.plots / several)}")
+            for number, report in enumerate(reports, 1):
+                below = f"{number}-{report.run.folder.name}" if len(reports) > 1 else ""
+                console.say(f"wrote {write(report, self.plots / below)}")
 
 
 @app.command()
-@with_option_sets
+@opt.with_option_sets
 def show(
     runs: Annotated[list[Path], Argument(help="Folders of runs, or of sweeps.")],
     files: ReportFiles,
-    against: Annotated[
-        str | None, Option(help="The baseline; default: the best prompt-based method.")
-    ] = None,
-    costs: Annotated[
-        bool, Option("--costs", help="Also print the costs per query and of learning.")
-    ] = False,
-    price_prompt: Annotated[float, Option(min=0, help="Price per million prompt tokens.")] = 0.0,
-    price_completion: Annotated[
-        float, Option(min=0, help="Price per million completion tokens.")
-    ] = 0.0,
-    as_json: AsJson = False,
+    against: Annotated[str | None, Option(help="Baseline; default: the best prompt.")] = None,
+    costs: Annotated[bool, Option("--costs", help="Also print costs.")] = False,
+    price_prompt: Price = 0.0,
+    price_completion: Price = 0.0,
+    as_json: opt.AsJson = False,
 ) -> None:
-    """Print runs as tables: metrics with confidence intervals, paired differences from a baseline,
-    and findings on HYDRA.
-    """
+    """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import sweeps, tables
     from hydra_llm.llm.meter import Prices
 
@@ -287,14 +231,10 @@ def _print_json(reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> Non
     from hydra_llm.bench.report import tables
     from hydra_llm.bench.report.findings import findings
 
-    runs = [
-        {
-            **tables.to_json(report),
-            "findings": findings(report),
-            "learning": list(report.run.learning),
-        }
-        for report in reports
-    ]
+    runs = []
+    for report in reports:
+        more = {"findings": findings(report), "learning": list(report.run.learning)}
+        runs.append({**tables.to_json(report), **more})
     shares = {
         method: {what: tables.share_json(share) for what, share in each.items()}
         for method, each in tables.overall(reports).items()
@@ -323,33 +263,29 @@ def _print_report(report: "Report", costs: bool) -> None:
         print(f"- {sentence}")
 
 
-def _write(file: Path, text: str) -> None:
-    """Write a report, creating its folder."""
+def _write(file: Path, text: str, note: str = "") -> None:
+    """Write a report, creating its folder, and say so."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise SettingsError(
-            f"{file}: cannot be written ({error.strerror}): name another file"
-        ) from None
+        reason = f"cannot be written ({error.strerror})"
+        raise SettingsError(f"{file}: {reason}: name another file") from None
+    console.say(f"wrote {file}{note}")
 
 
 @app.command()
-@with_option_sets
+@opt.with_option_sets
 def sweep(
     file: Annotated[Path, Argument(help="A sweep file, as benchmarks/sweeps/*.toml.")],
-    data: Annotated[str, Argument(help=DATA_HELP)],
-    out: Annotated[
-        Path, Option(help="Folder of the sweep, one run per point; a stopped one continues.")
-    ],
-    source: RecordedLLM,
-    options: RunSettings,
+    data: Data,
+    out: Annotated[Path, Option(help="Folder of the sweep, one run per point; continued there.")],
+    source: opt.RecordedLLM,
+    options: opt.RunSettings,
     users: Users = None,
-    limit: Limit = None,
-    plot: Annotated[
-        Path | None, Option(help="Write the plot to this file; default: sweep.svg in the folder.")
-    ] = None,
-    as_json: AsJson = False,
+    limit: opt.Limit = None,
+    plot: Annotated[Path | None, Option(help="Plot; default: OUT/sweep.svg.")] = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Run the methods of a sweep file at each of its points, print and draw the results.
 
@@ -359,20 +295,19 @@ def sweep(
     from hydra_llm.bench.report import cells, sweeps
     from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
 
-    main, chosen, asked = source.spec(), load_sweep(file), options.given()
+    main, chosen, flags = source.spec(), load_sweep(file), options.given()
     if plot is not None:
         cells.require()
-    for name in sorted(
-        asked.keys() & {name for p in chosen.points for name in NAMES.flat(p.settings)}
-    ):
+    varied = {name for point in chosen.points for name in NAMES.flat(point.settings)}
+    for name in sorted(flags.keys() & varied):
         console.say(f"{name} is set by points of the sweep: --set counts only for the others")
 
     def settings(own: Mapping[str, Any]) -> Settings:
-        merged = {**NAMES.flat(chosen.settings), **asked, **NAMES.flat(own)}
+        merged = {**NAMES.flat(chosen.settings), **flags, **NAMES.flat(own)}
         return load_settings(options.preset, options.config, **merged)
 
     def opened(spec: str | None) -> "AbstractContextManager[CachedLLM]":
-        recorded = source if spec is None else RecordedLLM()
+        recorded = source if spec is None else opt.RecordedLLM()
         return recorded.opened(spec or main, settings({}))
 
     dataset = _load(data, settings({}))
@@ -382,7 +317,6 @@ def sweep(
     console.say(f"wrote {sweeps.write_sweep(found, out)}")
     if plot is not None or _can_draw():
         _write(plot or out / "sweep.svg", sweeps.sweep_svg(found))
-        console.say(f"wrote {plot or out / 'sweep.svg'}")
     console.emit(found if as_json else sweeps.sweep_rows(found), as_json)
 
 
@@ -410,11 +344,9 @@ def _can_draw() -> bool:
 def compare(
     first: Annotated[Path, Argument(help="Folder of a run.")],
     second: Annotated[Path, Argument(help="Folder of another run on the same data.")],
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
-    """Print the differences of two runs per method, second minus first: of two versions of the
-    code, or of the settings.
-    """
+    """Print the differences of two runs per method, second minus first."""
     from hydra_llm.bench.report import tables
 
     found = tables.compare_runs(tables.open_run(first), tables.open_run(second))

@@ -24,10 +24,8 @@ def use(
     weights = read_bundle(bundle).config["files"]["weights.safetensors"]["sha256"]
     with open_store(store) as found:
         found.set_bundle(named(bundle.resolve(), weights))
-    console.say(
-        f"servers of this store load {bundle} within two seconds; fit users' heads by"
-        " POST /v1/users/ID/fit"
-    )
+    loading = f"servers of this store load {bundle} within two seconds"
+    console.say(f"{loading}; fit users' heads by POST /v1/users/ID/fit")
 
 
 @app.command()

@@ -1,12 +1,10 @@
-"""Output of commands: results on stdout, progress on stderr. Knows neither data sets nor LLMs."""
+"""Output of commands: results on stdout, progress on stderr."""
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,17 +16,19 @@ QUIET_SECONDS = 10.0
 
 
 def emit(data: Any, as_json: bool = False) -> None:
-    """Print a result: as one JSON document (NaN is null), or as text, a table of rows, or
-    `name: value` lines.
-    """
+    """Print a result as JSON (NaN is null), or as text, a table of rows, or `name: value` lines."""
+    from pydantic_core import to_json, to_jsonable_python
+
     if as_json:
-        print(json.dumps(_plain(data), ensure_ascii=False, indent=2, allow_nan=False))
-    elif isinstance(data, str):
-        print(data)
-    elif isinstance(data, Sequence):
-        print_table([_plain(row) for row in data])
+        print(to_json(data, indent=2, inf_nan_mode="null", fallback=_builtin).decode())
+        return
+    shown = to_jsonable_python(data, inf_nan_mode="null", fallback=_builtin)
+    if isinstance(shown, str):
+        print(shown)
+    elif isinstance(shown, Sequence):
+        print_table(shown)
     else:
-        for name, value in _plain(data).items():
+        for name, value in shown.items():
             print(f"{name}: {_cell(value)}")
 
 
@@ -70,13 +70,8 @@ def _bars() -> Iterator[Report]:
     from rich import progress as rich
     from rich.console import Console
 
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        rich.TimeRemainingColumn(),
-    )
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), *times)
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, rich.TaskID] = {}
 
@@ -115,19 +110,10 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _plain(value: Any) -> Any:
-    """The value in JSON's types; NaN and infinity are null: an unscored result is not 0."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+def _builtin(value: Any) -> Any:
+    """A value that pydantic does not know, as one that it does."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value) if isinstance(value, set | frozenset) else value
-        return [_plain(item) for item in items]
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Integral):  # including numpy's
+        return dict(value)
+    if isinstance(value, Integral):  # numpy's
         return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
+    return float(value) if isinstance(value, Real) else str(value)

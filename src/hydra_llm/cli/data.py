@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -15,6 +15,7 @@ from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+KIND_HELP = f"{', '.join(KINDS.names())}; default: guessed."
 LAMP_NAMES = "lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
 
 
@@ -30,9 +31,7 @@ def check(
     data: Annotated[Path, Argument(help="A data set: native folder, or LaMP's files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Summarize a data set: users, records, time spans, label shares, duplicates, leaks; or list
-    its errors.
-    """
+    """Summarize a data set: users, records, times, labels, duplicates, leaks; or list errors."""
     from hydra_llm.datasets.check import find_problems, rows, summarize
 
     dataset, problems = find_problems(data)
@@ -46,13 +45,9 @@ def check(
 
 @app.command(name="import")
 def import_(
-    file: Annotated[
-        Path, Argument(help="JSONL or CSV, one record per line; '-' reads stdin.", allow_dash=True)
-    ],
+    file: Annotated[Path, Argument(help="JSONL or CSV; '-' reads stdin.", allow_dash=True)],
     out: Annotated[Path, Option(help="Folder of the new data set.")],
-    kind: Annotated[
-        str | None, Option(help=f"{', '.join(KINDS.names())}; default: guessed.")
-    ] = None,
+    kind: Annotated[str | None, Option(help=KIND_HELP)] = None,
     name: Annotated[str, Option(help="Name of the task; default: the file's.")] = "",
     prompt: Annotated[str | None, Option(help="Instruction with {input} for the text.")] = None,
     user_field: Annotated[str, Option(help="Field of the user's id.")] = "user",
@@ -62,7 +57,7 @@ def import_(
     id_field: Annotated[str, Option(help="Field of the record's id; optional by default.")] = "id",
     test_share: Annotated[float, Option(min=0, max=1, help="Share of new users.")] = 0.33,
     query_share: Annotated[
-        float, Option(min=0, max=1, help="Share of a user's records, the latest, as queries.")
+        float, Option(min=0, max=1, help="Latest records taken as queries.")
     ] = 0.2,
     seed: Annotated[int, Option(help="Seed of the split into training and new users.")] = 0,
     as_json: AsJson = False,
@@ -73,16 +68,10 @@ def import_(
 
     if kind is not None:
         KINDS.load(kind)
-    dataset = read_table(
-        Path("/dev/stdin") if str(file) == "-" else file,
-        Columns(user_field, input_field, output_field, time_field, id_field),
-        kind=kind,
-        prompt=prompt,
-        name=name,
-        test_share=test_share,
-        query_share=query_share,
-        seed=seed,
-    )
+    source = Path("/dev/stdin") if str(file) == "-" else file
+    columns = Columns(user_field, input_field, output_field, time_field, id_field)
+    split: dict[str, Any] = {"test_share": test_share, "query_share": query_share, "seed": seed}
+    dataset = read_table(source, columns, kind=kind, prompt=prompt, name=name, **split)
     save(dataset, out)
     _print_imported(dataset, out, as_json)
 
@@ -91,9 +80,7 @@ def import_(
 def get(
     dataset: Annotated[str, Argument(help=LAMP_NAMES)],
     out: Annotated[Path, Option(help="Folder for the files.")],
-    split: Annotated[
-        Split, Option(help="user: new users; time: later questions of the same users.")
-    ] = Split.user,
+    split: Annotated[Split, Option(help="user: new users; time: later queries.")] = Split.user,
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -107,15 +94,11 @@ def get(
 
 
 def _print_problems(problems: Sequence[DataError], as_json: bool) -> None:
-    rows = [
-        {
-            "file": str(p.file) if p.file else None,
-            "line": p.line,
-            "field": p.field,
-            "message": str(p),
-        }
-        for p in problems
-    ]
+    rows = []
+    for problem in problems:
+        file = str(problem.file) if problem.file else None
+        where = {"file": file, "line": problem.line, "field": problem.field}
+        rows.append({**where, "message": str(problem)})
     if as_json:
         console.emit({"problems": rows}, as_json)
     for problem in problems:
@@ -138,7 +121,5 @@ def _print_imported(dataset: DataSet, out: Path, as_json: bool) -> None:
         return
     for note in dataset.notes:
         console.say(note)
-    console.emit(
-        f"wrote {found['records']} records and {found['queries']} queries of"
-        f" {len(dataset.users())} users to {out}"
-    )
+    counts = f"{found['records']} records and {found['queries']} queries"
+    console.emit(f"wrote {counts} of {len(dataset.users())} users to {out}")

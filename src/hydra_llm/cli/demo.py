@@ -7,10 +7,10 @@ from typer import Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
+from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
     from hydra_llm.bench.runner import MethodResult
-    from hydra_llm.types import Answer
 
 TRAINING_USERS, NEW_USERS, QUERIES = 100, 12, 4
 SETTINGS: dict[str, Any] = {
@@ -25,16 +25,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def demo(
-    users: Annotated[
-        int, Option(min=2, help="New users; their latest ratings are the queries.")
-    ] = NEW_USERS,
+    users: Annotated[int, Option(min=2, help="Number of new users.")] = NEW_USERS,
     seed: Annotated[int, Option(help="Seed of the choice of users and of sampling.")] = 0,
     llm: Annotated[str, Option("--llm", help="Any LLM; the default is embedded.")] = "smollm2",
     as_json: AsJson = False,
 ) -> None:
-    """Predict users' ratings of films, 1 to 5: learn from MovieLens users, then answer for new
-    ones.
-    """
+    """Predict ratings of films, 1 to 5: learn from MovieLens users, then answer for new ones."""
     from hydra_llm.bench.report.cells import results_table
     from hydra_llm.llm.concurrency import run_sync
 
@@ -73,32 +69,18 @@ async def _run(
     return tabulate(dataset.task, samples), example
 
 
-def _show(answer: "Answer") -> None:
+def _show(answer: Answer) -> None:
     """One worked answer: records, order, candidates, pick."""
     query = answer.proposal.query
     print(f"One answer: user {query.user}, film {query.input}; the true score is {query.gold}.")
-    rows = [
-        {
-            "rank": place,
-            "record": item.record.input,
-            "score": item.record.output,
-            "retrieved as": item.rank + 1,
-            "usefulness": item.usefulness,
-        }
-        for place, item in enumerate(answer.proposal.records, 1)
-    ]
+    rows: list[dict[str, Any]] = []
+    for rank, item in enumerate(answer.proposal.records, 1):
+        record = {"rank": rank, "record": item.record.input, "score": item.record.output}
+        rows.append({**record, "retrieved as": item.rank + 1, "usefulness": item.usefulness})
     console.print_table(rows, "Records in the reranker's order (the first k are in the prompt)")
-    ordered = sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0))
-    console.print_table(
-        [
-            {
-                "candidate": c.text,
-                "LLM votes": c.votes,
-                "score": c.score,
-                "probability": c.probability,
-            }
-            for c in ordered
-        ],
-        "Candidates",
-    )
+    rows = []
+    for c in sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0)):
+        cells = {"candidate": c.text, "LLM votes": c.votes}
+        rows.append({**cells, "score": c.score, "probability": c.probability})
+    console.print_table(rows, "Candidates")
     print(f"The pick: {answer.text}")

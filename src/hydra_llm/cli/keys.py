@@ -7,6 +7,7 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
+from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
     from hydra_llm.store.values import Key
@@ -16,16 +17,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.command("create")
 def create(
-    user: Annotated[
-        list[str] | None, Option(help="Id of a user whom the key may act for; repeatable.")
-    ] = None,
+    user: Annotated[list[str] | None, Option(help="Id of the key's user; repeatable.")] = None,
     admin: Annotated[bool, Option("--admin", help="The key may act for all users.")] = False,
     label: Annotated[str, Option(help="A description.")] = "",
     store: StoreURL = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it; it cannot be shown again."""
-    from hydra_llm.errors import SettingsError
     from hydra_llm.gateway.auth import make_key
 
     if bool(user) == admin:
@@ -48,8 +46,6 @@ def revoke(
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
     """Revoke a key; the next request with it is refused."""
-    from hydra_llm.errors import SettingsError
-
     with open_store(store) as found:
         if not found.revoke_key(id):
             raise SettingsError(f"no key '{id}': see `hydra-llm keys list`")

@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import (
-    LLM,
-    AsJson,
-    BundleFolder,
-    Limit,
-    Recording,
-    RunSettings,
-    Selection,
-    with_option_sets,
-)
+from hydra_llm.cli import options as opt
+from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
     from hydra_llm.config import Settings
@@ -24,31 +16,22 @@ if TYPE_CHECKING:
 SHOWN_FAILURES = 5
 
 
-@with_option_sets
+@opt.with_option_sets
 def learn(
-    llm: LLM,
-    out: Annotated[
-        Path, Option(help="Folder of the new bundle; replaces an older one at the end.")
-    ],
-    options: RunSettings,
-    selection: Selection,
-    recording: Recording,
-    data: Annotated[
-        Path | None, Argument(help="A data set: native folder, or LaMP's files; or give --store.")
-    ] = None,
-    store: Annotated[
-        str | None, Option(help="The gateway's database: learn from all its users.")
-    ] = None,
-    task: Annotated[
-        Path | None, Option(help="With --store: the task.json; without it free text generation.")
-    ] = None,
-    limit: Limit = None,
-    as_json: AsJson = False,
+    llm: opt.LLM,
+    out: Annotated[Path, Option(help="Folder of the new bundle; an older one is replaced.")],
+    options: opt.RunSettings,
+    selection: opt.Selection,
+    recording: opt.Recording,
+    data: Annotated[Path | None, Argument(help="A native folder, or LaMP's files.")] = None,
+    store: Annotated[str | None, Option(help="Learn from the gateway's database.")] = None,
+    task: Annotated[Path | None, Option(help="task.json for --store; default: free text.")] = None,
+    limit: opt.Limit = None,
+    as_json: opt.AsJson = False,
 ) -> None:
-    """Learn a bundle from the training users of a data set, or from a store's users; `--limit`
+    """Learn a bundle from the training users of a data set, or from all users of a store; `--limit`
     takes the first. A stopped command continues where it was.
     """
-    from hydra_llm.errors import SettingsError
     from hydra_llm.training.api import learn as run
 
     settings = options.settings(users=limit, **vars(selection))
@@ -65,9 +48,7 @@ def learn(
 def _learn_from_store(
     store: str, llm: str, settings: "Settings", out: Path, task: Path | None
 ) -> "Learned":
-    """Learn with an own cache file of LLM answers, deleted afterwards: they quote users, who may
-    later ask for deletion.
-    """
+    """Learn with a temporary cache of LLM answers: they quote users, who may be deleted later."""
     from hydra_llm.gateway.store_training import learn_from_store
     from hydra_llm.llm.concurrency import run_sync
     from hydra_llm.llm.registry import bare_llm, wrap
@@ -82,19 +63,16 @@ def _learn_from_store(
     return learned
 
 
-@with_option_sets
+@opt.with_option_sets
 def fit(
     data: Annotated[Path, Argument(help="A data set with the users' histories.")],
-    bundle: BundleFolder,
-    llm: LLM,
-    options: RunSettings,
-    recording: Recording,
-    user: Annotated[
-        list[str] | None,
-        Option(help="Id of a user to fit, repeatable; by default all of split 'test'."),
-    ] = None,
-    limit: Limit = None,
-    as_json: AsJson = False,
+    bundle: opt.BundleFolder,
+    llm: opt.LLM,
+    options: opt.RunSettings,
+    recording: opt.Recording,
+    user: Annotated[list[str] | None, Option(help="Id; repeatable; default: split 'test'.")] = None,
+    limit: opt.Limit = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Fit heads of new users; shared weights stay as they are. `--limit` takes the first users."""
     from hydra_llm.datasets.native import load
@@ -125,9 +103,6 @@ def _print_learned(learned: "Learned", folder: Path, as_json: bool) -> None:
         "seconds": {stage: round(seconds, 3) for stage, seconds in learned.seconds.items()},
     }
     if as_json:
-        summary |= {
-            "report": learned.bundle.report,
-            "failures": learned.failures,
-            "notes": learned.notes,
-        }
+        summary["report"] = learned.bundle.report
+        summary |= {"failures": learned.failures, "notes": learned.notes}
     console.emit(summary, as_json)

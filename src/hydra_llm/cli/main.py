@@ -1,19 +1,15 @@
 """The command `hydra-llm`: its subcommands, the environment variables of their options, exit codes.
 
-A subcommand's module is imported only when it is called, so that `hydra-llm --help` stays fast.
-Imports no data and no LLM.
-
-Every option can also be given as `HYDRA_<COMMAND>_<OPTION>`: `HYDRA_ASK_SEED=3 hydra-llm ask` is
-`hydra-llm ask --seed 3`. Settings for all commands are `HYDRA_<GROUP>_<SETTING>` (config.py).
-
-Exit codes: 0 done, 1 the LLM failed or a bug, 2 an error that the user can fix, 130 Ctrl-C.
+A subcommand's module is imported only when it is called, so that `--help` stays fast. Each option
+can be given as `HYDRA_<COMMAND>_<OPTION>`: `HYDRA_ASK_SEED=3 hydra-llm ask`. Exit codes: 0 done,
+1 the LLM failed or a bug, 2 an error that the user can fix, 130 Ctrl-C.
 """
 
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -41,9 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bundles": ("hydra_llm.cli.bundles:app", "Set or show the bundle of running servers."),
     "store": ("hydra_llm.cli.store:app", "Maintain the gateway's database."),
 }
-"""Name → module and attribute, a function or a typer app (a group of commands),
-and the summary that `--help` shows.
-"""
+"""Name → function or typer app (a group of commands), and the summary that `--help` shows."""
 
 # Errors of the machine, not of this program: reported in one line.
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -51,15 +45,15 @@ MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 
 def load(name: str) -> Any:
     """Import the command `name` of COMMANDS: a typer (click) command or group."""
-    place, summary = COMMANDS[name]
-    module, attribute = place.split(":")
-    target = getattr(import_module(module), attribute)
-    # get_group and not get_command: a group of one command keeps its verb.
-    command = (
-        get_group(_plain(target))
-        if isinstance(target, typer.Typer)
-        else get_command(_app_of(target))
-    )
+    path, summary = COMMANDS[name]
+    module, attribute = path.split(":")
+    group = target = getattr(import_module(module), attribute)
+    if not isinstance(target, typer.Typer):
+        group = typer.Typer(add_completion=False)
+        group.command()(target)
+    group.rich_markup_mode = None
+    # get_command would drop the verb of a group of one command.
+    command = get_group(group) if group is target else get_command(group)
     command.name = name
     command.help = command.help or summary
     _set_variables(command, name)
@@ -78,27 +72,14 @@ def _set_variables(command: Any, *path: str) -> None:
 
 def _variable(path: Sequence[str], former: Sequence[str]) -> str:
     """`HYDRA_ASK_SEED`; the former `HYDRA_LLM_ASK_SEED` if only that one is set."""
-    new, old = (
-        f"{prefix}_{'_'.join(words)}".upper().replace("-", "_")
-        for prefix, words in (("HYDRA", path), ("HYDRA_LLM", former))
-    )
+    new = "_".join(("hydra", *path)).upper().replace("-", "_")
+    old = "_".join(("hydra_llm", *former)).upper().replace("-", "_")
     if new in os.environ or old not in os.environ:
         return new
     from hydra_llm.config import log_renamed
 
     log_renamed(old, new)
     return old
-
-
-def _plain(group: typer.Typer) -> typer.Typer:
-    group.rich_markup_mode = None
-    return group
-
-
-def _app_of(function: Callable[..., None]) -> typer.Typer:
-    single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command()(function)
-    return single
 
 
 class LazyGroup(TyperGroup):
@@ -129,26 +110,21 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+VERSION = typer.Option(
+    "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+)
+
+
 @app.callback()
-def root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
+def root(version: Annotated[bool, VERSION] = False) -> None:
     """Personalize any black-box LLM: a shared reranker and adapter with one small head per user."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code. An error that the user can fix is one line on
-    stderr; a bug keeps its traceback.
-    """
+    """Run one command line; returns its exit code. An error is one line, a bug its traceback."""
     try:
-        result = get_group(app).main(
-            list(arguments) or ["--help"], prog_name=NAME, standalone_mode=False
-        )
+        words = list(arguments) or ["--help"]
+        result = get_group(app).main(words, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not at interpreter shutdown
     except HydraError as error:
         return _report(error, error.exit_code)

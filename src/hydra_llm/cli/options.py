@@ -1,4 +1,4 @@
-"""Options that several commands share, alone or as sets. Knows no data and no LLM.
+"""Options that several commands share, alone or as sets.
 
 An option set is a frozen dataclass whose fields are options; a command that is decorated with
 `with_option_sets` takes it as one parameter.
@@ -6,7 +6,7 @@ An option set is a frozen dataclass whose fields are options; a command that is 
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from hydra_llm.store.store import Store
 
 LLM_HELP = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND"
+SET_HELP = "A setting (docs/settings.md), as model.head=kernel; repeatable."
 LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
 BundleFolder = Annotated[Path, Option("--bundle", help="Folder of a learned bundle.")]
 Limit = Annotated[int | None, Option(min=1, help="Max number, for a first look.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
-StoreURL = Annotated[
-    str, Option("--store", help="sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE.")
-]
+STORE_HELP = "sqlite:///FILE, or postgresql+psycopg://USER@HOST/DATABASE."
+StoreURL = Annotated[str, Option("--store", help=STORE_HELP)]
 DEFAULT_STORE = "sqlite:///hydra-llm.db"
 
 
@@ -58,24 +58,11 @@ def with_option_sets(command: Callable[..., None]) -> Callable[..., None]:
 class GivenSettings:
     """Settings by `--set` and `--config`."""
 
-    config: Annotated[
-        Path | None, Option(help="Settings file (TOML); default: hydra-llm.toml, if present.")
-    ] = None
-    set_: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="A setting (docs/settings.md), as model.head=kernel; repeatable.",
-        ),
-    ] = None
+    config: Annotated[Path | None, Option(help="TOML file; default: hydra-llm.toml.")] = None
+    set_: Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help=SET_HELP)] = None
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Names and values of `--set`.
-
-        Raises:
-            SettingsError: a pair without `=`.
-        """
+        """Names and values of `--set`; a pair without `=` is an error."""
         for pair in self.set_ or ():
             name, equals, value = pair.partition("=")
             if not equals:
@@ -83,11 +70,7 @@ class GivenSettings:
             yield name.strip().replace("-", "_"), value.strip()
 
     def given(self, **flags: Any) -> dict[str, Any]:
-        """`--set` pairs and flags as settings, by their flat names; a flag wins.
-
-        Raises:
-            SettingsError: a pair without `=`, or an unknown name.
-        """
+        """`--set` pairs and flags as settings, by their flat names; a flag wins."""
         pairs = {NAMES.resolve(name, hint=True): value for name, value in self.pairs()}
         return pairs | {name: value for name, value in flags.items() if value is not None}
 
@@ -97,12 +80,9 @@ class RunSettings(GivenSettings):
     """Settings by `--seed`, `--preset`, `--set` and `--config`."""
 
     seed: Annotated[int | None, Option(help="Seed of sampling, folds and training.")] = None
-    preset: Annotated[
-        str | None, Option(help="default, or paper (the authors'); beats environment and file.")
-    ] = None
+    preset: Annotated[str | None, Option(help="default, or paper: the authors' settings.")] = None
 
     def given(self, **flags: Any) -> dict[str, Any]:
-        """See `GivenSettings.given`; `--seed` is a flag."""
         return super().given(seed=self.seed, **flags)
 
     def settings(self, **flags: Any) -> Settings:
@@ -121,9 +101,7 @@ class RunSettings(GivenSettings):
 class Selection:
     """How the answer is selected."""
 
-    candidates: Annotated[
-        str | None, Option(help="sampled, or labels: all labels with vote shares.")
-    ] = None
+    candidates: Annotated[str | None, Option(help="sampled, or labels: every label.")] = None
     select: Annotated[str | None, Option(help="best: highest score; or expected-gain.")] = None
 
 
@@ -131,15 +109,11 @@ class Selection:
 class Recording:
     """Where the LLM's answers are recorded."""
 
-    record: Annotated[
-        Path | None, Option(help="Record the LLM's answers in this file, for --llm replay:FILE.")
-    ] = None
+    record: Annotated[Path | None, Option(help="Record the LLM's answers in this file.")] = None
 
     @contextmanager
     def opened(self, spec: str, settings: Settings) -> "Iterator[CachedLLM]":
-        """The LLM of a command. Recorded answers are reused, and new ones are added to the file
-        however the command ends.
-        """
+        """The LLM of a command; recorded answers are reused, and new ones always recorded."""
         from hydra_llm.llm.recording import take_up, write_recording
         from hydra_llm.llm.registry import open_llm
 
@@ -157,32 +131,18 @@ class Recording:
 class RecordedLLM(Recording):
     """The LLM of a benchmark: called, or replayed from a recording."""
 
-    llm: Annotated[
-        str | None,
-        Option(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND; or give --replay."),
-    ] = None
-    replay: Annotated[
-        Path | None, Option(help="Take all answers from this recording, call no LLM.")
-    ] = None
+    llm: Annotated[str | None, Option(help=f"{LLM_HELP}; or give --replay.")] = None
+    replay: Annotated[Path | None, Option(help="A recording with all answers.")] = None
 
     def spec(self) -> str:
-        """The LLM's spec.
-
-        Raises:
-            SettingsError: both, or neither, of `--llm` and `--replay`.
-        """
+        """The LLM's spec; exactly one of `--llm` and `--replay` must be given."""
         if (self.llm is None) == (self.replay is None):
             raise SettingsError("give one of --llm SPEC and --replay FILE")
         return self.llm or f"replay:{self.replay}"
 
 
-@contextmanager
-def open_store(url: str, timeout: float = 3600.0) -> "Iterator[Store]":
+def open_store(url: str, timeout: float = 3600.0) -> "closing[Store]":
     """A store that is closed at the end; `timeout` is in seconds, long for maintenance."""
     from hydra_llm.store.store import Store
 
-    store = Store(url, timeout=timeout)
-    try:
-        yield store
-    finally:
-        store.close()
+    return closing(Store(url, timeout=timeout))

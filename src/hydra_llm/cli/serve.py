@@ -10,42 +10,26 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import (
-    DEFAULT_STORE,
-    LLM,
-    GivenSettings,
-    StoreURL,
-    open_store,
-    with_option_sets,
-)
+from hydra_llm.cli import options as opt
+from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
-    import uvicorn
-    from starlette.types import ASGIApp
-
-    from hydra_llm.gateway.settings import ServeSettings
     from hydra_llm.store.store import Store
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection: the server must not close one while a request arrives."""
 
 
-@with_option_sets
+@opt.with_option_sets
 def serve(
-    llm: LLM,
-    options: GivenSettings,
-    bundle: Annotated[
-        Path | None, Option(help="A learned bundle; without it, retrieval only.")
-    ] = None,
-    store: StoreURL = DEFAULT_STORE,
-    host: Annotated[
-        str, Option(help="Address to listen on; beyond loopback a key must exist.")
-    ] = "127.0.0.1",
+    llm: opt.LLM,
+    options: opt.GivenSettings,
+    bundle: Annotated[Path | None, Option(help="A bundle; default: retrieval only.")] = None,
+    store: opt.StoreURL = opt.DEFAULT_STORE,
+    host: Annotated[str, Option(help="Address; beyond loopback a key must exist.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
 ) -> None:
-    """Serve an OpenAI-compatible endpoint with personalized answers. `--set` takes the gateway's
-    settings.
-    """
+    """Serve an OpenAI-compatible, personalizing endpoint. `--set` takes the gateway's settings."""
     import uvicorn
 
     from hydra_llm.config import load_settings
@@ -58,46 +42,37 @@ def serve(
     here = load_settings(file=options.config)
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     inside = is_loopback(host)
-    with open_store(store, settings.store_timeout) as found:
+    with opt.open_store(store, settings.store_timeout) as found:
         _check_keys(found, host, inside)
         _check_bundle(found, bundle)
         model = bare_llm(llm, here)
+        upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
+        folder = str(bundle) if bundle else None
         app = make_app(
-            found,
-            open_upstream(llm, model, timeout=settings.upstream_timeout),
-            settings,
-            bundle=str(bundle) if bundle else None,
-            llm=model,
-            here=here,
-            on_loopback=inside,
+            found, upstream, settings, bundle=folder, llm=model, here=here, on_loopback=inside
         )
         name = f"[{host}]" if ":" in host else host
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+        if settings.drain is not None:
+            config.timeout_graceful_shutdown = math.ceil(settings.drain)  # whole seconds
         console.say(f"serving on http://{name}:{listening.getsockname()[1]}/v1")
         # uvicorn raises the signal again after the requests in flight have ended.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(_server_config(app, settings)).run([listening])
+            uvicorn.Server(config).run([listening])
         console.say("stopped; requests in flight have ended")
 
 
 def _check_keys(store: "Store", host: str, inside: bool) -> None:
-    """Without a key only this machine is served.
-
-    Raises:
-        SettingsError: another address without a key.
-    """
-    from hydra_llm.errors import SettingsError
-
+    """Without a key only this machine is served; another address is an error."""
+    create = "`hydra-llm keys create --admin`"
     if store.has_keys():
         return
     if not inside:
-        raise SettingsError(
-            f"--host {host}: anyone could connect without a key: run `hydra-llm keys create"
-            " --admin` first"
-        )
-    console.say(
-        "no key exists: any key is accepted, from this machine only; create one by `hydra-llm keys"
-        " create --admin`"
-    )
+        problem = "anyone could connect without a key"
+        raise SettingsError(f"--host {host}: {problem}: run {create} first")
+    accepted = "any key is accepted, from this machine only"
+    console.say(f"no key exists: {accepted}; create one by {create}")
 
 
 def _check_bundle(store: "Store", bundle: Path | None) -> None:
@@ -106,33 +81,12 @@ def _check_bundle(store: "Store", bundle: Path | None) -> None:
 
     chosen = store.bundle()
     if bundle and chosen and Path(folder_of(chosen)).resolve() != bundle.resolve():
-        console.say(
-            f"--bundle {bundle} is ignored: `hydra-llm bundles use` set {folder_of(chosen)} for"
-            " this store"
-        )
-
-
-def _server_config(app: "ASGIApp", settings: "ServeSettings") -> "uvicorn.Config":
-    import uvicorn
-
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        # uvicorn takes whole seconds
-        timeout_graceful_shutdown=None if settings.drain is None else math.ceil(settings.drain),
-    )
+        reason = f"`hydra-llm bundles use` set {folder_of(chosen)} for this store"
+        console.say(f"--bundle {bundle} is ignored: {reason}")
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A listening socket: clients that connect before the server is up wait for it.
-
-    Raises:
-        SettingsError: the address is not available.
-    """
-    from hydra_llm.errors import SettingsError
-
+    """A listening socket: clients that connect before the server is up wait for it."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # asyncio sets TCP_NODELAY only if the protocol is named.
@@ -143,10 +97,8 @@ def bound(host: str, port: int) -> socket.socket:
         found.bind((host, port))
         found.listen(2048)
     except OSError as error:
-        raise SettingsError(
-            f"--host {host} --port {port}: {error.strerror or error}: choose another,"
-            " --port 0 picks a free one"
-        ) from None
+        taken = f"--host {host} --port {port}: {error.strerror or error}"
+        raise SettingsError(f"{taken}: choose another, --port 0 picks a free one") from None
     return found
 
 

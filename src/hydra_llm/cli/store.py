@@ -30,9 +30,7 @@ def backup(
     store: StoreURL,
     as_json: AsJson = False,
 ) -> None:
-    """Write a consistent copy to a file while servers run. The file is a store itself
-    (`--store sqlite:///FILE`).
-    """
+    """Write a consistent copy to a file, itself a store (`sqlite:///FILE`), while servers run."""
     from hydra_llm.store.backup import backup as copied
 
     with open_store(store) as found:
