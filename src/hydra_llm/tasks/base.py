@@ -100,7 +100,8 @@ class Task:
         own = {"name", "kind", "prompt", "labels", "metrics", "like"}
         extra = {key: value for key, value in data.items() if key not in own}
         task = cls(name, kind, prompt, labels, metrics, like, extra)
-        task.strategy.check(file)
+        if fault := task.strategy.labels_fault():
+            raise fields.fault("labels", fault)
         return task
 
     def to_json(self) -> dict[str, Any]:
@@ -222,11 +223,10 @@ class TaskKind(ABC):
     def __init__(self, task: Task):
         self.task = task
 
-    def check(self, file: str) -> None:
-        """Raise DataError where the task's labels or extra fields do not fit the kind."""
-        if self.task.labels:
-            message = f"must be left out: a {self.task.kind} task has no labels"
-            raise DataError(message, file=file, field="labels")
+    def labels_fault(self) -> str:
+        """What is wrong with the task's labels; empty if nothing is."""
+        kind, given = self.task.kind, self.task.labels
+        return f"must be left out: a {kind} task has no labels" if given else ""
 
     # ---- answers
 

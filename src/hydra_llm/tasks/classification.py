@@ -28,10 +28,9 @@ class LabelKind(base.TaskKind):
     target_rule = "exact"
     record_columns = ("answer_share", "answer_near")
 
-    def check(self, file: str) -> None:
-        if len(self.task.labels) < 2:
-            message = f"a {self.task.kind} task needs at least two labels"
-            raise DataError(message, file=file, field="labels")
+    def labels_fault(self) -> str:
+        few = len(self.task.labels) < 2
+        return f"a {self.task.kind} task needs at least two labels" if few else ""
 
     def typical(self, outputs: Sequence[str]) -> str:
         """The most frequent label, the latest of equals; without outputs the middle label."""

@@ -49,12 +49,11 @@ class Rating(LabelKind):
         MetricSpec("rmse", _root_mean, higher_is_better=False, title="RMSE"),
     )
 
-    def check(self, file: str) -> None:
-        super().check(file)
+    def labels_fault(self) -> str:
         numbers = [_number(label) for label in self.task.labels]
-        if None in numbers or len(set(numbers)) < len(numbers):
-            message = "a rating task's labels must be different numbers"
-            raise DataError(message, file=file, field="labels")
+        different = None not in numbers and len(set(numbers)) == len(numbers)
+        fault = "" if different else "a rating task's labels must be different numbers"
+        return super().labels_fault() or fault
 
     @cached_property
     def _by_number(self) -> dict[float, str]:
