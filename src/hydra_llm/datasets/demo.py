@@ -16,13 +16,11 @@ from hydra_llm.datasets.dataset import Builder, DataSet, Place, Row, Split, as_f
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.tasks.base import Task
 
+QUESTION = "What score from 1 to 5 would this person give this film? Answer with the number alone."
 RATING = Task(
     name="movielens-100k",
     kind="rating",
-    prompt=(
-        "What score from 1 to 5 would this person give this film? Answer with the number alone."
-        " film: {input}"
-    ),
+    prompt=f"{QUESTION} film: {{input}}",
     labels=("1", "2", "3", "4", "5"),
     metrics=("mae", "rmse"),
     like="LaMP-3",
@@ -42,20 +40,14 @@ def movielens(
 
     Of each user the `per_user` latest ratings are taken; the last fifth of those (1 to 10) are
     the queries. `folder` holds `ml-100k.inter` and `ml-100k.item`; None: the installed wheel.
-
-    Raises:
-        DataError: the wheel is not installed, or its files are not as expected.
-        SettingsError: more users asked for than there are.
     """
     folder = folder or _wheel_folder()
     ratings = _read_ratings(folder)
     notes = _drop_repeats(ratings)
     users = [user for user in sorted(ratings, key=int) if len(ratings[user]) >= MIN_RATINGS]
     if users_train + users_test > len(users) or min(users_train, users_test) < 0:
-        raise SettingsError(
-            f"{users_train} + {users_test} users asked for, but MovieLens-100K has {len(users)}"
-            f" with {MIN_RATINGS} ratings"
-        )
+        available = f"MovieLens-100K has {len(users)} with {MIN_RATINGS} ratings"
+        raise SettingsError(f"{users_train} + {users_test} users asked for, but {available}")
     random.Random(seed).shuffle(users)
     train: dict[str, Split] = dict.fromkeys(users[:users_train], "train")
     test: dict[str, Split] = dict.fromkeys(users[len(users) - users_test :], "test")
@@ -72,10 +64,8 @@ def _wheel_folder() -> Path:
         folder = Path(place) / "dataset_example" / "ml-100k"
         if (folder / "ml-100k.inter").is_file():
             return folder
-    raise DataError(
-        "the demo's users come from MovieLens-100K inside recbole 1.2.1, which is not installed:"
-        f" {INSTALL}"
-    )
+    source = "MovieLens-100K inside recbole 1.2.1, which is not installed"
+    raise DataError(f"the demo's users come from {source}: {INSTALL}")
 
 
 def _read_ratings(folder: Path) -> dict[str, list[Row]]:
@@ -130,8 +120,6 @@ def _drop_repeats(ratings: Mapping[str, list[Row]]) -> list[str]:
         first = {entry["input"]: entry for _, entry in reversed(rows)}
         dropped += len(rows) - len(first)
         rows[:] = [row for row in rows if first[row[1]["input"]] is row[1]]
-    return [
-        f"{dropped} second ratings of a film by the same user were left out (the film has two"
-        " numbers)",
-        "ratings of the film whose title and year are unknown were left out",
-    ]
+    repeats = f"{dropped} second ratings of a film by the same user were left out"
+    unknown = "ratings of the film whose title and year are unknown were left out"
+    return [f"{repeats} (the film has two numbers)", unknown]

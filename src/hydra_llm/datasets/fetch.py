@@ -189,14 +189,12 @@ def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
     files = (questions, outputs)
     places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
     try:
-        place, address = places[0], wanted[questions.name]
-        asked = read_question_ids(place)
-        place, address = places[1], wanted[outputs.name]
-        golds = read_gold_ids(place)
+        asked, golds = read_question_ids(places[0]), read_gold_ids(places[1])
     except DataError as fault:
-        _discard([place])
+        at = places.index(Path(fault.file or ""))
+        _discard(places[at : at + 1])
         message = f"what arrived is no LaMP file and was removed ({fault})"
-        raise DataError(message, file=address) from None
+        raise DataError(message, file=wanted[files[at].name]) from None
     if not asked or asked != golds:
         differing = sorted(asked ^ golds)[:1]
         _discard(places)

@@ -9,7 +9,6 @@ repeated id) are left out or renamed with a note; all else is an error that name
 """
 
 import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 import ijson
 
 from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Split, as_fields, stop
-from hydra_llm.datasets.native import open_binary
+from hydra_llm.datasets.native import open_binary, parse_json
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
@@ -104,11 +103,8 @@ def _read_golds(file: Path, report: Report) -> tuple[str, dict[str, str]]:
     """The task that an outputs file names, and its outputs by question id."""
     if not file.is_file():
         raise DataError("no such file: the golds stand there", file=file)
-    try:
-        with _open(file) as stream:
-            data = json.loads(stream.read().decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", file=file) from None
+    with _open(file) as stream:
+        data = parse_json(stream.read(), file)
     if not isinstance(data, dict) or not isinstance(data.get("golds"), list):
         raise DataError("must be a list of {id, output}", file=file, field="golds")
     outputs: dict[str, str] = {}
@@ -171,8 +167,7 @@ class _Reader:
         """Read a file's questions, up to the first one of a user beyond the limit."""
         declared, golds = _read_golds(_outputs(questions), report)
         file, split = Place(questions, report), SPLITS[part]
-        users: dict[str, str] = {}
-        ids: set[str] = set()
+        users, ids = dict[str, str](), set[str]()
         for at, question in enumerate(stream_questions(questions)):
             place = file.at(f"[{at}].")
             name = _user(question, place)

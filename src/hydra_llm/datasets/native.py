@@ -56,13 +56,18 @@ def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataS
 
 
 def _read_task(file: Path) -> Task:
-    try:
-        data = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", file=file) from None
+    data = parse_json(file.read_bytes(), file)
     if not isinstance(data, dict):
         raise DataError("must be a JSON object", file=file)
     return Task.from_json(data, str(file))
+
+
+def parse_json(content: bytes, file: Path) -> Any:
+    """The JSON value that is a file's content."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", file=file) from None
 
 
 def _read_users(file: Path, report: Report) -> dict[str, Split]:
@@ -92,10 +97,9 @@ def _find(folder: Path, part: str) -> Path:
     plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
     if plain.is_file() and zipped.is_file():
         raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
-    found = next((file for file in (plain, zipped) if file.is_file()), None)
-    if found is None:
+    if not plain.is_file() and not zipped.is_file():
         raise DataError("no such file (nor .jsonl.gz)", file=plain)
-    return found
+    return plain if plain.is_file() else zipped
 
 
 # ---- lines

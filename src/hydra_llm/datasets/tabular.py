@@ -23,11 +23,8 @@ from hydra_llm.tasks.rating import plain_number
 from hydra_llm.types import Record
 
 MAX_LABELS = 50
-MAX_LABEL_LENGTH = 40
-"""In characters."""
-MAX_RATING_RANGE = 10
-"""Largest difference between two numbers that still looks like one scale."""
-
+MAX_LABEL_LENGTH = 40  # in characters
+MAX_RATING_RANGE = 10  # largest difference between two numbers that still looks like one scale
 
 Cells = tuple[Place, dict[str, Any]]  # a line's fields and its place
 
@@ -61,8 +58,7 @@ def read_table(
 ) -> DataSet:
     """Make a data set of a user's own file; `notes` say what was guessed.
 
-    Raises:
-        DataError: names file, line and field of what is broken.
+    Raises DataError with file, line and field of what is broken.
     """
     rows = list(_rows(file, columns))
     if kind:

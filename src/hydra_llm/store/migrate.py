@@ -13,6 +13,7 @@ from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
 
 FOLDER = Path(__file__).parent / "migrations"
+SCRIPTS = ScriptDirectory(str(FOLDER))
 
 
 def prepare(engine: Engine) -> None:
@@ -39,8 +40,8 @@ def upgrade(engine: Engine, version: str = "head") -> str:
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
-        config = _config()
-        config.attributes["connection"] = connection
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
         command.upgrade(config, version)
     return latest()
 
@@ -70,7 +71,7 @@ def revision(connection: Connection) -> str | None:
 
 def latest() -> str:
     """The version that this program needs."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    head = SCRIPTS.get_current_head()
     assert head is not None
     return head
 
@@ -82,11 +83,4 @@ def differences(connection: Connection) -> list[str]:
 
 
 def _versions() -> set[str]:
-    scripts = ScriptDirectory.from_config(_config())
-    return {script.revision for script in scripts.walk_revisions()}
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
-    return config
+    return {script.revision for script in SCRIPTS.walk_revisions()}
