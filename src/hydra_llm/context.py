@@ -1,7 +1,5 @@
-"""What is known when one question is asked: made once, carried through every stage.
-
-Which records a query may see is decided before (`history.before`); here it is only carried. Knows
-no LLM and no scorer.
+"""What is known when one question is asked: made once, carried through every stage. Which records
+a query may see is decided before (`history.before`). Knows no LLM and no scorer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +18,10 @@ class Context:
     """One question of one user."""
 
     query: Query
-    visible: tuple[Record, ...] = ()
-    """Every record that the query may see, oldest first."""
-    heads: Mapping[str, Head] = field(default_factory=dict)
-    """The user's heads that may answer, by scorer; the shared head answers for the others."""
-    notes: tuple[str, ...] = ()
-    """Why a shared head answers in place of the user's own."""
+    visible: tuple[Record, ...] = ()  # every record that the query may see, oldest first
+    heads: Mapping[str, Head] = field(default_factory=dict)  # by scorer; others are shared
+    notes: tuple[str, ...] = ()  # why a shared head answers in place of the user's own
     vectorize: Vectorize | None = field(default=None, repr=False, compare=False)
-    """Makes `vectors`; None where no stage is learned."""
 
     @classmethod
     def of(

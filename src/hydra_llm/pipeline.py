@@ -1,10 +1,8 @@
 """One question to one answer: retrieve → rerank → render → sample → select (paper, figure 2).
 
-`Pipeline` holds the stages; each takes the question's `Context` and what the stage before gave. It
-needs no LLM but in `sample`. `Personalizer` adds an LLM and the users' records. Labelling, the
-benchmark and the gateway call these same stages, so that learning and serving cannot drift apart.
-A baseline is a pipeline with null parts: no records (`Nothing`), the retriever's order
-(`KeepOrder`), the first candidate (`FirstCandidate`).
+Labelling, the benchmark and the gateway call these same stages, so that learning and serving cannot
+drift apart. A baseline has null parts: no records (`Nothing`), the retriever's order (`KeepOrder`),
+the first candidate (`FirstCandidate`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,42 +21,29 @@ from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.model.heads.base import Head
 from hydra_llm.prompt import Prompt, render
-from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
+from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
-from hydra_llm.select import FirstCandidate, LearnedSelector, Selection, Selector, all_labels
+from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import repair, text_fault
-from hydra_llm.types import (
-    Answer,
-    Candidate,
-    Generation,
-    Message,
-    Proposal,
-    Query,
-    Ranked,
-    Record,
-    Usage,
-)
+from hydra_llm.types import Answer, Candidate, Generation, Proposal, Query, Ranked, Record, Usage
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
 
-MOST_CUTS = 3
-"""How often a prompt is made shorter because the LLM finds it too long."""
-CUT_MARGIN = 0.9
-"""Of what should fit, as estimated tokens are not the LLM's; to the power of the number of cuts."""
+Result = Generation | LLMError
+MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
+CUT_MARGIN = 0.9  # per cut, of what should fit: estimated tokens are not the LLM's
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """The LLM's candidates for a prompt."""
 
-    prompt: Prompt
-    """As it was asked in the end: shorter than given where the LLM's window is smaller."""
+    prompt: Prompt  # as sent last: shorter than given where the LLM's window is smaller
     candidates: tuple[Candidate, ...]
     usage: Usage
-    notes: tuple[str, ...]
-    """One line for each call that failed, and for answers that could not be parsed."""
+    notes: tuple[str, ...]  # failed calls, and answers that could not be parsed
 
 
 @dataclass(frozen=True)
@@ -70,17 +55,13 @@ class Pipeline:
     settings: Settings = field(default_factory=Settings)
     reranker: Reranker = field(default_factory=KeepOrder)
     selector: Selector = field(default_factory=FirstCandidate)
-    vectorize: Vectorize | None = None
-    """Makes a context's vectors, where a stage is learned."""
-    profile: str = ""
-    """What is known of the user, for the system message."""
+    vectorize: Vectorize | None = None  # makes a context's vectors, where a stage is learned
+    profile: str = ""  # what is known of the user, for the system message
 
     def context(
         self, query: Query, visible: Sequence[Record], heads: Mapping[str, Head] | None = None
     ) -> Context:
-        """All that the stages may know of a question: the records of `history.before`, and the
-        user's heads by scorer.
-        """
+        """What the stages may know of a question; `visible` are the records of `history.before`."""
         return Context.of(query, visible, heads or {}, self.vectorize)
 
     def retrieve(self, context: Context, most: int = 0) -> list[Ranked]:
@@ -108,18 +89,12 @@ class Pipeline:
                 say. The library instead asks, and again with less where the LLM refuses.
         """
         style: str = self.settings.prompt_style
-        limit = self.settings.max_prompt_tokens
         if style == "auto":
             style = self.task.strategy.prompt_style
-        return render(
-            self.task,
-            query,
-            records,
-            max_tokens=min(limit, window or limit),
-            style=style,
-            profile=self.profile,
-            conversation=conversation,
-        )
+        limit = self.settings.max_prompt_tokens
+        limit = min(limit, window or limit)
+        look: dict[str, Any] = {"style": style, "conversation": conversation}
+        return render(self.task, query, records, max_tokens=limit, profile=self.profile, **look)
 
     async def sample(self, llm: ChatLLM, prompt: Prompt) -> Sampled:
         """Ask the LLM; a prompt that it finds too long is made shorter, for all samples alike.
@@ -128,18 +103,19 @@ class Pipeline:
             LLMError: it gave no answer at all.
         """
         spent = Usage()
-        for cut in range(1, MOST_CUTS + 2):
-            results = await self._generate(llm, prompt.messages)
+        for cut in range(1, MAX_CUTS + 2):
+            results = await self._generate(llm, prompt)
+            spent += sum(map(_usage, results), Usage())
             refused = [result for result in results if isinstance(result, LLMRefused)]
             fits = [error.fits for error in refused if error.fits is not None]
-            fitting = bool(fits) and cut <= MOST_CUTS
-            shorter = prompt.shorter(min(fits) * CUT_MARGIN**cut) if fitting else None
-            if shorter is None:
+            if not fits or cut > MAX_CUTS:
                 break
-            prompt, spent = shorter, spent + _spent(results)
+            if (shorter := prompt.shorter(min(fits) * CUT_MARGIN**cut)) is None:
+                break
+            prompt = shorter
         texts, greedy, failures = _merge(results, self._greedy_calls > 0)
         candidates, unread = self.read(texts, greedy)
-        return Sampled(prompt, candidates, spent + _spent(results), (*failures, *unread))
+        return Sampled(prompt, candidates, spent, (*failures, *unread))
 
     def read(self, texts: Sequence[str], greedy: int) -> tuple[tuple[Candidate, ...], list[str]]:
         """Texts of the LLM as candidates, and a note for what could not be parsed.
@@ -153,70 +129,47 @@ class Pipeline:
         for place, text in enumerate(texts):
             answer = self.task.read(text, self.settings.parsing)
             unread += answer is None
-            said = text if self.task.labels else answer or text
-            old = found.setdefault(candidate_key(text, answer), Candidate(said, answer))
-            found[candidate_key(text, answer)] = replace(
-                old, votes=old.votes + 1, greedy=old.greedy or place < greedy
-            )
+            key, shown = candidate_key(text, answer), text if self.task.labels else answer or text
+            old = found.get(key) or Candidate(shown, answer)
+            found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
         notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
-        if not self.task.labels or self.settings.candidates != "labels":
-            return tuple(found.values()), notes
-        readable = [each for each in found.values() if each.answer is not None]
-        # Those without an answer stay: else a baseline would answer the first label.
-        unreadable = [each for each in found.values() if each.answer is None]
-        offered = [*all_labels(self.task, readable), *unreadable]
-        return tuple(sorted(offered, key=lambda each: (not each.greedy, -each.votes))), notes
+        candidates = list(found.values())
+        if self.task.labels and self.settings.candidates == "labels":
+            # Those without an answer stay: else a baseline would answer the first label.
+            unreadable = [candidate for candidate in candidates if candidate.answer is None]
+            candidates = [*all_labels(self.task, candidates), *unreadable]
+            candidates.sort(key=lambda candidate: (not candidate.greedy, -candidate.votes))
+        return tuple(candidates), notes
 
     def select(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         """The candidates with their scores, and the pick; makes no LLM call."""
         return self.selector.choose(context, candidates)
 
-    def record_pairs(self, context: Context, retrieved: Sequence[Ranked]) -> list[tuple[str, str]]:
-        """What `rerank` will have encoded as pairs, to do so for many questions at once."""
-        if isinstance(self.reranker, LearnedReranker):
-            return self.reranker.pairs(context, retrieved)
-        return []
-
-    def candidate_pairs(
-        self, context: Context, candidates: Sequence[Candidate]
-    ) -> list[tuple[str, str]]:
-        """What `select` will have encoded as pairs."""
-        if isinstance(self.selector, LearnedSelector):
-            return self.selector.pairs(context, candidates)
-        return []
-
     @property
     def _greedy_calls(self) -> int:
         return int(self.settings.greedy_first or self.settings.samples == 1)
 
-    async def _generate(
-        self, llm: ChatLLM, messages: Sequence[Message]
-    ) -> list[Generation | LLMError]:
-        """The greedy call and the one for samples, at the same time; an error stands where its
-        texts would be.
+    async def _generate(self, llm: ChatLLM, prompt: Prompt) -> list[Result]:
+        """Run the greedy call and the one for samples at the same time, each to its texts or its
+        error.
         """
         settings, greedy = self.settings, self._greedy_calls
-        wanted = [(greedy, 0.0)] if greedy else []
-        if settings.samples > greedy:
-            wanted.append((settings.samples - greedy, settings.temperature))
-        shared = Sampling(
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,
-            choices=self.task.labels if settings.constrain else (),
-        )
-        results: list[Generation | LLMError] = [LLMError("not asked")] * len(wanted)
+        choices = self.task.labels if settings.constrain else ()
+        shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
+        calls = [replace(shared, n=greedy, temperature=0.0)] if greedy else []
+        if (rest := settings.samples - greedy) > 0:
+            calls.append(replace(shared, n=rest, temperature=settings.temperature))
+        results: list[Result] = [LLMError("not asked")] * len(calls)
 
-        async def call(slot: int, n: int, temperature: float) -> None:
+        async def call(slot: int, sampling: Sampling) -> None:
             try:
-                results[slot] = await llm.generate(
-                    messages, replace(shared, n=n, temperature=temperature)
-                )
+                results[slot] = await llm.generate(prompt.messages, sampling)
             except LLMError as error:
                 results[slot] = error
 
         async with anyio.create_task_group() as group:
-            for slot, (n, temperature) in enumerate(wanted):
-                group.start_soon(call, slot, n, temperature)
+            for slot, sampling in enumerate(calls):
+                group.start_soon(call, slot, sampling)
         return results
 
 
@@ -239,17 +192,16 @@ class Personalizer(Pipeline):
         heads: Mapping[str, Mapping[str, Head]] | None = None,
     ) -> "Personalizer":
         """These stages with an LLM and users."""
-        same = {each.name: getattr(stages, each.name) for each in fields(Pipeline)}
-        return cls(**same, llm=llm, records=records, heads=heads or {})
+        parts = {part.name: getattr(stages, part.name) for part in fields(Pipeline)}
+        return cls(**parts, llm=llm, records=records, heads=heads or {})
 
     def context_of(self, question: Query | Context) -> Context:
         """The context of a query; one that was made already is used as it is."""
         if isinstance(question, Context):
             return question
-        heads = {
-            name: own[question.user] for name, own in self.heads.items() if question.user in own
-        }
-        return self.context(question, before(self.records.get(question.user, ()), question), heads)
+        user = question.user
+        heads = {scorer: own[user] for scorer, own in self.heads.items() if user in own}
+        return self.context(question, before(self.records.get(user, ()), question), heads)
 
     async def apropose(self, question: Query | Context) -> Proposal:
         """Everything up to the candidates.
@@ -266,16 +218,9 @@ class Personalizer(Pipeline):
         clock.lap("prompt")
         sampled = await self.sample(self.llm, prompt)
         clock.lap("llm")
-        return Proposal(
-            context.query,
-            tuple(retrieved),
-            tuple(ranked),
-            sampled.prompt.messages,
-            sampled.candidates,
-            sampled.usage,
-            clock.seconds,
-            (*context.notes, *sampled.prompt.notes, *sampled.notes),
-        )
+        notes = (*context.notes, *sampled.prompt.notes, *sampled.notes)
+        stages = (tuple(retrieved), tuple(ranked), sampled.prompt.messages, sampled.candidates)
+        return Proposal(context.query, *stages, sampled.usage, clock.seconds, notes)
 
     async def aanswer(self, question: Query | Context) -> Answer:
         """`apropose`, then the selector's pick."""
@@ -317,10 +262,8 @@ class Personalizer(Pipeline):
         """
         if user is None or user not in self.records:
             known = ", ".join(list(self.records)[:3])
-            raise UnknownUser(
-                f"unknown user '{user}': {len(self.records)} users are"
-                f" known{f' ({known}, …)' if known else ''}"
-            )
+            some = f" ({known}, …)" if known else ""
+            raise UnknownUser(f"unknown user '{user}': {len(self.records)} users are known{some}")
         if fault := text_fault(text):
             raise UserFault(f"the text to answer {fault}")
         return Query(user, "asked", text)
@@ -337,7 +280,8 @@ class Personalizer(Pipeline):
 
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         chosen = loaded.settings_with(**settings)
-        return loaded.personalizer(open_llm(llm, chosen) if isinstance(llm, str) else llm, chosen)
+        opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
+        return loaded.personalizer(opened, chosen)
 
 
 def candidate_key(text: str, answer: str | None) -> str:
@@ -345,21 +289,14 @@ def candidate_key(text: str, answer: str | None) -> str:
     return answer if answer is not None else f"\0{text}"
 
 
-def _spent(results: Sequence[Generation | LLMError]) -> Usage:
-    """What calls cost, those that failed among them."""
-
-    def cost(result: Generation | LLMError) -> Usage:
-        made = result.made if isinstance(result, PartlyFailed) else result
-        return made.usage if isinstance(made, Generation) else Usage(failed=1)
-
-    return sum(map(cost, results), Usage())
+def _usage(result: Result) -> Usage:
+    made = result.made if isinstance(result, PartlyFailed) else result
+    return made.usage if isinstance(made, Generation) else Usage(failed=1)
 
 
-def _merge(
-    results: Sequence[Generation | LLMError], greedy: bool
-) -> tuple[list[str], int, list[str]]:
-    """The calls' texts, how many of them are greedy, and a note for each call that failed; raises
-    only where there is no text, or where going on makes no sense.
+def _merge(results: Sequence[Result], greedy: bool) -> tuple[list[str], int, list[str]]:
+    """The texts, how many of them are greedy, and a note for each failed call; raises only where
+    there is no text, or where going on makes no sense.
     """
     errors = [result for result in results if isinstance(result, LLMError)]
     fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
@@ -370,8 +307,8 @@ def _merge(
     if not texts:
         raise LLMError("the LLM gave no text")
     first = results[0]
-    certain = len(first.texts) if greedy and isinstance(first, Generation) else 0
-    return texts, certain, [f"a call failed: {error}" for error in errors]
+    n_greedy = len(first.texts) if greedy and isinstance(first, Generation) else 0
+    return texts, n_greedy, [f"a call failed: {error}" for error in errors]
 
 
 class _Clock:

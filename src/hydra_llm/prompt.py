@@ -1,11 +1,8 @@
-"""Task, query and records → chat messages inside a token budget.
+"""Task, query and records → chat messages inside a token budget, for the library and the gateway.
 
-The library asks the task's instruction alone; in the gateway it is the last message of a
-conversation. Both are built here, so that serving asks what learning asked. The best record stands
-last, nearest to the question: small instruct models lean on what they read last. What must go to
-stay inside the budget goes in this order: the worst records, the end of the last record's input,
-the end of the query's text; a conversation's own messages are never cut. Each cut gives one note.
-Knows neither retrieval nor any LLM.
+The best record stands last: small instruct models lean on what they read last. What must go to stay
+inside the budget goes in this order: the worst records, the end of the last record's input, the end
+of the query's text; a conversation's own messages are never cut. Knows no retrieval and no LLM.
 """
 
 import math
@@ -20,18 +17,13 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
-Style = Literal["block", "turns"]
-"""Records as a list of examples in front of the question, or as earlier turns."""
-Count = Callable[[str], int]
-"""A text's length in the LLM's tokens."""
+Style = Literal["block", "turns"]  # examples in front of the question, or as earlier turns
+Count = Callable[[str], int]  # a text's length in the LLM's tokens
 Messages = tuple[Message, ...]
 
-PER_MESSAGE = 8
-"""Tokens that a chat template puts around each message (5 in ChatML; a little room for others)."""
-LEAST_INPUT = 40
-"""A record whose input would be cut to fewer characters than this is left out instead."""
-INSTRUCTING = ("system", "developer")
-"""Roles of the messages in front of a conversation, behind which example turns begin."""
+PER_MESSAGE = 8  # tokens of a chat template around each message (5 in ChatML)
+LEAST_INPUT = 40  # a record whose input would be cut to fewer characters is left out instead
+INSTRUCTING = ("system", "developer")  # roles of the messages behind which example turns begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +31,15 @@ class Prompt:
     """What the LLM is asked, and which records are in it."""
 
     messages: Messages
-    kept: tuple[Ranked | Record, ...]
-    """The records in the prompt, best first."""
-    notes: tuple[str, ...] = ()
-    """One line for each cut."""
-    tokens: int = 0
-    """Its length, counted or estimated."""
+    kept: tuple[Ranked | Record, ...]  # the records in the prompt, best first
+    notes: tuple[str, ...] = ()  # one line for each cut
+    tokens: int = 0  # its length, counted or estimated
     again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
     """Builds it again with other `max_tokens`."""
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return tuple(each.record if isinstance(each, Ranked) else each for each in self.kept)
+        return tuple(item.record if isinstance(item, Ranked) else item for item in self.kept)
 
     def shorter(self, share: float) -> "Prompt | None":
         """The same question in `share` of its length; None where the instruction has no room."""
@@ -74,42 +63,26 @@ def render(
     profile: str = "",
     conversation: Sequence[Mapping[str, Any]] | None = None,
 ) -> Prompt:
-    """Show `records` (best first), then ask the query. Without records it is exactly the task's
-    instruction, or the conversation as it is.
+    """Show `records` (best first), then ask the query in the task's instruction.
 
     Args:
         count: measures a text in tokens; `estimate` by default.
         profile: what is known of the user, as a system message in front.
-        conversation: messages that end with the user's question. They are kept as they are,
-            because they are the caller's; where the question is not in the task's words, the
-            records' inputs are not either. One that is just the task's question gives the same
-            messages as `query` alone.
+        conversation: the caller's messages, which end with the question and are kept as they are.
+            Where it is not in the task's words, the records' inputs are not either.
 
     Raises:
         SettingsError: the instruction alone is longer than `max_tokens`, or an unknown style.
     """
     if style not in _STYLES:
         raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(_STYLES)}")
-    given: dict[str, Any] = {
-        "count": count,
-        "style": style,
-        "profile": profile,
-        "conversation": conversation,
-    }
-    again = partial(render, task, query, records, **given)
+    look: dict[str, Any] = {"style": style, "profile": profile, "conversation": conversation}
+    again = partial(render, task, query, records, count=count, **look)
     own = None if conversation is None else tuple(conversation)
     page = _Page(task, _STYLES[style], max_tokens, count or estimate, repair(profile), own)
-    return _filled(page, query, records, again)
-
-
-def _filled(
-    page: "_Page", query: Query, records: Sequence[Ranked | Record], again: Callable[..., Prompt]
-) -> Prompt:
-    """The page with as much as there is room for."""
     text, examples = repair(query.input), [_example(item) for item in records]
     shown = _fit_records(page, examples, text)
-    kept_whole = page.conversation is not None
-    asked = text if kept_whole else _cut(text, lambda part: page.fits(shown, part))
+    asked = text if own is not None else _cut(text, lambda part: page.fits(shown, part))
     if asked is None:
         raise SettingsError(
             f"a prompt of {page.max_tokens} tokens has no room for the instruction of task"
@@ -122,9 +95,7 @@ def _filled(
 
 
 def estimate(text: str) -> int:
-    """Tokens of a text by rule of thumb: one per 3.5 bytes of UTF-8, rounded up (English needs
-    fewer, other scripts about that).
-    """
+    """Tokens of a text by rule of thumb: one per 3.5 bytes of UTF-8, rounded up."""
     return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.5)
 
 
@@ -152,18 +123,15 @@ _Layout = Callable[[Task, Sequence[_Example], Messages, Ask], Messages]
 
 
 def _block(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
-    """The examples, best last, in front of the question's own text. Each field stays on its line,
-    so that no text can pose as another.
-    """
+    """The examples, best last, before the question; a field a line: none can pose as another."""
     if not shown:
         return own
     words = task.strategy.prompt_words()
     lines = [
-        f"{words.input}: {fold(one.input)}\n{words.answer}: {fold(one.output)}"
-        for one in reversed(shown)
+        f"{words.input}: {fold(example.input)}\n{words.answer}: {fold(example.output)}"
+        for example in reversed(shown)
     ]
-    parts = [words.header, *lines, "Now answer as this person would.\n"]
-    block = "\n\n".join(parts)
+    block = "\n\n".join([words.header, *lines, "Now answer as this person would.\n"])
     content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
     front = block if isinstance(content, str) else [{"type": "text", "text": block}]
     return (*own[:-1], {**own[-1], "content": front + content})
@@ -171,15 +139,12 @@ def _block(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Me
 
 def _turns(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
     """Each example as a question and its answer, best last, behind the system messages."""
-    head = next((i for i, one in enumerate(own) if one.get("role") not in INSTRUCTING), len(own))
-    turns = [
-        message
-        for one in reversed(shown)
-        for message in (
-            {"role": "user", "content": ask(one.input)},
-            {"role": "assistant", "content": one.output},
-        )
-    ]
+    roles = [message.get("role") for message in own]
+    head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
+    turns: list[Message] = []
+    for example in reversed(shown):
+        turns.append({"role": "user", "content": ask(example.input)})
+        turns.append({"role": "assistant", "content": example.output})
     return (*own[:head], *turns, *own[head:])
 
 
@@ -218,9 +183,8 @@ class _Page:
         return task.ask(text) if task.input_of(own) and not task.input_of(text) else text
 
     def tokens(self, shown: Sequence[_Example], text: str) -> int:
-        return sum(
-            self.count(text_of(message)) + PER_MESSAGE for message in self.messages(shown, text)
-        )
+        messages = self.messages(shown, text)
+        return sum(self.count(text_of(message)) + PER_MESSAGE for message in messages)
 
     def fits(self, shown: Sequence[_Example], text: str) -> bool:
         return self.tokens(shown, text) <= self.max_tokens
@@ -233,12 +197,11 @@ def _fit_records(page: _Page, examples: list[_Example], text: str) -> list[_Exam
     for many in range(len(examples), 0, -1):
         if page.fits(examples[:many], text):
             return examples[:many]
-    return _cut_input(page, examples[0], text) if examples else []
-
-
-def _cut_input(page: _Page, example: _Example, text: str) -> list[_Example]:
-    part = _cut(example.input, lambda part: page.fits([example._replace(input=part)], text))
-    return [] if part is None or len(part) < LEAST_INPUT else [example._replace(input=part)]
+    if not examples:
+        return []
+    best = examples[0]
+    part = _cut(best.input, lambda part: page.fits([best._replace(input=part)], text))
+    return [] if part is None or len(part) < LEAST_INPUT else [best._replace(input=part)]
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
@@ -265,8 +228,6 @@ def _notes(examples: Sequence[_Example], shown: Sequence[_Example], page: _Page)
 
 
 def _note_of_cut(what: str, whole: str, part: str, page: _Page) -> list[str]:
-    cut = (
-        f"prompt: {what} cut at its end from {len(whole)} to {len(part)} characters to stay within"
-        f" {page.max_tokens} tokens"
-    )
-    return [] if part == whole else [fold(cut)]
+    lengths = f"from {len(whole)} to {len(part)} characters"
+    reason = f"to stay within {page.max_tokens} tokens"
+    return [] if part == whole else [fold(f"prompt: {what} cut at its end {lengths} {reason}")]

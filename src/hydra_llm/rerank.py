@@ -22,15 +22,19 @@ class Reranker(Protocol):
         """The same records, most useful first."""
         ...
 
+    def pairs(self, context: Context, retrieved: Sequence[Ranked]) -> list[tuple[str, str]]:
+        """What `order` will have encoded as pairs of texts; by default nothing."""
+        return []
 
-class KeepOrder:
+
+class KeepOrder(Reranker):
     """The retriever's order."""
 
     def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         return list(retrieved)
 
 
-class LearnedReranker:
+class LearnedReranker(Reranker):
     """Orders by the user's factorized scorer; ties keep the retriever's order."""
 
     def __init__(self, scorer: Scorer, featurizer: Featurizer, *, with_answer: bool = True):
@@ -39,19 +43,16 @@ class LearnedReranker:
     def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         if not retrieved:
             return []
-        query, store = context.query, self.featurizer.store
+        query, texts = context.query, self.texts(retrieved)
         features = self.featurizer.reranker(query, retrieved, context.vectors)
-        groups = make_groups(
-            store, self.scorer.interaction, [query.input], [self.texts(retrieved)], [features]
-        )
+        encoding = self.featurizer.store, self.scorer.interaction
+        groups = make_groups(*encoding, [query.input], [texts], [features])
         scores = self.scorer.score(groups, [context.heads.get("reranker")])[0].tolist()
-        scored = [
-            replace(item, usefulness=score) for item, score in zip(retrieved, scores, strict=True)
-        ]
+        rows = zip(retrieved, scores, strict=True)
+        scored = [replace(item, usefulness=score) for item, score in rows]
         return sorted(scored, key=lambda item: (-(item.usefulness or 0.0), item.rank))
 
     def pairs(self, context: Context, retrieved: Sequence[Ranked]) -> list[tuple[str, str]]:
-        """What a cross-encoder will read; none where texts are encoded one by one."""
         cross = self.scorer.interaction.reads_pairs
         return [(context.query.input, text) for text in self.texts(retrieved)] if cross else []
 
@@ -61,7 +62,5 @@ class LearnedReranker:
 
 
 def record_text(record: Record, *, with_answer: bool) -> str:
-    """What the reranker reads of a record. The authors' code leaves the answer out, which is what
-    makes a record useful.
-    """
+    """What the reranker reads of a record; the authors' code leaves the answer out."""
     return as_one_text(record.input, record.output) if with_answer else record.input

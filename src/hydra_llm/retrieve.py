@@ -1,9 +1,8 @@
 """Which of a user's earlier records may help with a query.
 
-Records come in as `history.before` lets them through, oldest first. Every retriever is
-deterministic and takes the later record first where two are equally good. BM25 is Okapi on
-`str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75; words that
-more than half of the records hold weigh a quarter of the mean weight). Knows no LLM.
+Every retriever is deterministic and takes the later record first where two are equally good. BM25
+is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75;
+words that more than half of the records hold weigh a quarter of the mean weight). Knows no LLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,15 +46,9 @@ class Forgetful(Protocol):
         ...
 
 
+_CLASSES = ("BM25", "Dense", "Recent", "Random", "Nothing")
 RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
-    "hydra_llm.retrievers",
-    {
-        "bm25": "hydra_llm.retrieve:BM25",
-        "dense": "hydra_llm.retrieve:Dense",
-        "recent": "hydra_llm.retrieve:Recent",
-        "random": "hydra_llm.retrieve:Random",
-        "nothing": "hydra_llm.retrieve:Nothing",
-    },
+    "hydra_llm.retrievers", {name.lower(): f"hydra_llm.retrieve:{name}" for name in _CLASSES}
 )
 """Called as `factory(embed=..., seed=..., text=...)`."""
 
@@ -86,10 +79,8 @@ class _ByScore:
         oldest_first = in_order(records)
         scores = self.scores(query, oldest_first)
         best = np.lexsort((-np.arange(len(scores)), -scores))[:m]
-        return [
-            Ranked(oldest_first[place], float(scores[place]), rank)
-            for rank, place in enumerate(best)
-        ]
+        ranked = enumerate(best)
+        return [Ranked(oldest_first[place], float(scores[place]), rank) for rank, place in ranked]
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: how well each record fits, oldest first."""
@@ -103,9 +94,7 @@ class _ByScore:
 
 
 class BM25(_ByScore):
-    """Words in common, rare ones weighing more. The index of exactly the visible records is built
-    once and kept.
-    """
+    """Words in common, rare ones weighing more; the index of the visible records is kept."""
 
     def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
         super().__init__(embed=embed, seed=seed, text=text)
@@ -126,11 +115,8 @@ class BM25(_ByScore):
 
 
 def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
-    """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word (bm25s
-    raises there).
-
-    bm25s has Okapi's term weights as `atire` but no word weights with its floor, so those are put
-    in place of `lucene`'s.
+    """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word. bm25s has
+    Okapi's term weights (`atire`) but not its word weights: they replace `lucene`'s.
     """
     tokens = [text.split() for text in texts]
     if not any(tokens):
@@ -147,10 +133,7 @@ def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
 
 def _word_weights(holders: NDArray[np.integer], total: int) -> Floats:
     """[V]: log of the odds that a record does not hold the word; where negative, a quarter of the
-    mean over all words.
-
-    With a few records that mean itself can be negative, and rank_bm25 then puts the best match
-    last; here it stops at 0.
+    mean, but at least 0: with few records rank_bm25 puts the best match last.
     """
     weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
     return np.where(weights < 0, max(0.0, 0.25 * float(weights.mean())), weights)
@@ -168,10 +151,8 @@ class Dense(_ByScore):
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: cosine, -1 to 1; 0 where a vector is zero."""
-        similar: Floats = (
-            self._rows(self.matched(records)) @ _unit_rows(self._embed((query.input,)))[0]
-        )
-        return similar
+        rows = self._rows(self.matched(records))
+        return np.asarray(rows @ _unit_rows(self._embed((query.input,)))[0])
 
     def forget(self) -> None:
         """Empty the cache."""
@@ -181,10 +162,8 @@ class Dense(_ByScore):
 def _unit_rows(rows: NDArray[np.floating]) -> Floats:
     """[N, H] → [N, H] of length 1; zero rows stay zero."""
     wide = np.asarray(rows, dtype=np.float64)
-    unit: Floats = wide / np.maximum(
-        np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny
-    )
-    return unit
+    length = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.asarray(wide / np.maximum(length, np.finfo(np.float64).tiny))
 
 
 class Recent(_ByScore):

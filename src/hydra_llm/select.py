@@ -23,19 +23,15 @@ from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate
 
-TIE = 1e-5
-"""Values that differ by less are equal."""
+TIE = 1e-5  # values that differ by less are equal
 
 
 class Selection(NamedTuple):
     """The candidates as a selector has scored them, and its pick."""
 
-    candidates: list[Candidate]
-    """With scores, where there is a scorer."""
-    chosen: int
-    """Index of the pick."""
-    abstained: bool = False
-    """Whether candidate 0 was kept because the pick's margin was too uncertain."""
+    candidates: list[Candidate]  # with scores, where there is a scorer
+    chosen: int  # index of the pick
+    abstained: bool = False  # candidate 0 was kept because the pick's margin was too uncertain
 
     @property
     def ranking(self) -> list[int]:
@@ -51,15 +47,19 @@ class Selector(Protocol):
         """The candidates, scored where there is a scorer, and the pick."""
         ...
 
+    def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+        """What `choose` will have encoded as pairs of texts; by default nothing."""
+        return []
 
-class FirstCandidate:
+
+class FirstCandidate(Selector):
     """The LLM's first answer."""
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         return Selection(list(candidates), 0)
 
 
-class LearnedSelector:
+class LearnedSelector(Selector):
     """Picks by the user's factorized scorer. `votes=False` scores labels as if the LLM had not
     been sampled; `abstention_threshold` is in posterior standard deviations, 0 disables it.
     """
@@ -87,7 +87,7 @@ class LearnedSelector:
         groups, head = self.groups(context, offered), context.heads.get("adapter")
         scores = self.scorer.score(groups, [head])[0][rows]
         shares, gains = self.scorer.shares(scores), _gains(self.task, readable, self.select)
-        pick = _best(scores.numpy(), shares.numpy(), gains)
+        pick = first_best(scores.numpy() if gains is None else gains @ shares.numpy())
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
@@ -105,9 +105,9 @@ class LearnedSelector:
         return all_labels(self.task, readable) if by_label else readable
 
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
-        """What a cross-encoder will read; none where texts are encoded one by one."""
-        cross = self.scorer.interaction.reads_pairs
-        readable = [candidate for candidate in candidates if cross and candidate.answer is not None]
+        if not self.scorer.interaction.reads_pairs:
+            return []
+        readable = [candidate for candidate in candidates if candidate.answer is not None]
         return [(context.query.input, candidate_text(self.task, each)) for each in readable]
 
     def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:
@@ -124,7 +124,8 @@ def select(
     task: Task, candidates: Sequence[Candidate], scores: np.ndarray, shares: np.ndarray, how: str
 ) -> int:
     """The index of the pick; ties go to the earlier candidate, so to the greedy answer first."""
-    return _best(scores, shares, _gains(task, candidates, how))
+    gains = _gains(task, candidates, how)
+    return first_best(scores if gains is None else gains @ shares)
 
 
 def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray | None:
@@ -134,10 +135,6 @@ def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray 
     if how == "best" or task.strategy.zero_one_gain:
         return None
     return task.gain_matrix([candidate.answer or "" for candidate in candidates])
-
-
-def _best(scores: np.ndarray, shares: np.ndarray, gains: np.ndarray | None) -> int:
-    return first_best(scores if gains is None else gains @ shares)
 
 
 def first_best(values: np.ndarray) -> int:

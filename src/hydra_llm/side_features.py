@@ -1,9 +1,6 @@
-"""Side features: what is known of a pair beside its text, from the user's history and the LLM's
-votes.
-
-Every number is computed from records that the query may see. Training and answering call the same
-functions. Which columns there are is the task kind's (`tasks/`); here is what all kinds share.
-Letters: n visible records, C candidates, M records, E columns, D width. Knows no scorer and no LLM.
+"""Side features: what is known of a pair beside its text, from records that the query may see and
+the LLM's votes. Training and answering call the same functions; the task kind (`tasks/`) has the
+other columns. Letters: C candidates, M records, E columns. Knows no scorer and no LLM.
 """
 
 from collections.abc import Sequence
@@ -14,8 +11,7 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.tasks.base import CohortStats, FeatureContext, Floats, HistoryVectors, Task
 from hydra_llm.types import Candidate, Query, Ranked, Record
 
-STATS_USERS, STATS_RECORDS = 200, 200
-"""Training users, and latest records of each, that the usual cosine is measured on."""
+STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their latest records
 
 
 class Featurizer:

@@ -12,7 +12,7 @@ import numpy as np
 
 from hydra_llm.context import Context
 from hydra_llm.pipeline import Personalizer
-from hydra_llm.select import Selection, all_labels, select
+from hydra_llm.select import Selection, Selector, all_labels, select
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
 
@@ -20,7 +20,7 @@ from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(Selector):
     """Upper bound: the best of the LLM's samples by the gold answer."""
 
     task: Task
@@ -32,7 +32,7 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class NthSample:
+class NthSample(Selector):
     """The LLM's sample of this index; their mean is the expected score of a random sample."""
 
     place: int
@@ -43,7 +43,7 @@ class NthSample:
 
 
 @dataclass(frozen=True)
-class ByVoteShare:
+class ByVoteShare(Selector):
     """By vote shares the mode (self-consistency) or the best expected gain (minimum Bayes risk)."""
 
     task: Task

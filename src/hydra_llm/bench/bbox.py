@@ -38,7 +38,7 @@ from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.model.grouping import make_groups
 from hydra_llm.model.interactions import Groups, Interaction
 from hydra_llm.pipeline import Personalizer
-from hydra_llm.select import Selection, all_labels, candidate_text, first_best
+from hydra_llm.select import Selection, Selector, all_labels, candidate_text, first_best
 from hydra_llm.training.labelling import reads_labels, training_queries
 from hydra_llm.training.train_scorer import make_features
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, StageCost, Usage
@@ -122,7 +122,7 @@ def adapted(energy: Energy, pools: Pools, *, draws: int, weight_decay: float) ->
 
 
 @dataclass(frozen=True)
-class ByEnergy:
+class ByEnergy(Selector):
     """Selects the candidate with the highest energy, the earlier one of equals."""
 
     bundle: Bundle

@@ -25,7 +25,7 @@ from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.llm.meter import Prices
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.prompt import PER_MESSAGE, estimate
-from hydra_llm.rerank import record_text
+from hydra_llm.rerank import Reranker, record_text
 from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
@@ -163,7 +163,7 @@ class DryRunLLM:
         """Nothing to release."""
 
 
-class ReversedOrder:
+class ReversedOrder(Reranker):
     """Stands for a reranker that has not been learned."""
 
     def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:

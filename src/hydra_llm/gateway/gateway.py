@@ -284,9 +284,8 @@ class Gateway:
                 return rank(pipeline, personal.context.at_rest(), made.choices, made.greedy)
 
             def pairs() -> Sequence[tuple[str, str]]:
-                return pipeline.candidate_pairs(
-                    personal.context, pipeline.read(texts, made.greedy)[0]
-                )
+                candidates, _ = pipeline.read(texts, made.greedy)
+                return pipeline.selector.pairs(personal.context, candidates)
 
             return await deployment.batcher.run(ranked, texts, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer

@@ -57,7 +57,7 @@ class RecordSearch:
 
     def pairs(self) -> list[tuple[str, str]]:
         """What a cross-encoder will read."""
-        return self.deployment.pipeline.record_pairs(self.context, self.retrieved)
+        return self.deployment.pipeline.reranker.pairs(self.context, self.retrieved)
 
     def run(self) -> Found | None:
         """The records, best first; None for a user without any."""
