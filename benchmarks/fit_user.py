@@ -339,26 +339,12 @@ def report(
     learned_in: float,
 ) -> None:
     rows = {name: summary(values) for name, values in times.items()}
-    own, whole, theirs = (
-        rows[n]["median_ms"]
-        for n in ("ours, features kept", "ours, the encoder's pass included", "the authors' way")
-    )
-    limits = [
-        Limit("both heads of a new user, features kept, ms", own, 100.0),
-        Limit("the authors' way / ours, features kept", theirs / own, 50.0, at_least=True),
-        *(
-            Limit(
-                f"log-loss of the {name}, ours - the authors'",
-                quality["ours"][name] - quality["the authors' way"][name],
-                0.0,
-            )
-            for name in SCORERS
-        ),
-    ]
-    sizes = {
-        name: [len(cases[0].known[name]), len(pairs(cases[0].known[name])[2])] for name in SCORERS
-    }
+    ways = "ours, features kept", "ours, the encoder's pass included", "the authors' way"
+    own, whole, theirs = (rows[way]["median_ms"] for way in ways)
+    known = cases[0].known
+    sizes = {name: [len(known[name]), len(pairs(known[name])[2])] for name in SCORERS}
     ratios = {"features_kept": theirs / own, "with_our_one_pass": theirs / whole}
+    title = "held-out log-loss per pair"
     lines = [
         f"{settings.features} features, {settings.head} heads; base learned in {learned_in:.1f} s",
         f"groups and pairs of the timed user: {sizes}",
@@ -367,10 +353,7 @@ def report(
             f"the authors' way takes {theirs / own:.0f} times as long; with our one encoder pass"
             f" included {theirs / whole:.1f} times"
         ),
-        (
-            f"{'held-out log-loss per pair':<40} {'reranker':>9} {'adapter':>9}   ({len(cases)} new"
-            " users)"
-        ),
+        f"{title:<40} {'reranker':>9} {'adapter':>9}   ({len(cases)} new users)",
         *(f"{way:<40} {by['reranker']:9.3f} {by['adapter']:9.3f}" for way, by in quality.items()),
     ]
     given.data = str(given.data) if given.data else None
@@ -382,7 +365,18 @@ def report(
         "ratios": ratios,
         "log_loss": quality,
     }
-    finish(given, result, lines, limits)
+    finish(given, result, lines, limits_of(own, theirs, quality))
+
+
+def limits_of(own: float, theirs: float, quality: dict[str, dict[str, float]]) -> list[Limit]:
+    limits = [
+        Limit("both heads of a new user, features kept, ms", own, 100.0),
+        Limit("the authors' way / ours, features kept", theirs / own, 50.0, at_least=True),
+    ]
+    for name in SCORERS:
+        less = quality["ours"][name] - quality["the authors' way"][name]
+        limits.append(Limit(f"log-loss of the {name}, ours - the authors'", less, 0.0))
+    return limits
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ HERE = Path(__file__).parent
 COMMAND = Path(sys.executable).with_name("hydra-llm")
 
 
+Series = dict[str, dict[str, float]]
+"""By name: latencies in ms and rates."""
+
+
 def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each series")
@@ -56,9 +60,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--features", choices=("tower", "cross"), default="tower")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of 200 clients")
-    parser.add_argument(
-        "--litellm", help="the command of a LiteLLM proxy in an environment of its own"
-    )
+    parser.add_argument("--litellm", help="the command of a LiteLLM proxy in its own environment")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = asyncio.run(measure(given, Path(folder)))
@@ -67,6 +69,10 @@ def main() -> None:
         f"{name:<28} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items())
         for name, row in result.items()
     ]
+    finish(given, {"series": result}, lines, limits_of(result, given.features))
+
+
+def limits_of(result: Series, features: str) -> list[Limit]:
     added, personal = result["passed through"], result["personal"]
     limits = [
         Limit("pass-through at 100/s, added p50 in ms", added["added_p50"], 5),
@@ -74,108 +80,88 @@ def main() -> None:
         Limit("moving a head, p50 in ms", result["head"]["p50"], 20),
         Limit("a piece of feedback over HTTP, p50 in ms", result["feedback"]["p50"], 40),
     ]
-    if given.features == "tower":
+    if features == "tower":
+        worst = result["cold"]["added_max"]
         limits += [
             Limit("personal at 10/s, added p50 in ms", personal["added_p50"], 100),
-            Limit(
-                "first request of a cold user, added, worst in ms", result["cold"]["added_max"], 250
-            ),
+            Limit("first request of a cold user, added, worst in ms", worst, 250),
         ]
     if "soak" in result:
+        failed, ratio = result["soak"]["failed"], result["soak"]["memory_ratio"]
         limits += [
-            Limit("200 clients: requests that failed", result["soak"]["failed"], 0),
-            Limit(
-                "200 clients: memory at the end over that after a minute",
-                result["soak"]["memory_ratio"],
-                1.05,
-            ),
+            Limit("200 clients: requests that failed", failed, 0),
+            Limit("200 clients: memory at the end over that after a minute", ratio, 1.05),
         ]
-    if "litellm" in result:
-        most, theirs = result["passed through, most"]["per_s"], result["litellm, most"]["per_s"]
-        slow = {
-            name: result[f"{name}, {SLOW} a second"]["added_p50"]
-            for name in ("passed through", "litellm")
-        }
-        limits += [
-            Limit(
-                "added p50 beside LiteLLM's",
-                added["added_p50"] / result["litellm"]["added_p50"],
-                0.5,
-            ),
-            Limit(
-                "the same at a rate that both keep up with",
-                slow["passed through"] / slow["litellm"],
-                0.5,
-            ),
-            Limit("throughput beside LiteLLM's", most / theirs, 2, at_least=True),
-        ]
-    finish(given, {"series": result}, lines, limits)
+    return limits + (beside_litellm(result) if "litellm" in result else [])
 
 
-async def measure(given: Any, folder: Path) -> dict[str, dict[str, float]]:
+def beside_litellm(result: Series) -> list[Limit]:
+    def ratio(name: str) -> float:
+        ours, theirs = (result[f"{proxy}{name}"] for proxy in ("passed through", "litellm"))
+        return ours["added_p50"] / theirs["added_p50"]
+
+    most, theirs = result["passed through, most"]["per_s"], result["litellm, most"]["per_s"]
+    return [
+        Limit("added p50 beside LiteLLM's", ratio(""), 0.5),
+        Limit("the same at a rate that both keep up with", ratio(f", {SLOW} a second"), 0.5),
+        Limit("throughput beside LiteLLM's", most / theirs, 2, at_least=True),
+    ]
+
+
+async def measure(given: Any, folder: Path) -> Series:
     url = prepare(given, folder)
     head = head_alone(folder / "bundle", folder / "cache")
     environment = {**os.environ, "OPENAI_API_KEY": "none", "HYDRA_CACHE": str(folder / "cache")}
     with mock() as upstream:
         asked = ["--set", "candidates=8", "--set", "retrieved=10"]
-        flags = [
-            "--llm",
-            f"openai:mock@{upstream}/v1",
-            "--store",
-            url,
-            "--bundle",
-            str(folder / "bundle"),
-            *asked,
-        ]
+        places = ["--store", url, "--bundle", str(folder / "bundle")]
+        flags = ["--llm", f"openai:mock@{upstream}/v1", *places, *asked]
         direct = await steady(chat(upstream, None), 100, given.seconds)
         out = Told(direct=direct, head=head)
         with server([str(COMMAND), "serve", *flags], environment, "/health/readiness") as gateway:
-            await steady(chat(gateway, None), 50, 2)
-            out["passed through"] = minus(
-                await steady(chat(gateway, None), 100, given.seconds), direct
-            )
-            out[f"passed through, {SLOW} a second"] = minus(
-                await steady(chat(gateway, None), SLOW, given.seconds), direct
-            )
-            out["passed through, most"] = await flat_out(chat(gateway, None), given.seconds)
-            names = [f"person{i}" for i in range(given.users)]
-            out["cold"] = minus(
-                await one_by_one([chat(gateway, name) for name in names[:KEPT]]), direct
-            )
-            await steady(chat(gateway, names[0]), 5, 3)
-            out["personal"] = minus(
-                await steady(chat(gateway, names[0]), 10, given.seconds), direct
-            )
-            out["personal, most"] = await flat_out(chat(gateway, names[0]), given.seconds)
-            out["feedback"] = await feedback(gateway, names[1], 100)
-            if given.soak:
-                out["soak"] = await soak(gateway, names[:KEPT], given.soak)
-            # Last: their histories are encoded behind it, on the same cores.
-            out["cold, never encoded"] = minus(
-                await one_by_one([chat(gateway, name) for name in names[KEPT : 2 * KEPT]]), direct
-            )
+            await measure_gateway(out, gateway, given)
         if given.litellm:
-            config = folder / "litellm.yaml"
-            model = {"model": "openai/mock", "api_base": f"{upstream}/v1", "api_key": "none"}
-            config.write_text(
-                json.dumps({"model_list": [{"model_name": "mock", "litellm_params": model}]})
-            )
-            open_door = {
-                **environment,
-                "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-            }  # no keys here, as there
-            with server(
-                [str(given.litellm), "--config", str(config), "--host", "127.0.0.1"],
-                open_door,
-                "/health/liveliness",
-            ) as proxy:
-                await steady(chat(proxy, None), 20, 3)
-                out["litellm"] = minus(await steady(chat(proxy, None), 100, given.seconds), direct)
-                out[f"litellm, {SLOW} a second"] = minus(
-                    await steady(chat(proxy, None), SLOW, given.seconds), direct
-                )
-                out["litellm, most"] = await flat_out(chat(proxy, None), given.seconds)
+            await measure_litellm(out, upstream, given, folder, environment)
     return dict(out)
+
+
+async def proxied(out: Series, name: str, url: str, seconds: float) -> None:
+    """Requests without a user: at 100 a second, at few, and as many as go through."""
+    ask, direct = chat(url, None), out["direct"]
+    out[name] = minus(await steady(ask, 100, seconds), direct)
+    out[f"{name}, {SLOW} a second"] = minus(await steady(ask, SLOW, seconds), direct)
+    out[f"{name}, most"] = await flat_out(ask, seconds)
+
+
+async def measure_gateway(out: Series, gateway: str, given: Any) -> None:
+    await steady(chat(gateway, None), 50, 2)
+    await proxied(out, "passed through", gateway, given.seconds)
+    names = [f"person{i}" for i in range(given.users)]
+    asks, direct = [chat(gateway, name) for name in names[: 2 * KEPT]], out["direct"]
+    out["cold"] = minus(await one_by_one(asks[:KEPT]), direct)
+    await steady(asks[0], 5, 3)
+    out["personal"] = minus(await steady(asks[0], 10, given.seconds), direct)
+    out["personal, most"] = await flat_out(asks[0], given.seconds)
+    out["feedback"] = await feedback(gateway, names[1], 100)
+    if given.soak:
+        out["soak"] = await soak(gateway, names[:KEPT], given.soak)
+    # Last: their histories are encoded behind it, on the same cores.
+    out["cold, never encoded"] = minus(await one_by_one(asks[KEPT:]), direct)
+
+
+async def measure_litellm(
+    out: Series, upstream: str, given: Any, folder: Path, environment: dict[str, str]
+) -> None:
+    config = folder / "litellm.yaml"
+    model = {"model": "openai/mock", "api_base": f"{upstream}/v1", "api_key": "none"}
+    models = [{"model_name": "mock", "litellm_params": model}]
+    config.write_text(json.dumps({"model_list": models}))
+    # no keys here, as there
+    keyless = {**environment, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+    command = [str(given.litellm), "--config", str(config), "--host", "127.0.0.1"]
+    with server(command, keyless, "/health/liveliness") as proxy:
+        await steady(chat(proxy, None), 20, 3)
+        await proxied(out, "litellm", proxy, given.seconds)
 
 
 class Told(dict[str, dict[str, float]]):

@@ -205,45 +205,30 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw them there, as SVG (altair, vl-convert)")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it, and asyncio then does less
+    # a shell's background job ignores it, and asyncio then does less
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began, wall = time.process_time(), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), given.seed)
-        rows = [
-            row
-            for name in given.stages
-            for series in STAGES[name](bench)
-            for row in measured(series, given.runs)
-        ]
-    series = [in_full(row, row.law(given.seed)) for row in rows]
-    spent = {
-        "cpu_s": round(time.process_time() - began, 1),
-        "wall_s": round(time.perf_counter() - wall, 1),
-    }
-    result = {
-        "main_figure": "seconds of the processor, all threads",
-        "base": base(),
-        "spent": spent,
-        "rows": series,
-    }
+    series = run_stages(given)
+    cpu, clock = time.process_time() - began, time.perf_counter() - wall
+    spent = {"cpu_s": round(cpu, 1), "wall_s": round(clock, 1)}
+    figure = "seconds of the processor, all threads"
+    result = {"main_figure": figure, "base": base(), "spent": spent, "rows": series}
     if given.out:
-        given.out.write_text(
-            json.dumps({**about(given), **result}, indent=1) + "\n", encoding="utf-8"
-        )
+        text = json.dumps({**about(given), **result}, indent=1)
+        given.out.write_text(text + "\n", encoding="utf-8")
     if given.plot:
         plot(series, given.plot)
     given.out, given.plot = (str(path) if path else None for path in (given.out, given.plot))
-    finish(
-        given,
-        result,
-        [
-            *lines_of(series),
-            f"this took {spent['cpu_s']} s of the processor, {spent['wall_s']} s by the clock",
-        ],
-        [],
-    )
+    took = f"this took {spent['cpu_s']} s of the processor, {spent['wall_s']} s by the clock"
+    finish(given, result, [*lines_of(series), took], [])
+
+
+def run_stages(given: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), given.seed)
+        series = (each for name in given.stages for each in STAGES[name](bench))
+        rows = [row for each in series for row in measured(each, given.runs)]
+    return [in_full(row, row.law(given.seed)) for row in rows]
 
 
 # ---- running

@@ -89,45 +89,44 @@ def figures(
     way: str,
 ) -> dict[str, Any]:
     """What the LLM's answers are worth when it is asked in this way."""
+    answers = answers_of(given, data, records, queries, way)
+    pairs = list(zip(answers, (query.gold or "" for query in queries), strict=True))
+    gains = [data.task.gain(answer, gold) for answer, gold in pairs]
+    most_frequent = Counter(answers).most_common(1)[0][1] / len(answers)
+    out = {"gain": float(np.mean(gains)), "most_frequent": most_frequent}
+    if data.task.kind == "rating":
+        known = [
+            (float(answer), float(gold or "nan")) for answer, gold in pairs if answer is not None
+        ]
+        rated = np.array(known)
+        constant = len(rated) < 2 or np.ptp(rated[:, 0]) == 0
+        out |= {
+            "mae": float(np.abs(rated[:, 0] - rated[:, 1]).mean()),
+            "correlation": 0.0 if constant else float(np.corrcoef(rated.T)[0, 1]),
+        }
+    return {"figures": out, "gains": gains}
+
+
+def answers_of(
+    given: argparse.Namespace,
+    data: DataSet,
+    records: dict[str, Any],
+    queries: Sequence[Query],
+    way: str,
+) -> list[str | None]:
     limits = {"constrain": not given.unconstrained, "max_tokens": 16 if given.unconstrained else 4}
-    settings = load_settings(
-        samples=1, candidates="sampled", seed=given.seed, **limits, **{"k": given.k, **WAYS[way]}
-    )
-    asks = Personalizer(
-        data.task,
-        make_retriever("bm25"),
-        settings,
-        llm=open_llm(given.llm, settings),
-        records=records,
-    )
-    proposals = run_sync(partial(map_calls, asks.apropose, queries, limit=settings.concurrency))
+    style = {"k": given.k, **WAYS[way]}
+    settings = load_settings(samples=1, candidates="sampled", seed=given.seed, **limits, **style)
+    llm, retriever = open_llm(given.llm, settings), make_retriever("bm25")
+    asks = Personalizer(data.task, retriever, settings, llm=llm, records=records)
     answers = []
-    for proposal in proposals:
+    for proposal in run_sync(
+        partial(map_calls, asks.apropose, queries, limit=settings.concurrency)
+    ):
         if isinstance(proposal, Exception):
             raise proposal
         answers.append(proposal.candidates[0].answer)
-    gains = [
-        data.task.gain(answer, query.gold or "")
-        for answer, query in zip(answers, queries, strict=True)
-    ]
-    out = {
-        "gain": float(np.mean(gains)),
-        "most_frequent": Counter(answers).most_common(1)[0][1] / len(answers),
-    }
-    if data.task.kind == "rating":
-        pairs = np.array(
-            [
-                (float(a), float(q.gold or "nan"))
-                for a, q in zip(answers, queries, strict=True)
-                if a is not None
-            ]
-        )
-        constant = len(pairs) < 2 or np.ptp(pairs[:, 0]) == 0
-        out |= {
-            "mae": float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()),
-            "correlation": 0.0 if constant else float(np.corrcoef(pairs.T)[0, 1]),
-        }
-    return {"figures": out, "gains": gains}
+    return answers
 
 
 if __name__ == "__main__":

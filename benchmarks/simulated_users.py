@@ -157,12 +157,12 @@ def real_rows(
     answered.
 
     Adapter: the user's answer is 1, the others 0: other labels, or the headlines of other users for
-    the nearest texts. Reranker: 8 earlier records by lot; one is 1 where its answer is worth more
+    the nearest texts. Reranker: 8 random earlier records; one is 1 where its answer is worth more
     than the group's mean for this query.
     """
     rows, dice = Rows([], [], {}), random.Random(seed)
     others = [record for user in data.users("train")[:40] for record in data.history(user)]
-    vectors = store.texts([record.input for record in others]) if not data.task.labels else None
+    vectors = None if data.task.labels else store.texts([record.input for record in others])
     for user in users:
         records = data.answered(user)
         for record in records[-count:]:
@@ -171,46 +171,32 @@ def real_rows(
             if not drawn:
                 continue
             gains = [data.task.gain(other.output, record.output) for other in drawn]
-            useful = tuple(float(gain > sum(gains) / len(gains) or gain == 1.0) for gain in gains)
-            texts = tuple(f"{other.input} → {other.output}" for other in drawn)
-            rows.reranker.append(
-                LabelledGroup(
-                    user,
-                    record.id,
-                    record.input,
-                    texts,
-                    useful,
-                    ((),) * len(texts),
-                    record.position,
-                )
-            )
-            wrong = [label for label in data.task.labels if label != record.output]
-            if vectors is not None:
-                order = (-(vectors @ store.texts([record.input])[0])).argsort()[:60]
-                wrong = list(
-                    dict.fromkeys(
-                        others[i].output
-                        for i in order
-                        if others[i].user != user and others[i].output != record.output
-                    )
-                )
-            else:
+            useful = [gain > sum(gains) / len(gains) or gain == 1.0 for gain in gains]
+            texts = [f"{other.input} → {other.output}" for other in drawn]
+            rows.reranker.append(_group(record, texts, useful))
+            if vectors is None:
+                wrong = [label for label in data.task.labels if label != record.output]
                 dice.shuffle(wrong)
+            else:
+                order = (-(vectors @ store.texts([record.input])[0])).argsort()[:60]
+                wrong = _outputs_of_others(record, [others[i] for i in order])
             offered = [record.output, *wrong[: CANDIDATES - 1]]
             dice.shuffle(offered)
-            right = tuple(float(answer == record.output) for answer in offered)
-            rows.adapter.append(
-                LabelledGroup(
-                    user,
-                    record.id,
-                    record.input,
-                    tuple(offered),
-                    right,
-                    ((),) * len(offered),
-                    record.position,
-                )
-            )
+            right = [answer == record.output for answer in offered]
+            rows.adapter.append(_group(record, offered, right))
     return rows
+
+
+def _group(record: Record, rights: Sequence[str], gains: Sequence[bool]) -> LabelledGroup:
+    """A record as a query over candidates, without side features."""
+    blank, worth = ((),) * len(rights), tuple(map(float, gains))
+    query = record.user, record.id, record.input
+    return LabelledGroup(*query, tuple(rights), worth, blank, record.position)
+
+
+def _outputs_of_others(record: Record, near: Sequence[Record]) -> list[str]:
+    outputs = [other.output for other in near if other.user != record.user]
+    return [text for text in dict.fromkeys(outputs) if text != record.output]
 
 
 def simulated_data(

@@ -39,18 +39,15 @@ from hydra_llm.model.grouping import make_groups
 from hydra_llm.model.interactions import Groups, Interaction
 from hydra_llm.pipeline import Personalizer
 from hydra_llm.select import Selection, Selector, all_labels, candidate_text, first_best
+from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import reads_labels, training_queries
 from hydra_llm.training.train_scorer import make_features
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, StageCost, Usage
 
-ROUNDS = 3
-"""T: rounds for the shared energy, then for each user's copy (paper 4.6; the authors' value)."""
-STEPS = 50
-"""Updates in a round, each on all pools, as frozen features make them cheap."""
-RATE = 0.01
-"""η of AdamW. The paper's 5e-6 is for tuning a whole encoder."""
-ALPHA = 0.25
-"""α of the squared energies: none grows beyond 1 / 2α = 2, a factor of e² on the vote share."""
+ROUNDS = 3  # T, for the shared energy, then for each user's copy (paper 4.6; the authors' value)
+STEPS = 50  # updates in a round, each on all pools, as frozen features make them cheap
+RATE = 0.01  # η of AdamW; the paper's 5e-6 is for tuning a whole encoder
+ALPHA = 0.25  # α of squared energies: none exceeds 1 / 2α = 2, a factor of e² on the vote share
 
 
 class Energy(nn.Module):
@@ -70,13 +67,8 @@ class Pools:
     """G queries with known gold answers, and the LLM's answers to each."""
 
     groups: Groups
-    shares: Tensor
-    """[G, C] vote shares; 0 for a gold answer that the LLM never gave."""
-    gold: Tensor
-    """[G] index of the gold answer."""
-
-
-# ---- learning: plain tensors, no users, no texts
+    shares: Tensor  # [G, C] vote shares; 0 for a gold answer that the LLM never gave
+    gold: Tensor  # [G] index of the gold answer
 
 
 def nce_loss(energies: Tensor, gold: Tensor, negatives: Tensor, alpha: float = ALPHA) -> Tensor:
@@ -118,9 +110,6 @@ def adapted(energy: Energy, pools: Pools, *, draws: int, weight_decay: float) ->
     return energy
 
 
-# ---- from the LLM's answers to pools, and to a pick
-
-
 @dataclass(frozen=True)
 class ByEnergy(Selector):
     """Selects the candidate with the highest energy, the earlier one of equals."""
@@ -129,79 +118,64 @@ class ByEnergy(Selector):
     energy: Energy
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        scored = list(candidates)
         places = [place for place, each in enumerate(candidates) if each.answer is not None]
         if not places:
-            return Selection(list(candidates), 0)
-        offered = _offered(self.bundle, [candidates[place] for place in places])
+            return Selection(scored, 0)
+        offered = _offered(self.bundle.task, [candidates[place] for place in places])
+        groups, shares = _read(self.bundle, self.energy.interaction, [(context.query, offered)])
         with torch.no_grad():
-            energies = self.energy(
-                _groups(self.bundle, self.energy.interaction, [context.query], [offered])
-            )
-        shares = distribution(energies, _shares([offered]))[0].tolist()
-        found = {
-            each.answer: replace(each, score=score, probability=share)
-            for each, score, share in zip(offered, energies[0].tolist(), shares, strict=True)
-        }
-        scored = list(candidates)
+            energies = self.energy(groups)
+        probabilities = distribution(energies, shares)[0].tolist()
+        rows = zip(energies[0].tolist(), probabilities, strict=True)
+        figures = dict(zip((each.answer for each in offered), rows, strict=True))
         for place in places:
-            own = found[candidates[place].answer]
-            scored[place] = replace(candidates[place], score=own.score, probability=own.probability)
+            score, probability = figures[candidates[place].answer]
+            scored[place] = replace(candidates[place], score=score, probability=probability)
         best = first_best(np.array([scored[place].score for place in places]))
         return Selection(scored, places[best])
 
 
 def _offered(
-    bundle: Bundle, readable: Sequence[Candidate], gold: str | None = None
-) -> list[Candidate]:
+    task: Task, readable: Sequence[Candidate], gold: str | None = None
+) -> Sequence[Candidate]:
     """Labels, or the LLM's answers with the gold one, which may have no votes."""
-    if bundle.task.labels:
-        return all_labels(bundle.task, readable)
-    missing = gold is not None and all(candidate.answer != gold for candidate in readable)
-    return [*readable, Candidate(gold, gold)] if missing and gold is not None else list(readable)
+    if task.labels:
+        return all_labels(task, readable)
+    if gold is None or any(candidate.answer == gold for candidate in readable):
+        return readable
+    return [*readable, Candidate(gold, gold)]
 
 
-def _groups(
-    bundle: Bundle,
-    interaction: Interaction,
-    queries: Sequence[Query],
-    offered: Sequence[Sequence[Candidate]],
-) -> Groups:
-    texts = [[candidate_text(bundle.task, each) for each in candidates] for candidates in offered]
-    inputs = [query.input for query in queries]
-    side_features: list[list[list[float]]] = [[[]] * len(row) for row in texts]
-    return make_groups(bundle.store, interaction, inputs, texts, side_features)
+Offer = tuple[Query, Sequence[Candidate]]
 
 
-def _shares(offered: Sequence[Sequence[Candidate]]) -> Tensor:
-    """[G, C] vote shares, 0 where there is no candidate."""
-    rows = [torch.tensor([float(each.votes) for each in candidates]) for candidates in offered]
-    votes = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return votes / votes.sum(-1, keepdim=True)
+def _read(
+    bundle: Bundle, interaction: Interaction, offers: Sequence[Offer]
+) -> tuple[Groups, Tensor]:
+    """Queries and candidates as the energy reads them, and vote shares [G, C], 0 where there is no
+    candidate.
+    """
+    texts = [[candidate_text(bundle.task, each) for each in row] for _, row in offers]
+    inputs, blank = [query.input for query, _ in offers], [[()] * len(row) for row in texts]
+    votes = [torch.tensor([float(each.votes) for each in row]) for _, row in offers]
+    padded = nn.utils.rnn.pad_sequence(votes, batch_first=True)
+    groups = make_groups(bundle.store, interaction, inputs, texts, blank)
+    return groups, padded / padded.sum(-1, keepdim=True)
 
 
 def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposal]) -> Pools | None:
     """Proposals with an answer that could be parsed, as pools; None if there is none."""
-    queries, offered, gold = [], [], []
+    offers: list[Offer] = []
+    gold = []
     for proposal in proposals:
         query = proposal.query
         readable = [each for each in proposal.candidates if each.answer is not None]
         if readable:
-            candidates = _offered(bundle, readable, query.gold)
-            queries.append(query)
-            offered.append(candidates)
-            gold.append([each.answer for each in candidates].index(query.gold))
-    if not queries:
-        return None
-    groups = _groups(bundle, interaction, queries, offered)
-    return Pools(groups, _shares(offered), torch.tensor(gold))
-
-
-def _interaction(bundle: Bundle) -> Interaction:
-    """Of the kind that the bundle's own adapter has."""
-    return make_features(bundle, by_label=reads_labels(bundle.task, bundle.settings))
-
-
-# ---- the method
+            offered = _offered(bundle.task, readable, query.gold)
+            offers.append((query, offered))
+            gold.append([each.answer for each in offered].index(query.gold))
+    return Pools(*_read(bundle, interaction, offers), torch.tensor(gold)) if offers else None
 
 
 @dataclass(frozen=True)
@@ -209,10 +183,8 @@ class BBoxAdapter:
     """Learns at its first query, adapts at each user's first; see `pop_spent` for that cost."""
 
     bundle: Bundle
-    personalizer: Personalizer
-    """Proposes the candidates, with the records of the training users and of the run's users."""
-    seed: int = 0
-    """Of the energy's random start."""
+    personalizer: Personalizer  # with the records of the training users and of the run's users
+    seed: int = 0  # of the energy's random start
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
     locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
     spent: dict[str, StageCost] = field(default_factory=dict)
@@ -231,12 +203,11 @@ class BBoxAdapter:
 
     async def aanswer(self, query: Query) -> Answer:
         context = self.personalizer.context_of(query)
-        visible = context.visible
         # a training user's later records must not have taught the energy that answers the user
         without = query.user if query.user in self.bundle.trained_on else ""
         shared = await self._once(("shared", without), partial(self._learn, without))
-        seen = ("own", query.user, *(record.id for record in visible))
-        own = await self._once(seen, partial(self._adapt, shared, query.user, visible))
+        seen = ("own", query.user, *(record.id for record in context.visible))
+        own = await self._once(seen, partial(self._adapt, shared, query.user, context.visible))
         proposal = await self.personalizer.apropose(context)
         adapted_to = replace(self.personalizer, selector=ByEnergy(self.bundle, own))
         return adapted_to.decide(context, proposal)
@@ -249,17 +220,16 @@ class BBoxAdapter:
                     self.kept[key] = await make()
                 except LLMError as error:
                     self.kept[key] = error
-        found = self.kept[key]
-        if isinstance(found, LLMError):
-            raise found
-        return found
+        result = self.kept[key]
+        if isinstance(result, LLMError):
+            raise result
+        return result
 
     async def _learn(self, without: str) -> Energy:
         """The shared energy from a random start (algorithm 1), by `labelled_users` users."""
         settings, records = self.personalizer.settings, self.personalizer.records
-        users = [
-            user for user in self.bundle.trained_on[: settings.labelled_users] if user != without
-        ]
+        labelled = self.bundle.trained_on[: settings.labelled_users]
+        users = [user for user in labelled if user != without]
         queries = [query for user in users for query in self._queries(records.get(user, ()))]
         if not queries:
             raise LLMError(
@@ -268,56 +238,54 @@ class BBoxAdapter:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            interaction = _interaction(self.bundle)
+            by_label = reads_labels(self.bundle.task, self.bundle.settings)
+            interaction = make_features(self.bundle, by_label=by_label)
             energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
-        proposals = await _proposals(self.personalizer, queries)
-        started = perf_counter()
-        pools = _pools(self.bundle, interaction, proposals)
-        if pools is None:
+        learned = await self._rounds("", len(users), energy, self.personalizer, queries)
+        if learned is None:
             raise LLMError(
                 "bbox-adapter has nothing to learn from: no answer to the training users' own"
                 " records could be read"
             )
-        interaction.prepare(pools.groups)
-        found = self._adapted(energy, pools)
-        self.spent[""] = _spent(len(users), proposals, started)
-        return found
+        return learned
 
     async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
         """Further rounds on the part of the user's history that the query may see."""
-        only = replace(self.personalizer, records={user: visible})
-        proposals = await _proposals(only, self._queries(visible))
-        started = perf_counter()
-        pools = _pools(self.bundle, shared.interaction, proposals)
-        found = shared if pools is None else self._adapted(shared, pools)
-        self.spent[f"{len(visible)}:{user}"] = _spent(1, proposals, started)
-        return found
+        only, key = replace(self.personalizer, records={user: visible}), f"{len(visible)}:{user}"
+        own = await self._rounds(key, 1, shared, only, self._queries(visible))
+        return shared if own is None else own
 
     def _queries(self, records: Sequence[Record]) -> list[Query]:
-        return training_queries(
-            self.bundle.task, records, self.personalizer.settings.queries_per_user
-        )
+        count = self.personalizer.settings.queries_per_user
+        return training_queries(self.bundle.task, records, count)
 
-    def _adapted(self, energy: Energy, pools: Pools) -> Energy:
-        settings = self.personalizer.settings
-        return adapted(energy, pools, draws=settings.samples, weight_decay=settings.weight_decay)
+    async def _rounds(
+        self,
+        key: str,
+        users: int,
+        energy: Energy,
+        proposing: Personalizer,
+        queries: Sequence[Query],
+    ) -> Energy | None:
+        """The energy adapted to the LLM's answers, None if none could be read; failed calls are
+        left out. `key`: where the cost is noted, empty for the shared energy.
 
-
-async def _proposals(personalizer: Personalizer, queries: Sequence[Query]) -> list[Proposal]:
-    """The LLM's answers to each query; failed ones are left out.
-
-    Raises:
-        LLMError: every call failed.
-    """
-    found = await map_calls(personalizer.apropose, queries, limit=personalizer.settings.concurrency)
-    good = [proposal for proposal in found if isinstance(proposal, Proposal)]
-    for error in found:
-        if isinstance(error, LLMError) and not good:
-            raise error
-    return good
-
-
-def _spent(users: int, proposals: Sequence[Proposal], started: float) -> StageCost:
-    """The LLM's seconds, and those since `started`, when the LLM had answered."""
-    usage = sum((proposal.usage for proposal in proposals), Usage())
-    return StageCost(users, usage.seconds + perf_counter() - started, usage)
+        Raises:
+            LLMError: every call failed.
+        """
+        settings, interaction = proposing.settings, energy.interaction
+        answers = await map_calls(proposing.apropose, queries, limit=settings.concurrency)
+        proposals = [each for each in answers if isinstance(each, Proposal)]
+        for error in answers:
+            if isinstance(error, LLMError) and not proposals:
+                raise error
+        started = perf_counter()  # the LLM has answered
+        pools, learned = _pools(self.bundle, interaction, proposals), None
+        if pools is not None:
+            if not key:
+                interaction.prepare(pools.groups)
+            draws, decay = settings.samples, settings.weight_decay
+            learned = adapted(energy, pools, draws=draws, weight_decay=decay)
+        usage = sum((proposal.usage for proposal in proposals), Usage())
+        self.spent[key] = StageCost(users, usage.seconds + perf_counter() - started, usage)
+        return learned

@@ -70,12 +70,7 @@ class CostEstimate:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "stages": [asdict(stage) for stage in self.stages],
-            "total": asdict(self.total),
-            **{name: getattr(self, name) for name in ("sampled", "parallel", "texts", "encoding")},
-            "seconds": self.seconds,
-        }
+        return {**asdict(self), "total": asdict(self.total), "seconds": self.seconds}
 
 
 def estimate_cost(
@@ -119,9 +114,6 @@ def estimate_rows(cost: CostEstimate) -> list[dict[str, Any]]:
         }
         for stage, seconds in [*rows, (cost.total, cost.seconds)]
     ]
-
-
-# ---- the calls of a run
 
 
 @dataclass(frozen=True)
@@ -245,9 +237,6 @@ def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> t
     sample, started = missing[:: max(1, len(missing) // ENCODED)], perf_counter()
     store.texts(sample)
     return len(missing), len(missing) * (perf_counter() - started) / len(sample)
-
-
-# ---- their tokens and seconds
 
 
 async def _measure(

@@ -45,16 +45,15 @@ class Parts:
     llm: ChatLLM
     settings: Settings
     records: Mapping[str, Sequence[Record]]
-    seed: int = 0
-    """Seed of the learned parts; the sample's index for a method that answers once per sample."""
+    seed: int = 0  # of the learned parts; the index for a method that answers once per sample
 
     def personalizer(
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
     ) -> Personalizer:
         """The pipeline with the chosen parts and the run's records; other parts are null parts."""
         chosen = self.settings.model_copy(update=settings)
-        made = self.bundle.personalizer(self.llm, chosen, rerank=rerank, adapt=adapt)
-        return replace(made, records=self.records)
+        pipeline = self.bundle.personalizer(self.llm, chosen, rerank=rerank, adapt=adapt)
+        return replace(pipeline, records=self.records)
 
     def with_settings(self, **settings: object) -> "Parts":
         """The same parts with other settings."""
@@ -62,8 +61,7 @@ class Parts:
 
 
 Build = Callable[[Parts], Answerer]
-PARAMETERS = {"k": "k", "b": "samples"}
-"""Parameter of a method → the setting that it overrides."""
+PARAMETERS = {"k": "k", "b": "samples"}  # parameter of a method → the setting it overrides
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,17 @@ class Method:
 
     name: str
     """`NAME`, or with parameters `NAME@k`, `NAME@b`, `NAME@k,b`; the settings' values otherwise."""
-    what: str
-    """One line for people."""
-    group: str
-    """prompt, hydra, adapter, sampling, control or bound: its part of the table."""
+    what: str  # one line for people
+    group: str  # prompt, hydra, adapter, sampling, control or bound: its part of the table
     build: Build
-    takes: tuple[str, ...] = ()
-    """Parameters that the name may carry: k records, b candidates."""
+    takes: tuple[str, ...] = ()  # parameters that the name may carry: k records, b candidates
     source: str = ""
-    labels_only: bool = False
-    """Whether it can answer tasks with a closed set of labels only."""
+    labels_only: bool = False  # it can answer tasks with a closed set of labels only
     uses: tuple[str, ...] = ("reranker", "adapter")
     """Learned parts that it uses; its answers differ by seed if the adapter is one."""
-    requires: tuple[str, ...] = ()
-    """Learned parts without which it is left out of the run."""
-    per_sample: bool = False
-    """Whether it answers once per sample, with the sample's index as the seed."""
-    given: Mapping[str, int] = field(default_factory=dict)
-    """Values of its parameters, if the name has any."""
+    requires: tuple[str, ...] = ()  # learned parts without which it is left out of the run
+    per_sample: bool = False  # it answers once per sample, with the sample's index as the seed
+    given: Mapping[str, int] = field(default_factory=dict)  # its parameters, if the name has any
 
     def answers(self, kind: str | None) -> bool:
         """Whether it can answer tasks of the kind; None is any kind."""
@@ -127,8 +118,6 @@ def method(group: str, **fields: Any) -> Callable[[Build], Method]:
     return make
 
 
-# ---- finding methods by name
-
 BUILTIN = (
     *("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag"),
     *("hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "hydra-shared"),
@@ -140,11 +129,8 @@ METHODS: Registry[Method] = Registry(
     "hydra_llm.methods",
     {name: f"hydra_llm.bench.methods:{name.replace('-', '_')}" for name in BUILTIN},
 )
-DEMO = (
-    *("zero-shot", "rag", "hydra-reranker", "hydra-adapter", "hydra-published", "hydra"),
-    *("random", "user-majority"),
-)
-"""The methods of the demo's table."""
+LEARNED = ("hydra-reranker", "hydra-adapter", "hydra-published", "hydra")
+DEMO = ("zero-shot", "rag", *LEARNED, "random", "user-majority")
 RECORDS, BUDGET = (1, 2, 4), (8,)
 """Values of k and b for `all`, which takes a method once for each of them."""
 
@@ -160,10 +146,10 @@ def load_method(name: str) -> Method:
     Raises:
         SettingsError: it is not there, cannot be imported, or is no `Method`.
     """
-    found = METHODS.load(name)
-    if not isinstance(found, Method):
-        raise SettingsError(f"method '{name}' is a {type(found).__name__}, not a bench Method")
-    return replace(found, name=name)
+    loaded = METHODS.load(name)
+    if not isinstance(loaded, Method):
+        raise SettingsError(f"method '{name}' is a {type(loaded).__name__}, not a bench Method")
+    return replace(loaded, name=name)
 
 
 def installed(name: str) -> Method | None:
@@ -174,8 +160,8 @@ def installed(name: str) -> Method | None:
 
 def per_sample(name: str) -> bool:
     """Whether the method answers once per sample, so that its seeds are indices of samples."""
-    found = installed(name)
-    return found is not None and found.per_sample
+    known = installed(name)
+    return known is not None and known.per_sample
 
 
 def find_methods(
@@ -193,39 +179,39 @@ def find_methods(
             of task that it cannot answer.
     """
     if not names:
-        known = ", ".join(METHODS.names())
-        raise SettingsError(f"no method is named: take some of {known}, or all")
-    values = {"k": records, "b": budget}
-    found = []
+        raise SettingsError(f"no method is named: take some of {_known()}, or all")
+    values, methods = {"k": records, "b": budget}, []
     for name in names:
         if name != "all":
-            found.append(_find(name))
+            methods.append(_find(name))
             continue
         for each in map(load_method, METHODS.names()):
             if each.answers(kind):
                 grid = product(*(values[parameter] for parameter in each.takes))
-                found += [each.with_parameters(point) for point in grid]
-    for each in found:
+                methods += [each.with_parameters(point) for point in grid]
+    for each in methods:
         if not each.answers(kind):
             closed = " and ".join(name for name in KINDS.names() if KINDS.load(name).closed)
             raise SettingsError(
                 f"method '{each.name}' answers {closed} tasks only, this one is {kind}"
             )
-    return list({each.name: each for each in found}.values())
+    return list({each.name: each for each in methods}.values())
+
+
+def _known() -> str:
+    return ", ".join(METHODS.names())
 
 
 def _find(name: str) -> Method:
     plain, at, numbers = name.partition("@")
     if plain not in METHODS.names():
-        known = ", ".join(METHODS.names())
-        raise SettingsError(f"unknown method '{name}': take some of {known}, or all")
-    found = load_method(plain)
-    values = numbers.split(",") if at else []
+        raise SettingsError(f"unknown method '{name}': take some of {_known()}, or all")
+    base, values = load_method(plain), numbers.split(",") if at else []
     whole = all(value.isdecimal() and int(value) > 0 for value in values)
-    if at and (len(values) != len(found.takes) or not whole):
-        form = f"{plain}@{','.join(found.takes)}" if found.takes else f"{plain}, without parameters"
+    if at and (len(values) != len(base.takes) or not whole):
+        form = f"{plain}@{','.join(base.takes)}" if base.takes else f"{plain}, without parameters"
         raise SettingsError(f"method '{name}': write it as {form}, with whole numbers from 1")
-    return found.with_parameters([int(value) for value in values])
+    return base.with_parameters([int(value) for value in values])
 
 
 def split_names(text: str) -> list[str]:

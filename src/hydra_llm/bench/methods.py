@@ -23,9 +23,6 @@ GREEDY: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
 """Settings of a method that takes the LLM's temperature-0 answer alone."""
 
 
-# ---- prompts without learning
-
-
 @method("prompt", source="HYDRA 4.1", uses=())
 def zero_shot(parts: Parts) -> Answerer:
     """The LLM without any record."""
@@ -67,8 +64,7 @@ def _rag_with(retriever: str, parts: Parts) -> Answerer:
     return replace(parts.personalizer(**GREEDY), retriever=made)
 
 
-PROFILE_RECORDS, PROFILE_TOKENS = 20, 96
-"""Latest records that a profile is written from, and its greatest length."""
+PROFILE_RECORDS, PROFILE_TOKENS = 20, 96  # latest records that it is written from; its length
 PROFILE = (
     "Below are earlier texts of one person, each with what this person answered.\n\n{records}\n\n"
     "In at most three sentences, say what is characteristic of this person's answers."
@@ -85,14 +81,13 @@ class Profiled:
 
     async def aanswer(self, query: Query) -> Answer:
         context = self.inner.context_of(query)
-        visible = context.visible
-        if not visible:
+        if not context.visible:
             return await self.inner.aanswer(context)
-        key, usage = (query.user, len(visible)), Usage()
+        key, usage = (query.user, len(context.visible)), Usage()
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
                 sampling = Sampling(max_tokens=PROFILE_TOKENS)
-                made = await self.inner.llm.generate(self._question(visible), sampling)
+                made = await self.inner.llm.generate(self._question(context.visible), sampling)
                 self.profiles[key], usage = made.texts[0].strip(), made.usage
         answer = await replace(self.inner, profile=self.profiles[key]).aanswer(context)
         total = answer.proposal.usage + usage
@@ -104,9 +99,6 @@ class Profiled:
         room = int(self.inner.settings.max_prompt_tokens * 3 / len(latest)) // 2
         lines = [f"{fold(record.input)[:room]} → {fold(record.output)[:room]}" for record in latest]
         return [{"role": "user", "content": PROFILE.replace("{records}", "\n".join(lines))}]
-
-
-# ---- HYDRA
 
 
 @method("hydra", takes=("k",), source="HYDRA 4.2", uses=("reranker",), requires=("reranker",))
@@ -128,6 +120,11 @@ def hydra_published(parts: Parts) -> Answerer:
     return _always_reranked(parts).personalizer(rerank=True, adapt=True, **sampled)
 
 
+def _always_reranked(parts: Parts) -> Parts:
+    """The paper's methods use the reranker even if `hydra` would keep the retriever's order."""
+    return parts.with_settings(rerank="always")
+
+
 @method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md")
 def hydra(parts: Parts) -> Answerer:
     """Reranker and adapter with this project's selection."""
@@ -140,18 +137,10 @@ def hydra_shared(parts: Parts) -> Answerer:
     return replace(parts, bundle=parts.bundle.without_heads()).personalizer(rerank=True, adapt=True)
 
 
-def _always_reranked(parts: Parts) -> Parts:
-    """The paper's methods use the reranker even if `hydra` would keep the retriever's order."""
-    return parts.with_settings(rerank="always")
-
-
 @method("adapter", takes=("b",), source="Sun et al. 2024; HYDRA 4.1")
 def bbox_adapter(parts: Parts) -> Answerer:
     """One energy for all users, adapted to each user in online rounds, picks."""
     return BBoxAdapter.of(parts)
-
-
-# ---- selection without learning, and bounds: the candidates are those of `hydra`
 
 
 @method("sampling", takes=("b",), source="Wang et al. 2023", uses=("reranker",))
@@ -180,9 +169,6 @@ def oracle(parts: Parts) -> Answerer:
 
 def _selecting(selector: Selector, parts: Parts) -> Answerer:
     return replace(parts.personalizer(rerank=True), selector=selector)
-
-
-# ---- baselines without an LLM
 
 
 @method("control", uses=())

@@ -44,28 +44,19 @@ class Sample:
 
     method: str
     user: str
-    query: str
-    """The query's id."""
+    query: str  # its id
     gold: str
-    answer: str | None
-    """The parsed answer; None if it could not be parsed."""
-    error: str = ""
-    """Why there is no answer at all; such a sample is not scored."""
-    calls: int = 0
-    """LLM calls for this answer, cached ones included."""
-    tokens: int = 0
-    """Of prompts and answers together."""
-    completion_tokens: int = 0
-    """Of the answers alone."""
-    llm_seconds: float = 0.0
-    """Seconds of the LLM, as measured when it was called."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds per stage of this run."""
+    answer: str | None  # as parsed; None if it could not be parsed
+    error: str = ""  # why there is no answer at all; such a sample is not scored
+    calls: int = 0  # LLM calls for this answer, cached ones included
+    tokens: int = 0  # of prompts and answers together
+    completion_tokens: int = 0  # of the answers alone
+    llm_seconds: float = 0.0  # of the LLM, as measured when it was called
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per stage of this run
     notes: tuple[str, ...] = ()
     seed: int = 0
     """Of the learned parts; the index of the sample for a method that answers per sample."""
-    probability: float | None = None
-    """The adapter's probability of its pick; None without an adapter."""
+    probability: float | None = None  # the adapter's of its pick; None without an adapter
     agreement: float | None = None
     """The vote share of the most frequent answer; None for fewer than two samples."""
     learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

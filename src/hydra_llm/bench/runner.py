@@ -111,22 +111,15 @@ class MethodResult:
     method: str
     metrics: Mapping[str, tuple[float, float, float]]
     """Metric → value and ends of its 95 % interval over users; NaN if not scored."""
-    queries: int
-    """Each counted once, however many seeds answered it."""
+    queries: int  # each counted once, however many seeds answered it
     failed: int
     unparsable: int
-    calls: float
-    """LLM calls per query."""
-    tokens: float
-    """Tokens per query."""
-    llm_seconds: float
-    """Seconds of the LLM per query, as measured when it was called."""
-    own_seconds: float
-    """Seconds per query of everything else, in this run."""
-    cost: float
-    """Money per query, at the given prices."""
-    seconds: Mapping[str, float]
-    """Seconds per query and stage, in this run; `llm` is near 0 if cached."""
+    calls: float  # LLM calls per query
+    tokens: float  # per query
+    llm_seconds: float  # of the LLM per query, as measured when it was called
+    own_seconds: float  # of everything else per query, in this run
+    cost: float  # money per query, at the given prices
+    seconds: Mapping[str, float]  # per query and stage, in this run; `llm` is near 0 if cached
     seeds: Mapping[int, Mapping[str, float]]
     """Seed of the learned parts → metric → value, if there are several seeds."""
 
