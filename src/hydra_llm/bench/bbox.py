@@ -7,11 +7,9 @@ Sun et al. 2024, "BBox-Adapter: Lightweight Adapting for Black-Box Large Languag
          which a black box does not give
     3.2  the loss, see `nce_loss`
     3.4  rounds (algorithm 1), see `adapted`: wrong answers drawn from the present p are the
-         negatives. As the candidates are few, each counts for its expected number of draws, which
-         has less noise and is the same on every processor
+         negatives; each counts for its expected number of draws, which has less noise
     4.1  the ground-truth setting: the positive is the user's own answer in every round
-    4.4  single-step inference: the LLM writes b whole answers, and the one with the highest g is
-         the answer (3.3 ranks by g alone, as p_LLM has proposed them)
+    4.4  single-step inference: of b whole answers of the LLM the one with the highest g
 Personalized: the prompts carry the user's records in HYDRA's order, so that both methods select
 among the same candidates; g learns from the training users' histories, and further rounds on the
 new user's own history adapt a copy of it. There are no heads and no side features, which are what
@@ -153,9 +151,7 @@ Offer = tuple[Query, Sequence[Candidate]]
 def _read(
     bundle: Bundle, interaction: Interaction, offers: Sequence[Offer]
 ) -> tuple[Groups, Tensor]:
-    """Queries and candidates as the energy reads them, and vote shares [G, C], 0 where there is no
-    candidate.
-    """
+    """Queries and candidates as the energy reads them, and vote shares [G, C], 0 for padding."""
     texts = [[candidate_text(bundle.task, each) for each in row] for _, row in offers]
     inputs, blank = [query.input for query, _ in offers], [[()] * len(row) for row in texts]
     votes = [torch.tensor([float(each.votes) for each in row]) for _, row in offers]
@@ -268,10 +264,7 @@ class BBoxAdapter:
         queries: Sequence[Query],
     ) -> Energy | None:
         """The energy adapted to the LLM's answers, None if none could be read; failed calls are
-        left out. `key`: where the cost is noted, empty for the shared energy.
-
-        Raises:
-            LLMError: every call failed.
+        left out, LLMError if all failed. The cost is noted under `key`, empty for the shared one.
         """
         settings, interaction = proposing.settings, energy.interaction
         answers = await map_calls(proposing.apropose, queries, limit=settings.concurrency)

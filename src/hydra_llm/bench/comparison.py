@@ -68,9 +68,8 @@ def scored_pairs(
 
 
 def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
-    """The samples of the same query and seed. If one side has a single seed, its sample is paired
-    with each of the other's; a method that answers once per sample has no seeds, so that each of
-    its samples is paired with each of the other's.
+    """The samples of the same query and seed. Each is paired with each of the other side's if one
+    side has a single seed, or answers once per sample and thus has no seeds.
     """
     sides = _by_query(own), _by_query(base)
     no_seeds = any(per_sample(samples[0].method) for samples in (own, base) if samples)

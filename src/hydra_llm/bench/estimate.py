@@ -76,11 +76,7 @@ class CostEstimate:
 def estimate_cost(
     experiment: Experiment, progress: StageProgress, bundle: Bundle | None = None
 ) -> CostEstimate:
-    """Go through a run without making its calls, but for a few.
-
-    Raises:
-        LLMError: the LLM refuses even those.
-    """
+    """Go through a run without making its calls, but for a few; LLMError if all of those fail."""
     llm, settings = DryRunLLM(experiment.llm, experiment.data.task.labels), experiment.settings
     encoding = run_sync(partial(_go_through, experiment, llm, progress, bundle))
     calls = list(llm.missing.values())

@@ -63,8 +63,7 @@ class Outcome:
 def run_experiment(
     experiment: Experiment, progress: StageProgress, say: Say, bundle: Bundle | None = None
 ) -> Outcome:
-    """Learn what is not learned yet, answer what is not answered yet; a given bundle is used as it
-    is.
+    """Learn and answer what is missing; a given bundle is used as it is.
 
     Raises:
         DataError: no new user has a query with a known answer.
@@ -97,11 +96,7 @@ def run_experiment(
 
 
 def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:
-    """The methods whose required parts have been learned; reports which are left out.
-
-    Raises:
-        DataError: none is left.
-    """
+    """The methods whose required parts have been learned, DataError if none; reports the others."""
     usable, reasons = [], {}
     for method in methods:
         missing = [
@@ -121,8 +116,8 @@ def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Sa
 
 
 def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -> dict[int, Bundle]:
-    """One bundle per seed, learned and fitted in the run's folder unless it is there already.
-    Without a method that uses a learned part, nothing is learned and no call is made.
+    """One bundle per seed, learned and fitted in the run's folder unless it is there already; no
+    call is made if no method uses a learned part.
     """
     settings, data = experiment.settings, experiment.data
     if not experiment.learns:
@@ -166,11 +161,7 @@ def learned_bundle(
 
 
 def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, Any]:
-    """What identifies the run before it begins, so that samples of two runs are not mixed.
-
-    Raises:
-        DataError: no new user has a query with a known answer.
-    """
+    """What identifies the run before it begins, so that samples of two runs are not mixed."""
     queries = chosen_queries(experiment.data, experiment.new_users, experiment.limit)
     if not queries:
         raise DataError(

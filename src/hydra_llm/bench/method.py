@@ -141,11 +141,7 @@ def base_name(name: str) -> str:
 
 
 def load_method(name: str) -> Method:
-    """The method that is registered under a name without parameters.
-
-    Raises:
-        SettingsError: it is not there, cannot be imported, or is no `Method`.
-    """
+    """The method registered under a name without parameters; SettingsError if it is no `Method`."""
     loaded = METHODS.load(name)
     if not isinstance(loaded, Method):
         raise SettingsError(f"method '{name}' is a {type(loaded).__name__}, not a bench Method")
@@ -175,8 +171,7 @@ def find_methods(
     k of `records` and b of `budget`.
 
     Raises:
-        SettingsError: no name, an unknown one, a parameter that the method does not take, or a kind
-            of task that it cannot answer.
+        SettingsError: no name, an unknown one, a wrong parameter, or a kind that it cannot answer.
     """
     if not names:
         raise SettingsError(f"no method is named: take some of {_known()}, or all")

@@ -87,11 +87,7 @@ class RunLog:
     """Appends samples to `samples.jsonl`; a stopped run continues where it was."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
-        """Open or make the folder.
-
-        Raises:
-            SettingsError: it holds another run, or one of a newer version; nothing was changed.
-        """
+        """Open or make the folder; SettingsError if it holds another run, which is not changed."""
         self.folder, self.samples = folder, dict[Key, Sample]()
         self._manifest, self._file = folder / "manifest.json", folder / "samples.jsonl"
         try:
@@ -110,11 +106,7 @@ class RunLog:
             self.samples |= {sample.key: sample for sample in samples if not sample.error}
 
     def complete(self, late: Mapping[str, Any]) -> None:
-        """Add what the run has learned to the manifest.
-
-        Raises:
-            SettingsError: it learned something else before.
-        """
+        """Add what the run has learned; SettingsError if it learned something else before."""
         there, new = self._read_manifest() or {}, _as_json(late)
         known = [name for name in new if name in there]
         old, again = ({name: part[name] for name in known} for part in (there, new))
@@ -224,8 +216,7 @@ def read_learning(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
-    """The manifest and the samples of a run; of a sample that was tried again the last try. Changes
-    nothing.
+    """The manifest and the samples of a run; of a sample that was tried again the last try.
 
     Raises:
         SettingsError: no run is there, it is damaged, or made by a newer version.

@@ -1,14 +1,11 @@
 """A sweep: the same methods on the same queries while one thing varies, from a settings file
 (`benchmarks/sweeps/`).
 
-    name, question, x, methods, log    the question, the axis, the methods, whether the axis is
-                                       logarithmic
+    name, question, x, methods, log    the question, the axis, the methods, a logarithmic axis
     [settings]                         common to all points
     [run]                              users, limit, seeds, k and b, as `bench run` takes them
-    [[points]]                         x; and what is particular: settings, series, methods, llm,
-                                       history, fit
-    vary = {NAME = [...], ...}         a grid of points: the first name is x, the others name the
-                                       series
+    [[points]]                         x; and settings, series, methods, llm, history, fit
+    vary = {NAME = [...], ...}         a grid of points: x is the first name, others name the series
 
 Each point is an `Experiment` in its own folder, so that a stopped sweep continues; equal LLM calls
 of several points are made once. Knows no terminal and no LLM.
@@ -90,12 +87,7 @@ class Sweep(_Part):
 
 
 def load_sweep(file: Path) -> Sweep:
-    """Read a sweep file.
-
-    Raises:
-        SettingsError: not there, not TOML, an unknown key, setting or method, or points that cannot
-            be told apart.
-    """
+    """Read a sweep file; SettingsError names the first fault."""
     try:
         sweep = Sweep.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
         sweep = sweep.model_copy(update={"points": (*sweep.points, *_grid(sweep.vary))})
@@ -180,11 +172,8 @@ class SweepContext:
 
 
 def run_sweep(sweep: Sweep, context: SweepContext) -> dict[str, Any]:
-    """Run every point; the error of one that fails is reported, and the others are run. Returns the
-    content of `sweep.json`: no text of the data, and no path.
-
-    Raises:
-        HydraError: every point failed (the first one's error).
+    """Run every point; an error of a point is reported, and raised only if all points fail. Returns
+    the content of `sweep.json`: no text of the data, and no path.
     """
     answered: dict[str, list[Sample]] = {}
     faults: dict[str, HydraError] = {}
@@ -276,9 +265,7 @@ def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
 def _rows(
     context: SweepContext, answered: Mapping[str, Sequence[Sample]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Slug of a point → its methods as JSON; `against` is the point minus the first one with the
-    method, on the same queries.
-    """
+    """Slug of a point → its methods as JSON, against the first point that has the method."""
     settings, task = context.settings({}), context.data.task
     prices = Prices(settings.price_prompt, settings.price_completion)
     firsts: dict[str, list[Sample]] = {}

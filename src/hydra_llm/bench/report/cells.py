@@ -11,11 +11,7 @@ from hydra_llm.errors import SettingsError
 
 
 def require() -> None:
-    """Check that the libraries of pages and plots are there.
-
-    Raises:
-        SettingsError: the extra `report` is not installed.
-    """
+    """Raise SettingsError if the libraries of pages and plots (extra `report`) are missing."""
     try:
         import altair  # noqa: F401
         import jinja2  # noqa: F401

@@ -38,10 +38,7 @@ def page(
     reports: Sequence[tables.Report], answers: bool = True, sweeps: Sequence[SweepResult] = ()
 ) -> str:
     """The reports of runs, then of sweeps, as the text of an HTML file; without `answers` it quotes
-    nothing of the data.
-
-    Raises:
-        SettingsError: the extra `report` is not installed.
+    nothing of the data. SettingsError if the extra `report` is not installed.
     """
     require()
     from jinja2 import Environment, PackageLoader, StrictUndefined

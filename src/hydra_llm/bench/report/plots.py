@@ -58,11 +58,7 @@ def plots(report: Report) -> dict[str, Plot]:
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Write every plot of a run to a folder as SVG; returns the folder.
-
-    Raises:
-        SettingsError: the extra `report` is not installed, or the folder is a file.
-    """
+    """Write every plot of a run to a folder as SVG; SettingsError if the folder is a file."""
     require()
     drawn = {name: svg(plot) for name, plot in plots(report).items()}
     try:

@@ -27,11 +27,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def open_sweep(folder: Path) -> SweepResult:
-    """Read the results of a sweep.
-
-    Raises:
-        SettingsError: they are damaged, or of another version.
-    """
+    """Read the results of a sweep; SettingsError if they are damaged, or of another version."""
     file = _file(folder)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -70,11 +66,7 @@ def sweep_rows(result: SweepResult) -> list[dict[str, Any]]:
 
 
 def sweep_svg(result: SweepResult) -> str:
-    """The first metric over what varied, as SVG.
-
-    Raises:
-        SettingsError: the extra `report` is not installed.
-    """
+    """The first metric over what varied, as SVG; needs the extra `report`."""
     require()
     from hydra_llm.bench.report import plots
 

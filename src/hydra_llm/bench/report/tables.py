@@ -71,11 +71,7 @@ class Run:
 
 
 def open_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        SettingsError: it is none, is damaged, or of another version.
-    """
+    """Read a run folder; SettingsError if it is none, is damaged, or of another version."""
     manifest, samples = read_run(folder)
     if not isinstance(manifest.get("task"), dict):
         raise SettingsError(
@@ -89,11 +85,7 @@ def open_run(folder: Path) -> Run:
 
 
 def compare_runs(first: Run, second: Run) -> dict[str, Comparison]:
-    """The methods that both runs have: second minus first.
-
-    Raises:
-        SettingsError: they have none in common, or answer other data.
-    """
+    """The methods that both runs have, second minus first; SettingsError if there is none."""
     if first.manifest["data"] != second.manifest["data"]:
         raise SettingsError(
             f"{first.folder} and {second.folder} answer other data sets: their answers cannot be"
@@ -172,10 +164,7 @@ class Report:
 
 def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) -> Report:
     """Every method of a run, against the baseline (by default the best prompt-based method by the
-    first metric).
-
-    Raises:
-        SettingsError: the run has no such baseline.
+    first metric); SettingsError if the run has no such baseline.
     """
     samples = [sample for own in run.by_method.values() for sample in own]
     results = {result.method: result for result in tabulate(run.task, samples, prices)}
@@ -223,9 +212,7 @@ def _over(run: Run, method: str, best: Mapping[str, str]) -> Relative | None:
 
 def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
     """Method → mean relative improvement over the best prompts of all runs, with and without BLEU:
-    the paper's headline figure (9.01 %).
-
-    Only methods that every run has; empty for one run, or for runs of one data set.
+    the paper's headline figure (9.01 %). Empty for one run, or for runs of one data set.
     """
     if len({report.run.manifest.get("data") for report in reports}) < max(2, len(reports)):
         return {}
