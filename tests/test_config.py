@@ -1,4 +1,4 @@
-"""Settings: groups, aliases, which source wins, what a bundle's settings may become, errors."""
+"""Settings: groups, aliases, precedence of sources, fixed settings of a bundle, errors."""
 
 from itertools import combinations
 from pathlib import Path
@@ -20,13 +20,13 @@ from hydra_llm.config import (
 from hydra_llm.errors import SettingsError
 
 LAYERS = {"file": 5, "environment": 6, "preset": 8, "flag": 7}
-"""`samples` as each source says it, weakest first; the paper's preset says 8."""
+"""`samples` in each source, weakest first; 8 is the paper preset's."""
 SUBSETS = [names for size in range(len(LAYERS) + 1) for names in combinations(LAYERS, size)]
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An own working folder, and no hint was logged yet."""
+    """A working folder of the test; no hint has been logged."""
     monkeypatch.chdir(tmp_path)
     log_renamed.cache_clear()
     return tmp_path
@@ -57,7 +57,7 @@ def test_the_strongest_source_wins(
     assert over.k == (PAPER["k"] if "preset" in given else 2)
 
 
-def test_settings_alone_are_what_they_are_given(
+def test_settings_read_no_environment_and_no_file(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "hydra-llm.toml").write_text("k = 9\nwrong = 1")
@@ -66,7 +66,7 @@ def test_settings_alone_are_what_they_are_given(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("users", "0", "greater than or equal to 1"),
         ("users", "-3", "greater than or equal to 1"),
@@ -76,8 +76,8 @@ def test_settings_alone_are_what_they_are_given(
         ("k", "abc", "valid integer"),
     ],
 )
-def test_a_wrong_value_is_named(name: str, value: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=f"setting '{name}': .*{said}.*{value}") as caught:
+def test_a_wrong_value_is_named(name: str, value: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"setting '{name}': .*{message}.*{value}") as caught:
         load_settings(**{name: value})
     assert "\n" not in str(caught.value)
 
@@ -111,8 +111,8 @@ def test_every_setting_is_documented_in_one_group() -> None:
     assert sum(len(group.model_fields) for group in GROUPS.values()) == len(GROUP_OF)
     assert set(Settings.model_fields) == set(GROUP_OF)
     assert all(group.__doc__ for group in GROUPS.values())
-    met = [name for name, group in GROUP_OF.items() if group != "research"]
-    assert 22 <= len(met) <= 28
+    common = [name for name, group in GROUP_OF.items() if group != "research"]
+    assert 22 <= len(common) <= 28
     assert not set(GROUPS) & set(GROUP_OF)
 
 
@@ -197,7 +197,7 @@ def test_former_names_of_the_gateways_settings_work(
 # ---- errors
 
 
-def test_the_environment_is_told_as_a_flag_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_environment_is_that_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings(labelled_users=0).labelled_users == 0
     monkeypatch.setenv("HYDRA_K", "abc")
     for read in (load_settings, lambda: settings_over(Settings())):
@@ -215,7 +215,7 @@ def test_a_file_that_is_not_toml_is_named(here: Path, content: bytes) -> None:
         load_settings("default", Path("nowhere.toml"))
 
 
-def test_what_learning_fixed_stays_fixed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_settings_of_a_bundle_stay(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = Settings(head="kernel", max_length=32)
     (here / "hydra-llm.toml").write_text("encoder = 'other'\nk = 1")
     monkeypatch.setenv("HYDRA_RANK", "3")
@@ -234,12 +234,12 @@ def test_what_learning_fixed_stays_fixed(here: Path, monkeypatch: pytest.MonkeyP
         settings_over(learned, max_length="64")
 
 
-def test_no_setting_is_both_the_machines_and_fixed_by_learning() -> None:
+def test_no_setting_is_both_local_and_fixed() -> None:
     assert set(Settings.model_fields) >= FIXED | LOCAL
     assert not FIXED & LOCAL
 
 
-def test_the_gateways_table_is_no_setting_of_other_commands(tmp_path: Path) -> None:
+def test_other_commands_ignore_the_gateways_table(tmp_path: Path) -> None:
     from hydra_llm.gateway.settings import load_serve_settings
 
     file = tmp_path / "hydra-llm.toml"

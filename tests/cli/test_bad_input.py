@@ -1,5 +1,5 @@
-"""A user with bad luck: each fault of a text, a file, an endpoint, a disk or a key ends in one
-line, or is recorded and the run goes on.
+"""Bad input: each fault of a text, a file, an endpoint, a disk or a key is one line of error, or
+is recorded and the run continues.
 """
 
 import json
@@ -22,17 +22,16 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from tests.waiting import FOREVER
 
+
+def sets(*settings: str) -> list[str]:
+    """`--set` for each of these settings."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+ECHO, LABELS = ["--llm", "fake:echo"], ["--llm", "fake:rule=labels"]
 SMALL = [
-    "--set",
-    "epochs=0",
-    "--set",
-    "samples=2",
-    "--set",
-    "retrieved=2",
-    "--set",
-    "queries_per_user=1",
-    "--set",
-    "k=1",
+    *sets("research.epochs=0", "llm.samples=2", "training.queries_per_user=1"),
+    *sets("retrieval.retrieved=2", "retrieval.k=1"),
 ]
 STARS = {
     "name": "stars",
@@ -67,7 +66,7 @@ def write(
     return folder
 
 
-def films(*users: str) -> list[Row]:
+def ratings(*users: str) -> list[Row]:
     return [
         (user, f"r{i}", str(2000 + i), f"rain {i} of {user}", str(1 + (i + at) % 3))
         for at, user in enumerate(users)
@@ -87,7 +86,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two training users, and new users with five records, one record, and none."""
     return write(
         tmp_path_factory.mktemp("data") / "stars",
-        [*films("t0", "t1", "new"), ("one", "r", "2000", "a film", "3")],
+        [*ratings("t0", "t1", "new"), ("one", "r", "2000", "a film", "3")],
         QUERIES,
     )
 
@@ -95,32 +94,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    cache = ["--set", f"cache={folder / 'cache'}"]
-    assert (
-        run(
-            [
-                "learn",
-                str(data),
-                "--llm",
-                "fake:rule=labels",
-                "--out",
-                str(folder / "b"),
-                *SMALL,
-                "--set",
-                "constrain=true",
-                *cache,
-            ]
-        )
-        == 0
-    )
-    assert (
-        run(["fit", str(data), "--llm", "fake:rule=labels", "--bundle", str(folder / "b"), *cache])
-        == 0
-    )
+    cache = sets(f"llm.cache={folder / 'cache'}")
+    learn = ["learn", str(data), *LABELS, "--out", str(folder / "b"), *SMALL]
+    assert run([*learn, *sets("llm.constrain=true"), *cache]) == 0
+    assert run(["fit", str(data), *LABELS, "--bundle", str(folder / "b"), *cache]) == 0
     return folder / "b"
 
 
-class Told:
+class Outcome:
     """How a command ended."""
 
     def __init__(self, code: int, out: str, err: str):
@@ -131,29 +112,29 @@ class Told:
         return json.loads(self.out)
 
     @property
-    def fault(self) -> str:
-        """The one line of a user's fault."""
+    def error(self) -> str:
+        """The one line of an error that the user can fix."""
         assert self.code == 2
-        return self.only
+        return self.only_line
 
     @property
-    def only(self) -> str:
-        """The one line of a command that gave nothing."""
+    def only_line(self) -> str:
+        """The one line of stderr, without output."""
         assert (self.out, len(self.lines)) == ("", 1), (self.out, self.lines)
         return self.lines[0].removeprefix("hydra-llm: ")
 
 
-Hydra = Callable[..., Told]
+Hydra = Callable[..., Outcome]
 
 
 @pytest.fixture
 def hydra(capsys: pytest.CaptureFixture[str]) -> Hydra:
     """Run one command line in this process."""
 
-    def call(*arguments: object) -> Told:
+    def call(*arguments: object) -> Outcome:
         capsys.readouterr()
         code = run([str(argument) for argument in arguments])
-        return Told(code, *capsys.readouterr())
+        return Outcome(code, *capsys.readouterr())
 
     return call
 
@@ -167,7 +148,7 @@ def test_an_unwritable_bundle_fails_before_the_llm_is_called(
     taken = tmp_path / "taken"
     taken.write_text("mine")
     learned = hydra("learn", data, "--llm", "fake:fail=refused", "--out", taken, *SMALL)
-    assert learned.fault == f"{taken}: is a file: a bundle is a folder, choose another name"
+    assert learned.error == f"{taken}: is a file: a bundle is a folder, choose another name"
     assert taken.read_text() == "mine"
 
 
@@ -175,26 +156,15 @@ def test_an_unwritable_bundle_fails_before_the_llm_is_called(
 def test_a_run_of_another_bundle_is_refused(
     hydra: Hydra, data: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    other, cache = tmp_path / "other", ["--set", f"cache={tmp_path / 'cache'}"]
+    other, cache = tmp_path / "other", sets(f"llm.cache={tmp_path / 'cache'}")
     shutil.copytree(bundle, other)
-    bench = [
-        "bench",
-        "run",
-        data,
-        "--llm",
-        "fake:rule=labels",
-        "--methods",
-        "rag",
-        "--out",
-        tmp_path / "run",
-        *cache,
-    ]
+    bench = ["bench", "run", data, *LABELS, "--methods", "rag", "--out", tmp_path / "run", *cache]
     assert hydra(*bench, "--bundle", other, "--limit", 1).code == 0
     learned = Bundle.load(other)
     assert learned.adapter is not None
     learned.adapter.scale *= 2
     learned.save(other)
-    assert "holds another run (weights.0:" in hydra(*bench, "--bundle", other, "--limit", 1).fault
+    assert "holds another run (weights.0:" in hydra(*bench, "--bundle", other, "--limit", 1).error
 
 
 OTHER_TASKS: dict[str, dict[str, Any]] = {
@@ -218,130 +188,84 @@ OTHER_TASKS: dict[str, dict[str, Any]] = {
 def test_data_of_another_task_than_the_bundle_is_refused(
     hydra: Hydra, bundle: Path, tmp_path: Path, task: str
 ) -> None:
-    data = write(tmp_path / "data", films("new"), QUERIES, OTHER_TASKS[task])
+    data = write(tmp_path / "data", ratings("new"), QUERIES, OTHER_TASKS[task])
     line = "the data set's task 'other' is not the bundle's 'stars': kind and labels must agree"
-    assert hydra("fit", data, "--bundle", bundle, "--llm", "fake:echo").fault == line
-    assert (
-        hydra(
-            "bench",
-            "run",
-            data,
-            "--bundle",
-            bundle,
-            "--llm",
-            "fake:echo",
-            "--out",
-            tmp_path / "run",
-        ).fault
-        == line
-    )
+    assert hydra("fit", data, "--bundle", bundle, *ECHO).error == line
+    bench = hydra("bench", "run", data, "--bundle", bundle, *ECHO, "--out", tmp_path / "run")
+    assert bench.error == line
     assert not (tmp_path / "run").exists()
 
 
-def test_queries_amid_the_history_are_told(hydra: Hydra, tmp_path: Path) -> None:
+def test_queries_before_fitted_records_use_the_shared_head(hydra: Hydra, tmp_path: Path) -> None:
     queries = [("new", "q0", "2002", "a film", "2"), ("new", "q1", "2020", "a film", "2")]
-    folder, cache = (
-        write(tmp_path / "amid", films("t0", "t1", "new"), queries),
-        ["--set", f"cache={tmp_path / 'cache'}"],
-    )
-    llm, bundle = ["--llm", "fake:rule=labels"], tmp_path / "b"
-    assert hydra("learn", folder, *llm, "--out", bundle, *SMALL, *cache).code == 0
-    assert hydra("fit", folder, *llm, "--bundle", bundle, "--user", "new", *cache).code == 0
-    told = hydra(
-        "bench",
-        "run",
-        folder,
-        *llm,
-        "--bundle",
-        bundle,
-        "--methods",
-        "hydra",
-        "--out",
-        tmp_path / "run",
-        *cache,
-    )
-    assert told.code == 0
-    assert (
-        "1 of 2 queries precede records that their user's head was fitted on: the shared head"
-        " answers them" in "\n".join(told.lines)
-    )
+    folder = write(tmp_path / "data", ratings("t0", "t1", "new"), queries)
+    bundle, cache = tmp_path / "b", sets(f"llm.cache={tmp_path / 'cache'}")
+    assert hydra("learn", folder, *LABELS, "--out", bundle, *SMALL, *cache).code == 0
+    assert hydra("fit", folder, *LABELS, "--bundle", bundle, "--user", "new", *cache).code == 0
+    bench = ["bench", "run", folder, *LABELS, "--bundle", bundle, "--out", tmp_path / "run"]
+    result = hydra(*bench, "--methods", "hydra", *cache)
+    assert result.code == 0
+    note = "1 of 2 queries precede records that their user's head was fitted on: the shared head"
+    assert f"{note} answers them" in "\n".join(result.lines)
 
 
 # ---- users
 
 
 def test_an_unknown_user_is_named(hydra: Hydra, data: Path, bundle: Path) -> None:
-    asked = hydra("ask", "--bundle", bundle, "--llm", "fake:echo", "--user", "nobody", "rain")
-    assert asked.fault == "unknown user 'nobody': 5 users are known (t0, t1, one, …)"
+    answered = hydra("ask", "--bundle", bundle, *ECHO, "--user", "nobody", "rain")
+    assert answered.error == "unknown user 'nobody': 5 users are known (t0, t1, one, …)"
     before = (bundle / "config.json").read_bytes()
-    fitted = hydra(
-        "fit", data, "--bundle", bundle, "--llm", "fake:echo", "--user", "new", "--user", "nobody"
-    )
-    assert (
-        fitted.fault
-        == "unknown user 'nobody': the data set has 5 users, see `hydra-llm data check`"
-    )
+    fitted = hydra("fit", data, "--bundle", bundle, *ECHO, "--user", "new", "--user", "nobody")
+    hint = "the data set has 5 users, see `hydra-llm data check`"
+    assert fitted.error == f"unknown user 'nobody': {hint}"
     assert (bundle / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("user", ["none", "one", "new"])
-def test_users_of_any_history_are_answered(hydra: Hydra, bundle: Path, user: str) -> None:
-    told = hydra(
-        "ask", "--bundle", bundle, "--llm", "fake:rule=labels", "--user", user, "--json", "rain"
-    )
-    assert (told.code, told.lines) == (0, [])
-    assert told.json["answer"] in STARS["labels"]
-    assert len(told.json["records"]) == {"none": 0, "one": 1, "new": 2}[user]
+def test_users_with_any_number_of_records_are_answered(
+    hydra: Hydra, bundle: Path, user: str
+) -> None:
+    result = hydra("ask", "--bundle", bundle, *LABELS, "--user", user, "--json", "rain")
+    assert (result.code, result.lines) == (0, [])
+    assert result.json["answer"] in STARS["labels"]
+    assert len(result.json["records"]) == {"none": 0, "one": 1, "new": 2}[user]
 
 
-def test_users_without_records_are_told_and_keep_their_place(hydra: Hydra, tmp_path: Path) -> None:
-    data, bundle = write(tmp_path / "data", films("t0", "new"), QUERIES), tmp_path / "bundle"
-    learned = hydra("learn", data, "--llm", "fake:echo", "--out", bundle, *SMALL)
+def test_users_without_records_get_the_shared_head(hydra: Hydra, tmp_path: Path) -> None:
+    data, bundle = write(tmp_path / "data", ratings("t0", "new"), QUERIES), tmp_path / "bundle"
+    learned = hydra("learn", data, *ECHO, "--out", bundle, *SMALL)
     assert learned.lines[0] == "1 of 2 users have no records and were left out (t1)"
-    fitted = hydra(
-        "fit", data, "--llm", "fake:echo", "--bundle", bundle, "--user", "none", "--user", "new"
-    )
+    fitted = hydra("fit", data, *ECHO, "--bundle", bundle, "--user", "none", "--user", "new")
     assert fitted.lines == ["1 of 2 users have no records: they get the shared head (none)"]
-    told = hydra(
-        "bench",
-        "run",
-        data,
-        "--llm",
-        "fake:rule=labels",
-        "--bundle",
-        bundle,
-        "--out",
-        tmp_path / "run",
-        "--json",
+    result = hydra(
+        "bench", "run", data, *LABELS, "--bundle", bundle, "--out", tmp_path / "run", "--json"
     )
-    assert told.lines[0].startswith(
+    assert result.lines[0].startswith(
         "1 of 3 new users have no head and are left out: run `hydra-llm fit"
     )
-    assert {row["queries"] for row in told.json} == {4}
-    failed = {row["method"]: row["failed"] for row in told.json if row["failed"]}
-    assert failed == {
-        "bbox-adapter@8": 4
-    }  # learns from answers that can be read, and this LLM gives none
+    assert {row["queries"] for row in result.json} == {4}
+    failed = {row["method"]: row["failed"] for row in result.json if row["failed"]}
+    # It learns from answers that can be parsed, and this LLM gives none.
+    assert failed == {"bbox-adapter@8": 4}
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_training_users_with_next_to_nothing(hydra: Hydra, tmp_path: Path, count: int) -> None:
+def test_training_users_with_one_record_or_none(hydra: Hydra, tmp_path: Path, count: int) -> None:
     data = write(
         tmp_path / "data",
         [(user, "r", "2000", "a film", "3") for user in ("t0", "t1")][: 2 * count],
     )
-    told = hydra(
-        "learn", data, "--llm", "fake:echo", "--out", tmp_path / "bundle", *SMALL, "--json"
-    )
+    result = hydra("learn", data, *ECHO, "--out", tmp_path / "bundle", *SMALL, "--json")
     if count:
-        assert (told.code, told.json["llm_calls"]) == (0, 0)  # a single record has nothing to see
-        assert told.lines == [
+        # a single record has no earlier ones to retrieve
+        assert (result.code, result.json["llm_calls"]) == (0, 0)
+        assert result.lines == [
             "no reranker was learned: no retrieved record changed what the LLM's answer was worth"
         ]
     else:
-        assert (
-            told.fault == "no training user has records: users.jsonl needs users with split 'train'"
-        )
+        needs = "users.jsonl needs users with split 'train'"
+        assert result.error == f"no training user has records: {needs}"
         assert not (tmp_path / "bundle").exists()
 
 
@@ -360,35 +284,30 @@ def test_training_users_with_next_to_nothing(hydra: Hydra, tmp_path: Path, count
         ),
     ],
 )
-def test_a_text_that_is_none(hydra: Hydra, bundle: Path, text: str, line: str) -> None:
-    assert (
-        hydra("ask", "--bundle", bundle, "--llm", "fake:echo", "--user", "new", text).fault == line
-    )
+def test_an_invalid_text_is_refused(hydra: Hydra, bundle: Path, text: str, line: str) -> None:
+    assert hydra("ask", "--bundle", bundle, *ECHO, "--user", "new", text).error == line
 
 
-def test_a_text_beyond_both_windows_is_cut_and_told_once_each(
+def test_a_long_text_is_cut_with_one_note_each(
     hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The encoder tells once in a process, the prompt once in an answer."""
+    """The encoder warns once in a process, the prompt once in an answer."""
     monkeypatch.setattr("hydra_llm.model.encoder._told_of_cut", False)
     for start in ("one", "two"):
-        told = hydra(
+        result = hydra(
             "ask",
             "--bundle",
             bundle,
-            "--llm",
-            "fake:echo",
+            *ECHO,
             "--user",
             "new",
             "--json",
             f"{start} " + "word " * 5000,
         )
-        assert told.code == 0
-        assert (
-            len([line for line in told.lines if "the text of query 'asked' cut at its end" in line])
-            == 1
-        )
-        assert sum(len(message["content"]) for message in told.json["prompt"]) < 3.5 * 1536
+        assert result.code == 0
+        note = "the text of query 'asked' cut at its end"
+        assert len([line for line in result.lines if note in line]) == 1
+        assert sum(len(message["content"]) for message in result.json["prompt"]) < 3.5 * 1536
     cuts = [record.getMessage() for record in caplog.records if record.name.startswith("hydra_llm")]
     assert cuts == ["1 text(s) longer than the encoder's window were cut to 256 tokens (told once)"]
 
@@ -399,7 +318,7 @@ BROKEN: dict[str, tuple[list[Row], str]] = {
         "history.jsonl:1: field 'output': '7' is not one of the task's labels",
     ),
     "duplicate id": (
-        films("t0")[:2] + films("t0")[:1],
+        ratings("t0")[:2] + ratings("t0")[:1],
         "history.jsonl:3: field 'id': user 't0' has the id 'r0' twice",
     ),
     "empty text": ([("t0", "r", "2000", " ", "1")], "history.jsonl:1: field 'input': is empty"),
@@ -422,32 +341,17 @@ BROKEN: dict[str, tuple[list[Row], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_line_is_named_by_every_command_that_reads_it(
+def test_every_command_names_a_broken_line(
     hydra: Hydra, bundle: Path, tmp_path: Path, name: str
 ) -> None:
     history, line = BROKEN[name]
     data = write(tmp_path / "data", history)
     wanted = f"{tmp_path / 'data'}/{line}"
-    assert hydra("data", "check", data).fault == wanted
-    assert (
-        hydra("learn", data, "--llm", "fake:echo", "--out", tmp_path / "bundle", *SMALL).fault
-        == wanted
-    )
-    assert hydra("fit", data, "--llm", "fake:echo", "--bundle", bundle).fault == wanted
-    assert (
-        hydra(
-            "bench",
-            "run",
-            data,
-            "--llm",
-            "fake:echo",
-            "--bundle",
-            bundle,
-            "--out",
-            tmp_path / "run",
-        ).fault
-        == wanted
-    )
+    assert hydra("data", "check", data).error == wanted
+    assert hydra("learn", data, *ECHO, "--out", tmp_path / "bundle", *SMALL).error == wanted
+    assert hydra("fit", data, *ECHO, "--bundle", bundle).error == wanted
+    bench = hydra("bench", "run", data, *ECHO, "--bundle", bundle, "--out", tmp_path / "run")
+    assert bench.error == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) in (["data"], ["caches", "data"])
 
 
@@ -466,7 +370,7 @@ SCRIPTS = [
     [SCRIPTS, ["the of and to", "of", "the", "and to", "to"]],
     ids=["scripts", "stop words"],
 )
-def test_any_script_and_stop_words_alone_go_the_whole_way(
+def test_any_script_and_stop_words_work_end_to_end(
     hydra: Hydra, tmp_path: Path, texts: list[str]
 ) -> None:
     user, bundle = f"أحمد 😀 {texts[1]}", tmp_path / "bundle"
@@ -478,25 +382,14 @@ def test_any_script_and_stop_words_alone_go_the_whole_way(
         tmp_path / "data", history, [(user, texts[0], "2010", texts[2], texts[0])], TITLES, users
     )
     assert hydra("data", "check", data).code == 0
-    assert hydra("learn", data, "--llm", "fake:echo", "--out", bundle, *SMALL).code == 0
-    assert hydra("fit", data, "--llm", "fake:echo", "--bundle", bundle).code == 0
-    told = hydra(
-        "ask", "--llm", "fake:echo", "--bundle", bundle, "--user", user, "--json", texts[1]
-    )
-    assert (told.code, told.json["user"]) == (0, user)
-    assert len(told.json["records"]) == 2
-    assert texts[1] in told.json["prompt"][-1]["content"]
+    assert hydra("learn", data, *ECHO, "--out", bundle, *SMALL).code == 0
+    assert hydra("fit", data, *ECHO, "--bundle", bundle).code == 0
+    result = hydra("ask", *ECHO, "--bundle", bundle, "--user", user, "--json", texts[1])
+    assert (result.code, result.json["user"]) == (0, user)
+    assert len(result.json["records"]) == 2
+    assert texts[1] in result.json["prompt"][-1]["content"]
     rows = hydra(
-        "bench",
-        "run",
-        data,
-        "--llm",
-        "fake:echo",
-        "--bundle",
-        bundle,
-        "--out",
-        tmp_path / "run",
-        "--json",
+        "bench", "run", data, *ECHO, "--bundle", bundle, "--out", tmp_path / "run", "--json"
     ).json
     assert all((row["queries"], row["failed"], row["unparsable"]) == (1, 0, 0) for row in rows)
 
@@ -506,18 +399,18 @@ def test_any_script_and_stop_words_alone_go_the_whole_way(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     ["", "I'm sorry, but I can't help with that.", "€€€ \0", "\ud83d cut"],
     ids=["empty", "refuses", "nul", "half"],
 )
-def test_an_answer_that_is_none_is_counted_and_the_run_goes_on(
-    hydra: Hydra, data: Path, bundle: Path, tmp_path: Path, said: str
+def test_unparsable_answers_are_counted_and_the_run_continues(
+    hydra: Hydra, data: Path, bundle: Path, tmp_path: Path, reply: str
 ) -> None:
-    (tmp_path / "said.json").write_text(json.dumps({"": said}))
-    llm = f"fake:script={tmp_path / 'said.json'}"
-    told = hydra("ask", "--llm", llm, "--bundle", bundle, "--user", "new", "--json", "rain")
-    assert (told.code, told.lines) == (0, ["2 of 2 answers could not be parsed"])
-    assert told.json["answer"] in STARS["labels"]  # the adapter knows the user without the LLM
+    (tmp_path / "reply.json").write_text(json.dumps({"": reply}))
+    llm = f"fake:script={tmp_path / 'reply.json'}"
+    result = hydra("ask", "--llm", llm, "--bundle", bundle, "--user", "new", "--json", "rain")
+    assert (result.code, result.lines) == (0, ["2 of 2 answers could not be parsed"])
+    assert result.json["answer"] in STARS["labels"]  # the adapter knows the user without the LLM
     assert hydra("learn", data, "--llm", llm, "--out", tmp_path / "bundle", *SMALL).code == 0
     rows = {
         row["method"]: row
@@ -547,21 +440,21 @@ def test_an_answer_that_is_none_is_counted_and_the_run_goes_on(
 
 
 Behaviour = Callable[[int], tuple[int, dict[str, str], str] | None]
-"""How many requests came before → status, headers, what is said; None cuts the connection."""
+"""Number of earlier requests → status, headers, reply; None cuts the connection."""
 
 
 class QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news: only the command's own lines count."""
+        """Ignore clients that disconnect: only the command's own lines count."""
 
 
 class Endpoint:
-    """A real HTTP endpoint on loopback; counts what it was asked."""
+    """A real HTTP endpoint on loopback that keeps the requests."""
 
     def __init__(self, behaviour: Behaviour):
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -570,20 +463,20 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 with lock:
-                    before = len(outer.asked)
-                    outer.asked.append(body)
+                    before = len(outer.requests)
+                    outer.requests.append(body)
                 answer = behaviour(before)
                 if answer is None:
                     self.close_connection = True
                     return
-                status, headers, said = answer
+                status, headers, reply = answer
                 choice = {
                     "index": 0,
                     "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": said},
+                    "message": {"role": "assistant", "content": reply},
                 }
                 content = json.dumps(
-                    {"choices": [choice]} if status == 200 else {"error": {"message": said}}
+                    {"choices": [choice]} if status == 200 else {"error": {"message": reply}}
                 ).encode()
                 self.send_response(status)
                 for name, value in {
@@ -622,15 +515,15 @@ def serve() -> Iterator[Callable[[Behaviour], Endpoint]]:
 Serve = Callable[[Behaviour], Endpoint]
 
 
-def slowly(seconds: float, said: str = "2") -> Behaviour:
+def slowly(seconds: float, reply: str = "2") -> Behaviour:
     def behave(before: int) -> tuple[int, dict[str, str], str]:
         time.sleep(seconds)
-        return 200, {}, said
+        return 200, {}, reply
 
     return behave
 
 
-ONCE = ["--set", "retries=0"]
+ONCE = sets("llm.retries=0")
 BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
     "401": (lambda _: (401, {}, "wrong key"), 2, "HTTP 401"),
     "404": (lambda _: (404, {}, "no such model"), 2, "HTTP 404"),
@@ -641,11 +534,11 @@ BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ENDPOINTS)
-def test_a_broken_endpoint_ends_every_command_in_one_line(
+def test_a_broken_endpoint_is_one_line_in_every_command(
     hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path, name: str
 ) -> None:
     behaviour, code, line = BAD_ENDPOINTS[name]
-    quick = [*ONCE, "--set", "timeout=0.5"] if name == "hang" else ONCE
+    quick = [*ONCE, *sets("llm.timeout=0.5")] if name == "hang" else ONCE
     llm, out, log = serve(behaviour).llm, tmp_path / "bundle", tmp_path / "run"
     for command in (
         ["ask", "--bundle", bundle, "--llm", llm, "--user", "new", *quick, "rain"],
@@ -665,9 +558,9 @@ def test_a_broken_endpoint_ends_every_command_in_one_line(
             *quick,
         ],
     ):
-        told = hydra(*command)
-        assert told.code == code, told.lines
-        assert line in told.only
+        result = hydra(*command)
+        assert result.code == code, result.lines
+        assert line in result.only_line
     assert not out.exists()
     errors = [
         json.loads(sample)["error"] for sample in (log / "samples.jsonl").read_text().splitlines()
@@ -697,32 +590,30 @@ def test_a_repeat_retries_only_the_calls_that_failed(
         *ONCE,
         "--json",
     ]
-    told = hydra(*run_)
-    assert told.code == 0
+    result = hydra(*run_)
+    assert result.code == 0
     assert re.match(
         r"2 of 6 answers failed, the first \S+ on \w+'s \S+: m at http://127.0.0.1:\d+/v1/:"
         r" HTTP 500",
-        told.lines[0],
+        result.lines[0],
     )
-    assert told.json[0]["failed"] == 2
-    flawed, first = False, len(endpoint.asked)
+    assert result.json[0]["failed"] == 2
+    flawed, first = False, len(endpoint.requests)
     assert hydra(*run_).json[0]["failed"] == 0
-    assert len(endpoint.asked) - first == 2
+    assert len(endpoint.requests) - first == 2
     assert hydra(*run_).json[0]["failed"] == 0
-    assert len(endpoint.asked) - first == 2
+    assert len(endpoint.requests) - first == 2
 
 
-def test_too_many_requests_are_retried_when_the_endpoint_says(
-    hydra: Hydra, serve: Serve, bundle: Path
-) -> None:
+def test_rate_limited_requests_are_retried(hydra: Hydra, serve: Serve, bundle: Path) -> None:
     endpoint = serve(
         lambda before: (429, {"Retry-After": "0.01"}, "slow down") if before < 2 else (200, {}, "2")
     )
-    told = hydra(
+    result = hydra(
         "ask", "--bundle", bundle, "--llm", endpoint.llm, "--user", "new", "--json", "rain"
     )
-    assert (told.code, told.lines, told.json["usage"]["failed"]) == (0, [], 0)
-    assert len(endpoint.asked) == 4
+    assert (result.code, result.lines, result.json["usage"]["failed"]) == (0, [], 0)
+    assert len(endpoint.requests) == 4
 
 
 # ---- the machine
@@ -739,12 +630,10 @@ sys.exit(run(sys.argv[2:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 40_000], ids=["from the start", "in the middle"])
-def test_a_full_disk_under_the_cache_costs_the_cache_alone(
+def test_a_full_disk_disables_only_the_cache(
     serve: Serve, bundle: Path, tmp_path: Path, limit: int
 ) -> None:
-    """A disk that is full for every file: the answer comes, the fault is told, and the cache that
-    stands is whole.
-    """
+    """Every write fails: the answer is printed, with one warning, and the cache stays intact."""
     endpoint = serve(lambda _: (200, {}, "2"))
     command = [
         "ask",
@@ -754,10 +643,7 @@ def test_a_full_disk_under_the_cache_costs_the_cache_alone(
         endpoint.llm,
         "--user",
         "new",
-        "--set",
-        f"cache={tmp_path / 'cache'}",
-        "--set",
-        "samples=8",
+        *sets(f"llm.cache={tmp_path / 'cache'}", "llm.samples=8"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(limit), *command, "rain " * 900],
@@ -788,11 +674,11 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_cache_and_ctrl_c_stops_one(
+def test_processes_share_a_cache_and_one_is_interrupted(
     hydra: Hydra, serve: Serve, data: Path, tmp_path: Path
 ) -> None:
-    """A real SIGINT after three answers; the same command goes on, beside another one: no answer is
-    asked for again or kept twice.
+    """A real SIGINT after three answers; then the same command continues beside another process:
+    no answer is requested or stored twice.
     """
     fast = threading.Event()
 
@@ -808,13 +694,10 @@ def test_two_processes_share_a_cache_and_ctrl_c_stops_one(
         "--llm",
         endpoint.llm,
         *SMALL,
-        "--set",
-        "concurrency=1",
-        "--set",
-        f"cache={cache}",
+        *sets("llm.concurrency=1", f"llm.cache={cache}"),
     ]
     process = start(*learn, "--out", tmp_path / "one")
-    while len(endpoint.asked) < 4:
+    while len(endpoint.requests) < 4:
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
@@ -825,25 +708,25 @@ def test_two_processes_share_a_cache_and_ctrl_c_stops_one(
         "hydra-llm: stopped; the same command continues\n",
     )
     assert not (tmp_path / "one").exists()
-    answered, pending = endpoint.asked[:3], endpoint.asked[3:]
+    answered, pending = endpoint.requests[:3], endpoint.requests[3:]
     assert len(pending) == 1
 
     fast.set()
     again = [start(*learn, "--out", tmp_path / name) for name in ("one", "two")]
     ends = [(*each.communicate(timeout=FOREVER), each.returncode) for each in again]
     assert [code for _, _, code in ends] == [0, 0], ends
-    assert not set(endpoint.asked[4:]) & set(
+    assert not set(endpoint.requests[4:]) & set(
         answered
-    )  # what was answered before the stop is never asked again
+    )  # no answer from before the interrupt is requested again
     with sqlite3.connect(cache / "llm.sqlite") as file:
         kept = file.execute(
             "SELECT count(*), count(DISTINCT request || ':' || candidate) FROM answers"
         ).fetchone()
-    assert kept == (len(set(endpoint.asked)),) * 2
+    assert kept == (len(set(endpoint.requests)),) * 2
 
-    before = len(endpoint.asked)
-    told = hydra(*learn, "--out", tmp_path / "three", "--json")
-    assert (told.code, told.json["llm_calls"], len(endpoint.asked)) == (0, 0, before)
+    before = len(endpoint.requests)
+    result = hydra(*learn, "--out", tmp_path / "three", "--json")
+    assert (result.code, result.json["llm_calls"], len(endpoint.requests)) == (0, 0, before)
     one, two, three = (
         json.loads((tmp_path / name / "config.json").read_text())["report"]
         for name in ("one", "two", "three")

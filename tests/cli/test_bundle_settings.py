@@ -1,5 +1,5 @@
-"""`fit`, `ask` and `bench run` on a learned bundle: whose settings count, what stays in the bundle,
-and who may write it.
+"""`fit`, `ask` and `bench run` on a learned bundle: precedence of settings, what the bundle keeps,
+and concurrent writers.
 """
 
 import json
@@ -52,7 +52,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy that a test may change, and a working folder that holds nothing else."""
+    """A copy that a test may change, in an otherwise empty working folder."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(learned / "bundle", tmp_path / "bundle"))
 
@@ -62,16 +62,16 @@ Hydra = Callable[..., Any]
 
 @pytest.fixture
 def hydra(capsys: pytest.CaptureFixture[str]) -> Hydra:
-    """The JSON that a command line prints, or the one line with which it ends."""
+    """The JSON that a command prints, or its one line of error."""
 
     def call(*arguments: object) -> Any:
         capsys.readouterr()
         code = run([*map(str, arguments), "--json"])
-        told = capsys.readouterr()
+        result = capsys.readouterr()
         if code:
-            assert (code, told.out, told.err.count("\n")) == (2, "", 1), told
-            return told.err.removeprefix("hydra-llm: ").rstrip("\n")
-        return json.loads(told.out)
+            assert (code, result.out, result.err.count("\n")) == (2, "", 1), result
+            return result.err.removeprefix("hydra-llm: ").rstrip("\n")
+        return json.loads(result.out)
 
     return call
 
@@ -81,12 +81,12 @@ def stored(bundle: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_flag_preset_environment_file_bundle_in_this_order(
+def test_precedence_is_flag_preset_environment_file_bundle(
     hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def votes(*more: object) -> int:
-        told = hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "two", *more, "rain")
-        return sum(candidate["votes"] for candidate in told["candidates"])
+        result = hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "two", *more, "rain")
+        return sum(candidate["votes"] for candidate in result["candidates"])
 
     Path("own.toml").write_text("llm.samples = 3")
     assert votes() == 2
@@ -122,7 +122,7 @@ def test_a_preset_beats_file_and_environment_in_fit_and_bench(
         assert (ran["samples"], ran["retrieved"], ran["temperature"]) == wanted
 
 
-def test_an_ask_sees_the_latest_records_alone(hydra: Hydra, bundle: Path) -> None:
+def test_limit_of_ask_keeps_the_latest_records(hydra: Hydra, bundle: Path) -> None:
     ask = ["ask", "--bundle", bundle, "--llm", LABELS, "--user", "two"]
     assert len(hydra(*ask, "rain")["retrieved"]) == 3
     assert {record["id"] for record in hydra(*ask, "--limit", 2, "rain")["retrieved"]} == {
@@ -139,7 +139,7 @@ def test_an_ask_sees_the_latest_records_alone(hydra: Hydra, bundle: Path) -> Non
     ("name", "value", "was"),
     [("features", "cross", "tower"), ("head", "mlp", "linear"), ("max_length", 64, 32)],
 )
-def test_what_learning_fixed_is_refused_by_every_command(
+def test_every_command_refuses_to_change_a_fixed_setting(
     hydra: Hydra, learned: Path, bundle: Path, name: str, value: object, was: object
 ) -> None:
     data, common = (
@@ -150,16 +150,16 @@ def test_what_learning_fixed_is_refused_by_every_command(
         f"setting '{name}': was fixed to {was!r} when the bundle was learned; learn another bundle"
         f" for {value!r}"
     )
-    asked = ["--set", f"{name}={value}"]
-    assert hydra("fit", data, *common, *asked) == line
-    assert hydra("ask", "--user", "two", *common, *asked, "rain") == line
-    assert hydra("bench", "run", data, "--out", "run", *common, *asked) == line
+    change = ["--set", f"{name}={value}"]
+    assert hydra("fit", data, *common, *change) == line
+    assert hydra("ask", "--user", "two", *common, *change, "rain") == line
+    assert hydra("bench", "run", data, "--out", "run", *common, *change) == line
     assert not Path("run").exists()
     assert hydra("fit", data, *common, "--set", f"{name}={was}")["users"] == 2
 
 
 def test_sampled_candidates_work_with_a_label_adapter(hydra: Hydra, bundle: Path) -> None:
-    told = hydra(
+    result = hydra(
         "ask",
         "--bundle",
         bundle,
@@ -171,8 +171,8 @@ def test_sampled_candidates_work_with_a_label_adapter(hydra: Hydra, bundle: Path
         "sampled",
         "2",
     )
-    assert [candidate["answer"] for candidate in told["candidates"]] == ["2"]
-    assert told["candidates"][0]["probability"] == pytest.approx(1)
+    assert [candidate["answer"] for candidate in result["candidates"]] == ["2"]
+    assert result["candidates"][0]["probability"] == pytest.approx(1)
 
 
 def test_fit_leaves_the_settings_of_the_bundles_training(
@@ -180,7 +180,7 @@ def test_fit_leaves_the_settings_of_the_bundles_training(
 ) -> None:
     before = stored(bundle)
     monkeypatch.setenv("HYDRA_K", "0")
-    told = hydra(
+    result = hydra(
         "fit",
         learned / "data",
         "--bundle",
@@ -194,12 +194,12 @@ def test_fit_leaves_the_settings_of_the_bundles_training(
         "--set",
         "retrieved=1",
     )
-    assert told["users"] == 2
+    assert result["users"] == 2
     assert stored(bundle) == before
     assert {key: before[key] for key in LEARNED} == LEARNED
 
 
-def test_a_benchmark_takes_a_preset_and_says_what_it_ran_with(
+def test_a_benchmark_records_the_settings_of_a_preset(
     hydra: Hydra, learned: Path, bundle: Path
 ) -> None:
     methods = ["--methods", "rag,hydra-published", "--out", "run", "--preset", "paper"]
@@ -215,7 +215,7 @@ def test_a_benchmark_takes_a_preset_and_says_what_it_ran_with(
 
 
 @pytest.mark.parametrize("command", ["ask", "fit", "bench run"])
-def test_a_wrong_environment_or_file_is_said_as_everywhere(
+def test_a_wrong_environment_or_file_is_one_line(
     hydra: Hydra, learned: Path, bundle: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rest = {
@@ -236,7 +236,7 @@ def test_heads_that_another_process_saved_are_not_lost(learned: Path, bundle: Pa
     mine, theirs = Bundle.load(bundle), Bundle.load(bundle)
     ours = fit(dataset, mine, LABELS, users=["one"], settings=mine.settings_with(seed=1)).bundle
     fit(dataset, theirs, LABELS, users=["two"]).bundle.save(bundle)
-    theirs.save(bundle)  # its own work stands there
+    theirs.save(bundle)  # the same process may save again
     with pytest.raises(BundleError, match="was changed by another process since it was read"):
         ours.save(bundle)
     assert set(Bundle.load(bundle).records) == {"t0", "t1", "two"}

@@ -1,6 +1,4 @@
-"""What commands print: JSON without NaN, tables that a pipe does not cut, progress that leaves no
-trace.
-"""
+"""Output of commands: JSON without NaN, tables that a pipe does not cut, transient progress."""
 
 import json
 import math
@@ -24,9 +22,7 @@ ANSWER = Answer(
 )
 
 
-def test_json_is_one_document_and_an_unscored_number_is_null(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_json_is_one_document_with_null_for_nan(capsys: pytest.CaptureFixture[str]) -> None:
     data = {
         "answer": ANSWER,
         "path": Path("a/b"),
@@ -48,7 +44,7 @@ def test_json_is_one_document_and_an_unscored_number_is_null(
     )
 
 
-def test_for_people_a_mapping_is_lines_and_a_text_is_itself(
+def test_without_json_a_mapping_is_lines_and_a_text_is_itself(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     console.emit(Usage(calls=3, cost=0.123456))
@@ -57,7 +53,7 @@ def test_for_people_a_mapping_is_lines_and_a_text_is_itself(
     assert capsys.readouterr().out == "[bold]not markup[/bold]\n"
 
 
-def test_a_piped_table_keeps_every_column_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_piped_table_does_not_cut_columns(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"method": "[x] " + "m" * 150, "mae": 0.5}, {"method": "short", "mae": math.nan}]
     console.emit(rows)
     head, _, first, second = [
@@ -69,7 +65,7 @@ def test_a_piped_table_keeps_every_column_whole(capsys: pytest.CaptureFixture[st
     assert first.endswith(" 0.5")
 
 
-def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
+def test_without_a_terminal_progress_is_a_line_in_ten_seconds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = 0.0
@@ -90,7 +86,7 @@ print("result")
 """
 
 
-def test_on_a_terminal_bars_go_to_stderr_and_disappear() -> None:
+def test_bars_on_a_terminal_go_to_stderr_and_disappear() -> None:
     ours, theirs = pty.openpty()
     process = subprocess.run(
         [sys.executable, "-c", BARS],

@@ -43,7 +43,7 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def test_an_endpoint_without_native_n_is_seen(
+def test_an_endpoint_without_native_n_is_detected(
     endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["llm", "check", f"openai:m@{endpoint}", "--json"]) == 0
@@ -78,7 +78,7 @@ def test_prices_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["usage"]["cost"] == found["usage"]["prompt_tokens"] == 20
 
 
-def test_for_people_it_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_json_the_output_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["llm", "check", "fake:rule=labels"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "kind: fake" in lines
@@ -87,7 +87,7 @@ def test_for_people_it_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "code", "said"),
+    ("spec", "code", "message"),
     [
         ("nope", 2, "unknown LLM 'nope'"),
         ("openai:m", 2, "OPENAI_API_KEY"),
@@ -98,18 +98,16 @@ def test_for_people_it_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_every_failure_is_one_line(
-    capsys: pytest.CaptureFixture[str], spec: str, code: int, said: str
+    capsys: pytest.CaptureFixture[str], spec: str, code: int, message: str
 ) -> None:
     assert run(["llm", "check", spec, "--set", "retries=0"]) == code
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    assert said in errors
+    assert message in errors
 
 
 @pytest.mark.llm
-def test_the_embedded_model_draws_n_at_once_and_keeps_to_labels(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_embedded_model_has_native_n_and_constrains(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["llm", "check", "smollm2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["native_n"], found["constrains"]) == (

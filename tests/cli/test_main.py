@@ -1,5 +1,5 @@
-"""How `hydra-llm` ends: one line for what the caller can mend, the traceback for a bug, Ctrl-C by a
-real signal.
+"""Exit codes and errors of `hydra-llm`: one line for an error that the user can fix, a traceback
+for a bug, a real signal for Ctrl-C.
 """
 
 import errno
@@ -20,7 +20,7 @@ from hydra_llm.cli.main import COMMANDS, load, run
 from hydra_llm.gateway import settings as serve_settings
 from tests.waiting import FOREVER
 
-# A module with commands that end in every way; `hydra-llm NAME` runs its function of that name.
+# A module with a command for each way to end; `hydra-llm NAME` runs the function of that name.
 ENDINGS = """
 import errno, sys, time
 from pathlib import Path
@@ -69,7 +69,7 @@ RUN += "m.COMMANDS = {n: (f'endings:{n}', 'a line') for n in names}; m.main()"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def endings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "endings.py").write_text(ENDINGS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     return tmp_path
@@ -85,13 +85,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def outcome(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `hydra-llm ARGUMENTS` in an own process."""
+    """Exit code, stdout and stderr of `hydra-llm ARGUMENTS` in a process of its own."""
     process = start(*arguments)
     out, err = process.communicate(timeout=FOREVER)
     return process.returncode, out, err
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 @pytest.mark.parametrize(
     ("command", "code", "line"),
     [
@@ -111,7 +111,7 @@ def test_a_fault_is_one_line(command: str, code: int, line: str) -> None:
     assert outcome(command) == (code, "", line)
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 @pytest.mark.parametrize("command", ["bug", "bug_among_faults", "lost_file"])
 def test_a_bug_keeps_its_traceback_without_locals(command: str) -> None:
     code, _, err = outcome(command)
@@ -121,19 +121,19 @@ def test_a_bug_keeps_its_traceback_without_locals(command: str) -> None:
     assert "sk-do-not-print" not in err.replace('secret = "sk-do-not-print"', "")
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 @pytest.mark.parametrize("command", ["wait", "wait_async"])
 def test_ctrl_c_is_one_line(command: str) -> None:
     process = start(command)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)  # into the sleep itself
+    time.sleep(0.2)  # until it sleeps
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=FOREVER)
     assert (process.returncode, err) == (130, "hydra-llm: stopped; the same command continues\n")
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 @pytest.mark.parametrize("command", ["flood", "little"])
 def test_a_closed_pipe_is_quiet(command: str) -> None:
     process = start(command)
@@ -145,7 +145,7 @@ def test_a_closed_pipe_is_quiet(command: str) -> None:
     assert process.wait(timeout=FOREVER) == 1
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -171,14 +171,14 @@ def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 def test_a_flag_overrides_the_options_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_OPTIONS_K", "7")
     assert outcome("options") == (0, "7 x\n", "")
     assert outcome("options", "--k", "2") == (0, "2 x\n", "")
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 def test_a_former_variable_works_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_LLM_OPTIONS_K", "7")
     hint = "'HYDRA_LLM_OPTIONS_K' is now written 'HYDRA_OPTIONS_K'\n"
@@ -205,7 +205,7 @@ def test_a_former_command_works_with_a_hint(
 
 
 def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Each command that does something, with the words that call it."""
+    """Each command without subcommands, with the words that call it."""
     below = getattr(command, "commands", None)
     if below is None:
         yield path, command
@@ -231,7 +231,7 @@ def test_no_environment_variable_has_two_meanings() -> None:
     assert {name: each for name, each in meanings.items() if len(each) > 1} == {}
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("endings")
 def test_a_group_of_one_command_keeps_its_verb() -> None:
     assert outcome("group", "only") == (0, "the verb is kept\n", "")
     assert outcome("group")[0] == 2
@@ -261,16 +261,16 @@ def test_help_imports_no_command_and_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_loads_and_explains_every_option(name: str) -> None:
+def test_each_command_loads_and_documents_every_option(name: str) -> None:
     command = load(name)
     for leaf in getattr(command, "commands", {name: command}).values():
-        unexplained = [
+        undocumented = [
             option.name
             for option in leaf.params
             if option.param_type_name == "option" and not option.help
         ]
         assert leaf.help, leaf.name
-        assert not unexplained, f"{name} {leaf.name}: {unexplained}"
+        assert not undocumented, f"{name} {leaf.name}: {undocumented}"
 
 
 def test_the_package_runs_as_the_command() -> None:

@@ -1,4 +1,4 @@
-"""`hydra-llm store`: a database's life from the command line."""
+"""`hydra-llm store`: migration, check, backup, restore and scrub."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
 
-def test_a_store_is_made_checked_copied_and_filled_again(
+def test_a_store_is_created_checked_backed_up_and_restored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, other, backup = (
@@ -37,12 +37,12 @@ def test_a_store_is_made_checked_copied_and_filled_again(
     assert (found["faults"], found["rows"]["users"]) == ([], 1)
 
 
-def test_what_is_wrong_with_a_store_is_one_line(
+def test_an_error_of_a_store_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a.db"
     url = f"sqlite:///{file}"
-    for arguments, said in (
+    for arguments, message in (
         (
             ["check", "--store", "nonsense"],
             "store 'nonsense': no database URL: sqlite:///FILE or postgresql+psycopg://...",
@@ -51,9 +51,9 @@ def test_what_is_wrong_with_a_store_is_one_line(
         (["backup", str(file), "--store", url], "a.db: exists already, name a new file"),
     ):
         assert run(["store", *arguments]) == 2
-        told = capsys.readouterr().err
-        assert said in told
-        assert told.count("\n") == 1
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert errors.count("\n") == 1
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP INDEX ix_jobs_state")
@@ -64,5 +64,5 @@ def test_what_is_wrong_with_a_store_is_one_line(
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     for command in ("check", "migrate"):
         assert run(["store", command, "--store", url]) == 2
-        said = f"which a newer hydra-llm has made: this one knows {latest()}"
-        assert said in capsys.readouterr().err
+        message = f"which a newer hydra-llm has made: this one knows {latest()}"
+        assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Each setting of the gateway is told in the documentation, and counts."""
+"""Each setting of the gateway is documented and has an effect."""
 
 import ast
 import socket
@@ -24,25 +24,27 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def test_every_setting_is_in_the_documentation_with_what_it_does() -> None:
+def test_every_setting_is_documented() -> None:
     source = (settings_md.PACKAGE / "gateway" / "settings.py").read_text(encoding="utf-8")
-    told = {name: what for name, _, what in settings_md.fields(ast.parse(source), "ServeSettings")}
-    assert list(told) == list(ServeSettings.model_fields)
-    assert all(told.values())
+    documented = {
+        name: what for name, _, what in settings_md.fields(ast.parse(source), "ServeSettings")
+    }
+    assert list(documented) == list(ServeSettings.model_fields)
+    assert all(documented.values())
     assert settings_md.TARGET.read_text(encoding="utf-8") == settings_md.text()
 
 
 @pytest.mark.parametrize("name", [None, "tags"])
-async def test_as_many_records_are_retrieved_and_shown_as_was_said(
+async def test_numbers_of_retrieved_and_shown_records(
     store: Store, bundles: dict[str, Path], name: str | None
 ) -> None:
     """By the request, else the gateway's setting, else as the bundle was learned, or 10 and 4."""
     store.add_records("ada", records_of("ada"))
     bundle = bundles[name] if name else None
 
-    async def shown(asked: int | None, **settings: Any) -> int:
+    async def shown(k: int | None, **settings: Any) -> int:
         async with running(store, bundle, **{"k": 20, "candidates": 1, **settings}) as world:
-            answer = await world.ask(QUESTION, personalization={"k": asked})
+            answer = await world.ask(QUESTION, personalization={"k": k})
             return len(answer.json()["personalization"]["records"])
 
     assert await shown(None) == (4 if name else 10)
@@ -68,7 +70,7 @@ def served(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> uvicorn.Config:
 
 
 @pytest.mark.parametrize("name", [None, "tags"])
-def test_the_settings_file_counts_for_the_llm_and_the_bundle(
+def test_the_settings_file_applies_to_the_llm_and_the_bundle(
     tmp_path: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
     file = tmp_path / "other.toml"
@@ -85,10 +87,10 @@ def test_the_settings_file_counts_for_the_llm_and_the_bundle(
     assert (client.timeout, client.max_retries) == (7, 1)
 
 
-@pytest.mark.parametrize(("said", "given"), [("0.5", 1), ("0", 0), ("3", 3), (None, None)])
-def test_half_a_second_is_time_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, given: int | None
+@pytest.mark.parametrize(("drain", "timeout"), [("0.5", 1), ("0", 0), ("3", 3), (None, None)])
+def test_drain_is_rounded_up_to_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: str | None, timeout: int | None
 ) -> None:
-    drain = [] if said is None else ["--set", f"drain={said}"]
-    config = served(monkeypatch, "--store", f"sqlite:///{tmp_path / 's.db'}", *drain)
-    assert config.timeout_graceful_shutdown == given
+    option = [] if drain is None else ["--set", f"drain={drain}"]
+    config = served(monkeypatch, "--store", f"sqlite:///{tmp_path / 's.db'}", *option)
+    assert config.timeout_graceful_shutdown == timeout
