@@ -48,10 +48,6 @@ class MethodChoice:
         records, budget = whole_numbers("--k", self.k), whole_numbers("--b", self.b)
         return find_methods(split_names(self.methods), kind, records=records, budget=budget)
 
-    def seed_numbers(self) -> tuple[int, ...]:
-        """The seeds as numbers; none if not given."""
-        return whole_numbers("--seeds", self.seeds, least=0) if self.seeds else ()
-
 
 def whole_numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
     """`1,2,4` → (1, 2, 4); anything but whole numbers from `least` is an error."""
@@ -99,7 +95,8 @@ def run(
     from hydra_llm.bench.method import per_sample
     from hydra_llm.bench.runlog import export_lamp
 
-    spec, seeds = source.spec(), choice.seed_numbers()
+    spec = source.spec()
+    seeds = whole_numbers("--seeds", choice.seeds, least=0) if choice.seeds else ()
     choice.find()  # fails before anything is read
     if bundle and seeds:
         raise SettingsError("--seeds learns a bundle for each: leave --bundle out")

@@ -1,9 +1,8 @@
 """`hydra-llm data`: check a data set, import one from a file, download LaMP's."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -15,15 +14,9 @@ from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+Split = Literal["user", "time"]
 KIND_HELP = f"{', '.join(KINDS.names())}; default: guessed."
 LAMP_NAMES = "lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
-
-
-class Split(StrEnum):
-    """LaMP's two splits: by user, and by time."""
-
-    user = "user"
-    time = "time"
 
 
 @app.command()
@@ -80,7 +73,7 @@ def import_(
 def get(
     dataset: Annotated[str, Argument(help=LAMP_NAMES)],
     out: Annotated[Path, Option(help="Folder for the files.")],
-    split: Annotated[Split, Option(help="user: new users; time: later queries.")] = Split.user,
+    split: Annotated[Split, Option(help="user: new users; time: later queries.")] = "user",
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,7 +81,7 @@ def get(
     from hydra_llm.datasets.fetch import BASE_URL, fetch
 
     with console.progress(quiet=as_json) as report:
-        files = fetch(dataset, split.value, out, base_url=base_url or BASE_URL, progress=report)
+        files = fetch(dataset, split, out, base_url=base_url or BASE_URL, progress=report)
     sizes = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     console.emit({"files": sizes} if as_json else sizes, as_json)
 

@@ -1,6 +1,6 @@
 """`hydra-llm keys`: the gateway's API keys."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -8,9 +8,7 @@ from typer import Argument, Option
 from hydra_llm.cli import console
 from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
 from hydra_llm.errors import SettingsError
-
-if TYPE_CHECKING:
-    from hydra_llm.store.values import Key
+from hydra_llm.store.values import Key
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -52,7 +50,7 @@ def revoke(
     console.say(f"key {id} is revoked")
 
 
-def _row(key: "Key") -> dict[str, Any]:
+def _row(key: Key) -> dict[str, Any]:
     return {
         "id": key.id,
         "users": "all" if key.admin else ", ".join(key.users),

@@ -7,10 +7,10 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
+from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from hydra_llm.config import Settings
     from hydra_llm.training.api import Learned
 
 SHOWN_FAILURES = 5
@@ -46,7 +46,7 @@ def learn(
 
 
 def _learn_from_store(
-    store: str, llm: str, settings: "Settings", out: Path, task: Path | None
+    store: str, llm: str, settings: Settings, out: Path, task: Path | None
 ) -> "Learned":
     """Learn with a temporary cache of LLM answers: they quote users, who may be deleted later."""
     from hydra_llm.gateway.store_training import learn_from_store

@@ -110,9 +110,8 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-VERSION = typer.Option(
-    "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
-)
+VERSION_HELP = "Show the version and exit."
+VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help=VERSION_HELP)
 
 
 @app.callback()
