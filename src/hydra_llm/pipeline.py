@@ -290,7 +290,7 @@ def candidate_key(text: str, answer: str | None) -> str:
 
 
 def _usage(result: Result) -> Usage:
-    made = result.made if isinstance(result, PartlyFailed) else result
+    made = result.partial if isinstance(result, PartlyFailed) else result
     return made.usage if isinstance(made, Generation) else Usage(failed=1)
 
 

@@ -121,11 +121,11 @@ async def test_a_failed_single_request_keeps_the_texts_that_came(serve: Any, wir
     endpoint = serve(breaking(wire, seed=12))
     with pytest.raises(PartlyFailed, match="HTTP 500") as caught:
         await client(endpoint).generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
-    assert caught.value.made.texts == (
+    assert caught.value.partial.texts == (
         "text 10.0",
         "text 11.0",
     )  # those behind the gap have no place of their own
-    assert caught.value.made.usage == Usage(
+    assert caught.value.partial.usage == Usage(
         calls=5, failed=1, prompt_tokens=4 * 7, completion_tokens=4 * 2
     )
     assert len(endpoint.asked) == 5
@@ -136,7 +136,7 @@ async def test_only_texts_that_are_missing_are_asked_for_again(
 ) -> None:
     # Seeds that say which text it is, for an endpoint that fails at the third; that prompts differ
     # in them is test_cache.py's.
-    monkeypatch.setattr("hydra_llm.llm.cache._drawn_with", lambda key, seed, first: seed + first)
+    monkeypatch.setattr("hydra_llm.llm.cache._sample_seed", lambda key, seed, first: seed + first)
     endpoint = serve(breaking(wire, seed=12))
     meter = Meter(client(endpoint), prices=Prices(prompt=1e6))
     llm = CachedLLM(meter, tmp_path / "c.sqlite")

@@ -16,7 +16,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.llm.recording import read_recording, replayed, take_up, write_recording
+from hydra_llm.llm.recording import merge_recording, open_recording, read_recording, write_recording
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.types import Message
 
@@ -41,7 +41,7 @@ def test_answers_are_those_that_were_given(tmp_path: Path) -> None:
     llm, file = numbered(tmp_path), tmp_path / "r.jsonl.gz"
     given = ask(llm), ask(llm, "other", n=1, temperature=0)
     assert write_recording(file, llm) == 2
-    again = replayed(file)
+    again = open_recording(file)
     assert (ask(again), ask(again, "other", n=1, temperature=0)) == given
     assert again.identity == llm.identity
     assert b"write" not in gzip.decompress(file.read_bytes())
@@ -75,7 +75,7 @@ def test_a_prompt_that_was_too_long_is_too_long_again(tmp_path: Path) -> None:
         ask(llm)
     write_recording(file, llm)
     with pytest.raises(LLMRefused, match="too long") as caught:
-        ask(replayed(file))
+        ask(open_recording(file))
     assert caught.value.fits == 0.5
 
 
@@ -112,11 +112,11 @@ def test_a_run_resumes_from_another_machines_recording(tmp_path: Path) -> None:
     write_recording(file, llm)
     fake = RuleLLM(lambda messages, index, rng: "new")
     here = CachedLLM(fake, tmp_path / "empty")
-    take_up(file, here)
+    merge_recording(file, here)
     assert ask(here, n=3) == (*given, "new")
     assert len(fake.calls) == 1
     assert write_recording(file, here) == 1
-    assert ask(replayed(file), n=3) == (*given, "new")
+    assert ask(open_recording(file), n=3) == (*given, "new")
 
 
 def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
     with pytest.raises(UserFault, match="another LLM"):
         write_recording(file, other)
     with pytest.raises(UserFault, match="another LLM"):
-        take_up(file, other)
+        merge_recording(file, other)
 
 
 def test_a_benchmark_is_repeated_without_the_llm(

@@ -138,7 +138,7 @@ class DryRunLLM:
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         key = key_of(request_of(self.identity, messages, sampling))
         distinct = sampling.n if sampling.temperature > 0 else 1
-        missing = distinct - sum(0 <= index < distinct for index in self.cache.kept(key))
+        missing = distinct - sum(0 <= index < distinct for index in self.cache.stored(key))
         if missing:
             call = PendingCall(self.stage, messages, replace(sampling, n=missing))
             self.missing.setdefault(key, call)

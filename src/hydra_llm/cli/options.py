@@ -114,12 +114,12 @@ class Recording:
     @contextmanager
     def opened(self, spec: str, settings: Settings) -> "Iterator[CachedLLM]":
         """The LLM of a command; recorded answers are reused, and new ones always recorded."""
-        from hydra_llm.llm.recording import take_up, write_recording
+        from hydra_llm.llm.recording import merge_recording, write_recording
         from hydra_llm.llm.registry import open_llm
 
         llm = open_llm(spec, settings)
         if self.record is not None and self.record.exists():
-            take_up(self.record, llm)
+            merge_recording(self.record, llm)
         try:
             yield llm
         finally:

@@ -25,12 +25,12 @@ class Sampling:
 class PartlyFailed(LLMError):
     """Some of a call's texts arrived; they were paid for, so they are cached and counted.
 
-    `made` holds the texts before the first missing one, and the usage of the whole call.
+    `partial` holds the texts before the first missing one, and the usage of the whole call.
     """
 
-    def __init__(self, message: str, made: Generation):
+    def __init__(self, message: str, partial: Generation):
         super().__init__(message)
-        self.made = made
+        self.partial = partial
 
 
 @runtime_checkable

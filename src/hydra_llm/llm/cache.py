@@ -107,16 +107,16 @@ class CachedLLM:
         request = request_of(self.identity, messages, sampling)
         key, distinct = key_of(request), sampling.n if sampling.temperature > 0 else 1
         async with self._locks.setdefault(key, anyio.Lock()):  # a second call finds the answers
-            rows = {i: row for i, row in self.kept(key).items() if 0 <= i < distinct}
-            usage = _replayed(rows)
+            rows = {i: row for i, row in self.stored(key).items() if 0 <= i < distinct}
+            usage = _usage_of(rows)
             self._replayed += usage
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
                 if self.replay_only:
-                    raise self._not_kept(key, first)
-                drawn = replace(sampling, n=count, seed=_drawn_with(key, sampling.seed, first))
-                made, error = await _arrived(self.inner.generate(messages, drawn), count)
-                rows |= self._write(key, request, dict(enumerate(_rows(made), first)))
-                usage += made.usage
+                    raise self._missing(key, first)
+                drawn = replace(sampling, n=count, seed=_sample_seed(key, sampling.seed, first))
+                generation, error = await _receive(self.inner.generate(messages, drawn), count)
+                rows |= self._write(key, request, dict(enumerate(_rows(generation), first)))
+                usage += generation.usage
                 if isinstance(error, LLMRefused) and error.fits is not None:
                     refusal = {"refused": str(error), "fits": error.fits}
                     self.used[key].add(REFUSED)
@@ -127,13 +127,13 @@ class CachedLLM:
         texts = tuple(rows[index]["text"] for index in range(distinct))
         return Generation(texts * (sampling.n // distinct), usage)
 
-    def kept(self, key: str) -> dict[int, Row]:
+    def stored(self, key: str) -> dict[int, Row]:
         """The stored rows of a request by index, its refusal among them."""
         stored = self.file.read(OWN, (key,))
         rows = {index: json.loads(payload) for index, payload in stored}
         return self._unwritten.get(key, {}) | rows
 
-    def keep(self, key: str, rows: Mapping[int, Row]) -> None:
+    def store(self, key: str, rows: Mapping[int, Row]) -> None:
         """Store rows of a recording, whose requests are known by their keys alone."""
         self._write(key, {}, rows)
 
@@ -151,19 +151,19 @@ class CachedLLM:
         if not self.file.write((REQUEST, [(key, canonical(request))]), (ANSWER, answers)):
             self._unwritten.setdefault(key, {}).update(rows)
             return dict(rows)
-        kept = self.kept(key)
-        return {index: kept[index] for index in rows}
+        stored = self.stored(key)
+        return {index: stored[index] for index in rows}
 
-    def _not_kept(self, key: str, candidate: int) -> LLMError:
+    def _missing(self, key: str, candidate: int) -> LLMError:
         """The stored refusal, or that there is nothing."""
-        if refused := self.kept(key).get(REFUSED):
+        if refused := self.stored(key).get(REFUSED):
             self.used[key].add(REFUSED)
             return LLMRefused(refused["refused"], fits=refused["fits"])
         missing = f"no kept answer for request {key}, candidate {candidate}"
         return LLMError(f"{self.name}: {missing}, and nothing may be asked")
 
 
-def _drawn_with(key: str, seed: int | None, first: int) -> int | None:
+def _sample_seed(key: str, seed: int | None, first: int) -> int | None:
     """The seed of a request's sample `first`, however many are drawn at once.
 
     Each prompt has its own: else sample i would be the same quantile of every answer distribution.
@@ -171,32 +171,32 @@ def _drawn_with(key: str, seed: int | None, first: int) -> int | None:
     return None if seed is None else (seed + int(key[:8], 16)) % 2**31 + first
 
 
-async def _arrived(call: Awaitable[Generation], count: int) -> tuple[Generation, LLMError | None]:
-    """The texts that came, `count` at most, and the error if there are fewer."""
+async def _receive(call: Awaitable[Generation], count: int) -> tuple[Generation, LLMError | None]:
+    """At most `count` texts, and the error if there are fewer."""
     try:
-        made = await call
+        generation = await call
     except PartlyFailed as error:
-        return error.made, error
+        return error.partial, error
     except LLMError as error:
         return Generation(()), error
-    if len(made.texts) < count:
-        return made, PartlyFailed(f"the LLM gave {len(made.texts)} of {count} texts", made)
-    return Generation(made.texts[:count], made.usage), None
+    if (received := len(generation.texts)) < count:
+        return generation, PartlyFailed(f"the LLM gave {received} of {count} texts", generation)
+    return Generation(generation.texts[:count], generation.usage), None
 
 
-def _rows(made: Generation) -> list[Row]:
+def _rows(generation: Generation) -> list[Row]:
     """One row per text; calls and prompt are the first one's, the rest is shared out evenly."""
-    count, usage = len(made.texts), made.usage
+    count, usage = len(generation.texts), generation.usage
     rows: list[Row] = []
     even, rest = divmod(usage.completion_tokens, count or 1)
-    for index, text in enumerate(made.texts):
+    for index, text in enumerate(generation.texts):
         calls, prompt = (0, 0) if index else (usage.calls, usage.prompt_tokens)
         cost = {"calls": calls, "prompt_tokens": prompt, "completion_tokens": even + (index < rest)}
         rows.append({"text": text, **cost, "seconds": usage.seconds / count})
     return rows
 
 
-def _replayed(rows: Mapping[int, Row]) -> Usage:
+def _usage_of(rows: Mapping[int, Row]) -> Usage:
     """What stored rows cost when they were made, as cached calls; no money is spent again."""
     total = Usage()
     for row in rows.values():

@@ -36,7 +36,7 @@ TOO_LONG = re.compile(
 WINDOW = re.compile(
     r"context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)", re.IGNORECASE
 )
-ASKED = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
+LENGTH = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
 """Numbers of tokens in such a message; the largest is the length of the request."""
 FITS = 0.6  # share of a prompt that is taken to fit where the endpoint names no numbers
 
@@ -57,8 +57,8 @@ class Endpoint:
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         if urlsplit(url).scheme not in ("http", "https"):
-            said = "is no URL of an endpoint: it begins with http:// or https://"
-            raise SettingsError(f"OPENAI_BASE_URL {said}")
+            problem = "is no URL of an endpoint: it begins with http:// or https://"
+            raise SettingsError(f"OPENAI_BASE_URL {problem}")
         key = key or os.environ.get("OPENAI_API_KEY", "")
         if not key and url == OPENAI_URL:
             fix = "set OPENAI_API_KEY (another endpoint may need none)"
@@ -124,7 +124,7 @@ class Refusal:
         text = f"{self.code} {self.message} {details}"
         if self.status not in (400, 413, 422) or not TOO_LONG.search(text):
             return None
-        share = min(_numbers(WINDOW, text), default=0) / max(_numbers(ASKED, text), default=1)
+        share = min(_numbers(WINDOW, text), default=0) / max(_numbers(LENGTH, text), default=1)
         return share if 0 < share < 1 else FITS
 
 

@@ -93,8 +93,7 @@ class GgufLLM:
         `on_token` is called with each piece of the first text, in the engine's thread.
 
         Raises:
-            LLMRefused: the prompt is longer than the context, or a role is unknown.
-            LLMError: the engine failed.
+            LLMError: `LLMRefused` where the prompt is too long or a role unknown.
         """
         cancelled = threading.Event()
         try:
@@ -133,8 +132,8 @@ class GgufLLM:
                 drawn = {"n": min(at_once, distinct - len(texts))}
                 if sampling.seed is not None:  # 2**32 - 1 means "at random"
                     drawn["seed"] = (sampling.seed + len(texts)) % (2**32 - 1)
-                made = self.engine.chat(body | drawn, cancelled, None if texts else on_token)
-                texts, ends, usage = texts + made.texts, ends + made.ends, usage + made.usage
+                part = self.engine.chat(body | drawn, cancelled, None if texts else on_token)
+                texts, ends, usage = texts + part.texts, ends + part.ends, usage + part.usage
             usage += Usage(seconds=time.perf_counter() - started)
         copies = sampling.n // distinct
         return Generation(texts * copies, usage, ends * copies)
@@ -204,8 +203,8 @@ class Engine:
             connection.request(method, path, content, headers)
             answer = json.loads(connection.getresponse().read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise LLMError(f"the embedded engine did not answer {path}: {said}") from None
+            problem = f"{type(error).__name__}: {error}"
+            raise LLMError(f"the embedded engine did not answer {path}: {problem}") from None
         finally:
             connection.close()
         _raise_error(answer)
@@ -308,12 +307,11 @@ def _escaped(character: str) -> str:
 def _check_file(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            if file.read(4) != b"GGUF":
+                raise SettingsError(f"gguf:{path}: not a GGUF file")
     except OSError as error:
-        said = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
-        raise SettingsError(f"gguf:{path}: {said}") from None
-    if magic != b"GGUF":
-        raise SettingsError(f"gguf:{path}: not a GGUF file")
+        problem = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
+        raise SettingsError(f"gguf:{path}: {problem}") from None
 
 
 def _cores() -> int:

@@ -77,11 +77,11 @@ class Meter:
             self._in_flight += calls
             started = time.perf_counter()
             try:
-                made = await self.inner.generate(messages, sampling)
-                return self._counted(made, sampling.n, time.perf_counter() - started)
+                generation = await self.inner.generate(messages, sampling)
+                return self._counted(generation, sampling.n, time.perf_counter() - started)
             except PartlyFailed as error:
                 self.errors[str(error)] += 1
-                counted = self._counted(error.made, sampling.n, time.perf_counter() - started)
+                counted = self._counted(error.partial, sampling.n, time.perf_counter() - started)
                 raise PartlyFailed(str(error), counted) from None
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
                 self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
@@ -94,13 +94,13 @@ class Meter:
     async def aclose(self) -> None:
         await self.inner.aclose()
 
-    def _counted(self, made: Generation, n: int, waited: float) -> Generation:
-        self._one_by_one |= made.usage.calls >= n > 1
+    def _counted(self, generation: Generation, n: int, waited: float) -> Generation:
+        self._one_by_one |= generation.usage.calls >= n > 1
         # An engine whose calls queue tells its own seconds: waiting would count the queue.
-        seconds = made.usage.seconds or waited
-        usage = replace(made.usage, cost=self.prices.cost(made.usage), seconds=seconds)
+        seconds = generation.usage.seconds or waited
+        usage = replace(generation.usage, cost=self.prices.cost(generation.usage), seconds=seconds)
         self.usage += usage
-        return replace(made, usage=usage)
+        return replace(generation, usage=usage)
 
     def _check_budget(self, calls: int) -> None:
         """Whether there is room for so many calls more, beside those in flight."""

@@ -78,19 +78,19 @@ class OpenAILLM:
         body["max_tokens"] = sampling.max_tokens
         if sampling.stop:
             body["stop"] = list(sampling.stop)
-        made = await self._send(body | _drawn(sampling.seed, 0, sampling.n))
-        if len(made.texts) >= sampling.n:
-            return Generation(made.texts[: sampling.n], made.usage)
-        return await self._rest(body, sampling, made)
+        generation = await self._send(body | _drawn(sampling.seed, 0, sampling.n))
+        if len(generation.texts) >= sampling.n:
+            return Generation(generation.texts[: sampling.n], generation.usage)
+        return await self._rest(body, sampling, generation)
 
     async def aclose(self) -> None:
         await self._client.close()
 
     async def _rest(
-        self, body: Mapping[str, Any], sampling: Sampling, made: Generation
+        self, body: Mapping[str, Any], sampling: Sampling, generation: Generation
     ) -> Generation:
         """The missing texts, one concurrent request each, with a seed of its own."""
-        missing = range(len(made.texts), sampling.n)
+        missing = range(len(generation.texts), sampling.n)
         singles: dict[int, Generation] = {}
         failures: list[LLMError] = []
 
@@ -104,8 +104,8 @@ class OpenAILLM:
             for index in missing:
                 group.start_soon(single, index)
         before_gap = [singles[index].texts[0] for index in takewhile(singles.__contains__, missing)]
-        usage = sum((one.usage for one in singles.values()), made.usage)
-        texts = (*made.texts, *before_gap)
+        usage = sum((one.usage for one in singles.values()), generation.usage)
+        texts = (*generation.texts, *before_gap)
         if failures:
             failed = Usage(calls=len(failures), failed=len(failures))
             raise PartlyFailed(str(failures[0]), Generation(texts, usage + failed))
@@ -116,14 +116,14 @@ class OpenAILLM:
         known = self.capabilities
         sent = known.applied(body)
         try:
-            made = await self._request(sent)
+            generation = await self._request(sent)
         except _Refused as error:
             if not self._capabilities.learn(self.model, known.after(error.refusal, sent)):
                 raise
             return await self._send(body)
-        if len(made.texts) < sent.get("n", 1):
+        if len(generation.texts) < sent.get("n", 1):
             self._capabilities.learn(self.model, replace(self.capabilities, native_n=False))
-        return made
+        return generation
 
     async def _request(self, sent: Mapping[str, Any]) -> Generation:
         create: Any = self._client_here().chat.completions.create

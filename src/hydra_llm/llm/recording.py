@@ -21,7 +21,7 @@ FORMAT = 1
 Requests = dict[str, dict[int, Any]]  # key → index of the text → row
 
 
-class Recorded:
+class RecordedLLM:
     """The LLM of a recording: it has an identity, and is never called."""
 
     def __init__(self, identity: Mapping[str, Any]):
@@ -42,8 +42,8 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
     """
     requests = _of_llm(file, llm) if file.exists() else {}
     for key, used in llm.used.items():
-        kept, rows = llm.kept(key), requests.setdefault(key, {})
-        rows.update((index, kept[index]) for index in sorted(used) if index in kept)
+        stored, rows = llm.stored(key), requests.setdefault(key, {})
+        rows.update((index, stored[index]) for index in sorted(used) if index in stored)
     lines: list[Any] = [{"format": FORMAT, "llm": dict(llm.identity)}]
     lines += [{"key": key, "rows": requests[key]} for key in sorted(requests)]
     text = "".join(canonical(line) + "\n" for line in lines)
@@ -57,14 +57,10 @@ def write_recording(file: Path, llm: CachedLLM) -> int:
     return len(requests)
 
 
-def take_up(file: Path, llm: CachedLLM) -> None:
-    """Put a recording's answers into the cache of `llm`, to resume another machine's run.
-
-    Raises:
-        UserFault: as `read_recording`, or it is a recording of another LLM.
-    """
+def merge_recording(file: Path, llm: CachedLLM) -> None:
+    """Put a recording's answers into the cache of the same LLM, to resume another machine's run."""
     for key, rows in _of_llm(file, llm).items():
-        llm.keep(key, rows)
+        llm.store(key, rows)
 
 
 def _of_llm(file: Path, llm: CachedLLM) -> Requests:
@@ -98,14 +94,10 @@ def read_recording(file: Path) -> tuple[dict[str, Any], Requests]:
         raise UserFault(f"{file}: the recording is damaged ({error})") from None
 
 
-def replayed(file: Path) -> CachedLLM:
-    """The recorded LLM: a request that is not in the recording is an error.
-
-    Raises:
-        UserFault: as `read_recording`.
-    """
+def open_recording(file: Path) -> CachedLLM:
+    """The recorded LLM: a request that is not in the recording is an error."""
     identity, requests = read_recording(file)
-    llm = CachedLLM(Recorded(identity), IN_MEMORY, replay_only=True, name=str(file))
+    llm = CachedLLM(RecordedLLM(identity), IN_MEMORY, replay_only=True, name=str(file))
     for key, rows in requests.items():
-        llm.keep(key, rows)
+        llm.store(key, rows)
     return llm

@@ -13,7 +13,7 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.endpoint import without_userinfo
 from hydra_llm.llm.meter import Budget, Meter, Prices
-from hydra_llm.llm.recording import replayed
+from hydra_llm.llm.recording import open_recording
 from hydra_llm.plugins import Registry
 
 LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
@@ -41,7 +41,7 @@ def open_llm(spec: str, settings: Settings) -> CachedLLM:
         UserFault: the cache cannot be opened.
     """
     if spec.startswith(REPLAY):
-        return replayed(Path(spec.removeprefix(REPLAY)))
+        return open_recording(Path(spec.removeprefix(REPLAY)))
     return wrap(bare_llm(spec, settings), settings)
 
 

@@ -232,10 +232,10 @@ class TaskKind(ABC):
 
     @abstractmethod
     def parse(self, text: str, parsing: Parsing) -> str | None:
-        """The answer in an LLM's text (see `Task.parse`)."""
+        """As `Task.parse`."""
 
     def read(self, text: str, parsing: Parsing) -> str | None:
-        """As `parse`, but always an answer that the task offers (see `Task.read`)."""
+        """As `Task.read`."""
         return self.parse(text, parsing)
 
     @abstractmethod
