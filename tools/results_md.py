@@ -26,6 +26,13 @@ PAGES = tuple(page for page in PLACES if page.exists())
 BASELINE = "rag@4"
 TYPICAL = {"accuracy": "most frequent label", "mae": "median", "rouge1": "latest text"}
 """First metric → what `user-majority` answers."""
+METRICS = {
+    "macro_f1": "macro-F1",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "rouge1": "ROUGE-1",
+    "rougeL": "ROUGE-L",
+}
 SHOWN = {
     "zero-shot": "zero-shot",
     "rag@1": "rag@1",
@@ -49,7 +56,7 @@ SHOWN = {
     "oracle@8": "upper bound: best sample",
 }
 """Method → its name in the table. The best prompt by the first metric is also shown."""
-TOGETHER = (
+OVERALL = (
     "hydra@4,8",
     "hydra@1,8",
     "hydra-shared@4,8",
@@ -71,30 +78,10 @@ def number(value: float, *, signed: bool = False) -> str:
 def table(report: dict[str, Any]) -> str:
     rows = {row["method"]: row for row in report["methods"]}
     first, second = list(next(iter(rows.values()))["metrics"])[:2]
-    return "\n".join(
-        [
-            *head(first, second),
-            *(line(name, row, first, second) for name, row in chosen(rows, first)),
-        ]
-    )
-
-
-def head(first: str, second: str) -> Iterator[str]:
-    yield (
-        f"| method | {named(first)} | {named(second)} | against {BASELINE} ({named(first)}) |"
-        " users |"
-    )
-    yield "|---|---|---|---|---|"
-
-
-def named(metric: str) -> str:
-    return {
-        "macro_f1": "macro-F1",
-        "mae": "MAE",
-        "rmse": "RMSE",
-        "rouge1": "ROUGE-1",
-        "rougeL": "ROUGE-L",
-    }.get(metric, metric)
+    titles = [METRICS.get(metric, metric) for metric in (first, second)]
+    head = f"| method | {titles[0]} | {titles[1]} | against {BASELINE} ({titles[0]}) | users |"
+    lines = [line(name, row, first, second) for name, row in chosen(rows, first)]
+    return "\n".join([head, "|---|---|---|---|---|", *lines])
 
 
 def chosen(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,11 +90,8 @@ def chosen(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, An
     best = max(prompts, key=lambda row: sign * row["metrics"][first][0])["method"]
     for method, title in SHOWN.items():
         if method in rows:
-            yield (
-                title.format(typical=TYPICAL[first])
-                + (" (the best prompt)" if method == best else ""),
-                rows[method],
-            )
+            note = " (the best prompt)" if method == best else ""
+            yield title.format(typical=TYPICAL[first]) + note, rows[method]
         if method == "rag-dense@4" and best not in SHOWN:
             yield f"{best} (the best prompt)", rows[best]
 
@@ -122,20 +106,18 @@ def line(name: str, row: dict[str, Any], first: str, second: str) -> str:
     against = row["against"]
     if against is None:
         return f"| {' | '.join([*cells, '', ''])} |"
-    found = against["metrics"][first]
-    low, high, users = (
-        found["low"],
-        found["high"],
-        [str(against[which]) for which in ("wins", "ties", "losses")],
-    )
-    difference = (
-        f"{number(found['difference'], signed=True)} [{number(low, signed=True)},"
-        f" {number(high, signed=True)}]"
-    )
-    return f"| {' | '.join([*cells, difference, ', '.join(users)])} |"
+    users = ", ".join(str(against[which]) for which in ("wins", "ties", "losses"))
+    difference = interval(against["metrics"][first], "difference")
+    return f"| {' | '.join([*cells, difference, users])} |"
 
 
-def together(found: dict[str, Any]) -> str:
+def interval(found: dict[str, float], key: str) -> str:
+    """`+.031 [−.002, +.064]`, of the values `key`, low and high."""
+    value, low, high = (number(found[name], signed=True) for name in (key, "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def overall(found: dict[str, Any]) -> str:
     """Over the best prompts, mean over tasks, the best first."""
     prompts = [
         name
@@ -144,18 +126,15 @@ def together(found: dict[str, Any]) -> str:
         in ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
     ]
     shown = [
-        *(name for name in TOGETHER if name in found),
+        *(name for name in OVERALL if name in found),
         max(prompts, key=lambda name: found[name]["all metrics"][0]),
     ]
     lines = ["| method | all metrics | without BLEU |", "|---|---|---|"]
     for name in sorted(shown, key=lambda name: -found[name]["all metrics"][0]):
-        title = SHOWN.get(name, name).removeprefix("baseline: ") + (
-            " (the best prompt)" if name in prompts else ""
-        )
-        lines.append(
-            f"| {title} | {percent(found[name]['all metrics'])} |"
-            f" {percent(found[name]['without BLEU'])} |"
-        )
+        title = SHOWN.get(name, name).removeprefix("baseline: ")
+        title += " (the best prompt)" if name in prompts else ""
+        shares = [percent(found[name][metrics]) for metrics in ("all metrics", "without BLEU")]
+        lines.append(f"| {' | '.join([title, *shares])} |")
     return "\n".join(lines)
 
 
@@ -215,14 +194,8 @@ def reranker_labels(found: dict[str, Any]) -> str:
     ]
     for name, each in found.items():
         rows, correlation = each["found"]["rows"], each["found"]["correlation"]
-        over = [
-            number(rows["history"][key], signed=True) for key in ("over_retriever", "low", "high")
-        ]
-        cells = [
-            *(number(rows[order]["gain"]) for order in orders),
-            f"{over[0]} [{over[1]}, {over[2]}]",
-            f"{correlation:.2f}",
-        ]
+        cells = [number(rows[order]["gain"]) for order in orders]
+        cells += [interval(rows["history"], "over_retriever"), f"{correlation:.2f}"]
         lines.append(f"| {name.removesuffix('_60')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -236,30 +209,21 @@ def gateway(found: dict[str, Any]) -> str:
         added = "added_" if "added_p50" in row else ""
         if "p50" in row:
             cells = [f"{row[f'{added}{which}']:.1f}" for which in ("p50", "p99", "max")]
-            said = (
-                "added"
-                if added
-                else f"{row['per_s']:.0f} a second, 64 in flight"
-                if "per_s" in row
-                else ""
-            )
-            lines.append(f"| {name} | {' | '.join(cells)} | {said} |")
+            rate = f"{row['per_s']:.0f} a second, 64 in flight" if "per_s" in row else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {'added' if added else rate} |")
         else:
-            lines.append(
-                f"| {name} | | | | {row['answered']:.0f} answered, {row['failed']:.0f} failed |"
-            )
+            counts = f"{row['answered']:.0f} answered, {row['failed']:.0f} failed"
+            lines.append(f"| {name} | | | | {counts} |")
     lines += ["", "| limit | reached | asked |", "|---|---|---|"]
     for limit in found["limits"]:
         missed = "" if limit["holds"] else ", **missed**"
-        lines.append(
-            f"| {limit['name']} | {limit['value']:.3g} | at"
-            f" {'least' if limit['at_least'] else 'most'} {limit['limit']:g}{missed} |"
-        )
+        bound = f"at {'least' if limit['at_least'] else 'most'} {limit['limit']:g}{missed}"
+        lines.append(f"| {limit['name']} | {limit['value']:.3g} | {bound} |")
     return "\n".join(lines)
 
 
 MAKERS = {
-    "overall": together,
+    "overall": overall,
     "growth": growth,
     "small_lessons": small_lessons,
     "reranker_labels": reranker_labels,

@@ -59,8 +59,8 @@ def fields(tree: ast.Module, name: str) -> Iterator[tuple[str, str, str]]:
                 ast.AnnAssign(target=ast.Name(id=setting), value=ast.expr() as value),
                 ast.Expr(value=ast.Constant(value=text)),
             ):
-                told = " ".join(str(text).split()).replace("|", "&#124;")
-                yield setting, default_of(value), told
+                words = " ".join(str(text).split()).replace("|", "&#124;")
+                yield setting, default_of(value), words
 
 
 def default_of(value: ast.expr) -> str:
@@ -87,8 +87,8 @@ def tables() -> Iterator[str]:
     for group, settings in GROUPS.items():
         yield f"\n## `{group}`\n\n{settings.__doc__}\n{COLUMNS}" + "".join(
             f"| `{group}.{name}` | `{default}` | {f'`{PAPER[name]!r}`' if name in PAPER else ''} |"
-            f" {'fixed' * (name in FIXED)} | {told}{former(STORED_NAMES.get(name))} |\n"
-            for name, default, told in fields(tree, settings.__name__)
+            f" {'fixed' * (name in FIXED)} | {description}{former(STORED_NAMES.get(name))} |\n"
+            for name, default, description in fields(tree, settings.__name__)
         )
 
 
@@ -96,8 +96,8 @@ def text() -> str:
     """The whole file."""
     old = {new: name for name, new in RENAMED.items()}
     rows = (
-        f"| `{name}` | `{default}` | {told}{former(old.get(name))} |\n"
-        for name, default, told in fields(parsed("gateway", "settings.py"), "ServeSettings")
+        f"| `{name}` | `{default}` | {description}{former(old.get(name))} |\n"
+        for name, default, description in fields(parsed("gateway", "settings.py"), "ServeSettings")
     )
     return HEAD + "".join(tables()) + GATEWAY + "".join(rows)
 
