@@ -58,21 +58,15 @@ class Place:
 Row = tuple[Place, dict[str, str]]  # an entry and its place
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class DataSet:
-    """A task, its users, and each user's history and queries; never changed."""
+    """A task, its users, and each user's history and queries."""
 
-    def __init__(
-        self,
-        task: Task,
-        splits: Mapping[str, Split],
-        records: Mapping[str, Sequence[Record]],
-        queries: Mapping[str, Sequence[Query]],
-        notes: Sequence[str] = (),
-    ):
-        self.task = task
-        self.splits = dict(splits)  # user to `train` or `test`, in the order of the file
-        self.notes = tuple(notes)  # one line for each thing that the reader changed or left out
-        self._records, self._queries = records, queries
+    task: Task
+    splits: Mapping[str, Split]  # user to `train` or `test`, in the order of the file
+    _records: Mapping[str, Sequence[Record]]
+    _queries: Mapping[str, Sequence[Query]]
+    notes: Sequence[str] = ()  # one line for each thing that the reader changed or left out
 
     @classmethod
     def from_records(

@@ -176,7 +176,7 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
 
 def _add(store: Store, user: str, records: list[Record], most: int) -> Any:
     with store.change(user, create=True) as change:
-        if change.count() + change.count_new(records) > most:
+        if change.count_with(records) > most:
             raise ApiError(
                 413, f"a user has at most {most} records: delete some first", param="records"
             )

@@ -54,15 +54,11 @@ class UserChange:
         unchanged = len(sent) - len(new) - len(changed)
         return Added(len(new), len(changed), unchanged, tuple(before))
 
-    def count(self) -> int:
-        """How many records the user has."""
+    def count_with(self, records: Sequence[Record]) -> int:
+        """How many records the user would have with these."""
         rows = sa.select(sa.func.count()).where(schema.records.c.user == self._key)
-        return self._execute(rows).scalar_one()
-
-    def count_new(self, records: Sequence[Record]) -> int:
-        """How many of these records the user does not have."""
         ids = list(dict.fromkeys(record.id for record in records))
-        return len(ids) - len(self._known(ids))
+        return self._execute(rows).scalar_one() + len(ids) - len(self._known(ids))
 
     def remove(self, id: str) -> bool:
         """Delete a record, what it was made from, and the heads; False if there is no such id."""
