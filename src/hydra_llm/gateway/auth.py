@@ -1,5 +1,4 @@
-"""Who may speak for whom. Keys are random and stored hashed; of a key's secret this program keeps
-nothing.
+"""Who may speak for whom. Keys are random; of a key's secret only the hash is kept.
 
 As long as no key was ever made, any key is taken, and the server listens on loopback alone
 (app.py). Knows no HTTP framework.
@@ -24,13 +23,10 @@ NOBODYS_HASH = hashlib.sha256(b"").hexdigest()
 class Caller:
     """Whoever sent a request."""
 
-    key: str
-    """The key's public id; empty where no key is needed yet."""
+    key: str  # the key's public id; empty where no key is needed yet
     admin: bool
-    users: tuple[str, ...]
-    """For whom this caller may speak, unless admin."""
-    bound: str | None = None
-    """The one user for whom the key was made; nobody else need be named."""
+    users: tuple[str, ...]  # for whom this caller may speak, unless admin
+    bound: str | None = None  # the one user for whom the key was made; no other need be named
 
     def check(self, user: str) -> None:
         """May this caller speak for the user?
@@ -51,11 +47,10 @@ class Caller:
             raise ApiError(403, "this needs an admin's key", code="admin_only")
 
 
-ANYBODY = Caller("", True, ())
-"""The caller of a server that has no keys yet."""
+ANYBODY = Caller("", True, ())  # the caller of a server that has no keys yet
 NOBODY = Caller("", False, ())
-"""The same while the store is down: the first key may have been made since, so that requests pass
-through and nothing else is done.
+"""The same while the store is down: the first key may have been made since, so that requests only
+pass through.
 """
 
 
@@ -64,16 +59,8 @@ def make_key(
 ) -> tuple[Key, str]:
     """Make a key; its secret is in the second value and nowhere else."""
     id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-    key = Key(
-        id,
-        _hash(secret),
-        label,
-        admin,
-        tuple(users),
-        time.time(),
-        None,
-        bound=len(set(users)) == 1 and not admin,
-    )
+    bound = len(set(users)) == 1 and not admin
+    key = Key(id, _hash(secret), label, admin, tuple(users), time.time(), None, bound=bound)
     store.add_key(key)
     return key, f"{PREFIX}-{id}-{secret}"
 
@@ -92,15 +79,11 @@ def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> 
     # The same work for a key that is not there: how long it takes tells nothing.
     right = hmac.compare_digest(_hash(secret), key.hash if key else NOBODYS_HASH)
     if key and right and key.revoked is None:
-        return Caller(
-            key.id, key.admin, key.users, key.users[0] if key.bound and key.users else None
-        )
+        bound = key.users[0] if key.bound and key.users else None
+        return Caller(key.id, key.admin, key.users, bound)
     if not on_loopback or store.has_keys():
-        raise ApiError(
-            401,
-            "this key is not valid: pass `Authorization: Bearer hk-...`",
-            code="invalid_api_key",
-        )
+        message = "this key is not valid: pass `Authorization: Bearer hk-...`"
+        raise ApiError(401, message, code="invalid_api_key")
     return ANYBODY
 
 

@@ -1,5 +1,5 @@
-"""What surrounds every request: who may come in, how often, how large, and which errors go out, all
-in OpenAI's shape. ASGI itself, so that streams stay streams.
+"""What surrounds every request: access, rates, sizes of bodies, and errors in OpenAI's shape. Plain
+ASGI, so that streams stay streams.
 """
 
 import hashlib
@@ -27,18 +27,15 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")
-"""They need no key: they tell nothing about anybody."""
+OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
 UPSTREAM_PATHS = ("/v1/chat/completions", "/v1/models")
-KNOWN_SECONDS = 300.0
-"""How long a caller is known while the store is down."""
-KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000
-"""How many callers are known, and how many keys have a rate; the oldest go first."""
+KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
+KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 
 
 class ConnectionCut(Exception):
-    """Makes the server cut the connection: half an answer must not look like a whole one, and the
-    server logs nothing of it that quotes anybody.
+    """Makes the server cut the connection: half an answer must not look like a whole one. Its
+    message quotes nobody.
     """
 
 
@@ -97,10 +94,9 @@ class AccessMiddleware:
     async def _caller(self, authorization: str) -> Caller:
         """Who it is. While the store is down, callers of the last minutes are still known."""
         digest = hashlib.sha256(authorization.encode()).digest()
+        find = partial(caller_of, self._store, authorization, on_loopback=self._on_loopback)
         try:
-            caller = await self._reads.read(
-                partial(caller_of, self._store, authorization, on_loopback=self._on_loopback)
-            )
+            caller = await self._reads.read(find)
         except StoreError as error:
             known = self._known_callers.get(digest)
             if known is None:
@@ -115,18 +111,17 @@ class AccessMiddleware:
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._settings.max_body_bytes, 0
+        too_large = f"the body has more than {most} bytes"
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
-            raise _too_large(most)
+            raise ApiError(413, too_large, code="body_too_large")
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > most:
-                raise HTTPException(
-                    413, f"the body has more than {most} bytes"
-                )  # FastAPI lets this class through as it is
+                raise HTTPException(413, too_large)  # FastAPI lets this class through as it is
             return message
 
         return counted
@@ -161,16 +156,8 @@ class RateLimiter:
         self._left[key] = (left - 1 if left >= 1 else left, now)
         if left < 1:
             wait = {"retry-after": str(math.ceil((1 - left) * 60 / self._per_minute))}
-            raise ApiError(
-                429,
-                f"more than {self._per_minute} requests a minute",
-                code="rate_limit_exceeded",
-                headers=wait,
-            )
-
-
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
+            message = f"more than {self._per_minute} requests a minute"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 
 # ---- errors, in OpenAI's shape
@@ -187,37 +174,31 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _error_response(error: Exception) -> Json:
-    if isinstance(error, ApiError):
-        return Json(error.body(), error.status, headers=error.headers)
-    if isinstance(error, UpstreamError):
-        return Json(error.body, error.status, headers=error.headers)
+    if not isinstance(error, ApiError | UpstreamError):
+        error = _api_error(error)
+    return Json(error.body, error.status, headers=error.headers)
+
+
+def _api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
-        made = ApiError(
-            400, f"{place or 'body'}: {first['msg']}", param=place or None, code="invalid_request"
-        )
-    elif isinstance(error, HTTPException):
-        made = ApiError(error.status_code, str(error.detail))
-    elif isinstance(error, Overloaded):
-        made = ApiError(
-            503, "more waits here than this machine can do: try again", code="overloaded"
-        )
-    elif isinstance(error, StoreError):
+        message = f"{place or 'body'}: {first['msg']}"
+        return ApiError(400, message, param=place or None, code="invalid_request")
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    if isinstance(error, Overloaded):
+        message = "more waits here than this machine can do: try again"
+        return ApiError(503, message, code="overloaded")
+    if isinstance(error, StoreError):
         log.error("the store failed: %s", type(error).__name__)
-        made = ApiError(
-            503,
-            "the store does not answer: nothing was changed, try again",
-            code="store_unavailable",
-        )
-    else:
-        _log_bug(error)
-        made = ApiError(500, "something went wrong here", code="internal_error")
-    return Json(made.body(), made.status)
+        message = "the store does not answer: nothing was changed, try again"
+        return ApiError(503, message, code="store_unavailable")
+    _log_bug(error)
+    return ApiError(500, "something went wrong here", code="internal_error")
 
 
 def _log_bug(error: Exception) -> None:
     """Where it is, without its message, which may quote somebody."""
-    log.error(
-        "a bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
-    )
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("a bug: %s\n%s", type(error).__name__, where)

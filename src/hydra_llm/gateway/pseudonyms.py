@@ -7,8 +7,7 @@ import hmac
 from collections.abc import Mapping
 from typing import Any
 
-WHERE = ("user", "safety_identifier")
-"""Fields of a request that name the user."""
+WHERE = ("user", "safety_identifier")  # fields of a request that name the user
 
 
 class Pseudonyms:
@@ -19,9 +18,8 @@ class Pseudonyms:
 
     def hashed(self, name: str) -> str:
         """32 hexadecimal digits."""
-        return hmac.new(
-            self._salt, name.encode("utf-8", "surrogatepass"), hashlib.sha256
-        ).hexdigest()[:32]
+        encoded = name.encode("utf-8", "surrogatepass")
+        return hmac.new(self._salt, encoded, hashlib.sha256).hexdigest()[:32]
 
     def hidden(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A request's body with hashes where it names the user."""
@@ -29,24 +27,15 @@ class Pseudonyms:
         for name in WHERE:
             if isinstance(out.get(name), str):
                 out[name] = self.hashed(out[name])
-        if isinstance(out.get("metadata"), Mapping) and isinstance(
-            out["metadata"].get("user_id"), str
-        ):
-            out["metadata"] = {
-                **out["metadata"],
-                "user_id": self.hashed(out["metadata"]["user_id"]),
-            }
+        metadata = out.get("metadata")
+        if isinstance(metadata, Mapping) and isinstance(user := metadata.get("user_id"), str):
+            out["metadata"] = {**metadata, "user_id": self.hashed(user)}
         return out
 
 
 def named_user(body: Mapping[str, Any], header: str | None) -> str | None:
-    """The user whom a request names: by header, else `user`, `safety_identifier`,
-    `metadata.user_id`.
-    """
+    """The user whom a request names: by header, else in `WHERE`, else in `metadata.user_id`."""
     metadata = body.get("metadata")
-    found = (
-        header,
-        *(body.get(name) for name in WHERE),
-        metadata.get("user_id") if isinstance(metadata, Mapping) else None,
-    )
-    return next((name for name in found if isinstance(name, str) and name), None)
+    in_metadata = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    names = (header, *(body.get(name) for name in WHERE), in_metadata)
+    return next((name for name in names if isinstance(name, str) and name), None)

@@ -1,14 +1,14 @@
-"""What goes over the wire: OpenAI's shapes as far as the gateway must know them, and its own.
-Unknown fields pass.
+"""Bodies of requests and responses: OpenAI's as far as the gateway must know them, and its own.
 
-Errors have OpenAI's body and status, so that the official SDK raises its own classes. Knows no
-store and no model.
+Unknown fields pass. Errors have OpenAI's body and status, so that the official SDK raises its own
+classes. Knows no store and no model.
 """
 
 import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
@@ -20,40 +20,29 @@ Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[
 """Of a user, a record or a request: no control characters."""
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
-    """An error that the caller is told, in OpenAI's shape."""
+    """An error response in OpenAI's shape."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param, self.headers = (
-            status,
-            message,
-            code,
-            param,
-            dict(headers or {}),
-        )
+    status: int
+    message: str
+    _: KW_ONLY
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] | None = None
 
+    def __str__(self) -> str:
+        return self.message
+
+    @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": _KINDS.get(self.status, "api_error"),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        kind = _ERROR_TYPES.get(self.status, "api_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
-_KINDS = {
+_ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -64,17 +53,17 @@ _KINDS = {
 }
 
 
-class PersonalizationOptions(BaseModel):
-    """What one request wants of personalization."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+
+class PersonalizationOptions(_Strict):
+    """What one request wants of personalization."""
+
     enabled: bool = True
-    k: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Records in the prompt."""
+    k: Annotated[int, Field(ge=0, le=64)] | None = None  # records in the prompt
     candidates: Annotated[int, Field(ge=1, le=64)] | None = None
-    explain: bool = False
-    """Also tell the candidates with their scores, and the records' texts."""
+    explain: bool = False  # also the candidates' texts and probabilities, and the records' texts
 
 
 class Message(BaseModel):
@@ -93,8 +82,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    # What OpenAI's own endpoint refuses is refused here, whatever the upstream takes: that is what
-    # clients are made for.
+    # What OpenAI's endpoint refuses is refused here, whatever the upstream takes.
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -109,38 +97,28 @@ class ChatRequest(BaseModel):
     personalization: PersonalizationOptions | None = None
 
 
-class RecordIn(BaseModel):
+class RecordIn(_Strict):
     """One thing that a user did."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Id
     input: str
     output: str
-    time: Annotated[str, Field(max_length=100)] = ""
-    """ISO 8601, a year, a day, or seconds since 1970; empty if unknown."""
+    time: Annotated[str, Field(max_length=100)] = ""  # as `history.parse_time` reads; "": unknown
 
 
-class RecordsIn(BaseModel):
+class RecordsIn(_Strict):
     """Records to add; the same again change nothing."""
-
-    model_config = ConfigDict(extra="forbid")
 
     records: Annotated[list[RecordIn], Field(min_length=1)]
 
 
-class FeedbackIn(BaseModel):
+class FeedbackIn(_Strict):
     """What a user made of an answer: exactly one of the four."""
 
-    model_config = ConfigDict(extra="forbid")
-
     request_id: Id
-    chosen: Annotated[int, Field(ge=0)] | None = None
-    """Index of the candidate that the user took."""
+    chosen: Annotated[int, Field(ge=0)] | None = None  # index of the candidate that the user took
     rating: Annotated[float, Field(ge=0, le=1)] | None = None
-    """How good the answer was."""
-    edited: Annotated[str, Field(min_length=1)] | None = None
-    """What the user made of it."""
+    edited: Annotated[str, Field(min_length=1)] | None = None  # the answer as the user changed it
     rejected: Literal[True] | None = None
 
     def kind(self) -> str:
@@ -149,22 +127,15 @@ class FeedbackIn(BaseModel):
         Raises:
             ApiError: none, or more than one.
         """
-        found = [
-            name
-            for name in ("chosen", "rating", "edited", "rejected")
-            if getattr(self, name) is not None
-        ]
-        if len(found) != 1:
-            raise ApiError(
-                400, "give exactly one of chosen, rating, edited, rejected", param="feedback"
-            )
-        return found[0]
+        kinds = ("chosen", "rating", "edited", "rejected")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ApiError(400, f"give exactly one of {', '.join(kinds)}", param="feedback")
+        return given[0]
 
 
 class Json(JSONResponse):
-    """JSON that can also hold half of a surrogate pair, as somebody's message or an LLM's answer
-    may: escaped, as it came.
-    """
+    """JSON that can also hold half of a surrogate pair: escaped, as it came."""
 
     def render(self, content: Any) -> bytes:
         try:
@@ -182,33 +153,29 @@ def has_more_than_text(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
-    """A completion as the chunks of a stream, behind the role's chunk: the text in pieces, the
-    ends, and the usage if it was asked for.
+    """A completion as the chunks of a stream behind the role's chunk: the text in pieces, the ends,
+    and the usage if asked for.
     """
-    head = chunk_head(completion["id"], completion["model"], completion.get("created"))
-    out: list[dict[str, Any]] = []
+    deltas: list[dict[str, Any]] = []
     for choice in completion["choices"]:
-        text = text_of(choice["message"])
-        pieces = [{"content": text[start : start + PIECE]} for start in range(0, len(text), PIECE)]
-        # What else the upstream said of its answer: a refusal, its reasoning, the tokens'
-        # probabilities.
-        beside = {
-            name: value
-            for name, value in choice["message"].items()
-            if name not in ("role", "content") and value is not None
-        }
-        said = [delta(choice["index"], piece) for piece in (*([beside] if beside else []), *pieces)]
+        index, message, text = choice["index"], choice["message"], text_of(choice["message"])
+        # Other fields come first, such as a refusal, and the tokens' probabilities with them.
+        named = [(name, value) for name, value in message.items() if value is not None]
+        others = {name: value for name, value in named if name not in ("role", "content")}
+        starts = range(0, len(text), PIECE)
+        pieces = [others] if others else []
+        pieces += [{"content": text[start : start + PIECE]} for start in starts]
+        said = [delta(index, piece) for piece in pieces]
         if said and choice.get("logprobs"):
             said[0]["logprobs"] = choice["logprobs"]
-        out += [{**head, "choices": [each]} for each in said]
-        out.append(
-            {**head, "choices": [delta(choice["index"], {}, choice.get("finish_reason") or "stop")]}
-        )
+        deltas += [*said, delta(index, {}, choice.get("finish_reason") or "stop")]
+    head = chunk_head(completion["id"], completion["model"], completion.get("created"))
+    chunks = [{**head, "choices": [choice]} for choice in deltas]
     if "personalization" in completion:
-        out[-1] = {**out[-1], "personalization": completion["personalization"]}
+        chunks[-1]["personalization"] = completion["personalization"]
     if usage:
-        out.append({**head, "choices": [], "usage": completion.get("usage")})
-    return out
+        chunks.append({**head, "choices": [], "usage": completion.get("usage")})
+    return chunks
 
 
 class StreamReader:
@@ -217,13 +184,10 @@ class StreamReader:
     """
 
     def __init__(self) -> None:
-        self.texts: dict[int, str] = {}
-        """By the choice's index."""
-        self.head: dict[str, Any] = {}
-        """What the chunks have in common."""
+        self.texts: dict[int, str] = {}  # by the choice's index
+        self.head: dict[str, Any] = {}  # what the chunks have in common
         self.ended = False
-        self.rest = b""
-        """What was not passed on: half a line, or all from the end on."""
+        self.rest = b""  # what was not passed on: half a line, or all from the end on
 
     def take(self, piece: bytes) -> bytes:
         """The next bytes; returns those that may be passed on: whole lines before the end."""
@@ -260,8 +224,7 @@ class StreamReader:
         return False
 
 
-PIECE = 64
-"""Characters in a chunk of an answer that is there already."""
+PIECE = 64  # characters in a chunk of an answer that is complete already
 
 
 def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:
@@ -272,12 +235,8 @@ def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:
 
 def chunk_head(id: str, model: str, created: int | None = None) -> dict[str, Any]:
     """What all chunks of a stream have in common."""
-    return {
-        "id": id,
-        "object": "chat.completion.chunk",
-        "created": created or int(time.time()),
-        "model": model,
-    }
+    created = created or int(time.time())
+    return {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
 
 
 def delta(index: int, content: Mapping[str, Any], end: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from opentelemetry import trace
@@ -22,36 +23,17 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "hydra_requests", "HTTP requests", ["route", "status"], registry=self.registry
-        )
-        self._answers = Counter(
-            "hydra_answers",
-            "Chat completions, by why they are not personal",
-            ["reason"],
-            registry=self.registry,
-        )
-        self._failures = Counter(
-            "hydra_failures",
-            "What was left out of an answer because it failed",
-            ["part"],
-            registry=self.registry,
-        )
-        self._feedback = Counter(
-            "hydra_feedback", "Feedback, by kind", ["kind"], registry=self.registry
-        )
-        self._abstained = Counter(
-            "hydra_abstained",
-            "Answers at which the adapter left the first candidate",
-            registry=self.registry,
-        )
-        self._stages = Histogram(
-            "hydra_stage_seconds",
-            "Seconds by stage",
-            ["stage"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
+        counter = partial(Counter, registry=self.registry)
+        self._requests = counter("hydra_requests", "HTTP requests", ["route", "status"])
+        help_text = "Chat completions, by why they are not personal"
+        self._answers = counter("hydra_answers", help_text, ["reason"])
+        help_text = "What was left out of an answer because it failed"
+        self._failures = counter("hydra_failures", help_text, ["part"])
+        self._feedback = counter("hydra_feedback", "Feedback, by kind", ["kind"])
+        help_text = "Answers at which the adapter left the first candidate"
+        self._abstained = counter("hydra_abstained", help_text)
+        stages = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        self._stages = stages("hydra_stage_seconds", "Seconds by stage", ["stage"])
         self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
 
     def request(self, route: str, status: int) -> None:
@@ -69,9 +51,7 @@ class Telemetry:
             self._abstained.inc()
 
     def failed(self, part: str, error: BaseException) -> None:
-        """A part failed and was left out. The log names the error's class: its message may quote
-        somebody.
-        """
+        """A part failed and was left out. Its message may quote somebody: the log has the class."""
         self._failures.labels(part).inc()
         log.warning("%s failed and was left out: %s", part, type(error).__name__)
 
@@ -85,36 +65,32 @@ class Telemetry:
 
     @contextmanager
     def span(self, model: str) -> "Iterator[Span]":
-        """A GenAI span around a chat completion: models and tokens, no content. A stream that it is
-        put around ends it.
+        """A GenAI span around a chat completion: models and tokens, no content. With
+        `Span.around` the stream ends it.
         """
         attributes = {
             "gen_ai.operation.name": "chat",
             "gen_ai.request.model": model,
             "gen_ai.provider.name": "hydra-llm",
         }
-        made = Span(
-            tracer.start_span(f"chat {model}", kind=trace.SpanKind.SERVER, attributes=attributes)
-        )
+        kind = trace.SpanKind.SERVER
+        span = Span(tracer.start_span(f"chat {model}", kind=kind, attributes=attributes))
         try:
-            with trace.use_span(made.span, record_exception=False, set_status_on_exception=False):
-                yield made
+            with trace.use_span(span.span, record_exception=False, set_status_on_exception=False):
+                yield span
         except BaseException:
-            made.span.end()
+            span.span.end()
             raise
-        if not made.streams:
-            made.span.end()
+        if not span.streams:
+            span.span.end()
 
     def spent(self, span: "Span", completion: Mapping[str, Any]) -> None:
         """What an answer took, as GenAI's conventions name it."""
         span.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
         usage = completion.get("usage")
-        for name, kind in (
-            ("prompt_tokens", "input_tokens"),
-            ("completion_tokens", "output_tokens"),
-        ):
-            if isinstance(usage, Mapping) and isinstance(count := usage.get(name), int):
-                span.span.set_attribute(f"gen_ai.usage.{kind}", count)
+        for name, kind in (("prompt", "input"), ("completion", "output")):
+            if isinstance(usage, Mapping) and isinstance(n := usage.get(f"{name}_tokens"), int):
+                span.span.set_attribute(f"gen_ai.usage.{kind}_tokens", n)
 
 
 @dataclass

@@ -59,7 +59,7 @@ class UpstreamError(Exception):
         self.status, self.headers = status, dict(headers or {})
         error = said.get("error", said) if isinstance(said, dict) else said
         as_sent = error is not said and isinstance(error, dict)
-        self.body = said if as_sent else ApiError(status, str(error), code=code).body()
+        self.body = said if as_sent else ApiError(status, str(error), code=code).body
         super().__init__(str(self.body["error"]))
 
 
