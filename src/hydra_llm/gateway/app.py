@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
-import anyio
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Response
 from fastapi_offline import FastAPIOffline
 
@@ -41,9 +41,8 @@ def make_app(
     here: Settings | None = None,
     on_loopback: bool = True,
 ) -> FastAPI:
-    """The application. `bundle` is used until the store says otherwise; `llm` labels candidates
-    where a fit needs that; `here` tells what a bundle does not carry, by default as environment
-    and file do.
+    """The application. `bundle` is used until the store names one; `llm` labels candidates where a
+    fit needs that; `here` has the settings that a bundle does not carry.
 
     Raises:
         BundleError: there is no such bundle.
@@ -51,9 +50,8 @@ def make_app(
     """
     settings, telemetry = settings or ServeSettings(), Telemetry()
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
-    deployment = open_deployment(
-        store, reads, folder_of(active) if active else bundle, settings, here or load_settings()
-    )
+    folder, here = folder_of(active) if active else bundle, here or load_settings()
+    deployment = open_deployment(store, reads, folder, settings, here)
     gateway = Gateway(store, reads, upstream, settings, deployment, telemetry)
     gateway.active_bundle = active
     worker = Worker(store, lambda: gateway.deployment, llm)
@@ -79,8 +77,8 @@ async def _lifespan(gateway: Gateway, worker: Worker, app: FastAPI) -> AsyncIter
     yield
     for task in tasks:
         task.cancel()
-    await anyio.to_thread.run_sync(worker.close)
-    await anyio.to_thread.run_sync(gateway.deployment.close)
+    await run_sync(worker.close)
+    await run_sync(gateway.deployment.close)
     await upstream.aclose()
 
 
@@ -113,39 +111,30 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 
 
 async def _watch(gateway: Gateway) -> None:
-    """Switch to the bundle that the store names; requests in flight end with the one that they
-    began with.
-    """
+    """Switch to the bundle that the store names; requests in flight end with their own."""
+    store, reads, settings = gateway.store, gateway.reads, gateway.settings
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         try:
-            active = await gateway.reads.read(gateway.store.bundle)
+            active = await reads.read(store.bundle)
             if active is not None and active != gateway.active_bundle:
-                opened = partial(
-                    open_deployment,
-                    gateway.store,
-                    gateway.reads,
-                    folder_of(active),
-                    gateway.settings,
-                    gateway.deployment.settings,
-                )
-                new = await anyio.to_thread.run_sync(opened)
-                old, gateway.deployment, gateway.active_bundle = gateway.deployment, new, active
+                old, folder = gateway.deployment, folder_of(active)
+                new = await run_sync(open_deployment, store, reads, folder, settings, old.settings)
+                gateway.deployment, gateway.active_bundle = new, active
                 log.info("bundle %s is in use", new.id[:12])
-                asyncio.get_running_loop().call_later(
-                    gateway.settings.deadline + gateway.settings.upstream_timeout,
-                    threading.Thread(target=old.close).start,
-                )
+                wait = settings.deadline + settings.upstream_timeout
+                close = threading.Thread(target=old.close)
+                asyncio.get_running_loop().call_later(wait, close.start)
         except Exception as error:  # tried again: its files may still be under way
             gateway.telemetry.failed("bundle", error)
 
 
 async def _prune(gateway: Gateway) -> None:
-    """Forget answered requests that nobody may comment on any more."""
+    """Delete answered requests and ended jobs that are older than the retention."""
     while True:
         with suppress(HydraError):
             before = time.time() - gateway.settings.retention_days * DAY
-            await anyio.to_thread.run_sync(partial(gateway.store.delete_requests, before))
-            await anyio.to_thread.run_sync(partial(gateway.store.delete_jobs, before))
-            await anyio.to_thread.run_sync(gateway.store.truncate_log)
+            await run_sync(gateway.store.delete_requests, before)
+            await run_sync(gateway.store.delete_jobs, before)
+            await run_sync(gateway.store.truncate_log)
         await asyncio.sleep(PRUNE_SECONDS)

@@ -1,9 +1,8 @@
-"""Micro-batching: one thread for everything that scores; what requests need that wait together is
-encoded together.
+"""Micro-batching: one thread for everything that scores.
 
-A job comes with the texts that it needs, and a function that tells its pairs of texts. While the
+A job comes with the texts that it needs, and a function that gives its pairs of texts. While the
 thread is busy jobs queue up; then the texts, and the pairs, of all of them go through the encoder
-in one batch, and each job runs on features that are there. Knows no users and no HTTP.
+in one batch. Knows no users and no HTTP.
 """
 
 import asyncio
@@ -21,10 +20,8 @@ R = TypeVar("R")
 Encode = Callable[[Sequence[str]], Any]
 Pairs = Sequence[tuple[str, str]]
 EncodePairs = Callable[[Sequence[str], Sequence[str]], Any]
-MAX_BATCH = 64
-"""Jobs whose texts go into one batch."""
-IDLE_JOB_EVERY = 8
-"""Batches after which an idle job has its turn, however many wait."""
+MAX_BATCH = 64  # jobs whose texts go into one batch
+IDLE_JOB_EVERY = 8  # batches after which an idle job has its turn, however many wait
 
 
 class Overloaded(HydraError):
@@ -116,10 +113,8 @@ class MicroBatcher:
                 batches = batches + 1 if batch else 0
                 idle = self._later and batches % IDLE_JOB_EVERY == 0 and not self._ended
                 after = [self._later.popleft()] if idle else []
-            if batch:
-                self._do(batch)
-            if after:
-                self._do(after)
+            self._do(batch)
+            self._do(after)
 
     def _do(self, batch: Iterable[_Job]) -> None:
         jobs = [job for job in batch if job.result.set_running_or_notify_cancel()]
@@ -128,11 +123,11 @@ class MicroBatcher:
             texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
             if texts and self._encode is not None:
                 self._encode(texts)
-        if self._encode_pairs is not None:
-            pairs = list(dict.fromkeys(pair for job in jobs for pair in _pairs_of(job)))
-            with contextlib.suppress(Exception):
-                if pairs:
-                    self._encode_pairs([left for left, _ in pairs], [right for _, right in pairs])
+        with contextlib.suppress(Exception):
+            in_pairs = jobs if self._encode_pairs else []
+            pairs = list(dict.fromkeys(pair for job in in_pairs for pair in _pairs_of(job)))
+            if pairs and self._encode_pairs is not None:
+                self._encode_pairs([left for left, _ in pairs], [right for _, right in pairs])
         for job in jobs:
             try:
                 job.result.set_result(job.do())

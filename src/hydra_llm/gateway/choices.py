@@ -22,11 +22,9 @@ class RankedChoices:
     """Choices, best first: those that differ, then those that repeat one of them."""
 
     choices: list[Choice]
-    candidates: list[Candidate]
-    """[i] is what the adapter read of choice i; the choices behind them are repetitions."""
+    candidates: list[Candidate]  # [i] of choice i; the choices behind them are repetitions
     abstained: bool = False
-    repeats: tuple[int, ...] = ()
-    """Of each choice behind the candidates, the index of the one that it repeats."""
+    repeats: tuple[int, ...] = ()  # index of the choice that a repetition repeats
 
     def stored(self, count: int, visible: int) -> dict[str, Any]:
         """What the store keeps of a request for feedback. `count`: choices that the caller saw."""
@@ -40,23 +38,18 @@ class RankedChoices:
         repeats = [{"candidate": which, "said": text} for which, text in repeated]
         return {"candidates": candidates, "repeats": repeats, "visible": visible}
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The part of the object `personalization` that every reply has."""
-        return {
-            "candidates": len(self.candidates),
-            "abstained": self.abstained,
-            "scores": [candidate.score for candidate in self.candidates],
-        }
+        count, scores = len(self.candidates), [candidate.score for candidate in self.candidates]
+        return {"candidates": count, "abstained": self.abstained, "scores": scores}
 
     def explained(self, shown: Sequence[Record]) -> dict[str, Any]:
         """The part that a caller gets who asks for it: texts, probabilities and records."""
+        distinct = self.choices[: len(self.candidates)]
+        texts = [text_of(choice["message"]) for choice in distinct]
+        probabilities = [candidate.probability for candidate in self.candidates]
         records = [{"id": r.id, "input": r.input, "output": r.output} for r in shown]
-        different = self.choices[: len(self.candidates)]
-        return {
-            "texts": [text_of(choice["message"]) for choice in different],
-            "probabilities": [candidate.probability for candidate in self.candidates],
-            "shown": records,
-        }
+        return {"texts": texts, "probabilities": probabilities, "shown": records}
 
 
 def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -66,18 +59,16 @@ def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def unranked(choices: Sequence[Choice]) -> RankedChoices:
     """The choices in the order in which they came, without scores."""
-    return RankedChoices(
-        list(choices), [Candidate(text, text, 1) for text in choice_texts(choices)]
-    )
+    candidates = [Candidate(text, text, 1) for text in choice_texts(choices)]
+    return RankedChoices(list(choices), candidates)
 
 
 def answers_task(pipeline: Pipeline, texts: Sequence[str], in_task_words: bool) -> bool:
     """Whether texts answer the task, so that they may be scored. Where the question is not in the
     task's words the LLM may not have been asked for a label: then no label is an answer.
     """
-    return (
-        in_task_words or not pipeline.task.labels or bool(pipeline.task.parse(texts[0], "strict"))
-    )
+    task = pipeline.task
+    return in_task_words or not task.labels or bool(task.parse(texts[0], "strict"))
 
 
 def rank(
@@ -99,7 +90,9 @@ def rank(
         if key in first:
             order.append(choices[first[key]])
         elif index == selection.chosen:  # a label that the LLM never gave, picked by the scorer
-            order.append(_made_choice(choices[0], candidate.text))
+            message = {"role": "assistant", "content": candidate.text}
+            changed = {"message": message, "logprobs": None, "finish_reason": "stop"}
+            order.append({**choices[0], **changed})
         else:
             continue
         places[key] = index
@@ -107,11 +100,5 @@ def rank(
     rest = [i for i, key in enumerate(keys) if i != first[key]]
     rank_of = {key: i for i, key in enumerate(places)}
     repeats = tuple(rank_of[keys[i]] for i in rest)
-    return RankedChoices(
-        [*order, *(choices[i] for i in rest)], candidates, selection.abstained, repeats
-    )
-
-
-def _made_choice(like: Choice, text: str) -> Choice:
-    message = {"role": "assistant", "content": text}
-    return {**like, "message": message, "logprobs": None, "finish_reason": "stop"}
+    order += [choices[i] for i in rest]
+    return RankedChoices(order, candidates, selection.abstained, repeats)

@@ -1,6 +1,4 @@
-"""What requests are answered with: a bundle's pipeline, or BM25 alone without a bundle. Replaced as
-a whole when the bundle changes.
-"""
+"""What requests are answered with: a bundle's pipeline, or BM25 alone without a bundle."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,27 +21,23 @@ from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
 
-ANY_TASK = Task("chat", "generation", "{input}")
-"""What is answered without a bundle."""
+ANY_TASK = Task("chat", "generation", "{input}")  # what is answered without a bundle
 WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_tokens": 4096}
 """Of a conversation's answer every line counts, and conversations are longer than tasks."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A bundle at work."""
+    """A bundle at work; replaced as a whole when the bundle changes."""
 
-    folder: str | None
-    """Where the bundle lies; None where there is none."""
-    id: str
-    """SHA-256 of its weights: heads belong to it. Empty where there is none."""
+    folder: str | None  # where the bundle lies; None where there is none
+    id: str  # SHA-256 of its weights, to which heads belong; empty where there is none
     pipeline: Pipeline
     users: UserCache
     batcher: MicroBatcher
     scorers: Mapping[str, Scorer]
     bundle: Bundle | None = None
-    prefetcher: Prefetcher | None = None
-    """Where scoring needs a user's history encoded."""
+    prefetcher: Prefetcher | None = None  # where scoring needs a user's history encoded
 
     @property
     def task(self) -> Task:
@@ -109,50 +103,30 @@ def open_deployment(
     Raises:
         BundleError: it is not there, damaged, or newer.
     """
+    size, queue, overrides = settings.users_in_memory, settings.scoring_queue, _overrides(settings)
     if folder is None:
-        return _without_bundle(store, settings, here)
+        chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
+        pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
+        users = UserCache(store, None, size)
+        return Deployment(None, "", pipeline, users, MicroBatcher(None, queue), {})
     loaded = Bundle.load(folder, here=here)
-    chosen = loaded.settings.model_copy(update=_overrides(settings))
-    # Who the bundle was learned with is a user of the store like any other: the store's records and
-    # heads count.
+    chosen = loaded.settings.model_copy(update=overrides)
+    # The bundle's own users are the store's like any others: the store's records and heads count.
     bundle = replace(loaded.without_people(str), settings=chosen)
-    users, features = UserCache(store, bundle, settings.users_in_memory), bundle.store
-    # Only features of users' records are written to disk, by the prefetcher; questions and answers
-    # come and go.
-    features.keep = False
-    encode_pairs = features.pairs if chosen.features == "cross" else None
-    batcher = MicroBatcher(features.texts, settings.scoring_queue, encode_pairs)
-    prefetcher = None
-    if chosen.features == "tower":
-        prefetcher = Prefetcher(store, reads, users, features, batcher)
-    return Deployment(
-        str(folder),
-        bundle.weights,
-        bundle.pipeline(),
-        users,
-        batcher,
-        bundle.scorers,
-        bundle,
-        prefetcher,
-    )
-
-
-def _without_bundle(store: Store, settings: ServeSettings, here: Settings) -> Deployment:
-    chosen = here.model_copy(update=WITHOUT_BUNDLE | _overrides(settings))
-    pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
-    users = UserCache(store, None, settings.users_in_memory)
-    return Deployment(None, "", pipeline, users, MicroBatcher(None, settings.scoring_queue), {})
+    users, features = UserCache(store, bundle, size), bundle.store
+    features.keep = False  # only the prefetcher writes features to disk: those of users' records
+    pairs = features.pairs if chosen.features == "cross" else None
+    batcher = MicroBatcher(features.texts, queue, pairs)
+    tower = chosen.features == "tower"
+    prefetcher = Prefetcher(store, reads, users, features, batcher) if tower else None
+    parts = bundle.pipeline(), users, batcher, bundle.scorers
+    return Deployment(str(folder), bundle.weights, *parts, bundle, prefetcher)
 
 
 def _overrides(settings: ServeSettings) -> dict[str, Any]:
     """What the gateway's settings change of the bundle's; None and `auto` change nothing."""
-    given = {
-        "retrieved": settings.retrieved,
-        "k": settings.k,
-        "samples": settings.candidates,
-        "temperature": settings.temperature,
-        "abstention_threshold": settings.abstention_threshold,
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "prompt_style": None if settings.placement == "auto" else settings.placement,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    names = ("retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens")
+    chosen = {name: getattr(settings, name) for name in names}
+    placement = None if settings.placement == "auto" else settings.placement
+    chosen |= {"samples": settings.candidates, "prompt_style": placement}
+    return {name: value for name, value in chosen.items() if value is not None}

@@ -1,6 +1,4 @@
-"""The LLM behind the gateway inside this process: an embedded model or a fake. `open_upstream`
-chooses between it and an endpoint.
-"""
+"""The LLM behind the gateway inside this process: an embedded model or a fake."""
 
 import asyncio
 import time
@@ -9,8 +7,8 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
-from hydra_llm.gateway.schemas import chunk_head, chunks_of, delta, role_chunk
-from hydra_llm.gateway.upstream import DONE, HttpUpstream, Upstream, UpstreamError, event
+from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, role_chunk
+from hydra_llm.gateway.upstream import HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
 from hydra_llm.prompt import text_of
@@ -38,24 +36,19 @@ class EmbeddedUpstream:
     def __init__(self, llm: ChatLLM, max_tokens: int = 512):
         self._llm, self._max_tokens = llm, max_tokens
         self._model, self._since = str(llm.identity.get("model", "llm")), int(time.time())
+        # Tokens of the longest prompt that leaves room for an answer.
         self.room = max(64, int(getattr(llm, "window", 2**20)) - max_tokens)
-        """Tokens of the longest prompt that leaves room for an answer."""
         # Requests wait for the engine here, not in threads that others need.
         self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
-        made = await self._generate(body)
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": end,
-            }
-            for i, (text, end) in enumerate(zip(made.texts, _ends(made), strict=True))
-        ]
+        generation, choices = await self._generate(body), []
+        for i, (text, end) in enumerate(zip(generation.texts, _ends(generation), strict=True)):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choice = {"index": i, "message": message, "logprobs": None, "finish_reason": end}
+            choices.append(choice)
         head = {**self._head(), "object": "chat.completion"}
-        return {**head, "choices": choices, "usage": _used(made.usage)}
+        return {**head, "choices": choices, "usage": _counts(generation.usage)}
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -63,9 +56,9 @@ class EmbeddedUpstream:
             async for chunk in self._by_token(body, usage):
                 yield event(chunk)
         else:
-            made = await self.complete(body)
-            yield event(role_chunk(made["id"], made["model"], len(made["choices"])))
-            for chunk in chunks_of(made, usage=usage):
+            answer = await self.complete(body)
+            yield event(role_chunk(answer["id"], answer["model"], len(answer["choices"])))
+            for chunk in chunks_of(answer, usage=usage):
                 yield event(chunk)
         yield DONE
 
@@ -90,20 +83,16 @@ class EmbeddedUpstream:
             while piece is not None:
                 yield {**head, "choices": [delta(0, {"content": piece})]}
                 piece = await pieces.get()
-            made = await work
+            generation = await work
         finally:
             work.cancel()
-        yield {**head, "choices": [delta(0, {}, _ends(made)[0])]}
+        yield {**head, "choices": [delta(0, {}, _ends(generation)[0])]}
         if usage:
-            yield {**head, "choices": [], "usage": _used(made.usage)}
+            yield {**head, "choices": [], "usage": _counts(generation.usage)}
 
     async def models(self, id: str | None = None) -> Any:
-        model = {
-            "id": self._model,
-            "object": "model",
-            "created": self._since,
-            "owned_by": "hydra-llm",
-        }
+        kind = {"object": "model", "created": self._since, "owned_by": "hydra-llm"}
+        model = {"id": self._model, **kind}
         if id is None:
             return {"object": "list", "data": [model]}
         self._check_model(id)
@@ -117,8 +106,8 @@ class EmbeddedUpstream:
 
     def _check_model(self, name: object) -> None:
         if name != self._model:
-            said = f"the model '{name}' does not exist: take {self._model}"
-            raise UpstreamError(404, said, code="model_not_found")
+            message = f"the model '{name}' does not exist: take {self._model}"
+            raise UpstreamError(404, message, code="model_not_found")
 
     async def _generate(self, body: Mapping[str, Any], **streaming: Any) -> Generation:
         self._check_model(body.get("model"))
@@ -126,22 +115,19 @@ class EmbeddedUpstream:
             raise UpstreamError(400, "this model reads text only: no tools, images or sound")
         try:
             sampling = _sampling(body, self._max_tokens)
-            messages = [
-                {"role": _role(each), "content": text_of(each)} for each in body["messages"]
-            ]
+            messages = [{"role": _role(m), "content": text_of(m)} for m in body["messages"]]
             async with self._turn:
                 return await self._llm.generate(messages, sampling, **streaming)
         except (TypeError, ValueError, OverflowError) as error:
-            said = f"a field of the request has a value that cannot be used: {error}"
-            raise UpstreamError(400, said) from None
-        except LLMRefused as error:
-            raise UpstreamError(400, str(error)) from None
+            message = f"a field of the request has a value that cannot be used: {error}"
+            raise UpstreamError(400, message) from None
         except LLMError as error:
-            raise UpstreamError(502, str(error)) from None
+            status = 400 if isinstance(error, LLMRefused) else 502
+            raise UpstreamError(status, str(error)) from None
 
 
-def _ends(made: Generation) -> Sequence[str]:
-    return made.ends or ["stop"] * len(made.texts)
+def _ends(generation: Generation) -> Sequence[str]:
+    return generation.ends or ["stop"] * len(generation.texts)
 
 
 def _has_more(message: Mapping[str, Any]) -> bool:
@@ -152,25 +138,20 @@ def _has_more(message: Mapping[str, Any]) -> bool:
     return others or bool(message.get("tool_calls"))
 
 
-def _used(usage: Usage) -> dict[str, int]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+def _counts(usage: Usage) -> dict[str, int]:
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    total = {"total_tokens": prompt + completion}
+    return {"prompt_tokens": prompt, "completion_tokens": completion} | total
 
 
 def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
     """How the LLM is to sample, from a request's fields."""
     stop, seed = body.get("stop"), body.get("seed")
+    temperature = 1.0 if body.get("temperature") is None else float(body["temperature"])
     most = int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)
-    return Sampling(
-        n=int(body.get("n") or 1),
-        temperature=1.0 if body.get("temperature") is None else float(body["temperature"]),
-        max_tokens=max(1, most),
-        stop=(stop,) if isinstance(stop, str) else tuple(str(each) for each in stop or ()),
-        seed=None if seed is None else int(seed),
-    )
+    stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop or ()))
+    seed = None if seed is None else int(seed)
+    return Sampling(int(body.get("n") or 1), temperature, max(1, most), stops, seed)
 
 
 def _role(message: Mapping[str, Any]) -> str:

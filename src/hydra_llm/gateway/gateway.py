@@ -1,7 +1,6 @@
 """A chat request to a completion: user → retrieve → rerank → render → upstream → select → reply.
 
-The stages are the library's (`pipeline.Pipeline`); here are identity, deadlines, batching and
-persistence around them. A failing part is left out and counted, and never costs the caller an
+The stages are the library's. A failing part is left out and counted, and never costs the caller an
 answer: without a user, history or question the request goes through as it is; without a reranker
 the retriever's order stands; without an adapter the first choice is the answer.
 """
@@ -17,22 +16,16 @@ from hydra_llm.context import Context
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.choices import RankedChoices, answers_task, choice_texts, rank, unranked
+from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.pseudonyms import Pseudonyms
 from hydra_llm.gateway.record_search import Found, RecordSearch
 from hydra_llm.gateway.sampling import CandidateSampler, Sampled, without
-from hydra_llm.gateway.schemas import (
-    ChatRequest,
-    PersonalizationOptions,
-    StreamReader,
-    chunk_head,
-    delta,
-    has_more_than_text,
-)
+from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions, has_more_than_text
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.timed_reads import TimedReads
-from hydra_llm.gateway.upstream import Upstream, UpstreamError, event, usage_of
+from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.gateway.user_cache import UserSnapshot, texts_of
 from hydra_llm.prompt import text_of
 from hydra_llm.store.store import Store
@@ -40,8 +33,7 @@ from hydra_llm.store.values import Request
 from hydra_llm.text import repair
 from hydra_llm.types import Record
 
-RECORDS_REFUSED = (400, 413, 422)
-"""Statuses of an upstream that may not be able to take the records."""
+RECORDS_REFUSED = (400, 413, 422)  # statuses of an upstream that may not take the records
 
 
 @dataclass(frozen=True)
@@ -50,12 +42,9 @@ class Personalization:
 
     user: UserSnapshot
     context: Context
-    shown: tuple[Record, ...]
-    """The records in the prompt."""
-    candidates: int
-    """How many to ask for; 1 where there is no adapter, or no time for it."""
-    in_task_words: bool
-    """Whether the question is the task's instruction around a text."""
+    shown: tuple[Record, ...]  # the records in the prompt
+    candidates: int  # how many to ask for; 1 where there is no adapter, or no time for it
+    in_task_words: bool  # whether the question is the task's instruction around a text
     warm: bool
     explain: bool
 
@@ -64,20 +53,16 @@ class Personalization:
 class RoutedRequest:
     """What the upstream will be asked, and for whom."""
 
-    body: dict[str, Any]
-    """With records in its messages, if personal."""
-    plain: dict[str, Any]
-    """As the caller wrote it."""
+    body: dict[str, Any]  # with records in its messages, if personal
+    plain: dict[str, Any]  # as the caller wrote it
     deployment: Deployment
-    reason: str | None = None
-    """Why it is not personal; None where it is."""
+    reason: str | None = None  # why it is not personal; None where it is
     personal: Personalization | None = None
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def n(self) -> int:
-        """How many choices the caller wants."""
+    def n(self) -> int:  # choices that the caller wants
         return int(self.plain.get("n") or 1)
 
     @property
@@ -113,8 +98,7 @@ class Gateway:
         self.store, self.reads, self.upstream, self.settings = store, reads, upstream, settings
         self.deployment, self.telemetry = deployment, telemetry
         self.pseudonyms = Pseudonyms(store.salt())
-        self.active_bundle: str | None = None
-        """The bundle that the store named last."""
+        self.active_bundle: str | None = None  # the bundle that the store named last
         self._sampler = CandidateSampler(telemetry, settings.deadline)
 
     # ---- before the upstream
@@ -131,18 +115,18 @@ class Gateway:
         reason = _why_not(request, body["messages"], user, options)
         if reason is not None or user is None:
             return routed.passed_through(reason or "no-user")
-        asked = repair(text_of(body["messages"][-1]))
+        question = repair(text_of(body["messages"][-1]))
         # Scorers and records know the text within the task's instruction.
-        within = routed.deployment.task.input_of(asked)
+        within = routed.deployment.task.input_of(question)
         snapshot = await self._snapshot(routed.deployment, user)
         if isinstance(snapshot, str):
             return routed.passed_through(snapshot)
-        found = await self._found(routed.deployment, snapshot, within or asked, options.k or 0)
+        found = await self._found(routed.deployment, snapshot, within or question, options.k or 0)
         if isinstance(found, str):
             return routed.passed_through(found)
-        made = self._personalized(routed, snapshot, found, options, within is not None)
-        made.seconds.update(found.seconds, prepare=time.perf_counter() - started)
-        return made
+        routed = self._personalized(routed, snapshot, found, options, within is not None)
+        routed.seconds.update(found.seconds, prepare=time.perf_counter() - started)
+        return routed
 
     def _personalized(
         self,
@@ -155,23 +139,14 @@ class Gateway:
         """The request with records in its messages."""
         deployment, settings = routed.deployment, routed.deployment.settings
         k = settings.k if options.k is None else options.k
-        prompt = deployment.pipeline.render(
-            found.context.query,
-            found.ranked[:k],
-            conversation=routed.plain["messages"],
-            window=getattr(self.upstream, "room", None),
-        )
+        query, records = found.context.query, found.ranked[:k]
+        messages, window = routed.plain["messages"], getattr(self.upstream, "room", None)
+        render = deployment.pipeline.render
+        prompt = render(query, records, conversation=messages, window=window)
         several = deployment.selects and found.warm
-        wanted = max(options.candidates or settings.samples, routed.n)
-        personal = Personalization(
-            user,
-            found.context,
-            prompt.records,
-            wanted if several else 1,
-            in_task_words,
-            found.warm,
-            options.explain,
-        )
+        count = max(options.candidates or settings.samples, routed.n) if several else 1
+        shown = found.context, prompt.records, count
+        personal = Personalization(user, *shown, in_task_words, found.warm, options.explain)
         body = {**routed.plain, "messages": list(prompt.messages)}
         return replace(routed, body=body, personal=personal)
 
@@ -197,14 +172,7 @@ class Gateway:
     async def _snapshot(self, deployment: Deployment, user: str) -> UserSnapshot | str:
         """The user as the store has it now, from memory where that is the same; or why not."""
         try:
-            version = (await self.reads.read(partial(self.store.state, user))).version
-            if version is None:
-                return "unknown-user"
-            return (
-                deployment.users.at_hand(user, version)
-                or await self.reads.read(partial(deployment.users.load, user))
-                or "unknown-user"
-            )
+            return await deployment.users.current(self.reads, user) or "unknown-user"
         except Exception as error:  # whatever fails must not cost the caller an answer
             self.telemetry.failed("store", error)
             return "store-failure"
@@ -220,14 +188,18 @@ class Gateway:
         if request.personal is None:
             return Reply(await self._complete(request, request.plain), request)
         try:
-            if request.candidates > 1:
-                made = await self._sample(request)
-            else:
-                made = Sampled([await self._complete(request, request.body)], 0)
+            sampled = await self._sample(request)
         except UpstreamError as error:
             request = self.without_records(request, error)
             return Reply(await self._complete(request, request.plain), request)
-        return await self._reply(request, made)
+        ranked = await self._rank(request, sampled)
+        choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
+        completion = {**sampled.completions[0], "choices": choices}
+        completion["usage"] = usage_of(sampled.completions)
+        kept = await self._keep(request, ranked)
+        if self.settings.personalization:
+            completion["personalization"] = _personalization(request, ranked, kept)
+        return Reply(completion, request, ranked.abstained)
 
     def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:
         """The request as the caller wrote it, where the records may be what was refused.
@@ -250,47 +222,36 @@ class Gateway:
         return completion
 
     async def _sample(self, request: RoutedRequest) -> Sampled:
+        body, count = request.body, request.candidates
+        if count == 1:
+            return Sampled([await self._complete(request, body)], 0)
         started, temperature = time.perf_counter(), request.deployment.settings.temperature
-        made = await self._sampler.sample(
-            self.upstream, request.body, request.candidates, temperature
-        )
+        sampled = await self._sampler.sample(self.upstream, body, count, temperature)
         request.seconds["upstream"] = time.perf_counter() - started
-        return made
+        return sampled
 
     # ---- behind the upstream
 
-    async def _reply(self, request: RoutedRequest, made: Sampled) -> Reply:
-        ranked = await self._rank(request, made)
-        choices = [{**each, "index": i} for i, each in enumerate(ranked.choices[: request.n])]
-        usage = usage_of(made.completions)
-        completion = {**made.completions[0], "choices": choices, "usage": usage}
-        kept = await self._keep(request, ranked)
-        if self.settings.personalization:
-            completion["personalization"] = _personalization(request, ranked, kept)
-        return Reply(completion, request, ranked.abstained)
-
-    async def _rank(self, request: RoutedRequest, made: Sampled) -> RankedChoices:
+    async def _rank(self, request: RoutedRequest, sampled: Sampled) -> RankedChoices:
         """The choices in the adapter's order; as they came where there is none, or it fails."""
-        personal, deployment = request.personal, request.deployment
+        personal, choices, greedy = request.personal, sampled.choices, sampled.greedy
         if personal is None or personal.candidates == 1:
-            return unranked(made.choices)
-        started, pipeline = time.perf_counter(), deployment.pipeline
+            return unranked(choices)
+        started, pipeline = time.perf_counter(), request.deployment.pipeline
         try:
-            texts = choice_texts(made.choices)
+            texts = choice_texts(choices)
             if not answers_task(pipeline, texts, personal.in_task_words):
-                return unranked(made.choices)
-
-            def ranked() -> RankedChoices:
-                return rank(pipeline, personal.context.at_rest(), made.choices, made.greedy)
+                return unranked(choices)
 
             def pairs() -> Sequence[tuple[str, str]]:
-                candidates, _ = pipeline.read(texts, made.greedy)
+                candidates, _ = pipeline.read(texts, greedy)
                 return pipeline.selector.pairs(personal.context, candidates)
 
-            return await deployment.batcher.run(ranked, texts, pairs=pairs)
+            ranked = partial(rank, pipeline, personal.context.at_rest(), choices, greedy)
+            return await request.deployment.batcher.run(ranked, texts, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
-            return unranked(made.choices)
+            return unranked(choices)
         finally:
             request.seconds["adapt"] = time.perf_counter() - started
 
@@ -306,12 +267,8 @@ class Gateway:
             kept = await self.reads.read(keep)
             if not kept:  # deleted while the upstream was asked
                 await deployment.batcher.run(partial(deployment.forget, user.name), must=True)
-                texts = [
-                    question,
-                    *choice_texts(ranked.choices),
-                    *(candidate.text for candidate in ranked.candidates),
-                    *texts_of(user.records),
-                ]
+                texts = [question, *choice_texts(ranked.choices), *texts_of(user.records)]
+                texts += [candidate.text for candidate in ranked.candidates]
                 await self.reads.read(partial(deployment.forget_texts, self.store, texts))
         except HydraError as error:
             self.telemetry.failed("store", error)
@@ -321,8 +278,8 @@ class Gateway:
     # ---- streams
 
     async def stream(self, request: RoutedRequest) -> AsyncIterator[bytes]:
-        """The upstream's own stream, of a request with one candidate; a personal one is kept for
-        feedback, and gets the object `personalization`, before it ends.
+        """The upstream's own stream for one candidate. A personal one is kept for feedback, and
+        gets the object `personalization`, before it ends.
 
         Raises:
             UpstreamError: before the first byte.
@@ -339,8 +296,8 @@ class Gateway:
             if reader.ended:
                 yield piece
                 continue
-            if whole := reader.take(piece):
-                yield whole
+            if passed := reader.take(piece):
+                yield passed
             if reader.ended:
                 request.seconds["upstream"] = time.perf_counter() - started
                 yield await self._last_chunk(request, reader) + reader.rest
@@ -350,7 +307,7 @@ class Gateway:
                 yield reader.rest
 
     async def _last_chunk(self, request: RoutedRequest, reader: StreamReader) -> bytes:
-        """Keep what a stream has said; returns the chunk with `personalization`, which has an empty
+        """Keep what a stream has said; returns the chunk with `personalization`. It has an empty
         choice, as clients read the first one.
         """
         ranked = unranked(reader.choices)
@@ -358,8 +315,8 @@ class Gateway:
         if not self.settings.personalization:
             return b""
         head = {**chunk_head(f"chatcmpl-{request.id}", request.body["model"]), **reader.head}
-        told = _personalization(request, ranked, kept)
-        return event({**head, "choices": [delta(0, {})], "personalization": told})
+        personalization = _personalization(request, ranked, kept)
+        return event({**head, "choices": [delta(0, {})], "personalization": personalization})
 
 
 def _why_not(
@@ -388,7 +345,7 @@ def _personalization(request: RoutedRequest, ranked: RankedChoices, kept: bool) 
         "request_id": request.id if kept else None,
         "records": [record.id for record in personal.shown],
         "warm": personal.warm,
-        **ranked.told(),
+        **ranked.summary(),
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
         **(ranked.explained(personal.shown) if personal.explain else {}),
     }

@@ -1,39 +1,33 @@
-"""OpenAI's endpoints: /v1/chat/completions and /v1/models. Reads requests and streams answers; what
-an answer is, decides gateway.py.
-"""
+"""OpenAI's endpoints, /v1/chat/completions and /v1/models; gateway.py decides what an answer is."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from hydra_llm.gateway.auth import NOBODY, Caller
+from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, Reply, RoutedRequest
 from hydra_llm.gateway.pseudonyms import named_user
-from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, chunks_of, role_chunk
+from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json
 from hydra_llm.gateway.telemetry import Span
-from hydra_llm.gateway.upstream import DONE, UpstreamError, event, first_of
+from hydra_llm.gateway.upstream import UpstreamError, first_of
 from hydra_llm.text import text_fault
 
 KEEP_ALIVE_SECONDS = 5.0
-KEEP_ALIVE = b": still working\n\n"
-"""A comment: parsers skip it, proxies see that the line is alive."""
+KEEP_ALIVE = b": still working\n\n"  # a comment: parsers skip it, proxies see it
 STREAM = "text/event-stream"
-
 LONGEST_ID = 200
 
+UserHeader = Annotated[str | None, Header(max_length=LONGEST_ID)]
 router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def chat(
-    request: ChatRequest,
-    http: Request,
-    x_hydra_user: str | None = Header(default=None, max_length=200),
-) -> Response:
+async def chat(request: ChatRequest, http: Request, x_hydra_user: UserHeader = None) -> Response:
     """Answer a conversation, as this user would want where the user has a history."""
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
@@ -80,16 +74,13 @@ def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | Non
     """
     if caller.bound is not None:
         return caller.bound
-    named = named_user(body, header)
-    if named is not None and (len(named) > LONGEST_ID or text_fault(named)):
-        raise ApiError(
-            400,
-            f"the user's id {text_fault(named) or f'is longer than {LONGEST_ID} characters'}",
-            param="user",
-        )
-    if named is not None:
-        caller.check(named)
-    return named
+    user = named_user(body, header)
+    if user is not None:
+        too_long = f"is longer than {LONGEST_ID} characters" if len(user) > LONGEST_ID else ""
+        if fault := text_fault(user) or too_long:
+            raise ApiError(400, f"the user's id {fault}", param="user")
+        caller.check(user)
+    return user
 
 
 async def _stream(

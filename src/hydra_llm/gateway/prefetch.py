@@ -1,8 +1,7 @@
 """Prefetch: histories are encoded when no request waits, a few records at a time.
 
 Vectors are written to disk inside a transaction on the records that they are of: a deletion, by any
-server, comes before it, and nothing is written, or after it, and removes them too. `stop` cancels
-what still waits in this process.
+server, comes before it, and nothing is written, or after it, and removes them too.
 """
 
 import asyncio
@@ -19,8 +18,7 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StaleVersion
 
-RECORDS_AT_ONCE = 2
-"""Six texts, some hundredths of a second: a request that comes meanwhile waits so long."""
+RECORDS_AT_ONCE = 2  # six texts, some hundredths of a second that a request has to wait
 
 
 class Prefetcher:
@@ -34,13 +32,8 @@ class Prefetcher:
         features: FeatureCache,
         batcher: MicroBatcher,
     ):
-        self._store, self._reads, self._users, self._features, self._batcher = (
-            store,
-            reads,
-            users,
-            features,
-            batcher,
-        )
+        self._store, self._reads, self._users = store, reads, users
+        self._features, self._batcher = features, batcher
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, user: str) -> None:
@@ -65,7 +58,7 @@ class Prefetcher:
     async def _walk(self, user: str) -> None:
         start = 0
         with suppress(HydraError):  # whoever asks for this user next begins again
-            while (snapshot := await self._snapshot(user)) is not None:
+            while (snapshot := await self._users.current(self._reads, user)) is not None:
                 if not (records := snapshot.records[start : start + RECORDS_AT_ONCE]):
                     return
                 texts = texts_of(records)
@@ -73,14 +66,6 @@ class Prefetcher:
                 with suppress(StaleVersion):  # the user has changed: read again
                     await anyio.to_thread.run_sync(partial(self._write, snapshot, texts))
                     start += RECORDS_AT_ONCE
-
-    async def _snapshot(self, user: str) -> UserSnapshot | None:
-        version = (await self._reads.read(partial(self._store.state, user))).version
-        if version is None:
-            return None
-        return self._users.at_hand(user, version) or await self._reads.read(
-            partial(self._users.load, user)
-        )
 
     def _write(self, snapshot: UserSnapshot, texts: list[str]) -> None:
         with self._store.change(snapshot.name, version=snapshot.version):

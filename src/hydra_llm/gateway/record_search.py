@@ -22,13 +22,9 @@ class Found:
     """The records for a question."""
 
     context: Context
-    ranked: list[Ranked]
-    """Best first."""
+    ranked: list[Ranked]  # best first
     seconds: dict[str, float]
-    warm: bool = True
-    """Whether the user's history is encoded: until then the retriever's order stands, and one
-    answer is asked for.
-    """
+    warm: bool = True  # the user's history is encoded; else the retriever's order stands
 
 
 @dataclass
@@ -39,8 +35,7 @@ class RecordSearch:
     user: UserSnapshot
     question: str
     telemetry: Telemetry
-    k: int = 0
-    """Records that the request asks for: so many are retrieved at least."""
+    k: int = 0  # records that the request asks for: so many are retrieved at least
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property

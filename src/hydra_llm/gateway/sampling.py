@@ -18,17 +18,16 @@ Body = dict[str, Any]
 class Sampled:
     """The completions that came in time, the caller's own first."""
 
-    completions: list[dict[str, Any]]
-    greedy: int
-    """How many of the first choices are of temperature 0."""
+    completions: list[Body]
+    greedy: int  # how many of the first choices are of temperature 0
 
     @property
-    def choices(self) -> list[dict[str, Any]]:
+    def choices(self) -> list[Body]:
         return [choice for completion in self.completions for choice in completion["choices"]]
 
 
 class CandidateSampler:
-    """Asks an upstream, as its models have been found to take requests."""
+    """Asks an upstream for candidates, in requests that its models are known to take."""
 
     def __init__(self, telemetry: Telemetry, deadline: float):
         self._telemetry, self._deadline = telemetry, deadline
@@ -47,20 +46,20 @@ class CandidateSampler:
         """
         own = int(body.get("n") or 1)
         bodies = self._bodies(body, count - own, temperature)
-        made = await self._complete(upstream, bodies, own)
-        learn_samples(self._capabilities, bodies[-1], made)
-        errors = [each for each in made if isinstance(each, UpstreamError)]
-        for error in errors:
-            self._telemetry.failed("candidates", error)
-        good = [
-            (sent, each)
-            for sent, each in zip(bodies, made, strict=True)
-            if not isinstance(each, UpstreamError)
-        ]
-        if not good:
+        results = await self._complete(upstream, bodies, own)
+        learn_samples(self._capabilities, bodies[-1], results)
+        completions, errors, greedy = [], [], 0
+        for sent, result in zip(bodies, results, strict=True):
+            if isinstance(result, UpstreamError):
+                errors.append(result)
+                self._telemetry.failed("candidates", result)
+                continue
+            completions.append(result)
+            # Endpoints sample where no temperature is given.
+            greedy += len(result["choices"]) if sent.get("temperature") == 0 else 0
+        if not completions:
             raise errors[0]
-        greedy = sum(len(each["choices"]) for sent, each in good if is_greedy(sent))
-        return Sampled([each for _, each in good], greedy)
+        return Sampled(completions, greedy)
 
     def _bodies(self, body: Body, samples: int, temperature: float) -> list[Body]:
         """The caller's own request, and those that bring so many samples."""
@@ -72,49 +71,41 @@ class CandidateSampler:
             more["seed"] = first["seed"] + 1
         if "temperature" not in known.refused:
             more["temperature"] = max(float(first.get("temperature") or 0.0), temperature)
-        return (
-            [first, {**more, "n": samples}] if known.native_n else [first, *_singles(more, samples)]
-        )
+        if known.native_n:
+            return [first, {**more, "n": samples}]
+        seed, single = more.get("seed"), without(more, "n")
+        seeds = [{"seed": seed + i} if isinstance(seed, int) else {} for i in range(samples)]
+        return [first, *({**single, **own} for own in seeds)]
 
     async def _complete(self, upstream: Upstream, bodies: Sequence[Body], own: int) -> list[Any]:
         """Completions or `UpstreamError`s in the bodies' order, as of the deadline, with at least
         what the caller's own request brings.
         """
         late = UpstreamError(504, "the upstream did not answer before the deadline")
-        made: list[Any] = [late] * len(bodies)
+        results: list[Any] = [late] * len(bodies)
 
         async def complete(place: int) -> None:
             try:
-                made[place] = await upstream.complete(bodies[place])
+                results[place] = await upstream.complete(bodies[place])
             except UpstreamError as error:
-                made[place] = error
+                results[place] = error
             except Exception as error:  # nobody awaits it: asyncio would log its message
-                said = f"the upstream's answer cannot be read ({type(error).__name__})"
-                made[place] = UpstreamError(502, said)
+                message = f"the upstream's answer cannot be read ({type(error).__name__})"
+                results[place] = UpstreamError(502, message)
 
         tasks = [asyncio.create_task(complete(place)) for place in range(len(bodies))]
         try:
             await asyncio.wait(tasks, timeout=self._deadline)
-            arrived = [each for each in made if not isinstance(each, UpstreamError)]
-            if sum(len(each["choices"]) for each in arrived) < own:
+            arrived = [result for result in results if not isinstance(result, UpstreamError)]
+            if sum(len(completion["choices"]) for completion in arrived) < own:
                 # The caller's own request has as long as it would have had without a gateway.
                 await tasks[0]
         finally:
             for task in tasks:
                 task.cancel()
-        return made
-
-
-def is_greedy(body: Mapping[str, Any]) -> bool:
-    """Whether a request asks for temperature 0; endpoints sample where none is given."""
-    return body.get("temperature") == 0
+        return results
 
 
 def without(body: Mapping[str, Any], *names: str) -> Body:
     """A body without these fields."""
     return {name: value for name, value in body.items() if name not in names}
-
-
-def _singles(body: Body, count: int) -> list[Body]:
-    seed, bare = body.get("seed"), without(body, "n")
-    return [{**bare, "seed": seed + i} if isinstance(seed, int) else bare for i in range(count)]

@@ -4,17 +4,13 @@ Unknown fields pass. Errors have OpenAI's body and status, so that the official 
 classes. Knows no store and no model.
 """
 
-import contextlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-
-from hydra_llm.prompt import text_of
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """Of a user, a record or a request: no control characters."""
@@ -150,95 +146,3 @@ def has_more_than_text(messages: Sequence[Mapping[str, Any]]) -> bool:
         message.get("role") in ("tool", "function") or message.get("tool_calls")
         for message in messages
     )
-
-
-def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
-    """A completion as the chunks of a stream behind the role's chunk: the text in pieces, the ends,
-    and the usage if asked for.
-    """
-    deltas: list[dict[str, Any]] = []
-    for choice in completion["choices"]:
-        index, message, text = choice["index"], choice["message"], text_of(choice["message"])
-        # Other fields come first, such as a refusal, and the tokens' probabilities with them.
-        named = [(name, value) for name, value in message.items() if value is not None]
-        others = {name: value for name, value in named if name not in ("role", "content")}
-        starts = range(0, len(text), PIECE)
-        pieces = [others] if others else []
-        pieces += [{"content": text[start : start + PIECE]} for start in starts]
-        said = [delta(index, piece) for piece in pieces]
-        if said and choice.get("logprobs"):
-            said[0]["logprobs"] = choice["logprobs"]
-        deltas += [*said, delta(index, {}, choice.get("finish_reason") or "stop")]
-    head = chunk_head(completion["id"], completion["model"], completion.get("created"))
-    chunks = [{**head, "choices": [choice]} for choice in deltas]
-    if "personalization" in completion:
-        chunks[-1]["personalization"] = completion["personalization"]
-    if usage:
-        chunks.append({**head, "choices": [], "usage": completion.get("usage")})
-    return chunks
-
-
-class StreamReader:
-    """Reads a stream of chunks as it passes, up to its end: the usage behind all choices, or
-    `[DONE]`.
-    """
-
-    def __init__(self) -> None:
-        self.texts: dict[int, str] = {}  # by the choice's index
-        self.head: dict[str, Any] = {}  # what the chunks have in common
-        self.ended = False
-        self.rest = b""  # what was not passed on: half a line, or all from the end on
-
-    def take(self, piece: bytes) -> bytes:
-        """The next bytes; returns those that may be passed on: whole lines before the end."""
-        *lines, self.rest = (self.rest + piece).split(b"\n")
-        for place, line in enumerate(lines):
-            if self._ends(line):
-                self.ended, self.rest = True, b"\n".join([*lines[place:], self.rest])
-                lines = lines[:place]
-                break
-        return b"".join(line + b"\n" for line in lines)
-
-    @property
-    def choices(self) -> list[dict[str, Any]]:
-        """As those of a completion."""
-        texts = [text for _, text in sorted(self.texts.items())]
-        return [{"message": {"role": "assistant", "content": text}} for text in texts]
-
-    def _ends(self, line: bytes) -> bool:
-        """Whether the stream ends with this line; else it is read."""
-        if not line.startswith(b"data:"):
-            return False
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return True
-        with contextlib.suppress(Exception):  # what cannot be parsed goes out as it came
-            chunk = json.loads(data)
-            if chunk.get("usage") and not chunk["choices"]:
-                return True
-            common = ("id", "object", "created", "model")
-            self.head |= {name: chunk[name] for name in common if name in chunk}
-            for choice in chunk["choices"]:
-                index, text = choice.get("index", 0), choice["delta"].get("content") or ""
-                self.texts[index] = self.texts.get(index, "") + text
-        return False
-
-
-PIECE = 64  # characters in a chunk of an answer that is complete already
-
-
-def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:
-    """What a stream begins with."""
-    choices = [delta(index, {"role": "assistant", "content": ""}) for index in range(count)]
-    return {**chunk_head(id, model), "choices": choices}
-
-
-def chunk_head(id: str, model: str, created: int | None = None) -> dict[str, Any]:
-    """What all chunks of a stream have in common."""
-    created = created or int(time.time())
-    return {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
-
-
-def delta(index: int, content: Mapping[str, Any], end: str | None = None) -> dict[str, Any]:
-    """A choice of a chunk."""
-    return {"index": index, "delta": dict(content), "logprobs": None, "finish_reason": end}

@@ -1,20 +1,17 @@
-"""Reads of the store with a timeout: a database that hangs costs one request some seconds, and the
-next ones nothing.
-"""
+"""Reads with a timeout: a hanging database costs one request some seconds, the next ones none."""
 
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
-import anyio.to_thread
+from anyio.to_thread import run_sync
 
 from hydra_llm.errors import StoreError
 
 R = TypeVar("R")
 READS_AT_ONCE = 40
-BACKOFF_SECONDS = 2.0
-"""How long reads fail at once after one has timed out."""
+BACKOFF_SECONDS = 2.0  # how long reads fail at once after one has timed out
 
 
 class TimedReads:
@@ -33,15 +30,12 @@ class TimedReads:
         """
         if self._clock() < self._failing_until:
             raise StoreError("the store is silent")
-        self._limiter = self._limiter or anyio.CapacityLimiter(
-            READS_AT_ONCE
-        )  # it belongs to the loop that is running
+        # It belongs to the loop that is running.
+        limiter = self._limiter = self._limiter or anyio.CapacityLimiter(READS_AT_ONCE)
         try:
             with anyio.fail_after(self._timeout):
                 # The thread goes on until its driver gives up; nobody waits for it.
-                return await anyio.to_thread.run_sync(
-                    function, abandon_on_cancel=True, limiter=self._limiter
-                )
+                return await run_sync(function, abandon_on_cancel=True, limiter=limiter)
         except TimeoutError:
             self._failing_until = self._clock() + BACKOFF_SECONDS
             raise StoreError("the store does not answer in time") from None

@@ -1,18 +1,13 @@
-"""The LLM behind the gateway, an OpenAI-compatible endpoint:
-
-    complete  a request's body → a chat completion, as plain JSON
-    stream    a request's body → the bytes of a stream of chunks
-    models    what there is
+"""The LLM behind the gateway, an OpenAI-compatible endpoint (embedded.py: inside this process).
 
 Bodies pass through as they are: the endpoint may know fields that this program does not. The URL
-comes from settings, never from a request, and the caller's key goes nowhere. No retries here, the
-caller's SDK does them, but for a request on a kept connection that the endpoint was closing. Knows
-no users. An LLM inside this process is in embedded.py.
+comes from settings, never from a request, and the caller's key goes nowhere. The caller's SDK does
+the retries, but for a request on a kept connection that the endpoint was closing. Knows no users.
 """
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from secrets import token_hex
@@ -24,70 +19,48 @@ import httpx2
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 
+Transport = httpx2.AsyncBaseTransport
 AS_JSON = {"content-type": "application/json"}
-IDLE_SECONDS = 4.0
-"""How long an idle connection is kept: shorter than common servers keep it, which would close it
-while a request is on its way.
-"""
+LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=4.0)
+"""An idle connection is closed before common servers do, which might have a request on its way."""
 CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
 """How a request ends on a connection that the endpoint is about to close."""
-PASSED_HEADERS = (
-    "retry-after",
-    "retry-after-ms",
-    "x-request-id",
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-should-retry",
-)
+RATE_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")
+PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id", *RATE_HEADERS, "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
 ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
 """What every complete stream holds; within an answer's text the quotes are escaped."""
-DONE = b"data: [DONE]\n\n"
 
 
 class UpstreamError(Exception):
     """The upstream answered with an error, not at all, or with nonsense."""
 
     def __init__(
-        self,
-        status: int,
-        said: Any,
-        headers: Mapping[str, str] | None = None,
-        *,
-        code: str | None = None,
+        self, status: int, body: Any, headers: Mapping[str, str] | None = None, code: str = ""
     ):
         self.status, self.headers = status, dict(headers or {})
-        error = said.get("error", said) if isinstance(said, dict) else said
-        as_sent = error is not said and isinstance(error, dict)
-        self.body = said if as_sent else ApiError(status, str(error), code=code).body
+        error = body.get("error", body) if isinstance(body, dict) else body
+        as_sent = error is not body and isinstance(error, dict)
+        self.body = body if as_sent else ApiError(status, str(error), code=code or None).body
         super().__init__(str(self.body["error"]))
 
 
+Outcome = Mapping[str, Any] | UpstreamError
+
+
 class Upstream(Protocol):
-    """What the gateway asks."""
+    """What the gateway asks; every method raises `UpstreamError` where the upstream fails."""
 
     def complete(self, body: Mapping[str, Any]) -> Any:
-        """Await a chat completion.
-
-        Raises:
-            UpstreamError: there is none.
-        """
+        """Await a chat completion, as plain JSON."""
         ...
 
     def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        """The bytes of server-sent events, as they come.
-
-        Raises:
-            UpstreamError: before the first byte, or where the stream breaks off.
-        """
+        """The bytes of server-sent events, as they come."""
         ...
 
     def models(self, id: str | None = None) -> Any:
-        """Await the list of models, or one of them.
-
-        Raises:
-            UpstreamError: as the upstream says.
-        """
+        """Await the list of models, or one of them."""
         ...
 
     def aclose(self) -> Any:
@@ -98,22 +71,12 @@ class Upstream(Protocol):
 class HttpUpstream:
     """An OpenAI-compatible endpoint."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        timeout: float,
-        transport: httpx2.AsyncBaseTransport | None = None,
-    ):
+    def __init__(self, endpoint: Endpoint, *, timeout: float, transport: Transport | None = None):
         self.endpoint = endpoint
+        key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        url = endpoint.url.rstrip("/") + "/"
         self._client = httpx2.AsyncClient(
-            base_url=endpoint.url.rstrip("/") + "/",
-            headers={"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {},
-            timeout=timeout,
-            limits=httpx2.Limits(
-                max_connections=1000, max_keepalive_connections=200, keepalive_expiry=IDLE_SECONDS
-            ),
-            transport=transport,
+            base_url=url, headers=key, timeout=timeout, limits=LIMITS, transport=transport
         )
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
@@ -126,11 +89,10 @@ class HttpUpstream:
         try:
             async with self._answering("POST", "chat/completions", body) as response:
                 if response.status_code >= 300:
-                    raise _error_of(response.status_code, await response.aread(), response.headers)
+                    raise _error_of(response, await response.aread())
                 if "json" in response.headers.get("content-type", ""):
-                    raise UpstreamError(
-                        502, "the upstream answered with something else than a stream"
-                    )
+                    message = "the upstream answered with something else than a stream"
+                    raise UpstreamError(502, message)
                 tail, ended = b"", False
                 async for piece in response.aiter_bytes():
                     ended = ended or ENDS.search(tail + piece) is not None
@@ -159,9 +121,8 @@ class HttpUpstream:
         """A response that has begun. A request whose connection ends before that is sent once more:
         the endpoint may have closed an idle connection while the request was on its way.
         """
-        request = self._client.build_request(
-            method, path, content=None if body is None else json.dumps(body), headers=AS_JSON
-        )
+        content = None if body is None else json.dumps(body)
+        request = self._client.build_request(method, path, content=content, headers=AS_JSON)
         try:
             response = await self._client.send(request, stream=True)
         except CUT:
@@ -178,7 +139,7 @@ class HttpUpstream:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _unreached(error) from None
         if response.status_code >= 300:
-            raise _error_of(response.status_code, response.content, response.headers)
+            raise _error_of(response, response.content)
         try:
             return response.json()
         except ValueError:
@@ -187,24 +148,23 @@ class HttpUpstream:
 
 def _are_choices(found: Any) -> bool:
     """Whether these are choices as far as the gateway reads them."""
-    return (
-        isinstance(found, list)
-        and bool(found)
-        and all(isinstance(each, dict) and isinstance(each.get("message"), dict) for each in found)
-    )
+    items = found if isinstance(found, list) else []
+    messages = [item.get("message") if isinstance(item, dict) else None for item in items]
+    return bool(messages) and all(isinstance(message, dict) for message in messages)
 
 
-def _error_of(status: int, content: bytes, headers: Mapping[str, str]) -> UpstreamError:
-    try:
-        body = json.loads(content)
-    except ValueError:
-        body = "the upstream answered with an error that is not JSON"
+def _error_of(response: httpx2.Response, content: bytes) -> UpstreamError:
+    status, headers = response.status_code, response.headers
     passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
     if status < 400:  # a redirect is not followed with a user's texts
         return UpstreamError(502, "the upstream answered with a redirect", passed)
     if status in (401, 403):  # the server's own key was refused, and some endpoints quote it
-        said = "the upstream refused the gateway's own key"
-        return UpstreamError(status, said, passed, code="upstream_key")
+        message = "the upstream refused the gateway's own key"
+        return UpstreamError(status, message, passed, "upstream_key")
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = "the upstream answered with an error that is not JSON"
     return UpstreamError(status, body, passed)
 
 
@@ -215,19 +175,17 @@ def _unreached(error: Exception) -> UpstreamError:
 
 
 def learn_samples(
-    known: CapabilityCache,
-    sent: Mapping[str, Any],
-    made: Sequence[Mapping[str, Any] | UpstreamError],
+    known: CapabilityCache, sent: Mapping[str, Any], results: Sequence[Outcome]
 ) -> None:
-    """Learn what a model takes from the caller's own request, whose outcome is first, and from the
-    requests for samples; the last of them had the body `sent`.
+    """Learn what a model takes from the results of the caller's own request, which is first, and of
+    the requests for samples; the last of them had the body `sent`.
 
     A refusal that names no parameter is taken for one of `n`, then of the samples' temperature: the
-    caller's request, which was answered, had all the rest. One with a seed of the caller's teaches
-    nothing: the seed may be what was refused.
+    caller's request, which was answered, had all the rest. With a seed nothing is learned: it may
+    be what was refused.
     """
-    first, last = made[0], made[-1]
-    if len(made) < 2 or isinstance(first, UpstreamError) or "seed" in sent:
+    first, last = results[0], results[-1]
+    if len(results) < 2 or isinstance(first, UpstreamError) or "seed" in sent:
         return
     model = str(sent.get("model"))
     before = known.of(model)
@@ -243,18 +201,8 @@ def learn_samples(
         known.learn(model, after)
 
 
-def event(chunk: Mapping[str, Any]) -> bytes:
-    """A chunk as a server-sent event."""
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode("ascii") + b"\n\n"
-
-
 async def first_of(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[bytes]]:
-    """A stream's first bytes and the rest of it, so that an error before them can still be an
-    error.
-
-    Raises:
-        UpstreamError: there are none.
-    """
+    """A stream's first bytes and the rest of it, so that an error before them is still an error."""
     try:
         first = await anext(stream)
     except StopAsyncIteration:
@@ -266,23 +214,22 @@ def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
     """What several completions spent together; of a single one all that the upstream tells."""
     if len(completions) == 1:
         return completions[0].get("usage")
-    told = [each["usage"] for each in completions if isinstance(each.get("usage"), Mapping)]
-    out: dict[str, Any] = _summed(told, ("prompt_tokens", "completion_tokens", "total_tokens"))
-    for name in ("prompt_tokens_details", "completion_tokens_details"):
-        details = [usage[name] for usage in told if isinstance(usage.get(name), Mapping)]
-        if details:
-            out[name] = _summed(
-                details,
-                dict.fromkeys(
-                    key for each in details for key, count in each.items() if isinstance(count, int)
-                ),
-            )
-    return out
-
-
-def _summed(counts: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, int]:
-    """Of each name the sum of what is a number."""
-    return {
-        name: sum(count for each in counts if isinstance(count := each.get(name), int))
-        for name in names
+    usages = [c["usage"] for c in completions if isinstance(c.get("usage"), Mapping)]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    total: dict[str, Any] = dict.fromkeys(names, 0) | {
+        name: count for name, count in _sums(usages).items() if name in names
     }
+    for name in ("prompt_tokens_details", "completion_tokens_details"):
+        details = [usage[name] for usage in usages if isinstance(usage.get(name), Mapping)]
+        if details:
+            total[name] = _sums(details)
+    return total
+
+
+def _sums(usages: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The sum of each field that is a number."""
+    total: dict[str, int] = {}
+    for name, count in (item for usage in usages for item in usage.items()):
+        if isinstance(count, int):
+            total[name] = total.get(name, 0) + count
+    return total

@@ -7,11 +7,13 @@ is read. Other processes' writes are so seen at the next request. Knows no HTTP 
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from cachetools import LRUCache
 
 from hydra_llm.bundle import Bundle
+from hydra_llm.gateway.timed_reads import TimedReads
 from hydra_llm.model.heads import Head
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
@@ -47,6 +49,17 @@ class UserCache:
         with self._lock:
             user = self._recent.get(name)
         return user if user is not None and user.version == version else None
+
+    async def current(self, reads: TimedReads, name: str) -> UserSnapshot | None:
+        """The user as of now, from memory where the version is the store's; None if unknown.
+
+        Raises:
+            StoreError: the store fails, or does not answer in time.
+        """
+        version = (await reads.read(partial(self._store.state, name))).version
+        if version is None:
+            return None
+        return self.at_hand(name, version) or await reads.read(partial(self.load, name))
 
     def load(self, name: str) -> UserSnapshot | None:
         """The user as the store has it; None for one who is not there."""
