@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from hydra_llm.model.heads.base import Head, usable_head
+from hydra_llm.model.heads.base import Head
 from hydra_llm.side_features import HistoryVectors
 from hydra_llm.types import Query, Record
 
@@ -22,20 +22,6 @@ class Context:
     heads: Mapping[str, Head] = field(default_factory=dict)  # by scorer; others are shared
     notes: tuple[str, ...] = ()  # why a shared head answers in place of the user's own
     vectorize: Vectorize | None = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def of(
-        cls,
-        query: Query,
-        visible: Sequence[Record],
-        heads: Mapping[str, Head],
-        vectorize: Vectorize | None,
-    ) -> "Context":
-        """Leaves out heads that know more than the query may see: time never leaks."""
-        judged = {name: usable_head(head, query, len(visible)) for name, head in heads.items()}
-        usable = {name: head for name, (head, _) in judged.items() if head is not None}
-        notes = tuple(f"{name}: {reason}" for name, (_, reason) in judged.items() if reason)
-        return cls(query, tuple(visible), usable, notes, vectorize)
 
     def at_rest(self) -> "Context":
         """A copy without vectors, for keeping while others are answered."""

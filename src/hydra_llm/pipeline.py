@@ -19,7 +19,7 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
-from hydra_llm.model.heads.base import Head
+from hydra_llm.model.heads.base import Head, usable_head
 from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
@@ -61,8 +61,14 @@ class Pipeline:
     def context(
         self, query: Query, visible: Sequence[Record], heads: Mapping[str, Head] | None = None
     ) -> Context:
-        """What the stages may know of a question; `visible` are the records of `history.before`."""
-        return Context.of(query, visible, heads or {}, self.vectorize)
+        """What the stages may know of a question; `visible` are the records of `history.before`.
+        Heads that know more than the query may see are left out: time never leaks.
+        """
+        own, seen = heads or {}, len(visible)
+        checked = {name: usable_head(head, query, seen) for name, head in own.items()}
+        usable = {name: head for name, (head, _) in checked.items() if head is not None}
+        notes = tuple(f"{name}: {reason}" for name, (_, reason) in checked.items() if reason)
+        return Context(query, tuple(visible), usable, notes, self.vectorize)
 
     def retrieve(self, context: Context, most: int = 0) -> list[Ranked]:
         """The records that may help, best first: as many as the settings say, or `most`."""
@@ -150,9 +156,7 @@ class Pipeline:
         return int(self.settings.greedy_first or self.settings.samples == 1)
 
     async def _generate(self, llm: ChatLLM, prompt: Prompt) -> list[Result]:
-        """Run the greedy call and the one for samples at the same time, each to its texts or its
-        error.
-        """
+        """The greedy call and the one for samples, at the same time; a failed one is its error."""
         settings, greedy = self.settings, self._greedy_calls
         choices = self.task.labels if settings.constrain else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
@@ -181,7 +185,6 @@ class Personalizer(Pipeline):
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict, kw_only=True)
     """Each known user's records; answers for other users see none."""
     heads: Mapping[str, Mapping[str, Head]] = field(default_factory=dict, kw_only=True)
-    """Scorer → user → head."""
 
     @classmethod
     def of(
@@ -229,11 +232,10 @@ class Personalizer(Pipeline):
 
     def decide(self, context: Context, proposal: Proposal) -> Answer:
         """The selector's pick among a proposal's candidates; makes no LLM call."""
-        clock = _Clock()
+        started = perf_counter()
         candidates, chosen, abstained = self.select(context, proposal.candidates)
-        clock.lap("adapt")
-        pick = candidates[chosen]
-        timed = replace(proposal, seconds={**proposal.seconds, **clock.seconds})
+        seconds = {**proposal.seconds, "adapt": perf_counter() - started}
+        pick, timed = candidates[chosen], replace(proposal, seconds=seconds)
         text = pick.answer if pick.answer is not None else pick.text
         return Answer(text, timed, tuple(candidates), chosen, abstained)
 
@@ -295,9 +297,7 @@ def _usage(result: Result) -> Usage:
 
 
 def _merge(results: Sequence[Result], greedy: bool) -> tuple[list[str], int, list[str]]:
-    """The texts, how many of them are greedy, and a note for each failed call; raises only where
-    there is no text, or where going on makes no sense.
-    """
+    """The texts, how many of them are greedy, and a note for each failed call."""
     errors = [result for result in results if isinstance(result, LLMError)]
     fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
     if fatal or len(errors) == len(results):
@@ -320,8 +320,7 @@ class _Clock:
 
     def lap(self, stage: str) -> None:
         now = perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+        self.seconds[stage], self._last = now - self._last, now
 
 
 __all__ = ["Context", "Personalizer", "Pipeline", "Sampled"]

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.tasks.base import Task
@@ -45,11 +45,11 @@ class Prompt:
         """The same question in `share` of its length; None where the instruction has no room."""
         room = int(self.tokens * share)
         try:
-            made = self.again(max_tokens=room) if self.again else None
+            prompt = self.again(max_tokens=room) if self.again else None
         except SettingsError:
             return None
         note = f"prompt: cut again to {room} tokens by estimate, the LLM's window is smaller"
-        return made and replace(made, notes=(note, *made.notes))
+        return prompt and replace(prompt, notes=(note, *prompt.notes))
 
 
 def render(
@@ -80,18 +80,17 @@ def render(
     again = partial(render, task, query, records, count=count, **look)
     own = None if conversation is None else tuple(conversation)
     page = _Page(task, _STYLES[style], max_tokens, count or estimate, repair(profile), own)
-    text, examples = repair(query.input), [_example(item) for item in records]
+    text, examples = repair(query.input), [_repaired(item) for item in records]
     shown = _fit_records(page, examples, text)
-    asked = text if own is not None else _cut(text, lambda part: page.fits(shown, part))
-    if asked is None:
+    question = text if own is not None else _cut(text, lambda part: page.fits(shown, part))
+    if question is None:
         raise SettingsError(
             f"a prompt of {page.max_tokens} tokens has no room for the instruction of task"
             f" '{page.task.name}' alone"
         )
-    notes = _notes(examples, shown, page)
-    notes += _note_of_cut(f"the text of query '{query.id}'", text, asked, page)
-    kept, tokens = tuple(records[: len(shown)]), page.tokens(shown, asked)
-    return Prompt(page.messages(shown, asked), kept, tuple(notes), tokens, again)
+    notes = _notes(page, query, question, examples, shown)
+    kept, tokens = tuple(records[: len(shown)]), page.tokens(shown, question)
+    return Prompt(page.messages(shown, question), kept, notes, tokens, again)
 
 
 def estimate(text: str) -> int:
@@ -112,17 +111,11 @@ def text_of(message: Mapping[str, Any]) -> str:
 # ---- how records are shown
 
 
-class _Example(NamedTuple):
-    id: str
-    input: str
-    output: str
-
-
 Ask = Callable[[str], str]
-_Layout = Callable[[Task, Sequence[_Example], Messages, Ask], Messages]
+_Layout = Callable[[Task, Sequence[Record], Messages, Ask], Messages]
 
 
-def _block(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
+def _block(task: Task, shown: Sequence[Record], own: Messages, ask: Ask) -> Messages:
     """The examples, best last, before the question; a field a line: none can pose as another."""
     if not shown:
         return own
@@ -137,7 +130,7 @@ def _block(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Me
     return (*own[:-1], {**own[-1], "content": front + content})
 
 
-def _turns(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Messages:
+def _turns(task: Task, shown: Sequence[Record], own: Messages, ask: Ask) -> Messages:
     """Each example as a question and its answer, best last, behind the system messages."""
     roles = [message.get("role") for message in own]
     head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
@@ -151,9 +144,9 @@ def _turns(task: Task, shown: Sequence[_Example], own: Messages, ask: Ask) -> Me
 _STYLES: Mapping[str, _Layout] = {"block": _block, "turns": _turns}
 
 
-def _example(item: Ranked | Record) -> _Example:
+def _repaired(item: Ranked | Record) -> Record:
     record = item.record if isinstance(item, Ranked) else item
-    return _Example(record.id, repair(record.input), repair(record.output))
+    return replace(record, input=repair(record.input), output=repair(record.output))
 
 
 # ---- staying inside the budget
@@ -170,7 +163,7 @@ class _Page:
     profile: str = ""
     conversation: Messages | None = None
 
-    def messages(self, shown: Sequence[_Example], text: str) -> Messages:
+    def messages(self, shown: Sequence[Record], text: str) -> Messages:
         if self.conversation is not None:
             return self.layout(self.task, shown, self.conversation, self._ask)
         system = ({"role": "system", "content": self.profile},) if self.profile else ()
@@ -182,32 +175,28 @@ class _Page:
         own, task = text_of((self.conversation or ({},))[-1]), self.task
         return task.ask(text) if task.input_of(own) and not task.input_of(text) else text
 
-    def tokens(self, shown: Sequence[_Example], text: str) -> int:
+    def tokens(self, shown: Sequence[Record], text: str) -> int:
         messages = self.messages(shown, text)
         return sum(self.count(text_of(message)) + PER_MESSAGE for message in messages)
 
-    def fits(self, shown: Sequence[_Example], text: str) -> bool:
+    def fits(self, shown: Sequence[Record], text: str) -> bool:
         return self.tokens(shown, text) <= self.max_tokens
 
 
-def _fit_records(page: _Page, examples: list[_Example], text: str) -> list[_Example]:
-    """As many of the best examples as there is room for; a single one may lose the end of its
-    input.
-    """
-    for many in range(len(examples), 0, -1):
-        if page.fits(examples[:many], text):
-            return examples[:many]
+def _fit_records(page: _Page, examples: list[Record], text: str) -> list[Record]:
+    """The best examples that fit; a single one may lose the end of its input."""
+    for count in range(len(examples), 0, -1):
+        if page.fits(examples[:count], text):
+            return examples[:count]
     if not examples:
         return []
     best = examples[0]
-    part = _cut(best.input, lambda part: page.fits([best._replace(input=part)], text))
-    return [] if part is None or len(part) < LEAST_INPUT else [best._replace(input=part)]
+    part = _cut(best.input, lambda part: page.fits([replace(best, input=part)], text))
+    return [] if part is None or len(part) < LEAST_INPUT else [replace(best, input=part)]
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
-    """The longest beginning of `text` that fits, marked with an ellipsis if something is missing;
-    None if not even that fits.
-    """
+    """The longest beginning of `text` that fits, with an ellipsis if it was cut; None: nothing."""
     if fits(text):
         return text
 
@@ -218,16 +207,17 @@ def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
     return beginning(length) if length >= 0 else None
 
 
-def _notes(examples: Sequence[_Example], shown: Sequence[_Example], page: _Page) -> list[str]:
+def _notes(
+    page: _Page, query: Query, question: str, examples: Sequence[Record], shown: Sequence[Record]
+) -> tuple[str, ...]:
     missing, total = len(examples) - len(shown), len(examples)
     reason = f"to stay within {page.max_tokens} tokens"
     notes = [f"prompt: {missing} of {total} records left out {reason}"] if missing else []
-    for whole, part in zip(examples, shown, strict=False):
-        notes += _note_of_cut(f"the input of record '{whole.id}'", whole.input, part.input, page)
-    return notes
-
-
-def _note_of_cut(what: str, whole: str, part: str, page: _Page) -> list[str]:
-    lengths = f"from {len(whole)} to {len(part)} characters"
-    reason = f"to stay within {page.max_tokens} tokens"
-    return [] if part == whole else [fold(f"prompt: {what} cut at its end {lengths} {reason}")]
+    pairs = list(zip(examples, shown, strict=False))
+    cuts = [(f"the input of record '{full.id}'", full.input, cut.input) for full, cut in pairs]
+    cuts.append((f"the text of query '{query.id}'", repair(query.input), question))
+    for name, text, part in cuts:
+        if part != text:
+            lengths = f"from {len(text)} to {len(part)} characters"
+            notes.append(fold(f"prompt: {name} cut at its end {lengths} {reason}"))
+    return tuple(notes)

@@ -81,7 +81,9 @@ class LearnedSelector(Selector):
         if not places:
             return Selection(list(candidates), 0)
         readable = [candidates[i] for i in places]
-        offered = self.offered(readable)
+        # Every label is scored where the scorer has features of labels.
+        by_label = self.scorer.interaction.by_label
+        offered = all_labels(self.task, readable) if by_label else readable
         row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
         rows = [row_of[candidate.answer] for candidate in readable]
         groups, head = self.groups(context, offered), context.heads.get("adapter")
@@ -98,11 +100,6 @@ class LearnedSelector(Selector):
                 if margin < self.abstention_threshold:
                     return Selection(scored, 0, abstained=True)
         return Selection(scored, places[pick])
-
-    def offered(self, readable: Sequence[Candidate]) -> Sequence[Candidate]:
-        """What is scored: every label where the scorer has features of labels."""
-        by_label = self.scorer.interaction.by_label
-        return all_labels(self.task, readable) if by_label else readable
 
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
         if not self.scorer.interaction.reads_pairs:
