@@ -292,8 +292,8 @@ def candidate_key(text: str, answer: str | None) -> str:
 
 
 def _usage(result: Result) -> Usage:
-    made = result.partial if isinstance(result, PartlyFailed) else result
-    return made.usage if isinstance(made, Generation) else Usage(failed=1)
+    generation = result.partial if isinstance(result, PartlyFailed) else result
+    return generation.usage if isinstance(generation, Generation) else Usage(failed=1)
 
 
 def _merge(results: Sequence[Result], greedy: bool) -> tuple[list[str], int, list[str]]:

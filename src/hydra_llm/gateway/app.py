@@ -52,8 +52,7 @@ def make_app(
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
     folder, here = folder_of(active) if active else bundle, here or load_settings()
     deployment = open_deployment(store, reads, folder, settings, here)
-    gateway = Gateway(store, reads, upstream, settings, deployment, telemetry)
-    gateway.active_bundle = active
+    gateway = Gateway(store, reads, upstream, settings, deployment, telemetry, active)
     worker = Worker(store, lambda: gateway.deployment, llm)
 
     about = {"title": "hydra-llm", "version": __version__}

@@ -66,8 +66,8 @@ def make_key(
 
 
 def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
-    """The caller of a request by its Authorization header. Without any key in the store, whoever
-    reaches a loopback address is let in.
+    """The caller of a request by its Authorization header. Without any key in the store, all who
+    reach a loopback address are let in.
 
     Raises:
         ApiError: 401, in the same words for a wrong key, a revoked one and none.

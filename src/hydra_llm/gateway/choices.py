@@ -1,4 +1,4 @@
-"""An LLM's choices in a user's order, and what is kept and told of them.
+"""An LLM's choices in a user's order, and what the store keeps and a reply shows of them.
 
 A choice is what an OpenAI completion holds; a candidate is what the pipeline scores. Choices with
 the same answer are one candidate. Knows no HTTP, no store and no upstream.

@@ -30,10 +30,10 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
         starts = range(0, len(text), PIECE)
         pieces = [others] if others else []
         pieces += [{"content": text[start : start + PIECE]} for start in starts]
-        said = [delta(index, piece) for piece in pieces]
-        if said and choice.get("logprobs"):
-            said[0]["logprobs"] = choice["logprobs"]
-        deltas += [*said, delta(index, {}, choice.get("finish_reason") or "stop")]
+        parts = [delta(index, piece) for piece in pieces]
+        if parts and choice.get("logprobs"):
+            parts[0]["logprobs"] = choice["logprobs"]
+        deltas += [*parts, delta(index, {}, choice.get("finish_reason") or "stop")]
     head = chunk_head(completion["id"], completion["model"], completion.get("created"))
     chunks = [{**head, "choices": [choice]} for choice in deltas]
     if "personalization" in completion:

@@ -70,10 +70,10 @@ class Deployment:
         Raises:
             UserFault: they cannot be deleted.
         """
-        held = store.texts_in_use(texts, except_user=but)
+        in_use = store.texts_in_use(texts, except_user=but)
         cache = self.settings.cache / "features.sqlite"
         forget = self.bundle.store.forget if self.bundle else partial(forget_features, cache)
-        return forget([text for text in texts if text not in held])
+        return forget([text for text in texts if text not in in_use])
 
     def close(self) -> None:
         """End the scoring thread."""

@@ -83,23 +83,21 @@ class Reply:
     abstained: bool = False
 
 
+@dataclass(eq=False)
 class Gateway:
     """Answers chat requests as each user would want."""
 
-    def __init__(
-        self,
-        store: Store,
-        reads: TimedReads,
-        upstream: Upstream,
-        settings: ServeSettings,
-        deployment: Deployment,
-        telemetry: Telemetry,
-    ):
-        self.store, self.reads, self.upstream, self.settings = store, reads, upstream, settings
-        self.deployment, self.telemetry = deployment, telemetry
-        self.pseudonyms = Pseudonyms(store.salt())
-        self.active_bundle: str | None = None  # the bundle that the store named last
-        self._sampler = CandidateSampler(telemetry, settings.deadline)
+    store: Store
+    reads: TimedReads
+    upstream: Upstream
+    settings: ServeSettings
+    deployment: Deployment
+    telemetry: Telemetry
+    active_bundle: str | None = None  # the bundle that the store named last
+
+    def __post_init__(self) -> None:
+        self.pseudonyms = Pseudonyms(self.store.salt())
+        self._sampler = CandidateSampler(self.telemetry, self.settings.deadline)
 
     # ---- before the upstream
 
@@ -137,13 +135,11 @@ class Gateway:
         in_task_words: bool,
     ) -> RoutedRequest:
         """The request with records in its messages."""
-        deployment, settings = routed.deployment, routed.deployment.settings
-        k = settings.k if options.k is None else options.k
-        query, records = found.context.query, found.ranked[:k]
+        settings, render = routed.deployment.settings, routed.deployment.pipeline.render
+        records = found.ranked[: settings.k if options.k is None else options.k]
         messages, window = routed.plain["messages"], getattr(self.upstream, "room", None)
-        render = deployment.pipeline.render
-        prompt = render(query, records, conversation=messages, window=window)
-        several = deployment.selects and found.warm
+        prompt = render(found.context.query, records, conversation=messages, window=window)
+        several = routed.deployment.selects and found.warm
         count = max(options.candidates or settings.samples, routed.n) if several else 1
         shown = found.context, prompt.records, count
         personal = Personalization(user, *shown, in_task_words, found.warm, options.explain)

@@ -6,6 +6,7 @@ server, comes before it, and nothing is written, or after it, and removes them t
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 
 import anyio.to_thread
@@ -21,20 +22,16 @@ from hydra_llm.store.values import StaleVersion
 RECORDS_AT_ONCE = 2  # six texts, some hundredths of a second that a request has to wait
 
 
+@dataclass(eq=False)
 class Prefetcher:
-    """Encodes the histories of given users; each is under way once."""
+    """Encodes the histories of given users, one task a user."""
 
-    def __init__(
-        self,
-        store: Store,
-        reads: TimedReads,
-        users: UserCache,
-        features: FeatureCache,
-        batcher: MicroBatcher,
-    ):
-        self._store, self._reads, self._users = store, reads, users
-        self._features, self._batcher = features, batcher
-        self._under_way: dict[str, asyncio.Task[None]] = {}
+    _store: Store
+    _reads: TimedReads
+    _users: UserCache
+    _features: FeatureCache
+    _batcher: MicroBatcher
+    _under_way: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     def begin(self, user: str) -> None:
         """Encode the user's records that have no features yet."""

@@ -76,19 +76,19 @@ async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]
 
 
 @router.post("/feedback")
-async def feedback(said: FeedbackIn, http: Request) -> dict[str, Any]:
+async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
     """What the user made of an answer: it becomes a record where it tells what was wanted, and
     moves the user's head.
     """
-    kind, gateway, caller = said.kind(), http.app.state.gateway, http.state.caller
-    request = await run_sync(gateway.store.request, said.request_id)
+    kind, gateway, caller = sent.kind(), http.app.state.gateway, http.state.caller
+    request = await run_sync(gateway.store.request, sent.request_id)
     if request is None or not (caller.admin or request.user in caller.users):
         message = "no such request, or it is too long ago"
         raise ApiError(404, message, code="request_not_found", param="request_id")
-    taken = await take_feedback(gateway.store, gateway.deployment, said, request, gateway.settings)
+    taken = await take_feedback(gateway.store, gateway.deployment, sent, request, gateway.settings)
     gateway.telemetry.feedback(kind)
     outcome = {"repeated": taken.repeated, "record": taken.record, "head_moved": taken.moved}
-    return {"request_id": said.request_id, **outcome}
+    return {"request_id": sent.request_id, **outcome}
 
 
 @router.post("/users/{user}/fit", status_code=202)
@@ -164,22 +164,19 @@ def _listed(store: Store, user: str) -> str | None:
     version, records = store.records(user)
     names = ("id", "input", "output", "time")
     data = [{name: getattr(record, name) for name in names} for record in records]
-    return None if version is None else _to_json({"object": "list", "data": data})
+    listed = {"object": "list", "data": data}
+    return None if version is None else json.dumps(listed, ensure_ascii=False)
 
 
 def _exported(store: Store, user: str) -> str | None:
-    content = store.export_user(user)
-    return None if content is None else _to_json(content)
-
-
-def _to_json(content: Any) -> str:
+    if (content := store.export_user(user)) is None:
+        return None
     return json.dumps(content, ensure_ascii=False, default=lambda raw: b64encode(raw).decode())
 
 
 def _remove(store: Store, user: str, id: str) -> Record | None:
-    version, records = store.records(user)
-    record = next((record for record in records if record.id == id), None)
-    if version is None or record is None:
+    record = next((record for record in store.records(user)[1] if record.id == id), None)
+    if record is None:
         return None
     with store.change(user) as change:
         return record if change.remove(id) else None
@@ -209,9 +206,6 @@ def _empty_log(store: Store) -> bool:
     if not done:
         log.warning("after a deletion: %s", LOG_IN_USE)
     return done
-
-
-# ---- in memory
 
 
 async def _forget(gateway: Gateway, user: str, texts: list[str]) -> int:
