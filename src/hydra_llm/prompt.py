@@ -35,7 +35,6 @@ class Prompt:
     notes: tuple[str, ...] = ()  # one line for each cut
     tokens: int = 0  # its length, counted or estimated
     again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
-    """Builds it again with other `max_tokens`."""
 
     @property
     def records(self) -> tuple[Record, ...]:

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     import bm25s
 
 Floats = NDArray[np.float64]
-Embed = Callable[[Sequence[str]], NDArray[np.floating]]
-"""Texts → [N, H]; called with all visible records of a user, so it should cache."""
-Matched = Literal["input", "both"]
-"""What of a record is matched with the query: its input (as LaMP), or input and answer."""
+Embed = Callable[[Sequence[str]], NDArray[np.floating]]  # texts → [N, H], with a cache
+Matched = Literal["input", "both"]  # what is matched: a record's input (as LaMP), or its answer too
 KEPT_INDEXES = 256
 
 
@@ -73,7 +71,6 @@ class _ByScore:
         self.embed, self.seed, self.text = embed, seed, text
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
-        """Return at most m of the records, best first."""
         if m <= 0 or not records:
             return []
         oldest_first = in_order(records)
@@ -110,7 +107,6 @@ class BM25(_ByScore):
         return np.asarray(index.get_scores(words), dtype=np.float64)
 
     def forget(self) -> None:
-        """Empty the cache."""
         self._index.cache_clear()
 
 
@@ -155,7 +151,6 @@ class Dense(_ByScore):
         return np.asarray(rows @ _unit_rows(self._embed((query.input,)))[0])
 
     def forget(self) -> None:
-        """Empty the cache."""
         self._rows.cache_clear()
 
 
@@ -170,7 +165,6 @@ class Recent(_ByScore):
     """The latest records; all score 0, so that recency alone decides."""
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: zeros."""
         return np.zeros(len(records))
 
 
@@ -178,7 +172,6 @@ class Random(_ByScore):
     """Random records: the same for the same seed, user, query and records, on every machine."""
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: uniform, 0 to 1."""
         random = Generator(f"{self.seed}\n{query.user}\n{query.id}")
         return np.array([random.random() for _ in records])
 
@@ -187,5 +180,4 @@ class Nothing(_ByScore):
     """No records at all: zero-shot."""
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
-        """Return the empty list."""
         return []

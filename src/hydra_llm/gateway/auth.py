@@ -29,22 +29,9 @@ class Caller:
     bound: str | None = None  # the one user for whom the key was made; no other need be named
 
     def check(self, user: str) -> None:
-        """May this caller speak for the user?
-
-        Raises:
-            ApiError: 403; it does not tell whether there is such a user.
-        """
+        """May this caller speak for the user? Else `ApiError` 403, whether or not there is one."""
         if not self.admin and user not in self.users:
             raise ApiError(403, "this key may not speak for that user", code="user_not_allowed")
-
-    def check_admin(self) -> None:
-        """May this caller do what concerns everybody?
-
-        Raises:
-            ApiError: 403.
-        """
-        if not self.admin:
-            raise ApiError(403, "this needs an admin's key", code="admin_only")
 
 
 ANYBODY = Caller("", True, ())  # the caller of a server that has no keys yet

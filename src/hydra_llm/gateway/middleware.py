@@ -34,9 +34,7 @@ KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go firs
 
 
 class ConnectionCut(Exception):
-    """Makes the server cut the connection: half an answer must not look like a whole one. Its
-    message quotes nobody.
-    """
+    """Makes the server cut the connection: half an answer must not look like a whole one."""
 
 
 class AccessMiddleware:
@@ -143,11 +141,7 @@ class RateLimiter:
         self._left: LRUCache[str, tuple[float, float]] = LRUCache(LIMITED_KEYS)
 
     def check(self, key: str) -> None:
-        """Count a request.
-
-        Raises:
-            ApiError: 429, too many.
-        """
+        """Count a request; raises `ApiError` 429 where there are too many."""
         if self._per_minute is None:
             return
         now = self._clock()

@@ -68,11 +68,8 @@ class Telemetry:
         """A GenAI span around a chat completion: models and tokens, no content. With
         `Span.around` the stream ends it.
         """
-        attributes = {
-            "gen_ai.operation.name": "chat",
-            "gen_ai.request.model": model,
-            "gen_ai.provider.name": "hydra-llm",
-        }
+        about = {"operation.name": "chat", "request.model": model, "provider.name": "hydra-llm"}
+        attributes = {f"gen_ai.{name}": value for name, value in about.items()}
         kind = trace.SpanKind.SERVER
         span = Span(tracer.start_span(f"chat {model}", kind=kind, attributes=attributes))
         try:

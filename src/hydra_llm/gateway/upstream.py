@@ -23,8 +23,8 @@ Transport = httpx2.AsyncBaseTransport
 AS_JSON = {"content-type": "application/json"}
 LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=4.0)
 """An idle connection is closed before common servers do, which might have a request on its way."""
+# How a request ends on a connection that the endpoint is about to close.
 CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
-"""How a request ends on a connection that the endpoint is about to close."""
 RATE_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")
 PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id", *RATE_HEADERS, "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""

@@ -221,11 +221,7 @@ async def _forget(gateway: Gateway, user: str, texts: list[str]) -> int:
 
 
 async def _forget_texts(gateway: Gateway, texts: list[str], *, but: str | None = None) -> int:
-    """As `Deployment.forget_texts`.
-
-    Raises:
-        ApiError: 503, they cannot be deleted.
-    """
+    """As `Deployment.forget_texts`, but `ApiError` 503 where they cannot be deleted."""
     forget = partial(gateway.deployment.forget_texts, gateway.store, texts, but=but)
     try:
         return await run_sync(forget)
@@ -238,22 +234,14 @@ async def _forget_texts(gateway: Gateway, texts: list[str], *, but: str | None =
 
 
 def _gateway(http: Request, user: str) -> Gateway:
-    """The gateway, for a caller who may speak for the user.
-
-    Raises:
-        ApiError: 403.
-    """
+    """The gateway, for a caller who may speak for the user; else `ApiError` 403."""
     http.state.caller.check(user)
     gateway: Gateway = http.app.state.gateway
     return gateway
 
 
 async def _of_user(http: Request, user: str, read: Callable[[Store, str], Any]) -> Any:
-    """What a function finds in the store, in a thread.
-
-    Raises:
-        ApiError: 403, or 404 where it finds nothing.
-    """
+    """What a function finds in the store, in a thread; `ApiError` 404 where it finds nothing."""
     found = await run_sync(read, _gateway(http, user).store, user)
     if found is None:
         raise _no_such_user()
