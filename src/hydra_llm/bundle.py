@@ -24,7 +24,7 @@ from hydra_llm.model.persistence import (
     write_bundle,
 )
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.model.upgrade import upgraded
+from hydra_llm.model.upgrade import tensors_of, upgraded
 from hydra_llm.pipeline import Personalizer, Pipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
@@ -34,6 +34,13 @@ from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
 
 Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
+
+
+CARD_WARNING = """
+It holds personal records and parameters derived from them: handle it as its users' data. Scores \
+are calibrated on held-out
+users of the training set only; users and tasks unlike those are out of its range.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,27 +60,19 @@ class Bundle:
     heads: Heads = field(default_factory=dict, repr=False)
     """Users who are in none of them get the shared head."""
     use_reranker: bool = True
-    """Whether the reranker orders: not where its first records were worth less than the
-    retriever's on held-out users.
-    """
+    """False where the retriever's first records were worth more on held-out users."""
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
     """Of the users who were fitted, oldest first; empty for one without a history."""
     trained_on: tuple[str, ...] = ()
-    """The users from whom the shared weights were learned; a head of any other user leaves no trace
-    in them.
-    """
+    """The users from whom the shared weights were learned; of others they hold nothing."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """How learning went: strengths, held-out losses, calls, seconds."""
     weights: str = ""
     """SHA-256 of the weights' file that this was read from."""
     learned_with: Settings | None = None
-    """What `save` writes: by default the first `settings`; a copy that answers or fits with others
-    keeps these.
-    """
+    """What `save` writes: by default the first `settings`; copies with others keep these."""
     versions: dict[Path, str] = field(default_factory=dict)
-    """Folder → SHA-256 of the config.json that was last read or written there; copies of this
-    bundle share it.
-    """
+    """Folder → SHA-256 of the config.json last read or written there, shared by copies."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learned_with", self.learned_with or self.settings)
@@ -95,7 +94,7 @@ class Bundle:
         return {name: heads[user] for name, heads in self.heads.items() if user in heads}
 
     def check_task(self, task: Task) -> None:
-        """See that data of this task can be read, fitted and scored by this bundle.
+        """Check that data of this task can be read, fitted and scored by this bundle.
 
         Raises:
             DataError: it is of another kind, or has other labels.
@@ -117,12 +116,9 @@ class Bundle:
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         selector: Selector = FirstCandidate()
         if adapt and self.adapter:
+            rule, votes, threshold = chosen.select, chosen.vote_share, chosen.abstention_threshold
             selector = LearnedSelector(
-                self.adapter,
-                featurizer,
-                select=chosen.select,
-                votes=chosen.vote_share,
-                abstention_threshold=chosen.abstention_threshold,
+                self.adapter, featurizer, select=rule, votes=votes, abstention_threshold=threshold
             )
         retriever = make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed)
         return Pipeline(self.task, retriever, chosen, reranker, selector, featurizer.vectorize)
@@ -140,15 +136,11 @@ class Bundle:
         return Personalizer.of(stages, llm, self.records, self.heads)
 
     def without_heads(self) -> "Bundle":
-        """The same bundle for which everybody is a stranger: the shared heads answer. The
-        non-personal baseline.
-        """
+        """The non-personal baseline: the same bundle with the shared heads for every user."""
         return replace(self, heads={})
 
     def without_people(self, hashed: Callable[[str], str]) -> "Bundle":
-        """The shared weights alone: no head, no record, and hashes of who taught; for where heads
-        and records have their own store.
-        """
+        """The shared weights, and hashes of the training users: heads and records are elsewhere."""
         trained_on = tuple(map(hashed, self.trained_on))
         return replace(self, heads={}, records={}, trained_on=trained_on)
 
@@ -183,31 +175,29 @@ class Bundle:
         return folder
 
     def _config(self, settings: Settings) -> dict[str, Any]:
+        scorers, heads = self.scorers.items(), self._matrices()
         return {
             "task": self.task.to_json(),
             "settings": settings.stored(),
             "llm": dict(self.llm),
             "encoder": encoder_config(self.store.encoder),
             "population": asdict(self.population),
-            "scorers": {
-                name: scorer.config() | self._matrix(name).config()
-                for name, scorer in self.scorers.items()
-            },
+            "scorers": {name: scorer.config() | heads[name].config() for name, scorer in scorers},
             "use_reranker": self.use_reranker,
             "trained_on": list(self.trained_on),
-            "without_records": [user for user, its in self.records.items() if not its],
+            "without_records": [user for user in self.records if not self.records[user]],
             "report": dict(self.report),
         }
 
     def _tensors(self) -> dict[str, Any]:
-        return {
-            f"{name}.{key}": value.contiguous()
-            for name, scorer in self.scorers.items()
-            for key, value in (scorer.tensors() | self._matrix(name).tensors()).items()
-        }
+        tensors: dict[str, Any] = {}
+        for name, heads in self._matrices().items():
+            own = self.scorers[name].tensors() | heads.tensors()
+            tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
+        return tensors
 
-    def _matrix(self, name: str) -> HeadMatrix:
-        return HeadMatrix.of(self.heads.get(name, {}))
+    def _matrices(self) -> dict[str, HeadMatrix]:
+        return {name: HeadMatrix.of(self.heads.get(name, {})) for name in self.scorers}
 
     @classmethod
     def load(
@@ -225,76 +215,55 @@ class Bundle:
         encoder = encoder_of(read)
         try:
             files = upgraded(read)
-            config, tensors = files.config, files.tensors
+            config = files.config
             settings = Settings.checked({**config["settings"], **machine})
             shares = tuple(config["population"]["label_shares"])
-            scorers = {
-                name: _scorer_and_heads(name, entry, tensors)
-                for name, entry in config["scorers"].items()
-            }
+            without_records = {user: list[Record]() for user in config.get("without_records", ())}
+            scorers, heads = {}, {}
+            for name, entry in config["scorers"].items():
+                own = tensors_of(name, files.tensors)
+                scorers[name], heads[name] = (
+                    Scorer.restore(entry, own),
+                    HeadMatrix.restore(entry, own),
+                )
             return cls(
                 task=Task.from_json(config["task"], f"{folder}/config.json"),
                 settings=settings,
                 llm=config["llm"],
                 store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
                 population=CohortStats(**{**config["population"], "label_shares": shares}),
-                scorers={name: scorer for name, (scorer, _) in scorers.items()},
-                heads={name: heads for name, (_, heads) in scorers.items()},
+                scorers=scorers,
+                heads=heads,
                 use_reranker=config["use_reranker"],
-                records={
-                    **files.records,
-                    **{user: [] for user in config.get("without_records", ())},
-                },
+                records={**files.records, **without_records},
                 trained_on=tuple(config["trained_on"]),
                 report=config["report"],
                 weights=config["files"]["weights.safetensors"]["sha256"],
                 versions={Path(folder).resolve(): config["sha256"]},
             )
         except (KeyError, TypeError, ValueError, RuntimeError, DataError, SettingsError) as error:
-            raise BundleError(
-                f"{folder}: config.json and the weights do not fit together"
-                f" ({type(error).__name__}: {error})"
-            ) from None
+            fault = "config.json and the weights do not fit together"
+            raise BundleError(f"{folder}: {fault} ({type(error).__name__}: {error})") from None
 
     def card(self) -> str:
         """The model card: what this is, what it was learned from, what it must not be used for."""
         model = self.llm.get("model", self.llm.get("kind", "unknown"))
-        encoder = self.store.encoder
+        task, encoder = self.task, self.store.encoder
         lines = [
-            f"# hydra-llm bundle for task {self.task.name}",
-            "",
-            f"- Kind: {self.task.kind}; labels: {', '.join(self.task.labels) or 'none'}",
+            f"# hydra-llm bundle for task {task.name}\n",
+            f"- Kind: {task.kind}; labels: {', '.join(task.labels) or 'none'}",
             f"- Learned from {len(self.trained_on)} training users; heads for"
             f" {len(self.records)} users, whose records it holds.",
             f"- LLM that labelled the training data: {model}",
             f"- Encoder: {encoder.name} (digest {encoder.digest[:12]})",
-            *(
-                f"- {name}: {scorer.interaction.kind} features, {scorer.head.name} head,"
-                f" {self._size(name)} numbers a user"
-                for name, scorer in self.scorers.items()
-            ),
-            "",
-            "It holds personal records and parameters derived from them: handle it as its users'"
-            " data. Scores are calibrated on held-out",
-            "users of the training set only; users and tasks unlike those are out of its range.",
         ]
-        return "\n".join(lines) + "\n"
+        for name, scorer in self.scorers.items():
+            parts = f"{scorer.interaction.kind} features, {scorer.head.name} head"
+            lines.append(f"- {name}: {parts}, {self._size(name)} numbers a user")
+        return "\n".join([*lines, CARD_WARNING])
 
     def _size(self, name: str) -> int:
         """Of a user's head, the mean where it grows with the history."""
         fixed, heads = self.scorers[name].head.numbers_per_user, self.heads.get(name, {})
         total = 0 if fixed else sum(len(head.numbers) for head in heads.values())
         return fixed or total // max(1, len(heads))
-
-
-def _scorer_and_heads(
-    name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> tuple[Scorer, HeadMatrix]:
-    own = {
-        key.removeprefix(f"{name}."): value
-        for key, value in tensors.items()
-        if key.startswith(f"{name}.")
-    }
-    heads = HeadMatrix.restore(config, own)
-    shared = {key: value for key, value in own.items() if not key.startswith("heads.")}
-    return Scorer.restore(config, shared), heads

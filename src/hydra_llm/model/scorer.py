@@ -168,7 +168,7 @@ class Scorer(nn.Module):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Scorer":
-        """The inverse of `config` and `tensors`.
+        """The inverse of `config` and `tensors`; the tensors of users' heads are left out.
 
         Raises:
             KeyError, RuntimeError: the tensors do not fit the configuration.
@@ -178,5 +178,6 @@ class Scorer(nn.Module):
         scorer = cls(interaction, head, config["evidence"], loss=config["loss"])
         parts = (len(tensors[f"posterior.{part}"]) for part in ("left", "right"))
         scorer.posterior = LaplacePosterior(*parts)
-        scorer.load_state_dict(dict(tensors))
+        shared = {name: value for name, value in tensors.items() if not name.startswith("heads.")}
+        scorer.load_state_dict(shared)
         return scorer.eval()

@@ -38,11 +38,7 @@ def upgraded(files: BundleFiles) -> BundleFiles:
     config: dict[str, Any] = {**files.config, "scorers": {}}
     tensors: dict[str, Tensor] = {}
     for name, entry in files.config["scorers"].items():
-        own = {
-            _renamed(key.removeprefix(f"{name}.")): value
-            for key, value in files.tensors.items()
-            if key.startswith(f"{name}.")
-        }
+        own = {_renamed(key): value for key, value in tensors_of(name, files.tensors).items()}
         matrix = HeadMatrix.of(_heads(entry, own, files.records))
         config["scorers"][name] = _entry(entry) | matrix.config()
         own = _shared(entry, own) | matrix.tensors()
@@ -51,12 +47,19 @@ def upgraded(files: BundleFiles) -> BundleFiles:
     return BundleFiles(config, tensors, files.records, files.card, files.encoder)
 
 
+def tensors_of(scorer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one of a bundle's scorers, under their own names."""
+    prefix = f"{scorer}."
+    own = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in own.items()}
+
+
 def reranker_helps(report: Mapping[str, Any]) -> bool:
     """Whether the reranker's first records were worth as much as the retriever's on held-out users;
     true where nobody has measured it.
     """
-    told = report.get("reranker", {})
-    pick, first = told.get("gain_pick"), told.get("gain_first")
+    gains = report.get("reranker", {})
+    pick, first = gains.get("gain_pick"), gains.get("gain_first")
     return pick is None or first is None or not pick < first
 
 
