@@ -60,19 +60,20 @@ class Scorer(nn.Module):
         self.register_buffer("vote_weight", torch.zeros(count))
         self.register_buffer("prior_precision", torch.tensor(10.0))
 
+    def standardised(self, groups: Groups) -> Tensor:
+        """[G, C, E] the side features by mean and deviation of the training set."""
+        return (groups.side_features - self.side_mean) / self.side_scale
+
     def side_score(self, groups: Groups) -> Tensor:
-        """[G, C] what the side features alone say, standardised as in training."""
-        standard = (groups.side_features - self.side_mean) / self.side_scale
-        return standard @ self.side_weight
+        """[G, C] the score of the side features alone."""
+        return self.standardised(groups) @ self.side_weight
 
     def core(self, groups: Groups, heads: Heads | None = None) -> Tensor:
-        """[G, C] scores before calibration, which heads are fitted on; without heads the shared
-        ones.
-        """
-        x = self.interaction(groups)
+        """[G, C] scores before calibration, on which heads are fitted; None: the shared ones."""
+        interaction, x = self.interaction, self.interaction(groups)
         if heads is None:
-            return self.head.shared_score(self.interaction, x) + self.side_score(groups)
-        return self.head.score(self.interaction, x, heads) + self.side_score(groups)
+            return self.head.shared_score(interaction, x) + self.side_score(groups)
+        return self.head.score(interaction, x, heads) + self.side_score(groups)
 
     def calibrated(self, core: Tensor, groups: Groups) -> Tensor:
         """[G, C] core scores with β and the votes; −inf where there is no candidate."""
@@ -94,9 +95,7 @@ class Scorer(nn.Module):
         return self.shares(self.score(groups, heads))
 
     def shares(self, scores: Tensor) -> Tensor:
-        """Calibrated scores [..., C] as a distribution over C: softmax, or normalised probabilities
-        for the binary loss.
-        """
+        """Calibrated scores [..., C] as a distribution (binary: normalised probabilities)."""
         if self.loss == "listwise":
             return scores.softmax(-1)
         odds = torch.sigmoid(scores)
@@ -110,10 +109,9 @@ class Scorer(nn.Module):
         if not self.updates_online:
             return None
         x, records = self.interaction(groups), 0 if head is None else head.records
-        found = self.head.covariance(
-            self.interaction, x, self.posterior, self.prior_precision, records
-        )
-        return None if found is None else self.scale.square() * found
+        precision = self.prior_precision
+        covariance = self.head.covariance(self.interaction, x, self.posterior, precision, records)
+        return None if covariance is None else self.scale.square() * covariance
 
     # ---- learning heads
 

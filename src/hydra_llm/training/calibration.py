@@ -4,7 +4,7 @@ groups of training users.
 Letters: G groups, C candidates, X columns of a mix. Knows no texts and no LLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,7 @@ from hydra_llm.training.dataset import TrainingSet
 from hydra_llm.training.report import FitReport
 
 CALIBRATION_RIDGE = 1.0
-CROSS_FIT_FOLDS = 10
-"""Parts of the users whose votes are judged by weights that were fitted on the others."""
+CROSS_FIT_FOLDS = 10  # parts of the users; weights for one are fitted on the others
 LEAST_SCALE = 0.05
 
 
@@ -31,19 +30,16 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def evaluate_held_out(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
-    """The report's losses on held-out groups: of equal shares, of the shared head, of the users'
-    own.
-    """
+    """The report's losses on held-out groups: of equal shares, of the shared and of own heads."""
     report.held_out_groups = sum(int(held.late.informative.sum()) for held in held_out)
     count = max(1, report.held_out_groups)
-    report.loss_uniform, report.loss_shared, report.loss_user = (
-        sum(summed_loss(scorer, held.late, scores) for held, scores in each) / count
-        for each in (
-            [(held, torch.zeros_like(held.own)) for held in held_out],
-            [(held, held.shared) for held in held_out],
-            [(held, held.own) for held in held_out],
-        )
-    )
+
+    def mean_loss(scores: Callable[[HeldOut], Tensor]) -> float:
+        return sum(summed_loss(scorer, held.late, scores(held)) for held in held_out) / count
+
+    report.loss_uniform = mean_loss(lambda held: torch.zeros_like(held.own))
+    report.loss_shared = mean_loss(lambda held: held.shared)
+    report.loss_user = mean_loss(lambda held: held.own)
 
 
 def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
@@ -53,9 +49,7 @@ def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate_picks(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
-    """What the calibrated scorer's first choices are worth on held-out groups, beside the first
-    candidates and the best.
-    """
+    """The report's gains on held-out groups: of the first candidates, the scorer's, the best."""
     worth: list[Tensor] = []
     for late, _, own in held_out:
         mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
@@ -74,9 +68,8 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
     if not held_out:
         return
     mix = _Mix.of(scorer, held_out)
-    report.loss_with_votes, report.loss_without_votes = (
-        each.cross_fitted_loss() for each in (mix, mix.without_votes())
-    )
+    report.loss_with_votes = mix.cross_fitted_loss()
+    report.loss_without_votes = mix.without_votes().cross_fitted_loss()
     if report.loss_with_votes > report.loss_without_votes:
         mix = mix.without_votes()
     v = mix.fit()
@@ -85,13 +78,10 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
     scorer.vote_weight[mix.columns] = v[1:]
     informative = (mix.target.sum(-1) > 0).sum().clamp_min(1)
     scores = scorer.scale * mix.scores + mix.x[..., 1:] @ v[1:]
-    report.loss_calibrated = float(
-        losses(scores, mix.target, mix.mask, mix.loss).sum() / informative
-    )
-    report.scale = float(scorer.scale)
-    report.vote_weight = {
-        scorer.side_names[c]: round(float(w), 4) for c, w in zip(mix.columns, v[1:], strict=True)
-    }
+    total = losses(scores, mix.target, mix.mask, mix.loss).sum()
+    report.loss_calibrated, report.scale = float(total / informative), float(scorer.scale)
+    for column, weight in zip(mix.columns, v[1:].tolist(), strict=True):
+        report.vote_weight[scorer.side_names[column]] = round(weight, 4)
 
 
 class _Mix(NamedTuple):
@@ -107,10 +97,9 @@ class _Mix(NamedTuple):
     @classmethod
     def of(cls, scorer: Scorer, held_out: Sequence[HeldOut]) -> "_Mix":
         scores = torch.cat([held.own for held in held_out])
-        side, mask, target = (
-            torch.cat([getattr(held.late.groups, name) for held in held_out])
-            for name in ("side_features", "mask", "target")
-        )
+        side = torch.cat([held.late.groups.side_features for held in held_out])
+        mask = torch.cat([held.late.groups.mask for held in held_out])
+        target = torch.cat([held.late.target for held in held_out])
         columns = [i for i, name in enumerate(scorer.side_names) if name.startswith("llm_")]
         weighed = float(scorer.side_weight[columns].abs().sum()) > 0  # by the base already
         if weighed or not any(bool(held.late.voted.any()) for held in held_out):
@@ -128,24 +117,21 @@ class _Mix(NamedTuple):
 
     def fit(self, where: Tensor | None = None) -> Tensor:
         """The weights [X] that, added to the scores, fit the targets best; drawn towards 0."""
-        x, target, mask = (
-            part if where is None else part[where] for part in (self.x, self.target, self.mask)
-        )
-        problem = Problem(
-            lambda v: torch.einsum("gcx,ux->ugc", x, v),
-            lambda r: torch.einsum("gcx,ugc->ux", x, r),
-            x.shape[-1],
-            x[None, ..., 0],
-            target[None],
-            mask[None],
-            self.loss,
-        )
+        parts = (self.x, self.target, self.mask)
+        x, target, mask = parts if where is None else (part[where] for part in parts)
+
+        def dot(v: Tensor) -> Tensor:
+            return torch.einsum("gcx,ux->ugc", x, v)
+
+        def outer(r: Tensor) -> Tensor:
+            return torch.einsum("gcx,ugc->ux", x, r)
+
+        offset, size = x[None, ..., 0], x.shape[-1]
+        problem = Problem(dot, outer, size, offset, target[None], mask[None], self.loss)
         return newton_cg(problem, CALIBRATION_RIDGE)[0]
 
     def cross_fitted_loss(self) -> float:
-        """Mean loss, each fold of users with weights that were fitted on the others; NaN for one
-        user alone.
-        """
+        """Mean loss with weights that were fitted on the other folds of users; NaN for one user."""
         names = list(dict.fromkeys(self.users))
         if len(names) < 2:
             return float("nan")

@@ -12,6 +12,7 @@ but the scorer that is being learned is changed. Knows no texts and no LLM.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -33,10 +34,9 @@ from hydra_llm.training.report import FitReport
 
 LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
 FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
+# up to so many groups there are more folds: a base without a third of them would be far from the
+# one that serves
 TINY_SET, TINY_FOLDS = 300, 10
-"""Up to so many groups there are more folds: a base without a third of them would be far from the
-one that serves.
-"""
 FISHER_GROUPS = 2000  # a mean over so many groups is good enough
 Heads = dict[str, Head]
 SplitUsers = Callable[[TrainingSet], list[Split]]
@@ -69,10 +69,10 @@ def fit_scorer(
     """Choose the strengths, fit base and heads of every user, calibrate. `interaction.prepare` must
     have run.
 
-    `unseen` are the users from whom a trained interaction has not learned: only they can tell what
+    `unseen` are the users from whom a trained interaction has not learned: only they show what
     helps a new user. Without them the users take turns in folds, which is fair where the
-    interaction has seen no labels. Where some groups are voted and some not (labels), base and
-    heads learn from those without votes, and the voted ones only calibrate.
+    interaction has seen no labels. Where only some groups are voted, base and heads learn from the
+    others, and the voted ones only calibrate.
     """
     plain = data.where_voted(False) if 0 < int(data.voted.sum()) < len(data) else data
     names = plain.names()
@@ -86,9 +86,9 @@ def fit_scorer(
     if splits:
         held_out = base.held_out(splits, plain, TrainingSet.prequential_splits)
         evaluate_held_out(scorer, held_out, report)
-        judged = base.held_out(splits, data, TrainingSet.calibration_splits)
-        calibrate(scorer, judged, report)
-        evaluate_picks(scorer, judged, report)
+        held_out = base.held_out(splits, data, TrainingSet.calibration_splits)
+        calibrate(scorer, held_out, report)
+        evaluate_picks(scorer, held_out, report)
     base.fit(plain)
     heads = fit_heads(scorer, plain, names)
     measure_posterior(scorer, plain, heads)
@@ -99,10 +99,9 @@ def _folds(plain: TrainingSet, unseen: Sequence[str], seed: int) -> list[Fold]:
     names = plain.names()
     count = FOLDS if len(plain) > TINY_SET else TINY_FOLDS
     parts = folds(names, min(count, len(names)), seed) if len(names) > 1 else []
-    made = [
-        Fold(plain.of(sorted(set(names) - set(part))), part)
-        for part in ([list(unseen)] if unseen else parts)
-    ]
+    if unseen:
+        parts = [list(unseen)]
+    made = (Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts)
     return [fold for fold in made if len(fold.train)]
 
 
@@ -132,14 +131,14 @@ class _Base(NamedTuple):
         self, folds: Sequence[Fold], data: TrainingSet, split: SplitUsers
     ) -> list[HeldOut]:
         """Each fold's later groups, with heads of the earlier ones."""
-        found, scorer = [], self.scorer
+        scores, scorer = [], self.scorer
         for fold in folds:
             self.fit(fold.train)
             for early, late in split(data.of(fold.held_out)):
                 if len(late):
                     heads = fit_heads(scorer, early, fold.held_out)
-                    found.append(held_out_scores(scorer, late, heads))
-        return found
+                    scores.append(held_out_scores(scorer, late, heads))
+        return scores
 
 
 @torch.no_grad()
@@ -157,29 +156,30 @@ def heads_for(data: TrainingSet, heads: Mapping[str, Head]) -> list[Head | None]
 @torch.no_grad()
 def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float = 1.0) -> None:
     """Set the shared head and the side weights to the minimiser of the ridge-penalised loss."""
-    groups, interaction, size = data.groups, scorer.interaction, scorer.interaction.size
+    interaction, size = scorer.interaction, scorer.interaction.size
     standardise(scorer, data)
-    side = ((groups.side_features - scorer.side_mean) / scorer.side_scale)[None]
-    x, count = interaction(groups)[None], side.shape[-1]
+    side, x = scorer.standardised(data.groups)[None], interaction(data.groups)[None]
+    target, mask = data.target[None], data.groups.mask[None]
     head = with_bias(
         Problem(
             lambda v: interaction.dot(x, v),
             lambda r: interaction.outer(x, r),
             size,
-            torch.zeros_like(data.target)[None],
-            data.target[None],
-            groups.mask[None],
+            torch.zeros_like(target),
+            target,
+            mask,
             scorer.loss,
         )
     )
-    problem = replace(
-        head,
-        dot=lambda v: (
-            head.dot(v[:, : head.size]) + torch.einsum("ugce,ue->ugc", side, v[:, head.size :])
-        ),
-        outer=lambda r: torch.cat([head.outer(r), torch.einsum("ugce,ugc->ue", side, r)], 1),
-        size=head.size + count,
-    )
+
+    def dot(v: Tensor) -> Tensor:
+        own, weights = v[:, : head.size], v[:, head.size :]
+        return head.dot(own) + torch.einsum("ugce,ue->ugc", side, weights)
+
+    def outer(r: Tensor) -> Tensor:
+        return torch.cat([head.outer(r), torch.einsum("ugce,ugc->ue", side, r)], 1)
+
+    problem = replace(head, dot=dot, outer=outer, size=head.size + side.shape[-1])
     precision = torch.full((problem.size,), ridge)
     precision[size : head.size], precision[head.size :] = 1e-3, side_ridge
     v = newton_cg(problem, precision)[0]
@@ -199,13 +199,12 @@ def _choose_strengths(
     scorer: Scorer, plain: TrainingSet, splits: Sequence[Fold], report: FitReport, tried: Strengths
 ) -> None:
     """First the ridges, by the loss of users whom the base has not seen; then the prior's
-    precision, by the loss on their later groups with heads from their earlier ones.
+    precision, by their later groups' loss with heads of the earlier ones.
     """
     side_ridges = tried.side_ridges if len(plain) <= LARGE_SET else tried.side_ridges[:1]
     by_ridges = {
-        (ridge, own): sum(_unseen_loss(scorer, plain, fold, ridge, own) for fold in splits)
-        for ridge in tried.ridges
-        for own in side_ridges
+        ridges: sum(_unseen_loss(scorer, plain, fold, *ridges) for fold in splits)
+        for ridges in product(tried.ridges, side_ridges)
     }
     report.ridge, report.evidence_ridge = min(by_ridges, key=lambda key: by_ridges[key])
     if not scorer.head.has_precision:
@@ -255,8 +254,8 @@ def fit_heads(
     precision: float | None = None,
     sgd: SGDConfig | None = None,
 ) -> Heads:
-    """The heads of these users on all their groups, with everything shared frozen: new users, or
-    old ones again. Who has no groups gets numbers that are the shared head's.
+    """The heads of these users on all their groups, with everything shared frozen; without groups
+    a head is the shared one.
     """
     kind, seen = kind or scorer.head, data.records_seen()
     heads = dict.fromkeys(names, Head.of(kind.empty()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.grouping import make_groups
@@ -16,12 +17,9 @@ from hydra_llm.model.interactions import Groups, Interaction
 from hydra_llm.model.newton import Loss
 from hydra_llm.types import LabelledGroup
 
-FEW_GROUPS = 6
-"""Of a user, up to which each one is predicted from those before it: a third of three says next to
-nothing.
-"""
+FEW_GROUPS = 6  # of a user; up to so many, each is predicted from those before it
+# groups that heads are fitted on, and later ones of the same users on which they are evaluated
 Split = tuple["TrainingSet", "TrainingSet"]
-"""Groups that heads are fitted on, and later ones of the same users that judge them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +29,7 @@ class TrainingSet:
     groups: Groups  # with targets
     users: tuple[str, ...]  # whose group: G names; a user's groups stand together, oldest first
     positions: Tensor  # [G] the query's place in its user's order
-    voted: Tensor
-    """[G] True where the LLM was asked: the side features hold what its samples said, or the gains
-    are what it made of the records.
-    """
+    voted: Tensor  # [G] True where the side features or the gains come from calls of the LLM
     gains: Tensor  # [G, C] what each candidate is worth, 0 to 1
     index: dict[str, list[int]] = field(init=False, repr=False, compare=False)
     """User → places of the user's groups."""
@@ -67,9 +62,8 @@ class TrainingSet:
         """The groups at these places."""
         index = torch.as_tensor(index, dtype=torch.long)
         users = tuple(self.users[i] for i in index.tolist())
-        return TrainingSet(
-            self.groups[index], users, self.positions[index], self.voted[index], self.gains[index]
-        )
+        parts = (part[index] for part in (self.positions, self.voted, self.gains))
+        return TrainingSet(self.groups[index], users, *parts)
 
     def of(self, names: Sequence[str]) -> "TrainingSet":
         """The groups of these users."""
@@ -90,39 +84,36 @@ class TrainingSet:
         return self.take(early), self.take(late)
 
     def prequential_splits(self) -> list[Split]:
-        """Users with few groups: their first groups with none before them, their second ones with
-        the first, and so on. `split_late` where somebody has more than `FEW_GROUPS`.
+        """The users' first groups with none before them, their second ones with the first, and so
+        on. `split_late` where a user has more than `FEW_GROUPS`.
         """
         own = list(self.index.values())
         most = max(map(len, own), default=0)
         if most > FEW_GROUPS:
             return [self.split_late()]
-        return [
-            (
-                self.take([i for index in own for i in index[:step]]),
-                self.take([index[step] for index in own if len(index) > step]),
-            )
-            for step in range(most)
-        ]
+        splits = []
+        for step in range(most):
+            early = [i for index in own for i in index[:step]]
+            late = [index[step] for index in own if len(index) > step]
+            splits.append((self.take(early), self.take(late)))
+        return splits
 
     def calibration_splits(self) -> list[Split]:
-        """What came before each user's first voted group, and the voted groups;
+        """The groups before each user's first voted one, and the voted groups;
         `prequential_splits` where all or none are voted.
         """
         if bool(self.voted.all()) or not bool(self.voted.any()):
             return self.prequential_splits()
         places = torch.where(self.voted, self.positions, torch.iinfo(torch.long).max)
-        first = {user: int(places[index].min()) for user, index in self.index.items()}
-        before = [
-            i
-            for i, user in enumerate(self.users)
-            if not self.voted[i] and self.positions[i] < first[user]
-        ]
+        before: list[int] = []
+        for index in self.index.values():
+            first = int(places[index].min())
+            before += [i for i in index if not self.voted[i] and self.positions[i] < first]
         return [(self.take(before), self.where_voted(True))]
 
     def records_seen(self) -> dict[str, int]:
-        """How many of each user's records a head has learned from that is fitted on these groups:
-        the last query's own answer is one of them.
+        """User → how many records a head fitted on these groups has learned from: the last query's
+        own answer is one of them.
         """
         return {user: int(self.positions[index].max()) + 1 for user, index in self.index.items()}
 
@@ -198,12 +189,9 @@ def gain_spread(groups: Sequence[LabelledGroup]) -> float:
     """How far gains lie apart within the training groups: kept with the scorer, so that no user's
     targets depend on another's.
     """
-    width = max((len(group.gains) for group in groups), default=0)
-    gains, mask = torch.zeros(len(groups), width), torch.zeros(len(groups), width, dtype=torch.bool)
-    for row, group in enumerate(groups):
-        gains[row, : len(group.gains)] = torch.tensor(group.gains)
-        mask[row, : len(group.gains)] = True
-    return within_group_spread(gains, mask)
+    rows = [torch.tensor(group.gains) for group in groups]
+    gains = pad_sequence(rows, batch_first=True, padding_value=torch.nan)
+    return within_group_spread(gains.nan_to_num(0.0), ~gains.isnan())
 
 
 # ---- from texts to tensors
@@ -211,10 +199,8 @@ def gain_spread(groups: Sequence[LabelledGroup]) -> float:
 
 def in_set_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:
     """The groups that have candidates, each user's together, oldest first."""
-    return sorted(
-        (group for group in groups if group.rights),
-        key=lambda group: (group.user, group.position, group.voted),
-    )
+    some = (group for group in groups if group.rights)
+    return sorted(some, key=lambda group: (group.user, group.position, group.voted))
 
 
 def make_training_set(
@@ -230,19 +216,13 @@ def make_training_set(
     `rule` and `spread` as in `targets`.
     """
     groups = in_set_order(groups)
-    made = make_groups(
-        store,
-        interaction,
-        [g.left for g in groups],
-        [g.rights for g in groups],
-        [g.side_features for g in groups],
-    )
+    lefts, rights = [group.left for group in groups], [group.rights for group in groups]
+    side_features = [group.side_features for group in groups]
+    made = make_groups(store, interaction, lefts, rights, side_features)
     gains = torch.zeros(made.mask.shape)
     gains[made.mask] = torch.tensor([gain for group in groups for gain in group.gains])
-    return TrainingSet(
-        made.with_target(targets(gains, made.mask, rule=rule, loss=loss, spread=spread)),
-        tuple(group.user for group in groups),
-        torch.tensor([group.position for group in groups], dtype=torch.long),
-        torch.tensor([group.voted for group in groups], dtype=torch.bool),
-        gains,
-    )
+    labelled = made.with_target(targets(gains, made.mask, rule=rule, loss=loss, spread=spread))
+    users = tuple(group.user for group in groups)
+    positions = torch.tensor([group.position for group in groups], dtype=torch.long)
+    voted = torch.tensor([group.voted for group in groups], dtype=torch.bool)
+    return TrainingSet(labelled, users, positions, voted, gains)

@@ -14,6 +14,8 @@ Knows no scorer but those inside the personalizer. A failed call leaves its pair
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
@@ -32,15 +34,11 @@ from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, R
 class Collected:
     """What the LLM did, ready to be made into groups."""
 
+    # makes the labelled groups, with side features of the encoder as it is now: tuning changes them
     groups: Callable[[Featurizer], list[LabelledGroup]]
-    """Makes the labelled groups, with side features of the encoder as it is now: tuning changes
-    them.
-    """
     calls: int = 0  # questions that the LLM was asked
-    failures: list[str] = field(default_factory=list)
-    """One line for each that failed; its pair is left out."""
-    notes: list[str] = field(default_factory=list)
-    """What was cut from prompts, and answers that could not be read."""
+    failures: list[str] = field(default_factory=list)  # a line for each call that failed
+    notes: list[str] = field(default_factory=list)  # cuts of prompts, answers that cannot be read
     usage: Usage = Usage()
 
 
@@ -57,7 +55,6 @@ async def reranker_groups(
     settings = personalizer.settings
     contexts = [personalizer.context_of(query) for query in queries]
     cases = [(context, item) for context in contexts for item in personalizer.retrieve(context)]
-
     greedy = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
     once = replace(personalizer, settings=settings.model_copy(update=greedy))
 
@@ -94,28 +91,23 @@ async def reranker_groups(
 def weak_reranker_groups(
     personalizer: Personalizer, featurizer: Featurizer, user: str
 ) -> list[LabelledGroup]:
-    """Each of a user's records as a query for those before it; a record is worth what its own
-    answer would be there.
+    """Each of a user's records as a query for those before it; a record's gain is that of its own
+    answer.
 
     An LLM that is shown one record leans on that record's answer, so that the two gains go together
     (measured on training users: benchmarks/reranker_labels.py), and histories give many more such
-    groups than an LLM can be asked for.
+    groups than an LLM can label.
     """
-    task, records, found = personalizer.task, personalizer.records[user], []
+    task, records, groups = personalizer.task, personalizer.records[user], []
     for query in training_queries(task, records, len(records)):
-        context = personalizer.context_of(query)
-        rows = [
-            (item, task.gain(_own_answer(task, item.record), query.gold or ""))
-            for item in personalizer.retrieve(context)
-        ]
+        context, rows = personalizer.context_of(query), []
+        for item in personalizer.retrieve(context):
+            answer = item.record.output  # in LaMP-1's papers none of the labels
+            own = answer if task.is_answer(answer) else None
+            rows.append((item, task.gain(own, query.gold or "")))
         if len(rows) > 1:
-            found.append(_reranker_group(personalizer, featurizer, context, rows, voted=False))
-    return found
-
-
-def _own_answer(task: Task, record: Record) -> str | None:
-    """A record's output as an answer; None where it is none of the labels (LaMP-1's papers)."""
-    return record.output if task.is_answer(record.output) else None
+            groups.append(_reranker_group(personalizer, featurizer, context, rows, voted=False))
+    return groups
 
 
 def _reranker_group(
@@ -127,47 +119,41 @@ def _reranker_group(
     voted: bool,
 ) -> LabelledGroup:
     query, items = context.query, [item for item, _ in rows]
-    texts = tuple(
-        record_text(item.record, with_answer=personalizer.settings.record_answer) for item in items
-    )
-    table = _frozen(
-        featurizer.reranker(query, items, featurizer.vectorize(context.visible)).tolist()
-    )
-    return LabelledGroup(
-        query.user,
-        query.id,
-        query.input,
-        texts,
-        tuple(gain for _, gain in rows),
-        table,
-        len(context.visible),
-        voted=voted,
-    )
+    with_answer = personalizer.settings.record_answer
+    texts = [record_text(item.record, with_answer=with_answer) for item in items]
+    side = featurizer.reranker(query, items, featurizer.vectorize(context.visible))
+    return _group(context, texts, [gain for _, gain in rows], side, voted=voted)
+
+
+def _group(
+    context: Context, texts: Sequence[str], gains: Sequence[float], side: np.ndarray, *, voted: bool
+) -> LabelledGroup:
+    query, count = context.query, len(context.visible)
+    rows = tuple(map(tuple, side.tolist()))
+    rights, worth = tuple(texts), tuple(gains)
+    return LabelledGroup(query.user, query.id, query.input, rights, worth, rows, count, voted=voted)
 
 
 async def adapter_groups(
     personalizer: Personalizer, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
-    """Let the LLM propose candidates for each query and say what each is worth."""
+    """Let the LLM propose candidates for each query, each with its gain."""
     contexts = [personalizer.context_of(query) for query in queries]
+    limit = personalizer.settings.concurrency
 
     async def propose(context: Context) -> Proposal:
         return await personalizer.apropose(context.at_rest())
 
-    proposals = await map_calls(
-        propose, contexts, limit=personalizer.settings.concurrency, progress=progress
-    )
+    proposals = await map_calls(propose, contexts, limit=limit, progress=progress)
+    pairs = list(zip(contexts, proposals, strict=True))
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        made = (
-            _adapter_group(personalizer, featurizer, context, proposal)
-            for context, proposal in zip(contexts, proposals, strict=True)
-            if isinstance(proposal, Proposal)
-        )
+        proposed = ((context, made) for context, made in pairs if isinstance(made, Proposal))
+        made = (_adapter_group(personalizer, featurizer, *pair) for pair in proposed)
         return [group for group in made if group]
 
     out = Collected(groups, calls=len(queries))
-    for context, proposal in zip(contexts, proposals, strict=True):
+    for context, proposal in pairs:
         if isinstance(proposal, LLMError):
             out.failures.append(f"query {context.query.id}: {proposal}")
             out.usage += Usage(failed=1)
@@ -184,16 +170,11 @@ def _adapter_group(
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
     if offers_all(personalizer.task, settings):
         candidates = all_labels(personalizer.task, candidates)
+    answers, gold = [candidate.answer for candidate in candidates], query.gold
     wants_gold = settings.label_rule == "gold-positive" and not personalizer.task.labels
-    if (
-        wants_gold
-        and query.gold is not None
-        and all(candidate.answer != query.gold for candidate in candidates)
-    ):
-        candidates = [*candidates, Candidate(query.gold, query.gold)]
-    if not candidates:
-        return None
-    return _labelled(featurizer, context, candidates, voted=True)
+    if wants_gold and gold is not None and gold not in answers:
+        candidates = [*candidates, Candidate(gold, gold)]
+    return _labelled(featurizer, context, candidates, voted=True) if candidates else None
 
 
 def offers_all(task: Task, settings: Settings) -> bool:
@@ -221,13 +202,8 @@ def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> li
 def _labelled(
     featurizer: Featurizer, context: Context, candidates: Sequence[Candidate], *, voted: bool
 ) -> LabelledGroup:
-    task, query, count = featurizer.task, context.query, len(context.visible)
-    gains = tuple(task.gain(candidate.answer, query.gold or "") for candidate in candidates)
-    vectors = featurizer.vectorize(context.visible)
-    table = _frozen(featurizer.adapter(query, candidates, vectors).tolist())
-    texts = tuple(candidate_text(task, candidate) for candidate in candidates)
-    return LabelledGroup(query.user, query.id, query.input, texts, gains, table, count, voted=voted)
-
-
-def _frozen(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in rows)
+    task, query = featurizer.task, context.query
+    gains = [task.gain(candidate.answer, query.gold or "") for candidate in candidates]
+    side = featurizer.adapter(query, candidates, featurizer.vectorize(context.visible))
+    texts = [candidate_text(task, candidate) for candidate in candidates]
+    return _group(context, texts, gains, side, voted=voted)

@@ -8,9 +8,7 @@ NAN = float("nan")
 
 @dataclass
 class FitReport:
-    """Figures of one scorer, on later groups of users whom the base has not seen. Committed results
-    are compared by its JSON keys.
-    """
+    """Figures of one scorer, on later groups of users whom the base has not seen."""
 
     users: int = 0
     groups: int = 0
@@ -25,17 +23,13 @@ class FitReport:
     loss_user: float = NAN
     """With each user's own head."""
     loss_calibrated: float = NAN
-    """With β and the votes, on the groups that have votes where there are such; on these very
-    groups they were fitted.
-    """
+    """With β and the votes, on the groups (voted ones, if any) that both were fitted on."""
     loss_with_votes: float = NAN
     """On the same groups, each user's with a β and weights of votes fitted on the others."""
     loss_without_votes: float = NAN
     """Likewise with a β alone: what the LLM's votes add to the scorer is the difference."""
     gain_first: float = NAN
-    """Mean gain of the first candidates of those groups: the retriever's first record, the LLM's
-    greedy text, the task's first label.
-    """
+    """Mean gain of those groups' first candidates: first retrieved, greedy text, first label."""
     gain_pick: float = NAN
     """Of those that the users' own heads score highest."""
     gain_best: float = NAN
@@ -45,7 +39,5 @@ class FitReport:
 
     def to_json(self, *, convex: bool = True) -> dict[str, Any]:
         """Everything; the strengths only where they were used."""
-        strengths = {"ridge", "evidence_ridge", "precision"}
-        return {
-            name: value for name, value in asdict(self).items() if convex or name not in strengths
-        }
+        unused = set() if convex else {"ridge", "evidence_ridge", "precision"}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
