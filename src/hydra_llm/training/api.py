@@ -3,9 +3,8 @@
     alearn   training users → labelled groups → shared weights and heads → Bundle
     afit     new users' histories → labelled groups → heads → Bundle with the same shared weights
 
-Both give a new bundle and change none of their arguments. LLM calls are what this costs: they go
-through the cache, so that a run that was stopped continues where it was. `learn` and `fit` are the
-same from sync code.
+Both give a new bundle and change none of their arguments. LLM calls go through the cache, so that a
+run that was stopped continues where it was. `learn` and `fit` are the same from sync code.
 """
 
 from collections import ChainMap
@@ -118,11 +117,10 @@ async def alearn(
     progress: StageProgress = silent,
     first: Bundle | None = None,
 ) -> Learned:
-    """Learn shared weights and heads from a data set's training users; with `out`, write the bundle
-    there.
+    """Learn shared weights and heads from a data set's training users; `out` is a folder to write.
 
-    With `first`, a bundle of the same users, only the adapter is learned: the reranker is taken
-    over, and with it the candidates.
+    With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
+    and with it the candidates.
 
     Raises:
         BundleError: `out` is a file, or a folder of something else.
@@ -151,9 +149,9 @@ async def alearn(
     if settings.tune_encoder and picking is not None:
         _train(learned, ranking, files)  # the encoder has moved under the reranker
         _use_reranker(learned)
-    usage, users = learned.usage, list(records)
-    figures = {"users": len(users), "calls": usage.calls, "cached": usage.cached}
-    _report(learned, **figures, stages=learned.stages_json())
+    usage = learned.usage
+    _report(learned, users=len(records), calls=usage.calls, cached=usage.cached)
+    _report(learned, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
     return learned
@@ -206,10 +204,8 @@ def _use_reranker(learned: Learned) -> None:
     """Decide by held-out users whether the reranker is used."""
     helps = reranker_helps(learned.bundle.report)
     if learned.bundle.reranker is not None and learned.bundle.use_reranker and not helps:
-        learned.notes.append(
-            "the retriever's order stands: on held-out users the reranker's first records were"
-            " worth less"
-        )
+        reason = "on held-out users the reranker's first records were worth less"
+        learned.notes.append(f"the retriever's order stands: {reason}")
     learned.bundle = replace(learned.bundle, use_reranker=helps)
 
 
@@ -274,10 +270,8 @@ def _check_known(names: Sequence[str], data: DataSet) -> None:
     known = set(data.users())
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise UnknownUser(
-            f"unknown user '{unknown}': the data set has {len(known)} users, see"
-            " `hydra-llm data check`"
-        )
+        users = f"the data set has {len(known)} users, see `hydra-llm data check`"
+        raise UnknownUser(f"unknown user '{unknown}': {users}")
 
 
 async def _fit_part(part: _Part, learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
@@ -361,10 +355,8 @@ def _account(learned: Learned, stage: str, users: int, collected: Collected) -> 
     learned.failures += collected.failures
     learned.stages[stage] = StageCost(users, collected.usage.seconds, collected.usage)
     if collected.notes:
-        learned.notes.append(
-            f"{stage}: {len(collected.notes)} notes on {collected.calls} questions, the first:"
-            f" {collected.notes[0]}"
-        )
+        count = f"{len(collected.notes)} notes on {collected.calls} questions"
+        learned.notes.append(f"{stage}: {count}, the first: {collected.notes[0]}")
     if collected.failures and len(collected.failures) == collected.calls:
         raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
 
@@ -380,7 +372,7 @@ def _weak_groups(
         own = (weak_reranker_groups(plain, featurizer, user) for user in users)
     if part is ADAPTER and offers_all(plain.task, plain.settings):
         own = (weak_adapter_groups(featurizer, plain.records[user]) for user in users)
-    return list(chain.from_iterable(own))
+    return list(chain(*own))
 
 
 def learn(
@@ -393,9 +385,8 @@ def learn(
     first: Bundle | None = None,
 ) -> Learned:
     """`alearn` from sync code."""
-    return run_sync(
-        partial(alearn, dataset, llm, settings, out=out, progress=progress, first=first)
-    )
+    options: dict[str, Any] = {"out": out, "progress": progress, "first": first}
+    return run_sync(partial(alearn, dataset, llm, settings, **options))
 
 
 def fit(
@@ -408,6 +399,5 @@ def fit(
     progress: StageProgress = silent,
 ) -> Learned:
     """`afit` from sync code."""
-    return run_sync(
-        partial(afit, dataset, bundle, llm, users=users, settings=settings, progress=progress)
-    )
+    options: dict[str, Any] = {"users": users, "settings": settings, "progress": progress}
+    return run_sync(partial(afit, dataset, bundle, llm, **options))

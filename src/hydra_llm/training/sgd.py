@@ -1,5 +1,5 @@
 """What is not convex: the shared layer, a tuned encoder and `mlp` heads, trained together with the
-users' heads by gradient. This is the paper's own way (section 3.1).
+users' heads by gradient (paper, section 3.1).
 
 `convex.py` runs after it on the frozen features, except for `mlp` heads. Training is reproducible
 by its seed, and stops and resumes: after every epoch all that it needs goes to a checkpoint. Knows
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,19 @@ from hydra_llm.training.dataset import TrainingSet, folds
 from hydra_llm.training.report import FitReport
 from hydra_llm.types import LabelledGroup
 
-EpochDone = Callable[[int, int, float], None]
-"""Called with (epochs done, epochs, mean training loss per group)."""
+EpochDone = Callable[[int, int, float], None]  # epochs done, epochs, mean loss per group
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws of torch's default generator by this seed, as some of torch takes no other; what the
-    process draws later is not changed.
-    """
+    """Seed torch's default generator, which some of torch needs, for this block alone."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         yield
 
 
 class TextSource:
-    """Pairs' features computed with gradients, for a tuned encoder; `None` in its place means the
-    training set's kept features.
-    """
+    """Pairs' features with gradients, for a tuned encoder; without it the kept ones are used."""
 
     def __init__(self, encoder: Encoder, groups: Sequence[LabelledGroup]):
         self.encoder = encoder
@@ -56,14 +51,14 @@ class TextSource:
 
     def fill(self, data: TrainingSet, index: Tensor) -> Groups:
         """The groups of `index` with fresh pair vectors [G, C, H]."""
-        groups = data.groups[index]
-        pairs = [(self.texts[i][0], right) for i in index.tolist() for right in self.texts[i][1]]
+        groups, texts = data.groups[index], [self.texts[i] for i in index.tolist()]
+        lefts = [left for left, rights in texts for _ in rights]
         vectors = self.encoder.forward_pairs(
-            [left for left, _ in pairs], [right for _, right in pairs]
+            lefts, [right for _, rights in texts for right in rights]
         )
         right = vectors.new_zeros(*groups.mask.shape, vectors.shape[-1])
         right = right.masked_scatter(groups.mask[..., None].expand_as(right), vectors)
-        return Groups(groups.left, right, groups.side_features, groups.mask, groups.target)
+        return replace(groups, right=right)
 
 
 def train_jointly(
@@ -101,17 +96,15 @@ def train_jointly(
 
 
 def held_out_users(data: TrainingSet, config: SGDConfig) -> list[str]:
-    """The fifth of the users from whom `train_jointly` does not learn; nobody without patience, or
-    where there are fewer than five.
+    """The fifth of the users from whom `train_jointly` does not learn; none without patience, or
+    of fewer than five.
     """
     names = data.names()
     return folds(names, 5, config.seed)[0] if config.patience and len(names) >= 5 else []
 
 
 class _State:
-    """Everything that training changes: parameters, the users' numbers, the optimizer; to and from
-    a checkpoint.
-    """
+    """What training changes: parameters, the users' numbers, the optimizer; and its checkpoints."""
 
     def __init__(
         self, scorer: Scorer, data: TrainingSet, source: TextSource | None, config: SGDConfig
@@ -119,9 +112,8 @@ class _State:
         self.scorer, self.data, self.source, self.config = scorer, data, source, config
         self.fingerprint = _fingerprint(data, config, scorer.loss)
         names = data.names()
-        place = {name: row for row, name in enumerate(names)}
-        self.row = torch.tensor([place[user] for user in data.users], dtype=torch.long)
-        """[G] the row of each group's user."""
+        rows = {name: row for row, name in enumerate(names)}
+        self.row = torch.tensor([rows[user] for user in data.users], dtype=torch.long)  # [G]
         self.numbers = torch.zeros(len(names), scorer.head.joint_numbers, requires_grad=True)
         decayed: list[Tensor] = list(scorer.interaction.parameters())
         if source is not None:
@@ -130,13 +122,9 @@ class _State:
         free: list[Tensor] = [*scorer.head.joint_parameters(), scorer.side_weight]
         free += [self.numbers] if self.numbers.numel() else []
         self.tensors = decayed + free
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": free, "weight_decay": config.weight_decay / 10},
-            ],
-            lr=config.lr,
-        )
+        strong = {"params": decayed, "weight_decay": config.weight_decay}
+        weak = {"params": free, "weight_decay": config.weight_decay / 10}
+        self.optimizer = torch.optim.AdamW([strong, weak], lr=config.lr)
         self.counts = torch.bincount(self.row, minlength=len(names)).clamp_min(1)
 
     def groups(self, index: Tensor) -> Groups:
@@ -157,13 +145,14 @@ class _State:
 
     def loss(self, index: Tensor) -> Tensor:
         """The summed loss of a batch under its users' heads."""
-        groups, scorer = self.groups(index), self.scorer
+        groups, scorer, numbers = self.groups(index), self.scorer, self.numbers[self.row[index]]
+        x = scorer.interaction(groups)
+        own = scorer.head.score_numbers(scorer.interaction, x, numbers)
+        return self._losses(own + scorer.side_score(groups), groups).sum()
+
+    def _losses(self, scores: Tensor, groups: Groups) -> Tensor:
         assert groups.target is not None
-        own = scorer.head.score_numbers(
-            scorer.interaction, scorer.interaction(groups), self.numbers[self.row[index]]
-        )
-        scores = own + scorer.side_score(groups)
-        return losses(scores, groups.target, groups.mask, scorer.loss).sum()
+        return losses(scores, groups.target, groups.mask, self.scorer.loss)
 
     @torch.no_grad()
     def watch_loss(self, index: Tensor) -> float:
@@ -171,9 +160,7 @@ class _State:
         if not len(index):
             return 0.0
         groups = self.groups(index)
-        assert groups.target is not None
-        scores = self.scorer.core(groups)
-        return float(losses(scores, groups.target, groups.mask, self.scorer.loss).mean())
+        return float(self._losses(self.scorer.core(groups), groups).mean())
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -182,9 +169,7 @@ class _State:
         self.optimizer.step()
 
     def prior(self, rows: Tensor) -> Tensor:
-        """½ λ |δ|² of the users in a batch, spread over each user's groups so that an epoch counts
-        it once.
-        """
+        """½ λ |δ|² of the users in a batch, each divided by the number of the user's groups."""
         own = self.numbers[rows] ** 2
         return 0.5 * self.scorer.prior_precision * (own.sum(-1) / self.counts[rows]).sum()
 
@@ -209,29 +194,24 @@ class _State:
             heads[name] = Head.of(numbers, seen[name])
         return heads
 
-    # ---- checkpoint: safetensors with the course of the run in its header, replaced in one step
+    # ---- checkpoint: safetensors with the state of the run in its header, replaced in one step
 
     def write(self, path: Path, run: "_Run") -> None:
-        tensors = {
-            f"value.{i}": tensor.detach().contiguous() for i, tensor in enumerate(self.tensors)
-        }
-        tensors |= {f"best.{i}": tensor.contiguous() for i, tensor in enumerate(run.best_values)}
-        for i, tensor in enumerate(self.tensors):
+        tensors: dict[str, Tensor] = {}
+        for i, (tensor, best) in enumerate(zip(self.tensors, run.best_values, strict=True)):
+            tensors |= {f"value.{i}": tensor.detach(), f"best.{i}": best}
             for name, value in self.optimizer.state.get(tensor, {}).items():
-                tensors[f"optimizer.{name}.{i}"] = value.detach().clone().contiguous()
-        course = {
-            "losses": run.losses,
-            "best": run.best,
-            "waited": run.waited,
-            "fingerprint": self.fingerprint,
-        }
+                tensors[f"optimizer.{name}.{i}"] = value.detach().clone()
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        course = {"losses": run.losses, "best": run.best, "waited": run.waited}
+        course["fingerprint"] = self.fingerprint
         temporary = path.with_suffix(".part")
         path.parent.mkdir(parents=True, exist_ok=True)  # the bundle's own folder comes last
         save_file(tensors, temporary, {"course": json.dumps(course)})
         temporary.replace(path)
 
     def resume(self, path: Path | None) -> "_Run | None":
-        """Take up a checkpoint if there is one.
+        """Continue from a checkpoint if there is one.
 
         Raises:
             BundleError: it is damaged, or of other settings or data.
@@ -240,14 +220,13 @@ class _State:
             return None
         tensors, course = _read_checkpoint(path)
         count = range(len(self.tensors))
-        values = [tensors.get(f"value.{i}") for i in count]
-        shapes = [None if value is None else value.shape for value in values]
-        wanted = [tensor.shape for tensor in self.tensors]
-        if course["fingerprint"] != self.fingerprint or shapes != wanted:
+        values = [tensors[f"value.{i}"] for i in count if f"value.{i}" in tensors]
+        fits = [value.shape for value in values] == [tensor.shape for tensor in self.tensors]
+        if course["fingerprint"] != self.fingerprint or not fits:
             raise BundleError(
                 f"{path}: a checkpoint of other settings or data: delete it to start anew"
             )
-        self.put([value for value in values if value is not None])
+        self.put(values)
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             if part == "optimizer":
@@ -263,9 +242,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             course = json.loads(file.metadata()["course"])
         return load_file(path), course
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(
-            f"{path}: a damaged checkpoint ({error}): delete it to start anew"
-        ) from None
+        fault = f"a damaged checkpoint ({error}): delete it to start anew"
+        raise BundleError(f"{path}: {fault}") from None
 
 
 @dataclass
@@ -280,24 +258,20 @@ class _Run:
     def exhausted(self, patience: int) -> bool:
         return bool(patience) and self.waited >= patience
 
-    def watch(self, found: float, state: _State) -> None:
-        if found < self.best:
-            self.best, self.best_values, self.waited = found, state.values(), 0
+    def watch(self, loss: float, state: _State) -> None:
+        if loss < self.best:
+            self.best, self.best_values, self.waited = loss, state.values(), 0
         else:
             self.waited += 1
 
 
 def _fingerprint(data: TrainingSet, config: SGDConfig, loss: str) -> str:
-    """Names settings and data, so that no other run goes on from its checkpoint; the number of
+    """Identifies settings and data: no other run continues from its checkpoint. The number of
     epochs may grow.
     """
     groups = data.groups
-    settings = [
-        *(config.lr, config.batch, config.weight_decay, config.patience, config.seed),
-        loss,
-        list(data.users),
-    ]
-    hasher = hashlib.sha256(json.dumps(settings).encode())
+    numbers = [config.lr, config.batch, config.weight_decay, config.patience, config.seed]
+    hasher = hashlib.sha256(json.dumps([*numbers, loss, list(data.users)]).encode())
     for tensor in (groups.left, groups.right, groups.side_features, groups.mask, groups.target):
         if tensor is not None:
             hasher.update(tensor.contiguous().numpy().tobytes())
@@ -305,17 +279,17 @@ def _fingerprint(data: TrainingSet, config: SGDConfig, loss: str) -> str:
 
 
 def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[FitReport, Heads]:
-    """The users whom joint training held out get heads: of their earlier groups, to calibrate on
-    the later ones; then of all.
+    """Heads of the users whom joint training held out: of earlier groups, to calibrate on the later
+    ones; then of all.
     """
     unseen = held_out_users(data, config)
     report = FitReport(users=len(data.names()), groups=len(data))
     if not unseen:
         return report, {}
-    held_out = [
-        held_out_scores(scorer, late, fit_heads(scorer, early, unseen, sgd=config))
-        for early, late in data.of(unseen).prequential_splits()
-    ]
+    held_out = []
+    for early, late in data.of(unseen).prequential_splits():
+        heads = fit_heads(scorer, early, unseen, sgd=config)
+        held_out.append(held_out_scores(scorer, late, heads))
     evaluate_held_out(scorer, held_out, report)
     calibrate(scorer, held_out, report)
     evaluate_picks(scorer, held_out, report)

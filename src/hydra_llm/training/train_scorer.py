@@ -32,8 +32,8 @@ class LabelledData:
     """What a scorer is learned from."""
 
     name: str  # reranker or adapter
+    # makes the labelled groups with side features of the encoder as it is now
     groups: Callable[[Featurizer], list[LabelledGroup]]
-    """Makes the labelled groups with side features of the encoder as it is now."""
     side_names: Sequence[str]  # names of the side features' columns
     rule: str  # how gains become targets, see `dataset.targets`
     by_label: bool = False  # label features, in place of features of pairs
@@ -41,10 +41,9 @@ class LabelledData:
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """Where training tells how far it is."""
+    """Where training reports its progress and keeps checkpoints."""
 
-    out: Path | str | None = None
-    """The bundle's folder; checkpoints lie beside it. None keeps none."""
+    out: Path | str | None = None  # the bundle's folder; checkpoints lie beside it. None: no files
     progress: StageProgress = silent
 
     def checkpoint(self, name: str) -> Path | None:
@@ -58,35 +57,42 @@ def train_scorer(
     encoder too), fit what is.
     """
     config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
+
+    def done(epoch: int, total: int, loss: float) -> None:
+        files.progress(f"train {name}", epoch, total)
+
     groups = data.groups(bundle.featurizer)
     scorer = _untrained(bundle, data)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
     files.progress(f"fit {name}", 0, 1)
     training_set = _training_set(bundle, data.rule, scorer, groups)
     scorer.interaction.prepare(training_set.groups)
-    report: dict[str, Any] = {
-        "groups": len(training_set),
-        "features": scorer.interaction.kind,
-        "head": scorer.head.name,
-    }
-    trainable = tune or not scorer.head.convex or scorer.interaction.trainable
+    interaction, head = scorer.interaction, scorer.head
+    report: dict[str, Any] = {"groups": len(training_set), "features": interaction.kind}
+    report["head"] = head.name
+    trainable = tune or not head.convex or interaction.trainable
     joint: Heads = {}
     if trains := config.epochs > 0 and trainable:
         source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
-        losses, joint = _train_jointly(scorer, training_set, config, source, name, files)
+        checkpoint = files.checkpoint(name)
+        losses, joint = train_jointly(
+            scorer, training_set, config, source=source, checkpoint=checkpoint, done=done
+        )
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
         report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
         if tune:  # features and side features of the encoder as it is now
-            bundle = _with_present_stats(bundle)
+            histories = [bundle.records[user] for user in bundle.trained_on]
+            stats = fit_stats(bundle.task, bundle.store, histories)
+            bundle = replace(bundle, population=stats)
             groups = data.groups(bundle.featurizer)
             training_set = _training_set(bundle, data.rule, scorer, groups)
     fitted, heads = _fit(scorer, training_set, config, trained=trains)
     files.progress(f"fit {name}", 1, 1)
-    return replace(
-        bundle,
-        scorers={**bundle.scorers, name: scorer.eval()},
-        heads={**bundle.heads, name: with_times({**joint, **heads}, bundle.records)},
-        report={**bundle.report, name: report | fitted},
-    )
+    own = with_times({**joint, **heads}, bundle.records)
+    scorers, reports = {**bundle.scorers, name: scorer.eval()}, {**bundle.report}
+    reports[name] = report | fitted
+    return replace(bundle, scorers=scorers, heads={**bundle.heads, name: own}, report=reports)
 
 
 def _fit(
@@ -100,26 +106,6 @@ def _fit(
     return report.to_json(convex=scorer.head.convex), heads
 
 
-def _train_jointly(
-    scorer: Scorer,
-    data: TrainingSet,
-    config: SGDConfig,
-    source: TextSource | None,
-    name: str,
-    files: TrainingFiles,
-) -> tuple[list[float], Heads]:
-    """Joint training with a checkpoint beside the bundle that is to come."""
-    checkpoint = files.checkpoint(name)
-
-    def done(epoch: int, total: int, loss: float) -> None:
-        files.progress(f"train {name}", epoch, total)
-
-    out = train_jointly(scorer, data, config, source=source, checkpoint=checkpoint, done=done)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return out
-
-
 def _untrained(bundle: Bundle, data: LabelledData) -> Scorer:
     settings = bundle.settings
     with seeded(settings.training_seed):
@@ -131,19 +117,8 @@ def _untrained(bundle: Bundle, data: LabelledData) -> Scorer:
 def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
     """The untrained interaction of a bundle's scorer."""
     settings, labels = bundle.settings, len(bundle.task.labels) if by_label else 0
-    return interaction_for(
-        settings.features,
-        bundle.store.encoder.width,
-        size=settings.width,
-        labels=labels,
-        label_rank=settings.label_rank,
-    )
-
-
-def _with_present_stats(bundle: Bundle) -> Bundle:
-    """The cohort's statistics by the encoder as it is now."""
-    histories = [bundle.records[user] for user in bundle.trained_on]
-    return replace(bundle, population=fit_stats(bundle.task, bundle.store, histories))
+    kind, width, size = settings.features, bundle.store.encoder.width, settings.width
+    return interaction_for(kind, width, size=size, labels=labels, label_rank=settings.label_rank)
 
 
 def sgd_config(settings: Settings) -> SGDConfig:
@@ -151,14 +126,13 @@ def sgd_config(settings: Settings) -> SGDConfig:
     default = 2 if settings.tune_encoder else 0 if HEADS.load(settings.head).convex else 30
     random_start = settings.prior == "random"
     return SGDConfig(
-        default if settings.epochs is None else settings.epochs,
-        settings.lr,
-        settings.batch,
-        settings.weight_decay,
-        # as published, all training users are trained on, for all epochs
-        0 if random_start else 5,
-        settings.training_seed,
-        random_start,
+        epochs=default if settings.epochs is None else settings.epochs,
+        lr=settings.lr,
+        batch=settings.batch,
+        weight_decay=settings.weight_decay,
+        patience=0 if random_start else 5,  # as published, all users are trained on, for all epochs
+        seed=settings.training_seed,
+        random_start=random_start,
     )
 
 
@@ -186,9 +160,7 @@ def with_times(heads: Heads, records: Mapping[str, Sequence[Any]]) -> Heads:
 
 
 def target_rule(bundle: Bundle, name: str) -> str:
-    """How gains become targets: labels are right or wrong; a gold answer among the candidates is
-    above the mean anyway.
-    """
+    """How gains become targets; a gold answer among the candidates is above the mean anyway."""
     of_kind = bundle.task.strategy.target_rule if name == "adapter" else ""
     return of_kind or bundle.settings.label_rule.replace("gold-positive", "above-mean")
 
@@ -196,11 +168,7 @@ def target_rule(bundle: Bundle, name: str) -> str:
 def _training_set(
     bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
 ) -> TrainingSet:
+    spread, interaction = float(scorer.gain_spread), scorer.interaction
     return make_training_set(
-        bundle.store,
-        scorer.interaction,
-        groups,
-        rule=rule,
-        loss=scorer.loss,
-        spread=float(scorer.gain_spread),
+        bundle.store, interaction, groups, rule=rule, loss=scorer.loss, spread=spread
     )
