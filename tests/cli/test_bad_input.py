@@ -292,7 +292,7 @@ def test_a_long_text_is_cut_with_one_note_each(
     hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The encoder warns once in a process, the prompt once in an answer."""
-    monkeypatch.setattr("hydra_llm.model.encoder._told_of_cut", False)
+    monkeypatch.setattr("hydra_llm.model.encoder._warned_of_cut", False)
     for start in ("one", "two"):
         result = hydra(
             "ask",

@@ -149,7 +149,7 @@ def test_nothing_to_encode(tiny: Encoder) -> None:
 def test_long_texts_are_cut_by_tokens_and_told_once(
     tiny: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_told_of_cut", False)
+    monkeypatch.setattr(module, "_warned_of_cut", False)
     with caplog.at_level(logging.WARNING):
         rows = tiny.encode(["film " * 31, "film " * 30 + "war", "film " * 30])
         tiny.encode_pairs(["film " * 20], ["war " * 20])

@@ -112,7 +112,7 @@ def test_memory_is_bounded_and_the_file_is_not(
     tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MEMORY_BYTES", 3 * 4 * tiny.width)
-    monkeypatch.setattr(module, "ASKED_AT_ONCE", 2)
+    monkeypatch.setattr(module, "KEYS_PER_QUERY", 2)
     store = FeatureCache(tiny, tmp_path / "features.sqlite")
     texts = [f"{word} {word}" for word in ("rain", "star", "love", "war", "old", "new", "dull")]
     rows = store.texts(texts)

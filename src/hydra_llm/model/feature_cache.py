@@ -17,11 +17,8 @@ from hydra_llm.kv import CacheFile
 from hydra_llm.model.encoder import Encoder
 
 MEMORY_BYTES = 64 * 2**20  # how many bytes of vectors stay in memory; the oldest go first
-PASSING = 4096
-"""How many vectors of texts that are not kept, such as queries, stay in memory: they evict no
-record's.
-"""
-ASKED_AT_ONCE = 500  # keys in one SQL query; SQLite's limit was 999 in old versions
+PASSING = 4096  # vectors of texts that are not kept, such as queries: they evict no record's
+KEYS_PER_QUERY = 500  # keys in one SQL query; SQLite's limit was 999 in old versions
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS features (
     key BLOB PRIMARY KEY, first BLOB NOT NULL, second BLOB, value BLOB NOT NULL
@@ -30,20 +27,15 @@ CREATE INDEX IF NOT EXISTS features_first ON features (first);
 CREATE INDEX IF NOT EXISTS features_second ON features (second) WHERE second IS NOT NULL;
 """
 Item = tuple[str] | tuple[str, str]
-Kept = tuple[np.ndarray, tuple[int, ...]]
-"""A vector in memory, and `hash()` of each of its texts: texts with the same hash are forgotten
-together.
-"""
+Kept = tuple[np.ndarray, tuple[int, ...]]  # a vector, and `hash()` of each of its texts
 
 
 class FeatureCache:
     """An encoder with a cache, safe for several threads, and for several processes on one file."""
 
     def __init__(self, encoder: Encoder, path: Path | None = None):
-        self.encoder = encoder
-        self.path = path
-        self.keep = True
-        """Whether what is encoded is written to the file, unless a call says otherwise."""
+        self.encoder, self.path = encoder, path
+        self.keep = True  # whether vectors are written to the file, unless a call says otherwise
         self.hits = 0  # distinct texts or pairs that were cached
         self.misses = 0  # distinct texts or pairs that had to be encoded
         self._lock = Lock()
@@ -52,14 +44,14 @@ class FeatureCache:
         self._file = _open(path) if path is not None else None
 
     def texts(self, texts: Sequence[str], *, keep: bool | None = None) -> np.ndarray:
-        """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: all of them are in the
-        file then, or none is written.
+        """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: whether the file gets all
+        of them or none; by default the new ones.
         """
-        return self._rows(
-            [(text,) for text in texts],
-            lambda new: self.encoder.encode([item[0] for item in new]),
-            keep,
-        )
+
+        def encode(new: list[Item]) -> np.ndarray:
+            return self.encoder.encode([item[0] for item in new])
+
+        return self._rows([(text,) for text in texts], encode, keep)
 
     def missing(self, texts: Sequence[str]) -> int:
         """How many of these texts would have to be encoded."""
@@ -70,17 +62,15 @@ class FeatureCache:
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
-        items = list(zip(left, right, strict=True))
-        return self._rows(
-            items,
-            lambda new: self.encoder.encode_pairs(
-                [item[0] for item in new], [item[-1] for item in new]
-            ),
-        )
+
+        def encode(new: list[Item]) -> np.ndarray:
+            return self.encoder.encode_pairs([item[0] for item in new], [item[-1] for item in new])
+
+        return self._rows(list(zip(left, right, strict=True)), encode)
 
     def forget(self, texts: Iterable[str]) -> int:
-        """Delete every feature made of these texts, alone or in a pair, by whichever encoder;
-        returns how many there were.
+        """Delete every feature of these texts, alone or in a pair, of any encoder; returns the
+        count.
 
         Raises:
             UserFault: they could not be deleted from the file.
@@ -122,33 +112,25 @@ class FeatureCache:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
             kept = wanted if keep else missing if keep is None and self.keep else {}
-            passing = {key: item for key, item in missing.items() if key not in kept}
-            lasting = {
-                key: item
-                for key, item in wanted.items()
-                if key not in passing and key not in self._passing
-            }
-            _add(self._memory, found, lasting)
-            _add(self._passing, found, passing)
+            passing = missing.keys() - kept.keys()
+            for key, item in wanted.items():
+                memory = self._passing if key in passing else self._memory
+                if key not in self._passing and key not in memory:
+                    memory[key] = (found[key], tuple(map(hash, item)))  # the oldest make room
             self._store(found, kept)
-        return (
-            np.stack([found[key] for key in keys])
-            if keys
-            else np.empty((0, self.encoder.width), np.float32)
-        )
+        if not keys:
+            return np.empty((0, self.encoder.width), np.float32)
+        return np.stack([found[key] for key in keys])
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
-        found = {
-            key: memory[key][0]
-            for memory in (self._passing, self._memory)
-            for key in keys
-            if key in memory
-        }
+        found: dict[bytes, np.ndarray] = {}
+        for memory in (self._passing, self._memory):
+            found.update((key, memory[key][0]) for key in keys if key in memory)
         if self._file is None or len(found) == len(keys):
             return found
         rest = [key for key in keys if key not in found]
-        for start in range(0, len(rest), ASKED_AT_ONCE):
-            found.update(self._read(self._file, rest[start : start + ASKED_AT_ONCE]))
+        for start in range(0, len(rest), KEYS_PER_QUERY):
+            found.update(self._read(self._file, rest[start : start + KEYS_PER_QUERY]))
         return found
 
     def _read(self, file: CacheFile, keys: list[bytes]) -> dict[bytes, np.ndarray]:
@@ -162,12 +144,12 @@ class FeatureCache:
     def _store(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
         if self._file is None or not self._file.keeps or not new:
             return
-        there = self._read(self._file, list(new)) if len(new) <= ASKED_AT_ONCE else {}
-        rows = [
-            (key, *_hashes(item), found[key].astype("<f4").tobytes())
-            for key, item in new.items()
-            if key not in there
-        ]
+        present = self._read(self._file, list(new)) if len(new) <= KEYS_PER_QUERY else {}
+        rows = []
+        for key, item in new.items():
+            if key not in present:
+                second = _hash(item[1]) if len(item) == 2 else None
+                rows.append((key, _hash(item[0]), second, found[key].astype("<f4").tobytes()))
         if rows:
             self._file.write(("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows))
 
@@ -176,18 +158,8 @@ def _open(path: Path) -> CacheFile:
     return CacheFile(path, SCHEMA, "features", erases=True)
 
 
-def _add(
-    memory: FIFOCache[bytes, Kept], found: dict[bytes, np.ndarray], items: dict[bytes, Item]
-) -> None:
-    """Add these items' rows; the oldest make room."""
-    for key, item in items.items():
-        if key not in memory:
-            memory[key] = (found[key], tuple(map(hash, item)))
-
-
 def forget_features(path: Path, texts: Iterable[str]) -> int:
-    """Delete every feature of these texts from a file, for whoever has no encoder at hand; returns
-    how many there were.
+    """Delete every feature of these texts from a file, without an encoder; returns the count.
 
     Raises:
         UserFault: they could not be deleted.
@@ -208,9 +180,9 @@ def _delete(file: CacheFile, texts: Iterable[str]) -> set[bytes]:
     hashes, gone = [(_hash(text),) for text in texts], set[bytes]()
     with file.deleting() as database:
         for column in ("first", "second"):
-            for each in hashes:
-                found = database.execute(f"SELECT key FROM features WHERE {column} = ?", each)
-                gone.update(key for (key,) in found)
+            for parameters in hashes:
+                rows = database.execute(f"SELECT key FROM features WHERE {column} = ?", parameters)
+                gone.update(key for (key,) in rows)
             database.executemany(f"DELETE FROM features WHERE {column} = ?", hashes)
     return gone
 
@@ -219,14 +191,8 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _hashes(item: Item) -> tuple[bytes, bytes | None]:
-    return _hash(item[0]), _hash(item[1]) if len(item) == 2 else None
-
-
 def _keys(digest: bytes, items: Sequence[Item]) -> list[bytes]:
-    """Of each item; a text that stands in many pairs is hashed once."""
+    """Of each item; a text that is in many pairs is hashed once."""
     hashes = {text: _hash(text) for text in {text for item in items for text in item}}
-    return [
-        hashlib.sha256(b"".join([digest, *(hashes[text] for text in item)])).digest()
-        for item in items
-    ]
+    parts = (b"".join([digest, *(hashes[text] for text in item)]) for item in items)
+    return [hashlib.sha256(part).digest() for part in parts]

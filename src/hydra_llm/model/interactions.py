@@ -31,14 +31,10 @@ class Groups:
     """G groups of up to C candidates, padded."""
 
     left: Tensor  # [G, D] the queries' vectors
-    right: Tensor | None
-    """[G, C, D] the candidates' vectors (tower) or the pairs' (cross); None for label features."""
+    right: Tensor | None  # [G, C, D] of candidates (tower) or pairs (cross); None: label features
     side_features: Tensor  # [G, C, E] what is known of each pair beside its text
     mask: Tensor  # [G, C] True where there is a candidate
-    target: Tensor | None = None
-    """[G, C] what each candidate should get; a distribution over the group, or 0 to 1 each for the
-    binary loss.
-    """
+    target: Tensor | None = None  # [G, C] a distribution over the group, or (binary) 0 to 1 each
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -53,17 +49,12 @@ class Groups:
 
 
 class Interaction(nn.Module):
-    """Features of G groups as `x`: the base of all kinds, and of those whose φ stands explicitly,
-    [G, C, H].
-    """
+    """Features of G groups as `x`; the base class has explicit ones, φ [G, C, H]."""
 
     kind: ClassVar[str]
-    reads_pairs: ClassVar[bool] = False
-    """Whether the encoder reads query and candidate as one text: nothing is kept of one alone."""
-    by_label: ClassVar[bool] = False
-    """Whether the candidates are always the task's labels, in their order."""
-    trainable: ClassVar[bool] = False
-    """Whether it has weights of its own that can be trained by gradient."""
+    reads_pairs: ClassVar[bool] = False  # the encoder reads query and candidate as one text
+    by_label: ClassVar[bool] = False  # the candidates are always the task's labels, in their order
+    trainable: ClassVar[bool] = False  # it has weights that can be trained by gradient
     size: int  # V
 
     def forward(self, groups: Groups) -> Tensor:
@@ -77,9 +68,7 @@ class Interaction(nn.Module):
         raise NotImplementedError
 
     def prepare(self, groups: Groups) -> None:
-        """Set what is not learned by gradient (scales, principal directions) from the training
-        groups.
-        """
+        """Set what is not learned by gradient (scales, principal directions)."""
 
     def config(self) -> dict[str, Any]:
         """What `make_interaction` needs."""
@@ -106,9 +95,7 @@ class Interaction(nn.Module):
         return x @ basis.T
 
     def fisher(self, x: Tensor, share: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
-        """The mean Fisher information of heads by its two Kronecker factors (model/laplace.py);
-        `share` as in `mean_fisher`.
-        """
+        """The two factors of heads' mean Fisher information; `share` as in `mean_fisher`."""
         return torch.ones(1, 1), mean_fisher(x, share, binary)
 
     def keys(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,9 +126,7 @@ class Tower(Interaction):
         return left, store.texts([text for texts in rights for text in texts])
 
     def prepare(self, groups: Groups) -> None:
-        """Start the layer at the principal directions of the training pairs, each with standard
-        deviation 1/2.
-        """
+        """Start the layer at the pairs' principal directions, each with standard deviation 1/2."""
         rows = self._joined(groups)[groups.mask]
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:20_000]]
         self.mean = rows.mean(0)
@@ -180,9 +165,10 @@ class Cross(Interaction):
     def encode(
         self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
     ) -> tuple[Tensor, np.ndarray | None]:
-        pairs = [(q, right) for q, texts in zip(lefts, rights, strict=True) for right in texts]
-        vectors = store.pairs([left for left, _ in pairs], [right for _, right in pairs])
-        return torch.zeros(len(lefts), 0), vectors
+        left = [query for query, texts in zip(lefts, rights, strict=True) for _ in texts]
+        return torch.zeros(len(lefts), 0), store.pairs(
+            left, [text for own in rights for text in own]
+        )
 
     def prepare(self, groups: Groups) -> None:
         assert groups.right is not None
@@ -271,12 +257,11 @@ def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     count = min(most, int((values > 1e-6 * values[-1].clamp_min(1e-12)).sum()))
     values, directions = values.flip(0)[:count], vectors.T.flip(0)[:count]
-    return values, directions * directions.gather(
-        1, directions.abs().argmax(1, keepdim=True)
-    ).sign()
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return values, directions * largest.sign()
 
 
-KINDS: dict[str, type[Interaction]] = {each.kind: each for each in (Tower, Cross, LabelBilinear)}
+KINDS: dict[str, type[Interaction]] = {kind.kind: kind for kind in (Tower, Cross, LabelBilinear)}
 
 
 def make_interaction(config: dict[str, Any]) -> Interaction:
@@ -289,8 +274,8 @@ def make_interaction(config: dict[str, Any]) -> Interaction:
 def interaction_for(
     features: str, width: int, *, size: int, labels: int = 0, label_rank: int = 0
 ) -> Interaction:
-    """An untrained interaction of an encoder of `width` for a setting of `features`: label-bilinear
-    in place of the bi-encoder where there are labels to score.
+    """An untrained interaction for a setting of `features` and an encoder's `width`: with labels,
+    label-bilinear in place of the bi-encoder.
     """
     if features == Cross.kind:
         return Cross(width)

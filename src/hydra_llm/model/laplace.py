@@ -34,10 +34,9 @@ class LaplacePosterior(nn.Module):
     def of(cls, left: Tensor, right: Tensor) -> "LaplacePosterior":
         """From the two factors of F, symmetric matrices."""
         posterior = cls()
-        (values, posterior.left_vectors), (others, posterior.right_vectors) = (
-            torch.linalg.eigh(part) for part in (left, right)
-        )
-        posterior.left, posterior.right = values.clamp_min(0), others.clamp_min(0)
+        left_values, posterior.left_vectors = torch.linalg.eigh(left)
+        right_values, posterior.right_vectors = torch.linalg.eigh(right)
+        posterior.left, posterior.right = left_values.clamp_min(0), right_values.clamp_min(0)
         return posterior
 
     @property

@@ -15,11 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 Loss = Literal["listwise", "binary"]
 Apply = Callable[[Tensor], Tensor]
-TOLERANCE = 1e-4
-"""Of the gradient's largest entry, relative to that at v = 0 (or to 1, if that is larger)."""
+TOLERANCE = 1e-4  # of the gradient's largest entry, relative to that at v = 0 (or to 1 if larger)
 MEMORY = 8  # steps whose change of gradient `lbfgs` keeps
 HALVINGS = 12  # of a step, at most, until the objective falls (Armijo)
 
@@ -38,8 +38,8 @@ class Problem:
 
 
 def with_bias(problem: Problem) -> Problem:
-    """The same with a bias as one more coordinate; with the listwise loss none, as it would move
-    all candidates of a group alike.
+    """The problem with a bias as last coordinate; none with the listwise loss, which it does not
+    change.
     """
     if problem.loss == "listwise":
         return problem
@@ -57,9 +57,7 @@ def losses(scores: Tensor, target: Tensor, mask: Tensor, loss: Loss) -> Tensor:
     logistic losses.
     """
     if loss == "binary":
-        pairs = torch.nn.functional.binary_cross_entropy_with_logits(
-            scores, target, reduction="none"
-        )
+        pairs = binary_cross_entropy_with_logits(scores, target, reduction="none")
         return (pairs * mask).sum(-1)
     logp = scores.masked_fill(~mask, -1e30).log_softmax(-1)
     return -(target * logp * mask).sum(-1)
@@ -79,12 +77,13 @@ def grad_and_hvp(scores: Tensor, problem: Problem) -> tuple[Tensor, Apply]:
 def newton_cg(
     problem: Problem, precision: float | Tensor, *, steps: int = 25, tolerance: float = TOLERANCE
 ) -> Tensor:
-    """The minimiser [U, V] of each problem under a Gaussian prior N(0, 1/precision): a number, or
-    one for each coordinate [V].
-    """
+    """The minimiser [U, V] of each problem under a Gaussian prior N(0, 1/precision [V])."""
+
+    def value_at(v: Tensor) -> Tensor:
+        return objective(v, problem, precision)
+
     v = problem.offset.new_zeros(len(problem.offset), problem.size)
-    value = objective(v, problem, precision)
-    floor: Tensor | None = None
+    value, floor = value_at(v), None
     for _ in range(steps):
         by_score, hvp = grad_and_hvp(problem.offset + problem.dot(v), problem)
         gradient = problem.outer(by_score) + precision * v
@@ -95,9 +94,7 @@ def newton_cg(
             break
         hessian = lambda d, c=hvp: problem.outer(c(problem.dot(d))) + precision * d  # noqa: E731
         step = _conjugate_gradients(hessian, -gradient * active[:, None])
-        v, value = _line_search(
-            v, step, value, gradient, lambda t: objective(t, problem, precision)
-        )
+        v, value = _line_search(v, step, value, gradient, value_at)
     return v
 
 
@@ -137,24 +134,19 @@ def _line_search(
     size, slope = v.new_ones(len(v)), (gradient * step).sum(-1)
     for _ in range(HALVINGS):
         trial = v + size[:, None] * step
-        found = of(trial)
-        good = found <= value + 1e-4 * size * slope + 1e-6 * value.abs()
+        after = of(trial)
+        good = after <= value + 1e-4 * size * slope + 1e-6 * value.abs()
         if good.all():
             break
         size = torch.where(good, size, size / 2)
-    return torch.where(good[:, None], trial, v), torch.where(good, found, value)
+    return torch.where(good[:, None], trial, v), torch.where(good, after, value)
 
 
 # ---- one user
 
 
 def lbfgs(
-    problem: Problem,
-    precision: Tensor,
-    inverse: Apply,
-    *,
-    steps: int = 200,
-    tolerance: float = TOLERANCE,
+    problem: Problem, precision: Tensor, inverse: Apply, *, tolerance: float = TOLERANCE
 ) -> Tensor:
     """What `newton_cg` finds for one user [1, V], by L-BFGS (Nocedal and Wright, Numerical
     Optimization, algorithm 7.5).
@@ -165,7 +157,7 @@ def lbfgs(
     value, gradient = _value_and_gradient(v, problem, precision)
     floor = float(gradient.abs().max().clamp_min(1.0)) * tolerance
     past: list[tuple[Tensor, Tensor, float]] = []
-    for _ in range(steps):
+    for _ in range(200):
         if float(gradient.abs().max()) <= floor:
             break
         step = -_two_loop(gradient, past, inverse)

@@ -32,14 +32,13 @@ class Head:
     numbers: np.ndarray  # [P] float32; read-only where `Head.of` made it
     records: int = 0  # how many of the user's records, oldest first, it has learned from
     until: float = -math.inf
-    """Time of the latest of these records, in seconds since 1970; -inf where no time is known."""
+    """Latest time of these records, in seconds since 1970; -inf where none is known."""
 
     @classmethod
     def of(cls, numbers: Tensor | np.ndarray, records: int = 0, until: float = -math.inf) -> Self:
-        """A head with a copy of these numbers, which nobody can change."""
-        if isinstance(numbers, Tensor):
-            numbers = numbers.detach().numpy()
-        own = np.array(numbers, dtype=np.float32)
+        """A head with a read-only copy of these numbers."""
+        plain = numbers.detach().numpy() if isinstance(numbers, Tensor) else numbers
+        own = np.array(plain, dtype=np.float32)
         own.flags.writeable = False
         return cls(own, records, until)
 
@@ -57,16 +56,11 @@ def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | N
     """
     if head is None:
         return None, ""
+    learned = "the shared head answers: the user's own has learned from"
     if head.records > visible:
-        return None, (
-            f"the shared head answers: the user's own has learned from {head.records} records, and"
-            f" this query sees {visible}"
-        )
+        return None, f"{learned} {head.records} records, and this query sees {visible}"
     if head.until > query.span[1]:
-        return None, (
-            "the shared head answers: the user's own has learned from records until"
-            f" {_date(head.until)}, which is after this query"
-        )
+        return None, f"{learned} records until {_date(head.until)}, which is after this query"
     return head, ""
 
 
@@ -86,22 +80,18 @@ class SGDConfig:
     lr: float = 1e-3
     batch: int = 64  # pairs per step, rounded to whole groups
     weight_decay: float = 0.01
-    patience: int = 5
-    """Epochs without a lower loss of held-out users before training stops; 0 trains all epochs, as
-    in the paper.
-    """
+    patience: int = 5  # epochs without a lower held-out loss; 0 trains all, as in the paper
     seed: int = 0
-    random_start: bool = False
-    """A new `mlp` head starts at random, as in the authors' code, not at the shared head."""
+    random_start: bool = False  # of `mlp` heads, as in the authors' code; else at the shared head
 
     def batches(self, sizes: Tensor, order: Tensor) -> Iterable[Tensor]:
         """Groups in order, as many at once as have about `batch` pairs; `sizes` [G] in pairs."""
-        start, held = 0, 0
+        start, pairs = 0, 0
         for end, i in enumerate(order.tolist(), 1):
-            held += int(sizes[i])
-            if held >= self.batch or end == len(order):
+            pairs += int(sizes[i])
+            if pairs >= self.batch or end == len(order):
                 yield order[start:end]
-                start, held = end, 0
+                start, pairs = end, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +110,9 @@ class HeadProblem:
 
     def user(self, u: int) -> "HeadProblem":
         """One user's problem without padded groups, U = 1."""
-        own = self.mask[u].any(-1)
-        x, offset, target, mask = (
-            part[u, own][None] for part in (self.x, self.offset, self.target, self.mask)
-        )
-        users = self.users[u : u + 1]
-        return replace(self, users=users, x=x, offset=offset, target=target, mask=mask)
+        own, users = self.mask[u].any(-1), self.users[u : u + 1]
+        parts = {name: getattr(self, name)[u, own][None] for name in PER_GROUP}
+        return replace(self, users=users, **parts)
 
 
 def gather(heads: Sequence[Head | None], size: int) -> Tensor:
@@ -143,17 +130,17 @@ def gather(heads: Sequence[Head | None], size: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+PER_GROUP = ("x", "offset", "target", "mask")
+
+
 class HeadKind(nn.Module):
     """What one kind of head is: its shared parameters are θ₀ and whatever else all users share."""
 
     name: ClassVar[str]
-    convex: ClassVar[bool] = True
-    """Whether the shared head is fitted by ridge regression; else all by gradient."""
-    has_precision: ClassVar[bool] = True
-    """Whether the strength of its prior is chosen on held-out users."""
+    convex: ClassVar[bool] = True  # the shared head is fitted by ridge regression, not by gradient
+    has_precision: ClassVar[bool] = True  # its prior's strength is chosen on held-out users
     on_labels: ClassVar[bool] = True  # whether it goes with features of labels (`label_features`)
-    updates_online: ClassVar[bool] = False
-    """Whether feedback can change a head without a new fit, given a measured posterior."""
+    updates_online: ClassVar[bool] = False  # feedback changes a head without a new fit
     rank: int = 0  # what `create` needs to make it again
 
     @classmethod
@@ -191,8 +178,8 @@ class HeadKind(nn.Module):
         return self
 
     def tune(self, rounds: Iterable[Iterable[HeadProblem]], count: int) -> None:
-        """Learn what else all users share by predicting users whom the base has not seen: one
-        problem each; in each of the `count` rounds the base is another one.
+        """Learn what else all users share by predicting users whom the base has not seen: a
+        problem each, in `count` rounds with another base each.
         """
 
     def learn_shared(self, problems: Iterable[HeadProblem]) -> None:
@@ -237,17 +224,13 @@ class HeadKind(nn.Module):
         precision: Tensor,
         records: int,
     ) -> Tensor | None:
-        """[C, C] of one group's scores (G = 1) under a head that has learned from so many records;
-        None where that is not known.
-        """
+        """[C, C] of one group's scores (G = 1) under a head of so many records; None if unknown."""
         return None
 
     def online_update(
         self, problem: HeadProblem, posterior: LaplacePosterior, head: Head | None
     ) -> Head:
-        """The head after feedback (U = 1): the judged groups exactly, all before as a Gaussian
-        around the fitted head.
-        """
+        """The head after feedback (U = 1): judged groups exactly, the rest as a Gaussian prior."""
         raise NotImplementedError
 
 

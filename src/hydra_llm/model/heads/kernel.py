@@ -22,8 +22,7 @@ from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.newton import losses
 
 TUNING_STEPS = 150
-MAX_SIMILARITIES = 3_000_000
-"""Three numbers need no more data than this; it bounds the time that learning them takes."""
+MAX_SIMILARITIES = 3_000_000  # bounds the time of tuning: three numbers need no more data
 
 
 class KernelHead(VectorShared):
@@ -73,12 +72,9 @@ class KernelHead(VectorShared):
         return [pack(case.keys, case.residuals) for case in cases]
 
     def tune(self, rounds: Iterable[Iterable[HeadProblem]], count: int) -> None:
-        """Fit τ, w and λ so that each group of a user whom the base has not seen is predicted best
-        from the user's earlier groups.
-        """
-        cases: list[_Case] = []
-        for problems in rounds:
-            cases += self._bounded(problems, MAX_SIMILARITIES // count)
+        """Fit τ, w and λ by predicting each group of an unseen user from the earlier ones."""
+        room = MAX_SIMILARITIES // count
+        cases = [case for problems in rounds for case in self._bounded(problems, room)]
         if not cases:
             return
         optimiser = torch.optim.Adam([self.log_bandwidth, self.strength, self.log_ridge], lr=0.05)
@@ -120,7 +116,7 @@ class KernelHead(VectorShared):
 
 
 class _Case(NamedTuple):
-    """One user's groups under a base, with the pairs that they leave."""
+    """One user's groups under a base, with the pairs that they become."""
 
     problem: HeadProblem
     x: Tensor  # [B, D] what is compared with the keys

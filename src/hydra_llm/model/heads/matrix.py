@@ -1,4 +1,4 @@
-"""Many users' heads over one array: what is read from, and written to, a bundle's weights."""
+"""Many users' heads in one array, as a bundle's weights hold them."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,7 @@ from hydra_llm.model.heads.base import Head
 
 
 class HeadMatrix(Mapping[str, Head]):
-    """User → head, a view of one flat array of all users' numbers; `ends` [U] says where each
-    user's numbers end, as those of some kinds grow with the history.
-    """
+    """User → head, views of one flat array; `ends` [U] says where each user's numbers end."""
 
     def __init__(
         self, users: Mapping[str, int], numbers: np.ndarray, ends: np.ndarray, meta: np.ndarray
@@ -49,18 +47,14 @@ class HeadMatrix(Mapping[str, Head]):
 
     def config(self) -> dict[str, Any]:
         """Users in the order of their rows, with what their heads were learned from."""
-        return {
-            "users": list(self._rows),
-            "known": self._meta[:, 0].astype(int).tolist(),
-            "until": [None if math.isinf(until) else until for until in self._meta[:, 1].tolist()],
-        }
+        known, untils = self._meta[:, 0].astype(int).tolist(), self._meta[:, 1].tolist()
+        untils = [None if math.isinf(until) else until for until in untils]
+        return {"users": list(self._rows), "known": known, "until": untils}
 
     def tensors(self) -> dict[str, Tensor]:
         """All numbers in a row, and where each user's end."""
-        return {
-            "heads.numbers": torch.from_numpy(self._numbers.copy()),
-            "heads.ends": torch.from_numpy(self._ends),
-        }
+        numbers = torch.from_numpy(self._numbers.copy())
+        return {"heads.numbers": numbers, "heads.ends": torch.from_numpy(self._ends)}
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "HeadMatrix":

@@ -1,7 +1,7 @@
 """H×H, tanh, H→2 per user, as the paper has it: 592,130 numbers at H = 768. For fidelity.
 
-The score is logit₁ − logit₀. A head is fitted by gradient descent of its own on kept features, so
-that nobody's head depends on who else is fitted.
+The score is logit₁ − logit₀. Each head is fitted by a gradient descent of its own: none depends on
+other users.
 """
 
 import zlib
@@ -32,10 +32,8 @@ class MLPHead(HeadKind):
     @classmethod
     def create(cls, interaction: Interaction, rank: int) -> Self:
         if interaction.by_label:
-            raise SettingsError(
-                f"head 'mlp' does not go with {interaction.kind} features: take linear, lowrank or"
-                " kernel, or label_features=false"
-            )
+            fix = "take linear, lowrank or kernel, or label_features=false"
+            raise SettingsError(f"head 'mlp' does not go with {interaction.kind} features: {fix}")
         return cls(interaction.size)
 
     def _random(self, seed: int | None = None) -> Tensor:
@@ -69,8 +67,8 @@ class MLPHead(HeadKind):
         return logits[..., 1] - logits[..., 0]
 
     def fit(self, problem: HeadProblem) -> list[np.ndarray]:
-        """Drawn towards the shared head (the prior, as strong as the weight decay); or started at
-        random and only decayed, as in the authors' code.
+        """With the shared head as prior, as strong as the weight decay; or from a random start and
+        decayed to 0, as in the authors' code.
         """
         return [self._fit_one(problem.user(u)).numpy() for u in range(len(problem.users))]
 
