@@ -4,6 +4,7 @@ and the users' heads.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ class TrainingFiles:
     def checkpoint(self, name: str) -> Path | None:
         return None if self.out is None else Path(f"{self.out}.{name}.checkpoint")
 
+    def epoch_done(self, name: str, epoch: int, total: int, loss: float) -> None:
+        self.progress(f"train {name}", epoch, total)
+
 
 def train_scorer(
     bundle: Bundle, data: LabelledData, *, tune: bool = False, files: TrainingFiles | None = None
@@ -57,10 +61,6 @@ def train_scorer(
     encoder too), fit what is.
     """
     config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
-
-    def done(epoch: int, total: int, loss: float) -> None:
-        files.progress(f"train {name}", epoch, total)
-
     groups = data.groups(bundle.featurizer)
     scorer = _untrained(bundle, data)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
@@ -75,6 +75,7 @@ def train_scorer(
     if trains := config.epochs > 0 and trainable:
         source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
         checkpoint = files.checkpoint(name)
+        done = partial(files.epoch_done, name)
         losses, joint = train_jointly(
             scorer, training_set, config, source=source, checkpoint=checkpoint, done=done
         )
