@@ -56,7 +56,7 @@ def asked(store: Store, serving: Deployment, first: Callable[[Worker], None]) ->
     store.add_job("fit", "ada", "fit")
     job = store.claim_job()
     assert job is not None
-    worker._do(job)
+    worker.run(job)
     return asked
 
 

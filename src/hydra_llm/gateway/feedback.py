@@ -1,9 +1,8 @@
-"""What a user made of an answer → a record, and an updated head (`Scorer.online_update`). Knows no
-HTTP.
+"""Feedback on an answer → a record, and an updated head (`Scorer.online_update`). Knows no HTTP.
 
-Everything that feedback changes, the feedback itself, the record and the head, is one transaction
-on the version that was read; whoever comes in between makes this one read again. The same feedback
-twice is one, and the head does not know in which order it came.
+The feedback itself, the record and the head are written in one transaction on the version that was
+read; after a change in between it is read again. The same feedback twice is one, and the head does
+not depend on the order of feedback.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,22 +10,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import anyio
+from anyio import to_thread
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.user_cache import UserCache, to_head, to_stored
+from hydra_llm.gateway.user_cache import to_head, to_stored
 from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import FEEDBACK_WINDOW
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import ConflictingFeedback, Request, StaleVersion, StoredFeedback
+from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
-from hydra_llm.training.dataset import make_training_set
-from hydra_llm.training.train_scorer import target_rule
+from hydra_llm.training.train_scorer import target_rule, training_set
 from hydra_llm.types import Candidate, LabelledGroup, Query, Record
 
 ACCEPTED = 0.5  # a rating from which on the answer counts as what the user wanted
@@ -44,18 +43,19 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What was said of an answer, as far as it does not depend on what the store holds."""
+class _Feedback:
+    """Checked feedback, as far as it does not depend on what the store holds."""
 
+    request: Request
     kind: str
     value: Any
     candidates: list[Candidate]
-    wanted: str | None  # the answer that the user wanted, as far as it was told
+    wanted: str | None  # the answer that the user wanted, where the feedback says so
     record: Record | None  # what the wanted answer becomes
 
 
 @dataclass(frozen=True)
-class _Now:
+class _State:
     """The user, as of a version."""
 
     version: int
@@ -64,37 +64,39 @@ class _Now:
     judged: list[StoredFeedback]  # feedback that no fitted head knows
 
 
+@dataclass(frozen=True)
+class _Update:
+    """What one transaction writes."""
+
+    judged: StoredFeedback
+    record: Record | None
+    heads: dict[str, Head]
+
+
 async def take_feedback(
-    store: Store, serving: Deployment, said: FeedbackIn, request: Request, settings: ServeSettings
+    store: Store,
+    deployment: Deployment,
+    given: FeedbackIn,
+    request: Request,
+    settings: ServeSettings,
 ) -> Taken:
     """Learn from one piece of feedback.
 
     Raises:
-        ApiError: 400 for a candidate that there was not, 409 where something else was said of this
+        ApiError: 400 for a candidate that there was not, 409 where other feedback was given on this
             request before. StoreError: the store failed; nothing was changed.
     """
-    told = _understood(serving, said, request, settings)
-    texts = [request.question, *(candidate.text for candidate in told.candidates)]
+    feedback = _checked(deployment, given, request, settings)
+    texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
-        now = await anyio.to_thread.run_sync(
-            partial(_read, store, serving.users, request.user, serving.id)
-        )
-        record = told.record if len(now.records) < settings.max_records else None
-        judged, heads = await serving.batcher.run(
-            partial(_learned, serving, told, request, now), texts
-        )
+        state = await to_thread.run_sync(partial(_read, store, deployment, request.user))
+        learn = partial(_learned, deployment, feedback, state)
+        judged, heads = await deployment.batcher.run(learn, texts)
+        record = feedback.record if len(state.records) < settings.max_records else None
+        update = _Update(judged, record, state.heads | heads if heads else {})
+        write = partial(_write, store, deployment.id, request.user, state.version, update)
         try:
-            write = partial(
-                _write,
-                store,
-                request.user,
-                now.version,
-                judged,
-                record,
-                serving.id,
-                now.heads | heads if heads else {},
-            )
-            fresh = await anyio.to_thread.run_sync(write)
+            fresh = await to_thread.run_sync(write)
         except StaleVersion:
             continue
         except ConflictingFeedback as error:
@@ -103,100 +105,73 @@ async def take_feedback(
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
 
 
-def _understood(
-    serving: Deployment, said: FeedbackIn, request: Request, settings: ServeSettings
-) -> _Told:
-    kind = said.kind()
-    if said.edited is not None and (fault := _fault(said.edited, settings.max_text)):
+def _checked(
+    deployment: Deployment, given: FeedbackIn, request: Request, settings: ServeSettings
+) -> _Feedback:
+    kind, shown = given.kind(), _shown(request)
+    if given.edited is not None and (fault := _fault(given.edited, settings.max_text)):
         raise ApiError(400, f"edited {fault}", param="edited")
-    shown = _shown(request)
-    choices = [
-        Candidate(each["text"], each["answer"], each["votes"], each["greedy"]) for each in shown
-    ]
-    if kind == "chosen" and (said.chosen or 0) >= len(choices):
-        raise ApiError(
-            400, f"there were {len(choices)} candidates: chosen must be below that", param="chosen"
-        )
-    wanted, record = _wanted(said, choices), None
+    keys = ("text", "answer", "votes", "greedy")
+    choices = [Candidate(*(choice[key] for key in keys)) for choice in shown]
+    if kind == "chosen" and (given.chosen or 0) >= len(choices):
+        fault = f"there were {len(choices)} candidates: chosen must be below that"
+        raise ApiError(400, fault, param="chosen")
+    wanted, record = _wanted(given, choices), None
     if wanted and not text_fault(wanted) and len(request.question) <= settings.max_text:
-        output = _wanted_text(serving, said, shown) or wanted
+        output = wanted
+        if not deployment.task.labels and given.edited is None:
+            # as it was written: what the adapter reads of a text may be its first line
+            output = shown[given.chosen or 0]["said"] or wanted
         record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
-    return _Told(
-        kind, getattr(said, kind), choices[: len(request.content["candidates"])], wanted, record
-    )
+    candidates = choices[: len(request.content["candidates"])]
+    return _Feedback(request, kind, getattr(given, kind), candidates, wanted, record)
 
 
 def _shown(request: Request) -> list[dict[str, Any]]:
-    """The candidates, and behind them the choices that repeat one of them; requests of earlier
-    versions tell of none.
+    """The candidates, then the choices that repeat one of them; requests of earlier versions have
+    none.
     """
     candidates, repeats = request.content["candidates"], request.content.get("repeats", ())
-    return [
-        *candidates,
-        *({**candidates[each["candidate"]], "said": each["said"]} for each in repeats),
-    ]
+    repeated = [{**candidates[each["candidate"]], "said": each["said"]} for each in repeats]
+    return [*candidates, *repeated]
 
 
 def _fault(text: str, most: int) -> str:
     return text_fault(text) or (f"is longer than {most} characters" if len(text) > most else "")
 
 
-def _read(store: Store, people: UserCache, user: str, bundle: str) -> _Now:
-    version = store.state(user).version
-    person = None if version is None else people.at_hand(user, version) or people.load(user)
-    if person is None:
+def _read(store: Store, deployment: Deployment, name: str) -> _State:
+    version, users, bundle = store.state(name).version, deployment.users, deployment.id
+    user = None if version is None else users.at_hand(name, version) or users.load(name)
+    if user is None:
         raise ApiError(404, "no such request", code="request_not_found")
-    return _Now(
-        person.version,
-        person.records,
-        {name: to_head(head) for name, head in store.heads(user, bundle).items()},
-        store.unlearned_feedback(user, FEEDBACK_WINDOW, bundle=bundle),
-    )
+    heads = {scorer: to_head(head) for scorer, head in store.heads(name, bundle).items()}
+    judged = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
+    return _State(user.version, user.records, heads, judged)
 
 
-def _write(
-    store: Store,
-    user: str,
-    version: int,
-    judged: StoredFeedback,
-    record: Record | None,
-    bundle: str,
-    heads: dict[str, Head],
-) -> bool:
-    """All of it in one transaction; False where exactly this was said before."""
+def _write(store: Store, bundle: str, user: str, version: int, update: _Update) -> bool:
+    """All of it in one transaction; False where exactly this feedback was given before."""
     with store.change(user, version=version) as change:
-        if not change.put_feedback(judged):
+        if not change.put_feedback(update.judged):
             return False
-        if record is not None:
-            change.add([record])
-        if heads:
-            change.put_heads(bundle, {name: to_stored(head) for name, head in heads.items()})
+        if update.record is not None:
+            change.add([update.record])
+        if update.heads:
+            heads = {name: to_stored(head) for name, head in update.heads.items()}
+            change.put_heads(bundle, heads)
         return True
 
 
-def _wanted(said: FeedbackIn, choices: Sequence[Candidate]) -> str | None:
-    """The answer that the user wanted, as far as it was told; the first choice is what the user
-    got.
-    """
-    if said.edited is not None:
-        return said.edited
-    if said.chosen is not None:
-        return _answer(choices[said.chosen])
-    if said.rating is not None and said.rating >= ACCEPTED:
+def _wanted(given: FeedbackIn, choices: Sequence[Candidate]) -> str | None:
+    """The answer that the user wanted, if the feedback says so; the user got the first choice."""
+    if given.edited is not None:
+        return given.edited
+    if given.chosen is not None:
+        return _answer(choices[given.chosen])
+    if given.rating is not None and given.rating >= ACCEPTED:
         return _answer(choices[0])
     return None
-
-
-def _wanted_text(
-    serving: Deployment, said: FeedbackIn, shown: Sequence[Mapping[str, Any]]
-) -> str | None:
-    """It as it was written, where the answer is a text: what the adapter reads of one may be its
-    first line.
-    """
-    if serving.task.labels or said.edited is not None:
-        return None
-    text: str = shown[said.chosen or 0]["said"]
-    return text
 
 
 def _answer(candidate: Candidate) -> str:
@@ -207,52 +182,51 @@ def _answer(candidate: Candidate) -> str:
 
 
 def _learned(
-    serving: Deployment, told: _Told, request: Request, now: _Now
+    deployment: Deployment, feedback: _Feedback, state: _State
 ) -> tuple[StoredFeedback, dict[str, Head]]:
-    """What is kept of the feedback, and the heads that it moves; none where it teaches nothing or
-    nobody learns from it.
+    """What is stored of the feedback, and the heads that it moves; none where it is not
+    informative.
     """
-    group = _group(serving, told, request, now.records)
-    judged = StoredFeedback(
-        request.id,
-        request.created,
-        {"said": {told.kind: told.value}, "bundle": serving.id, "group": group},
-    )
-    if group is None or serving.bundle is None:
+    request, bundle = feedback.request, deployment.bundle
+    group = _group(deployment, feedback, state.records)
+    content = {"said": {feedback.kind: feedback.value}, "bundle": deployment.id, "group": group}
+    judged = StoredFeedback(request.id, request.created, content)
+    if group is None or bundle is None:
         return judged, {}
-    return judged, heads_after(serving.bundle, request.user, now.heads, [*now.judged, judged])
+    return judged, heads_after(bundle, request.user, state.heads, [*state.judged, judged])
 
 
 def _group(
-    serving: Deployment, told: _Told, request: Request, records: tuple[Record, ...]
+    deployment: Deployment, feedback: _Feedback, records: tuple[Record, ...]
 ) -> dict[str, Any] | None:
-    """The candidates with what each was worth, as plain values."""
-    adapter = serving.scorers.get("adapter")
-    readable = [candidate for candidate in told.candidates if candidate.answer is not None]
-    if adapter is None or serving.bundle is None or not adapter.updates_online or not readable:
+    """The candidates with the gain of each, as plain values."""
+    task, bundle, request = deployment.task, deployment.bundle, feedback.request
+    adapter = deployment.scorers.get("adapter")
+    readable = [candidate for candidate in feedback.candidates if candidate.answer is not None]
+    if adapter is None or bundle is None or not adapter.updates_online or not readable:
         return None
-    offered = all_labels(serving.task, readable) if serving.task.labels else readable
-    gains = _gains(serving, told, offered)
+    offered = all_labels(task, readable) if task.labels else readable
+    gains = _gains(task, feedback, offered)
     if len(set(gains)) < 2:
         return None
-    visible = serving.readable(records)[: request.content["visible"]]
-    evidence = serving.bundle.featurizer
+    visible = deployment.readable(records)[: request.content["visible"]]
     query = Query(request.user, request.id, request.question)
-    rows = evidence.adapter(query, offered, evidence.vectorize(visible)).tolist()
-    texts = [candidate_text(serving.task, candidate) for candidate in offered]
+    vectors = bundle.featurizer.vectorize(visible)
+    rows = bundle.featurizer.adapter(query, offered, vectors).tolist()
+    texts = [candidate_text(task, candidate) for candidate in offered]
     return {"left": request.question, "rights": texts, "gains": gains, "evidence": rows}
 
 
-def _gains(serving: Deployment, told: _Told, offered: Sequence[Candidate]) -> list[float]:
-    """What each candidate was worth: against the wanted answer; or what the pick was rated, and the
-    others the rest.
+def _gains(task: Task, feedback: _Feedback, offered: Sequence[Candidate]) -> list[float]:
+    """Each candidate's gain: against the wanted answer; or the rating for the pick, and what is
+    left to 1 for the others.
     """
-    if told.wanted is not None:
-        gold = serving.task.parse(told.wanted) or told.wanted
-        return [serving.task.gain(candidate.answer, gold) for candidate in offered]
-    rated = told.value if told.kind == "rating" else 0.0
-    picked = _answer(told.candidates[0])
-    return [rated if candidate.answer == picked else 1.0 - rated for candidate in offered]
+    if feedback.wanted is not None:
+        gold = task.parse(feedback.wanted) or feedback.wanted
+        return [task.gain(candidate.answer, gold) for candidate in offered]
+    rating = feedback.value if feedback.kind == "rating" else 0.0
+    picked = _answer(feedback.candidates[0])
+    return [rating if candidate.answer == picked else 1.0 - rating for candidate in offered]
 
 
 def heads_after(
@@ -261,38 +235,21 @@ def heads_after(
     """The adapter's head after all feedback since it was fitted, and the fitted one beside it."""
     scorer = bundle.scorers["adapter"]
     fitted = heads.get(FITTED) or heads.get("adapter") or Head.of(scorer.head.empty())
-    data = make_training_set(
-        bundle.store,
-        scorer.interaction,
-        _groups(bundle, user, judged),
-        rule=target_rule(bundle, "adapter"),
-        loss=scorer.loss,
-        spread=float(scorer.gain_spread),
-    )
+    groups = _groups(bundle, user, judged)
+    data = training_set(bundle, target_rule(bundle, "adapter"), scorer, groups)
     return {FITTED: fitted, "adapter": scorer.online_update(fitted, data.groups)}
 
 
 def _groups(bundle: Bundle, user: str, judged: Sequence[StoredFeedback]) -> list[LabelledGroup]:
     """The latest judged groups of this bundle, each request's once, oldest first."""
-    latest = {
-        each.request: each
-        for each in judged
-        if each.content["bundle"] == bundle.weights and each.content["group"]
-    }
+    own = (each for each in judged if each.content["bundle"] == bundle.weights)
+    latest = {each.request: each for each in own if each.content["group"]}
     ordered = sorted(latest.values(), key=lambda each: (each.created, each.request))
     return [_labelled(user, i, each) for i, each in enumerate(ordered[-FEEDBACK_WINDOW:])]
 
 
-def _labelled(user: str, place: int, judged: StoredFeedback) -> LabelledGroup:
+def _labelled(user: str, position: int, judged: StoredFeedback) -> LabelledGroup:
     group = judged.content["group"]
-    evidence = tuple(tuple(row) for row in group["evidence"])
-    return LabelledGroup(
-        user,
-        judged.request,
-        group["left"],
-        tuple(group["rights"]),
-        tuple(group["gains"]),
-        evidence,
-        place,
-        voted=True,
-    )
+    rights, gains = tuple(group["rights"]), tuple(group["gains"])
+    side, query = tuple(map(tuple, group["evidence"])), judged.request
+    return LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)

@@ -1,8 +1,8 @@
-"""Work that goes on after its request: fitting a user's heads. One thread a server; a job of a
-server that died is taken up by another.
+"""Background jobs: fitting a user's heads, in one thread a server. Another server continues the
+jobs of one that died.
 
-A fit changes nothing of the bundle in use, so that no answer waits for it, and has a memory of
-features that ends with it: whatever becomes of its user, nothing of it stays. Knows no HTTP.
+A fit changes nothing of the bundle in use, so that no answer waits for it, and its cache of
+features ends with it: nothing of a deleted user stays. Knows no HTTP.
 """
 
 import logging
@@ -32,29 +32,27 @@ TRIES = 5
 
 
 class Stopped(Exception):
-    """The server ends, and the job waits for another; or the job is gone, with its user."""
+    """The server ends, and the job waits for another; or the job was deleted with its user."""
 
 
 class Worker:
-    """Does the store's jobs, one after the other."""
+    """Runs the store's jobs, one after the other."""
 
-    def __init__(self, store: Store, serving: Callable[[], Deployment], llm: ChatLLM | None):
-        self._store, self._serving, self._llm = store, serving, llm
+    def __init__(self, store: Store, deployment: Callable[[], Deployment], llm: ChatLLM | None):
+        self._store, self._deployment, self._llm = store, deployment, llm
         self._wake, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def wake(self) -> None:
-        """There is a new job."""
+        """Look for a new job now."""
         self._wake.set()
 
     def close(self) -> None:
-        """End; a job that is under way stops where it next tells how far it is, and waits for
-        another server.
-        """
+        """End; a running job stops at its next report of progress and waits for another server."""
         self._ended = True
         self._wake.set()
         self._thread.join()
@@ -67,20 +65,21 @@ class Worker:
                 log.warning("jobs: the store failed: %s", type(error).__name__)
                 job = None
             if job is not None:
-                self._do(job)
+                self.run(job)
             else:
                 self._wake.wait(IDLE_SECONDS)
                 self._wake.clear()
 
-    def _do(self, job: Job) -> None:
-        state, said = self._outcome(job)
+    def run(self, job: Job) -> None:
+        """Run one job and store how it ended."""
+        state, error = self._outcome(job)
         try:
-            self._store.update_job(job.id, int(state == "done"), 1, state=state, error=said)
+            self._store.update_job(job.id, int(state == "done"), 1, state=state, error=error)
         except HydraError:
             log.warning("jobs: the store failed; the job will be taken up again")
 
     def _outcome(self, job: Job) -> tuple[str, str]:
-        """The state in which a job ends, and what is said of it."""
+        """The state in which a job ends, and its error."""
         try:
             self._fit(job)
         except Exception as error:
@@ -91,57 +90,45 @@ class Worker:
         return "done", ""
 
     def _fit(self, job: Job) -> None:
-        serving = self._serving()
-        if serving.bundle is None:
+        deployment = self._deployment()
+        if deployment.bundle is None:
             raise HydraError("there is no bundle: nothing to fit")
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
-            known, judged = _told_apart(
-                self._store.unlearned_feedback(job.user, bundle=serving.id), records
-            )
-            with features_of(serving.bundle) as features:
-                heads = self.heads(serving, job, records, judged, features)
+            readable = deployment.readable(tuple(records))
+            feedback = self._store.unlearned_feedback(job.user, bundle=deployment.id)
+            known, judged = _split_feedback(feedback, records)
+            with features_of(deployment.bundle) as features:
+                bundle = replace(deployment.bundle, store=features)
+                heads = self._fitted(bundle, job, readable, judged)
                 stored = {name: to_stored(head) for name, head in heads.items()}
                 try:
                     with self._store.change(job.user, version=version) as change:
-                        change.put_heads(serving.id, stored)
-                        if (
-                            serving.prefetcher is not None
-                        ):  # encoded already; amid the transaction, so that a deletion comes later
-                            features.texts(texts_of(serving.readable(tuple(records))), keep=True)
+                        change.put_heads(deployment.id, stored)
+                        if deployment.prefetcher is not None:
+                            # encoded already; in the transaction, so that a deletion comes later
+                            features.texts(texts_of(readable), keep=True)
                         change.mark_learned([each.request for each in known])
                     return
                 except StaleVersion:
                     continue
         raise HydraError("the user changes faster than heads are fitted")
 
-    def heads(
-        self,
-        serving: Deployment,
-        job: Job,
-        records: Sequence[Record],
-        judged: Sequence[StoredFeedback],
-        features: FeatureCache,
+    def _fitted(
+        self, bundle: Bundle, job: Job, records: Sequence[Record], judged: Sequence[StoredFeedback]
     ) -> dict[str, Head]:
-        """The user's heads, fitted on all records that the bundle can read, and updated by the
-        feedback that became no record.
-        """
+        """The user's heads, fitted on these records and updated by the feedback that is in none."""
         if self._llm is None:
             raise HydraError("this server has no LLM that could label candidates")
-        assert serving.bundle is not None
-        learned_with = serving.bundle.learned_with or serving.bundle.settings
-        bundle = replace(serving.bundle, store=features, settings=learned_with)
-        readable = serving.readable(tuple(records))
-        data = DataSet.from_records(bundle.task, {job.user: "test"}, readable, [])
+        bundle = replace(bundle, settings=bundle.learned_with or bundle.settings)
+        data = DataSet.from_records(bundle.task, {job.user: "test"}, records, [])
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
             if self._ended or not self._store.update_job(job.id, done, total):
                 raise Stopped
 
-        heads = fit(data, bundle, self._llm, users=[job.user], progress=tell).bundle.heads_of(
-            job.user
-        )
-        adapter = bundle.adapter
+        learned = fit(data, bundle, self._llm, users=[job.user], progress=progress)
+        heads, adapter = learned.bundle.heads_of(job.user), bundle.adapter
         if judged and adapter is not None and adapter.updates_online:
             heads |= heads_after(bundle, job.user, heads, judged)
         return heads
@@ -149,9 +136,7 @@ class Worker:
 
 @contextmanager
 def features_of(bundle: Bundle) -> Iterator[FeatureCache]:
-    """What a bundle's encoder has kept, and a memory of one's own; in the file nothing is written
-    unless a call says so.
-    """
+    """The bundle's features, cached apart; the file is written only where a call says so."""
     features = FeatureCache(bundle.store.encoder, bundle.store.path)
     features.keep = False
     try:
@@ -161,20 +146,17 @@ def features_of(bundle: Bundle) -> Iterator[FeatureCache]:
 
 
 def _is_stop(error: Exception) -> bool:
-    """Whether a job was stopped: labelling has several calls under way, and raises what ends them
-    as a group.
-    """
-    return isinstance(error, Stopped) or (
-        isinstance(error, ExceptionGroup) and error.subgroup(Stopped) is not None
-    )
+    """Whether a job was stopped; concurrent calls raise it in a group."""
+    group = isinstance(error, ExceptionGroup) and error.subgroup(Stopped) is not None
+    return group or isinstance(error, Stopped)
 
 
-def _told_apart(
+def _split_feedback(
     judged: Sequence[StoredFeedback], records: Sequence[Record]
 ) -> tuple[list[StoredFeedback], list[StoredFeedback]]:
-    """Feedback that became a record, which a fit knows; and rejections and the like, which only the
-    moved head does.
+    """Feedback that became a record, which a fit knows; and rejections and the like, which it does
+    not.
     """
     ids = {record.id for record in records}
     known = [each for each in judged if f"{FEEDBACK_ID}{each.request}" in ids]
-    return known, [each for each in judged if f"{FEEDBACK_ID}{each.request}" not in ids]
+    return known, [each for each in judged if each not in known]

@@ -1,6 +1,4 @@
-"""A bundle from what the gateway's store holds. The bundle has nobody's records and nobody's head:
-those stay in the store.
-"""
+"""A bundle from the gateway's store. It has no records and no heads: those stay in the store."""
 
 import json
 from pathlib import Path
@@ -30,25 +28,22 @@ def learn_from_store(
     task: Path | None = None,
     progress: StageProgress = silent,
 ) -> Learned:
-    """Learn base and heads from the store's users, write the base to `out` and the heads into the
-    store.
+    """Learn from the store's users: the shared weights go to `out`, the heads into the store.
 
     Raises:
         DataError: nobody has records, or the task's file is broken.
         StoreError: the store fails.
     """
-    what = ANY_TASK if task is None else _task(task)
+    kind = ANY_TASK if task is None else _task(task)
     if task is None:  # of a conversation's answer every line counts
         settings = settings.model_copy(update={"parsing": "strict"})
     store = Store(url)
     try:
-        versions, data = _dataset(store, what)
-        with (
-            TemporaryDirectory() as folder
-        ):  # features of what the LLM made of users' records: nobody could delete them later
-            learned = learn(
-                data, llm, settings.model_copy(update={"cache": Path(folder)}), progress=progress
-            )
+        versions, data = _dataset(store, kind)
+        # features of what the LLM made of users' records: nobody could delete them later
+        with TemporaryDirectory() as folder:
+            passing = settings.model_copy(update={"cache": Path(folder)})
+            learned = learn(data, llm, passing, progress=progress)
         bundle = learned.bundle
         bundle.without_people(Pseudonyms(store.salt()).hashed).save(out)
         weights = type(bundle).load(out).weights
@@ -60,9 +55,8 @@ def learn_from_store(
             except NoSuchUser:
                 continue  # deleted meanwhile
             except StaleVersion:  # more has come since: a fit will see it
-                learned.notes.append(
-                    "a user has changed while the bundle was learned: fit that user's heads"
-                )
+                note = "a user has changed while the bundle was learned: fit that user's heads"
+                learned.notes.append(note)
     finally:
         store.close()
     return learned
@@ -76,13 +70,11 @@ def _task(file: Path) -> Task:
 
 
 def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
-    """The store's users as training users, as far as the task can read their records; and their
-    versions.
-    """
+    """The users' versions, and their records that the task can read as training data."""
     versions, splits, records = {}, {}, []
     for user in store.users():
-        version, found = store.records(user)
-        readable = [record for record in found if task.is_answer(record.output)]
+        version, stored = store.records(user)
+        readable = [record for record in stored if task.is_answer(record.output)]
         if version is not None and readable:
             versions[user], splits[user] = version, "train"
             records += readable

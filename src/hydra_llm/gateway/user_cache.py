@@ -1,7 +1,7 @@
-"""The users who asked last, with their records and heads, true to the store at every request.
+"""The latest users with their records and heads, consistent with the store at every request.
 
-A request asks the store for one number, the user's version; where it is the one in memory, nothing
-is read. Other processes' writes are so seen at the next request. Knows no HTTP and no LLM.
+A request reads one number from the store, the user's version, and more only where it is another one
+than in memory: so other processes' writes are seen. Knows no HTTP and no LLM.
 """
 
 import threading
@@ -38,14 +38,11 @@ class UserCache:
     def __init__(self, store: Store, bundle: Bundle | None, size: int):
         self._store, self._bundle = store, bundle
         self._recent: LRUCache[str, UserSnapshot] = LRUCache(size)
-        self._encoded: LRUCache[str, int] = LRUCache(size)
-        """Name → version whose records have been encoded."""
+        self._encoded: LRUCache[str, int] = LRUCache(size)  # user → version that was encoded
         self._lock, self._dropped = threading.Lock(), 0
 
     def at_hand(self, name: str, version: int) -> UserSnapshot | None:
-        """The user as of `version`, where that is in memory; no later one either: it may be of a
-        user who was deleted since.
-        """
+        """The user as of exactly `version` if in memory; a later one may be of another user."""
         with self._lock:
             user = self._recent.get(name)
         return user if user is not None and user.version == version else None
@@ -63,13 +60,14 @@ class UserCache:
 
     def load(self, name: str) -> UserSnapshot | None:
         """The user as the store has it; None for one who is not there."""
-        dropped = self._dropped
+        dropped, bundle = self._dropped, self._bundle
         version, records = self._store.records(name)
         if version is None:
             return None
-        heads = self._store.heads(name, self._bundle.weights) if self._bundle is not None else {}
-        scorers = self._bundle.scorers if self._bundle is not None else {}
-        own = {scorer: to_head(head) for scorer, head in heads.items() if scorer in scorers}
+        own = {}
+        if bundle is not None:
+            heads = self._store.heads(name, bundle.weights).items()
+            own = {scorer: to_head(head) for scorer, head in heads if scorer in bundle.scorers}
         user = UserSnapshot(name, version, tuple(records), own)
         with self._lock:
             if dropped == self._dropped:  # else this may be the user who was deleted meanwhile
@@ -77,7 +75,7 @@ class UserCache:
         return user
 
     def drop(self, name: str) -> None:
-        """Let go of a user."""
+        """Forget a user."""
         with self._lock:
             self._dropped += 1
             self._recent.pop(name, None)
@@ -111,9 +109,6 @@ def to_stored(head: Head) -> StoredHead:
 
 
 def texts_of(records: Sequence[Record]) -> list[str]:
-    """Every text that is kept of records, and of which features may have been."""
-    return [
-        text
-        for record in records
-        for text in (record.input, record.output, as_one_text(record.input, record.output))
-    ]
+    """Every text of records of which features may be kept."""
+    texts = ((record.input, record.output) for record in records)
+    return [text for pair in texts for text in (*pair, as_one_text(*pair))]

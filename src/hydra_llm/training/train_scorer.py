@@ -65,10 +65,10 @@ def train_scorer(
     scorer = _untrained(bundle, data)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
     files.progress(f"fit {name}", 0, 1)
-    training_set = _training_set(bundle, data.rule, scorer, groups)
-    scorer.interaction.prepare(training_set.groups)
+    labelled = training_set(bundle, data.rule, scorer, groups)
+    scorer.interaction.prepare(labelled.groups)
     interaction, head = scorer.interaction, scorer.head
-    report: dict[str, Any] = {"groups": len(training_set), "features": interaction.kind}
+    report: dict[str, Any] = {"groups": len(labelled), "features": interaction.kind}
     report["head"] = head.name
     trainable = tune or not head.convex or interaction.trainable
     joint: Heads = {}
@@ -77,7 +77,7 @@ def train_scorer(
         checkpoint = files.checkpoint(name)
         done = partial(files.epoch_done, name)
         losses, joint = train_jointly(
-            scorer, training_set, config, source=source, checkpoint=checkpoint, done=done
+            scorer, labelled, config, source=source, checkpoint=checkpoint, done=done
         )
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -87,8 +87,8 @@ def train_scorer(
             stats = fit_stats(bundle.task, bundle.store, histories)
             bundle = replace(bundle, population=stats)
             groups = data.groups(bundle.featurizer)
-            training_set = _training_set(bundle, data.rule, scorer, groups)
-    fitted, heads = _fit(scorer, training_set, config, trained=trains)
+            labelled = training_set(bundle, data.rule, scorer, groups)
+    fitted, heads = _fit(scorer, labelled, config, trained=trains)
     files.progress(f"fit {name}", 1, 1)
     own = with_times({**joint, **heads}, bundle.records)
     scorers, reports = {**bundle.scorers, name: scorer.eval()}, {**bundle.report}
@@ -142,8 +142,8 @@ def fit_new_heads(
 ) -> Heads:
     """The heads of these users on their groups, for one scorer of the bundle."""
     scorer = bundle.scorers[name]
-    data = _training_set(bundle, target_rule(bundle, name), scorer, groups)
-    heads = fit_heads(scorer, data, users, sgd=sgd_config(bundle.settings))
+    labelled = training_set(bundle, target_rule(bundle, name), scorer, groups)
+    heads = fit_heads(scorer, labelled, users, sgd=sgd_config(bundle.settings))
     return with_times(heads, bundle.records)
 
 
@@ -166,9 +166,10 @@ def target_rule(bundle: Bundle, name: str) -> str:
     return of_kind or bundle.settings.label_rule.replace("gold-positive", "above-mean")
 
 
-def _training_set(
+def training_set(
     bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
 ) -> TrainingSet:
+    """The groups as tensors for a scorer of the bundle."""
     spread, interaction = float(scorer.gain_spread), scorer.interaction
     return make_training_set(
         bundle.store, interaction, groups, rule=rule, loss=scorer.loss, spread=spread
