@@ -32,13 +32,10 @@ async def run_methods(
     progress: StageProgress | None = None,
 ) -> list[Sample]:
     """Answer every query by every method, unless the log has the sample; a failed call is a failed
-    sample. `parts` has one entry per seed.
+    sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed.
 
     All methods answer a query before the next query, ordered by the number of records in their
     prompts: an embedded engine then still holds the prompts that they share.
-
-    Raises:
-        LLMError: the budget is spent, or every call failed (the first error).
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
     instances = [(method, part) for method in methods for part in method.instances(seeds)]
