@@ -57,9 +57,9 @@ HEADS: Registry[Any] = Registry(
     {
         "mlp": "hydra_llm.model.heads.mlp:MLPHead",
         "linear": "hydra_llm.model.heads.linear:LinearHead",
-        "lowrank": "hydra_llm.model.heads.linear:LowRankHead",
+        "lowrank": "hydra_llm.model.heads.lowrank:LowRankHead",
         "kernel": "hydra_llm.model.heads.kernel:KernelHead",
-        "bias": "hydra_llm.model.heads.linear:BiasHead",
+        "bias": "hydra_llm.model.heads.bias:BiasHead",
     },
 )
 """Kinds of a user's head (`model.heads.HeadKind`), here for settings that know no torch."""

@@ -1,0 +1,145 @@
+"""Heads that are linear in the user's numbers: the user's vector is a combination of directions.
+
+    s = (θ₀ + c·B)·φ + b₀ + c·b     c: the user's K numbers; B [K, V] and b [K]: the directions
+
+The kinds differ in B alone. Fitting c is a convex problem, its posterior is Gaussian to second
+order (model/laplace.py), and feedback moves it without a new fit:
+
+    minimise over c   Σ over the judged groups of loss(c) + ½ (c − c_fit)ᵀ (λ + N·F) (c − c_fit)
+
+c_fit is the head as it was fitted on N records, λ the prior's precision, F the mean Fisher
+information of a group. The result depends on the set of judged groups, not on their order.
+
+Letters: U users, G groups, C candidates, V length of the shared head, K coordinates.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hydra_llm.model.heads.base import Head, HeadProblem, VectorShared
+from hydra_llm.model.interactions import Interaction
+from hydra_llm.model.laplace import LaplacePosterior, mean_fisher
+from hydra_llm.model.newton import Apply, Problem, hessian_inverse, lbfgs, newton_cg, with_bias
+
+
+class AdditiveHead(VectorShared):
+    """The base of these kinds: a kind says what its directions are."""
+
+    updates_online = True
+    own_bias = False  # whether one more number, the last, is a bias of the user
+
+    def __init__(self, size: int, coordinates: int | None = None):
+        super().__init__(size)
+        self.coordinates = size if coordinates is None else coordinates
+
+    def directions(self) -> tuple[Tensor, Tensor] | None:
+        """B [K, V] and b [K]; None where the coordinates are the vector itself."""
+        raise NotImplementedError
+
+    @property
+    def numbers_per_user(self) -> int:
+        return self.coordinates + self.own_bias
+
+    @property
+    def joint_numbers(self) -> int:
+        return self.coordinates
+
+    def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
+        K, basis = self.coordinates, self.directions()
+        own, bias = numbers[:, :K], numbers[:, K:].sum(-1)
+        if basis is not None:
+            own, bias = own @ basis[0], bias + own @ basis[1]
+        scores = interaction.dot(x[:, None], self.shared + own)[:, 0]
+        return scores + (self.shared_bias + bias)[:, None]
+
+    def design(self, interaction: Interaction, x: Tensor) -> tuple[Apply, Apply]:
+        """The score's linear part for x [U, G, ...], [U, K] → [U, G, C], and its transpose."""
+        basis = self.directions()
+        if basis is None:
+            return lambda c: interaction.dot(x, c), lambda r: interaction.outer(x, r)
+        B, b = basis
+        return (
+            lambda c: interaction.dot(x, c @ B) + (c @ b)[:, None, None],
+            lambda r: interaction.outer(x, r) @ B.T + r.sum((1, 2))[:, None] * b,
+        )
+
+    def explicit(self, interaction: Interaction, x: Tensor) -> Tensor | None:
+        """The features of the coordinates [G, C, K]; None where they would be mostly zeros."""
+        if (basis := self.directions()) is None:
+            return interaction.explicit(x)
+        return interaction.on_basis(x, basis[0]) + basis[1]
+
+    @torch.no_grad()
+    def fit(self, problem: HeadProblem) -> list[np.ndarray]:
+        interaction, x = problem.interaction, problem.x
+        shared = self.shared_score(interaction, x.flatten(0, 1)).view_as(problem.offset)
+        convex = self._convex(problem, shared, *self.design(interaction, x))
+        if self.own_bias:
+            convex = with_bias(convex)
+        values = newton_cg(convex, problem.precision)
+        return list(pad(values, (0, self.numbers_per_user - convex.size)).numpy())
+
+    def _convex(self, problem: HeadProblem, scores: Tensor, dot: Apply, outer: Apply) -> Problem:
+        """The problem in the coordinates of `dot`, from heads that give these scores."""
+        offset, target, mask = scores + problem.offset, problem.target, problem.mask
+        return Problem(dot, outer, self.coordinates, offset, target, mask, problem.loss)
+
+    def fisher(
+        self, interaction: Interaction, x: Tensor, share: Tensor, binary: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        rows = self.explicit(interaction, x)
+        if rows is None:
+            return interaction.fisher(x, share, binary)
+        return torch.ones(1, 1), mean_fisher(rows, share, binary)
+
+    def covariance(
+        self,
+        interaction: Interaction,
+        x: Tensor,
+        posterior: LaplacePosterior,
+        precision: Tensor,
+        records: int,
+    ) -> Tensor | None:
+        count = self.shared_score(interaction, x).shape[1]
+        _, outer = self.design(interaction, x[None].expand(count, *x.shape))
+        return posterior.covariance(outer(torch.eye(count)[:, None]), precision, records)
+
+    @torch.no_grad()
+    def online_update(
+        self, problem: HeadProblem, posterior: LaplacePosterior, head: Head | None
+    ) -> Head:
+        fitted = head or Head.of(self.empty())
+        interaction, x = problem.interaction, problem.x[0]
+        dot, outer = self.design(interaction, problem.x)
+        convex = self._convex(
+            problem,
+            self.score(interaction, x, [fitted] * len(x)),
+            lambda v: dot(posterior.turn(v)),
+            lambda r: posterior.back(outer(r)),
+        )
+        precision = problem.precision + fitted.records * posterior.values
+        rows = self.explicit(interaction, x)
+        if rows is None:
+            change = newton_cg(convex, precision)
+        else:
+            change = _by_lbfgs(convex, rows @ posterior.right_vectors, precision)
+        numbers = torch.tensor(fitted.numbers)
+        numbers[: self.coordinates] += posterior.turn(change)[0]
+        return Head.of(numbers, fitted.records, fitted.until)
+
+
+def _by_lbfgs(problem: Problem, rows: Tensor, precision: Tensor) -> Tensor:
+    """The same with explicit features [G, C, K]: the Hessian hardly changes on the way, so a few
+    gradients are enough where features are as wide as the encoder.
+    """
+    flat = rows.flatten(0, 1)
+    explicit = replace(
+        problem,
+        dot=lambda v: (flat @ v[0]).view(problem.offset.shape),
+        outer=lambda r: (r.flatten() @ flat)[None],
+    )
+    return lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))

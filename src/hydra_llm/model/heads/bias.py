@@ -1,0 +1,24 @@
+"""Head `bias`: one number per user, and an example of how to add a head."""
+
+from torch import Tensor
+
+from hydra_llm.model.heads.additive import AdditiveHead
+
+
+class BiasHead(AdditiveHead):
+    """One number c that scales the shared score, s = (1 + c)·(θ₀·φ + b₀): a temperature per user.
+
+    A constant added to every candidate of a group would change no order and no listwise loss, so
+    the one number multiplies what does differ between candidates. c > 0: the user is more like the
+    training users than they are on average; c = −1: what others want says nothing about this one;
+    c < −1: the opposite. It is the smallest head that there is, the lower bound of what a head can
+    give.
+    """
+
+    name = "bias"
+
+    def __init__(self, size: int):
+        super().__init__(size, 1)
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        return self.shared[None], self.shared_bias[None]

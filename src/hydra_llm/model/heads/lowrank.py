@@ -1,0 +1,49 @@
+"""Head `lowrank`: K coordinates on a basis that all users share."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydra_llm.model.heads.additive import AdditiveHead
+from hydra_llm.model.heads.base import HeadKind, HeadProblem
+from hydra_llm.model.heads.linear import LinearHead
+from hydra_llm.model.interactions import Interaction
+
+
+class LowRankHead(AdditiveHead):
+    """K numbers on a basis that all users share, learned from the training users' own linear heads:
+    for a million users with short histories.
+    """
+
+    name = "lowrank"
+    basis: Tensor
+
+    def __init__(self, size: int, rank: int):
+        super().__init__(size, min(rank, size))
+        self.rank = self.coordinates
+        self.register_buffer("basis", torch.zeros(self.rank, size))
+
+    @classmethod
+    def create(cls, interaction: Interaction, rank: int) -> "LowRankHead":
+        return cls(interaction.size, rank)
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        return self.basis, self.basis.new_zeros(self.rank)
+
+    def precision_probe(self) -> HeadKind:
+        probe = LinearHead(self.basis.shape[1])
+        probe.shared, probe.shared_bias = self.shared, self.shared_bias
+        return probe
+
+    @torch.no_grad()
+    def learn_shared(self, problems: Iterable[HeadProblem]) -> None:
+        """The basis: the directions in which the training users' linear heads differ most."""
+        probe = self.precision_probe()
+        deltas = np.stack([numbers for problem in problems for numbers in probe.fit(problem)])
+        own = torch.from_numpy(deltas)[:, : self.basis.shape[1]]
+        _, _, directions = torch.linalg.svd(own, full_matrices=False)
+        self.basis.zero_()
+        top = min(len(self.basis), len(directions))
+        self.basis[:top] = directions[:top]
