@@ -28,7 +28,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.llm.base import Sampling
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.training.api import learn
 from hydra_llm.types import Generation, Message, Query, Usage
@@ -196,7 +196,7 @@ def warm(bundle: Bundle, users: Sequence[str]) -> None:
 
 
 def ask(
-    personalizer: Personalizer, llm: Writer, encoder: Stopwatch, query: Query
+    personalizer: UserPipeline, llm: Writer, encoder: Stopwatch, query: Query
 ) -> dict[str, float]:
     """Milliseconds of one answer: its stages, the encoder's part in them, and all but the LLM."""
     llm.seconds = encoder.seconds = 0.0

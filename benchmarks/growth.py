@@ -59,7 +59,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.heads import Head
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import KeepOrder, record_text
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.api import fit, learn
@@ -495,12 +495,12 @@ def retrieving(bench: Bench) -> Iterator[Series]:
         for own in bundle.records.values():
             personalizer.retriever.retrieve(bench.query(bundle), own, 1)
 
-        def prepare() -> tuple[Personalizer, Query]:
+        def prepare() -> tuple[UserPipeline, Query]:
             return personalizer if kept else bundle.personalizer(by_rule(CLASSIFY)), bench.query(
                 bundle, length
             )
 
-        def run(given: tuple[Personalizer, Query]) -> None:
+        def run(given: tuple[UserPipeline, Query]) -> None:
             given[0].retriever.retrieve(
                 given[1], bundle.records[given[1].user], given[0].settings.retrieved
             )
@@ -525,7 +525,7 @@ def reranking(bench: Bench) -> Iterator[Series]:
         bundle = bench.crowd(CLASSIFY, users, [own])
         personalizer = bundle.personalizer(by_rule(CLASSIFY))
 
-        def prepare() -> tuple[Personalizer, Query, list[Ranked]]:
+        def prepare() -> tuple[UserPipeline, Query, list[Ranked]]:
             query = bench.query(bundle, length)
             retrieved = personalizer.retriever.retrieve(query, bundle.records[query.user], m)
             return (
@@ -534,7 +534,7 @@ def reranking(bench: Bench) -> Iterator[Series]:
                 retrieved,
             )
 
-        def run(given: tuple[Personalizer, Query, list[Ranked]]) -> None:
+        def run(given: tuple[UserPipeline, Query, list[Ranked]]) -> None:
             context = given[0].context(given[1], bundle.records[given[1].user])
             given[0].rerank(context, given[2])
 
@@ -557,12 +557,12 @@ def generating(bench: Bench) -> Iterator[Series]:
             by_rule(CLASSIFY), bundle.settings.model_copy(update={"k": k})
         )
 
-        def prepare() -> tuple[Personalizer, Query]:
+        def prepare() -> tuple[UserPipeline, Query]:
             query = bench.query(bundle, length)
             ranked = personalizer.retriever.retrieve(query, bundle.records[query.user], 10)
             return replace(personalizer, retriever=Given(ranked), reranker=KeepOrder()), query
 
-        def run(given: tuple[Personalizer, Query]) -> dict[str, float]:
+        def run(given: tuple[UserPipeline, Query]) -> dict[str, float]:
             usage = given[0].propose(given[1]).usage
             return {"LLM calls": usage.calls, "prompt tokens": usage.prompt_tokens}
 

@@ -28,7 +28,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.demo import movielens
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.registry import open_llm
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.training.labelling import training_queries
 from hydra_llm.types import Query
@@ -118,7 +118,7 @@ def answers_of(
     style = {"k": given.k, **WAYS[way]}
     settings = load_settings(samples=1, candidates="sampled", seed=given.seed, **limits, **style)
     llm, retriever = open_llm(given.llm, settings), make_retriever("bm25")
-    asks = Personalizer(data.task, retriever, settings, llm=llm, records=records)
+    asks = UserPipeline(data.task, retriever, settings, llm=llm, records=records)
     answers = []
     for proposal in run_sync(
         partial(map_calls, asks.apropose, queries, limit=settings.concurrency)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_llm import fit, learn
+from hydra_llm import Personalizer, fit, learn
 from hydra_llm.bench.method import Parts, find_methods
 from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
@@ -24,7 +24,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import reranker_helps
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker
 from hydra_llm.side_features import fit_stats
 from hydra_llm.tasks.base import Task
@@ -133,7 +133,7 @@ def gains(task: Task, answers: Sequence[str | None], queries: Sequence[Query]) -
     ) / len(queries)
 
 
-def answers_of(personalizer: Personalizer, queries: Sequence[Query]) -> list[str]:
+def answers_of(personalizer: UserPipeline, queries: Sequence[Query]) -> list[str]:
     return [personalizer.answer(query).text for query in queries]
 
 

@@ -17,7 +17,7 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
-from hydra_llm.pipeline import Personalizer, Pipeline
+from hydra_llm.pipeline import Pipeline, UserPipeline
 from hydra_llm.retrieve import BM25
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate, Generation, Message, Query, Record, Usage
@@ -54,9 +54,9 @@ class Temperatures:
     async def aclose(self) -> None: ...
 
 
-def door(llm: Any, task: Task = TAGS, **chosen: Any) -> Personalizer:
+def door(llm: Any, task: Task = TAGS, **chosen: Any) -> UserPipeline:
     given = {"samples": 4, "k": 2, "retrieved": 3, "candidates": "sampled", **chosen}
-    return Personalizer(task, BM25(), Settings(**given), llm=llm, records=RECORDS)
+    return UserPipeline(task, BM25(), Settings(**given), llm=llm, records=RECORDS)
 
 
 # ---- candidates
@@ -283,7 +283,7 @@ def test_the_prompt_holds_only_what_came_before_the_query(
     records = [Record("u", str(i), f"rain thing{i}x", "odd", position=i) for i in range(8)]
     data.draw(st.randoms()).shuffle(records)
     llm = RuleLLM(lambda *_: "odd")
-    asker = Personalizer(
+    asker = UserPipeline(
         TAGS,
         BM25(),
         Settings(samples=2, k=9, retrieved=9),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hydra_llm.config import Settings, load_settings
     from hydra_llm.errors import HydraError, LLMError, UserFault
     from hydra_llm.llm.base import ChatLLM
-    from hydra_llm.pipeline import Personalizer
+    from hydra_llm.personalizer import Personalizer
     from hydra_llm.tasks.base import Task
     from hydra_llm.training.api import afit, alearn, fit, learn
     from hydra_llm.types import Answer, Candidate, Generation, Query, Record, Usage
@@ -45,7 +45,7 @@ _HOMES = {
     "hydra_llm.errors": ("HydraError", "LLMError", "UserFault"),
     "hydra_llm.training.api": ("afit", "alearn", "fit", "learn"),
     "hydra_llm.llm.base": ("ChatLLM",),
-    "hydra_llm.pipeline": ("Personalizer",),
+    "hydra_llm.personalizer": ("Personalizer",),
     "hydra_llm.tasks.base": ("Task",),
     "hydra_llm.types": ("Answer", "Candidate", "Generation", "Query", "Record", "Usage"),
 }

@@ -25,7 +25,7 @@ from hydra_llm.model.persistence import (
 )
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import tensors_of, upgraded
-from hydra_llm.pipeline import Personalizer, Pipeline
+from hydra_llm.pipeline import Pipeline, UserPipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
@@ -130,10 +130,10 @@ class Bundle:
         *,
         rerank: bool = True,
         adapt: bool = True,
-    ) -> Personalizer:
+    ) -> UserPipeline:
         """`pipeline` with an LLM and this bundle's records and heads."""
         stages = self.pipeline(settings, rerank=rerank, adapt=adapt)
-        return Personalizer.of(stages, llm, self.records, self.heads)
+        return UserPipeline.of(stages, llm, self.records, self.heads)
 
     def without_heads(self) -> "Bundle":
         """The non-personal baseline: the same bundle with the shared heads for every user."""

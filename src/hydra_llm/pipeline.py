@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import anyio
 
@@ -27,9 +27,6 @@ from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import repair, text_fault
 from hydra_llm.types import Answer, Candidate, Generation, Proposal, Query, Ranked, Record, Usage
-
-if TYPE_CHECKING:
-    from hydra_llm.bundle import Bundle
 
 Result = Generation | LLMError
 MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
@@ -178,8 +175,8 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Personalizer(Pipeline):
-    """Answers each user as that user would want, through any black-box LLM."""
+class UserPipeline(Pipeline):
+    """A pipeline with an LLM and users: it answers as each of them would want."""
 
     llm: ChatLLM = field(kw_only=True)
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict, kw_only=True)
@@ -193,7 +190,7 @@ class Personalizer(Pipeline):
         llm: ChatLLM,
         records: Mapping[str, Sequence[Record]],
         heads: Mapping[str, Mapping[str, Head]] | None = None,
-    ) -> "Personalizer":
+    ) -> Self:
         """These stages with an LLM and users."""
         parts = {part.name: getattr(stages, part.name) for part in fields(Pipeline)}
         return cls(**parts, llm=llm, records=records, heads=heads or {})
@@ -270,21 +267,6 @@ class Personalizer(Pipeline):
             raise UserFault(f"the text to answer {fault}")
         return Query(user, "asked", text)
 
-    @classmethod
-    def load(cls, bundle: "Bundle | str", llm: ChatLLM | str, **settings: object) -> "Personalizer":
-        """The personalizer of a learned bundle; `settings` change how it answers.
-
-        Raises:
-            BundleError: the bundle is damaged, newer, or not there.
-        """
-        from hydra_llm.bundle import Bundle
-        from hydra_llm.llm.registry import open_llm
-
-        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        chosen = loaded.settings_with(**settings)
-        opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
-        return loaded.personalizer(opened, chosen)
-
 
 def candidate_key(text: str, answer: str | None) -> str:
     """What makes two texts the same candidate."""
@@ -323,4 +305,4 @@ class _Clock:
         self.seconds[stage], self._last = now - self._last, now
 
 
-__all__ = ["Context", "Personalizer", "Pipeline", "Sampled"]
+__all__ = ["Context", "Pipeline", "Sampled", "UserPipeline"]

@@ -20,7 +20,7 @@ from hydra_llm.gateway.user_cache import to_stored
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.heads import Head
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.prompt import estimate
 from hydra_llm.side_features import Featurizer
 from hydra_llm.store.store import Store
@@ -124,7 +124,7 @@ def features(monkeypatch: pytest.MonkeyPatch) -> Features:
 
 def library(
     folder: Path, task: Task, said: Sequence[str], heads: Heads | None = None
-) -> Personalizer:
+) -> UserPipeline:
     bundle = replace(Bundle.load(folder), records={"ada": history(task, "ada")})
     own = {name: {"ada": head} for name, head in (heads or {}).items()}
     return replace(bundle, heads=own).personalizer(Scripted(said))
@@ -149,7 +149,7 @@ def add_user(
             change.put_heads(bundle.weights, {name: to_stored(h) for name, h in heads.items()})
 
 
-async def answered(asker: Personalizer, text: str = QUESTION) -> tuple[Answer, list[Any]]:
+async def answered(asker: UserPipeline, text: str = QUESTION) -> tuple[Answer, list[Any]]:
     answer = await asker.aanswer(Query("ada", "asked", text))
     assert isinstance(asker.llm, Scripted)
     return answer, sorted(asker.llm.asked, key=lambda asked: asked[1].temperature)

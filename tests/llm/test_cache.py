@@ -28,7 +28,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.llm.meter import Meter, Prices
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Generation, Message, Query, Usage
@@ -253,8 +253,8 @@ class Narrow(Counting):
 async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Path) -> None:
     task, query = Task("t", "generation", "{input}"), Query("u", "q", "x" * 50)
 
-    def asker(inner: Counting, *, replay_only: bool = False) -> Personalizer:
-        return Personalizer(
+    def asker(inner: Counting, *, replay_only: bool = False) -> UserPipeline:
+        return UserPipeline(
             task,
             Nothing(),
             Settings(samples=3),

@@ -21,7 +21,7 @@ from hydra_llm.config import Settings
 from hydra_llm.errors import LLMRefused
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.gguf import Engine, GgufLLM, grammar, smollm2
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Query
@@ -159,7 +159,7 @@ async def test_a_text_of_many_tokens_is_cut_by_the_engines_own_count(engine: Eng
     """Digits are a token each, 3.5 times what the estimate says."""
     small = GgufLLM(smollm2("", Settings()).path, context_per_slot=512)
     task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
-    asker = Personalizer(task, Nothing(), Settings(samples=1, max_tokens=2), llm=small)
+    asker = UserPipeline(task, Nothing(), Settings(samples=1, max_tokens=2), llm=small)
     proposal = await asker.apropose(Query("u", "q", "1234567890" * 500))
     await small.aclose()
     assert 256 < proposal.usage.prompt_tokens <= 512 - 2

@@ -19,7 +19,7 @@ from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Meter, Prices
 from hydra_llm.llm.openai import OpenAILLM, from_spec
 from hydra_llm.llm.registry import wrap
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Nothing
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Usage
@@ -148,7 +148,7 @@ async def test_only_texts_that_are_missing_are_asked_for_again(
     with pytest.raises(LLMError, match="HTTP 500"):
         await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
     assert [body["seed"] for body in endpoint.asked[5:]] == [12]
-    asker = Personalizer(
+    asker = UserPipeline(
         Task("t", "generation", "{input}"), Nothing(), Settings(samples=6, seed=8), llm=llm
     )
     proposal = await asker.apropose(Query("u", "q", "Hi"))
@@ -258,7 +258,7 @@ async def test_a_prompt_beyond_the_context_window_is_cut(
 
     endpoint = serve(narrow)
     task = Task("parity", "classification", "Even or odd? {input}", ("even", "odd"))
-    proposal = await Personalizer(
+    proposal = await UserPipeline(
         task, Nothing(), Settings(samples=4), llm=client(endpoint)
     ).apropose(Query("u", "q", "0123456789" * 150))
     assert proposal.candidates[0].votes == 4

@@ -13,7 +13,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.tabular import read_table
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.personalizer import Personalizer
 from hydra_llm.tasks.base import KINDS, Task
 from hydra_llm.tasks.lamp import LAMP
 from hydra_llm.tasks.rating import Rating

@@ -16,7 +16,7 @@ from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order, parse_time, precedes
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import BM25
 from hydra_llm.side_features import CohortStats, Featurizer
 from hydra_llm.tasks.base import Task
@@ -72,9 +72,9 @@ def answers_by_the_prompt(messages: Sequence[Message], index: int, rng: random.R
 
 def personalizer(
     task: Task, records: dict[str, list[Record]], llm: Any = None, **chosen: Any
-) -> Personalizer:
+) -> UserPipeline:
     given = {"samples": 3, "k": 2, "retrieved": 3, **chosen}
-    return Personalizer(
+    return UserPipeline(
         task, BM25(), Settings(**given), llm=llm or RuleLLM(answers_by_the_prompt), records=records
     )
 

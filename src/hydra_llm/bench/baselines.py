@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from hydra_llm.context import Context
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.select import Selection, Selector, all_labels, select
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Answer, Candidate, Proposal, Query, Record
@@ -66,7 +66,7 @@ class ByVoteShare(Selector):
 class WithoutLLM:
     """An answer from the user's visible records alone."""
 
-    personalizer: Personalizer
+    personalizer: UserPipeline
     answer: Callable[[Query, Sequence[Record]], str]
 
     async def aanswer(self, query: Query) -> Answer:
@@ -82,7 +82,7 @@ class WithoutLLM:
 class ScorerOnly:
     """All labels by the scorer, without the LLM's votes: what `hydra` is better by is the LLM's."""
 
-    personalizer: Personalizer
+    personalizer: UserPipeline
 
     async def aanswer(self, query: Query) -> Answer:
         started = perf_counter()

@@ -35,7 +35,7 @@ from hydra_llm.errors import LLMError
 from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.model.grouping import make_groups
 from hydra_llm.model.interactions import Groups, Interaction
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.select import Selection, Selector, all_labels, candidate_text, first_best
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import reads_labels, training_queries
@@ -179,7 +179,7 @@ class BBoxAdapter:
     """Learns at its first query, adapts at each user's first; see `pop_spent` for that cost."""
 
     bundle: Bundle
-    personalizer: Personalizer  # with the records of the training users and of the run's users
+    personalizer: UserPipeline  # with the records of the training users and of the run's users
     seed: int = 0  # of the energy's random start
     kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
     locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
@@ -260,7 +260,7 @@ class BBoxAdapter:
         key: str,
         users: int,
         energy: Energy,
-        proposing: Personalizer,
+        proposing: UserPipeline,
         queries: Sequence[Query],
     ) -> Energy | None:
         """The energy adapted to the LLM's answers, None if none could be read; failed calls are

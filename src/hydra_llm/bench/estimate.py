@@ -23,7 +23,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.llm.meter import Prices
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.rerank import Reranker, record_text
 from hydra_llm.training import labelling
@@ -164,7 +164,7 @@ class UnlearnedParts(Parts):
 
     def personalizer(
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
-    ) -> Personalizer:
+    ) -> UserPipeline:
         pipeline = super().personalizer(rerank=rerank, adapt=adapt, **settings)
         unknown = rerank and self.bundle.reranker is None
         return replace(pipeline, reranker=ReversedOrder()) if unknown else pipeline

@@ -14,7 +14,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.plugins import Registry
 from hydra_llm.tasks.base import KINDS
 from hydra_llm.types import Answer, Query, Record, StageCost
@@ -49,7 +49,7 @@ class Parts:
 
     def personalizer(
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
-    ) -> Personalizer:
+    ) -> UserPipeline:
         """The pipeline with the chosen parts and the run's records; other parts are null parts."""
         chosen = self.settings.model_copy(update=settings)
         pipeline = self.bundle.personalizer(self.llm, chosen, rerank=rerank, adapt=adapt)

@@ -13,7 +13,7 @@ from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle, ScorerOnly
 from hydra_llm.bench.bbox import BBoxAdapter
 from hydra_llm.bench.method import Answerer, Parts, method
 from hydra_llm.llm.base import Sampling
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selector
 from hydra_llm.text import fold
@@ -75,7 +75,7 @@ PROFILE = (
 class Profiled:
     """Puts a profile by the LLM, one per user and history, before the records."""
 
-    inner: Personalizer
+    inner: UserPipeline
     profiles: dict[tuple[str, int], str] = field(default_factory=dict)
     locks: dict[tuple[str, int], anyio.Lock] = field(default_factory=dict)
 

@@ -29,7 +29,7 @@ from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.persistence import check_place
 from hydra_llm.model.upgrade import reranker_helps
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
@@ -92,7 +92,7 @@ class _Part:
     stage: str  # what the LLM labels
     skipped: str  # why none is learned where all gains are equal
 
-    def plain(self, bundle: Bundle, llm: ChatLLM) -> Personalizer:
+    def plain(self, bundle: Bundle, llm: ChatLLM) -> UserPipeline:
         """The pipeline without this scorer."""
         return bundle.personalizer(llm, rerank=self is ADAPTER, adapt=self is RERANKER)
 
@@ -338,7 +338,7 @@ def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate
 async def _collect(
     part: _Part,
     learned: Learned,
-    plain: Personalizer,
+    plain: UserPipeline,
     users: Sequence[str],
     progress: StageProgress,
 ) -> Collected:
@@ -362,7 +362,7 @@ def _account(learned: Learned, stage: str, users: int, collected: Collected) -> 
 
 
 def _weak_groups(
-    part: _Part, plain: Personalizer, featurizer: Featurizer, users: Sequence[str]
+    part: _Part, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
 ) -> list[LabelledGroup]:
     """The groups that histories give without an LLM: not for a reranker that learns as published,
     nor for an adapter that does not learn from every label.

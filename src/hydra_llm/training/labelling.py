@@ -4,7 +4,7 @@
 A user's own later records serve as queries for the earlier ones; `history.before` decides what each
 may see.
     reranker  each retrieved record alone in the prompt; its gain is the gain of the LLM's answer
-    adapter   the candidates of `Personalizer.apropose`, each with its gain
+    adapter   the candidates of `UserPipeline.apropose`, each with its gain
 and weak labels, which cost no LLM call:
     reranker  the same records, each worth what its own answer would be for the query (1-NN)
     adapter   for tasks with labels, the record's own answer against the other labels
@@ -21,7 +21,7 @@ from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order
 from hydra_llm.llm.concurrency import Progress, map_calls
-from hydra_llm.pipeline import Personalizer
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text
@@ -49,7 +49,7 @@ def training_queries(task: Task, records: Sequence[Record], count: int) -> list[
 
 
 async def reranker_groups(
-    personalizer: Personalizer, queries: Sequence[Query], progress: Progress | None = None
+    personalizer: UserPipeline, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
     """Ask the LLM each query once per retrieved record, at temperature 0."""
     settings = personalizer.settings
@@ -89,7 +89,7 @@ async def reranker_groups(
 
 
 def weak_reranker_groups(
-    personalizer: Personalizer, featurizer: Featurizer, user: str
+    personalizer: UserPipeline, featurizer: Featurizer, user: str
 ) -> list[LabelledGroup]:
     """Each of a user's records as a query for those before it; a record's gain is that of its own
     answer.
@@ -111,7 +111,7 @@ def weak_reranker_groups(
 
 
 def _reranker_group(
-    personalizer: Personalizer,
+    personalizer: UserPipeline,
     featurizer: Featurizer,
     context: Context,
     rows: Sequence[tuple[Ranked, float]],
@@ -135,7 +135,7 @@ def _group(
 
 
 async def adapter_groups(
-    personalizer: Personalizer, queries: Sequence[Query], progress: Progress | None = None
+    personalizer: UserPipeline, queries: Sequence[Query], progress: Progress | None = None
 ) -> Collected:
     """Let the LLM propose candidates for each query, each with its gain."""
     contexts = [personalizer.context_of(query) for query in queries]
@@ -164,7 +164,7 @@ async def adapter_groups(
 
 
 def _adapter_group(
-    personalizer: Personalizer, featurizer: Featurizer, context: Context, proposal: Proposal
+    personalizer: UserPipeline, featurizer: Featurizer, context: Context, proposal: Proposal
 ) -> LabelledGroup | None:
     query, settings = proposal.query, personalizer.settings
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]

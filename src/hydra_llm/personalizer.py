@@ -1,0 +1,28 @@
+"""`Personalizer`: a learned bundle and an LLM, ready to answer. The library's main class."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.llm.base import ChatLLM
+from hydra_llm.llm.registry import open_llm
+from hydra_llm.pipeline import UserPipeline
+
+
+@dataclass(frozen=True)
+class Personalizer(UserPipeline):
+    """Answers each user as that user would want, through any black-box LLM."""
+
+    @classmethod
+    def load(cls, bundle: Bundle | Path | str, llm: ChatLLM | str, **settings: object) -> Self:
+        """The personalizer of a learned bundle; `settings` change how it answers.
+
+        Raises:
+            BundleError: the bundle is damaged, newer, or not there.
+            SettingsError: an unknown LLM or setting, or one that learning has fixed.
+        """
+        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        chosen = loaded.settings_with(**settings)
+        opened = open_llm(llm, chosen) if isinstance(llm, str) else llm
+        return cls.of(loaded.pipeline(chosen), opened, loaded.records, loaded.heads)
