@@ -203,12 +203,11 @@ class Bundle:
     def load(
         cls, folder: Path | str, *, cache: Path | None = None, here: Settings | None = None
     ) -> "Bundle":
-        """Read a bundle. `here` tells what a bundle does not carry (`LOCAL`); by default
-        environment and file do.
+        """Read a bundle; `here` has the settings that none carries (default: environment, file).
 
         Raises:
-            BundleError: not there, damaged, of a newer format, or its encoder is not what it was
-                learned with. SettingsError: the environment or the settings file is at fault.
+            BundleError: not there, damaged, of a newer format, or learned with another encoder.
+            SettingsError: the environment or the settings file is at fault.
         """
         machine = (here or load_settings()).model_dump(include=set(LOCAL))
         read = read_bundle(Path(folder))
@@ -219,21 +218,18 @@ class Bundle:
             settings = Settings.checked({**config["settings"], **machine})
             shares = tuple(config["population"]["label_shares"])
             without_records = {user: list[Record]() for user in config.get("without_records", ())}
-            scorers, heads = {}, {}
-            for name, entry in config["scorers"].items():
-                own = tensors_of(name, files.tensors)
-                scorers[name], heads[name] = (
-                    Scorer.restore(entry, own),
-                    HeadMatrix.restore(entry, own),
-                )
+            parts = {
+                name: (entry, tensors_of(name, files.tensors))
+                for name, entry in config["scorers"].items()
+            }
             return cls(
                 task=Task.from_json(config["task"], f"{folder}/config.json"),
                 settings=settings,
                 llm=config["llm"],
                 store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
                 population=CohortStats(**{**config["population"], "label_shares": shares}),
-                scorers=scorers,
-                heads=heads,
+                scorers={name: Scorer.restore(*part) for name, part in parts.items()},
+                heads={name: HeadMatrix.restore(*part) for name, part in parts.items()},
                 use_reranker=config["use_reranker"],
                 records={**files.records, **without_records},
                 trained_on=tuple(config["trained_on"]),

@@ -48,18 +48,23 @@ def learn_from_store(
         bundle.without_people(Pseudonyms(store.salt()).hashed).save(out)
         weights = type(bundle).load(out).weights
         for user in learned.users:
-            heads = {name: to_stored(head) for name, head in bundle.heads_of(user).items()}
-            try:
-                with store.change(user, version=versions[user]) as change:
-                    change.put_heads(weights, heads)
-            except NoSuchUser:
-                continue  # deleted meanwhile
-            except StaleVersion:  # more has come since: a fit will see it
-                note = "a user has changed while the bundle was learned: fit that user's heads"
-                learned.notes.append(note)
+            _put_heads(store, learned, user, versions[user], weights)
     finally:
         store.close()
     return learned
+
+
+def _put_heads(store: Store, learned: Learned, user: str, version: int, weights: str) -> None:
+    heads = {name: to_stored(head) for name, head in learned.bundle.heads_of(user).items()}
+    try:
+        with store.change(user, version=version) as change:
+            change.put_heads(weights, heads)
+    except NoSuchUser:
+        pass  # deleted meanwhile
+    except StaleVersion:  # more has come since: a fit will see it
+        learned.notes.append(
+            "a user has changed while the bundle was learned: fit that user's heads"
+        )
 
 
 def _task(file: Path) -> Task:

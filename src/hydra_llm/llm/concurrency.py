@@ -24,9 +24,8 @@ async def map_calls(
 ) -> list[R | LLMError]:
     """Results in the items' order, an `LLMError` where a call failed; `limit` calls at once.
 
-    Raises:
-        BudgetExceeded: nothing new is begun; calls in flight still reach the cache.
-        LLMRefused: the first call was refused, not for its length: all others would be.
+    Raises BudgetExceeded (calls in flight still reach the cache), and LLMRefused of the first
+    call unless it is for its length: all others would be refused too.
     """
     results: list[R | LLMError | None] = [None] * len(items)
     fatal: list[LLMError] = []

@@ -136,25 +136,32 @@ async def alearn(
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
     bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
-    learned, ranking = Learned(bundle, tuple(records), notes=notes), None
-    files = TrainingFiles(out, progress)
-    if first is not None:
-        _take_reranker(learned, first)
-    elif settings.retrieved > 0:
-        ranking = await _labelled_data(RERANKER, learned, model, progress)
-        _train(learned, ranking, files, tune=settings.tune_encoder)
-        _use_reranker(learned)
-    picking = await _labelled_data(ADAPTER, learned, model, progress)
-    _train(learned, picking, files, tune=settings.tune_encoder)
-    if settings.tune_encoder and picking is not None:
-        _train(learned, ranking, files)  # the encoder has moved under the reranker
-        _use_reranker(learned)
+    learned = Learned(bundle, tuple(records), notes=notes)
+    await _learn_scorers(learned, model, TrainingFiles(out, progress), first)
     usage = learned.usage
     _report(learned, users=len(records), calls=usage.calls, cached=usage.cached)
     _report(learned, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
     return learned
+
+
+async def _learn_scorers(
+    learned: Learned, model: ChatLLM, files: TrainingFiles, first: Bundle | None
+) -> None:
+    """The reranker, or that of `first`; then the adapter."""
+    settings, ranking = learned.bundle.settings, None
+    if first is not None:
+        _take_reranker(learned, first)
+    elif settings.retrieved > 0:
+        ranking = await _labelled_data(RERANKER, learned, model, files.progress)
+        _train(learned, ranking, files, tune=settings.tune_encoder)
+        _use_reranker(learned)
+    picking = await _labelled_data(ADAPTER, learned, model, files.progress)
+    _train(learned, picking, files, tune=settings.tune_encoder)
+    if settings.tune_encoder and picking is not None:
+        _train(learned, ranking, files)  # the encoder has moved under the reranker
+        _use_reranker(learned)
 
 
 def blank_bundle(
