@@ -12,19 +12,7 @@ ROOT = Path(__file__).parents[1]
 MAX_NAME = 60
 MAX_FUNCTION = 40
 MAX_PARAMETERS = 8
-LONG = {
-    "bundle.py load",
-    "gateway/app.py make_app",
-    "gateway/deployment.py open_deployment",
-    "gateway/gateway.py _keep",
-    "gateway/gateway.py plan",
-    "gateway/scoring.py choose",
-    "gateway/store_training.py learn_from_store",
-    "llm/concurrency.py map_calls",
-    "prompt.py render",
-    "training/api.py alearn",
-}
-"""Functions that are still longer; the list may only shrink."""
+MAX_SOURCE = 21_010  # lines; it may only fall, and is to fall to 18,500
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,10 +47,13 @@ def test_functions_outside_the_cli_are_short() -> None:
         f"{at}: {length} lines"
         for at, each in functions(source_files())
         if "/cli/" not in at
-        and re.sub(r"^src/hydra_llm/|:\d+", "", at) not in LONG
         and (length := (each.end_lineno or each.lineno) - each.lineno + 1) > MAX_FUNCTION
     ]
     assert not long
+
+
+def test_the_source_does_not_grow() -> None:
+    assert sum(len(file.read_text("utf-8").splitlines()) for file in source_files()) <= MAX_SOURCE
 
 
 def test_functions_outside_the_cli_take_few_parameters() -> None:

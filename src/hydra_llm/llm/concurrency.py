@@ -24,8 +24,7 @@ async def map_calls(
 ) -> list[R | LLMError]:
     """Results in the items' order, an `LLMError` where a call failed; `limit` calls at once.
 
-    Raises BudgetExceeded (calls in flight still reach the cache), and LLMRefused of the first
-    call unless it is for its length: all others would be refused too.
+    Raises BudgetExceeded, and LLMRefused of the first call unless it is for its length.
     """
     results: list[R | LLMError | None] = [None] * len(items)
     fatal: list[LLMError] = []
