@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hydra_llm.errors import UserFault
 from hydra_llm.history import as_query, before, in_order, latest, parse_time, precedes
 from hydra_llm.types import ALWAYS, Query, Record
 
@@ -236,3 +237,11 @@ def test_written_times(text: str, first: float, end: float) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="."):
         parse_time(text)
+
+
+def test_a_written_time_counts_where_no_span_is_given() -> None:
+    later = Record("u", "1", "a", "b", time="2024-05-01")
+    assert before([later], Query("u", "q", "a", time="2020-01-01")) == []
+    assert before([later], Query("u", "q", "a", time="2024-06-01")) == [later]
+    with pytest.raises(UserFault, match="'q'"):
+        before([later], Query("u", "q", "a", time="not a time"))

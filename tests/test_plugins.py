@@ -51,6 +51,24 @@ def test_a_foreign_plug_in_that_does_not_import(installed: None) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_plug_in_of_another_kind_is_one_line(installed: None) -> None:
+    registry: Registry[object] = Registry(GROUP, {"zip": "zipfile:ZipFile"}, needs=("read", "open"))
+    assert registry.load("zip")
+    with pytest.raises(SettingsError) as caught:
+        registry.load("good")
+    expected = "the task kind 'good' is no task kind: foreign_package:thing has no 'read'"
+    assert str(caught.value) == expected
+
+
+def test_a_plug_in_that_exits_is_one_line(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exits(point: EntryPoint) -> object:
+        sys.exit(3)
+
+    monkeypatch.setattr(EntryPoint, "load", exits)
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        KINDS.load("good")
+
+
 def test_nothing_is_imported_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "this", raising=False)
     registry: Registry[str] = Registry("hydra_llm.poems", {"zen": "this:s"}, kind="poem")

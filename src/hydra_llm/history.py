@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 
+from hydra_llm.errors import UserFault
 from hydra_llm.types import ALWAYS, Query, Record, Span
 
 _CALENDAR = re.compile(r"(\d{4})(?:[-/](\d{1,2})(?:[-/](\d{1,2}))?)?", re.ASCII)
@@ -61,9 +62,24 @@ def precedes(earlier: Record, later: Record | Query) -> bool:
     """Whether `earlier` certainly precedes `later` in their user's order. Where the spans overlap
     (equal times, the same day, a time that is only a year, an unknown time) the position decides.
     """
-    if _overlap(earlier.span, later.span):
+    first, second = span_of(earlier), span_of(later)
+    if _overlap(first, second):
         return earlier.position < later.position
-    return earlier.span[1] <= later.span[0]
+    return first[1] <= second[0]
+
+
+def span_of(entry: Record | Query) -> Span:
+    """The entry's span, by its written time where none was given.
+
+    Raises:
+        UserFault: the written time cannot be read.
+    """
+    if entry.span != ALWAYS or not entry.time:
+        return entry.span
+    try:
+        return parse_time(entry.time)
+    except ValueError as error:
+        raise UserFault(f"the time of '{entry.id}' of user '{entry.user}': {error}") from None
 
 
 def _overlap(a: Span, b: Span) -> bool:
@@ -84,8 +100,8 @@ def in_order(records: Iterable[Record]) -> list[Record]:
     last_known = -math.inf
     keyed: list[tuple[float, int, Record]] = []
     for record in sorted(records, key=lambda r: r.position):
-        if record.span != ALWAYS:
-            last_known = record.span[0]
+        if (span := span_of(record)) != ALWAYS:
+            last_known = span[0]
         keyed.append((last_known, record.position, record))
     return [record for _, _, record in sorted(keyed, key=lambda item: item[:2])]
 

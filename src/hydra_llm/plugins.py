@@ -1,6 +1,6 @@
 """The one door for plug-ins: built-in and installed ones are entry points of the same group."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -16,8 +16,10 @@ class Registry(Generic[T]):
     as `builtin` does for those of hydra-llm; a built-in name cannot be replaced.
     """
 
-    def __init__(self, group: str, builtin: Mapping[str, str], kind: str = ""):
-        self.group = group
+    def __init__(
+        self, group: str, builtin: Mapping[str, str], kind: str = "", needs: Sequence[str] = ()
+    ):
+        self.group, self.needs = group, needs  # attributes that every one of them has
         # What error messages call one of them: by default the group's last word, singular.
         self.kind = kind or group.rpartition(".")[2].removesuffix("s").replace("_", " ")
         self.builtin = {name: EntryPoint(name, path, group) for name, path in builtin.items()}
@@ -30,21 +32,23 @@ class Registry(Generic[T]):
         """Import the object that is registered under `name`.
 
         Raises:
-            SettingsError: an unknown name, or the plug-in's package does not import.
+            SettingsError: an unknown name, or the plug-in does not import or is something else.
         """
         point = self.builtin.get(name) or self._installed().get(name)
         if point is None:
             known = ", ".join(self.names())
             raise SettingsError(f"unknown {self.kind} '{name}': take one of {known}")
+        owner = f" of {point.dist.name}" if point.dist else ""
+        place = f"the {self.kind} '{name}'{owner}"
         try:
             loaded: T = point.load()
-        except Exception as error:  # a foreign module may raise anything when it is imported
+        except (Exception, SystemExit) as error:  # a foreign module may raise anything
             if name in self.builtin:
                 raise
-            owner = f" of {point.dist.name}" if point.dist else ""
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            place = f"the {self.kind} '{name}'{owner} cannot be loaded from {point.value}"
-            raise SettingsError(f"{place} ({cause})") from error
+            raise SettingsError(f"{place} cannot be loaded from {point.value} ({cause})") from error
+        if missing := [attribute for attribute in self.needs if not hasattr(loaded, attribute)]:
+            raise SettingsError(f"{place} is no {self.kind}: {point.value} has no '{missing[0]}'")
         return loaded
 
     def _installed(self) -> dict[str, EntryPoint]:
@@ -61,5 +65,6 @@ HEADS: Registry[Any] = Registry(
         "kernel": "hydra_llm.model.heads.kernel:KernelHead",
         "bias": "hydra_llm.model.heads.bias:BiasHead",
     },
+    needs=("name", "convex", "create", "fit"),
 )
 """Kinds of a user's head (`model.heads.HeadKind`), here for settings that know no torch."""

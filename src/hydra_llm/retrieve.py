@@ -46,7 +46,9 @@ class Forgetful(Protocol):
 
 _CLASSES = ("BM25", "Dense", "Recent", "Random", "Nothing")
 RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
-    "hydra_llm.retrievers", {name.lower(): f"hydra_llm.retrieve:{name}" for name in _CLASSES}
+    "hydra_llm.retrievers",
+    {name.lower(): f"hydra_llm.retrieve:{name}" for name in _CLASSES},
+    needs=("__call__",),
 )
 """Called as `factory(embed=..., seed=..., text=...)`."""
 
@@ -59,7 +61,10 @@ def make_retriever(
     Raises:
         SettingsError: no such retriever, or it needs an encoder and `embed` is None.
     """
-    return RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
+    found = RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
+    if not hasattr(found, "retrieve"):
+        raise SettingsError(f"the retriever '{name}' has no 'retrieve'")
+    return found
 
 
 class _ByScore:

@@ -6,6 +6,7 @@ Each raises AssertionError with what is broken. The built-in parts pass them too
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 from zlib import crc32
@@ -164,7 +165,8 @@ async def _check_llm(llm: ChatLLM) -> None:
 
 async def _check_sampling(llm: ChatLLM) -> None:
     question = "Name three colours of the sea."
-    await _generate(llm, question, Sampling(n=3, temperature=1.0, max_tokens=8, seed=1))
+    for n in (3, 7):
+        await _generate(llm, question, Sampling(n=n, temperature=1.0, max_tokens=8, seed=1))
     greedy = await _generate(llm, question, Sampling(max_tokens=8))
     again = await _generate(llm, question, Sampling(n=2, max_tokens=8, seed=7))
     assert again.texts == greedy.texts * 2, "greedy texts are not the same"
@@ -251,9 +253,13 @@ def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
     for u, own in enumerate(together):
         (alone,) = head.fit(problem.user(u))
         assert np.allclose(alone, own.numbers, atol=1e-3), "a head depends on who else is fitted"
-    for g, score in enumerate(_score(head, problem, [together[g % 3] for g in range(5)])):
-        one = head.score(problem.interaction, problem.x[0, g : g + 1], [together[g % 3]])
+    mixed = [*together, None, None][:5]
+    for g, score in enumerate(_score(head, problem, mixed)):
+        one = head.score(problem.interaction, problem.x[0, g : g + 1], [mixed[g]])
         _assert_close(one[0], score, "a batch differs from one by one")
+    if head.convex and head.has_precision:
+        (pulled,) = head.fit(replace(problem.user(0), precision=1e9))
+        assert np.allclose(pulled, head.empty(), atol=1e-4), "a fit ignores the prior's precision"
     after = head.state_dict()
     same = all(torch.equal(value, after[name]) for name, value in before.items())
     assert same, "fitting or scoring changes what all users share"
@@ -337,9 +343,10 @@ def check_retriever(retriever: Retriever | str) -> None:
     query, before = Query("u", "q", "rain at night"), list(records)
     assert list(retriever.retrieve(query, [], 3)) == [], "an empty history has records"
     for text in ("rain at night", "", "unseen words"):
-        for m in (0, 1, 3, len(records) + 5):
-            _check_found(retriever, Query("u", "q", text), records, m)
-    assert records == before, "the given records were changed"
+        for m in (0, 1, 2, 3, len(records) + 5):
+            given = list(before)
+            _check_found(retriever, Query("u", "q", text), given, m)
+            assert given == before, "the given records were changed"
     all_found = retriever.retrieve(query, records, len(records))
     others = [Record("v", "0", "rain at night", "another", position=0)]
     retriever.retrieve(Query("v", "q", "rain at night"), others, 1)

@@ -25,6 +25,7 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
         "fake": "hydra_llm.llm.fake:from_spec",
     },
     kind="LLM",
+    needs=("__call__",),
 )
 REPLAY = "replay:"  # a recording instead of an LLM: it needs neither cache nor meter
 FORMS = (

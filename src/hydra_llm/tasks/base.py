@@ -317,6 +317,7 @@ KINDS: Registry[type[TaskKind]] = Registry(
     "hydra_llm.task_kinds",
     {name: f"hydra_llm.tasks.{name}:{name.capitalize()}" for name in BUILTIN},
     kind="kind",
+    needs=("metrics", "parse", "gain", "prompt_words"),
 )
 
 

@@ -259,7 +259,7 @@ async def afit(
         given = replace(given, settings=as_learned(given.settings, settings))
     _, data, model = _opened(dataset, llm, given.settings)
     given.check_task(data.task)
-    names = list(users) if users else data.users("test")
+    names = data.users("test") if users is None else list(dict.fromkeys(users))
     _check_known(names, data)
     own = {name: in_order(data.history(name)) for name in names}
     notes = _lacking(names, own, "have no records: they get the shared head")

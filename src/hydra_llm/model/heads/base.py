@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hydra_llm.history import span_of
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
@@ -45,7 +46,7 @@ class Head:
 
 def latest_time(records: Sequence[Record]) -> float:
     """The latest time at which one of these records begins; -inf where none has a time."""
-    return max((record.span[0] for record in records), default=-math.inf)
+    return max((span_of(record)[0] for record in records), default=-math.inf)
 
 
 def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | None, str]:
@@ -59,7 +60,7 @@ def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | N
     learned = "the shared head answers: the user's own has learned from"
     if head.records > visible:
         return None, f"{learned} {head.records} records, and this query sees {visible}"
-    if head.until > query.span[1]:
+    if head.until > span_of(query)[1]:
         return None, f"{learned} records until {_date(head.until)}, which is after this query"
     return head, ""
 
