@@ -45,9 +45,7 @@ users of the training set only; users and tasks unlike those are out of its rang
 
 @dataclass(frozen=True)
 class Bundle:
-    """A learned reranker and adapter with all that they need to answer. Learning and fitting give
-    a new one.
-    """
+    """A learned reranker and adapter; learning and fitting give a new one."""
 
     task: Task
     settings: Settings

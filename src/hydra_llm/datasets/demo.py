@@ -112,9 +112,7 @@ def _describe(row: Mapping[str, str]) -> str:
 
 
 def _drop_repeats(ratings: Mapping[str, list[Row]]) -> list[str]:
-    """A few films have two numbers: keep each user's first rating of a film, or a query's answer
-    could be in the history.
-    """
+    """Each user's first rating of a film: one with two numbers would leak a query's answer."""
     dropped = 0
     for rows in ratings.values():
         first = {entry["input"]: entry for _, entry in reversed(rows)}

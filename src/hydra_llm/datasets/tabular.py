@@ -176,9 +176,7 @@ def _task(
 
 
 def guess_kind(outputs: set[str], count: int) -> str:
-    """Rating for at least three numbers of a small range, classification for few short outputs that
-    repeat, else generation.
-    """
+    """Rating: >= 3 numbers of a small range; classification: few short outputs; else generation."""
     numbers = [number for output in outputs if (number := plain_number(output)) is not None]
     all_numbers = 3 <= len(numbers) == len(outputs) <= 2 * MAX_RATING_RANGE + 1
     if all_numbers and max(numbers) - min(numbers) <= MAX_RATING_RANGE:

@@ -36,9 +36,7 @@ class Caller:
 
 ANYBODY = Caller("", True, ())  # the caller of a server that has no keys yet
 NOBODY = Caller("", False, ())
-"""The same while the store is down: the first key may have been made since, so that requests only
-pass through.
-"""
+"""The same while the store is down: nobody knows whether keys exist; requests pass through."""
 
 
 def make_key(

@@ -18,9 +18,7 @@ def event(chunk: Mapping[str, Any]) -> bytes:
 
 
 def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
-    """A completion as the chunks of a stream behind the role's chunk: the text in pieces, the ends,
-    and the usage if asked for.
-    """
+    """A completion as a stream's chunks after the role's: text, finish reasons, usage if wanted."""
     deltas: list[dict[str, Any]] = []
     for choice in completion["choices"]:
         index, message, text = choice["index"], choice["message"], text_of(choice["message"])
@@ -44,9 +42,7 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
 
 
 class StreamReader:
-    """Reads a stream of chunks as it passes, up to its end: the usage behind all choices, or
-    `[DONE]`.
-    """
+    """Reads a stream of chunks as it passes, up to its usage chunk or `[DONE]`."""
 
     def __init__(self) -> None:
         self.texts: dict[int, str] = {}  # by the choice's index

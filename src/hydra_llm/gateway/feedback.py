@@ -128,9 +128,7 @@ def _checked(
 
 
 def _shown(request: Request) -> list[dict[str, Any]]:
-    """The candidates, then the choices that repeat one of them; requests of earlier versions have
-    none.
-    """
+    """The candidates, then the choices that repeat one of them."""
     candidates, repeats = request.content["candidates"], request.content.get("repeats", ())
     repeated = [{**candidates[each["candidate"]], "said": each["said"]} for each in repeats]
     return [*candidates, *repeated]
@@ -184,9 +182,7 @@ def _answer(candidate: Candidate) -> str:
 def _learned(
     deployment: Deployment, feedback: _Feedback, state: _State
 ) -> tuple[StoredFeedback, dict[str, Head]]:
-    """What is stored of the feedback, and the heads that it moves; none where it is not
-    informative.
-    """
+    """What is stored of the feedback, and the heads that it moves, if it is informative."""
     request, bundle = feedback.request, deployment.bundle
     group = _group(deployment, feedback, state.records)
     content = {"said": {feedback.kind: feedback.value}, "bundle": deployment.id, "group": group}
@@ -218,9 +214,7 @@ def _group(
 
 
 def _gains(task: Task, feedback: _Feedback, offered: Sequence[Candidate]) -> list[float]:
-    """Each candidate's gain: against the wanted answer; or the rating for the pick, and what is
-    left to 1 for the others.
-    """
+    """Each candidate's gain against the wanted answer; without one the rating, or 1 - rating."""
     if feedback.wanted is not None:
         gold = task.parse(feedback.wanted) or feedback.wanted
         return [task.gain(candidate.answer, gold) for candidate in offered]

@@ -154,9 +154,7 @@ def _is_stop(error: Exception) -> bool:
 def _split_feedback(
     judged: Sequence[StoredFeedback], records: Sequence[Record]
 ) -> tuple[list[StoredFeedback], list[StoredFeedback]]:
-    """Feedback that became a record, which a fit knows; and rejections and the like, which it does
-    not.
-    """
+    """Feedback that became a record, which a fit knows; and the rest, which it does not."""
     ids = {record.id for record in records}
     known = [each for each in judged if f"{FEEDBACK_ID}{each.request}" in ids]
     return known, [each for each in judged if each not in known]

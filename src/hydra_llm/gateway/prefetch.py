@@ -40,9 +40,7 @@ class Prefetcher:
             task.add_done_callback(lambda _: self._under_way.pop(user, None))
 
     async def stop(self, user: str) -> None:
-        """Encode nothing more of the user; what runs already ends before any job that the scoring
-        thread gets from now on.
-        """
+        """Encode nothing more of the user; running work ends before later jobs of the thread."""
         if (task := self._under_way.get(user)) is not None:
             task.cancel()
             await asyncio.wait({task})  # then what it had in the queue is cancelled too

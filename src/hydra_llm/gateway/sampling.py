@@ -78,9 +78,7 @@ class CandidateSampler:
         return [first, *({**single, **own} for own in seeds)]
 
     async def _complete(self, upstream: Upstream, bodies: Sequence[Body], own: int) -> list[Any]:
-        """Completions or `UpstreamError`s in the bodies' order, as of the deadline, with at least
-        what the caller's own request brings.
-        """
+        """Completions or `UpstreamError`s in the bodies' order, as of the deadline."""
         late = UpstreamError(504, "the upstream did not answer before the deadline")
         results: list[Any] = [late] * len(bodies)
 

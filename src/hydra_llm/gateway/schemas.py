@@ -72,9 +72,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request for a chat completion; fields that are not named here go to the upstream as they
-    are.
-    """
+    """A request for a chat completion; unknown fields go to the upstream."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -65,9 +65,7 @@ class Telemetry:
 
     @contextmanager
     def span(self, model: str) -> "Iterator[Span]":
-        """A GenAI span around a chat completion: models and tokens, no content. With
-        `Span.around` the stream ends it.
-        """
+        """A GenAI span around a chat completion: models and tokens, no content."""
         about = {"operation.name": "chat", "request.model": model, "provider.name": "hydra-llm"}
         attributes = {f"gen_ai.{name}": value for name, value in about.items()}
         kind = trace.SpanKind.SERVER

@@ -39,9 +39,7 @@ PathId = Annotated[Id, Decoded]
 
 @router.post("/users/{user}/records")
 async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, int]:
-    """Add records, and the user with them. Idempotent: the same id and content again change
-    nothing.
-    """
+    """Add records, and the user with them. Idempotent."""
     gateway = _gateway(http, user)
     settings, most = gateway.settings, gateway.settings.max_records_per_request
     if len(sent.records) > most:
@@ -77,9 +75,7 @@ async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]
 
 @router.post("/feedback")
 async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
-    """What the user made of an answer: it becomes a record where it tells what was wanted, and
-    moves the user's head.
-    """
+    """Feedback on an answer: a wanted answer becomes a record and moves the head."""
     kind, gateway, caller = sent.kind(), http.app.state.gateway, http.state.caller
     request = await run_sync(gateway.store.request, sent.request_id)
     if request is None or not (caller.admin or request.user in caller.users):

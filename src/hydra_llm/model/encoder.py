@@ -39,9 +39,7 @@ _warned_of_cut = False
 
 
 class Encoder(torch.nn.Module):
-    """A transformer, its tokenizer and the way its token vectors become one. Several threads may
-    use it, except in training mode.
-    """
+    """A transformer, its tokenizer and its pooling. Thread-safe, except in training mode."""
 
     def __init__(
         self,

@@ -21,9 +21,7 @@ def make_groups(
     rights: Sequence[Sequence[str]],
     side_features: Sequence[Sequence[Sequence[float]] | NDArray[np.floating]],
 ) -> Groups:
-    """G queries with their candidates' texts and side features, padded to the longest group. Each
-    distinct text is encoded once.
-    """
+    """G queries with padded candidates and side features; each distinct text is encoded once."""
     counts = torch.tensor([len(texts) for texts in rights], dtype=torch.long)
     mask = torch.arange(max(counts.tolist(), default=0)) < counts[:, None]
     rows = [np.asarray(each, dtype=np.float32) for each in side_features]

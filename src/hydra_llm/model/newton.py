@@ -38,9 +38,7 @@ class Problem:
 
 
 def with_bias(problem: Problem) -> Problem:
-    """The problem with a bias as last coordinate; none with the listwise loss, which it does not
-    change.
-    """
+    """The problem with a bias as last coordinate; unchanged for the listwise loss."""
     if problem.loss == "listwise":
         return problem
     dot, outer = problem.dot, problem.outer
@@ -53,9 +51,7 @@ def with_bias(problem: Problem) -> Problem:
 
 
 def losses(scores: Tensor, target: Tensor, mask: Tensor, loss: Loss) -> Tensor:
-    """Loss of each group, [..., G, C] → [..., G]: listwise cross-entropy, or the sum of the pairs'
-    logistic losses.
-    """
+    """[..., G, C] → [..., G] loss of each group: cross-entropy, or the sum of logistic losses."""
     if loss == "binary":
         pairs = binary_cross_entropy_with_logits(scores, target, reduction="none")
         return (pairs * mask).sum(-1)

@@ -27,9 +27,7 @@ class UserChange:
         self.changed = False
 
     def add(self, records: Sequence[Record]) -> Added:
-        """Add records, or replace those whose id is known; new ones come last. Of several with one
-        id the last one counts.
-        """
+        """Add records, or replace those with a known id; of several with one id the last counts."""
         table = schema.records
         sent = {record.id: record for record in records}
         known = self._known(list(sent))

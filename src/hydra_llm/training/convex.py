@@ -254,9 +254,7 @@ def fit_heads(
     precision: float | None = None,
     sgd: SGDConfig | None = None,
 ) -> Heads:
-    """The heads of these users on all their groups, with everything shared frozen; without groups
-    a head is the shared one.
-    """
+    """These users' heads on all their groups, all else frozen; without groups the shared head."""
     kind, seen = kind or scorer.head, data.records_seen()
     heads = dict.fromkeys(names, Head.of(kind.empty()))
     for problem in head_problems(scorer, data, names):

@@ -212,9 +212,7 @@ def make_training_set(
     loss: Loss,
     spread: float | None = None,
 ) -> TrainingSet:
-    """Labelled groups as tensors, each user's oldest first; every distinct text is encoded once.
-    `rule` and `spread` as in `targets`.
-    """
+    """Labelled groups as tensors, each user's oldest first; `rule`, `spread` as in `targets`."""
     groups = in_set_order(groups)
     lefts, rights = [group.left for group in groups], [group.rights for group in groups]
     side_features = [group.side_features for group in groups]

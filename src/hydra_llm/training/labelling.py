@@ -189,9 +189,7 @@ def reads_labels(task: Task, settings: Settings) -> bool:
 
 
 def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
-    """A user's records, each a query over all labels whose answer the record itself gives; the
-    first sees nothing.
-    """
+    """A user's records as queries over all labels, each labelled by its own answer."""
     task = featurizer.task
     blank = all_labels(task, [])
     queries = [as_query(record) for record in in_order(records) if record.output in task.labels]

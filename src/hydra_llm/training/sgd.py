@@ -266,9 +266,7 @@ class _Run:
 
 
 def _fingerprint(data: TrainingSet, config: SGDConfig, loss: str) -> str:
-    """Identifies settings and data: no other run continues from its checkpoint. The number of
-    epochs may grow.
-    """
+    """Identifies settings and data (not the number of epochs), so that checkpoints fit."""
     groups = data.groups
     numbers = [config.lr, config.batch, config.weight_decay, config.patience, config.seed]
     hasher = hashlib.sha256(json.dumps([*numbers, loss, list(data.users)]).encode())
