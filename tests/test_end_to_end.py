@@ -337,7 +337,7 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
     spec.loader.exec_module(conftest)
     here, llm = world(TAGS), crowd_pleaser(TAGS)
     seen: dict[str, dict[tuple[str, str, bool], LabelledGroup]] = {}
-    real = training._training_set
+    real = training.training_set
 
     def spied(
         bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
@@ -347,7 +347,7 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
         }
         return real(bundle, rule, scorer, groups)
 
-    monkeypatch.setattr(training, "_training_set", spied)
+    monkeypatch.setattr(training, "training_set", spied)
     encoder = str(conftest._save_model(tmp_path / "bert"))
     settings = Settings(
         samples=2, retrieved=3, k=1, queries_per_user=1, users=6, max_length=16, cache=tmp_path

@@ -42,9 +42,9 @@ async def test_numbers_of_retrieved_and_shown_records(
     store.add_records("ada", records_of("ada"))
     bundle = bundles[name] if name else None
 
-    async def shown(k: int | None, **settings: Any) -> int:
+    async def shown(wanted: int | None, **settings: Any) -> int:
         async with running(store, bundle, **{"k": 20, "candidates": 1, **settings}) as world:
-            answer = await world.ask(QUESTION, personalization={"k": k})
+            answer = await world.ask(QUESTION, personalization={"k": wanted})
             return len(answer.json()["personalization"]["records"])
 
     assert await shown(None) == (4 if name else 10)
