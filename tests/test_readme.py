@@ -95,6 +95,7 @@ def entries(first: int, last: int) -> Iterator[dict[str, str]]:
 TEXT = README.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", commands(TEXT), ids=" ".join)
 def test_shell_line(
     arguments: list[str],
@@ -119,6 +120,7 @@ def parse(arguments: list[str]) -> None:
     command.make_context(name, rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python", TEXT))
 def test_python_block(code: str, folder: Path) -> None:
     done = subprocess.run(
@@ -127,6 +129,7 @@ def test_python_block(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_gateways_blocks(folder: Path) -> None:
     """Start, curl, SDK, feedback, deletion."""
     found = [

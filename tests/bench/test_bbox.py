@@ -137,6 +137,7 @@ def picks(having: Parts, queries: Sequence[Query]) -> list[Answer]:
 # ---- it learns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [True, False], ids=["one taste", "own tastes"])
 @pytest.mark.parametrize("label_features", [True, False], ids=["labels", "tower"])
 def test_bbox_learns_preferences_from_samples(alike: bool, label_features: bool) -> None:
@@ -352,6 +353,7 @@ def test_bbox_skips_failed_calls_and_fails_without_a_pool() -> None:
         picks(parts(records, silent), queries[:1])
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "stars"
     data.mkdir()

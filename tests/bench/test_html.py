@@ -266,6 +266,7 @@ def test_a_run_of_which_all_failed_says_so(opened: report.Run) -> None:
     Tags(text)
 
 
+@pytest.mark.slow
 def test_the_command_writes_runs_into_one_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_what_differs_is_named(again: Any, line: str) -> None:
     assert replay.differing(PUBLISHED, again)[0] == [line]
 
 
+@pytest.mark.slow
 def test_replay_repeats_a_run_and_finds_changed_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

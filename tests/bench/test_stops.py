@@ -58,6 +58,7 @@ def answers(folder: Path) -> list[tuple[Any, ...]]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [
@@ -124,6 +125,7 @@ def test_a_call_that_a_recording_lacks_is_named_and_not_scored(
     assert rows["rag@1"]["metrics"]["accuracy"] == [None, None, None]
 
 
+@pytest.mark.slow
 def test_a_user_without_queries_is_left_out_among_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

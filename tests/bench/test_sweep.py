@@ -391,6 +391,7 @@ def test_bench_show_reads_a_sweep_folder(
     assert "sweep.json cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert call(folder) == 0
     bundles = [Bundle.load(folder / "out" / name / "bundle") for name in ("0", "4", "4-no-head")]
@@ -413,6 +414,7 @@ def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert own.weights == bundles[1].weights
 
 
+@pytest.mark.slow
 def test_a_failing_point_is_reported_and_others_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -432,6 +434,7 @@ def test_a_sweep_whose_points_all_fail_is_an_error(
     assert "as wished" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_settings_of_points_override_the_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
