@@ -395,6 +395,7 @@ def test_fitting_does_not_change_what_learning_fixed() -> None:
     ).bundle
     with pytest.raises(SettingsError, match=r"setting 'head': was fixed to 'linear'"):
         fit(here.data, bundle, llm, settings=Settings(head="kernel", users=4, max_length=32))
+    assert fit(here.data, bundle, llm, users=[]).users == ()  # no user is not every user
     fitted = fit(here.data, bundle, llm, users=here.new[:1], settings=bundle.settings_with(k=2))
     assert (fitted.bundle.settings.k, bundle.settings.k) == (2, 1)
 
