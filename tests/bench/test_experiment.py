@@ -88,17 +88,13 @@ def experiment(
     )
 
 
-def told(stage: str, done: int, total: int) -> None:
-    """Progress that nobody reads."""
-
-
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
 def test_more_seeds_need_no_more_calls(task: Task, tmp_path: Path) -> None:
     llm = RuleLLM(by_lot)
-    once = run_experiment(experiment(task, tmp_path, llm=llm, seeds=(0,)), told, print)
+    once = run_experiment(experiment(task, tmp_path, llm=llm, seeds=(0,)))
     asked = len(llm.calls)
     more = experiment(task, tmp_path, llm=llm, seeds=(0, 1, 2))
-    outcome = run_experiment(Experiment(**{**more.__dict__, "out": tmp_path / "more"}), told, print)
+    outcome = run_experiment(replace(more, out=tmp_path / "more"))
     assert len(llm.calls) == asked
     of_first, of_one = (
         {
@@ -120,7 +116,7 @@ def test_more_seeds_need_no_more_calls(task: Task, tmp_path: Path) -> None:
     assert outcome.learning[1]["reranker"] == outcome.learning[0]["reranker"]
 
     lines = (tmp_path / "more" / "samples.jsonl").read_text()
-    again = run_experiment(Experiment(**{**more.__dict__, "out": tmp_path / "more"}), told, print)
+    again = run_experiment(replace(more, out=tmp_path / "more"))
     assert (tmp_path / "more" / "samples.jsonl").read_text() == lines
     assert [row.to_json() for row in tabulate(task, again.samples)] == [
         row.to_json() for row in tabulate(task, outcome.samples)
@@ -137,7 +133,7 @@ def test_methods_of_equally_many_records_ask_one_after_the_other(tmp_path: Path)
         "hydra@2,3,hydra@1,3,rag@2,rag@1,zero-shot,user-majority,hydra-adapter@3,hydra-reranker@2",
     )
     settings = one.settings.model_copy(update={"concurrency": 1})
-    outcome = run_experiment(replace(one, settings=settings), told, print)
+    outcome = run_experiment(replace(one, settings=settings))
     lines = [
         json.loads(line)["method"]
         for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
@@ -165,53 +161,46 @@ def test_an_estimate_counts_the_calls_of_the_run(task: Task, tmp_path: Path) -> 
     plain = experiment(
         task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm
     )
-    found = estimate_cost(plain, told)
+    found = estimate_cost(plain)
     made = len(llm.calls)
     assert 0 < found.sampled <= 5
     assert {stage.stage.split()[0] for stage in found.stages} == {"label", "answer"} | (
         {"fit"} if task is TITLES else set()
     )
-    run_experiment(plain, told, print)
+    run_experiment(plain)
     spent = len(
         {json.dumps([list(map(dict, call))]) for call in llm.calls}
     )  # the fake is called once for each text
     assert found.total.calls >= spent - made
-    after = estimate_cost(plain, told)
+    after = estimate_cost(plain)
     assert after.total.kept > 0
     assert after.total.calls < found.total.calls
 
     prompts = experiment(
         task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(by_lot)
     )
-    counted, made = estimate_cost(prompts, told), len(llm.calls)
+    counted, made = estimate_cost(prompts), len(llm.calls)
     assert 8 < counted.total.calls <= 16  # two methods may show the same records
-    run_experiment(prompts, told, print)
+    run_experiment(prompts)
     assert len(llm.calls) == counted.total.calls  # those that the plan made are kept
     assert made == counted.sampled == 5
-    assert (nothing := estimate_cost(prompts, told)).total.calls == 0
+    assert (nothing := estimate_cost(prompts)).total.calls == 0
     assert nothing.total.kept == counted.total.calls
 
 
 def test_an_estimate_uses_measured_tokens_and_prices(tmp_path: Path) -> None:
     one = experiment(TAGS, tmp_path, "zero-shot")
-    priced = Experiment(
-        **{
-            **one.__dict__,
-            "settings": one.settings.model_copy(
-                update={"price_prompt": 2e6, "price_completion": 0.0}
-            ),
-        }
-    )
-    found = estimate_cost(priced, told)
+    prices = {"price_prompt": 2e6, "price_completion": 0.0}
+    found = estimate_cost(replace(one, settings=one.settings.model_copy(update=prices)))
     (stage,) = found.stages
     assert stage.cost == 2 * stage.prompt_tokens > 0
     assert stage.calls == 4
 
 
 def test_estimated_minutes_are_wall_clock(tmp_path: Path) -> None:
-    assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot"), told).texts == 0  # reads nothing
+    assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot")).texts == 0  # reads nothing
     one = experiment(TAGS, tmp_path, "hydra@1,3")
-    found = estimate_cost(one, told)
+    found = estimate_cost(one)
     assert found.parallel == one.settings.concurrency
     assert (
         0 < found.texts <= 6 * 8 * 2 + 2 * 2
@@ -225,16 +214,16 @@ def test_estimated_minutes_are_wall_clock(tmp_path: Path) -> None:
     *_, encode, total = estimate_rows(whole)
     assert (encode["stage"], encode["minutes"]) == (f"encode {found.texts} texts", 0.3)
     assert total["minutes"] == round(whole.seconds / 60, 1)
-    assert estimate_cost(one, told).texts < found.texts  # what it encoded is kept
+    assert estimate_cost(one).texts < found.texts  # what it encoded is kept
 
 
 def test_methods_without_their_required_part_are_left_out(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     same = RuleLLM(
         lambda messages, index, rng: "a song"
     )  # no two candidates differ: no adapter can be learned
-    one = experiment(TITLES, tmp_path, "rag@1,hydra@1,3,hydra-adapter@3,hydra-published@1,3", same)
-    outcome = run_experiment(one, told, said.append)
+    methods = "rag@1,hydra@1,3,hydra-adapter@3,hydra-published@1,3"
+    outcome = run_experiment(experiment(TITLES, tmp_path, methods, same, say=lines.append))
     assert list(dict.fromkeys(sample.method for sample in outcome.samples)) == [
         "rag@1",
         "hydra@1,3",
@@ -242,21 +231,19 @@ def test_methods_without_their_required_part_are_left_out(tmp_path: Path) -> Non
     why = (
         "which requires the adapter: no two candidates of a query differed in what they were worth"
     )
-    assert [line for line in said if "left out" in line] == [
+    assert [line for line in lines if "left out" in line] == [
         f"left out: {name}, {why}" for name in ("hydra-adapter@3", "hydra-published@1,3")
     ]
-    alone = experiment(TITLES, tmp_path, "hydra-adapter@3", same)
+    alone = experiment(TITLES, tmp_path, "hydra-adapter@3", same, say=lines.append)
     with pytest.raises(
         DataError, match=r"no method is left: no adapter was learned \(no two candidates"
     ):
-        run_experiment(alone, told, said.append)
+        run_experiment(alone)
 
 
 def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:
     llm = RuleLLM(by_lot)
-    outcome = run_experiment(
-        experiment(TAGS, tmp_path, "rag@1,user-majority,copy-nearest", llm), told, print
-    )
+    outcome = run_experiment(experiment(TAGS, tmp_path, "rag@1,user-majority,copy-nearest", llm))
     assert len(llm.calls) == 4
     assert not (tmp_path / "run" / "bundle").exists()
     assert {sample.method for sample in outcome.samples} == {
@@ -588,13 +575,8 @@ def noted_run(folder: Path, fatal: int) -> list[Any]:
 
     methods = "zero-shot,rag@2,hydra@2,3,bbox-adapter@3"
     one = experiment(TITLES, folder, methods, RuleLLM(rule), seeds=(0, 1))
-    outcome = run_experiment(
-        Experiment(
-            **{**one.__dict__, "settings": one.settings.model_copy(update={"concurrency": 1})}
-        ),
-        told,
-        print,
-    )
+    settings = one.settings.model_copy(update={"concurrency": 1})
+    outcome = run_experiment(replace(one, settings=settings))
     return [(sample.key, sample.answer, sample.error) for sample in outcome.samples]
 
 

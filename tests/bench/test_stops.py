@@ -17,7 +17,7 @@ from hydra_llm.datasets.native import save
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
-from tests.bench.test_experiment import SMALL, TAGS, TITLES, by_lot, experiment, told, users_data
+from tests.bench.test_experiment import SMALL, TAGS, TITLES, by_lot, experiment, users_data
 
 QUICK = [f"--set={name}={value}" for name, value in SMALL.items()]
 
@@ -186,9 +186,9 @@ def test_a_refused_command_changes_nothing(
         with monkeypatch.context() as patch:
             patch.setattr("hydra_llm.bench.experiment.run_methods", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                run_experiment(first, told, print)
+                run_experiment(first)
     else:
-        run_experiment(first, told, print)
+        run_experiment(first)
     there, asked = files_of(tmp_path / "run"), len(llm.calls)
     for other, said in (
         (replace(first, users=2), "chosen.users: 1 there, 2 asked"),
@@ -198,6 +198,6 @@ def test_a_refused_command_changes_nothing(
         (replace(first, methods=first.methods[:1]), "learns: True there, False asked"),
     ):
         with pytest.raises(SettingsError, match=rf"holds another run \(.*{said}"):
-            run_experiment(other, told, print)
+            run_experiment(other)
         assert (files_of(tmp_path / "run"), len(llm.calls)) == (there, asked)
-    assert len(run_experiment(first, told, print).samples) == 4
+    assert len(run_experiment(first).samples) == 4

@@ -207,10 +207,8 @@ def experiment(folder: Path, **given: Any) -> Experiment:
 @pytest.mark.slow
 def test_without_fit_new_users_have_the_shared_head(tmp_path: Path) -> None:
     asked = experiment(tmp_path)
-    fitted = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
-    bare = learned_bundle(
-        replace(asked, fit=False), asked.settings, tmp_path / "b", silent, lines().append
-    )
+    fitted = learned_bundle(asked, asked.settings, tmp_path / "b")
+    bare = learned_bundle(replace(asked, fit=False), asked.settings, tmp_path / "b")
     for user in asked.new_users:
         assert "adapter" in fitted.heads_of(user)  # there is a head that could have leaked
         assert bare.heads_of(user) == {}
@@ -219,21 +217,13 @@ def test_without_fit_new_users_have_the_shared_head(tmp_path: Path) -> None:
         ]
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress."""
-
-
-def lines() -> list[str]:
-    return []
-
-
 # ---- votes
 
 
 @pytest.mark.slow
 def test_without_votes_the_samples_count_for_nothing(tmp_path: Path) -> None:
     asked = experiment(tmp_path)
-    bundle = learned_bundle(asked, asked.settings, tmp_path / "b", silent, lines().append)
+    bundle = learned_bundle(asked, asked.settings, tmp_path / "b")
     assert bundle.adapter is not None
     bundle.adapter.vote_weight[:] = 1.0  # as if the LLM had been of use
     query, visible = asked.data.queries("n0")[0], asked.data.history("n0")
@@ -405,11 +395,7 @@ def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert [len(bundle.records["n0"]) for bundle in bundles[:2]] == [0, 4]
     alone = experiment(folder / "alone")  # as a run without a study learns it
     own = learned_bundle(
-        replace(alone, data=with_history(alone.data, 4)),
-        alone.settings,
-        folder / "alone" / "b",
-        silent,
-        lines().append,
+        replace(alone, data=with_history(alone.data, 4)), alone.settings, folder / "alone" / "b"
     )
     assert own.weights == bundles[1].weights
 

@@ -15,13 +15,12 @@ from typing import Any
 from hydra_llm.bench.experiment import Experiment, usable_methods
 from hydra_llm.bench.method import Parts
 from hydra_llm.bench.runner import chosen_queries
-from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
-from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
+from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.meter import Prices
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.prompt import PER_MESSAGE, estimate
@@ -30,8 +29,7 @@ from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
-SAMPLE, ENCODED = 5, 64
-"""Calls that are really made, and texts that are really encoded."""
+SAMPLE, ENCODED = 5, 64  # calls that are really made, and texts that are really encoded
 
 
 @dataclass(frozen=True)
@@ -65,39 +63,37 @@ class CostEstimate:
     @property
     def total(self) -> StageEstimate:
         names = [field.name for field in fields(StageEstimate)[1:]]
-        return StageEstimate(
-            "total", *(sum(getattr(s, name) for s in self.stages) for name in names)
-        )
+        sums = (sum(getattr(stage, name) for stage in self.stages) for name in names)
+        return StageEstimate("total", *sums)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "total": asdict(self.total), "seconds": self.seconds}
 
 
-def estimate_cost(
-    experiment: Experiment, progress: StageProgress, bundle: Bundle | None = None
-) -> CostEstimate:
+def estimate_cost(experiment: Experiment) -> CostEstimate:
     """Go through a run without making its calls, but for a few; LLMError if all of those fail."""
-    llm, settings = DryRunLLM(experiment.llm, experiment.data.task.labels), experiment.settings
-    encoding = run_sync(partial(_go_through, experiment, llm, progress, bundle))
+    cache, settings = experiment.llm, experiment.settings
+    llm = DryRunLLM(cache, experiment.data.task.labels)
+    texts, encoding = run_sync(partial(_go_through, experiment, llm))
     calls = list(llm.missing.values())
-    chosen = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
-    made, usage = run_sync(partial(_measure, experiment.llm, chosen))
+    sample = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
+    measured, usage = run_sync(partial(_measure, cache, sample))
     prices = Prices(settings.price_prompt, settings.price_completion)
     stages = []
     for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)]):
         own = [call for call in calls if call.stage == name]
-        expected = _expected(own, made, usage)
+        expected = _expected(own, measured, usage)
         prompt, completion = expected.prompt_tokens, expected.completion_tokens
         counts = len(llm.kept.get(name, ())), len(own), prompt, completion
         stages.append(StageEstimate(name, *counts, prices.cost(expected), expected.seconds))
-    return CostEstimate(tuple(stages), len(made), experiment.llm.parallel, *encoding)
+    return CostEstimate(tuple(stages), len(measured), cache.parallel, texts, encoding)
 
 
 def estimate_rows(cost: CostEstimate) -> list[dict[str, Any]]:
     """A row per stage, for the encoder, and the total; minutes are wall-clock time."""
-    encode = StageEstimate(f"encode {cost.texts} texts")
     rows = [(stage, stage.seconds / cost.parallel) for stage in cost.stages]
-    rows += [(encode, cost.encoding)] if cost.texts else []
+    if cost.texts:
+        rows.append((StageEstimate(f"encode {cost.texts} texts"), cost.encoding))
     return [
         {
             "stage": stage.stage,
@@ -170,13 +166,11 @@ class UnlearnedParts(Parts):
         return replace(pipeline, reranker=ReversedOrder()) if unknown else pipeline
 
 
-async def _go_through(
-    experiment: Experiment, llm: DryRunLLM, progress: StageProgress, bundle: Bundle | None
-) -> tuple[int, float]:
+async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, float]:
     """Returns how many texts are still to be encoded, and the seconds for them."""
     settings, data, new = experiment.settings, experiment.data, experiment.new_users
     training = [user for user in data.users("train")[: settings.users] if data.history(user)]
-    methods, learns = experiment.methods, bundle is None and experiment.learns
+    methods, bundle = experiment.methods, experiment.bundle
     if bundle is None:
         records = {user: data.answered(user) for user in training}
         records |= {user: in_order(data.history(user)) for user in new}
@@ -186,7 +180,7 @@ async def _go_through(
         methods = usable_methods(methods, [bundle], lambda line: None)
     visible = {**bundle.records, **{user: data.history(user) for user in new}}
     parts = UnlearnedParts(bundle, llm, settings, visible)
-    if learns:
+    if experiment.learns:
         labelled = training[: settings.labelled_users]
         await _label(parts, llm, "label", labelled, (settings.retrieved > 0, True))
         needs_llm = settings.reranker_labels == "llm", not labelling.offers_all(data.task, settings)
@@ -194,19 +188,15 @@ async def _go_through(
     fitted = [user for user in new if user in bundle.records]
     queries = chosen_queries(data, fitted, experiment.limit)
     for place, method in enumerate(methods):
-        progress("plan", place, len(methods))
+        experiment.progress("plan", place, len(methods))
         llm.stage = f"answer {method.name}"
         await map_calls(method.build(parts).aanswer, queries, limit=settings.concurrency)
     # without learning, all texts have been encoded by now
-    return _encoding(parts, [*training, *new], queries) if learns else (0, 0.0)
+    return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
 
 
 async def _label(
-    parts: UnlearnedParts,
-    llm: DryRunLLM,
-    stage: str,
-    users: Sequence[str],
-    needs_llm: tuple[bool, bool],
+    parts: Parts, llm: DryRunLLM, stage: str, users: Sequence[str], needs_llm: tuple[bool, bool]
 ) -> None:
     """Label the users' records; `needs_llm`: whether labels of records, and of candidates do."""
     task, count = parts.bundle.task, parts.settings.queries_per_user
@@ -251,12 +241,12 @@ async def _measure(
     return made, usage
 
 
-def _expected(calls: Sequence[PendingCall], made: Sequence[PendingCall], usage: Usage) -> Usage:
+def _expected(calls: Sequence[PendingCall], measured: Sequence[PendingCall], usage: Usage) -> Usage:
     """By estimated tokens of prompts and number of answers, as in the calls that were made."""
-    ratio = usage.prompt_tokens / max(1, _prompt_tokens(made)) or 1.0
-    prompt, texts = round(ratio * _prompt_tokens(calls)), sum(call.sampling.n for call in calls)
-    per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in made))
-    completion = round(per_text * texts)
+    ratio = usage.prompt_tokens / max(1, _prompt_tokens(measured)) or 1.0
+    per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in measured))
+    prompt = round(ratio * _prompt_tokens(calls))
+    completion = round(per_text * sum(call.sampling.n for call in calls))
     second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
     seconds = second * (prompt + completion)
     return Usage(prompt_tokens=prompt, completion_tokens=completion, seconds=seconds)

@@ -22,6 +22,7 @@ from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
+from hydra_llm.training.train_scorer import silent
 from hydra_llm.types import Query
 
 Say = Callable[[str], None]
@@ -29,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run."""
+    """What is run, and who is told how it goes."""
 
     data: DataSet
     llm: CachedLLM
@@ -40,6 +41,9 @@ class Experiment:
     limit: int | None = None  # each one's first queries
     seeds: tuple[int, ...] = ()  # of the learned parts; the settings' own if empty
     fit: bool = True  # without it the shared heads answer for new users, with their records
+    bundle: Bundle | None = None  # used as it is; None: bundles are learned
+    progress: StageProgress = silent
+    say: Say = print  # a line for people
 
     @property
     def new_users(self) -> list[str]:
@@ -47,8 +51,8 @@ class Experiment:
 
     @property
     def learns(self) -> bool:
-        """Whether any method uses a learned part."""
-        return any(method.uses for method in self.methods)
+        """Whether bundles are learned, as some method uses a learned part."""
+        return self.bundle is None and any(method.uses for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,8 @@ class Outcome:
     learning: list[dict[str, Any]]
 
 
-def run_experiment(
-    experiment: Experiment, progress: StageProgress, say: Say, bundle: Bundle | None = None
-) -> Outcome:
-    """Learn and answer what is missing; a given bundle is used as it is.
+def run_experiment(experiment: Experiment) -> Outcome:
+    """Learn and answer what is missing.
 
     Raises:
         DataError: no new user has a query with a known answer.
@@ -71,37 +73,36 @@ def run_experiment(
         LLMError: the budget is spent (a repeat continues), or every call failed.
     """
     # before anything is learned: a refused command changes nothing
-    log = RunLog(experiment.out, manifest(experiment, bundle))
-    bundles = {0: bundle} if bundle is not None else learned_bundles(experiment, progress, say)
+    log = RunLog(experiment.out, _manifest(experiment))
+    bundles = learned_bundles(experiment)
     first = next(iter(bundles.values()))
     own = {u: experiment.data.history(u) for u in experiment.new_users if u in first.records}
     queries = chosen_queries(experiment.data, list(own), experiment.limit)
     if not queries:
         raise DataError("no new user with a head has a query: fit them first")
     parts = [
-        Parts(each, experiment.llm, experiment.settings, {**each.records, **own}, seed)
-        for seed, each in bundles.items()
+        Parts(bundle, experiment.llm, experiment.settings, {**bundle.records, **own}, seed)
+        for seed, bundle in bundles.items()
     ]
-    methods = usable_methods(experiment.methods, list(bundles.values()), say)
+    methods = usable_methods(experiment.methods, list(bundles.values()), experiment.say)
     context_of = parts[0].personalizer().context_of
     if shared := sum(bool(context_of(query).notes) for query in queries):
-        say(
+        experiment.say(
             f"{shared} of {len(queries)} queries precede records that their user's head was fitted"
             " on: the shared head answers them"
         )
-    weights = {str(seed): each.weights for seed, each in bundles.items()}
+    weights = {str(seed): bundle.weights for seed, bundle in bundles.items()}
     log.complete({"weights": weights, "trained_on": len(first.trained_on), **_counts(queries)})
-    samples = run_sync(partial(run_methods, methods, parts, queries, log, progress))
-    return Outcome(log, samples, [{"seed": seed, **each.report} for seed, each in bundles.items()])
+    samples = run_sync(partial(run_methods, methods, parts, queries, log, experiment.progress))
+    learning = [{"seed": seed, **bundle.report} for seed, bundle in bundles.items()]
+    return Outcome(log, samples, learning)
 
 
 def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:
     """The methods whose required parts have been learned, DataError if none; reports the others."""
     usable, reasons = [], {}
     for method in methods:
-        missing = [
-            part for part in method.requires if any(part not in each.scorers for each in bundles)
-        ]
+        missing = [part for part in method.requires if any(part not in b.scorers for b in bundles)]
         for part in missing:
             reasons[part] = bundles[0].report.get(part, {}).get("skipped", "the bundle has none")
         if missing:
@@ -115,43 +116,42 @@ def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Sa
     return usable
 
 
-def learned_bundles(experiment: Experiment, progress: StageProgress, say: Say) -> dict[int, Bundle]:
-    """One bundle per seed, learned and fitted in the run's folder unless it is there already; no
-    call is made if no method uses a learned part.
+def learned_bundles(experiment: Experiment) -> dict[int, Bundle]:
+    """The given bundle, or one per seed, learned and fitted in the run's folder unless it is there
+    already; no call is made if no method uses a learned part.
     """
-    settings, data = experiment.settings, experiment.data
+    settings, data, seeds = experiment.settings, experiment.data, experiment.seeds
+    if experiment.bundle is not None:
+        return {0: experiment.bundle}
     if not experiment.learns:
         records = {user: in_order(data.history(user)) for user in experiment.new_users}
         blank = blank_bundle(data.task, experiment.llm, settings, records)
         return {settings.training_seed: blank}
+    if not seeds:
+        own = learned_bundle(experiment, settings, experiment.out / "bundle")
+        return {settings.training_seed: own}
     bundles: dict[int, Bundle] = {}
-    for seed in experiment.seeds or (settings.training_seed,):
-        folder = experiment.out / (f"bundle-{seed}" if experiment.seeds else "bundle")
-        seeded = settings.model_copy(update={"fit_seed": seed}) if experiment.seeds else settings
-        first = next(iter(bundles.values()), None)
-        bundles[seed] = learned_bundle(experiment, seeded, folder, progress, say, first)
+    for seed in seeds:
+        seeded = settings.model_copy(update={"fit_seed": seed})
+        folder, first = experiment.out / f"bundle-{seed}", bundles.get(seeds[0])
+        bundles[seed] = learned_bundle(experiment, seeded, folder, first)
     return bundles
 
 
 def learned_bundle(
-    experiment: Experiment,
-    settings: Settings,
-    folder: Path,
-    progress: StageProgress,
-    say: Say,
-    first: Bundle | None = None,
+    experiment: Experiment, settings: Settings, folder: Path, first: Bundle | None = None
 ) -> Bundle:
     """Learn a bundle with the reranker of `first`, and fit the new users that it lacks."""
-    data, llm, new = experiment.data, experiment.llm, experiment.new_users
+    data, llm, progress = experiment.data, experiment.llm, experiment.progress
     if not (folder / "config.json").exists():
         learned = learn(data, llm, settings, out=folder, progress=progress, first=first)
         for line in [*learned.notes, *learned.failures[:3]]:
-            say(line)
+            experiment.say(line)
     bundle = Bundle.load(folder, here=settings)
     if not experiment.fit:
-        own = {user: data.history(user) for user in new}
+        own = {user: data.history(user) for user in experiment.new_users}
         return replace(bundle.without_heads(), records={**bundle.records, **own})
-    if missing := [user for user in new if user not in bundle.records]:
+    if missing := [user for user in experiment.new_users if user not in bundle.records]:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
         stages = {"users": len(missing), "stages": fitted.stages_json()}
         report = {**fitted.bundle.report, "fitted": stages}
@@ -160,7 +160,7 @@ def learned_bundle(
     return bundle
 
 
-def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, Any]:
+def _manifest(experiment: Experiment) -> dict[str, Any]:
     """What identifies the run before it begins, so that samples of two runs are not mixed."""
     queries = chosen_queries(experiment.data, experiment.new_users, experiment.limit)
     if not queries:
@@ -168,6 +168,7 @@ def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, 
             "no new user has a query whose answer is known: users.jsonl needs users with split"
             " 'test'"
         )
+    given = experiment.bundle
     return {
         "data": experiment.data.digest,
         "task": experiment.data.task.to_json(),
@@ -176,7 +177,7 @@ def manifest(experiment: Experiment, bundle: Bundle | None = None) -> dict[str, 
         "chosen": _counts(queries),
         "settings": experiment.settings.stored(),
         **({} if experiment.fit else {"fit": False}),
-        **({"learns": experiment.learns} if bundle is None else {"weights": {"0": bundle.weights}}),
+        **({"weights": {"0": given.weights}} if given else {"learns": experiment.learns}),
     }
 
 

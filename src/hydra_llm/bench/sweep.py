@@ -37,6 +37,7 @@ from hydra_llm.history import precedes
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.meter import Prices
+from hydra_llm.training.train_scorer import silent
 
 
 class _Part(BaseModel):
@@ -109,12 +110,11 @@ def _grid(vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
     """A point for each combination of values; a name is a setting or a key of a point."""
     points = []
     for values in product(*vary.values()) if vary else ():
-        given = dict(zip(vary, values, strict=True))
-        own = {name: given.pop(name) for name in vary if name in ("llm", "history", "fit")}
+        settings = dict(zip(vary, values, strict=True))
+        fields = {name: settings.pop(name) for name in vary if name in ("llm", "history", "fit")}
         x, *others = (_as_written(value) for value in values)
         series = ", ".join(f"{n}={v}" for n, v in zip(list(vary)[1:], others, strict=True))
-        fields: dict[str, Any] = {"x": x, "series": series, "settings": given, **own}
-        points.append(SweepPoint.model_validate(fields))
+        points.append(SweepPoint(x=x, series=series, settings=settings, **fields))
     return points
 
 
@@ -167,7 +167,7 @@ class SweepContext:
     open_llm: Callable[[str | None], AbstractContextManager[CachedLLM]]  # None: the command's
     users: int | None = None  # in place of the sweep's
     limit: int | None = None  # in place of the sweep's
-    progress: StageProgress = lambda stage, done, total: None
+    progress: StageProgress = silent
     say: Say = print
 
 
@@ -225,23 +225,25 @@ def _run_point(
         context.limit or run.limit,
         run.seeds,
         point.fit,
+        progress=context.progress,
+        say=context.say,
     )
-    alike = [(each.llm, each.settings) == (point.llm, point.settings) for each in sweep.points]
+    alike = [(other.llm, other.settings) == (point.llm, point.settings) for other in sweep.points]
     if sum(alike) > 1:
-        _copy_base(replace(experiment, data=context.data), context)
-    outcome = run_experiment(experiment, context.progress, context.say)
+        _copy_base(replace(experiment, data=context.data), context.out / "bases")
+    outcome = run_experiment(experiment)
     results = [result.to_json() for result in tabulate(data.task, outcome.samples)]
     outcome.log.finish(results, outcome.learning)
     return outcome.samples
 
 
-def _copy_base(experiment: Experiment, context: SweepContext) -> None:
+def _copy_base(experiment: Experiment, bases: Path) -> None:
     """Points that differ in their new users alone share a base, which is learned once."""
     settings = experiment.settings.stored()
     identity = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    base = context.out / "bases" / digest[:12]
-    learned_bundles(replace(experiment, out=base, users=0), context.progress, context.say)
+    base = bases / digest[:12]
+    learned_bundles(replace(experiment, out=base, users=0))
     for bundle in base.glob("bundle*"):
         own, part = experiment.out / bundle.name, experiment.out / f"{bundle.name}.part"
         if not own.exists():
@@ -256,8 +258,7 @@ def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
     records = {user: data.history(user) for user in data.users()}
     queries = {user: data.queries(user) for user in data.users()}
     for user in data.users("test"):
-        asked = queries[user]
-        early = [each for each in records[user] if all(precedes(each, query) for query in asked)]
+        early = [r for r in records[user] if all(precedes(r, query) for query in queries[user])]
         records[user] = early[max(0, len(early) - count) :]
     return DataSet(data.task, data.splits, records, queries, data.notes)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,13 +106,13 @@ def run(
         learned.check_task(dataset.task)
         _say_unfitted(dataset, learned, data)
     chosen = choice.find(dataset.task.kind)
-    with source.opened(spec, settings) as model:
-        experiment = Experiment(dataset, model, settings, chosen, out, users, limit, seeds)
-        with console.progress() as report:
-            if dry_run:
-                cost = estimate_cost(experiment, report, learned)
-            else:
-                outcome = run_experiment(experiment, report, console.say, learned)
+    with source.opened(spec, settings) as model, console.progress() as report:
+        plan = Experiment(dataset, model, settings, chosen, out, users, limit, seeds)
+        experiment = replace(plan, bundle=learned, progress=report, say=console.say)
+        if dry_run:
+            cost = estimate_cost(experiment)
+        else:
+            outcome = run_experiment(experiment)
     if dry_run:
         console.emit(cost.to_json() if as_json else estimate_rows(cost), as_json)
         return
