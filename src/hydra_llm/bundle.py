@@ -221,7 +221,7 @@ class Bundle:
                 for name, entry in config["scorers"].items()
             }
             return cls(
-                task=Task.from_json(config["task"], f"{folder}/config.json"),
+                task=Task.from_json(config["task"], "config.json"),
                 settings=settings,
                 llm=config["llm"],
                 store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
@@ -235,7 +235,9 @@ class Bundle:
                 weights=config["files"]["weights.safetensors"]["sha256"],
                 versions={Path(folder).resolve(): config["sha256"]},
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, DataError, SettingsError) as error:
+        except (DataError, SettingsError) as error:  # such as a plug-in that is not installed here
+            raise BundleError(f"{folder}: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             fault = "config.json and the weights do not fit together"
             raise BundleError(f"{folder}: {fault} ({type(error).__name__}: {error})") from None
 

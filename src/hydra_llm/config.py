@@ -112,7 +112,7 @@ class Model(Group):
     @classmethod
     def _known_head(cls, name: str) -> str:
         if name not in HEADS.builtin and name not in HEADS.names():
-            raise ValueError(f"unknown head '{name}': take one of {', '.join(HEADS.names())}")
+            raise ValueError(HEADS.unknown(name))
         return name
 
 

@@ -1,6 +1,7 @@
-"""The one door for plug-ins: built-in and installed ones are entry points of the same group."""
+"""The registry of plug-ins: built-in and installed ones are entry points of the same group."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +14,7 @@ class Registry(Generic[T]):
     """The plug-ins of an entry-point group: name → object, imported when it is first loaded.
 
     A package registers its own under `[project.entry-points."GROUP"]` as `name = "module:object"`,
-    as `builtin` does for those of hydra-llm; a built-in name cannot be replaced.
+    as `builtin` does for those of hydra-llm. A name that is registered twice cannot be loaded.
     """
 
     def __init__(
@@ -23,21 +24,31 @@ class Registry(Generic[T]):
         # What error messages call one of them: by default the group's last word, singular.
         self.kind = kind or group.rpartition(".")[2].removesuffix("s").replace("_", " ")
         self.builtin = {name: EntryPoint(name, path, group) for name, path in builtin.items()}
+        self.hint = f"or install the package that registers it in the entry-point group {group}"
 
     def names(self) -> list[str]:
         """The built-in names in the order of registration, then the installed ones by name."""
-        return [*self.builtin, *sorted(self._installed())]
+        installed = {point.name for point in entry_points(group=self.group)}
+        return [*self.builtin, *sorted(installed - self.builtin.keys())]
 
     def load(self, name: str) -> T:
         """Import the object that is registered under `name`.
 
         Raises:
-            SettingsError: an unknown name, or the plug-in does not import or is something else.
+            SettingsError: an unknown name, one that two packages register, or the plug-in does not
+                import or is something else.
         """
-        point = self.builtin.get(name) or self._installed().get(name)
-        if point is None:
-            known = ", ".join(self.names())
-            raise SettingsError(f"unknown {self.kind} '{name}': take one of {known}")
+        if name in self.builtin:
+            points = [self.builtin[name], *(p for p in self._shadowing if p.name == name)]
+        else:
+            points = [point for point in entry_points(group=self.group) if point.name == name]
+        if not points:
+            raise SettingsError(self.unknown(name))
+        if len(points) > 1:
+            packages = (point.dist.name if point.dist else "hydra-llm" for point in points)
+            twice = f"the {self.kind} '{name}' is registered by {' and by '.join(sorted(packages))}"
+            raise SettingsError(f"{twice} in the entry-point group {self.group}: uninstall one")
+        point = points[0]
         owner = f" of {point.dist.name}" if point.dist else ""
         place = f"the {self.kind} '{name}'{owner}"
         try:
@@ -51,9 +62,15 @@ class Registry(Generic[T]):
             raise SettingsError(f"{place} is no {self.kind}: {point.value} has no '{missing[0]}'")
         return loaded
 
-    def _installed(self) -> dict[str, EntryPoint]:
-        found = entry_points(group=self.group)
-        return {point.name: point for point in found if point.name not in self.builtin}
+    def unknown(self, name: str, known: str = "") -> str:
+        """What is wrong with a name that is not registered; `known` lists those that are."""
+        known = known or f"take one of {', '.join(self.names())}"
+        return f"unknown {self.kind} '{name}': {known}, {self.hint}"
+
+    @cached_property
+    def _shadowing(self) -> list[EntryPoint]:
+        """Installed ones with a built-in name. Read once: built-in parts are loaded often."""
+        return [point for point in entry_points(group=self.group) if point.name in self.builtin]
 
 
 HEADS: Registry[Any] = Registry(

@@ -200,7 +200,7 @@ def _known() -> str:
 def _find(name: str) -> Method:
     plain, at, numbers = name.partition("@")
     if plain not in METHODS.names():
-        raise SettingsError(f"unknown method '{name}': take some of {_known()}, or all")
+        raise SettingsError(METHODS.unknown(name, f"take some of {_known()}, all"))
     base, values = load_method(plain), numbers.split(",") if at else []
     whole = all(value.isdecimal() and int(value) > 0 for value in values)
     if at and (len(values) != len(base.takes) or not whole):

@@ -62,6 +62,6 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     known = LLMS.names()
     if name not in known:
         installed = "".join(f", {other}:..." for other in known if other not in LLMS.builtin)
-        shown = without_userinfo(spec)
-        raise SettingsError(f"unknown LLM '{shown}': take one of {FORMS}{installed}")
+        forms = f"take one of {FORMS}{installed}"
+        raise SettingsError(LLMS.unknown(without_userinfo(spec), forms))
     return LLMS.load(name)(rest, settings)

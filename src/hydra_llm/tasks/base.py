@@ -90,7 +90,7 @@ class Task:
             raise DataError("must hold one JSON object", file=file)
         fields = _Fields(data, file)
         name, kind = fields.text("name"), fields.text("kind")
-        fields.check_known("kind", [kind], KINDS.names())
+        fields.check_known("kind", [kind], KINDS.names(), f", {KINDS.hint}")
         if "{input}" not in (prompt := fields.text("prompt")):
             raise fields.fault("prompt", "must hold {input} where the query's text goes")
         labels, known = fields.texts("labels"), [spec.name for spec in KINDS.load(kind).metrics]
