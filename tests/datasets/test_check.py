@@ -9,7 +9,8 @@ import pytest
 
 from hydra_llm.cli.main import run
 from hydra_llm.datasets.check import find_problems, summarize
-from hydra_llm.datasets.native import DataSet, save
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.native import save
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Record
 

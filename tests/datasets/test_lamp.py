@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.cli.main import run
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.lamp import is_official, stream_questions
-from hydra_llm.datasets.native import DataSet, load, save
+from hydra_llm.datasets.native import load, save
 from hydra_llm.errors import DataError
 
 NEWS = ["politics", "sports", "food & drink"]

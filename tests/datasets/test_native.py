@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hydra_llm.datasets.dataset import held_out
-from hydra_llm.datasets.native import DataSet, load, save
+from hydra_llm.datasets.dataset import DataSet, held_out
+from hydra_llm.datasets.native import load, save
 from hydra_llm.errors import DataError, UnknownUser
 from hydra_llm.history import before
 from hydra_llm.tasks.base import Task

@@ -1,6 +1,6 @@
 """The content of a data set and its faults: what `hydra-llm data check` prints. Changes nothing."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -10,6 +10,7 @@ from hydra_llm.datasets.dataset import SPLITS, DataSet
 from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError
 from hydra_llm.history import before
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import ALWAYS, Query, Record
 
 MAX_PROBLEMS = 20
@@ -34,8 +35,11 @@ def find_problems(path: Path) -> tuple[DataSet | None, list[DataError]]:
 
 def summarize(dataset: DataSet) -> dict[str, Any]:
     """Counts, spans, shares, duplicates and leaks, as JSON values."""
-    users = dataset.users()
+    histories = {user: dataset.history(user) for user in dataset.users()}
+    of_users = {user: dataset.queries(user) for user in dataset.users()}
     records, queries = list(dataset.stream_history()), list(dataset.stream_queries())
+    first: dict[tuple[str, str, str], Record] = {}
+    repeated = [r for r in records if first.setdefault((r.user, r.input, r.output), r) is not r]
     return {
         "name": dataset.task.name,
         "kind": dataset.task.kind,
@@ -44,29 +48,27 @@ def summarize(dataset: DataSet) -> dict[str, Any]:
         "records": len(records),
         "queries": len(queries),
         "time": _span([*records, *queries]),
-        "records per user": _spread(len(dataset.history(user)) for user in users),
-        "queries per user": _spread(len(dataset.queries(user)) for user in users),
-        "users without history": sum(not dataset.history(user) for user in users),
-        "users without queries": sum(not dataset.queries(user) for user in users),
+        "records per user": _spread(map(len, histories.values())),
+        "queries per user": _spread(map(len, of_users.values())),
+        "users without history": sum(not own for own in histories.values()),
+        "users without queries": sum(not own for own in of_users.values()),
         "words per input": {
             "history": _spread(len(record.input.split()) for record in records),
             "queries": _spread(len(query.input.split()) for query in queries),
         },
         "labels": _shares(dataset, records, queries),
-        "duplicates": _duplicates(records),
-        "leaks": _leaks(dataset),
+        "duplicates": _examples(repeated),
+        "leaks": _leaks(dataset.task, histories, queries),
         "notes": list(dataset.notes),
     }
 
 
 def _span(entries: Sequence[Record | Query]) -> dict[str, Any]:
     known = [entry for entry in entries if entry.span != ALWAYS]
-    unknown = len(entries) - len(known)
-    if not known:
-        return {"first": None, "last": None, "unknown": unknown}
-    first = min(known, key=lambda entry: entry.span[0])
-    last = max(known, key=lambda entry: entry.span[1])
-    return {"first": first.time, "last": last.time, "unknown": unknown}
+    first = min(known, key=lambda entry: entry.span[0], default=None)
+    last = max(known, key=lambda entry: entry.span[1], default=None)
+    times = {"first": first and first.time, "last": last and last.time}
+    return {**times, "unknown": len(entries) - len(known)}
 
 
 def _spread(counts: Iterable[int]) -> dict[str, float] | None:
@@ -86,47 +88,29 @@ def _shares(dataset: DataSet, records: list[Record], queries: list[Query]) -> di
     }
 
 
-def _duplicates(records: list[Record]) -> dict[str, Any]:
-    seen: set[tuple[str, str, str]] = set()
-    repeated = []
-    for record in records:
-        key = (record.user, record.input, record.output)
-        if key in seen:
-            repeated.append(record)
-        seen.add(key)
-    return _found(repeated)
-
-
-def _leaks(dataset: DataSet) -> dict[str, Any]:
+def _leaks(
+    task: Task, histories: Mapping[str, list[Record]], queries: list[Query]
+) -> dict[str, Any]:
     """Ways in which an answer may be known beforehand; each with its count and examples."""
-    texts, ids, early = list[Query](), list[Query](), list[Query]()
-    for user in dataset.users():
-        history, queries = dataset.history(user), dataset.queries(user)
-        seen_texts = {record.input for record in history}
-        seen_ids = {record.id for record in history}
-        texts += [query for query in queries if query.input in seen_texts]
-        ids += [query for query in queries if query.id in seen_ids]
-        early += [query for query in queries if len(before(history, query)) < len(history)]
+    records = [record for history in histories.values() for record in history]
+    texts, ids = {(r.user, r.input) for r in records}, {(r.user, r.id) for r in records}
+    same_text = [q for q in queries if (q.user, q.input) in texts]
+    same_id = [q for q in queries if (q.user, q.id) in ids]
+    early = [q for q in queries if len(before(histories[q.user], q)) < len(histories[q.user])]
+    owners: dict[str | None, set[str]] = defaultdict(set)
+    for record in [] if task.labels else records:  # a label is in every history
+        owners[record.output].add(record.user)
     return {
-        "query's text stands in its user's history": _found(texts),
-        "query's id stands in its user's history": _found(ids),
-        "query does not come after all of its history": _found(early),
-        "gold text stands in another user's history": _found(_golds_elsewhere(dataset)),
+        "query's text stands in its user's history": _examples(same_text),
+        "query's id stands in its user's history": _examples(same_id),
+        "query does not come after all of its history": _examples(early),
+        "gold text stands in another user's history": _examples(
+            [q for q in queries if owners[q.gold] - {q.user}]
+        ),
     }
 
 
-def _golds_elsewhere(dataset: DataSet) -> list[Query]:
-    """Of free texts only: a label is in every history."""
-    if dataset.task.labels:
-        return []
-    owners: dict[str, set[str]] = {}
-    for record in dataset.stream_history():
-        owners.setdefault(record.output, set()).add(record.user)
-    queries = dataset.stream_queries()
-    return [query for query in queries if owners.get(query.gold or "", set()) - {query.user}]
-
-
-def _found(entries: Sequence[Record | Query]) -> dict[str, Any]:
+def _examples(entries: Sequence[Record | Query]) -> dict[str, Any]:
     examples = [f"{entry.user}/{entry.id}" for entry in entries[:EXAMPLES]]
     return {"count": len(entries), "examples": examples}
 
@@ -146,8 +130,8 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((name, str(summary[name])) for name in lacking if summary[name]),
         *((f"words per input, {part}", _range(spread)) for part, spread in words),
         *((f"label {label}", _percent(shares)) for label, shares in summary["labels"].items()),
-        ("duplicates within a user", _list(summary["duplicates"])),
-        *((f"leak: {what}", _list(found)) for what, found in summary["leaks"].items()),
+        ("duplicates within a user", _count(summary["duplicates"])),
+        *((f"leak: {way}", _count(leak)) for way, leak in summary["leaks"].items()),
         ("digest", summary["digest"][:16]),
         *(("note", note) for note in summary["notes"]),
     ]
@@ -161,8 +145,7 @@ def _percent(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{share:.1%} of {part}" for part, share in shares.items()) or "none"
 
 
-def _list(found: Mapping[str, Any]) -> str:
-    if not found["count"]:
-        return "0"
-    more = ", …" if found["count"] > EXAMPLES else ""
-    return f"{found['count']} ({', '.join(found['examples'])}{more})"
+def _count(entries: Mapping[str, Any]) -> str:
+    count, examples = entries["count"], ", ".join(entries["examples"])
+    more = ", …" if count > EXAMPLES else ""
+    return f"{count} ({examples}{more})" if count else "0"

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -68,24 +69,17 @@ class DataSet:
     _queries: Mapping[str, Sequence[Query]]
     notes: Sequence[str] = ()  # one line for each thing that the reader changed or left out
 
-    @classmethod
+    @staticmethod
     def from_records(
-        cls,
-        task: Task,
-        splits: Mapping[str, Split],
-        records: Iterable[Record],
-        queries: Iterable[Query],
+        task: Task, splits: Mapping[str, Split], records: Iterable[Record], queries: Iterable[Query]
     ) -> "DataSet":
-        """A data set of values in memory, checked; each user's order is the order given.
-
-        Raises:
-            DataError: the first entry that is broken.
+        """A data set of values in memory; each user's order is the order given. Raises DataError
+        for the first entry that is broken.
         """
         builder = Builder(task, splits)
-        parts: dict[Part, Iterable[Record | Query]] = {"history": records, "queries": queries}
-        for part, entries in parts.items():
-            for entry in entries:
-                builder.add(part, fields_of(entry), Place(path=f"{entry.user}/{entry.id}."))
+        for entry in chain[Record | Query](records, queries):
+            part: Part = "history" if isinstance(entry, Record) else "queries"
+            builder.add(part, fields_of(entry), Place(path=f"{entry.user}/{entry.id}."))
         return builder.build()
 
     def users(self, split: str | None = None) -> list[str]:
@@ -96,30 +90,30 @@ class DataSet:
 
     def history(self, user: str) -> list[Record]:
         """The user's records, oldest first. Raises UnknownUser."""
-        return in_order(self._of(user, self._records))
+        return in_order(self._own(self._records, user))
 
     def queries(self, user: str) -> list[Query]:
         """The user's queries with their gold answers, in order. Raises UnknownUser."""
-        return list(self._of(user, self._queries))
+        return list(self._own(self._queries, user))
 
     def answered(self, user: str) -> list[Record]:
         """History and, as records, the queries with a gold answer, oldest first; for training."""
-        as_records = [
-            Record(q.user, f"query:{q.id}", q.input, q.gold, q.time, q.span, q.position)
-            for q in self.queries(user)
-            if q.gold is not None
-        ]
-        return in_order([*self.history(user), *as_records])
+        records = self.history(user)
+        for q in self.queries(user):
+            if q.gold is not None:
+                id = f"query:{q.id}"
+                records.append(Record(user, id, q.input, q.gold, q.time, q.span, q.position))
+        return in_order(records)
 
     def stream_history(self) -> Iterator[Record]:
         """Every record, user by user, in file order."""
-        return (record for user in self.splits for record in self._of(user, self._records))
+        return (record for user in self.splits for record in self._own(self._records, user))
 
     def stream_queries(self) -> Iterator[Query]:
         """Every query, user by user, in file order."""
-        return (query for user in self.splits for query in self._of(user, self._queries))
+        return (query for user in self.splits for query in self._own(self._queries, user))
 
-    def _of(self, user: str, entries: Mapping[str, Sequence[Entry]]) -> Sequence[Entry]:
+    def _own(self, entries: Mapping[str, Sequence[Entry]], user: str) -> Sequence[Entry]:
         if user not in self.splits:
             raise UnknownUser(f"the data set '{self.task.name}' has no user '{user}'")
         return entries.get(user, ())
@@ -136,9 +130,9 @@ class DataSet:
         yield self.task.to_json()
         for user, split in self.splits.items():
             yield "user", user, split
-            for record in self._of(user, self._records):
+            for record in self._own(self._records, user):
                 yield "history", *fields_of(record).values()
-            for query in self._of(user, self._queries):
+            for query in self._own(self._queries, user):
                 yield "queries", *fields_of(query).values()
 
     def __eq__(self, other: object) -> bool:
@@ -163,14 +157,10 @@ def fields_of(entry: Record | Query) -> dict[str, str]:
 
 
 class Builder:
-    """Checks entries one by one and gives each its position in its user's order. Entries of the
-    users in `ignored` are left out unchecked.
-    """
+    """Checks entries one by one and gives each its position in its user's order."""
 
-    def __init__(self, task: Task, splits: Mapping[str, Split], ignored: Iterable[str] = ()):
-        self.task = task
-        self.splits = dict(splits)
-        self.ignored = frozenset(ignored)
+    def __init__(self, task: Task, splits: Mapping[str, Split]):
+        self.task, self.splits = task, dict(splits)
         self._entries: dict[Part, dict[str, list[Fields]]] = {part: {} for part in PARTS}
         self._ids: set[tuple[Part, str, str]] = set()
 
@@ -182,15 +172,12 @@ class Builder:
 
     def add(self, part: Part, entry: Fields, place: Place = Place()) -> None:
         """Take an entry (`FIELDS`, all texts) if nothing is wrong with it, else report it."""
-        user = entry["user"]
-        if user in self.ignored:
-            return
         faults = list(self._faults(part, entry))
         for field, message in faults:
             place.fault(message, field)
         if not faults:
-            self._entries[part].setdefault(user, []).append(entry)
-            self._ids.add((part, user, entry["id"]))
+            self._entries[part].setdefault(entry["user"], []).append(entry)
+            self._ids.add((part, entry["user"], entry["id"]))
 
     def _faults(self, part: Part, entry: Fields) -> Iterator[tuple[str, str]]:
         for name in FIELDS:
@@ -209,19 +196,21 @@ class Builder:
 
     def build(self, notes: Sequence[str] = ()) -> DataSet:
         """The data set of all entries taken. A user's queries come after all of its history."""
-        history, queries = (self._entries[part].items() for part in PARTS)
-        records = {user: _made(Record, entries) for user, entries in history}
-        after = {user: len(made) for user, made in records.items()}
-        asked = {user: _made(Query, entries, after.get(user, 0)) for user, entries in queries}
-        return DataSet(self.task, self.splits, records, asked, notes)
+        history, queries = (self._entries[part] for part in PARTS)
+        records = {user: _parse(Record, rows) for user, rows in history.items()}
+        of_users = {
+            user: _parse(Query, rows, len(history.get(user, ()))) for user, rows in queries.items()
+        }
+        return DataSet(self.task, self.splits, records, of_users, notes)
 
 
-def _made(kind: type[Entry], entries: Iterable[Fields], first: int = 0) -> list[Entry]:
-    made = []
-    for position, entry in enumerate(entries, first):
-        user, id, time, input, output = (entry[name] for name in FIELDS)
-        made.append(kind(user, id, input, output, time, parse_time(time), position))
-    return made
+def _parse(kind: type[Entry], rows: Iterable[Fields], first: int = 0) -> list[Entry]:
+    """The entries, whose positions start at `first`."""
+    entries = []
+    for position, row in enumerate(rows, first):
+        user, id, time, input, output = (row[name] for name in FIELDS)
+        entries.append(kind(user, id, input, output, time, parse_time(time), position))
+    return entries
 
 
 def readable_time(text: str) -> bool:

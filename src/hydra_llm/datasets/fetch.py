@@ -8,12 +8,13 @@ complete JSON and its ids are those of its partner.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import httpx2
 
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.datasets.lamp import read_gold_ids, read_question_ids
+from hydra_llm.datasets.lamp import read_golds, stream_questions
 from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, SettingsError, UserFault
 from hydra_llm.text import fold
@@ -28,7 +29,6 @@ FOLDERS: Mapping[str, str] = {
     "lamp-5": "LaMP_5",
     "lamp-7": "LaMP_7",
 }
-PARTS = ("train", "dev")
 ATTEMPTS = 5
 
 Progress = Callable[[str, int, int | None], None]
@@ -46,8 +46,10 @@ def addresses(task: str, split: str, base_url: str = BASE_URL) -> dict[str, str]
     if split not in ("user", "time"):
         raise SettingsError(f"unknown split '{split}': take user or time")
     root = f"{base_url.rstrip('/')}/{'time/' if split == 'time' else ''}{FOLDERS[task]}"
-    names = [(part, f"{part}_{what}.json") for part in PARTS for what in ("questions", "outputs")]
-    return {name: f"{root}/{part}/{name}" for part, name in names}
+    names = [
+        f"{part}_{what}.json" for part in ("train", "dev") for what in ("questions", "outputs")
+    ]
+    return {name: f"{root}/{name.partition('_')[0]}/{name}" for name in names}
 
 
 def fetch(
@@ -111,9 +113,13 @@ class _Download:
         """Holds the ETag of the version that `part` belongs to."""
         return self.part.with_suffix(".tag")
 
+    def size(self) -> int:
+        """The bytes that have arrived."""
+        return self.part.stat().st_size if self.part.exists() else 0
+
     def run(self, pause: float) -> None:
         """Download the file, resuming after each broken transfer."""
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in count(1):
             try:
                 self._transfer()
                 self.part.replace(self.part.with_suffix(".whole"))
@@ -122,57 +128,49 @@ class _Download:
                 never_reached = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol)
                 if attempt == ATTEMPTS or (never_reached and attempt == 1):
                     reason = fold(str(error)) or type(error).__name__
-                    raise UserFault(f"{self.address}: {reason}{self._kept()}") from None
+                    have = self.size()
+                    kept = f"; {have} bytes are kept, the same command goes on from there"
+                    raise UserFault(f"{self.address}: {reason}{kept if have else ''}") from None
             except httpx2.InvalidURL as error:
                 raise UserFault(f"{self.address}: {error}") from None
             time.sleep(pause * attempt)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _kept(self) -> str:
-        have = self.part.stat().st_size if self.part.exists() else 0
-        return f"; {have} bytes are kept, the same command goes on from there" if have else ""
 
     def _transfer(self) -> None:
         """One request. If-Range: the rest of a file only if it is still the same file."""
-        resumable = self.part.exists() and self.tag_file.exists()
-        have = self.part.stat().st_size if resumable else 0
+        have = self.size() if self.tag_file.exists() else 0
         headers = {"Accept-Encoding": "identity"}  # sizes and ranges must be those of the file
         if have:
             tag = self.tag_file.read_text(encoding="utf-8")
             headers |= {"Range": f"bytes={have}-", "If-Range": tag}
         with self.client.stream("GET", self.address, headers=headers) as response:
-            self._check_status(response)
-            start = have if response.status_code == 206 else 0  # 200: the range was ignored
-            sent = response.headers.get("content-range")
-            if response.status_code == 206 and not str(sent).startswith(f"bytes {have}-"):
-                raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
-            self._keep_tag(response)
-            self._write(response, start)
+            self._check_status(response, have)
+            tag = response.headers.get("etag") or response.headers.get("last-modified") or "W/"
+            if tag.startswith("W/"):  # without a name for this version it cannot be resumed
+                self.tag_file.unlink(missing_ok=True)
+            else:
+                self.tag_file.write_text(tag, encoding="utf-8")
+            self._write(response, have if response.status_code == 206 else 0)
         self.tag_file.unlink(missing_ok=True)
 
-    def _check_status(self, response: httpx2.Response) -> None:
-        status = f"HTTP {response.status_code} {response.reason_phrase}".rstrip()
-        if response.status_code == 416:  # the part is longer than the file: it is of another one
+    def _check_status(self, response: httpx2.Response, have: int) -> None:
+        code, sent = response.status_code, response.headers.get("content-range")
+        status = f"HTTP {code} {response.reason_phrase}".rstrip()
+        if code == 416:  # the part is longer than the file: it is of another one
             self.part.unlink()
             raise httpx2.ReadError("the server has no such range; starting over")
-        if response.status_code == 429 or response.status_code >= 500:
+        if code == 429 or code >= 500:
             raise httpx2.ReadError(status)
-        if response.status_code not in (200, 206):
+        if code not in (200, 206):
             raise UserFault(f"{self.address}: {status}")
+        if code == 206 and not str(sent).startswith(f"bytes {have}-"):
+            raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
 
-    def _keep_tag(self, response: httpx2.Response) -> None:
-        tag = response.headers.get("etag") or response.headers.get("last-modified")
-        if tag and not tag.startswith("W/"):
-            self.tag_file.write_text(tag, encoding="utf-8")
-        else:  # without a name for this version it cannot be resumed
-            self.tag_file.unlink(missing_ok=True)
-
-    def _write(self, response: httpx2.Response, start: int) -> None:
+    def _write(self, response: httpx2.Response, done: int) -> None:
+        """Write the body behind the `done` bytes that are there; 0 overwrites the file."""
         length = response.headers.get("content-length")
-        size = None if length is None else start + int(length)
-        done = start
-        with self.part.open("r+b" if start else "wb") as stream:
-            stream.seek(start)
+        size = None if length is None else done + int(length)
+        with self.part.open("r+b" if done else "wb") as stream:
+            stream.seek(done)
             for chunk in response.iter_raw():
                 stream.write(chunk)
                 done += len(chunk)
@@ -189,16 +187,17 @@ def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
     files = (questions, outputs)
     places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
     try:
-        asked, golds = read_question_ids(places[0]), read_gold_ids(places[1])
+        ids = {str(id) for id in stream_questions(places[0], "item.id")}
+        golds = read_golds(places[1])[1].keys()
     except DataError as fault:
         at = places.index(Path(fault.file or ""))
         _discard(places[at : at + 1])
         message = f"what arrived is no LaMP file and was removed ({fault})"
         raise DataError(message, file=wanted[files[at].name]) from None
-    if not asked or asked != golds:
-        differing = sorted(asked ^ golds)[:1]
+    if not ids or ids != golds:
+        differing = sorted(ids ^ golds)[:1]
         _discard(places)
-        counts = f"{len(asked)} questions and {len(golds)} outputs"
+        counts = f"{len(ids)} questions and {len(golds)} outputs"
         raise DataError(f"{counts} do not fit each other {differing}; removed", file=questions)
     for place, file in zip(places, files, strict=True):
         place.replace(file)

@@ -11,16 +11,18 @@ repeated id) are left out or renamed with a note; all else is an error that name
 import gzip
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from io import BufferedIOBase
+from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import ijson
 
-from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Split, as_fields, stop
+from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Row, Split, as_fields, stop
 from hydra_llm.datasets.native import open_binary, parse_json
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
@@ -30,7 +32,6 @@ from hydra_llm.text import fold, text_fault
 SPLITS: Mapping[str, Split] = {"train": "train", "dev": "test", "test": "test"}
 """LaMP's split to ours. The golds of LaMP's own test split are not public."""
 
-Question = dict[str, Any]
 LAYOUTS: Mapping[str, tuple[str, str, str]] = {
     "LaMP-1": ("abstract", "title", '"'),
     "LaMP-2N": ("text", "category", "article: "),
@@ -41,8 +42,6 @@ LAYOUTS: Mapping[str, tuple[str, str, str]] = {
     "LaMP-7": ("text", "text", ": "),
 }
 """A profile's fields for input and output, and what precedes the text in a question."""
-FREE_HISTORY = ("LaMP-1",)
-"""Tasks whose records, an author's papers, are no answers of the task (which of two to cite)."""
 
 
 def is_official(path: Path) -> bool:
@@ -52,16 +51,20 @@ def is_official(path: Path) -> bool:
 
 def load(path: Path, limit_users: int | None = None, report: Report = stop) -> DataSet:
     """Read a folder, its `train` and `dev` folders, or one questions file; see `native.load`."""
-    found = _find(path)
-    usable = [(part, file) for part, file in found if part != "test" or _outputs(file).is_file()]
+    files = _find(path)
+    usable = [(part, file) for part, file in files if part != "test" or _outputs(file).is_file()]
     if not usable:
         raise DataError("LaMP's test questions have no public golds: take train and dev", file=path)
-    reader = _Reader()
-    if len(usable) < len(found):
-        reader.notes.append("LaMP's test questions were left out: their golds are not public")
-    for part, questions in usable:
-        reader.read(questions, part, report, limit_users)
-    return reader.build(path)
+    notes = ["LaMP's test questions were left out: their golds are not public"]
+    of_files = (_read_file(file, SPLITS[part], report, limit_users) for part, file in usable)
+    questions = chain.from_iterable(of_files)
+    first = next(questions, None)
+    if first is None:
+        raise DataError("holds no question", file=path)
+    reader = _Reader(first, notes if len(usable) < len(files) else [])
+    for question in chain([first], questions):
+        reader.add(question)
+    return reader.build()
 
 
 def _find(path: Path) -> list[tuple[str, Path]]:
@@ -99,7 +102,7 @@ def stream_questions(file: Path, prefix: str = "item") -> Iterator[Any]:
         yield from ijson.items(stream, prefix, use_float=True)
 
 
-def _read_golds(file: Path, report: Report) -> tuple[str, dict[str, str]]:
+def read_golds(file: Path, report: Report = stop) -> tuple[str, dict[str, str]]:
     """The task that an outputs file names, and its outputs by question id."""
     if not file.is_file():
         raise DataError("no such file: the golds stand there", file=file)
@@ -110,123 +113,111 @@ def _read_golds(file: Path, report: Report) -> tuple[str, dict[str, str]]:
     outputs: dict[str, str] = {}
     for at, gold in enumerate(data["golds"]):
         place = Place(file, report, path=f"golds[{at}].")
-        id, output = (_text(gold, name, place) for name in ("id", "output"))
-        if id in outputs:
-            place.fault(f"'{id}' stands there twice", "id")
-        elif id is not None and output is not None:
-            outputs[id] = output
+        if texts := _texts(gold, ("id", "output"), place):
+            id, output = texts
+            if id in outputs:
+                place.fault(f"'{id}' stands there twice", "id")
+            outputs.setdefault(id, output)
     return str(data.get("task", "")), outputs
 
 
-def read_gold_ids(file: Path) -> set[str]:
-    """The question ids of an outputs file."""
-    return set(_read_golds(file, stop)[1])
-
-
-def read_question_ids(file: Path) -> set[str]:
-    """The question ids of a questions file."""
-    return {str(id) for id in stream_questions(file, "item.id")}
-
-
-def _text(data: Any, name: str, place: Place) -> str | None:
-    """A text or integer field as text; None, and reported, if there is none."""
-    present = isinstance(data, dict) and name in data
-    value = data[name] if present else None
-    if isinstance(value, int | str) and not isinstance(value, bool):
-        return str(value)
-    place.fault("must be a text" if present else "is missing", name)
-    return None
-
-
-def _texts(data: Any, names: Iterable[str], place: Place) -> list[str] | None:
-    """The fields as texts; None, and each one reported, if any is not usable."""
-    values = [_text(data, name, place) for name in names]
-    texts = [value for value in values if value is not None]
-    return texts if len(texts) == len(values) else None
+def _texts(data: Any, names: Sequence[str], place: Place) -> list[str] | None:
+    """The fields, texts or integers, as texts; None, and each fault reported, if one is neither."""
+    fields = data if isinstance(data, dict) else {}
+    texts = []
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            texts.append(str(value))
+        else:
+            place.fault("must be a text" if name in fields else "is missing", name)
+    return texts if len(texts) == len(names) else None
 
 
 # ---- questions to entries
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class _Question:
+    place: Place
+    split: Split
+    task: str  # LaMP's name of it
+    user: str  # as the file names it
+    data: Mapping[str, Any]
+    golds: Mapping[str, str]  # of the whole file, by question id
+
+
+def _read_file(file: Path, split: Split, report: Report, limit: int | None) -> Iterator[_Question]:
+    """A file's questions, up to the first one of a user beyond the limit."""
+    declared, golds = read_golds(_outputs(file), report)
+    whole = Place(file, report)
+    users, ids = set[str](), set[str]()
+    for at, data in enumerate(stream_questions(file)):
+        place = whole.at(f"[{at}].")
+        fields = data if isinstance(data, dict) else {}
+        named = next((name for name in ("user_id", "user") if name in fields), "id")
+        for user in _texts(data, [named], place) or ():
+            if limit is not None and user not in users and len(users) >= limit:
+                return
+            users.add(user)
+            ids.add(str(data.get("id")))
+            yield _Question(place, split, _task_name(data, declared, whole), user, data, golds)
+    if not ids:
+        raise whole.error("holds no question: a list of {id, input, profile} is expected")
+    if spare := golds.keys() - ids:
+        whole.fault(f"{len(spare)} golds have no question, '{min(spare)}' for one", "id")
+
+
 class _Reader:
-    """Reads one file after the other. Queries wait until all are read, because the instruction is
+    """Takes the questions of all files. Queries wait for the last one, because the instruction is
     what all questions have in common.
     """
 
-    notes: list[str] = field(default_factory=list)
-    changes: Counter[str] = field(default_factory=Counter)  # what was left out or renamed
-    name: str = ""
-    builder: Builder | None = None
-    instruction: str | None = None
-    queries: list[tuple[Place, dict[str, str]]] = field(default_factory=list)
-    # (user, id) to input and output: the profiles of one user's questions overlap
-    records: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    def __init__(self, first: _Question, notes: list[str]):
+        self.notes = notes
+        self.changes = Counter[str]()  # what was left out or renamed
+        self.name = first.task
+        self.builder = Builder(_task(first.task, str(first.data.get("input", ""))), {})
+        self.users: dict[tuple[Path | None, str], str] = {}  # (file, its user) to user
+        self.queries: list[Row] = []
+        # (user, id) to input and output: the profiles of one user's questions overlap
+        self.records: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def read(self, questions: Path, part: str, report: Report, limit: int | None) -> None:
-        """Read a file's questions, up to the first one of a user beyond the limit."""
-        declared, golds = _read_golds(_outputs(questions), report)
-        file, split = Place(questions, report), SPLITS[part]
-        users, ids = dict[str, str](), set[str]()
-        for at, question in enumerate(stream_questions(questions)):
-            place = file.at(f"[{at}].")
-            name = _user(question, place)
-            if name is None:
-                continue
-            if limit is not None and name not in users and len(users) >= limit:
-                return
-            builder = self._builder_for(question, declared, file)
-            if name not in users:
-                users[name] = self._add_user(builder, name, split)
-            ids.add(self._read_query(question, users[name], golds, place))
-            self._read_profile(builder, question, users[name], place)
-        if not ids:
-            raise file.error("holds no question: a list of {id, input, profile} is expected")
-        if spare := golds.keys() - ids:
-            file.fault(f"{len(spare)} golds have no question, '{min(spare)}' for one", "id")
-
-    def _builder_for(self, question: Question, declared: str, file: Place) -> Builder:
-        name = _task_name(question, declared, file)
-        if self.builder is None:
-            self.name = name
-            self.builder = Builder(_task(name, str(question.get("input", ""))), {})
-        elif name != self.name:
-            raise file.error(f"a question of {name} among those of {self.name}")
-        return self.builder
-
-    def _add_user(self, builder: Builder, name: str, split: Split) -> str:
-        user = name
-        if name in builder.splits:  # the time split has the same people in train and dev
-            user = f"{name}@{split}"
-            what = f"users stand in train and dev; here the latter's names end in @{split}"
-            self.changes[what] += 1
-        builder.splits[user] = split
-        return user
-
-    def _read_query(
-        self, question: Question, user: str, golds: Mapping[str, str], place: Place
-    ) -> str:
-        """Keep a question for later; returns its id."""
-        id, text = (_text(question, name, place) for name in ("id", "input"))
-        if id is not None and id not in golds:
-            place.fault(f"question '{id}' has no gold in the outputs file", "id")
-        elif id is not None and text is not None:
-            known = text if self.instruction is None else self.instruction
-            self.instruction = _common_start(known, text)
-            self.queries.append((place, _entry(question, user, id, text, golds[id])))
-        return id or ""
-
-    def _read_profile(self, builder: Builder, question: Question, user: str, place: Place) -> None:
-        names, profile = ("id", *LAYOUTS[self.name][:2]), question.get("profile")
+    def add(self, question: _Question) -> None:
+        """Take a question's profile, and keep its query for later."""
+        place, data, golds = question.place, question.data, question.golds
+        if question.task != self.name:
+            message = f"a question of {question.task} among those of {self.name}"
+            raise DataError(message, file=place.file)
+        user = self._user(question)
+        if texts := _texts(data, ("id", "input"), place):
+            id, text = texts
+            if id in golds:
+                self.queries.append((place, _entry(data, user, id, text, golds[id])))
+            else:
+                place.fault(f"question '{id}' has no gold in the outputs file", "id")
+        profile = data.get("profile")
         if not isinstance(profile, list):
-            place.fault("must be a list" if "profile" in question else "is missing", "profile")
+            place.fault("must be a list" if "profile" in data else "is missing", "profile")
             return
         for at, item in enumerate(profile):
             here = place.at(f"profile[{at}].")
-            if texts := _texts(item, names, here):
+            if texts := _texts(item, ("id", *LAYOUTS[self.name][:2]), here):
                 entry = _entry(item, user, *texts)
                 if self._is_usable(entry, "profile entries") and self._is_new(entry):
-                    builder.add("history", entry, here)
+                    self.builder.add("history", entry, here)
+
+    def _user(self, question: _Question) -> str:
+        key, splits = (question.place.file, question.user), self.builder.splits
+        if key not in self.users:
+            user, split = question.user, question.split
+            if user in splits:  # the time split has the same people in train and dev
+                user = f"{user}@{split}"
+                what = f"users stand in train and dev; here the latter's names end in @{split}"
+                self.changes[what] += 1
+            splits[user] = split
+            self.users[key] = user
+        return self.users[key]
 
     def _is_usable(self, entry: Mapping[str, str], what: str) -> bool:
         fault = text_fault(entry["input"]) or text_fault(entry["output"])
@@ -248,71 +239,53 @@ class _Reader:
         self.records[entry["user"], entry["id"]] = texts
         return True
 
-    def build(self, path: Path) -> DataSet:
-        if self.builder is None:
-            raise DataError("holds no question", file=path)
-        cut = self._instruction_end()
-        prompt = (self.instruction or "")[:cut] + "{input}"
-        self.builder.task = replace(self.builder.task, prompt=prompt)
+    def build(self) -> DataSet:
+        mark = LAYOUTS[self.name][2]
+        common = commonprefix([entry["input"] for _, entry in self.queries])  # noqa: RUF071
+        if mark in common:
+            cut = common.index(mark) + len(mark)
+        else:
+            reason = "it is what all questions have in common"
+            self.notes.append(f"the instruction was not found by LaMP's marks: {reason}")
+            cut = common.rfind(" ") + 1 if len(self.queries) > 1 else 0
+        self.builder.task = replace(self.builder.task, prompt=common[:cut] + "{input}")
         for place, entry in self.queries:
-            query = {**entry, "input": entry["input"][cut:]}
-            if self._is_usable(query, "questions"):
-                self.builder.add("queries", query, place)
+            entry["input"] = entry["input"][cut:]
+            if self._is_usable(entry, "questions"):
+                self.builder.add("queries", entry, place)
         changes = [f"{count} {what}" for what, count in self.changes.items()]
         return self.builder.build([*self.notes, *changes])
 
-    def _instruction_end(self) -> int:
-        """The length of the instruction before every text: up to LaMP's own mark, or else all that
-        the questions have in common.
-        """
-        common, mark = self.instruction or "", LAYOUTS[self.name][2]
-        if mark in common:
-            return common.index(mark) + len(mark)
-        self.notes.append(
-            "the instruction was not found by LaMP's marks: it is what all questions have in common"
-        )
-        return common.rfind(" ") + 1 if len(self.queries) > 1 else 0
 
-
-def _user(question: Any, place: Place) -> str | None:
-    named = question if isinstance(question, dict) else {}
-    name = next((name for name in ("user_id", "user") if name in named), "id")
-    return _text(question, name, place)
-
-
-def _common_start(one: str, other: str) -> str:
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
-def _entry(data: Question, user: str, id: str, text: str, output: str) -> dict[str, str]:
+def _entry(data: Mapping[str, Any], user: str, id: str, text: str, output: str) -> dict[str, str]:
     return as_fields(user, id, str(data.get("date") or ""), text, output)
 
 
 def _task(name: str, question: str) -> Task:
     """LaMP's task; its labels as the file has them, where the question lists them in brackets."""
-    listed = re.search(r"(?:categories|tags): \[([^\]]+)\]", question)
     task = LAMP[name]
+    listed = re.search(r"(?:categories|tags): \[([^\]]+)\]", question)
     labels = tuple(label.strip() for label in listed[1].split(",")) if listed else task.labels
-    free = {"free_history": True} if name in FREE_HISTORY else {}
+    # the records, an author's papers, are no answers of LaMP-1: which of two to cite
+    free = {"free_history": True} if name == "LaMP-1" else {}
     return replace(task, labels=labels, extra={**task.extra, **free})
 
 
-def _task_name(question: Question, declared: str, file: Place) -> str:
+def _task_name(question: Mapping[str, Any], declared: str, file: Place) -> str:
     """Which LaMP task a question belongs to, by its profile's fields and its instruction."""
     profile, text = question.get("profile"), str(question.get("input", ""))
     first = profile[0] if isinstance(profile, list) and profile else None
     fields = set(first) if isinstance(first, dict) else set()
-    signs = (
-        ("LaMP-2N", "category" in fields or "categories: [" in text),
-        ("LaMP-2M", "tag" in fields or "tags: [" in text),
-        ("LaMP-3", "score" in fields or "review: " in text),
-        ("LaMP-1", ("abstract" in fields or not fields) and "[1]" in text and "[2]" in text),
-        ("LaMP-5", "abstract" in fields or "abstract of a paper: " in text),
-        ("LaMP-4", {"text", "title"} <= fields or "headline for the following article: " in text),
-        ("LaMP-7", "text" in fields or "tweet" in text),
-    )
-    name = next((name for name, sign in signs if sign), "")
+    signs = {
+        "LaMP-2N": "category" in fields or "categories: [" in text,
+        "LaMP-2M": "tag" in fields or "tags: [" in text,
+        "LaMP-3": "score" in fields or "review: " in text,
+        "LaMP-1": ("abstract" in fields or not fields) and "[1]" in text and "[2]" in text,
+        "LaMP-5": "abstract" in fields or "abstract of a paper: " in text,
+        "LaMP-4": {"text", "title"} <= fields or "headline for the following article: " in text,
+        "LaMP-7": "text" in fields or "tweet" in text,
+    }
+    name = next((name for name, sign in signs.items() if sign), "")
     number = re.sub(r"\D", "", declared)
     if not name or (number and not name.startswith(f"LaMP-{number}")):
         found = f"profile fields {', '.join(sorted(fields)) or '(none)'}, outputs of '{declared}'"

@@ -8,12 +8,11 @@ line and field. Unknown fields are ignored.
 import gzip
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedIOBase
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra_llm.datasets import dataset as data_set
@@ -21,8 +20,6 @@ from hydra_llm.datasets.dataset import SPLITS, Builder, DataSet, Place, Report, 
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
-
-__all__ = ["DataSet", "load", "save"]
 
 
 def load(path: Path | str, limit_users: int | None = None, report: Report = stop) -> DataSet:
@@ -45,21 +42,19 @@ def load(path: Path | str, limit_users: int | None = None, report: Report = stop
 
 
 def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataSet:
-    task = _read_task(folder / "task.json")
+    file = folder / "task.json"
+    task = Task.from_json(parse_json(file.read_bytes(), file), str(file))
     splits = _read_users(folder / "users.jsonl", report)
-    kept = _first_users(splits, limit_users)
-    builder = Builder(task, kept, ignored=splits.keys() - kept.keys())
+    # the first users of each split, in the order of the file
+    kept = {
+        user for part in SPLITS for user in [u for u in splits if splits[u] == part][:limit_users]
+    }
+    builder = Builder(task, {user: split for user, split in splits.items() if user in kept})
     for part in data_set.PARTS:
         for place, entry in _read_entries(_find(folder, part), data_set.FIELDS, report):
-            builder.add(part, entry, place)
+            if entry["user"] in kept or entry["user"] not in splits:
+                builder.add(part, entry, place)
     return builder.build()
-
-
-def _read_task(file: Path) -> Task:
-    data = parse_json(file.read_bytes(), file)
-    if not isinstance(data, dict):
-        raise DataError("must be a JSON object", file=file)
-    return Task.from_json(data, str(file))
 
 
 def parse_json(content: bytes, file: Path) -> Any:
@@ -87,18 +82,12 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
     return splits
 
 
-def _first_users(splits: Mapping[str, Split], limit: int | None) -> dict[str, Split]:
-    """The first users of each split, in the order of the file."""
-    kept = {user for part in SPLITS for user in [u for u in splits if splits[u] == part][:limit]}
-    return {user: split for user, split in splits.items() if user in kept}
-
-
 def _find(folder: Path, part: str) -> Path:
     plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
-    if plain.is_file() and zipped.is_file():
-        raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
-    if not plain.is_file() and not zipped.is_file():
+    if not zipped.is_file() and not plain.is_file():
         raise DataError("no such file (nor .jsonl.gz)", file=plain)
+    if zipped.is_file() and plain.is_file():
+        raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
     return plain if plain.is_file() else zipped
 
 
@@ -190,18 +179,16 @@ def save(dataset: DataSet, folder: Path | str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError("exists already: remove it or name another folder", file=folder)
     parent = folder.absolute().parent
-    part = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(prefix=f".{folder.name}.", dir=parent))
-        _write(dataset, part)
-        part.chmod(0o755)  # mkdtemp makes it private
-        part.replace(folder)
+        with TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=parent, ignore_cleanup_errors=True
+        ) as part:
+            _write(dataset, Path(part))
+            Path(part).chmod(0o755)  # a temporary folder is private
+            Path(part).replace(folder)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", file=folder) from None
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(dataset: DataSet, folder: Path) -> None:

@@ -7,8 +7,9 @@ never precedes its history. Users are split by a hash of their name: more data d
 import csv
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ MAX_LABELS = 50
 MAX_LABEL_LENGTH = 40  # in characters
 MAX_RATING_RANGE = 10  # largest difference between two numbers that still looks like one scale
 
-Cells = tuple[Place, dict[str, Any]]  # a line's fields and its place
+Cells = Iterator[tuple[Place, dict[str, Any]]]  # each line's fields and its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,6 @@ class Columns:
     output: str = "output"
     time: str = "time"
     id: str = "id"
-
-    def required(self) -> set[str]:
-        """The fields that every line must have."""
-        named = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
-        return {"user", "input", "output"} | named
 
 
 def read_table(
@@ -61,29 +57,23 @@ def read_table(
     Raises DataError with file, line and field of what is broken.
     """
     rows = list(_rows(file, columns))
-    if kind:
-        _check_outputs(rows, kind, columns)
     if not rows:
         raise DataError("holds no record", file=file)
-    task, note = _task(rows, kind, prompt, name or re.sub(r"\..*", "", file.name), file)
-    of_user: dict[str, list[Row]] = {}
+    chosen, labels = _tidy(rows, kind, columns.output)
+    prompt = prompt or KINDS.load(chosen).default_prompt(labels)
+    fields = {"name": name or re.sub(r"\..*", "", file.name), "kind": chosen, "labels": labels}
+    task = Task.from_json({**fields, "prompt": prompt}, str(file))
+    note = f"kind {'given' if kind else 'guessed'}: {chosen}"
+    note += f", labels: {', '.join(labels)}" if labels else ""
+    of_user: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        of_user.setdefault(row[1]["user"], []).append(row)
+        of_user[row[1]["user"]].append(row)
     builder = Builder(task, {user: _split(user, test_share, seed) for user in of_user})
     for own in of_user.values():
         builder.add_user(_ordered(own), query_share)
     missing = [split for split in dataset.SPLITS if split not in builder.splits.values()]
     advice = [f"no {split} user: give another seed or test share" for split in missing]
     return builder.build([note, *advice])
-
-
-def _check_outputs(rows: Iterable[Row], kind: str, columns: Columns) -> None:
-    """Raise the first output that the kind cannot read; the builder finds empty ones."""
-    fault_of = KINDS.load(kind).output_fault
-    for place, entry in rows:
-        output = entry["output"].strip()
-        if output and (fault := fault_of(output)):
-            raise place.error(fault, columns.output)
 
 
 def _split(user: str, test_share: float, seed: int) -> Split:
@@ -105,14 +95,15 @@ def _ordered(rows: list[Row]) -> list[Row]:
 
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:
     """The entries of a file; one whose id its user has already is an error."""
-    seen = set[tuple[str, str]]()
+    names, seen = asdict(columns), set[tuple[str, str]]()
+    required = {"user", "input", "output"} | {own for own, column in names.items() if column != own}
     for place, data in _cells(read_lines(file, dataset.stop)):
         entry = {"time": "", "id": ""}
-        for name, column in asdict(columns).items():
+        for name, column in names.items():
             value = number_as_text(data.get(column))
             if isinstance(value, str):
                 entry[name] = value
-            elif name in columns.required():
+            elif name in required:
                 raise place.error("is missing, or neither a text nor a number", column)
         user, id = entry["user"], entry["id"] or f"line{place.line}"
         if (user, id) in seen:  # checked here, or one could be history and the other a query
@@ -121,21 +112,19 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
         yield place, {**entry, "id": id}
 
 
-def _cells(lines: Iterator[tuple[Place, str]]) -> Iterable[Cells]:
-    first = next(lines, None)
-    if first is None:
-        return ()
-    place, header = first
-    start = header.lstrip()[:1]
-    if start == "[":
-        raise place.error("is one JSON array: write one JSON object a line")
-    every = chain([first], lines)
-    if start == "{":
-        return ((here, parse_object(line, here)) for here, line in every)
-    return _csv_rows(header, every, place)
+def _cells(lines: Iterator[tuple[Place, str]]) -> Cells:
+    for place, header in lines:  # the first line tells the format
+        lines = chain([(place, header)], lines)
+        match header.lstrip()[:1]:
+            case "[":
+                raise place.error("is one JSON array: write one JSON object a line")
+            case "{":
+                yield from ((here, parse_object(line, here)) for here, line in lines)
+            case _:
+                yield from _csv_cells(header, lines, place)
 
 
-def _csv_rows(header: str, lines: Iterable[tuple[Place, str]], place: Place) -> Iterator[Cells]:
+def _csv_cells(header: str, lines: Iterable[tuple[Place, str]], place: Place) -> Cells:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if "\t" in header and "," not in header else ","
     text = (line + "\n" for _, line in lines)  # a quoted field may go on over several lines
@@ -154,25 +143,20 @@ def _csv_rows(header: str, lines: Iterable[tuple[Place, str]], place: Place) -> 
 # ---- the task
 
 
-def _task(
-    rows: list[Row], kind: str | None, prompt: str | None, name: str, file: Path
-) -> tuple[Task, str]:
-    """The task, and a note on what was guessed. Labels and ratings are normalized in place: white
-    space is stripped, `4.0` becomes `4`.
+def _tidy(rows: list[Row], kind: str | None, field: str) -> tuple[str, list[str]]:
+    """The kind and the labels. Labels and ratings are normalized in place: white space is stripped,
+    `4.0` becomes `4`. Raises the first output that the kind cannot read.
     """
     outputs = {entry["output"].strip() for _, entry in rows} - {""}
     chosen = kind or guess_kind(outputs, len(rows))
     of_kind = KINDS.load(chosen)
-    if of_kind.closed:
-        outputs = {of_kind.tidy(output) for output in outputs}
-        for _, entry in rows:
-            entry["output"] = of_kind.tidy(entry["output"].strip())
-    labels = of_kind.labels_of(outputs)
-    text = prompt or of_kind.default_prompt(labels)
-    data = {"name": name, "kind": chosen, "prompt": text, "labels": labels}
-    note = f"kind {'given' if kind else 'guessed'}: {chosen}"
-    labelled = f", labels: {', '.join(labels)}" if labels else ""
-    return Task.from_json(data, str(file)), note + labelled
+    for place, entry in rows:
+        output = entry["output"].strip()
+        if output and (fault := of_kind.output_fault(output)):
+            raise place.error(fault, field)
+        if of_kind.closed:
+            entry["output"] = of_kind.tidy(output)
+    return chosen, of_kind.labels_of({of_kind.tidy(output) for output in outputs})
 
 
 def guess_kind(outputs: set[str], count: int) -> str:
