@@ -8,22 +8,20 @@
 """
 
 import hashlib
-import http.client
 import importlib
 import importlib.util
-import json
 import os
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx2
 from anyio import to_thread
 
 from hydra_llm.config import Settings
@@ -35,11 +33,10 @@ from hydra_llm.types import Generation, Message, Usage
 ROLES = ("system", "user", "assistant")
 CONTEXT = 2048  # default context window of one conversation, in tokens
 SLOTS = 8  # samples side by side: 7 samples of a 1.5B model take 3.9 s in 8 slots, 4.8 s in one
-SAMPLER = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}
-"""llama.cpp's defaults, pinned: small models write noise without them."""
+SAMPLER = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}  # small models write noise without them
 STREAM = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 REFUSED = (400, 401, 403, 404, 501)
-OnToken = Callable[[str], None]
+OnToken = Callable[[str], None] | None
 
 
 class GgufLLM:
@@ -58,21 +55,28 @@ class GgufLLM:
     def __init__(
         self, path: Path | str, *, context_per_slot: int = CONTEXT, model_name: str | None = None
     ):
-        self.path = Path(path)
-        _check_file(self.path)
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                if file.read(4) != b"GGUF":
+                    raise SettingsError(f"gguf:{path}: not a GGUF file")
+        except OSError as error:
+            problem = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
+            raise SettingsError(f"gguf:{path}: {problem}") from None
         if importlib.util.find_spec("xllamacpp") is None:
             fix = "pip install 'hydra-llm[embedded]'"
             raise SettingsError(f"an embedded model needs xllamacpp: {fix}")
-        self.model = model_name or self.path.stem
-        self.window = context_per_slot
+        self.path, self.model, self.window = path, model_name or path.stem, context_per_slot
         self._engine: Engine | None = None
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = Lock()
 
     @property
     def engine(self) -> "Engine":
         """The engine, started at the first call."""
         if self._engine is None:
-            self._engine = Engine(self.path, SLOTS, self.window, _cores())
+            allowed = getattr(os, "sched_getaffinity", None)  # Linux alone tells
+            cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+            self._engine = Engine(self.path, SLOTS, self.window, cores)
         return self._engine
 
     @cached_property
@@ -86,16 +90,14 @@ class GgufLLM:
         return {**identity, "sampler": SAMPLER, "constrains": True, **context}
 
     async def generate(
-        self, messages: Sequence[Message], sampling: Sampling, on_token: OnToken | None = None
+        self, messages: Sequence[Message], sampling: Sampling, on_token: OnToken = None
     ) -> Generation:
         """Return n texts; with `choices` each is one of them, whatever `max_tokens` says.
 
-        `on_token` is called with each piece of the first text, in the engine's thread.
-
-        Raises:
-            LLMError: `LLMRefused` where the prompt is too long or a role unknown.
+        `on_token` is called with each piece of the first text, in the engine's thread. Raises
+        LLMError: `LLMRefused` where the prompt is too long or a role unknown.
         """
-        cancelled = threading.Event()
+        cancelled = Event()
         try:
             return await to_thread.run_sync(
                 self._answer, messages, sampling, cancelled, on_token, abandon_on_cancel=True
@@ -104,39 +106,34 @@ class GgufLLM:
             cancelled.set()
 
     async def aclose(self) -> None:
-        await to_thread.run_sync(self._close)
+        def close() -> None:
+            with self._one_at_a_time:
+                if self._engine is not None:
+                    self._engine.close()
+                self._engine = None
 
-    def _close(self) -> None:
-        with self._one_at_a_time:
-            if self._engine is not None:
-                self._engine.close()
-            self._engine = None
+        await to_thread.run_sync(close)
 
     def _answer(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        cancelled: threading.Event,
-        on_token: OnToken | None,
+        self, messages: Sequence[Message], sampling: Sampling, cancelled: Event, on_token: OnToken
     ) -> Generation:
         with self._one_at_a_time:
             started = time.perf_counter()
-            body = _body(sampling) | {"messages": [self.engine.safe(each) for each in messages]}
+            body = _body(sampling) | {"messages": list(map(self.engine.safe, messages))}
             pool = 2 * self.engine.context - self._fit(body)
             at_once = max(1, min(SLOTS, pool // body["max_tokens"]))
             distinct = sampling.n if sampling.temperature > 0 else 1
-            texts: tuple[str, ...] = ()
-            ends: tuple[str, ...] = ()
-            usage = Usage()
-            while len(texts) < distinct and not cancelled.is_set():
-                drawn = {"n": min(at_once, distinct - len(texts))}
+            made = Generation(())
+            while (count := len(made.texts)) < distinct and not cancelled.is_set():
+                drawn = {"n": min(at_once, distinct - count)}
                 if sampling.seed is not None:  # 2**32 - 1 means "at random"
-                    drawn["seed"] = (sampling.seed + len(texts)) % (2**32 - 1)
-                part = self.engine.chat(body | drawn, cancelled, None if texts else on_token)
-                texts, ends, usage = texts + part.texts, ends + part.ends, usage + part.usage
-            usage += Usage(seconds=time.perf_counter() - started)
+                    drawn["seed"] = (sampling.seed + count) % (2**32 - 1)
+                part = self.engine.chat(body | drawn, cancelled, None if count else on_token)
+                texts, ends = made.texts + part.texts, made.ends + part.ends
+                made = Generation(texts, made.usage + part.usage, ends)
+            usage = made.usage + Usage(seconds=time.perf_counter() - started)
         copies = sampling.n // distinct
-        return Generation(texts * copies, usage, ends * copies)
+        return Generation(made.texts * copies, usage, made.ends * copies)
 
     def _fit(self, body: dict[str, Any]) -> int:
         """The prompt's tokens; cuts `max_tokens` to the room after it, but not to a word or two."""
@@ -154,7 +151,6 @@ class GgufLLM:
 
 
 def _body(sampling: Sampling) -> dict[str, Any]:
-    """The body of a request, without messages."""
     limits = {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop)}
     if choices := sampling.choices:
         longest = max(len(choice.encode()) for choice in choices)  # no label has more tokens
@@ -170,13 +166,10 @@ class Engine:
         xllamacpp = _import_engine()
         self.key = secrets.token_urlsafe(32)
         params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_parallel = slots
-        params.n_ctx = 2 * context
+        params.model.path, params.cpuparams.n_threads = str(path), threads
+        params.n_parallel, params.n_ctx = slots, 2 * context
         params.kv_unified = True  # the samples share the prompt's memory
-        params.cpuparams.n_threads = threads
-        params.cache_ram_mib = 0  # else it keeps up to 8 GB of old prompts
-        params.n_ctx_checkpoints = 0
+        params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else it keeps 8 GB of old prompts
         params.n_batch = 512  # a prompt can be cancelled every 512 tokens
         params.verbosity = -1
         params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [self.key]
@@ -187,6 +180,10 @@ class Engine:
         except RuntimeError as error:
             raise LLMRefused(f"{path}: llama.cpp cannot load this model ({error})") from None
         self.address: str = self._server.listening_address
+        # A connection that stayed open would hold one of the engine's two threads.
+        headers = {"Authorization": f"Bearer {self.key}", "Connection": "close"}
+        options: dict[str, Any] = {"headers": headers, "timeout": 60, "trust_env": False}
+        self._http = httpx2.Client(base_url=self.address, **options)
         own = int(self.post("/props", None)["default_generation_settings"]["n_ctx"])
         self.context = min(context, own)
         # The engine's threads must not outlive the interpreter.
@@ -194,24 +191,16 @@ class Engine:
 
     def post(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """Ask the engine's own port (GET if there is no body)."""
-        headers = {"Authorization": f"Bearer {self.key}", "Connection": "close"}
-        headers["Content-Type"] = "application/json"
-        method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
-        # http.client takes no proxy from the environment.
-        connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
         try:
-            connection.request(method, path, content, headers)
-            answer = json.loads(connection.getresponse().read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer = self._http.request("GET" if body is None else "POST", path, json=body).json()
+        except (httpx2.HTTPError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise LLMError(f"the embedded engine did not answer {path}: {problem}") from None
-        finally:
-            connection.close()
         _raise_error(answer)
         return answer
 
     def chat(
-        self, body: Mapping[str, Any], cancelled: threading.Event, on_token: OnToken | None = None
+        self, body: Mapping[str, Any], cancelled: Event, on_token: OnToken = None
     ) -> Generation:
         """The `n` texts of one request."""
         texts, ends = [""] * body["n"], ["stop"] * body["n"]
@@ -271,10 +260,7 @@ class Engine:
 
 
 def _import_engine() -> Any:
-    """Import xllamacpp with OpenMP threads that sleep, not spin, while they wait.
-
-    libgomp reads the variable once, when it is loaded.
-    """
+    """Import xllamacpp with OpenMP threads that sleep while they wait; libgomp reads this once."""
     before = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -302,20 +288,6 @@ def _escaped(character: str) -> str:
     if character in '"\\':
         return "\\" + character
     return character if character.isprintable() else f"\\U{ord(character):08X}"
-
-
-def _check_file(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise SettingsError(f"gguf:{path}: not a GGUF file")
-    except OSError as error:
-        problem = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
-        raise SettingsError(f"gguf:{path}: {problem}") from None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def from_path(rest: str, settings: Settings) -> GgufLLM:

@@ -28,8 +28,7 @@ REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same call would fail again
 class OpenAILLM:
     """A model behind an endpoint; URL and key default to OPENAI_BASE_URL and OPENAI_API_KEY.
 
-    Raises:
-        SettingsError: no key, and no URL of another endpoint, is known.
+    Raises SettingsError: no key, and no URL of another endpoint, is known.
     """
 
     def __init__(
@@ -42,22 +41,23 @@ class OpenAILLM:
         retries: int = 3,
         concurrency: int = 8,
     ):
-        self.model, self.timeout, self.retries = model, timeout, retries
-        self.endpoint = Endpoint.of(f"openai:{model}", base_url, api_key)
-        self._capabilities = CapabilityCache()
-        self._client = self._open()
+        self.model, self.timeout = model, timeout
+        endpoint = Endpoint.of(f"openai:{model}", base_url, api_key)
+        self._key = endpoint.key
+        options: dict[str, Any] = {"base_url": endpoint.url, "timeout": timeout}
+        options |= {"api_key": self._key or "none", "max_retries": retries}
+        # The SDK's own one closes itself in whatever loop runs when it is collected, and fails.
+        options["http_client"] = openai.DefaultAsyncHttpxClient(timeout=timeout)
+        self._client = openai.AsyncOpenAI(**options)
         self._loop: object = None
+        url = urlsplit(str(self._client.base_url))
+        self.base_url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # without key
+        self._capabilities = CapabilityCache()
         self._slots = anyio.Semaphore(concurrency)  # of requests: a call may be several
 
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities.of(self.model)
-
-    @property
-    def base_url(self) -> str:
-        """The endpoint without user names or keys."""
-        url = urlsplit(str(self._client.base_url))
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -67,13 +67,11 @@ class OpenAILLM:
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, in one request where the endpoint can, else in n; ignores `choices`.
 
-        Raises:
-            LLMRefused: key, model or request are wrong, or the prompt is too long.
-            PartlyFailed: one of n requests failed.
-            LLMError: after the SDK's retries no answer, or one that cannot be read.
+        Raises LLMRefused for a wrong key, model or request or too long a prompt, PartlyFailed if
+        one of n requests failed, LLMError for no readable answer after the SDK's retries.
         """
         # JSON in UTF-8 cannot hold half of a surrogate pair.
-        repaired = [{name: repair(text) for name, text in each.items()} for each in messages]
+        repaired = [{name: repair(text) for name, text in message.items()} for message in messages]
         body: dict[str, Any] = {"messages": repaired, "temperature": sampling.temperature}
         body["max_tokens"] = sampling.max_tokens
         if sampling.stop:
@@ -116,79 +114,57 @@ class OpenAILLM:
         known = self.capabilities
         sent = known.applied(body)
         try:
-            generation = await self._request(sent)
-        except _Refused as error:
-            if not self._capabilities.learn(self.model, known.after(error.refusal, sent)):
-                raise
-            return await self._send(body)
+            async with self._slots:
+                create: Any = self._client_here().chat.completions.create
+                answer = await create(model=self.model, **sent)
+        except openai.APIStatusError as error:
+            code, param = str(error.code or ""), str(error.param or "")
+            refusal = Refusal(error.status_code, str(error.message), code, param)
+            refused = refusal.status in REFUSED
+            if refused and self._capabilities.learn(self.model, known.after(refusal, sent)):
+                return await self._send(body)
+            line = self._line(f"HTTP {error.status_code}: {error.message}")
+            if refused:
+                raise LLMRefused(line, fits=refusal.fits(error.body)) from None
+            raise LLMError(line) from None
+        except openai.APITimeoutError:
+            raise LLMError(self._line(f"no answer within {self.timeout:g} s")) from None
+        except openai.APIConnectionError as error:
+            raise LLMError(self._line(f"no connection: {error.__cause__ or error}")) from None
+        except (openai.OpenAIError, ValueError) as error:
+            raise LLMError(self._line(f"an answer that cannot be read: {error}")) from None
+        generation = self._read(answer)
         if len(generation.texts) < sent.get("n", 1):
             self._capabilities.learn(self.model, replace(self.capabilities, native_n=False))
         return generation
-
-    async def _request(self, sent: Mapping[str, Any]) -> Generation:
-        create: Any = self._client_here().chat.completions.create
-        try:
-            async with self._slots:
-                answer = await create(model=self.model, **sent)
-        except openai.APIStatusError as error:
-            raise self._failed(f"HTTP {error.status_code}: {error.message}", error) from None
-        except openai.APITimeoutError:
-            raise self._failed(f"no answer within {self.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            raise self._failed(f"no connection: {error.__cause__ or error}") from None
-        except (openai.OpenAIError, ValueError) as error:
-            raise self._failed(f"an answer that cannot be read: {error}") from None
-        return self._read(answer)
 
     def _client_here(self) -> openai.AsyncOpenAI:
         """The client of this event loop: connections belong to one, and `run_sync` starts many."""
         loop = anyio.lowlevel.current_token()
         if self._loop not in (None, loop):
-            self._client = self._open()
+            connections = openai.DefaultAsyncHttpxClient(timeout=self.timeout)
+            self._client = self._client.copy(http_client=connections)
         self._loop = loop
         return self._client
-
-    def _open(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            api_key=self.endpoint.key or "none",
-            base_url=self.endpoint.url,
-            timeout=self.timeout,
-            max_retries=self.retries,
-            # The SDK's own one closes itself in whatever loop runs when it is collected, and fails.
-            http_client=openai.DefaultAsyncHttpxClient(timeout=self.timeout),
-        )
 
     def _read(self, answer: ChatCompletion) -> Generation:
         try:  # the SDK checks nothing: an endpoint's nonsense arrives as it is
             choices = sorted(answer.choices, key=lambda choice: choice.index or 0)
             contents = [choice.message.content for choice in choices]
-            texts = tuple(text if isinstance(text, str) else "" for text in contents)
             used = answer.usage
             tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
         except (AttributeError, TypeError) as error:
-            shown = f"{str(answer)[:80]} ({type(error).__name__})"
-            raise self._failed(f"an answer without choices: {shown}") from None
-        if not texts:
-            raise self._failed("an answer without choices")
+            text = f"an answer without choices: {str(answer)[:80]} ({type(error).__name__})"
+            raise LLMError(self._line(text)) from None
+        if not contents:
+            raise LLMError(self._line("an answer without choices"))
+        texts = tuple(text if isinstance(text, str) else "" for text in contents)
         return Generation(texts, Usage(1, 0, 0, *tokens))
 
-    def _failed(self, text: str, status: openai.APIStatusError | None = None) -> LLMError:
-        """The error of one line, without the key."""
+    def _line(self, text: str) -> str:
+        """An error's one line: where, and what, without the key."""
         line = f"{self.model} at {self.base_url}: {fold(text)[:500]}"
-        if self.endpoint.key:
-            line = line.replace(self.endpoint.key, "***")
-        if status and status.status_code in REFUSED:
-            return _Refused(line, status)
-        return LLMError(line)
-
-
-class _Refused(LLMRefused):
-    """A refusal with what the endpoint said."""
-
-    def __init__(self, text: str, error: openai.APIStatusError):
-        code, param = str(error.code or ""), str(error.param or "")
-        self.refusal = Refusal(error.status_code, str(error.message), code, param)
-        super().__init__(text, fits=self.refusal.fits(error.body))
+        return line.replace(self._key, "***") if self._key else line
 
 
 def _drawn(seed: int | None, index: int, n: int = 1) -> dict[str, int]:
