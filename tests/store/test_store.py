@@ -272,7 +272,7 @@ def test_only_feedback_of_the_bundle_with_a_group_is_read(
     assert len(store.unlearned_feedback("ada")) == 9
     read = []
     monkeypatch.setattr(
-        "hydra_llm.store.requests.StoredFeedback",
+        "hydra_llm.store.store.StoredFeedback",
         lambda *row: read.append(row) or StoredFeedback(*row),
     )
     assert [each.request for each in store.unlearned_feedback("ada", 2, bundle="x")] == ["r5", "r7"]

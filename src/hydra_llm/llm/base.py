@@ -45,10 +45,8 @@ class ChatLLM(Protocol):
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return `sampling.n` texts that continue the conversation.
 
-        Raises:
-            LLMRefused: the same call would fail again.
-            PartlyFailed: some of the texts arrived.
-            LLMError: it failed after its retries.
+        Raises LLMRefused if the same call would fail again, PartlyFailed if some of the texts
+        arrived, LLMError after the retries.
         """
         ...
 

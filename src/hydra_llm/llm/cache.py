@@ -29,9 +29,6 @@ CREATE TABLE IF NOT EXISTS answers (
     payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
 ) WITHOUT ROWID;
 """
-REQUEST = "INSERT OR IGNORE INTO requests VALUES (?, ?)"
-ANSWER = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
-OWN = "SELECT candidate, payload FROM answers WHERE request = ? ORDER BY candidate"
 REFUSED = -1
 """Index of the refusal of a prompt that was too long: a replay without the LLM cuts it alike."""
 Row = Mapping[str, Any]
@@ -67,10 +64,8 @@ class CachedLLM:
     """An LLM whose answers are kept in `path`; with `replay_only` a missing answer is an error.
 
     `used` holds the indices that each request of this process got, by key, for a recording.
-    Errors name `name`, by default the path.
-
-    Raises:
-        UserFault: the file cannot be opened, or is damaged.
+    Errors name `name`, by default the path. Raises UserFault for a file that cannot be opened, or
+    is damaged.
     """
 
     def __init__(
@@ -89,26 +84,23 @@ class CachedLLM:
 
     @property
     def parallel(self) -> int:
-        """Calls at once, as far as the inner LLM tells."""
         return int(getattr(self.inner, "parallel", 1))
 
     @property
     def usage(self) -> Usage:
         """What the inner LLM spent, if it counts, and what the cache answered, at no cost."""
-        spent: Usage = getattr(self.inner, "usage", Usage())
-        return spent + self._replayed
+        return self._replayed + getattr(self.inner, "usage", Usage())
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, cached ones first. Identical calls run once; n greedy texts are one call.
 
-        Raises:
-            LLMError: as the inner LLM says, too few texts, or `replay_only` and no answer.
+        Raises LLMError: as the inner LLM says, too few texts, or `replay_only` and no answer.
         """
         request = request_of(self.identity, messages, sampling)
         key, distinct = key_of(request), sampling.n if sampling.temperature > 0 else 1
         async with self._locks.setdefault(key, anyio.Lock()):  # a second call finds the answers
             rows = {i: row for i, row in self.stored(key).items() if 0 <= i < distinct}
-            usage = _usage_of(rows)
+            usage = sum(map(_usage_of, rows.values()), Usage())
             self._replayed += usage
             for first, count in _runs([index for index in range(distinct) if index not in rows]):
                 if self.replay_only:
@@ -129,8 +121,8 @@ class CachedLLM:
 
     def stored(self, key: str) -> dict[int, Row]:
         """The stored rows of a request by index, its refusal among them."""
-        stored = self.file.read(OWN, (key,))
-        rows = {index: json.loads(payload) for index, payload in stored}
+        query = "SELECT candidate, payload FROM answers WHERE request = ? ORDER BY candidate"
+        rows = {index: json.loads(payload) for index, payload in self.file.read(query, (key,))}
         return self._unwritten.get(key, {}) | rows
 
     def store(self, key: str, rows: Mapping[int, Row]) -> None:
@@ -148,7 +140,10 @@ class CachedLLM:
         if not rows:
             return {}
         answers = [(key, index, canonical(row)) for index, row in rows.items()]
-        if not self.file.write((REQUEST, [(key, canonical(request))]), (ANSWER, answers)):
+        if not self.file.write(
+            ("INSERT OR IGNORE INTO requests VALUES (?, ?)", [(key, canonical(request))]),
+            ("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", answers),
+        ):
             self._unwritten.setdefault(key, {}).update(rows)
             return dict(rows)
         stored = self.stored(key)
@@ -196,13 +191,10 @@ def _rows(generation: Generation) -> list[Row]:
     return rows
 
 
-def _usage_of(rows: Mapping[int, Row]) -> Usage:
-    """What stored rows cost when they were made, as cached calls; no money is spent again."""
-    total = Usage()
-    for row in rows.values():
-        tokens = row["prompt_tokens"], row["completion_tokens"]
-        total += Usage(0, row["calls"], 0, *tokens, seconds=row["seconds"])
-    return total
+def _usage_of(row: Row) -> Usage:
+    """What a stored row cost when it was made, as cached calls; no money is spent again."""
+    tokens = row["prompt_tokens"], row["completion_tokens"]
+    return Usage(0, row["calls"], 0, *tokens, seconds=row["seconds"])
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:

@@ -19,7 +19,6 @@ OPENAI_URL = "https://api.openai.com/v1"
 SPEC = re.compile(r"(.+?)(?:@(https?://.+))?")
 MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
 CAPABILITY_SECONDS = 600.0  # what an endpoint refuses in a bad hour is tried again
-MODELS = 1000  # whose capabilities are remembered at once
 NAMES_N = re.compile(
     r"""['"`]n['"`]|\bn\b\s*(?:=|>|<|!|must|is|should|has|cannot|parameter|other)"""
     r"""|parameter:? n\b|multiple (?:choices|completions)"""
@@ -52,8 +51,7 @@ class Endpoint:
     def of(cls, name: str, url: str | None = None, key: str | None = None) -> "Endpoint":
         """URL and key as given, else of OPENAI_BASE_URL and OPENAI_API_KEY; errors say `name`.
 
-        Raises:
-            SettingsError: OPENAI_BASE_URL is no URL, or OpenAI's own endpoint has no key.
+        Raises SettingsError: OPENAI_BASE_URL is no URL, or OpenAI's own endpoint has no key.
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         if urlsplit(url).scheme not in ("http", "https"):
@@ -69,21 +67,18 @@ class Endpoint:
 def endpoint_of(rest: str) -> tuple[str, str | None]:
     """Model and URL of `MODEL[@URL]`, the rest of an `openai:` spec; a model's name may hold an @.
 
-    Raises:
-        SettingsError: no model, or an invalid URL, which would else be taken for part of the model.
+    Raises SettingsError: no model, or an invalid URL, which would else be taken for part of it.
     """
     match = SPEC.fullmatch(rest)
-    if match is None or MEANT_AS_URL.search(match[1]) or not _is_url(match[2] or OPENAI_URL):
+    try:
+        url = urlsplit((match and match[2]) or OPENAI_URL)
+        valid = bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        valid = False
+    if match is None or MEANT_AS_URL.search(match[1]) or not valid:
         forms = "openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint"
         raise SettingsError(f"openai:{without_userinfo(rest)} needs a model: {forms}")
     return match[1], match[2]
-
-
-def _is_url(text: str) -> bool:
-    try:
-        return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
-    except ValueError:  # brackets that do not close, a port that is no number
-        return False
 
 
 def without_userinfo(text: str) -> str:
@@ -102,17 +97,12 @@ class Refusal:
 
     @classmethod
     def of(cls, status: int, body: Any) -> "Refusal":
-        """From the JSON body of an error."""
+        """The refusal of an error's JSON body."""
         error = body.get("error", body) if isinstance(body, Mapping) else body
         if not isinstance(error, Mapping):
             return cls(status, str(error))
         code, param = error.get("code") or "", error.get("param") or ""
         return cls(status, str(error.get("message") or error), str(code), str(param))
-
-    @property
-    def names_n(self) -> bool:
-        """Whether it is about the number of texts."""
-        return self.param == "n" or bool(NAMES_N.search(self.message))
 
     def names(self, parameter: str) -> bool:
         """Whether this parameter is not supported at all (not: its value is out of range)."""
@@ -124,12 +114,12 @@ class Refusal:
         text = f"{self.code} {self.message} {details}"
         if self.status not in (400, 413, 422) or not TOO_LONG.search(text):
             return None
-        share = min(_numbers(WINDOW, text), default=0) / max(_numbers(LENGTH, text), default=1)
+        windows, lengths = (
+            [int(number) for groups in pattern.findall(text) for number in groups if number]
+            for pattern in (WINDOW, LENGTH)
+        )
+        share = min(windows, default=0) / max(lengths, default=1)
         return share if 0 < share < 1 else FITS
-
-
-def _numbers(pattern: re.Pattern[str], text: str) -> list[int]:
-    return [int(number) for found in pattern.findall(text) for number in found if number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,20 +144,19 @@ class Capabilities:
             return replace(self, limit_name="max_completion_tokens")
         if named := {name for name in {"temperature", "seed"} & sent.keys() if refusal.names(name)}:
             return replace(self, refused=self.refused | named)
-        return replace(self, native_n=self.native_n and not ("n" in sent and refusal.names_n))
-
-
-UNKNOWN = Capabilities()
+        if "n" in sent and (refusal.param == "n" or NAMES_N.search(refusal.message)):
+            return replace(self, native_n=False)
+        return self
 
 
 class CapabilityCache:
     """Model → what it takes, for `CAPABILITY_SECONDS` after it was last learned."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._known: TTLCache[str, Capabilities] = TTLCache(MODELS, CAPABILITY_SECONDS, clock)
+        self._known: TTLCache[str, Capabilities] = TTLCache(1000, CAPABILITY_SECONDS, clock)
 
     def of(self, model: str) -> Capabilities:
-        return self._known.get(model, UNKNOWN)
+        return self._known.get(model) or Capabilities()
 
     def learn(self, model: str, capabilities: Capabilities) -> bool:
         """Remember what a model takes; whether that is new."""

@@ -21,7 +21,6 @@ from hydra_llm.types import Generation, Message, Usage
 Rule = Callable[[Sequence[Message], int, random.Random], str]
 """(messages, index of the sample, random generator) -> text; `Choose` takes choices too."""
 Choose = Callable[[Sequence[Message], int, random.Random, Sequence[str]], str]
-FAILURES = ("error", "refused", "hang")
 
 
 class RuleLLM:
@@ -58,8 +57,8 @@ class RuleLLM:
         text = self._rule(messages, sample, rng)
         for mark in filter(None, sampling.stop):
             text = text.split(mark, 1)[0]
-        most = sampling.max_tokens
-        return text if _words(text) <= most else " ".join(text.split()[:most])
+        words, most = text.split(), sampling.max_tokens
+        return text if len(words) <= most else " ".join(words[:most])
 
 
 class FailingLLM:
@@ -69,11 +68,8 @@ class FailingLLM:
         self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0
     ):
         self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
+        self.identity = {**inner.identity, "fails": f"{kind}, every {every}"}
         self.calls = 0
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return {**self.inner.identity, "fails": f"{self.kind}, every {self.every}"}
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         self.calls += 1
@@ -106,9 +102,8 @@ def label_rule() -> RuleLLM:
 def scripted(path: Path) -> RuleLLM:
     """Answers from a JSON file: the texts of a list in order, or of a map by a key in the message.
 
-    Raises:
-        SettingsError: the file cannot be read or is neither.
-        LLMError: in a call: the list is used up, or no key fits.
+    Raises SettingsError: the file cannot be read or is neither. A call raises LLMError when the
+    list is used up, or no key fits.
     """
     try:
         script = json.loads(path.read_text(encoding="utf-8"))
@@ -142,17 +137,14 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
     if kind == "script" and value:
         return scripted(Path(value).expanduser())
     if kind == "fail":
-        return _failing(value, settings.timeout)
+        failure, _, every = value.partition(",every=")
+        failures, every = ("error", "refused", "hang"), every or "1"
+        if failure not in failures or not every.isdigit() or int(every) < 1:
+            wanted = f"KIND one of {', '.join(failures)} and N at least 1"
+            raise SettingsError(f"fake:fail={value}: take fake:fail=KIND[,every=N] with {wanted}")
+        return FailingLLM(label_rule(), failure, every=int(every), timeout=settings.timeout)
     forms = "fake:echo, fake:rule=labels, fake:script=PATH or fake:fail=KIND[,every=N]"
     raise SettingsError(f"unknown LLM 'fake:{rest}': take {forms}")
-
-
-def _failing(value: str, timeout: float) -> FailingLLM:
-    kind, _, every = value.partition(",every=")
-    if kind not in FAILURES or not (every or "1").isdigit() or int(every or 1) < 1:
-        wanted = f"KIND one of {', '.join(FAILURES)} and N at least 1"
-        raise SettingsError(f"fake:fail={value}: take fake:fail=KIND[,every=N] with {wanted}")
-    return FailingLLM(label_rule(), kind, every=int(every or 1), timeout=timeout)
 
 
 def _digest(value: Any, salt: int) -> str:

@@ -67,9 +67,7 @@ class Meter:
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Pass the call on, and add what it cost to `usage`.
 
-        Raises:
-            BudgetExceeded: the budget is spent; the LLM was not asked.
-            LLMError: as the inner LLM says.
+        Raises BudgetExceeded before a call that the budget does not allow, and the inner's errors.
         """
         async with self._slots:
             calls = sampling.n if self._one_by_one else 1
@@ -81,8 +79,9 @@ class Meter:
                 return self._counted(generation, sampling.n, time.perf_counter() - started)
             except PartlyFailed as error:
                 self.errors[str(error)] += 1
-                counted = self._counted(error.partial, sampling.n, time.perf_counter() - started)
-                raise PartlyFailed(str(error), counted) from None
+                waited = time.perf_counter() - started
+                error.partial = self._counted(error.partial, sampling.n, waited)
+                raise
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
                 self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
                 failed = isinstance(error, LLMError)
@@ -103,7 +102,6 @@ class Meter:
         return replace(generation, usage=usage)
 
     def _check_budget(self, calls: int) -> None:
-        """Whether there is room for so many calls more, beside those in flight."""
         spent, budget = self.usage, self.budget
         tokens = spent.prompt_tokens + spent.completion_tokens
         for name, value, limit in (

@@ -52,17 +52,14 @@ class OpenAILLM:
         self._loop: object = None
         url = urlsplit(str(self._client.base_url))
         self.base_url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # without key
+        place = {"model": model, "base_url": self.base_url}
+        self.identity: Mapping[str, Any] = {"kind": "openai", **place, "constrains": False}
         self._capabilities = CapabilityCache()
         self._slots = anyio.Semaphore(concurrency)  # of requests: a call may be several
 
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities.of(self.model)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        place = {"model": self.model, "base_url": self.base_url}
-        return {"kind": "openai", **place, "constrains": False}
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, in one request where the endpoint can, else in n; ignores `choices`.

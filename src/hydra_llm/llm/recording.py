@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ FORMAT = 1
 Requests = dict[str, dict[int, Any]]  # key → index of the text → row
 
 
+@dataclass(frozen=True)
 class RecordedLLM:
     """The LLM of a recording: it has an identity, and is never called."""
 
-    def __init__(self, identity: Mapping[str, Any]):
-        self.identity = identity
+    identity: Mapping[str, Any]
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         raise AssertionError("a recorded LLM was called")
@@ -37,8 +38,7 @@ class RecordedLLM:
 def write_recording(file: Path, llm: CachedLLM) -> int:
     """Add this process's requests to the file; returns how many it holds then.
 
-    Raises:
-        UserFault: the file cannot be written, or is a recording of another LLM.
+    Raises UserFault: the file cannot be written, or is a recording of another LLM.
     """
     requests = _of_llm(file, llm) if file.exists() else {}
     for key, used in llm.used.items():
@@ -74,15 +74,14 @@ def _of_llm(file: Path, llm: CachedLLM) -> Requests:
 def read_recording(file: Path) -> tuple[dict[str, Any], Requests]:
     """The LLM's identity, and each request's rows.
 
-    Raises:
-        UserFault: not there, damaged, or of a newer format.
+    Raises UserFault: not there, damaged, or of a newer format.
     """
     try:
         content = gzip.decompress(file.read_bytes()).decode("ascii")
         lines = map(json.loads, content.splitlines())
         header = next(lines)
-        if (made := header["format"]) > FORMAT:
-            newer = f"format {made} is made by a newer hydra-llm: install that one"
+        if (version := header["format"]) > FORMAT:
+            newer = f"format {version} is made by a newer hydra-llm: install that one"
             raise UserFault(f"{file}: {newer}")
         rows = ((line["key"], line["rows"].items()) for line in lines)
         return header["llm"], {key: {int(i): row for i, row in items} for key, items in rows}

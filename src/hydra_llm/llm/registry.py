@@ -27,7 +27,6 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
     kind="LLM",
     needs=("__call__",),
 )
-REPLAY = "replay:"  # a recording instead of an LLM: it needs neither cache nor meter
 FORMS = (
     "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING,"
     " fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
@@ -37,12 +36,10 @@ FORMS = (
 def open_llm(spec: str, settings: Settings) -> CachedLLM:
     """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings.
 
-    Raises:
-        SettingsError: an unknown spec, or what it needs is not there.
-        UserFault: the cache cannot be opened.
+    Raises SettingsError for an unknown spec or what it lacks, UserFault if the cache does not open.
     """
-    if spec.startswith(REPLAY):
-        return open_recording(Path(spec.removeprefix(REPLAY)))
+    if spec.startswith("replay:"):  # a recording needs neither cache nor meter
+        return open_recording(Path(spec.removeprefix("replay:")))
     return wrap(bare_llm(spec, settings), settings)
 
 

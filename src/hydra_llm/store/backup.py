@@ -4,15 +4,12 @@ from contextlib import closing
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
-from hydra_llm.store.database import without_password
 from hydra_llm.store.store import Store
 
-ROWS_AT_ONCE = 500
-"""Rows that a copy holds in memory."""
+ROWS_AT_ONCE = 500  # rows that a copy holds in memory
 
 
 def backup(store: Store, file: Path) -> dict[str, int]:
@@ -40,7 +37,8 @@ def restore(store: Store, file: Path) -> dict[str, int]:
     Raises StoreError: there are rows already, or the file is no backup.
     """
     if any(count for table, count in store.counts().items() if table != "serving"):
-        raise StoreError(f"{without_password(store.url)}: is not empty: restore into a new store")
+        url = store.url.render_as_string(hide_password=True)
+        raise StoreError(f"{url}: is not empty: restore into a new store")
     if not file.is_file():
         raise StoreError(f"{file}: no such file")
     with closing(Store(f"sqlite:///{file}")) as saved:
@@ -48,21 +46,17 @@ def restore(store: Store, file: Path) -> dict[str, int]:
 
 
 def _copy(source: Store, target: Store) -> dict[str, int]:
+    counts = dict.fromkeys((table.name for table in schema.metadata.sorted_tables), 0)
     with source.snapshot() as reading, target.writing() as writing:
-        tables = schema.metadata.sorted_tables
-        counts = {table.name: _copy_table(reading, writing, table) for table in tables}
+        reading = reading.execution_options(yield_per=ROWS_AT_ONCE)
+        for table in schema.metadata.sorted_tables:
+            # An empty store may have a salt: the original's replaces it.
+            writing.execute(sa.delete(table))
+            for rows in reading.execute(sa.select(table)).mappings().partitions():
+                writing.execute(sa.insert(table), list(map(dict, rows)))
+                counts[table.name] += len(rows)
         if not target.on_sqlite:  # its sequence does not know the keys that were copied
             last = sa.func.coalesce(sa.func.max(schema.users.c.key), 1)
             sequence = sa.func.pg_get_serial_sequence("users", "key")
             writing.execute(sa.select(sa.func.setval(sequence, sa.select(last).scalar_subquery())))
     return counts
-
-
-def _copy_table(reading: Connection, writing: Connection, table: sa.Table) -> int:
-    writing.execute(sa.delete(table))  # an empty store may have a salt: the original's replaces it
-    count = 0
-    rows = reading.execution_options(yield_per=ROWS_AT_ONCE).execute(sa.select(table)).mappings()
-    for part in rows.partitions():
-        writing.execute(sa.insert(table), [dict(row) for row in part])
-        count += len(part)
-    return count

@@ -16,8 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from hydra_llm.errors import SettingsError, StoreError
 
 EXPECTED_URL = "sqlite:///FILE or postgresql+psycopg://..."
-MAX_IN = 500
-"""Values of one IN (…): SQLite's oldest limit is 999."""
+MAX_IN = 500  # values of one IN (…): SQLite's oldest limit is 999
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
 
 
@@ -25,12 +24,10 @@ class Database:
     """One database and its transactions. Any number of threads and processes may use it."""
 
     def __init__(self, url: str, *, timeout: float = 30.0):
-        """Open nothing yet; see `create_engine`."""
         self.engine = create_engine(url, timeout=timeout)
         self.url = self.engine.url
 
     def close(self) -> None:
-        """Close the connections."""
         self.engine.dispose()
 
     @property
@@ -66,11 +63,6 @@ class Database:
         with self.reading() as connection:
             return connection.execute(statement).all()
 
-    def value(self, statement: sa.Select[Any]) -> Any:
-        """The first column of the first row that one statement reads; None if there is no row."""
-        with self.reading() as connection:
-            return connection.scalar(statement)
-
     def write(self, statement: sa.Delete | sa.Update) -> int:
         """Run one statement; returns how many rows it changed."""
         with self.writing() as connection:
@@ -96,7 +88,16 @@ def create_engine(url: str, *, timeout: float = 30.0) -> Engine:
     try:
         if parsed.get_backend_name() != "sqlite":
             pool = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
-            timeouts = _postgresql_timeouts(timeout)
+            # A server that answers reports its timeout; for one that does not, TCP's timers end.
+            seconds, milliseconds = int(timeout), int(timeout * 1000)
+            timeouts = {
+                "connect_timeout": max(2, seconds),
+                "options": f"-c statement_timeout={milliseconds}",
+                "tcp_user_timeout": milliseconds,
+                "keepalives_idle": max(1, seconds),
+                "keepalives_interval": 1,
+                "keepalives_count": 3,
+            }
             return sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **pool)
         engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
     except ModuleNotFoundError as error:
@@ -123,18 +124,6 @@ def _parse(url: str) -> URL:
     return parsed.set(drivername="postgresql+psycopg") if on_default_driver else parsed
 
 
-def _postgresql_timeouts(timeout: float) -> dict[str, Any]:
-    """A server that answers reports its timeout; for one that does not, TCP's timers end."""
-    return {
-        "connect_timeout": max(2, int(timeout)),
-        "options": f"-c statement_timeout={int(timeout * 1000)}",
-        "tcp_user_timeout": int(timeout * 1000),
-        "keepalives_idle": max(1, int(timeout)),
-        "keepalives_interval": 1,
-        "keepalives_count": 3,
-    }
-
-
 def _set_up_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None  # the driver would begin transactions by itself
     for line in PRAGMAS:
@@ -156,12 +145,7 @@ def one_line_errors(url: URL) -> Iterator[None]:
     except sa.exc.SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         reason = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
-        raise StoreError(f"store {without_password(url)}: {reason}") from None
-
-
-def without_password(url: URL) -> str:
-    """The URL as text, its password hidden."""
-    return url.render_as_string(hide_password=True)
+        raise StoreError(f"store {url.render_as_string(hide_password=True)}: {reason}") from None
 
 
 def insert_new(connection: Connection, table: sa.Table, row: Mapping[str, Any]) -> None:

@@ -18,19 +18,17 @@ SCRIPTS = ScriptDirectory(str(FOLDER))
 
 def prepare(engine: Engine) -> None:
     """Give an empty database its tables; StoreError if they are of another version, or not ours."""
-    found, has_tables = _look(engine)
-    if found is None and not has_tables:
+    version = _version(engine)
+    if version is None:
         upgrade(engine)
-    elif found != latest():
-        raise StoreError(_refusal(found))
+    elif version != latest():
+        fix = f"this program needs {latest()}: run `hydra-llm store migrate`"
+        raise StoreError(f"store: its tables are of version {version}, {fix}")
 
 
 def migrated(engine: Engine) -> tuple[str | None, str]:
     """`upgrade`; returns the versions before and after. StoreError for newer or foreign tables."""
-    found, has_tables = _look(engine)
-    if (has_tables or found is not None) and found not in _versions():
-        raise StoreError(_refusal(found))
-    return found, upgrade(engine)
+    return _version(engine), upgrade(engine)
 
 
 def upgrade(engine: Engine, version: str = "head") -> str:
@@ -46,41 +44,32 @@ def upgrade(engine: Engine, version: str = "head") -> str:
     return latest()
 
 
-def _look(engine: Engine) -> tuple[str | None, bool]:
-    """The version of the tables, and whether there are tables with our names."""
+def _version(engine: Engine) -> str | None:
+    """The version of the tables, None where there are none; StoreError if they are not ours, or of
+    a newer version.
+    """
     with engine.connect() as connection, connection.begin():
-        names = set(inspect(connection).get_table_names())
-        return revision(connection), not names.isdisjoint(schema.metadata.tables)
-
-
-def _refusal(found: str | None) -> str:
-    if found is None:
-        names = "there are tables of these names that hydra-llm has not made"
-        return f"store: {names}: take another database"
-    version = f"store: its tables are of version {found}"
-    if found in _versions():
-        return f"{version}, this program needs {latest()}: run `hydra-llm store migrate`"
-    return f"{version}, which a newer hydra-llm has made: this one knows {latest()}"
+        version, names = revision(connection), inspect(connection).get_table_names()
+    if version is None and not schema.metadata.tables.keys().isdisjoint(names):
+        problem = "there are tables of these names that hydra-llm has not made"
+        raise StoreError(f"store: {problem}: take another database")
+    if version not in {None, *(script.revision for script in SCRIPTS.walk_revisions())}:
+        newer = f"which a newer hydra-llm has made: this one knows {latest()}"
+        raise StoreError(f"store: its tables are of version {version}, {newer}")
+    return version
 
 
 def revision(connection: Connection) -> str | None:
     """The version of the tables; None where there are none of ours."""
-    found: str | None = MigrationContext.configure(connection).get_current_revision()
-    return found
+    return MigrationContext.configure(connection).get_current_revision()
 
 
 def latest() -> str:
     """The version that this program needs."""
-    head = SCRIPTS.get_current_head()
-    assert head is not None
-    return head
+    return str(SCRIPTS.get_current_head())
 
 
 def differences(connection: Connection) -> list[str]:
     """Where the tables are unlike the schema."""
-    found = compare_metadata(MigrationContext.configure(connection), schema.metadata)
-    return [f"unlike the schema: {' '.join(map(str, change))}" for change in found]
-
-
-def _versions() -> set[str]:
-    return {script.revision for script in SCRIPTS.walk_revisions()}
+    changes = compare_metadata(MigrationContext.configure(connection), schema.metadata)
+    return [f"unlike the schema: {' '.join(map(str, change))}" for change in changes]

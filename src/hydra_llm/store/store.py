@@ -10,19 +10,23 @@ HTTP, no LLM and no scorer.
 """
 
 import secrets
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
 
 import sqlalchemy as sa
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.database import insert_new, one_line_errors
-from hydra_llm.store.jobs import Jobs
-from hydra_llm.store.keys import Keys
-from hydra_llm.store.requests import Requests
-from hydra_llm.store.users import Users
+from hydra_llm.store.database import in_parts, insert_new, one_line_errors
+from hydra_llm.store.users import Users, locked_user
+from hydra_llm.store.values import Job, Key, Request, StoredFeedback
+from hydra_llm.types import ARROW, as_one_text
 
 
-class Store(Users, Requests, Jobs, Keys):
+class Store(Users):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str, *, timeout: float = 30.0):
@@ -35,6 +39,157 @@ class Store(Users, Requests, Jobs, Keys):
         with one_line_errors(self.url):
             migrate.prepare(self.engine)
 
+    # ---- answered requests and the feedback on them
+
+    def add_request(self, request: Request, *, version: int | None = None) -> bool:
+        """Keep an answered request; False if the user is unknown, or deleted since that version."""
+        users = schema.users.c
+        key = sa.select(users.key).where(users.name == request.user)
+        if version is not None:
+            per_key = schema.VERSIONS_PER_KEY
+            key = key.where(users.version // per_key == version // per_key)
+        with self.writing() as connection:
+            user = connection.scalar(key.with_for_update(read=True))
+            if user is None:
+                return False
+            row = asdict(request) | {"user": user}
+            connection.execute(sa.insert(schema.requests).values(row))
+        return True
+
+    def request(self, id: str) -> Request | None:
+        rows = self.rows(_with_names(schema.requests, Request).where(schema.requests.c.id == id))
+        return Request(*rows[0]) if rows else None
+
+    def delete_requests(self, before: float) -> int:
+        """Delete requests that were answered before a time; returns how many."""
+        return self.write(sa.delete(schema.requests).where(schema.requests.c.created < before))
+
+    def unlearned_feedback(
+        self, name: str, count: int | None = None, *, bundle: str | None = None
+    ) -> list[StoredFeedback]:
+        """The user's latest feedback (`count`, or all) that no fitted head has learned, in order.
+
+        `bundle`: only feedback of that bundle that a head can learn from (it has a group).
+        """
+        table = schema.feedback.c
+        query = sa.select(table.request, table.created, table.content).join(schema.users)
+        query = query.where(schema.users.c.name == name, table.folded.is_(False))
+        if bundle is not None:
+            group = table.content["group"].as_string()
+            query = query.where(table.content["bundle"].as_string() == bundle, group.is_not(None))
+        latest = query.order_by(table.created.desc(), table.request.desc()).limit(count)
+        return [StoredFeedback(*row) for row in self.rows(latest)][::-1]
+
+    def texts_in_use(self, texts: Sequence[str], *, except_user: str | None = None) -> set[str]:
+        """Those that occur in other users' records (input, output, both as one) or questions."""
+        wanted, used = set(texts), set[str]()
+        inputs = {text.partition(ARROW)[0] for text in wanted}
+        records, requests = schema.records.c, schema.requests.c
+        user = sa.select(schema.users.c.key).where(schema.users.c.name == except_user)
+        with self.reading() as connection:
+            key = connection.scalar(user) or -1  # keys begin at 1
+            pairs = sa.select(records.input, records.output).where(records.user != key).distinct()
+            outputs = sa.select(records.output).where(records.user != key).distinct()
+            questions = sa.select(requests.question).where(requests.user != key).distinct()
+            for part in in_parts(wanted | inputs):
+                for row in connection.execute(pairs.where(records.input.in_(part))):
+                    used |= {row.input, as_one_text(row.input, row.output)}
+                used.update(connection.scalars(outputs.where(records.output.in_(part))))
+                used.update(connection.scalars(questions.where(requests.question.in_(part))))
+        return used & wanted
+
+    # ---- jobs
+
+    def add_job(self, id: str, name: str, kind: str) -> Job | None:
+        """A new job that waits; None for an unknown user."""
+        now = time.time()
+        job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
+        with self.writing() as connection:
+            user = locked_user(connection, name)
+            if user is None:
+                return None
+            connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
+        return job
+
+    def job(self, id: str) -> Job | None:
+        rows = self.rows(_with_names(schema.jobs, Job).where(schema.jobs.c.id == id))
+        return Job(*rows[0]) if rows else None
+
+    def claim_job(self, *, abandoned_after: float = 600.0) -> Job | None:
+        """Take the oldest job that waits, or that has had no update for so many seconds."""
+        table, now = schema.jobs.c, time.time()
+        abandoned = (table.state == "running") & (table.updated < now - abandoned_after)
+        ready = _with_names(schema.jobs, Job).where((table.state == "waiting") | abandoned)
+        first = ready.order_by(table.created, table.id).limit(1)
+        locked = first.with_for_update(skip_locked=True, of=schema.jobs)
+        with self.writing() as connection:
+            row = connection.execute(locked).one_or_none()
+            if row is None:
+                return None
+            claimed = sa.update(schema.jobs).where(table.id == row.id)
+            connection.execute(claimed.values(state="running", updated=now))
+        return Job(*row)
+
+    def update_job(
+        self, id: str, done: int, total: int, *, state: str = "running", error: str = ""
+    ) -> bool:
+        """Keep a job's progress or end; False if the job was deleted with its user."""
+        values = {"done": done, "total": total, "state": state, "error": error}
+        job = sa.update(schema.jobs).where(schema.jobs.c.id == id)
+        return self.write(job.values(updated=time.time(), **values)) > 0
+
+    def delete_jobs(self, before: float) -> int:
+        """Delete jobs that ended before a time; returns how many."""
+        table = schema.jobs.c
+        ended = table.state.in_(["done", "failed"]) & (table.updated < before)
+        return self.write(sa.delete(schema.jobs).where(ended))
+
+    # ---- API keys
+
+    def add_key(self, key: Key) -> None:
+        row = asdict(key)
+        users = [{"key": key.id, "name": name} for name in row.pop("users")]
+        with self.writing() as connection:
+            # This row stays when the last key is deleted with its user: that must not open the
+            # server to everyone.
+            insert_new(connection, schema.serving, {"name": "keys", "value": "were made"})
+            connection.execute(sa.insert(schema.keys).values(row))
+            if users:
+                connection.execute(sa.insert(schema.key_users), users)
+
+    def key(self, id: str) -> Key | None:
+        """A key by its public id."""
+        keys = self.keys(id)
+        return keys[0] if keys else None
+
+    def keys(self, id: str | None = None) -> list[Key]:
+        """Every key, or the one of an id; revoked ones too, oldest first."""
+        keys, users = schema.keys.c, schema.key_users.c
+        rows = sa.select(schema.keys).order_by(keys.created, keys.id)
+        names = sa.select(schema.key_users).order_by(users.name)
+        if id is not None:
+            rows, names = rows.where(keys.id == id), names.where(users.key == id)
+        of_key = defaultdict[str, list[str]](list)
+        with self.reading() as connection:
+            found = connection.execute(rows).mappings().all()
+            for key, name in connection.execute(names):
+                of_key[key].append(name)
+        return [Key(**{**row, "users": tuple(of_key[row["id"]])}) for row in found]
+
+    def has_keys(self) -> bool:
+        """Whether any key was ever made: then every request needs one."""
+        return self._shared("keys") is not None
+
+    def revoke_key(self, id: str) -> bool:
+        """Refuse a key from the next request on; False if there is none of that id."""
+        table = schema.keys
+        valid = sa.update(table).where(table.c.id == id, table.c.revoked.is_(None))
+        with self.writing() as connection:
+            connection.execute(valid.values(revoked=time.time()))
+            return connection.scalar(sa.select(table.c.id).where(table.c.id == id)) is not None
+
+    # ---- what all servers share
+
     def set_bundle(self, folder: str | None) -> None:
         """Set the bundle that all servers use from their next request on."""
         table = schema.serving
@@ -45,18 +200,23 @@ class Store(Users, Requests, Jobs, Keys):
 
     def bundle(self) -> str | None:
         """The bundle that all servers use; None if none was set."""
-        table = schema.serving.c
-        found: str | None = self.value(sa.select(table.value).where(table.name == "bundle"))
-        return found
+        return self._shared("bundle")
 
     def salt(self) -> str:
         """What names are hashed with; drawn at the first call."""
         table = schema.serving
+        query = sa.select(table.c.value).where(table.c.name == "salt")
         with self.writing() as connection:
             insert_new(connection, table, {"name": "salt", "value": secrets.token_hex(32)})
-            salt = sa.select(table.c.value).where(table.c.name == "salt")
-            found: str = connection.scalars(salt).one()
-        return found
+            salt: str = connection.scalars(query).one()
+        return salt
+
+    def _shared(self, name: str) -> str | None:
+        table = schema.serving.c
+        rows = self.rows(sa.select(table.value).where(table.name == name))
+        return rows[0].value if rows else None
+
+    # ---- upkeep
 
     def scrub(self) -> None:
         """Rewrite the database's files without the bytes of deleted rows; StoreError if SQLite's
@@ -93,3 +253,10 @@ class Store(Users, Requests, Jobs, Keys):
                 if count := connection.scalar(rows):
                     faults.append(f"{table.name}: {count} rows of users who are not there")
         return faults
+
+
+def _with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:
+    """The table's rows in the order of the value's fields, with the users' names."""
+    columns = {field.name: table.c[field.name] for field in fields(kind)}
+    named = columns | {"user": schema.users.c.name}
+    return sa.select(*named.values()).join_from(table, schema.users)

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hydra_llm.history import parse_time
-from hydra_llm.store import keys, schema
+from hydra_llm.store import schema
 from hydra_llm.store.change import UserChange
 from hydra_llm.store.database import Database, insert_new
 from hydra_llm.store.values import Added, NoSuchUser, StaleVersion, StoredHead, UserState
@@ -25,20 +25,20 @@ class Users(Database):
         users, serving = schema.users.c, schema.serving.c
         version = sa.select(users.version).where(users.name == name)
         bundle = sa.select(serving.value).where(serving.name == "bundle")
-        found = self.rows(sa.select(version.scalar_subquery(), bundle.scalar_subquery()))
-        return UserState(*found[0])
+        rows = self.rows(sa.select(version.scalar_subquery(), bundle.scalar_subquery()))
+        return UserState(*rows[0])
 
     def users(self) -> list[str]:
         """Every user's name, in the order in which they came."""
-        rows = self.rows(sa.select(schema.users.c.name).order_by(schema.users.c.key))
-        return [row.name for row in rows]
+        query = sa.select(schema.users.c.name).order_by(schema.users.c.key)
+        return [name for (name,) in self.rows(query)]
 
     def records(self, name: str) -> tuple[int | None, list[Record]]:
         """The user's version and the records of that version, in order; (None, []) if unknown."""
         users, records = schema.users.c, schema.records.c
         columns = (records.id, records.input, records.output, records.time, records.position)
-        found = sa.select(users.version, *columns).where(users.name == name)
-        joined = found.join_from(schema.users, schema.records, isouter=True)
+        query = sa.select(users.version, *columns).where(users.name == name)
+        joined = query.join_from(schema.users, schema.records, isouter=True)
         rows = self.rows(joined.order_by(records.position))
         return (rows[0].version if rows else None), [
             Record(name, id, input, output, time, parse_time(time), position)
@@ -48,12 +48,12 @@ class Users(Database):
 
     def heads(self, name: str, bundle: str) -> dict[str, StoredHead]:
         """The user's heads for a bundle, by scorer; empty if none was fitted."""
-        table = schema.heads.c
-        found = sa.select(table.scorer, table.known, table.until, table.delta)
-        own = found.where(schema.users.c.name == name, table.bundle == bundle)
+        heads = schema.heads.c
+        query = sa.select(heads.scorer, heads.known, heads.until, heads.delta).join(schema.users)
+        rows = self.rows(query.where(schema.users.c.name == name, heads.bundle == bundle))
         return {
             scorer: StoredHead(known, -math.inf if until is None else until, delta)
-            for scorer, known, until, delta in self.rows(own.join_from(schema.heads, schema.users))
+            for scorer, known, until, delta in rows
         }
 
     @contextmanager
@@ -66,21 +66,20 @@ class Users(Database):
         """
         users = schema.users
         with self.writing() as connection:
-            found = locked_user(connection, name)
-            if found is None and create:
+            user = locked_user(connection, name)
+            if user is None and create:
                 insert_new(connection, users, {"name": name, "version": 0, "created": time.time()})
-                new = (users.c.name == name) & (users.c.version == 0)
-                first = users.c.key * schema.VERSIONS_PER_KEY
-                connection.execute(sa.update(users).where(new).values(version=first))
-                found = locked_user(connection, name)
-            if found is None:
+                new = sa.update(users).where(users.c.name == name, users.c.version == 0)
+                connection.execute(new.values(version=users.c.key * schema.VERSIONS_PER_KEY))
+                user = locked_user(connection, name)
+            if user is None:
                 raise NoSuchUser("no such user")
-            check_version(found, version)
-            change = UserChange(connection, found.key, name)
+            _check_version(user, version)
+            change = UserChange(connection, user.key, name)
             yield change
             if change.changed:
-                of_user = sa.update(users).where(users.c.key == found.key)
-                connection.execute(of_user.values(version=users.c.version + 1))
+                own = sa.update(users).where(users.c.key == user.key)
+                connection.execute(own.values(version=users.c.version + 1))
 
     def add_records(self, name: str, records: Sequence[Record]) -> Added:
         """Add records, and the user if unknown; the same records again change nothing."""
@@ -96,30 +95,33 @@ class Users(Database):
         Raises StaleVersion if `version` is not the user's any more; then nothing was deleted.
         """
         with self.writing() as connection:
-            found = locked_user(connection, name)
-            check_version(found, version)
-            counts = {"keys": keys.delete_of_user(connection, name)}
-            if found is None:
+            user = locked_user(connection, name)
+            _check_version(user, version)
+            counts = {"keys": _delete_keys(connection, name)}
+            if user is None:
                 return counts if counts["keys"] else None
             for table in schema.OF_USERS:
-                of_user = sa.delete(table).where(table.c.user == found.key)
-                counts[table.name] = connection.execute(of_user).rowcount
-            connection.execute(sa.delete(schema.users).where(schema.users.c.key == found.key))
+                own = sa.delete(table).where(table.c.user == user.key)
+                counts[table.name] = connection.execute(own).rowcount
+            connection.execute(sa.delete(schema.users).where(schema.users.c.key == user.key))
         return counts
 
     def export_user(self, name: str) -> dict[str, Any] | None:
         """All that is kept about a user, as plain values (heads' numbers as bytes), or None."""
         users = sa.select(schema.users).where(schema.users.c.name == name)
+        keys = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users)
+        queries = {"keys": keys.where(schema.key_users.c.name == name)}
         with self.reading() as connection:
-            row = connection.execute(users).one_or_none()
-            if row is None:
+            user = connection.execute(users).one_or_none()
+            if user is None:
                 return None
-            export = {"user": name, "version": row.version, "created": row.created}
-            for table in reversed(schema.OF_USERS):
+            for table in schema.OF_USERS:
                 columns = [column for column in table.c if column.name != "user"]
-                rows = connection.execute(sa.select(*columns).where(table.c.user == row.key))
-                export[table.name] = [dict(found) for found in rows.mappings()]
-            return {**export, "keys": keys.of_user(connection, name)}
+                queries[table.name] = sa.select(*columns).where(table.c.user == user.key)
+            export = {"user": name, "version": user.version, "created": user.created}
+            for part, query in reversed(queries.items()):
+                export[part] = [dict(row) for row in connection.execute(query).mappings()]
+        return export
 
 
 def locked_user(connection: Connection, name: str) -> Any:
@@ -128,8 +130,18 @@ def locked_user(connection: Connection, name: str) -> Any:
     return connection.execute(rows.with_for_update()).one_or_none()
 
 
-def check_version(found: Any, version: int | None) -> None:
+def _check_version(user: Any, version: int | None) -> None:
     """Raise StaleVersion if a version is named and the user's row has another, or is not there."""
-    if version is not None and (found is None or found.version != version):
-        now = found.version if found else "none"
+    now = user.version if user else "none"
+    if version not in (None, now):
         raise StaleVersion(f"the user is at version {now}, not {version}: read again")
+
+
+def _delete_keys(connection: Connection, name: str) -> int:
+    """Remove a user from all keys; returns how many keys named no other user, and were deleted."""
+    keys, users = schema.keys, schema.key_users
+    named = set(connection.scalars(sa.select(users.c.key).where(users.c.name == name)))
+    connection.execute(sa.delete(users).where(users.c.name == name))
+    kept = set(connection.scalars(sa.select(users.c.key).where(users.c.key.in_(named))))
+    unused = sa.delete(keys).where(keys.c.id.in_(named - kept), keys.c.admin.is_(False))
+    return connection.execute(unused).rowcount
