@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
-from hydra_llm.types import Answer, Ranked
+from hydra_llm.types import Answer
 
 
 @opt.with_option_sets
@@ -44,7 +44,11 @@ def as_dict(answer: Answer) -> dict[str, Any]:
         "answer": answer.text,
         "user": proposal.query.user,
         "retrieved": [{"id": item.record.id, "score": item.score} for item in proposal.retrieved],
-        "records": [_record_row(item) for item in proposal.records],
+        "records": [
+            {name: getattr(item.record, name) for name in ("id", "input", "output")}
+            | {name: getattr(item, name) for name in ("rank", "score", "usefulness")}
+            for item in proposal.records
+        ],
         "prompt": [dict(message) for message in proposal.messages],
         "candidates": [asdict(candidate) for candidate in answer.candidates],
         "chosen": answer.chosen,
@@ -52,8 +56,3 @@ def as_dict(answer: Answer) -> dict[str, Any]:
         "seconds": dict(answer.seconds),
         "notes": list(proposal.notes),
     }
-
-
-def _record_row(item: Ranked) -> dict[str, Any]:
-    record = {name: getattr(item.record, name) for name in ("id", "input", "output")}
-    return record | {name: getattr(item, name) for name in ("rank", "score", "usefulness")}

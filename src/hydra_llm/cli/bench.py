@@ -53,8 +53,8 @@ def whole_numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
     """`1,2,4` → (1, 2, 4); anything but whole numbers from `least` is an error."""
     values = [part.strip() for part in text.split(",")]
     if not all(value.isdecimal() and int(value) >= least for value in values):
-        fix = f"write whole numbers from {least} with commas, as 1,2,4"
-        raise SettingsError(f"{option} {text}: {fix}")
+        message = f"{option} {text}: write whole numbers from {least} with commas, as 1,2,4"
+        raise SettingsError(message)
     return tuple(dict.fromkeys(map(int, values)))
 
 
@@ -123,11 +123,10 @@ def run(
 
 
 def _load(data: str, settings: Settings, base_url: str | None = None) -> "DataSet":
-    from hydra_llm.datasets.fetch import BASE_URL, load_named
+    from hydra_llm.datasets.fetch import load_named
 
     with console.progress() as report:
-        folder = settings.cache / "lamp"
-        return load_named(data, folder, base_url=base_url or BASE_URL, progress=report)
+        return load_named(data, settings.cache / "lamp", base_url=base_url, progress=report)
 
 
 def _print_outcome(outcome: "Outcome", task: "Task", settings: Settings, as_json: bool) -> None:
@@ -151,7 +150,7 @@ def _say_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
     """Say how many new users have no head in the bundle; an error if none has one."""
     new = dataset.users("test")
     missing = [user for user in new if user not in bundle.records]
-    if new and len(missing) == len(new):
+    if new and missing == new:
         command = f"hydra-llm fit {data} --bundle BUNDLE"
         raise DataError(f"{data}: no new user with a head has a query: run `{command}` first")
     if missing:
@@ -171,7 +170,12 @@ class ReportFiles:
     def write(self, reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> None:
         """Write the files whose options are given."""
         if self.markdown is not None:
-            _write(self.markdown, _markdown(reports, sweeps))
+            from hydra_llm.bench.report import markdown, tables
+
+            texts = [markdown.markdown(report) for report in reports]
+            texts.append(markdown.overall_markdown(tables.overall(reports)))
+            texts += map(markdown.sweep_markdown, sweeps)
+            _write(self.markdown, "\n".join(filter(None, texts)))
         if self.html is not None:
             from hydra_llm.bench.report.html import page
 
@@ -198,51 +202,37 @@ def show(
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import sweeps, tables
+    from hydra_llm.bench.report.findings import findings
     from hydra_llm.llm.meter import Prices
 
-    found = [sweeps.open_sweep(folder) for folder in runs if sweeps.is_sweep(folder)]
+    results = [sweeps.open_sweep(folder) for folder in runs if sweeps.is_sweep(folder)]
     opened = [tables.open_run(folder) for folder in runs if not sweeps.is_sweep(folder)]
     prices = Prices(price_prompt, price_completion)
     reports = [tables.make_report(run, against, prices) for run in opened]
-    files.write(reports, found)
+    over_tasks = tables.overall(reports)
+    files.write(reports, results)
     if as_json:
-        _print_json(reports, found)
+        more = [{"findings": findings(r), "learning": list(r.run.learning)} for r in reports]
+        rows = [tables.to_json(r) | own for r, own in zip(reports, more, strict=True)]
+        shares = {
+            method: {what: tables.share_json(share) for what, share in of_method.items()}
+            for method, of_method in over_tasks.items()
+        }
+        console.emit({"runs": rows, "over_tasks": shares, "sweeps": results}, True)
         return
     for report in reports:
         _print_report(report, costs)
-    if over := tables.overall(reports):
-        console.print_table(tables.overall_rows(over), tables.OVERALL)
-    for each in found:
-        console.print_table(sweeps.sweep_rows(each), each["question"])
-
-
-def _markdown(reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> str:
-    from hydra_llm.bench.report import markdown, tables
-
-    texts = [markdown.markdown(report) for report in reports]
-    texts.append(markdown.overall_markdown(tables.overall(reports)))
-    return "\n".join(filter(None, [*texts, *map(markdown.sweep_markdown, sweeps)]))
-
-
-def _print_json(reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> None:
-    from hydra_llm.bench.report import tables
-    from hydra_llm.bench.report.findings import findings
-
-    runs = []
-    for report in reports:
-        more = {"findings": findings(report), "learning": list(report.run.learning)}
-        runs.append({**tables.to_json(report), **more})
-    shares = {
-        method: {what: tables.share_json(share) for what, share in each.items()}
-        for method, each in tables.overall(reports).items()
-    }
-    console.emit({"runs": runs, "over_tasks": shares, "sweeps": sweeps}, True)
+        for sentence in findings(report):
+            print(f"- {sentence}")
+    if over_tasks:
+        console.print_table(tables.overall_rows(over_tasks), tables.OVERALL)
+    for result in results:
+        console.print_table(sweeps.sweep_rows(result), result["question"])
 
 
 def _print_report(report: "Report", costs: bool) -> None:
     from hydra_llm.bench.report import tables
     from hydra_llm.bench.report.costs import cost_rows, learning_rows
-    from hydra_llm.bench.report.findings import findings
     from hydra_llm.bench.report.summary import summary_line
 
     run = report.run
@@ -256,8 +246,6 @@ def _print_report(report: "Report", costs: bool) -> None:
         console.print_table(cost_rows(report), "What a query costs")
         if learning := learning_rows(report):
             console.print_table(learning, "What learning cost")
-    for sentence in findings(report):
-        print(f"- {sentence}")
 
 
 def _write(file: Path, text: str, note: str = "") -> None:
@@ -266,8 +254,8 @@ def _write(file: Path, text: str, note: str = "") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        raise SettingsError(f"{file}: {reason}: name another file") from None
+        message = f"{file}: cannot be written ({error.strerror}): name another file"
+        raise SettingsError(message) from None
     console.say(f"wrote {file}{note}")
 
 
@@ -310,11 +298,15 @@ def sweep(
     dataset = _load(data, settings({}))
     with console.progress() as report:
         context = SweepContext(dataset, out, settings, opened, users, limit, report, console.say)
-        found = run_sweep(chosen, context)
-    console.say(f"wrote {sweeps.write_sweep(found, out)}")
-    if plot is not None or _can_draw():
-        _write(plot or out / "sweep.svg", sweeps.sweep_svg(found))
-    console.emit(found if as_json else sweeps.sweep_rows(found), as_json)
+        result = run_sweep(chosen, context)
+    console.say(f"wrote {sweeps.write_sweep(result, out)}")
+    try:
+        drawing = sweeps.sweep_svg(result)
+    except SettingsError as error:  # the extra `report` is not installed
+        console.say(str(error))
+    else:
+        _write(plot or out / "sweep.svg", drawing)
+    console.emit(result if as_json else sweeps.sweep_rows(result), as_json)
 
 
 @app.command("study", hidden=True)
@@ -323,18 +315,6 @@ def study(**values: Any) -> None:
     """`bench sweep` by its former name."""
     log_renamed("bench study", "bench sweep")
     sweep(**values)
-
-
-def _can_draw() -> bool:
-    """Whether the extra `report` is installed; says how to install it otherwise."""
-    from hydra_llm.bench.report import cells
-
-    try:
-        cells.require()
-    except SettingsError as error:
-        console.say(str(error))
-        return False
-    return True
 
 
 @app.command()
@@ -346,9 +326,9 @@ def compare(
     """Print the differences of two runs per method, second minus first."""
     from hydra_llm.bench.report import tables
 
-    found = tables.compare_runs(tables.open_run(first), tables.open_run(second))
+    comparisons = tables.compare_runs(tables.open_run(first), tables.open_run(second))
     if as_json:
-        console.emit({method: each.to_json() for method, each in found.items()}, True)
+        console.emit({method: own.to_json() for method, own in comparisons.items()}, True)
         return
     title = f"{second} minus {first}, 95 % intervals over users"
-    console.print_table(tables.comparison_rows(found), title)
+    console.print_table(tables.comparison_rows(comparisons), title)

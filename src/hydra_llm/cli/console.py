@@ -22,14 +22,13 @@ def emit(data: Any, as_json: bool = False) -> None:
     if as_json:
         print(to_json(data, indent=2, inf_nan_mode="null", fallback=_builtin).decode())
         return
-    shown = to_jsonable_python(data, inf_nan_mode="null", fallback=_builtin)
-    if isinstance(shown, str):
-        print(shown)
-    elif isinstance(shown, Sequence):
-        print_table(shown)
-    else:
-        for name, value in shown.items():
-            print(f"{name}: {_cell(value)}")
+    match to_jsonable_python(data, inf_nan_mode="null", fallback=_builtin):
+        case str(text):
+            print(text)
+        case dict(values):
+            print("".join(f"{name}: {_cell(value)}\n" for name, value in values.items()), end="")
+        case rows:
+            print_table(rows)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
@@ -56,17 +55,9 @@ def say(line: str) -> None:
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Report]:
     """Transient progress bars on stderr, or plain lines if it is not a terminal."""
-    if quiet:
-        yield lambda stage, done, total: None
-    elif sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-    else:
-        yield _Lines()
-
-
-@contextmanager
-def _bars() -> Iterator[Report]:
+    if quiet or not sys.stderr.isatty():
+        yield (lambda stage, done, total: None) if quiet else _Lines()
+        return
     from rich import progress as rich
     from rich.console import Console
 

@@ -1,6 +1,5 @@
 """`hydra-llm data`: check a data set, import one from a file, download LaMP's."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,12 +8,10 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
-from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-Split = Literal["user", "time"]
 KIND_HELP = f"{', '.join(KINDS.names())}; default: guessed."
 LAMP_NAMES = "lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
 
@@ -29,11 +26,20 @@ def check(
 
     dataset, problems = find_problems(data)
     if dataset is None:
-        _print_problems(problems, as_json)
+        if as_json:
+            console.emit({"problems": [_problem(problem) for problem in problems]}, as_json)
+        for problem in problems:
+            console.say(f"hydra-llm: {problem}")
         raise typer.Exit(DataError.exit_code)
     summary = summarize(dataset)
     table = [{"data set": name, summary["name"]: value} for name, value in rows(summary)]
     console.emit(summary if as_json else table, as_json)
+
+
+def _problem(problem: DataError) -> dict[str, Any]:
+    file = str(problem.file) if problem.file else None
+    where = {"file": file, "line": problem.line, "field": problem.field}
+    return {**where, "message": str(problem)}
 
 
 @app.command(name="import")
@@ -63,43 +69,11 @@ def import_(
         KINDS.load(kind)
     source = Path("/dev/stdin") if str(file) == "-" else file
     columns = Columns(user_field, input_field, output_field, time_field, id_field)
-    split: dict[str, Any] = {"test_share": test_share, "query_share": query_share, "seed": seed}
-    dataset = read_table(source, columns, kind=kind, prompt=prompt, name=name, **split)
+    task: dict[str, Any] = {"kind": kind, "prompt": prompt, "name": name}
+    shares: dict[str, Any] = {"test_share": test_share, "query_share": query_share}
+    dataset = read_table(source, columns, **task, **shares, seed=seed)
     save(dataset, out)
-    _print_imported(dataset, out, as_json)
-
-
-@app.command()
-def get(
-    dataset: Annotated[str, Argument(help=LAMP_NAMES)],
-    out: Annotated[Path, Option(help="Folder for the files.")],
-    split: Annotated[Split, Option(help="user: new users; time: later queries.")] = "user",
-    base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Download LaMP's official train and dev files; a stopped download is resumed."""
-    from hydra_llm.datasets.fetch import BASE_URL, fetch
-
-    with console.progress(quiet=as_json) as report:
-        files = fetch(dataset, split, out, base_url=base_url or BASE_URL, progress=report)
-    sizes = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
-    console.emit({"files": sizes} if as_json else sizes, as_json)
-
-
-def _print_problems(problems: Sequence[DataError], as_json: bool) -> None:
-    rows = []
-    for problem in problems:
-        file = str(problem.file) if problem.file else None
-        where = {"file": file, "line": problem.line, "field": problem.field}
-        rows.append({**where, "message": str(problem)})
-    if as_json:
-        console.emit({"problems": rows}, as_json)
-    for problem in problems:
-        console.say(f"hydra-llm: {problem}")
-
-
-def _print_imported(dataset: DataSet, out: Path, as_json: bool) -> None:
-    found = {
+    summary = {
         "folder": str(out),
         "kind": dataset.task.kind,
         "labels": list(dataset.task.labels),
@@ -110,9 +84,28 @@ def _print_imported(dataset: DataSet, out: Path, as_json: bool) -> None:
         "notes": list(dataset.notes),
     }
     if as_json:
-        console.emit(found, as_json)
+        console.emit(summary, as_json)
         return
     for note in dataset.notes:
         console.say(note)
-    counts = f"{found['records']} records and {found['queries']} queries"
+    counts = f"{summary['records']} records and {summary['queries']} queries"
     console.emit(f"wrote {counts} of {len(dataset.users())} users to {out}")
+
+
+@app.command()
+def get(
+    dataset: Annotated[str, Argument(help=LAMP_NAMES)],
+    out: Annotated[Path, Option(help="Folder for the files.")],
+    split: Annotated[
+        Literal["user", "time"], Option(help="user: new users; time: later queries.")
+    ] = "user",
+    base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download LaMP's official train and dev files; a stopped download is resumed."""
+    from hydra_llm.datasets.fetch import fetch
+
+    with console.progress(quiet=as_json) as report:
+        files = fetch(dataset, split, out, base_url=base_url, progress=report)
+    sizes = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
+    console.emit({"files": sizes} if as_json else sizes, as_json)

@@ -1,6 +1,5 @@
 """`hydra-llm demo`: learn from real users and personalize a real LLM, offline."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -13,15 +12,8 @@ if TYPE_CHECKING:
     from hydra_llm.bench.runner import MethodResult
 
 TRAINING_USERS, NEW_USERS, QUERIES = 100, 12, 4
-SETTINGS: dict[str, Any] = {
-    "constrain": True,
-    "max_tokens": 4,
-    "k": 4,
-    "retrieved": 5,
-    "queries_per_user": 2,
-    "labelled_users": 10,
-    "samples": 8,
-}
+SETTINGS: dict[str, Any] = {"constrain": True, "max_tokens": 4, "samples": 8}
+SETTINGS |= {"k": 4, "retrieved": 5, "queries_per_user": 2, "labelled_users": 10}
 
 
 def demo(
@@ -35,7 +27,7 @@ def demo(
     from hydra_llm.llm.concurrency import run_sync
 
     with console.progress() as report:
-        rows, example = run_sync(partial(_run, users, seed, llm, report))
+        rows, example = run_sync(lambda: _run(users, seed, llm, report))
     if as_json:
         from hydra_llm.cli.ask import as_dict
 
@@ -73,14 +65,14 @@ def _show(answer: Answer) -> None:
     """One worked answer: records, order, candidates, pick."""
     query = answer.proposal.query
     print(f"One answer: user {query.user}, film {query.input}; the true score is {query.gold}.")
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for rank, item in enumerate(answer.proposal.records, 1):
         record = {"rank": rank, "record": item.record.input, "score": item.record.output}
-        rows.append({**record, "retrieved as": item.rank + 1, "usefulness": item.usefulness})
-    console.print_table(rows, "Records in the reranker's order (the first k are in the prompt)")
-    rows = []
-    for c in sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0)):
-        cells = {"candidate": c.text, "LLM votes": c.votes}
-        rows.append({**cells, "score": c.score, "probability": c.probability})
-    console.print_table(rows, "Candidates")
+        records.append({**record, "retrieved as": item.rank + 1, "usefulness": item.usefulness})
+    console.print_table(records, "Records in the reranker's order (the first k are in the prompt)")
+    candidates = [
+        {"candidate": c.text, "LLM votes": c.votes, "score": c.score, "probability": c.probability}
+        for c in sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0))
+    ]
+    console.print_table(candidates, "Candidates")
     print(f"The pick: {answer.text}")

@@ -1,5 +1,6 @@
 """`hydra-llm llm`: checks of an LLM."""
 
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -10,9 +11,8 @@ from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson, GivenSettings, with_option_sets
 from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM, Sampling
-from hydra_llm.types import Usage
+from hydra_llm.types import Generation
 
-QUESTION = "What is the capital of France? Answer with one word."
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
@@ -37,23 +37,24 @@ def check(
     settings = load_settings(file=options.config, **options.given())
     prices = Prices(settings.price_prompt, settings.price_completion)
     meter = Meter(bare_llm(spec, settings), prices=prices)
-    found = {"llm": without_userinfo(spec), **run_sync(lambda: examine(meter))}
-    shown = {name: value for name, value in found.items() if as_json or name != "usage"}
-    console.emit(shown, as_json)
+    figures = {"llm": without_userinfo(spec), **run_sync(lambda: examine(meter))}
+    if not as_json:
+        del figures["usage"]
+    console.emit(figures, as_json)
 
 
 async def examine(llm: ChatLLM) -> dict[str, Any]:
     """Call an LLM for one answer, two samples and, if the engine can, one constrained answer."""
-    messages = [{"role": "user", "content": QUESTION}]
-    try:
-        greedy = await llm.generate(messages, Sampling(max_tokens=16))
+    question = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+    choices = ("Paris", "Rome")
+    constrained = Generation(())
+    async with aclosing(llm):
+        greedy = await llm.generate(question, Sampling(max_tokens=16))
         two = Sampling(n=2, temperature=1.0, max_tokens=16, seed=1)
-        samples = await llm.generate(messages, two)
-        choices = ("Paris", "Rome") if llm.identity["constrains"] else ()
-        closed = Sampling(max_tokens=16, choices=choices)
-        label = await llm.generate(messages, closed) if choices else None
-    finally:
-        await llm.aclose()
+        samples = await llm.generate(question, two)
+        if llm.identity["constrains"]:
+            closed = Sampling(max_tokens=16, choices=choices)
+            constrained = await llm.generate(question, closed)
     usage = greedy.usage
     return {
         "model": llm.identity["model"],
@@ -64,6 +65,6 @@ async def examine(llm: ChatLLM) -> dict[str, Any]:
         "seconds_of_two_samples": round(samples.usage.seconds, 3),
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
-        "constrains": label is not None and label.texts[0] in choices,
-        "usage": asdict(greedy.usage + samples.usage + (label.usage if label else Usage())),
+        "constrains": bool(set(constrained.texts) & set(choices)),
+        "usage": asdict(greedy.usage + samples.usage + constrained.usage),
     }

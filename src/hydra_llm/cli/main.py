@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import typer
@@ -21,8 +21,7 @@ from hydra_llm import __version__
 from hydra_llm.errors import HydraError, UserFault
 
 NAME = "hydra-llm"
-STOPPED = 130
-"""Exit code after Ctrl-C."""
+STOPPED = 130  # exit code after Ctrl-C
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("hydra_llm.cli.demo:demo", "Personalize a real LLM for real users, offline."),
@@ -33,9 +32,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
     "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
     "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
-    "keys": ("hydra_llm.cli.keys:app", "Create, list and revoke the gateway's API keys."),
-    "bundles": ("hydra_llm.cli.bundles:app", "Set or show the bundle of running servers."),
-    "store": ("hydra_llm.cli.store:app", "Maintain the gateway's database."),
+    "keys": ("hydra_llm.cli.store:keys", "Create, list and revoke the gateway's API keys."),
+    "bundles": ("hydra_llm.cli.store:bundles", "Set or show the bundle of running servers."),
+    "store": ("hydra_llm.cli.store:maintenance", "Maintain the gateway's database."),
 }
 """Name → function or typer app (a group of commands), and the summary that `--help` shows."""
 
@@ -46,40 +45,36 @@ MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 def load(name: str) -> Any:
     """Import the command `name` of COMMANDS: a typer (click) command or group."""
     path, summary = COMMANDS[name]
-    module, attribute = path.split(":")
-    group = target = getattr(import_module(module), attribute)
-    if not isinstance(target, typer.Typer):
-        group = typer.Typer(add_completion=False)
-        group.command()(target)
-    group.rich_markup_mode = None
-    # get_command would drop the verb of a group of one command.
-    command = get_group(group) if group is target else get_command(group)
-    command.name = name
-    command.help = command.help or summary
+    target = resolve_name(path)
+    if isinstance(target, typer.Typer):
+        target.rich_markup_mode = None
+        command: Any = get_group(target)  # get_command would drop the verb of a single command
+    else:
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command()(target)
+        command = get_command(single)
+    command.name, command.help = name, command.help or summary
     _set_variables(command, name)
     return command
 
 
 def _set_variables(command: Any, *path: str) -> None:
-    """Name the environment variable of each option of a command and of those below it."""
+    """Name the environment variable of each option of a command and of those below it:
+    `HYDRA_ASK_SEED`, or the former `HYDRA_LLM_ASK_SEED` if only that one is set.
+    """
     for option in command.params:
         if option.param_type_name == "option":
             flag = max(option.opts, key=len).lstrip("-")
-            option.envvar = _variable((*path, flag), former=(*path, option.name))
+            new = "_".join(("hydra", *path, flag)).upper().replace("-", "_")
+            old = "_".join(("hydra_llm", *path, option.name)).upper().replace("-", "_")
+            only_former = old in os.environ and new not in os.environ
+            option.envvar = old if only_former else new
+            if only_former:
+                from hydra_llm.config import log_renamed
+
+                log_renamed(old, new)
     for name, below in getattr(command, "commands", {}).items():
         _set_variables(below, *path, name)
-
-
-def _variable(path: Sequence[str], former: Sequence[str]) -> str:
-    """`HYDRA_ASK_SEED`; the former `HYDRA_LLM_ASK_SEED` if only that one is set."""
-    new = "_".join(("hydra", *path)).upper().replace("-", "_")
-    old = "_".join(("hydra_llm", *former)).upper().replace("-", "_")
-    if new in os.environ or old not in os.environ:
-        return new
-    from hydra_llm.config import log_renamed
-
-    log_renamed(old, new)
-    return old
 
 
 class LazyGroup(TyperGroup):
@@ -161,10 +156,9 @@ def _report_usage(error: typer.TyperException) -> int:
 
 def _report_group(group: BaseExceptionGroup[BaseException]) -> int:
     """Concurrent tasks that failed together: the first error, if the user can fix all of them."""
-    faults, bugs = group.split(HydraError)
-    if bugs is not None or faults is None:
+    if group.split(HydraError)[1] is not None:
         raise group
-    first: BaseException = faults
+    first: BaseException = group
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
     return _report(first, getattr(first, "exit_code", 1))

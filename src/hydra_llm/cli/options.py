@@ -40,8 +40,10 @@ def with_option_sets(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         if is_dataclass(parameter.annotation):
             sets[name] = parameter.annotation
-        own = inspect.signature(sets[name]).parameters.values() if name in sets else [parameter]
-        options += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+            options += inspect.signature(sets[name]).parameters.values()
+        else:
+            options.append(parameter)
+    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
 
     @wraps(command)
     def call(**values: Any) -> None:

@@ -1,18 +1,101 @@
-"""`hydra-llm store`: maintain the gateway's database."""
+"""`hydra-llm keys`, `bundles` and `store`: what is kept in the gateway's database."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer import Argument
+from typer import Argument, Option
 
 from hydra_llm.cli import console
-from hydra_llm.cli.options import AsJson, StoreURL, open_store
+from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
+from hydra_llm.errors import SettingsError
+from hydra_llm.store.values import Key
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+keys = typer.Typer(add_completion=False, no_args_is_help=True)
+bundles = typer.Typer(add_completion=False, no_args_is_help=True)
+maintenance = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
-@app.command()
+# ---- API keys
+
+
+@keys.command("create")
+def create(
+    user: Annotated[list[str] | None, Option(help="Id of the key's user; repeatable.")] = None,
+    admin: Annotated[bool, Option("--admin", help="The key may act for all users.")] = False,
+    label: Annotated[str, Option(help="A description.")] = "",
+    store: StoreURL = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Create a key and print it; it cannot be shown again."""
+    from hydra_llm.gateway.auth import make_key
+
+    if bool(user) == admin:
+        raise SettingsError("name the users (--user U) or give --admin")
+    with open_store(store) as opened:
+        key, secret = make_key(opened, label=label, admin=admin, users=user or ())
+    console.emit({**_row(key), "key": secret} if as_json else secret, as_json)
+
+
+@keys.command("list")
+def list_(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """List the keys; secrets are not stored."""
+    with open_store(store) as opened:
+        console.emit([_row(key) for key in opened.keys()], as_json)  # noqa: SIM118
+
+
+@keys.command("revoke")
+def revoke(
+    id: Annotated[str, Argument(help="The key's id, as shown by `keys list`.")],
+    store: StoreURL = DEFAULT_STORE,
+) -> None:
+    """Revoke a key; the next request with it is refused."""
+    with open_store(store) as opened:
+        if not opened.revoke_key(id):
+            raise SettingsError(f"no key '{id}': see `hydra-llm keys list`")
+    console.say(f"key {id} is revoked")
+
+
+def _row(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "users": "all" if key.admin else ", ".join(key.users),
+        "label": key.label,
+        "created": int(key.created),
+        "revoked": key.revoked is not None,
+    }
+
+
+# ---- the bundle that the servers use
+
+
+@bundles.command()
+def use(
+    bundle: Annotated[Path, Argument(help="Folder of a learned bundle.")],
+    store: StoreURL = DEFAULT_STORE,
+) -> None:
+    """Switch all servers of a store to this bundle; requests in flight keep the one before."""
+    from hydra_llm.gateway.deployment import named
+    from hydra_llm.model.persistence import read_bundle
+
+    weights = read_bundle(bundle).config["files"]["weights.safetensors"]["sha256"]
+    with open_store(store) as opened:
+        opened.set_bundle(named(bundle.resolve(), weights))
+    loading = f"servers of this store load {bundle} within two seconds"
+    console.say(f"{loading}; fit users' heads by POST /v1/users/ID/fit")
+
+
+@bundles.command()
+def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """Show the bundle that was set for the servers of a store."""
+    with open_store(store) as opened:
+        console.emit({"bundle": opened.bundle()}, as_json)
+
+
+# ---- maintenance
+
+
+@maintenance.command()
 def migrate(store: StoreURL, as_json: AsJson = False) -> None:
     """Migrate the tables to this version, or create them. Stop the servers and back up first."""
     from hydra_llm.store.database import Database, one_line_errors
@@ -24,37 +107,37 @@ def migrate(store: StoreURL, as_json: AsJson = False) -> None:
     console.emit({"from": before, "to": after}, as_json)
 
 
-@app.command()
+@maintenance.command()
 def backup(
     file: Annotated[Path, Argument(help="A new SQLite file.")],
     store: StoreURL,
     as_json: AsJson = False,
 ) -> None:
     """Write a consistent copy to a file, itself a store (`sqlite:///FILE`), while servers run."""
-    from hydra_llm.store.backup import backup as copied
+    from hydra_llm.store.backup import backup
 
-    with open_store(store) as found:
-        counts = copied(found, file)
+    with open_store(store) as opened:
+        counts = backup(opened, file)
     console.say(f"wrote {file}: it holds users' texts")
     console.emit(counts, as_json)
 
 
-@app.command()
+@maintenance.command()
 def restore(
     file: Annotated[Path, Argument(help="A backup.")], store: StoreURL, as_json: AsJson = False
 ) -> None:
     """Fill an empty store, of either database, from a backup."""
-    from hydra_llm.store.backup import restore as filled
+    from hydra_llm.store.backup import restore
 
-    with open_store(store) as found:
-        console.emit(filled(found, file), as_json)
+    with open_store(store) as opened:
+        console.emit(restore(opened, file), as_json)
 
 
-@app.command()
+@maintenance.command()
 def check(store: StoreURL, as_json: AsJson = False) -> None:
     """Count rows and check for damage; the exit code is 1 if there is any."""
-    with open_store(store) as found:
-        faults, counts = found.check(), found.counts()
+    with open_store(store) as opened:
+        faults, counts = opened.check(), opened.counts()
     console.emit({"faults": faults, "rows": counts} if as_json else counts, as_json)
     for line in faults:
         console.say(line)
@@ -62,9 +145,9 @@ def check(store: StoreURL, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@maintenance.command()
 def scrub(store: StoreURL) -> None:
     """Rewrite the database's files without the bytes of deleted rows; locks PostgreSQL's tables."""
-    with open_store(store) as found:
-        found.scrub()
+    with open_store(store) as opened:
+        opened.scrub()
     console.say("the tables' files hold no deleted data")

@@ -39,13 +39,15 @@ def _ignore(name: str, done: int, size: int | None) -> None:
     pass
 
 
-def addresses(task: str, split: str, base_url: str = BASE_URL) -> dict[str, str]:
+def addresses(task: str, split: str, base_url: str | None = None) -> dict[str, str]:
     """File name to address of a task's four files; SettingsError for an unknown task or split."""
     if task not in FOLDERS:
         raise SettingsError(f"unknown data set '{task}': take one of {', '.join(FOLDERS)}")
     if split not in ("user", "time"):
         raise SettingsError(f"unknown split '{split}': take user or time")
-    root = f"{base_url.rstrip('/')}/{'time/' if split == 'time' else ''}{FOLDERS[task]}"
+    root = (
+        f"{(base_url or BASE_URL).rstrip('/')}/{'time/' if split == 'time' else ''}{FOLDERS[task]}"
+    )
     names = [
         f"{part}_{what}.json" for part in ("train", "dev") for what in ("questions", "outputs")
     ]
@@ -57,7 +59,7 @@ def fetch(
     split: str,
     folder: Path,
     *,
-    base_url: str = BASE_URL,
+    base_url: str | None = None,
     progress: Progress = _ignore,
     client: httpx2.Client | None = None,
     pause: float = 1.0,
@@ -88,7 +90,7 @@ def fetch(
 
 
 def load_named(
-    name: str, folder: Path, *, base_url: str = BASE_URL, progress: Progress = _ignore
+    name: str, folder: Path, *, base_url: str | None = None, progress: Progress = _ignore
 ) -> DataSet:
     """Load a data set by its path, or one of LaMP's by its name: downloaded into `folder` once."""
     place = Path(name)
