@@ -106,12 +106,12 @@ class CacheFile:
         if isinstance(error, sqlite3.Error):  # an extended code says more in its higher bits
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
         if code in BUSY:
-            said, fix = "is held by another process", "wait for it to end, or take another --cache"
+            state, fix = "is held by another process", "wait for it to end, or take another --cache"
         elif code in DAMAGED:
-            said, fix = "is damaged", f"delete or move it, and the {self.what} are made again"
+            state, fix = "is damaged", f"delete or move it, and the {self.what} are made again"
         else:
-            said, fix = "cannot be read", "check the disk, or take another --cache"
-        return UserFault(f"{self.path}: the cache of {self.what} {said} ({error}): {fix}")
+            state, fix = "cannot be read", "check the disk, or take another --cache"
+        return UserFault(f"{self.path}: the cache of {self.what} {state} ({error}): {fix}")
 
     def close(self) -> None:
         """Close the file; reading it is a fault from now on."""

@@ -67,10 +67,10 @@ def refusal(status: int, message: str, **fields: Any) -> Reply:
 
 
 class Endpoint:
-    """What it was asked, and where it listens."""
+    """The bodies and keys of its requests, and where it listens."""
 
     def __init__(self, behaviour: Behaviour):
-        self.asked: list[dict[str, Any]] = []
+        self.bodies: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.release = threading.Event()
         outer = self
@@ -80,8 +80,8 @@ class Endpoint:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                count = len(outer.asked)
-                outer.asked.append(body)
+                count = len(outer.bodies)
+                outer.bodies.append(body)
                 outer.keys.append(self.headers.get("Authorization", ""))
                 answer = behaviour(body, count)
                 if answer is None:

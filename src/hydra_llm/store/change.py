@@ -15,8 +15,7 @@ from hydra_llm.store.database import in_parts
 from hydra_llm.store.values import Added, ConflictingFeedback, StoredFeedback, StoredHead
 from hydra_llm.types import Record
 
-FEEDBACK_ID = "feedback:"
-"""Prefix of the id of a record that was made from feedback; the answered request's id follows."""
+FEEDBACK_ID = "feedback:"  # prefix of the id of a record made from feedback; the request's follows
 
 
 class UserChange:
@@ -29,25 +28,24 @@ class UserChange:
     def add(self, records: Sequence[Record]) -> Added:
         """Add records, or replace those with a known id; of several with one id the last counts."""
         table = schema.records
+        own = table.c.user == self._key
         sent = {record.id: record for record in records}
         known = self._known(list(sent))
         new = [record for id, record in sent.items() if id not in known]
         changed = [id for id, old in known.items() if old != _content(sent[id])]
         if new:
-            own = table.c.user == self._key
-            last = self._execute(sa.select(sa.func.max(table.c.position)).where(own)).scalar_one()
-            first = 0 if last is None else last + 1
+            next_position = sa.func.coalesce(sa.func.max(table.c.position) + 1, 0)
+            first = self._execute(sa.select(next_position).where(own)).scalar_one()
             rows = [
-                {"user": self._key, "id": record.id, "position": at, **_content(record)}
-                for at, record in enumerate(new, first)
+                {"user": self._key, "id": record.id, "position": position, **_content(record)}
+                for position, record in enumerate(new, first)
             ]
             self._execute(sa.insert(table), rows)
         if changed:
             self._delete(schema.heads)  # they have learned from the texts that are replaced
         for id in changed:
-            at = (table.c.user == self._key) & (table.c.id == id)
-            self._execute(sa.update(table).where(at).values(_content(sent[id])))
-        self.changed = self.changed or bool(new or changed)
+            self._execute(sa.update(table).where(own, table.c.id == id).values(_content(sent[id])))
+        self.changed |= bool(new or changed)
         before = [Record(self.name, id, known[id]["input"], known[id]["output"]) for id in changed]
         unchanged = len(sent) - len(new) - len(changed)
         return Added(len(new), len(changed), unchanged, tuple(before))
@@ -67,7 +65,7 @@ class UserChange:
             request = id.removeprefix(FEEDBACK_ID)
             self._delete(schema.feedback, schema.feedback.c.request == request)
             self._delete(schema.requests, schema.requests.c.id == request)
-        self.changed = self.changed or removed
+        self.changed |= removed
         return removed
 
     def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
@@ -101,18 +99,18 @@ class UserChange:
         """Mark the feedback on these requests as learned by the heads that are put with it."""
         table = schema.feedback
         for part in in_parts(requests):
-            at = (table.c.user == self._key) & table.c.request.in_(part)
-            self._execute(sa.update(table).where(at).values(folded=True))
+            own = sa.update(table).where(table.c.user == self._key, table.c.request.in_(part))
+            self._execute(own.values(folded=True))
 
     def _known(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
         """Those of the ids that the user has, in the order given, with the records' content."""
-        table, found = schema.records.c, dict[str, dict[str, str]]()
-        own = sa.select(table.id, table.input, table.output, table.time)
-        own = own.where(table.user == self._key)
+        table, known = schema.records.c, dict[str, dict[str, str]]()
+        columns = (table.id, table.input, table.output, table.time)
+        own = sa.select(*columns).where(table.user == self._key)
         for part in in_parts(ids):
             rows = self._execute(own.where(table.id.in_(part)))
-            found |= {row.id: _content(row) for row in rows}
-        return {id: found[id] for id in ids if id in found}
+            known |= {row.id: _content(row) for row in rows}
+        return {id: known[id] for id in ids if id in known}
 
     def _delete(self, table: sa.Table, *where: sa.ColumnElement[bool]) -> bool:
         """Delete the user's rows of a table; whether there were any."""

@@ -1,4 +1,4 @@
-"""The values that the store takes and returns, beside records. Knows no database."""
+"""The values that the store takes and returns, beside records."""
 
 from dataclasses import dataclass
 from typing import Any
