@@ -1,16 +1,16 @@
 """Coverage of the benchmark's 95 % intervals, per metric, for as few users as the committed runs
-have, beside other intervals.
+have, compared with other intervals.
 
     python benchmarks/interval_coverage.py [--users 13] [--queries 5] [--runs 400] [--json]
 
-Simulated users with different preferences are answered by two methods of known accuracy. The truth
-is the same metric on very many users; then `runs` small benchmarks are drawn, each with an interval
-for one method and for the paired difference of both:
+Simulated users with different preferences are answered by two methods of known accuracy. The true
+value is the same metric on very many users. Then `runs` small benchmarks are drawn, each with an
+interval for one method and for the paired difference of both:
     ours         `hydra_llm.bench.stats`
     percentile   the expanded percentile bootstrap over users, for every metric
     bca          the bias-corrected and accelerated bootstrap over users
-Prints the share of intervals that contain the truth and their mean width. No LLM, no data set; two
-to four minutes a size.
+Prints the share of intervals that contain the true value, and their mean width. Uses no LLM and no
+data set; takes two to four minutes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
-from hydra_llm.bench import stats as compare
+from hydra_llm.bench import stats
 from hydra_llm.bench.metrics import Metric, score
 from hydra_llm.tasks.base import Floats, Task
 
@@ -34,42 +34,44 @@ TASKS = (
     Task("texts", "generation", "{input}", metrics=("rouge1", "bleu")),
 )
 SKILL = (0.0, 0.12)
-"""What is added to the chance that a method is right."""
+"""Per method: added to the probability of a correct answer."""
 DRAWS = 1000
 MANY = 3000
-"""Users that stand for everybody."""
+"""Number of users that gives the true value."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one benchmark: gold answers, both methods' answers, and whose they are."""
+    """One simulated benchmark: gold answers, the answers of both methods, and their users."""
 
     golds: list[str]
     given: tuple[list[str], list[str]]
     users: list[str]
 
 
-def made(task: Task, users: int, queries: int, dice: np.random.Generator) -> Answers:
-    """Users' tastes are Dirichlet around a common one, so that some labels are rare and each user
-    has few of them.
+def simulate(task: Task, users: int, queries: int, rng: np.random.Generator) -> Answers:
+    """Users' preferences are Dirichlet around a common one, so that some labels are rare and each
+    user has few of them.
     """
     options = task.labels or WORDS
-    world = np.random.default_rng(0)  # the same for all benchmarks: what is common and what is easy
+    world = np.random.default_rng(
+        0
+    )  # label frequencies and difficulties, the same in all benchmarks
     common, easy = (
         world.dirichlet(np.full(len(options), 1.5)),
         world.uniform(0.3, 0.7, len(options)),
     )
     golds, given = list[str](), (list[str](), list[str]())
     for _ in range(users):
-        taste = dice.dirichlet(common * 4 + 1e-3)
-        ease = dice.normal(0, 0.1)
+        preference = rng.dirichlet(common * 4 + 1e-3)
+        ease = rng.normal(0, 0.1)
         for _ in range(queries):
-            gold = dice.choice(len(options), size=1 if task.labels else 8, p=taste)
-            luck, other = dice.random(len(gold)), dice.integers(len(options), size=len(gold))
-            golds.append(" ".join(options[place] for place in gold))
+            gold = rng.choice(len(options), size=1 if task.labels else 8, p=preference)
+            luck, other = rng.random(len(gold)), rng.integers(len(options), size=len(gold))
+            golds.append(" ".join(options[index] for index in gold))
             for skill, answers in zip(SKILL, given, strict=True):
                 answered = np.where(luck < np.clip(easy[gold] + ease + skill, 0, 1), gold, other)
-                answers.append(" ".join(options[place] for place in answered))
+                answers.append(" ".join(options[index] for index in answered))
     return Answers(golds, given, [f"u{n // queries}" for n in range(users * queries)])
 
 
@@ -77,13 +79,15 @@ def made(task: Task, users: int, queries: int, dice: np.random.Generator) -> Ans
 
 
 def sums_by_user(rows: Floats, users: list[str]) -> Floats:
-    _, place = np.unique(users, return_inverse=True)
-    sums = np.zeros((place.max() + 1, rows.shape[1]))
-    np.add.at(sums, place, rows)
+    _, indices = np.unique(users, return_inverse=True)
+    sums = np.zeros((indices.max() + 1, rows.shape[1]))
+    np.add.at(sums, indices, rows)
     return sums
 
 
-def others(sums: Floats, statistic: Callable[[Floats], Floats]) -> dict[str, tuple[float, float]]:
+def other_intervals(
+    sums: Floats, statistic: Callable[[Floats], Floats]
+) -> dict[str, tuple[float, float]]:
     users, value = len(sums), statistic(sums.sum(0, keepdims=True))[0]
     drawn = statistic(
         np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=DRAWS) @ sums
@@ -106,21 +110,23 @@ def others(sums: Floats, statistic: Callable[[Floats], Floats]) -> dict[str, tup
 
 
 def intervals(a: Metric, b: Metric, users: list[str]) -> dict[tuple[str, str], tuple[float, float]]:
-    """(of what, interval) → its ends."""
-    width = a.rows.shape[1]
-    found = {("one", "ours"): tuple(compare.interval(a, users, draws=DRAWS))}
-    difference = compare.paired(b, a, users, draws=DRAWS)
-    found["difference", "ours"] = difference.low, difference.high
-    found |= {
+    """("one" method or "difference", kind of interval) → its ends."""
+    width, own = a.rows.shape[1], stats.interval(a, users, draws=DRAWS)
+    ends_by_key: dict[tuple[str, str], tuple[float, float]] = {("one", "ours"): (own.low, own.high)}
+    difference = stats.paired(b, a, users, draws=DRAWS)
+    ends_by_key["difference", "ours"] = difference.low, difference.high
+    ends_by_key |= {
         ("one", name): ends
-        for name, ends in others(sums_by_user(a.rows, users), a.spec.statistic).items()
+        for name, ends in other_intervals(sums_by_user(a.rows, users), a.spec.statistic).items()
     }
     both = sums_by_user(np.concatenate([a.rows, b.rows], axis=1), users)
 
-    def apart(sums: Floats) -> Floats:
+    def difference_of(sums: Floats) -> Floats:
         return a.spec.statistic(sums[:, width:]) - a.spec.statistic(sums[:, :width])
 
-    return found | {("difference", name): ends for name, ends in others(both, apart).items()}
+    return ends_by_key | {
+        ("difference", name): ends for name, ends in other_intervals(both, difference_of).items()
+    }
 
 
 def scored(task: Task, answers: Answers) -> tuple[dict[str, Metric], dict[str, Metric]]:
@@ -129,16 +135,16 @@ def scored(task: Task, answers: Answers) -> tuple[dict[str, Metric], dict[str, M
 
 
 def coverage(task: Task, users: int, queries: int, runs: int) -> list[dict[str, object]]:
-    first, second = scored(task, made(task, MANY, queries, np.random.default_rng(99)))
+    first, second = scored(task, simulate(task, MANY, queries, np.random.default_rng(99)))
     truth = {
         name: {"one": first[name].value, "difference": second[name].value - first[name].value}
         for name in first
     }
-    dice, found = np.random.default_rng(1), list[dict[tuple[str, str, str], tuple[float, float]]]()
+    rng, draws = np.random.default_rng(1), list[dict[tuple[str, str, str], tuple[float, float]]]()
     for _ in range(runs):
-        answers = made(task, users, queries, dice)
+        answers = simulate(task, users, queries, rng)
         one, two = scored(task, answers)
-        found.append(
+        draws.append(
             {
                 (name, *key): ends
                 for name in one
@@ -146,14 +152,14 @@ def coverage(task: Task, users: int, queries: int, runs: int) -> list[dict[str, 
             }
         )
     rows = []
-    for name, what, which in found[0]:
-        ends = np.array([each[name, what, which] for each in found])
-        held = (ends[:, 0] <= truth[name][what]) & (truth[name][what] <= ends[:, 1])
+    for name, what, which in draws[0]:
+        ends = np.array([draw[name, what, which] for draw in draws])
+        covered = (ends[:, 0] <= truth[name][what]) & (truth[name][what] <= ends[:, 1])
         row: dict[str, object] = {
             "metric": name,
             "of": what,
             "interval": which,
-            "covers": float(held.mean()),
+            "covers": float(covered.mean()),
         }
         rows.append(
             row
@@ -169,12 +175,12 @@ def main() -> None:
     for name, default in (("users", 13), ("queries", 5), ("runs", 400)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    rows = [row for task in TASKS for row in coverage(task, given.users, given.queries, given.runs)]
-    if given.json:
+    args = parser.parse_args()
+    rows = [row for task in TASKS for row in coverage(task, args.users, args.queries, args.runs)]
+    if args.json:
         print(
             json.dumps(
-                {"users": given.users, "queries": given.queries, "runs": given.runs, "rows": rows},
+                {"users": args.users, "queries": args.queries, "runs": args.runs, "rows": rows},
                 indent=1,
             )
         )

@@ -1,7 +1,7 @@
-"""What the scripts here share: jobs timed in turn, medians with quartiles, limits, one report.
+"""Shared by the benchmark scripts: interleaved timing, medians with quartiles, limits, one report.
 
-Jobs are run in turn within one process, so that load on the machine slows all of them alike; their
-ratio counts.
+Jobs run alternately within one process, so that load on the machine affects all of them alike and
+ratios stay valid.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import torch
 
 @dataclass(frozen=True)
 class Limit:
-    """One thing that must hold."""
+    """A measured value and its limit."""
 
     name: str
     value: float
     limit: float
     at_least: bool = False
-    """Whether the limit is a floor; it is a ceiling otherwise."""
+    """True for a minimum; otherwise the limit is a maximum."""
 
     @property
     def holds(self) -> bool:
@@ -41,7 +41,7 @@ def milliseconds(job: Callable[[], object]) -> float:
 def in_turn(
     jobs: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of each run of each job, the jobs taking turns."""
+    """Milliseconds of each run of each job; the jobs run alternately."""
     for job in jobs.values():
         for _ in range(warm_up):
             job()
@@ -53,7 +53,7 @@ def in_turn(
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles; of a single value thrice the same."""
+    """Median and quartiles; for a single value all three are that value."""
     low, median, high = (
         statistics.quantiles(values, n=4, method="inclusive")
         if len(values) > 1
@@ -80,13 +80,13 @@ def options(doc: str | None, runs: int) -> argparse.ArgumentParser:
 
 
 def finish(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     result: Mapping[str, Any],
     lines: Sequence[str],
     limits: Sequence[Limit],
 ) -> None:
-    """Print the report and leave: with 1, and a line for each limit that is missed."""
-    if given.json:
+    """Print the report and exit, with 1 if a limit is missed."""
+    if args.json:
         machine = {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -94,16 +94,15 @@ def finish(
             "cores": os.cpu_count(),
         }
         checked = [{**asdict(limit), "holds": limit.holds} for limit in limits]
-        found = {"options": vars(given), "machine": machine, **result, "limits": checked}
-        print(
-            json.dumps(found, indent=2, default=lambda path: path.name)
-        )  # where data lie is this machine's business
+        report = {"options": vars(args), "machine": machine, **result, "limits": checked}
+        # only the names of paths: the rest depends on the machine
+        print(json.dumps(report, indent=2, default=lambda path: path.name))
     else:
         print("\n".join(lines))
     for limit in limits:
-        word = "at least" if limit.at_least else "at most"
+        relation = "at least" if limit.at_least else "at most"
         print(
-            f"{'holds ' if limit.holds else 'MISSED'} {limit.name}: {limit.value:.3g}, {word}"
+            f"{'holds ' if limit.holds else 'MISSED'} {limit.name}: {limit.value:.3g}, {relation}"
             f" {limit.limit:g}",
             file=sys.stderr,
         )

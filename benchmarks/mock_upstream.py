@@ -1,8 +1,8 @@
-"""An OpenAI-compatible endpoint that answers after a fixed time, to measure what a gateway adds.
+"""An OpenAI-compatible endpoint with a fixed latency, to measure what a gateway adds.
 
     python benchmarks/mock_upstream.py --port 9000 --latency 0.05
 
-Plain ASGI, for a low overhead; `n` gives as many choices, and all answers differ.
+Plain ASGI, for low overhead. `n` gives as many choices; all answers differ.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def completion(body: dict[str, Any]) -> bytes:
         for i, t in enumerate(texts)
     ]
     usage = {"prompt_tokens": 50, "completion_tokens": 12 * count, "total_tokens": 50 + 12 * count}
-    made = {
+    head = {
         "id": "chatcmpl-mock",
         "object": "chat.completion",
         "created": 1,
         "model": body.get("model", "mock"),
     }
-    return json.dumps({**made, "choices": choices, "usage": usage}).encode()
+    return json.dumps({**head, "choices": choices, "usage": usage}).encode()
 
 
 def make_app(latency: float) -> Any:
@@ -83,11 +83,11 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
-    given = parser.parse_args()
+    args = parser.parse_args()
     uvicorn.run(
-        make_app(given.latency),
+        make_app(args.latency),
         host="127.0.0.1",
-        port=given.port,
+        port=args.port,
         log_level="error",
         access_log=False,
     )

@@ -1,4 +1,4 @@
-"""Draw README's figure from `results/overall.json`: each method against the best prompt.
+"""Draw the README's figure from `results/overall.json`: each method compared with the best prompt.
 
     python benchmarks/overview_plot.py [--out docs/images/overview.svg]
 
@@ -14,9 +14,9 @@ import altair as alt
 import vl_convert
 
 ROOT = Path(__file__).parents[1]
-SHOWN = {
+METHODS = {
     "hydra@4,8": "HYDRA (4 records, 8 samples)",
-    "hydra-shared@4,8": "control: shared heads",
+    "hydra-shared@4,8": "baseline: shared heads",
     "mbr@8": "minimum Bayes risk",
     "self-consistency@8": "self-consistency",
     "rag@4": "RAG, 4 records",
@@ -27,12 +27,12 @@ SHOWN = {
 MEASURE = "without BLEU"
 
 
-def chart() -> alt.LayerChart:
-    """The figure."""
+def chart() -> alt.LayerChart | alt.FacetChart:
+    """The figure, as an altair chart."""
     overall = json.loads((ROOT / "benchmarks/results/overall.json").read_text(encoding="utf-8"))
     rows = []
-    for method, name in SHOWN.items():
-        mean, low, high = (100 * each for each in overall[method][MEASURE])
+    for method, name in METHODS.items():
+        mean, low, high = (100 * share for share in overall[method][MEASURE])
         rows.append({"method": name, "mean": mean, "low": low, "high": high})
     base = alt.Chart(alt.InlineData(rows)).encode(
         y=alt.Y("method:N", sort=None, title=None, axis=alt.Axis(labelLimit=260, ticks=False)),

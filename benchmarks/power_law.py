@@ -1,10 +1,10 @@
-"""Time as a + b·x^p: the growth law of measurements at several sizes, with an interval for p.
+"""Fit time = a + b·x^p to measurements at several sizes, with an interval for p.
 
-a, b and p minimize the squared relative errors, with a and b not below 0 and p from 0.1 to 3; the
-fixed cost a would otherwise hide how the rest grows. If the time rises by less than a fifth from
-the smallest to the largest size, p cannot be estimated: the law is then constant, and p is 0. The
-interval is a bootstrap over the repeats at each size; it covers the noise of the clock, not whether
-the law has this form. Letters: D draws, P exponents, S sizes, R repeats.
+a, b and p minimize the squared relative errors, with a, b ≥ 0 and p from 0.1 to 3. The constant a
+is needed because a fixed cost would hide how the rest grows. If the time rises by less than a fifth
+from the smallest to the largest size, p cannot be estimated: the law is constant and p is 0. The
+interval is a bootstrap over the repeats at each size; it covers timing noise, not whether the law
+has this form. Letters: D draws, P exponents, S sizes, R repeats.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,13 @@ Floats = NDArray[np.float64]
 
 EXPONENTS = np.round(np.arange(0.1, 3.0001, 0.01), 2)
 FLAT = 1.2
-"""Largest time over smallest up to which the law is called constant (as scoring_users.py allows).
-"""
+"""The law is constant up to this ratio of largest to smallest time (as in scoring_users.py)."""
 DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The law of one series."""
+    """The fitted law of one series."""
 
     exponent: float
     low: float
@@ -81,7 +80,7 @@ def power_law(sizes: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _line(one: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """a, b ≥ 0 [D, P] that bring a·one + b·x nearest to y."""
+    """a, b ≥ 0 [D, P] that minimize the squared distance of a·one + b·x to y."""
     oo, ox, xx, oy, xy = (
         (u * v).sum(-1) for u, v in ((one, one), (one, x), (x, x), (one, y), (x, y))
     )

@@ -1,15 +1,15 @@
-"""How to present records in the prompt of a task with labels, by the LLM's greedy answers for
+"""How to put records into the prompt of a task with labels, by the LLM's greedy answers for
 training users.
 
     python benchmarks/prompt_style.py [--data FOLDER] [--llm smollm2] [--users 12] [--queries 3]
     [--k 4] [--unconstrained] [--json]
 
-Three prompts for each of a training user's latest records: without records (`none`), with the k
-best of BM25 as one list (`block`), and with the same records as earlier turns of the conversation
-(`turns`). The gain is the task's; for ratings, the correlation of answers and truth says whether
-the LLM uses its input at all, and the share of its most frequent answer whether it repeats itself.
-Without `--data` the users are the demo's. There is no limit: this is the measurement behind a
-default (`prompt_style=auto`). Answers are cached.
+Three prompts for each query: without records (`none`), with the k best of BM25 as one list
+(`block`), and with the same records as earlier turns of the conversation (`turns`). The queries are
+training users' latest records. Reported are the task's gain and the share of the most frequent
+answer (does the LLM repeat itself?); for ratings also the correlation of answers and gold answers
+(does the LLM use its input at all?). Without `--data` the users are the demo's. Answers are cached.
+There is no limit: the result is the reason for a default (`prompt_style=auto`).
 """
 
 import argparse
@@ -33,7 +33,7 @@ from hydra_llm.retrieve import make_retriever
 from hydra_llm.training.labelling import training_queries
 from hydra_llm.types import Query
 
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"k": 0},
     "block": {"prompt_style": "block"},
     "turns": {"prompt_style": "turns"},
@@ -43,29 +43,30 @@ WAYS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = options(__doc__, runs=1)
     parser.add_argument(
-        "--data", default=None, help="a data set with labels; the demo's users otherwise"
+        "--data", default=None, help="a data set with labels; default: the demo's users"
     )
     parser.add_argument("--llm", default="smollm2")
     parser.add_argument("--users", type=int, default=12)
     parser.add_argument("--queries", type=int, default=3)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--unconstrained", action="store_true")
-    given = parser.parse_args()
-    data = open_data(given.data) if given.data else movielens(max(given.users, 2), 2, given.seed)
-    records = {user: data.history(user) for user in data.users("train")[: given.users]}
+    args = parser.parse_args()
+    data = open_data(args.data) if args.data else movielens(max(args.users, 2), 2, args.seed)
+    records = {user: data.history(user) for user in data.users("train")[: args.users]}
     queries = [
         query
         for user in records
-        for query in training_queries(data.task, records[user], given.queries)
+        for query in training_queries(data.task, records[user], args.queries)
     ]
-    rows = {way: figures(given, data, records, queries, way) for way in WAYS}
+    rows = {variant: measure(args, data, records, queries, variant) for variant in VARIANTS}
     lines = [
-        f"{len(queries)} queries of {len(records)} training users of {data.task.name}, {given.llm},"
-        f" k = {given.k}"
+        f"{len(queries)} queries of {len(records)} training users of {data.task.name}, {args.llm},"
+        f" k = {args.k}"
     ]
     lines += [
-        f"{way:<6} " + "  ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
-        for way, row in rows.items()
+        f"{variant:<6} "
+        + "  ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
+        for variant, row in rows.items()
     ]
     difference = paired(
         rows["turns"]["gains"], rows["block"]["gains"], [query.user for query in queries]
@@ -75,30 +76,30 @@ def main() -> None:
         f" {difference.high:+.3f}]"
     )
     result = {
-        "ways": {way: row["figures"] for way, row in rows.items()},
+        "ways": {variant: row["figures"] for variant, row in rows.items()},
         "turns_minus_block": difference._asdict(),
     }
-    finish(given, {**result, "queries": len(queries), "users": len(records)}, lines, [])
+    finish(args, {**result, "queries": len(queries), "users": len(records)}, lines, [])
 
 
-def figures(
-    given: argparse.Namespace,
+def measure(
+    args: argparse.Namespace,
     data: DataSet,
     records: dict[str, Any],
     queries: Sequence[Query],
-    way: str,
+    variant: str,
 ) -> dict[str, Any]:
-    """What the LLM's answers are worth when it is asked in this way."""
-    answers = answers_of(given, data, records, queries, way)
+    """Gains of the LLM's answers with one variant of the prompt, and their summary."""
+    answers = answers_of(args, data, records, queries, variant)
     pairs = list(zip(answers, (query.gold or "" for query in queries), strict=True))
     gains = [data.task.gain(answer, gold) for answer, gold in pairs]
     most_frequent = Counter(answers).most_common(1)[0][1] / len(answers)
     out = {"gain": float(np.mean(gains)), "most_frequent": most_frequent}
     if data.task.kind == "rating":
-        known = [
+        rated_pairs = [
             (float(answer), float(gold or "nan")) for answer, gold in pairs if answer is not None
         ]
-        rated = np.array(known)
+        rated = np.array(rated_pairs)
         constant = len(rated) < 2 or np.ptp(rated[:, 0]) == 0
         out |= {
             "mae": float(np.abs(rated[:, 0] - rated[:, 1]).mean()),
@@ -108,20 +109,25 @@ def figures(
 
 
 def answers_of(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     data: DataSet,
     records: dict[str, Any],
     queries: Sequence[Query],
-    way: str,
+    variant: str,
 ) -> list[str | None]:
-    limits = {"constrain": not given.unconstrained, "max_tokens": 16 if given.unconstrained else 4}
-    style = {"k": given.k, **WAYS[way]}
-    settings = load_settings(samples=1, candidates="sampled", seed=given.seed, **limits, **style)
-    llm, retriever = open_llm(given.llm, settings), make_retriever("bm25")
-    asks = UserPipeline(data.task, retriever, settings, llm=llm, records=records)
+    settings = load_settings(
+        samples=1,
+        candidates="sampled",
+        seed=args.seed,
+        constrain=not args.unconstrained,
+        max_tokens=16 if args.unconstrained else 4,
+        **{"k": args.k, **VARIANTS[variant]},
+    )
+    llm, retriever = open_llm(args.llm, settings), make_retriever("bm25")
+    pipeline = UserPipeline(data.task, retriever, settings, llm=llm, records=records)
     answers = []
     for proposal in run_sync(
-        partial(map_calls, asks.apropose, queries, limit=settings.concurrency)
+        partial(map_calls, pipeline.apropose, queries, limit=settings.concurrency)
     ):
         if isinstance(proposal, Exception):
             raise proposal

@@ -1,7 +1,7 @@
-"""Simulated users with known preferences for the scripts here, and the same rows from a real data
-set.
+"""Simulated users with known preferences for the benchmark scripts, and labelled groups of real
+users in the same form.
 
-A text mixes words of two topics; each user prefers some topics, in part individually and in part as
+A text mixes words of two topics. Each user prefers some topics, partly individually and partly as
 all users do. The preferences can be learned from the texts, and the probability of each label is
 known, so that a log-loss can be compared with the best possible one.
 """
@@ -63,42 +63,42 @@ HEADLINE = Task(
 CANDIDATES = 8
 
 
-def words(topics: Sequence[str], count: int, dice: random.Random) -> str:
+def words(topics: Sequence[str], count: int, rng: random.Random) -> str:
     """About two of three words from the topics in equal parts, the rest fillers."""
     pool = [
-        dice.choice(TOPICS[topics[i % len(topics)]].split()) if i % 3 else dice.choice(FILLERS)
+        rng.choice(TOPICS[topics[i % len(topics)]].split()) if i % 3 else rng.choice(FILLERS)
         for i in range(count)
     ]
-    dice.shuffle(pool)
+    rng.shuffle(pool)
     return " ".join(pool)
 
 
 @dataclass(frozen=True)
 class SimulatedUser:
-    """Someone with tastes of their own."""
+    """A user with individual preferences."""
 
     name: str
-    likes: dict[str, float]
-    """How much this person wants an answer to be about each topic."""
-    leans: dict[str, float]
-    """How much a record of each topic helps to tell what this person wants."""
+    topic_preference: dict[str, float]
+    """Topic → how much the user prefers answers about it."""
+    record_preference: dict[str, float]
+    """Topic → how useful a record about it is."""
 
     def prefers(self, topics: Sequence[str]) -> str:
-        return max(topics, key=lambda topic: self.likes[topic])
+        return max(topics, key=lambda topic: self.topic_preference[topic])
 
 
 def simulate_users(count: int, seed: int, prefix: str = "p") -> list[SimulatedUser]:
-    """`count` users; two thirds of the variance of their tastes are their own."""
+    """`count` users; two thirds of the variance of their preferences are individual."""
     common = random.Random("common")
     shared = [{topic: common.gauss(0, 1.0) for topic in TOPICS} for _ in range(2)]
     out = []
     for i in range(count):
-        dice = random.Random(f"{prefix} {i} {seed}")
+        rng = random.Random(f"{prefix} {i} {seed}")
         out.append(
             SimulatedUser(
                 f"{prefix}{i}",
                 *(
-                    {topic: mean + dice.gauss(0, 1.4) for topic, mean in table.items()}
+                    {topic: mean + rng.gauss(0, 1.4) for topic, mean in table.items()}
                     for table in shared
                 ),
             )
@@ -112,86 +112,85 @@ class Rows:
 
     reranker: list[LabelledGroup]
     adapter: list[LabelledGroup]
-    chances: dict[tuple[str, str], tuple[float, ...]]
-    """By (scorer, query): how likely each pair was to be labelled 1; empty for real rows."""
+    probabilities: dict[tuple[str, str], tuple[float, ...]]
+    """(scorer, query) → each pair's probability of label 1; empty for real data."""
 
 
 def simulated_rows(users: Sequence[SimulatedUser], count: int, seed: int) -> Rows:
-    """`count` groups of 8 pairs for each person and scorer."""
+    """`count` groups of 8 pairs for each user and scorer."""
     rows = Rows([], [], {})
-    for person in users:
-        dice = random.Random(f"{person.name} rows {seed}")
-        for place in range(count):
-            topics = dice.sample(LABELS, 2)
-            text, query = words(topics, 20, dice), f"{person.name}-{place}"
-            offered = [
-                *(dice.choice(topics) for _ in range(CANDIDATES // 2)),
-                *dice.sample(LABELS, CANDIDATES - CANDIDATES // 2),
+    for user in users:
+        rng = random.Random(f"{user.name} rows {seed}")
+        for index in range(count):
+            topics = rng.sample(LABELS, 2)
+            text, query = words(topics, 20, rng), f"{user.name}-{index}"
+            topics_offered = [
+                *(rng.choice(topics) for _ in range(CANDIDATES // 2)),
+                *rng.sample(LABELS, CANDIDATES - CANDIDATES // 2),
             ]
-            headlines = [words([topic], 10, dice) for topic in offered]
+            headlines = [words([topic], 10, rng) for topic in topics_offered]
             records = [
-                f"{words([topic], 20, dice)} → {words([topic], 10, dice)}" for topic in offered
+                f"{words([topic], 20, rng)} → {words([topic], 10, rng)}" for topic in topics_offered
             ]
-            for scorer, rights, taste, out in (
-                ("reranker", records, person.leans, rows.reranker),
-                ("adapter", headlines, person.likes, rows.adapter),
+            for scorer, rights, preference, out in (
+                ("reranker", records, user.record_preference, rows.reranker),
+                ("adapter", headlines, user.topic_preference, rows.adapter),
             ):
-                chances = tuple(
-                    1 / (1 + math.exp(-(taste[topic] + 2.0 * (topic in topics) - 1.5)))
-                    for topic in offered
+                probabilities = tuple(
+                    1 / (1 + math.exp(-(preference[topic] + 2.0 * (topic in topics) - 1.5)))
+                    for topic in topics_offered
                 )
-                gains = tuple(float(dice.random() < chance) for chance in chances)
+                gains = tuple(float(rng.random() < chance) for chance in probabilities)
                 out.append(
                     LabelledGroup(
-                        person.name, query, text, tuple(rights), gains, ((),) * len(rights), place
+                        user.name, query, text, tuple(rights), gains, ((),) * len(rights), index
                     )
                 )
-                rows.chances[scorer, query] = chances
+                rows.probabilities[scorer, query] = probabilities
     return rows
 
 
 def real_rows(
     data: DataSet, users: Sequence[str], store: FeatureCache, count: int, seed: int
 ) -> Rows:
-    """The latest `count` records of each user as queries, labelled by what that user really
-    answered.
+    """The latest `count` records of each user as queries.
 
-    Adapter: the user's answer is 1, the others 0: other labels, or the headlines of other users for
-    the nearest texts. Reranker: 8 random earlier records; one is 1 where its answer is worth more
-    than the group's mean for this query.
+    Adapter: the user's answer has label 1; other labels, or other users' headlines of the nearest
+    texts, have label 0. Reranker: 8 random earlier records; a record has label 1 if the gain of its
+    answer is above the group's mean.
     """
-    rows, dice = Rows([], [], {}), random.Random(seed)
+    rows, rng = Rows([], [], {}), random.Random(seed)
     others = [record for user in data.users("train")[:40] for record in data.history(user)]
     vectors = None if data.task.labels else store.texts([record.input for record in others])
     for user in users:
         records = data.answered(user)
         for record in records[-count:]:
             seen = before(records, record)
-            drawn = dice.sample(seen, min(CANDIDATES, len(seen)))
-            if not drawn:
+            sampled = rng.sample(seen, min(CANDIDATES, len(seen)))
+            if not sampled:
                 continue
-            gains = [data.task.gain(other.output, record.output) for other in drawn]
+            gains = [data.task.gain(other.output, record.output) for other in sampled]
             useful = [gain > sum(gains) / len(gains) or gain == 1.0 for gain in gains]
-            texts = [f"{other.input} → {other.output}" for other in drawn]
+            texts = [f"{other.input} → {other.output}" for other in sampled]
             rows.reranker.append(_group(record, texts, useful))
             if vectors is None:
                 wrong = [label for label in data.task.labels if label != record.output]
-                dice.shuffle(wrong)
+                rng.shuffle(wrong)
             else:
                 order = (-(vectors @ store.texts([record.input])[0])).argsort()[:60]
                 wrong = _outputs_of_others(record, [others[i] for i in order])
-            offered = [record.output, *wrong[: CANDIDATES - 1]]
-            dice.shuffle(offered)
-            right = [answer == record.output for answer in offered]
-            rows.adapter.append(_group(record, offered, right))
+            answers = [record.output, *wrong[: CANDIDATES - 1]]
+            rng.shuffle(answers)
+            correct = [answer == record.output for answer in answers]
+            rows.adapter.append(_group(record, answers, correct))
     return rows
 
 
 def _group(record: Record, rights: Sequence[str], gains: Sequence[bool]) -> LabelledGroup:
     """A record as a query over candidates, without side features."""
-    blank, worth = ((),) * len(rights), tuple(map(float, gains))
+    blank, gain_values = ((),) * len(rights), tuple(map(float, gains))
     query = record.user, record.id, record.input
-    return LabelledGroup(*query, tuple(rights), worth, blank, record.position)
+    return LabelledGroup(*query, tuple(rights), gain_values, blank, record.position)
 
 
 def _outputs_of_others(record: Record, near: Sequence[Record]) -> list[str]:
@@ -203,10 +202,10 @@ def simulated_data(
     task: Task, users: Sequence[SimulatedUser], records: int, seed: int, new: int = 0
 ) -> DataSet:
     """A data set of users; the last `new` are new users. Answers are the topic, or a headline
-    about it, that the person prefers.
+    about it, that the user prefers.
     """
     splits: dict[str, Split] = {
-        person.name: "train" if i < len(users) - new else "test" for i, person in enumerate(users)
+        user.name: "train" if i < len(users) - new else "test" for i, user in enumerate(users)
     }
     return DataSet.from_records(task, splits, _histories(task, users, records, seed), [])
 
@@ -214,16 +213,16 @@ def simulated_data(
 def _histories(
     task: Task, users: Sequence[SimulatedUser], records: int, seed: int
 ) -> Iterator[Record]:
-    for person in users:
-        dice = random.Random(f"{person.name} history {seed}")
-        for place in range(records):
-            topics = dice.sample(LABELS, 2)
-            topic = person.prefers(topics)
+    for user in users:
+        rng = random.Random(f"{user.name} history {seed}")
+        for index in range(records):
+            topics = rng.sample(LABELS, 2)
+            topic = user.prefers(topics)
             yield Record(
-                person.name,
-                f"r{place}",
-                words(topics, 20, dice),
-                topic if task.labels else words([topic], 10, dice),
+                user.name,
+                f"r{index}",
+                words(topics, 20, rng),
+                topic if task.labels else words([topic], 10, rng),
             )
 
 
@@ -233,13 +232,13 @@ def learn_scorer(
     task: Task,
     name: str,
     groups: Sequence[LabelledGroup],
-    evidence: Sequence[str],
+    side_names: Sequence[str],
     rule: str,
     by_label: bool = False,
 ) -> tuple[Scorer, dict[str, Any]]:
-    """A scorer from labelled groups in the very way of `hydra_llm.learn`, and its report."""
+    """A scorer trained on labelled groups as in `hydra_llm.learn`, and its report."""
     bundle = Bundle(task, settings, {}, store, CohortStats())
-    data = LabelledData(name, lambda _: list(groups), evidence, rule, by_label)
+    data = LabelledData(name, lambda _: list(groups), side_names, rule, by_label)
     learned = train_scorer(bundle, data, tune=settings.tune_encoder)
     return learned.scorers[name], learned.report[name]
 

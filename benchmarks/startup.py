@@ -1,10 +1,9 @@
-"""How long `import hydra_llm` and `hydra-llm --help` take, beside a bare interpreter in the same
-run.
+"""How long `import hydra_llm` and `hydra-llm --help` take, compared with a bare interpreter.
 
     python benchmarks/startup.py [--runs 15] [--json]
 
-The kinds are run in turn, so that load on the machine slows all of them alike. Exits with 1 if a
-median is above its limit.
+The commands run alternately, so that load on the machine affects all of them alike. Exits with 1 if
+a median exceeds its limit.
 """
 
 import argparse
@@ -21,19 +20,19 @@ KINDS: dict[str, tuple[list[str], float | None]] = {
     "import hydra_llm": ([sys.executable, "-c", "import hydra_llm"], 150.0),
     "hydra-llm --help": ([str(Path(sys.executable).with_name("hydra-llm")), "--help"], 400.0),
 }
-"""What is run, and the limit of its median in milliseconds, interpreter included."""
+"""Name → command, and the limit of its median in milliseconds, interpreter included."""
 
 
 def milliseconds(command: list[str]) -> float:
-    """Wall time of one run in a process of its own."""
-    begin = time.perf_counter()
+    """Wall-clock time of one run in its own process."""
+    start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return (time.perf_counter() - begin) * 1000
+    return (time.perf_counter() - start) * 1000
 
 
 def measure(runs: int) -> list[dict[str, Any]]:
     """One row per kind: median, spread, and the ratio of its median to the bare interpreter's."""
-    for command, _ in KINDS.values():  # warm-up: bytecode and the disk's cache
+    for command, _ in KINDS.values():  # warm-up: bytecode and disk cache
         milliseconds(command)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(runs):
@@ -61,12 +60,12 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    rows = measure(given.runs)
-    if given.json:
+    args = parser.parse_args()
+    rows = measure(args.runs)
+    if args.json:
         print(
             json.dumps(
-                {"runs": given.runs, "python": sys.version.split()[0], "rows": rows}, indent=2
+                {"runs": args.runs, "python": sys.version.split()[0], "rows": rows}, indent=2
             )
         )
     else:

@@ -1,6 +1,6 @@
-"""Audit the pinned packages for known vulnerabilities, by pip-audit in its own environment.
+"""Audit the pinned packages for known vulnerabilities with pip-audit in a temporary environment.
 
-Exits with 1 if there are any; with 0 and a message if pip-audit or its data cannot be reached.
+Exits with 1 if there are any, with 0 and a message if pip-audit or its data are not available.
 """
 
 import json
@@ -29,31 +29,29 @@ def main() -> int:
             "--requirement",
             PINS,
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     try:
-        packages = json.loads(done.stdout)["dependencies"]
+        packages = json.loads(result.stdout)["dependencies"]
     except (ValueError, KeyError):
-        print(
-            f"not audited: {(done.stderr.strip().splitlines() or ['pip-audit says nothing'])[-1]}",
-            file=sys.stderr,
-        )
+        reason = (result.stderr.strip().splitlines() or ["pip-audit printed nothing"])[-1]
+        print(f"not audited: {reason}", file=sys.stderr)
         return 0
     return report(packages)
 
 
 def report(packages: list[dict]) -> int:
-    """Print the vulnerabilities, and how many packages could not be audited."""
+    """Print the vulnerabilities and how many packages could not be audited; the exit code."""
     skipped = [package["name"] for package in packages if "skip_reason" in package]
-    found = [(package, fault) for package in packages for fault in package.get("vulns", [])]
-    for package, fault in found:
-        fixed = ", ".join(fault["fix_versions"]) or "no version yet"
-        print(f"{package['name']} {package['version']}: {fault['id']}, fixed in {fixed}")
+    vulnerable = [(package, entry) for package in packages for entry in package.get("vulns", [])]
+    for package, entry in vulnerable:
+        fixed = ", ".join(entry["fix_versions"]) or "no version yet"
+        print(f"{package['name']} {package['version']}: {entry['id']}, fixed in {fixed}")
     audited = len(packages) - len(skipped)
     print(
         f"{audited} packages audited, {len(skipped)} not known to the database,"
-        f" {len(found)} vulnerabilities"
+        f" {len(vulnerable)} vulnerabilities"
     )
-    return 1 if found else 0
+    return 1 if vulnerable else 0
 
 
 if __name__ == "__main__":

@@ -25,27 +25,27 @@ fix, in one line; 130 Ctrl-C.
 """
 
 
-def context_of(command: Any, name: str, parent: Any = None) -> Any:
-    """A context of fixed width, so that the text does not depend on the terminal."""
+def make_context(command: Any, name: str, parent: Any = None) -> Any:
+    """A context of fixed width, so that the help does not depend on the terminal."""
     return command.context_class(
         command, info_name=name, parent=parent, terminal_width=110, **command.context_settings
     )
 
 
 def sections(command: Any, context: Any) -> Iterator[str]:
-    """The help of a command and of those below it, each under its heading."""
+    """The help of a command and of its subcommands, each under its heading."""
     yield f"\n## `{context.command_path}`\n\n```text\n{context.get_help().rstrip()}\n```\n"
-    for name, each in getattr(command, "commands", {}).items():
-        below = load(name) if context.parent is None else each
-        if not below.hidden:
-            yield from sections(below, context_of(below, name, context))
+    for name, registered in getattr(command, "commands", {}).items():
+        subcommand = load(name) if context.parent is None else registered
+        if not subcommand.hidden:
+            yield from sections(subcommand, make_context(subcommand, name, context))
 
 
 def text() -> str:
     """The whole file."""
     root = get_group(app)
     assert list(root.commands) == list(COMMANDS)
-    return HEAD + "".join(sections(root, context_of(root, NAME)))
+    return HEAD + "".join(sections(root, make_context(root, NAME)))
 
 
 def main() -> None:

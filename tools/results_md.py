@@ -1,13 +1,12 @@
-"""Write the tables of results into the pages that have their markers, `<!-- NAME -->` and
-`<!-- /NAME -->`: README.md, docs/results.md and benchmarks/results/README.md.
+"""Write the tables of the committed results into README.md, docs/results.md and
+benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python tools/results_md.py [--check]
 
-    NAME_60    the main rows of benchmarks/results/NAME_60/report.json
-    overall    benchmarks/results/overall.json, over all tasks
-    growth     benchmarks/results/growth.json
-    small_lessons, reranker_labels    of the same name
-    gateway_tower, gateway_cross    of the same name, each series with the limits of the benchmark
+    NAME_60                        main rows of benchmarks/results/NAME_60/report.json
+    overall, growth, few_groups,
+    reranker_labels, gateway_tower,
+    gateway_cross                  benchmarks/results/NAME.json
 
 `--check` writes nothing and exits with 1 if a table is stale.
 """
@@ -21,11 +20,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PLACES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md")
-PAGES = tuple(page for page in PLACES if page.exists())
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md")
 BASELINE = "rag@4"
 TYPICAL = {"accuracy": "most frequent label", "mae": "median", "rouge1": "latest text"}
-"""First metric → what `user-majority` answers."""
+"""First metric of a task → the answer of `user-majority`."""
 METRICS = {
     "macro_f1": "macro-F1",
     "mae": "MAE",
@@ -55,7 +53,7 @@ SHOWN = {
     "random@8": "lower bound: expected random sample",
     "oracle@8": "upper bound: best sample",
 }
-"""Method → its name in the table. The best prompt by the first metric is also shown."""
+"""Method → its name in the table. The best prompt by the first metric has a row too."""
 OVERALL = (
     "hydra@4,8",
     "hydra@1,8",
@@ -65,26 +63,28 @@ OVERALL = (
     "mbr@8",
     "self-consistency@8",
 )
-"""Methods in the table over all tasks, beside the best prompt-based one."""
+"""Methods in the table over all tasks; the best prompt-based one is added."""
+PROMPTS = ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """`.810`, `−.063`; without the 0 before the point, as tables have it."""
+    """`.810` or `−.063`, without a leading zero."""
     text = f"{abs(value):.3f}"
     sign = "−" if value < 0 and float(text) else "+" if signed else ""
     return sign + (text.removeprefix("0") if abs(value) < 1 else text)
 
 
-def table(report: dict[str, Any]) -> str:
+def method_table(report: dict[str, Any]) -> str:
+    """The main methods of one run, each against `BASELINE`."""
     rows = {row["method"]: row for row in report["methods"]}
     first, second = list(next(iter(rows.values()))["metrics"])[:2]
     titles = [METRICS.get(metric, metric) for metric in (first, second)]
     head = f"| method | {titles[0]} | {titles[1]} | against {BASELINE} ({titles[0]}) | users |"
-    lines = [line(name, row, first, second) for name, row in chosen(rows, first)]
+    lines = [method_line(name, row, first, second) for name, row in main_rows(rows, first)]
     return "\n".join([head, "|---|---|---|---|---|", *lines])
 
 
-def chosen(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def main_rows(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
     prompts = [row for row in rows.values() if row["group"] == "prompt"]
     sign = -1 if first in ("mae", "rmse") else 1
     best = max(prompts, key=lambda row: sign * row["metrics"][first][0])["method"]
@@ -96,7 +96,7 @@ def chosen(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, An
             yield f"{best} (the best prompt)", rows[best]
 
 
-def line(name: str, row: dict[str, Any], first: str, second: str) -> str:
+def method_line(name: str, row: dict[str, Any], first: str, second: str) -> str:
     value, low, high = row["metrics"][first]
     cells = [
         name,
@@ -111,77 +111,72 @@ def line(name: str, row: dict[str, Any], first: str, second: str) -> str:
     return f"| {' | '.join([*cells, difference, users])} |"
 
 
-def interval(found: dict[str, float], key: str) -> str:
-    """`+.031 [−.002, +.064]`, of the values `key`, low and high."""
-    value, low, high = (number(found[name], signed=True) for name in (key, "low", "high"))
+def interval(row: dict[str, float], key: str) -> str:
+    """`+.031 [−.002, +.064]` of the values `key`, low and high."""
+    value, low, high = (number(row[name], signed=True) for name in (key, "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def overall(found: dict[str, Any]) -> str:
-    """Over the best prompts, mean over tasks, the best first."""
-    prompts = [
-        name
-        for name in found
-        if name.partition("@")[0]
-        in ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
-    ]
-    shown = [
-        *(name for name in OVERALL if name in found),
-        max(prompts, key=lambda name: found[name]["all metrics"][0]),
+def overall_table(changes: dict[str, Any]) -> str:
+    """Mean relative change over the best prompts and over tasks, best method first."""
+    prompts = [name for name in changes if name.partition("@")[0] in PROMPTS]
+    names = [
+        *(name for name in OVERALL if name in changes),
+        max(prompts, key=lambda name: changes[name]["all metrics"][0]),
     ]
     lines = ["| method | all metrics | without BLEU |", "|---|---|---|"]
-    for name in sorted(shown, key=lambda name: -found[name]["all metrics"][0]):
+    for name in sorted(names, key=lambda name: -changes[name]["all metrics"][0]):
         title = SHOWN.get(name, name).removeprefix("baseline: ")
         title += " (the best prompt)" if name in prompts else ""
-        shares = [percent(found[name][metrics]) for metrics in ("all metrics", "without BLEU")]
+        shares = [percent(changes[name][metrics]) for metrics in ("all metrics", "without BLEU")]
         lines.append(f"| {' | '.join([title, *shares])} |")
     return "\n".join(lines)
 
 
-def percent(share: list[float]) -> str:
-    """`+6.9 % [−6.0, +19.7]`."""
-    value, low, high = (f"{100 * each:+.1f}".replace("-", "−") for each in share)
+def percent(shares: list[float]) -> str:
+    """`+6.9 % [−6.0, +19.7]` of a share and its interval."""
+    value, low, high = (f"{100 * share:+.1f}".replace("-", "−") for share in shares)
     return f"{value} % [{low}, {high}]"
 
 
-def growth(found: dict[str, Any]) -> str:
-    """Each series' exponent beside the one that is expected, and why they differ."""
+def growth_table(result: dict[str, Any]) -> str:
+    """Each series with its exponent, the expected one, and why they differ."""
     lines = [
         "| stage | in | exponent | expected | at the largest | why |",
         "|---|---|---|---|---|---|",
     ]
-    for row in found["rows"]:
+    for row in result["rows"]:
         law, last = row["law"] or {}, row["points"][-1]
-        sure = f"{law['exponent']:.1f} [{law['low']:.1f}, {law['high']:.1f}]" if law else "none"
+        exponent = f"{law['exponent']:.1f} [{law['low']:.1f}, {law['high']:.1f}]" if law else "none"
         value = (
             f"{last['median']:.3g} {row['unit']}" if row["unit"] == "s" else f"{last['median']:.0f}"
         )
         lines.append(
-            f"| {row['stage']} | {row['variable']} | {sure} | {row['expected_exponent']} |"
+            f"| {row['stage']} | {row['variable']} | {exponent} | {row['expected_exponent']} |"
             f" {last['size']}: {value} | {row['why'] or ''} |"
         )
     return "\n".join(lines)
 
 
-def small_lessons(found: dict[str, Any]) -> str:
+def few_groups_table(results: dict[str, Any]) -> str:
     """Cross-entropy and gain of the picks, by data set."""
-    names = [name for name in next(iter(found.values()))["rows"] if "less" not in name]
+    names = [name for name in next(iter(results.values()))["rows"] if "less" not in name]
     lines = [
-        "| | " + " | ".join(f"{data}: cross-entropy | pick" for data in found) + " |",
-        "|---|" + "---|---|" * len(found),
+        "| | " + " | ".join(f"{data}: cross-entropy | pick" for data in results) + " |",
+        "|---|" + "---|---|" * len(results),
     ]
     for name in names:
         cells = [
-            number(value) if (value := each["rows"][name].get(key)) else ""
-            for each in found.values()
+            number(value) if (value := result["rows"][name].get(key)) else ""
+            for result in results.values()
             for key in ("loss", "gain")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def reranker_labels(found: dict[str, Any]) -> str:
-    """The gain of the LLM's answer with the first record of each order."""
+def reranker_labels_table(results: dict[str, Any]) -> str:
+    """Mean gain of the LLM's answer with the first record of each order."""
     orders = {
         "retriever": "retriever",
         "llm": "learned from the LLM",
@@ -192,20 +187,18 @@ def reranker_labels(found: dict[str, Any]) -> str:
         f"| data | {' | '.join(orders.values())} | histories over the retriever | correlation |",
         "|---|" + "---|" * (len(orders) + 2),
     ]
-    for name, each in found.items():
-        rows, correlation = each["found"]["rows"], each["found"]["correlation"]
+    for name, result in results.items():
+        rows, correlation = result["found"]["rows"], result["found"]["correlation"]
         cells = [number(rows[order]["gain"]) for order in orders]
         cells += [interval(rows["history"], "over_retriever"), f"{correlation:.2f}"]
         lines.append(f"| {name.removesuffix('_60')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def gateway(found: dict[str, Any]) -> str:
-    """What each series of requests took, in milliseconds (`added`: less the mock's own), and the
-    limits.
-    """
+def gateway_table(result: dict[str, Any]) -> str:
+    """Milliseconds of each series of requests (`added`: minus the mock's own), and the limits."""
     lines = ["| series | p50 | p99 | worst | |", "|---|---|---|---|---|"]
-    for name, row in found["series"].items():
+    for name, row in result["series"].items():
         added = "added_" if "added_p50" in row else ""
         if "p50" in row:
             cells = [f"{row[f'{added}{which}']:.1f}" for which in ("p50", "p99", "max")]
@@ -214,42 +207,42 @@ def gateway(found: dict[str, Any]) -> str:
         else:
             counts = f"{row['answered']:.0f} answered, {row['failed']:.0f} failed"
             lines.append(f"| {name} | | | | {counts} |")
-    lines += ["", "| limit | reached | asked |", "|---|---|---|"]
-    for limit in found["limits"]:
+    lines += ["", "| limit | measured | required |", "|---|---|---|"]
+    for limit in result["limits"]:
         missed = "" if limit["holds"] else ", **missed**"
         bound = f"at {'least' if limit['at_least'] else 'most'} {limit['limit']:g}{missed}"
         lines.append(f"| {limit['name']} | {limit['value']:.3g} | {bound} |")
     return "\n".join(lines)
 
 
-MAKERS = {
-    "overall": overall,
-    "growth": growth,
-    "small_lessons": small_lessons,
-    "reranker_labels": reranker_labels,
-    "gateway_tower": gateway,
-    "gateway_cross": gateway,
+TABLES = {
+    "overall": overall_table,
+    "growth": growth_table,
+    "few_groups": few_groups_table,
+    "reranker_labels": reranker_labels_table,
+    "gateway_tower": gateway_table,
+    "gateway_cross": gateway_table,
 }
-"""What makes a table of which file."""
+"""File in benchmarks/results → the function that makes its table."""
 
 
-def tables() -> dict[str, str]:
+def all_tables() -> dict[str, str]:
     """Every table by its marker."""
-    made = {
-        file.parent.name: table(json.loads(file.read_text(encoding="utf-8")))
+    tables = {
+        file.parent.name: method_table(json.loads(file.read_text(encoding="utf-8")))
         for file in sorted(RESULTS.glob("*_60/report.json"))
     }
-    for name, shown in MAKERS.items():
-        if (RESULTS / f"{name}.json").exists():
-            made[name] = shown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
-    return made
+    for name, to_table in TABLES.items():
+        if (file := RESULTS / f"{name}.json").exists():
+            tables[name] = to_table(json.loads(file.read_text(encoding="utf-8")))
+    return tables
 
 
 def main() -> None:
-    made, stale, marked = tables(), [], set[str]()
+    tables, stale, marked = all_tables(), [], set[str]()
     for page in PAGES:
         before = text = page.read_text(encoding="utf-8")
-        for name, content in made.items():
+        for name, content in tables.items():
             whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
             text = re.sub(
                 rf"<!-- {name} -->\n.*?<!-- /{name} -->",
@@ -257,21 +250,17 @@ def main() -> None:
                 text,
                 flags=re.S,
             )  # type: ignore[misc]
-        marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(MAKERS)}) -->", before))
+        marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(TABLES)}) -->", before))
         if text != before:
             stale.append(page)
             if "--check" not in sys.argv:
                 page.write_text(text, encoding="utf-8")
-    if marked != made.keys():
-        sys.exit(
-            f"markers and results differ in {', '.join(sorted(marked ^ made.keys()))}: add <!--"
-            " NAME --> and <!-- /NAME -->"
-        )
+    if marked != tables.keys():
+        names = ", ".join(sorted(marked ^ tables.keys()))
+        sys.exit(f"markers and results differ in {names}: add <!-- NAME --> and <!-- /NAME -->")
     if stale and "--check" in sys.argv:
-        sys.exit(
-            f"{', '.join(str(page.relative_to(ROOT)) for page in stale)}: not what"
-            " benchmarks/results says: python tools/results_md.py"
-        )
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"{names}: differs from benchmarks/results: run `make docs`")
 
 
 if __name__ == "__main__":

@@ -64,20 +64,20 @@ def fields(tree: ast.Module, name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def default_of(value: ast.expr) -> str:
-    """The default as it is written; of a Field its `default`."""
+    """The default as written in the source; for a `Field` its `default`."""
     if not isinstance(value, ast.Call):
         return ast.unparse(value)
-    given = {keyword.arg: keyword.value for keyword in value.keywords}
-    return ast.unparse(given["default"]) if "default" in given else "~/.cache/hydra-llm"
+    keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+    return ast.unparse(keywords["default"]) if "default" in keywords else "~/.cache/hydra-llm"
 
 
 def parsed(*path: str) -> ast.Module:
-    """A module of the package."""
+    """The syntax tree of a module of the package."""
     return ast.parse(PACKAGE.joinpath(*path).read_text(encoding="utf-8"))
 
 
 def former(name: str | None) -> str:
-    """A setting's former name, as the description's last sentence."""
+    """The last sentence of a description: the setting's former name."""
     return f" Former name: `{name}`." if name else ""
 
 

@@ -1,8 +1,9 @@
-"""Run a command with its own PostgreSQL server: `python tools/with_postgres.py make test`.
+"""Run a command with a temporary PostgreSQL server: `python tools/with_postgres.py make test`.
 
-The server runs in a temporary folder, on loopback only, and stops when the command ends. The
-command gets TEST_POSTGRES_URL and TEST_POSTGRES_DATA, the data folder. Without PostgreSQL it runs
-without a server; with `--required` that is an error.
+The server uses a temporary folder, listens on loopback only, and stops when the command ends. The
+command gets the environment variables TEST_POSTGRES_URL and TEST_POSTGRES_DATA (the data folder).
+If PostgreSQL is not installed, the command runs without a server; with `--required` that is an
+error.
 """
 
 import os
@@ -19,16 +20,16 @@ from pathlib import Path
 
 def binaries() -> Path | None:
     """The folder of PostgreSQL's programs; Debian does not put it on PATH."""
-    places = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda place: -int(place.parent.name)
+    folders = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: -int(folder.parent.name)
     )
     if on_path := shutil.which("initdb"):
-        places.append(Path(on_path).parent)
-    return next((place for place in places if (place / "initdb").exists()), None)
+        folders.append(Path(on_path).parent)
+    return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
 def account() -> str | None:
-    """The server's account: PostgreSQL refuses to run as root."""
+    """The account that runs the server: PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}
@@ -37,7 +38,7 @@ def account() -> str | None:
 
 @contextmanager
 def server(programs: Path) -> Iterator[dict[str, str]]:
-    """A running server, as environment variables."""
+    """Run a server; yields the environment variables for the command."""
     with tempfile.TemporaryDirectory(prefix="hydra-postgres-", dir="/tmp") as folder:
         if user := account():
             shutil.chown(folder, user)
@@ -60,7 +61,7 @@ def server(programs: Path) -> Iterator[dict[str, str]]:
 
 
 def restart(programs: Path, data: str) -> None:
-    """Stop it as a crash would, and restart it on the same port (pg_ctl keeps the options)."""
+    """Stop the server as a crash would and restart it on the same port (same options)."""
     call(Path(data).parent, programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "restart")
 
 

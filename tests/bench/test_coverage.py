@@ -17,12 +17,12 @@ def test_macro_f1_interval_covers_the_truth_with_missing_labels() -> None:
     labels, and lie too low.
     """
     truth = coverage.scored(
-        coverage.TASKS[0], coverage.made(coverage.TASKS[0], 1000, 5, np.random.default_rng(99))
+        coverage.TASKS[0], coverage.simulate(coverage.TASKS[0], 1000, 5, np.random.default_rng(99))
     )
     first, second = (found["macro_f1"].value for found in truth)
     dice, held, apart = np.random.default_rng(1), [], []
     for _ in range(60):
-        answers = coverage.made(coverage.TASKS[0], 13, 5, dice)
+        answers = coverage.simulate(coverage.TASKS[0], 13, 5, dice)
         one, two = (found["macro_f1"] for found in coverage.scored(coverage.TASKS[0], answers))
         low, high = interval(one, answers.users)
         held.append(low <= first <= high)

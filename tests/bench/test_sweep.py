@@ -143,8 +143,8 @@ def test_a_missing_sweep_file_is_an_error(tmp_path: Path) -> None:
 
 def test_there_is_a_file_for_each_sweep() -> None:
     named = (
-        "k b history training_users cold_start head prior encoder record_answer choosing label_rule"
-        " reranker_labels parsing llm"
+        "k b history training_users cold_start head prior encoder record_answer selection"
+        " label_rule reranker_labels parsing llm"
     )
     assert {file.stem for file in SWEEP_FILES} == set(named.split())
 
