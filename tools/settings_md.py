@@ -5,9 +5,10 @@ import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-from hydra_llm.config import FIXED, GROUPS, PAPER, STORED_NAMES
-from hydra_llm.gateway.settings import RENAMED
+from hydra_llm.config import FIXED, GROUPS, PAPER, STORED_NAMES, Group
+from hydra_llm.gateway.settings import RENAMED, ServeSettings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, TARGET = ROOT / "src" / "hydra_llm", ROOT / "docs" / "settings.md"
@@ -36,7 +37,9 @@ bundles and run logs keep them.
 A bundle carries the settings that it was learned with. Those marked *fixed* cannot be changed
 afterwards: preset, file and environment are ignored, and a flag for another value is an error.
 """
-COLUMNS = "\n| setting | default | paper | fixed | description |\n|---|---|---|---|---|\n"
+COLUMNS = (
+    "\n| setting | values | default | paper | fixed | description |\n|---|---|---|---|---|---|\n"
+)
 GATEWAY = """
 ## The gateway
 
@@ -45,8 +48,8 @@ the table `[serve]` in `hydra-llm.toml`; the first that is given wins. Of the se
 `cache`, `timeout`, `retries` and `concurrency` apply here too, by environment or file. See the
 [gateway](gateway.md).
 
-| setting | default | description |
-|---|---|---|
+| setting | values | default | description |
+|---|---|---|---|
 """
 
 
@@ -76,6 +79,25 @@ def parsed(*path: str) -> ast.Module:
     return ast.parse(PACKAGE.joinpath(*path).read_text(encoding="utf-8"))
 
 
+TYPES = {int: "whole number", float: "number", bool: "`True`, `False`", str: "text", Path: "path"}
+LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def values_of(settings: type[Group], name: str) -> str:
+    """The accepted words of a setting, or its type and range."""
+    field = settings.model_fields[name]
+    first, *others = get_args(field.annotation) or (field.annotation,)
+    if isinstance(first, str):
+        return ", ".join(f"`{word}`" for word in (first, *others))
+    limits = [
+        f"{sign} {getattr(at, key):g}"
+        for at in field.metadata
+        for key, sign in LIMITS.items()
+        if hasattr(at, key)
+    ]
+    return f"{TYPES[first]} {', '.join(limits)}".strip()
+
+
 def former(name: str | None) -> str:
     """The last sentence of a description: the setting's former name."""
     return f" Former name: `{name}`." if name else ""
@@ -86,7 +108,8 @@ def tables() -> Iterator[str]:
     tree = parsed("config.py")
     for group, settings in GROUPS.items():
         yield f"\n## `{group}`\n\n{settings.__doc__}\n{COLUMNS}" + "".join(
-            f"| `{group}.{name}` | `{default}` | {f'`{PAPER[name]!r}`' if name in PAPER else ''} |"
+            f"| `{group}.{name}` | {values_of(settings, name)} | `{default}` |"
+            f" {f'`{PAPER[name]!r}`' if name in PAPER else ''} |"
             f" {'fixed' * (name in FIXED)} | {description}{former(STORED_NAMES.get(name))} |\n"
             for name, default, description in fields(tree, settings.__name__)
         )
@@ -96,7 +119,8 @@ def text() -> str:
     """The whole file."""
     old = {new: name for name, new in RENAMED.items()}
     rows = (
-        f"| `{name}` | `{default}` | {description}{former(old.get(name))} |\n"
+        f"| `{name}` | {values_of(ServeSettings, name)} | `{default}` |"
+        f" {description}{former(old.get(name))} |\n"
         for name, default, description in fields(parsed("gateway", "settings.py"), "ServeSettings")
     )
     return HEAD + "".join(tables()) + GATEWAY + "".join(rows)

@@ -20,14 +20,12 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.plugins import HEADS
 
 SETTINGS_FILE = "hydra-llm.toml"
-SERVE_TABLE = "serve"
-"""The gateway's table in that file (gateway/settings.py)."""
+SERVE_TABLE = "serve"  # the gateway's table in that file (gateway/settings.py)
 
 logger = logging.getLogger(__name__)
 
 
-def default_cache_folder() -> Path:
-    """The default of `cache` (XDG base directories)."""
+def _cache_folder() -> Path:  # XDG base directories
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-llm"
 
 
@@ -41,11 +39,7 @@ class Group(BaseModel):
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
-        """Settings of these values and defaults alone.
-
-        Raises:
-            SettingsError: an unknown setting or a value out of range.
-        """
+        """Settings of these values and defaults alone. Raises SettingsError."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -94,7 +88,7 @@ class LLM(Group):
     """Price per million prompt tokens."""
     price_completion: float = Field(default=0.0, ge=0)
     """Price per million completion tokens."""
-    cache: Path = Field(default_factory=default_cache_folder)
+    cache: Path = Field(default_factory=_cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
 
 
@@ -150,7 +144,7 @@ class Research(Group):
     parsing: Literal["lenient", "strict"] = "lenient"
     """strict: parse answers as LaMP does; lenient: also find the answer within a sentence."""
     pooling: Literal["mean", "cls"] = "mean"
-    """Pooling of the encoder's token vectors."""
+    """Pooling of the encoder's token vectors: their mean, or the first one (cls)."""
     features: Literal["tower", "cross"] = "tower"
     """tower: bi-encoder, texts encoded alone; cross: cross-encoder on pairs, as in the paper."""
     rank: int = Field(default=16, ge=1)
@@ -170,7 +164,7 @@ class Research(Group):
     reranker_labels: Literal["history", "llm"] = "history"
     """history: gains of the records' own answers, no LLM calls; llm: LLM answers, as published."""
     rerank: Literal["auto", "always"] = "auto"
-    """auto: keep the retriever's order if reranking lowered the gain on held-out users."""
+    """always: rerank; auto: only if that did not lower the gain on held-out users."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
     """Positives: above-mean gain, graded by gain, or gold-positive: the gold answer is added."""
     record_answer: bool = True
@@ -198,36 +192,34 @@ class Names:
 
     def resolve(self, name: str, hint: bool = False) -> str:
         """The flat name of a setting; `hint` logs the grouped spelling if another one was used.
-
-        Raises:
-            SettingsError: an unknown name; suggests the nearest ones.
+        Raises SettingsError, which suggests the nearest names, for an unknown one.
         """
         group, dot, last = name.strip().lower().replace("-", "_").rpartition(".")
-        found = self.renamed.get(last, last)
-        if found not in self.group_of or (dot and group != self.group_of[found]):
+        current = self.renamed.get(last, last)
+        if current not in self.group_of or (dot and group != self.group_of[current]):
             near = difflib.get_close_matches(last, [*self.group_of, *self.renamed], 3)
             nearest = " or ".join(dict.fromkeys(map(self.spelled, near)))
             fix = f"did you mean {nearest}?" if near else "see docs/settings.md"
             raise SettingsError(f"unknown setting '{name}': {fix}")
-        if hint and self.spelled(found) != f"{group}.{last}":
-            log_renamed(name, self.spelled(found))
-        return found
+        if hint and self.spelled(current) != f"{group}.{last}":
+            log_renamed(name, self.spelled(current))
+        return current
 
     def spelled(self, name: str) -> str:
         """`retrieval.k` for `k`, or for a former name."""
-        found = self.renamed.get(name, name)
-        return f"{self.group_of[found]}.{found}"
+        current = self.renamed.get(name, name)
+        return f"{self.group_of[current]}.{current}"
 
     def flat(self, values: Mapping[str, Any], hint: bool = False) -> dict[str, Any]:
         """Settings under their flat names, without None; tables of groups are unpacked."""
-        out: dict[str, Any] = {}
+        flat: dict[str, Any] = {}
         for name, value in values.items():
             if name in self.group_of.values() and isinstance(value, Mapping):
                 table = {f"{name}.{key.removeprefix(f'{name}.')}": value[key] for key in value}
-                out |= self.flat(table, hint)
+                flat |= self.flat(table, hint)
             elif value is not None:
-                out[self.resolve(name, hint)] = value
-        return out
+                flat[self.resolve(name, hint)] = value
+        return flat
 
 
 @functools.cache
@@ -273,35 +265,17 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
         return {STORED_NAMES.get(name, name): value for name, value in values.items()}
 
 
-PAPER: Mapping[str, Any] = {
-    "encoder": "allenai/longformer-base-4096",
-    "pooling": "cls",
-    "features": "cross",
-    "max_length": 4096,
-    "tune_encoder": True,
-    "head": "mlp",
-    "prior": "random",
-    "lr": 2e-5,
-    "batch": 64,
-    "epochs": 2,
-    "weight_decay": 0.01,
-    "retrieved": 10,
-    "k": 1,
-    "samples": 8,
-    "greedy_first": False,
-    "temperature": 1.0,
-    "candidates": "sampled",
-    "select": "best",
-    "loss": "binary",
-    "label_rule": "above-mean",
-    "record_answer": False,
-    "reranker_labels": "llm",
-    "rerank": "always",
-    "users": 100,
-}
-"""The authors' settings (HYDRA, arXiv 2406.02888, appendix on implementation details)."""
+# The authors' settings (HYDRA, arXiv 2406.02888, appendix on implementation details).
+PAPER: dict[str, Any] = {"encoder": "allenai/longformer-base-4096", "max_length": 4096}
+PAPER |= {"pooling": "cls", "features": "cross", "tune_encoder": True}
+PAPER |= {"head": "mlp", "prior": "random", "users": 100}
+PAPER |= {"loss": "binary", "lr": 2e-5, "batch": 64, "epochs": 2, "weight_decay": 0.01}
+PAPER |= {"label_rule": "above-mean", "reranker_labels": "llm", "record_answer": False}
+PAPER |= {"retrieved": 10, "k": 1, "rerank": "always"}
+PAPER |= {"samples": 8, "greedy_first": False, "temperature": 1.0}
+PAPER |= {"candidates": "sampled", "select": "best"}
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
+PRESETS = {"default": {}, "paper": PAPER}
 
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
 """Settings that a bundle does not carry: they belong to the machine and the run."""
@@ -318,10 +292,8 @@ FIXED = frozenset(_LEARNED - CHANGEABLE)
 
 
 def load_settings(preset: str | None = None, file: Path | None = None, **given: Any) -> Settings:
-    """The settings of a run. `given` are flags; entries that are None count as not given.
-
-    Raises:
-        SettingsError: an unknown preset or setting, a value out of range, or a file not in TOML.
+    """The settings of a run. `given` are flags; entries that are None count as not given. Raises
+    SettingsError: an unknown preset or setting, a value out of range, or a file not in TOML.
     """
     return Settings.checked({**_sources(preset, file), **NAMES.flat(given)})
 
@@ -330,10 +302,7 @@ def settings_over(
     learned: Settings, preset: str | None = None, file: Path | None = None, **given: Any
 ) -> Settings:
     """A bundle's settings, overridden by file, environment, preset and flags; of `FIXED` settings
-    only flags are read, and they must agree.
-
-    Raises:
-        SettingsError: as `load_settings`, or a flag that changes a fixed setting.
+    only flags are read. Raises SettingsError as `load_settings`, or if they disagree.
     """
     sources = {name: value for name, value in _sources(preset, file).items() if name not in FIXED}
     chosen = Settings.checked({**learned.model_dump(), **sources, **NAMES.flat(given)})
@@ -341,18 +310,12 @@ def settings_over(
 
 
 def as_learned(learned: Settings, chosen: Settings) -> Settings:
-    """`chosen`, if its `FIXED` settings are those of `learned`.
-
-    Raises:
-        SettingsError: names the first setting that differs.
-    """
+    """`chosen`; SettingsError names the first of its `FIXED` settings that differs."""
     for name in sorted(FIXED):
         fixed, other = getattr(learned, name), getattr(chosen, name)
         if fixed != other:
-            raise SettingsError(
-                f"setting '{name}': was fixed to {fixed!r} when the bundle was learned; learn"
-                f" another bundle for {other!r}"
-            )
+            problem = f"was fixed to {fixed!r} when the bundle was learned"
+            raise SettingsError(f"setting '{name}': {problem}; learn another bundle for {other!r}")
     return chosen
 
 
@@ -362,8 +325,7 @@ def _sources(preset: str | None, file: Path | None) -> dict[str, Any]:
         raise SettingsError(f"unknown preset '{preset}': take one of {', '.join(PRESETS)}")
     table = settings_file(file)
     table.pop(SERVE_TABLE, None)
-    in_file = NAMES.flat(table, hint=True)
-    return {**in_file, **environment(VARIABLES), **PRESETS[preset or "default"]}
+    return NAMES.flat(table, hint=True) | environment(VARIABLES) | PRESETS[preset or "default"]
 
 
 # HYDRA_FIT_SEED is the option --seed of `hydra-llm fit`.
@@ -376,20 +338,18 @@ VARIABLES: Mapping[str, str] = _FLAT | _FORMER | _GROUPED
 
 def environment(variables: Mapping[str, str]) -> dict[str, Any]:
     """The values of those of these variables that are set, by setting; case does not matter."""
-    found = {variable.upper(): value for variable, value in os.environ.items()}
-    return {name: found[variable] for variable, name in variables.items() if variable in found}
+    given = {variable.upper(): value for variable, value in os.environ.items()}
+    return {name: given[variable] for variable, name in variables.items() if variable in given}
 
 
 def settings_file(file: Path | None) -> dict[str, Any]:
-    """The settings file, by default the one of this folder; empty if there is none.
-
-    Raises:
-        SettingsError: the named file does not exist, or it is not TOML.
+    """The settings file, by default the one of this folder; empty if there is none. Raises
+    SettingsError if the named file does not exist, or it is not TOML.
     """
     path = file or Path(SETTINGS_FILE)
+    if file is None and not path.is_file():
+        return {}
     if not path.is_file():
-        if file is None:
-            return {}
         raise SettingsError(f"{file}: no such settings file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

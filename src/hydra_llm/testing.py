@@ -4,11 +4,11 @@ Each raises AssertionError with what is broken. The built-in parts pass them too
 """
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import TypeVar, get_args
 from zlib import crc32
 
 import numpy as np
@@ -27,6 +27,7 @@ from hydra_llm.retrieve import Retriever, make_retriever
 from hydra_llm.tasks.base import KINDS, FeatureContext, Floats, Pairs, Parsing, Task
 from hydra_llm.types import Candidate, Generation, Query, Record
 
+T = TypeVar("T")
 TEXTS = ("a quiet night in the rain", "The Loud War of Stars", "rain")
 
 
@@ -103,32 +104,30 @@ def _check_side_features(task: Task, answers: Sequence[str]) -> None:
     kind = task.strategy
     outputs = [answers[i % len(answers)] for i in range(5)]
     records = [Record("u", str(i), f"text {i}", out, position=i) for i, out in enumerate(outputs)]
-    candidates = [Candidate(each, each, i, greedy=i == 1) for i, each in enumerate(answers)]
-    shared = [i for i, name in enumerate(kind.candidate_columns) if not name.startswith("llm_")]
-    for names in (kind.candidate_columns, kind.record_columns):
-        assert len(set(names)) == len(names), f"a column stands twice: {names}"
+    candidates = [Candidate(text, text, i, greedy=i == 1) for i, text in enumerate(answers)]
     for seen in ([], records[:1], records):
         history = kind.vectorize(seen, _hashed)
         stats = kind.cohort_stats([record.output for record in seen], 0.4)
         context = FeatureContext(_hashed(["text 1"])[0], history, stats, _hashed)
-        table = kind.candidate_features(context, candidates)
-        _check_table(table, len(candidates), kind.candidate_columns)
-        backwards = kind.candidate_features(context, candidates[::-1])
+        of_candidates = partial(kind.candidate_features, context)
+        _check_table(of_candidates, candidates, kind.candidate_columns)
+        _check_table(partial(kind.record_features, context), records, kind.record_columns)
+        table, backwards = of_candidates(candidates), of_candidates(candidates[::-1])
         assert np.allclose(backwards[::-1], table), "side features depend on the candidates' order"
-        for row, candidate in zip(table, candidates, strict=True):
-            (alone,) = kind.candidate_features(context, [candidate])
-            assert np.allclose(alone[shared], row[shared]), "a batch differs from one by one"
-        table = kind.record_features(context, records)
-        _check_table(table, len(records), kind.record_columns)
-        for row, record in zip(table, records, strict=True):
-            (alone,) = kind.record_features(context, [record])
-            assert np.allclose(alone, row), "a batch differs from one by one"
 
 
-def _check_table(table: Floats, rows: int, names: Sequence[str]) -> None:
-    assert table.shape == (rows, len(names)), f"{table.shape} numbers for the columns {names}"
+def _check_table(
+    features: Callable[[Sequence[T]], Floats], rows: Sequence[T], names: Sequence[str]
+) -> None:
+    assert len(set(names)) == len(names), f"a column stands twice: {names}"
+    table = features(rows)
+    assert table.shape == (len(rows), len(names)), f"{table.shape} numbers for the columns {names}"
     assert table.dtype == np.float64, f"side features are {table.dtype}"
     assert np.isfinite(table).all(), "a side feature is not finite"
+    shared = [i for i, name in enumerate(names) if not name.startswith("llm_")]
+    for row, item in zip(table, rows, strict=True):
+        (alone,) = features([item])
+        assert np.allclose(alone[shared], row[shared]), "a batch differs from one by one"
 
 
 # ---- LLMs
@@ -148,19 +147,17 @@ async def _check_llm(llm: ChatLLM) -> None:
     identity = json.dumps(dict(llm.identity), sort_keys=True)
     missing = {"kind", "model", "constrains"} - llm.identity.keys()
     assert not missing, f"the identity names no {', '.join(sorted(missing))}"
-    try:
+    async with aclosing(llm):
         await _check_sampling(llm)
         for text in ODD_TEXTS:
             with suppress(LLMRefused):  # it answers or refuses, and fails in no other way
                 await _generate(llm, text, Sampling(max_tokens=2))
         if llm.identity["constrains"]:
             choices = ("red", "green 🦊")
-            made = await _generate(llm, "Which?", Sampling(n=4, temperature=1.0, choices=choices))
-            assert set(made.texts) <= set(choices), "a text is none of the choices"
+            closed = await _generate(llm, "Which?", Sampling(n=4, temperature=1.0, choices=choices))
+            assert set(closed.texts) <= set(choices), "a text is none of the choices"
         later = json.dumps(dict(llm.identity), sort_keys=True)
         assert later == identity, "the identity changes with the calls"
-    finally:
-        await llm.aclose()
 
 
 async def _check_sampling(llm: ChatLLM) -> None:
@@ -180,17 +177,17 @@ async def _check_sampling(llm: ChatLLM) -> None:
 async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
     """One call; what is true of every answer is checked."""
     messages = [{"role": "user", "content": text}]
-    made = await llm.generate(messages, sampling)
+    answer = await llm.generate(messages, sampling)
+    texts, usage = answer.texts, answer.usage
     assert messages == [{"role": "user", "content": text}], "the messages were changed"
-    assert len(made.texts) == sampling.n, f"{len(made.texts)} texts for n = {sampling.n}"
-    assert all(isinstance(each, str) for each in made.texts), "a text is no str"
-    assert len(made.ends) in (0, sampling.n), "the reasons of the ends are not one per text"
-    usage = made.usage
+    assert len(texts) == sampling.n, f"{len(texts)} texts for n = {sampling.n}"
+    assert all(isinstance(text, str) for text in texts), "a text is no str"
+    assert len(answer.ends) in (0, sampling.n), "the reasons of the ends are not one per text"
     assert usage.calls + usage.cached >= 1, "the call was not counted"
     assert not usage.failed, "an answered call counts as failed"
     assert min(usage.prompt_tokens, usage.completion_tokens) >= 0, "tokens are negative"
     assert usage.seconds >= 0, "seconds are negative"
-    return made
+    return answer
 
 
 # ---- kinds of a user's head
@@ -201,13 +198,12 @@ def check_head(kind: type[HeadKind] | str) -> None:
 
     It is checked on features of pairs and, where it goes with them, of labels.
     """
-    made: type[HeadKind] = HEADS.load(kind) if isinstance(kind, str) else kind
-    interactions = [Cross(6), *([LabelBilinear(6, 4, 3)] if made.on_labels else [])]
-    for interaction in interactions:
+    factory: type[HeadKind] = HEADS.load(kind) if isinstance(kind, str) else kind
+    for interaction in [Cross(6), *([LabelBilinear(6, 4, 3)] if factory.on_labels else [])]:
         problem = _head_problem(interaction)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
-            head = made.create(interaction, 2)
+            head = factory.create(interaction, 2)
             if head.convex:
                 head.set_shared(torch.randn(interaction.size), torch.tensor(0.3))
         head.learn_shared([problem])
@@ -226,10 +222,8 @@ def _head_problem(interaction: Interaction) -> HeadProblem:
     mask = torch.ones(3, 5, 4, dtype=torch.bool)
     mask[2, 1:] = False
     target = torch.nn.functional.one_hot(torch.randint(4, (3, 5), generator=draw), 4) * mask
-    config = SGDConfig(epochs=3)
-    users = ("ann", "bob", "cid")
-    zero = torch.zeros(3, 5, 4)
-    return HeadProblem(users, interaction, x, zero, target.float(), mask, "listwise", sgd=config)
+    users, offset, sgd = ("ann", "bob", "cid"), torch.zeros(3, 5, 4), SGDConfig(epochs=3)
+    return HeadProblem(users, interaction, x, offset, target.float(), mask, "listwise", sgd=sgd)
 
 
 def _score(head: HeadKind, problem: HeadProblem, heads: Sequence[Head | None]) -> torch.Tensor:
@@ -240,8 +234,8 @@ def _score(head: HeadKind, problem: HeadProblem, heads: Sequence[Head | None]) -
 def _check_shared(head: HeadKind, problem: HeadProblem) -> None:
     shared = head.shared_score(problem.interaction, problem.x[0])
     assert shared.shape == problem.offset[0].shape, "scores have another shape than [G, C]"
-    message = "an empty history does not give exactly the shared score"
     for empty in (None, Head.of(head.empty())):
+        message = "an empty history does not give exactly the shared score"
         _assert_close(_score(head, problem, [empty] * 5), shared, message)
 
 
@@ -270,16 +264,16 @@ def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
 
 def _check_bytes(head: HeadKind, problem: HeadProblem) -> None:
     numbers = head.fit(problem)
-    own = [Head.of(each) for each in numbers]
-    before = _score(head, problem, [own[0]] * 5)
-    stored = HeadMatrix.of(dict(zip(problem.users, own, strict=True)))[problem.users[0]]
+    heads = [Head.of(row) for row in numbers]
+    before = _score(head, problem, [heads[0]] * 5)
+    stored = HeadMatrix.of(dict(zip(problem.users, heads, strict=True)))[problem.users[0]]
     again = _score(head, problem, [stored] * 5)
     assert torch.equal(again, before), "a head is another one after it was kept"
-    for each in numbers:
-        each[...] = 7
-    assert torch.equal(_score(head, problem, [own[0]] * 5), before), "a head shares memory"
+    for row in numbers:
+        row[...] = 7
+    assert torch.equal(_score(head, problem, [heads[0]] * 5), before), "a head shares memory"
     size = head.numbers_per_user
-    for u, kept in enumerate(own):
+    for u, kept in enumerate(heads):
         largest = size or (int(problem.mask[u].sum()) + 1) * (problem.interaction.size + 4)
         assert size in (None, len(kept.numbers)), "numbers_per_user is not true"
         assert len(kept.numbers) <= largest, "a head outgrows its history"
@@ -297,13 +291,12 @@ def _check_gradients(head: HeadKind, problem: HeadProblem) -> None:
         return losses(scores, problem.target[0], problem.mask[0], problem.loss).sum()
 
     (gradient,) = torch.autograd.grad(loss(numbers), numbers)
-    draw = torch.Generator().manual_seed(2)
-    step = 1e-2 * torch.randn(numbers.shape, generator=draw)
+    step = 1e-2 * torch.randn(numbers.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        found = float(loss(numbers + step) - loss(numbers - step)) / 2
+        change = float(loss(numbers + step) - loss(numbers - step)) / 2
         expected = float((gradient * step).sum())
     message = "the gradient of the loss is not that of finite differences"
-    assert abs(found - expected) <= 1e-3 + 0.02 * abs(expected), message
+    assert abs(change - expected) <= 1e-3 + 0.02 * abs(expected), message
 
 
 def _check_update(head: HeadKind, problem: HeadProblem) -> None:
@@ -340,29 +333,29 @@ def check_retriever(retriever: Retriever | str) -> None:
         retriever = make_retriever(retriever, embed=_hashed)
     texts = ("rain at night", "", "the of and", "\u05e9\u05dc\u05d5\u05dd", "rain", "rain")
     records = [Record("u", str(i), text, f"answer {i}", position=i) for i, text in enumerate(texts)]
-    query, before = Query("u", "q", "rain at night"), list(records)
+    query = Query("u", "q", "rain at night")
     assert list(retriever.retrieve(query, [], 3)) == [], "an empty history has records"
     for text in ("rain at night", "", "unseen words"):
         for m in (0, 1, 2, 3, len(records) + 5):
-            given = list(before)
-            _check_found(retriever, Query("u", "q", text), given, m)
-            assert given == before, "the given records were changed"
-    all_found = retriever.retrieve(query, records, len(records))
+            _check_ranking(retriever, Query("u", "q", text), records, m)
+    everything = retriever.retrieve(query, records, len(records))
     others = [Record("v", "0", "rain at night", "another", position=0)]
     retriever.retrieve(Query("v", "q", "rain at night"), others, 1)
-    assert retriever.retrieve(query, records, len(records)) == all_found, "users are mixed up"
+    assert retriever.retrieve(query, records, len(records)) == everything, "users are mixed up"
     edited = [Record("u", "0", "an edited text", "answer", position=0)]
-    found = retriever.retrieve(query, edited, 1)
-    assert all(item.record in edited for item in found), "an edited record is found as it was"
+    ranking = retriever.retrieve(query, edited, 1)
+    assert all(item.record in edited for item in ranking), "an edited record is found as it was"
 
 
-def _check_found(retriever: Retriever, query: Query, records: Sequence[Record], m: int) -> None:
-    found = retriever.retrieve(query, records, m)
-    ids, scores = [item.record.id for item in found], [item.score for item in found]
-    assert len(found) <= m, f"more than m = {m} records"
+def _check_ranking(retriever: Retriever, query: Query, records: Sequence[Record], m: int) -> None:
+    given = list(records)
+    ranking = retriever.retrieve(query, given, m)
+    ids, scores = [item.record.id for item in ranking], [item.score for item in ranking]
+    assert len(ranking) <= m, f"more than m = {m} records"
     assert len(set(ids)) == len(ids), "a record is found twice"
-    assert all(item.record in records for item in found), "a record that was not given"
-    assert [item.rank for item in found] == list(range(len(found))), "ranks are not 0, 1, …"
+    assert all(item.record in records for item in ranking), "a record that was not given"
+    assert [item.rank for item in ranking] == list(range(len(ranking))), "ranks are not 0, 1, …"
     assert np.isfinite(scores).all(), "a score is not finite"
     assert scores == sorted(scores, reverse=True), "not best first"
-    assert retriever.retrieve(query, records, m) == found, "not deterministic"
+    assert retriever.retrieve(query, given, m) == ranking, "not deterministic"
+    assert given == records, "the given records were changed"
