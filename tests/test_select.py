@@ -189,7 +189,7 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
     for c in candidates:  # a head that points at the second candidate's features
         one, *_ = chooser.choose(seen(chooser), [c])
         features.append(one[0].score)
-    from hydra_llm.model.grouping import make_groups
+    from hydra_llm.model.interactions import make_groups
 
     rows = chooser.featurizer.adapter(QUERY, candidates, chooser.featurizer.vectorize([]))
     cases = make_groups(

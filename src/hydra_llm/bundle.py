@@ -1,11 +1,10 @@
 """The artifact of learning: shared weights, users' heads and records; from and to a folder.
 
-The files themselves are `model/persistence`'s business; this module knows what they mean. A bundle
-holds the records of the users that it has heads for (they are what is retrieved): treat it as their
-data. Knows no LLM beyond its identity.
+It holds the records of the users that it has heads for: treat it as their data. `model/persistence`
+has the file format. Knows no LLM beyond its identity.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from hydra_llm.config import LOCAL, Settings, load_settings, settings_over
 from hydra_llm.errors import BundleError, DataError, SettingsError
 from hydra_llm.llm.base import ChatLLM
+from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.heads import Head, HeadMatrix
 from hydra_llm.model.persistence import (
@@ -25,16 +25,12 @@ from hydra_llm.model.persistence import (
 )
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import tensors_of, upgraded
-from hydra_llm.pipeline import Pipeline, UserPipeline
+from hydra_llm.pipeline import Heads, Pipeline, Records, UserPipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
 from hydra_llm.side_features import CohortStats, Featurizer
 from hydra_llm.tasks.base import Task
-from hydra_llm.types import Record
-
-Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
-
 
 CARD_WARNING = """
 It holds personal records and parameters derived from them: handle it as its users' data. Scores \
@@ -59,7 +55,7 @@ class Bundle:
     """Users who are in none of them get the shared head."""
     use_reranker: bool = True
     """False where the retriever's first records were worth more on held-out users."""
-    records: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
+    records: Records = field(default_factory=dict, repr=False)
     """Of the users who were fitted, oldest first; empty for one without a history."""
     trained_on: tuple[str, ...] = ()
     """The users from whom the shared weights were learned; of others they hold nothing."""
@@ -88,7 +84,7 @@ class Bundle:
         return self.scorers.get("adapter")
 
     def heads_of(self, user: str) -> dict[str, Head]:
-        """A user's heads by scorer; none for a stranger."""
+        """A user's heads by scorer; none for an unknown user."""
         return {name: heads[user] for name, heads in self.heads.items() if user in heads}
 
     def check_task(self, task: Task) -> None:
@@ -98,21 +94,18 @@ class Bundle:
             DataError: it is of another kind, or has other labels.
         """
         if task.kind != self.task.kind or task.labels != self.task.labels:
-            raise DataError(
-                f"the data set's task '{task.name}' is not the bundle's '{self.task.name}': kind"
-                " and labels must agree"
-            )
+            tasks = f"the data set's task '{task.name}' is not the bundle's '{self.task.name}'"
+            raise DataError(f"{tasks}: kind and labels must agree")
 
     def pipeline(
         self, settings: Settings | None = None, *, rerank: bool = True, adapt: bool = True
     ) -> Pipeline:
         """The stages with this bundle's parts; a part that is switched off is the null part."""
         chosen, featurizer = settings or self.settings, self.featurizer
-        rerank = rerank and (self.use_reranker or chosen.rerank == "always")
         reranker: Reranker = KeepOrder()
-        if rerank and self.reranker:
-            reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         selector: Selector = FirstCandidate()
+        if rerank and self.reranker and (self.use_reranker or chosen.rerank == "always"):
+            reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         if adapt and self.adapter:
             rule, votes, threshold = chosen.select, chosen.vote_share, chosen.abstention_threshold
             selector = LearnedSelector(
@@ -139,14 +132,12 @@ class Bundle:
 
     def without_people(self, hashed: Callable[[str], str]) -> "Bundle":
         """The shared weights, and hashes of the training users: heads and records are elsewhere."""
-        trained_on = tuple(map(hashed, self.trained_on))
-        return replace(self, heads={}, records={}, trained_on=trained_on)
+        return replace(self, heads={}, records={}, trained_on=tuple(map(hashed, self.trained_on)))
 
     def settings_with(
         self, preset: str | None = None, file: Path | None = None, /, **given: object
     ) -> Settings:
-        """The bundle's settings, overridden by file, environment, preset and `given`; entries that
-        are None count as not given.
+        """The bundle's settings, overridden by file, environment, preset and `given`, without None.
 
         Raises:
             SettingsError: an unknown setting, a value out of range, or another value for what was
@@ -157,45 +148,37 @@ class Bundle:
     # ---- disk
 
     def save(self, folder: Path | str) -> Path:
-        """Write the bundle; an older one at the same place is replaced only when this one is
-        complete.
+        """Write the bundle; an older one at this place is replaced when this one is complete.
 
         Raises:
             BundleError: another process is writing there or has changed the bundle since this one
                 was read, or the disk fails.
         """
         folder, settings = Path(folder), self.learned_with or self.settings
+        scorers: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        for name, scorer in self.scorers.items():
+            heads = HeadMatrix.of(self.heads.get(name, {}))
+            scorers[name] = scorer.config() | heads.config()
+            own = scorer.tensors() | heads.tensors()
+            tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
         encoder = self.store.encoder if settings.tune_encoder else None
-        config, tensors = self._config(settings), self._tensors()
-        files = BundleFiles(config, tensors, self.records, self.card(), encoder)
-        place = folder.resolve()
-        self.versions[place] = write_bundle(folder, files, replaces=self.versions.get(place))
-        return folder
-
-    def _config(self, settings: Settings) -> dict[str, Any]:
-        scorers, heads = self.scorers.items(), self._matrices()
-        return {
+        config = {
             "task": self.task.to_json(),
             "settings": settings.stored(),
             "llm": dict(self.llm),
             "encoder": encoder_config(self.store.encoder),
             "population": asdict(self.population),
-            "scorers": {name: scorer.config() | heads[name].config() for name, scorer in scorers},
+            "scorers": scorers,
             "use_reranker": self.use_reranker,
             "trained_on": list(self.trained_on),
             "without_records": [user for user in self.records if not self.records[user]],
             "report": dict(self.report),
         }
-
-    def _tensors(self) -> dict[str, Any]:
-        tensors: dict[str, Any] = {}
-        for name, heads in self._matrices().items():
-            own = self.scorers[name].tensors() | heads.tensors()
-            tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
-        return tensors
-
-    def _matrices(self) -> dict[str, HeadMatrix]:
-        return {name: HeadMatrix.of(self.heads.get(name, {})) for name in self.scorers}
+        files = BundleFiles(config, tensors, self.records, self.card(), encoder)
+        place = folder.resolve()
+        self.versions[place] = write_bundle(folder, files, replaces=self.versions.get(place))
+        return folder
 
     @classmethod
     def load(
@@ -208,38 +191,43 @@ class Bundle:
             SettingsError: the environment or the settings file is at fault.
         """
         machine = (here or load_settings()).model_dump(include=set(LOCAL))
-        read = read_bundle(Path(folder))
-        encoder = encoder_of(read)
+        files = read_bundle(Path(folder))
+        encoder = encoder_of(files)
         try:
-            files = upgraded(read)
-            config = files.config
-            settings = Settings.checked({**config["settings"], **machine})
-            shares = tuple(config["population"]["label_shares"])
-            without_records = {user: list[Record]() for user in config.get("without_records", ())}
-            parts = {
-                name: (entry, tensors_of(name, files.tensors))
-                for name, entry in config["scorers"].items()
-            }
-            return cls(
-                task=Task.from_json(config["task"], "config.json"),
-                settings=settings,
-                llm=config["llm"],
-                store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
-                population=CohortStats(**{**config["population"], "label_shares": shares}),
-                scorers={name: Scorer.restore(*part) for name, part in parts.items()},
-                heads={name: HeadMatrix.restore(*part) for name, part in parts.items()},
-                use_reranker=config["use_reranker"],
-                records={**files.records, **without_records},
-                trained_on=tuple(config["trained_on"]),
-                report=config["report"],
-                weights=config["files"]["weights.safetensors"]["sha256"],
-                versions={Path(folder).resolve(): config["sha256"]},
-            )
+            bundle = cls._of(upgraded(files), encoder, cache, machine)
         except (DataError, SettingsError) as error:  # such as a plug-in that is not installed here
             raise BundleError(f"{folder}: {error}") from None
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             fault = "config.json and the weights do not fit together"
             raise BundleError(f"{folder}: {fault} ({type(error).__name__}: {error})") from None
+        bundle.versions[Path(folder).resolve()] = files.config["sha256"]
+        return bundle
+
+    @classmethod
+    def _of(
+        cls, files: BundleFiles, encoder: Encoder, cache: Path | None, machine: Mapping[str, Any]
+    ) -> "Bundle":
+        config, scorers, heads = files.config, dict[str, Scorer](), dict[str, HeadMatrix]()
+        settings = Settings.checked({**config["settings"], **machine})
+        shares = tuple(config["population"]["label_shares"])
+        for name, entry in config["scorers"].items():
+            tensors = tensors_of(name, files.tensors)
+            scorers[name] = Scorer.restore(entry, tensors)
+            heads[name] = HeadMatrix.restore(entry, tensors)
+        return cls(
+            task=Task.from_json(config["task"], "config.json"),
+            settings=settings,
+            llm=config["llm"],
+            store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
+            population=CohortStats(**{**config["population"], "label_shares": shares}),
+            scorers=scorers,
+            heads=heads,
+            use_reranker=config["use_reranker"],
+            records={**files.records, **{user: [] for user in config.get("without_records", ())}},
+            trained_on=tuple(config["trained_on"]),
+            report=config["report"],
+            weights=config["files"]["weights.safetensors"]["sha256"],
+        )
 
     def card(self) -> str:
         """The model card: what this is, what it was learned from, what it must not be used for."""
@@ -254,12 +242,9 @@ class Bundle:
             f"- Encoder: {encoder.name} (digest {encoder.digest[:12]})",
         ]
         for name, scorer in self.scorers.items():
+            heads = self.heads.get(name, {})
+            size = scorer.head.numbers_per_user  # the mean where it grows with the history
+            size = size or sum(len(head.numbers) for head in heads.values()) // max(1, len(heads))
             parts = f"{scorer.interaction.kind} features, {scorer.head.name} head"
-            lines.append(f"- {name}: {parts}, {self._size(name)} numbers a user")
+            lines.append(f"- {name}: {parts}, {size} numbers a user")
         return "\n".join([*lines, CARD_WARNING])
-
-    def _size(self, name: str) -> int:
-        """Of a user's head, the mean where it grows with the history."""
-        fixed, heads = self.scorers[name].head.numbers_per_user, self.heads.get(name, {})
-        total = 0 if fixed else sum(len(head.numbers) for head in heads.values())
-        return fixed or total // max(1, len(heads))

@@ -1,12 +1,12 @@
 """One question to one answer: retrieve → rerank → render → sample → select (paper, figure 2).
 
-Labelling, the benchmark and the gateway call these same stages, so that learning and serving cannot
-drift apart. A baseline has null parts: no records (`Nothing`), the retriever's order (`KeepOrder`),
-the first candidate (`FirstCandidate`).
+Labelling, the benchmark and the gateway call these same stages, so that learning and answering
+cannot drift apart. A baseline has null parts: `Nothing`, `KeepOrder`, `FirstCandidate`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Self
@@ -29,6 +29,8 @@ from hydra_llm.text import repair, text_fault
 from hydra_llm.types import Answer, Candidate, Generation, Proposal, Query, Ranked, Record, Usage
 
 Result = Generation | LLMError
+Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
+Records = Mapping[str, Sequence[Record]]  # user → records
 MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
 CUT_MARGIN = 0.9  # per cut, of what should fit: estimated tokens are not the LLM's
 
@@ -61,8 +63,8 @@ class Pipeline:
         """What the stages may know of a question; `visible` are the records of `history.before`.
         Heads that know more than the query may see are left out: time never leaks.
         """
-        own, seen = heads or {}, len(visible)
-        checked = {name: usable_head(head, query, seen) for name, head in own.items()}
+        own, count = heads or {}, len(visible)
+        checked = {name: usable_head(head, query, count) for name, head in own.items()}
         usable = {name: head for name, (head, _) in checked.items() if head is not None}
         notes = tuple(f"{name}: {reason}" for name, (_, reason) in checked.items() if reason)
         return Context(query, tuple(visible), usable, notes, self.vectorize)
@@ -91,13 +93,10 @@ class Pipeline:
             window: tokens that the LLM can take, where that is known to be less than the settings
                 say. The library instead asks, and again with less where the LLM refuses.
         """
-        style: str = self.settings.prompt_style
-        if style == "auto":
-            style = self.task.strategy.prompt_style
-        limit = self.settings.max_prompt_tokens
-        limit = min(limit, window or limit)
-        look: dict[str, Any] = {"style": style, "conversation": conversation}
-        return render(self.task, query, records, max_tokens=limit, profile=self.profile, **look)
+        style, limit = self.settings.prompt_style, self.settings.max_prompt_tokens
+        options: dict[str, Any] = {"profile": self.profile, "conversation": conversation}
+        options["style"] = self.task.strategy.prompt_style if style == "auto" else style
+        return render(self.task, query, records, max_tokens=min(limit, window or limit), **options)
 
     async def sample(self, llm: ChatLLM, prompt: Prompt) -> Sampled:
         """Ask the LLM; a prompt that it finds too long is made shorter, for all samples alike.
@@ -111,9 +110,8 @@ class Pipeline:
             spent += sum(map(_usage, results), Usage())
             refused = [result for result in results if isinstance(result, LLMRefused)]
             fits = [error.fits for error in refused if error.fits is not None]
-            if not fits or cut > MAX_CUTS:
-                break
-            if (shorter := prompt.shorter(min(fits) * CUT_MARGIN**cut)) is None:
+            room = min(fits) * CUT_MARGIN**cut if fits and cut <= MAX_CUTS else None
+            if room is None or (shorter := prompt.shorter(room)) is None:
                 break
             prompt = shorter
         texts, greedy, failures = _merge(results, self._greedy_calls > 0)
@@ -127,16 +125,16 @@ class Pipeline:
         `greedy` texts are of temperature 0. With `candidates = labels` every label is a candidate,
         the greedy one first. A text that cannot be parsed is a candidate without an answer.
         """
-        found: dict[str, Candidate] = {}
+        distinct: dict[str, Candidate] = {}
         unread = 0
         for place, text in enumerate(texts):
             answer = self.task.read(text, self.settings.parsing)
             unread += answer is None
-            key, shown = candidate_key(text, answer), text if self.task.labels else answer or text
-            old = found.get(key) or Candidate(shown, answer)
-            found[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
+            key, wording = candidate_key(text, answer), text if self.task.labels else answer or text
+            old = distinct.get(key) or Candidate(wording, answer)
+            distinct[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
         notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
-        candidates = list(found.values())
+        candidates = list(distinct.values())
         if self.task.labels and self.settings.candidates == "labels":
             # Those without an answer stay: else a baseline would answer the first label.
             unreadable = [candidate for candidate in candidates if candidate.answer is None]
@@ -157,9 +155,8 @@ class Pipeline:
         settings, greedy = self.settings, self._greedy_calls
         choices = self.task.labels if settings.constrain else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
-        calls = [replace(shared, n=greedy, temperature=0.0)] if greedy else []
-        if (rest := settings.samples - greedy) > 0:
-            calls.append(replace(shared, n=rest, temperature=settings.temperature))
+        counts = ((greedy, 0.0), (settings.samples - greedy, settings.temperature))
+        calls = [replace(shared, n=n, temperature=heat) for n, heat in counts if n > 0]
         results: list[Result] = [LLMError("not asked")] * len(calls)
 
         async def call(slot: int, sampling: Sampling) -> None:
@@ -179,24 +176,17 @@ class UserPipeline(Pipeline):
     """A pipeline with an LLM and users: it answers as each of them would want."""
 
     llm: ChatLLM = field(kw_only=True)
-    records: Mapping[str, Sequence[Record]] = field(default_factory=dict, kw_only=True)
+    records: Records = field(default_factory=dict, kw_only=True)
     """Each known user's records; answers for other users see none."""
-    heads: Mapping[str, Mapping[str, Head]] = field(default_factory=dict, kw_only=True)
+    heads: Heads = field(default_factory=dict, kw_only=True)
 
     @classmethod
-    def of(
-        cls,
-        stages: Pipeline,
-        llm: ChatLLM,
-        records: Mapping[str, Sequence[Record]],
-        heads: Mapping[str, Mapping[str, Head]] | None = None,
-    ) -> Self:
+    def of(cls, stages: Pipeline, llm: ChatLLM, records: Records, heads: Heads) -> Self:
         """These stages with an LLM and users."""
-        parts = {part.name: getattr(stages, part.name) for part in fields(Pipeline)}
-        return cls(**parts, llm=llm, records=records, heads=heads or {})
+        return cls(**vars(stages), llm=llm, records=records, heads=heads)
 
     def context_of(self, question: Query | Context) -> Context:
-        """The context of a query; one that was made already is used as it is."""
+        """The context of a query; a context is returned as it is."""
         if isinstance(question, Context):
             return question
         user = question.user
@@ -209,18 +199,19 @@ class UserPipeline(Pipeline):
         Raises:
             LLMError: the LLM gave no answer at all.
         """
-        clock, context = _Clock(), self.context_of(question)
-        retrieved = self.retrieve(context)
-        clock.lap("retrieve")
-        ranked = self.rerank(context, retrieved)
-        clock.lap("rerank")
-        prompt = self.render(context.query, ranked[: self.settings.k])
-        clock.lap("prompt")
-        sampled = await self.sample(self.llm, prompt)
-        clock.lap("llm")
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "retrieve"):
+            context = self.context_of(question)
+            retrieved = self.retrieve(context)
+        with _timed(seconds, "rerank"):
+            ranked = self.rerank(context, retrieved)
+        with _timed(seconds, "prompt"):
+            prompt = self.render(context.query, ranked[: self.settings.k])
+        with _timed(seconds, "llm"):
+            sampled = await self.sample(self.llm, prompt)
         notes = (*context.notes, *sampled.prompt.notes, *sampled.notes)
         stages = (tuple(retrieved), tuple(ranked), sampled.prompt.messages, sampled.candidates)
-        return Proposal(context.query, *stages, sampled.usage, clock.seconds, notes)
+        return Proposal(context.query, *stages, sampled.usage, seconds, notes)
 
     async def aanswer(self, question: Query | Context) -> Answer:
         """`apropose`, then the selector's pick."""
@@ -229,9 +220,9 @@ class UserPipeline(Pipeline):
 
     def decide(self, context: Context, proposal: Proposal) -> Answer:
         """The selector's pick among a proposal's candidates; makes no LLM call."""
-        started = perf_counter()
-        candidates, chosen, abstained = self.select(context, proposal.candidates)
-        seconds = {**proposal.seconds, "adapt": perf_counter() - started}
+        seconds = {**proposal.seconds}
+        with _timed(seconds, "adapt"):
+            candidates, chosen, abstained = self.select(context, proposal.candidates)
         pick, timed = candidates[chosen], replace(proposal, seconds=seconds)
         text = pick.answer if pick.answer is not None else pick.text
         return Answer(text, timed, tuple(candidates), chosen, abstained)
@@ -260,8 +251,7 @@ class UserPipeline(Pipeline):
             UserFault: an empty text, or one that cannot be encoded.
         """
         if user is None or user not in self.records:
-            known = ", ".join(list(self.records)[:3])
-            some = f" ({known}, …)" if known else ""
+            some = f" ({', '.join(list(self.records)[:3])}, …)" if self.records else ""
             raise UnknownUser(f"unknown user '{user}': {len(self.records)} users are known{some}")
         if fault := text_fault(text):
             raise UserFault(f"the text to answer {fault}")
@@ -293,16 +283,8 @@ def _merge(results: Sequence[Result], greedy: bool) -> tuple[list[str], int, lis
     return texts, n_greedy, [f"a call failed: {error}" for error in errors]
 
 
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = perf_counter()
-        self.seconds[stage], self._last = now - self._last, now
-
-
-__all__ = ["Context", "Pipeline", "Sampled", "UserPipeline"]
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = perf_counter()
+    yield
+    seconds[stage] = perf_counter() - started

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from hydra_llm.context import Context
-from hydra_llm.model.grouping import make_groups
+from hydra_llm.model.interactions import make_groups
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer
 from hydra_llm.types import Ranked, Record, as_one_text

@@ -4,8 +4,7 @@
     expected-gain   reads the scores as a distribution over what the user wants and maximises the
                     expected gain under the task's gain function: the mode for labels, the median
                     for ratings, minimum Bayes risk for texts
-With an abstention threshold, candidate 0 is kept unless the expected-gain margin of the pick
-exceeds that many posterior standard deviations. Knows no LLM. `FirstCandidate` is the null part.
+Knows no LLM. `FirstCandidate` is the null part.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ import numpy as np
 import torch
 
 from hydra_llm.context import Context
-from hydra_llm.model.grouping import make_groups
-from hydra_llm.model.interactions import Groups
+from hydra_llm.model.interactions import Groups, make_groups
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
@@ -36,7 +34,7 @@ class Selection(NamedTuple):
     @property
     def ranking(self) -> list[int]:
         """Indices of all candidates: the pick, then by falling score; unscored ones last."""
-        scores = [-np.inf if each.score is None else each.score for each in self.candidates]
+        scores = [-np.inf if c.score is None else c.score for c in self.candidates]
         return sorted(range(len(scores)), key=lambda i: (i != self.chosen, -scores[i], i))
 
 
@@ -60,8 +58,10 @@ class FirstCandidate(Selector):
 
 
 class LearnedSelector(Selector):
-    """Picks by the user's factorized scorer. `votes=False` scores labels as if the LLM had not
-    been sampled; `abstention_threshold` is in posterior standard deviations, 0 disables it.
+    """Picks by the user's factorized scorer.
+
+    `votes=False` scores labels as if the LLM had not been sampled. Candidate 0 is kept unless the
+    pick's expected-gain margin exceeds `abstention_threshold` posterior standard deviations.
     """
 
     def __init__(
@@ -80,10 +80,9 @@ class LearnedSelector(Selector):
         places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
         if not places:
             return Selection(list(candidates), 0)
-        readable = [candidates[i] for i in places]
-        # Every label is scored where the scorer has features of labels.
-        by_label = self.scorer.interaction.by_label
-        offered = all_labels(self.task, readable) if by_label else readable
+        readable = offered = [candidates[i] for i in places]
+        if self.scorer.interaction.by_label:  # its features are of all labels
+            offered = all_labels(self.task, readable)
         row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
         rows = [row_of[candidate.answer] for candidate in readable]
         groups, head = self.groups(context, offered), context.heads.get("adapter")
@@ -104,8 +103,8 @@ class LearnedSelector(Selector):
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
         if not self.scorer.interaction.reads_pairs:
             return []
-        readable = [candidate for candidate in candidates if candidate.answer is not None]
-        return [(context.query.input, candidate_text(self.task, each)) for each in readable]
+        texts = [candidate_text(self.task, c) for c in candidates if c.answer is not None]
+        return [(context.query.input, text) for text in texts]
 
     def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:
         """The offered candidates as the scorer reads them."""
@@ -135,8 +134,9 @@ def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray 
 
 
 def first_best(values: np.ndarray) -> int:
-    """The index of the first value that is the largest to within `TIE`: texts that differ in case
-    alone are equal to an uncased encoder, and a last digit would let the processor choose.
+    """The index of the first value that is the largest to within `TIE`.
+
+    Texts that differ only in case are equal to an uncased encoder: their last digits are noise.
     """
     return int(np.flatnonzero(values >= values.max() - TIE)[0])
 

@@ -314,7 +314,7 @@ def _check_update(head: HeadKind, problem: HeadProblem) -> None:
     assert np.allclose(updated.numbers, expected, atol=5e-3), "feedback is not a fit"
     assert (updated.records, updated.until) == (0, 5.0), "feedback is no record"
     assert not fitted.numbers.any(), "feedback changes its argument"
-    spread = head.covariance(own.interaction, own.x[0, :1], posterior, torch.tensor(1.0), 0)
+    spread = head.covariance(own.interaction, own.x[0, :1], posterior, torch.ones(()))
     assert spread is not None, "a posterior without a covariance"
     _assert_close(spread, spread.T, "the covariance is not symmetric")
     assert float(spread.detach().diagonal().min()) >= -1e-6, "a variance is negative"

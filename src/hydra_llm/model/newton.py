@@ -5,12 +5,12 @@
 `newton_cg`: Newton's method; conjugate gradients solve each step's linear system, so that no V×V
 matrix is formed and label features stay compressed. All users of a call advance together; one
 that has converged stands still. `lbfgs`: for one user whose Hessian is about known.
-
-Letters: U users, G groups (padded), C candidates, V coordinates. Knows no texts, names or files.
+Letters: U users, G groups (padded), C candidates, V coordinates.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -74,10 +74,7 @@ def newton_cg(
     problem: Problem, precision: float | Tensor, *, steps: int = 25, tolerance: float = TOLERANCE
 ) -> Tensor:
     """The minimiser [U, V] of each problem under a Gaussian prior N(0, 1/precision [V])."""
-
-    def value_at(v: Tensor) -> Tensor:
-        return objective(v, problem, precision)
-
+    value_at = partial(objective, problem=problem, precision=precision)
     v = problem.offset.new_zeros(len(problem.offset), problem.size)
     value, floor = value_at(v), None
     for _ in range(steps):
@@ -107,7 +104,7 @@ def _penalised(scores: Tensor, v: Tensor, problem: Problem, precision: float | T
 def _conjugate_gradients(
     hessian: Apply, b: Tensor, *, steps: int = 40, tolerance: float = 1e-2
 ) -> Tensor:
-    """Solve hessian(x) = b for each user [U, V]; inexact, as Newton's method allows."""
+    """Solve hessian(x) = b for each user [U, V]; inexactly, as Newton's method allows."""
     x, r = torch.zeros_like(b), b.clone()
     p, rr = r.clone(), (b * b).sum(-1)
     stop = rr * tolerance**2
@@ -138,16 +135,11 @@ def _line_search(
     return torch.where(good[:, None], trial, v), torch.where(good, after, value)
 
 
-# ---- one user
-
-
 def lbfgs(
     problem: Problem, precision: Tensor, inverse: Apply, *, tolerance: float = TOLERANCE
 ) -> Tensor:
-    """What `newton_cg` finds for one user [1, V], by L-BFGS (Nocedal and Wright, Numerical
-    Optimization, algorithm 7.5).
-
-    `inverse` is about the inverse of the objective's Hessian, [1, V] → [1, V].
+    """The minimiser [1, V] for one user by L-BFGS (Nocedal and Wright, Numerical Optimization,
+    algorithm 7.5); `inverse` is about the inverse of the Hessian, [1, V] → [1, V].
     """
     v = problem.offset.new_zeros(1, problem.size)
     value, gradient = _value_and_gradient(v, problem, precision)
@@ -159,15 +151,15 @@ def lbfgs(
         step = -_two_loop(gradient, past, inverse)
         size, slope = 1.0, float((gradient * step).sum())
         for _ in range(HALVINGS):
-            found, after = _value_and_gradient(v + size * step, problem, precision)
-            if found <= value + 1e-4 * size * slope + 1e-6 * abs(value):
+            trial, after = _value_and_gradient(v + size * step, problem, precision)
+            if trial <= value + 1e-4 * size * slope + 1e-6 * abs(value):
                 break
             size /= 2
         taken, change = size * step, after - gradient
         curvature = float((taken * change).sum())
-        if curvature <= 0 or found > value + 1e-6 * abs(value):  # rounding is all that is left
+        if curvature <= 0 or trial > value + 1e-6 * abs(value):  # rounding is all that is left
             break
-        v, value, gradient = v + taken, found, after
+        v, value, gradient = v + taken, trial, after
         past = [*past[1 - MEMORY :], (taken, change, 1 / curvature)]
     return v
 

@@ -6,9 +6,9 @@ JSON lines; never pickle.
     BUNDLE/README.md            a copy of the model card, for people: not checked
     BUNDLE/content-1f3a9c22/    weights.safetensors, history.jsonl.gz, README.md; encoder/ if tuned
 
-A write makes a new content folder and then replaces config.json, one rename: a process that is
-killed at any moment leaves the old bundle or the new one, also where the folder itself cannot be
-renamed (a mounted volume). Knows no heads and no scorers.
+A write makes a new content folder and then replaces config.json by one rename: a process that is
+killed leaves the old bundle or the new one, also where the folder itself cannot be renamed (a
+mounted volume). Knows no heads and no scorers.
 """
 
 import gzip
@@ -20,7 +20,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
@@ -37,13 +37,8 @@ from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.types import ALWAYS, Record
 
 FORMAT = 2
-CONFIG, CARD, WEIGHTS, HISTORY = (
-    "config.json",
-    "README.md",
-    "weights.safetensors",
-    "history.jsonl.gz",
-)
-ENCODER, LOCK = "encoder", ".lock"
+CONFIG, CARD, ENCODER, LOCK = "config.json", "README.md", "encoder", ".lock"
+WEIGHTS, HISTORY = "weights.safetensors", "history.jsonl.gz"
 CONTENT = re.compile(r"content-[0-9a-f]{8}")
 # what a content file may be called: no way out of the folder, and nothing that is loaded by pickle
 FILE_NAME = re.compile(
@@ -55,11 +50,9 @@ RETRIES = 5  # of a reader, because the bundle was replaced under it
 
 @dataclass
 class BundleFiles:
-    """The content of a bundle. `config` may hold any JSON; keys that `write_bundle` sets itself are
-    replaced.
-    """
+    """The content of a bundle."""
 
-    config: dict[str, Any]
+    config: dict[str, Any]  # any JSON; keys that `write_bundle` sets itself are replaced
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # of users who have some
     card: str = ""  # the model card, in Markdown
@@ -67,11 +60,11 @@ class BundleFiles:
 
 
 def encoder_config(encoder: Encoder) -> dict[str, Any]:
-    """What `config["encoder"]` says of an encoder."""
+    """What `config["encoder"]` holds of an encoder."""
     return {key: getattr(encoder, key) for key in ENCODER_KEYS}
 
 
-def encoder_of(files: BundleFiles, device: str = "cpu") -> Encoder:
+def encoder_of(files: BundleFiles) -> Encoder:
     """The bundle's own encoder, or the one that it names.
 
     Raises:
@@ -79,9 +72,9 @@ def encoder_of(files: BundleFiles, device: str = "cpu") -> Encoder:
         SettingsError: there is no encoder of that name here.
     """
     if files.encoder is not None:
-        return files.encoder.to(device)
-    entry = files.config["encoder"]
-    return _open_encoder(entry, entry["name"], f"encoder '{entry['name']}' here", device)
+        return files.encoder
+    name = files.config["encoder"]["name"]
+    return _open_encoder(files.config["encoder"], name, f"encoder '{name}' here")
 
 
 def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = None) -> str:
@@ -94,9 +87,19 @@ def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = Non
     check_place(folder)
     with _reported(folder, "cannot be written", "; a bundle that stood there is still whole"):
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder):
+        try:
+            lock = FileLock(folder / LOCK).acquire(timeout=0)
+        except Timeout:
+            fault = "another process is writing this bundle: wait for it, or choose another folder"
+            raise BundleError(f"{folder}: {fault}") from None
+        with lock:
             check_place(folder)
-            _check_unchanged(folder, replaces)
+            present = _config_or_none(folder)
+            if replaces and present and present.get("sha256") != replaces:
+                raise BundleError(
+                    f"{folder}: was changed by another process since it was read, and would lose"
+                    " that: the same command again continues, the LLM's answers are in the cache"
+                )
             return _replace(folder, files)
 
 
@@ -146,31 +149,12 @@ def _reported(
 # ---- writing
 
 
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield
-    except Timeout:
-        fault = "another process is writing this bundle: wait for it, or choose another folder"
-        raise BundleError(f"{folder}: {fault}") from None
-
-
 def _config_or_none(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     return config if isinstance(config, dict) and {"format", "hydra_llm"} <= config.keys() else None
-
-
-def _check_unchanged(folder: Path, replaces: str | None) -> None:
-    present = _config_or_none(folder)
-    if replaces is not None and present is not None and present.get("sha256") != replaces:
-        raise BundleError(
-            f"{folder}: was changed by another process since it was read, and would lose that: the"
-            " same command again continues, the LLM's answers are in the cache"
-        )
 
 
 def _replace(folder: Path, files: BundleFiles) -> str:
@@ -202,7 +186,11 @@ def _write_content(content: Path, files: BundleFiles) -> None:
         for name, tensor in files.tensors.items()
     }
     (content / WEIGHTS).write_bytes(save(tensors))
-    (content / HISTORY).write_bytes(_pack_records(files.records))
+    records = [asdict(record) for user in files.records.values() for record in user]
+    for record in records:
+        record["span"] = None if record["span"] == ALWAYS else record["span"]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (content / HISTORY).write_bytes(gzip.compress(lines, compresslevel=6, mtime=0))
     (content / CARD).write_text(files.card, encoding="utf-8")
     if files.encoder is not None:
         files.encoder.save(content / ENCODER)
@@ -215,17 +203,13 @@ def _complete(content: Path, files: BundleFiles) -> dict[str, Any]:
     config = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **files.config}
     if files.encoder is not None:
         config["encoder"] = encoder_config(files.encoder)
-    paths = sorted(path for path in content.rglob("*") if path.is_file())
-    listed = {path.relative_to(content).as_posix(): _file_entry(path) for path in paths}
-    config |= {"format": FORMAT, "hydra_llm": __version__, "content": content.name}
-    config |= {"files": listed}
+    config |= {"format": FORMAT, "hydra_llm": __version__, "content": content.name, "files": {}}
+    for path in sorted(path for path in content.rglob("*") if path.is_file()):
+        entry = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        config["files"][path.relative_to(content).as_posix()] = entry
     # as it will be read: JSON has neither tuples nor NaN
     config = json.loads(json.dumps(config), parse_constant=lambda _: None)
     return {**config, "sha256": _config_sha256(config)}
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
@@ -252,17 +236,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _pack_records(records: Mapping[str, Sequence[Record]]) -> bytes:
-    lines = (json.dumps(_record_json(record)) for user in records.values() for record in user)
-    return gzip.compress("".join(line + "\n" for line in lines).encode(), compresslevel=6, mtime=0)
-
-
-def _record_json(record: Record) -> dict[str, Any]:
-    span = None if record.span == ALWAYS else record.span
-    texts = {key: getattr(record, key) for key in ("user", "id", "input", "output", "time")}
-    return {**texts, "span": span, "position": record.position}
-
-
 # ---- reading
 
 
@@ -276,13 +249,11 @@ def _read_config_text(folder: Path) -> bytes:
 
 
 def _parse_config(folder: Path, text: bytes) -> dict[str, Any]:
-    place = folder / CONFIG
-    with _reported(place, "damaged, not JSON", errors=(ValueError,)):
-        config = json.loads(text)
-    fault = _format_fault(config) or _listing_fault(config)
-    if fault:
-        raise BundleError(f"{place}: {fault}")
-    return dict(config)
+    with _reported(folder / CONFIG, "damaged, not JSON", errors=(ValueError,)):
+        config: dict[str, Any] = json.loads(text)
+    if fault := _format_fault(config) or _listing_fault(config):
+        raise BundleError(f"{folder / CONFIG}: {fault}")
+    return config
 
 
 def _format_fault(config: Any) -> str:
@@ -290,8 +261,8 @@ def _format_fault(config: Any) -> str:
     if not isinstance(version, int):
         return "no format version, so it is no bundle of hydra-llm"
     if version > FORMAT:
-        writer = f"format {version} is made by a newer hydra-llm ({config.get('hydra_llm')})"
-        return f"{writer}; upgrade to read it"
+        writer = f"a newer hydra-llm ({config.get('hydra_llm')})"
+        return f"format {version} is made by {writer}; upgrade to read it"
     if config.get("sha256") != _config_sha256(config):
         return "damaged or edited, its sha256 does not match: copy it again, or learn anew"
     return ""
@@ -311,9 +282,9 @@ def _listing_fault(config: Mapping[str, Any]) -> str:
         if name not in files:
             return f"damaged, '{name}' is not listed"
     described = isinstance(encoder, dict) and set(ENCODER_KEYS) <= encoder.keys()
-    return (
-        "" if described or not _encoder_files(config) else "damaged, no description of its encoder"
-    )
+    if _encoder_files(config) and not described:
+        return "damaged, no description of its encoder"
+    return ""
 
 
 def _encoder_files(config: Mapping[str, Any]) -> set[str]:
@@ -335,10 +306,9 @@ def _read(folder: Path, config: dict[str, Any]) -> BundleFiles:
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise BundleError(f"{path}: missing from the bundle: copy it again")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        sizes = f"{size} bytes instead of {entry['bytes']}"
-        raise BundleError(f"{path}: damaged, {sizes}: copy it again")
+    size, expected = path.stat().st_size, entry["bytes"]
+    if size != expected:
+        raise BundleError(f"{path}: damaged, {size} bytes instead of {expected}: copy it again")
     if _sha256(path) != entry["sha256"]:
         raise BundleError(f"{path}: damaged, its content is not what was written: copy it again")
 
@@ -372,14 +342,9 @@ def _load_encoder(content: Path, config: dict[str, Any]) -> Encoder | None:
     return encoder
 
 
-def _open_encoder(
-    entry: Mapping[str, Any], source: str, place: str, device: str = "cpu"
-) -> Encoder:
-    pooling, max_length = entry["pooling"], entry["max_length"]
-    encoder = open_encoder(source, pooling=pooling, max_length=max_length, device=device)
+def _open_encoder(entry: Mapping[str, Any], source: str, place: str) -> Encoder:
+    encoder = open_encoder(source, pooling=entry["pooling"], max_length=entry["max_length"])
     if encoder.digest != entry["digest"]:
-        raise BundleError(
-            f"{place} is not the encoder that the bundle was made with: install that version, or"
-            " learn anew"
-        )
+        fault = "is not the encoder that the bundle was made with"
+        raise BundleError(f"{place} {fault}: install that version, or learn anew")
     return encoder

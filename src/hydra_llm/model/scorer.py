@@ -3,10 +3,8 @@
     score(user, pair) = β · [ g(φ; θ₀ + δ) + w · side features ] + v · votes
 
 φ comes from an interaction, g and δ from a kind of head. A scorer holds shared weights alone; a
-user is a `Head` value that comes with the call. The history of a user without a head counts too,
-through the side features. β and v calibrate the scores, so that their softmax over a group may be
-read as a distribution; v weighs what only the LLM's samples tell.
-
+user is a `Head` that comes with the call. β and v calibrate the scores, so that their softmax over
+a group may be read as a distribution; v weighs what only the LLM's samples tell.
 Letters: G groups, C candidates, E side features. Knows no users, texts, tasks or files.
 """
 
@@ -22,9 +20,7 @@ from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
 
 FEEDBACK_WINDOW = 64
-"""Judged groups that an online update counts, the latest: memory and time are bounded. Accepted
-answers become records, which the next fit sees.
-"""
+"""The latest judged groups that an online update counts: memory and time are bounded."""
 Heads = Sequence[Head | None]
 
 
@@ -55,8 +51,7 @@ class Scorer(nn.Module):
         self.register_buffer("side_mean", torch.zeros(count))
         self.register_buffer("side_scale", torch.ones(count))
         self.register_buffer("scale", torch.ones(()))
-        # how far gains lie apart within a training group
-        self.register_buffer("gain_spread", torch.ones(()))
+        self.register_buffer("gain_spread", torch.ones(()))  # of gains within a training group
         self.register_buffer("vote_weight", torch.zeros(count))
         self.register_buffer("prior_precision", torch.tensor(10.0))
 
@@ -70,10 +65,10 @@ class Scorer(nn.Module):
 
     def core(self, groups: Groups, heads: Heads | None = None) -> Tensor:
         """[G, C] scores before calibration, on which heads are fitted; None: the shared ones."""
-        interaction, x = self.interaction, self.interaction(groups)
+        features = self.interaction, self.interaction(groups)
         if heads is None:
-            return self.head.shared_score(interaction, x) + self.side_score(groups)
-        return self.head.score(interaction, x, heads) + self.side_score(groups)
+            return self.head.shared_score(*features) + self.side_score(groups)
+        return self.head.score(*features, heads) + self.side_score(groups)
 
     def calibrated(self, core: Tensor, groups: Groups) -> Tensor:
         """[G, C] core scores with β and the votes; −inf where there is no candidate."""
@@ -109,8 +104,8 @@ class Scorer(nn.Module):
         if not self.updates_online:
             return None
         x, records = self.interaction(groups), 0 if head is None else head.records
-        precision = self.prior_precision
-        covariance = self.head.covariance(self.interaction, x, self.posterior, precision, records)
+        precision = self.prior_precision + records * self.posterior.values
+        covariance = self.head.covariance(self.interaction, x, self.posterior, precision)
         return None if covariance is None else self.scale.square() * covariance
 
     # ---- learning heads
@@ -139,8 +134,8 @@ class Scorer(nn.Module):
         return self.head.updates_online and self.posterior.known
 
     def online_update(self, head: Head | None, judged: Groups) -> Head:
-        """The head after feedback: `head` as it was fitted, one user's groups with targets, oldest
-        first, of which the last `FEEDBACK_WINDOW` count.
+        """The head after feedback on one user's groups with targets, oldest first, of which the
+        last `FEEDBACK_WINDOW` count; `head` is as it was fitted.
         """
         groups = judged[-FEEDBACK_WINDOW:]
         if not len(groups):
@@ -174,8 +169,8 @@ class Scorer(nn.Module):
         interaction = make_interaction(config["interaction"])
         head = make_head(config["head"], interaction, rank=config["rank"])
         scorer = cls(interaction, head, config["evidence"], loss=config["loss"])
-        parts = (len(tensors[f"posterior.{part}"]) for part in ("left", "right"))
-        scorer.posterior = LaplacePosterior(*parts)
+        left, right = tensors["posterior.left"], tensors["posterior.right"]
+        scorer.posterior = LaplacePosterior(len(left), len(right))
         shared = {name: value for name, value in tensors.items() if not name.startswith("heads.")}
         scorer.load_state_dict(shared)
         return scorer.eval()

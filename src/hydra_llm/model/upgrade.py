@@ -1,7 +1,7 @@
-"""Bundles of older formats as the present one. The only place that knows how they were written.
+"""Bundles of older formats as the present one.
 
 Format 1 kept users' heads as rows of the scorer's tensors, some of them of users who were
-forgotten, and did not say whether the reranker is used, nor until when a head has learned.
+forgotten. It lacked whether the reranker is used, and until when a head has learned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,9 @@ from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.persistence import BundleFiles
 from hydra_llm.types import Record
 
-RENAMED = {
-    "combiner.": "interaction.",
-    "evidence_": "side_",
-    "curvature.": "posterior.",
-    "bank.": "head.",
-}
-"""How names of tensors began in format 1, and how they do now."""
-FORGOTTEN = "\0forgotten-"  # how the name began that stood in the row of a forgotten user
+RENAMED = {"combiner.": "interaction.", "evidence_": "side_", "curvature.": "posterior."}
+RENAMED |= {"bank.": "head."}  # prefixes of tensors' names in format 1, and now
+FORGOTTEN = "\0forgotten-"  # prefix of the name in the row of a forgotten user
 
 
 def upgraded(files: BundleFiles) -> BundleFiles:
@@ -37,10 +32,12 @@ def upgraded(files: BundleFiles) -> BundleFiles:
         return files
     config: dict[str, Any] = {**files.config, "scorers": {}}
     tensors: dict[str, Tensor] = {}
-    for name, entry in files.config["scorers"].items():
+    for name, old in files.config["scorers"].items():
         own = {_renamed(key): value for key, value in tensors_of(name, files.tensors).items()}
-        matrix = HeadMatrix.of(_heads(entry, own, files.records))
-        config["scorers"][name] = _entry(entry) | matrix.config()
+        entry = {key: old[key] for key in ("head", "rank", "evidence", "loss")}
+        entry["interaction"] = old.get("interaction") or old["combiner"]
+        matrix = HeadMatrix.of(_heads(old, own, files.records))
+        config["scorers"][name] = entry | matrix.config()
         own = _shared(entry, own) | matrix.tensors()
         tensors |= {f"{name}.{key}": value for key, value in own.items()}
     config["use_reranker"] = reranker_helps(config["report"])
@@ -49,14 +46,13 @@ def upgraded(files: BundleFiles) -> BundleFiles:
 
 def tensors_of(scorer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one of a bundle's scorers, under their own names."""
-    prefix = f"{scorer}."
-    own = {key: value for key, value in tensors.items() if key.startswith(prefix)}
-    return {key.removeprefix(prefix): value for key, value in own.items()}
+    parts = {name: name.partition(".") for name in tensors}
+    return {key: tensors[name] for name, (own, _, key) in parts.items() if own == scorer}
 
 
 def reranker_helps(report: Mapping[str, Any]) -> bool:
     """Whether the reranker's first records were worth as much as the retriever's on held-out users;
-    true where nobody has measured it.
+    true where that was not measured.
     """
     gains = report.get("reranker", {})
     pick, first = gains.get("gain_pick"), gains.get("gain_first")
@@ -68,18 +64,11 @@ def _renamed(name: str) -> str:
     return RENAMED.get(old, "") + name.removeprefix(old)
 
 
-def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "interaction": entry.get("interaction") or entry["combiner"],
-        **{key: entry[key] for key in ("head", "rank", "evidence", "loss")},
-    }
-
-
 def _shared(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = ("head.weight", "head.bias", "head.keys.", "head.residuals.")
     kept = {name: value for name, value in tensors.items() if not name.startswith(own)}
     # of low-rank heads on label features it was measured for other coordinates
-    lacks = entry["head"] == "lowrank" and _entry(entry)["interaction"]["kind"] == "label"
+    lacks = entry["head"] == "lowrank" and entry["interaction"]["kind"] == "label"
     if lacks or "posterior.left" not in kept:
         none = LaplacePosterior().state_dict()
         kept |= {f"posterior.{part}": value for part, value in none.items()}
@@ -92,10 +81,8 @@ def _heads(
     heads = {}
     for row, (user, known) in enumerate(zip(entry["users"], entry["known"], strict=True)):
         if not user.startswith(FORGOTTEN):
-            learned = in_order(records.get(user, ()))[:known]
-            heads[user] = Head.of(
-                _numbers(entry["head"], tensors, row), known, latest_time(learned)
-            )
+            until = latest_time(in_order(records.get(user, ()))[:known])
+            heads[user] = Head.of(_numbers(entry["head"], tensors, row), known, until)
     return heads
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.model.grouping import make_groups
-from hydra_llm.model.interactions import Groups, Interaction
+from hydra_llm.model.interactions import Groups, Interaction, make_groups
 from hydra_llm.model.newton import Loss
 from hydra_llm.types import LabelledGroup
 

@@ -3,17 +3,12 @@
 A kind is an entry point of the group `hydra_llm.heads`, built-in ones too.
 """
 
-from hydra_llm.model.heads.base import (
-    Head,
-    HeadKind,
-    HeadProblem,
-    SGDConfig,
-    latest_time,
-    usable_head,
-)
+from hydra_llm.model.heads.base import Head, HeadKind, HeadProblem, SGDConfig, latest_time
 from hydra_llm.model.heads.matrix import HeadMatrix
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.plugins import HEADS
+
+__all__ = ["Head", "HeadKind", "HeadMatrix", "HeadProblem", "SGDConfig", "latest_time", "make_head"]
 
 
 def make_head(kind: str, interaction: Interaction, *, rank: int = 16) -> HeadKind:
@@ -22,17 +17,5 @@ def make_head(kind: str, interaction: Interaction, *, rank: int = 16) -> HeadKin
     Raises:
         SettingsError: an unknown kind, or one that needs other features.
     """
-    made: HeadKind = HEADS.load(kind).create(interaction, rank)
-    return made
-
-
-__all__ = [
-    "Head",
-    "HeadKind",
-    "HeadMatrix",
-    "HeadProblem",
-    "SGDConfig",
-    "latest_time",
-    "make_head",
-    "usable_head",
-]
+    head: HeadKind = HEADS.load(kind).create(interaction, rank)
+    return head

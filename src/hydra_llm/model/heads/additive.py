@@ -8,9 +8,7 @@ order (model/laplace.py), and feedback moves it without a new fit:
     minimise over c   Σ over the judged groups of loss(c) + ½ (c − c_fit)ᵀ (λ + N·F) (c − c_fit)
 
 c_fit is the head as it was fitted on N records, λ the prior's precision, F the mean Fisher
-information of a group. The result depends on the set of judged groups, not on their order.
-
-Letters: U users, G groups, C candidates, V length of the shared head, K coordinates.
+information of a group. Letters: U users, G groups, C candidates, V length of θ₀, K coordinates.
 """
 
 from dataclasses import replace
@@ -27,7 +25,7 @@ from hydra_llm.model.newton import Apply, Problem, hessian_inverse, lbfgs, newto
 
 
 class AdditiveHead(VectorShared):
-    """The base of these kinds: a kind says what its directions are."""
+    """The base of these kinds; a kind gives its directions."""
 
     updates_online = True
     own_bias = False  # whether one more number, the last, is a bias of the user
@@ -91,22 +89,16 @@ class AdditiveHead(VectorShared):
     def fisher(
         self, interaction: Interaction, x: Tensor, share: Tensor, binary: bool
     ) -> tuple[Tensor, Tensor] | None:
-        rows = self.explicit(interaction, x)
-        if rows is None:
+        if (rows := self.explicit(interaction, x)) is None:
             return interaction.fisher(x, share, binary)
         return torch.ones(1, 1), mean_fisher(rows, share, binary)
 
     def covariance(
-        self,
-        interaction: Interaction,
-        x: Tensor,
-        posterior: LaplacePosterior,
-        precision: Tensor,
-        records: int,
+        self, interaction: Interaction, x: Tensor, posterior: LaplacePosterior, precision: Tensor
     ) -> Tensor | None:
         count = self.shared_score(interaction, x).shape[1]
         _, outer = self.design(interaction, x[None].expand(count, *x.shape))
-        return posterior.covariance(outer(torch.eye(count)[:, None]), precision, records)
+        return posterior.covariance(outer(torch.eye(count)[:, None]), precision)
 
     @torch.no_grad()
     def online_update(
@@ -115,15 +107,12 @@ class AdditiveHead(VectorShared):
         fitted = head or Head.of(self.empty())
         interaction, x = problem.interaction, problem.x[0]
         dot, outer = self.design(interaction, problem.x)
+        scores = self.score(interaction, x, [fitted] * len(x))
         convex = self._convex(
-            problem,
-            self.score(interaction, x, [fitted] * len(x)),
-            lambda v: dot(posterior.turn(v)),
-            lambda r: posterior.back(outer(r)),
+            problem, scores, lambda v: dot(posterior.turn(v)), lambda r: posterior.back(outer(r))
         )
         precision = problem.precision + fitted.records * posterior.values
-        rows = self.explicit(interaction, x)
-        if rows is None:
+        if (rows := self.explicit(interaction, x)) is None:
             change = newton_cg(convex, precision)
         else:
             change = _by_lbfgs(convex, rows @ posterior.right_vectors, precision)
@@ -133,13 +122,10 @@ class AdditiveHead(VectorShared):
 
 
 def _by_lbfgs(problem: Problem, rows: Tensor, precision: Tensor) -> Tensor:
-    """The same with explicit features [G, C, K]: the Hessian hardly changes on the way, so a few
+    """`newton_cg` with explicit features [G, C, K]: the Hessian hardly changes on the way, so a few
     gradients are enough where features are as wide as the encoder.
     """
-    flat = rows.flatten(0, 1)
-    explicit = replace(
-        problem,
-        dot=lambda v: (flat @ v[0]).view(problem.offset.shape),
-        outer=lambda r: (r.flatten() @ flat)[None],
-    )
+    flat, shape = rows.flatten(0, 1), problem.offset.shape
+    dot, outer = lambda v: (flat @ v[0]).view(shape), lambda r: (r.flatten() @ flat)[None]
+    explicit = replace(problem, dot=dot, outer=outer)
     return lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))

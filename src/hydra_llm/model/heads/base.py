@@ -2,11 +2,9 @@
 
     score(user, pair) = g(φ; θ₀ + δ)     θ₀: the shared head, δ: the user's numbers (paper, 3.1)
 
-Every head has a Gaussian prior whose mean is the shared head: without records it is the shared
-head. A new kind is a subclass of `HeadKind` (or of `linear.AdditiveHead`) and an entry point of the
-group `hydra_llm.heads`.
-
-Letters: U users, G groups, C candidates, P numbers of a head. Knows no texts and no files.
+Every head has a Gaussian prior whose mean is the shared head. A new kind is a subclass of
+`HeadKind` or `AdditiveHead` and an entry point of the group `hydra_llm.heads`.
+Letters: U users, G groups, C candidates, P numbers of a head, V length of θ₀.
 """
 
 import math
@@ -32,8 +30,7 @@ class Head:
 
     numbers: np.ndarray  # [P] float32; read-only where `Head.of` made it
     records: int = 0  # how many of the user's records, oldest first, it has learned from
-    until: float = -math.inf
-    """Latest time of these records, in seconds since 1970; -inf where none is known."""
+    until: float = -math.inf  # latest time of these, in seconds since 1970; -inf where unknown
 
     @classmethod
     def of(cls, numbers: Tensor | np.ndarray, records: int = 0, until: float = -math.inf) -> Self:
@@ -52,8 +49,8 @@ def latest_time(records: Sequence[Record]) -> float:
 def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | None, str]:
     """The head if it may answer a query that sees `visible` records, else None and the reason.
 
-    Time must not leak: a head that has learned from what the query may not see leaves the answer
-    to the shared head. A user without a head needs no reason.
+    Time must not leak: where a head has learned from what the query may not see, the shared head
+    answers. A user without a head needs no reason.
     """
     if head is None:
         return None, ""
@@ -75,7 +72,7 @@ def _date(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class SGDConfig:
-    """How what is not convex is trained."""
+    """How a problem that is not convex is trained."""
 
     epochs: int = 30
     lr: float = 1e-3
@@ -112,7 +109,8 @@ class HeadProblem:
     def user(self, u: int) -> "HeadProblem":
         """One user's problem without padded groups, U = 1."""
         own, users = self.mask[u].any(-1), self.users[u : u + 1]
-        parts = {name: getattr(self, name)[u, own][None] for name in PER_GROUP}
+        per_group = ("x", "offset", "target", "mask")
+        parts = {name: getattr(self, name)[u, own][None] for name in per_group}
         return replace(self, users=users, **parts)
 
 
@@ -131,11 +129,8 @@ def gather(heads: Sequence[Head | None], size: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-PER_GROUP = ("x", "offset", "target", "mask")
-
-
 class HeadKind(nn.Module):
-    """What one kind of head is: its shared parameters are θ₀ and whatever else all users share."""
+    """One kind of head: its parameters are θ₀ and whatever else all users share."""
 
     name: ClassVar[str]
     convex: ClassVar[bool] = True  # the shared head is fitted by ridge regression, not by gradient
@@ -179,8 +174,8 @@ class HeadKind(nn.Module):
         return self
 
     def tune(self, rounds: Iterable[Iterable[HeadProblem]], count: int) -> None:
-        """Learn what else all users share by predicting users whom the base has not seen: a
-        problem each, in `count` rounds with another base each.
+        """Learn what else all users share by predicting users whom the base has not seen, in
+        `count` rounds with another base each.
         """
 
     def learn_shared(self, problems: Iterable[HeadProblem]) -> None:
@@ -198,7 +193,7 @@ class HeadKind(nn.Module):
 
     @property
     def joint_numbers(self) -> int:
-        """How many of a user's numbers, the first ones, are trained together with the base."""
+        """How many of a user's first numbers are trained together with the base."""
         return 0
 
     def joint_parameters(self) -> list[nn.Parameter]:
@@ -218,20 +213,15 @@ class HeadKind(nn.Module):
         return None
 
     def covariance(
-        self,
-        interaction: Interaction,
-        x: Tensor,
-        posterior: LaplacePosterior,
-        precision: Tensor,
-        records: int,
+        self, interaction: Interaction, x: Tensor, posterior: LaplacePosterior, precision: Tensor
     ) -> Tensor | None:
-        """[C, C] of one group's scores (G = 1) under a head of so many records; None if unknown."""
+        """[C, C] of one group's scores (G = 1) under a head of this precision; None if unknown."""
         return None
 
     def online_update(
         self, problem: HeadProblem, posterior: LaplacePosterior, head: Head | None
     ) -> Head:
-        """The head after feedback (U = 1): judged groups exactly, the rest as a Gaussian prior."""
+        """The head after feedback (U = 1): judged groups exactly, the others by the posterior."""
         raise NotImplementedError
 
 

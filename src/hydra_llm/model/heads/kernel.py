@@ -3,10 +3,8 @@
     δ(x) = w · Σᵢ kᵢ rᵢ / (λ + Σᵢ kᵢ),   kᵢ = exp((cos(x, xᵢ) − 1) / τ)
 
 rᵢ is what the shared head and the side features left unexplained of pair i (target minus predicted
-share). τ, w and λ are shared and learned from the training users. Nothing is fitted for a user: an
-update appends pairs, a deletion removes them. Keys are φ of a pair (residual [N, 1]) or, for label
-features, z of a query (residual [N, L]).
-
+share). τ, w and λ are shared and learned from the training users. Nothing is fitted for a user.
+Keys are φ of a pair (residual [N, 1]) or, for label features, z of a query (residual [N, L]).
 Numbers of a head: D, R, then N rows of a key [D] and its residuals [R]; none without pairs.
 """
 

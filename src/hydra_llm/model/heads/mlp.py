@@ -74,7 +74,12 @@ class MLPHead(HeadKind):
 
     @torch.enable_grad()
     def _fit_one(self, problem: HeadProblem) -> Tensor:
-        shared, sgd, delta = self.shared.detach(), problem.sgd, self._start(problem)
+        shared, sgd = self.shared.detach(), problem.sgd
+        delta = torch.zeros_like(shared)
+        if sgd.random_start:
+            seed = zlib.crc32(problem.users[0].encode("utf-8", "surrogatepass")) ^ sgd.seed
+            delta = self._random(seed) - shared
+        delta.requires_grad_(True)
         optimizer = torch.optim.AdamW([delta], lr=sgd.lr, weight_decay=0.0)
         parts = (problem.x, problem.offset, problem.target, problem.mask)
         x, offset, target, mask = (part[0] for part in parts)
@@ -89,10 +94,3 @@ class MLPHead(HeadKind):
                 (own.sum() / len(index) + penalty).backward()
                 optimizer.step()
         return delta.detach()
-
-    def _start(self, problem: HeadProblem) -> Tensor:
-        shared, sgd = self.shared.detach(), problem.sgd
-        if not sgd.random_start:
-            return torch.zeros_like(shared).requires_grad_(True)
-        seed = zlib.crc32(problem.users[0].encode("utf-8", "surrogatepass")) ^ sgd.seed
-        return (self._random(seed) - shared).requires_grad_(True)
