@@ -17,13 +17,13 @@ help: ## Show these lines
 demo: $(READY) ## Set up, then learn from real users and personalize a real LLM, offline
 	@$(BIN)/hydra-llm demo
 
-# glibc would keep an arena of freed memory for every thread.
-PYTEST = env OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# glibc would keep an arena of freed memory for every thread. Compiled tests are kept: compiling them takes seconds.
+PYTEST = env OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: $(READY) ## Set up, then run all tests (offline; beside a PostgreSQL, if one is installed)
 	@$(BIN)/python tools/with_postgres.py $(PYTEST)
 
-test-fast: $(READY) ## The tests that take no more than a few seconds each
+test-fast: $(READY) ## The tests that take no more than about a second each
 	@$(PYTEST) -m "not slow and not llm"
 
 check: $(READY) ## Style, types, import direction, README code and command help

@@ -10,7 +10,7 @@ import resource
 import secrets
 import socket
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,36 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def anyio_backend() -> str:
     """Async tests run on asyncio, as the package does."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def open_once() -> Callable[..., Any]:
+    """As `open_encoder`, but MiniLM is read once: loading it and hashing its weights would be most
+    of what a small test costs. One whose weights a test has changed is opened again.
+    """
+    from hydra_llm.model.encoder import Encoder, open_encoder
+
+    opened: dict[Any, tuple[Encoder, str]] = {}
+
+    def open_shared(name: str, **options: Any) -> Encoder:
+        key = (name, *sorted(options.items()))
+        if key not in opened or opened[key][0].digest != opened[key][1]:
+            encoder = open_encoder(name, **options)
+            if name != "minilm":
+                return encoder
+            opened[key] = encoder, encoder.digest
+        return opened[key][0]
+
+    return open_shared
+
+
+@pytest.fixture(scope="session")
+def shared_minilm(open_once: Callable[..., Any]) -> Iterator[None]:
+    """Share one MiniLM among the bundles that a process loads and learns."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("model.persistence", "training.api"):
+            patch.setattr(f"hydra_llm.{module}.open_encoder", open_once)
+        yield
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

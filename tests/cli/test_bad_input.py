@@ -20,6 +20,7 @@ import pytest
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
+from tests.learning import one_strength
 from tests.waiting import FOREVER
 
 
@@ -96,7 +97,8 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     cache = sets(f"llm.cache={folder / 'cache'}")
     learn = ["learn", str(data), *LABELS, "--out", str(folder / "b"), *SMALL]
-    assert run([*learn, *sets("llm.constrain=true"), *cache]) == 0
+    with one_strength():
+        assert run([*learn, *sets("llm.constrain=true"), *cache]) == 0
     assert run(["fit", str(data), *LABELS, "--bundle", str(folder / "b"), *cache]) == 0
     return folder / "b"
 
@@ -515,12 +517,9 @@ def serve() -> Iterator[Callable[[Behaviour], Endpoint]]:
 Serve = Callable[[Behaviour], Endpoint]
 
 
-def slowly(seconds: float, reply: str = "2") -> Behaviour:
-    def behave(before: int) -> tuple[int, dict[str, str], str]:
-        time.sleep(seconds)
-        return 200, {}, reply
-
-    return behave
+def hang(before: int) -> tuple[int, dict[str, str], str]:
+    time.sleep(FOREVER)
+    return 200, {}, "2"
 
 
 ONCE = sets("llm.retries=0")
@@ -528,7 +527,7 @@ BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
     "401": (lambda _: (401, {}, "wrong key"), 2, "HTTP 401"),
     "404": (lambda _: (404, {}, "no such model"), 2, "HTTP 404"),
     "500": (lambda _: (500, {}, "out of order"), 1, "HTTP 500"),
-    "hang": (slowly(3), 1, "no answer within 0.5 s"),
+    "hang": (hang, 1, "no answer within 0.2 s"),
     "cut": (lambda _: None, 1, "no connection"),
 }
 
@@ -538,7 +537,7 @@ def test_a_broken_endpoint_is_one_line_in_every_command(
     hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path, name: str
 ) -> None:
     behaviour, code, line = BAD_ENDPOINTS[name]
-    quick = [*ONCE, *sets("llm.timeout=0.5")] if name == "hang" else ONCE
+    quick = [*ONCE, *sets("llm.timeout=0.2")] if name == "hang" else ONCE
     llm, out, log = serve(behaviour).llm, tmp_path / "bundle", tmp_path / "run"
     for command in (
         ["ask", "--bundle", bundle, "--llm", llm, "--user", "new", *quick, "rain"],

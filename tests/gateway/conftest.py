@@ -3,7 +3,6 @@ says what a test wants.
 """
 
 import asyncio
-import gc
 import json
 import os
 import random
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fastapi.dependencies.models
 import httpx2
 import openai
 import pytest
@@ -32,6 +30,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Record
+from tests.learning import one_strength
 from tests.waiting import FOREVER
 
 TOPICS = {
@@ -91,7 +90,13 @@ def learn_bundle(task: Task, folder: Path) -> None:
     records = [record for user in users for record in records_of(user)]
     data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
     settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16)
-    learn(data, RuleLLM(anything), settings, out=folder)
+    with one_strength():
+        learn(data, RuleLLM(anything), settings, out=folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_encoder(shared_minilm: None) -> None:
+    """Every gateway has the same MiniLM."""
 
 
 @pytest.fixture(scope="session")
@@ -107,21 +112,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for task in (TAGS, TITLES):
             if not out[task.name].exists():
                 learn_bundle(task, out[task.name])
-    gc.collect()
-    gc.freeze()  # what is imported by now is never looked at again
     return out
-
-
-@pytest.fixture(autouse=True)
-def freed() -> Iterator[None]:
-    """Free the encoder of each gateway that a test made: FastAPI's caches keep an app's functions,
-    and with them the app, for as long as the process lives.
-    """
-    yield
-    for cached in vars(fastapi.dependencies.models).values():
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
-    gc.collect()
 
 
 @dataclass
