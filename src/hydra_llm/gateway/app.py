@@ -71,7 +71,7 @@ def make_app(
 @asynccontextmanager
 async def _lifespan(gateway: Gateway, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
     worker.start()
-    upstream = gateway.upstream
+    upstream = gateway.upstream  # as started with
     tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
     yield
     for task in tasks:

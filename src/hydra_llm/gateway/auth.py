@@ -1,7 +1,5 @@
-"""Who may speak for whom. Keys are random; of a key's secret only the hash is kept.
-
-As long as no key was ever made, any key is taken, and the server listens on loopback alone
-(app.py). Knows no HTTP framework.
+"""Who may speak for whom. Keys are random; of a key's secret only the hash is kept. Until a key is
+made any key is accepted, on loopback only (cli/serve.py). Knows no HTTP framework.
 """
 
 import hashlib
@@ -16,12 +14,11 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Key
 
 PREFIX = "hk"
-NOBODYS_HASH = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request."""
+    """The sender of a request."""
 
     key: str  # the key's public id; empty where no key is needed yet
     admin: bool
@@ -34,9 +31,9 @@ class Caller:
             raise ApiError(403, "this key may not speak for that user", code="user_not_allowed")
 
 
-ANYBODY = Caller("", True, ())  # the caller of a server that has no keys yet
-NOBODY = Caller("", False, ())
-"""The same while the store is down: nobody knows whether keys exist; requests pass through."""
+WITHOUT_KEYS = Caller("", True, ())  # the caller of a server that has no keys yet
+UNVERIFIED = Caller("", False, ())
+"""The same while the store is down: there may be keys by now, so requests only pass through."""
 
 
 def make_key(
@@ -51,8 +48,8 @@ def make_key(
 
 
 def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
-    """The caller of a request by its Authorization header. Without any key in the store, all who
-    reach a loopback address are let in.
+    """The caller of a request by its Authorization header; without any key in the store, all who
+    reach a loopback address are accepted.
 
     Raises:
         ApiError: 401, in the same words for a wrong key, a revoked one and none.
@@ -61,15 +58,15 @@ def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> 
     prefix, _, rest = token.strip().partition("-")
     id, _, secret = rest.partition("-")
     key = store.key(id) if scheme.lower() == "bearer" and prefix == PREFIX and id else None
-    # The same work for a key that is not there: how long it takes tells nothing.
-    right = hmac.compare_digest(_hash(secret), key.hash if key else NOBODYS_HASH)
-    if key and right and key.revoked is None:
+    # The same work for an unknown key: the time that it takes tells nothing.
+    matches = hmac.compare_digest(_hash(secret), key.hash if key else _hash(""))
+    if key and matches and key.revoked is None:
         bound = key.users[0] if key.bound and key.users else None
         return Caller(key.id, key.admin, key.users, bound)
     if not on_loopback or store.has_keys():
         message = "this key is not valid: pass `Authorization: Bearer hk-...`"
         raise ApiError(401, message, code="invalid_api_key")
-    return ANYBODY
+    return WITHOUT_KEYS
 
 
 def _hash(secret: str) -> str:

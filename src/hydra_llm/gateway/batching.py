@@ -1,16 +1,15 @@
 """Micro-batching: one thread for everything that scores.
 
-A job comes with the texts that it needs, and a function that gives its pairs of texts. While the
-thread is busy jobs queue up; then the texts, and the pairs, of all of them go through the encoder
-in one batch. Knows no users and no HTTP.
+While the thread is busy jobs queue up; then the texts, and the pairs of texts, that all of them
+need go through the encoder in one batch. Knows no users and no HTTP.
 """
 
 import asyncio
-import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,16 +27,11 @@ class Overloaded(HydraError):
     """There is more to score than there is time for."""
 
 
-def no_pairs() -> Pairs:
-    """Of a job that needs none."""
-    return ()
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
     do: Callable[[], Any]
     texts: Sequence[str] = ()
-    pairs: Callable[[], Pairs] = no_pairs
+    pairs: Callable[[], Pairs] = tuple
     result: "Future[Any]" = field(default_factory=Future)
 
 
@@ -60,7 +54,7 @@ class MicroBatcher:
         do: Callable[[], R],
         texts: Sequence[str] = (),
         *,
-        pairs: Callable[[], Pairs] = no_pairs,
+        pairs: Callable[[], Pairs] = tuple,
         must: bool = False,
     ) -> R:
         """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
@@ -71,26 +65,25 @@ class MicroBatcher:
         """
         if len(self._waiting) >= self._max_waiting and not must:
             raise Overloaded("more requests wait to be scored than this machine can score")
-        return await self._queued(self._waiting, do, texts, pairs)
+        result: R = await self._queued(self._waiting, _Job(do, texts, pairs))
+        return result
 
-    async def later(self, do: Callable[[], R]) -> R:
+    async def later(self, do: Callable[[], object]) -> None:
         """Await `do()` in the scoring thread when no job waits. It must be short: a job that comes
         meanwhile waits for it.
 
         Raises:
             Overloaded: the thread has ended.
         """
-        return await self._queued(self._later, do)
+        await self._queued(self._later, _Job(do))
 
-    async def _queued(self, queue: deque[_Job], do: Callable[[], R], *needs: Any) -> R:
-        job = _Job(do, *needs)
+    async def _queued(self, queue: deque[_Job], job: _Job) -> Any:
         with self._changed:
             if self._ended:
                 raise Overloaded("these scorers are not in use any more")
             queue.append(job)
             self._changed.notify()
-        result: R = await asyncio.wrap_future(job.result)
-        return result
+        return await asyncio.wrap_future(job.result)
 
     def close(self) -> None:
         """Finish what waits, then end the thread."""
@@ -116,28 +109,23 @@ class MicroBatcher:
             self._do(batch)
             self._do(after)
 
-    def _do(self, batch: Iterable[_Job]) -> None:
+    def _do(self, batch: Sequence[_Job]) -> None:
         jobs = [job for job in batch if job.result.set_running_or_notify_cancel()]
-        # A fault of the encoder is met again, and reported, by the job that needs the text.
-        with contextlib.suppress(Exception):
-            texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
-            if texts and self._encode is not None:
-                self._encode(texts)
-        with contextlib.suppress(Exception):
-            in_pairs = jobs if self._encode_pairs else []
-            pairs = list(dict.fromkeys(pair for job in in_pairs for pair in _pairs_of(job)))
-            if pairs and self._encode_pairs is not None:
-                self._encode_pairs([left for left, _ in pairs], [right for _, right in pairs])
+        texts = dict.fromkeys(text for job in jobs for text in job.texts)
+        # An error of the encoder occurs again, and is reported, in the job that needs the text.
+        if texts and self._encode is not None:
+            with suppress(Exception):
+                self._encode(list(texts))
+        if self._encode_pairs is not None:
+            pairs: dict[tuple[str, str], None] = {}
+            for job in jobs:
+                with suppress(Exception):
+                    pairs |= dict.fromkeys(job.pairs())
+            if pairs:
+                with suppress(Exception):
+                    self._encode_pairs([left for left, _ in pairs], [right for _, right in pairs])
         for job in jobs:
             try:
                 job.result.set_result(job.do())
             except BaseException as error:
                 job.result.set_exception(error)
-
-
-def _pairs_of(job: _Job) -> Pairs:
-    """The job's pairs; none where that fails, as running the job will report why."""
-    try:
-        return job.pairs()
-    except Exception:
-        return ()

@@ -38,18 +38,14 @@ class RankedChoices:
         repeats = [{"candidate": which, "said": text} for which, text in repeated]
         return {"candidates": candidates, "repeats": repeats, "visible": visible}
 
-    def summary(self) -> dict[str, Any]:
-        """The part of the object `personalization` that every reply has."""
-        count, scores = len(self.candidates), [candidate.score for candidate in self.candidates]
-        return {"candidates": count, "abstained": self.abstained, "scores": scores}
-
     def explained(self, shown: Sequence[Record]) -> dict[str, Any]:
-        """The part that a caller gets who asks for it: texts, probabilities and records."""
+        """Texts, probabilities and records, for a caller who asks for an explanation."""
         distinct = self.choices[: len(self.candidates)]
-        texts = [text_of(choice["message"]) for choice in distinct]
-        probabilities = [candidate.probability for candidate in self.candidates]
-        records = [{"id": r.id, "input": r.input, "output": r.output} for r in shown]
-        return {"texts": texts, "probabilities": probabilities, "shown": records}
+        return {
+            "texts": [text_of(choice["message"]) for choice in distinct],
+            "probabilities": [candidate.probability for candidate in self.candidates],
+            "shown": [{"id": r.id, "input": r.input, "output": r.output} for r in shown],
+        }
 
 
 def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -63,14 +59,6 @@ def unranked(choices: Sequence[Choice]) -> RankedChoices:
     return RankedChoices(list(choices), candidates)
 
 
-def answers_task(pipeline: Pipeline, texts: Sequence[str], in_task_words: bool) -> bool:
-    """Whether texts answer the task, so that they may be scored. Where the question is not in the
-    task's words the LLM may not have been asked for a label: then no label is an answer.
-    """
-    task = pipeline.task
-    return in_task_words or not task.labels or bool(task.parse(texts[0], "strict"))
-
-
 def rank(
     pipeline: Pipeline, context: Context, choices: Sequence[Choice], greedy: int
 ) -> RankedChoices:
@@ -81,7 +69,7 @@ def rank(
     offered, _ = pipeline.read(texts, greedy)
     selection = pipeline.select(context, offered)
     keys = [candidate_key(text, pipeline.task.read(text, parsing)) for text in texts]
-    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    first = {key: keys.index(key) for key in keys}
     order: list[Choice] = []
     places: dict[str, int] = {}
     for index in selection.ranking:
@@ -97,8 +85,7 @@ def rank(
             continue
         places[key] = index
     candidates = [selection.candidates[index] for index in places.values()]
-    rest = [i for i, key in enumerate(keys) if i != first[key]]
-    rank_of = {key: i for i, key in enumerate(places)}
-    repeats = tuple(rank_of[keys[i]] for i in rest)
+    ranked_keys, rest = list(places), [i for i, key in enumerate(keys) if i != first[key]]
+    repeats = tuple(ranked_keys.index(keys[i]) for i in rest)
     order += [choices[i] for i in rest]
     return RankedChoices(order, candidates, selection.abstained, repeats)

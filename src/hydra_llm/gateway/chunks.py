@@ -1,4 +1,4 @@
-"""Streams of chat completions: their chunks, as they are made and read."""
+"""Streams of chat completions: their chunks, written and read."""
 
 import contextlib
 import json
@@ -23,12 +23,10 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
     for choice in completion["choices"]:
         index, message, text = choice["index"], choice["message"], text_of(choice["message"])
         # Other fields come first, such as a refusal, and the tokens' probabilities with them.
-        named = [(name, value) for name, value in message.items() if value is not None]
-        others = {name: value for name, value in named if name not in ("role", "content")}
-        starts = range(0, len(text), PIECE)
-        pieces = [others] if others else []
-        pieces += [{"content": text[start : start + PIECE]} for start in starts]
-        parts = [delta(index, piece) for piece in pieces]
+        written = ("role", "content")
+        others = {k: v for k, v in message.items() if v is not None and k not in written}
+        pieces = [{"content": text[i : i + PIECE]} for i in range(0, len(text), PIECE)]
+        parts = [delta(index, piece) for piece in ([others] if others else []) + pieces]
         if parts and choice.get("logprobs"):
             parts[0]["logprobs"] = choice["logprobs"]
         deltas += [*parts, delta(index, {}, choice.get("finish_reason") or "stop")]

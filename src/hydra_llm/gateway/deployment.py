@@ -1,10 +1,9 @@
 """What requests are answered with: a bundle's pipeline, or BM25 alone without a bundle."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -28,16 +27,18 @@ WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_toke
 
 @dataclass(frozen=True)
 class Deployment:
-    """A bundle at work; replaced as a whole when the bundle changes."""
+    """A pipeline in use, with its users and scoring thread; replaced as a whole with the bundle."""
 
-    folder: str | None  # where the bundle lies; None where there is none
-    id: str  # SHA-256 of its weights, to which heads belong; empty where there is none
     pipeline: Pipeline
     users: UserCache
     batcher: MicroBatcher
-    scorers: Mapping[str, Scorer]
     bundle: Bundle | None = None
     prefetcher: Prefetcher | None = None  # where scoring needs a user's history encoded
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the bundle's weights, to which heads belong; empty without a bundle."""
+        return self.bundle.weights if self.bundle else ""
 
     @property
     def task(self) -> Task:
@@ -48,15 +49,14 @@ class Deployment:
         return self.pipeline.settings
 
     @property
-    def selects(self) -> bool:
-        """Whether there is an adapter, so that several candidates are worth asking for."""
-        return "adapter" in self.scorers
+    def adapter(self) -> Scorer | None:
+        """The scorer of candidates; without one there is no use in several candidates."""
+        return self.bundle.adapter if self.bundle else None
 
-    def readable(self, records: tuple[Record, ...]) -> list[Record]:
+    def readable(self, records: Sequence[Record]) -> list[Record]:
         """The records that this bundle can read: with labels, those whose answer is one."""
-        if self.task.free_history:
-            return list(records)
-        return [record for record in records if self.task.is_answer(record.output)]
+        task = self.task
+        return [record for record in records if task.free_history or task.is_answer(record.output)]
 
     def forget(self, user: str) -> None:
         """Drop a user from memory; and every index, as none says whose it is."""
@@ -65,7 +65,7 @@ class Deployment:
             self.pipeline.retriever.forget()
 
     def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
-        """Delete the features of texts that nobody (but that one user) has; returns how many.
+        """Delete the features of texts that no other user (than `but`) has; returns how many.
 
         Raises:
             UserFault: they cannot be deleted.
@@ -81,12 +81,12 @@ class Deployment:
 
 
 def named(folder: Path, weights: str) -> str:
-    """How the store names a bundle: another one in the same folder has another name."""
+    """The store's name of a bundle: another one in the same folder has another name."""
     return f"{weights[:16]}:{folder}"
 
 
 def folder_of(name: str) -> str:
-    """The folder in a name that `named` gave."""
+    """The folder in a name that `named` returned."""
     return name.partition(":")[2]
 
 
@@ -97,18 +97,23 @@ def open_deployment(
     settings: ServeSettings,
     here: Settings,
 ) -> Deployment:
-    """Load a bundle and serve a store's users with it. `here` has the settings that a bundle does
-    not carry, such as the folder of features.
+    """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
+    carry, such as the folder of features.
 
     Raises:
         BundleError: it is not there, damaged, or newer.
     """
-    size, queue, overrides = settings.users_in_memory, settings.scoring_queue, _overrides(settings)
+    names = {"retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens"}
+    overrides = settings.model_dump(include=names, exclude_none=True)
+    if settings.candidates is not None:
+        overrides["samples"] = settings.candidates
+    if settings.placement != "auto":
+        overrides["prompt_style"] = settings.placement
+    size, queue = settings.users_in_memory, settings.scoring_queue
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
         pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
-        users = UserCache(store, None, size)
-        return Deployment(None, "", pipeline, users, MicroBatcher(None, queue), {})
+        return Deployment(pipeline, UserCache(store, None, size), MicroBatcher(None, queue))
     loaded = Bundle.load(folder, here=here)
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
@@ -119,14 +124,4 @@ def open_deployment(
     batcher = MicroBatcher(features.texts, queue, pairs)
     tower = chosen.features == "tower"
     prefetcher = Prefetcher(store, reads, users, features, batcher) if tower else None
-    parts = bundle.pipeline(), users, batcher, bundle.scorers
-    return Deployment(str(folder), bundle.weights, *parts, bundle, prefetcher)
-
-
-def _overrides(settings: ServeSettings) -> dict[str, Any]:
-    """What the gateway's settings change of the bundle's; None and `auto` change nothing."""
-    names = ("retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens")
-    chosen = {name: getattr(settings, name) for name in names}
-    placement = None if settings.placement == "auto" else settings.placement
-    chosen |= {"samples": settings.candidates, "prompt_style": placement}
-    return {name: value for name, value in chosen.items() if value is not None}
+    return Deployment(bundle.pipeline(), users, batcher, bundle, prefetcher)

@@ -1,4 +1,4 @@
-"""The LLM behind the gateway inside this process: an embedded model or a fake."""
+"""The upstream of an LLM spec, and an upstream in this process: an embedded model or a fake."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from hydra_llm.gateway.upstream import HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
 from hydra_llm.prompt import text_of
-from hydra_llm.types import Generation, Usage
+from hydra_llm.types import Generation
 
 
 def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
@@ -48,7 +48,7 @@ class EmbeddedUpstream:
             choice = {"index": i, "message": message, "logprobs": None, "finish_reason": end}
             choices.append(choice)
         head = {**self._head(), "object": "chat.completion"}
-        return {**head, "choices": choices, "usage": _counts(generation.usage)}
+        return {**head, "choices": choices, "usage": _usage(generation)}
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -88,7 +88,7 @@ class EmbeddedUpstream:
             work.cancel()
         yield {**head, "choices": [delta(0, {}, _ends(generation)[0])]}
         if usage:
-            yield {**head, "choices": [], "usage": _counts(generation.usage)}
+            yield {**head, "choices": [], "usage": _usage(generation)}
 
     async def models(self, id: str | None = None) -> Any:
         kind = {"object": "model", "created": self._since, "owned_by": "hydra-llm"}
@@ -114,8 +114,11 @@ class EmbeddedUpstream:
         if body.get("tools") or body.get("functions") or any(map(_has_more, body["messages"])):
             raise UpstreamError(400, "this model reads text only: no tools, images or sound")
         try:
-            sampling = _sampling(body, self._max_tokens)
-            messages = [{"role": _role(m), "content": text_of(m)} for m in body["messages"]]
+            sampling, messages = _sampling(body, self._max_tokens), []
+            for message in body["messages"]:
+                role = str(message.get("role"))
+                role = "system" if role == "developer" else role
+                messages.append({"role": role, "content": text_of(message)})
             async with self._turn:
                 return await self._llm.generate(messages, sampling, **streaming)
         except (TypeError, ValueError, OverflowError) as error:
@@ -138,10 +141,10 @@ def _has_more(message: Mapping[str, Any]) -> bool:
     return others or bool(message.get("tool_calls"))
 
 
-def _counts(usage: Usage) -> dict[str, int]:
-    prompt, completion = usage.prompt_tokens, usage.completion_tokens
-    total = {"total_tokens": prompt + completion}
-    return {"prompt_tokens": prompt, "completion_tokens": completion} | total
+def _usage(generation: Generation) -> dict[str, int]:
+    prompt, completion = generation.usage.prompt_tokens, generation.usage.completion_tokens
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return {**counts, "total_tokens": prompt + completion}
 
 
 def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
@@ -152,8 +155,3 @@ def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
     stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop or ()))
     seed = None if seed is None else int(seed)
     return Sampling(int(body.get("n") or 1), temperature, max(1, most), stops, seed)
-
-
-def _role(message: Mapping[str, Any]) -> str:
-    role = str(message.get("role"))
-    return "system" if role == "developer" else role

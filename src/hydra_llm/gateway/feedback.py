@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from anyio import to_thread
+from anyio.to_thread import run_sync
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
-from hydra_llm.gateway.schemas import ApiError, FeedbackIn
+from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import to_head, to_stored
 from hydra_llm.model.heads import Head
@@ -23,14 +23,13 @@ from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import ConflictingFeedback, Request, StaleVersion, StoredFeedback
-from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
 from hydra_llm.training.train_scorer import target_rule, training_set
 from hydra_llm.types import Candidate, LabelledGroup, Query, Record
 
-ACCEPTED = 0.5  # a rating from which on the answer counts as what the user wanted
+ACCEPTED = 0.5  # minimum rating of an answer that counts as what the user wanted
 TRIES = 8
-FITTED = "fitted"  # under which name the adapter's head is kept as it was fitted, without feedback
+FITTED = "fitted"  # name of the adapter's head as it was fitted, without feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +42,6 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class _Feedback:
-    """Checked feedback, as far as it does not depend on what the store holds."""
-
-    request: Request
-    kind: str
-    value: Any
-    candidates: list[Candidate]
-    wanted: str | None  # the answer that the user wanted, where the feedback says so
-    record: Record | None  # what the wanted answer becomes
-
-
-@dataclass(frozen=True)
 class _State:
     """The user, as of a version."""
 
@@ -62,15 +49,6 @@ class _State:
     records: tuple[Record, ...]
     heads: dict[str, Head]
     judged: list[StoredFeedback]  # feedback that no fitted head knows
-
-
-@dataclass(frozen=True)
-class _Update:
-    """What one transaction writes."""
-
-    judged: StoredFeedback
-    record: Record | None
-    heads: dict[str, Head]
 
 
 async def take_feedback(
@@ -83,20 +61,17 @@ async def take_feedback(
     """Learn from one piece of feedback.
 
     Raises:
-        ApiError: 400 for a candidate that there was not, 409 where other feedback was given on this
-            request before. StoreError: the store failed; nothing was changed.
+        ApiError: 400 for an unknown candidate, 409 where other feedback was given on this request
+            before. StoreError: the store failed; nothing was changed.
     """
-    feedback = _checked(deployment, given, request, settings)
+    feedback = _checked(store, deployment, given, request, settings)
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
-        state = await to_thread.run_sync(partial(_read, store, deployment, request.user))
-        learn = partial(_learned, deployment, feedback, state)
-        judged, heads = await deployment.batcher.run(learn, texts)
+        state = await run_sync(feedback.read)
+        judged, heads = await deployment.batcher.run(partial(feedback.learn, state), texts)
         record = feedback.record if len(state.records) < settings.max_records else None
-        update = _Update(judged, record, state.heads | heads if heads else {})
-        write = partial(_write, store, deployment.id, request.user, state.version, update)
         try:
-            fresh = await to_thread.run_sync(write)
+            fresh = await run_sync(feedback.write, state, judged, record, heads)
         except StaleVersion:
             continue
         except ConflictingFeedback as error:
@@ -106,144 +81,137 @@ async def take_feedback(
 
 
 def _checked(
-    deployment: Deployment, given: FeedbackIn, request: Request, settings: ServeSettings
-) -> _Feedback:
-    kind, shown = given.kind(), _shown(request)
-    if given.edited is not None and (fault := _fault(given.edited, settings.max_text)):
+    store: Store,
+    deployment: Deployment,
+    given: FeedbackIn,
+    request: Request,
+    settings: ServeSettings,
+) -> "_Feedback":
+    kind, content = given.kind(), request.content
+    if given.edited is not None and (fault := fault_of(given.edited, settings.max_text)):
         raise ApiError(400, f"edited {fault}", param="edited")
+    shown = [*content["candidates"]]  # then the choices that repeat one of them
+    repeats = content.get("repeats", ())
+    shown += [{**shown[item["candidate"]], "said": item["said"]} for item in repeats]
     keys = ("text", "answer", "votes", "greedy")
     choices = [Candidate(*(choice[key] for key in keys)) for choice in shown]
-    if kind == "chosen" and (given.chosen or 0) >= len(choices):
+    index = given.chosen or 0  # without `chosen` it is about the first, which the user got
+    if index >= len(choices) and kind == "chosen":
         fault = f"there were {len(choices)} candidates: chosen must be below that"
         raise ApiError(400, fault, param="chosen")
-    wanted, record = _wanted(given, choices), None
+    wanted, record = given.edited, None
+    if kind == "chosen" or (given.rating is not None and given.rating >= ACCEPTED):
+        wanted = _answer(choices[index])
     if wanted and not text_fault(wanted) and len(request.question) <= settings.max_text:
         output = wanted
         if not deployment.task.labels and given.edited is None:
             # as it was written: what the adapter reads of a text may be its first line
-            output = shown[given.chosen or 0]["said"] or wanted
+            output = shown[index]["said"] or wanted
         record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
-    candidates = choices[: len(request.content["candidates"])]
-    return _Feedback(request, kind, getattr(given, kind), candidates, wanted, record)
-
-
-def _shown(request: Request) -> list[dict[str, Any]]:
-    """The candidates, then the choices that repeat one of them."""
-    candidates, repeats = request.content["candidates"], request.content.get("repeats", ())
-    repeated = [{**candidates[each["candidate"]], "said": each["said"]} for each in repeats]
-    return [*candidates, *repeated]
-
-
-def _fault(text: str, most: int) -> str:
-    return text_fault(text) or (f"is longer than {most} characters" if len(text) > most else "")
-
-
-def _read(store: Store, deployment: Deployment, name: str) -> _State:
-    version, users, bundle = store.state(name).version, deployment.users, deployment.id
-    user = None if version is None else users.at_hand(name, version) or users.load(name)
-    if user is None:
-        raise ApiError(404, "no such request", code="request_not_found")
-    heads = {scorer: to_head(head) for scorer, head in store.heads(name, bundle).items()}
-    judged = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
-    return _State(user.version, user.records, heads, judged)
-
-
-def _write(store: Store, bundle: str, user: str, version: int, update: _Update) -> bool:
-    """All of it in one transaction; False where exactly this feedback was given before."""
-    with store.change(user, version=version) as change:
-        if not change.put_feedback(update.judged):
-            return False
-        if update.record is not None:
-            change.add([update.record])
-        if update.heads:
-            heads = {name: to_stored(head) for name, head in update.heads.items()}
-            change.put_heads(bundle, heads)
-        return True
-
-
-def _wanted(given: FeedbackIn, choices: Sequence[Candidate]) -> str | None:
-    """The answer that the user wanted, if the feedback says so; the user got the first choice."""
-    if given.edited is not None:
-        return given.edited
-    if given.chosen is not None:
-        return _answer(choices[given.chosen])
-    if given.rating is not None and given.rating >= ACCEPTED:
-        return _answer(choices[0])
-    return None
+    candidates, value = choices[: len(content["candidates"])], getattr(given, kind)
+    return _Feedback(store, deployment, request, kind, value, candidates, wanted, record)
 
 
 def _answer(candidate: Candidate) -> str:
     return candidate.answer if candidate.answer is not None else candidate.text
 
 
-# ---- in the scoring thread
+@dataclass(frozen=True)
+class _Feedback:
+    """Checked feedback; its fields do not depend on the user's state in the store."""
 
+    store: Store
+    deployment: Deployment
+    request: Request
+    kind: str
+    value: Any
+    candidates: list[Candidate]
+    wanted: str | None  # the answer that the user wanted, where the feedback says so
+    record: Record | None  # what the wanted answer becomes
 
-def _learned(
-    deployment: Deployment, feedback: _Feedback, state: _State
-) -> tuple[StoredFeedback, dict[str, Head]]:
-    """What is stored of the feedback, and the heads that it moves, if it is informative."""
-    request, bundle = feedback.request, deployment.bundle
-    group = _group(deployment, feedback, state.records)
-    content = {"said": {feedback.kind: feedback.value}, "bundle": deployment.id, "group": group}
-    judged = StoredFeedback(request.id, request.created, content)
-    if group is None or bundle is None:
-        return judged, {}
-    return judged, heads_after(bundle, request.user, state.heads, [*state.judged, judged])
+    def read(self) -> _State:
+        store, users, name = self.store, self.deployment.users, self.request.user
+        version, user = store.state(name).version, None
+        if version is not None:
+            user = users.at_hand(name, version) or users.load(name)
+        if user is None:
+            raise ApiError(404, "no such request", code="request_not_found")
+        bundle = self.deployment.id
+        heads = {scorer: to_head(head) for scorer, head in store.heads(name, bundle).items()}
+        judged = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
+        return _State(user.version, user.records, heads, judged)
 
+    def write(
+        self, state: _State, judged: StoredFeedback, record: Record | None, heads: dict[str, Head]
+    ) -> bool:
+        """All of it in one transaction; False where exactly this feedback was given before."""
+        with self.store.change(self.request.user, version=state.version) as change:
+            if not change.put_feedback(judged):
+                return False
+            if record is not None:
+                change.add([record])
+            if heads:
+                stored = {name: to_stored(head) for name, head in (state.heads | heads).items()}
+                change.put_heads(self.deployment.id, stored)
+            return True
 
-def _group(
-    deployment: Deployment, feedback: _Feedback, records: tuple[Record, ...]
-) -> dict[str, Any] | None:
-    """The candidates with the gain of each, as plain values."""
-    task, bundle, request = deployment.task, deployment.bundle, feedback.request
-    adapter = deployment.scorers.get("adapter")
-    readable = [candidate for candidate in feedback.candidates if candidate.answer is not None]
-    if adapter is None or bundle is None or not adapter.updates_online or not readable:
-        return None
-    offered = all_labels(task, readable) if task.labels else readable
-    gains = _gains(task, feedback, offered)
-    if len(set(gains)) < 2:
-        return None
-    visible = deployment.readable(records)[: request.content["visible"]]
-    query = Query(request.user, request.id, request.question)
-    vectors = bundle.featurizer.vectorize(visible)
-    rows = bundle.featurizer.adapter(query, offered, vectors).tolist()
-    texts = [candidate_text(task, candidate) for candidate in offered]
-    return {"left": request.question, "rights": texts, "gains": gains, "evidence": rows}
+    # ---- in the scoring thread
 
+    def learn(self, state: _State) -> tuple[StoredFeedback, dict[str, Head]]:
+        """What is stored of the feedback, and the heads that it moves, if it is informative."""
+        request, bundle, group = self.request, self.deployment.bundle, self._group(state.records)
+        content = {"said": {self.kind: self.value}, "bundle": self.deployment.id, "group": group}
+        judged = StoredFeedback(request.id, request.created, content)
+        if group is None or bundle is None:
+            return judged, {}
+        return judged, heads_after(bundle, request.user, state.heads, [*state.judged, judged])
 
-def _gains(task: Task, feedback: _Feedback, offered: Sequence[Candidate]) -> list[float]:
-    """Each candidate's gain against the wanted answer; without one the rating, or 1 - rating."""
-    if feedback.wanted is not None:
-        gold = task.parse(feedback.wanted) or feedback.wanted
-        return [task.gain(candidate.answer, gold) for candidate in offered]
-    rating = feedback.value if feedback.kind == "rating" else 0.0
-    picked = _answer(feedback.candidates[0])
-    return [rating if candidate.answer == picked else 1.0 - rating for candidate in offered]
+    def _group(self, records: Sequence[Record]) -> dict[str, Any] | None:
+        """The candidates with the gain of each, as plain values."""
+        task, bundle, request = self.deployment.task, self.deployment.bundle, self.request
+        readable = [candidate for candidate in self.candidates if candidate.answer is not None]
+        if not readable or not bundle or not bundle.adapter or not bundle.adapter.updates_online:
+            return None
+        offered = all_labels(task, readable) if task.labels else readable
+        gains = self._gains(offered)
+        if len(set(gains)) < 2:
+            return None
+        visible = self.deployment.readable(records)[: request.content["visible"]]
+        query = Query(request.user, request.id, request.question)
+        vectors = bundle.featurizer.vectorize(visible)
+        rows = bundle.featurizer.adapter(query, offered, vectors).tolist()
+        texts = [candidate_text(task, candidate) for candidate in offered]
+        return {"left": request.question, "rights": texts, "gains": gains, "evidence": rows}
+
+    def _gains(self, offered: Sequence[Candidate]) -> list[float]:
+        """Each candidate's gain against the wanted answer; else the rating, or 1 - rating."""
+        if self.wanted is not None:
+            task = self.deployment.task
+            gold = task.parse(self.wanted) or self.wanted
+            return [task.gain(candidate.answer, gold) for candidate in offered]
+        rating = self.value if self.kind == "rating" else 0.0
+        picked = _answer(self.candidates[0])
+        return [rating if candidate.answer == picked else 1.0 - rating for candidate in offered]
 
 
 def heads_after(
     bundle: Bundle, user: str, heads: Mapping[str, Head], judged: Sequence[StoredFeedback]
 ) -> dict[str, Head]:
-    """The adapter's head after all feedback since it was fitted, and the fitted one beside it."""
+    """The adapter's head after all feedback since it was fitted, and the fitted one beside it.
+    Learned are the bundle's latest judged groups, each request's once, oldest first.
+    """
     scorer = bundle.scorers["adapter"]
     fitted = heads.get(FITTED) or heads.get("adapter") or Head.of(scorer.head.empty())
-    groups = _groups(bundle, user, judged)
+    own = [feedback for feedback in judged if feedback.content["bundle"] == bundle.weights]
+    latest = {feedback.request: feedback for feedback in own if feedback.content["group"]}
+    ordered = sorted(latest.values(), key=lambda feedback: (feedback.created, feedback.request))
+    groups = []
+    for position, feedback in enumerate(ordered[-FEEDBACK_WINDOW:]):
+        group, query = feedback.content["group"], feedback.request
+        rights, gains = tuple(group["rights"]), tuple(group["gains"])
+        side = tuple(map(tuple, group["evidence"]))
+        groups.append(
+            LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)
+        )
     data = training_set(bundle, target_rule(bundle, "adapter"), scorer, groups)
     return {FITTED: fitted, "adapter": scorer.online_update(fitted, data.groups)}
-
-
-def _groups(bundle: Bundle, user: str, judged: Sequence[StoredFeedback]) -> list[LabelledGroup]:
-    """The latest judged groups of this bundle, each request's once, oldest first."""
-    own = (each for each in judged if each.content["bundle"] == bundle.weights)
-    latest = {each.request: each for each in own if each.content["group"]}
-    ordered = sorted(latest.values(), key=lambda each: (each.created, each.request))
-    return [_labelled(user, i, each) for i, each in enumerate(ordered[-FEEDBACK_WINDOW:])]
-
-
-def _labelled(user: str, position: int, judged: StoredFeedback) -> LabelledGroup:
-    group = judged.content["group"]
-    rights, gains = tuple(group["rights"]), tuple(group["gains"])
-    side, query = tuple(map(tuple, group["evidence"])), judged.request
-    return LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)

@@ -1,32 +1,31 @@
 """A chat request to a completion: user → retrieve → rerank → render → upstream → select → reply.
 
-The stages are the library's. A failing part is left out and counted, and never costs the caller an
-answer: without a user, history or question the request goes through as it is; without a reranker
-the retriever's order stands; without an adapter the first choice is the answer.
+The stages are the library's. A part that fails is left out and counted, and never costs the caller
+an answer: without a user, history or question the request is passed through; without a reranker the
+retriever's order stands; without an adapter the first choice is the answer.
 """
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
 from typing import Any
 
-from hydra_llm.context import Context
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.choices import RankedChoices, answers_task, choice_texts, rank, unranked
+from hydra_llm.gateway.choices import RankedChoices, choice_texts, rank, unranked
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.pseudonyms import Pseudonyms
-from hydra_llm.gateway.record_search import Found, RecordSearch
+from hydra_llm.gateway.record_search import RecordSearch, SearchResult
 from hydra_llm.gateway.sampling import CandidateSampler, Sampled, without
-from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions, has_more_than_text
+from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.timed_reads import TimedReads
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.gateway.user_cache import UserSnapshot, texts_of
+from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.prompt import text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
@@ -36,42 +35,40 @@ from hydra_llm.types import Record
 RECORDS_REFUSED = (400, 413, 422)  # statuses of an upstream that may not take the records
 
 
-@dataclass(frozen=True)
-class Personalization:
-    """What makes a request personal."""
-
-    user: UserSnapshot
-    context: Context
-    shown: tuple[Record, ...]  # the records in the prompt
-    candidates: int  # how many to ask for; 1 where there is no adapter, or no time for it
-    in_task_words: bool  # whether the question is the task's instruction around a text
-    warm: bool
-    explain: bool
+class _NotPersonal(Exception):
+    """A request is passed through, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class RoutedRequest:
-    """What the upstream will be asked, and for whom."""
+    """What the upstream will be asked."""
 
     body: dict[str, Any]  # with records in its messages, if personal
     plain: dict[str, Any]  # as the caller wrote it
     deployment: Deployment
     reason: str | None = None  # why it is not personal; None where it is
-    personal: Personalization | None = None
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
+    candidates: int = 1  # how many to ask for; more only with an adapter and an encoded history
 
     @property
     def n(self) -> int:  # choices that the caller wants
         return int(self.plain.get("n") or 1)
 
-    @property
-    def candidates(self) -> int:
-        return self.personal.candidates if self.personal else 1
-
     def passed_through(self, reason: str) -> "RoutedRequest":
         """The same request as the caller wrote it."""
-        return replace(self, body=self.plain, reason=reason, personal=None)
+        parts = self.plain, self.plain, self.deployment, reason
+        return RoutedRequest(*parts, self.id, self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalRequest(RoutedRequest):
+    """A request with a user's records in its messages."""
+
+    search: SearchResult
+    shown: tuple[Record, ...]  # the records in the prompt
+    in_task_words: bool  # whether the question is the task's instruction around a text
+    explain: bool
 
 
 @dataclass(frozen=True)
@@ -108,70 +105,68 @@ class Gateway:
         plain = self.pseudonyms.hidden(without(body, "personalization"))
         if request.n is not None:
             plain["n"] = request.n  # as parsed: JSON also writes 2 as 2.0
-        options = request.personalization or PersonalizationOptions()
-        routed, started = RoutedRequest(plain, plain, self.deployment), time.perf_counter()
-        reason = _why_not(request, body["messages"], user, options)
-        if reason is not None or user is None:
-            return routed.passed_through(reason or "no-user")
-        question = repair(text_of(body["messages"][-1]))
-        # Scorers and records know the text within the task's instruction.
-        within = routed.deployment.task.input_of(question)
-        snapshot = await self._snapshot(routed.deployment, user)
-        if isinstance(snapshot, str):
-            return routed.passed_through(snapshot)
-        found = await self._found(routed.deployment, snapshot, within or question, options.k or 0)
-        if isinstance(found, str):
-            return routed.passed_through(found)
-        routed = self._personalized(routed, snapshot, found, options, within is not None)
-        routed.seconds.update(found.seconds, prepare=time.perf_counter() - started)
-        return routed
+        routed = RoutedRequest(plain, plain, self.deployment)
+        try:
+            return await self._personalized(routed, request, user)
+        except _NotPersonal as reason:
+            return routed.passed_through(str(reason))
 
-    def _personalized(
-        self,
-        routed: RoutedRequest,
-        user: UserSnapshot,
-        found: Found,
-        options: PersonalizationOptions,
-        in_task_words: bool,
+    async def _personalized(
+        self, routed: RoutedRequest, request: ChatRequest, user: str | None
     ) -> RoutedRequest:
         """The request with records in its messages."""
-        settings, render = routed.deployment.settings, routed.deployment.pipeline.render
-        records = found.ranked[: settings.k if options.k is None else options.k]
-        messages, window = routed.plain["messages"], getattr(self.upstream, "room", None)
-        prompt = render(found.context.query, records, conversation=messages, window=window)
-        several = routed.deployment.selects and found.warm
-        count = max(options.candidates or settings.samples, routed.n) if several else 1
-        shown = found.context, prompt.records, count
-        personal = Personalization(user, *shown, in_task_words, found.warm, options.explain)
-        body = {**routed.plain, "messages": list(prompt.messages)}
-        return replace(routed, body=body, personal=personal)
+        started, plain, deployment = time.perf_counter(), routed.plain, routed.deployment
+        if user is None:
+            raise _NotPersonal("no-user")
+        options = request.personalization or PersonalizationOptions()
+        question = _question(request, plain["messages"], options)
+        # Scorers and records know the text within the task's instruction.
+        within, settings = deployment.task.input_of(question), deployment.settings
+        search = await self._search(deployment, user, within or question, options.k or 0)
+        prompt = deployment.pipeline.render(
+            search.context.query,
+            search.ranked[: settings.k if options.k is None else options.k],
+            conversation=plain["messages"],
+            window=getattr(self.upstream, "room", None),
+        )
+        several = search.warm and deployment.adapter is not None
+        return PersonalRequest(
+            body={**plain, "messages": list(prompt.messages)},
+            plain=plain,
+            deployment=deployment,
+            seconds={**search.seconds, "prepare": time.perf_counter() - started},
+            candidates=max(options.candidates or settings.samples, routed.n) if several else 1,
+            search=search,
+            shown=prompt.records,
+            in_task_words=within is not None,
+            explain=options.explain,
+        )
 
-    async def _found(
-        self, deployment: Deployment, user: UserSnapshot, question: str, k: int
-    ) -> Found | str:
-        """The user's records for a question, or why there are none."""
+    async def _search(
+        self, deployment: Deployment, name: str, question: str, k: int
+    ) -> SearchResult:
+        """The user's records for a question. Whatever fails must not cost the caller an answer."""
+        try:
+            user = await deployment.users.current(self.reads, name)
+        except Exception as error:
+            self.telemetry.failed("store", error)
+            raise _NotPersonal("store-failure") from None
+        if user is None:
+            raise _NotPersonal("unknown-user")
         try:
             search = RecordSearch(deployment, user, question, self.telemetry, k)
-            found = await deployment.batcher.run(search.run, [question], pairs=search.pairs)
+            result = await deployment.batcher.run(search.run, [question], pairs=search.pairs)
         except Overloaded as error:
             self.telemetry.failed("scoring", error)
-            return "overloaded"
+            raise _NotPersonal("overloaded") from None
         except Exception as error:
             self.telemetry.failed("retriever", error)
-            return "scoring-failure"
-        if found is None:
-            return "no-history"
-        if not found.warm and deployment.prefetcher is not None:
-            deployment.prefetcher.begin(user.name)
-        return found
-
-    async def _snapshot(self, deployment: Deployment, user: str) -> UserSnapshot | str:
-        """The user as the store has it now, from memory where that is the same; or why not."""
-        try:
-            return await deployment.users.current(self.reads, user) or "unknown-user"
-        except Exception as error:  # whatever fails must not cost the caller an answer
-            self.telemetry.failed("store", error)
-            return "store-failure"
+            raise _NotPersonal("scoring-failure") from None
+        if result is None:
+            raise _NotPersonal("no-history")
+        if not result.warm and deployment.prefetcher is not None:
+            deployment.prefetcher.begin(name)
+        return result
 
     # ---- the upstream
 
@@ -181,17 +176,17 @@ class Gateway:
         Raises:
             UpstreamError: the upstream gave none.
         """
-        if request.personal is None:
-            return Reply(await self._complete(request, request.plain), request)
         try:
             sampled = await self._sample(request)
         except UpstreamError as error:
-            request = self.without_records(request, error)
-            return Reply(await self._complete(request, request.plain), request)
+            return await self.answer(self.without_records(request, error))
+        completion = sampled.completions[0]
+        if not isinstance(request, PersonalRequest):
+            return Reply(completion, request)
         ranked = await self._rank(request, sampled)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
-        completion = {**sampled.completions[0], "choices": choices}
-        completion["usage"] = usage_of(sampled.completions)
+        usage = usage_of(sampled.completions)
+        completion = {**completion, "choices": choices, "usage": usage}
         kept = await self._keep(request, ranked)
         if self.settings.personalization:
             completion["personalization"] = _personalization(request, ranked, kept)
@@ -203,47 +198,43 @@ class Gateway:
         Raises:
             UpstreamError: the given one, where it is about something else.
         """
-        if request.personal is None or error.status not in RECORDS_REFUSED:
+        if not isinstance(request, PersonalRequest) or error.status not in RECORDS_REFUSED:
             raise error
         self.telemetry.failed("records", error)
         return request.passed_through("upstream-refused")
 
-    async def _complete(self, request: RoutedRequest, body: Mapping[str, Any]) -> dict[str, Any]:
-        started = time.perf_counter()
+    async def _sample(self, request: RoutedRequest) -> Sampled:
+        started, body = time.perf_counter(), request.body
+        temperature = request.deployment.settings.temperature
         try:
+            if request.candidates > 1:
+                count = request.candidates
+                return await self._sampler.sample(self.upstream, body, count, temperature)
             bare = {**without(body, "stream_options"), "stream": False}
-            completion: dict[str, Any] = await self.upstream.complete(bare)
+            return Sampled([await self.upstream.complete(bare)], 0)
         finally:
             request.seconds["upstream"] = time.perf_counter() - started
-        return completion
-
-    async def _sample(self, request: RoutedRequest) -> Sampled:
-        body, count = request.body, request.candidates
-        if count == 1:
-            return Sampled([await self._complete(request, body)], 0)
-        started, temperature = time.perf_counter(), request.deployment.settings.temperature
-        sampled = await self._sampler.sample(self.upstream, body, count, temperature)
-        request.seconds["upstream"] = time.perf_counter() - started
-        return sampled
 
     # ---- behind the upstream
 
-    async def _rank(self, request: RoutedRequest, sampled: Sampled) -> RankedChoices:
+    async def _rank(self, request: PersonalRequest, sampled: Sampled) -> RankedChoices:
         """The choices in the adapter's order; as they came where there is none, or it fails."""
-        personal, choices, greedy = request.personal, sampled.choices, sampled.greedy
-        if personal is None or personal.candidates == 1:
+        choices, greedy, pipeline = sampled.choices, sampled.greedy, request.deployment.pipeline
+        if request.candidates == 1:
             return unranked(choices)
-        started, pipeline = time.perf_counter(), request.deployment.pipeline
+        started, context = time.perf_counter(), request.search.context
         try:
-            texts = choice_texts(choices)
-            if not answers_task(pipeline, texts, personal.in_task_words):
+            texts, task = choice_texts(choices), pipeline.task
+            # The LLM may not have been asked for a label where the question is not in the task's
+            # words: then its answers may be no labels, and are not scored.
+            scorable = request.in_task_words or not task.labels or task.parse(texts[0], "strict")
+            if not scorable:
                 return unranked(choices)
 
             def pairs() -> Sequence[tuple[str, str]]:
-                candidates, _ = pipeline.read(texts, greedy)
-                return pipeline.selector.pairs(personal.context, candidates)
+                return pipeline.selector.pairs(context, pipeline.read(texts, greedy)[0])
 
-            ranked = partial(rank, pipeline, personal.context.at_rest(), choices, greedy)
+            ranked = partial(rank, pipeline, context.at_rest(), choices, greedy)
             return await request.deployment.batcher.run(ranked, texts, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
@@ -251,16 +242,14 @@ class Gateway:
         finally:
             request.seconds["adapt"] = time.perf_counter() - started
 
-    async def _keep(self, request: RoutedRequest, ranked: RankedChoices) -> bool:
+    async def _keep(self, request: PersonalRequest, ranked: RankedChoices) -> bool:
         """Keep the request for feedback; whether it was."""
-        personal, deployment = request.personal, request.deployment
-        assert personal is not None
-        user, question = personal.user, personal.context.query.input
-        content = ranked.stored(request.n, len(personal.context.visible))
+        deployment, user, context = request.deployment, request.search.user, request.search.context
+        question, content = context.query.input, ranked.stored(request.n, len(context.visible))
         stored = Request(request.id, user.name, time.time(), deployment.id, question, content)
         try:
-            keep = partial(self.store.add_request, stored, version=user.version)
-            kept = await self.reads.read(keep)
+            add = partial(self.store.add_request, stored, version=user.version)
+            kept = await self.reads.read(add)
             if not kept:  # deleted while the upstream was asked
                 await deployment.batcher.run(partial(deployment.forget, user.name), must=True)
                 texts = [question, *choice_texts(ranked.choices), *texts_of(user.records)]
@@ -281,11 +270,13 @@ class Gateway:
             UpstreamError: before the first byte.
         """
         pieces = self.upstream.stream({**request.body, "stream": True})
-        async for piece in pieces if request.personal is None else self._kept(request, pieces):
+        if isinstance(request, PersonalRequest):
+            pieces = self._kept(request, pieces)
+        async for piece in pieces:
             yield piece
 
     async def _kept(
-        self, request: RoutedRequest, pieces: AsyncIterator[bytes]
+        self, request: PersonalRequest, pieces: AsyncIterator[bytes]
     ) -> AsyncIterator[bytes]:
         reader, started = StreamReader(), time.perf_counter()
         async for piece in pieces:
@@ -302,9 +293,9 @@ class Gateway:
             if reader.rest:
                 yield reader.rest
 
-    async def _last_chunk(self, request: RoutedRequest, reader: StreamReader) -> bytes:
-        """Keep what a stream has said; returns the chunk with `personalization`. It has an empty
-        choice, as clients read the first one.
+    async def _last_chunk(self, request: PersonalRequest, reader: StreamReader) -> bytes:
+        """Keep what was streamed; returns the chunk with `personalization`. It has an empty choice,
+        as clients read the first one.
         """
         ranked = unranked(reader.choices)
         kept = any(reader.texts.values()) and await self._keep(request, ranked)
@@ -315,33 +306,30 @@ class Gateway:
         return event({**head, "choices": [delta(0, {})], "personalization": personalization})
 
 
-def _why_not(
-    request: ChatRequest,
-    messages: Sequence[Mapping[str, Any]],
-    user: str | None,
-    options: PersonalizationOptions,
-) -> str | None:
-    """Why a request is not personal, as far as itself tells."""
-    if user is None:
-        return "no-user"
+def _question(
+    request: ChatRequest, messages: Sequence[Mapping[str, Any]], options: PersonalizationOptions
+) -> str:
+    """The question of a request that may be personal."""
     if not options.enabled:
-        return "disabled"
-    if request.tools or request.functions or has_more_than_text(messages):
-        return "tools"
-    if messages[-1].get("role") != "user" or not text_of(messages[-1]).strip():
-        return "no-question"
-    return None
+        raise _NotPersonal("disabled")
+    tools = any(m.get("role") in ("tool", "function") or m.get("tool_calls") for m in messages)
+    if request.tools or request.functions or tools:
+        raise _NotPersonal("tools")
+    question = text_of(messages[-1])
+    if messages[-1].get("role") != "user" or not question.strip():
+        raise _NotPersonal("no-question")
+    return repair(question)
 
 
-def _personalization(request: RoutedRequest, ranked: RankedChoices, kept: bool) -> dict[str, Any]:
+def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool) -> dict[str, Any]:
     """The object `personalization` of a reply."""
-    personal = request.personal
-    assert personal is not None
     return {
         "request_id": request.id if kept else None,
-        "records": [record.id for record in personal.shown],
-        "warm": personal.warm,
-        **ranked.summary(),
+        "records": [record.id for record in request.shown],
+        "warm": request.search.warm,
+        "candidates": len(ranked.candidates),
+        "abstained": ranked.abstained,
+        "scores": [candidate.score for candidate in ranked.candidates],
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
-        **(ranked.explained(personal.shown) if personal.explain else {}),
+        **(ranked.explained(request.shown) if request.explain else {}),
     }

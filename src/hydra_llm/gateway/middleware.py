@@ -1,5 +1,5 @@
-"""What surrounds every request: access, rates, sizes of bodies, and errors in OpenAI's shape. Plain
-ASGI, so that streams stay streams.
+"""What surrounds every request: access, rates, body sizes, errors in OpenAI's shape. Plain ASGI, so
+that streams stay streams.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from hydra_llm.errors import HydraError, StoreError
-from hydra_llm.gateway.auth import ANYBODY, NOBODY, Caller, caller_of
+from hydra_llm.gateway.auth import UNVERIFIED, WITHOUT_KEYS, Caller, caller_of
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, Json
@@ -59,53 +59,45 @@ class AccessMiddleware:
                 status, started = message["status"], True
             await send(message)
 
-        scope = _undecoded(scope)
+        if scope["path"].startswith("/v1/users/") and (raw := scope.get("raw_path")):
+            # As sent: a decoded `%2F` would split an id (user_routes decodes).
+            scope = {**scope, "path": raw.decode("latin-1")}
         self._telemetry.in_flight.inc()
         try:
-            try:
-                if not scope["path"].startswith(OPEN_PATHS):
-                    await self._authorize(scope)
-                receive = self._limited(scope, receive)
-            except (ApiError, StoreError) as error:
-                await _error_response(error)(scope, receive, counted)
-                return
-            try:
-                await self._app(scope, receive, counted)
-            except Exception as error:
+            if not scope["path"].startswith(OPEN_PATHS):
+                await self._authorize(scope)
+            await self._app(scope, self._limited(scope, receive), counted)
+        except Exception as error:
+            if not isinstance(error, ApiError | StoreError):  # of a caller, or counted already
                 self._telemetry.failed("request", error)
-                if started:
-                    _log_bug(error)
-                    raise ConnectionCut from None
-                await _error_response(error)(scope, receive, counted)
+            if started:
+                _log_bug(error)
+                raise ConnectionCut from None
+            await _error_response(error)(scope, receive, counted)
         finally:
             self._telemetry.in_flight.dec()
             self._telemetry.request(getattr(scope.get("route"), "path", "unknown"), status)
 
     async def _authorize(self, scope: Scope) -> None:
-        headers = dict(scope["headers"])
-        caller = await self._caller(headers.get(b"authorization", b"").decode("latin-1"))
-        if caller is NOBODY and not scope["path"].startswith(UPSTREAM_PATHS):
-            raise StoreError("nobody can tell whether a key is needed by now")
-        self._rates.check(caller.key)
-        scope.setdefault("state", {})["caller"] = caller
-
-    async def _caller(self, authorization: str) -> Caller:
-        """Who it is. While the store is down, callers of the last minutes are still known."""
+        """Find the caller. While the store is down, callers of the last minutes are still known."""
+        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         digest = hashlib.sha256(authorization.encode()).digest()
         find = partial(caller_of, self._store, authorization, on_loopback=self._on_loopback)
         try:
-            caller = await self._reads.read(find)
+            caller = self._known_callers[digest] = await self._reads.read(find)
         except StoreError as error:
             known = self._known_callers.get(digest)
             if known is None:
                 raise
             self._telemetry.failed("keys", error)
-            return NOBODY if known is ANYBODY else known
+            caller = UNVERIFIED if known is WITHOUT_KEYS else known
+            if caller is UNVERIFIED and not scope["path"].startswith(UPSTREAM_PATHS):
+                raise StoreError("it is unknown whether a key is needed by now") from None
         except ApiError:
             self._known_callers.pop(digest, None)
             raise
-        self._known_callers[digest] = caller
-        return caller
+        self._rates.check(caller.key)
+        scope.setdefault("state", {})["caller"] = caller
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._settings.max_body_bytes, 0
@@ -125,16 +117,8 @@ class AccessMiddleware:
         return counted
 
 
-def _undecoded(scope: Scope) -> Scope:
-    """With a user's path as sent: a decoded `%2F` would split an id (user_routes decodes)."""
-    raw = scope.get("raw_path")
-    if not raw or not scope["path"].startswith("/v1/users/"):
-        return scope
-    return {**scope, "path": raw.decode("latin-1")}
-
-
 class RateLimiter:
-    """So many requests a minute for each key: a token bucket."""
+    """A limit of requests per minute for each key: a token bucket."""
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
         self._per_minute, self._clock = per_minute, clock
@@ -168,12 +152,14 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _error_response(error: Exception) -> Json:
-    if not isinstance(error, ApiError | UpstreamError):
-        error = _api_error(error)
-    return Json(error.body, error.status, headers=error.headers)
+    shown = _shown(error)
+    return Json(shown.body, shown.status, headers=shown.headers)
 
 
-def _api_error(error: Exception) -> ApiError:
+def _shown(error: Exception) -> ApiError | UpstreamError:
+    """An error as the caller sees it."""
+    if isinstance(error, ApiError | UpstreamError):
+        return error
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
@@ -193,6 +179,6 @@ def _api_error(error: Exception) -> ApiError:
 
 
 def _log_bug(error: Exception) -> None:
-    """Where it is, without its message, which may quote somebody."""
+    """Where it is, without its message, which may quote a user."""
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("a bug: %s\n%s", type(error).__name__, where)

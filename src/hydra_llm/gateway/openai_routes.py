@@ -3,27 +3,26 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from hydra_llm.gateway.auth import NOBODY, Caller
+from hydra_llm.gateway.auth import UNVERIFIED, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, Reply, RoutedRequest
 from hydra_llm.gateway.pseudonyms import named_user
-from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json
+from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, fault_of
 from hydra_llm.gateway.telemetry import Span
-from hydra_llm.gateway.upstream import UpstreamError, first_of
-from hydra_llm.text import text_fault
+from hydra_llm.gateway.upstream import UpstreamError
 
 KEEP_ALIVE_SECONDS = 5.0
 KEEP_ALIVE = b": still working\n\n"  # a comment: parsers skip it, proxies see it
-STREAM = "text/event-stream"
-LONGEST_ID = 200
+MAX_ID = 200  # characters of a user's id
 
-UserHeader = Annotated[str | None, Header(max_length=LONGEST_ID)]
 router = APIRouter(tags=["OpenAI"])
+UserHeader = Annotated[str | None, Header(max_length=MAX_ID)]
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -32,10 +31,10 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: UserHeader = N
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
     caller: Caller = http.state.caller
-    user = None if caller is NOBODY else _user(caller, body, _in_utf8(x_hydra_user))
+    user = None if caller is UNVERIFIED else _user(caller, body, x_hydra_user)
     with gateway.telemetry.span(request.model) as span:
         routed = await gateway.route(request, body, user)
-        if caller is NOBODY:
+        if caller is UNVERIFIED:
             routed = routed.passed_through("store-failure")
         if request.stream:
             return await _stream(gateway, routed, request, span)
@@ -56,16 +55,6 @@ async def model(id: str, http: Request) -> Any:
     return Json(await http.app.state.gateway.upstream.models(id))
 
 
-def _in_utf8(header: str | None) -> str | None:
-    """A header as it was meant: ASGI reads headers as Latin-1, clients send UTF-8."""
-    if header is None or header.isascii():
-        return header
-    try:
-        return header.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return header
-
-
 def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | None:
     """The user for whom a request is.
 
@@ -74,10 +63,12 @@ def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | Non
     """
     if caller.bound is not None:
         return caller.bound
+    if header is not None:
+        with suppress(UnicodeError):  # ASGI reads headers as Latin-1, clients send UTF-8
+            header = header.encode("latin-1").decode("utf-8")
     user = named_user(body, header)
     if user is not None:
-        too_long = f"is longer than {LONGEST_ID} characters" if len(user) > LONGEST_ID else ""
-        if fault := text_fault(user) or too_long:
+        if fault := fault_of(user, MAX_ID):
             raise ApiError(400, f"the user's id {fault}", param="user")
         caller.check(user)
     return user
@@ -90,24 +81,33 @@ async def _stream(
         pieces = _stream_of_pick(gateway, routed, request, span)
     else:
         try:
-            first, rest = await first_of(gateway.stream(routed))
+            pieces = await _begun(gateway.stream(routed))
         except UpstreamError as error:
             routed = gateway.without_records(routed, error)
-            first, rest = await first_of(gateway.stream(routed))
-        pieces = _joined(first, rest)
+            pieces = await _begun(gateway.stream(routed))
         gateway.telemetry.answered(routed.reason, routed.seconds)
     headers = _headers(routed) | {"cache-control": "no-cache"}
-    return StreamingResponse(span.around(pieces), media_type=STREAM, headers=headers)
+    return StreamingResponse(span.around(pieces), media_type="text/event-stream", headers=headers)
 
 
-async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
+async def _begun(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A stream whose first bytes have come: an error before them is raised here. The status is out
+    with them, so a later error is the stream's last event, whatever came before it.
+    """
     try:
-        async for piece in rest:
-            yield piece
-    # The status is out already: the error is the stream's last event, whatever came before it.
-    except UpstreamError as error:
-        yield b"\n\n" + event(error.body)
+        first = await anext(stream)
+    except StopAsyncIteration:
+        raise UpstreamError(502, "the upstream's stream is empty") from None
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield first
+        try:
+            async for piece in stream:
+                yield piece
+        except UpstreamError as error:
+            yield b"\n\n" + event(error.body)
+
+    return pieces()
 
 
 async def _stream_of_pick(

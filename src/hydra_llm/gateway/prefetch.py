@@ -1,7 +1,7 @@
 """Prefetch: histories are encoded when no request waits, a few records at a time.
 
-Vectors are written to disk inside a transaction on the records that they are of: a deletion, by any
-server, comes before it, and nothing is written, or after it, and removes them too.
+Vectors are written to disk in a transaction that locks the user: a deletion, by any server, comes
+before it, and then nothing is written, or after it, and then it removes them too.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Prefetcher:
 
     async def _walk(self, user: str) -> None:
         start = 0
-        with suppress(HydraError):  # whoever asks for this user next begins again
+        with suppress(HydraError):  # the user's next request begins again
             while (snapshot := await self._users.current(self._reads, user)) is not None:
                 if not (records := snapshot.records[start : start + RECORDS_AT_ONCE]):
                     return

@@ -7,11 +7,11 @@ import hmac
 from collections.abc import Mapping
 from typing import Any
 
-WHERE = ("user", "safety_identifier")  # fields of a request that name the user
+USER_FIELDS = ("user", "safety_identifier")  # of a request, beside `metadata.user_id`
 
 
 class Pseudonyms:
-    """Hashes under this store's salt: without it nobody can try ids."""
+    """Hashes under this store's salt: without it, guesses of ids cannot be checked."""
 
     def __init__(self, salt: str):
         self._salt = salt.encode()
@@ -23,19 +23,17 @@ class Pseudonyms:
 
     def hidden(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A request's body with hashes where it names the user."""
-        out = dict(body)
-        for name in WHERE:
-            if isinstance(out.get(name), str):
-                out[name] = self.hashed(out[name])
-        metadata = out.get("metadata")
+        named = {name: body[name] for name in USER_FIELDS if isinstance(body.get(name), str)}
+        out = {**body, **{name: self.hashed(user) for name, user in named.items()}}
+        metadata = body.get("metadata")
         if isinstance(metadata, Mapping) and isinstance(user := metadata.get("user_id"), str):
             out["metadata"] = {**metadata, "user_id": self.hashed(user)}
         return out
 
 
 def named_user(body: Mapping[str, Any], header: str | None) -> str | None:
-    """The user whom a request names: by header, else in `WHERE`, else in `metadata.user_id`."""
+    """The user whom a request names: by header, else in `USER_FIELDS` or `metadata.user_id`."""
     metadata = body.get("metadata")
     in_metadata = metadata.get("user_id") if isinstance(metadata, Mapping) else None
-    names = (header, *(body.get(name) for name in WHERE), in_metadata)
+    names = (header, *(body.get(name) for name in USER_FIELDS), in_metadata)
     return next((name for name in names if isinstance(name, str) and name), None)

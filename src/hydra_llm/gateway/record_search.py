@@ -5,8 +5,6 @@ encoded in one batch, then `run`.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,13 +16,14 @@ from hydra_llm.types import Query, Ranked
 
 
 @dataclass(frozen=True)
-class Found:
-    """The records for a question."""
+class SearchResult:
+    """A user's records for a question."""
 
+    user: UserSnapshot
     context: Context
     ranked: list[Ranked]  # best first
-    seconds: dict[str, float]
-    warm: bool = True  # the user's history is encoded; else the retriever's order stands
+    seconds: dict[str, float]  # by stage
+    warm: bool  # the user's history is encoded; else the retriever's order stands
 
 
 @dataclass
@@ -47,30 +46,25 @@ class RecordSearch:
 
     @cached_property
     def retrieved(self) -> list[Ranked]:
-        with self._timed("retrieve"):
-            return self.deployment.pipeline.retrieve(self.context, self.k)
+        started = time.perf_counter()
+        retrieved = self.deployment.pipeline.retrieve(self.context, self.k)
+        self.seconds["retrieve"] = time.perf_counter() - started
+        return retrieved
 
     def pairs(self) -> list[tuple[str, str]]:
         """What a cross-encoder will read."""
         return self.deployment.pipeline.reranker.pairs(self.context, self.retrieved)
 
-    def run(self) -> Found | None:
+    def run(self) -> SearchResult | None:
         """The records, best first; None for a user without any."""
-        users, pipeline = self.deployment.users, self.deployment.pipeline
         ranked, visible = self.retrieved, self.context.visible
         if not visible:
             return None
-        warm = users.is_warm(self.user, visible)
-        with self._timed("rerank"):
-            if warm:
-                try:
-                    ranked = pipeline.rerank(self.context, ranked)
-                except Exception as error:  # the answer is worth more than the order
-                    self.telemetry.failed("reranker", error)
-        return Found(self.context.at_rest(), ranked, self.seconds, warm)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - started
+        warm, started = self.deployment.users.is_warm(self.user, visible), time.perf_counter()
+        if warm:
+            try:
+                ranked = self.deployment.pipeline.rerank(self.context, ranked)
+            except Exception as error:  # the answer is worth more than the order
+                self.telemetry.failed("reranker", error)
+        self.seconds["rerank"] = time.perf_counter() - started
+        return SearchResult(self.user, self.context.at_rest(), ranked, self.seconds, warm)

@@ -48,21 +48,20 @@ class CandidateSampler:
         bodies = self._bodies(body, count - own, temperature)
         results = await self._complete(upstream, bodies, own)
         learn_samples(self._capabilities, bodies[-1], results)
-        completions, errors, greedy = [], [], 0
+        completions, greedy = [], 0
         for sent, result in zip(bodies, results, strict=True):
             if isinstance(result, UpstreamError):
-                errors.append(result)
                 self._telemetry.failed("candidates", result)
                 continue
             completions.append(result)
             # Endpoints sample where no temperature is given.
             greedy += len(result["choices"]) if sent.get("temperature") == 0 else 0
         if not completions:
-            raise errors[0]
+            raise results[0]
         return Sampled(completions, greedy)
 
     def _bodies(self, body: Body, samples: int, temperature: float) -> list[Body]:
-        """The caller's own request, and those that bring so many samples."""
+        """The caller's own request, and those for the samples."""
         first = without(body, "stream", "stream_options")
         if samples < 1:
             return [first]
@@ -82,16 +81,16 @@ class CandidateSampler:
         late = UpstreamError(504, "the upstream did not answer before the deadline")
         results: list[Any] = [late] * len(bodies)
 
-        async def complete(place: int) -> None:
+        async def complete(place: int, body: Body) -> None:
             try:
-                results[place] = await upstream.complete(bodies[place])
+                results[place] = await upstream.complete(body)
             except UpstreamError as error:
                 results[place] = error
-            except Exception as error:  # nobody awaits it: asyncio would log its message
+            except Exception as error:  # the task is not awaited: asyncio would log its message
                 message = f"the upstream's answer cannot be read ({type(error).__name__})"
                 results[place] = UpstreamError(502, message)
 
-        tasks = [asyncio.create_task(complete(place)) for place in range(len(bodies))]
+        tasks = [asyncio.create_task(complete(*item)) for item in enumerate(bodies)]
         try:
             await asyncio.wait(tasks, timeout=self._deadline)
             arrived = [result for result in results if not isinstance(result, UpstreamError)]

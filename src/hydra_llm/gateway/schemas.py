@@ -1,19 +1,29 @@
 """Bodies of requests and responses: OpenAI's as far as the gateway must know them, and its own.
-
 Unknown fields pass. Errors have OpenAI's body and status, so that the official SDK raises its own
 classes. Knows no store and no model.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from hydra_llm.text import text_fault
+
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """Of a user, a record or a request: no control characters."""
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 
 @dataclass(eq=False)
@@ -33,20 +43,9 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
-        kind = _ERROR_TYPES.get(self.status, "api_error")
+        kind = ERROR_TYPES.get(self.status, "api_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
-
-
-_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    409: "conflict_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-}
 
 
 class _Strict(BaseModel):
@@ -63,7 +62,7 @@ class PersonalizationOptions(_Strict):
 
 
 class Message(BaseModel):
-    """One message of a conversation; what is in it is the upstream's business."""
+    """One message of a conversation; other fields are for the upstream."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -101,7 +100,7 @@ class RecordIn(_Strict):
 
 
 class RecordsIn(_Strict):
-    """Records to add; the same again change nothing."""
+    """Records to add."""
 
     records: Annotated[list[RecordIn], Field(min_length=1)]
 
@@ -129,7 +128,7 @@ class FeedbackIn(_Strict):
 
 
 class Json(JSONResponse):
-    """JSON that can also hold half of a surrogate pair: escaped, as it came."""
+    """JSON that may hold half of a surrogate pair: escaped, as it came."""
 
     def render(self, content: Any) -> bytes:
         try:
@@ -138,9 +137,7 @@ class Json(JSONResponse):
             return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
-def has_more_than_text(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a conversation holds tool calls or results: it is passed through as it is."""
-    return any(
-        message.get("role") in ("tool", "function") or message.get("tool_calls")
-        for message in messages
-    )
+def fault_of(text: str, max_length: int) -> str:
+    """What makes a text of a request unusable, or ''."""
+    too_long = f"is longer than {max_length} characters" if len(text) > max_length else ""
+    return text_fault(text) or too_long

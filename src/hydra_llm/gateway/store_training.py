@@ -1,6 +1,7 @@
 """A bundle from the gateway's store. It has no records and no heads: those stay in the store."""
 
 import json
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,7 @@ from hydra_llm.store.values import NoSuchUser, StaleVersion
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.api import Learned, learn
 from hydra_llm.training.train_scorer import silent
+from hydra_llm.types import Record
 
 
 def learn_from_store(
@@ -31,16 +33,16 @@ def learn_from_store(
     """Learn from the store's users: the shared weights go to `out`, the heads into the store.
 
     Raises:
-        DataError: nobody has records, or the task's file is broken.
+        DataError: no user has records, or the task's file is broken.
         StoreError: the store fails.
     """
-    kind = ANY_TASK if task is None else _task(task)
     if task is None:  # of a conversation's answer every line counts
-        settings = settings.model_copy(update={"parsing": "strict"})
-    store = Store(url)
-    try:
+        kind, settings = ANY_TASK, settings.model_copy(update={"parsing": "strict"})
+    else:
+        kind = _task(task)
+    with closing(Store(url)) as store:
         versions, data = _dataset(store, kind)
-        # features of what the LLM made of users' records: nobody could delete them later
+        # Features of what the LLM made of users' records could not be deleted later.
         with TemporaryDirectory() as folder:
             passing = settings.model_copy(update={"cache": Path(folder)})
             learned = learn(data, llm, passing, progress=progress)
@@ -48,23 +50,15 @@ def learn_from_store(
         bundle.without_people(Pseudonyms(store.salt()).hashed).save(out)
         weights = type(bundle).load(out).weights
         for user in learned.users:
-            _put_heads(store, learned, user, versions[user], weights)
-    finally:
-        store.close()
+            heads = {name: to_stored(head) for name, head in bundle.heads_of(user).items()}
+            try:
+                with suppress(NoSuchUser), store.change(user, version=versions[user]) as change:
+                    change.put_heads(weights, heads)
+            except StaleVersion:  # more has come since: a fit will see it
+                learned.notes.append(
+                    "a user has changed while the bundle was learned: fit that user's heads"
+                )
     return learned
-
-
-def _put_heads(store: Store, learned: Learned, user: str, version: int, weights: str) -> None:
-    heads = {name: to_stored(head) for name, head in learned.bundle.heads_of(user).items()}
-    try:
-        with store.change(user, version=version) as change:
-            change.put_heads(weights, heads)
-    except NoSuchUser:
-        pass  # deleted meanwhile
-    except StaleVersion:  # more has come since: a fit will see it
-        learned.notes.append(
-            "a user has changed while the bundle was learned: fit that user's heads"
-        )
 
 
 def _task(file: Path) -> Task:
@@ -76,13 +70,13 @@ def _task(file: Path) -> Task:
 
 def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
     """The users' versions, and their records that the task can read as training data."""
-    versions, splits, records = {}, {}, []
+    versions, records = dict[str, int](), list[Record]()
     for user in store.users():
         version, stored = store.records(user)
         readable = [record for record in stored if task.is_answer(record.output)]
         if version is not None and readable:
-            versions[user], splits[user] = version, "train"
+            versions[user] = version
             records += readable
     if not versions:
         raise DataError("the store has no user with records that this task can read")
-    return versions, DataSet.from_records(task, splits, records, [])  # type: ignore[arg-type]
+    return versions, DataSet.from_records(task, dict.fromkeys(versions, "train"), records, [])

@@ -1,7 +1,4 @@
-"""Prometheus counters, one log line for a fault, GenAI spans. Never a user's id, never a text.
-
-Each `Telemetry` has a registry of its own, so that a process may hold two servers.
-"""
+"""Prometheus counters, one log line for a failure, GenAI spans. Never a user's id, never a text."""
 
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -19,25 +16,25 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Telemetry:
-    """Counts what happens."""
+    """Counts in a registry of its own, so that a process may hold two servers."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         self._requests = counter("hydra_requests", "HTTP requests", ["route", "status"])
-        help_text = "Chat completions, by why they are not personal"
-        self._answers = counter("hydra_answers", help_text, ["reason"])
-        help_text = "What was left out of an answer because it failed"
-        self._failures = counter("hydra_failures", help_text, ["part"])
+        about = "Chat completions, by why they are not personal"
+        self._answers = counter("hydra_answers", about, ["reason"])
+        about = "What was left out of an answer because it failed"
+        self._failures = counter("hydra_failures", about, ["part"])
         self._feedback = counter("hydra_feedback", "Feedback, by kind", ["kind"])
-        help_text = "Answers at which the adapter left the first candidate"
-        self._abstained = counter("hydra_abstained", help_text)
+        about = "Answers at which the adapter left the first candidate"
+        self._abstained = counter("hydra_abstained", about)
         stages = partial(Histogram, buckets=SECONDS, registry=self.registry)
         self._stages = stages("hydra_stage_seconds", "Seconds by stage", ["stage"])
         self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
 
     def request(self, route: str, status: int) -> None:
-        """An HTTP request has ended; `route` is the path's pattern, without anybody's id."""
+        """An HTTP request has ended; `route` is the path's pattern, without a user's id."""
         self._requests.labels(route, str(status)).inc()
 
     def answered(
@@ -51,16 +48,14 @@ class Telemetry:
             self._abstained.inc()
 
     def failed(self, part: str, error: BaseException) -> None:
-        """A part failed and was left out. Its message may quote somebody: the log has the class."""
+        """A part failed and was left out. The log has the class: the message may quote a user."""
         self._failures.labels(part).inc()
         log.warning("%s failed and was left out: %s", part, type(error).__name__)
 
     def feedback(self, kind: str) -> None:
-        """Feedback has come."""
         self._feedback.labels(kind).inc()
 
     def text(self) -> bytes:
-        """All figures in Prometheus' format."""
         return generate_latest(self.registry)
 
     @contextmanager
@@ -80,7 +75,7 @@ class Telemetry:
             span.span.end()
 
     def spent(self, span: "Span", completion: Mapping[str, Any]) -> None:
-        """What an answer took, as GenAI's conventions name it."""
+        """Model and tokens of an answer, as GenAI's conventions name them."""
         span.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
         usage = completion.get("usage")
         for name, kind in (("prompt", "input"), ("completion", "output")):

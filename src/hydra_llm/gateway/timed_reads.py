@@ -23,7 +23,7 @@ class TimedReads:
         self._failing_until = 0.0
 
     async def read(self, function: Callable[[], R]) -> R:
-        """Await it.
+        """Await `function()` in a thread.
 
         Raises:
             StoreError: it takes too long, or one a moment ago did; or what the function raises.

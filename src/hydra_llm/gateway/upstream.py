@@ -45,9 +45,6 @@ class UpstreamError(Exception):
         super().__init__(str(self.body["error"]))
 
 
-Outcome = Mapping[str, Any] | UpstreamError
-
-
 class Upstream(Protocol):
     """What the gateway asks; every method raises `UpstreamError` where the upstream fails."""
 
@@ -81,7 +78,10 @@ class HttpUpstream:
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
         answer = await self._send("POST", "chat/completions", body)
-        if not isinstance(answer, dict) or not _are_choices(answer.get("choices")):
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        items = choices if isinstance(choices, list) else []
+        messages = [item.get("message") if isinstance(item, dict) else None for item in items]
+        if not messages or not all(isinstance(message, dict) for message in messages):
             raise UpstreamError(502, "the upstream answered without choices")
         return {"id": f"chatcmpl-{token_hex(12)}", "model": body.get("model"), **answer}
 
@@ -146,13 +146,6 @@ class HttpUpstream:
             raise UpstreamError(502, "the upstream's answer is not JSON") from None
 
 
-def _are_choices(found: Any) -> bool:
-    """Whether these are choices as far as the gateway reads them."""
-    items = found if isinstance(found, list) else []
-    messages = [item.get("message") if isinstance(item, dict) else None for item in items]
-    return bool(messages) and all(isinstance(message, dict) for message in messages)
-
-
 def _error_of(response: httpx2.Response, content: bytes) -> UpstreamError:
     status, headers = response.status_code, response.headers
     passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
@@ -175,7 +168,9 @@ def _unreached(error: Exception) -> UpstreamError:
 
 
 def learn_samples(
-    known: CapabilityCache, sent: Mapping[str, Any], results: Sequence[Outcome]
+    known: CapabilityCache,
+    sent: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any] | UpstreamError],
 ) -> None:
     """Learn what a model takes from the results of the caller's own request, which is first, and of
     the requests for samples; the last of them had the body `sent`.
@@ -201,24 +196,13 @@ def learn_samples(
         known.learn(model, after)
 
 
-async def first_of(stream: AsyncIterator[bytes]) -> tuple[bytes, AsyncIterator[bytes]]:
-    """A stream's first bytes and the rest of it, so that an error before them is still an error."""
-    try:
-        first = await anext(stream)
-    except StopAsyncIteration:
-        raise UpstreamError(502, "the upstream's stream is empty") from None
-    return first, stream
-
-
 def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
-    """What several completions spent together; of a single one all that the upstream tells."""
+    """What several completions spent together; of a single one all that the upstream reports."""
     if len(completions) == 1:
         return completions[0].get("usage")
     usages = [c["usage"] for c in completions if isinstance(c.get("usage"), Mapping)]
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    total: dict[str, Any] = dict.fromkeys(names, 0) | {
-        name: count for name, count in _sums(usages).items() if name in names
-    }
+    names, sums = ("prompt_tokens", "completion_tokens", "total_tokens"), _sums(usages)
+    total: dict[str, Any] = {name: sums.get(name, 0) for name in names}
     for name in ("prompt_tokens_details", "completion_tokens_details"):
         details = [usage[name] for usage in usages if isinstance(usage.get(name), Mapping)]
         if details:

@@ -1,13 +1,12 @@
-"""The latest users with their records and heads, consistent with the store at every request.
-
-A request reads one number from the store, the user's version, and more only where it is another one
-than in memory: so other processes' writes are seen. Knows no HTTP and no LLM.
+"""The latest users with their records and heads, consistent with the store at every request: it
+reads the user's version, and more only where memory has another one. Knows no HTTP and no LLM.
 """
 
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from cachetools import LRUCache
@@ -19,7 +18,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
 from hydra_llm.types import Record, as_one_text
 
-MOST_MISSING = 24  # texts that a request may wait for: a few new records, not a whole history
+MAX_MISSING = 24  # texts that a request may wait for: a few new records, not a whole history
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class UserSnapshot:
 
 
 class UserCache:
-    """A store's users, the least recently used of whom make room. Any thread may call."""
+    """An LRU cache of a store's users. Any thread may call."""
 
     def __init__(self, store: Store, bundle: Bundle | None, size: int):
         self._store, self._bundle = store, bundle
@@ -45,7 +44,7 @@ class UserCache:
         """The user as of exactly `version` if in memory; a later one may be of another user."""
         with self._lock:
             user = self._recent.get(name)
-        return user if user is not None and user.version == version else None
+        return user if user and user.version == version else None
 
     async def current(self, reads: TimedReads, name: str) -> UserSnapshot | None:
         """The user as of now, from memory where the version is the store's; None if unknown.
@@ -88,14 +87,11 @@ class UserCache:
         with self._lock:
             if self._encoded.get(user.name) == user.version:
                 return True
-        warm = self._bundle.store.missing(texts_of(records)) <= MOST_MISSING
-        if warm:
-            with self._lock:
-                self._encoded[user.name] = user.version
-        return warm
-
-    def __len__(self) -> int:
-        return len(self._recent)
+        if self._bundle.store.missing(texts_of(records)) > MAX_MISSING:
+            return False
+        with self._lock:
+            self._encoded[user.name] = user.version
+        return True
 
 
 def to_head(stored: StoredHead) -> Head:
@@ -110,5 +106,5 @@ def to_stored(head: Head) -> StoredHead:
 
 def texts_of(records: Sequence[Record]) -> list[str]:
     """Every text of records of which features may be kept."""
-    texts = ((record.input, record.output) for record in records)
-    return [text for pair in texts for text in (*pair, as_one_text(*pair))]
+    texts = [(r.input, r.output, as_one_text(r.input, r.output)) for r in records]
+    return list(chain.from_iterable(texts))

@@ -1,10 +1,10 @@
-"""The gateway's own endpoints: records, feedback, fits, export and deletion of users. What they do
-is the store's and feedback.py's.
+"""The gateway's own endpoints: records, feedback, fits, export and deletion of users. Those that
+only use the store are no coroutines: FastAPI runs them in threads.
 """
 
 import json
 from base64 import b64encode
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from secrets import token_hex
 from typing import Annotated, Any
@@ -48,7 +48,15 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
         _record(user, f"records[{place}]", record, settings.max_text)
         for place, record in enumerate(sent.records)
     ]
-    added = await run_sync(_add, gateway.store, user, records, settings.max_records)
+
+    def add() -> Added:
+        with gateway.store.change(user, create=True) as change:
+            if change.count_with(records) > settings.max_records:
+                message = f"a user has at most {settings.max_records} records: delete some first"
+                raise ApiError(413, message, param="records")
+            return change.add(records)
+
+    added = await run_sync(add)
     if added.replaced:
         await _forget(gateway, user, texts_of(added.replaced))
     if (prefetcher := gateway.deployment.prefetcher) is not None:
@@ -57,19 +65,33 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
 
 
 @router.get("/users/{user}/records")
-async def get_records(user: User, http: Request) -> Response:
+def get_records(user: User, http: Request) -> Response:
     """All records of a user, oldest first."""
-    return Response(await _of_user(http, user, _listed), media_type="application/json")
+    version, records = _gateway(http, user).store.records(user)
+    if version is None:
+        raise _no_such_user()
+    names = ("id", "input", "output", "time")
+    data = [{name: getattr(record, name) for name in names} for record in records]
+    content = json.dumps({"object": "list", "data": data}, ensure_ascii=False)
+    return Response(content, media_type="application/json")
 
 
 @router.delete("/users/{user}/records/{id:path}")
 async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """Delete one record, and the heads that knew it."""
     gateway = _gateway(http, user)
-    removed = await run_sync(_remove, gateway.store, user, id)
-    if removed is None:
+
+    def remove() -> list[Record]:
+        removed = [record for record in gateway.store.records(user)[1] if record.id == id]
+        if removed:
+            with gateway.store.change(user) as change:
+                return removed if change.remove(id) else []
+        return removed
+
+    removed = await run_sync(remove)
+    if not removed:
         raise ApiError(404, "no such record", code="record_not_found")
-    await _forget(gateway, user, texts_of([removed]))
+    await _forget(gateway, user, texts_of(removed))
     return {"id": id, "deleted": True}
 
 
@@ -88,37 +110,42 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
 
 
 @router.post("/users/{user}/fit", status_code=202)
-async def fit(user: User, http: Request) -> dict[str, Any]:
+def fit(user: User, http: Request) -> dict[str, Any]:
     """Fit the user's heads on all records, as a job."""
-    if _gateway(http, user).deployment.bundle is None:
+    gateway = _gateway(http, user)
+    if gateway.deployment.bundle is None:
         raise ApiError(409, "there is no bundle yet: learn one first", code="no_bundle")
-    job_id = f"job_{token_hex(12)}"
-    job = await _of_user(http, user, lambda store, user: store.add_job(job_id, user, "fit"))
-    http.app.state.worker.wake()
+    job = gateway.store.add_job(f"job_{token_hex(12)}", user, "fit")
+    if job is None:
+        raise _no_such_user()
+    http.app.state.worker.wake.set()
     return _shown(job)
 
 
 @router.get("/users/{user}/jobs/{id}")
-async def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
+def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """How far a job is: waiting, running, done or failed."""
-    job = await run_sync(_gateway(http, user).store.job, id)
+    job = _gateway(http, user).store.job(id)
     if job is None or job.user != user:
         raise ApiError(404, "no such job", code="job_not_found")
     return _shown(job)
 
 
 @router.get("/users/{user}/export")
-async def export(user: User, http: Request) -> Response:
+def export(user: User, http: Request) -> Response:
     """All that is kept about a user, heads included, as one JSON file."""
-    content = await _of_user(http, user, _exported)
+    kept = _gateway(http, user).store.export_user(user)
+    if kept is None:
+        raise _no_such_user()
+    content = json.dumps(kept, ensure_ascii=False, default=lambda raw: b64encode(raw).decode())
     as_file = {"content-disposition": 'attachment; filename="export.json"'}
     return Response(content, media_type="application/json", headers=as_file)
 
 
 @router.delete("/users/{user}")
 async def delete_user(user: User, http: Request) -> dict[str, Any]:
-    """Delete everything about a user: records, heads, feedback, requests, features, keys that speak
-    for nobody else.
+    """Delete everything about a user: records, heads, feedback, requests, features, keys for this
+    user only.
     """
     gateway, features = _gateway(http, user), 0
     for _ in range(MAX_TRIES):
@@ -126,11 +153,9 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
         # First what cannot be undone halfway: if features cannot be deleted, the user is still
         # there to be deleted again.
         features += await _forget_texts(gateway, texts, but=user)
-        try:
+        with suppress(StaleVersion):  # more has come: of that too no features may stay
             counts = await run_sync(partial(gateway.store.delete_user, user, version=version))
             break
-        except StaleVersion:  # more has come: of that too no features may stay
-            continue
     else:
         message = "the user changes faster than it can be deleted: try again"
         raise ApiError(409, message, code="busy")
@@ -138,44 +163,16 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     if counts is None:
         raise _no_such_user()
     bundle = gateway.deployment.bundle
-    trained_on = bundle.trained_on if bundle else ()
-    in_base = user in trained_on or gateway.pseudonyms.hashed(user) in trained_on
+    names = {user, gateway.pseudonyms.hashed(user)}
+    in_base = bundle is not None and not names.isdisjoint(bundle.trained_on)
     report = {"deleted": {**counts, "features": features}, "in_shared_base": in_base}
-    emptied = await run_sync(_empty_log, gateway.store)
-    return report if emptied else {**report, "warning": LOG_IN_USE}
-
-
-# ---- in threads
-
-
-def _add(store: Store, user: str, records: list[Record], most: int) -> Added:
-    with store.change(user, create=True) as change:
-        if change.count_with(records) > most:
-            message = f"a user has at most {most} records: delete some first"
-            raise ApiError(413, message, param="records")
-        return change.add(records)
-
-
-def _listed(store: Store, user: str) -> str | None:
-    version, records = store.records(user)
-    names = ("id", "input", "output", "time")
-    data = [{name: getattr(record, name) for name in names} for record in records]
-    listed = {"object": "list", "data": data}
-    return None if version is None else json.dumps(listed, ensure_ascii=False)
-
-
-def _exported(store: Store, user: str) -> str | None:
-    if (content := store.export_user(user)) is None:
-        return None
-    return json.dumps(content, ensure_ascii=False, default=lambda raw: b64encode(raw).decode())
-
-
-def _remove(store: Store, user: str, id: str) -> Record | None:
-    record = next((record for record in store.records(user)[1] if record.id == id), None)
-    if record is None:
-        return None
-    with store.change(user) as change:
-        return record if change.remove(id) else None
+    emptied = False
+    with suppress(StoreError):
+        emptied = await run_sync(gateway.store.truncate_log)
+    if not emptied:
+        log.warning("after a deletion: %s", LOG_IN_USE)
+        report["warning"] = LOG_IN_USE
+    return report
 
 
 def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
@@ -193,21 +190,9 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     return version, texts
 
 
-def _empty_log(store: Store) -> bool:
-    """Whether the store's log holds nothing any more of what was deleted; if not, it is logged."""
-    try:
-        done = store.truncate_log()
-    except StoreError:
-        done = False
-    if not done:
-        log.warning("after a deletion: %s", LOG_IN_USE)
-    return done
-
-
 async def _forget(gateway: Gateway, user: str, texts: list[str]) -> int:
-    """Drop what is in memory of a user, and the features of texts that nobody has any more. When
-    this returns, nothing more of the user is encoded, and what the scoring thread had begun is
-    done.
+    """Drop what is in memory of a user, and the features of texts that no other user has. When this
+    returns, nothing more of the user is encoded, and what the scoring thread had begun is done.
     """
     deployment = gateway.deployment
     if deployment.prefetcher is not None:
@@ -226,22 +211,11 @@ async def _forget_texts(gateway: Gateway, texts: list[str], *, but: str | None =
         raise ApiError(503, message, code="features_unavailable") from None
 
 
-# ---- requests and responses
-
-
 def _gateway(http: Request, user: str) -> Gateway:
     """The gateway, for a caller who may speak for the user; else `ApiError` 403."""
     http.state.caller.check(user)
     gateway: Gateway = http.app.state.gateway
     return gateway
-
-
-async def _of_user(http: Request, user: str, read: Callable[[Store, str], Any]) -> Any:
-    """What a function finds in the store, in a thread; `ApiError` 404 where it finds nothing."""
-    found = await run_sync(read, _gateway(http, user).store, user)
-    if found is None:
-        raise _no_such_user()
-    return found
 
 
 def _no_such_user() -> ApiError:
