@@ -6,7 +6,7 @@ complete JSON and its ids are those of its partner.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,14 +29,11 @@ FOLDERS: Mapping[str, str] = {
     "lamp-5": "LaMP_5",
     "lamp-7": "LaMP_7",
 }
+FILES = ("train_questions.json", "train_outputs.json", "dev_questions.json", "dev_outputs.json")
 ATTEMPTS = 5
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a file's name, the bytes that have arrived, and all its bytes (None if unknown)."""
-
-
-def _ignore(name: str, done: int, size: int | None) -> None:
-    pass
 
 
 def addresses(task: str, split: str, base_url: str | None = None) -> dict[str, str]:
@@ -45,13 +42,9 @@ def addresses(task: str, split: str, base_url: str | None = None) -> dict[str, s
         raise SettingsError(f"unknown data set '{task}': take one of {', '.join(FOLDERS)}")
     if split not in ("user", "time"):
         raise SettingsError(f"unknown split '{split}': take user or time")
-    root = (
-        f"{(base_url or BASE_URL).rstrip('/')}/{'time/' if split == 'time' else ''}{FOLDERS[task]}"
-    )
-    names = [
-        f"{part}_{what}.json" for part in ("train", "dev") for what in ("questions", "outputs")
-    ]
-    return {name: f"{root}/{name.partition('_')[0]}/{name}" for name in names}
+    time_split = "time/" if split == "time" else ""
+    root = f"{(base_url or BASE_URL).rstrip('/')}/{time_split}{FOLDERS[task]}"
+    return {name: f"{root}/{name.partition('_')[0]}/{name}" for name in FILES}
 
 
 def fetch(
@@ -60,8 +53,7 @@ def fetch(
     folder: Path,
     *,
     base_url: str | None = None,
-    progress: Progress = _ignore,
-    client: httpx2.Client | None = None,
+    progress: Progress | None = None,
     pause: float = 1.0,
 ) -> list[Path]:
     """Download a task's files into `folder` and return them; existing files are kept as they are.
@@ -73,24 +65,23 @@ def fetch(
         DataError: what arrived is not what was asked for.
     """
     wanted = addresses(task, split, base_url)
-    with client or httpx2.Client(timeout=30.0, follow_redirects=True) as session:
+    with httpx2.Client(timeout=30.0, follow_redirects=True) as client:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, address in wanted.items():
                 if not any((folder / f"{name}{end}").is_file() for end in ("", ".whole")):
-                    part = folder / f"{name}.part"
-                    _Download(session, address, part, progress).run(pause)
+                    _Download(client, address, folder / f"{name}.part", progress).run(pause)
         except OSError as error:
             message = f"{folder}: cannot be written: {error.strerror}; what has arrived is kept"
             raise UserFault(message) from None
     files = [folder / name for name in wanted]
-    for questions, outputs in (files[:2], files[2:]):
-        _accept(questions, outputs, wanted)
+    for pair in (files[:2], files[2:]):
+        _accept(pair, wanted)
     return files
 
 
 def load_named(
-    name: str, folder: Path, *, base_url: str | None = None, progress: Progress = _ignore
+    name: str, folder: Path, *, base_url: str | None = None, progress: Progress | None = None
 ) -> DataSet:
     """Load a data set by its path, or one of LaMP's by its name: downloaded into `folder` once."""
     place = Path(name)
@@ -108,7 +99,7 @@ class _Download:
     client: httpx2.Client
     address: str
     part: Path  # `NAME.part`; becomes `NAME.whole`, and `NAME` when its content is checked
-    progress: Progress
+    progress: Progress | None
 
     @property
     def tag_file(self) -> Path:
@@ -129,8 +120,7 @@ class _Download:
             except httpx2.HTTPError as error:
                 never_reached = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol)
                 if attempt == ATTEMPTS or (never_reached and attempt == 1):
-                    reason = fold(str(error)) or type(error).__name__
-                    have = self.size()
+                    reason, have = fold(str(error)) or type(error).__name__, self.size()
                     kept = f"; {have} bytes are kept, the same command goes on from there"
                     raise UserFault(f"{self.address}: {reason}{kept if have else ''}") from None
             except httpx2.InvalidURL as error:
@@ -176,7 +166,8 @@ class _Download:
             for chunk in response.iter_raw():
                 stream.write(chunk)
                 done += len(chunk)
-                self.progress(self.part.stem, done, size)
+                if self.progress:
+                    self.progress(self.part.stem, done, size)
         if size is not None and done != size:
             raise httpx2.ReadError(f"{done} of {size} bytes arrived")
 
@@ -184,28 +175,27 @@ class _Download:
 # ---- what arrived
 
 
-def _accept(questions: Path, outputs: Path, wanted: Mapping[str, str]) -> None:
-    """Give a pair of files its names if both are complete and belong together; else remove it."""
-    files = (questions, outputs)
+def _accept(files: Sequence[Path], wanted: Mapping[str, str]) -> None:
+    """Give questions and outputs their names if both are complete and belong together; else remove
+    what arrived of them.
+    """
     places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
+    arrived = [place for place in places if place.suffix == ".whole"]
     try:
         ids = {str(id) for id in stream_questions(places[0], "item.id")}
         golds = read_golds(places[1])[1].keys()
     except DataError as fault:
-        at = places.index(Path(fault.file or ""))
-        _discard(places[at : at + 1])
+        broken = Path(fault.file or "")
+        if broken in arrived:
+            broken.unlink()
+        address = wanted[broken.name.removesuffix(".whole")]
         message = f"what arrived is no LaMP file and was removed ({fault})"
-        raise DataError(message, file=wanted[files[at].name]) from None
+        raise DataError(message, file=address) from None
     if not ids or ids != golds:
-        differing = sorted(ids ^ golds)[:1]
-        _discard(places)
+        for place in arrived:
+            place.unlink()
         counts = f"{len(ids)} questions and {len(golds)} outputs"
-        raise DataError(f"{counts} do not fit each other {differing}; removed", file=questions)
+        differing = sorted(ids ^ golds)[:1]
+        raise DataError(f"{counts} do not fit each other {differing}; removed", file=files[0])
     for place, file in zip(places, files, strict=True):
         place.replace(file)
-
-
-def _discard(places: list[Path]) -> None:
-    for place in places:
-        if place.suffix == ".whole":
-            place.unlink()
