@@ -31,8 +31,8 @@ T = TypeVar("T")
 TEXTS = ("a quiet night in the rain", "The Loud War of Stars", "rain")
 
 
-def _assert_close(found: torch.Tensor, expected: torch.Tensor, message: str) -> None:
-    assert torch.allclose(found.detach(), expected.detach(), atol=1e-5), message
+def _assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str) -> None:
+    assert torch.allclose(actual.detach(), expected.detach(), atol=1e-5), message
 
 
 def _hashed(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -94,8 +94,8 @@ def _check_metrics(task: Task, answers: Sequence[str]) -> None:
         for pair, row in zip(pairs, rows(pairs), strict=True):
             assert (rows([pair]) == row).all(), f"{name}: a batch differs from one by one"
         right, wrong = [(gold, gold) for gold in golds], [(None, gold) for gold in golds]
-        sums = [rows(each).sum(0, keepdims=True) for each in (pairs, right, wrong)]
-        values = [float(spec.statistic(each)[0]) for each in sums]
+        sums = [rows(part).sum(0, keepdims=True) for part in (pairs, right, wrong)]
+        values = [float(spec.statistic(part)[0]) for part in sums]
         assert np.isfinite(values).all(), f"{name} is not finite"
         assert spec.sign * (values[1] - values[2]) > 0, f"{name} does not reward gold answers"
 
@@ -119,7 +119,7 @@ def _check_side_features(task: Task, answers: Sequence[str]) -> None:
 def _check_table(
     features: Callable[[Sequence[T]], Floats], rows: Sequence[T], names: Sequence[str]
 ) -> None:
-    assert len(set(names)) == len(names), f"a column stands twice: {names}"
+    assert len(set(names)) == len(names), f"a column occurs twice: {names}"
     table = features(rows)
     assert table.shape == (len(rows), len(names)), f"{table.shape} numbers for the columns {names}"
     assert table.dtype == np.float64, f"side features are {table.dtype}"

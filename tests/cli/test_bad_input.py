@@ -712,7 +712,7 @@ def test_processes_share_a_cache_and_one_is_interrupted(
 
     fast.set()
     again = [start(*learn, "--out", tmp_path / name) for name in ("one", "two")]
-    ends = [(*each.communicate(timeout=FOREVER), each.returncode) for each in again]
+    ends = [(*process.communicate(timeout=FOREVER), process.returncode) for process in again]
     assert [code for _, _, code in ends] == [0, 0], ends
     assert not set(endpoint.requests[4:]) & set(
         answered

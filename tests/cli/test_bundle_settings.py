@@ -236,10 +236,10 @@ def test_a_wrong_environment_or_file_is_one_line(
 
 def test_heads_that_another_process_saved_are_not_lost(learned: Path, bundle: Path) -> None:
     dataset = DataSet.from_records(STARS, USERS, RECORDS, QUERIES)  # type: ignore[arg-type]
-    mine, theirs = Bundle.load(bundle), Bundle.load(bundle)
-    ours = fit(dataset, mine, LABELS, users=["one"], settings=mine.settings_with(seed=1)).bundle
-    fit(dataset, theirs, LABELS, users=["two"]).bundle.save(bundle)
-    theirs.save(bundle)  # the same process may save again
+    first, second = Bundle.load(bundle), Bundle.load(bundle)
+    ours = fit(dataset, first, LABELS, users=["one"], settings=first.settings_with(seed=1)).bundle
+    fit(dataset, second, LABELS, users=["two"]).bundle.save(bundle)
+    second.save(bundle)  # the same process may save again
     with pytest.raises(BundleError, match="was changed by another process since it was read"):
         ours.save(bundle)
     assert set(Bundle.load(bundle).records) == {"t0", "t1", "two"}

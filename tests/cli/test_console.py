@@ -87,16 +87,16 @@ print("result")
 
 
 def test_bars_on_a_terminal_go_to_stderr_and_disappear() -> None:
-    ours, theirs = pty.openpty()
+    terminal, child_end = pty.openpty()
     process = subprocess.run(
         [sys.executable, "-c", BARS],
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=child_end,
         env={**os.environ, "TERM": "xterm"},
     )
-    os.close(theirs)
-    drawn = os.read(ours, 65536).decode()
-    os.close(ours)
+    os.close(child_end)
+    drawn = os.read(terminal, 65536).decode()
+    os.close(terminal)
     assert process.stdout == b"result\n"
     assert "pairs" in drawn
     assert drawn.rstrip().endswith("\x1b[2K")  # the bars' line is erased

@@ -47,9 +47,9 @@ def test_an_endpoint_without_native_n_is_detected(
     endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["llm", "check", f"openai:m@{endpoint}", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    figures = json.loads(capsys.readouterr().out)
     assert {
-        name: found[name]
+        name: figures[name]
         for name in (
             "model",
             "kind",
@@ -68,14 +68,14 @@ def test_an_endpoint_without_native_n_is_detected(
         "completion_tokens": 1,
         "constrains": False,
     }
-    assert found["seconds"] > 0
-    assert found["usage"]["calls"] == 3
+    assert figures["seconds"] > 0
+    assert figures["usage"]["calls"] == 3
 
 
 def test_prices_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["llm", "check", "fake:echo", "--json", "--set", "price_prompt=1e6"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["usage"]["cost"] == found["usage"]["prompt_tokens"] == 20
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["usage"]["cost"] == figures["usage"]["prompt_tokens"] == 20
 
 
 def test_without_json_the_output_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,8 +109,8 @@ def test_every_failure_is_one_line(
 @pytest.mark.llm
 def test_the_embedded_model_has_native_n_and_constrains(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["llm", "check", "smollm2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["model"], found["native_n"], found["constrains"]) == (
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["model"], figures["native_n"], figures["constrains"]) == (
         "smollm2-135m-instruct",
         True,
         True,

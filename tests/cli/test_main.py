@@ -209,8 +209,8 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
     below = getattr(command, "commands", None)
     if below is None:
         yield path, command
-    for name, each in (below or {}).items():
-        yield from leaves(each, (*path, name))
+    for name, own in (below or {}).items():
+        yield from leaves(own, (*path, name))
 
 
 def test_no_environment_variable_has_two_meanings() -> None:
@@ -228,7 +228,7 @@ def test_no_environment_variable_has_two_meanings() -> None:
                         meanings[variable].add(f"{' '.join(path)} {option.name}")
     assert "HYDRA_ASK_SEED" in meanings
     assert "HYDRA_LLM_BENCH_RUN_SET_" in meanings
-    assert {name: each for name, each in meanings.items() if len(each) > 1} == {}
+    assert {name: own for name, own in meanings.items() if len(own) > 1} == {}
 
 
 @pytest.mark.usefixtures("endings")
@@ -241,9 +241,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"hydra-llm {__version__}\n"
     assert run([]) == 0
-    shown = capsys.readouterr().out
+    help_text = capsys.readouterr().out
     assert all(
-        f"  {name} " in shown and summary in shown for name, (_, summary) in COMMANDS.items()
+        f"  {name} " in help_text and summary in help_text
+        for name, (_, summary) in COMMANDS.items()
     )
 
 

@@ -33,8 +33,8 @@ def test_a_store_is_created_checked_backed_up_and_restored(
     assert json.loads(capsys.readouterr().out)["records"] == 1
     assert run(["store", "scrub", "--store", other]) == 0
     assert run(["store", "check", "--store", other, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["faults"], found["rows"]["users"]) == ([], 1)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["faults"], report["rows"]["users"]) == ([], 1)
 
 
 def test_an_error_of_a_store_is_one_line(

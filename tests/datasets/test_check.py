@@ -33,22 +33,22 @@ def by_hand() -> DataSet:
 
 
 def test_the_figures_are_those_counted_by_hand() -> None:
-    told = summarize(by_hand())
-    assert told["users"] == {"train": 1, "test": 2}
-    assert (told["records"], told["queries"]) == (4, 3)
-    assert told["time"] == {"first": "2020", "last": "2023", "unknown": 1}
-    assert told["records per user"] == {"min": 0, "median": 1, "max": 3}
-    assert (told["users without history"], told["users without queries"]) == (1, 1)
-    assert told["words per input"] == {
+    summary = summarize(by_hand())
+    assert summary["users"] == {"train": 1, "test": 2}
+    assert (summary["records"], summary["queries"]) == (4, 3)
+    assert summary["time"] == {"first": "2020", "last": "2023", "unknown": 1}
+    assert summary["records per user"] == {"min": 0, "median": 1, "max": 3}
+    assert (summary["users without history"], summary["users without queries"]) == (1, 1)
+    assert summary["words per input"] == {
         "history": {"min": 1, "median": 1, "max": 3},
         "queries": {"min": 1, "median": 1, "max": 5},
     }
-    assert told["labels"] == {
+    assert summary["labels"] == {
         "yes": {"history": 0.75, "queries": 1 / 3},
         "no": {"history": 0.25, "queries": 2 / 3},
     }
-    assert told["duplicates"] == {"count": 1, "examples": ["a/3"]}
-    assert {what: leak["examples"] for what, leak in told["leaks"].items()} == {
+    assert summary["duplicates"] == {"count": 1, "examples": ["a/3"]}
+    assert {way: leak["examples"] for way, leak in summary["leaks"].items()} == {
         "query's text stands in its user's history": ["a/3"],
         "query's id stands in its user's history": ["a/3"],
         "query does not come after all of its history": ["a/4"],
@@ -60,8 +60,8 @@ def test_a_gold_text_of_another_user_is_a_leak() -> None:
     task = Task("t", "generation", "Title: {input}")
     records = [Record("a", "1", "x", "Mine"), Record("b", "1", "x", "Theirs")]
     queries = [Query("a", "2", "y", "Mine"), Query("a", "3", "z", "Theirs")]
-    told = summarize(DataSet.from_records(task, {"a": "train", "b": "train"}, records, queries))
-    assert told["leaks"]["gold text stands in another user's history"] == {
+    summary = summarize(DataSet.from_records(task, {"a": "train", "b": "train"}, records, queries))
+    assert summary["leaks"]["gold text stands in another user's history"] == {
         "count": 1,
         "examples": ["a/3"],
     }
@@ -104,17 +104,17 @@ def test_the_command_prints_the_same_to_people_and_to_programs(
     assert json.loads(capsys.readouterr().out) == summarize(by_hand())
     assert run(["data", "check", str(tmp_path / "data")]) == 0
     text = capsys.readouterr().out
-    for shown in (
+    for cell in (
         "1 train, 2 test",
         "2020 to 2023, 1 unknown",
         "0 to 3, median 1",
         "75.0% of history, 33.3% of queries",
         "1 (a/3)",
     ):
-        assert shown in text
+        assert cell in text
 
 
 def test_a_data_set_without_a_single_entry_can_be_looked_at() -> None:
-    told = summarize(DataSet.from_records(CHOICE, {}, [], []))
-    assert told["records per user"] is None
-    assert told["time"] == {"first": None, "last": None, "unknown": 0}
+    summary = summarize(DataSet.from_records(CHOICE, {}, [], []))
+    assert summary["records per user"] is None
+    assert summary["time"] == {"first": None, "last": None, "unknown": 0}

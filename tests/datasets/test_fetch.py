@@ -42,11 +42,11 @@ FIRST = "/LaMP_4/train/train_questions.json"
 
 @dataclass
 class Server:
-    """What is served, how, and what was asked."""
+    """What is served, how, and what was requested."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
-    asked: list[tuple[str, str | None]] = field(default_factory=list)
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
     """Path and range of each request."""
     cuts: dict[str, list[int]] = field(default_factory=dict)
     """For a path: after so many bytes of the next answers the connection is cut."""
@@ -64,8 +64,8 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            server.asked.append((self.path, wanted))
+            byte_range = self.headers.get("Range")
+            server.requests.append((self.path, byte_range))
             if statuses := server.status.get(self.path):
                 self._answer(statuses.pop(0), b"no")
                 return
@@ -74,8 +74,8 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 return
             content = server.files[self.path]
             start = (
-                int(re.findall(r"\d+", wanted)[0])
-                if wanted and server.ranges and self.headers.get("If-Range") == server.tag
+                int(re.findall(r"\d+", byte_range)[0])
+                if byte_range and server.ranges and self.headers.get("If-Range") == server.tag
                 else 0
             )
             if start > len(content) - 1:
@@ -157,17 +157,17 @@ def test_the_official_addresses() -> None:
 
 
 def test_the_four_files_arrive_and_load(server: Server, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int | None]] = []
+    reports: list[tuple[str, int, int | None]] = []
     files = fetch(
         "lamp-4",
         "user",
         tmp_path / "d",
         base_url=server.url + "/",
-        progress=lambda *now: told.append(now),
+        progress=lambda *now: reports.append(now),
     )
     assert arrived(tmp_path / "d") == WHOLE
     assert sorted(file.name for file in files) == sorted(WHOLE)
-    assert {(name, size) for name, done, size in told if done == size} == {
+    assert {(name, size) for name, done, size in reports if done == size} == {
         (name, len(content)) for name, content in WHOLE.items()
     }
     dataset = load(tmp_path / "d")
@@ -179,7 +179,7 @@ def test_a_name_of_lamps_is_downloaded_once_and_a_path_is_a_path(
 ) -> None:
     named = load_named("LaMP-4", tmp_path / "kept", base_url=server.url)
     assert named.digest == load(tmp_path / "kept" / "lamp-4").digest
-    server.asked.clear()
+    server.requests.clear()
     assert load_named("lamp-4", tmp_path / "kept", base_url=server.url).digest == named.digest
     assert (
         load_named(
@@ -187,22 +187,22 @@ def test_a_name_of_lamps_is_downloaded_once_and_a_path_is_a_path(
         ).digest
         == named.digest
     )
-    assert server.asked == []
+    assert server.requests == []
     assert not (tmp_path / "other").exists()
 
 
 def test_files_that_are_there_are_not_asked_for_again(server: Server, tmp_path: Path) -> None:
     get(server, tmp_path / "d")
-    server.asked.clear()
+    server.requests.clear()
     get(server, tmp_path / "d")
-    assert server.asked == []
+    assert server.requests == []
 
 
 def test_a_cut_transfer_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
     server.cuts[FIRST] = [100_000, 50_000]
     get(server, tmp_path / "d")
     assert arrived(tmp_path / "d") == WHOLE
-    assert [wanted for path, wanted in server.asked if path == FIRST] == [
+    assert [byte_range for path, byte_range in server.requests if path == FIRST] == [
         None,
         "bytes=100000-",
         "bytes=150000-",
@@ -213,9 +213,9 @@ def test_the_next_call_goes_on_too(server: Server, tmp_path: Path) -> None:
     server.cuts[FIRST] = [10_000] * 5
     with pytest.raises(UserFault, match=r"train_questions\.json: .*50000 bytes are kept"):
         get(server, tmp_path / "d")
-    server.asked.clear()
+    server.requests.clear()
     get(server, tmp_path / "d")
-    assert server.asked[0] == (FIRST, "bytes=50000-")
+    assert server.requests[0] == (FIRST, "bytes=50000-")
     assert arrived(tmp_path / "d") == WHOLE
 
 
@@ -265,15 +265,15 @@ def test_a_busy_server_is_asked_again_a_missing_page_is_not(server: Server, tmp_
     server.status[FIRST] = [503, 429]
     get(server, tmp_path / "d")
     assert arrived(tmp_path / "d") == WHOLE
-    server.asked.clear()
+    server.requests.clear()
     del server.files[FIRST]
     with pytest.raises(UserFault, match="HTTP 404"):
         get(server, tmp_path / "e")
-    assert server.asked == [(FIRST, None)]
+    assert server.requests == [(FIRST, None)]
 
 
 @pytest.mark.parametrize(
-    ("path", "change", "says"),
+    ("path", "change", "message"),
     [
         (FIRST, lambda content: b"<html>gone</html>", "no LaMP file"),
         (FIRST, lambda content: content[:-1], "no LaMP file"),
@@ -287,10 +287,10 @@ def test_a_busy_server_is_asked_again_a_missing_page_is_not(server: Server, tmp_
     ],
 )
 def test_a_page_that_is_no_data_is_removed(
-    server: Server, tmp_path: Path, path: str, change: Callable[[bytes], bytes], says: str
+    server: Server, tmp_path: Path, path: str, change: Callable[[bytes], bytes], message: str
 ) -> None:
     server.files[path] = change(FILES[path])
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         get(server, tmp_path / "d")
     assert path.rpartition("/")[2] not in arrived(tmp_path / "d")
     server.files[path] = FILES[path]
@@ -316,8 +316,8 @@ def test_the_command_says_where_the_files_are(
         )
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert {Path(entry["file"]).name: entry["bytes"] for entry in told["files"]} == {
+    output = json.loads(capsys.readouterr().out)
+    assert {Path(entry["file"]).name: entry["bytes"] for entry in output["files"]} == {
         name: len(content) for name, content in WHOLE.items()
     }
 
@@ -326,10 +326,10 @@ def test_without_network_it_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: list[object]
 ) -> None:
     code = run(["data", "get", "lamp-3", "--split", "time", "--out", str(tmp_path / "d")])
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert code == 2  # the user can mend it: connect, or --base-url
-    assert said.count("\n") == 1
-    assert "ciir.cs.umass.edu" in said
+    assert error.count("\n") == 1
+    assert "ciir.cs.umass.edu" in error
     refused.clear()
 
 

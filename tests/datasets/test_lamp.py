@@ -53,8 +53,8 @@ def question(
     """A question with a profile of (text, answer) entries."""
     named, answered = FIELDS[task]
     profile: Profile = [
-        {"id": f"{key}{at}", answered: answer, named: said}
-        for at, (said, answer) in enumerate(entries)
+        {"id": f"{key}{at}", answered: answer, named: content}
+        for at, (content, answer) in enumerate(entries)
     ]
     if task == "LaMP-2N":
         profile = [{**item, "title": "A headline"} for item in profile]
@@ -100,12 +100,12 @@ KINDS = {
     "LaMP-2M": "classification",
     "LaMP-3": "rating",
 }
-Asked = tuple[str, str, list[tuple[str, str]]]
+DrawnQuestion = tuple[str, str, list[tuple[str, str]]]
 """Text, gold, profile."""
 
 
 @st.composite
-def asked(draw: st.DrawFn, task: str) -> list[Asked]:
+def drawn_questions(draw: st.DrawFn, task: str) -> list[DrawnQuestion]:
     answers = texts if task == "LaMP-1" else ANSWERS[task]
     entries = st.lists(st.tuples(texts, answers), min_size=1, max_size=4, unique=True)
     return draw(st.lists(st.tuples(texts, ANSWERS[task], entries), min_size=1, max_size=4))
@@ -113,7 +113,7 @@ def asked(draw: st.DrawFn, task: str) -> list[Asked]:
 
 def written(task: str, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """What a profile becomes: in LaMP-7 the tweet is both sides."""
-    return [(said, said) for said, _ in entries] if task == "LaMP-7" else entries
+    return [(text, text) for text, _ in entries] if task == "LaMP-7" else entries
 
 
 @pytest.mark.parametrize("task", list(FIELDS))
@@ -123,20 +123,20 @@ def test_what_is_written_is_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("lamp")
-    parts = {part: data.draw(asked(task), label=part) for part in ("train", "dev")}
+    parts = {part: data.draw(drawn_questions(task), label=part) for part in ("train", "dev")}
     tail = '", is it [1] or [2]? [1]: "A" [2]: "B"' if task == "LaMP-1" else ""
     inputs: dict[str, str] = {}
     for part, questions in parts.items():
-        made = [
+        official = [
             question(task, f"{part}{at}", text + tail, entries)
             for at, (text, _, entries) in enumerate(questions)
         ]
-        inputs |= {item["id"]: item["input"] for item in made}
+        inputs |= {item["id"]: item["input"] for item in official}
         write_part(
             folder,
             part,
             task,
-            made,
+            official,
             {f"{part}{at}": gold for at, (_, gold, _) in enumerate(questions)},
         )
     dataset = load(folder)
@@ -172,8 +172,8 @@ def small(folder: Path, task: str = "LaMP-3", **changes: Any) -> Path:
 
 
 def test_labels_are_those_of_the_question(tmp_path: Path) -> None:
-    made = [question("LaMP-2N", "1", "x", [("y", "sports")])]
-    write_part(tmp_path, "dev", "LaMP-2N", made, {"1": "politics"})
+    questions = [question("LaMP-2N", "1", "x", [("y", "sports")])]
+    write_part(tmp_path, "dev", "LaMP-2N", questions, {"1": "politics"})
     assert load(tmp_path).task.labels == tuple(NEWS)
 
 
@@ -236,23 +236,23 @@ def test_known_flaws_are_left_out_with_a_note(tmp_path: Path) -> None:
         ("c", "x", "2"),
         ("c#2", "z", "3"),
     ]
-    told = " / ".join(dataset.notes)
-    for what in (
+    notes = " / ".join(dataset.notes)
+    for part_of_note in (
         "1 profile entries were left out: a text is empty",
         "NUL",
         "taken once",
         "numbered",
     ):
-        assert what in told
+        assert part_of_note in notes
 
 
 def test_a_paper_in_an_authors_history_needs_no_label(tmp_path: Path) -> None:
-    made = [
+    questions = [
         question(
             "LaMP-1", "1", 'T", which, [1] or [2]? [1]: "A" [2]: "B"', [("An abstract", "A title")]
         )
     ]
-    write_part(tmp_path / "lamp", "train", "LaMP-1", made, {"1": "[2]"})
+    write_part(tmp_path / "lamp", "train", "LaMP-1", questions, {"1": "[2]"})
     dataset = load(tmp_path / "lamp")
     assert [(record.input, record.output) for record in dataset.history("1")] == [
         ("An abstract", "A title")
@@ -302,9 +302,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "field", "says"), BROKEN)
+@pytest.mark.parametrize(("changes", "field", "message"), BROKEN)
 def test_what_is_broken_is_named(
-    tmp_path: Path, changes: dict[str, Any], field: str, says: str
+    tmp_path: Path, changes: dict[str, Any], field: str, message: str
 ) -> None:
     small(tmp_path, **changes)
     if changes.get("id") == "2":
@@ -318,13 +318,13 @@ def test_what_is_broken_is_named(
     faults: list[DataError] = []
     load(tmp_path, report=faults.append)
     assert field in [fault.field for fault in faults]
-    assert any(says in str(fault) for fault in faults)
+    assert any(message in str(fault) for fault in faults)
     with pytest.raises(DataError):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("<html>not found</html>", "not JSON"),
         ("[]", "holds no question"),
@@ -340,10 +340,10 @@ def test_what_is_broken_is_named(
         ),
     ],
 )
-def test_files_that_are_no_lamp_files(tmp_path: Path, content: str, says: str) -> None:
+def test_files_that_are_no_lamp_files(tmp_path: Path, content: str, message: str) -> None:
     small(tmp_path)
     (tmp_path / "train_questions.json").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -366,11 +366,11 @@ def test_golds_without_questions_and_questions_without_golds(tmp_path: Path) -> 
 
 
 def test_an_unmarked_instruction_is_what_questions_share(tmp_path: Path) -> None:
-    made = [
+    questions = [
         question("LaMP-3", key, "", [("y", "1")]) | {"input": f"Rate this product {text}"}
         for key, text in (("1", "good one"), ("2", "glad"))
     ]
-    write_part(tmp_path, "train", "LaMP-3", made, {"1": "1", "2": "2"})
+    write_part(tmp_path, "train", "LaMP-3", questions, {"1": "1", "2": "2"})
     dataset: DataSet = load(tmp_path)
     assert dataset.task.prompt == "Rate this product {input}"
     assert [query.input for query in dataset.stream_queries()] == ["good one", "glad"]
@@ -408,11 +408,11 @@ def test_a_benchmark_runs_on_the_official_layout(
     }[task]
     for part, count in (("train", 6), ("dev", 3)):
         golds = {f"{part}{at}": usual[at % 3] for at in range(count)}
-        made = []
+        questions = []
         for key, gold in golds.items():
             profile = [(f"news {key} {i}", gold if i else usual[0]) for i in range(6)]
-            made.append(question(task, key, f"news {key}", profile))
-        write_part(tmp_path / "lamp", part, task, made, golds)
+            questions.append(question(task, key, f"news {key}", profile))
+        write_part(tmp_path / "lamp", part, task, questions, golds)
     few = [
         f"--set={name}"
         for name in (
@@ -443,8 +443,8 @@ def test_a_benchmark_runs_on_the_official_layout(
     assert rows["user-majority"]["metrics"][metric][0] == pytest.approx(perfect)
     assert rows["zero-shot"]["metrics"][metric][0] != pytest.approx(perfect)
     assert rows["hydra@2,3"]["calls"] == 2
-    theirs = json.loads((tmp_path / "lamp" / "dev_outputs.json").read_text())
+    official = json.loads((tmp_path / "lamp" / "dev_outputs.json").read_text())
     assert (
-        json.loads((tmp_path / "run" / "lamp" / "user-majority.json").read_text()) == theirs
+        json.loads((tmp_path / "run" / "lamp" / "user-majority.json").read_text()) == official
     )  # all right: LaMP's own file
     assert len(json.loads((tmp_path / "run" / "lamp" / "hydra@2,3.json").read_text())["golds"]) == 3

@@ -224,19 +224,19 @@ BROKEN: list[tuple[str, Any, int | None, str | None, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "line", "field", "says"),
+    ("name", "content", "line", "field", "message"),
     BROKEN,
     ids=[f"{row[0]}-{row[4]}-{at}" for at, row in enumerate(BROKEN)],
 )
 def test_what_is_broken_is_named(
-    tmp_path: Path, name: str, content: Any, line: int | None, field: str | None, says: str
+    tmp_path: Path, name: str, content: Any, line: int | None, field: str | None, message: str
 ) -> None:
     folder = write(tmp_path / "data", **{name.replace(".", "__"): content})
     with pytest.raises(DataError) as caught:
         load(folder)
     fault = caught.value
     assert (Path(str(fault.file)).name, fault.line, fault.field) == (name, line, field)
-    assert says in str(fault)
+    assert message in str(fault)
     assert str(folder / name) in str(fault)
     assert "\n" not in str(fault)
 

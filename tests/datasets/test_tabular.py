@@ -230,7 +230,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "options", "line", "field", "says"), BROKEN)
+@pytest.mark.parametrize(("name", "content", "options", "line", "field", "message"), BROKEN)
 def test_what_is_broken_is_named(
     tmp_path: Path,
     name: str,
@@ -238,7 +238,7 @@ def test_what_is_broken_is_named(
     options: Any,
     line: int | None,
     field: str | None,
-    says: str,
+    message: str,
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
@@ -248,7 +248,7 @@ def test_what_is_broken_is_named(
         line,
         field,
     )
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_command_writes_a_data_set_that_loads(
@@ -270,10 +270,10 @@ def test_the_command_writes_a_data_set_that_loads(
         "--json",
     ]
     assert run(command) == 0
-    told = json.loads(capsys.readouterr().out)
+    summary = json.loads(capsys.readouterr().out)
     dataset = load(out)
-    assert told["digest"] == dataset.digest
-    assert (told["kind"], told["labels"], told["records"], told["queries"]) == (
+    assert summary["digest"] == dataset.digest
+    assert (summary["kind"], summary["labels"], summary["records"], summary["queries"]) == (
         "classification",
         ["no", "yes"],
         32,

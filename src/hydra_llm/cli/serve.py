@@ -42,14 +42,14 @@ def serve(
     here = load_settings(file=options.config)
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     inside = is_loopback(host)
-    with opt.open_store(store, settings.store_timeout) as found:
-        _check_keys(found, host, inside)
-        _check_bundle(found, bundle)
+    with opt.open_store(store, settings.store_timeout) as opened:
+        _check_keys(opened, host, inside)
+        _check_bundle(opened, bundle)
         model = bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         folder = str(bundle) if bundle else None
         app = make_app(
-            found, upstream, settings, bundle=folder, llm=model, here=here, on_loopback=inside
+            opened, upstream, settings, bundle=folder, llm=model, here=here, on_loopback=inside
         )
         name = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(app, log_level="warning", access_log=False)
@@ -90,16 +90,16 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # asyncio sets TCP_NODELAY only if the protocol is named.
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        server = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         if family == socket.AF_INET6:
-            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as asyncio does
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen(2048)
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as asyncio does
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        server.listen(2048)
     except OSError as error:
         taken = f"--host {host} --port {port}: {error.strerror or error}"
         raise SettingsError(f"{taken}: choose another, --port 0 picks a free one") from None
-    return found
+    return server
 
 
 def is_loopback(host: str) -> bool:

@@ -105,7 +105,7 @@ def stream_questions(file: Path, prefix: str = "item") -> Iterator[Any]:
 def read_golds(file: Path, report: Report = stop) -> tuple[str, dict[str, str]]:
     """The task that an outputs file names, and its outputs by question id."""
     if not file.is_file():
-        raise DataError("no such file: the golds stand there", file=file)
+        raise DataError("no such file: it holds the gold answers", file=file)
     with _open(file) as stream:
         data = parse_json(stream.read(), file)
     if not isinstance(data, dict) or not isinstance(data.get("golds"), list):
@@ -116,7 +116,7 @@ def read_golds(file: Path, report: Report = stop) -> tuple[str, dict[str, str]]:
         if texts := _texts(gold, ("id", "output"), place):
             id, output = texts
             if id in outputs:
-                place.fault(f"'{id}' stands there twice", "id")
+                place.fault(f"'{id}' occurs twice", "id")
             outputs.setdefault(id, output)
     return str(data.get("task", "")), outputs
 
@@ -213,7 +213,7 @@ class _Reader:
             user, split = question.user, question.split
             if user in splits:  # the time split has the same people in train and dev
                 user = f"{user}@{split}"
-                what = f"users stand in train and dev; here the latter's names end in @{split}"
+                what = f"users are in train and dev; here the latter's names end in @{split}"
                 self.changes[what] += 1
             splits[user] = split
             self.users[key] = user
@@ -230,7 +230,7 @@ class _Reader:
         texts, number, id = (entry["input"], entry["output"]), 1, entry["id"]
         while (known := self.records.get((entry["user"], entry["id"]))) is not None:
             if known == texts:
-                self.changes["profile entries stood there twice and were taken once"] += 1
+                self.changes["profile entries occurred twice and were taken once"] += 1
                 return False
             number += 1
             entry["id"] = f"{id}#{number}"
@@ -288,6 +288,8 @@ def _task_name(question: Mapping[str, Any], declared: str, file: Place) -> str:
     name = next((name for name, sign in signs.items() if sign), "")
     number = re.sub(r"\D", "", declared)
     if not name or (number and not name.startswith(f"LaMP-{number}")):
-        found = f"profile fields {', '.join(sorted(fields)) or '(none)'}, outputs of '{declared}'"
-        raise file.error(f"no LaMP task that is known: {found}", "profile")
+        signs_of = (
+            f"profile fields {', '.join(sorted(fields)) or '(none)'}, outputs of '{declared}'"
+        )
+        raise file.error(f"no LaMP task that is known: {signs_of}", "profile")
     return name

@@ -74,7 +74,7 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
         if fault := text_fault(user):
             place.fault(fault, "user")
         elif user in splits:
-            place.fault(f"'{user}' stands here twice", "user")
+            place.fault(f"'{user}' occurs twice", "user")
         elif split not in SPLITS:
             place.fault(f"'{split}' is neither train nor test", "split")
         else:
@@ -143,7 +143,7 @@ def parse_object(line: str, place: Place) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        raise ValueError("a field stands twice in one object")
+        raise ValueError("a field occurs twice in one object")
     return data
 
 
