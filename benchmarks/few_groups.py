@@ -134,7 +134,8 @@ def evaluate(
     for before, after in late.prequential_splits():
         heads = fit_heads(scorer, before, late.names())
         places = {
-            (user, int(place)) for user, place in zip(after.users, after.positions, strict=True)
+            (user, int(position))
+            for user, position in zip(after.users, after.positions, strict=True)
         }
         head_groups = [group for group in eval_groups if (group.user, group.position) in places]
         rows["own head"] += loss_and_gain(

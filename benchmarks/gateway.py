@@ -228,7 +228,7 @@ def time_online_update(folder: Path, cache: Path) -> dict[str, float]:
     from hydra_llm.store.values import StoredFeedback
 
     bundle, rng, feedbacks = Bundle.load(folder, cache=cache), random.Random(1), []
-    for place in range(FEEDBACK_WINDOW):
+    for number in range(FEEDBACK_WINDOW):
         rights = [words(LABELS[:3], 8, rng) for _ in range(8)]
         side_features = [[rng.random() for _ in bundle.featurizer.adapter_names] for _ in rights]
         group = {
@@ -239,7 +239,7 @@ def time_online_update(folder: Path, cache: Path) -> dict[str, float]:
         }
         feedbacks.append(
             StoredFeedback(
-                f"request{place}", float(place), {"bundle": bundle.weights, "group": group}
+                f"request{number}", float(number), {"bundle": bundle.weights, "group": group}
             )
         )
     heads_after(bundle, "person0", {}, feedbacks)

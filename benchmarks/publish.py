@@ -74,14 +74,14 @@ def main() -> None:
 
 def report(folder: Path) -> dict[str, Any]:
     """The output of `bench show` for a run, without its path."""
-    (shown,) = bench_show([folder])["runs"]
-    return {name: value for name, value in shown.items() if name != "run"}
+    (run_report,) = bench_show([folder])["runs"]
+    return {name: value for name, value in run_report.items() if name != "run"}
 
 
 def overall(folders: Sequence[Path]) -> dict[str, Any]:
     """The results over tasks of several runs, by `bench show`."""
-    shown: dict[str, Any] = bench_show(folders)["over_tasks"]
-    return shown
+    over_tasks: dict[str, Any] = bench_show(folders)["over_tasks"]
+    return over_tasks
 
 
 def bench_show(folders: Sequence[Path]) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def bench_show(folders: Sequence[Path]) -> dict[str, Any]:
     with redirect_stdout(out):
         if code := run(["bench", "show", *map(str, folders), "--against", BASELINE, "--json"]):
             raise SystemExit(code)
-    shown: dict[str, Any] = json.loads(out.getvalue())
-    return shown
+    output: dict[str, Any] = json.loads(out.getvalue())
+    return output
 
 
 if __name__ == "__main__":

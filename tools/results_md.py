@@ -243,10 +243,10 @@ def main() -> None:
     for page in PAGES:
         before = text = page.read_text(encoding="utf-8")
         for name, content in tables.items():
-            whole = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+            block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
             text = re.sub(
                 rf"<!-- {name} -->\n.*?<!-- /{name} -->",
-                lambda _, whole=whole: whole,
+                lambda _, block=block: block,
                 text,
                 flags=re.S,
             )  # type: ignore[misc]
