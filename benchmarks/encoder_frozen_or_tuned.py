@@ -20,9 +20,11 @@ measured. There is no limit: the result is the reason for a default.
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from measure import finish, options
 from simulated_users import CLASSIFY, learn_scorer, open_data, simulate_users, simulated_data
@@ -36,9 +38,8 @@ from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.training.convex import fit_heads, heads_for
-from hydra_llm.training.dataset import TrainingSet, make_training_set
+from hydra_llm.training.dataset import LabelledGroup, TrainingSet, make_training_set
 from hydra_llm.training.labelling import weak_adapter_groups
-from hydra_llm.types import LabelledGroup
 
 RULE = "exact"
 TUNED_LR = 5e-5
@@ -137,17 +138,7 @@ def labelled_groups(
 
 
 def without_side_features(group: LabelledGroup) -> LabelledGroup:
-    zeros = ((0.0,),) * len(group.rights)
-    return LabelledGroup(
-        group.user,
-        group.query,
-        group.left,
-        group.rights,
-        group.gains,
-        zeros,
-        group.position,
-        group.voted,
-    )
+    return replace(group, side_features=np.zeros((len(group.rights), 1)))
 
 
 def measure(

@@ -38,9 +38,15 @@ from hydra_llm.model.scorer import Scorer
 from hydra_llm.select import select
 from hydra_llm.training.api import fit, learn
 from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
-from hydra_llm.training.dataset import TrainingSet, gain_spread, in_set_order, make_training_set
+from hydra_llm.training.dataset import (
+    LabelledGroup,
+    TrainingSet,
+    gain_spread,
+    in_set_order,
+    make_training_set,
+)
 from hydra_llm.training.labelling import adapter_groups, training_queries
-from hydra_llm.types import Candidate, LabelledGroup
+from hydra_llm.types import Candidate
 
 Row = tuple[float, float]
 """Cross-entropy and gain of the pick, for one group."""

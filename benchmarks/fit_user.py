@@ -21,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,7 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.convex import fit_heads
-from hydra_llm.training.dataset import make_training_set
-from hydra_llm.types import LabelledGroup
+from hydra_llm.training.dataset import LabelledGroup, make_training_set
 
 KNOWN, HELD_OUT, TRAINING_GROUPS = 50, 25, 12
 """A new user's groups for fitting and for evaluation; groups of each training user."""
@@ -150,23 +149,10 @@ def ours(case: Case, scorers: dict[str, Scorer], store: FeatureCache, user: str)
     """The user's head of each scorer."""
     heads = {}
     for name, scorer in scorers.items():
-        groups = [renamed(group, user) for group in case.known[name]]
+        groups = [replace(group, user=user) for group in case.known[name]]
         data = make_training_set(store, scorer.interaction, groups, rule=RULE, loss=scorer.loss)
         heads[name] = fit_heads(scorer, data, [user])[user]
     return heads
-
-
-def renamed(group: LabelledGroup, user: str) -> LabelledGroup:
-    return LabelledGroup(
-        user,
-        group.query,
-        group.left,
-        group.rights,
-        group.gains,
-        group.side_features,
-        group.position,
-        group.voted,
-    )
 
 
 def random_head(width: int) -> nn.Sequential:

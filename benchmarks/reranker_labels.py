@@ -39,6 +39,7 @@ from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.api import blank_bundle
 from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
 from hydra_llm.training.dataset import (
+    LabelledGroup,
     TrainingSet,
     folds,
     gain_spread,
@@ -46,7 +47,6 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.labelling import reranker_groups, training_queries, weak_reranker_groups
-from hydra_llm.types import LabelledGroup
 
 
 @dataclass(frozen=True)

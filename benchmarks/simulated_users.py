@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet, Split
@@ -21,8 +23,9 @@ from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import CohortStats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.train_scorer import LabelledData, train_scorer
-from hydra_llm.types import LabelledGroup, Record
+from hydra_llm.types import Record
 
 TOPICS = {
     "football": "striker goalkeeper penalty league coach stadium midfield derby transfer referee",
@@ -141,10 +144,9 @@ def simulated_rows(users: Sequence[SimulatedUser], count: int, seed: int) -> Row
                     for topic in topics_offered
                 )
                 gains = tuple(float(rng.random() < chance) for chance in probabilities)
+                blank = np.zeros((len(rights), 0))
                 out.append(
-                    LabelledGroup(
-                        user.name, query, text, tuple(rights), gains, ((),) * len(rights), index
-                    )
+                    LabelledGroup(user.name, query, text, tuple(rights), gains, blank, index)
                 )
                 rows.probabilities[scorer, query] = probabilities
     return rows
@@ -188,7 +190,7 @@ def real_rows(
 
 def _group(record: Record, rights: Sequence[str], gains: Sequence[bool]) -> LabelledGroup:
     """A record as a query over candidates, without side features."""
-    blank, gain_values = ((),) * len(rights), tuple(map(float, gains))
+    blank, gain_values = np.zeros((len(rights), 0)), tuple(map(float, gains))
     query = record.user, record.id, record.input
     return LabelledGroup(*query, tuple(rights), gain_values, blank, record.position)
 

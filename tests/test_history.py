@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_llm.errors import UserFault
-from hydra_llm.history import as_query, before, in_order, latest, parse_time, precedes
+from hydra_llm.history import as_query, before, in_order, parse_time, precedes
 from hydra_llm.types import ALWAYS, Query, Record
 
 Seconds = tuple[float, float]
@@ -176,14 +176,13 @@ def test_a_query_without_position_comes_last_for_its_user() -> None:
     assert [record.id for record in before(records, Query("a", "q", "x"))] == ["1"]
 
 
-def test_latest_takes_the_last_in_time_not_in_the_file() -> None:
+def test_the_last_records_are_those_in_time_not_in_the_file() -> None:
     written = ["2021-05-01", "2019-01-01", "2020-01-01"]
     records = [
         Record("u", time, "x", "y", time, parse_time(time), at) for at, time in enumerate(written)
     ]
-    assert [record.id for record in latest(records, 2)] == ["2020-01-01", "2021-05-01"]
-    assert latest(records, 0) == []
-    assert len(latest(records, 9)) == 3
+    assert [record.id for record in in_order(records)[-2:]] == ["2020-01-01", "2021-05-01"]
+    assert len(in_order(records)) == 3
 
 
 def _utc(*parts: int) -> float:

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import SettingsError
-from hydra_llm.prompt import LEAST_INPUT, PER_MESSAGE, Count, Prompt, Style, estimate, render
+from hydra_llm.prompt import LEAST_INPUT, PER_MESSAGE, Count, Prompt, estimate, render
 from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
 from hydra_llm.types import Query, Ranked, Record
@@ -48,7 +48,7 @@ def contents(prompt: Prompt) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("style", ["block", "turns"])
 @pytest.mark.parametrize("task", [RATING, NEWS, TITLES, *LAMP.values()], ids=lambda task: task.name)
-def test_without_records_it_is_exactly_the_instruction(task: Task, style: Style) -> None:
+def test_without_records_it_is_exactly_the_instruction(task: Task, style: str) -> None:
     prompt = render(task, ask("a {input} {0}"), [], max_tokens=500, style=style)
     assert contents(prompt) == [("user", task.ask("a {input} {0}"))]
     assert (prompt.kept, prompt.notes) == ((), ())
@@ -105,7 +105,7 @@ def test_a_records_text_cannot_pose_as_another_field(breaker: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["block", "turns"])
-def test_nul_never_reaches_an_engine_that_would_stop_there(style: Style) -> None:
+def test_nul_never_reaches_an_engine_that_would_stop_there(style: str) -> None:
     prompt = render(RATING, ask("a\0b"), [record(0, "c\0d", "\x005")], max_tokens=500, style=style)
     assert not any("\0" in message["content"] for message in prompt.messages)
     assert prompt.messages[-1]["content"].endswith("a b")
@@ -172,7 +172,7 @@ def test_an_instruction_without_room_is_told() -> None:
     st.sampled_from([words, estimate, len]),
 )
 def test_the_budget_holds_and_every_cut_is_told_once(
-    style: Style, shown: Sequence[tuple[str, str]], text: str, room: int, count: Count
+    style: str, shown: Sequence[tuple[str, str]], text: str, room: int, count: Count
 ) -> None:
     assume(count(RATING.ask("…")) + PER_MESSAGE <= room)
     records = [record(n, *pair) for n, pair in enumerate(shown)]

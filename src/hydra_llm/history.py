@@ -6,7 +6,7 @@ answers no query that may see fewer records than the head has learned from.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -31,8 +31,8 @@ def parse_time(text: str) -> Span:
     text = text.strip()
     if not text:
         return ALWAYS
-    if found := _CALENDAR.fullmatch(text) or _COMPACT.fullmatch(text):
-        return _parse_calendar(*(int(part) for part in found.groups() if part))
+    if match := _CALENDAR.fullmatch(text) or _COMPACT.fullmatch(text):
+        return _parse_calendar(*(int(part) for part in match.groups() if part))
     if _NUMBER.fullmatch(text):
         is_milliseconds = abs(float(text)) >= 1e11  # 1e11 s is the year 5138
         seconds = float(text) / 1000 if is_milliseconds else float(text)
@@ -84,8 +84,8 @@ def span_of(entry: Record | Query) -> Span:
 
 def _overlap(a: Span, b: Span) -> bool:
     if a[0] == a[1] or b[0] == b[1]:  # a moment: inside a longer span, or equal to another moment
-        low, high = (a, b) if a[0] == a[1] else (b, a)
-        return low == high or (high[0] <= low[0] < high[1])
+        moment, span = (a, b) if a[0] == a[1] else (b, a)
+        return moment == span or (span[0] <= moment[0] < span[1])
     return a[0] < b[1] and b[0] < a[1]
 
 
@@ -110,8 +110,3 @@ def as_query(record: Record) -> Query:
     """A record as a query with a gold answer, which sees only what precedes it."""
     r = record
     return Query(r.user, r.id, r.input, r.output, r.time, r.span, r.position)
-
-
-def latest(records: Sequence[Record], count: int) -> list[Record]:
-    """A user's last `count` records, oldest first."""
-    return in_order(records)[-count:] if count > 0 else []

@@ -10,14 +10,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
-Style = Literal["block", "turns"]  # examples in front of the question, or as earlier turns
+STYLES = ("block", "turns")  # examples in front of the question, or as earlier turns
 Count = Callable[[str], int]  # a text's length in the LLM's tokens
 Messages = tuple[Message, ...]
 
@@ -73,14 +73,14 @@ def render(
     Raises:
         SettingsError: the instruction alone is longer than `max_tokens`, or an unknown style.
     """
-    if style not in _STYLES:
-        raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(_STYLES)}")
+    if style not in STYLES:
+        raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(STYLES)}")
     look: dict[str, Any] = {"style": style, "profile": profile, "conversation": conversation}
     again = partial(render, task, query, records, count=count, **look)
     own = None if conversation is None else tuple(conversation)
-    page = _Page(task, _STYLES[style], max_tokens, count or estimate, repair(profile), own)
+    page = _Page(task, style, max_tokens, count or estimate, repair(profile), own)
     text, examples = repair(query.input), [_repaired(item) for item in records]
-    shown = _fit_records(page, examples, text)
+    shown = page.fit_records(examples, text)
     question = text if own is not None else _cut(text, lambda part: page.fits(shown, part))
     if question is None:
         raise SettingsError(
@@ -107,72 +107,60 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-# ---- how records are shown
-
-
-Ask = Callable[[str], str]
-_Layout = Callable[[Task, Sequence[Record], Messages, Ask], Messages]
-
-
-def _block(task: Task, shown: Sequence[Record], own: Messages, ask: Ask) -> Messages:
-    """The examples, best last, before the question; a field a line: none can pose as another."""
-    if not shown:
-        return own
-    words = task.strategy.prompt_words()
-    lines = [
-        f"{words.input}: {fold(example.input)}\n{words.answer}: {fold(example.output)}"
-        for example in reversed(shown)
-    ]
-    block = "\n\n".join([words.header, *lines, "Now answer as this person would.\n"])
-    content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
-    front = block if isinstance(content, str) else [{"type": "text", "text": block}]
-    return (*own[:-1], {**own[-1], "content": front + content})
-
-
-def _turns(task: Task, shown: Sequence[Record], own: Messages, ask: Ask) -> Messages:
-    """Each example as a question and its answer, best last, behind the system messages."""
-    roles = [message.get("role") for message in own]
-    head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
-    turns: list[Message] = []
-    for example in reversed(shown):
-        turns.append({"role": "user", "content": ask(example.input)})
-        turns.append({"role": "assistant", "content": example.output})
-    return (*own[:head], *turns, *own[head:])
-
-
-_STYLES: Mapping[str, _Layout] = {"block": _block, "turns": _turns}
-
-
 def _repaired(item: Ranked | Record) -> Record:
     record = item.record if isinstance(item, Ranked) else item
     return replace(record, input=repair(record.input), output=repair(record.output))
 
 
-# ---- staying inside the budget
-
-
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """A layout and its room."""
+    """What stands around the records, and the room that there is."""
 
     task: Task
-    layout: _Layout
+    style: str
     max_tokens: int
     count: Count
-    profile: str = ""
-    conversation: Messages | None = None
+    profile: str
+    conversation: Messages | None
 
     def messages(self, shown: Sequence[Record], text: str) -> Messages:
-        if self.conversation is not None:
-            return self.layout(self.task, shown, self.conversation, self._ask)
-        system = ({"role": "system", "content": self.profile},) if self.profile else ()
-        own = (*system, {"role": "user", "content": self.task.ask(text)})
-        return self.layout(self.task, shown, own, self.task.ask)
+        own = self.conversation
+        if own is None:
+            system = ({"role": "system", "content": self.profile},) if self.profile else ()
+            own = (*system, {"role": "user", "content": self.task.ask(text)})
+        return self._block(shown, own) if self.style == "block" else self._turns(shown, own)
+
+    def _block(self, shown: Sequence[Record], own: Messages) -> Messages:
+        """The examples, best last, before the question; a field a line: none passes for another."""
+        if not shown:
+            return own
+        words = self.task.strategy.prompt_words()
+        lines = [
+            f"{words.input}: {fold(example.input)}\n{words.answer}: {fold(example.output)}"
+            for example in reversed(shown)
+        ]
+        block = "\n\n".join([words.header, *lines, "Now answer as this person would.\n"])
+        content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
+        front = block if isinstance(content, str) else [{"type": "text", "text": block}]
+        return (*own[:-1], {**own[-1], "content": front + content})
+
+    def _turns(self, shown: Sequence[Record], own: Messages) -> Messages:
+        """Each example as a question and its answer, best last, behind the system messages."""
+        roles = [message.get("role") for message in own]
+        head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
+        turns: list[Message] = []
+        for example in reversed(shown):
+            turns.append({"role": "user", "content": self._ask(example.input)})
+            turns.append({"role": "assistant", "content": example.output})
+        return (*own[:head], *turns, *own[head:])
 
     def _ask(self, text: str) -> str:
-        """A record's input as the conversation asks: its records may come from whole prompts."""
-        own, task = text_of((self.conversation or ({},))[-1]), self.task
-        return task.ask(text) if task.input_of(own) and not task.input_of(text) else text
+        """A record's input as the question asks: a conversation's records may be whole prompts."""
+        task = self.task
+        if self.conversation is None:
+            return task.ask(text)
+        question = text_of((self.conversation or ({},))[-1])
+        return task.ask(text) if task.input_of(question) and not task.input_of(text) else text
 
     def tokens(self, shown: Sequence[Record], text: str) -> int:
         messages = self.messages(shown, text)
@@ -181,17 +169,16 @@ class _Page:
     def fits(self, shown: Sequence[Record], text: str) -> bool:
         return self.tokens(shown, text) <= self.max_tokens
 
-
-def _fit_records(page: _Page, examples: list[Record], text: str) -> list[Record]:
-    """The best examples that fit; a single one may lose the end of its input."""
-    for count in range(len(examples), 0, -1):
-        if page.fits(examples[:count], text):
-            return examples[:count]
-    if not examples:
-        return []
-    best = examples[0]
-    part = _cut(best.input, lambda part: page.fits([replace(best, input=part)], text))
-    return [] if part is None or len(part) < LEAST_INPUT else [replace(best, input=part)]
+    def fit_records(self, examples: list[Record], text: str) -> list[Record]:
+        """The best examples that fit; a single one may lose the end of its input."""
+        for count in range(len(examples), 0, -1):
+            if self.fits(examples[:count], text):
+                return examples[:count]
+        if not examples:
+            return []
+        best = examples[0]
+        part = _cut(best.input, lambda part: self.fits([replace(best, input=part)], text))
+        return [] if part is None or len(part) < LEAST_INPUT else [replace(best, input=part)]
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> str | None:

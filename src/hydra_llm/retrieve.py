@@ -8,7 +8,7 @@ words that more than half of the records hold weigh a quarter of the mean weight
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from random import Random as Generator
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.history import in_order
 from hydra_llm.plugins import Registry
 from hydra_llm.types import Query, Ranked, Record
-
-if TYPE_CHECKING:
-    import bm25s
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]  # texts → [N, H], with a cache
@@ -44,10 +41,12 @@ class Forgetful(Protocol):
         ...
 
 
-_CLASSES = ("BM25", "Dense", "Recent", "Random", "Nothing")
 RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
     "hydra_llm.retrievers",
-    {name.lower(): f"hydra_llm.retrieve:{name}" for name in _CLASSES},
+    {
+        name.lower(): f"hydra_llm.retrieve:{name}"
+        for name in ("BM25", "Dense", "Recent", "Random", "Nothing")
+    },
     needs=("__call__",),
 )
 """Called as `factory(embed=..., seed=..., text=...)`."""
@@ -61,19 +60,26 @@ def make_retriever(
     Raises:
         SettingsError: no such retriever, or it needs an encoder and `embed` is None.
     """
-    found = RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
-    if not hasattr(found, "retrieve"):
+    retriever = RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
+    if not hasattr(retriever, "retrieve"):
         raise SettingsError(f"the retriever '{name}' has no 'retrieve'")
-    return found
+    return retriever
 
 
 class _ByScore:
     """Orders records by a score of their texts against the query's; equal scores by recency."""
 
+    needs_encoder = False
+
     def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
         if text not in ("input", "both"):
             raise SettingsError(f"a retriever matches 'input' or 'both' of a record, not '{text}'")
+        if embed is None and self.needs_encoder:
+            raise SettingsError("the dense retriever needs an encoder")
         self.embed, self.seed, self.text = embed, seed, text
+        # The key is the texts themselves: an edited record or an earlier slice of time never meets
+        # a stale index.
+        self._index = lru_cache(maxsize=KEPT_INDEXES)(self.index)
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
         if m <= 0 or not records:
@@ -85,92 +91,75 @@ class _ByScore:
         return [Ranked(oldest_first[place], float(scores[place]), rank) for rank, place in ranked]
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: how well each record fits, oldest first."""
+        """[N]: how well each record fits, oldest first; by default all alike."""
+        return np.zeros(len(records))
+
+    def index(self, texts: tuple[str, ...]) -> Any:
+        """What `scores` needs of the records' texts."""
         raise NotImplementedError
 
-    def matched(self, records: Sequence[Record]) -> tuple[str, ...]:
-        """The text of each record that is matched with the query's."""
-        if self.text == "input":
-            return tuple(record.input for record in records)
-        return tuple(f"{record.input}\n{record.output}" for record in records)
-
-
-class BM25(_ByScore):
-    """Words in common, rare ones weighing more; the index of the visible records is kept."""
-
-    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
-        super().__init__(embed=embed, seed=seed, text=text)
-        # The key is the texts themselves: an edited record or an earlier slice of time never meets
-        # a stale index.
-        self._index = lru_cache(maxsize=KEPT_INDEXES)(_okapi)
-
-    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: BM25Okapi; all 0 where query or records have no words."""
-        words, index = query.input.split(), self._index(self.matched(records))
-        if index is None or not words:  # bm25s raises on an empty query
-            return np.zeros(len(records))
-        return np.asarray(index.get_scores(words), dtype=np.float64)
+    def indexed(self, records: Sequence[Record]) -> Any:
+        """The kept index of the records: of their inputs, or of inputs and answers."""
+        both = self.text == "both"
+        return self._index(
+            tuple(
+                f"{record.input}\n{record.output}" if both else record.input for record in records
+            )
+        )
 
     def forget(self) -> None:
         self._index.cache_clear()
 
 
-def _okapi(texts: tuple[str, ...]) -> "bm25s.BM25 | None":
-    """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word. bm25s has
-    Okapi's term weights (`atire`) but not its word weights: they replace `lucene`'s.
-    """
-    tokens = [text.split() for text in texts]
-    if not any(tokens):
-        return None
-    import bm25s
+class BM25(_ByScore):
+    """Words in common, rare ones weighing more; the index of the visible records is kept."""
 
-    index = bm25s.BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
-    index.index(tokens, show_progress=False)
-    holders = np.diff(index.scores["indptr"])  # [V] records that hold each word
-    lucene = np.log1p((len(texts) - holders + 0.5) / (holders + 0.5))
-    index.scores["data"] *= np.repeat(_word_weights(holders, len(texts)) / lucene, holders)
-    return index
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        """[N]: BM25Okapi; all 0 where query or records have no words."""
+        words, index = query.input.split(), self.indexed(records)
+        if index is None or not words:  # bm25s raises on an empty query
+            return np.zeros(len(records))
+        return np.asarray(index.get_scores(words), dtype=np.float64)
 
+    def index(self, texts: tuple[str, ...]) -> Any:
+        """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word. bm25s
+        has Okapi's term weights (`atire`) but not its word weights: they replace `lucene`'s.
+        """
+        tokens = [text.split() for text in texts]
+        if not any(tokens):
+            return None
+        import bm25s
 
-def _word_weights(holders: NDArray[np.integer], total: int) -> Floats:
-    """[V]: log of the odds that a record does not hold the word; where negative, a quarter of the
-    mean, but at least 0: with few records rank_bm25 puts the best match last.
-    """
-    weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
-    return np.where(weights < 0, max(0.0, 0.25 * float(weights.mean())), weights)
+        index = bm25s.BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
+        index.index(tokens, show_progress=False)
+        holders, total = np.diff(index.scores["indptr"]), len(texts)  # [V] records with each word
+        # Log of the odds that a record does not hold the word; where negative, a quarter of the
+        # mean, but at least 0: with few records rank_bm25 puts the best match last.
+        weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
+        weights = np.where(weights < 0, max(0.0, 0.25 * float(weights.mean())), weights)
+        lucene = np.log1p((total - holders + 0.5) / (holders + 0.5))
+        index.scores["data"] *= np.repeat(weights / lucene, holders)
+        return index
 
 
 class Dense(_ByScore):
-    """Nearest in the encoder's space, by cosine."""
+    """Nearest in the encoder's space by cosine, -1 to 1; a zero vector scores 0."""
 
-    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
-        super().__init__(embed=embed, seed=seed, text=text)
-        if embed is None:
-            raise SettingsError("the dense retriever needs an encoder")
-        self._embed = embed
-        self._rows = lru_cache(maxsize=KEPT_INDEXES)(lambda texts: _unit_rows(embed(texts)))
+    needs_encoder = True
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        """[N]: cosine, -1 to 1; 0 where a vector is zero."""
-        rows = self._rows(self.matched(records))
-        return np.asarray(rows @ _unit_rows(self._embed((query.input,)))[0])
+        return np.asarray(self.indexed(records) @ self.index((query.input,))[0])
 
-    def forget(self) -> None:
-        self._rows.cache_clear()
-
-
-def _unit_rows(rows: NDArray[np.floating]) -> Floats:
-    """[N, H] → [N, H] of length 1; zero rows stay zero."""
-    wide = np.asarray(rows, dtype=np.float64)
-    length = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.asarray(wide / np.maximum(length, np.finfo(np.float64).tiny))
+    def index(self, texts: tuple[str, ...]) -> Floats:
+        """[N, H] of length 1; zero rows stay zero."""
+        assert self.embed is not None
+        rows = np.asarray(self.embed(texts), dtype=np.float64)
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        return np.asarray(rows / np.maximum(length, np.finfo(np.float64).tiny))
 
 
 class Recent(_ByScore):
     """The latest records; all score 0, so that recency alone decides."""
-
-    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
-        return np.zeros(len(records))
 
 
 class Random(_ByScore):

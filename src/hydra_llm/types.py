@@ -19,6 +19,9 @@ ALWAYS: Span = (-math.inf, math.inf)
 """The span of an unknown time: such a record is ordered by its position only."""
 
 
+ARROW = " → "
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One entry of a user's history: an input and the answer that the user gave or wanted."""
@@ -30,9 +33,6 @@ class Record:
     time: str = ""  # as written in the data; empty if unknown
     span: Span = ALWAYS  # `time` as an interval, see `history.parse_time`
     position: int = 0  # place in the user's order; decides where spans are equal or overlap
-
-
-ARROW = " → "
 
 
 def as_one_text(input: str, output: str) -> str:
@@ -111,18 +111,12 @@ class Generation:
 class Candidate:
     """One possible answer, with what is known of it."""
 
-    text: str
-    """As the LLM wrote it, or the label itself."""
-    answer: str | None
-    """The parsed answer: a label, a number as text, or the text; None if it cannot be parsed."""
-    votes: int = 0
-    """How many of the LLM's samples gave this answer."""
-    greedy: bool = False
-    """Whether the LLM's temperature-0 sample gave it."""
-    score: float | None = None
-    """The adapter's score for this user; None where no adapter ran."""
-    probability: float | None = None
-    """The calibrated probability of this candidate within its group."""
+    text: str  # as the LLM wrote it, or the label itself
+    answer: str | None  # parsed: a label, a number as text, or the text; None: cannot be parsed
+    votes: int = 0  # how many of the LLM's samples gave this answer
+    greedy: bool = False  # whether the LLM's temperature-0 sample gave it
+    score: float | None = None  # the adapter's score for this user; None where no adapter ran
+    probability: float | None = None  # the calibrated probability within its group
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +124,14 @@ class Proposal:
     """All stages up to the candidates: retrieval, reranking, the prompt and the samples."""
 
     query: Query
-    retrieved: tuple[Ranked, ...]
-    """In the retriever's order."""
-    records: tuple[Ranked, ...]
-    """In the reranker's order; the first k are in the prompt."""
+    retrieved: tuple[Ranked, ...]  # in the retriever's order
+    records: tuple[Ranked, ...]  # in the reranker's order; the first k are in the prompt
     messages: tuple[Message, ...]
     candidates: tuple[Candidate, ...]
     usage: Usage = Usage()
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds per stage: retrieve, rerank, prompt, llm, adapt."""
-    notes: tuple[str, ...] = ()
-    """One line for each thing that was cut, dropped or failed."""
+    notes: tuple[str, ...] = ()  # one line for each thing that was cut, dropped or failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +140,9 @@ class Answer:
 
     text: str
     proposal: Proposal
-    candidates: tuple[Candidate, ...]
-    """Those of the proposal, with scores where an adapter ran."""
-    chosen: int
-    """Index into `candidates`."""
-    abstained: bool = False
-    """Whether the adapter kept the first candidate because it was not sure of a better one."""
+    candidates: tuple[Candidate, ...]  # those of the proposal, scored where an adapter ran
+    chosen: int  # index into `candidates`
+    abstained: bool = False  # the adapter kept the first candidate: it was not sure of a better one
 
     @property
     def usage(self) -> Usage:
@@ -163,17 +151,3 @@ class Answer:
     @property
     def seconds(self) -> Mapping[str, float]:
         return self.proposal.seconds
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledGroup:
-    """The pairs of one query, which compete with each other, and the gain of each."""
-
-    user: str
-    query: str  # the query's id
-    left: str  # the query's text
-    rights: tuple[str, ...]  # [C] records with answers (reranker), candidates' texts (adapter)
-    gains: tuple[float, ...]  # [C] 0 to 1, from the task's gain
-    side_features: tuple[tuple[float, ...], ...]  # [C][E]; the scorer names the columns
-    position: int = 0  # of the query in the user's order: how many records it may see
-    voted: bool = False  # whether the side features include vote shares of the LLM's samples

@@ -18,9 +18,9 @@ from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Loss, Scorer
+from hydra_llm.training.calibration import FitReport
 from hydra_llm.training.convex import Strengths, fit_heads, fit_scorer
 from hydra_llm.training.dataset import TrainingSet
-from hydra_llm.training.report import FitReport
 
 _spec = importlib.util.spec_from_file_location(
     "simulated", Path(__file__).with_name("simulated.py")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hydra_llm.model.interactions import Cross, Groups, Tower
 from hydra_llm.training.dataset import (
     FEW_GROUPS,
+    LabelledGroup,
     TrainingSet,
     chunks_of_users,
     folds,
@@ -21,7 +22,6 @@ from hydra_llm.training.dataset import (
     targets,
     within_group_spread,
 )
-from hydra_llm.types import LabelledGroup
 
 FULL = torch.ones(1, 3, dtype=torch.bool)
 
@@ -120,7 +120,7 @@ def group(user: str, position: int, voted: bool = False, count: int = 2) -> Labe
         str(position),
         rights,
         gains,
-        tuple((float(c), 7.0) for c in range(count)),
+        np.array([(float(c), 7.0) for c in range(count)]),
         position,
         voted,
     )
@@ -267,7 +267,7 @@ def test_folds_part_the_users(count: int, parts: int, seed: int) -> None:
 
 def test_graded_targets_of_a_user_do_not_depend_on_other_users() -> None:
     def graded(user: str, gains: tuple[float, ...]) -> LabelledGroup:
-        return LabelledGroup(user, "q", "1", ("2", "3"), gains, ((0.0,), (1.0,)))
+        return LabelledGroup(user, "q", "1", ("2", "3"), gains, np.array([[0.0], [1.0]]))
 
     mine, other = graded("a", (0.4, 0.5)), graded("b", (0.0, 1.0))
     alone, together = (

@@ -24,9 +24,8 @@ from hydra_llm.model.interactions import Cross, Groups, Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
-from hydra_llm.training.dataset import TrainingSet, make_training_set
+from hydra_llm.training.dataset import LabelledGroup, TrainingSet, make_training_set
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, train_jointly
-from hydra_llm.types import LabelledGroup
 
 _spec = importlib.util.spec_from_file_location(
     "simulated", Path(__file__).with_name("simulated.py")
@@ -254,7 +253,9 @@ def word_groups(users: Sequence[str] = ("a", "b", "c")) -> list[LabelledGroup]:
             good, bad = POSITIVE[place % 3], NEGATIVE[(place + place // 3) % 3]
             gains = (1.0, 0.0) if user != "c" else (0.0, 1.0)
             out.append(
-                LabelledGroup(user, str(place), "the film", (good, bad), gains, ((), ()), place)
+                LabelledGroup(
+                    user, str(place), "the film", (good, bad), gains, np.zeros((2, 0)), place
+                )
             )
     return out
 
@@ -300,7 +301,8 @@ def test_tuning_lowers_the_loss_and_gives_another_encoder(encoder: Encoder) -> N
 
 
 def test_fresh_features_stand_where_the_tables_do(encoder: Encoder) -> None:
-    groups = [*word_groups(("a",)), LabelledGroup("b", "0", "a song", ("night",), (1.0,), ((),), 0)]
+    other = LabelledGroup("b", "0", "a song", ("night",), (1.0,), np.zeros((1, 0)), 0)
+    groups = [*word_groups(("a",)), other]
     store = FeatureCache(encoder)
     table = make_training_set(store, Cross(encoder.width), groups, rule="exact", loss="binary")
     with torch.no_grad():

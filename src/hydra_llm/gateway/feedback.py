@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from anyio.to_thread import run_sync
 
 from hydra_llm.bundle import Bundle
@@ -24,8 +25,9 @@ from hydra_llm.store.change import FEEDBACK_ID
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import ConflictingFeedback, Request, StaleVersion, StoredFeedback
 from hydra_llm.text import text_fault
+from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.train_scorer import target_rule, training_set
-from hydra_llm.types import Candidate, LabelledGroup, Query, Record
+from hydra_llm.types import Candidate, Query, Record
 
 ACCEPTED = 0.5  # minimum rating of an answer that counts as what the user wanted
 TRIES = 8
@@ -208,8 +210,7 @@ def heads_after(
     groups = []
     for position, feedback in enumerate(ordered[-FEEDBACK_WINDOW:]):
         group, query = feedback.content["group"], feedback.request
-        rights, gains = tuple(group["rights"]), tuple(group["gains"])
-        side = tuple(map(tuple, group["evidence"]))
+        rights, gains, side = group["rights"], group["gains"], np.array(group["evidence"])
         groups.append(
             LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)
         )

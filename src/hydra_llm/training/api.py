@@ -8,13 +8,13 @@ run that was stopped continues where it was. `learn` and `fit` are the same from
 """
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, as_learned, load_settings
@@ -33,6 +33,7 @@ from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
@@ -46,15 +47,15 @@ from hydra_llm.training.labelling import (
 from hydra_llm.training.train_scorer import (
     LabelledData,
     TrainingFiles,
-    empty_heads,
     fit_new_heads,
     silent,
     target_rule,
     train_scorer,
 )
-from hydra_llm.types import LabelledGroup, Record, StageCost, Usage
+from hydra_llm.types import Record, StageCost, Usage
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass
@@ -63,10 +64,10 @@ class Learned:
 
     bundle: Bundle
     users: tuple[str, ...]
-    failures: list[str] = field(default_factory=list)
-    """One line per call that failed; its pair was left out."""
-    notes: list[str] = field(default_factory=list)
-    """One line for each thing that was left out or differs from what was asked for."""
+    failures: list[str] = field(
+        default_factory=list
+    )  # a line per failed call: its pair is left out
+    notes: list[str] = field(default_factory=list)  # a line for each thing left out or changed
     stages: dict[str, StageCost] = field(default_factory=dict)
 
     @property
@@ -83,6 +84,10 @@ class Learned:
         """The stages as JSON values."""
         return {stage: cost.to_json() for stage, cost in self.stages.items()}
 
+    def report(self, **entries: Any) -> None:
+        """Add entries to the bundle's report."""
+        self.bundle = replace(self.bundle, report={**self.bundle.report, **entries})
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -92,10 +97,6 @@ class _Part:
     stage: str  # what the LLM labels
     skipped: str  # why none is learned where all gains are equal
 
-    def plain(self, bundle: Bundle, llm: ChatLLM) -> UserPipeline:
-        """The pipeline without this scorer."""
-        return bundle.personalizer(llm, rerank=self is ADAPTER, adapt=self is RERANKER)
-
 
 RERANKER = _Part(
     "reranker", "label records", "no retrieved record changed what the LLM's answer was worth"
@@ -103,9 +104,6 @@ RERANKER = _Part(
 ADAPTER = _Part(
     "adapter", "label candidates", "no two candidates of a query differed in what they were worth"
 )
-
-
-# ---- learning the shared base
 
 
 async def alearn(
@@ -137,101 +135,12 @@ async def alearn(
     bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(bundle, tuple(records), notes=notes)
-    await _learn_scorers(learned, model, TrainingFiles(out, progress), first)
-    usage = learned.usage
-    _report(learned, users=len(records), calls=usage.calls, cached=usage.cached)
-    _report(learned, stages=learned.stages_json())
+    await _Work(learned, model, TrainingFiles(out, progress)).learn(first)
+    counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
+    learned.report(**counts, stages=learned.stages_json())
     if out is not None:
         learned.bundle.save(out)
     return learned
-
-
-async def _learn_scorers(
-    learned: Learned, model: ChatLLM, files: TrainingFiles, first: Bundle | None
-) -> None:
-    """The reranker, or that of `first`; then the adapter."""
-    settings, ranking = learned.bundle.settings, None
-    if first is not None:
-        _take_reranker(learned, first)
-    elif settings.retrieved > 0:
-        ranking = await _labelled_data(RERANKER, learned, model, files.progress)
-        _train(learned, ranking, files, tune=settings.tune_encoder)
-        _use_reranker(learned)
-    picking = await _labelled_data(ADAPTER, learned, model, files.progress)
-    _train(learned, picking, files, tune=settings.tune_encoder)
-    if settings.tune_encoder and picking is not None:
-        _train(learned, ranking, files)  # the encoder has moved under the reranker
-        _use_reranker(learned)
-
-
-def blank_bundle(
-    task: Task, llm: ChatLLM, settings: Settings, records: Mapping[str, Sequence[Record]]
-) -> Bundle:
-    """A bundle that has learned nothing: all that prompts need."""
-    encoder = open_encoder(
-        settings.encoder, pooling=settings.pooling, max_length=settings.max_length
-    )
-    store = FeatureCache(encoder, settings.cache / "features.sqlite")
-    stats = fit_stats(task, store, list(records.values()))
-    return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
-
-
-async def _labelled_data(
-    part: _Part, learned: Learned, llm: ChatLLM, progress: StageProgress
-) -> LabelledData | None:
-    """What a scorer is trained on; None where no candidate is better than another."""
-    bundle, users = learned.bundle, learned.users
-    plain = part.plain(bundle, llm)
-    asked = users[: bundle.settings.labelled_users]
-    collected = await _collect(part, learned, plain, asked, progress)
-
-    def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        return [*collected.groups(featurizer), *_weak_groups(part, plain, featurizer, users)]
-
-    if not any(len(set(group.gains)) > 1 for group in groups(bundle.featurizer)):
-        _report(learned, **{part.name: {"skipped": part.skipped}})
-        learned.notes.append(f"no {part.name} was learned: {part.skipped}")
-        return None
-    names = getattr(bundle.featurizer, f"{part.name}_names")
-    by_label = part is ADAPTER and reads_labels(bundle.task, bundle.settings)
-    return LabelledData(part.name, groups, names, target_rule(bundle, part.name), by_label)
-
-
-def _train(
-    learned: Learned, data: LabelledData | None, files: TrainingFiles, *, tune: bool = False
-) -> None:
-    if data is None:
-        return
-    started = perf_counter()
-    learned.bundle = train_scorer(learned.bundle, data, tune=tune, files=files)
-    learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
-
-
-def _use_reranker(learned: Learned) -> None:
-    """Decide by held-out users whether the reranker is used."""
-    helps = reranker_helps(learned.bundle.report)
-    if learned.bundle.reranker is not None and learned.bundle.use_reranker and not helps:
-        reason = "on held-out users the reranker's first records were worth less"
-        learned.notes.append(f"the retriever's order stands: {reason}")
-    learned.bundle = replace(learned.bundle, use_reranker=helps)
-
-
-def _take_reranker(learned: Learned, first: Bundle) -> None:
-    learned.bundle = replace(
-        learned.bundle,
-        scorers={name: scorer for name, scorer in first.scorers.items() if name == "reranker"},
-        heads={name: heads for name, heads in first.heads.items() if name == "reranker"},
-        use_reranker=first.use_reranker,
-    )
-    _report(learned, reranker=first.report.get("reranker", {}))
-
-
-def _report(learned: Learned, **entries: Any) -> None:
-    bundle = learned.bundle
-    learned.bundle = replace(bundle, report={**bundle.report, **entries})
-
-
-# ---- fitting new users
 
 
 async def afit(
@@ -253,75 +162,48 @@ async def afit(
             some that do not. UnknownUser: a user whom the data set does not have. DataError: the
             data set is of another task than the bundle.
     """
-    folder = None if isinstance(bundle, Bundle) else Path(bundle)
     given = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
         given = replace(given, settings=as_learned(given.settings, settings))
     _, data, model = _opened(dataset, llm, given.settings)
     given.check_task(data.task)
     names = data.users("test") if users is None else list(dict.fromkeys(users))
-    _check_known(names, data)
+    if unknown := [name for name in names if name not in data.splits]:
+        known = f"the data set has {len(data.splits)} users, see `hydra-llm data check`"
+        raise UnknownUser(f"unknown user '{unknown[0]}': {known}")
     own = {name: in_order(data.history(name)) for name in names}
     notes = _lacking(names, own, "have no records: they get the shared head")
-    fresh = replace(given, records=_overlaid(given.records, own))
-    learned = Learned(fresh, tuple(names), notes=notes)
-    for part in (RERANKER, ADAPTER):
-        await _fit_part(part, learned, model, progress)
-    _encode_records(learned.bundle, names)
-    if folder is not None:
-        learned.bundle.save(folder)
+    given = replace(given, records=_overlaid(given.records, own))
+    learned = Learned(given, tuple(names), notes=notes)
+    await _Work(learned, model, TrainingFiles(progress=progress)).fit()
+    if not isinstance(bundle, Bundle):
+        learned.bundle.save(bundle)
     return learned
 
 
-def _check_known(names: Sequence[str], data: DataSet) -> None:
-    known = set(data.users())
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        users = f"the data set has {len(known)} users, see `hydra-llm data check`"
-        raise UnknownUser(f"unknown user '{unknown}': {users}")
+def _blocking(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
+    """The function from sync code."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run_sync(partial(function, *args, **kwargs))
+
+    return call
 
 
-async def _fit_part(part: _Part, learned: Learned, llm: ChatLLM, progress: StageProgress) -> None:
-    """Fit one scorer's heads, on weak labels where there are some."""
-    bundle, users = learned.bundle, learned.users
-    if part.name not in bundle.scorers:
-        return
-    plain = part.plain(bundle, llm)
-    groups = _weak_groups(part, plain, bundle.featurizer, users)
-    if not groups and (part is ADAPTER or bundle.settings.reranker_labels == "llm"):
-        collected = await _collect(part, learned, plain, users, progress)
-        groups = collected.groups(bundle.featurizer)
-    _add_heads(learned, part.name, groups)
+learn, fit = _blocking(alearn), _blocking(afit)
 
 
-def _encode_records(bundle: Bundle, users: Sequence[str]) -> None:
-    """Encode what the reranker reads of these users: else their first question waits for it."""
-    if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
-        with_answer = bundle.settings.record_answer
-        records = (record for user in users for record in bundle.records[user])
-        bundle.store.texts([record_text(record, with_answer=with_answer) for record in records])
-
-
-def _add_heads(learned: Learned, name: str, groups: Sequence[LabelledGroup]) -> None:
-    """Fitted anew: a user without groups has the shared head."""
-    bundle, users, started = learned.bundle, learned.users, perf_counter()
-    if groups:
-        heads = fit_new_heads(bundle, name, groups, users)
-    else:
-        heads = empty_heads(bundle, name, users)
-    own = _overlaid(bundle.heads.get(name, {}), heads)
-    learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
-    learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
-
-
-def _overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
-    """Both, `new` first, without a copy of what may be a million users'."""
-    if isinstance(old, ChainMap):
-        return ChainMap({**old.maps[0], **new}, *old.maps[1:])
-    return ChainMap(dict(new), old)  # type: ignore[arg-type]  # nobody writes to the second
-
-
-# ---- what both need
+def blank_bundle(
+    task: Task, llm: ChatLLM, settings: Settings, records: Mapping[str, Sequence[Record]]
+) -> Bundle:
+    """A bundle that has learned nothing: all that prompts need."""
+    encoder = open_encoder(
+        settings.encoder, pooling=settings.pooling, max_length=settings.max_length
+    )
+    store = FeatureCache(encoder, settings.cache / "features.sqlite")
+    stats = fit_stats(task, store, list(records.values()))
+    return Bundle(task, settings, dict(llm.identity), store, stats, records=records)
 
 
 def _opened(
@@ -342,30 +224,114 @@ def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate
     return [f"{len(without)} of {len(users)} users {fate} ({named})"] if without else []
 
 
-async def _collect(
-    part: _Part,
-    learned: Learned,
-    plain: UserPipeline,
-    users: Sequence[str],
-    progress: StageProgress,
-) -> Collected:
-    """Let the LLM label the users' latest queries."""
-    most = plain.settings.queries_per_user
-    latest = (training_queries(plain.task, plain.records[user], most) for user in users)
-    label = reranker_groups if part is RERANKER else adapter_groups
-    collected = await label(plain, list(chain(*latest)), partial(progress, part.stage))
-    _account(learned, part.stage, len(users), collected)
-    return collected
+def _overlaid(old: Mapping[str, T], new: Mapping[str, T]) -> Mapping[str, T]:
+    """Both, `new` first, without a copy of what may be a million users'."""
+    if isinstance(old, ChainMap):
+        return ChainMap({**old.maps[0], **new}, *old.maps[1:])
+    return ChainMap(dict(new), old)  # type: ignore[arg-type]  # nobody writes to the second
 
 
-def _account(learned: Learned, stage: str, users: int, collected: Collected) -> None:
-    learned.failures += collected.failures
-    learned.stages[stage] = StageCost(users, collected.usage.seconds, collected.usage)
-    if collected.notes:
-        count = f"{len(collected.notes)} notes on {collected.calls} questions"
-        learned.notes.append(f"{stage}: {count}, the first: {collected.notes[0]}")
-    if collected.failures and len(collected.failures) == collected.calls:
-        raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
+@dataclass(frozen=True)
+class _Work:
+    """Learning or fitting: its result so far, the LLM, and where progress is reported."""
+
+    learned: Learned
+    llm: ChatLLM
+    files: TrainingFiles
+
+    async def learn(self, first: Bundle | None) -> None:
+        """The reranker, or that of `first`; then the adapter."""
+        learned, settings, ranking = self.learned, self.learned.bundle.settings, None
+        if first is not None:
+            scorers = {name: own for name, own in first.scorers.items() if name == "reranker"}
+            heads = {name: own for name, own in first.heads.items() if name == "reranker"}
+            parts: dict[str, Any] = {"scorers": scorers, "heads": heads}
+            learned.bundle = replace(learned.bundle, use_reranker=first.use_reranker, **parts)
+            learned.report(reranker=first.report.get("reranker", {}))
+        elif settings.retrieved > 0:
+            ranking = await self.labelled_data(RERANKER)
+            self.train(ranking, tune=settings.tune_encoder)
+            self.decide_on_reranker()
+        picking = await self.labelled_data(ADAPTER)
+        self.train(picking, tune=settings.tune_encoder)
+        if settings.tune_encoder and picking is not None:
+            self.train(ranking)  # the encoder has moved under the reranker
+            self.decide_on_reranker()
+
+    async def labelled_data(self, part: _Part) -> LabelledData | None:
+        """What a scorer is trained on; None where no candidate is better than another."""
+        learned, bundle, users = self.learned, self.learned.bundle, self.learned.users
+        plain = self.plain(part)
+        collected = await self.collect(part, plain, users[: bundle.settings.labelled_users])
+
+        def groups(featurizer: Featurizer) -> list[LabelledGroup]:
+            return [*collected.groups(featurizer), *_weak_groups(part, plain, featurizer, users)]
+
+        if not any(len(set(group.gains)) > 1 for group in groups(bundle.featurizer)):
+            learned.report(**{part.name: {"skipped": part.skipped}})
+            learned.notes.append(f"no {part.name} was learned: {part.skipped}")
+            return None
+        names = getattr(bundle.featurizer, f"{part.name}_names")
+        by_label = part is ADAPTER and reads_labels(bundle.task, bundle.settings)
+        return LabelledData(part.name, groups, names, target_rule(bundle, part.name), by_label)
+
+    def plain(self, part: _Part) -> UserPipeline:
+        """The pipeline without the scorer that is to be learned or fitted."""
+        rerank, adapt = part is ADAPTER, part is RERANKER
+        return self.learned.bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
+
+    async def collect(self, part: _Part, plain: UserPipeline, users: Sequence[str]) -> Collected:
+        """Let the LLM label the users' latest queries."""
+        learned, stage, most = self.learned, part.stage, plain.settings.queries_per_user
+        latest = (training_queries(plain.task, plain.records[user], most) for user in users)
+        label = reranker_groups if part is RERANKER else adapter_groups
+        progress = partial(self.files.progress, stage)
+        collected = await label(plain, list(chain(*latest)), progress)
+        learned.failures += collected.failures
+        learned.stages[stage] = StageCost(len(users), collected.usage.seconds, collected.usage)
+        if collected.notes:
+            count = f"{len(collected.notes)} notes on {collected.calls} questions"
+            learned.notes.append(f"{stage}: {count}, the first: {collected.notes[0]}")
+        if collected.failures and len(collected.failures) == collected.calls:
+            raise LLMError(f"every call failed, the first with: {collected.failures[0]}")
+        return collected
+
+    def train(self, data: LabelledData | None, *, tune: bool = False) -> None:
+        if data is not None:
+            started, learned = perf_counter(), self.learned
+            learned.bundle = train_scorer(learned.bundle, data, tune=tune, files=self.files)
+            cost = StageCost(len(learned.users), perf_counter() - started)
+            learned.stages[f"fit {data.name}"] = cost
+
+    def decide_on_reranker(self) -> None:
+        """Decide by held-out users whether the reranker is used."""
+        learned, bundle = self.learned, self.learned.bundle
+        helps = reranker_helps(bundle.report)
+        if bundle.reranker is not None and bundle.use_reranker and not helps:
+            reason = "on held-out users the reranker's first records were worth less"
+            learned.notes.append(f"the retriever's order stands: {reason}")
+        learned.bundle = replace(bundle, use_reranker=helps)
+
+    async def fit(self) -> None:
+        """The users' heads of each scorer, on weak labels where there are some."""
+        learned, users = self.learned, self.learned.users
+        for part in (part for part in (RERANKER, ADAPTER) if part.name in learned.bundle.scorers):
+            plain, bundle, name = self.plain(part), learned.bundle, part.name
+            groups = _weak_groups(part, plain, bundle.featurizer, users)
+            if not groups and (part is ADAPTER or bundle.settings.reranker_labels == "llm"):
+                collected = await self.collect(part, plain, users)
+                groups = collected.groups(bundle.featurizer)
+            started = perf_counter()
+            heads = fit_new_heads(bundle, name, groups, users)
+            own = _overlaid(bundle.heads.get(name, {}), heads)
+            learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
+            learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)
+        bundle = learned.bundle
+        # Encode what the reranker reads of these users: else their first question waits for it.
+        if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
+            records, answers = chain(*(bundle.records[user] for user in users)), bundle.settings
+            texts = [record_text(r, with_answer=answers.record_answer) for r in records]
+            bundle.store.texts(texts)
 
 
 def _weak_groups(
@@ -374,37 +340,9 @@ def _weak_groups(
     """The groups that histories give without an LLM: not for a reranker that learns as published,
     nor for an adapter that does not learn from every label.
     """
-    own: Iterable[list[LabelledGroup]] = ()
     if part is RERANKER and plain.settings.reranker_labels != "llm":
-        own = (weak_reranker_groups(plain, featurizer, user) for user in users)
+        return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
     if part is ADAPTER and offers_all(plain.task, plain.settings):
-        own = (weak_adapter_groups(featurizer, plain.records[user]) for user in users)
-    return list(chain(*own))
-
-
-def learn(
-    dataset: DataSet | Path | str,
-    llm: ChatLLM | str,
-    settings: Settings | None = None,
-    *,
-    out: Path | str | None = None,
-    progress: StageProgress = silent,
-    first: Bundle | None = None,
-) -> Learned:
-    """`alearn` from sync code."""
-    options: dict[str, Any] = {"out": out, "progress": progress, "first": first}
-    return run_sync(partial(alearn, dataset, llm, settings, **options))
-
-
-def fit(
-    dataset: DataSet | Path | str,
-    bundle: Bundle | Path | str,
-    llm: ChatLLM | str,
-    *,
-    users: Sequence[str] | None = None,
-    settings: Settings | None = None,
-    progress: StageProgress = silent,
-) -> Learned:
-    """`afit` from sync code."""
-    options: dict[str, Any] = {"users": users, "settings": settings, "progress": progress}
-    return run_sync(partial(afit, dataset, bundle, llm, **options))
+        records = (plain.records[user] for user in users)
+        return [group for own in records for group in weak_adapter_groups(featurizer, own)]
+    return []

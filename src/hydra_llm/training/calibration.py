@@ -1,11 +1,12 @@
 """Scores as probabilities: temperature scaling and the weight of the LLM's votes, by held-out
-groups of training users.
+groups of training users; and what learning reached on these groups.
 
 Letters: G groups, C candidates, X columns of a mix. Knows no texts and no LLM.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,40 @@ from torch import Tensor
 from hydra_llm.model.newton import Loss, Problem, losses, newton_cg
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.dataset import TrainingSet
-from hydra_llm.training.report import FitReport
 
 CALIBRATION_RIDGE = 1.0
 CROSS_FIT_FOLDS = 10  # parts of the users; weights for one are fitted on the others
 LEAST_SCALE = 0.05
+NAN = float("nan")
+
+
+@dataclass
+class FitReport:
+    """Figures of one scorer, on later groups of users whom the base has not seen."""
+
+    users: int = 0
+    groups: int = 0
+    ridge: float = 3.0
+    evidence_ridge: float = 1.0
+    precision: float = 10.0
+    held_out_groups: int = 0
+    loss_uniform: float = NAN  # of equal shares: what knowing nothing costs
+    loss_shared: float = NAN  # with the shared head alone
+    loss_user: float = NAN  # with each user's own head
+    # with β and the votes, on the groups (voted ones, if any) that both were fitted on
+    loss_calibrated: float = NAN
+    loss_with_votes: float = NAN  # on these, each user's with β and votes fitted on the others
+    loss_without_votes: float = NAN  # likewise with β alone: the difference is what votes add
+    gain_first: float = NAN  # mean gain of their first candidates: first retrieved, greedy, label
+    gain_pick: float = NAN  # of those that the users' own heads score highest
+    gain_best: float = NAN  # of the best there are: no scorer can do more
+    scale: float = 1.0
+    vote_weight: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self, *, convex: bool = True) -> dict[str, Any]:
+        """Everything; the strengths only where they were used."""
+        unused = set() if convex else {"ridge", "evidence_ridge", "precision"}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 class HeldOut(NamedTuple):
@@ -31,15 +61,15 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def evaluate_held_out(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
     """The report's losses on held-out groups: of equal shares, of the shared and of own heads."""
-    report.held_out_groups = sum(int(held.late.informative.sum()) for held in held_out)
+    report.held_out_groups = sum(int(part.late.informative.sum()) for part in held_out)
     count = max(1, report.held_out_groups)
 
     def mean_loss(scores: Callable[[HeldOut], Tensor]) -> float:
-        return sum(summed_loss(scorer, held.late, scores(held)) for held in held_out) / count
+        return sum(summed_loss(scorer, part.late, scores(part)) for part in held_out) / count
 
-    report.loss_uniform = mean_loss(lambda held: torch.zeros_like(held.own))
-    report.loss_shared = mean_loss(lambda held: held.shared)
-    report.loss_user = mean_loss(lambda held: held.own)
+    report.loss_uniform = mean_loss(lambda part: torch.zeros_like(part.own))
+    report.loss_shared = mean_loss(lambda part: part.shared)
+    report.loss_user = mean_loss(lambda part: part.own)
 
 
 def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
@@ -48,22 +78,10 @@ def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate_picks(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
-    """The report's gains on held-out groups: of the first candidates, the scorer's, the best."""
-    worth: list[Tensor] = []
-    for late, _, own in held_out:
-        mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
-        scores = scorer.calibrated(own, late.groups)
-        first, pick, best = mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)
-        worth.append(gains.gather(1, torch.stack([first, pick, best], 1)))
-    if worth:
-        report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
-
-
-@torch.no_grad()
 def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
     """Fit β and the weights of the LLM's columns on held-out scores, regularised towards β = 1 and
     no weight. Votes that raise the loss of users whom their weight was not fitted on get weight 0.
+    The report's gains are those of the calibrated scores.
     """
     if not held_out:
         return
@@ -82,6 +100,16 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
     report.loss_calibrated, report.scale = float(total / informative), float(scorer.scale)
     for column, weight in zip(mix.columns, v[1:].tolist(), strict=True):
         report.vote_weight[scorer.side_names[column]] = round(weight, 4)
+    worth = torch.cat([_gains(scorer, part) for part in held_out])
+    report.gain_first, report.gain_pick, report.gain_best = worth.mean(0).tolist()
+
+
+def _gains(scorer: Scorer, part: HeldOut) -> Tensor:
+    """[G, 3] gains of the first candidates, of those with the highest scores and of the best."""
+    mask, gains = part.late.groups.mask, part.late.gains.masked_fill(~part.late.groups.mask, -1.0)
+    scores = scorer.calibrated(part.own, part.late.groups)
+    places = [mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)]
+    return gains.gather(1, torch.stack(places, 1))
 
 
 class _Mix(NamedTuple):
@@ -96,16 +124,16 @@ class _Mix(NamedTuple):
 
     @classmethod
     def of(cls, scorer: Scorer, held_out: Sequence[HeldOut]) -> "_Mix":
-        scores = torch.cat([held.own for held in held_out])
-        side = torch.cat([held.late.groups.side_features for held in held_out])
-        mask = torch.cat([held.late.groups.mask for held in held_out])
-        target = torch.cat([held.late.target for held in held_out])
+        scores = torch.cat([part.own for part in held_out])
+        side = torch.cat([part.late.groups.side_features for part in held_out])
+        mask = torch.cat([part.late.groups.mask for part in held_out])
+        target = torch.cat([part.late.target for part in held_out])
         columns = [i for i, name in enumerate(scorer.side_names) if name.startswith("llm_")]
         weighed = float(scorer.side_weight[columns].abs().sum()) > 0  # by the base already
-        if weighed or not any(bool(held.late.voted.any()) for held in held_out):
+        if weighed or not any(bool(part.late.voted.any()) for part in held_out):
             columns = []
         x = torch.cat([scores[..., None], side[..., columns]], -1) * mask[..., None]
-        users = [user for held in held_out for user in held.late.users]
+        users = [user for part in held_out for user in part.late.users]
         return cls(x, columns, target, mask, scorer.loss, users)
 
     @property
@@ -115,29 +143,29 @@ class _Mix(NamedTuple):
     def without_votes(self) -> "_Mix":
         return self._replace(x=self.x[..., :1], columns=[])
 
-    def fit(self, where: Tensor | None = None) -> Tensor:
+    def fit(self, where: Tensor | slice = slice(None)) -> Tensor:
         """The weights [X] that, added to the scores, fit the targets best; drawn towards 0."""
-        parts = (self.x, self.target, self.mask)
-        x, target, mask = parts if where is None else (part[where] for part in parts)
-
-        def dot(v: Tensor) -> Tensor:
-            return torch.einsum("gcx,ux->ugc", x, v)
-
-        def outer(r: Tensor) -> Tensor:
-            return torch.einsum("gcx,ugc->ux", x, r)
-
-        offset, size = x[None, ..., 0], x.shape[-1]
-        problem = Problem(dot, outer, size, offset, target[None], mask[None], self.loss)
+        x, target, mask = self.x[where], self.target[where], self.mask[where]
+        problem = Problem(
+            lambda v: torch.einsum("gcx,ux->ugc", x, v),
+            lambda r: torch.einsum("gcx,ugc->ux", x, r),
+            x.shape[-1],
+            x[None, ..., 0],
+            target[None],
+            mask[None],
+            self.loss,
+        )
         return newton_cg(problem, CALIBRATION_RIDGE)[0]
 
     def cross_fitted_loss(self) -> float:
         """Mean loss with weights that were fitted on the other folds of users; NaN for one user."""
         names = list(dict.fromkeys(self.users))
         if len(names) < 2:
-            return float("nan")
+            return NAN
         fold_of = {name: index % CROSS_FIT_FOLDS for index, name in enumerate(names)}
-        fold, total = torch.tensor([fold_of[user] for user in self.users]), 0.0
-        for own in (fold == each for each in range(min(CROSS_FIT_FOLDS, len(names)))):
+        folds, total = torch.tensor([fold_of[user] for user in self.users]), 0.0
+        for fold in range(min(CROSS_FIT_FOLDS, len(names))):
+            own = folds == fold
             v = self.fit(~own)
             votes = self.x[own][..., 1:] @ v[1:]
             scores = self.scores[own] * (1 + v[0]).clamp_min(LEAST_SCALE) + votes

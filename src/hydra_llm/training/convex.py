@@ -23,23 +23,21 @@ from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Problem, newton_cg, with_bias
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.calibration import (
+    FitReport,
     HeldOut,
     calibrate,
     evaluate_held_out,
-    evaluate_picks,
     summed_loss,
 )
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users, folds
-from hydra_llm.training.report import FitReport
 
 LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
 FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
 # up to so many groups there are more folds: a base without a third of them would be far from the
-# one that serves
+# one that is deployed
 TINY_SET, TINY_FOLDS = 300, 10
 FISHER_GROUPS = 2000  # a mean over so many groups is good enough
 Heads = dict[str, Head]
-SplitUsers = Callable[[TrainingSet], list[Split]]
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,6 @@ class Strengths:
     ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 300.0, 3000.0)
     side_ridges: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     precisions: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
-
-
-class Fold(NamedTuple):
-    """Users from whom the base is learned, and the names of others who judge it."""
-
-    train: TrainingSet
-    held_out: list[str]
 
 
 def fit_scorer(
@@ -77,68 +68,107 @@ def fit_scorer(
     plain = data.where_voted(False) if 0 < int(data.voted.sum()) < len(data) else data
     names = plain.names()
     report = FitReport(users=len(names), groups=len(plain))
-    splits = _folds(plain, unseen, seed)
-    if splits:
-        _choose_strengths(scorer, plain, splits, report, strengths or Strengths())
+    base = _Base(scorer, plain, _folds(plain, unseen, seed), report)
+    if base.folds:
+        base.choose_strengths(strengths or Strengths())
     scorer.prior_precision = torch.tensor(report.precision)
-    base = _Base(scorer, plain, report)
-    scorer.head.tune((base.problems_of(fold) for fold in splits), len(splits))
-    if splits:
-        held_out = base.held_out(splits, plain, TrainingSet.prequential_splits)
-        evaluate_held_out(scorer, held_out, report)
-        held_out = base.held_out(splits, data, TrainingSet.calibration_splits)
-        calibrate(scorer, held_out, report)
-        evaluate_picks(scorer, held_out, report)
+    scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
+    if base.folds:
+        evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
+        calibrate(scorer, base.held_out(data, TrainingSet.calibration_splits), report)
     base.fit(plain)
     heads = fit_heads(scorer, plain, names)
     measure_posterior(scorer, plain, heads)
     return report, heads
 
 
-def _folds(plain: TrainingSet, unseen: Sequence[str], seed: int) -> list[Fold]:
+class _Fold(NamedTuple):
+    train: TrainingSet  # of the users from whom the base is learned
+    held_out: list[str]  # the names of others, who evaluate it
+
+
+def _folds(plain: TrainingSet, unseen: Sequence[str], seed: int) -> list[_Fold]:
     names = plain.names()
     count = FOLDS if len(plain) > TINY_SET else TINY_FOLDS
     parts = folds(names, min(count, len(names)), seed) if len(names) > 1 else []
     if unseen:
         parts = [list(unseen)]
-    made = (Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts)
-    return [fold for fold in made if len(fold.train)]
+    parted = (_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts)
+    return [fold for fold in parted if len(fold.train)]
 
 
 # ---- the shared base
 
 
 class _Base(NamedTuple):
-    """The base of the chosen strengths, fitted on one set of users after the other."""
+    """The base of the strengths in the report, fitted on one set of users after the other."""
 
     scorer: Scorer
     plain: TrainingSet
+    folds: list[_Fold]
     report: FitReport
+
+    def fit_weights(self, train: TrainingSet) -> None:
+        fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
 
     def fit(self, train: TrainingSet) -> None:
         """The base of these users, and what a kind of head shares beside it."""
-        scorer = self.scorer
-        fit_base(scorer, train, self.report.ridge, self.report.evidence_ridge)
-        scorer.head.learn_shared(head_problems(scorer, train, train.names()))
+        self.fit_weights(train)
+        self.scorer.head.learn_shared(head_problems(self.scorer, train, train.names()))
 
-    def problems_of(self, fold: Fold) -> Iterator[HeadProblem]:
+    def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""
-        fit_base(self.scorer, fold.train, self.report.ridge, self.report.evidence_ridge)
+        self.fit_weights(fold.train)
         for user in fold.held_out:
             yield from head_problems(self.scorer, self.plain.of([user]), [user])
 
     def held_out(
-        self, folds: Sequence[Fold], data: TrainingSet, split: SplitUsers
+        self, data: TrainingSet, split: Callable[[TrainingSet], list[Split]]
     ) -> list[HeldOut]:
         """Each fold's later groups, with heads of the earlier ones."""
-        scores, scorer = [], self.scorer
-        for fold in folds:
+        scores = []
+        for fold in self.folds:
             self.fit(fold.train)
             for early, late in split(data.of(fold.held_out)):
                 if len(late):
-                    heads = fit_heads(scorer, early, fold.held_out)
-                    scores.append(held_out_scores(scorer, late, heads))
+                    heads = fit_heads(self.scorer, early, fold.held_out)
+                    scores.append(held_out_scores(self.scorer, late, heads))
         return scores
+
+    def choose_strengths(self, tried: Strengths) -> None:
+        """First the ridges, by the loss of users whom the base has not seen; then the prior's
+        precision, by their later groups' loss with heads of the earlier ones.
+        """
+        scorer, plain, report = self.scorer, self.plain, self.report
+        side_ridges = tried.side_ridges if len(plain) <= LARGE_SET else tried.side_ridges[:1]
+        by_ridges = {pair: self._unseen_loss(*pair) for pair in product(tried.ridges, side_ridges)}
+        report.ridge, report.evidence_ridge = min(by_ridges, key=lambda pair: by_ridges[pair])
+        if not scorer.head.has_precision:
+            return
+        totals, probe = dict.fromkeys(tried.precisions, 0.0), scorer.head.precision_probe()
+        for train, part in self.folds:
+            self.fit_weights(train)
+            for early, late in plain.of(part).prequential_splits():
+                for precision in tried.precisions:
+                    heads = fit_heads(scorer, early, part, kind=probe, precision=precision)
+                    totals[precision] += _loss(scorer, late, probe, heads)
+        report.precision = min(totals, key=lambda precision: totals[precision])
+
+    @torch.no_grad()
+    def _unseen_loss(self, ridge: float, side_ridge: float) -> float:
+        total = 0.0
+        for fold in self.folds:
+            fit_base(self.scorer, fold.train, ridge, side_ridge)
+            unseen = self.plain.of(fold.held_out)
+            total += summed_loss(self.scorer, unseen, self.scorer.core(unseen.groups))
+        return total
+
+
+@torch.no_grad()
+def _loss(scorer: Scorer, late: TrainingSet, kind: HeadKind, heads: Mapping[str, Head]) -> float:
+    x = scorer.interaction(late.groups)
+    own = kind.score(scorer.interaction, x, heads_for(late, heads))
+    return summed_loss(scorer, late, own + scorer.side_score(late.groups))
 
 
 @torch.no_grad()
@@ -193,46 +223,6 @@ def standardise(scorer: Scorer, data: TrainingSet) -> None:
     scorer.side_mean = rows.mean(0)
     spread = (rows - scorer.side_mean).square().mean(0).sqrt()
     scorer.side_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
-
-
-def _choose_strengths(
-    scorer: Scorer, plain: TrainingSet, splits: Sequence[Fold], report: FitReport, tried: Strengths
-) -> None:
-    """First the ridges, by the loss of users whom the base has not seen; then the prior's
-    precision, by their later groups' loss with heads of the earlier ones.
-    """
-    side_ridges = tried.side_ridges if len(plain) <= LARGE_SET else tried.side_ridges[:1]
-    by_ridges = {
-        ridges: sum(_unseen_loss(scorer, plain, fold, *ridges) for fold in splits)
-        for ridges in product(tried.ridges, side_ridges)
-    }
-    report.ridge, report.evidence_ridge = min(by_ridges, key=lambda key: by_ridges[key])
-    if not scorer.head.has_precision:
-        return
-    totals, probe = dict.fromkeys(tried.precisions, 0.0), scorer.head.precision_probe()
-    for train, part in splits:
-        fit_base(scorer, train, report.ridge, report.evidence_ridge)
-        for early, late in plain.of(part).prequential_splits():
-            for precision in tried.precisions:
-                heads = fit_heads(scorer, early, part, kind=probe, precision=precision)
-                totals[precision] += _loss(scorer, late, probe, heads)
-    report.precision = min(totals, key=lambda key: totals[key])
-
-
-def _unseen_loss(
-    scorer: Scorer, plain: TrainingSet, fold: Fold, ridge: float, side_ridge: float
-) -> float:
-    fit_base(scorer, fold.train, ridge, side_ridge)
-    unseen = plain.of(fold.held_out)
-    with torch.no_grad():
-        return summed_loss(scorer, unseen, scorer.core(unseen.groups))
-
-
-@torch.no_grad()
-def _loss(scorer: Scorer, late: TrainingSet, kind: HeadKind, heads: Mapping[str, Head]) -> float:
-    x = scorer.interaction(late.groups)
-    own = kind.score(scorer.interaction, x, heads_for(late, heads))
-    return summed_loss(scorer, late, own + scorer.side_score(late.groups))
 
 
 # ---- the users' heads

@@ -8,17 +8,31 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.interactions import Groups, Interaction, make_groups
 from hydra_llm.model.newton import Loss
-from hydra_llm.types import LabelledGroup
 
 FEW_GROUPS = 6  # of a user; up to so many, each is predicted from those before it
 # groups that heads are fitted on, and later ones of the same users on which they are evaluated
 Split = tuple["TrainingSet", "TrainingSet"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledGroup:
+    """The pairs of one query, which compete with each other, and the gain of each."""
+
+    user: str
+    query: str  # the query's id
+    left: str  # the query's text
+    rights: Sequence[str]  # [C] records with answers (reranker), candidates' texts (adapter)
+    gains: Sequence[float]  # [C] 0 to 1, from the task's gain
+    side_features: NDArray[np.floating]  # [C, E]; the scorer names the columns
+    position: int = 0  # of the query in the user's order: how many records it may see
+    voted: bool = False  # whether the side features include vote shares of the LLM's samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +44,7 @@ class TrainingSet:
     positions: Tensor  # [G] the query's place in its user's order
     voted: Tensor  # [G] True where the side features or the gains come from calls of the LLM
     gains: Tensor  # [G, C] what each candidate is worth, 0 to 1
-    index: dict[str, list[int]] = field(init=False, repr=False, compare=False)
-    """User → places of the user's groups."""
+    index: dict[str, list[int]] = field(init=False, repr=False, compare=False)  # user → places
 
     def __post_init__(self) -> None:
         index: dict[str, list[int]] = {}
@@ -111,9 +124,7 @@ class TrainingSet:
         return [(self.take(before), self.where_voted(True))]
 
     def records_seen(self) -> dict[str, int]:
-        """User → how many records a head fitted on these groups has learned from: the last query's
-        own answer is one of them.
-        """
+        """User → how many records a head learns from here; the last query's answer is the last."""
         return {user: int(self.positions[index].max()) + 1 for user, index in self.index.items()}
 
 
@@ -126,19 +137,16 @@ def chunks_of_users(
     index = data.index
     ordered = sorted((name for name in names if name in index), key=lambda name: len(index[name]))
     while ordered:
-        longest = len(index[ordered[-1]])
-        count = max(1, numbers // max(1, longest * per_group))
+        count = max(1, numbers // max(1, len(index[ordered[-1]]) * per_group))
         chunk, ordered = ordered[-count:], ordered[:-count]
-        padded = torch.full((len(chunk), longest), -1, dtype=torch.long)
-        for row, name in enumerate(chunk):
-            padded[row, : len(index[name])] = torch.tensor(index[name])
-        yield chunk, padded
+        places = [torch.tensor(index[name]) for name in chunk]
+        yield chunk, pad_sequence(places, batch_first=True, padding_value=-1)
 
 
 def folds(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
     """The users in `count` shuffled parts (fewer where there are too few users)."""
     order = np.random.default_rng(seed).permutation(len(names))
-    return [part for part in ([names[i] for i in order[k::count]] for k in range(count)) if part]
+    return [[names[i] for i in order[k::count]] for k in range(min(count, len(names)))]
 
 
 # ---- from gains to targets
@@ -215,10 +223,10 @@ def make_training_set(
     groups = in_set_order(groups)
     lefts, rights = [group.left for group in groups], [group.rights for group in groups]
     side_features = [group.side_features for group in groups]
-    made = make_groups(store, interaction, lefts, rights, side_features)
-    gains = torch.zeros(made.mask.shape)
-    gains[made.mask] = torch.tensor([gain for group in groups for gain in group.gains])
-    labelled = made.with_target(targets(gains, made.mask, rule=rule, loss=loss, spread=spread))
+    plain = make_groups(store, interaction, lefts, rights, side_features)
+    gains = torch.zeros(plain.mask.shape)
+    gains[plain.mask] = torch.tensor([gain for group in groups for gain in group.gains])
+    labelled = plain.with_target(targets(gains, plain.mask, rule=rule, loss=loss, spread=spread))
     users = tuple(group.user for group in groups)
     positions = torch.tensor([group.position for group in groups], dtype=torch.long)
     voted = torch.tensor([group.voted for group in groups], dtype=torch.bool)

@@ -1,5 +1,4 @@
-"""From histories to labelled groups: what the reranker and the adapter learn from (paper, 3.2 and
-3.3).
+"""From histories to labelled groups: what reranker and adapter learn from (paper, 3.2 and 3.3).
 
 A user's own later records serve as queries for the earlier ones; `history.before` decides what each
 may see.
@@ -8,13 +7,11 @@ may see.
 and weak labels, which cost no LLM call:
     reranker  the same records, each worth what its own answer would be for the query (1-NN)
     adapter   for tasks with labels, the record's own answer against the other labels
-Knows no scorer but those inside the personalizer. A failed call leaves its pair out and is told.
+Knows no scorer but those inside the personalizer. A failed call is reported and its pair left out.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
@@ -26,8 +23,9 @@ from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.side_features import Featurizer
-from hydra_llm.tasks.base import Task
-from hydra_llm.types import Candidate, LabelledGroup, Proposal, Query, Ranked, Record, Usage
+from hydra_llm.tasks.base import Floats, Task
+from hydra_llm.training.dataset import LabelledGroup
+from hydra_llm.types import Candidate, Proposal, Query, Ranked, Record, Usage
 
 
 @dataclass
@@ -61,18 +59,18 @@ async def reranker_groups(
     async def usefulness(case: tuple[Context, Ranked]) -> tuple[float, Usage, list[str]]:
         query, item = case[0].query, case[1]
         prompt = once.render(query, [item])
-        made = await once.sample(once.llm, prompt)
-        gain = once.task.gain(made.candidates[0].answer, query.gold or "")
-        return gain, made.usage, [*prompt.notes, *made.notes]
+        sampled = await once.sample(once.llm, prompt)
+        gain = once.task.gain(sampled.candidates[0].answer, query.gold or "")
+        return gain, sampled.usage, [*prompt.notes, *sampled.notes]
 
     results = await map_calls(usefulness, cases, limit=settings.concurrency, progress=progress)
-    useful: dict[tuple[str, str], list[tuple[Ranked, float]]] = {}
+    useful: dict[Query, list[tuple[Ranked, float]]] = {}
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
         return [
-            _reranker_group(personalizer, featurizer, context, useful[key], voted=True)
+            _reranker_group(personalizer, featurizer, context, useful[context.query], voted=True)
             for context in contexts
-            if (key := (context.query.user, context.query.id)) in useful
+            if context.query in useful
         ]
 
     out = Collected(groups, calls=len(cases))
@@ -82,17 +80,16 @@ async def reranker_groups(
             out.failures.append(f"query {query.id}, record {item.record.id}: {result}")
             out.usage += Usage(failed=1)
         else:
-            useful.setdefault((query.user, query.id), []).append((item, result[0]))
-            out.usage += result[1]
-            out.notes += result[2]
+            gain, usage, notes = result
+            useful.setdefault(query, []).append((item, gain))
+            out.usage, out.notes = out.usage + usage, [*out.notes, *notes]
     return out
 
 
 def weak_reranker_groups(
     personalizer: UserPipeline, featurizer: Featurizer, user: str
 ) -> list[LabelledGroup]:
-    """Each of a user's records as a query for those before it; a record's gain is that of its own
-    answer.
+    """Each of a user's records as a query for those before it, which are worth their own answers.
 
     An LLM that is shown one record leans on that record's answer, so that the two gains go together
     (measured on training users: benchmarks/reranker_labels.py), and histories give many more such
@@ -118,20 +115,18 @@ def _reranker_group(
     *,
     voted: bool,
 ) -> LabelledGroup:
-    query, items = context.query, [item for item, _ in rows]
+    items, gains = zip(*rows, strict=True)
     with_answer = personalizer.settings.record_answer
     texts = [record_text(item.record, with_answer=with_answer) for item in items]
-    side = featurizer.reranker(query, items, featurizer.vectorize(context.visible))
-    return _group(context, texts, [gain for _, gain in rows], side, voted=voted)
+    side = featurizer.reranker(context.query, items, featurizer.vectorize(context.visible))
+    return _group(context, texts, gains, side, voted=voted)
 
 
 def _group(
-    context: Context, texts: Sequence[str], gains: Sequence[float], side: np.ndarray, *, voted: bool
+    context: Context, texts: Sequence[str], gains: Sequence[float], side: Floats, *, voted: bool
 ) -> LabelledGroup:
     query, count = context.query, len(context.visible)
-    rows = tuple(map(tuple, side.tolist()))
-    rights, worth = tuple(texts), tuple(gains)
-    return LabelledGroup(query.user, query.id, query.input, rights, worth, rows, count, voted=voted)
+    return LabelledGroup(query.user, query.id, query.input, texts, gains, side, count, voted)
 
 
 async def adapter_groups(
@@ -148,9 +143,11 @@ async def adapter_groups(
     pairs = list(zip(contexts, proposals, strict=True))
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        proposed = ((context, made) for context, made in pairs if isinstance(made, Proposal))
-        made = (_adapter_group(personalizer, featurizer, *pair) for pair in proposed)
-        return [group for group in made if group]
+        return [
+            _labelled(featurizer, context, candidates, voted=True)
+            for context, proposal in pairs
+            if isinstance(proposal, Proposal) and (candidates := _offered(personalizer, proposal))
+        ]
 
     out = Collected(groups, calls=len(queries))
     for context, proposal in pairs:
@@ -163,18 +160,16 @@ async def adapter_groups(
     return out
 
 
-def _adapter_group(
-    personalizer: UserPipeline, featurizer: Featurizer, context: Context, proposal: Proposal
-) -> LabelledGroup | None:
-    query, settings = proposal.query, personalizer.settings
+def _offered(personalizer: UserPipeline, proposal: Proposal) -> list[Candidate]:
+    """The candidates that the adapter learns from."""
+    task, settings, gold = personalizer.task, personalizer.settings, proposal.query.gold
     candidates = [candidate for candidate in proposal.candidates if candidate.answer is not None]
-    if offers_all(personalizer.task, settings):
-        candidates = all_labels(personalizer.task, candidates)
-    answers, gold = [candidate.answer for candidate in candidates], query.gold
-    wants_gold = settings.label_rule == "gold-positive" and not personalizer.task.labels
-    if wants_gold and gold is not None and gold not in answers:
-        candidates = [*candidates, Candidate(gold, gold)]
-    return _labelled(featurizer, context, candidates, voted=True) if candidates else None
+    if offers_all(task, settings):
+        return all_labels(task, candidates)
+    wants_gold = settings.label_rule == "gold-positive" and not task.labels
+    if wants_gold and gold is not None and all(gold != own.answer for own in candidates):
+        candidates.append(Candidate(gold, gold))
+    return candidates
 
 
 def offers_all(task: Task, settings: Settings) -> bool:
@@ -190,11 +185,10 @@ def reads_labels(task: Task, settings: Settings) -> bool:
 
 def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
     """A user's records as queries over all labels, each labelled by its own answer."""
-    task = featurizer.task
-    blank = all_labels(task, [])
-    queries = [as_query(record) for record in in_order(records) if record.output in task.labels]
+    labels, candidates = featurizer.task.labels, all_labels(featurizer.task, [])
+    queries = [as_query(record) for record in in_order(records) if record.output in labels]
     contexts = (Context(query, tuple(before(records, query))) for query in queries)
-    return [_labelled(featurizer, context, blank, voted=False) for context in contexts]
+    return [_labelled(featurizer, context, candidates, voted=False) for context in contexts]
 
 
 def _labelled(

@@ -1,18 +1,18 @@
 """What is not convex: the shared layer, a tuned encoder and `mlp` heads, trained together with the
-users' heads by gradient (paper, section 3.1).
+users' heads by gradient (paper, section 3.1); `convex.py` fits the rest on the frozen features.
 
-`convex.py` runs after it on the frozen features, except for `mlp` heads. Training is reproducible
-by its seed, and stops and resumes: after every epoch all that it needs goes to a checkpoint. Knows
-no tasks and no LLM.
+Training is reproducible by its seed, and resumes: after every epoch all that it needs goes to a
+checkpoint. Knows no tasks and no LLM.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,11 +25,9 @@ from hydra_llm.model.heads import Head, SGDConfig
 from hydra_llm.model.interactions import Groups
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training.calibration import calibrate, evaluate_held_out, evaluate_picks
+from hydra_llm.training.calibration import FitReport, calibrate, evaluate_held_out
 from hydra_llm.training.convex import Heads, fit_heads, held_out_scores, standardise
-from hydra_llm.training.dataset import TrainingSet, folds
-from hydra_llm.training.report import FitReport
-from hydra_llm.types import LabelledGroup
+from hydra_llm.training.dataset import LabelledGroup, TrainingSet, folds
 
 EpochDone = Callable[[int, int, float], None]  # epochs done, epochs, mean loss per group
 
@@ -46,16 +44,13 @@ class TextSource:
     """Pairs' features with gradients, for a tuned encoder; without it the kept ones are used."""
 
     def __init__(self, encoder: Encoder, groups: Sequence[LabelledGroup]):
-        self.encoder = encoder
-        self.texts = [(group.left, group.rights) for group in groups]
+        self.encoder, self.texts = encoder, [(group.left, group.rights) for group in groups]
 
     def fill(self, data: TrainingSet, index: Tensor) -> Groups:
         """The groups of `index` with fresh pair vectors [G, C, H]."""
         groups, texts = data.groups[index], [self.texts[i] for i in index.tolist()]
-        lefts = [left for left, rights in texts for _ in rights]
-        vectors = self.encoder.forward_pairs(
-            lefts, [right for _, rights in texts for right in rights]
-        )
+        pairs = [(left, right) for left, rights in texts for right in rights]
+        vectors = self.encoder.forward_pairs([left for left, _ in pairs], [r for _, r in pairs])
         right = vectors.new_zeros(*groups.mask.shape, vectors.shape[-1])
         right = right.masked_scatter(groups.mask[..., None].expand_as(right), vectors)
         return replace(groups, right=right)
@@ -77,22 +72,26 @@ def train_jointly(
     them is kept.
     """
     standardise(scorer, data)
-    held = held_out_users(data, config)
-    train = torch.tensor([i for i, user in enumerate(data.users) if user not in set(held)])
-    watched = torch.tensor([i for user in held for i in data.index[user]], dtype=torch.long)
-    watched = watched.sort().values
-    state = _State(scorer, data, source, config)
-    run = state.resume(checkpoint) or _Run(state.watch_loss(watched), state.values())
-    while len(run.losses) < config.epochs and not run.exhausted(config.patience):
-        run.losses.append(state.epoch(train, len(run.losses)))
+    held_out = held_out_users(data, config)
+    train = torch.tensor([i for i, user in enumerate(data.users) if user not in set(held_out)])
+    watched = torch.tensor(sorted(i for user in held_out for i in data.index[user])).long()
+    run = _Run(scorer, data, source, config)
+    if checkpoint is None or not run.resume(checkpoint):
+        run.best = run.watch_loss(watched)
+    while len(run.losses) < config.epochs and not 0 < config.patience <= run.waited:
+        run.losses.append(run.epoch(train))
         # without held-out users the last epoch is the best
-        run.watch(state.watch_loss(watched) if held else -float(len(run.losses)), state)
+        loss = run.watch_loss(watched) if held_out else -float(len(run.losses))
+        if loss < run.best:
+            run.best, run.best_values, run.waited = loss, run.values(), 0
+        else:
+            run.waited += 1
         if checkpoint is not None:
-            state.write(checkpoint, run)
+            run.write(checkpoint)
         if done is not None:
             done(len(run.losses), config.epochs, run.losses[-1])
-    state.put(run.best_values)
-    return run.losses, state.heads()
+    run.put(run.best_values)
+    return run.losses, run.heads()
 
 
 def held_out_users(data: TrainingSet, config: SGDConfig) -> list[str]:
@@ -103,14 +102,15 @@ def held_out_users(data: TrainingSet, config: SGDConfig) -> list[str]:
     return folds(names, 5, config.seed)[0] if config.patience and len(names) >= 5 else []
 
 
-class _State:
-    """What training changes: parameters, the users' numbers, the optimizer; and its checkpoints."""
+class _Run:
+    """What training changes (parameters, the users' numbers, the optimizer), how far it has come,
+    and its checkpoints.
+    """
 
     def __init__(
         self, scorer: Scorer, data: TrainingSet, source: TextSource | None, config: SGDConfig
     ):
         self.scorer, self.data, self.source, self.config = scorer, data, source, config
-        self.fingerprint = _fingerprint(data, config, scorer.loss)
         names = data.names()
         rows = {name: row for row, name in enumerate(names)}
         self.row = torch.tensor([rows[user] for user in data.users], dtype=torch.long)  # [G]
@@ -126,22 +126,25 @@ class _State:
         weak = {"params": free, "weight_decay": config.weight_decay / 10}
         self.optimizer = torch.optim.AdamW([strong, weak], lr=config.lr)
         self.counts = torch.bincount(self.row, minlength=len(names)).clamp_min(1)
+        self.losses: list[float] = []  # mean training loss of each epoch
+        self.best, self.best_values = math.inf, self.values()  # lowest loss of held-out users
+        self.waited = 0  # epochs since the best one
 
-    def groups(self, index: Tensor) -> Groups:
-        return self.source.fill(self.data, index) if self.source else self.data.groups[index]
-
-    def epoch(self, train: Tensor, epoch: int) -> float:
+    def epoch(self, train: Tensor) -> float:
         """One pass; the mean loss per group."""
-        seed, sizes = self.config.seed * 1000 + epoch, self.data.groups.mask.sum(-1)
+        seed = self.config.seed * 1000 + len(self.losses)
         draw = torch.Generator().manual_seed(seed)
         order = train[torch.randperm(len(train), generator=draw)]
         total, count = 0.0, 0
         with seeded(seed):  # dropout of a tuned encoder
-            for index in self.config.batches(sizes, order):
+            for index in self.config.batches(self.data.groups.mask.sum(-1), order):
                 loss = self.loss(index)
                 self.step((loss + self.prior(self.row[index])) / len(index))
                 total, count = total + float(loss.detach()), count + len(index)
         return total / max(1, count)
+
+    def groups(self, index: Tensor) -> Groups:
+        return self.source.fill(self.data, index) if self.source else self.data.groups[index]
 
     def loss(self, index: Tensor) -> Tensor:
         """The summed loss of a batch under its users' heads."""
@@ -156,7 +159,7 @@ class _State:
 
     @torch.no_grad()
     def watch_loss(self, index: Tensor) -> float:
-        """Mean loss of the held-out users under the shared head; 0 where nobody is held out."""
+        """Mean loss of the held-out users under the shared head; 0 without held-out users."""
         if not len(index):
             return 0.0
         groups = self.groups(index)
@@ -187,93 +190,71 @@ class _State:
             self.source.encoder.eval()
         if not self.numbers.numel():
             return {}
-        kind, seen, heads = self.scorer.head, self.data.records_seen(), {}
+        seen, heads = self.data.records_seen(), {}
         for name, own in zip(self.data.names(), self.numbers.detach(), strict=True):
-            numbers = torch.from_numpy(kind.empty())
+            numbers = torch.from_numpy(self.scorer.head.empty())
             numbers[: len(own)] = own
             heads[name] = Head.of(numbers, seen[name])
         return heads
 
     # ---- checkpoint: safetensors with the state of the run in its header, replaced in one step
 
-    def write(self, path: Path, run: "_Run") -> None:
+    def write(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
-        for i, (tensor, best) in enumerate(zip(self.tensors, run.best_values, strict=True)):
+        for i, (tensor, best) in enumerate(zip(self.tensors, self.best_values, strict=True)):
             tensors |= {f"value.{i}": tensor.detach(), f"best.{i}": best}
             for name, value in self.optimizer.state.get(tensor, {}).items():
                 tensors[f"optimizer.{name}.{i}"] = value.detach().clone()
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        course = {"losses": run.losses, "best": run.best, "waited": run.waited}
+        course = {"losses": self.losses, "best": self.best, "waited": self.waited}
         course["fingerprint"] = self.fingerprint
         temporary = path.with_suffix(".part")
         path.parent.mkdir(parents=True, exist_ok=True)  # the bundle's own folder comes last
         save_file(tensors, temporary, {"course": json.dumps(course)})
         temporary.replace(path)
 
-    def resume(self, path: Path | None) -> "_Run | None":
+    def resume(self, path: Path) -> bool:
         """Continue from a checkpoint if there is one.
 
         Raises:
             BundleError: it is damaged, or of other settings or data.
         """
-        if path is None or not path.is_file():
-            return None
-        tensors, course = _read_checkpoint(path)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                course = json.loads(file.metadata()["course"])
+            tensors = load_file(path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            fault = f"a damaged checkpoint ({error}): delete it to start anew"
+            raise BundleError(f"{path}: {fault}") from None
         count = range(len(self.tensors))
         values = [tensors[f"value.{i}"] for i in count if f"value.{i}" in tensors]
         fits = [value.shape for value in values] == [tensor.shape for tensor in self.tensors]
         if course["fingerprint"] != self.fingerprint or not fits:
-            raise BundleError(
-                f"{path}: a checkpoint of other settings or data: delete it to start anew"
-            )
+            fault = "a checkpoint of other settings or data: delete it to start anew"
+            raise BundleError(f"{path}: {fault}")
         self.put(values)
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             if part == "optimizer":
                 key, _, i = rest.rpartition(".")
                 self.optimizer.state[self.tensors[int(i)]][key] = value
-        best = [tensors[f"best.{i}"] for i in count]
-        return _Run(course["best"], best, course["losses"], course["waited"])
+        self.best, self.best_values = course["best"], [tensors[f"best.{i}"] for i in count]
+        self.losses, self.waited = course["losses"], course["waited"]
+        return True
 
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            course = json.loads(file.metadata()["course"])
-        return load_file(path), course
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        fault = f"a damaged checkpoint ({error}): delete it to start anew"
-        raise BundleError(f"{path}: {fault}") from None
-
-
-@dataclass
-class _Run:
-    """How far training has come, and what was best so far."""
-
-    best: float  # lowest loss of the held-out users
-    best_values: list[Tensor]
-    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
-    waited: int = 0  # epochs since the best one
-
-    def exhausted(self, patience: int) -> bool:
-        return bool(patience) and self.waited >= patience
-
-    def watch(self, loss: float, state: _State) -> None:
-        if loss < self.best:
-            self.best, self.best_values, self.waited = loss, state.values(), 0
-        else:
-            self.waited += 1
-
-
-def _fingerprint(data: TrainingSet, config: SGDConfig, loss: str) -> str:
-    """Identifies settings and data (not the number of epochs), so that checkpoints fit."""
-    groups = data.groups
-    numbers = [config.lr, config.batch, config.weight_decay, config.patience, config.seed]
-    hasher = hashlib.sha256(json.dumps([*numbers, loss, list(data.users)]).encode())
-    for tensor in (groups.left, groups.right, groups.side_features, groups.mask, groups.target):
-        if tensor is not None:
-            hasher.update(tensor.contiguous().numpy().tobytes())
-    return hasher.hexdigest()
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies settings and data (not the number of epochs), so that checkpoints fit."""
+        config, groups = self.config, self.data.groups
+        numbers = [config.lr, config.batch, config.weight_decay, config.patience, config.seed]
+        described = json.dumps([*numbers, self.scorer.loss, list(self.data.users)])
+        hasher = hashlib.sha256(described.encode())
+        for tensor in (groups.left, groups.right, groups.side_features, groups.mask, groups.target):
+            if tensor is not None:
+                hasher.update(tensor.contiguous().numpy().tobytes())
+        return hasher.hexdigest()
 
 
 def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[FitReport, Heads]:
@@ -290,5 +271,4 @@ def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[Fi
         held_out.append(held_out_scores(scorer, late, heads))
     evaluate_held_out(scorer, held_out, report)
     calibrate(scorer, held_out, report)
-    evaluate_picks(scorer, held_out, report)
     return report, fit_heads(scorer, data, unseen, sgd=config)

@@ -19,9 +19,14 @@ from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.training.convex import Heads, fit_heads, fit_scorer
-from hydra_llm.training.dataset import TrainingSet, gain_spread, in_set_order, make_training_set
+from hydra_llm.training.dataset import (
+    LabelledGroup,
+    TrainingSet,
+    gain_spread,
+    in_set_order,
+    make_training_set,
+)
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
-from hydra_llm.types import LabelledGroup
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -61,50 +66,36 @@ def train_scorer(
     encoder too), fit what is.
     """
     config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
-    groups = data.groups(bundle.featurizer)
-    scorer = _untrained(bundle, data)
+    groups, scorer = data.groups(bundle.featurizer), _untrained(bundle, data)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
     files.progress(f"fit {name}", 0, 1)
     labelled = training_set(bundle, data.rule, scorer, groups)
     scorer.interaction.prepare(labelled.groups)
-    interaction, head = scorer.interaction, scorer.head
-    report: dict[str, Any] = {"groups": len(labelled), "features": interaction.kind}
-    report["head"] = head.name
-    trainable = tune or not head.convex or interaction.trainable
-    joint: Heads = {}
-    if trains := config.epochs > 0 and trainable:
+    interaction, head, heads = scorer.interaction, scorer.head, Heads()
+    report = {"groups": len(labelled), "features": interaction.kind, "head": head.name}
+    trains = config.epochs > 0 and (tune or not head.convex or interaction.trainable)
+    if trains:
         source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
-        checkpoint = files.checkpoint(name)
-        done = partial(files.epoch_done, name)
-        losses, joint = train_jointly(
+        checkpoint, done = files.checkpoint(name), partial(files.epoch_done, name)
+        losses, heads = train_jointly(
             scorer, labelled, config, source=source, checkpoint=checkpoint, done=done
         )
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
-        if tune:  # features and side features of the encoder as it is now
-            histories = [bundle.records[user] for user in bundle.trained_on]
-            stats = fit_stats(bundle.task, bundle.store, histories)
-            bundle = replace(bundle, population=stats)
-            groups = data.groups(bundle.featurizer)
-            labelled = training_set(bundle, data.rule, scorer, groups)
-    fitted, heads = _fit(scorer, labelled, config, trained=trains)
-    files.progress(f"fit {name}", 1, 1)
-    own = with_times({**joint, **heads}, bundle.records)
-    scorers, reports = {**bundle.scorers, name: scorer.eval()}, {**bundle.report}
-    reports[name] = report | fitted
-    return replace(bundle, scorers=scorers, heads={**bundle.heads, name: own}, report=reports)
-
-
-def _fit(
-    scorer: Scorer, data: TrainingSet, config: SGDConfig, *, trained: bool
-) -> tuple[dict[str, Any], Heads]:
-    if not scorer.head.convex:
-        report, heads = fit_unseen(scorer, data, config)
+    if trains and tune:  # features and side features of the encoder as it is now
+        histories = [bundle.records[user] for user in bundle.trained_on]
+        bundle = replace(bundle, population=fit_stats(bundle.task, bundle.store, histories))
+        labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
+    if head.convex:
+        unseen = held_out_users(labelled, config) if trains else ()
+        fitted, own = fit_scorer(scorer, labelled, seed=config.seed, unseen=unseen)
     else:
-        unseen = held_out_users(data, config) if trained else ()
-        report, heads = fit_scorer(scorer, data, seed=config.seed, unseen=unseen)
-    return report.to_json(convex=scorer.head.convex), heads
+        fitted, own = fit_unseen(scorer, labelled, config)
+    files.progress(f"fit {name}", 1, 1)
+    scorers, own = {**bundle.scorers, name: scorer.eval()}, with_times(heads | own, bundle.records)
+    reports = {**bundle.report, name: report | fitted.to_json(convex=head.convex)}
+    return replace(bundle, scorers=scorers, heads={**bundle.heads, name: own}, report=reports)
 
 
 def _untrained(bundle: Bundle, data: LabelledData) -> Scorer:
@@ -140,16 +131,13 @@ def sgd_config(settings: Settings) -> SGDConfig:
 def fit_new_heads(
     bundle: Bundle, name: str, groups: Sequence[LabelledGroup], users: Sequence[str]
 ) -> Heads:
-    """The heads of these users on their groups, for one scorer of the bundle."""
+    """The heads of these users for one scorer of the bundle; the shared one without groups."""
     scorer = bundle.scorers[name]
+    if not groups:
+        return dict.fromkeys(users, Head.of(scorer.head.empty()))
     labelled = training_set(bundle, target_rule(bundle, name), scorer, groups)
     heads = fit_heads(scorer, labelled, users, sgd=sgd_config(bundle.settings))
     return with_times(heads, bundle.records)
-
-
-def empty_heads(bundle: Bundle, name: str, users: Sequence[str]) -> Heads:
-    """Heads that are the shared one, for users without groups."""
-    return dict.fromkeys(users, Head.of(bundle.scorers[name].head.empty()))
 
 
 def with_times(heads: Heads, records: Mapping[str, Sequence[Any]]) -> Heads:
@@ -170,7 +158,7 @@ def training_set(
     bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
 ) -> TrainingSet:
     """The groups as tensors for a scorer of the bundle."""
-    spread, interaction = float(scorer.gain_spread), scorer.interaction
+    spread, loss = float(scorer.gain_spread), scorer.loss
     return make_training_set(
-        bundle.store, interaction, groups, rule=rule, loss=scorer.loss, spread=spread
+        bundle.store, scorer.interaction, groups, rule=rule, loss=loss, spread=spread
     )
