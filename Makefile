@@ -24,7 +24,7 @@ test: $(READY) ## Set up, then run all tests (offline; beside a PostgreSQL, if o
 	@$(BIN)/python tools/with_postgres.py $(PYTEST)
 
 test-fast: $(READY) ## The tests that take no more than about a second each
-	@$(PYTEST) -m "not slow and not llm"
+	@$(PYTEST) -m "not slow and not llm" --hypothesis-profile fast
 
 check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/ruff check

@@ -17,9 +17,12 @@ from typing import Any
 import hypothesis
 import pytest
 
-# On a busy machine an example may take long.
+# On a busy machine an example may take long. `make test-fast` takes the profile "fast".
 hypothesis.settings.register_profile(
     "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile(
+    "fast", parent=hypothesis.settings.get_profile("tests"), max_examples=15
 )
 hypothesis.settings.load_profile("tests")
 

@@ -254,6 +254,7 @@ def test_each_round_draws_negatives_from_the_last_energy(monkeypatch: pytest.Mon
 # ---- what it may see, and what it costs
 
 
+@pytest.mark.slow
 def test_bbox_is_deterministic_by_seed() -> None:
     records, queries = people(alike=False)
 
@@ -280,7 +281,7 @@ def test_the_order_of_the_users_changes_nothing() -> None:
     assert [a.candidates for a in there] == [a.candidates for a in back[::-1]]
 
 
-@pytest.mark.parametrize("user", ["new0", "train0"])
+@pytest.mark.parametrize("user", ["new0", pytest.param("train0", marks=pytest.mark.slow)])
 def test_nothing_later_than_the_query_is_seen_nor_its_own_answer(user: str) -> None:
     records, _ = people(alike=False)
     cut, turned = 9, dict(zip(TAGS.labels, TAGS.labels[1:] + TAGS.labels[:1], strict=True))

@@ -157,6 +157,7 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
 
 
+@pytest.mark.slow
 def test_answers_are_optional_and_escaped(opened: report.Run) -> None:
     text = page(opened)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text

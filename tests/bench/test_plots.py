@@ -248,6 +248,7 @@ def test_svg_is_valid_deterministic_and_self_contained(opened: report.Run) -> No
     assert plots.svg(plots.plots(shown)["users"]).count("u0") == 0  # no user is named
 
 
+@pytest.mark.slow
 def test_plots_of_several_runs_have_separate_folders(opened: report.Run, tmp_path: Path) -> None:
     assert run(["bench", "show", str(opened.folder), "--plots", str(tmp_path / "one")]) == 0
     assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [

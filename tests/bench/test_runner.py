@@ -190,6 +190,7 @@ def noting(calls: Path, fatal: int) -> Callable[[Sequence[Message], int, random.
     return rule
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     calls, folder = tmp_path / "calls", tmp_path / "run"
     script = KILLED.format(this=__file__, calls=str(calls), run=str(folder), fatal=17)

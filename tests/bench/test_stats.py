@@ -152,7 +152,7 @@ def test_copies_of_a_users_samples_add_no_certainty() -> None:
     assert np.ptp(interval(values, users)) > 1.2 * np.ptp(interval(values, names(30)))
 
 
-@pytest.mark.parametrize("users", [6, 30])
+@pytest.mark.parametrize("users", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(users: int) -> None:
     rng, runs = np.random.default_rng(7), 600
     covered = 0

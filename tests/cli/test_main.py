@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from hydra_llm import __version__, config
 from hydra_llm.cli.main import COMMANDS, load, run
 from hydra_llm.gateway import settings as serve_settings
-from tests.waiting import FOREVER
+from tests.waiting import FOREVER, until
 
 # A module with a command for each way to end; `hydra-llm NAME` runs the function of that name.
 ENDINGS = """
@@ -127,7 +126,8 @@ def test_ctrl_c_is_one_line(command: str) -> None:
     process = start(command)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)  # until it sleeps
+    status = Path(f"/proc/{process.pid}/status")
+    until(lambda: "State:\tS" in status.read_text())  # it sleeps
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=FOREVER)
     assert (process.returncode, err) == (130, "hydra-llm: stopped; the same command continues\n")

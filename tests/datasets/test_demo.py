@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hydra_llm.datasets.check import summarize
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.demo import movielens
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.history import before
@@ -25,8 +26,14 @@ def test_real_users_with_times_in_order_and_no_leak() -> None:
         assert all(before(history, query) == history for query in queries)
 
 
-def test_every_rating_of_the_source_is_there_or_accounted_for() -> None:
-    dataset = movielens(900, 42, per_user=10_000)
+@pytest.fixture(scope="module")
+def everything() -> DataSet:
+    """All users with all their ratings."""
+    return movielens(900, 42, per_user=10_000)
+
+
+def test_every_rating_of_the_source_is_there_or_accounted_for(everything: DataSet) -> None:
+    dataset = everything
     entries = sum(1 for _ in dataset.stream_history()) + sum(1 for _ in dataset.stream_queries())
     repeats = int(dataset.notes[0].split()[0])
     # Of the 100,000 ratings nine are of the film that has no title; user 300 has 19 left, one too
@@ -35,8 +42,8 @@ def test_every_rating_of_the_source_is_there_or_accounted_for() -> None:
     assert set(dataset.users()) == {f"u{number}" for number in range(1, 944)} - {"u300"}
 
 
-def test_titles_are_written_as_people_write_them() -> None:
-    texts = {record.input for record in movielens(942, 0, per_user=10_000).stream_history()}
+def test_titles_are_written_as_people_write_them(everything: DataSet) -> None:
+    texts = {record.input for record in everything.stream_history()}
     assert {
         "The Godfather (1972). Action, Crime, Drama",
         "Les Misérables (1995). Drama, Musical",
@@ -47,6 +54,7 @@ def test_titles_are_written_as_people_write_them() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_more_users_keep_the_ones_of_fewer() -> None:
     few, many, other = movielens(5, 5, seed=1), movielens(9, 9, seed=1), movielens(5, 5, seed=2)
     assert set(few.users("train")) < set(many.users("train"))

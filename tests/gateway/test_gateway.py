@@ -1107,6 +1107,7 @@ async def test_another_servers_write_is_seen_at_the_next_request(
     other.close()
 
 
+@pytest.mark.llm
 async def test_an_embedded_model_streams_token_by_token(store: Store) -> None:
     """The real SmolLM2 through the official SDK."""
     from hydra_llm.config import Settings

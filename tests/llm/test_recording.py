@@ -134,6 +134,8 @@ def test_a_recording_of_another_llm_is_not_added_to(tmp_path: Path) -> None:
         merge_recording(file, other)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_minilm")
 def test_a_benchmark_is_repeated_without_the_llm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

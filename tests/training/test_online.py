@@ -77,7 +77,7 @@ CASES = [
 
 
 def quickly(scorer: Scorer, table: TrainingSet) -> dict[str, Head]:
-    strengths = Strengths(ridges=(3.0,), precisions=(0.3, 1.0, 3.0))
+    strengths = Strengths(ridges=(3.0,), side_ridges=(1.0,), precisions=(0.3, 1.0, 3.0))
     return fit_scorer(scorer, table, strengths=strengths)[1]
 
 
