@@ -18,26 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Answer",
-    "Candidate",
-    "ChatLLM",
-    "Generation",
-    "HydraError",
-    "LLMError",
-    "Personalizer",
-    "Query",
-    "Record",
-    "Settings",
-    "Task",
-    "Usage",
-    "UserFault",
-    "afit",
-    "alearn",
-    "fit",
-    "learn",
-    "load_settings",
-]
+__all__ = ["Answer", "Candidate", "ChatLLM", "Generation", "HydraError", "LLMError"]
+__all__ += ["Personalizer", "Query", "Record", "Settings", "Task", "Usage", "UserFault"]
+__all__ += ["afit", "alearn", "fit", "learn", "load_settings"]
 
 # No module may have one of these names: importing it would replace the name by the module.
 _HOMES = {

@@ -68,17 +68,16 @@ def read_table(
     of_user: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         of_user[row[1]["user"]].append(row)
-    builder = Builder(task, {user: _split(user, test_share, seed) for user in of_user})
+    splits: dict[str, Split] = {}
+    for user in of_user:
+        digest = hashlib.sha256(f"{seed}:{user}".encode(errors="replace")).digest()
+        splits[user] = "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
+    builder = Builder(task, splits)
     for own in of_user.values():
         builder.add_user(_ordered(own), query_share)
-    missing = [split for split in dataset.SPLITS if split not in builder.splits.values()]
+    missing = [split for split in dataset.SPLITS if split not in splits.values()]
     advice = [f"no {split} user: give another seed or test share" for split in missing]
     return builder.build([note, *advice])
-
-
-def _split(user: str, test_share: float, seed: int) -> Split:
-    digest = hashlib.sha256(f"{seed}:{user}".encode(errors="replace")).digest()
-    return "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
