@@ -50,13 +50,13 @@ class ByVoteShare(Selector):
     how: str
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
-        parsed = [i for i, c in enumerate(candidates) if c.answer is not None and c.votes]
-        if not parsed:
+        places = [i for i, c in enumerate(candidates) if c.answer is not None and c.votes]
+        if not places:
             return Selection(list(candidates), 0)
-        votes = np.array([float(candidates[i].votes) for i in parsed])
-        among = [candidates[i] for i in parsed]
-        pick = select(self.task, among, votes, votes / votes.sum(), self.how)
-        return Selection(list(candidates), parsed[pick])
+        parsed = [candidates[i] for i in places]
+        votes = np.array([float(candidate.votes) for candidate in parsed])
+        pick = select(self.task, parsed, votes, votes / votes.sum(), self.how)
+        return Selection(list(candidates), places[pick])
 
 
 # ---- without any LLM
@@ -85,9 +85,6 @@ class ScorerOnly:
     personalizer: UserPipeline
 
     async def aanswer(self, query: Query) -> Answer:
-        started = perf_counter()
-        context = self.personalizer.context_of(query)
-        blank = tuple(all_labels(self.personalizer.task, []))
-        candidates, chosen, _ = self.personalizer.select(context, blank)
-        proposal = Proposal(query, (), (), (), blank, seconds={"adapt": perf_counter() - started})
-        return Answer(candidates[chosen].text, proposal, tuple(candidates), chosen)
+        labels = tuple(all_labels(self.personalizer.task, []))
+        proposal = Proposal(query, (), (), (), labels)
+        return self.personalizer.decide(self.personalizer.context_of(query), proposal)

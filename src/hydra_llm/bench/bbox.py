@@ -116,20 +116,20 @@ class ByEnergy(Selector):
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         scored = list(candidates)
-        places = [place for place, each in enumerate(candidates) if each.answer is not None]
+        places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
         if not places:
             return Selection(scored, 0)
-        offered = _offered(self.bundle.task, [candidates[place] for place in places])
+        offered = _offered(self.bundle.task, [candidates[i] for i in places])
         groups, shares = _read(self.bundle, self.energy.interaction, [(context.query, offered)])
         with torch.no_grad():
             energies = self.energy(groups)
         probabilities = distribution(energies, shares)[0].tolist()
-        rows = zip(energies[0].tolist(), probabilities, strict=True)
-        figures = dict(zip((each.answer for each in offered), rows, strict=True))
-        for place in places:
-            score, probability = figures[candidates[place].answer]
-            scored[place] = replace(candidates[place], score=score, probability=probability)
-        best = first_best(np.array([scored[place].score for place in places]))
+        rows = zip(offered, energies[0].tolist(), probabilities, strict=True)
+        figures = {candidate.answer: row for candidate, *row in rows}
+        for i in places:
+            score, probability = figures[candidates[i].answer]
+            scored[i] = replace(candidates[i], score=score, probability=probability)
+        best = first_best(np.array([scored[i].score for i in places]))
         return Selection(scored, places[best])
 
 
@@ -162,14 +162,11 @@ def _read(
 def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposal]) -> Pools | None:
     """Proposals with an answer that could be parsed, as pools; None if there is none."""
     offers: list[Offer] = []
-    gold = []
     for proposal in proposals:
         query = proposal.query
-        readable = [each for each in proposal.candidates if each.answer is not None]
-        if readable:
-            offered = _offered(bundle.task, readable, query.gold)
-            offers.append((query, offered))
-            gold.append([each.answer for each in offered].index(query.gold))
+        if readable := [each for each in proposal.candidates if each.answer is not None]:
+            offers.append((query, _offered(bundle.task, readable, query.gold)))
+    gold = [[each.answer for each in offered].index(query.gold) for query, offered in offers]
     return Pools(*_read(bundle, interaction, offers), torch.tensor(gold)) if offers else None
 
 
@@ -227,10 +224,8 @@ class BBoxAdapter:
         users = [user for user in labelled if user != without]
         queries = [query for user in users for query in self._queries(records.get(user, ()))]
         if not queries:
-            raise LLMError(
-                "bbox-adapter has nothing to learn from: it asks the LLM about training users'"
-                " records, see `labelled_users`"
-            )
+            reason = "it asks the LLM about training users' records, see `labelled_users`"
+            raise LLMError(f"bbox-adapter has nothing to learn from: {reason}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             by_label = reads_labels(self.bundle.task, self.bundle.settings)
@@ -238,17 +233,14 @@ class BBoxAdapter:
             energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
         learned = await self._rounds("", len(users), energy, self.personalizer, queries)
         if learned is None:
-            raise LLMError(
-                "bbox-adapter has nothing to learn from: no answer to the training users' own"
-                " records could be read"
-            )
+            reason = "no answer to the training users' own records could be read"
+            raise LLMError(f"bbox-adapter has nothing to learn from: {reason}")
         return learned
 
     async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
         """Further rounds on the part of the user's history that the query may see."""
         only, key = replace(self.personalizer, records={user: visible}), f"{len(visible)}:{user}"
-        own = await self._rounds(key, 1, shared, only, self._queries(visible))
-        return shared if own is None else own
+        return await self._rounds(key, 1, shared, only, self._queries(visible)) or shared
 
     def _queries(self, records: Sequence[Record]) -> list[Query]:
         count = self.personalizer.settings.queries_per_user
@@ -267,7 +259,7 @@ class BBoxAdapter:
         """
         settings, interaction = proposing.settings, energy.interaction
         answers = await map_calls(proposing.apropose, queries, limit=settings.concurrency)
-        proposals = [each for each in answers if isinstance(each, Proposal)]
+        proposals = [answer for answer in answers if isinstance(answer, Proposal)]
         for error in answers:
             if isinstance(error, LLMError) and not proposals:
                 raise error

@@ -6,6 +6,7 @@ Knows neither tables nor LLMs; the statistics are those of `stats`.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from hydra_llm.bench.runner import scored
 from hydra_llm.bench.stats import Paired, paired
 from hydra_llm.tasks.base import Task
 
-POWER = 2.8
-"""Standard errors of a difference found with power 0.8 at the 5 % level: 1.96 + 0.84."""
+POWER = 2.8  # standard errors of a difference found with power 0.8 at the 5 % level: 1.96 + 0.84
 
 Pair = tuple[Sample, Sample]
 
@@ -37,7 +37,7 @@ class Comparison:
     """Metric → queries needed to show the difference as it is; None if there is none."""
 
     def to_json(self) -> dict[str, Any]:
-        metrics = {name: each._asdict() for name, each in self.metrics.items()}
+        metrics = {name: change._asdict() for name, change in self.metrics.items()}
         return {**asdict(self), "metrics": metrics}
 
 
@@ -55,7 +55,7 @@ def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Compar
         ties=int((changes == 0).sum()),
         losses=int((changes < 0).sum()),
         worst_tenth=float(worst.mean()) if len(worst) else math.nan,
-        needed={name: queries_needed(each, queries) for name, each in metrics.items()},
+        needed={name: queries_needed(change, queries) for name, change in metrics.items()},
     )
 
 
@@ -63,7 +63,7 @@ def scored_pairs(
     task: Task, pairs: Sequence[Pair]
 ) -> tuple[dict[str, Metric], dict[str, Metric], list[str]]:
     """The metrics of both sides, and the user of each pair."""
-    ours, theirs = (scored(task, [each[side] for each in pairs]) for side in (0, 1))
+    ours, theirs = (scored(task, [both[side] for both in pairs]) for side in (0, 1))
     return ours, theirs, [sample.user for sample, _ in pairs]
 
 
@@ -77,11 +77,10 @@ def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
     for query, ours in sides[0].items():
         theirs = sides[1].get(query, {})
         if 1 in (len(ours), len(theirs)) or (no_seeds and ours.keys() != theirs.keys()):
-            pairs += [
-                (ours[one], theirs[other]) for one in sorted(ours) for other in sorted(theirs)
-            ]
+            seeds = list(product(sorted(ours), sorted(theirs)))
         else:
-            pairs += [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+            seeds = [(seed, seed) for seed in sorted(ours.keys() & theirs.keys())]
+        pairs += [(ours[one], theirs[other]) for one, other in seeds]
     return pairs
 
 

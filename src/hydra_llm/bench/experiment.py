@@ -87,10 +87,8 @@ def run_experiment(experiment: Experiment) -> Outcome:
     methods = usable_methods(experiment.methods, list(bundles.values()), experiment.say)
     context_of = parts[0].personalizer().context_of
     if shared := sum(bool(context_of(query).notes) for query in queries):
-        experiment.say(
-            f"{shared} of {len(queries)} queries precede records that their user's head was fitted"
-            " on: the shared head answers them"
-        )
+        early = f"{shared} of {len(queries)} queries precede records that their user's head"
+        experiment.say(f"{early} was fitted on: the shared head answers them")
     weights = {str(seed): bundle.weights for seed, bundle in bundles.items()}
     log.complete({"weights": weights, "trained_on": len(first.trained_on), **_counts(queries)})
     samples = run_sync(partial(run_methods, methods, parts, queries, log, experiment.progress))
@@ -164,10 +162,8 @@ def _manifest(experiment: Experiment) -> dict[str, Any]:
     """What identifies the run before it begins, so that samples of two runs are not mixed."""
     queries = chosen_queries(experiment.data, experiment.new_users, experiment.limit)
     if not queries:
-        raise DataError(
-            "no new user has a query whose answer is known: users.jsonl needs users with split"
-            " 'test'"
-        )
+        fix = "users.jsonl needs users with split 'test'"
+        raise DataError(f"no new user has a query whose answer is known: {fix}")
     given = experiment.bundle
     return {
         "data": experiment.data.digest,

@@ -131,8 +131,7 @@ METHODS: Registry[Method] = Registry(
 )
 LEARNED = ("hydra-reranker", "hydra-adapter", "hydra-published", "hydra")
 DEMO = ("zero-shot", "rag", *LEARNED, "random", "user-majority")
-RECORDS, BUDGET = (1, 2, 4), (8,)
-"""Values of k and b for `all`, which takes a method once for each of them."""
+RECORDS, BUDGET = (1, 2, 4), (8,)  # values of k and b for `all`, which takes a method for each
 
 
 def base_name(name: str) -> str:
@@ -156,8 +155,8 @@ def installed(name: str) -> Method | None:
 
 def per_sample(name: str) -> bool:
     """Whether the method answers once per sample, so that its seeds are indices of samples."""
-    known = installed(name)
-    return known is not None and known.per_sample
+    method = installed(name)
+    return method is not None and method.per_sample
 
 
 def find_methods(
@@ -180,17 +179,16 @@ def find_methods(
         if name != "all":
             methods.append(_find(name))
             continue
-        for each in map(load_method, METHODS.names()):
-            if each.answers(kind):
-                grid = product(*(values[parameter] for parameter in each.takes))
-                methods += [each.with_parameters(point) for point in grid]
-    for each in methods:
-        if not each.answers(kind):
+        for method in map(load_method, METHODS.names()):
+            if method.answers(kind):
+                grid = product(*(values[parameter] for parameter in method.takes))
+                methods += [method.with_parameters(point) for point in grid]
+    for method in methods:
+        if not method.answers(kind):
             closed = " and ".join(name for name in KINDS.names() if KINDS.load(name).closed)
-            raise SettingsError(
-                f"method '{each.name}' answers {closed} tasks only, this one is {kind}"
-            )
-    return list({each.name: each for each in methods}.values())
+            fault = f"answers {closed} tasks only, this one is {kind}"
+            raise SettingsError(f"method '{method.name}' {fault}")
+    return list({method.name: method for method in methods}.values())
 
 
 def _known() -> str:

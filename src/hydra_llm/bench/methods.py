@@ -21,6 +21,8 @@ from hydra_llm.types import Answer, Message, Query, Record, Usage
 
 GREEDY: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
 """Settings of a method that takes the LLM's temperature-0 answer alone."""
+ALWAYS: Mapping[str, Any] = {"rerank": "always"}
+"""The paper's methods use the reranker even if `hydra` would keep the retriever's order."""
 
 
 @method("prompt", source="HYDRA 4.1", uses=())
@@ -59,9 +61,9 @@ def pag(parts: Parts) -> Answerer:
     return Profiled(parts.personalizer(**GREEDY))
 
 
-def _rag_with(retriever: str, parts: Parts) -> Answerer:
-    made = make_retriever(retriever, embed=parts.bundle.store.texts, seed=parts.settings.seed)
-    return replace(parts.personalizer(**GREEDY), retriever=made)
+def _rag_with(name: str, parts: Parts) -> Answerer:
+    retriever = make_retriever(name, embed=parts.bundle.store.texts, seed=parts.settings.seed)
+    return replace(parts.personalizer(**GREEDY), retriever=retriever)
 
 
 PROFILE_RECORDS, PROFILE_TOKENS = 20, 96  # latest records that it is written from; its length
@@ -87,8 +89,8 @@ class Profiled:
         async with self.locks.setdefault(key, anyio.Lock()):
             if key not in self.profiles:
                 sampling = Sampling(max_tokens=PROFILE_TOKENS)
-                made = await self.inner.llm.generate(self._question(context.visible), sampling)
-                self.profiles[key], usage = made.texts[0].strip(), made.usage
+                written = await self.inner.llm.generate(self._question(context.visible), sampling)
+                self.profiles[key], usage = written.texts[0].strip(), written.usage
         answer = await replace(self.inner, profile=self.profiles[key]).aanswer(context)
         total = answer.proposal.usage + usage
         return replace(answer, proposal=replace(answer.proposal, usage=total))
@@ -104,7 +106,7 @@ class Profiled:
 @method("hydra", takes=("k",), source="HYDRA 4.2", uses=("reranker",), requires=("reranker",))
 def hydra_reranker(parts: Parts) -> Answerer:
     """Reranked records, first answer."""
-    return _always_reranked(parts).personalizer(rerank=True, **GREEDY)
+    return parts.with_settings(**ALWAYS).personalizer(rerank=True, **GREEDY)
 
 
 @method("hydra", takes=("b",), source="HYDRA 4.2", uses=("adapter",), requires=("adapter",))
@@ -117,12 +119,7 @@ def hydra_adapter(parts: Parts) -> Answerer:
 def hydra_published(parts: Parts) -> Answerer:
     """Reranker and adapter: sampled candidates at temperature 1, best score."""
     sampled = {"candidates": "sampled", "select": "best", "temperature": 1.0, "greedy_first": False}
-    return _always_reranked(parts).personalizer(rerank=True, adapt=True, **sampled)
-
-
-def _always_reranked(parts: Parts) -> Parts:
-    """The paper's methods use the reranker even if `hydra` would keep the retriever's order."""
-    return parts.with_settings(rerank="always")
+    return parts.with_settings(**ALWAYS).personalizer(rerank=True, adapt=True, **sampled)
 
 
 @method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md")
@@ -186,8 +183,8 @@ def copy_nearest(parts: Parts) -> Answerer:
     nearest = make_retriever("dense", embed=parts.bundle.store.texts)
 
     def answer(query: Query, visible: Sequence[Record]) -> str:
-        found = nearest.retrieve(query, visible, 1)
-        return found[0].record.output if found else parts.bundle.task.strategy.typical([])
+        ranked = nearest.retrieve(query, visible, 1)
+        return ranked[0].record.output if ranked else parts.bundle.task.strategy.typical([])
 
     return WithoutLLM(parts.personalizer(), answer)
 

@@ -45,15 +45,15 @@ def score(
     failed = np.array([isinstance(answer, Failed) for answer, _ in pairs], dtype=bool)
     scored = [(answer, gold) for answer, gold in pairs if not isinstance(answer, Failed)]
     unparsable = sum(answer is None for answer, _ in scored)
-    found = {}
+    metrics = {}
     for spec in task.metric_specs.values():
         of_scored = task.strategy.metric_rows(spec.name, scored)
         rows = np.full((len(pairs), of_scored.shape[1]), np.nan)
         rows[~failed] = of_scored
         sums = np.nansum(rows, axis=0, keepdims=True)
         value = float(spec.statistic(sums)[0]) if scored else np.nan
-        found[spec.name] = Metric(spec, value, rows, int(failed.sum()), unparsable)
-    return found
+        metrics[spec.name] = Metric(spec, value, rows, int(failed.sum()), unparsable)
+    return metrics
 
 
 @cache

@@ -93,10 +93,9 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise SettingsError(
-                f"{folder}: is a file, or lies in one: a run is a folder, take another --out"
-            ) from None
-        self._begin(_as_json({"format": FORMAT, **versions(), "commit": commit(), **manifest}))
+            fault = "is a file, or lies in one: a run is a folder, take another --out"
+            raise SettingsError(f"{folder}: {fault}") from None
+        self._begin(as_read({"format": FORMAT, **versions(), "commit": commit(), **manifest}))
         if self._file.exists():
             samples, whole = _samples(self._file)
             if whole != self._file.stat().st_size:  # the line in which the run was killed
@@ -107,10 +106,9 @@ class RunLog:
 
     def complete(self, late: Mapping[str, Any]) -> None:
         """Add what the run has learned; SettingsError if it learned something else before."""
-        there, new = self._read_manifest() or {}, _as_json(late)
+        there, new = self._read_manifest() or {}, as_read(late)
         known = [name for name in new if name in there]
-        old, again = ({name: part[name] for name in known} for part in (there, new))
-        self._refuse_other(old, again)
+        self._refuse_other(*({name: part[name] for name in known} for part in (there, new)))
         if len(known) < len(new):
             _write_whole(self._manifest, {**there, **new})
 
@@ -125,8 +123,8 @@ class RunLog:
         self._refuse_other({k: v for k, v in there.items() if k in new or k not in LATE}, new)
 
     def _refuse_other(self, there: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        old, asked = _flat(there), _flat(new)
-        values = {key: (old.get(key), asked.get(key)) for key in {**old, **asked}}
+        old, now = _flat(there), _flat(new)
+        values = {key: (old.get(key), now.get(key)) for key in {**old, **now}}
         different = [f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in values.items() if a != b]
         if different:
             listed = "; ".join(different)[:300]
@@ -141,9 +139,8 @@ class RunLog:
         except ValueError as error:
             if not self._file.exists():
                 return None
-            raise SettingsError(
-                f"{self._manifest} cannot be read ({error}): take another --out"
-            ) from None
+            fault = f"cannot be read ({error}): take another --out"
+            raise SettingsError(f"{self._manifest} {fault}") from None
 
     def add(self, sample: Sample) -> None:
         self.samples[sample.key] = sample
@@ -161,21 +158,21 @@ class RunLog:
         return file
 
 
-def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value as it is read back from a file."""
-    copy: dict[str, Any] = json.loads(json.dumps(value))
+def as_read(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value as it is read back from a file; NaN becomes null."""
+    copy: dict[str, Any] = json.loads(json.dumps(value), parse_constant=lambda name: None)
     return copy
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What is compared of nested entries, by dotted names, as `settings.temperature`."""
-    out: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in entries.items():
         if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         elif prefix or name not in NOT_COMPARED:
-            out[prefix + name] = value
-    return out
+            flat[prefix + name] = value
+    return flat
 
 
 def _write_whole(file: Path, content: Any) -> None:
@@ -209,9 +206,8 @@ def read_learning(folder: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"{file} cannot be read ({error}): run the same `bench run` again, it writes it anew"
-        ) from None
+        fix = "run the same `bench run` again, it writes it anew"
+        raise SettingsError(f"{file} cannot be read ({error}): {fix}") from None
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
@@ -225,9 +221,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     try:
         manifest = _object(file)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"{folder}: is no run ({error}): name the --out of `hydra-llm bench run`"
-        ) from None
+        fix = "name the --out of `hydra-llm bench run`"
+        raise SettingsError(f"{folder}: is no run ({error}): {fix}") from None
     if not isinstance(manifest.get("format"), int):
         raise SettingsError(f"{folder}: is no run (manifest.json is of something else)")
     _refuse_newer(file, manifest)
@@ -246,10 +241,8 @@ def _object(file: Path) -> dict[str, Any]:
 def _refuse_newer(file: Path, manifest: Mapping[str, Any]) -> None:
     number = manifest.get("format")
     if isinstance(number, int) and number > FORMAT:
-        raise SettingsError(
-            f"{file}: format {number} is made by a newer hydra-llm ({manifest.get('hydra_llm')}):"
-            " upgrade, or take another --out"
-        )
+        fault = f"format {number} is made by a newer hydra-llm ({manifest.get('hydra_llm')})"
+        raise SettingsError(f"{file}: {fault}: upgrade, or take another --out")
 
 
 def _samples(file: Path) -> tuple[list[Sample], int]:
@@ -262,7 +255,6 @@ def _samples(file: Path) -> tuple[list[Sample], int]:
             entry = json.loads(line)
             samples.append(Sample(**{**entry, "notes": tuple(entry["notes"])}))
         except (ValueError, TypeError, KeyError) as error:
-            raise SettingsError(
-                f"{file}:{number}: is no sample ({error}): remove the line, or take another --out"
-            ) from None
+            fault = f"is no sample ({error}): remove the line, or take another --out"
+            raise SettingsError(f"{file}:{number}: {fault}") from None
     return samples, whole

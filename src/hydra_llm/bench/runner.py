@@ -157,7 +157,10 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
     for name, metric in scored(task, own).items():
         if not math.isnan(metric.value):
             metrics[name] = (metric.value, *interval(metric, users))
-    of_seeds = {seed: [each for each in own if each.seed == seed] for seed in seeds}
+    of_seeds = {}
+    for seed in seeds if len(seeds) > 1 else ():
+        metrics_of_seed = scored(task, [sample for sample in own if sample.seed == seed])
+        of_seeds[seed] = {name: metric.value for name, metric in metrics_of_seed.items()}
     stages = dict.fromkeys(stage for sample in answered for stage in sample.seconds)
     seconds = {stage: mean(each.seconds.get(stage, 0.0) for each in answered) for stage in stages}
     return MethodResult(
@@ -172,9 +175,5 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
         own_seconds=sum(time for stage, time in seconds.items() if stage != "llm"),
         cost=mean(prices.cost(sample.usage) for sample in answered),
         seconds=seconds,
-        seeds={seed: _values(task, part) for seed, part in of_seeds.items() if len(seeds) > 1},
+        seeds=of_seeds,
     )
-
-
-def _values(task: Task, samples: Sequence[Sample]) -> dict[str, float]:
-    return {name: metric.value for name, metric in scored(task, samples).items()}

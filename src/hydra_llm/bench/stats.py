@@ -11,8 +11,7 @@ that bias. `benchmarks/interval_coverage.py` measures it. Knows neither tasks no
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +63,7 @@ class Relative(NamedTuple):
 def interval(values: Values, users: Sequence[str], draws: int = 10_000, seed: int = 0) -> Interval:
     """The interval of a mean or a metric; `users` names the user of each sample."""
     rows, statistic = _rows(values)
-    return _inference(values, draws, seed)(statistic, _per_user(rows, users))[0]
+    return _inference(values, statistic, _per_user(rows, users), draws, seed)[0]
 
 
 def paired(
@@ -79,7 +78,7 @@ def paired(
 
     sums = _per_user(both, users)
     value = float(difference(sums.sum(axis=0, keepdims=True))[0]) if len(sums) else math.nan
-    (low, high), p = _inference(values_a, draws, seed)(difference, sums)
+    (low, high), p = _inference(values_a, difference, sums, draws, seed)
     return Paired(value, low, high, p, int(_known(both).sum()), len(sums))
 
 
@@ -159,22 +158,22 @@ def _per_user(rows: Floats, users: Sequence[str], names: Sequence[str] | None = 
     return sums
 
 
-Inference = Callable[[Statistic, Floats], tuple[Interval, float]]
-"""A statistic and its sums [U, S] → interval and two-sided p-value."""
-
-
-def _inference(values: Values, draws: int, seed: int) -> Inference:
-    """The bootstrap, or the jackknife for a metric that cannot be resampled."""
+def _inference(
+    values: Values, statistic: Statistic, sums: Floats, draws: int, seed: int
+) -> tuple[Interval, float]:
+    """Interval and two-sided p-value of a statistic of the sums [U, S]: by the bootstrap, or the
+    jackknife for a metric that cannot be resampled.
+    """
+    if len(sums) < 2:
+        return Interval(math.nan, math.nan), math.nan
     if isinstance(values, Metric) and not values.spec.resamples:
-        return _jackknife
-    return partial(_bootstrap, draws=draws, seed=seed)
+        return _jackknife(statistic, sums)
+    return _bootstrap(statistic, sums, draws, seed)
 
 
 def _bootstrap(statistic: Statistic, sums: Floats, draws: int, seed: int) -> tuple[Interval, float]:
     """Expanded percentile interval and p-value, the level at which the interval would touch 0."""
     users, rng = len(sums), np.random.default_rng(seed)
-    if users < 2:
-        return Interval(math.nan, math.nan), math.nan
     step, even = max(1, CELLS // users), np.full(users, 1 / users)
     sizes = [min(step, draws - start) for start in range(0, draws, step)]
     resamples = (rng.multinomial(users, even, size=size) @ sums for size in sizes)
@@ -189,10 +188,7 @@ def _bootstrap(statistic: Statistic, sums: Floats, draws: int, seed: int) -> tup
 
 def _jackknife(statistic: Statistic, sums: Floats) -> tuple[Interval, float]:
     """Student's interval and p-value, by leaving each user out."""
-    users = len(sums)
-    if users < 2:
-        return Interval(math.nan, math.nan), math.nan
-    total = sums.sum(axis=0, keepdims=True)
+    users, total = len(sums), sums.sum(axis=0, keepdims=True)
     value, error = float(statistic(total)[0]), _jackknife_error(statistic(total - sums))
     reach = float(stdtrit(users - 1, (1 + LEVEL) / 2)) * error
     p = 2 * float(stdtr(users - 1, -abs(value) / error)) if error > 0 else float(value == 0)

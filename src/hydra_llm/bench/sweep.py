@@ -54,8 +54,7 @@ class SweepPoint(_Part):
     llm: str | None = None  # in place of `--llm`
     history: NonNegativeInt | Literal["all"] = "all"
     """How many records each new user has: the latest that precede all of the user's queries."""
-    fit: bool = True
-    """Without it new users have no heads: the shared ones answer for them."""
+    fit: bool = True  # without it new users have no heads: the shared ones answer for them
 
     @property
     def slug(self) -> str:
@@ -143,11 +142,9 @@ def _check(sweep: Sweep) -> None:
     for number, point in enumerate(sweep.points, 1):
         _check_settings(f"points.{number}", {**sweep.settings, **point.settings})
         find_methods(point.methods or sweep.methods)
-        if slugs.setdefault(point.slug, number) != number:
-            raise SettingsError(
-                f"points.{number}: is called '{point.slug}' as points.{slugs[point.slug]} is: give"
-                " it another x or series"
-            )
+        if (first := slugs.setdefault(point.slug, number)) != number:
+            fault = f"is called '{point.slug}' as points.{first} is: give it another x or series"
+            raise SettingsError(f"points.{number}: {fault}")
 
 
 def _check_settings(place: str, values: Mapping[str, Any]) -> None:

@@ -17,35 +17,30 @@ def require() -> None:
         import jinja2  # noqa: F401
         import vl_convert  # noqa: F401
     except ImportError as error:
-        raise SettingsError(
-            f"reports and plots need {error.name}: pip install 'hydra-llm[report]'"
-        ) from None
+        fix = "pip install 'hydra-llm[report]'"
+        raise SettingsError(f"reports and plots need {error.name}: {fix}") from None
 
 
-def cell(value: float, low: float, high: float) -> str:
+def cell(value: float, low: float, high: float, *, form: str = ".3f") -> str:
     """`0.810 [0.672, 0.935]`; a single user has no interval."""
     if math.isnan(value):
         return "failed"
-    return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def signed(change: Paired) -> str:
     """`+0.069 [-0.026, +0.180]`."""
-    interval = "" if math.isnan(change.low) else f" [{change.low:+.3f}, {change.high:+.3f}]"
-    return f"{change.difference:+.3f}{interval}"
+    return cell(change.difference, change.low, change.high, form="+.3f")
 
 
 def difference(change: Paired) -> str:
     """`+0.069 [-0.026, +0.180] p 0.150`."""
-    return "failed" if math.isnan(change.difference) else f"{signed(change)} p {change.p:.3f}"
+    return signed(change) + ("" if math.isnan(change.difference) else f" p {change.p:.3f}")
 
 
 def share(over: Relative | None) -> str:
     """`+3.1% [-2.0%, +8.2%]`."""
-    if over is None:
-        return ""
-    low, high = over.interval()
-    return f"{over.change:+.1%}" + ("" if math.isnan(low) else f" [{low:+.1%}, {high:+.1%}]")
+    return cell(over.change, *over.interval(), form="+.1%") if over else ""
 
 
 def axis_title(metric: str, higher: bool) -> str:

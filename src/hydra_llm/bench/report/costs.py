@@ -8,8 +8,7 @@ from hydra_llm.bench.runlog import by_method
 from hydra_llm.llm.meter import Prices
 from hydra_llm.types import Usage
 
-STAGES = ("retrieve", "rerank", "prompt", "adapt")
-"""This library's own stages of an answer, in the data's order."""
+STAGES = ("retrieve", "rerank", "prompt", "adapt")  # of this library, in the data's order
 
 
 def cost_rows(report: Report) -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def learning_rows(report: Report) -> list[dict[str, Any]]:
                 shared.add(stage)
                 rows.append(("all" if len(run.learning) > 1 else seed, stage, spent))
     seed = "all" if len(run.seeds) > 1 else min(run.seeds, default=0)
-    rows += [(seed, stage, spent) for stage, spent in _while_answering(run)]
+    rows += [(seed, *row) for row in _while_answering(run)]
     return [_row(*row, report.prices) for row in rows]
 
 
@@ -55,14 +54,14 @@ def _while_answering(run: Run) -> Iterator[tuple[str, dict[str, float]]]:
     """
     first = [sample for sample in run.samples if sample.seed == min(run.seeds, default=0)]
     for method, samples in by_method(sample for sample in first if sample.learned).items():
-        spent = {key: each for sample in samples for key, each in sample.learned.items()}
-        for stage, new in ((method, False), (f"{method}, new users", True)):
-            own = {key: each for key, each in spent.items() if bool(key) == new}
-            if own:
-                names = next(iter(own.values()))
-                sums = {name: sum(each[name] for each in own.values()) for name in names}
-                users = len({key.partition(":")[2] for key in own}) if new else sums["users"]
-                yield stage, {**sums, "users": users}
+        spent = {key: cost for sample in samples for key, cost in sample.learned.items()}
+        if shared := spent.pop("", None):
+            yield method, dict(shared)
+        if spent:
+            names = next(iter(spent.values()))
+            sums = {name: sum(cost[name] for cost in spent.values()) for name in names}
+            users = len({key.partition(":")[2] for key in spent})
+            yield f"{method}, new users", {**sums, "users": users}
 
 
 def _row(

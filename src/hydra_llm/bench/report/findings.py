@@ -21,8 +21,6 @@ from hydra_llm.bench.report.tables import Report, TableRow
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.stats import Paired
 
-RIVALS = ("prompt", "hydra", "adapter", "sampling", "control")
-"""Groups that HYDRA is compared with: all but the bounds."""
 BINS = 10
 
 
@@ -42,7 +40,7 @@ def _of_method(report: Report, own: TableRow) -> Iterator[str]:
     changes = {
         row.method: compare(run.task, samples, run.of(row.method)).metrics[metric]
         for row in report.rows
-        if row.group in RIVALS and base_name(row.method) != "hydra"
+        if row.group != "bound" and base_name(row.method) != "hydra"
     }
     yield from _comparisons(name, metric, changes, report.sign(metric))
     # bounds take the settings' k: only that variant selects among the same samples
@@ -150,7 +148,7 @@ def calibration_error(probabilities: np.ndarray, correct: np.ndarray) -> float:
     """Expected calibration error of probabilities [N] in ten bins (Naeini et al. 2015)."""
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     inside = [bins == place for place in np.unique(bins)]
-    gaps = (abs(probabilities[each].mean() - correct[each].mean()) * each.mean() for each in inside)
+    gaps = (abs(probabilities[at].mean() - correct[at].mean()) * at.mean() for at in inside)
     return float(sum(gaps))
 
 

@@ -18,8 +18,7 @@ from hydra_llm.bench.report.summary import run_summary
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows, sweep_svg
 from hydra_llm.bench.runlog import Sample, by_method
 
-SHOWN = 10
-"""Queries whose answers are shown."""
+SHOWN = 10  # queries whose answers are shown
 CAPTIONS = {
     "score": (
         "Each method's figure with its 95 % interval over users. The dashed line is the baseline."
@@ -30,8 +29,7 @@ CAPTIONS = {
         f" a user for whom nothing changes. Of more than {BARS} users, {BARS} evenly spaced ones"
         " are drawn."
     ),
-}
-"""Caption of the plots whose name begins so."""
+}  # of the plots whose name begins so
 
 
 def page(
@@ -47,10 +45,10 @@ def page(
     templates = PackageLoader("hydra_llm.bench.report")
     strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
     environment = Environment(loader=templates, trim_blocks=True, lstrip_blocks=True, **strict)
-    names = [report.run.task.name for report in reports] + [each["name"] for each in sweeps]
+    names = [report.run.task.name for report in reports] + [sweep["name"] for sweep in sweeps]
     curves = [
-        {"question": each["question"], "rows": sweep_rows(each), "plot": Markup(sweep_svg(each))}
-        for each in sweeps
+        {"question": sweep["question"], "rows": sweep_rows(sweep), "plot": Markup(sweep_svg(sweep))}
+        for sweep in sweeps
     ]
     return environment.get_template("report.html").render(
         runs=[_shown(report, answers) for report in reports],
@@ -83,17 +81,15 @@ def _shown(report: tables.Report, answers: bool) -> dict[str, Any]:
 
 def _parts(report: tables.Report) -> list[dict[str, Any]]:
     """The main table by part: cells as (text, class), class best or second or none."""
-    groups = {title: group for group, title in tables.GROUPS.items()}
     parts: dict[str, dict[str, Any]] = {}
-    for row in tables.method_rows(report):
-        title, cells = row.pop("part"), {}
-        for name, text in row.items():
-            if place := report.marks.get((row["method"], name)):  # its mark is cut off
-                cells[name] = (text[:-2], ("best", "second")[place - 1])
-            else:
-                cells[name] = (str(text), "")
-        part = parts.setdefault(title, {"title": title, "group": groups[title], "rows": []})
-        part["rows"].append(cells)
+    for row, cells in zip(report.by_group, tables.method_rows(report), strict=True):
+        part = {"title": cells.pop("part"), "group": row.group, "rows": []}
+        marked = {}
+        for name, text in cells.items():
+            place = report.marks.get((row.method, name), 0)
+            # the class takes the place of a mark, which is cut off
+            marked[name] = (text[:-2] if place else str(text), ("", "best", "second")[place])
+        parts.setdefault(row.group, part)["rows"].append(marked)
     return list(parts.values())
 
 
@@ -102,11 +98,8 @@ def _figures(report: tables.Report) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
     drawn = {name: Markup(svg(plot)) for name, plot in plots(report).items()}
-    figures = []
-    for kind, caption in CAPTIONS.items():
-        if own := [drawn[name] for name in drawn if name.startswith(kind)]:
-            figures.append({"kind": kind, "caption": caption, "plots": own})
-    return figures
+    kinds = {kind: [drawn[name] for name in drawn if name.startswith(kind)] for kind in CAPTIONS}
+    return [{"kind": k, "caption": CAPTIONS[k], "plots": own} for k, own in kinds.items() if own]
 
 
 @dataclass(frozen=True)
@@ -142,12 +135,12 @@ def _sampled_query(run: tables.Run, samples: Sequence[Sample]) -> SampledQuery:
     own, first = by_method(samples), samples[0]
     by_answer: dict[tuple[str | None, str], list[str]] = {}
     for method in sorted(own, key=run.methods.index):
-        for each in own[method]:
-            name = f"{method} (seed {each.seed})" if len(own[method]) > 1 else method
-            by_answer.setdefault((each.answer, each.error), []).append(name)
+        for sample in own[method]:
+            name = f"{method} (seed {sample.seed})" if len(own[method]) > 1 else method
+            by_answer.setdefault((sample.answer, sample.error), []).append(name)
     answers = [
         SharedAnswer(text, error, None if error else run.task.gain(text, first.gold), tuple(names))
         for (text, error), names in by_answer.items()
     ]
-    answers.sort(key=lambda each: -1.0 if each.gain is None else each.gain, reverse=True)
+    answers.sort(key=lambda shared: -1.0 if shared.gain is None else shared.gain, reverse=True)
     return SampledQuery(first.user, first.query, first.gold, tuple(answers))

@@ -33,7 +33,7 @@ def markdown(report: tables.Report) -> str:
         " ".join([LEGEND, *notes]),
     ]
     if sentences := findings(report):
-        parts += ["### What it says", "\n".join(f"- {each}" for each in sentences)]
+        parts += ["### What it says", "\n".join(f"- {line}" for line in sentences)]
     comparisons = tables.comparison_rows(report.comparisons)
     parts += [f"### Against {report.baseline or 'nothing'}", as_markdown(comparisons)]
     parts += ["### What a query costs", as_markdown(cost_rows(report))]

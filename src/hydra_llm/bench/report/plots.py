@@ -8,6 +8,7 @@ are those of Okabe and Ito, which colour-blind people can tell apart. Needs the 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,22 +39,20 @@ LOOKS = {
 }
 """Group of a method → colour and shape."""
 SIGNS = {"better": "#009E73", "worse": "#D55E00"}
-BARS = 200
-"""At most so many users are drawn; of more users evenly spaced ones."""
+BARS = 200  # at most so many users are drawn; of more users evenly spaced ones
 COSTS = {"calls": "LLM calls", "tokens": "tokens", "llm_seconds": "seconds of LLM"}
-AREA = (460, 340)
-"""Width and height of the plot of costs in pixels."""
+AREA = (460, 340)  # width and height of the plot of costs in pixels
 
 
 def plots(report: Report) -> dict[str, Plot]:
     """Every plot of a run by its name, as for a file: score-METRIC, cost-MEASURE, users."""
-    drawn: dict[str, Plot | None] = {}
-    for metric in report.metrics:
-        drawn[f"score-{metric}"] = score_plot(report, metric)
     tokens = any(row.result.tokens for row in report.rows)
-    for measure in ("calls", "tokens" if tokens else "llm_seconds"):
-        drawn[f"cost-{measure}"] = cost_plot(report, measure)
-    drawn["users"] = users_plot(report)
+    measures = "calls", "tokens" if tokens else "llm_seconds"
+    drawn: dict[str, Plot | None] = {
+        **{f"score-{metric}": score_plot(report, metric) for metric in report.metrics},
+        **{f"cost-{measure}": cost_plot(report, measure) for measure in measures},
+        "users": users_plot(report),
+    }
     return {name: plot for name, plot in drawn.items() if plot is not None}
 
 
@@ -64,9 +63,8 @@ def write(report: Report, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise SettingsError(
-            f"{folder}: is a file, or lies in one: name a folder for the plots"
-        ) from None
+        fault = "is a file, or lies in one: name a folder for the plots"
+        raise SettingsError(f"{folder}: {fault}") from None
     for name, text in drawn.items():
         (folder / f"{name}.svg").write_text(text, encoding="utf-8")
     return folder
@@ -76,25 +74,24 @@ def score_plot(report: Report, metric: str) -> Plot:
     """Each method's figure with its 95 % interval; the dashed line is the baseline."""
     rows, (colour, shape) = report.by_group, _looks(report.by_group)
     figures = {row.method: row.result.metrics[metric] for row in rows}
-    data = [
-        {"method": row.method, "part": GROUPS[row.group]}
-        | dict(zip(("value", "low", "high"), figures[row.method], strict=True))
-        for row in rows
-    ]
+    data = []
+    for row in rows:
+        value, low, high = figures[row.method]
+        names = {"method": row.method, "part": GROUPS[row.group]}
+        data.append({**names, "value": value, "low": low, "high": high})
     axis = alt.Axis(title=None, domain=False, ticks=False, labelLimit=220, labelPadding=6)
     base = chart(data).encode(y=alt.Y("method:N", sort=list(figures), axis=axis))
     look: dict[str, Any] = {"title": _axis(report, metric), "scale": alt.Scale(zero=False)}
-    x, low = alt.X("value:Q", **look), alt.X("low:Q", **look)
+    x, x_low = alt.X("value:Q", **look), alt.X("low:Q", **look)
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
     failed = base.transform_filter("!isValid(datum.value)").mark_text(align="left", text="failed")
     marks = points(base.transform_filter("isValid(datum.value)"))
     layers = [
-        interval.encode(x=low, x2="high:Q", color=colour),
+        interval.encode(x=x_low, x2="high:Q", color=colour),
         marks.encode(x=x, color=colour, shape=shape),
         failed.encode(x=alt.value(4)),
     ]
-    value = figures[report.baseline][0] if report.baseline in figures else math.nan
-    if not math.isnan(value):
+    if report.baseline and not math.isnan(value := figures[report.baseline][0]):
         dashes = chart([{"value": value}]).mark_rule(strokeDash=[4, 3], color="#999999")
         layers.insert(0, dashes.encode(x="value:Q"))
     return styled(alt.layer(*layers).properties(width=340, height=alt.Step(19)))
@@ -125,8 +122,8 @@ def cost_plot(report: Report, measure: str) -> Plot | None:
     )
     marks = points(base).encode(x=x, y=y, color=colour, shape=shape)
     leaders = leader.encode(x=x, y=y, x2="at:Q", y2="height:Q")
-    layers = alt.layer(leaders, marks, left, right)
-    return styled(layers.properties(width=AREA[0], height=AREA[1]))
+    width, height = AREA
+    return styled(alt.layer(leaders, marks, left, right).properties(width=width, height=height))
 
 
 def _labelled(
@@ -159,48 +156,30 @@ def _labelled(
 
 def users_plot(report: Report) -> Plot | None:
     """Each method's users by their change against the baseline; None without one."""
-    panels = _panels(report)
-    rows = [
-        {
-            "panel": panel,
-            "place": place,
-            "difference": change,
-            "sign": "better" if change > 0 else "worse",
-        }
-        for panel, changes in panels.items()
-        for place, change in enumerate(_thinned(changes))
-    ]
+    run, rows = report.run, list[dict[str, Any]]()
+    base = run.of(report.baseline or "")
+    for row in report.by_group:
+        if own := row.comparison:
+            panel = f"{row.method}|{own.wins} better, {own.ties} same, {own.losses} worse"
+            changes = changes_by_user(run.task, pair(run.of(row.method), base)).values()
+            for place, change in enumerate(_thinned(sorted(changes, reverse=True))):
+                sign = "better" if change > 0 else "worse"
+                rows.append({"panel": panel, "place": place, "difference": change, "sign": sign})
     if not rows:
         return None
     zero = alt.when("datum.value === 0").then(alt.value("#555555")).otherwise(alt.value("#E6E6E6"))
     signs = alt.Scale(domain=list(SIGNS), range=list(SIGNS.values()))
-    bars = (
-        chart(rows)
-        .mark_bar()
-        .encode(
-            x=alt.X("place:O", axis=None, scale=alt.Scale(padding=0.15)),
-            y=alt.Y("difference:Q", title=None, axis=alt.Axis(tickCount=4, gridColor=zero)),
-            color=alt.Color("sign:N", title=None, scale=signs, legend=None),
-        )
-    )
+    x = alt.X("place:O", axis=None, scale=alt.Scale(padding=0.15))
+    y = alt.Y("difference:Q", title=None, axis=alt.Axis(tickCount=4, gridColor=zero))
+    colour = alt.Color("sign:N", title=None, scale=signs, legend=None)
+    bars = chart(rows).mark_bar().encode(x=x, y=y, color=colour)
     lines: dict[str, Any] = {"labelExpr": "split(datum.value, '|')", "labelLineHeight": 13}
     header = alt.Header(title=None, labelAnchor="start", labelFontSize=11, **lines)
-    facet = alt.Facet("panel:N", sort=list(panels), header=header)
+    panels = list(dict.fromkeys(row["panel"] for row in rows))
+    facet = alt.Facet("panel:N", sort=panels, header=header)
     drawn: alt.FacetChart = bars.properties(width=165, height=80).facet(facet=facet, columns=3)
     heading = title(f"mean gain of each user minus {report.baseline}'s")
     return styled(drawn.resolve_scale(x="independent").properties(title=heading, spacing=14))
-
-
-def _panels(report: Report) -> dict[str, list[float]]:
-    """Heading of a method's panel → its users' mean changes of gain, the greatest first."""
-    run, panels = report.run, {}
-    base = run.of(report.baseline) if report.baseline else []
-    for row in report.by_group:
-        if base and (found := row.comparison):
-            changes = changes_by_user(run.task, pair(run.of(row.method), base)).values()
-            counts = f"{found.wins} better, {found.ties} same, {found.losses} worse"
-            panels[f"{row.method}|{counts}"] = sorted(changes, reverse=True)
-    return panels
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
@@ -215,13 +194,8 @@ def _axis(report: Report, metric: str) -> str:
 
 def _looks(rows: Sequence[TableRow]) -> tuple[alt.Color, alt.Shape]:
     """Colour and shape by the part of the table."""
-    groups = list(dict.fromkeys(row.group for row in rows))
-    parts = [GROUPS[group] for group in groups]
-    colours, shapes = (
-        alt.Scale(domain=parts, range=[LOOKS[group][which] for group in groups]) for which in (0, 1)
-    )
-    colour = alt.Color("part:N", scale=colours, **legend(3))
-    return colour, alt.Shape("part:N", scale=shapes, **legend(3))
+    groups = {GROUPS[row.group]: LOOKS[row.group] for row in rows}
+    return looks("part", groups, columns=3)
 
 
 # ---- the curve of a sweep
@@ -243,13 +217,9 @@ def curve(data: Sequence[Point], x: str, y: str, heading: str = "", log: bool = 
     """
     if any(isinstance(point.x, str) for point in data):  # 1, 5, all
         data = [point._replace(x=str(point.x)) for point in data]
-    methods = list(dict.fromkeys(point.method for point in data))
-    colours, shapes = (
-        alt.Scale(domain=methods, range=[looks[i % len(looks)] for i in range(len(methods))])
-        for looks in (LINES, SHAPES)
-    )
-    colour = alt.Color("method:N", scale=colours, **legend(2))
-    shape = alt.Shape("method:N", scale=shapes, **legend(2))
+    methods = dict.fromkeys(point.method for point in data)
+    styles = zip(methods, cycle(LINES), cycle(SHAPES), strict=False)
+    colour, shape = looks("method", {name: look for name, *look in styles}, columns=2)
     rows = [point._asdict() for point in data if not math.isnan(point.value)]
     base = chart(rows).encode(x=_x_axis([point.x for point in data], x, log), color=colour)
     scale = alt.Scale(zero=False)
@@ -299,10 +269,18 @@ def title(text: str) -> alt.TitleParams:
     return alt.TitleParams(text, anchor="start", fontSize=12, fontWeight="normal")
 
 
-def legend(columns: int) -> dict[str, Any]:
-    """An encoding's options: a legend below the plot, without a title."""
+def looks(
+    column: str, of_names: Mapping[str, Sequence[str]], columns: int
+) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of each name in a column, with a legend of `columns` below the plot."""
     box = alt.Legend(orient="bottom", columns=columns, symbolOpacity=1, labelLimit=220)
-    return {"title": None, "legend": box}
+    colours, shapes = (
+        alt.Scale(domain=list(of_names), range=[look[which] for look in of_names.values()])
+        for which in (0, 1)
+    )
+    options: dict[str, Any] = {"title": None, "legend": box}
+    colour = alt.Color(f"{column}:N", scale=colours, **options)
+    return colour, alt.Shape(f"{column}:N", scale=shapes, **options)
 
 
 def styled(plot: Plot) -> Plot:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra_llm.bench.report.cells import axis_title, cell, difference, require
+from hydra_llm.bench.runlog import as_read
 from hydra_llm.bench.stats import Paired
 from hydra_llm.errors import SettingsError
 
 FILE = "sweep.json"
 OLD_FILE = "study.json"  # its name in earlier versions
-SweepResult = Mapping[str, Any]
-"""The content of `sweep.json`: no text of the data, and no path."""
+SweepResult = Mapping[str, Any]  # the content of `sweep.json`: no text of the data, and no path
 
 
 def _file(folder: Path) -> Path:
@@ -33,16 +33,15 @@ def open_sweep(folder: Path) -> SweepResult:
         result = json.loads(file.read_text(encoding="utf-8"))
         sweep_rows(result)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(
-            f"{file} cannot be read ({error}): run the same `bench sweep` again, it writes it anew"
-        ) from None
+        fix = "run the same `bench sweep` again, it writes it anew"
+        raise SettingsError(f"{file} cannot be read ({error}): {fix}") from None
     return dict(result)
 
 
 def write_sweep(result: SweepResult, folder: Path) -> Path:
     """Write `sweep.json`, in which NaN is null."""
     file = folder / FILE
-    text = json.dumps(_without_nan(result), indent=2, ensure_ascii=False)
+    text = json.dumps(as_read(result), indent=2, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
     return file
 
@@ -83,7 +82,7 @@ def _rows(result: SweepResult) -> Iterator[tuple[Mapping[str, Any], Mapping[str,
 
 
 def _numbers(figures: Sequence[float | None]) -> list[float]:
-    return [math.nan if each is None else each for each in figures]
+    return [math.nan if figure is None else figure for figure in figures]
 
 
 def _difference(against: Mapping[str, Any] | None, metric: str) -> str:
@@ -92,11 +91,3 @@ def _difference(against: Mapping[str, Any] | None, metric: str) -> str:
     own = against["metrics"][metric]
     value, low, high, p = _numbers([own[name] for name in ("difference", "low", "high", "p")])
     return difference(Paired(value, low, high, p, own["samples"], own["users"]))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _without_nan(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

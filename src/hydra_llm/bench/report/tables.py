@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ GROUPS = {
     "bound": "bounds",
 }
 """Group of a method → title of its part of the table, in the table's order."""
-RANKED = ("prompt", "hydra", "adapter", "sampling")
-"""Groups whose best and second best are marked."""
+RANKED = ("prompt", "hydra", "adapter", "sampling")  # groups whose best two are marked
 OVERALL = (
     "Over the best prompts, mean over tasks and metrics, 95 % intervals over users (HYDRA's"
     " headline figure)"
@@ -74,10 +74,8 @@ def open_run(folder: Path) -> Run:
     """Read a run folder; SettingsError if it is none, is damaged, or of another version."""
     manifest, samples = read_run(folder)
     if not isinstance(manifest.get("task"), dict):
-        raise SettingsError(
-            f"{folder}: its manifest does not say how answers are scored: it was made by an older"
-            " hydra-llm, run it again"
-        )
+        fault = "its manifest does not say how answers are scored"
+        raise SettingsError(f"{folder}: {fault}: it was made by an older hydra-llm, run it again")
     if not samples:
         raise SettingsError(f"{folder}: holds no answer yet")
     task = Task.from_json(manifest["task"], f"{folder}/manifest.json")
@@ -86,14 +84,12 @@ def open_run(folder: Path) -> Run:
 
 def compare_runs(first: Run, second: Run) -> dict[str, Comparison]:
     """The methods that both runs have, second minus first; SettingsError if there is none."""
+    both = f"{first.folder} and {second.folder}"
     if first.manifest["data"] != second.manifest["data"]:
-        raise SettingsError(
-            f"{first.folder} and {second.folder} answer other data sets: their answers cannot be"
-            " paired"
-        )
+        raise SettingsError(f"{both} answer other data sets: their answers cannot be paired")
     common = [method for method in first.methods if method in second.by_method]
     if not common:
-        raise SettingsError(f"{first.folder} and {second.folder} have no method in common")
+        raise SettingsError(f"{both} have no method in common")
     return {name: compare(first.task, second.of(name), first.of(name)) for name in common}
 
 
@@ -151,27 +147,27 @@ class Report:
     @cached_property
     def marks(self) -> dict[tuple[str, str], int]:
         """(method, metric) → 1 for the best of the ranked groups, 2 for the second best."""
-        out: dict[tuple[str, str], int] = {}
+        marks: dict[tuple[str, str], int] = {}
         ranked = {row.method: row.result.metrics for row in self.rows if row.group in RANKED}
         for metric in self.metrics:
             values = {name: self.sign(metric) * own[metric][0] for name, own in ranked.items()}
             best = sorted({v for v in values.values() if not math.isnan(v)}, reverse=True)[:2]
             for name, value in values.items():
                 if value in best:
-                    out[name, metric] = 1 + best.index(value)
-        return out
+                    marks[name, metric] = 1 + best.index(value)
+        return marks
 
 
 def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) -> Report:
     """Every method of a run, against the baseline (by default the best prompt-based method by the
     first metric); SettingsError if the run has no such baseline.
     """
-    samples = [sample for own in run.by_method.values() for sample in own]
+    samples = list(chain(*run.by_method.values()))
     results = {result.method: result for result in tabulate(run.task, samples, prices)}
     prompts = [result for name, result in results.items() if group_of(name) == "prompt"]
     specs, best = run.task.metric_specs, dict[str, str]()
     for metric, spec in specs.items():
-        values = {each.method: spec.sign * each.metrics[metric][0] for each in prompts}
+        values = {row.method: spec.sign * row.metrics[metric][0] for row in prompts}
         known = [name for name, value in values.items() if not math.isnan(value)]
         if known:
             best[metric] = max(known, key=values.__getitem__)
@@ -195,7 +191,7 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
 def group_of(method: str) -> str:
     """Its part of the table; a method that is not installed counts as HYDRA's."""
     known = installed(method)
-    return known.group if known is not None and known.group in GROUPS else "hydra"
+    return known.group if known and known.group in GROUPS else "hydra"
 
 
 def _over(run: Run, method: str, best: Mapping[str, str]) -> Relative | None:
@@ -217,24 +213,24 @@ def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
     if len({report.run.manifest.get("data") for report in reports}) < max(2, len(reports)):
         return {}
     tables = [{row.method: row for row in report.rows} for report in reports]
-    out: dict[str, dict[str, Relative]] = {}
+    means: dict[str, dict[str, Relative]] = {}
     for method in tables[0]:
         rows = [table[method] for table in tables if method in table]
         shares = {
             "all metrics": [row.over_prompts for row in rows],
             "without BLEU": [row.over_prompts_without_bleu for row in rows],
         }
-        for what, each in shares.items():
-            if len(known := [share for share in each if share]) == len(tables):
-                out.setdefault(method, {})[what] = over_tasks(known)
-    return out
+        for what, over in shares.items():
+            if len(known := [share for share in over if share]) == len(tables):
+                means.setdefault(method, {})[what] = over_tasks(known)
+    return means
 
 
 def overall_rows(shares: Mapping[str, Mapping[str, Relative]]) -> list[dict[str, Any]]:
     """A row per method, the best first."""
     order = sorted(shares, key=lambda method: -next(iter(shares[method].values())).change)
     return [
-        {"method": method, **{what: share(each) for what, each in shares[method].items()}}
+        {"method": method, **{what: share(over) for what, over in shares[method].items()}}
         for method in order
     ]
 
@@ -261,21 +257,20 @@ def method_rows(report: Report) -> list[dict[str, Any]]:
 
 def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[dict[str, Any]]:
     """A row per method: paired differences, users better and worse, queries needed."""
-    out = []
+    rows = []
     for method, own in comparisons.items():
         users = own.wins + own.ties + own.losses
         needed = next(iter(own.needed.values()), None)
-        out.append(
-            {
-                "method": method,
-                **{name: difference(each) for name, each in own.metrics.items()},
-                "users better, same, worse": f"{own.wins}, {own.ties}, {own.losses}",
-                "worse": f"{own.losses / users:.0%}" if users else "",
-                "worst tenth": f"{own.worst_tenth:+.3f}",
-                "queries needed": "" if needed is None else needed,
-            }
-        )
-    return out
+        row = {
+            "method": method,
+            **{name: difference(change) for name, change in own.metrics.items()},
+            "users better, same, worse": f"{own.wins}, {own.ties}, {own.losses}",
+            "worse": f"{own.losses / users:.0%}" if users else "",
+            "worst tenth": f"{own.worst_tenth:+.3f}",
+            "queries needed": "" if needed is None else needed,
+        }
+        rows.append(row)
+    return rows
 
 
 def to_json(report: Report) -> dict[str, Any]:
