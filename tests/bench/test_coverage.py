@@ -19,14 +19,14 @@ def test_macro_f1_interval_covers_the_truth_with_missing_labels() -> None:
     truth = coverage.scored(
         coverage.TASKS[0], coverage.simulate(coverage.TASKS[0], 1000, 5, np.random.default_rng(99))
     )
-    first, second = (found["macro_f1"].value for found in truth)
+    first, second = (result["macro_f1"].value for result in truth)
     dice, held, apart = np.random.default_rng(1), [], []
     for _ in range(60):
         answers = coverage.simulate(coverage.TASKS[0], 13, 5, dice)
-        one, two = (found["macro_f1"] for found in coverage.scored(coverage.TASKS[0], answers))
+        one, two = (result["macro_f1"] for result in coverage.scored(coverage.TASKS[0], answers))
         low, high = interval(one, answers.users)
         held.append(low <= first <= high)
-        found = paired(two, one, answers.users)
-        apart.append(found.low <= second - first <= found.high)
+        result = paired(two, one, answers.users)
+        apart.append(result.low <= second - first <= result.high)
     assert np.mean(held) > 0.7
     assert np.mean(apart) > 0.87

@@ -69,7 +69,7 @@ def users_data(
     return DataSet.from_records(task, splits, history, asked)  # type: ignore[arg-type]
 
 
-def by_lot(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+def random_answer(messages: Sequence[Message], index: int, rng: random.Random) -> str:
     return rng.choice((*TAGS.labels, "a song of rain", "the old sea"))
 
 
@@ -77,12 +77,12 @@ def experiment(
     task: Task, folder: Path, methods: str = "all", llm: RuleLLM | None = None, **given: Any
 ) -> Experiment:
     settings = load_settings(cache=folder / "cache", **SMALL)
-    found = find_methods(split_names(methods), task.kind, records=(1, 2), budget=(3,))
+    result = find_methods(split_names(methods), task.kind, records=(1, 2), budget=(3,))
     return Experiment(
         users_data(task),
-        wrap(llm or RuleLLM(by_lot), settings),
+        wrap(llm or RuleLLM(random_answer), settings),
         settings,
-        found,
+        result,
         folder / "run",
         **given,
     )
@@ -90,7 +90,7 @@ def experiment(
 
 @pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
 def test_more_seeds_need_no_more_calls(task: Task, tmp_path: Path) -> None:
-    llm = RuleLLM(by_lot)
+    llm = RuleLLM(random_answer)
     once = run_experiment(experiment(task, tmp_path, llm=llm, seeds=(0,)))
     asked = len(llm.calls)
     more = experiment(task, tmp_path, llm=llm, seeds=(0, 1, 2))
@@ -157,27 +157,27 @@ def test_an_estimate_counts_the_calls_of_the_run(task: Task, tmp_path: Path) -> 
     """Exactly, where no reranker puts records in an order that nobody can know before; else never
     less.
     """
-    llm = RuleLLM(by_lot)
+    llm = RuleLLM(random_answer)
     plain = experiment(
         task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm
     )
-    found = estimate_cost(plain)
+    result = estimate_cost(plain)
     made = len(llm.calls)
-    assert 0 < found.sampled <= 5
-    assert {stage.stage.split()[0] for stage in found.stages} == {"label", "answer"} | (
+    assert 0 < result.sampled <= 5
+    assert {stage.stage.split()[0] for stage in result.stages} == {"label", "answer"} | (
         {"fit"} if task is TITLES else set()
     )
     run_experiment(plain)
     spent = len(
         {json.dumps([list(map(dict, call))]) for call in llm.calls}
     )  # the fake is called once for each text
-    assert found.total.calls >= spent - made
+    assert result.total.calls >= spent - made
     after = estimate_cost(plain)
     assert after.total.kept > 0
-    assert after.total.calls < found.total.calls
+    assert after.total.calls < result.total.calls
 
     prompts = experiment(
-        task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(by_lot)
+        task, tmp_path / "prompts", "zero-shot,rag@1,rag@2,recent@2", llm := RuleLLM(random_answer)
     )
     counted, made = estimate_cost(prompts), len(llm.calls)
     assert 8 < counted.total.calls <= 16  # two methods may show the same records
@@ -191,8 +191,8 @@ def test_an_estimate_counts_the_calls_of_the_run(task: Task, tmp_path: Path) -> 
 def test_an_estimate_uses_measured_tokens_and_prices(tmp_path: Path) -> None:
     one = experiment(TAGS, tmp_path, "zero-shot")
     prices = {"price_prompt": 2e6, "price_completion": 0.0}
-    found = estimate_cost(replace(one, settings=one.settings.model_copy(update=prices)))
-    (stage,) = found.stages
+    result = estimate_cost(replace(one, settings=one.settings.model_copy(update=prices)))
+    (stage,) = result.stages
     assert stage.cost == 2 * stage.prompt_tokens > 0
     assert stage.calls == 4
 
@@ -200,21 +200,21 @@ def test_an_estimate_uses_measured_tokens_and_prices(tmp_path: Path) -> None:
 def test_estimated_minutes_are_wall_clock(tmp_path: Path) -> None:
     assert estimate_cost(experiment(TAGS, tmp_path, "zero-shot")).texts == 0  # reads nothing
     one = experiment(TAGS, tmp_path, "hydra@1,3")
-    found = estimate_cost(one)
-    assert found.parallel == one.settings.concurrency
+    result = estimate_cost(one)
+    assert result.parallel == one.settings.concurrency
     assert (
-        0 < found.texts <= 6 * 8 * 2 + 2 * 2
+        0 < result.texts <= 6 * 8 * 2 + 2 * 2
     )  # records with and without their answers, and queries; what was gone through is kept
-    assert found.encoding > 0
+    assert result.encoding > 0
     whole = replace(
-        found, stages=tuple(replace(stage, seconds=80.0) for stage in found.stages), encoding=20.0
+        result, stages=tuple(replace(stage, seconds=80.0) for stage in result.stages), encoding=20.0
     )
-    assert whole.seconds == 80.0 * len(found.stages) / found.parallel + 20.0
+    assert whole.seconds == 80.0 * len(result.stages) / result.parallel + 20.0
     whole = replace(whole, stages=whole.stages[:1])
     *_, encode, total = estimate_rows(whole)
-    assert (encode["stage"], encode["minutes"]) == (f"encode {found.texts} texts", 0.3)
+    assert (encode["stage"], encode["minutes"]) == (f"encode {result.texts} texts", 0.3)
     assert total["minutes"] == round(whole.seconds / 60, 1)
-    assert estimate_cost(one).texts < found.texts  # what it encoded is kept
+    assert estimate_cost(one).texts < result.texts  # what it encoded is kept
 
 
 def test_methods_without_their_required_part_are_left_out(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_methods_without_their_required_part_are_left_out(tmp_path: Path) -> Non
 
 
 def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:
-    llm = RuleLLM(by_lot)
+    llm = RuleLLM(random_answer)
     outcome = run_experiment(experiment(TAGS, tmp_path, "rag@1,user-majority,copy-nearest", llm))
     assert len(llm.calls) == 4
     assert not (tmp_path / "run" / "bundle").exists()
@@ -321,7 +321,7 @@ def test_bench_run_takes_k_b_seeds_and_dry_run(
         4,
         learning[1]["stages"]["label candidates"]["calls"],
     )  # asked once, told by both
-    for wrong, said in (
+    for wrong, fault in (
         (["--k", "1,x"], "--k 1,x: write whole numbers from 1 with commas, as 1,2,4"),
         (["--seeds", "-1"], "--seeds -1: write whole numbers from 0"),
         (
@@ -330,7 +330,7 @@ def test_bench_run_takes_k_b_seeds_and_dry_run(
         ),
     ):
         assert run([*common, *out, *wrong]) == 2
-        assert said in capsys.readouterr().err
+        assert fault in capsys.readouterr().err
 
 
 def test_a_recording_takes_the_place_of_the_llm(
@@ -571,7 +571,7 @@ def noted_run(folder: Path, fatal: int) -> list[Any]:
             file.write(json.dumps([[dict(message) for message in messages], index]) + "\n")
         if len(calls.read_text().splitlines()) == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        return by_lot(messages, index, rng)
+        return random_answer(messages, index, rng)
 
     methods = "zero-shot,rag@2,hydra@2,3,bbox-adapter@3"
     one = experiment(TITLES, folder, methods, RuleLLM(rule), seeds=(0, 1))

@@ -152,11 +152,11 @@ def test_a_text_pick_is_correct_if_as_good_as_the_oracle(tmp_path: Path) -> None
         if s.method in ("hydra@4,8", "oracle@8")
     ]
     text = Run(opened.folder, {**opened.manifest, "task": titles.to_json()}, titles, tuple(picks))
-    said = (
+    message = (
         "gives its picks a probability of 0.75 on average, and 0.75 of them are as good as the best"
         " one; expected"
     )
-    assert any(said in each for each in findings(make_report(text)))
+    assert any(message in each for each in findings(make_report(text)))
     other = replace(
         text, manifest={**text.manifest, "settings": {"k": 2}}
     )  # whose bounds stand on other samples
@@ -174,8 +174,8 @@ def test_bounds_of_other_samples_give_no_finding(tmp_path: Path) -> None:
 
 def test_missing_figures_give_no_finding(tmp_path: Path) -> None:
     skipped = {"reranker": {"skipped": "no record mattered"}, "adapter": {}}
-    said = findings(make_report(opened := made(tmp_path, [skipped])))
-    assert said[-1] == "No reranker was learned: no record mattered."
+    sentences = findings(make_report(opened := made(tmp_path, [skipped])))
+    assert sentences[-1] == "No reranker was learned: no record mattered."
     alone = Run(
         opened.folder,
         opened.manifest,
@@ -251,14 +251,10 @@ def test_online_learning_costs_are_counted_once(tmp_path: Path) -> None:
         replace(samples[1], query="later", learned={"6:u0": spent(1, 2.0, calls=2)})
     )  # with more of his history: another one
     samples += [replace(sample, seed=1) for sample in samples]  # asks the same
-    everybody, new = learning_rows(
+    shared, new = learning_rows(
         make_report(replace(opened, samples=tuple(samples)))
     )  # it was stopped, and learned again when it went on
-    assert (everybody["stage"], everybody["users"], everybody["LLM calls"]) == (
-        "bbox-adapter@8",
-        5,
-        40,
-    )
+    assert (shared["stage"], shared["users"], shared["LLM calls"]) == ("bbox-adapter@8", 5, 40)
     assert (new["stage"], new["users"], new["LLM calls"], new["s per user"]) == (
         "bbox-adapter@8, new users",
         2,

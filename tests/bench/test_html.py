@@ -69,18 +69,18 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self._open: list[str] = []
         self.feed(text)
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
@@ -89,7 +89,7 @@ class Tags(HTMLParser):
 
 def test_the_page_says_what_was_run_and_asks_for_nothing_else(opened: report.Run) -> None:
     text = page(opened)
-    tags = Tags(text).found
+    tags = Tags(text).tags
     assert {tag for tag, _ in tags} & {
         "script",
         "link",
@@ -110,7 +110,7 @@ def test_the_page_says_what_was_run_and_asks_for_nothing_else(opened: report.Run
     }
     assert "url(" not in text
     assert "@import" not in text
-    for told in (
+    for output in (
         "<h1>titles</h1>",
         "LaMP-style, shaped like LaMP-4",
         "tiny &amp; small",
@@ -119,22 +119,22 @@ def test_the_page_says_what_was_run_and_asks_for_nothing_else(opened: report.Run
         "k = 4",
         "torch ",
     ):
-        assert told in text
+        assert output in text
     assert (
         sum(tag == "svg" for tag, _ in tags) == 5
     )  # three metrics, calls, users: nothing was spent on tokens
 
 
 def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
-    found = report.make_report(opened)
+    actual = report.make_report(opened)
     text = page(opened)
     cells = re.findall(r'<td(?: class="(\w+)")?>([^<]*)</td>', text.partition("<h2>Plots")[0])
     shown = [value for _, value in cells]
-    for row in report.method_rows(found):
+    for row in report.method_rows(actual):
         for name, value in row.items():
             if name not in ("part", "method"):
                 assert str(value).removesuffix(" *").removesuffix(" '") in shown
-    for row in report.comparison_rows(found.comparisons):
+    for row in report.comparison_rows(actual.comparisons):
         assert all(
             str(value).replace("'", "&#39;") in shown
             for name, value in row.items()
@@ -143,11 +143,11 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
     best = [value for kind, value in cells if kind == "best"]
     assert best == [
         cell(*line.result.metrics[name])
-        for line in found.rows
+        for line in actual.rows
         if line.method == "rag@4"
         for name in ("rouge1", "rougeL", "bleu")
     ]
-    assert [kind for kind, _ in cells].count("second") == list(found.marks.values()).count(2) >= 3
+    assert [kind for kind, _ in cells].count("second") == list(actual.marks.values()).count(2) >= 3
     order = [
         '<tbody class="prompt">',
         '<tbody class="hydra">',
@@ -170,7 +170,7 @@ def test_answers_are_optional_and_escaped(opened: report.Run) -> None:
 
 
 def test_a_run_says_what_it_was(opened: report.Run) -> None:
-    told = limits(
+    output = limits(
         {
             "retrieved": 5,
             "samples": 8,
@@ -180,7 +180,8 @@ def test_a_run_says_what_it_was(opened: report.Run) -> None:
         }
     )
     assert (
-        told == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a"
+        output
+        == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a"
         " training user"
     )
     lenient = replace(
@@ -217,10 +218,10 @@ def test_equal_answers_are_grouped_and_failures_shown(opened: report.Run) -> Non
         Sample("oracle", "u", "q", GOLD, GOLD),
     )
     (asked,) = html.sampled(replace(opened, samples=samples))
-    found = [
+    actual = [
         (answer.text, answer.error, answer.gain, len(answer.methods)) for answer in asked.answers
     ]
-    assert found == [
+    assert actual == [
         (GOLD, "", 1.0, 2),
         ("votes", "", pytest.approx(0.4), 1),
         (None, "", 0.0, 1),
@@ -282,10 +283,10 @@ def test_the_command_writes_runs_into_one_page(
     assert run(["bench", "show", *folders, "--html", str(file), "--no-answers"]) == 0
     assert "it quotes" not in capsys.readouterr().err
     assert "senate" not in file.read_text(encoding="utf-8")
-    for option, said in (
+    for option, message in (
         ("--html", "cannot be written"),
         ("--markdown", "cannot be written"),
         ("--plots", "is a file"),
     ):
         assert run(["bench", "show", *folders, option, str(file / "within")]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -203,8 +203,8 @@ def test_random_answers_once_per_sample() -> None:
     given = of(calm=3, loud=1, odd=0)
     assert [NthSample(place).choose(Context(QUERY), given)[1] for place in range(4)] == [0, 0, 0, 1]
     assert NthSample(2).choose(Context(QUERY), of(calm=0, loud=0))[1] == 0  # nobody said anything
-    said = RuleLLM(lambda messages, index, rng: ("odd", "calm", "odd", "loud", "odd")[index])
-    having = parts(said, candidates="sampled")
+    llm = RuleLLM(lambda messages, index, rng: ("odd", "calm", "odd", "loud", "odd")[index])
+    having = parts(llm, candidates="sampled")
     samples = run_sync(
         lambda: run_methods(find_methods(["random@5", "self-consistency@5"]), having, [QUERY])
     )
@@ -219,7 +219,7 @@ def test_random_answers_once_per_sample() -> None:
     (row, _) = tabulate(TAGS, samples)
     assert (row.metrics["accuracy"][0], row.queries) == (0.6, 1)
     assert (
-        len({str(call) for call in said.calls}) == 1
+        len({str(call) for call in llm.calls}) == 1
     )  # all turns share the query's prompt, and with a cache its samples
 
 
@@ -283,8 +283,8 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("foreign")
 def test_a_method_of_another_package_runs_in_the_table() -> None:
-    found = find_methods(["rag@1", "parrot@2", "parrot@4"])
-    samples = run_sync(lambda: run_methods(found, parts(RuleLLM(loud)), [QUERY]))
+    result = find_methods(["rag@1", "parrot@2", "parrot@4"])
+    samples = run_sync(lambda: run_methods(result, parts(RuleLLM(loud)), [QUERY]))
     assert [(sample.method, sample.answer) for sample in samples] == [
         ("rag@1", "loud"),
         ("parrot@2", "odd"),

@@ -43,15 +43,15 @@ def values(task: Task, pairs: list[tuple[str | None, str]]) -> dict[str, Metric]
 @settings(deadline=None)
 @given(classified)
 def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
-    found = values(CLASSES, pairs)
+    result = values(CLASSES, pairs)
     given_, gold = [answer or "unparsable" for answer, _ in pairs], [gold for _, gold in pairs]
-    assert list(found) == ["accuracy", "macro_f1"]
-    assert found["accuracy"].value == pytest.approx(accuracy_score(gold, given_))
-    assert found["macro_f1"].value == pytest.approx(
+    assert list(result) == ["accuracy", "macro_f1"]
+    assert result["accuracy"].value == pytest.approx(accuracy_score(gold, given_))
+    assert result["macro_f1"].value == pytest.approx(
         f1_score(gold, given_, labels=LABELS, average="macro", zero_division=0)
     )
-    assert found["accuracy"].unparsable == sum(answer is None for answer, _ in pairs)
-    assert found["accuracy"].rows[:, 0].tolist() == [
+    assert result["accuracy"].unparsable == sum(answer is None for answer, _ in pairs)
+    assert result["accuracy"].rows[:, 0].tolist() == [
         float(answer == gold) for answer, gold in pairs
     ]
 
@@ -59,52 +59,52 @@ def test_classification_is_scikit_learns(pairs: list[tuple[str | None, str]]) ->
 @settings(deadline=None)
 @given(rated)
 def test_rating_is_scikit_learns(pairs: list[tuple[str | None, str]]) -> None:
-    found = values(RATINGS, pairs)
+    result = values(RATINGS, pairs)
     answers, golds = (
         [float(answer or "nan") for answer, _ in pairs],
         [float(gold) for _, gold in pairs],
     )
-    assert found["mae"].value == pytest.approx(mean_absolute_error(golds, answers))
-    assert found["rmse"].value == pytest.approx(root_mean_squared_error(golds, answers))
-    assert not found["mae"].spec.higher_is_better
-    assert not found["rmse"].spec.higher_is_better
+    assert result["mae"].value == pytest.approx(mean_absolute_error(golds, answers))
+    assert result["rmse"].value == pytest.approx(root_mean_squared_error(golds, answers))
+    assert not result["mae"].spec.higher_is_better
+    assert not result["rmse"].spec.higher_is_better
 
 
 def test_an_unparsable_rating_counts_as_the_farthest_end() -> None:
-    found = values(RATINGS, [(None, "2"), (None, "5"), (None, "3"), ("4", "4")])
-    assert found["mae"].rows[:, 0].tolist() == [3, 4, 2, 0]
-    assert found["rmse"].value == pytest.approx(math.sqrt((9 + 16 + 4) / 4))
-    assert (found["mae"].unparsable, found["mae"].failed) == (3, 0)
+    result = values(RATINGS, [(None, "2"), (None, "5"), (None, "3"), ("4", "4")])
+    assert result["mae"].rows[:, 0].tolist() == [3, 4, 2, 0]
+    assert result["rmse"].value == pytest.approx(math.sqrt((9 + 16 + 4) / 4))
+    assert (result["mae"].unparsable, result["mae"].failed) == (3, 0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(written)
 def test_generation_is_rouge_scores_and_sacrebleus(pairs: list[tuple[str | None, str]]) -> None:
-    found = values(TEXTS, pairs)
+    result = values(TEXTS, pairs)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     for name in ("rouge1", "rougeL"):
         each = [scorer.score(gold, answer or "")[name].fmeasure for answer, gold in pairs]
-        assert found[name].rows[:, 0].tolist() == each
-        assert found[name].value == pytest.approx(np.mean(each))
+        assert result[name].rows[:, 0].tolist() == each
+        assert result[name].value == pytest.approx(np.mean(each))
     expected = sacrebleu.corpus_bleu(
         [answer or "" for answer, _ in pairs], [[gold for _, gold in pairs]]
     ).score
-    assert found["bleu"].value == pytest.approx(expected, abs=1e-9)
+    assert result["bleu"].value == pytest.approx(expected, abs=1e-9)
 
 
 def test_generation_by_hand() -> None:
-    found = values(TEXTS, [("the cat sat", "the cat ran far"), (None, "x y")])
-    assert found["rouge1"].rows[:, 0].tolist() == [pytest.approx(4 / 7), 0]
-    assert found["rougeL"].value == pytest.approx(2 / 7)
+    result = values(TEXTS, [("the cat sat", "the cat ran far"), (None, "x y")])
+    assert result["rouge1"].rows[:, 0].tolist() == [pytest.approx(4 / 7), 0]
+    assert result["rougeL"].value == pytest.approx(2 / 7)
     same = values(TEXTS, [("a b c d e", "a b c d e")])
     assert same["bleu"].value == pytest.approx(100)
 
 
 def test_a_failed_call_is_nan_and_counted_and_never_zero() -> None:
-    found = score(RATINGS, ["4", lost, None], ["5", "1", "1"])
-    assert found["mae"].value == pytest.approx((1 + 4) / 2)
-    assert np.isnan(found["mae"].rows[:, 0]).tolist() == [False, True, False]
-    assert (found["mae"].failed, found["mae"].unparsable) == (1, 1)
+    result = score(RATINGS, ["4", lost, None], ["5", "1", "1"])
+    assert result["mae"].value == pytest.approx((1 + 4) / 2)
+    assert np.isnan(result["mae"].rows[:, 0]).tolist() == [False, True, False]
+    assert (result["mae"].failed, result["mae"].unparsable) == (1, 1)
 
 
 @pytest.mark.parametrize(("task", "gold"), [(CLASSES, "sports"), (RATINGS, "1"), (TEXTS, "x")])

@@ -56,7 +56,7 @@ def opened(tmp_path: Path) -> report.Run:
 
 def drawn(plot: Any, *columns: str) -> list[tuple[Any, ...]]:
     """These columns of the plot's data, row by row."""
-    found: list[Any] = []
+    actual: list[Any] = []
 
     def walk(part: Any) -> None:
         for value in (
@@ -64,10 +64,10 @@ def drawn(plot: Any, *columns: str) -> list[tuple[Any, ...]]:
         ):
             walk(value)
         if isinstance(part, dict) and set(columns) <= set(part):
-            found.append(part)
+            actual.append(part)
 
     walk(plot.to_dict())
-    return list(dict.fromkeys(tuple(row.get(column) for column in columns) for row in found))
+    return list(dict.fromkeys(tuple(row.get(column) for column in columns) for row in actual))
 
 
 def test_there_is_a_plot_per_metric_per_cost_and_of_users(opened: report.Run) -> None:
@@ -92,8 +92,8 @@ def test_there_is_a_plot_per_metric_per_cost_and_of_users(opened: report.Run) ->
 def test_score_plot_has_intervals_and_marks_failures(opened: report.Run) -> None:
     shown = report.make_report(opened)
     row = next(line.result for line in shown.rows if line.method == "hydra@4,8")
-    found = drawn(plots.score_plot(shown, "mae"), "method", "part", "value", "low", "high")
-    assert ("hydra@4,8", "HYDRA", *row.metrics["mae"]) in found
+    actual = drawn(plots.score_plot(shown, "mae"), "method", "part", "value", "low", "high")
+    assert ("hydra@4,8", "HYDRA", *row.metrics["mae"]) in actual
     assert row.metrics["mae"][0] == 0.75
     failed = replace(
         opened,
@@ -117,8 +117,8 @@ def test_every_group_has_a_look_of_its_own() -> None:
 
 
 def test_cost_plot_shows_cost_and_score(opened: report.Run) -> None:
-    found = report.make_report(opened)
-    plot = plots.cost_plot(found, "calls")
+    actual = report.make_report(opened)
+    plot = plots.cost_plot(actual, "calls")
     assert sorted(drawn(plot, "method", "cost", "value")) == [
         ("hydra@4,8", 8.0, 0.75),
         ("oracle", 1.0, 0.0),
@@ -150,11 +150,11 @@ def test_users_are_counted_as_in_the_table_of_differences(opened: report.Run) ->
     shown = report.make_report(opened)
     plot = plots.users_plot(shown)
     bars = drawn(plot, "panel", "place", "difference", "sign")
-    for method, found in shown.comparisons.items():
-        counts = f"{found.wins} better, {found.ties} same, {found.losses} worse"
+    for method, actual in shown.comparisons.items():
+        counts = f"{actual.wins} better, {actual.ties} same, {actual.losses} worse"
         own = [change for panel, _, change, _ in bars if panel == f"{method}|{counts}"]
         signs = [sum(sign(value) == wanted for value in own) for wanted in (1, 0, -1)]
-        assert signs == [found.wins, found.ties, found.losses]
+        assert signs == [actual.wins, actual.ties, actual.losses]
         assert len(own) == 4
     panel = "hydra@4,8|2 better, 1 same, 1 worse"
     assert [bar for bar in bars if bar[0] == panel] == [

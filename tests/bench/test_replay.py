@@ -93,7 +93,7 @@ def test_replay_repeats_a_run_and_finds_changed_figures(
         )
         == 0
     )
-    told = [
+    command = [
         "publish",
         str(out),
         "tags_60",
@@ -103,7 +103,7 @@ def test_replay_repeats_a_run_and_finds_changed_figures(
         str(recording),
         f"--arguments={arguments}",
     ]
-    monkeypatch.setattr(sys, "argv", told)
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         publish.main()
     capsys.readouterr()
@@ -115,14 +115,14 @@ def test_replay_repeats_a_run_and_finds_changed_figures(
             replay.main()
         return int(ended.value.code or 0), capsys.readouterr().out
 
-    code, said = repeated()
-    assert code == 0, said
-    assert "tags_60: the same in " in said
+    code, message = repeated()
+    assert code == 0, message
+    assert "tags_60: the same in " in message
     file = tmp_path / "results" / "tags_60" / "report.json"
     report = json.loads(file.read_text())
     report["methods"][1]["metrics"]["accuracy"][0] += 0.001
     file.write_text(json.dumps(report))
-    code, said = repeated()
+    code, message = repeated()
     assert code == 1
-    assert "tags_60: DIFFERS in " in said
-    assert f"methods.{report['methods'][1]['method']}.metrics.accuracy.0: " in said
+    assert "tags_60: DIFFERS in " in message
+    assert f"methods.{report['methods'][1]['method']}.metrics.accuracy.0: " in message

@@ -49,20 +49,20 @@ def answers(*errors: int) -> list[str | None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    found = {
+    actual = {
         "user-majority": answers(0),
         "hydra@4,8": answers(1, 0),
         "rag@4": answers(1),
         "rag@1": answers(2),
         "mbr": answers(1, 0, 0),
     }
-    return write(tmp_path / "run", {**found, "oracle": answers(0)})
+    return write(tmp_path / "run", {**actual, "oracle": answers(0)})
 
 
 def test_every_method_is_in_its_part_of_the_table(folder: Path) -> None:
     lines = report.make_report(report.open_run(folder)).rows
-    found = {line.method: (line.group, line.result.metrics["mae"][0]) for line in lines}
-    assert found == {
+    actual = {line.method: (line.group, line.result.metrics["mae"][0]) for line in lines}
+    assert actual == {
         "rag@1": ("prompt", 2.0),
         "rag@4": ("prompt", 1.0),
         "hydra@4,8": ("hydra", 0.5),
@@ -70,7 +70,7 @@ def test_every_method_is_in_its_part_of_the_table(folder: Path) -> None:
         "oracle": ("bound", 0.0),
         "user-majority": ("control", 0.0),
     }
-    assert list(found) == ["rag@1", "rag@4", "hydra@4,8", "mbr", "oracle", "user-majority"]
+    assert list(actual) == ["rag@1", "rag@4", "hydra@4,8", "mbr", "oracle", "user-majority"]
 
 
 def test_bounds_and_baselines_are_not_marked_as_best(folder: Path) -> None:
@@ -82,9 +82,9 @@ def test_bounds_and_baselines_are_not_marked_as_best(folder: Path) -> None:
     }
 
 
-def change(found: Relative | None) -> float:
-    assert found is not None
-    return found.change
+def change(actual: Relative | None) -> float:
+    assert actual is not None
+    return actual.change
 
 
 def test_the_default_baseline_is_the_best_prompt(folder: Path) -> None:
@@ -110,11 +110,11 @@ def test_comparison_counts_users_and_their_worst_tenth() -> None:
 
     base = samples(["4"] * 12)
     own = samples(["3"] * 5 + ["4"] * 4 + ["5"] * 3)
-    found = compare(STARS, own, base)
-    assert (found.wins, found.ties, found.losses) == (5, 4, 3)
-    assert found.worst_tenth == pytest.approx(-0.25)  # one step of four
-    assert found.metrics["mae"].difference == pytest.approx((-5 + 3) / 12)
-    assert found.metrics["mae"].samples == 24
+    actual = compare(STARS, own, base)
+    assert (actual.wins, actual.ties, actual.losses) == (5, 4, 3)
+    assert actual.worst_tenth == pytest.approx(-0.25)  # one step of four
+    assert actual.metrics["mae"].difference == pytest.approx((-5 + 3) / 12)
+    assert actual.metrics["mae"].samples == 24
     broken = [
         replace(sample, answer=None, error="HTTP 500") if sample.user == "u11" else sample
         for sample in own
@@ -168,7 +168,7 @@ def test_a_result_over_seeds_counts_each_query_once() -> None:
     ]
     (row,) = tabulate(STARS, samples)
     assert (row.queries, row.metrics["mae"][0]) == (2, 0.5)
-    assert {seed: found["mae"] for seed, found in row.seeds.items()} == {0: 1.0, 1: 0.0}
+    assert {seed: actual["mae"] for seed, actual in row.seeds.items()} == {0: 1.0, 1: 0.0}
     (single,) = tabulate(STARS, samples[:1])
     assert single.seeds == {}
 
@@ -195,23 +195,23 @@ def test_overall_is_the_mean_over_tasks_of_common_methods(folder: Path, tmp_path
     tables = [
         report.make_report(opened) for opened in (report.open_run(folder), report.open_run(other))
     ]
-    found = report.overall(tables)
-    assert set(found) == {"rag@4", "hydra@4,8"}
+    actual = report.overall(tables)
+    assert set(actual) == {"rag@4", "hydra@4,8"}
     first, second = (
         change({line.method: line for line in each.rows}["hydra@4,8"].over_prompts)
         for each in tables
     )
-    assert found["hydra@4,8"]["all metrics"].change == pytest.approx((first + second) / 2)
+    assert actual["hydra@4,8"]["all metrics"].change == pytest.approx((first + second) / 2)
     assert report.overall(tables[:1]) == report.overall([tables[0], tables[0]]) == {}
 
 
 def test_two_runs_are_compared_on_their_common_methods(folder: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other", {"rag@4": answers(0), "new": answers(1)})
-    (method, found), *more = report.compare_runs(
+    (method, actual), *more = report.compare_runs(
         report.open_run(folder), report.open_run(other)
     ).items()
     assert (method, more) == ("rag@4", [])
-    assert (found.wins, found.metrics["mae"].difference) == (12, -1.0)
+    assert (actual.wins, actual.metrics["mae"].difference) == (12, -1.0)
     foreign = write(tmp_path / "foreign", {"rag@4": answers(0)}, {**MANIFEST, "data": "e"})
     with pytest.raises(SettingsError, match="other data sets"):
         report.compare_runs(report.open_run(folder), report.open_run(foreign))
@@ -233,9 +233,9 @@ def test_the_commands_print_it_and_write_it(
 ) -> None:
     text = tmp_path / "report.md"
     assert run(["bench", "show", str(folder), "--markdown", str(text), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    (shown,) = told["runs"]
-    assert told["over_tasks"] == {}
+    output = json.loads(capsys.readouterr().out)
+    (shown,) = output["runs"]
+    assert output["over_tasks"] == {}
     by_method = {row["method"]: row for row in shown["methods"]}
     assert by_method["mbr"]["against"]["wins"] == 8
     written = text.read_text()
@@ -244,9 +244,9 @@ def test_the_commands_print_it_and_write_it(
     assert "film" not in written
     assert run(["bench", "compare", str(folder), str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mbr"]["ties"] == 12
-    for wrong, said in (
+    for wrong, message in (
         (tmp_path, "is no run"),
         (write(tmp_path / "old", {}, {**MANIFEST, "task": "stars"}), "older hydra-llm"),
     ):
         assert run(["bench", "show", str(wrong)]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

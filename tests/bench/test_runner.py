@@ -289,7 +289,7 @@ def test_a_run_is_not_continued_by_another_version(
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"),
+    ("manifest", "fault"),
     [
         (
             '{"format": 99, "hydra_llm": "9.1", "more": []}',
@@ -299,11 +299,11 @@ def test_a_run_is_not_continued_by_another_version(
     ],
 )
 def test_a_manifest_that_cannot_be_continued_is_one_line(
-    tmp_path: Path, manifest: str, said: str
+    tmp_path: Path, manifest: str, fault: str
 ) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
     (tmp_path / "samples.jsonl").touch()
-    with pytest.raises(SettingsError, match=rf"manifest\.json.*{said}.*take another --out"):
+    with pytest.raises(SettingsError, match=rf"manifest\.json.*{fault}.*take another --out"):
         RunLog(tmp_path, MANIFEST)
 
 
@@ -442,7 +442,7 @@ def test_rows_say_what_an_answer_cost() -> None:
 
 
 def test_calls_keep_their_order_and_failures_their_place() -> None:
-    told: list[tuple[int, int]] = []
+    output: list[tuple[int, int]] = []
 
     async def half(item: int) -> int:
         import anyio
@@ -452,10 +452,10 @@ def test_calls_keep_their_order_and_failures_their_place() -> None:
             raise LLMError("three")
         return item * 10
 
-    found = run_sync(
+    actual = run_sync(
         lambda: map_calls(
-            half, range(6), limit=3, progress=lambda done, total: told.append((done, total))
+            half, range(6), limit=3, progress=lambda done, total: output.append((done, total))
         )
     )
-    assert [str(result) for result in found] == ["0", "10", "20", "three", "40", "50"]
-    assert told == [(i, 6) for i in range(1, 7)]
+    assert [str(result) for result in actual] == ["0", "10", "20", "three", "40", "50"]
+    assert output == [(i, 6) for i in range(1, 7)]

@@ -45,7 +45,7 @@ def simulated(
 @pytest.mark.parametrize("count", [8, 60])
 def test_without_clusters_it_is_scipys_percentile_bootstrap(count: int) -> None:
     values = np.random.default_rng(3).exponential(size=count)
-    found = interval(values, names(count))
+    result = interval(values, names(count))
     expected = stats.bootstrap(
         (values,),
         np.mean,
@@ -55,8 +55,8 @@ def test_without_clusters_it_is_scipys_percentile_bootstrap(count: int) -> None:
         rng=np.random.default_rng(1),
     ).confidence_interval
     scale = values.std() / math.sqrt(count)
-    assert found.low == pytest.approx(expected.low, abs=0.08 * scale)
-    assert found.high == pytest.approx(expected.high, abs=0.08 * scale)
+    assert result.low == pytest.approx(expected.low, abs=0.08 * scale)
+    assert result.high == pytest.approx(expected.high, abs=0.08 * scale)
 
 
 def test_for_a_mean_it_is_students_interval() -> None:
@@ -165,25 +165,25 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(users: int) -> None:
 
 def test_without_a_difference_p_is_uniform() -> None:
     rng, runs = np.random.default_rng(11), 400
-    found = []
+    result = []
     for run in range(runs):
         a, users = simulated(rng, users=12, each=2)
-        found.append(paired(a, a + rng.normal(size=len(a)), users, draws=1000, seed=run).p)
-    assert stats.kstest(found, "uniform").pvalue > 0.001
-    assert np.mean(np.array(found) < 0.05) < 0.09
+        result.append(paired(a, a + rng.normal(size=len(a)), users, draws=1000, seed=run).p)
+    assert stats.kstest(result, "uniform").pvalue > 0.001
+    assert np.mean(np.array(result) < 0.05) < 0.09
 
 
 def test_pairing_sees_a_small_difference_that_two_intervals_hide() -> None:
     rng = np.random.default_rng(4)
     a, users = simulated(rng, users=20, each=5, spread=5.0)
     b = a - 0.3 + rng.normal(0, 0.1, len(a))
-    found = paired(a, b, users)
-    assert found.difference == pytest.approx(np.mean(a - b))
-    assert 0.2 < found.low < found.difference < found.high < 0.4
-    assert found.p < 0.01
+    result = paired(a, b, users)
+    assert result.difference == pytest.approx(np.mean(a - b))
+    assert 0.2 < result.low < result.difference < result.high < 0.4
+    assert result.p < 0.01
     assert interval(a, users).low < interval(b, users).high
     t = stats.ttest_1samp((a - b).reshape(20, 5).mean(axis=1), 0).confidence_interval()
-    assert (found.low, found.high) == pytest.approx((t.low, t.high), abs=0.01)
+    assert (result.low, result.high) == pytest.approx((t.low, t.high), abs=0.01)
 
 
 @settings(max_examples=30, deadline=None)
@@ -194,12 +194,12 @@ def test_pairing_sees_a_small_difference_that_two_intervals_hide() -> None:
 def test_p_below_5_percent_iff_the_interval_excludes_zero(
     differences: list[float], seed: int
 ) -> None:
-    found = paired(
+    result = paired(
         differences, [0.0] * len(differences), names(len(differences)), draws=2000, seed=seed
     )
-    beyond = found.low > 1e-9 or found.high < -1e-9
-    assert 0 < found.p <= 1
-    assert abs(found.p - 0.05) < 0.02 or (found.p < 0.05) == beyond
+    beyond = result.low > 1e-9 or result.high < -1e-9
+    assert 0 < result.p <= 1
+    assert abs(result.p - 0.05) < 0.02 or (result.p < 0.05) == beyond
 
 
 def test_swapping_the_methods_turns_the_sign_only() -> None:
@@ -220,16 +220,16 @@ def test_metrics_pair_through_their_sums() -> None:
         score(RATINGS, golds, golds)["rmse"],
         score(RATINGS, ["2", "3", "4", "5"], golds)["rmse"],
     )
-    found = paired(good, bad, users)
-    assert found.difference == pytest.approx(-math.sqrt(7 / 4))
-    assert (found.low, found.high) == pytest.approx((-math.sqrt(5 / 2), -1))
+    result = paired(good, bad, users)
+    assert result.difference == pytest.approx(-math.sqrt(7 / 4))
+    assert (result.low, result.high) == pytest.approx((-math.sqrt(5 / 2), -1))
 
 
 def test_failed_samples_are_left_out_for_both() -> None:
     users = ["u", "u", "v", "v", "w"]
-    found = paired([1.0, nan, 2.0, 3.0, nan], [0.0, 9.0, nan, 1.0, 9.0], users)
-    assert found.difference == pytest.approx(((1 - 0) + (3 - 1)) / 2)
-    assert found.samples == 2
+    result = paired([1.0, nan, 2.0, 3.0, nan], [0.0, 9.0, nan, 1.0, 9.0], users)
+    assert result.difference == pytest.approx(((1 - 0) + (3 - 1)) / 2)
+    assert result.samples == 2
     failed = score(RATINGS, ["1", Failed("x"), "3"], ["1", "1", "1"])["mae"]
     assert interval(failed, ["u", "u", "v"]) == interval([0.0, nan, 2.0], ["u", "u", "v"]) == (0, 2)
 
@@ -237,9 +237,9 @@ def test_failed_samples_are_left_out_for_both() -> None:
 def test_one_user_or_none_gives_no_certainty() -> None:
     for values, users in (([1.0, 2.0], ["u", "u"]), ([], []), ([nan, nan], ["u", "v"])):
         assert all(math.isnan(end) for end in interval(values, users))
-        found = paired(values, values, users)
-        assert math.isnan(found.low)
-        assert math.isnan(found.p)
+        result = paired(values, values, users)
+        assert math.isnan(result.low)
+        assert math.isnan(result.p)
     assert paired([1.0, 2.0], [0.0, 0.0], ["u", "u"]).difference == 1.5
 
 
@@ -269,18 +269,18 @@ def test_a_share_is_as_sure_as_the_jackknife_says() -> None:
         )
         return ((base_mae - mae) / base_mae + (base_rmse - rmse) / base_rmse) / 2
 
-    found = relative([(own[name], base[name], users) for name in ("mae", "rmse")])
-    assert found is not None
-    assert found.change == pytest.approx(share(list(range(36))))
-    assert found.interval() == pytest.approx(left_out(share, users))
-    assert math.sqrt(sum(part**2 for part in found.parts.values())) == pytest.approx(found.error)
-    others = found._replace(parts={f"other {user}": part for user, part in found.parts.items()})
-    both = over_tasks([found, others])  # two tasks as sure as this one: √2 less error
+    result = relative([(own[name], base[name], users) for name in ("mae", "rmse")])
+    assert result is not None
+    assert result.change == pytest.approx(share(list(range(36))))
+    assert result.interval() == pytest.approx(left_out(share, users))
+    assert math.sqrt(sum(part**2 for part in result.parts.values())) == pytest.approx(result.error)
+    others = result._replace(parts={f"other {user}": part for user, part in result.parts.items()})
+    both = over_tasks([result, others])  # two tasks as sure as this one: √2 less error
     assert (both.change, both.error, both.freedom) == pytest.approx(
-        (found.change, found.error / math.sqrt(2), 16)
+        (result.change, result.error / math.sqrt(2), 16)
     )
-    same = over_tasks([found, found])  # the same people and answers twice are no surer
-    assert (same.error, same.freedom) == pytest.approx((found.error, 8))
+    same = over_tasks([result, result])  # the same people and answers twice are no surer
+    assert (same.error, same.freedom) == pytest.approx((result.error, 8))
     lost = score(RATINGS, [*better, Failed("x")], [*golds, "1"])["mae"]
     alone = relative(
         [(lost, score(RATINGS, [*worse, "1"], [*golds, "1"])["mae"], [*users, "nobody"])]

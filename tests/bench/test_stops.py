@@ -17,7 +17,7 @@ from hydra_llm.datasets.native import save
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
-from tests.bench.test_experiment import SMALL, TAGS, TITLES, by_lot, experiment, users_data
+from tests.bench.test_experiment import SMALL, TAGS, TITLES, experiment, random_answer, users_data
 
 QUICK = [f"--set={name}={value}" for name, value in SMALL.items()]
 
@@ -89,8 +89,8 @@ def test_a_budget_stops_a_run_and_more_of_it_goes_on(
     save(users_data(TAGS), tmp_path / "data")
     asked = command(tmp_path, "run", "--methods", "zero-shot,rag@1", "--set", "concurrency=1")
     assert run([*asked, "--set", "max_calls=3"]) == 1
-    assert "3" in (told := capsys.readouterr().err.splitlines()[-1])
-    assert "max_calls" in told
+    assert "3" in (output := capsys.readouterr().err.splitlines()[-1])
+    assert "max_calls" in output
     assert len(answers(tmp_path / "run")) == 3
     assert run([*asked, "--set", "max_calls=100"]) == 0
     assert [row["failed"] for row in json.loads(capsys.readouterr().out)] == [0, 0]
@@ -116,11 +116,11 @@ def test_a_call_that_a_recording_lacks_is_named_and_not_scored(
         f"cache={tmp_path / 'other'}",
     ]
     assert run([*replay, "--methods", "zero-shot,rag@1", "--out", str(tmp_path / "again")]) == 0
-    told = capsys.readouterr()
-    said = next(line for line in told.err.splitlines() if "answers failed" in line)
-    assert said.startswith("4 of 8 answers failed, the first rag@1 on u4's q8: ")
-    assert "recording" in said
-    rows = {row["method"]: row for row in json.loads(told.out)}
+    output = capsys.readouterr()
+    message = next(line for line in output.err.splitlines() if "answers failed" in line)
+    assert message.startswith("4 of 8 answers failed, the first rag@1 on u4's q8: ")
+    assert "recording" in message
+    rows = {row["method"]: row for row in json.loads(output.out)}
     assert (rows["zero-shot"]["failed"], rows["rag@1"]["failed"]) == (0, 4)
     assert rows["rag@1"]["metrics"]["accuracy"] == [None, None, None]
 
@@ -176,7 +176,7 @@ def test_a_refused_command_changes_nothing(
     """Neither with more users, who would have to be fitted, nor with other data, nor with another
     LLM.
     """
-    llm = RuleLLM(by_lot)
+    llm = RuleLLM(random_answer)
     first = experiment(TITLES, tmp_path, "rag@1,hydra@1,3", llm, users=1, seeds=(0,))
     if stopped:
 
@@ -190,14 +190,17 @@ def test_a_refused_command_changes_nothing(
     else:
         run_experiment(first)
     there, asked = files_of(tmp_path / "run"), len(llm.calls)
-    for other, said in (
+    for other, message in (
         (replace(first, users=2), "chosen.users: 1 there, 2 asked"),
         (replace(first, data=users_data(TITLES, new=3)), "data: '"),
-        (replace(first, llm=wrap(RuleLLM(by_lot, name="another"), first.settings)), "llm.model: "),
+        (
+            replace(first, llm=wrap(RuleLLM(random_answer, name="another"), first.settings)),
+            "llm.model: ",
+        ),
         (replace(first, seeds=(0, 1)), r"seeds: \[0\] there, \[0, 1\] asked"),
         (replace(first, methods=first.methods[:1]), "learns: True there, False asked"),
     ):
-        with pytest.raises(SettingsError, match=rf"holds another run \(.*{said}"):
+        with pytest.raises(SettingsError, match=rf"holds another run \(.*{message}"):
             run_experiment(other)
         assert (files_of(tmp_path / "run"), len(llm.calls)) == (there, asked)
     assert len(run_experiment(first).samples) == 4

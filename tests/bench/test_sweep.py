@@ -85,20 +85,20 @@ def written(folder: Path, text: str) -> Path:
 def test_points_and_grids_are_the_points_of_a_sweep(tmp_path: Path) -> None:
     grid = "vary = { k = [1, 4], votes = [true, false], history = [3] }\n\n"
     grid += '[[points]]\nx = "none"\nmethods = ["zero-shot"]\nsettings = { k = 0 }\n'
-    found = load_sweep(written(tmp_path, HEAD + grid))
-    assert [(point.x, point.series, point.settings, point.history) for point in found.points] == [
+    result = load_sweep(written(tmp_path, HEAD + grid))
+    assert [(point.x, point.series, point.settings, point.history) for point in result.points] == [
         ("none", "", {"k": 0}, "all"),
         (1, "votes=true, history=3", {"k": 1, "votes": True}, 3),
         (1, "votes=false, history=3", {"k": 1, "votes": False}, 3),
         (4, "votes=true, history=3", {"k": 4, "votes": True}, 3),
         (4, "votes=false, history=3", {"k": 4, "votes": False}, 3),
     ]
-    assert [point.slug for point in found.points[:2]] == ["none", "1-votes-true-history-3"]
-    assert found.points[0].methods == ("zero-shot",)
+    assert [point.slug for point in result.points[:2]] == ["none", "1-votes-true-history-3"]
+    assert result.points[0].methods == ("zero-shot",)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (HEAD + "colour = 1\nvary = { k = [1] }", "colour: unknown key"),
         (HEAD + "[[points]]\nx = 1\n[[points]]\nx = 2\ncolour = 1", "points.2.colour: unknown key"),
@@ -128,11 +128,13 @@ def test_points_and_grids_are_the_points_of_a_sweep(tmp_path: Path) -> None:
         (HEAD + "vary = ", "not TOML"),
     ],
 )
-def test_a_fault_is_one_line_that_names_file_and_key(text: str, said: str, tmp_path: Path) -> None:
+def test_a_fault_is_one_line_that_names_file_and_key(
+    text: str, message: str, tmp_path: Path
+) -> None:
     file = written(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
         load_sweep(file)
-    assert str(caught.value).startswith(f"{file}: {said}")
+    assert str(caught.value).startswith(f"{file}: {message}")
     assert "\n" not in str(caught.value)
 
 
@@ -152,20 +154,20 @@ def test_there_is_a_file_for_each_sweep() -> None:
 @pytest.mark.parametrize("file", SWEEP_FILES, ids=lambda file: file.stem)
 def test_committed_sweep_files_are_valid(file: Path) -> None:
     """Its settings are valid, its points differ in something, and it says why it is there."""
-    found = load_sweep(file)
-    assert found.name == file.stem
-    assert len(found.question) < 100
+    result = load_sweep(file)
+    assert result.name == file.stem
+    assert len(result.question) < 100
     assert file.read_text().startswith("# ")
-    assert len(found.points) > 1
+    assert len(result.points) > 1
     points = [
-        point.model_copy(update={"x": 0, "series": "", "settings": settings_of(found, point)})
-        for point in found.points
+        point.model_copy(update={"x": 0, "series": "", "settings": settings_of(result, point)})
+        for point in result.points
     ]
     assert all(a != b for a, b in pairwise(points))
 
 
-def settings_of(found: Sweep, point: SweepPoint) -> dict[str, Any]:
-    return Settings.checked({**found.settings, **point.settings}).model_dump(mode="json")
+def settings_of(result: Sweep, point: SweepPoint) -> dict[str, Any]:
+    return Settings.checked({**result.settings, **point.settings}).model_dump(mode="json")
 
 
 # ---- histories
@@ -289,10 +291,10 @@ def read(folder: Path) -> Any:
     return json.loads((folder / "out" / "sweep.json").read_text())
 
 
-def figures(found: Mapping[str, Any]) -> list[Any]:
+def figures(result: Mapping[str, Any]) -> list[Any]:
     return [
         (point["x"], point.get("series"), each["method"], each["metrics"])
-        for point in found["points"]
+        for point in result["points"]
         for each in point["methods"]
     ]
 
@@ -303,19 +305,19 @@ def test_a_sweep_runs_draws_and_continues_without_calls(
 ) -> None:
     assert call(folder, "--plot", folder / "plot.svg") == 0
     table = capsys.readouterr().out
-    found = read(folder)
-    assert [(x, series, method) for x, series, method, _ in figures(found)] == [
+    result = read(folder)
+    assert [(x, series, method) for x, series, method, _ in figures(result)] == [
         (x, series, method)
         for x, series in ((0, None), (4, None), (4, "no head"))
         for method in ("hydra", "user-majority")
     ]
-    assert (found["question"], found["metric"]) == ("What do the first records bring?", "mae")
-    majority = [metrics for _, _, method, metrics in figures(found) if method == "user-majority"]
+    assert (result["question"], result["metric"]) == ("What do the first records bring?", "mae")
+    majority = [metrics for _, _, method, metrics in figures(result) if method == "user-majority"]
     assert majority[0]["mae"][0] == 0.5  # the middle label, 2, where 1, 2, 2, 3 is right
     assert majority[1] == majority[2]
-    for method in found["points"][1]["methods"]:
+    for method in result["points"][1]["methods"]:
         first = next(
-            each for each in found["points"][0]["methods"] if each["method"] == method["method"]
+            each for each in result["points"][0]["methods"] if each["method"] == method["method"]
         )
         assert first["against"] is None
         change = method["metrics"]["mae"][0] - first["metrics"]["mae"][0]
@@ -338,7 +340,7 @@ def test_a_sweep_runs_draws_and_continues_without_calls(
 
     (folder / "cache" / "llm.sqlite").unlink()  # whatever would be asked now fails
     assert call(folder, "--set", "max_calls=0", "--json") == 0
-    assert figures(json.loads(capsys.readouterr().out)) == figures(read(folder)) == figures(found)
+    assert figures(json.loads(capsys.readouterr().out)) == figures(read(folder)) == figures(result)
     assert {
         name: (folder / "out" / name / "samples.jsonl").read_bytes() for name in heads
     } == samples
@@ -406,10 +408,10 @@ def test_a_failing_point_is_reported_and_others_run(
 ) -> None:
     written(folder, SWEEP.replace("{ x = 0, history = 0 }", '{ x = 0, llm = "nobody:none" }'))
     assert call(folder) == 0
-    found = read(folder)
-    assert found["points"][0]["error"].startswith("unknown LLM 'nobody:none'")
-    assert [len(point["methods"]) for point in found["points"]] == [0, 2, 2]
-    assert found["points"][1]["methods"][0]["against"] is None  # the first that there is
+    result = read(folder)
+    assert result["points"][0]["error"].startswith("unknown LLM 'nobody:none'")
+    assert [len(point["methods"]) for point in result["points"]] == [0, 2, 2]
+    assert result["points"][1]["methods"][0]["against"] is None  # the first that there is
     assert "point 0 failed: unknown LLM 'nobody:none'" in capsys.readouterr().err
 
 

@@ -29,7 +29,7 @@ from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
-SAMPLE, ENCODED = 5, 64  # calls that are really made, and texts that are really encoded
+SAMPLE, ENCODED = 5, 64  # calls that are made, and texts that are encoded, to measure them
 
 
 @dataclass(frozen=True)
@@ -229,16 +229,16 @@ async def _measure(
     llm: CachedLLM, sample: Sequence[PendingCall]
 ) -> tuple[list[PendingCall], Usage]:
     """Make a few of the calls; one that fails measures nothing."""
-    usage, made, faults = Usage(), [], []
+    usage, measured, faults = Usage(), [], []
     for call in sample:
         try:
             usage += (await llm.generate(call.messages, call.sampling)).usage
-            made.append(call)
+            measured.append(call)
         except LLMError as error:
             faults.append(error)
-    if faults and not made:
+    if faults and not measured:
         raise faults[0]
-    return made, usage
+    return measured, usage
 
 
 def _expected(calls: Sequence[PendingCall], measured: Sequence[PendingCall], usage: Usage) -> Usage:

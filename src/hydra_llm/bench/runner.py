@@ -39,8 +39,8 @@ async def run_methods(
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
     instances = [(method, part) for method in methods for part in method.instances(seeds)]
-    answerers = {(each.name, part.seed): each.build(part) for each, part in instances}
-    by_records = sorted(instances, key=lambda each: _records_shown(*each))
+    answerers = {(method.name, part.seed): method.build(part) for method, part in instances}
+    by_records = sorted(instances, key=lambda instance: _records_shown(*instance))
     order = dict.fromkeys((method.name, part.seed) for method, part in by_records)
     blank = {
         (name, seed, query): Sample(name, query.user, query.id, query.gold or "", None, seed=seed)
@@ -162,7 +162,7 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
         metrics_of_seed = scored(task, [sample for sample in own if sample.seed == seed])
         of_seeds[seed] = {name: metric.value for name, metric in metrics_of_seed.items()}
     stages = dict.fromkeys(stage for sample in answered for stage in sample.seconds)
-    seconds = {stage: mean(each.seconds.get(stage, 0.0) for each in answered) for stage in stages}
+    seconds = {name: mean(s.seconds.get(name, 0.0) for s in answered) for name in stages}
     return MethodResult(
         own[0].method,
         metrics,

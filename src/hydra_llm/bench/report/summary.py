@@ -45,5 +45,5 @@ def limits(settings: Mapping[str, Any]) -> str:
 
 def summary_line(run: Run) -> str:
     """The summary in one line, without the digests of data and weights."""
-    shown = {**run_summary(run), "data": "", "weights": ""}
-    return "; ".join(f"{name}: {value}" for name, value in shown.items() if value)
+    summary = {**run_summary(run), "data": "", "weights": ""}
+    return "; ".join(f"{name}: {value}" for name, value in summary.items() if value)
