@@ -42,11 +42,8 @@ def make_app(
     on_loopback: bool = True,
 ) -> FastAPI:
     """The application. `bundle` is used until the store names one; `llm` labels candidates where a
-    fit needs that; `here` has the settings that a bundle does not carry.
-
-    Raises:
-        BundleError: there is no such bundle.
-        StoreError: the store fails.
+    fit needs that; `here` has the settings that a bundle does not carry. Raises `BundleError` if
+    there is no such bundle, `StoreError` if the store fails.
     """
     settings, telemetry = settings or ServeSettings(), Telemetry()
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
@@ -71,7 +68,7 @@ def make_app(
 @asynccontextmanager
 async def _lifespan(gateway: Gateway, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
     worker.start()
-    upstream = gateway.upstream  # as started with
+    upstream = gateway.upstream
     tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
     yield
     for task in tasks:
@@ -79,9 +76,6 @@ async def _lifespan(gateway: Gateway, worker: Worker, app: FastAPI) -> AsyncIter
     await run_sync(worker.close)
     await run_sync(gateway.deployment.close)
     await upstream.aclose()
-
-
-# ---- health
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
@@ -106,9 +100,6 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
         return Response(gateway.telemetry.text(), media_type="text/plain; version=0.0.4")
 
 
-# ---- in the background
-
-
 async def _watch(gateway: Gateway) -> None:
     """Switch to the bundle that the store names; requests in flight end with their own."""
     store, reads, settings = gateway.store, gateway.reads, gateway.settings
@@ -117,8 +108,8 @@ async def _watch(gateway: Gateway) -> None:
         try:
             active = await reads.read(store.bundle)
             if active is not None and active != gateway.active_bundle:
-                old, folder = gateway.deployment, folder_of(active)
-                new = await run_sync(open_deployment, store, reads, folder, settings, old.settings)
+                old, parts = gateway.deployment, (folder_of(active), settings)
+                new = await run_sync(open_deployment, store, reads, *parts, old.settings)
                 gateway.deployment, gateway.active_bundle = new, active
                 log.info("bundle %s is in use", new.id[:12])
                 wait = settings.deadline + settings.upstream_timeout

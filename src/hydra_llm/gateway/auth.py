@@ -1,19 +1,23 @@
-"""Who may speak for whom. Keys are random; of a key's secret only the hash is kept. Until a key is
-made any key is accepted, on loopback only (cli/serve.py). Knows no HTTP framework.
+"""Who may speak for whom, and what the upstream and the logs see in place of a user's id.
+
+Keys are random; of a key's secret only the hash is kept. Until a key is made any key is accepted,
+on loopback only (cli/serve.py). Knows no HTTP framework.
 """
 
 import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Key
 
 PREFIX = "hk"
+USER_FIELDS = ("user", "safety_identifier")  # of a request, beside `metadata.user_id`
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,8 @@ def make_key(
 
 def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
     """The caller of a request by its Authorization header; without any key in the store, all who
-    reach a loopback address are accepted.
-
-    Raises:
-        ApiError: 401, in the same words for a wrong key, a revoked one and none.
+    reach a loopback address are accepted. `ApiError` 401 is the same for a wrong key, a revoked one
+    and none.
     """
     scheme, _, token = (authorization or "").partition(" ")
     prefix, _, rest = token.strip().partition("-")
@@ -71,3 +73,34 @@ def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> 
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Pseudonyms:
+    """Keyed hashes of users' ids, the same for the same user of a store. Without the store's salt
+    guesses of ids cannot be checked.
+    """
+
+    def __init__(self, salt: str):
+        self._salt = salt.encode()
+
+    def hashed(self, name: str) -> str:
+        """32 hexadecimal digits."""
+        encoded = name.encode("utf-8", "surrogatepass")
+        return hmac.new(self._salt, encoded, hashlib.sha256).hexdigest()[:32]
+
+    def hidden(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's body with hashes where it names the user."""
+        named = {name: body[name] for name in USER_FIELDS if isinstance(body.get(name), str)}
+        out = {**body, **{name: self.hashed(user) for name, user in named.items()}}
+        metadata = body.get("metadata")
+        if isinstance(metadata, Mapping) and isinstance(user := metadata.get("user_id"), str):
+            out["metadata"] = {**metadata, "user_id": self.hashed(user)}
+        return out
+
+
+def named_user(body: Mapping[str, Any], header: str | None) -> str | None:
+    """The user whom a request names: by header, else in `USER_FIELDS` or `metadata.user_id`."""
+    metadata = body.get("metadata")
+    in_metadata = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    names = (header, *(body.get(name) for name in USER_FIELDS), in_metadata)
+    return next((name for name in names if isinstance(name, str) and name), None)

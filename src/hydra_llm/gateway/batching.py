@@ -58,10 +58,8 @@ class MicroBatcher:
         must: bool = False,
     ) -> R:
         """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
-        were encoded together with those of other waiting jobs.
-
-        Raises:
-            Overloaded: too many wait already, and `must` is not set; or the thread has ended.
+        were encoded together with those of other waiting jobs. Raises `Overloaded` if too many wait
+        already and `must` is not set, or if the thread has ended.
         """
         if len(self._waiting) >= self._max_waiting and not must:
             raise Overloaded("more requests wait to be scored than this machine can score")
@@ -70,10 +68,7 @@ class MicroBatcher:
 
     async def later(self, do: Callable[[], object]) -> None:
         """Await `do()` in the scoring thread when no job waits. It must be short: a job that comes
-        meanwhile waits for it.
-
-        Raises:
-            Overloaded: the thread has ended.
+        meanwhile waits for it. Raises `Overloaded` if the thread has ended.
         """
         await self._queued(self._later, _Job(do))
 

@@ -38,13 +38,13 @@ class RankedChoices:
         repeats = [{"candidate": which, "said": text} for which, text in repeated]
         return {"candidates": candidates, "repeats": repeats, "visible": visible}
 
-    def explained(self, shown: Sequence[Record]) -> dict[str, Any]:
+    def explained(self, records: Sequence[Record]) -> dict[str, Any]:
         """Texts, probabilities and records, for a caller who asks for an explanation."""
         distinct = self.choices[: len(self.candidates)]
         return {
             "texts": [text_of(choice["message"]) for choice in distinct],
             "probabilities": [candidate.probability for candidate in self.candidates],
-            "shown": [{"id": r.id, "input": r.input, "output": r.output} for r in shown],
+            "shown": [{"id": r.id, "input": r.input, "output": r.output} for r in records],
         }
 
 
@@ -71,7 +71,7 @@ def rank(
     keys = [candidate_key(text, pipeline.task.read(text, parsing)) for text in texts]
     first = {key: keys.index(key) for key in keys}
     order: list[Choice] = []
-    places: dict[str, int] = {}
+    ranked: dict[str, Candidate] = {}
     for index in selection.ranking:
         candidate = selection.candidates[index]
         key = candidate_key(candidate.text, candidate.answer)
@@ -83,9 +83,8 @@ def rank(
             order.append({**choices[0], **changed})
         else:
             continue
-        places[key] = index
-    candidates = [selection.candidates[index] for index in places.values()]
-    ranked_keys, rest = list(places), [i for i, key in enumerate(keys) if i != first[key]]
-    repeats = tuple(ranked_keys.index(keys[i]) for i in rest)
+        ranked[key] = candidate
+    rest = [i for i, key in enumerate(keys) if i != first[key]]
+    repeats = tuple(list(ranked).index(keys[i]) for i in rest)
     order += [choices[i] for i in rest]
-    return RankedChoices(order, candidates, selection.abstained, repeats)
+    return RankedChoices(order, list(ranked.values()), selection.abstained, repeats)

@@ -66,9 +66,7 @@ class Deployment:
 
     def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
         """Delete the features of texts that no other user (than `but`) has; returns how many.
-
-        Raises:
-            UserFault: they cannot be deleted.
+        Raises `UserFault` if they cannot be deleted.
         """
         in_use = store.texts_in_use(texts, except_user=but)
         cache = self.settings.cache / "features.sqlite"
@@ -76,7 +74,6 @@ class Deployment:
         return forget([text for text in texts if text not in in_use])
 
     def close(self) -> None:
-        """End the scoring thread."""
         self.batcher.close()
 
 
@@ -98,10 +95,7 @@ def open_deployment(
     here: Settings,
 ) -> Deployment:
     """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
-    carry, such as the folder of features.
-
-    Raises:
-        BundleError: it is not there, damaged, or newer.
+    carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
     """
     names = {"retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens"}
     overrides = settings.model_dump(include=names, exclude_none=True)

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from secrets import token_hex
 from typing import Any
 
@@ -17,10 +18,7 @@ from hydra_llm.types import Generation
 
 def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
     """The upstream of an LLM spec: `openai:MODEL[@URL]` is an endpoint, with the key of
-    OPENAI_API_KEY; else `bare` is asked.
-
-    Raises:
-        SettingsError: an endpoint without a key, or neither.
+    OPENAI_API_KEY; else `bare` is asked. Raises `SettingsError` without a key, or with neither.
     """
     if spec.startswith("openai:"):
         url = endpoint_of(spec.removeprefix("openai:"))[1]
@@ -43,7 +41,7 @@ class EmbeddedUpstream:
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
         generation, choices = await self._generate(body), []
-        for i, (text, end) in enumerate(zip(generation.texts, _ends(generation), strict=True)):
+        for i, (text, end) in enumerate(zip(generation.texts, generation.ends, strict=True)):
             message = {"role": "assistant", "content": text, "refusal": None}
             choice = {"index": i, "message": message, "logprobs": None, "finish_reason": end}
             choices.append(choice)
@@ -86,7 +84,7 @@ class EmbeddedUpstream:
             generation = await work
         finally:
             work.cancel()
-        yield {**head, "choices": [delta(0, {}, _ends(generation)[0])]}
+        yield {**head, "choices": [delta(0, {}, generation.ends[0])]}
         if usage:
             yield {**head, "choices": [], "usage": _usage(generation)}
 
@@ -120,17 +118,15 @@ class EmbeddedUpstream:
                 role = "system" if role == "developer" else role
                 messages.append({"role": role, "content": text_of(message)})
             async with self._turn:
-                return await self._llm.generate(messages, sampling, **streaming)
+                generation = await self._llm.generate(messages, sampling, **streaming)
+            ends = generation.ends or ("stop",) * len(generation.texts)
+            return replace(generation, ends=ends)
         except (TypeError, ValueError, OverflowError) as error:
             message = f"a field of the request has a value that cannot be used: {error}"
             raise UpstreamError(400, message) from None
         except LLMError as error:
             status = 400 if isinstance(error, LLMRefused) else 502
             raise UpstreamError(status, str(error)) from None
-
-
-def _ends(generation: Generation) -> Sequence[str]:
-    return generation.ends or ["stop"] * len(generation.texts)
 
 
 def _has_more(message: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ not depend on the order of feedback.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.user_cache import to_head, to_stored
+from hydra_llm.gateway.user_cache import UserSnapshot, to_head, to_stored
 from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import FEEDBACK_WINDOW
 from hydra_llm.select import all_labels, candidate_text
@@ -40,17 +40,7 @@ class Taken:
 
     repeated: bool = False
     record: str | None = None  # id of the record that the answer became
-    moved: bool = False  # whether the user's head has moved
-
-
-@dataclass(frozen=True)
-class _State:
-    """The user, as of a version."""
-
-    version: int
-    records: tuple[Record, ...]
-    heads: dict[str, Head]
-    judged: list[StoredFeedback]  # feedback that no fitted head knows
+    head_moved: bool = False
 
 
 async def take_feedback(
@@ -63,17 +53,18 @@ async def take_feedback(
     """Learn from one piece of feedback.
 
     Raises:
-        ApiError: 400 for an unknown candidate, 409 where other feedback was given on this request
-            before. StoreError: the store failed; nothing was changed.
+        ApiError: 400 for an unknown candidate, 409 where the request has other feedback already.
+        StoreError: the store failed; nothing was changed.
     """
     feedback = _checked(store, deployment, given, request, settings)
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
-        state = await run_sync(feedback.read)
-        judged, heads = await deployment.batcher.run(partial(feedback.learn, state), texts)
-        record = feedback.record if len(state.records) < settings.max_records else None
+        user, earlier = await run_sync(feedback.read)
+        learn = partial(feedback.learn, user, earlier)
+        judged, heads = await deployment.batcher.run(learn, texts)
+        record = feedback.record if len(user.records) < settings.max_records else None
         try:
-            fresh = await run_sync(feedback.write, state, judged, record, heads)
+            fresh = await run_sync(feedback.write, user, judged, record, heads)
         except StaleVersion:
             continue
         except ConflictingFeedback as error:
@@ -92,11 +83,11 @@ def _checked(
     kind, content = given.kind(), request.content
     if given.edited is not None and (fault := fault_of(given.edited, settings.max_text)):
         raise ApiError(400, f"edited {fault}", param="edited")
-    shown = [*content["candidates"]]  # then the choices that repeat one of them
+    stored = [*content["candidates"]]  # then the choices that repeat one of them
     repeats = content.get("repeats", ())
-    shown += [{**shown[item["candidate"]], "said": item["said"]} for item in repeats]
+    stored += [{**stored[item["candidate"]], "said": item["said"]} for item in repeats]
     keys = ("text", "answer", "votes", "greedy")
-    choices = [Candidate(*(choice[key] for key in keys)) for choice in shown]
+    choices = [Candidate(*(choice[key] for key in keys)) for choice in stored]
     index = given.chosen or 0  # without `chosen` it is about the first, which the user got
     if index >= len(choices) and kind == "chosen":
         fault = f"there were {len(choices)} candidates: chosen must be below that"
@@ -108,7 +99,7 @@ def _checked(
         output = wanted
         if not deployment.task.labels and given.edited is None:
             # as it was written: what the adapter reads of a text may be its first line
-            output = shown[index]["said"] or wanted
+            output = stored[index]["said"] or wanted
         record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
     candidates, value = choices[: len(content["candidates"])], getattr(given, kind)
     return _Feedback(store, deployment, request, kind, value, candidates, wanted, record)
@@ -131,7 +122,8 @@ class _Feedback:
     wanted: str | None  # the answer that the user wanted, where the feedback says so
     record: Record | None  # what the wanted answer becomes
 
-    def read(self) -> _State:
+    def read(self) -> tuple[UserSnapshot, list[StoredFeedback]]:
+        """The user with all heads, and the feedback that no fitted head knows."""
         store, users, name = self.store, self.deployment.users, self.request.user
         version, user = store.state(name).version, None
         if version is not None:
@@ -140,33 +132,40 @@ class _Feedback:
             raise ApiError(404, "no such request", code="request_not_found")
         bundle = self.deployment.id
         heads = {scorer: to_head(head) for scorer, head in store.heads(name, bundle).items()}
-        judged = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
-        return _State(user.version, user.records, heads, judged)
+        earlier = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
+        return replace(user, heads=heads), earlier
 
     def write(
-        self, state: _State, judged: StoredFeedback, record: Record | None, heads: dict[str, Head]
+        self,
+        user: UserSnapshot,
+        judged: StoredFeedback,
+        record: Record | None,
+        heads: Mapping[str, Head],
     ) -> bool:
         """All of it in one transaction; False where exactly this feedback was given before."""
-        with self.store.change(self.request.user, version=state.version) as change:
+        with self.store.change(user.name, version=user.version) as change:
             if not change.put_feedback(judged):
                 return False
             if record is not None:
                 change.add([record])
             if heads:
-                stored = {name: to_stored(head) for name, head in (state.heads | heads).items()}
+                all_heads = {**user.heads, **heads}
+                stored = {name: to_stored(head) for name, head in all_heads.items()}
                 change.put_heads(self.deployment.id, stored)
             return True
 
     # ---- in the scoring thread
 
-    def learn(self, state: _State) -> tuple[StoredFeedback, dict[str, Head]]:
+    def learn(
+        self, user: UserSnapshot, earlier: list[StoredFeedback]
+    ) -> tuple[StoredFeedback, dict[str, Head]]:
         """What is stored of the feedback, and the heads that it moves, if it is informative."""
-        request, bundle, group = self.request, self.deployment.bundle, self._group(state.records)
+        request, bundle, group = self.request, self.deployment.bundle, self._group(user.records)
         content = {"said": {self.kind: self.value}, "bundle": self.deployment.id, "group": group}
         judged = StoredFeedback(request.id, request.created, content)
         if group is None or bundle is None:
             return judged, {}
-        return judged, heads_after(bundle, request.user, state.heads, [*state.judged, judged])
+        return judged, heads_after(bundle, user.name, user.heads, [*earlier, judged])
 
     def _group(self, records: Sequence[Record]) -> dict[str, Any] | None:
         """The candidates with the gain of each, as plain values."""

@@ -13,11 +13,11 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import HydraError
+from hydra_llm.gateway.auth import Pseudonyms
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.choices import RankedChoices, choice_texts, rank, unranked
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
-from hydra_llm.gateway.pseudonyms import Pseudonyms
 from hydra_llm.gateway.record_search import RecordSearch, SearchResult
 from hydra_llm.gateway.sampling import CandidateSampler, Sampled, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
@@ -66,7 +66,7 @@ class PersonalRequest(RoutedRequest):
     """A request with a user's records in its messages."""
 
     search: SearchResult
-    shown: tuple[Record, ...]  # the records in the prompt
+    prompt_records: tuple[Record, ...]
     in_task_words: bool  # whether the question is the task's instruction around a text
     explain: bool
 
@@ -137,7 +137,7 @@ class Gateway:
             seconds={**search.seconds, "prepare": time.perf_counter() - started},
             candidates=max(options.candidates or settings.samples, routed.n) if several else 1,
             search=search,
-            shown=prompt.records,
+            prompt_records=prompt.records,
             in_task_words=within is not None,
             explain=options.explain,
         )
@@ -171,11 +171,7 @@ class Gateway:
     # ---- the upstream
 
     async def answer(self, request: RoutedRequest) -> Reply:
-        """The completion of a request.
-
-        Raises:
-            UpstreamError: the upstream gave none.
-        """
+        """The completion of a request; raises `UpstreamError` if the upstream gave none."""
         try:
             sampled = await self._sample(request)
         except UpstreamError as error:
@@ -193,10 +189,8 @@ class Gateway:
         return Reply(completion, request, ranked.abstained)
 
     def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:
-        """The request as the caller wrote it, where the records may be what was refused.
-
-        Raises:
-            UpstreamError: the given one, where it is about something else.
+        """The request as the caller wrote it, where the records may be what was refused; raises the
+        error where it is about something else.
         """
         if not isinstance(request, PersonalRequest) or error.status not in RECORDS_REFUSED:
             raise error
@@ -265,9 +259,6 @@ class Gateway:
     async def stream(self, request: RoutedRequest) -> AsyncIterator[bytes]:
         """The upstream's own stream for one candidate. A personal one is kept for feedback, and
         gets the object `personalization`, before it ends.
-
-        Raises:
-            UpstreamError: before the first byte.
         """
         pieces = self.upstream.stream({**request.body, "stream": True})
         if isinstance(request, PersonalRequest):
@@ -325,11 +316,11 @@ def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool
     """The object `personalization` of a reply."""
     return {
         "request_id": request.id if kept else None,
-        "records": [record.id for record in request.shown],
+        "records": [record.id for record in request.prompt_records],
         "warm": request.search.warm,
         "candidates": len(ranked.candidates),
         "abstained": ranked.abstained,
         "scores": [candidate.score for candidate in ranked.candidates],
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
-        **(ranked.explained(request.shown) if request.explain else {}),
+        **(ranked.explained(request.prompt_records) if request.explain else {}),
     }

@@ -35,11 +35,11 @@ class Stopped(Exception):
 
 
 class Worker:
-    """Runs the store's jobs, one after the other."""
+    """Runs the store's jobs, one after the other; `wake` is set to look for a job now."""
 
     def __init__(self, store: Store, deployment: Callable[[], Deployment], llm: ChatLLM | None):
         self._store, self._deployment, self._llm = store, deployment, llm
-        self.wake, self._ended = threading.Event(), False  # set `wake` to look for a job now
+        self.wake, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
     def start(self) -> None:

@@ -68,7 +68,7 @@ class AccessMiddleware:
                 await self._authorize(scope)
             await self._app(scope, self._limited(scope, receive), counted)
         except Exception as error:
-            if not isinstance(error, ApiError | StoreError):  # of a caller, or counted already
+            if not isinstance(error, ApiError | StoreError):  # refused before it came to the app
                 self._telemetry.failed("request", error)
             if started:
                 _log_bug(error)
@@ -152,11 +152,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _error_response(error: Exception) -> Json:
-    shown = _shown(error)
-    return Json(shown.body, shown.status, headers=shown.headers)
+    answer = _as_answer(error)
+    return Json(answer.body, answer.status, headers=answer.headers)
 
 
-def _shown(error: Exception) -> ApiError | UpstreamError:
+def _as_answer(error: Exception) -> ApiError | UpstreamError:
     """An error as the caller sees it."""
     if isinstance(error, ApiError | UpstreamError):
         return error

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from hydra_llm.gateway.auth import UNVERIFIED, Caller
+from hydra_llm.gateway.auth import UNVERIFIED, Caller, named_user
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, Reply, RoutedRequest
-from hydra_llm.gateway.pseudonyms import named_user
 from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, fault_of
 from hydra_llm.gateway.telemetry import Span
 from hydra_llm.gateway.upstream import UpstreamError
@@ -56,11 +55,7 @@ async def model(id: str, http: Request) -> Any:
 
 
 def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | None:
-    """The user for whom a request is.
-
-    Raises:
-        ApiError: 403 for a user for whom this caller may not speak.
-    """
+    """The user for whom a request is; `ApiError` 403 if this caller may not speak for the user."""
     if caller.bound is not None:
         return caller.bound
     if header is not None:

@@ -36,13 +36,10 @@ class CandidateSampler:
     async def sample(
         self, upstream: Upstream, body: Body, count: int, temperature: float
     ) -> Sampled:
-        """The caller's own choices and samples, `count` together.
+        """The caller's own choices and samples, `count` together; `UpstreamError` if none came.
 
         `temperature` is the samples', unless the caller's own is higher. Their seed is the caller's
         plus 1: at the same seed and temperature they would repeat the caller's answer.
-
-        Raises:
-            UpstreamError: none came.
         """
         own = int(body.get("n") or 1)
         bodies = self._bodies(body, count - own, temperature)

@@ -115,11 +115,7 @@ class FeedbackIn(_Strict):
     rejected: Literal[True] | None = None
 
     def kind(self) -> str:
-        """Which of the four was given.
-
-        Raises:
-            ApiError: none, or more than one.
-        """
+        """Which of the four was given; `ApiError` if none, or more than one."""
         kinds = ("chosen", "rating", "edited", "rejected")
         given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:

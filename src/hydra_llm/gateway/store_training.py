@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
+from hydra_llm.gateway.auth import Pseudonyms
 from hydra_llm.gateway.deployment import ANY_TASK
-from hydra_llm.gateway.pseudonyms import Pseudonyms
 from hydra_llm.gateway.user_cache import to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress

@@ -23,18 +23,14 @@ class TimedReads:
         self._failing_until = 0.0
 
     async def read(self, function: Callable[[], R]) -> R:
-        """Await `function()` in a thread.
-
-        Raises:
-            StoreError: it takes too long, or one a moment ago did; or what the function raises.
-        """
+        """Await `function()` in a thread; `StoreError` if it, or one before, took too long."""
         if self._clock() < self._failing_until:
             raise StoreError("the store is silent")
         # It belongs to the loop that is running.
         limiter = self._limiter = self._limiter or anyio.CapacityLimiter(READS_AT_ONCE)
         try:
             with anyio.fail_after(self._timeout):
-                # The thread goes on until its driver gives up; nobody waits for it.
+                # The thread goes on until its driver gives up, and is not waited for.
                 return await run_sync(function, abandon_on_cancel=True, limiter=limiter)
         except TimeoutError:
             self._failing_until = self._clock() + BACKOFF_SECONDS

@@ -1,8 +1,8 @@
 """The LLM behind the gateway, an OpenAI-compatible endpoint (embedded.py: inside this process).
 
-Bodies pass through as they are: the endpoint may know fields that this program does not. The URL
+Bodies are passed on as they are: the endpoint may know fields that this program does not. The URL
 comes from settings, never from a request, and the caller's key goes nowhere. The caller's SDK does
-the retries, but for a request on a kept connection that the endpoint was closing. Knows no users.
+the retries, except of a request on a kept connection that the endpoint was closing. Knows no users.
 """
 
 import json
@@ -48,21 +48,13 @@ class UpstreamError(Exception):
 class Upstream(Protocol):
     """What the gateway asks; every method raises `UpstreamError` where the upstream fails."""
 
-    def complete(self, body: Mapping[str, Any]) -> Any:
-        """Await a chat completion, as plain JSON."""
-        ...
+    async def complete(self, body: Mapping[str, Any]) -> Any: ...  # a completion, as plain JSON
 
-    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        """The bytes of server-sent events, as they come."""
-        ...
+    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]: ...  # events, as they come
 
-    def models(self, id: str | None = None) -> Any:
-        """Await the list of models, or one of them."""
-        ...
+    async def models(self, id: str | None = None) -> Any: ...  # the list, or one of them
 
-    def aclose(self) -> Any:
-        """Await the end of all connections."""
-        ...
+    async def aclose(self) -> None: ...
 
 
 class HttpUpstream:
@@ -86,22 +78,17 @@ class HttpUpstream:
         return {"id": f"chatcmpl-{token_hex(12)}", "model": body.get("model"), **answer}
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        try:
-            async with self._answering("POST", "chat/completions", body) as response:
-                if response.status_code >= 300:
-                    raise _error_of(response, await response.aread())
-                if "json" in response.headers.get("content-type", ""):
-                    message = "the upstream answered with something else than a stream"
-                    raise UpstreamError(502, message)
-                tail, ended = b"", False
-                async for piece in response.aiter_bytes():
-                    ended = ended or ENDS.search(tail + piece) is not None
-                    tail = piece[-32:]
-                    yield piece
-                if not ended:  # to a client a stream that stops looks like one that has ended
-                    raise UpstreamError(502, "the upstream's stream ended before its answer did")
-        except httpx2.HTTPError as error:
-            raise _unreached(error) from None
+        async with self._answering("POST", "chat/completions", body) as response:
+            if "json" in response.headers.get("content-type", ""):
+                message = "the upstream answered with something else than a stream"
+                raise UpstreamError(502, message)
+            tail, ended = b"", False
+            async for piece in response.aiter_bytes():
+                ended = ended or ENDS.search(tail + piece) is not None
+                tail = piece[-32:]
+                yield piece
+            if not ended:  # to a client a stream that stops looks like one that has ended
+                raise UpstreamError(502, "the upstream's stream ended before its answer did")
 
     async def models(self, id: str | None = None) -> Any:
         if id is None:
@@ -122,24 +109,27 @@ class HttpUpstream:
         the endpoint may have closed an idle connection while the request was on its way.
         """
         content = None if body is None else json.dumps(body)
-        request = self._client.build_request(method, path, content=content, headers=AS_JSON)
         try:
-            response = await self._client.send(request, stream=True)
-        except CUT:
-            response = await self._client.send(request, stream=True)
-        try:
-            yield response
-        finally:
-            await response.aclose()
+            request = self._client.build_request(method, path, content=content, headers=AS_JSON)
+            try:
+                response = await self._client.send(request, stream=True)
+            except CUT:
+                response = await self._client.send(request, stream=True)
+            try:
+                if response.status_code >= 300:
+                    raise _error_of(response, await response.aread())
+                yield response
+            finally:
+                await response.aclose()
+        except httpx2.TimeoutException:
+            raise UpstreamError(504, "the upstream did not answer in time") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            message = f"the upstream cannot be reached ({type(error).__name__})"
+            raise UpstreamError(502, message) from None
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        try:
-            async with self._answering(method, path, body) as response:
-                await response.aread()
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _unreached(error) from None
-        if response.status_code >= 300:
-            raise _error_of(response, response.content)
+        async with self._answering(method, path, body) as response:
+            await response.aread()
         try:
             return response.json()
         except ValueError:
@@ -159,12 +149,6 @@ def _error_of(response: httpx2.Response, content: bytes) -> UpstreamError:
     except ValueError:
         body = "the upstream answered with an error that is not JSON"
     return UpstreamError(status, body, passed)
-
-
-def _unreached(error: Exception) -> UpstreamError:
-    if isinstance(error, httpx2.TimeoutException):
-        return UpstreamError(504, "the upstream did not answer in time")
-    return UpstreamError(502, f"the upstream cannot be reached ({type(error).__name__})")
 
 
 def learn_samples(

@@ -47,11 +47,7 @@ class UserCache:
         return user if user and user.version == version else None
 
     async def current(self, reads: TimedReads, name: str) -> UserSnapshot | None:
-        """The user as of now, from memory where the version is the store's; None if unknown.
-
-        Raises:
-            StoreError: the store fails, or does not answer in time.
-        """
+        """The user as of now, from memory where the version is the store's; None if unknown."""
         version = (await reads.read(partial(self._store.state, name))).version
         if version is None:
             return None

@@ -5,6 +5,7 @@ only use the store are no coroutines: FastAPI runs them in threads.
 import json
 from base64 import b64encode
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from secrets import token_hex
 from typing import Annotated, Any
@@ -105,8 +106,7 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
         raise ApiError(404, message, code="request_not_found", param="request_id")
     taken = await take_feedback(gateway.store, gateway.deployment, sent, request, gateway.settings)
     gateway.telemetry.feedback(kind)
-    outcome = {"repeated": taken.repeated, "record": taken.record, "head_moved": taken.moved}
-    return {"request_id": sent.request_id, **outcome}
+    return {"request_id": sent.request_id, **asdict(taken)}
 
 
 @router.post("/users/{user}/fit", status_code=202)
@@ -119,7 +119,7 @@ def fit(user: User, http: Request) -> dict[str, Any]:
     if job is None:
         raise _no_such_user()
     http.app.state.worker.wake.set()
-    return _shown(job)
+    return _job_json(job)
 
 
 @router.get("/users/{user}/jobs/{id}")
@@ -128,7 +128,7 @@ def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
     job = _gateway(http, user).store.job(id)
     if job is None or job.user != user:
         raise ApiError(404, "no such job", code="job_not_found")
-    return _shown(job)
+    return _job_json(job)
 
 
 @router.get("/users/{user}/export")
@@ -181,9 +181,9 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     texts = texts_of(records)
     kept = store.export_user(user) or {"requests": [], "feedback": []}
     for row in kept["requests"]:
-        shown = [*row["content"]["candidates"], *row["content"].get("repeats", ())]
+        candidates = [*row["content"]["candidates"], *row["content"].get("repeats", ())]
         texts.append(row["question"])
-        texts += [item[name] for item in shown for name in ("text", "said") if name in item]
+        texts += [item[name] for item in candidates for name in ("text", "said") if name in item]
     for row in kept["feedback"]:
         if group := row["content"].get("group"):
             texts += [group["left"], *group["rights"]]
@@ -237,6 +237,6 @@ def _record(user: str, place: str, sent: RecordIn, max_text: int) -> Record:
     return Record(user, sent.id, sent.input, sent.output, sent.time, span)
 
 
-def _shown(job: Job) -> dict[str, Any]:
+def _job_json(job: Job) -> dict[str, Any]:
     names = ("id", "kind", "state", "done", "total")
     return {name: getattr(job, name) for name in names} | {"error": job.error or None}
