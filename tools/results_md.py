@@ -244,12 +244,8 @@ def main() -> None:
         before = text = page.read_text(encoding="utf-8")
         for name, content in tables.items():
             block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
-            text = re.sub(
-                rf"<!-- {name} -->\n.*?<!-- /{name} -->",
-                lambda _, block=block: block,
-                text,
-                flags=re.S,
-            )  # type: ignore[misc]
+            stored = re.search(rf"<!-- {name} -->\n.*?<!-- /{name} -->", text, re.S)
+            text = text.replace(stored[0], block) if stored else text
         marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(TABLES)}) -->", before))
         if text != before:
             stale.append(page)
