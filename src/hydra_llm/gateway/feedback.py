@@ -15,8 +15,8 @@ from anyio.to_thread import run_sync
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
+from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
-from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import UserSnapshot, to_head, to_stored
 from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import FEEDBACK_WINDOW
@@ -43,26 +43,20 @@ class Taken:
     head_moved: bool = False
 
 
-async def take_feedback(
-    store: Store,
-    deployment: Deployment,
-    given: FeedbackIn,
-    request: Request,
-    settings: ServeSettings,
-) -> Taken:
+async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -> Taken:
     """Learn from one piece of feedback.
 
     Raises:
         ApiError: 400 for an unknown candidate, 409 where the request has other feedback already.
         StoreError: the store failed; nothing was changed.
     """
-    feedback = _checked(store, deployment, given, request, settings)
+    feedback, most = _checked(gateway, given, request), gateway.settings.max_records
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
         user, earlier = await run_sync(feedback.read)
         learn = partial(feedback.learn, user, earlier)
-        judged, heads = await deployment.batcher.run(learn, texts)
-        record = feedback.record if len(user.records) < settings.max_records else None
+        judged, heads = await feedback.deployment.batcher.run(learn, texts)
+        record = feedback.record if len(user.records) < most else None
         try:
             fresh = await run_sync(feedback.write, user, judged, record, heads)
         except StaleVersion:
@@ -73,15 +67,10 @@ async def take_feedback(
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
 
 
-def _checked(
-    store: Store,
-    deployment: Deployment,
-    given: FeedbackIn,
-    request: Request,
-    settings: ServeSettings,
-) -> "_Feedback":
+def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedback":
+    deployment, max_text = gateway.deployment, gateway.settings.max_text
     kind, content = given.kind(), request.content
-    if given.edited is not None and (fault := fault_of(given.edited, settings.max_text)):
+    if given.edited is not None and (fault := fault_of(given.edited, max_text)):
         raise ApiError(400, f"edited {fault}", param="edited")
     stored = [*content["candidates"]]  # then the choices that repeat one of them
     repeats = content.get("repeats", ())
@@ -95,14 +84,14 @@ def _checked(
     wanted, record = given.edited, None
     if kind == "chosen" or (given.rating is not None and given.rating >= ACCEPTED):
         wanted = _answer(choices[index])
-    if wanted and not text_fault(wanted) and len(request.question) <= settings.max_text:
+    if wanted and not text_fault(wanted) and len(request.question) <= max_text:
         output = wanted
         if not deployment.task.labels and given.edited is None:
             # as it was written: what the adapter reads of a text may be its first line
             output = stored[index]["said"] or wanted
         record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
     candidates, value = choices[: len(content["candidates"])], getattr(given, kind)
-    return _Feedback(store, deployment, request, kind, value, candidates, wanted, record)
+    return _Feedback(gateway.store, deployment, request, kind, value, candidates, wanted, record)
 
 
 def _answer(candidate: Candidate) -> str:

@@ -104,7 +104,7 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
     if request is None or not (caller.admin or request.user in caller.users):
         message = "no such request, or it is too long ago"
         raise ApiError(404, message, code="request_not_found", param="request_id")
-    taken = await take_feedback(gateway.store, gateway.deployment, sent, request, gateway.settings)
+    taken = await take_feedback(gateway, sent, request)
     gateway.telemetry.feedback(kind)
     return {"request_id": sent.request_id, **asdict(taken)}
 
