@@ -271,6 +271,7 @@ def test_bbox_is_deterministic_by_seed() -> None:
     assert scores(seed=1) != one
 
 
+@pytest.mark.slow
 def test_the_order_of_the_users_changes_nothing() -> None:
     records, queries = people(alike=False)
     few = queries[::4]

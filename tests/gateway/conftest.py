@@ -100,6 +100,20 @@ def one_encoder(shared_minilm: None) -> None:
 
 
 @pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(autouse=True)
+def caches(features: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of all gateways, so that the few texts are encoded once; a test of what is
+    in it takes a folder of its own by HYDRA_CACHE.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(features))
+    return features
+
+
+@pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A bundle for tags, and one for titles (the same answers, as texts); learned once for all
     workers of a run.

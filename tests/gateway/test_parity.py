@@ -71,7 +71,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             return rng.choice(task.labels or LABELS)  # noqa: B023
 
         users = [f"train{i}" for i in range(6)]
-        records = [record for user in users for record in history(task, user)]
+        records = [record for user in users for record in history(task, user, 12)]
         data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
         given = {**LEARNED, "temperature": 0.7, "rerank": "always", "max_prompt_tokens": 700}
         out[kind] = tmp_path_factory.mktemp("parity") / kind
