@@ -88,11 +88,7 @@ class Bundle:
         return {name: heads[user] for name, heads in self.heads.items() if user in heads}
 
     def check_task(self, task: Task) -> None:
-        """Check that data of this task can be read, fitted and scored by this bundle.
-
-        Raises:
-            DataError: it is of another kind, or has other labels.
-        """
+        """Raise DataError if data of this task cannot be read, fitted and scored by this bundle."""
         if task.kind != self.task.kind or task.labels != self.task.labels:
             tasks = f"the data set's task '{task.name}' is not the bundle's '{self.task.name}'"
             raise DataError(f"{tasks}: kind and labels must agree")
@@ -140,8 +136,7 @@ class Bundle:
         """The bundle's settings, overridden by file, environment, preset and `given`, without None.
 
         Raises:
-            SettingsError: an unknown setting, a value out of range, or another value for what was
-                fixed in learning.
+            SettingsError: unknown, out of range, or another value for what was fixed in learning.
         """
         return settings_over(self.settings, preset, file, **given)
 
@@ -151,8 +146,7 @@ class Bundle:
         """Write the bundle; an older one at this place is replaced when this one is complete.
 
         Raises:
-            BundleError: another process is writing there or has changed the bundle since this one
-                was read, or the disk fails.
+            BundleError: another process writes there or changed it since it was read; a full disk.
         """
         folder, settings = Path(folder), self.learned_with or self.settings
         scorers: dict[str, Any] = {}

@@ -29,11 +29,7 @@ class Context:
 
     @cached_property
     def vectors(self) -> HistoryVectors:
-        """The visible records as arrays, computed at first use.
-
-        Raises:
-            ValueError: there is no encoder here.
-        """
+        """The visible records as arrays, computed at first use; ValueError without an encoder."""
         if self.vectorize is None:
             raise ValueError("a learned stage needs a context with `vectorize`")
         return self.vectorize(self.visible)

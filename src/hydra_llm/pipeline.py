@@ -86,12 +86,8 @@ class Pipeline:
         conversation: Sequence[Mapping[str, Any]] | None = None,
         window: int | None = None,
     ) -> Prompt:
-        """What the LLM is asked when it sees these records.
-
-        Args:
-            conversation: the caller's messages, which end with the question (see `prompt.render`).
-            window: tokens that the LLM can take, where that is known to be less than the settings
-                say. The library instead asks, and again with less where the LLM refuses.
+        """The question with these records. `conversation` is as in `prompt.render`; `window` is how
+        many tokens the LLM can take, where known (else `sample` asks with less where it refuses).
         """
         style, limit = self.settings.prompt_style, self.settings.max_prompt_tokens
         options: dict[str, Any] = {"profile": self.profile, "conversation": conversation}
@@ -99,10 +95,8 @@ class Pipeline:
         return render(self.task, query, records, max_tokens=min(limit, window or limit), **options)
 
     async def sample(self, llm: ChatLLM, prompt: Prompt) -> Sampled:
-        """Ask the LLM; a prompt that it finds too long is made shorter, for all samples alike.
-
-        Raises:
-            LLMError: it gave no answer at all.
+        """Ask the LLM; a prompt that it finds too long is shortened for all samples alike. LLMError
+        if it gave no answer at all.
         """
         spent = Usage()
         for cut in range(1, MAX_CUTS + 2):
@@ -194,11 +188,7 @@ class UserPipeline(Pipeline):
         return self.context(question, before(self.records.get(user, ()), question), heads)
 
     async def apropose(self, question: Query | Context) -> Proposal:
-        """Everything up to the candidates.
-
-        Raises:
-            LLMError: the LLM gave no answer at all.
-        """
+        """Everything up to the candidates; LLMError if the LLM gave no answer at all."""
         seconds: dict[str, float] = {}
         with _timed(seconds, "retrieve"):
             context = self.context_of(question)
@@ -244,11 +234,8 @@ class UserPipeline(Pipeline):
         return run_sync(partial(self.aanswer, question))
 
     def query(self, text: str, user: str | None) -> Query:
-        """A text as a query that comes after all of the user's records.
-
-        Raises:
-            UnknownUser: a user without records.
-            UserFault: an empty text, or one that cannot be encoded.
+        """A text as a query after all of the user's records; UnknownUser without records, UserFault
+        for an empty text or one that cannot be encoded.
         """
         if user is None or user not in self.records:
             some = f" ({', '.join(list(self.records)[:3])}, …)" if self.records else ""

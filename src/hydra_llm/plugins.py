@@ -35,13 +35,10 @@ class Registry(Generic[T]):
         """Import the object that is registered under `name`.
 
         Raises:
-            SettingsError: an unknown name, one that two packages register, or the plug-in does not
-                import or is something else.
+            SettingsError: it is unknown, registered twice, not importable or something else.
         """
-        if name in self.builtin:
-            points = [self.builtin[name], *(p for p in self._shadowing if p.name == name)]
-        else:
-            points = [point for point in entry_points(group=self.group) if point.name == name]
+        installed = self._shadowing if name in self.builtin else entry_points(group=self.group)
+        points = [p for p in (*self.builtin.values(), *installed) if p.name == name]
         if not points:
             raise SettingsError(self.unknown(name))
         if len(points) > 1:

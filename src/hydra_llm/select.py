@@ -21,7 +21,7 @@ from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate
 
-TIE = 1e-5  # values that differ by less are equal
+TIE = 1e-5  # values that differ by less are equal, as of texts that differ in case alone
 
 
 class Selection(NamedTuple):
@@ -58,10 +58,9 @@ class FirstCandidate(Selector):
 
 
 class LearnedSelector(Selector):
-    """Picks by the user's factorized scorer.
-
-    `votes=False` scores labels as if the LLM had not been sampled. Candidate 0 is kept unless the
-    pick's expected-gain margin exceeds `abstention_threshold` posterior standard deviations.
+    """Picks by the user's factorized scorer. `votes=False` scores labels as if the LLM had not been
+    sampled. Candidate 0 is kept unless the pick's expected-gain margin exceeds
+    `abstention_threshold` posterior standard deviations.
     """
 
     def __init__(
@@ -134,10 +133,7 @@ def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray 
 
 
 def first_best(values: np.ndarray) -> int:
-    """The index of the first value that is the largest to within `TIE`.
-
-    Texts that differ only in case are equal to an uncased encoder: their last digits are noise.
-    """
+    """The index of the first value that is the largest to within `TIE`."""
     return int(np.flatnonzero(values >= values.max() - TIE)[0])
 
 

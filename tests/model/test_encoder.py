@@ -385,8 +385,8 @@ def test_longformer_loads_from_a_hub_and_then_from_its_cache(
         "encoder 'allenai/no-such-model': no such folder, and no such model on the Hugging Face hub"
     )
     assert open_from_hub(hub, tmp_path) == [digest, unknown]
-    nobody = "http://127.0.0.1:9"
-    cached, missing = open_from_hub(nobody, tmp_path)
+    unreachable = "http://127.0.0.1:9"
+    cached, missing = open_from_hub(unreachable, tmp_path)
     assert cached == digest
     assert (
         "'allenai/no-such-model' is not in the local cache and the Hugging Face hub cannot be"

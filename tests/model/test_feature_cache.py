@@ -104,8 +104,8 @@ def test_unkept_features_evict_nothing_and_are_forgotten_too(
         "one was never written, two was forgotten"
     )
     assert np.array_equal(again.texts(["a record"]), kept)
-    for each in (store, again):
-        each.close()
+    for cache in (store, again):
+        cache.close()
 
 
 def test_memory_is_bounded_and_the_file_is_not(
@@ -142,7 +142,7 @@ def test_what_is_forgotten_is_gone_from_the_file_too(tiny: Encoder, tmp_path: Pa
         again.texts(["a secret"])
         assert again.misses == misses + (
             again is store
-        )  # the other one finds what the first made anew
+        )  # the other one finds what the first encoded again
 
 
 def test_what_others_still_have_is_not_encoded_again(tiny: Encoder, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_others_still_have_is_not_encoded_again(tiny: Encoder, tmp_path: Pa
 
 
 def test_pairs_of_others_stay_in_memory(tiny: Encoder) -> None:
-    """With neither text in them: nobody else's pair is encoded again, in another batch."""
+    """A pair without the forgotten text is not encoded again, in another batch."""
     store = FeatureCache(tiny)
     for keep in (True, False):
         store.keep = keep
@@ -186,7 +186,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_told_once_and_the_run_goes_on(
+def test_a_full_disk_is_one_warning_and_the_run_goes_on(
     tiny: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "features.sqlite"
@@ -199,9 +199,9 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(
         with pytest.raises(UserFault, match="could not be deleted"):
             store.forget(["night rain"])
     assert np.allclose(rows, tiny.encode(many), atol=1e-5)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert str(path) in told[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert str(path) in messages[0]
     assert np.array_equal(FeatureCache(tiny, path).texts(["night rain"]), kept)
 
 
@@ -293,7 +293,7 @@ CREATE TABLE features (
 CREATE INDEX features_first ON features (first);
 CREATE INDEX features_second ON features (second) WHERE second IS NOT NULL;
 """
-"""What version 0.1 made."""
+"""The schema of version 0.1."""
 
 
 def test_a_file_of_version_0_1_is_read(tiny: Encoder, tmp_path: Path) -> None:

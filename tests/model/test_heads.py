@@ -55,10 +55,10 @@ def random_groups(
 def randomised(kind: str, interaction: Interaction) -> HeadKind:
     """A kind whose shared numbers are random."""
     draw = torch.Generator().manual_seed(1)
-    made = make_head(kind, interaction, rank=3)
-    for value in [*made.parameters(), *made.buffers()]:
+    head = make_head(kind, interaction, rank=3)
+    for value in [*head.parameters(), *head.buffers()]:
         value.data.copy_(0.5 * torch.randn(value.shape, generator=draw))
-    return made
+    return head
 
 
 def some_heads(kind: HeadKind, interaction: Interaction, users: int = USERS) -> list[Head]:
@@ -220,15 +220,15 @@ def test_no_head_and_a_head_of_zeros_are_the_shared_head(name: str) -> None:
     kind = randomised(name, interaction)
     x = interaction(groups)
     shared = kind.shared_score(interaction, x)
-    nobody = kind.score(interaction, x, [None] * 5)
-    assert torch.allclose(nobody, shared, atol=1e-6)
-    assert torch.equal(kind.score(interaction, x, [Head.of(kind.empty())] * 5), nobody)
+    without = kind.score(interaction, x, [None] * 5)
+    assert torch.allclose(without, shared, atol=1e-6)
+    assert torch.equal(kind.score(interaction, x, [Head.of(kind.empty())] * 5), without)
 
 
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_nobodys_score_depends_on_other_users(name: str, data: st.DataObject) -> None:
+def test_a_score_depends_on_no_other_user(name: str, data: st.DataObject) -> None:
     interaction, groups = interaction_of("cross"), random_groups(8, seed=3)
     kind = randomised(name, interaction)
     heads = some_heads(kind, interaction)
@@ -252,7 +252,7 @@ def test_a_head_of_another_size_is_refused() -> None:
         make_head("kernel", interaction).score(interaction, x, [Head.of(np.ones(5))])
 
 
-def test_a_head_is_a_copy_that_nobody_can_change() -> None:
+def test_a_head_is_a_read_only_copy() -> None:
     source = torch.ones(3)
     head = Head.of(source, 2, 5.0)
     source.zero_()
@@ -271,9 +271,9 @@ class Leaky(LinearHead):
     """Keeps what it has fitted in the shared head."""
 
     def fit(self, problem: HeadProblem) -> list[np.ndarray]:
-        found = super().fit(problem)
-        self.set_shared(torch.tensor(found[0][:-1]), torch.zeros(()))
-        return found
+        numbers = super().fit(problem)
+        self.set_shared(torch.tensor(numbers[0][:-1]), torch.zeros(()))
+        return numbers
 
 
 class Lying(LinearHead):
@@ -283,7 +283,7 @@ class Lying(LinearHead):
         return [numbers[:-1] for numbers in super().fit(problem)]
 
 
-def test_a_kind_that_breaks_the_contract_is_found_out() -> None:
+def test_a_kind_that_breaks_the_contract_fails_its_check() -> None:
     with pytest.raises(AssertionError):
         check_head(Leaky)
     with pytest.raises((AssertionError, ValueError)):
@@ -316,8 +316,8 @@ def test_bias_heads_tell_followers_from_contrarians() -> None:
     target = nn.functional.one_hot(wanted, 4).float().view(3, 200, 4)
     mask, zero = torch.ones(3, 200, 4, dtype=torch.bool), torch.zeros(3, 200, 4)
     problem = HeadProblem(("a", "b", "c"), interaction, x, zero, target, mask, "listwise", 0.01)
-    found = [1 + float(numbers[0]) for numbers in kind.fit(problem)]
-    assert found == pytest.approx([2.0, -1.0, 0.0], abs=0.4)
+    factors = [1 + float(numbers[0]) for numbers in kind.fit(problem)]
+    assert factors == pytest.approx([2.0, -1.0, 0.0], abs=0.4)
     own = [Head.of(numbers) for numbers in kind.fit(problem)]
     for user, head in enumerate(own):
         shared = losses(
@@ -355,15 +355,15 @@ def test_a_matrix_of_heads_is_the_heads_and_is_read_back(name: str) -> None:
 def test_a_head_answers_no_query_that_sees_less_than_it_learned() -> None:
     head = Head.of(np.zeros(1), 3, parse_time("2020-05-01")[0])
 
-    def asked(time: str, visible: int) -> tuple[Head | None, str]:
+    def usable(time: str, visible: int) -> tuple[Head | None, str]:
         return usable_head(head, Query("u", "q", "?", time=time, span=parse_time(time)), visible)
 
-    assert asked("2020-05-02", 3) == (head, "")
-    assert asked("", 4) == (head, "")
-    assert asked("2020", 3) == (head, ""), "a year may end after the head's time"
+    assert usable("2020-05-02", 3) == (head, "")
+    assert usable("", 4) == (head, "")
+    assert usable("2020", 3) == (head, ""), "a year may end after the head's time"
     for time, visible, word in (("2020-05-02", 2, "3 records"), ("2020-04-29", 5, "2020-05-01")):
-        found, reason = asked(time, visible)
-        assert found is None
+        refused, reason = usable(time, visible)
+        assert refused is None
         assert word in reason
     assert usable_head(None, Query("u", "q", "?"), 0) == (None, "")
 

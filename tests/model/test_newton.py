@@ -84,19 +84,19 @@ def by_scipy(problem: Problem, phi: Tensor, precision: Tensor) -> np.ndarray:
                     total += float((np.logaddexp(0, s) - y * s).sum())
             return total
 
-        found = minimize(
+        minimum = minimize(
             objective,
             np.zeros(phi.shape[-1]),
             method="L-BFGS-B",
             options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 2000},
         )
-        rows.append(found.x)
+        rows.append(minimum.x)
     return np.stack(rows)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("strong", [0.3, 5.0])
-def test_the_minimiser_is_scipys(loss: Loss, strong: float) -> None:
+def test_the_minimiser_is_that_of_scipy(loss: Loss, strong: float) -> None:
     problem, phi = problem_of(loss)
     precision = torch.full((phi.shape[-1],), strong, dtype=torch.float64)
     expected = by_scipy(problem, phi, precision)
@@ -180,10 +180,10 @@ def test_low_rank_heads_are_heads_on_projected_features(loss: Loss) -> None:
     basis = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     kind.load_state_dict({**kind.state_dict(), "basis": basis})
     users, parts = ("a", "b", "c"), (problem.offset, problem.target, problem.mask)
-    found = kind.fit(HeadProblem(users, Cross(SIZE), phi, *parts, loss))
-    assert np.stack(found).shape == (3, 2)
+    heads = kind.fit(HeadProblem(users, Cross(SIZE), phi, *parts, loss))
+    assert np.stack(heads).shape == (3, 2)
     expected = by_scipy(problem, phi @ basis.T, torch.ones(2, dtype=torch.float64))
-    assert np.stack(found) == pytest.approx(expected, abs=2e-3)
+    assert np.stack(heads) == pytest.approx(expected, abs=2e-3)
 
 
 def test_compressed_label_features_are_as_explicit_ones() -> None:
@@ -212,8 +212,8 @@ def test_gradients_and_hessian_products_are_autograds(loss: Loss) -> None:
 
     (gradient,) = torch.autograd.grad(total(scores), scores)
     _, product = torch.autograd.functional.hvp(total, scores, direction)
-    found, hessian = grad_and_hvp(scores.detach(), problem)
-    assert torch.allclose(found, gradient, atol=1e-10)
+    by_score, hessian = grad_and_hvp(scores.detach(), problem)
+    assert torch.allclose(by_score, gradient, atol=1e-10)
     assert torch.allclose(hessian(direction), product, atol=1e-10)
 
 
@@ -242,9 +242,9 @@ def test_no_groups_or_infinite_precision_give_the_shared_head(loss: Loss) -> Non
         loss,
     )
     nothing.mask[1] = False
-    found = newton_cg(nothing, 0.5)
-    assert not found[1].any()
-    assert found[0].any()
+    minimum = newton_cg(nothing, 0.5)
+    assert not minimum[1].any()
+    assert minimum[0].any()
     assert not newton_cg(problem, float("inf")).any()
     assert newton_cg(problem, 1e12).abs().max() < 1e-9
 
@@ -272,7 +272,7 @@ def test_lbfgs_finds_scipys_minimum_with_any_preconditioner(loss: Loss, known: s
     )  # as feedback calls it
 
 
-def test_lbfgs_stays_where_nothing_can_be_gained() -> None:
+def test_lbfgs_stays_where_the_start_is_the_minimum() -> None:
     problem, _ = problem_of("listwise", users=1)
     precision = torch.full((problem.size,), 1e12, dtype=torch.float64)
     assert lbfgs(problem, precision, lambda r: r / precision).abs().max() < 1e-6

@@ -74,7 +74,7 @@ def content_of(folder: Path) -> Path:
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the config as somebody would who knows the format: its own sha256 is right again."""
+    """Change the config by hand, with its own sha256 set to match."""
     config = json.loads((folder / "config.json").read_text())
     change(config)
     config["sha256"] = module._config_sha256(config)
@@ -242,16 +242,16 @@ def cut(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    ("damage", "said"), [(flip, "damaged"), (cut, "damaged"), (Path.unlink, "missing")]
+    ("damage", "message"), [(flip, "damaged"), (cut, "damaged"), (Path.unlink, "missing")]
 )
 def test_a_damaged_file_is_named(
-    name: str, damage: Callable[[Path], None], said: str, tiny: Encoder, tmp_path: Path
+    name: str, damage: Callable[[Path], None], message: str, tiny: Encoder, tmp_path: Path
 ) -> None:
     files = some_files()
     files.encoder = tiny
     write_bundle(tmp_path, files)
     damage(content_of(tmp_path) / name)
-    with pytest.raises(BundleError, match=said) as caught:
+    with pytest.raises(BundleError, match=message) as caught:
         read_bundle(tmp_path)
     assert str(content_of(tmp_path) / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -275,7 +275,7 @@ def test_every_flipped_bit_of_the_config_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "not JSON"),
         ("\ufeff\x00", "not JSON"),
@@ -285,9 +285,9 @@ def test_every_flipped_bit_of_the_config_is_noticed(tmp_path: Path) -> None:
         ('{"format": 1, "hydra_llm": "0.1"}', "sha256"),
     ],
 )
-def test_a_config_that_is_none_is_said_so(text: str, said: str, tmp_path: Path) -> None:
+def test_a_config_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(BundleError, match=said) as caught:
+    with pytest.raises(BundleError, match=message) as caught:
         read_bundle(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 
@@ -303,8 +303,8 @@ def test_wrong_content_under_a_right_hash_is_an_error(tmp_path: Path) -> None:
     def put(name: str, data: bytes) -> None:
         write_bundle(tmp_path, some_files())
         (content_of(tmp_path) / name).write_bytes(data)
-        said = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        edit_config(tmp_path, lambda config: config["files"].update({name: said}))
+        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        edit_config(tmp_path, lambda config: config["files"].update({name: entry}))
 
     for name, data in (
         ("weights.safetensors", b"\xff" * 100),

@@ -1,4 +1,4 @@
-"""The scorer: pure, read back bit by bit, nobody's numbers reach another, padding means nothing."""
+"""The scorer is pure and read back bit by bit; users and padding do not change other scores."""
 
 import json
 
@@ -113,7 +113,7 @@ def test_scoring_changes_nothing(head: str, features: str) -> None:
     numbers = {name: own.numbers.copy() for name, own in heads.items()}
     given = [heads.get(user) for user in [*NAMES, "?", "ann"]]
     first = scorer.score(groups, given)
-    scorer.distribution(groups, given)
+    scorer.shares(first)
     scorer.covariance(groups[:1], given[0])
     assert torch.equal(scorer.score(groups, given), first)
     assert all(torch.equal(value, before[name]) for name, value in scorer.tensors().items())
@@ -158,7 +158,8 @@ def test_a_distribution_sums_to_one_over_the_present_candidates(
 ) -> None:
     scorer, groups = scorer_of(head, features, loss), random_groups(features=features)
     heads = [*heads_of(scorer).values(), None, None]
-    scores, shares = scorer.score(groups, heads), scorer.distribution(groups, heads)
+    scores = scorer.score(groups, heads)
+    shares = scorer.shares(scores)
     assert torch.allclose(shares.sum(-1), torch.ones(6), atol=1e-5)
     assert (shares[~groups.mask] == 0).all()
     assert torch.equal(scores == -torch.inf, ~groups.mask)

@@ -39,13 +39,13 @@ def groups_of(scorer: Scorer) -> Groups:
 def scores_of(bundle: Bundle, name: str) -> np.ndarray:
     scorer = bundle.scorers[name]
     heads = [bundle.heads[name].get(user) for user in USERS]
-    found: np.ndarray = scorer.score(groups_of(scorer), heads).numpy()
-    return found
+    scores: np.ndarray = scorer.score(groups_of(scorer), heads).numpy()
+    return scores
 
 
 def expected_of(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((DATA / name / "expected.json").read_text())
-    return found
+    expected: dict[str, Any] = json.loads((DATA / name / "expected.json").read_text())
+    return expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,9 +56,9 @@ def test_an_old_bundle_gives_the_scores_that_it_gave(name: str, tmp_path: Path) 
     for scorer, scores in expected["scores"].items():
         wanted = np.array([[-np.inf if v is None else v for v in row] for row in scores])
         there = np.isfinite(wanted)
-        found = scores_of(bundle, scorer)
-        assert (np.isfinite(found) == there).all()
-        assert np.abs(found[there] - wanted[there]).max() < 1e-6 * max(
+        actual = scores_of(bundle, scorer)
+        assert (np.isfinite(actual) == there).all()
+        assert np.abs(actual[there] - wanted[there]).max() < 1e-6 * max(
             1, np.abs(wanted[there]).max()
         )
         covariance = bundle.scorers[scorer].covariance(

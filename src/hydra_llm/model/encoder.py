@@ -187,8 +187,7 @@ def open_encoder(
     """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
 
     Raises:
-        SettingsError: there is no such encoder, the hub cannot be reached, or what is there is no
-            text encoder.
+        SettingsError: it is not there, cannot be reached, or is no encoder of texts.
     """
     if name == "minilm":
         model, tokenizer = _load(_minilm_folder(), local=True)

@@ -53,7 +53,7 @@ class FeatureCache:
 
     def missing(self, texts: Sequence[str]) -> int:
         """How many of these texts would have to be encoded."""
-        keys = list(set(_keys(self.encoder.digest.encode(), [(text,) for text in texts])))
+        keys = list(set(_keys(self.encoder.digest, [(text,) for text in texts])))
         with self._lock:
             return len(keys) - len(self._recall(keys))
 
@@ -62,8 +62,7 @@ class FeatureCache:
         return self._rows(list(zip(left, right, strict=True)))
 
     def forget(self, texts: Iterable[str]) -> int:
-        """Delete every feature of these texts, alone or in a pair, of any encoder; returns the
-        count.
+        """Delete every feature of these texts, alone or in pairs, of any encoder; returns how many.
 
         Raises:
             UserFault: they could not be deleted from the file.
@@ -88,7 +87,7 @@ class FeatureCache:
 
     def _rows(self, items: Sequence[Item], keep: bool | None = None) -> np.ndarray:
         """The features of items, [B, H]; those that are missing are encoded once each."""
-        keys = _keys(self.encoder.digest.encode(), items)
+        keys = _keys(self.encoder.digest, items)
         wanted = dict(zip(keys, items, strict=True))
         with self._lock:
             vectors = self._recall(list(wanted))
@@ -147,11 +146,7 @@ class FeatureCache:
 
 
 def forget_features(path: Path, texts: Iterable[str]) -> int:
-    """Delete every feature of these texts from a file, without an encoder; returns the count.
-
-    Raises:
-        UserFault: they could not be deleted.
-    """
+    """Delete every feature of these texts from a file; the count, or UserFault if it cannot be."""
     if not path.exists():
         return 0
     with closing(_open(path)) as file:
@@ -176,8 +171,8 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _keys(digest: bytes, items: Sequence[Item]) -> list[bytes]:
+def _keys(digest: str, items: Sequence[Item]) -> list[bytes]:
     """Of each item; a text that is in many pairs is hashed once."""
     hashes = {text: _hash(text) for text in {text for item in items for text in item}}
-    parts = (b"".join([digest, *(hashes[text] for text in item)]) for item in items)
+    parts = (b"".join([digest.encode(), *(hashes[text] for text in item)]) for item in items)
     return [hashlib.sha256(part).digest() for part in parts]

@@ -64,9 +64,7 @@ class LaplacePosterior(nn.Module):
 
 
 def mean_fisher(phi: Tensor, share: Tensor, binary: bool) -> Tensor:
-    """[V, V] mean over groups with features phi [G, C, V] and predicted shares [G, C] (binary:
-    Bernoulli variances).
-    """
+    """[V, V] mean over groups: phi [G, C, V], shares [G, C] (binary: Bernoulli variances)."""
     inner = torch.einsum("gc,gch,gck->hk", share, phi, phi)
     if not binary:
         middle = torch.einsum("gc,gch->gh", share, phi)

@@ -104,11 +104,7 @@ def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = Non
 
 
 def check_place(folder: Path) -> None:
-    """Check, before long work, that a bundle may be written there.
-
-    Raises:
-        BundleError: it is a file, or a folder that holds something else.
-    """
+    """Raise BundleError if no bundle may be written there: a file, or a folder of other things."""
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder}: is a file: a bundle is a folder, choose another name")
     if not folder.is_dir() or _config_or_none(folder) is not None:
@@ -120,11 +116,7 @@ def check_place(folder: Path) -> None:
 
 
 def read_bundle(folder: Path) -> BundleFiles:
-    """Read a bundle and check every file of it.
-
-    Raises:
-        BundleError: it is not there, damaged, or made by a newer version; names the file.
-    """
+    """Read a bundle and check every file; BundleError if it is missing, damaged or newer."""
     for _ in range(RETRIES):
         text = _read_config_text(folder)
         try:

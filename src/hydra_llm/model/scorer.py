@@ -77,17 +77,8 @@ class Scorer(nn.Module):
 
     @torch.inference_mode()
     def score(self, groups: Groups, heads: Heads) -> Tensor:
-        """[G, C] calibrated scores of G groups, one head each; None is the shared head.
-
-        Raises:
-            ValueError: a head is of another kind or size.
-        """
+        """[G, C] calibrated, a head for each group (None: shared); ValueError for a wrong head."""
         return self.calibrated(self.core(groups, heads), groups)
-
-    @torch.inference_mode()
-    def distribution(self, groups: Groups, heads: Heads) -> Tensor:
-        """[G, C] each group's scores as a distribution, see `shares`."""
-        return self.shares(self.score(groups, heads))
 
     def shares(self, scores: Tensor) -> Tensor:
         """Calibrated scores [..., C] as a distribution (binary: normalised probabilities)."""
@@ -161,11 +152,7 @@ class Scorer(nn.Module):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Scorer":
-        """The inverse of `config` and `tensors`; the tensors of users' heads are left out.
-
-        Raises:
-            KeyError, RuntimeError: the tensors do not fit the configuration.
-        """
+        """The inverse of `config` and `tensors`; KeyError or RuntimeError if they do not fit."""
         interaction = make_interaction(config["interaction"])
         head = make_head(config["head"], interaction, rank=config["rank"])
         scorer = cls(interaction, head, config["evidence"], loss=config["loss"])

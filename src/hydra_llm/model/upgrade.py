@@ -23,11 +23,7 @@ FORGOTTEN = "\0forgotten-"  # prefix of the name in the row of a forgotten user
 
 
 def upgraded(files: BundleFiles) -> BundleFiles:
-    """The files as the present format has them.
-
-    Raises:
-        KeyError, TypeError, ValueError: they are not of the format that they claim.
-    """
+    """The files in the present format; KeyError, TypeError or ValueError if they are broken."""
     if files.config["format"] >= 2:
         return files
     config: dict[str, Any] = {**files.config, "scorers": {}}
@@ -51,9 +47,7 @@ def tensors_of(scorer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reranker_helps(report: Mapping[str, Any]) -> bool:
-    """Whether the reranker's first records were worth as much as the retriever's on held-out users;
-    true where that was not measured.
-    """
+    """False if held-out users' gain with the reranker's records was measured as lower."""
     gains = report.get("reranker", {})
     pick, first = gains.get("gain_pick"), gains.get("gain_first")
     return pick is None or first is None or not pick < first

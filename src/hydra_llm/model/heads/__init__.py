@@ -12,10 +12,6 @@ __all__ = ["Head", "HeadKind", "HeadMatrix", "HeadProblem", "SGDConfig", "latest
 
 
 def make_head(kind: str, interaction: Interaction, *, rank: int = 16) -> HeadKind:
-    """An unfitted head of a registered kind for an interaction's features.
-
-    Raises:
-        SettingsError: an unknown kind, or one that needs other features.
-    """
+    """An unfitted head of a registered kind; SettingsError if unknown, or for other features."""
     head: HeadKind = HEADS.load(kind).create(interaction, rank)
     return head

@@ -115,11 +115,7 @@ class HeadProblem:
 
 
 def gather(heads: Sequence[Head | None], size: int) -> Tensor:
-    """[G, size] the heads' numbers, zeros for None.
-
-    Raises:
-        ValueError: a head has another number of numbers.
-    """
+    """[G, size] the heads' numbers, zeros for None; ValueError for a head of another size."""
     out = np.zeros((len(heads), size), dtype=np.float32)
     for row, head in enumerate(heads):
         if head is not None:
@@ -141,11 +137,7 @@ class HeadKind(nn.Module):
 
     @classmethod
     def create(cls, interaction: Interaction, rank: int) -> Self:
-        """An unfitted head for these features; `rank` is for kinds that have one.
-
-        Raises:
-            SettingsError: this kind needs other features.
-        """
+        """An unfitted head; SettingsError for other features. `rank` is for kinds that have one."""
         raise NotImplementedError
 
     @property

@@ -8,11 +8,9 @@ from hydra_llm.model.heads.additive import AdditiveHead
 class BiasHead(AdditiveHead):
     """One number c that scales the shared score, s = (1 + c)·(θ₀·φ + b₀): a temperature per user.
 
-    A constant added to every candidate of a group would change no order and no listwise loss, so
-    the one number multiplies what does differ between candidates. c > 0: the user is more like the
-    training users than they are on average; c = −1: what others want says nothing about this one;
-    c < −1: the opposite. It is the smallest head that there is, the lower bound of what a head can
-    give.
+    A constant would change no order and no listwise loss, so c multiplies what does differ between
+    candidates. c > 0: the user is more like the training users than they are on average; c = −1:
+    what others want says nothing about this one; c < −1: the opposite. The lower bound of heads.
     """
 
     name = "bias"

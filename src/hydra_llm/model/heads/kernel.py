@@ -133,11 +133,7 @@ def pack(keys: Tensor, residuals: Tensor) -> np.ndarray:
 
 
 def unpack(numbers: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack`, for a head that has pairs.
-
-    Raises:
-        ValueError: these are not the numbers of a kernel head.
-    """
+    """The inverse of `pack`, for a head that has pairs; ValueError if it is of another kind."""
     width, depth = (int(number) for number in numbers[:2])
     if width < 1 or depth < 1 or (len(numbers) - 2) % (width + depth):
         raise ValueError(f"{len(numbers)} numbers are no pairs of {width} and {depth}")

@@ -58,11 +58,7 @@ class HeadMatrix(Mapping[str, Head]):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "HeadMatrix":
-        """The inverse of `config` and `tensors`.
-
-        Raises:
-            KeyError, ValueError: they do not fit together.
-        """
+        """The inverse of `config` and `tensors`; KeyError or ValueError if they do not fit."""
         users, ends = config["users"], tensors["heads.ends"].numpy()
         numbers = tensors["heads.numbers"].numpy()
         untils = [-math.inf if until is None else until for until in config["until"]]
