@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Interaction, LabelBilinear, Tower
@@ -132,7 +133,7 @@ def adapter(
     ).eval()
     for name, weight in (weights or {}).items():
         scorer.vote_weight[featurizer.adapter_names.index(name)] = weight
-    return LearnedSelector(scorer, featurizer, select=select)
+    return LearnedSelector(scorer, featurizer, Settings.checked({"select": select}))
 
 
 def seen(chooser: LearnedSelector, past: Sequence[Record] = (), user: str = "u") -> Context:
@@ -251,7 +252,7 @@ def test_abstention_keeps_the_first_if_the_lead_is_uncertain(task: Task, by_labe
         Candidate(first, first, 1, greedy=True),
         *(replace(c, votes=3) for c in texts(*others)),
     ]
-    chooser.abstention_threshold = 1.0
+    chooser.settings = chooser.settings.model_copy(update={"abstention_threshold": 1.0})
     assert not chooser.choose(seen(chooser), offered).abstained, (
         "nothing is known of this bundle's uncertainty"
     )

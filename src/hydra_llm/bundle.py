@@ -103,10 +103,7 @@ class Bundle:
         if rerank and self.reranker and (self.use_reranker or chosen.rerank == "always"):
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         if adapt and self.adapter:
-            rule, votes, threshold = chosen.select, chosen.vote_share, chosen.abstention_threshold
-            selector = LearnedSelector(
-                self.adapter, featurizer, select=rule, votes=votes, abstention_threshold=threshold
-            )
+            selector = LearnedSelector(self.adapter, featurizer, chosen)
         retriever = make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed)
         return Pipeline(self.task, retriever, chosen, reranker, selector, featurizer.vectorize)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.model.interactions import Groups, make_groups
 from hydra_llm.model.scorer import Scorer
@@ -58,22 +59,14 @@ class FirstCandidate(Selector):
 
 
 class LearnedSelector(Selector):
-    """Picks by the user's factorized scorer. `votes=False` scores labels as if the LLM had not been
-    sampled. Candidate 0 is kept unless the pick's expected-gain margin exceeds
+    """Picks by the user's factorized scorer. Without `vote_share`, labels are scored as if the LLM
+    had not been sampled. Candidate 0 is kept unless the pick's expected-gain margin exceeds
     `abstention_threshold` posterior standard deviations.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        featurizer: Featurizer,
-        *,
-        select: str = "expected-gain",
-        votes: bool = True,
-        abstention_threshold: float = 0.0,
-    ):
-        self.scorer, self.featurizer, self.task = scorer, featurizer, featurizer.task
-        self.select, self.votes, self.abstention_threshold = select, votes, abstention_threshold
+    def __init__(self, scorer: Scorer, featurizer: Featurizer, settings: Settings):
+        self.scorer, self.featurizer, self.settings = scorer, featurizer, settings
+        self.task = featurizer.task
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
@@ -86,17 +79,17 @@ class LearnedSelector(Selector):
         rows = [row_of[candidate.answer] for candidate in readable]
         groups, head = self.groups(context, offered), context.heads.get("adapter")
         scores = self.scorer.score(groups, [head])[0][rows]
-        shares, gains = self.scorer.shares(scores), _gains(self.task, readable, self.select)
+        shares = self.scorer.shares(scores)
+        gains = _gains(self.task, readable, self.settings.select)
         pick = first_best(scores.numpy() if gains is None else gains @ shares.numpy())
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
-        if self.abstention_threshold and places[0] == 0 and pick != 0:
-            spread = self.scorer.covariance(groups, head)
-            if spread is not None:
-                margin = _margin(shares, gains, spread[rows][:, rows], pick)
-                if margin < self.abstention_threshold:
-                    return Selection(scored, 0, abstained=True)
+        threshold = self.settings.abstention_threshold
+        if threshold and places[0] == 0 and pick != 0:
+            sigma = self.scorer.covariance(groups, head)
+            if sigma is not None and _margin(shares, gains, sigma[rows][:, rows], pick) < threshold:
+                return Selection(scored, 0, abstained=True)
         return Selection(scored, places[pick])
 
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
@@ -107,7 +100,7 @@ class LearnedSelector(Selector):
 
     def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:
         """The offered candidates as the scorer reads them."""
-        if not self.votes and self.task.labels:
+        if not self.settings.vote_share and self.task.labels:
             offered = [replace(candidate, votes=0, greedy=False) for candidate in offered]
         query, store = context.query, self.featurizer.store
         features = self.featurizer.adapter(query, offered, context.vectors)

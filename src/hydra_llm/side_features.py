@@ -1,6 +1,6 @@
 """Side features: what is known of a pair beside its text, from records that the query may see and
-the LLM's votes. Training and answering call the same functions; the task kind (`tasks/`) has the
-other columns. Letters: C candidates, M records, E columns. Knows no scorer and no LLM.
+the LLM's votes. The task kind (`tasks/`) has its own columns. Knows no scorer and no LLM.
+Letters: C candidates, M records, E columns.
 """
 
 from collections.abc import Sequence

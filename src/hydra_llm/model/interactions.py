@@ -253,15 +253,6 @@ def make_interaction(config: dict[str, Any]) -> Interaction:
     return KINDS[config["kind"]](**{key: config[key] for key in config if key != "kind"})
 
 
-def interaction_for(
-    features: str, width: int, *, size: int, labels: int = 0, label_rank: int = 0
-) -> Interaction:
-    """An untrained interaction for a setting of `features`; with labels, no bi-encoder."""
-    if features == Cross.kind:
-        return Cross(width)
-    return LabelBilinear(width, labels, label_rank) if labels else Tower(width, size)
-
-
 def make_groups(
     store: FeatureCache,
     interaction: Interaction,

@@ -14,7 +14,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.model.heads import Head, SGDConfig, latest_time, make_head
-from hydra_llm.model.interactions import Interaction, interaction_for
+from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
@@ -108,9 +108,12 @@ def _untrained(bundle: Bundle, data: LabelledData) -> Scorer:
 
 def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
     """The untrained interaction of a bundle's scorer."""
-    settings, labels = bundle.settings, len(bundle.task.labels) if by_label else 0
-    kind, width, size = settings.features, bundle.store.encoder.width, settings.width
-    return interaction_for(kind, width, size=size, labels=labels, label_rank=settings.label_rank)
+    settings, width = bundle.settings, bundle.store.encoder.width
+    if settings.features == Cross.kind:
+        return Cross(width)
+    if by_label:
+        return LabelBilinear(width, len(bundle.task.labels), settings.label_rank)
+    return Tower(width, settings.width)
 
 
 def sgd_config(settings: Settings) -> SGDConfig:
