@@ -1,11 +1,12 @@
 """Many users' heads in one array, as a bundle's weights hold them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hydra_llm.model.heads.base import Head
@@ -15,9 +16,11 @@ class HeadMatrix(Mapping[str, Head]):
     """User → head, views of one flat array; `ends` [U] says where each user's numbers end."""
 
     def __init__(
-        self, users: Mapping[str, int], numbers: np.ndarray, ends: np.ndarray, meta: np.ndarray
+        self, users: Iterable[str], numbers: np.ndarray, ends: np.ndarray, meta: ArrayLike
     ):
-        self._rows, self._numbers, self._ends, self._meta = users, numbers, ends, meta
+        self._rows = {user: row for row, user in enumerate(users)}
+        self._numbers, self._ends = numbers, ends
+        self._meta = np.array(meta, dtype=np.float64).reshape(-1, 2)  # records and until
         numbers.flags.writeable = False
 
     @classmethod
@@ -27,9 +30,7 @@ class HeadMatrix(Mapping[str, Head]):
         empty = np.zeros(0, dtype=np.float32)
         numbers = np.concatenate([empty, *(head.numbers for head in values)])
         ends = np.cumsum([len(head.numbers) for head in values], dtype=np.int64)
-        meta = np.array([(head.records, head.until) for head in values], dtype=np.float64)
-        rows = {user: row for row, user in enumerate(heads)}
-        return cls(rows, numbers, ends, meta.reshape(-1, 2))
+        return cls(heads, numbers, ends, [(head.records, head.until) for head in values])
 
     def __getitem__(self, user: str) -> Head:
         row = self._rows[user]
@@ -62,8 +63,7 @@ class HeadMatrix(Mapping[str, Head]):
         users, ends = config["users"], tensors["heads.ends"].numpy()
         numbers = tensors["heads.numbers"].numpy()
         untils = [-math.inf if until is None else until for until in config["until"]]
-        meta = np.array(list(zip(config["known"], untils, strict=True)), dtype=np.float64)
+        meta = list(zip(config["known"], untils, strict=True))
         if len(users) != len(ends) or (len(ends) and int(ends[-1]) != len(numbers)):
             raise ValueError(f"{len(users)} users, {len(ends)} heads of {len(numbers)} numbers")
-        rows = {user: row for row, user in enumerate(users)}
-        return cls(rows, numbers, ends, meta.reshape(-1, 2))
+        return cls(users, numbers, ends, meta)
