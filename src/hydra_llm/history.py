@@ -69,11 +69,7 @@ def precedes(earlier: Record, later: Record | Query) -> bool:
 
 
 def span_of(entry: Record | Query) -> Span:
-    """The entry's span, by its written time where none was given.
-
-    Raises:
-        UserFault: the written time cannot be read.
-    """
+    """The entry's span, else that of its written time. Raises UserFault: no readable time."""
     if entry.span != ALWAYS or not entry.time:
         return entry.span
     try:

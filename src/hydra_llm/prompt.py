@@ -103,7 +103,7 @@ def text_of(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    texts = (part.get("text") for part in parts if isinstance(part, Mapping))
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
@@ -199,8 +199,8 @@ def _notes(
     missing, total = len(examples) - len(shown), len(examples)
     reason = f"to stay within {page.max_tokens} tokens"
     notes = [f"prompt: {missing} of {total} records left out {reason}"] if missing else []
-    pairs = list(zip(examples, shown, strict=False))
-    cuts = [(f"the input of record '{full.id}'", full.input, cut.input) for full, cut in pairs]
+    pairs = zip(examples, shown, strict=False)
+    cuts = [(f"the input of record '{a.id}'", a.input, b.input) for a, b in pairs]
     cuts.append((f"the text of query '{query.id}'", repair(query.input), question))
     for name, text, part in cuts:
         if part != text:

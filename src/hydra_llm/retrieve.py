@@ -55,11 +55,7 @@ RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
 def make_retriever(
     name: str, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"
 ) -> Retriever:
-    """Build the retriever that is registered under `name`.
-
-    Raises:
-        SettingsError: no such retriever, or it needs an encoder and `embed` is None.
-    """
+    """The retriever of this name. Raises SettingsError: unknown, or it needs an encoder."""
     retriever = RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
     if not hasattr(retriever, "retrieve"):
         raise SettingsError(f"the retriever '{name}' has no 'retrieve'")

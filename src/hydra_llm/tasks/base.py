@@ -1,8 +1,6 @@
 """A task as a value (`Task`, read from task.json), and what a kind of it defines (`TaskKind`).
 
-Example (movie_rating, shaped like LaMP-3):
-    Task("movie_rating", "rating", "What score, 1 to 5, would this person give this film? {input}",
-    ("1", "2", "3", "4", "5"))
+Example: Task("films", "rating", "What score would this person give? {input}", ("1", "2", "3"))
 """
 
 from abc import ABC, abstractmethod
@@ -32,16 +30,11 @@ class Task:
     """What is asked of the LLM, and how its answers are judged."""
 
     name: str
-    kind: str
-    """A name registered in `KINDS`."""
-    prompt: str
-    """The instruction; `{input}` stands where the query's text goes."""
-    labels: tuple[str, ...] = ()
-    """The closed set of answers; empty where answers are free texts."""
-    metrics: tuple[str, ...] = ()
-    """Names of the kind's metrics to report; empty for all."""
-    like: str = ""
-    """The LaMP task whose shape this one has, if any."""
+    kind: str  # a name registered in `KINDS`
+    prompt: str  # the instruction; `{input}` stands where the query's text goes
+    labels: tuple[str, ...] = ()  # the closed set of answers; empty where answers are free texts
+    metrics: tuple[str, ...] = ()  # names of the kind's metrics to report; empty for all
+    like: str = ""  # the LaMP task whose shape this one has, if any
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -81,11 +74,7 @@ class Task:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], file: str = "task.json") -> "Task":
-        """Read and check the content of a task.json.
-
-        Raises:
-            DataError: names the field that is missing or wrong.
-        """
+        """Read and check a task.json. Raises DataError, which names the field at fault."""
         if not isinstance(data, Mapping):
             raise DataError("must hold one JSON object", file=file)
         fields = _Fields(data, file)
@@ -131,9 +120,6 @@ class Task:
     def gain_matrix(self, answers: Sequence[str]) -> Floats:
         """[C, C]: entry i, j is the gain of answer i if answer j were the gold answer."""
         return self.strategy.gain_matrix(answers)
-
-
-# ---- values that a kind gives and takes
 
 
 def mean(sums: Floats) -> Floats:
@@ -228,8 +214,6 @@ class TaskKind(ABC):
         kind, given = self.task.kind, self.task.labels
         return f"must be left out: a {kind} task has no labels" if given else ""
 
-    # ---- answers
-
     @abstractmethod
     def parse(self, text: str, parsing: Parsing) -> str | None:
         """As `Task.parse`."""
@@ -262,8 +246,6 @@ class TaskKind(ABC):
     def prompt_words(self) -> PromptWords:
         """What a block of examples says around the records."""
 
-    # ---- side features
-
     @abstractmethod
     def vectorize(self, records: Sequence[Record], embed: Embed) -> HistoryVectors:
         """Visible records as numbers."""
@@ -289,7 +271,7 @@ class TaskKind(ABC):
     def record_features(self, context: FeatureContext, records: Sequence[Record]) -> Floats:
         """[M, E] of retrieved records."""
 
-    # ---- a task from a table of outputs
+    # A task from a table of outputs
 
     @classmethod
     def output_fault(cls, output: str) -> str:
@@ -321,9 +303,6 @@ KINDS: Registry[type[TaskKind]] = Registry(
 )
 
 
-# ---- task.json
-
-
 @dataclass(frozen=True)
 class _Fields:
     """Checked access to the fields of a task.json."""
@@ -335,11 +314,12 @@ class _Fields:
         return DataError(message, file=self.file, field=name)
 
     def text(self, name: str) -> str:
-        value = self.data.get(name)
-        if isinstance(value, str) and value.strip():
-            return value
-        given = name in self.data
-        raise self.fault(name, "must be a text that is not empty" if given else "is missing")
+        if name not in self.data:
+            raise self.fault(name, "is missing")
+        value = self.data[name]
+        if not isinstance(value, str) or not value.strip():
+            raise self.fault(name, "must be a text that is not empty")
+        return value
 
     def texts(self, name: str) -> tuple[str, ...]:
         values = self.data.get(name) or ()

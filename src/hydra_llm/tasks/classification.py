@@ -15,8 +15,7 @@ from hydra_llm.tasks.base import Floats, HistoryVectors, Pairs, Parsing, PromptW
 from hydra_llm.text import fold
 from hydra_llm.types import Candidate, Record
 
-BANDWIDTHS = (0.05, 0.15, 0.5)
-"""τ of the kernel exp(cos / τ), from "the nearest record alone" to "nearly all alike"."""
+BANDWIDTHS = (0.05, 0.15, 0.5)  # τ of exp(cos / τ): from the nearest record to nearly all alike
 PSEUDO_COUNT = 2.0  # how many records the training users' label shares count for
 
 
@@ -42,8 +41,6 @@ class LabelKind(base.TaskKind):
     def index(self) -> dict[str, int]:
         """Label → its place."""
         return {label: i for i, label in enumerate(self.task.labels)}
-
-    # ---- the user's history
 
     def vectorize(self, records: Sequence[Record], embed: base.Embed) -> HistoryVectors:
         inputs = embed([record.input for record in records])
@@ -80,8 +77,6 @@ class LabelKind(base.TaskKind):
         """A column [L]: how near each label is to the weighted mean; none for unordered labels."""
         return []
 
-    # ---- candidates
-
     @property
     def candidate_columns(self) -> tuple[str, ...]:
         shares = (*(f"share_{bandwidth}" for bandwidth in BANDWIDTHS), "share_all")
@@ -110,8 +105,6 @@ class LabelKind(base.TaskKind):
         logs = np.log((votes + 0.5) / (total + 0.5 * len(votes)) * len(votes))
         return [logs, greedy, *self.closeness(votes, total)]
 
-    # ---- records
-
     def record_features(self, context: base.FeatureContext, records: Sequence[Record]) -> Floats:
         """How likely each record's own answer is the right one, by the user's similar records."""
         if self.task.free_history:
@@ -130,18 +123,18 @@ def _macro_f1(sums: Floats) -> Floats:
     return np.asarray(f1.mean(axis=1))
 
 
-_MACRO_F1_NOTE = (
-    "With few users and many labels macro-F1's interval holds the truth less often than it says"
-    " (docs/benchmark.md)."
-)
-
-
 class Classification(LabelKind):
     """One label of a closed set."""
 
     metrics = (
         base.MetricSpec("accuracy"),
-        base.MetricSpec("macro_f1", _macro_f1, resamples=False, note=_MACRO_F1_NOTE),
+        base.MetricSpec(
+            "macro_f1",
+            _macro_f1,
+            resamples=False,
+            note="With few users and many labels macro-F1's interval holds the truth less often"
+            " than it says (docs/benchmark.md).",
+        ),
     )
     zero_one_gain = True
 
@@ -171,8 +164,6 @@ class Classification(LabelKind):
         question = f"Which of these would this person choose: {', '.join(labels)}?"
         return question + " Answer with it alone.\n\n{input}"
 
-    # ---- parsing
-
     def parse(self, text: str, parsing: Parsing) -> str | None:
         """The label that the text is. Lenient: or the only one that occurs in it as words; of
         several the only one before the first cut.
@@ -192,7 +183,7 @@ class Classification(LabelKind):
     def _matchers(self) -> "list[_Matcher]":
         """Strictest first: in any case; "&" as "and", hyphens as blanks; "[1]" as "1"."""
         folds = ((str.casefold, str.casefold), (_loose, _loose), (_bare, _loose))
-        return [_Matcher(self.task.labels, *each) for each in folds]
+        return [_Matcher(self.task.labels, *functions) for functions in folds]
 
 
 _CUT = re.compile(r"[,!\]\n]")  # where HYDRA cuts an answer, and the end of a line
@@ -215,12 +206,10 @@ class _Matcher:
     def find(self, text: str) -> tuple[set[str], set[str]]:
         """The labels in a text, and those before the first cut."""
         text = self.of_text(text)
-        cut = _CUT.search(text)
-        matches = [
-            (match.start(), self.labels[fold(match[0])]) for match in self.pattern.finditer(text)
-        ]
-        early = {label for start, label in matches if cut and start <= cut.start()}
-        return {label for _, label in matches}, early
+        cut, matches = _CUT.search(text), list(self.pattern.finditer(text))
+        early = (match for match in matches if cut and match.start() <= cut.start())
+        whole, before_cut = ({self.labels[fold(m[0])] for m in part} for part in (matches, early))
+        return whole, before_cut
 
 
 def _loose(text: str) -> str:

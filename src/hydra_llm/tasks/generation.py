@@ -31,8 +31,6 @@ class Generation(base.TaskKind):
         base.MetricSpec("bleu", _bleu, in_improvement=False),
     )
 
-    # ---- answers
-
     def parse(self, text: str, parsing: Parsing) -> str | None:
         """The stripped text. Lenient: its first line that says something, as `_plain` has it."""
         if parsing == "strict":
@@ -50,20 +48,22 @@ class Generation(base.TaskKind):
         return outputs[-1] if outputs else ""
 
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
-        """[N, 2] of ROUGE F-measures, or the n-gram counts of BLEU."""
-        if metric == "bleu":
-            return _ngrams(pairs)
+        """[N, 2] of ROUGE F-measures, or [N, 10] counts of BLEU."""
+        if metric == "bleu":  # as sacrebleu: lengths, matching and all n-grams for n = 1 to 4
+            from sacrebleu.metrics.bleu import BLEU
+
+            scores = [BLEU().corpus_score([answer or ""], [[gold]]) for answer, gold in pairs]
+            rows = [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]
+            return np.array(rows, dtype=np.float64).reshape(-1, 10)
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([metric], use_stemmer=False)
-        scores = [scorer.score(gold, answer or "")[metric] for answer, gold in pairs]
-        return base.with_count([score.fmeasure for score in scores])
+        measures = [scorer.score(gold, answer or "")[metric].fmeasure for answer, gold in pairs]
+        return base.with_count(measures)
 
     def prompt_words(self) -> PromptWords:
         header = "Here is what this person wrote for earlier texts."
         return PromptWords(header, "Text", "This person wrote")
-
-    # ---- side features
 
     def vectorize(self, records: Sequence[Record], embed: base.Embed) -> HistoryVectors:
         outputs = [record.output for record in records]
@@ -114,15 +114,6 @@ def _words(texts: Sequence[str]) -> Floats:
     return np.array([len(text.split()) for text in texts], dtype=np.float64)
 
 
-def _ngrams(pairs: Pairs) -> Floats:
-    """[N, 10] by sacrebleu: lengths of answer and gold, matching and all n-grams for n = 1 to 4."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    scores = [BLEU().corpus_score([answer or ""], [[gold]]) for answer, gold in pairs]
-    rows = [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]
-    return np.array(rows, dtype=np.float64).reshape(-1, 10)
-
-
 # ---- lenient parsing: one line without what surrounds an answer
 
 _BEFORE = (
@@ -140,17 +131,11 @@ def _plain(line: str) -> str:
     before = None
     while line != before:
         before = line
-        line = _HEADING.sub("", line.replace("**", "").strip())
-        line = _unquoted(_PREFIX.sub("", line))
+        line = _PREFIX.sub("", _HEADING.sub("", line.replace("**", "").strip()))
+        ends, inner = line[:1] + line[-1:], line[1:-1]
+        if ends in _QUOTES and not set(ends) & set(inner):
+            line = inner.strip()
     return line
-
-
-def _unquoted(line: str) -> str:
-    ends, inner = line[:1] + line[-1:], line[1:-1]
-    return inner.strip() if ends in _QUOTES and not set(ends) & set(inner) else line
-
-
-# ---- gain
 
 
 def overlap(answer: str, gold: str) -> float:
@@ -161,7 +146,7 @@ def overlap(answer: str, gold: str) -> float:
     if answer == gold:
         return 1.0
     for word in (r"[a-z0-9]+", r"\w+"):
-        ours, theirs = _found(word, answer), _found(word, gold)
+        ours, theirs = _words_of(word, answer), _words_of(word, gold)
         if ours and theirs:
             both = len(ours) + len(theirs)
             common = sum((Counter(ours) & Counter(theirs)).values())
@@ -170,7 +155,7 @@ def overlap(answer: str, gold: str) -> float:
 
 
 @lru_cache(maxsize=16384)
-def _found(pattern: str, text: str) -> list[str]:
+def _words_of(pattern: str, text: str) -> list[str]:
     return re.findall(pattern, text.lower())
 
 

@@ -19,31 +19,28 @@ _MOVIES = (
 )
 
 
-def _task(number: str, kind: str, question: str, answer: str, shown: str, *labels: str) -> Task:
-    name, prompt = f"LaMP-{number}", f"{question} Answer with {answer} alone.\n\n{shown}{{input}}"
-    fields = {"name": name, "like": name, "kind": kind, "prompt": prompt, "labels": labels}
-    return Task.from_json(fields)
+def _task(number: str, kind: str, question: str, answer: str, field: str, *labels: str) -> Task:
+    name, prompt = f"LaMP-{number}", f"{question} Answer with {answer} alone.\n\n{field}{{input}}"
+    values = {"name": name, "like": name, "kind": kind, "prompt": prompt, "labels": labels}
+    return Task.from_json(values)
 
 
-def _choice(number: str, question: str, shown: str, labels: str) -> Task:
+def _choice(number: str, question: str, field: str, labels: str) -> Task:
     question = f"{question} Choose one of: {labels}."
-    return _task(number, "classification", question, "it", shown, *labels.split(", "))
-
-
-def _text(number: str, question: str, answer: str, shown: str) -> Task:
-    return _task(number, "generation", question, answer, shown)
+    return _task(number, "classification", question, "it", field, *labels.split(", "))
 
 
 _PAPER = "Which of the two references belongs to this author's paper?"
+_ABSTRACT = "the paper with this abstract"
 _STARS = "How many stars, from 1 to 5, does this review give?"
 _TASKS = (
     _task("1", "classification", _PAPER, "[1] or [2]", "", "[1]", "[2]"),
     _choice("2N", "Which category does this article belong to?", "Article: ", _NEWS),
     _choice("2M", "Which tag fits this movie?", "Description: ", _MOVIES),
     _task("3", "rating", _STARS, "the number", "Review: ", *"12345"),
-    _text("4", "Write a headline for this article.", "the headline", "Article: "),
-    _text("5", "Write a title for the paper with this abstract.", "the title", "Abstract: "),
-    _text("7", "Say this tweet in other words.", "the new tweet", "Tweet: "),
+    _task("4", "generation", "Write a headline for this article.", "the headline", "Article: "),
+    _task("5", "generation", f"Write a title for {_ABSTRACT}.", "the title", "Abstract: "),
+    _task("7", "generation", "Say this tweet in other words.", "the new tweet", "Tweet: "),
 )
 LAMP: Mapping[str, Task] = {task.name: task for task in _TASKS}
 """LaMP-1, 2N, 2M, 3, 4, 5 and 7 by name."""

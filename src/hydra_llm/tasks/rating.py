@@ -13,11 +13,7 @@ from hydra_llm.tasks.classification import LabelKind
 
 
 def number_of(text: str) -> float:
-    """The number that a rating's text stands for.
-
-    Raises:
-        DataError: it is not a number.
-    """
+    """The number that a rating's text stands for. Raises DataError: it is not a number."""
     number = _number(text)
     if number is None:
         raise DataError(f"'{text}' is not a number, so it cannot be a rating")
@@ -64,18 +60,16 @@ class Rating(LabelKind):
         """The least and the greatest label."""
         return min(self._by_number), max(self._by_number)
 
-    # ---- answers
-
     def parse(self, text: str, parsing: Parsing) -> str | None:
         """The text as a number. Lenient: or its first number but the scale itself ("1 to 5"); None
         where that lies outside the scale.
         """
-        number = _number(text.strip())
+        number, (low, high) = _number(text.strip()), self.scale
         if parsing == "strict":
             return None if number is None else self._canonical(number)
-        low, high = self.scale
         if number is None:
-            match = self._first_number.search(self._scale_itself.sub(" ", text))
+            scale, first_number = self._patterns
+            match = first_number.search(scale.sub(" ", text))
             number = None if match is None else _number(match[0])
         return None if number is None or not low <= number <= high else self._canonical(number)
 
@@ -84,16 +78,14 @@ class Rating(LabelKind):
         return self._by_number.get(number) or repr(number + 0.0).removesuffix(".0")
 
     @cached_property
-    def _scale_itself(self) -> re.Pattern[str]:
+    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """The scale itself, and a number."""
         low, high = map(re.escape, map(self._canonical, self.scale))
         between = r"\s*(?:to|and|through|-|–|—)\s*"
-        return re.compile(rf"(?<!\d){low}{between}{high}(?![\d.]*\d)", re.IGNORECASE)
-
-    @cached_property
-    def _first_number(self) -> re.Pattern[str]:
+        scale = re.compile(rf"(?<!\d){low}{between}{high}(?![\d.]*\d)", re.IGNORECASE)
         # On a scale from 0 a dash before a number is a bullet.
         sign = r"(?:(?<!\w)-)?" if self.scale[0] < 0 else ""
-        return re.compile(rf"{sign}\d+(?:\.\d+)?")
+        return scale, re.compile(rf"{sign}\d+(?:\.\d+)?")
 
     def read(self, text: str, parsing: Parsing) -> str | None:
         """The label nearest to the answer; the lower one of two equally near ones."""
@@ -128,8 +120,6 @@ class Rating(LabelKind):
         header = f"Here is how this person rated earlier items on a scale of {low:g} to {high:g}."
         return PromptWords(header, "Item", "Score")
 
-    # ---- side features
-
     @cached_property
     def _unit(self) -> Floats:
         """[L] the labels as numbers from 0 to 1."""
@@ -146,12 +136,10 @@ class Rating(LabelKind):
         near = [name.replace("share", "near") for name in shares]
         return (*shares, *near, votes, greedy, "llm_near")
 
-    # ---- a task from a table of outputs
-
     @classmethod
     def output_fault(cls, output: str) -> str:
-        fine = plain_number(output) is not None
-        return "" if fine else f"'{output[:60]}' is no number, and this is a rating"
+        is_number = plain_number(output) is not None
+        return "" if is_number else f"'{output[:60]}' is no number, and this is a rating"
 
     @classmethod
     def tidy(cls, output: str) -> str:

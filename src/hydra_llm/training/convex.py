@@ -97,9 +97,6 @@ def _folds(plain: TrainingSet, unseen: Sequence[str], seed: int) -> list[_Fold]:
     return [fold for fold in parted if len(fold.train)]
 
 
-# ---- the shared base
-
-
 class _Base(NamedTuple):
     """The base of the strengths in the report, fitted on one set of users after the other."""
 
@@ -223,9 +220,6 @@ def standardise(scorer: Scorer, data: TrainingSet) -> None:
     scorer.side_mean = rows.mean(0)
     spread = (rows - scorer.side_mean).square().mean(0).sqrt()
     scorer.side_scale = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
-
-
-# ---- the users' heads
 
 
 def head_problems(scorer: Scorer, data: TrainingSet, names: Sequence[str]) -> Iterator[HeadProblem]:

@@ -105,9 +105,8 @@ class TrainingSet:
             return [self.split_late()]
         splits = []
         for step in range(most):
-            early = [i for index in own for i in index[:step]]
-            late = [index[step] for index in own if len(index) > step]
-            splits.append((self.take(early), self.take(late)))
+            early = self.take([i for index in own for i in index[:step]])
+            splits.append((early, self.take([index[step] for index in own if len(index) > step])))
         return splits
 
     def calibration_splits(self) -> list[Split]:
@@ -131,9 +130,7 @@ class TrainingSet:
 def chunks_of_users(
     data: TrainingSet, names: Sequence[str], *, numbers: int = 30_000_000, per_group: int = 1
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Users with padded places of their groups [U, G] (−1 where there is none), of like length and
-    few enough for memory.
-    """
+    """Users of like length, few enough for memory, with places of their groups [U, G], −1: none."""
     index = data.index
     ordered = sorted((name for name in names if name in index), key=lambda name: len(index[name]))
     while ordered:
@@ -147,9 +144,6 @@ def folds(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
     """The users in `count` shuffled parts (fewer where there are too few users)."""
     order = np.random.default_rng(seed).permutation(len(names))
     return [[names[i] for i in order[k::count]] for k in range(min(count, len(names)))]
-
-
-# ---- from gains to targets
 
 
 def targets(
@@ -193,15 +187,10 @@ def within_group_spread(gains: Tensor, mask: Tensor) -> float:
 
 
 def gain_spread(groups: Sequence[LabelledGroup]) -> float:
-    """How far gains lie apart within the training groups: kept with the scorer, so that no user's
-    targets depend on another's.
-    """
+    """The training groups' spread, kept: so no user's targets depend on another user's."""
     rows = [torch.tensor(group.gains) for group in groups]
     gains = pad_sequence(rows, batch_first=True, padding_value=torch.nan)
     return within_group_spread(gains.nan_to_num(0.0), ~gains.isnan())
-
-
-# ---- from texts to tensors
 
 
 def in_set_order(groups: Sequence[LabelledGroup]) -> list[LabelledGroup]:

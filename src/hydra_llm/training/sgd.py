@@ -95,17 +95,13 @@ def train_jointly(
 
 
 def held_out_users(data: TrainingSet, config: SGDConfig) -> list[str]:
-    """The fifth of the users from whom `train_jointly` does not learn; none without patience, or
-    of fewer than five.
-    """
+    """The fifth of the users from whom `train_jointly` does not learn; none without patience."""
     names = data.names()
     return folds(names, 5, config.seed)[0] if config.patience and len(names) >= 5 else []
 
 
 class _Run:
-    """What training changes (parameters, the users' numbers, the optimizer), how far it has come,
-    and its checkpoints.
-    """
+    """What training changes (parameters, numbers, optimizer), its course and its checkpoints."""
 
     def __init__(
         self, scorer: Scorer, data: TrainingSet, source: TextSource | None, config: SGDConfig
@@ -139,7 +135,10 @@ class _Run:
         with seeded(seed):  # dropout of a tuned encoder
             for index in self.config.batches(self.data.groups.mask.sum(-1), order):
                 loss = self.loss(index)
-                self.step((loss + self.prior(self.row[index])) / len(index))
+                self.optimizer.zero_grad()
+                ((loss + self.prior(self.row[index])) / len(index)).backward()
+                nn.utils.clip_grad_norm_(self.tensors, 1.0)
+                self.optimizer.step()
                 total, count = total + float(loss.detach()), count + len(index)
         return total / max(1, count)
 
@@ -165,12 +164,6 @@ class _Run:
         groups = self.groups(index)
         return float(self._losses(self.scorer.core(groups), groups).mean())
 
-    def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.tensors, 1.0)
-        self.optimizer.step()
-
     def prior(self, rows: Tensor) -> Tensor:
         """½ λ |δ|² of the users in a batch, each divided by the number of the user's groups."""
         own = self.numbers[rows] ** 2
@@ -190,7 +183,7 @@ class _Run:
             self.source.encoder.eval()
         if not self.numbers.numel():
             return {}
-        seen, heads = self.data.records_seen(), {}
+        seen, heads = self.data.records_seen(), Heads()
         for name, own in zip(self.data.names(), self.numbers.detach(), strict=True):
             numbers = torch.from_numpy(self.scorer.head.empty())
             numbers[: len(own)] = own
@@ -206,19 +199,15 @@ class _Run:
             for name, value in self.optimizer.state.get(tensor, {}).items():
                 tensors[f"optimizer.{name}.{i}"] = value.detach().clone()
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        course = {"losses": self.losses, "best": self.best, "waited": self.waited}
-        course["fingerprint"] = self.fingerprint
+        parts = ("losses", "best", "waited", "fingerprint")
+        course = {name: getattr(self, name) for name in parts}
         temporary = path.with_suffix(".part")
         path.parent.mkdir(parents=True, exist_ok=True)  # the bundle's own folder comes last
         save_file(tensors, temporary, {"course": json.dumps(course)})
         temporary.replace(path)
 
     def resume(self, path: Path) -> bool:
-        """Continue from a checkpoint if there is one.
-
-        Raises:
-            BundleError: it is damaged, or of other settings or data.
-        """
+        """Continue from a checkpoint, if any. Raises BundleError: damaged, or of another run."""
         if not path.is_file():
             return False
         try:
@@ -258,9 +247,7 @@ class _Run:
 
 
 def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[FitReport, Heads]:
-    """Heads of the users whom joint training held out: of earlier groups, to calibrate on the later
-    ones; then of all.
-    """
+    """Heads of the users held out of joint training; those of earlier groups calibrate on later."""
     unseen = held_out_users(data, config)
     report = FitReport(users=len(data.names()), groups=len(data))
     if not unseen:

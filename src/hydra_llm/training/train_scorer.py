@@ -1,6 +1,4 @@
-"""One scorer from its labelled data: features, joint training of what is not convex, then the base
-and the users' heads.
-"""
+"""One scorer from its labelled data: features, joint training of what is not convex, heads."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,9 +60,7 @@ class TrainingFiles:
 def train_scorer(
     bundle: Bundle, data: LabelledData, *, tune: bool = False, files: TrainingFiles | None = None
 ) -> Bundle:
-    """The bundle with one scorer more: train what is not convex (with `tune`, the bundle's own
-    encoder too), fit what is.
-    """
+    """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
     config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
     groups, scorer = data.groups(bundle.featurizer), _untrained(bundle, data)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
