@@ -129,8 +129,8 @@ def test_learn_and_ask_with_an_installed_kind(yes_no: Task, tmp_path: Path) -> N
     answer = Personalizer.load(str(tmp_path / "bundle"), llm).answer("rain film", user="u0")
     assert answer.text in ("yes", "no")
     assert {candidate.answer for candidate in answer.candidates} == {"yes", "no"}
-    found = score(yes_no, [answer.text, None], ["yes", "no"])
-    assert list(found) == ["agreement"]
+    scores = score(yes_no, [answer.text, None], ["yes", "no"])
+    assert list(scores) == ["agreement"]
 
 
 def test_an_installed_kind_reaches_tables_and_methods(yes_no: Task, tmp_path: Path) -> None:

@@ -345,8 +345,8 @@ rouge = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 @example("a a b", "a b b a")
 @example("Don't stop", "don t STOP")
 def test_generation_gain_is_rouge_scores(answer: str, gold: str) -> None:
-    found = rouge.score(gold, answer)
-    expected = (found["rouge1"].fmeasure + found["rougeL"].fmeasure) / 2
+    scores = rouge.score(gold, answer)
+    expected = (scores["rouge1"].fmeasure + scores["rougeL"].fmeasure) / 2
     if expected or (
         any(c in "abcd1" for c in answer.lower()) and any(c in "abcd1" for c in gold.lower())
     ):

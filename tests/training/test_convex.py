@@ -1,5 +1,5 @@
-"""Fitting base and heads to users whose tastes are known: what must be found, and what must not be
-made up.
+"""Fitting base and heads to users whose preferences are known: what must be recovered, and what
+must not be invented.
 """
 
 import importlib.util
@@ -100,8 +100,8 @@ def test_a_users_weights_are_recovered() -> None:
     scorer = cross_scorer("linear", table)
     _, heads = quickly(scorer, table)
     for name, weights in truth.items():
-        found = scorer.tensors()["head.shared"] + torch.tensor(heads[name].numbers[:-1])
-        assert torch.cosine_similarity(found, weights, dim=0) > 0.9, name
+        learned = scorer.tensors()["head.shared"] + torch.tensor(heads[name].numbers[:-1])
+        assert torch.cosine_similarity(learned, weights, dim=0) > 0.9, name
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_scores_may_be_read_as_chances(head: str, rank: int) -> None:
 def test_the_same_table_and_seed_give_the_same_numbers(head: str) -> None:
     table, _ = simulate(8, 8)
     one, other = cross_scorer(head, table), cross_scorer(head, table)
-    (report, heads), (again, theirs) = (quickly(each, table, seed=3) for each in (one, other))
+    (report, heads), (again, theirs) = (quickly(scorer, table, seed=3) for scorer in (one, other))
     assert report.to_json() == again.to_json()
     assert all((head.numbers == theirs[name].numbers).all() for name, head in heads.items())
     assert one.tensors().keys() == other.tensors().keys()
@@ -222,7 +222,7 @@ def test_fitting_again_replaces_what_was_there(head: str) -> None:
     for scorer in (twice, once):
         quickly(scorer, train)
     fit_heads(twice, new.take([0, 1]), new.names())
-    heads, theirs = (fit_heads(each, new, new.names()) for each in (twice, once))
+    heads, theirs = (fit_heads(scorer, new, new.names()) for scorer in (twice, once))
     assert torch.equal(scored(twice, new, heads), scored(once, new, theirs))
 
 
@@ -289,7 +289,7 @@ def test_tastes_are_recovered_on_label_features(head: str) -> None:
         right = scored(scorer, late, heads, users).argmax(-1) == late.target.argmax(-1)
         return float(right.float().mean())
 
-    assert accuracy({}) < 0.6  # nobody knows them yet
+    assert accuracy({}) < 0.6  # without heads
     heads = fit_heads(scorer, early, new.names())
     assert accuracy(heads) > 0.8
     swapped = dict(zip(new.names(), new.names()[1:] + new.names()[:1], strict=True))
@@ -315,20 +315,20 @@ def test_an_append_to_a_kernel_head_is_a_fit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [True, False])
-def test_votes_count_only_where_they_help_held_out_users(told: bool) -> None:
+@pytest.mark.parametrize("informative", [True, False])
+def test_votes_count_only_where_they_help_held_out_users(informative: bool) -> None:
     """Half of the groups are voted; the votes point at the wanted candidate, or at any: then they
     help by chance, in few of the draws.
     """
     table, _ = simulate(30, 12, shared=2.0)
-    voted, heard = table.positions >= 8, []
+    voted, counted = table.positions >= 8, []
     assert table.groups.target is not None
     for seed in range(8):
         noise = torch.randn(
             table.groups.target.shape, generator=torch.Generator().manual_seed(seed)
         )
         votes = (
-            (table.groups.target * 2 + noise if told else noise)
+            (table.groups.target * 2 + noise if informative else noise)
             * voted[:, None]
             * table.groups.mask
         )
@@ -342,6 +342,6 @@ def test_votes_count_only_where_they_help_held_out_users(told: bool) -> None:
         weight = float(scorer.vote_weight[0])
         helped = report.loss_with_votes < report.loss_without_votes
         assert (weight != 0) == helped == bool(report.vote_weight)
-        assert told or weight <= 0.5
-        heard.append(weight > 0.5 if told else weight != 0)
-    assert all(heard) if told else sum(heard) <= 2
+        assert informative or weight <= 0.5
+        counted.append(weight > 0.5 if informative else weight != 0)
+    assert all(counted) if informative else sum(counted) <= 2

@@ -48,7 +48,7 @@ def softmax(*values: float) -> list[float]:
     [
         ("listwise", "exact", [0, 1, 0], [0, 1, 0]),
         ("listwise", "exact", [1, 0.5, 1], [0.5, 0, 0.5]),
-        ("listwise", "exact", [0.75, 0.5, 0.25], [0, 0, 0]),  # nobody is right
+        ("listwise", "exact", [0.75, 0.5, 0.25], [0, 0, 0]),  # none is right
         ("listwise", "exact", [1, 1, 1], [0, 0, 0]),
         ("listwise", "above-mean", [0.9, 0.6, 0.0], [0.5, 0.5, 0]),
         ("listwise", "above-mean", [0.2, 0.2, 0.2], [0, 0, 0]),
@@ -64,12 +64,12 @@ def softmax(*values: float) -> list[float]:
     ],
 )
 def test_targets_by_hand(loss: str, rule: str, gains: list[float], expected: list[float]) -> None:
-    found = targets(torch.tensor([gains]), FULL, rule=rule, loss=loss, spread=0.2)  # type: ignore[arg-type]
-    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+    actual = targets(torch.tensor([gains]), FULL, rule=rule, loss=loss, spread=0.2)  # type: ignore[arg-type]
+    assert actual[0].tolist() == pytest.approx(expected, abs=1e-6)
     padded = torch.tensor([[*gains, 0.0, 0.0]])  # and with padding, which gets nothing
     mask = torch.tensor([[True, True, True, False, False]])
-    found = targets(padded, mask, rule=rule, loss=loss, spread=0.2)  # type: ignore[arg-type]
-    assert found[0].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
+    actual = targets(padded, mask, rule=rule, loss=loss, spread=0.2)  # type: ignore[arg-type]
+    assert actual[0].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
 
 
 def test_the_spread_is_the_deviation_within_groups_that_differ() -> None:
@@ -79,9 +79,9 @@ def test_the_spread_is_the_deviation_within_groups_that_differ() -> None:
         math.sqrt((0.25 + 0.25 + 0.09 + 0.09) / 5)
     )
     assert within_group_spread(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)) == 1.0
-    found = targets(gains, mask, rule="graded", loss="listwise")
+    actual = targets(gains, mask, rule="graded", loss="listwise")
     scale = math.sqrt(0.68 / 5)
-    assert found[2].tolist() == pytest.approx(softmax(-0.3 / scale, 0.3 / scale, 0), abs=1e-6)
+    assert actual[2].tolist() == pytest.approx(softmax(-0.3 / scale, 0.3 / scale, 0), abs=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,17 +96,17 @@ def test_the_spread_is_the_deviation_within_groups_that_differ() -> None:
 def test_a_listwise_target_is_a_distribution_or_nothing(rows: list[list[float]], rule: str) -> None:
     mask = torch.tensor([[c < len(row) for c in range(4)] for row in rows])
     gains = torch.tensor([[*row, *[0.0] * (4 - len(row))] for row in rows])
-    found = targets(gains, mask, rule=rule, loss="listwise")
-    assert found.isfinite().all()
-    assert (found[~mask] == 0).all()
-    for row, target in zip(rows, found, strict=True):
+    actual = targets(gains, mask, rule=rule, loss="listwise")
+    assert actual.isfinite().all()
+    assert (actual[~mask] == 0).all()
+    for row, target in zip(rows, actual, strict=True):
         assert float(target.sum()) == pytest.approx(
             0 if len(set(row)) == 1 else float(target.sum() > 0.5), abs=1e-5
         )
         if target.sum() > 0.5:
             assert all(
                 target[i] == target.max() for i, gain in enumerate(row) if gain == max(row)
-            )  # nobody gets more than the best
+            )  # none gets more than the best
 
 
 def group(user: str, position: int, voted: bool = False, count: int = 2) -> LabelledGroup:
@@ -194,13 +194,13 @@ def test_a_later_group_is_never_in_the_early_part(
     assert len(early) + len(late) == len(table)
     for user in table.names():
         mine = late.of([user]).positions.tolist()
-        assert mine, "everybody is judged"
+        assert mine, "every user is evaluated"
         assert max([*early.of([user]).positions.tolist(), -1]) <= min(mine)
 
 
 @settings(max_examples=100, deadline=None)
 @given(tables)
-def test_each_of_few_groups_is_judged_once_by_those_before_it(
+def test_each_of_few_groups_is_predicted_once_from_earlier(
     rows: list[tuple[str, int, bool]],
 ) -> None:
     table = table_of(rows)
@@ -246,7 +246,7 @@ def test_chunks_hold_each_group_of_each_user_once(
 ) -> None:
     table = table_of(rows)
     seen: list[int] = []
-    for chunk, index in chunks_of_users(table, ["a", "b", "nobody"], numbers=numbers):
+    for chunk, index in chunks_of_users(table, ["a", "b", "unknown"], numbers=numbers):
         assert len(chunk) == len(index)
         assert len(chunk) == 1 or index.numel() <= numbers
         for name, row in zip(chunk, index.tolist(), strict=True):
@@ -259,10 +259,10 @@ def test_chunks_hold_each_group_of_each_user_once(
 @given(st.integers(0, 12), st.integers(1, 5), st.integers(0, 3))
 def test_folds_part_the_users(count: int, parts: int, seed: int) -> None:
     names = [f"u{i}" for i in range(count)]
-    found = folds(names, parts, seed)
-    assert sorted(name for part in found for name in part) == sorted(names)
-    assert len(found) == min(parts, count)
-    assert found == folds(names, parts, seed)
+    actual = folds(names, parts, seed)
+    assert sorted(name for part in actual for name in part) == sorted(names)
+    assert len(actual) == min(parts, count)
+    assert actual == folds(names, parts, seed)
 
 
 def test_graded_targets_of_a_user_do_not_depend_on_other_users() -> None:

@@ -92,21 +92,21 @@ def collect(
 
     reranker, adapter = run_sync(both)
     assert not reranker.failures
-    found = [*reranker.groups(evidence), *adapter.groups(evidence)]
-    found += [
+    groups = [*reranker.groups(evidence), *adapter.groups(evidence)]
+    groups += [
         group
         for query in queries
         for group in weak_reranker_groups(door, evidence, query.user)
         if group.query == query.id
     ]
     if task.labels:
-        found += [
+        groups += [
             group
             for query in queries
             for group in weak_adapter_groups(evidence, records[query.user])
             if group.query == query.id
         ]
-    return found
+    return groups
 
 
 def values(groups: Sequence[LabelledGroup]) -> list[dict[str, Any]]:
@@ -193,11 +193,11 @@ def test_an_earlier_record_does_change_the_group(task: Task) -> None:
 def test_training_queries_are_the_last_records_with_a_history(data: st.DataObject) -> None:
     records = data.draw(records_of_one_user(TAGS))
     count = data.draw(st.integers(1, 8))
-    found = training_queries(TAGS, records, count)
-    assert [query.id for query in found] == [
+    queries = training_queries(TAGS, records, count)
+    assert [query.id for query in queries] == [
         r.id for r in in_order(records)[-count:] if before(records, r)
     ]
-    assert all(query.gold is not None for query in found)
+    assert all(query.gold is not None for query in queries)
 
 
 def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
@@ -218,12 +218,12 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
     door = personalizer(
         TAGS, {"u": records}, llm, retrieved=10, record_answer=True, prompt_style="block"
     )
-    found = run_sync(lambda: reranker_groups(door, [as_query(records[4])]))
-    (group,) = found.groups(maker(TAGS))
+    collected = run_sync(lambda: reranker_groups(door, [as_query(records[4])]))
+    (group,) = collected.groups(maker(TAGS))
     assert dict(zip(group.rights, group.gains, strict=True)) == {
         f"rain {i} → {records[i].output}": float(i in (0, 2)) for i in range(4)
     }
-    assert found.usage.calls == len(llm.calls) == 4
+    assert collected.usage.calls == len(llm.calls) == 4
     assert group.voted
     blind = personalizer(
         TAGS,
@@ -242,14 +242,13 @@ def test_a_record_is_as_useful_as_the_answer_that_it_leads_to() -> None:
 
 def test_candidates_are_the_samples_or_every_label() -> None:
     records = [Record("u", str(i), "rain", "calm", position=i) for i in range(3)]
-    said = iter(["loud", "calm", "gibberish"])
     for candidates, features, expected in (
         ("sampled", False, {"loud": 0.0, "calm": 1.0}),
         ("sampled", True, {"calm": 1.0, "loud": 0.0, "odd": 0.0}),  # label features need them all
         ("labels", False, {"calm": 1.0, "loud": 0.0, "odd": 0.0}),
     ):
-        said = iter(["loud", "calm", "gibberish"])
-        llm = RuleLLM(lambda messages, index, rng, said=said: next(said))
+        answers = iter(["loud", "calm", "gibberish"])
+        llm = RuleLLM(lambda messages, index, rng, answers=answers: next(answers))
         door = personalizer(
             TAGS, {"u": records}, llm, candidates=candidates, label_features=features
         )
@@ -297,23 +296,23 @@ def test_every_record_teaches_all_labels_without_the_llm() -> None:
     assert len(np.unique(groups[1].side_features, axis=0)) > 1
 
 
-def test_what_failed_is_told_and_left_out() -> None:
+def test_what_failed_is_reported_and_left_out() -> None:
     records = [Record("u", str(i), f"rain {i}", "calm", position=i) for i in range(6)]
     queries = training_queries(TAGS, records, 2)
     door = personalizer(
         TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm"), every=2), retrieved=3
     )
-    found = run_sync(lambda: reranker_groups(door, queries))
-    assert len(found.failures) == 3 == found.usage.failed
-    assert all("query" in line and "record" in line for line in found.failures)
-    assert sum(len(group.rights) for group in found.groups(maker(TAGS))) == 3
+    collected = run_sync(lambda: reranker_groups(door, queries))
+    assert len(collected.failures) == 3 == collected.usage.failed
+    assert all("query" in line and "record" in line for line in collected.failures)
+    assert sum(len(group.rights) for group in collected.groups(maker(TAGS))) == 3
     assert all(
-        gain == 1.0 for group in found.groups(maker(TAGS)) for gain in group.gains
+        gain == 1.0 for group in collected.groups(maker(TAGS)) for gain in group.gains
     )  # failed is not zero
     door = personalizer(TAGS, {"u": records}, FailingLLM(RuleLLM(lambda *_: "calm")))
-    found = run_sync(lambda: adapter_groups(door, queries))
-    assert found.groups(maker(TAGS)) == []
-    assert [line.split(":")[0] for line in found.failures] == ["query 4", "query 5"]
+    collected = run_sync(lambda: adapter_groups(door, queries))
+    assert collected.groups(maker(TAGS)) == []
+    assert [line.split(":")[0] for line in collected.failures] == ["query 4", "query 5"]
     with pytest.raises(LLMError):
         run_sync(lambda: door.apropose(queries[0]))
 

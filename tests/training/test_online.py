@@ -136,7 +136,7 @@ def test_the_order_of_feedback_does_not_matter(head: str, features: str, loss: L
     fitted = fit_heads(scorer, own.take(range(10)), own.names())[names[16]]
     judged = own.take(range(10, 40))
     shuffled = judged.take(torch.randperm(30, generator=torch.Generator().manual_seed(5)))
-    one, other = (scorer.online_update(fitted, each.groups) for each in (judged, shuffled))
+    one, other = (scorer.online_update(fitted, data.groups) for data in (judged, shuffled))
     assert not np.array_equal(one.numbers, fitted.numbers)
     assert np.allclose(one.numbers, other.numbers, atol=1e-3)
 
@@ -149,8 +149,8 @@ def test_no_feedback_changes_nothing_and_only_the_latest_counts() -> None:
     assert scorer.online_update(fitted, own.take([]).groups) is fitted
     many = own.take([*range(40), *range(40)])
     latest = many.take(range(80 - FEEDBACK_WINDOW, 80))
-    found, expected = (scorer.online_update(fitted, each.groups) for each in (many, latest))
-    assert np.array_equal(found.numbers, expected.numbers)
+    actual, expected = (scorer.online_update(fitted, data.groups) for data in (many, latest))
+    assert np.array_equal(actual.numbers, expected.numbers)
     kernel, _ = scorer_and_table("kernel", "cross")
     quickly(kernel, table)
     assert not kernel.updates_online

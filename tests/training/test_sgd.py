@@ -129,8 +129,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     with pytest.raises(Stopped):
         train_jointly(parts, table, CONFIG, checkpoint=file, done=stop_after(stopped_after))
     again = scorer_of(table, head)  # another process: nothing but the checkpoint is left
-    found, theirs = train_jointly(again, table, CONFIG, checkpoint=file)
-    assert found == losses
+    resumed, theirs = train_jointly(again, table, CONFIG, checkpoint=file)
+    assert resumed == losses
     assert same(again, whole)
     assert same_heads(heads, theirs)
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
         train_jointly(scorer_of(table), other, CONFIG, checkpoint=file)
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "x.checkpoint"
     file.write_bytes(b"\0" * 100)
     with pytest.raises(BundleError, match="x.checkpoint"):
@@ -336,9 +336,9 @@ def test_mlp_heads_are_fitted_and_the_shared_one_stays(random_start: bool) -> No
     before = {name: value.clone() for name, value in scorer.tensors().items()}
     heads = fit_mlp(scorer, new, new.names(), replace(CONFIG, epochs=40), random_start=random_start)
     assert all(torch.equal(value, before[name]) for name, value in scorer.tensors().items())
-    own, nobody = (own_scores(scorer, new, each).log_softmax(-1) for each in (heads, {}))
+    own, shared = (own_scores(scorer, new, of).log_softmax(-1) for of in (heads, {}))
     wanted = new.target.bool()
-    assert own[wanted].mean() > nobody[wanted].mean()
+    assert own[wanted].mean() > shared[wanted].mean()
 
 
 def test_the_shared_prior_keeps_a_head_nearer_to_the_shared_head() -> None:
@@ -362,14 +362,14 @@ def test_the_shared_prior_keeps_a_head_nearer_to_the_shared_head() -> None:
 def test_an_mlp_head_does_not_depend_on_who_else_is_fitted(random_start: bool) -> None:
     table = towers(8)
     first, *others = table.names()[5:]
-    found = []
+    numbers = []
     for names in ([first], [*others, first]):
         scorer = scorer_of(table)
         train_jointly(scorer, table.of(table.names()[:5]), CONFIG)
         heads = fit_mlp(scorer, table, names, CONFIG, random_start=random_start)
-        found.append(heads[first].numbers)
+        numbers.append(heads[first].numbers)
         assert len({tuple(heads[name].numbers.tolist()) for name in names}) == len(names)
-    assert np.array_equal(*found)
+    assert np.array_equal(*numbers)
 
 
 def test_training_draws_nothing_from_the_processs_generator() -> None:
@@ -387,16 +387,16 @@ def test_training_draws_nothing_from_the_processs_generator() -> None:
 # ---- what is chosen on users whom nothing was trained on
 
 
-def random_targets(users: int, groups: int = 12, told: float = 0.0) -> TrainingSet:
-    """Targets that nothing tells: whoever seems to know them has seen them. With `told` the first
-    feature of a candidate tells them.
+def random_targets(users: int, groups: int = 12, signal: float = 0.0) -> TrainingSet:
+    """Targets of chance: what predicts them has seen them. With `signal` the first feature of a
+    candidate predicts them.
     """
     table = towers(users)
     draw = torch.Generator().manual_seed(5)
     count = users * groups
     left, right = torch.randn(count, 5, generator=draw), torch.randn(count, 4, 5, generator=draw)
     worth = (
-        told * right[..., 0] - torch.rand(count, 4, generator=draw).log().neg().log()
+        signal * right[..., 0] - torch.rand(count, 4, generator=draw).log().neg().log()
     )  # with noise of Gumbel's: a softmax draw
     cases = Groups(
         left,
@@ -440,17 +440,17 @@ def test_chance_looks_informative_only_to_folds_of_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0.0, 2.0])
-def test_mlp_heads_are_calibrated_on_users_outside_training(told: float) -> None:
+@pytest.mark.parametrize("signal", [0.0, 2.0])
+def test_mlp_heads_are_calibrated_on_users_outside_training(signal: float) -> None:
     table, config = (
-        random_targets(300, told=told),
+        random_targets(300, signal=signal),
         replace(CONFIG, epochs=40, batch=512, patience=100, lr=0.05),
     )
     scorer = scorer_of(table)
     train_jointly(scorer, table, config)
     report, heads = fit_unseen(scorer, table, replace(config, random_start=True))
     assert report.loss_user > report.loss_calibrated
-    if told:
+    if signal:
         assert report.scale > 0.2  # heads that overdo what is true are believed in part
         assert report.loss_calibrated < 0.9 * report.loss_uniform
     else:
