@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from hydra_llm.cli.main import run
-from hydra_llm.store.migrate import latest
+from hydra_llm.store.migrate import LATEST
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
@@ -64,5 +64,5 @@ def test_an_error_of_a_store_is_one_line(
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     for command in ("check", "migrate"):
         assert run(["store", command, "--store", url]) == 2
-        message = f"which a newer hydra-llm has made: this one knows {latest()}"
+        message = f"which a newer hydra-llm has made: this one knows {LATEST}"
         assert message in capsys.readouterr().err

@@ -179,7 +179,7 @@ async def test_a_reader_who_keeps_the_texts_in_sqlites_log_is_told_of(
     async with running(store) as world:
         for reading in (True, False):
             await send(world, storms(3))
-            with store.snapshot() if reading else nullcontext() as reader:
+            with store.reading() if reading else nullcontext() as reader:
                 if reader is not None:
                     reader.exec_driver_sql("SELECT count(*) FROM records")
                 # 503: a checkpoint in the background, which waits for the reader, blocks writers.

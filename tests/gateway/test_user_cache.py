@@ -38,7 +38,7 @@ async def test_a_user_recreated_by_a_slow_clock_is_not_the_deleted_one(
         )
         other = Store(str(store.url))
         other.delete_user("ada")
-        monkeypatch.setattr("hydra_llm.store.users.time", SimpleNamespace(time=lambda: 1e9))
+        monkeypatch.setattr("hydra_llm.store.store.time", SimpleNamespace(time=lambda: 1e9))
         other.add_records("ada", records_of("ada", 1))
         other.close()
         monkeypatch.undo()

@@ -83,7 +83,7 @@ def test_a_recreated_user_never_has_an_old_version(
     seen = set[int | None]()
     for clock in (2e9, 1e9, 1e9):
         monkeypatch.setattr(
-            "hydra_llm.store.users.time",
+            "hydra_llm.store.store.time",
             SimpleNamespace(time=lambda clock=clock: clock, time_ns=lambda clock=clock: int(clock)),
         )
         for i in range(5):
@@ -528,7 +528,7 @@ def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path) -> None:
 def test_the_migrations_make_the_schema(store: Store) -> None:
     with store.engine.connect() as connection:
         assert migrate.differences(connection) == []
-        assert migrate.revision(connection) == migrate.latest()
+    assert migrate.version_of(store.engine) == migrate.LATEST
 
 
 def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
@@ -555,7 +555,9 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
                 )
     with pytest.raises(StoreError, match="run `hydra-llm store migrate`"):
         Store(url)
-    assert migrate.migrated(engine) == ("0001", "0003")
+    assert migrate.version_of(engine) == "0001"
+    migrate.upgrade(engine)
+    assert migrate.version_of(engine) == "0003"
     engine.dispose()
     store = Store(url)
     keys = [store.key(id) for id in ("one", "two", "all")]
@@ -579,7 +581,9 @@ def test_heads_of_the_second_version_have_no_known_time(url: str) -> None:
         ):
             of_bytes = "BLOB" if engine.dialect.name == "sqlite" else "BYTEA"
             connection.exec_driver_sql(line.format(bytes=of_bytes))
-    assert migrate.migrated(engine) == ("0002", "0003")
+    assert migrate.version_of(engine) == "0002"
+    migrate.upgrade(engine)
+    assert migrate.version_of(engine) == "0003"
     engine.dispose()
     store = Store(url)
     assert store.heads("ada", "bundle") == {"adapter": StoredHead(7, -math.inf, b"four")}

@@ -99,12 +99,13 @@ def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
 def migrate(store: StoreURL, as_json: AsJson = False) -> None:
     """Migrate the tables to this version, or create them. Stop the servers and back up first."""
     from hydra_llm.store.database import Database, one_line_errors
-    from hydra_llm.store.migrate import migrated
+    from hydra_llm.store.migrate import LATEST, upgrade, version_of
 
     database = Database(store)
     with one_line_errors(database.url):
-        before, after = migrated(database.engine)
-    console.emit({"from": before, "to": after}, as_json)
+        before = version_of(database.engine)
+        upgrade(database.engine)
+    console.emit({"from": before, "to": LATEST}, as_json)
 
 
 @maintenance.command()

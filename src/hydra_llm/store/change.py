@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -30,9 +30,9 @@ class UserChange:
         table = schema.records
         own = table.c.user == self._key
         sent = {record.id: record for record in records}
-        known = self._known(list(sent))
+        known = self._known(sent)
         new = [record for id, record in sent.items() if id not in known]
-        changed = [id for id, old in known.items() if old != _content(sent[id])]
+        changed = [id for id in sent if id in known and known[id] != _content(sent[id])]
         if new:
             next_position = sa.func.coalesce(sa.func.max(table.c.position) + 1, 0)
             first = self._execute(sa.select(next_position).where(own)).scalar_one()
@@ -53,19 +53,19 @@ class UserChange:
     def count_with(self, records: Sequence[Record]) -> int:
         """How many records the user would have with these."""
         rows = sa.select(sa.func.count()).where(schema.records.c.user == self._key)
-        ids = list(dict.fromkeys(record.id for record in records))
+        ids = {record.id for record in records}
         return self._execute(rows).scalar_one() + len(ids) - len(self._known(ids))
 
     def remove(self, id: str) -> bool:
         """Delete a record, what it was made from, and the heads; False if there is no such id."""
         removed = self._delete(schema.records, schema.records.c.id == id)
         if removed:
+            self.changed = True
             self._delete(schema.heads)
-        if removed and id.startswith(FEEDBACK_ID):  # else the feedback would bring it back
-            request = id.removeprefix(FEEDBACK_ID)
-            self._delete(schema.feedback, schema.feedback.c.request == request)
-            self._delete(schema.requests, schema.requests.c.id == request)
-        self.changed |= removed
+            if id.startswith(FEEDBACK_ID):  # else the feedback would bring it back
+                request = id.removeprefix(FEEDBACK_ID)
+                self._delete(schema.feedback, schema.feedback.c.request == request)
+                self._delete(schema.requests, schema.requests.c.id == request)
         return removed
 
     def put_heads(self, bundle: str, heads: Mapping[str, StoredHead]) -> None:
@@ -98,19 +98,17 @@ class UserChange:
     def mark_learned(self, requests: Sequence[str]) -> None:
         """Mark the feedback on these requests as learned by the heads that are put with it."""
         table = schema.feedback
+        own = sa.update(table).where(table.c.user == self._key).values(folded=True)
         for part in in_parts(requests):
-            own = sa.update(table).where(table.c.user == self._key, table.c.request.in_(part))
-            self._execute(own.values(folded=True))
+            self._execute(own.where(table.c.request.in_(part)))
 
-    def _known(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
-        """Those of the ids that the user has, in the order given, with the records' content."""
-        table, known = schema.records.c, dict[str, dict[str, str]]()
+    def _known(self, ids: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Those of the ids that the user has, with the records' content."""
+        table = schema.records.c
         columns = (table.id, table.input, table.output, table.time)
         own = sa.select(*columns).where(table.user == self._key)
-        for part in in_parts(ids):
-            rows = self._execute(own.where(table.id.in_(part)))
-            known |= {row.id: _content(row) for row in rows}
-        return {id: known[id] for id in ids if id in known}
+        parts = (self._execute(own.where(table.id.in_(part))) for part in in_parts(ids))
+        return {row.id: _content(row) for rows in parts for row in rows}
 
     def _delete(self, table: sa.Table, *where: sa.ColumnElement[bool]) -> bool:
         """Delete the user's rows of a table; whether there were any."""

@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from hydra_llm.errors import SettingsError, StoreError
 
 EXPECTED_URL = "sqlite:///FILE or postgresql+psycopg://..."
+SNAPSHOT = "REPEATABLE READ"  # PostgreSQL's isolation level; SQLite always reads one moment
 MAX_IN = 500  # values of one IN (…): SQLite's oldest limit is 999
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
 
@@ -26,14 +27,10 @@ class Database:
     def __init__(self, url: str, *, timeout: float = 30.0):
         self.engine = create_engine(url, timeout=timeout)
         self.url = self.engine.url
+        self.on_sqlite = self.engine.dialect.name == "sqlite"  # a file of this machine
 
     def close(self) -> None:
         self.engine.dispose()
-
-    @property
-    def on_sqlite(self) -> bool:
-        """Whether it is a file of this machine."""
-        return self.engine.dialect.name == "sqlite"
 
     @contextmanager
     def _transaction(self, **options: Any) -> Iterator[Connection]:
@@ -45,18 +42,12 @@ class Database:
             yield connection
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """A transaction that only reads."""
-        return self._transaction()
+        """A transaction whose statements all read the database as of one moment."""
+        return self._transaction(**({} if self.on_sqlite else {"isolation_level": SNAPSHOT}))
 
     def writing(self) -> AbstractContextManager[Connection]:
         """A transaction that writes."""
         return self._transaction(writes=True)
-
-    def snapshot(self) -> AbstractContextManager[Connection]:
-        """A transaction whose statements all read the database as of one moment."""
-        if self.on_sqlite:
-            return self._transaction()
-        return self._transaction(isolation_level="REPEATABLE READ")
 
     def rows(self, statement: sa.Select[Any]) -> Sequence[Any]:
         """The rows that one statement reads, as tuples with named fields."""
@@ -71,10 +62,7 @@ class Database:
     def run_outside_transaction(self, statement: str) -> Any:
         """Run a statement that no transaction may surround; the first value that it returns."""
         level = {"bare": True} if self.on_sqlite else {"isolation_level": "AUTOCOMMIT"}
-        with (
-            one_line_errors(self.url),
-            self.engine.connect().execution_options(**level) as connection,
-        ):
+        with self._transaction(**level) as connection:
             result = connection.exec_driver_sql(statement)
             return result.scalar() if result.returns_rows else None
 
@@ -120,8 +108,9 @@ def _parse(url: str) -> URL:
     if backend == "sqlite" and not parsed.database:
         message = "store: a database in memory would be another one for each thread"
         raise SettingsError(f"{message}: name a file, sqlite:///FILE")
-    on_default_driver = parsed.drivername == "postgresql"
-    return parsed.set(drivername="postgresql+psycopg") if on_default_driver else parsed
+    if parsed.drivername == "postgresql":  # without a driver SQLAlchemy would take psycopg2
+        return parsed.set(drivername="postgresql+psycopg")
+    return parsed
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:

@@ -16,13 +16,9 @@ VERSIONS_PER_KEY = 2**32
 """A user's version starts at the key times this. Keys are never reused, so a user who is deleted
 and comes again has no version of before.
 """
-CONVENTION = {
-    "pk": "pk_%(table_name)s",
-    "fk": "fk_%(table_name)s_%(column_0_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_name)s",
-    "ix": "ix_%(table_name)s_%(column_0_name)s",
-}
-metadata = sa.MetaData(naming_convention=CONVENTION)  # a migration can name every constraint
+NAMES = {kind: f"{kind}_%(table_name)s_%(column_0_name)s" for kind in ("fk", "uq", "ix")}
+# A migration can name every constraint.
+metadata = sa.MetaData(naming_convention={"pk": "pk_%(table_name)s", **NAMES})
 
 Key = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys
 Short, Name, Number, Time = sa.String(16), sa.String(64), sa.BigInteger, sa.Double
@@ -37,7 +33,9 @@ def _table(name: str, primary: str | None = None, /, *parts: Any, **required: An
 
 
 def _of_users(name: str, primary: str | None = None, /, **required: Any) -> sa.Table:
-    user = Column("user", Key, ForeignKey("users.key", ondelete="CASCADE"), nullable=False)
+    """A table about users. Those without a primary key have a unique index that begins with it."""
+    owner = ForeignKey("users.key", ondelete="CASCADE")
+    user = Column("user", Key, owner, nullable=False, index=primary is not None)
     return _table(name, primary, user, **required)
 
 
@@ -54,13 +52,11 @@ Index("ix_heads_user_bundle", heads.c.user, heads.c.bundle, heads.c.scorer, uniq
 
 requests = _of_users("requests", "id", id=Name, created=Time, bundle=Name, question=Text)
 requests.append_column(Column("content", JSON, nullable=False))
-Index("ix_requests_user", requests.c.user)
 Index("ix_requests_created", requests.c.created)
 
 _row = {"request": Name, "created": Time, "content": JSON}
 feedback = _of_users("feedback", "request", **_row, folded=Boolean)
 """`folded`: a head that was fitted since has learned it."""
-Index("ix_feedback_user", feedback.c.user)
 
 keys = _table("keys", "id", id=Short, hash=Name, label=Text, admin=Boolean, created=Time)
 keys.append_column(Column("bound", Boolean, nullable=False, server_default=sa.false()))
@@ -77,7 +73,6 @@ Index("ix_key_users_name", key_users.c.name)
 
 _progress = {"done": Number, "total": Number, "error": Text, "created": Time, "updated": Time}
 jobs = _of_users("jobs", "id", id=Name, kind=Short, state=Short, **_progress)
-Index("ix_jobs_user", jobs.c.user)
 Index("ix_jobs_state", jobs.c.state)
 
 serving = _table("serving", "name", name=Short, value=Text)

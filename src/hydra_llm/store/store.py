@@ -9,24 +9,38 @@ Every method is one transaction, which is on the disk when it returns. A databas
 HTTP, no LLM and no scorer.
 """
 
+import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
+from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.database import in_parts, insert_new, one_line_errors
-from hydra_llm.store.users import Users, locked_user
-from hydra_llm.store.values import Job, Key, Request, StoredFeedback
-from hydra_llm.types import ARROW, as_one_text
+from hydra_llm.store.change import UserChange
+from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
+from hydra_llm.store.values import (
+    Added,
+    Job,
+    Key,
+    NoSuchUser,
+    Request,
+    StaleVersion,
+    StoredFeedback,
+    StoredHead,
+    UserState,
+)
+from hydra_llm.types import ARROW, Record, as_one_text
 
 
-class Store(Users):
+class Store(Database):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str, *, timeout: float = 30.0):
@@ -39,6 +53,116 @@ class Store(Users):
         with one_line_errors(self.url):
             migrate.prepare(self.engine)
 
+    # ---- users, their records and heads
+
+    def state(self, name: str) -> UserState:
+        """The user's version and the bundle in use, in one statement."""
+        users, serving = schema.users.c, schema.serving.c
+        version = sa.select(users.version).where(users.name == name)
+        bundle = sa.select(serving.value).where(serving.name == "bundle")
+        rows = self.rows(sa.select(version.scalar_subquery(), bundle.scalar_subquery()))
+        return UserState(*rows[0])
+
+    def users(self) -> list[str]:
+        """Every user's name, in the order in which they came."""
+        query = sa.select(schema.users.c.name).order_by(schema.users.c.key)
+        return [name for (name,) in self.rows(query)]
+
+    def records(self, name: str) -> tuple[int | None, list[Record]]:
+        """The user's version and the records of that version, in order; (None, []) if unknown."""
+        users, records = schema.users.c, schema.records.c
+        columns = (records.id, records.input, records.output, records.time, records.position)
+        query = sa.select(users.version, *columns).where(users.name == name)
+        joined = query.join_from(schema.users, schema.records, isouter=True)
+        rows = self.rows(joined.order_by(records.position))
+        return (rows[0].version if rows else None), [
+            Record(name, id, input, output, time, parse_time(time), position)
+            for _, id, input, output, time, position in rows
+            if id is not None
+        ]
+
+    def heads(self, name: str, bundle: str) -> dict[str, StoredHead]:
+        """The user's heads for a bundle, by scorer; empty if none was fitted."""
+        heads = schema.heads.c
+        query = sa.select(heads.scorer, heads.known, heads.until, heads.delta).join(schema.users)
+        rows = self.rows(query.where(schema.users.c.name == name, heads.bundle == bundle))
+        return {
+            scorer: StoredHead(known, -math.inf if until is None else until, delta)
+            for scorer, known, until, delta in rows
+        }
+
+    @contextmanager
+    def change(
+        self, name: str, *, version: int | None = None, create: bool = False
+    ) -> Iterator[UserChange]:
+        """Change a user in one transaction, with the user's row locked.
+
+        Raises StaleVersion if `version` is not the user's any more, NoSuchUser unless `create`.
+        """
+        users = schema.users
+        with self.writing() as connection:
+            user = _locked_user(connection, name)
+            if user is None and create:
+                insert_new(connection, users, {"name": name, "version": 0, "created": time.time()})
+                new = sa.update(users).where(users.c.name == name, users.c.version == 0)
+                connection.execute(new.values(version=users.c.key * schema.VERSIONS_PER_KEY))
+                user = _locked_user(connection, name)
+            if user is None:
+                raise NoSuchUser("no such user")
+            _check_version(user, version)
+            change = UserChange(connection, user.key, name)
+            yield change
+            if change.changed:
+                own = sa.update(users).where(users.c.key == user.key)
+                connection.execute(own.values(version=users.c.version + 1))
+
+    def add_records(self, name: str, records: Sequence[Record]) -> Added:
+        """Add records, and the user if unknown; the same records again change nothing."""
+        with self.change(name, create=True) as user:
+            return user.add(records)
+
+    def delete_user(self, name: str, *, version: int | None = None) -> dict[str, int] | None:
+        """Delete the user and everything about the user: rows per table; None for an unknown user.
+
+        A key for this user only is deleted too: it names the user. SQLite overwrites the bytes, but
+        its log keeps them until `truncate_log`; PostgreSQL's files keep them until `scrub`.
+
+        Raises StaleVersion if `version` is not the user's any more; then nothing was deleted.
+        """
+        keys, names = schema.keys.c, schema.key_users.c
+        with self.writing() as connection:
+            user = _locked_user(connection, name)
+            _check_version(user, version)
+            own = set(connection.scalars(sa.select(names.key).where(names.name == name)))
+            connection.execute(sa.delete(schema.key_users).where(names.name == name))
+            of_others = set(connection.scalars(sa.select(names.key).where(names.key.in_(own))))
+            unused = keys.id.in_(own - of_others) & keys.admin.is_(False)
+            counts = {"keys": connection.execute(sa.delete(schema.keys).where(unused)).rowcount}
+            if user is None:
+                return counts if counts["keys"] else None
+            for table in schema.OF_USERS:
+                rows = sa.delete(table).where(table.c.user == user.key)
+                counts[table.name] = connection.execute(rows).rowcount
+            connection.execute(sa.delete(schema.users).where(schema.users.c.key == user.key))
+        return counts
+
+    def export_user(self, name: str) -> dict[str, Any] | None:
+        """All that is kept about a user, as plain values (heads' numbers as bytes), or None."""
+        users = sa.select(schema.users).where(schema.users.c.name == name)
+        keys = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users)
+        queries = {"keys": keys.where(schema.key_users.c.name == name)}
+        with self.reading() as connection:
+            user = connection.execute(users).one_or_none()
+            if user is None:
+                return None
+            for table in schema.OF_USERS:
+                columns = [column for column in table.c if column.name != "user"]
+                queries[table.name] = sa.select(*columns).where(table.c.user == user.key)
+            export = {"user": name, "version": user.version, "created": user.created}
+            for part, query in reversed(queries.items()):
+                export[part] = [dict(row) for row in connection.execute(query).mappings()]
+        return export
+
     # ---- answered requests and the feedback on them
 
     def add_request(self, request: Request, *, version: int | None = None) -> bool:
@@ -50,11 +174,10 @@ class Store(Users):
             key = key.where(users.version // per_key == version // per_key)
         with self.writing() as connection:
             user = connection.scalar(key.with_for_update(read=True))
-            if user is None:
-                return False
-            row = asdict(request) | {"user": user}
-            connection.execute(sa.insert(schema.requests).values(row))
-        return True
+            if user is not None:
+                row = asdict(request) | {"user": user}
+                connection.execute(sa.insert(schema.requests).values(row))
+        return user is not None
 
     def request(self, id: str) -> Request | None:
         rows = self.rows(_with_names(schema.requests, Request).where(schema.requests.c.id == id))
@@ -105,11 +228,10 @@ class Store(Users):
         now = time.time()
         job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
         with self.writing() as connection:
-            user = locked_user(connection, name)
-            if user is None:
-                return None
-            connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
-        return job
+            user = _locked_user(connection, name)
+            if user:
+                connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
+        return job if user else None
 
     def job(self, id: str) -> Job | None:
         rows = self.rows(_with_names(schema.jobs, Job).where(schema.jobs.c.id == id))
@@ -124,11 +246,10 @@ class Store(Users):
         locked = first.with_for_update(skip_locked=True, of=schema.jobs)
         with self.writing() as connection:
             row = connection.execute(locked).one_or_none()
-            if row is None:
-                return None
-            claimed = sa.update(schema.jobs).where(table.id == row.id)
-            connection.execute(claimed.values(state="running", updated=now))
-        return Job(*row)
+            if row:
+                claimed = sa.update(schema.jobs).where(table.id == row.id)
+                connection.execute(claimed.values(state="running", updated=now))
+        return Job(*row) if row else None
 
     def update_job(
         self, id: str, done: int, total: int, *, state: str = "running", error: str = ""
@@ -171,10 +292,10 @@ class Store(Users):
             rows, names = rows.where(keys.id == id), names.where(users.key == id)
         of_key = defaultdict[str, list[str]](list)
         with self.reading() as connection:
-            found = connection.execute(rows).mappings().all()
+            stored = connection.execute(rows).mappings().all()
             for key, name in connection.execute(names):
                 of_key[key].append(name)
-        return [Key(**{**row, "users": tuple(of_key[row["id"]])}) for row in found]
+        return [Key(**row, users=tuple(of_key[row["id"]])) for row in stored]
 
     def has_keys(self) -> bool:
         """Whether any key was ever made: then every request needs one."""
@@ -205,11 +326,10 @@ class Store(Users):
     def salt(self) -> str:
         """What names are hashed with; drawn at the first call."""
         table = schema.serving
-        query = sa.select(table.c.value).where(table.c.name == "salt")
         with self.writing() as connection:
             insert_new(connection, table, {"name": "salt", "value": secrets.token_hex(32)})
-            salt: str = connection.scalars(query).one()
-        return salt
+            salt = connection.scalars(sa.select(table.c.value).where(table.c.name == "salt")).one()
+        return str(salt)
 
     def _shared(self, name: str) -> str | None:
         table = schema.serving.c
@@ -260,3 +380,16 @@ def _with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:
     columns = {field.name: table.c[field.name] for field in fields(kind)}
     named = columns | {"user": schema.users.c.name}
     return sa.select(*named.values()).join_from(table, schema.users)
+
+
+def _locked_user(connection: Connection, name: str) -> Any:
+    """The user's row, which no one else changes until the transaction ends; None if unknown."""
+    rows = sa.select(schema.users.c.key, schema.users.c.version).where(schema.users.c.name == name)
+    return connection.execute(rows.with_for_update()).one_or_none()
+
+
+def _check_version(user: Any, version: int | None) -> None:
+    """Raise StaleVersion if a version is named and the user's row has another, or is not there."""
+    now = user.version if user else "none"
+    if version not in (None, now):
+        raise StaleVersion(f"the user is at version {now}, not {version}: read again")
