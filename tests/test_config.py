@@ -25,42 +25,42 @@ SUBSETS = [names for size in range(len(LAYERS) + 1) for names in combinations(LA
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of the test; no hint has been logged."""
     monkeypatch.chdir(tmp_path)
     log_renamed.cache_clear()
     return tmp_path
 
 
-@pytest.mark.parametrize("given", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("sources", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("named", [False, True], ids=["hydra-llm.toml", "--config"])
 def test_the_strongest_source_wins(
-    given: tuple[str, ...], named: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, ...], named: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = here / ("own.toml" if named else "hydra-llm.toml")
-    file.write_text("samples = 5\nretries = 9" if "file" in given else "retries = 9")
-    if "environment" in given:
+    file = folder / ("own.toml" if named else "hydra-llm.toml")
+    file.write_text("samples = 5\nretries = 9" if "file" in sources else "retries = 9")
+    if "environment" in sources:
         monkeypatch.setenv("HYDRA_SAMPLES", "6")
-    preset = "paper" if "preset" in given else "default"
-    flags = {"samples": "7" if "flag" in given else None}
+    preset = "paper" if "preset" in sources else "default"
+    flags = {"samples": "7" if "flag" in sources else None}
     learned = Settings(samples=4, k=2, head="kernel")
     fresh = load_settings(preset, file if named else None, **flags)
     over = settings_over(learned, preset, file if named else None, **flags)
-    strongest = [LAYERS[name] for name in given][-1:]
+    strongest = [LAYERS[name] for name in sources][-1:]
     assert [fresh.samples] == (strongest or [Settings().samples])
     assert [over.samples] == (strongest or [4])
     assert (fresh.retries, over.retries) == (9, 9)
     assert (fresh.head, over.head) == (
-        PAPER["head"] if "preset" in given else Settings().head,
+        PAPER["head"] if "preset" in sources else Settings().head,
         "kernel",
     )
-    assert over.k == (PAPER["k"] if "preset" in given else 2)
+    assert over.k == (PAPER["k"] if "preset" in sources else 2)
 
 
 def test_settings_read_no_environment_and_no_file(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (here / "hydra-llm.toml").write_text("k = 9\nwrong = 1")
+    (folder / "hydra-llm.toml").write_text("k = 9\nwrong = 1")
     monkeypatch.setenv("HYDRA_SAMPLES", "9")
     assert (Settings().k, Settings().samples) == (4, 8)
 
@@ -91,12 +91,12 @@ def test_a_wrong_value_is_named(name: str, value: str, message: str) -> None:
         ("frobnicate", "see docs/settings.md"),
     ],
 )
-def test_an_unknown_name_suggests_the_nearest(name: str, nearest: str, here: Path) -> None:
-    (here / "s.toml").write_text(f"{name} = 1")
+def test_an_unknown_name_suggests_the_nearest(name: str, nearest: str, folder: Path) -> None:
+    (folder / "s.toml").write_text(f"{name} = 1")
     for read in (
         lambda: load_settings(**{name: "1"}),
         lambda: Settings(**{name: "1"}),  # type: ignore[arg-type]
-        lambda: load_settings(file=here / "s.toml"),
+        lambda: load_settings(file=folder / "s.toml"),
     ):
         with pytest.raises(SettingsError) as caught:
             read()
@@ -131,15 +131,15 @@ def another(name: str) -> str | int | float:
 
 @pytest.mark.parametrize("name", GROUP_OF)
 def test_grouped_flat_and_former_names_are_one_setting(
-    name: str, here: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = another(name)
     wanted = load_settings(**{name: value})
     assert wanted != Settings()
     for spelled in {name, f"{GROUP_OF[name]}.{name}", STORED_NAMES.get(name, name)}:
         assert load_settings(**{spelled: value}) == wanted
-        (here / "s.toml").write_text(f"{spelled} = '{value}'")
-        assert load_settings(file=here / "s.toml") == wanted
+        (folder / "s.toml").write_text(f"{spelled} = '{value}'")
+        assert load_settings(file=folder / "s.toml") == wanted
         if spelled != "fit_seed":
             with monkeypatch.context() as patch:
                 patch.setenv(f"HYDRA_{spelled.replace('.', '_').upper()}", str(value))
@@ -148,20 +148,25 @@ def test_grouped_flat_and_former_names_are_one_setting(
 
 def test_stored_settings_keep_their_names() -> None:
     """Names in bundles, manifests and run logs, as written before names were grouped."""
-    found = load_settings(caution=1.5, asked_users=3).stored()
-    assert (found["caution"], found["asked_users"], found["votes"]) == (1.5, 3, True)
-    assert not set(found) & {*STORED_NAMES, *LOCAL}
-    assert Settings(**found) == Settings(abstention_threshold=1.5, labelled_users=3)
+    stored = load_settings(caution=1.5, asked_users=3).stored()
+    assert (stored["caution"], stored["asked_users"], stored["votes"]) == (1.5, 3, True)
+    assert not set(stored) & {*STORED_NAMES, *LOCAL}
+    assert Settings(**stored) == Settings(abstention_threshold=1.5, labelled_users=3)
 
 
 def test_flat_names_in_files_are_hinted_once(
-    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (here / "hydra-llm.toml").write_text("k = 2\nasked_users = 3\nretrieval.retrieved = 7")
+    (folder / "hydra-llm.toml").write_text("k = 2\nasked_users = 3\nretrieval.retrieved = 7")
     monkeypatch.setenv("HYDRA_SAMPLES", "3")
     for _ in range(2):
-        found = load_settings(caution=1)
-    assert (found.k, found.labelled_users, found.retrieved, found.samples) == (2, 3, 7, 3)
+        settings = load_settings(caution=1)
+    assert (settings.k, settings.labelled_users, settings.retrieved, settings.samples) == (
+        2,
+        3,
+        7,
+        3,
+    )
     assert [record.getMessage() for record in caplog.records] == [
         "'k' is now written 'retrieval.k'",
         "'asked_users' is now written 'training.labelled_users'",
@@ -176,14 +181,14 @@ def test_the_grouped_environment_variable_wins(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_former_names_of_the_gateways_settings_work(
-    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from hydra_llm.gateway.settings import ServeSettings, load_serve_settings
 
-    (here / "hydra-llm.toml").write_text("[serve]\ncaution = 0.5\nkeep_days = 3")
+    (folder / "hydra-llm.toml").write_text("[serve]\ncaution = 0.5\nkeep_days = 3")
     monkeypatch.setenv("HYDRA_SERVE_PATIENCE", "4")
-    found = load_serve_settings(waiting=7)
-    assert found == ServeSettings(
+    settings = load_serve_settings(waiting=7)
+    assert settings == ServeSettings(
         abstention_threshold=0.5, retention_days=3, store_timeout=4, scoring_queue=7
     )
     assert [record.getMessage() for record in caplog.records] == [
@@ -207,17 +212,17 @@ def test_an_error_in_the_environment_is_that_of_a_flag(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("content", [b"k = ", b"\xff\xfe"])
-def test_a_file_that_is_not_toml_is_named(here: Path, content: bytes) -> None:
-    (here / "hydra-llm.toml").write_bytes(content)
+def test_a_file_that_is_not_toml_is_named(folder: Path, content: bytes) -> None:
+    (folder / "hydra-llm.toml").write_bytes(content)
     with pytest.raises(SettingsError, match=r"hydra-llm\.toml: not TOML: "):
         load_settings()
     with pytest.raises(SettingsError, match=r"nowhere\.toml: no such settings file"):
         load_settings("default", Path("nowhere.toml"))
 
 
-def test_fixed_settings_of_a_bundle_stay(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_settings_of_a_bundle_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = Settings(head="kernel", max_length=32)
-    (here / "hydra-llm.toml").write_text("encoder = 'other'\nk = 1")
+    (folder / "hydra-llm.toml").write_text("encoder = 'other'\nk = 1")
     monkeypatch.setenv("HYDRA_RANK", "3")
     over = settings_over(learned, "paper", None, head="kernel", max_length="32", users=None)
     assert {name: getattr(over, name) for name in FIXED} == {

@@ -31,23 +31,28 @@ def functions(files: list[Path]) -> Iterator[tuple[str, Function]]:
 
 def parameters(function: Function) -> int:
     """How many parameters it takes, without `self` and `cls`."""
-    given = function.args
-    named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    return len([each for each in named if each.arg not in ("self", "cls")])
+    arguments = function.args
+    names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return len([argument for argument in names if argument.arg not in ("self", "cls")])
 
 
 def test_test_names_are_short() -> None:
     tests = functions(sorted((ROOT / "tests").rglob("test_*.py")))
-    long = [at for at, each in tests if each.name.startswith("test_") and len(each.name) > MAX_NAME]
+    long = [
+        at
+        for at, function in tests
+        if function.name.startswith("test_") and len(function.name) > MAX_NAME
+    ]
     assert not long
 
 
 def test_functions_outside_the_cli_are_short() -> None:
     long = [
         f"{at}: {length} lines"
-        for at, each in functions(source_files())
+        for at, function in functions(source_files())
         if "/cli/" not in at
-        and (length := (each.end_lineno or each.lineno) - each.lineno + 1) > MAX_FUNCTION
+        and (length := (function.end_lineno or function.lineno) - function.lineno + 1)
+        > MAX_FUNCTION
     ]
     assert not long
 
@@ -59,8 +64,8 @@ def test_the_source_does_not_grow() -> None:
 def test_functions_outside_the_cli_take_few_parameters() -> None:
     many = [
         f"{at}: {count} parameters"
-        for at, each in functions(source_files())
-        if "/cli/" not in at and (count := parameters(each)) > MAX_PARAMETERS
+        for at, function in functions(source_files())
+        if "/cli/" not in at and (count := parameters(function)) > MAX_PARAMETERS
     ]
     assert not many
 
@@ -68,11 +73,11 @@ def test_functions_outside_the_cli_take_few_parameters() -> None:
 def test_no_file_refers_to_a_document_outside() -> None:
     """The design and style notes of the developers are not part of the repository."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    found = []
+    references = []
     for name in listed.stdout.split("\0"):
         file = ROOT / name
         if name == Path(__file__).relative_to(ROOT).as_posix() or file.suffix in (".gz", ".png"):
             continue
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        found += [f"{name}: {match[0]}" for match in re.finditer(r"\b(DESIGN|STYLE)\b", text)]
-    assert not found
+        references += [f"{name}: {match[0]}" for match in re.finditer(r"\b(DESIGN|STYLE)\b", text)]
+    assert not references

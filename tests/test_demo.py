@@ -17,7 +17,7 @@ SMALL = {"TRAINING_USERS": 6, "NEW_USERS": 2, "QUERIES": 1}
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def llm_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What reached the engine."""
     calls: list[Any] = []
     real = GgufLLM.generate
@@ -44,19 +44,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.llm
 @pytest.mark.slow
-def test_it_needs_no_network_and_a_repeat_asks_nothing(
-    asked: list[Any], refused: list[Any], capsys: pytest.CaptureFixture[str]
+def test_the_demo_is_offline_and_a_repeat_makes_no_llm_call(
+    llm_calls: list[Any], refused: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def shown(*arguments: str) -> str:
+    def output_of(*arguments: str) -> str:
         assert run(["demo", "--users", "2", "--seed", "3", *arguments]) == 0
         return capsys.readouterr().out
 
-    table = shown()
-    assert asked
+    table = output_of()
+    assert llm_calls
     assert not refused
-    asked.clear()
-    again = json.loads(shown("--json"))
-    assert not asked
+    llm_calls.clear()
+    again = json.loads(output_of("--json"))
+    assert not llm_calls
 
     assert [row["method"] for row in again["rows"]] == list(DEMO)
     assert len(DEMO) == 8

@@ -91,7 +91,7 @@ def world(task: Task, seed: int = 0) -> World:
     for number, user in enumerate(users):
         labels = list(task.labels[-4:])
         dice.shuffle(labels)
-        if user == f"new{NEW - 1}":  # so that nobody's neighbour thinks alike
+        if user == f"new{NEW - 1}":  # so that no neighbour has the same taste
             labels = labels[1:] + labels[:1]
         taste = dict(zip(TOPICS, labels, strict=True))
         for i in range(RECORDS + QUERIES):
@@ -110,19 +110,19 @@ def world(task: Task, seed: int = 0) -> World:
 
 
 def crowd_pleaser(task: Task) -> RuleLLM:
-    """An LLM that knows what most people would say, which here is nobody's taste, and now and then
+    """An LLM that gives the answer of most people, which is no single user's taste, and at times
     repeats an example.
     """
 
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        said = [
+        spoken = [
             label
             for message in messages[:-1]
             for label in [message["content"].strip()]
             if label in task.labels
         ]
-        if said and rng.random() < 0.5:
-            return f"I would say {rng.choice(said)}."
+        if spoken and rng.random() < 0.5:
+            return f"I would say {rng.choice(spoken)}."
         return rng.choice(task.labels[:2])
 
     return RuleLLM(rule)
@@ -147,22 +147,22 @@ def answers_of(personalizer: UserPipeline, queries: Sequence[Query]) -> list[str
 def test_new_users_tastes_are_recovered_but_shuffled_ones_not(
     task: Task, head: str, tmp_path: Path
 ) -> None:
-    here, llm, folder = world(task), crowd_pleaser(task), tmp_path / "bundle"
+    simulated, llm, folder = world(task), crowd_pleaser(task), tmp_path / "bundle"
     settings = Settings(
         samples=3, retrieved=4, k=2, queries_per_user=2, width=64, head=head, max_length=32
     )  # type: ignore[arg-type]
-    learned = learn(here.data, llm, settings, out=folder)
+    learned = learn(simulated.data, llm, settings, out=folder)
     assert learned.failures == []
-    assert set(learned.users) == set(here.data.users("train"))
-    fitted = fit(here.data, folder, llm)  # reads the bundle, and writes it back
-    assert set(fitted.users) == set(here.new)
+    assert set(learned.users) == set(simulated.data.users("train"))
+    fitted = fit(simulated.data, folder, llm)  # reads the bundle, and writes it back
+    assert set(fitted.users) == set(simulated.new)
     personalizer = Personalizer.load(str(folder), llm)
-    assert set(personalizer.records) == set(here.data.users())
+    assert set(personalizer.records) == set(simulated.data.users())
 
-    queries = list(here.queries)
+    queries = list(simulated.queries)
     hydra = gains(task, answers_of(personalizer, queries), queries)
     bundle = Bundle.load(folder)
-    others = dict(zip(here.new, here.new[1:] + here.new[:1], strict=True))
+    others = dict(zip(simulated.new, simulated.new[1:] + simulated.new[:1], strict=True))
     swapped = [replace(query, user=others[query.user], position=10**6) for query in queries]
     shuffled = gains(task, answers_of(personalizer, swapped), queries)
     controls = {}
@@ -185,23 +185,23 @@ def test_new_users_tastes_are_recovered_but_shuffled_ones_not(
         )
     shared = controls.pop("hydra-shared")  # sees the user's history as evidence, but no head
     stranger = [replace(query, user="stranger") for query in queries]
-    nobody = gains(task, answers_of(personalizer, stranger), queries)
+    unknown = gains(task, answers_of(personalizer, stranger), queries)
 
     least, margin = (
         (0.7, 0.25) if task is TAGS else (0.9, 0.1)
     )  # seeds 0 to 3 reach .80 to .97 and .95 to .97, the best control .57 and .83; mlp .67 to .93
     assert hydra > least, (hydra, controls)
-    assert hydra > max(*controls.values(), nobody, shuffled) + margin, (
+    assert hydra > max(*controls.values(), unknown, shuffled) + margin, (
         hydra,
         shuffled,
-        nobody,
+        unknown,
         controls,
     )
-    told = learned.bundle.report["adapter"]
+    report = learned.bundle.report["adapter"]
     assert (
-        told["loss_user"] < told["loss_shared"] < told["loss_uniform"]
+        report["loss_user"] < report["loss_shared"] < report["loss_uniform"]
     )  # heads add to what the history tells as evidence
-    assert min(hydra, shared) > max(nobody, shuffled), (hydra, shared)
+    assert min(hydra, shared) > max(unknown, shuffled), (hydra, shared)
     in_memory = fitted.bundle.personalizer(llm)
     assert answers_of(in_memory, queries[:6]) == answers_of(
         personalizer, queries[:6]
@@ -209,8 +209,8 @@ def test_new_users_tastes_are_recovered_but_shuffled_ones_not(
 
 
 @pytest.mark.slow
-def test_an_answer_tells_how_it_came_about() -> None:
-    here, llm = world(STARS), crowd_pleaser(STARS)
+def test_an_answer_carries_its_proposal_and_scores() -> None:
+    simulated, llm = world(STARS), crowd_pleaser(STARS)
     settings = Settings(
         samples=3,
         retrieved=4,
@@ -221,8 +221,10 @@ def test_an_answer_tells_how_it_came_about() -> None:
         max_length=32,
         rerank="always",
     )
-    bundle = fit(here.data, learn(here.data, llm, settings).bundle, llm, users=here.new[:1]).bundle
-    answer = bundle.personalizer(llm).answer(here.queries[0])
+    bundle = fit(
+        simulated.data, learn(simulated.data, llm, settings).bundle, llm, users=simulated.new[:1]
+    ).bundle
+    answer = bundle.personalizer(llm).answer(simulated.queries[0])
     assert len(answer.proposal.retrieved) == 4
     assert sorted(r.record.id for r in answer.proposal.records) == sorted(
         r.record.id for r in answer.proposal.retrieved
@@ -243,31 +245,35 @@ def test_nothing_of_a_new_user_reaches_the_base() -> None:
     """Whether they exist or not, a repeat gives the same numbers; and fitting them moves no one
     else's head.
     """
-    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    simulated, llm = world(TAGS), crowd_pleaser(TAGS)
     settings = Settings(
         samples=2, retrieved=3, k=1, queries_per_user=1, epochs=1, width=16, max_length=32, users=4
     )
     without = DataSet.from_records(
         TAGS,
-        dict.fromkeys(here.data.users("train"), "train"),
-        [record for user in here.data.users("train") for record in here.data.history(user)],
+        dict.fromkeys(simulated.data.users("train"), "train"),
+        [
+            record
+            for user in simulated.data.users("train")
+            for record in simulated.data.history(user)
+        ],
         [],
     )
-    one, other = learn(here.data, llm, settings).bundle, learn(without, llm, settings).bundle
+    one, other = learn(simulated.data, llm, settings).bundle, learn(without, llm, settings).bundle
     before = {}
     for name in ("reranker", "adapter"):
-        mine, theirs = getattr(one, name), getattr(other, name)
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
+        scorer, reference = getattr(one, name), getattr(other, name)
+        assert (scorer is None) == (reference is None)
+        if scorer is not None:
             assert all(
-                (value == theirs.tensors()[key]).all() for key, value in mine.tensors().items()
+                (value == reference.tensors()[key]).all() for key, value in scorer.tensors().items()
             )
-            before[name] = {key: value.clone() for key, value in mine.tensors().items()}
+            before[name] = {key: value.clone() for key, value in scorer.tensors().items()}
     assert "adapter" in before
     heads = {name: dict(own) for name, own in one.heads.items()}
     records = dict(one.records)
-    fitted = fit(here.data, one, llm).bundle
-    assert set(fitted.heads["adapter"]) == set(here.data.users("test")) | set(heads["adapter"])
+    fitted = fit(simulated.data, one, llm).bundle
+    assert set(fitted.heads["adapter"]) == set(simulated.data.users("test")) | set(heads["adapter"])
     for name, tensors in before.items():
         after = getattr(fitted, name).tensors()
         assert all((after[key] == value).all() for key, value in tensors.items())
@@ -283,13 +289,13 @@ def test_neither_query_nor_head_sees_what_came_later(head: str) -> None:
     """Later records are other records with other answers: the answer to an earlier query stays, and
     that to a later one does not.
     """
-    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    simulated, llm = world(TAGS), crowd_pleaser(TAGS)
     settings = Settings(
         samples=3, retrieved=4, k=2, queries_per_user=2, head=head, width=16, max_length=32, users=6
     )  # type: ignore[arg-type]
-    learned = learn(here.data, llm, settings).bundle
-    user, cut = here.new[0], RECORDS // 2
-    history = here.data.history(user)
+    learned = learn(simulated.data, llm, settings).bundle
+    user, cut = simulated.new[0], RECORDS // 2
+    history = simulated.data.history(user)
     flipped = dict(zip(TAGS.labels, TAGS.labels[1:] + TAGS.labels[:1], strict=True))
     other = [
         *history[:cut],
@@ -303,26 +309,26 @@ def test_neither_query_nor_head_sees_what_came_later(head: str) -> None:
         history[cut].time,
         position=history[cut].position,
     )
-    late = here.data.queries(user)[0]
-    found = []
+    late = simulated.data.queries(user)[0]
+    results = []
     for records in (history, other):
         data = DataSet.from_records(TAGS, {user: "test"}, records, [early, late])
         bundle = fit(
             data, replace(learned, records=dict(learned.records)), llm, users=[user]
         ).bundle
         answers = [bundle.personalizer(llm).answer(query) for query in (early, late)]
-        told = [" ".join(answer.proposal.notes) for answer in answers]
-        assert "the shared head answers" in told[0]
-        assert "the shared head answers" not in told[1]
-        found.append(
+        notes = [" ".join(answer.proposal.notes) for answer in answers]
+        assert "the shared head answers" in notes[0]
+        assert "the shared head answers" not in notes[1]
+        results.append(
             [
                 [c.probability for c in answer.candidates]
                 + [r.usefulness for r in answer.proposal.records]
                 for answer in answers
             ]
         )
-    assert found[0][0] == found[1][0]
-    assert found[0][1] != found[1][1]
+    assert results[0][0] == results[1][0]
+    assert results[0][1] != results[1][1]
 
 
 @pytest.mark.slow
@@ -336,7 +342,7 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
     assert spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
-    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    simulated, llm = world(TAGS), crowd_pleaser(TAGS)
     seen: dict[str, dict[tuple[str, str, bool], LabelledGroup]] = {}
     real = training.training_set
 
@@ -357,7 +363,7 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
         update={"encoder": encoder, "features": "cross", "tune_encoder": True, "lr": 0.01}
     )
     before = open_encoder(encoder, max_length=16).digest
-    bundle = learn(here.data, llm, tuned).bundle
+    bundle = learn(simulated.data, llm, tuned).bundle
     assert bundle.store.encoder.digest != before
     assert bundle.population == fit_stats(
         TAGS, bundle.store, [bundle.records[user] for user in bundle.trained_on]
@@ -385,16 +391,18 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
 
 @pytest.mark.slow
 def test_fitting_does_not_change_what_learning_fixed() -> None:
-    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    simulated, llm = world(TAGS), crowd_pleaser(TAGS)
     bundle = learn(
-        here.data,
+        simulated.data,
         llm,
         Settings(samples=2, retrieved=3, k=1, queries_per_user=1, users=4, max_length=32),
     ).bundle
     with pytest.raises(SettingsError, match=r"setting 'head': was fixed to 'linear'"):
-        fit(here.data, bundle, llm, settings=Settings(head="kernel", users=4, max_length=32))
-    assert fit(here.data, bundle, llm, users=[]).users == ()  # no user is not every user
-    fitted = fit(here.data, bundle, llm, users=here.new[:1], settings=bundle.settings_with(k=2))
+        fit(simulated.data, bundle, llm, settings=Settings(head="kernel", users=4, max_length=32))
+    assert fit(simulated.data, bundle, llm, users=[]).users == ()  # no user is not every user
+    fitted = fit(
+        simulated.data, bundle, llm, users=simulated.new[:1], settings=bundle.settings_with(k=2)
+    )
     assert (fitted.bundle.settings.k, bundle.settings.k) == (2, 1)
 
 
@@ -403,18 +411,18 @@ def test_histories_teach_new_users_without_calls() -> None:
     """Tasks with labels need the LLM for neither head; a reranker that was worth less on held-out
     users is learned, kept, and not used.
     """
-    here, llm = world(TAGS), crowd_pleaser(TAGS)
+    simulated, llm = world(TAGS), crowd_pleaser(TAGS)
     learned = learn(
-        here.data,
+        simulated.data,
         llm,
         Settings(samples=2, retrieved=4, k=2, queries_per_user=1, users=6, max_length=32),
     )
-    asked = len(llm.calls)
-    bundle = fit(here.data, learned.bundle, llm).bundle
-    assert len(llm.calls) == asked
+    calls = len(llm.calls)
+    bundle = fit(simulated.data, learned.bundle, llm).bundle
+    assert len(llm.calls) == calls
     assert bundle.reranker is not None
-    told = bundle.report["reranker"]
-    assert 0 <= told["gain_first"] <= told["gain_best"] <= 1
+    report = bundle.report["reranker"]
+    assert 0 <= report["gain_first"] <= report["gain_best"] <= 1
     cases = (
         (0.6, 0.5, True),
         (0.5, 0.5, True),

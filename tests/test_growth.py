@@ -25,33 +25,33 @@ def repeats(
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5, 2.0])
 def test_exact_law_gives_its_three_numbers_back(exponent: float) -> None:
-    found = law.growth(SIZES, repeats(0.3, 0.02, exponent, noise=0.0))
-    assert found.exponent == found.low == found.high == pytest.approx(exponent)
-    assert found.constant == pytest.approx(0.3, rel=1e-6)
-    assert found.factor == pytest.approx(0.02, rel=1e-6)
-    assert found.at(40) == pytest.approx(0.3 + 0.02 * 40**exponent)
+    fit = law.growth(SIZES, repeats(0.3, 0.02, exponent, noise=0.0))
+    assert fit.exponent == fit.low == fit.high == pytest.approx(exponent)
+    assert fit.constant == pytest.approx(0.3, rel=1e-6)
+    assert fit.factor == pytest.approx(0.02, rel=1e-6)
+    assert fit.at(40) == pytest.approx(0.3 + 0.02 * 40**exponent)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
 def test_noisy_power_gives_its_exponent_within_its_interval(exponent: float, seed: int) -> None:
-    found = law.growth(SIZES, repeats(0.0, 0.01, exponent, 0.03, seed))
-    assert found.exponent == pytest.approx(exponent, abs=0.2)
-    assert found.low - 0.05 <= exponent <= found.high + 0.05
-    assert found.low <= found.exponent <= found.high
+    fit = law.growth(SIZES, repeats(0.0, 0.01, exponent, 0.03, seed))
+    assert fit.exponent == pytest.approx(exponent, abs=0.2)
+    assert fit.low - 0.05 <= exponent <= fit.high + 0.05
+    assert fit.low <= fit.exponent <= fit.high
 
 
 def test_fixed_cost_does_not_hide_a_linear_law() -> None:
-    found = law.growth(SIZES, repeats(1.0, 0.02, 1.0, 0.01))
-    assert found.exponent == pytest.approx(1.0, abs=0.15)
-    assert found.constant == pytest.approx(1.0, rel=0.1)
+    fit = law.growth(SIZES, repeats(1.0, 0.02, 1.0, 0.01))
+    assert fit.exponent == pytest.approx(1.0, abs=0.15)
+    assert fit.constant == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_constant_with_noise_gives_0(seed: int) -> None:
-    found = law.growth(SIZES, repeats(0.5, 0.0, 1.0, 0.05, seed))
-    assert (found.exponent, found.factor) == (0.0, 0.0)
-    assert found.constant == pytest.approx(0.5, rel=0.05)
+    fit = law.growth(SIZES, repeats(0.5, 0.0, 1.0, 0.05, seed))
+    assert (fit.exponent, fit.factor) == (0.0, 0.0)
+    assert fit.constant == pytest.approx(0.5, rel=0.05)
 
 
 def test_falling_values_are_no_growth() -> None:

@@ -233,7 +233,7 @@ def test_written_times(text: str, first: float, end: float) -> None:
         "31.01.2020",
     ],
 )
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_an_invalid_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="."):
         parse_time(text)
 

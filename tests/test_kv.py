@@ -89,7 +89,7 @@ def test_what_is_deleted_is_in_no_file(tmp_path: Path) -> None:
     with file.deleting() as database:
         database.execute("DELETE FROM t WHERE key = 'a'")
     assert file.read("SELECT value FROM t") == [("a film",)]
-    assert not any(b"a secret" in each.read_bytes() for each in tmp_path.iterdir())
+    assert not any(b"a secret" in path.read_bytes() for path in tmp_path.iterdir())
     file.connection.execute("PRAGMA query_only = ON")
     with pytest.raises(UserFault, match="could not be deleted"), file.deleting() as database:
         database.execute("DELETE FROM t")

@@ -44,19 +44,19 @@ class Temperatures:
         options = asdict(sampling)
         self.asked.append(options)
         self.messages = messages
-        said = self.greedy if options["temperature"] == 0 else self.sampled
+        reply = self.greedy if options["temperature"] == 0 else self.sampled
         await anyio.sleep(0.01 if options["temperature"] == 0 else 0)  # the samples come first
-        if isinstance(said, LLMError):
-            raise said
-        texts = (said,) * options["n"] if isinstance(said, str) else tuple(said)
+        if isinstance(reply, LLMError):
+            raise reply
+        texts = (reply,) * options["n"] if isinstance(reply, str) else tuple(reply)
         return Generation(texts, Usage(calls=1, prompt_tokens=10, completion_tokens=options["n"]))
 
     async def aclose(self) -> None: ...
 
 
 def door(llm: Any, task: Task = TAGS, **chosen: Any) -> UserPipeline:
-    given = {"samples": 4, "k": 2, "retrieved": 3, "candidates": "sampled", **chosen}
-    return UserPipeline(task, BM25(), Settings(**given), llm=llm, records=RECORDS)
+    options = {"samples": 4, "k": 2, "retrieved": 3, "candidates": "sampled", **chosen}
+    return UserPipeline(task, BM25(), Settings(**options), llm=llm, records=RECORDS)
 
 
 # ---- candidates
@@ -192,7 +192,7 @@ def test_all_failing_or_going_on_in_vain_is_an_error(
     assert caught.type is expected
 
 
-def test_every_second_call_failing_is_told_in_each_proposal() -> None:
+def test_every_second_call_failing_is_noted_in_each_proposal() -> None:
     llm = FailingLLM(RuleLLM(lambda *_: "odd"), every=2)
     for _ in range(3):
         proposal = door(llm).propose(Query("u", "q", "rain"))
@@ -216,7 +216,7 @@ class Window:
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         temperature, n = sampling.temperature, sampling.n
-        text = shown(messages)
+        text = text_of(messages)
         self.asked.append((temperature, text))
         if len(text) > (size := self.sampled_size if temperature else self.size):
             raise LLMRefused("too long", fits=self.fits or size / len(text))
@@ -233,9 +233,9 @@ def test_a_prompt_too_long_for_the_llm_is_cut_and_noted_once(fits: float | None)
     llm = Window(800, fits)
     proposal = door(llm).propose(LONG)
     assert [c.answer for c in proposal.candidates] == ["odd"]
-    assert 400 < len(shown(proposal.messages)) <= 800
+    assert 400 < len(text_of(proposal.messages)) <= 800
     assert {text for _, text in llm.asked[-2:]} == {
-        shown(proposal.messages)
+        text_of(proposal.messages)
     }  # greedy and sampled ones
     assert sum("cut again" in note for note in proposal.notes) == 1
     assert sum("text of query 'q'" in note for note in proposal.notes) == 1
@@ -245,7 +245,7 @@ def test_a_prompt_too_long_for_the_llm_is_cut_and_noted_once(fits: float | None)
 def test_greedy_answer_and_samples_always_share_a_prompt() -> None:
     llm = Window(5000, sampled_size=1000)
     proposal = door(llm).propose(LONG)
-    assert {text for _, text in llm.asked[-2:]} == {shown(proposal.messages)}
+    assert {text for _, text in llm.asked[-2:]} == {text_of(proposal.messages)}
     assert proposal.candidates[0].votes == 4
     assert proposal.usage.prompt_tokens == sum(
         len(text) for temperature, text in llm.asked if len(text) <= (1000 if temperature else 5000)
@@ -271,7 +271,7 @@ def test_one_prompt_that_is_too_long_does_not_stop_the_others() -> None:
 # ---- what the LLM sees
 
 
-def shown(proposal_messages: Sequence[Message]) -> str:
+def text_of(proposal_messages: Sequence[Message]) -> str:
     return "\n".join(message["content"] for message in proposal_messages)
 
 
@@ -291,7 +291,7 @@ def test_the_prompt_holds_only_what_came_before_the_query(
         records={"u": records, "v": RECORDS["u"]},
     )
     proposal = asker.propose(Query("u", "q", "rain", position=position))
-    text = shown(proposal.messages)
+    text = text_of(proposal.messages)
     assert {i for i in range(8) if f"thing{i}x" in text} == set(range(position))
     assert {int(item.record.id) for item in proposal.retrieved} == set(range(position))
     assert "rain 0" not in text  # another user's
@@ -300,10 +300,10 @@ def test_the_prompt_holds_only_what_came_before_the_query(
 def test_only_the_first_k_stand_in_the_prompt() -> None:
     proposal = door(RuleLLM(lambda *_: "odd"), k=1, retrieved=3).propose(Query("u", "q", "rain 3"))
     assert len(proposal.retrieved) == len(proposal.records) == 3
-    assert "rain 3" in shown(proposal.messages)
+    assert "rain 3" in text_of(proposal.messages)
     assert (
         sum(
-            f"rain {i}" in shown(proposal.messages[:-1]) + shown(proposal.messages)
+            f"rain {i}" in text_of(proposal.messages[:-1]) + text_of(proposal.messages)
             for i in (0, 1, 2, 4, 5)
         )
         == 0
@@ -349,7 +349,7 @@ async def test_the_sync_door_opens_inside_a_running_loop() -> None:
         door(Temperatures(LLMError("HTTP 500"), LLMError("HTTP 500"))).answer("rain", user="u")
 
 
-def test_deciding_asks_nobody_again() -> None:
+def test_deciding_makes_no_llm_call() -> None:
     llm = RuleLLM(lambda *_: "odd")
     asker = door(llm)
     proposal = asker.propose(Query("u", "q", "rain"))
@@ -371,5 +371,5 @@ def test_odd_texts_are_asked_and_answered(text: str) -> None:
 
     proposal = door(RuleLLM(rule), max_prompt_tokens=256).propose(Query("u", "q", text))
     assert proposal.candidates[0].answer == "odd"
-    assert "\0" not in shown(proposal.messages)
+    assert "\0" not in text_of(proposal.messages)
     assert bool(proposal.notes) == (len(text) > 1000)

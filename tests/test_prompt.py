@@ -152,7 +152,7 @@ def test_then_the_end_of_the_querys_text() -> None:
     ]
 
 
-def test_an_instruction_without_room_is_told() -> None:
+def test_an_instruction_without_room_is_noted() -> None:
     with pytest.raises(
         SettingsError, match="10 tokens has no room for the instruction of task 'films'"
     ):
@@ -171,21 +171,21 @@ def test_an_instruction_without_room_is_told() -> None:
     st.integers(30, 400),
     st.sampled_from([words, estimate, len]),
 )
-def test_the_budget_holds_and_every_cut_is_told_once(
-    style: str, shown: Sequence[tuple[str, str]], text: str, room: int, count: Count
+def test_the_budget_holds_and_every_cut_is_noted_once(
+    style: str, pairs: Sequence[tuple[str, str]], text: str, room: int, count: Count
 ) -> None:
     assume(count(RATING.ask("…")) + PER_MESSAGE <= room)
-    records = [record(n, *pair) for n, pair in enumerate(shown)]
+    records = [record(n, *pair) for n, pair in enumerate(pairs)]
     prompt = render(RATING, ask(text), records, max_tokens=room, count=count, style=style)
     assert sum(count(message["content"]) + PER_MESSAGE for message in prompt.messages) <= room
     assert prompt.kept == tuple(records[: len(prompt.kept)])
     assert prompt.messages[-1]["role"] == "user"
     whole = prompt.messages[-1]["content"].endswith(RATING.ask(text.replace("\0", " ")))
-    told = [note.split(" cut ")[0].split(" to stay")[0] for note in prompt.notes]
-    assert ("prompt: the text of query 'q7'" in told) != whole
+    notes = [note.split(" cut ")[0].split(" to stay")[0] for note in prompt.notes]
+    assert ("prompt: the text of query 'q7'" in notes) != whole
     missing = len(records) - len(prompt.kept)
-    assert (f"prompt: {missing} of {len(records)} records left out" in told) == (missing > 0)
-    assert len(set(told)) == len(told) <= 2 + (len(prompt.kept) == 1)
+    assert (f"prompt: {missing} of {len(records)} records left out" in notes) == (missing > 0)
+    assert len(set(notes)) == len(notes) <= 2 + (len(prompt.kept) == 1)
     assert all(len(note.splitlines()) == 1 for note in prompt.notes)
 
 

@@ -132,12 +132,12 @@ def test_python_block(code: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_gateways_blocks(folder: Path) -> None:
     """Start, curl, SDK, feedback, deletion."""
-    found = [
+    snippets = [
         (block["kind"], block["code"])
         for block in BLOCK.finditer(TEXT)
         if block["before"] == GATEWAY
     ]
-    assert {kind for kind, _ in found} == {"bash", "python"}
+    assert {kind for kind, _ in snippets} == {"bash", "python"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -154,9 +154,9 @@ def test_the_gateways_blocks(folder: Path) -> None:
     server = subprocess.Popen([*serve, "--port", port], cwd=folder)
     try:
         _wait_for(int(port), server)
-        for kind, code in found:
-            here = code.replace("8000", port).replace("gpt-4o-mini", "fake:echo")
-            command = ["bash", "-euc", here] if kind == "bash" else [sys.executable, "-c", here]
+        for kind, code in snippets:
+            script = code.replace("8000", port).replace("gpt-4o-mini", "fake:echo")
+            command = ["bash", "-euc", script] if kind == "bash" else [sys.executable, "-c", script]
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, timeout=FOREVER
             )

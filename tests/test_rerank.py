@@ -28,7 +28,7 @@ RETRIEVED = [Ranked(PAST[2], 3.0, 0), Ranked(PAST[0], 2.0, 1), Ranked(PAST[1], 1
 
 
 class Seen:
-    """Texts and pairs as vectors of their words; remembers what it was asked."""
+    """Texts and pairs as vectors of their words; remembers what it has encoded."""
 
     version = 0
 
@@ -80,9 +80,9 @@ def order(
 
 
 def test_equal_scores_keep_the_retrievers_order() -> None:
-    found = order(reranker())
-    assert [item.record for item in found] == [item.record for item in RETRIEVED]
-    assert [item.usefulness for item in found] == [0.0] * 3
+    ranked = order(reranker())
+    assert [item.record for item in ranked] == [item.record for item in RETRIEVED]
+    assert [item.usefulness for item in ranked] == [0.0] * 3
     assert order(KeepOrder()) == RETRIEVED
 
 
@@ -94,11 +94,11 @@ def test_equal_scores_keep_the_retrievers_order() -> None:
 def test_records_stand_in_the_order_of_their_scores(
     task: Task, column: str, weight: float, expected: str
 ) -> None:
-    found = order(reranker(task, {column: weight}))
-    assert "".join(item.record.id for item in found) == expected
-    scores = [item.usefulness or 0.0 for item in found]
+    ranked = order(reranker(task, {column: weight}))
+    assert "".join(item.record.id for item in ranked) == expected
+    scores = [item.usefulness or 0.0 for item in ranked]
     assert scores == sorted(scores, reverse=True)
-    assert {(item.record.id, item.score, item.rank) for item in found} == {
+    assert {(item.record.id, item.score, item.rank) for item in ranked} == {
         (item.record.id, item.score, item.rank) for item in RETRIEVED
     }
 
@@ -117,9 +117,9 @@ def test_the_records_answer_is_read_where_it_should_be(with_answer: bool, cross:
     assert texts == (
         [f"{r.input} → {r.output}" for r in PAST] if with_answer else [r.input for r in PAST]
     )
-    asked = chooser.featurizer.store.asked  # type: ignore[attr-defined]
-    assert all((f"{QUERY.input} | {text}" if cross else text) in asked for text in texts)
-    assert with_answer or not any("→" in text for text in asked)
+    encoded = chooser.featurizer.store.asked  # type: ignore[attr-defined]
+    assert all((f"{QUERY.input} | {text}" if cross else text) in encoded for text in texts)
+    assert with_answer or not any("→" in text for text in encoded)
 
 
 def test_no_records_no_order() -> None:

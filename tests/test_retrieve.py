@@ -36,8 +36,8 @@ def ask(text: str, user: str = "u") -> Query:
     return Query(user, "q", text)
 
 
-def ids(found: Sequence[Ranked]) -> list[str]:
-    return [item.record.id for item in found]
+def ids(ranked: Sequence[Ranked]) -> list[str]:
+    return [item.record.id for item in ranked]
 
 
 def lengths(texts: Sequence[str]) -> np.ndarray:
@@ -77,27 +77,29 @@ def okapi(corpus: list[list[str]], query: list[str]) -> np.ndarray:
 )
 def test_bm25_is_okapi(texts: list[str], query: str) -> None:
     records = history(*texts)
-    found = BM25().retrieve(ask(query), records, len(records))
+    ranked = BM25().retrieve(ask(query), records, len(records))
     expected = okapi([text.split() for text in texts], query.split())
-    assert sorted(ids(found)) == sorted(record.id for record in records)
-    assert [item.score for item in found] == pytest.approx(
-        [expected[item.record.position] for item in found], abs=1e-9
+    assert sorted(ids(ranked)) == sorted(record.id for record in records)
+    assert [item.score for item in ranked] == pytest.approx(
+        [expected[item.record.position] for item in ranked], abs=1e-9
     )
-    assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
+    assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
 
 
 def test_a_word_that_most_records_hold_still_counts_a_little() -> None:
     """rank_bm25's floor: without it, a query of common words would find nothing."""
     texts = ["film one", "film two", "film three", "four five"]
-    found = BM25().retrieve(ask("film"), history(*texts), 4)
-    assert found[-1].record.id == "r3"
-    assert found[0].score > found[-1].score == 0
+    ranked = BM25().retrieve(ask("film"), history(*texts), 4)
+    assert ranked[-1].record.id == "r3"
+    assert ranked[0].score > ranked[-1].score == 0
 
 
 def test_words_are_split_at_blanks_and_keep_case_as_in_lamp() -> None:
-    found = BM25().retrieve(ask("Cat"), history("cat dog bird", "the Cat, slept", "a Cat slept"), 3)
-    assert ids(found)[0] == "r2"
-    assert [item.score > 0 for item in found] == [True, False, False]
+    ranked = BM25().retrieve(
+        ask("Cat"), history("cat dog bird", "the Cat, slept", "a Cat slept"), 3
+    )
+    assert ids(ranked)[0] == "r2"
+    assert [item.score > 0 for item in ranked] == [True, False, False]
 
 
 def test_trap_k_beyond_the_corpus() -> None:
@@ -115,9 +117,9 @@ def test_trap_k_beyond_the_corpus() -> None:
 )
 def test_trap_a_corpus_without_words(texts: tuple[str, ...]) -> None:
     for query in ("the", "cat", "", " ", "\0", "🙂"):
-        found = BM25().retrieve(ask(query), history(*texts), 2)
-        assert len(found) == min(2, len(texts))
-        assert all(math.isfinite(item.score) for item in found)
+        ranked = BM25().retrieve(ask(query), history(*texts), 2)
+        assert len(ranked) == min(2, len(texts))
+        assert all(math.isfinite(item.score) for item in ranked)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -137,7 +139,7 @@ def test_trap_equal_scores_come_latest_first() -> None:
     assert ids(BM25().retrieve(ask("unknown"), records, 3)) == ["r4", "r3", "r2"]
 
 
-def test_trap_records_that_are_added_or_edited_are_found() -> None:
+def test_trap_added_or_edited_records_are_retrieved() -> None:
     retriever, records = BM25(), history("cat sat", "dog ran", "a mat")
     assert retriever.retrieve(ask("bird"), records, 1)[0].score == 0
     added = [*records, Record("u", "new", "bird sang", "", position=3)]
@@ -152,11 +154,11 @@ def test_trap_records_that_are_added_or_edited_are_found() -> None:
 def test_an_earlier_time_slice_is_scored_without_later_records(
     texts: list[str], query: str, data: st.DataObject
 ) -> None:
-    records, kept = history(*texts), BM25()
-    kept.retrieve(ask(query), records, 5)  # the whole history's index is there already
+    records, retriever = history(*texts), BM25()
+    retriever.retrieve(ask(query), records, 5)  # the whole history's index is there already
     now = Query("u", "q", query, position=data.draw(st.integers(0, len(texts))))
     visible = before(records, now)
-    assert kept.retrieve(now, visible, 5) == BM25().retrieve(
+    assert retriever.retrieve(now, visible, 5) == BM25().retrieve(
         now, history(*texts[: now.position]), 5
     )
 
@@ -165,9 +167,9 @@ def test_an_index_is_built_once_for_the_same_records(monkeypatch: pytest.MonkeyP
     built = []
     real = bm25s.BM25.index
 
-    def index(self: bm25s.BM25, tokens: object, **given: object) -> object:
+    def index(self: bm25s.BM25, tokens: object, **options: object) -> object:
         built.append(tokens)
-        return real(self, tokens, **given)
+        return real(self, tokens, **options)
 
     monkeypatch.setattr(bm25s.BM25, "index", index)
     retriever, records = BM25(), history("cat sat", "dog ran")
@@ -194,19 +196,19 @@ def test_dense_is_cosine_whatever_the_rows_lengths() -> None:
             lengths(texts).astype(np.float32) * np.array([[len(text)] for text in texts])
         ),
     )
-    found = scaled.retrieve(ask("a" * 12), history(*texts), 3)
-    assert ids(found) == ["r1", "r2", "r0"]
-    assert [item.score for item in found] == pytest.approx(
+    ranked = scaled.retrieve(ask("a" * 12), history(*texts), 3)
+    assert ids(ranked) == ["r1", "r2", "r0"]
+    assert [item.score for item in ranked] == pytest.approx(
         [math.cos(abs(n - 12) / 20) for n in (10, 20, 1)], abs=1e-6
     )
 
 
 def test_dense_asks_for_a_historys_vectors_once() -> None:
-    asked: list[int] = []
-    dense = make_retriever("dense", embed=lambda texts: asked.append(len(texts)) or lengths(texts))
+    counts: list[int] = []
+    dense = make_retriever("dense", embed=lambda texts: counts.append(len(texts)) or lengths(texts))
     for _ in range(3):
         dense.retrieve(ask("aa"), history("a", "b", "c"), 2)
-    assert sorted(asked) == [1, 1, 1, 3]
+    assert sorted(counts) == [1, 1, 1, 3]
 
 
 def test_dense_of_zero_vectors_falls_back_to_recency() -> None:
@@ -262,11 +264,11 @@ def test_random_is_the_same_in_another_process() -> None:
         ).stdout
         for _ in range(2)
     }
-    here = ids(make_retriever("random", seed=3).retrieve(ask(""), history(*[""] * 10), 4))
-    assert again == {f"{here}\n"}
+    expected = ids(make_retriever("random", seed=3).retrieve(ask(""), history(*[""] * 10), 4))
+    assert again == {f"{expected}\n"}
 
 
-def test_nothing_finds_nothing() -> None:
+def test_the_nothing_retriever_returns_nothing() -> None:
     assert make_retriever("nothing").retrieve(ask("cat"), history("cat"), 5) == []
 
 
@@ -284,14 +286,14 @@ def test_every_retriever_keeps_the_contract(
     name: str, texts: list[str], query: str, m: int
 ) -> None:
     retriever, records = make_retriever(name, embed=lengths), history(*texts)
-    found = retriever.retrieve(ask(query), records, m)
-    assert len(found) == (0 if name == "nothing" else max(0, min(m, len(records))))
-    assert [item.rank for item in found] == list(range(len(found)))
-    assert len(set(ids(found))) == len(found)
-    assert all(item.record in records and item.usefulness is None for item in found)
-    assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
+    ranked = retriever.retrieve(ask(query), records, m)
+    assert len(ranked) == (0 if name == "nothing" else max(0, min(m, len(records))))
+    assert [item.rank for item in ranked] == list(range(len(ranked)))
+    assert len(set(ids(ranked))) == len(ranked)
+    assert all(item.record in records and item.usefulness is None for item in ranked)
+    assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
     assert (
-        retriever.retrieve(ask(query), records[::-1], m) == found
+        retriever.retrieve(ask(query), records[::-1], m) == ranked
     )  # whatever order the records came in
 
 
@@ -316,7 +318,7 @@ def test_a_records_answer_is_matched_only_on_request() -> None:
 # ---- the door
 
 
-def test_unknown_names_and_missing_parts_are_told() -> None:
+def test_unknown_names_and_missing_parts_are_named() -> None:
     with pytest.raises(
         SettingsError,
         match="unknown retriever 'bm52': take one of bm25, dense, recent, random, nothing",
@@ -331,8 +333,8 @@ def test_unknown_names_and_missing_parts_are_told() -> None:
 class Oldest:
     """What a plug-in package would bring."""
 
-    def __init__(self, **given: object) -> None:
-        self.given = given
+    def __init__(self, **options: object) -> None:
+        self.given = options
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
         return [Ranked(record, 0.0, rank) for rank, record in enumerate(records[:m])]
@@ -341,9 +343,9 @@ class Oldest:
 def test_a_package_can_bring_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("oldest", f"{__name__}:Oldest", RETRIEVERS.group)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
-    found = make_retriever("oldest", seed=4)
-    assert found.given == {"embed": None, "seed": 4, "text": "input"}  # type: ignore[attr-defined]
-    assert ids(found.retrieve(ask("x"), history("a", "b"), 1)) == ["r0"]
+    oldest = make_retriever("oldest", seed=4)
+    assert oldest.given == {"embed": None, "seed": 4, "text": "input"}  # type: ignore[attr-defined]
+    assert ids(oldest.retrieve(ask("x"), history("a", "b"), 1)) == ["r0"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -359,15 +361,15 @@ class Broken(BM25):
         self.fault, self.calls = fault, 0
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
-        found = super().retrieve(query, records, m)
+        ranked = super().retrieve(query, records, m)
         self.calls += 1
         if self.fault == "too many":
             return super().retrieve(query, records, m + 1)
         if self.fault == "worst first":
-            return [replace(item, rank=i) for i, item in enumerate(reversed(found))]
+            return [replace(item, rank=i) for i, item in enumerate(reversed(ranked))]
         if self.fault == "another order each time":
-            return found if self.calls % 2 else found[:-1]
-        return [replace(item, score=float("nan")) for item in found]
+            return ranked if self.calls % 2 else ranked[:-1]
+        return [replace(item, score=float("nan")) for item in ranked]
 
 
 @pytest.mark.parametrize("fault", ["too many", "worst first", "another order each time", "nan"])

@@ -92,8 +92,8 @@ def test_the_pick_of_texts_has_the_least_bayes_risk(answers: list[str], weights:
     weights = [weight + 1 for weight in weights[: len(answers)]]
     share = np.array(weights) / sum(weights)
     expected = [
-        sum(p * overlap(mine, gold) for p, gold in zip(share, answers, strict=True))
-        for mine in answers
+        sum(p * overlap(answer, gold) for p, gold in zip(share, answers, strict=True))
+        for answer in answers
     ]
     pick = select(TITLES, texts(*answers), np.log(share), share, "expected-gain")
     assert expected[pick] == pytest.approx(max(expected), abs=TIE)
@@ -145,15 +145,15 @@ def seen(chooser: LearnedSelector, past: Sequence[Record] = (), user: str = "u")
 @pytest.mark.parametrize("by_label", [False, True])
 def test_scores_and_probabilities_stand_at_their_candidates(by_label: bool) -> None:
     chooser = adapter(TAGS, by_label=by_label, weights={"llm_votes": 1.0})
-    given = [
+    candidates = [
         Candidate("what?", None, 9),
         Candidate("odd", "odd", 1),
         Candidate("The tag is calm", "calm", 5),
     ]
-    scored, chosen, _ = chooser.choose(seen(chooser), given)
+    scored, chosen, _ = chooser.choose(seen(chooser), candidates)
     assert chosen == 2
     assert [(c.text, c.answer, c.votes) for c in scored] == [
-        (c.text, c.answer, c.votes) for c in given
+        (c.text, c.answer, c.votes) for c in candidates
     ]
     assert scored[0].score is None is scored[0].probability  # what cannot be read is not scored
     assert sum(c.probability or 0.0 for c in scored) == pytest.approx(1)
@@ -285,12 +285,16 @@ def test_score_uncertainty_is_that_of_posterior_head_samples() -> None:
         drawn = (
             1.5 * scorer.interaction.dot(x[None].expand(len(heads), *x.shape), heads)[:, 0].detach()
         )
-        found = scorer.covariance(groups, Head.of(scorer.head.empty(), 7))
-        assert found is not None
-        assert torch.allclose(found, torch.cov(drawn.T), atol=0.05 * float(found.diagonal().max()))
+        covariance = scorer.covariance(groups, Head.of(scorer.head.empty(), 7))
+        assert covariance is not None
+        assert torch.allclose(
+            covariance, torch.cov(drawn.T), atol=0.05 * float(covariance.diagonal().max())
+        )
         stranger = scorer.covariance(groups, None)
         assert stranger is not None
-        assert torch.allclose(stranger, found * 9 / 2, atol=1e-5), "who has no head is less certain"
+        assert torch.allclose(stranger, covariance * 9 / 2, atol=1e-5), (
+            "who has no head is less certain"
+        )
 
 
 def test_a_last_digit_is_no_lead() -> None:

@@ -65,10 +65,10 @@ def test_label_shares_are_shrunk_to_the_training_users() -> None:
                 else math.exp((cosine(QUERY.input, r.input) - 0.4) / bandwidth)
                 for r in HISTORY
             ]
-            mine = sum(
+            own_share = sum(
                 weight for weight, r in zip(weights, HISTORY, strict=True) if r.output == label
             )
-            share = (mine + PSEUDO_COUNT * prior) / (sum(weights) + PSEUDO_COUNT)
+            share = (own_share + PSEUDO_COUNT * prior) / (sum(weights) + PSEUDO_COUNT)
             assert table[row, column] == pytest.approx(math.log(share + 1e-4), abs=1e-4)
 
 
@@ -83,12 +83,12 @@ def test_without_records_shares_are_the_training_users() -> None:
 
 def test_votes_are_log_shares_and_zero_without_samples() -> None:
     own = maker(TAGS)
-    asked = [
+    candidates = [
         Candidate("odd", "odd", 3, greedy=True),
         Candidate("calm", "calm", 1),
         Candidate("loud", "loud"),
     ]
-    table = own.adapter(QUERY, asked, own.vectorize([]))
+    table = own.adapter(QUERY, candidates, own.vectorize([]))
     at = own.adapter_names.index("llm_votes")
     assert table[:, at] == pytest.approx(
         [math.log(3.5 / 5.5 * 3), math.log(1.5 / 5.5 * 3), math.log(0.5 / 5.5 * 3)]
@@ -98,8 +98,12 @@ def test_votes_are_log_shares_and_zero_without_samples() -> None:
 
 def test_ratings_have_columns_of_distance() -> None:
     own = maker(STARS, CohortStats((1 / 3, 1 / 3, 1 / 3)))
-    asked = [Candidate("1", "1", 1), Candidate("2", "2", 1), Candidate("5", "5", 2, greedy=True)]
-    table = own.adapter(QUERY, asked, own.vectorize(past(("x", "5"), ("y", "5"))))
+    candidates = [
+        Candidate("1", "1", 1),
+        Candidate("2", "2", 1),
+        Candidate("5", "5", 2, greedy=True),
+    ]
+    table = own.adapter(QUERY, candidates, own.vectorize(past(("x", "5"), ("y", "5"))))
     scale, votes = np.array([0, 0.25, 1]), np.array([0.25, 0.25, 0.5])
     assert table[:, own.adapter_names.index("llm_near")] == pytest.approx(
         -np.abs(scale - votes @ scale)
@@ -112,11 +116,11 @@ def test_ratings_have_columns_of_distance() -> None:
 
 def test_an_unparsable_candidate_gets_the_lowest_of_each_column() -> None:
     own = maker(TAGS)
-    asked = [Candidate("odd", "odd", 3), Candidate("?", None, 2)]
-    table = own.adapter(QUERY, asked, own.vectorize(HISTORY))
+    candidates = [Candidate("odd", "odd", 3), Candidate("?", None, 2)]
+    table = own.adapter(QUERY, candidates, own.vectorize(HISTORY))
     everyone = own.adapter(
         QUERY,
-        [asked[0], Candidate("calm", "calm"), Candidate("loud", "loud")],
+        [candidates[0], Candidate("calm", "calm"), Candidate("loud", "loud")],
         own.vectorize(HISTORY),
     )
     assert table[1] == pytest.approx(everyone.min(0))
@@ -124,20 +128,24 @@ def test_an_unparsable_candidate_gets_the_lowest_of_each_column() -> None:
 
 def test_texts_are_compared_with_the_users_own() -> None:
     own, history = maker(TITLES), past(("x", "a quiet night"), ("y", "the loud war film"))
-    asked = [
+    candidates = [
         Candidate("a quiet night", "a quiet night", 2, greedy=True),
         Candidate("war", "war", 1),
     ]
     table = dict(
-        zip(own.adapter_names, own.adapter(QUERY, asked, own.vectorize(history)).T, strict=True)
+        zip(
+            own.adapter_names, own.adapter(QUERY, candidates, own.vectorize(history)).T, strict=True
+        )
     )
-    near = [[cosine(c.text, r.output) for r in history] for c in asked]
+    near = [[cosine(c.text, r.output) for r in history] for c in candidates]
     usual = math.log1p(3.5)
     assert table["own_nearest"] == pytest.approx([max(row) for row in near], abs=1e-5)
     assert table["own_mean"] == pytest.approx([sum(row) / 2 for row in near], abs=1e-5)
     assert table["length_signed"] == pytest.approx([math.log1p(3) - usual, math.log1p(1) - usual])
     assert table["length"] == pytest.approx(-abs(table["length_signed"]))
-    assert table["cosine"] == pytest.approx([cosine(c.text, QUERY.input) for c in asked], abs=1e-5)
+    assert table["cosine"] == pytest.approx(
+        [cosine(c.text, QUERY.input) for c in candidates], abs=1e-5
+    )
     assert table["llm_agreement"] == pytest.approx([overlap("a quiet night", "war")] * 2)
     assert table["llm_votes"] == pytest.approx([2 / 3, 1 / 3])
     assert table["llm_greedy"].tolist() == [1, 0]
@@ -158,8 +166,8 @@ def test_records_are_compared_with_the_query() -> None:
     assert table["answer_share"][0] == table["answer_share"][1] > table["answer_share"][2]
     assert table["answer_near"][0] == 0  # the likeliest answer
     titles = maker(TITLES)
-    found = titles.reranker(QUERY, ranked, titles.vectorize(HISTORY))
-    assert found.shape == (3, len(titles.reranker_names))
+    table = titles.reranker(QUERY, ranked, titles.vectorize(HISTORY))
+    assert table.shape == (3, len(titles.reranker_names))
 
 
 @settings(max_examples=40, deadline=None)
@@ -177,8 +185,10 @@ def test_side_features_are_always_finite(
     history = past(*((text, outputs[i % len(outputs)]) for i, text in enumerate(texts)))
     history_vectors = own.vectorize(history)
     answers = task.labels[: len(votes)] or ("ab", "c", "d")[: len(votes)]
-    asked = [Candidate(answer, answer, vote) for answer, vote in zip(answers, votes, strict=False)]
-    assert np.isfinite(own.adapter(Query("u", "q", ""), asked, history_vectors)).all()
+    candidates = [
+        Candidate(answer, answer, vote) for answer, vote in zip(answers, votes, strict=False)
+    ]
+    assert np.isfinite(own.adapter(Query("u", "q", ""), candidates, history_vectors)).all()
     if history:
         ranked = [Ranked(record, score, i) for i, record in enumerate(history)]
         assert np.isfinite(own.reranker(Query("u", "q", ""), ranked, history_vectors)).all()
@@ -190,10 +200,10 @@ def test_an_unknown_label_is_named() -> None:
 
 
 def test_cohort_stats_are_the_training_users() -> None:
-    found = fit_stats(TAGS, Hashed(), [HISTORY, past(("rain", "odd"))])  # type: ignore[arg-type]
-    assert found.label_shares == pytest.approx((2 / 8, 2 / 8, 4 / 8))
+    stats = fit_stats(TAGS, Hashed(), [HISTORY, past(("rain", "odd"))])  # type: ignore[arg-type]
+    assert stats.label_shares == pytest.approx((2 / 8, 2 / 8, 4 / 8))
     nearest = [max(cosine(a.input, b.input) for b in HISTORY if b is not a) for a in HISTORY]
-    assert found.reference == pytest.approx(sum(nearest) / 4, abs=1e-5)
+    assert stats.reference == pytest.approx(sum(nearest) / 4, abs=1e-5)
     titles = fit_stats(
         TITLES, Hashed(), [past(("x", "one two three"), ("y", "one"), ("z", "a b c d e"))]
     )  # type: ignore[arg-type]

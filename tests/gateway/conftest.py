@@ -168,9 +168,9 @@ class Scripted:
         }
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        made = await self.complete(body)
+        completion = await self.complete(body)
         embedded = EmbeddedUpstream(
-            RuleLLM(lambda m, i, r: made["choices"][0]["message"]["content"], name="m")
+            RuleLLM(lambda m, i, r: completion["choices"][0]["message"]["content"], name="m")
         )
         async for piece in embedded.stream({**body, "model": "fake:m"}):
             yield piece
@@ -217,17 +217,17 @@ class World:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(f"sqlite:///{tmp_path / 'store.db'}")
-    yield made
-    made.close()
+    store = Store(f"sqlite:///{tmp_path / 'store.db'}")
+    yield store
+    store.close()
 
 
 @pytest.fixture
 def either(url: str) -> Iterator[Store]:
     """A store in SQLite, and one in PostgreSQL."""
-    made = Store(url)
-    yield made
-    made.close()
+    store = Store(url)
+    yield store
+    store.close()
 
 
 @asynccontextmanager
@@ -249,9 +249,9 @@ async def running(
         llm=RuleLLM(anything),
         on_loopback=on_loopback,
     )
-    serving = app.state.gateway.deployment
-    if warm and serving.bundle is not None:
-        serving.bundle.store.texts(
+    deployment = app.state.gateway.deployment
+    if warm and deployment.bundle is not None:
+        deployment.bundle.store.texts(
             [text for user in store.users() for text in texts_of(store.records(user)[1])]
         )
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
@@ -267,10 +267,10 @@ async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:
     ended.
     """
     out: asyncio.Queue[bytes | None] = asyncio.Queue()
-    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
     async def receive() -> Any:
-        return given.pop(0) if given else await asyncio.Event().wait()
+        return messages.pop(0) if messages else await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":

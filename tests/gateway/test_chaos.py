@@ -87,7 +87,7 @@ async def half_an_answer(out: asyncio.StreamWriter) -> None:
     out.close()
 
 
-def said(text: str, end: str | None = None) -> bytes:
+def event(text: str, end: str | None = None) -> bytes:
     """An event of a stream."""
     choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": end}
     chunk = {
@@ -101,7 +101,7 @@ def said(text: str, end: str | None = None) -> bytes:
 
 
 def framed(*pieces: bytes) -> bytes:
-    """Pieces of a body whose length nobody knows yet; an empty one ends it."""
+    """Pieces of a body of unknown length; an empty one ends it."""
     return b"".join(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in pieces)
 
 
@@ -111,7 +111,7 @@ def stream_that(*goes_on: bytes | Answer) -> Answer:
     async def answer(out: asyncio.StreamWriter) -> None:
         out.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding:"
-            b" chunked\r\n\r\n" + framed(said("half "))
+            b" chunked\r\n\r\n" + framed(event("half "))
         )
         for then in goes_on:
             await out.drain()
@@ -190,7 +190,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "the battle for the bridge"}]
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-@pytest.mark.parametrize("user", ["nobody", "ada"])
+@pytest.mark.parametrize("user", ["unknown", "ada"])
 async def test_a_broken_upstream_is_the_sdks_own_error(
     store: Store, bundles: dict[str, Path], answer: Answer, error: type[Exception], user: str
 ) -> None:
@@ -201,29 +201,29 @@ async def test_a_broken_upstream_is_the_sdks_own_error(
         running(store, bundles["tags"], candidates=2, deadline=FOREVER) as world,
     ):
         world.app.state.gateway.upstream = upstream
-        with pytest.raises(error) as found:
+        with pytest.raises(error) as raised:
             await world.sdk().chat.completions.create(model="m", messages=MESSAGES, user=user)
-        assert "secret-of-the-server" not in str(found.value)
+        assert "secret-of-the-server" not in str(raised.value)
         if error is openai.RateLimitError:
-            assert isinstance(found.value, openai.RateLimitError)
-            assert found.value.response.headers["retry-after"] == "3"
-            assert found.value.response.headers["retry-after-ms"] == "2900"
+            assert isinstance(raised.value, openai.RateLimitError)
+            assert raised.value.response.headers["retry-after"] == "3"
+            assert raised.value.response.headers["retry-after-ms"] == "2900"
 
 
 async def test_an_error_in_another_shape_goes_out_in_openais(store: Store) -> None:
-    for said in (
+    for content in (
         b'{"error": "no such model"}',
         b'{"error": ["no such model"]}',
         b'{"detail": "no such model"}',
         b'"no such model"',
     ):
-        async with upstream_of(whole(404, said)) as upstream, running(store) as world:
+        async with upstream_of(whole(404, content)) as upstream, running(store) as world:
             world.app.state.gateway.upstream = upstream
-            with pytest.raises(openai.NotFoundError, match="no such model") as found:
+            with pytest.raises(openai.NotFoundError, match="no such model") as raised:
                 await world.sdk().chat.completions.create(model="m", messages=MESSAGES)
-            assert isinstance(found.value.body, dict)
-            assert found.value.body["type"] == "not_found_error"
-            assert "no such model" in found.value.body["message"]
+            assert isinstance(raised.value.body, dict)
+            assert raised.value.body["type"] == "not_found_error"
+            assert "no such model" in raised.value.body["message"]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ async def test_one_good_candidate_is_enough(
 async def test_a_pooled_connection_closed_upstream_costs_no_answer(
     store: Store, stream: bool
 ) -> None:
-    good = stream_that(framed(said("whole", "stop"), b"")) if stream else whole(200, GOOD)
+    good = stream_that(framed(event("whole", "stop"), b"")) if stream else whole(200, GOOD)
     async with (
         upstream_of(good, hang_up, good, hang_up, hang_up, good) as upstream,
         running(store) as world,
@@ -262,11 +262,11 @@ async def test_a_pooled_connection_closed_upstream_costs_no_answer(
         world.app.state.gateway.upstream = upstream
 
         async def ask() -> None:
-            made = await world.sdk().chat.completions.create(
+            completion = await world.sdk().chat.completions.create(
                 model="m", messages=MESSAGES, stream=stream
             )
             if stream:
-                assert [chunk.choices[0].delta.content async for chunk in made] == [
+                assert [chunk.choices[0].delta.content async for chunk in completion] == [
                     "half ",
                     "whole",
                 ]
@@ -278,12 +278,12 @@ async def test_a_pooled_connection_closed_upstream_costs_no_answer(
         await ask()
 
 
-async def heard_of(client: openai.AsyncOpenAI, heard: list[str | None]) -> None:
-    """Note what a stream says, as it comes."""
+async def collect_stream(client: openai.AsyncOpenAI, texts: list[str | None]) -> None:
+    """Append each chunk's text as it arrives."""
     async for chunk in await client.chat.completions.create(
         model="m", messages=MESSAGES, stream=True, user="ada"
     ):
-        heard.append(chunk.choices[0].delta.content)
+        texts.append(chunk.choices[0].delta.content)
 
 
 @pytest.mark.parametrize(
@@ -305,24 +305,24 @@ async def heard_of(client: openai.AsyncOpenAI, heard: list[str | None]) -> None:
 async def test_half_a_stream_ends_with_an_error_that_the_sdk_raises(
     store: Store, answer: Answer, error: str
 ) -> None:
-    """It comes as the last event, within the upstream's time, and what was said until then is kept
-    for nobody's feedback.
+    """It is the last event, within the upstream's timeout, and the incomplete answer takes no
+    feedback.
     """
     store.add_records("ada", records_of("ada"))
     async with upstream_of(answer) as upstream, running(store) as world:
         world.app.state.gateway.upstream = upstream
-        heard: list[str | None] = []
+        texts: list[str | None] = []
         with pytest.raises(openai.APIError, match=error):
-            await asyncio.wait_for(heard_of(world.sdk(), heard), FOREVER)
-        assert heard == ["half "]
-        kept = store.export_user("ada")
-        assert kept is not None
-        assert kept["requests"] == []
+            await asyncio.wait_for(collect_stream(world.sdk(), texts), FOREVER)
+        assert texts == ["half "]
+        export = store.export_user("ada")
+        assert export is not None
+        assert export["requests"] == []
 
 
 @pytest.mark.parametrize(
     "ending",
-    [(said("whole", "stop"), b""), (said("whole"), b"data: [DO", b"NE]\n\n", b"")],
+    [(event("whole", "stop"), b""), (event("whole"), b"data: [DO", b"NE]\n\n", b"")],
     ids=["finish", "DONE"],
 )
 async def test_a_stream_has_ended_with_a_reason_or_a_mark(
@@ -330,17 +330,17 @@ async def test_a_stream_has_ended_with_a_reason_or_a_mark(
 ) -> None:
     async with upstream_of(stream_that(framed(*ending))) as upstream, running(store) as world:
         world.app.state.gateway.upstream = upstream
-        heard: list[str | None] = []
-        await heard_of(world.sdk(), heard)
-        assert heard == ["half ", "whole"]
+        texts: list[str | None] = []
+        await collect_stream(world.sdk(), texts)
+        assert texts == ["half ", "whole"]
 
 
 @pytest.mark.parametrize("body", [GOOD, b"garbage"])
-async def test_what_is_no_stream_is_an_error_before_one_begins(store: Store, body: bytes) -> None:
+async def test_an_upstream_reply_that_is_no_stream_is_an_error(store: Store, body: bytes) -> None:
     async with upstream_of(whole(200, body)) as upstream, running(store) as world:
         world.app.state.gateway.upstream = upstream
         with pytest.raises(openai.InternalServerError, match="something else than a stream"):
-            await heard_of(world.sdk(), [])
+            await collect_stream(world.sdk(), [])
 
 
 def test_an_endpoints_url_and_key_come_from_the_server_alone(
@@ -364,10 +364,10 @@ def postgresql() -> Iterator[tuple[Store, Path, str]]:
     programs = with_postgres.binaries()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
-    with with_postgres.server(programs) as found:
-        store = Store(found["TEST_POSTGRES_URL"])
+    with with_postgres.server(programs) as environment:
+        store = Store(environment["TEST_POSTGRES_URL"])
         store.add_records("ada", records_of("ada"))
-        yield store, programs, found["TEST_POSTGRES_DATA"]
+        yield store, programs, environment["TEST_POSTGRES_DATA"]
         store.close()
 
 
@@ -390,12 +390,12 @@ async def test_a_database_restarted_under_load_costs_no_answer(bundles: dict[str
             restarting = asyncio.create_task(
                 asyncio.to_thread(with_postgres.restart, programs, data)
             )
-            asked, added = 0, 0
-            while not restarting.done() or asked < 30:
+            requests, added = 0, 0
+            while not restarting.done() or requests < 30:
                 answer = await world.ask("the battle for the bridge")
                 assert answer.status_code == 200, answer.text
-                asked += 1
-                sent = {"records": [{"id": f"new{asked}", "input": "a", "output": "calm"}]}
+                requests += 1
+                sent = {"records": [{"id": f"new{requests}", "input": "a", "output": "calm"}]}
                 written = await world.http.post("/v1/users/ada/records", json=sent)
                 assert written.status_code in (200, 503)
                 added += written.status_code == 200
@@ -473,5 +473,7 @@ async def test_keyless_caller_only_passes_through_while_store_is_down(
 def processes_of(data: str) -> list[int]:
     """A PostgreSQL's first process and those that it has made."""
     first = (Path(data) / "postmaster.pid").read_text().split()[0]
-    made = subprocess.run(["pgrep", "-P", first], capture_output=True, check=True).stdout.split()
-    return [int(first), *map(int, made)]
+    children = subprocess.run(
+        ["pgrep", "-P", first], capture_output=True, check=True
+    ).stdout.split()
+    return [int(first), *map(int, children)]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def own_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nobody's features are in the file."""
+    """A features file of its own, empty."""
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
 
 
@@ -57,13 +57,13 @@ async def send(world: World, records: list[Record]) -> None:
     ).status_code == 200
 
 
-def kept(folder: Path) -> int:
+def feature_count(folder: Path) -> int:
     """Features in the file."""
     with sqlite3.connect(folder / "cache" / "features.sqlite") as file:
         return int(file.execute("SELECT count(*) FROM features").fetchone()[0])
 
 
-async def test_a_request_under_way_brings_nothing_back(
+async def test_a_request_in_flight_restores_no_deleted_features(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its candidates come, and are scored, after the deletion."""
@@ -89,9 +89,9 @@ async def test_a_request_under_way_brings_nothing_back(
         reply = await asking
         assert reply.status_code == 200
         assert reply.headers["x-hydra-personalized"] == "true", "it had begun before"
-        said = reply.json()["choices"][0]["message"]["content"]
-        mine = [text for text in texts_of(storms(6)) if text not in texts_of(bob)]
-        assert features.missing([*mine, "a question of the deep", said]) == len(set(mine)) + 2
+        answer = reply.json()["choices"][0]["message"]["content"]
+        texts = [text for text in texts_of(storms(6)) if text not in texts_of(bob)]
+        assert features.missing([*texts, "a question of the deep", answer]) == len(set(texts)) + 2
         assert features.missing(texts_of(bob)) == 0, "what another user has stays"
         assert set(features._passing) <= of_bob
 
@@ -106,10 +106,10 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
 ) -> None:
     records = storms(6)
     async with running(store, bundles["titles"], warm=False, candidates=2) as world:
-        serving = world.app.state.gateway.deployment
-        async with busy(serving.batcher, monkeypatch):
+        deployment = world.app.state.gateway.deployment
+        async with busy(deployment.batcher, monkeypatch):
             await send(world, records)
-            await async_until(lambda: bool(serving.batcher._later))
+            await async_until(lambda: bool(deployment.batcher._later))
             if how == "the user":
                 assert (await world.http.delete("/v1/users/ada")).status_code == 200
             elif how == "a record":
@@ -117,11 +117,11 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
             else:
                 await send(world, [Record("ada", "r0", "a calm at last", "calm")])
         await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
-        await serving.batcher.run(lambda: None)
+        await deployment.batcher.run(lambda: None)
         gone = texts_of(records if how == "the user" else records[:1])
-        assert serving.bundle.store.missing(gone) == len(gone)
+        assert deployment.bundle.store.missing(gone) == len(gone)
         if how == "the user":
-            assert kept(tmp_path) == 0
+            assert feature_count(tmp_path) == 0
 
 
 async def test_no_server_writes_features_of_a_user_deleted_on_another(
@@ -133,13 +133,13 @@ async def test_no_server_writes_features_of_a_user_deleted_on_another(
         running(store, bundles["titles"]) as world,
         running(other, bundles["titles"], warm=False) as second,
     ):
-        serving = second.app.state.gateway.deployment
-        async with busy(serving.batcher, monkeypatch):
+        deployment = second.app.state.gateway.deployment
+        async with busy(deployment.batcher, monkeypatch):
             await send(second, storms(6))
-            await async_until(lambda: bool(serving.batcher._later))
+            await async_until(lambda: bool(deployment.batcher._later))
             assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await async_until(lambda: serving.prefetcher.idle)
-        assert kept(tmp_path) == 0
+        await async_until(lambda: deployment.prefetcher.idle)
+        assert feature_count(tmp_path) == 0
     other.close()
 
 
@@ -150,16 +150,16 @@ async def test_what_changes_amid_the_warming_is_warmed_too(
         for place in range(0, 12, 2):
             await send(world, storms(12)[place : place + 2])
         await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
-        assert kept(tmp_path) == len(set(texts_of(storms(12))))
+        assert feature_count(tmp_path) == len(set(texts_of(storms(12))))
 
 
-async def test_a_deletion_tells_how_many_features_have_gone(
+async def test_a_deletion_reports_the_number_of_deleted_features(
     store: Store, bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     async with running(store, bundles["titles"], warm=False) as world:
         await send(world, storms(6))
         await async_until(lambda: world.app.state.gateway.deployment.prefetcher.idle)
-        count = kept(tmp_path)
+        count = feature_count(tmp_path)
         assert count == 18
         assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == count
     async with running(store) as world:
@@ -169,10 +169,10 @@ async def test_a_deletion_tells_how_many_features_have_gone(
 
 def in_store(file: Path, needle: bytes) -> bool:
     """Whether these bytes are in SQLite's file, or in its log."""
-    return any(needle in each.read_bytes() for each in file.parent.glob(f"{file.name}*"))
+    return any(needle in path.read_bytes() for path in file.parent.glob(f"{file.name}*"))
 
 
-async def test_a_reader_who_keeps_the_texts_in_sqlites_log_is_told_of(
+async def test_a_reader_that_blocks_sqlites_checkpoint_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(f"sqlite:///{tmp_path / 'read.db'}", timeout=1.0)

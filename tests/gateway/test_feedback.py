@@ -21,23 +21,21 @@ async def choose(world: World, request: str, index: int) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-async def test_every_choice_that_is_shown_can_be_chosen(
-    store: Store, bundles: dict[str, Path]
-) -> None:
+async def test_every_returned_choice_can_be_chosen(store: Store, bundles: dict[str, Path]) -> None:
     """Equal answers are one candidate; which of them was taken is kept as it was written."""
     store.add_records("ada", records_of("ada"))
     says = ["calm\nas ever", "loud", "calm\nat last"]
     async with running(store, bundles["titles"], candidates=3) as world:
         world.upstream.rule = lambda body, index: says[index]
         for index in range(3):
-            told = (await world.ask(QUESTION, n=3)).json()
-            shown = [choice["message"]["content"] for choice in told["choices"]]
-            assert sorted(shown) == sorted(says)
-            request = told["personalization"]["request_id"]
-            assert told["personalization"]["candidates"] == 2
+            reply = (await world.ask(QUESTION, n=3)).json()
+            texts = [choice["message"]["content"] for choice in reply["choices"]]
+            assert sorted(texts) == sorted(says)
+            request = reply["personalization"]["request_id"]
+            assert reply["personalization"]["candidates"] == 2
             status, taken = await choose(world, request, index)
             assert status == 200, taken
-            assert {r.id: r.output for r in store.records("ada")[1]}[taken["record"]] == shown[
+            assert {r.id: r.output for r in store.records("ada")[1]}[taken["record"]] == texts[
                 index
             ]
         assert (await choose(world, request, 3))[0] == 400
@@ -50,14 +48,19 @@ async def test_a_request_of_an_earlier_version_still_takes_feedback(
 ) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["titles"], candidates=3) as world:
-        kept = [
+        candidates = [
             {"said": text, "text": text, "answer": text, "votes": 1, "greedy": False, "score": 0.0}
             for text in ("calm", "loud")
         ]
         bundle = world.app.state.gateway.deployment.id
         store.add_request(
             Request(
-                "req_old", "ada", time.time(), bundle, QUESTION, {"candidates": kept, "visible": 3}
+                "req_old",
+                "ada",
+                time.time(),
+                bundle,
+                QUESTION,
+                {"candidates": candidates, "visible": 3},
             )
         )
         assert (await choose(world, "req_old", 2))[0] == 400

@@ -94,7 +94,7 @@ def test_no_request_is_answered_with_a_500(served: str) -> None:
         (b"\xff\xfe", 400),
     ],
 )
-def test_bodies_that_are_none(served: str, body: bytes, status: int) -> None:
+def test_malformed_bodies(served: str, body: bytes, status: int) -> None:
     answer = httpx2.post(
         f"{served}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
     )

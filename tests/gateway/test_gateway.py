@@ -79,13 +79,13 @@ async def test_only_users_with_a_history_have_records_in_the_prompt(store: Store
         )
         answer = await world.ask(QUESTION, personalization={"k": 2})
         assert answer.headers["x-hydra-personalized"] == "true"
-        asked = world.upstream.bodies[-1]
-        assert [m["role"] for m in asked["messages"]] == ["user", "assistant"] * 2 + ["user"]
-        assert "battle" in asked["messages"][2]["content"], (
+        forwarded = world.upstream.bodies[-1]
+        assert [m["role"] for m in forwarded["messages"]] == ["user", "assistant"] * 2 + ["user"]
+        assert "battle" in forwarded["messages"][2]["content"], (
             "the nearest record stands next to the question"
         )
-        assert asked["messages"][-1] == {"role": "user", "content": QUESTION}
-        assert "personalization" not in asked
+        assert forwarded["messages"][-1] == {"role": "user", "content": QUESTION}
+        assert "personalization" not in forwarded
         assert len(answer.json()["personalization"]["records"]) == 2
 
 
@@ -113,13 +113,13 @@ async def test_messages_and_unknown_fields_arrive_as_they_are(store: Store) -> N
         }
         answer = await world.http.post("/v1/chat/completions", json=body)
         assert answer.headers["x-hydra-personalized"] == "true"
-        asked = world.upstream.bodies[-1]
-        *before, last = asked["messages"]
+        forwarded = world.upstream.bodies[-1]
+        *before, last = forwarded["messages"]
         assert before == messages[:-1]
         assert last == {**messages[-1], "content": last["content"]}
         assert last["content"].startswith("Here is what this person wrote for earlier texts.")
         assert last["content"].endswith(f"\n{QUESTION}")
-        assert (asked["top_p"], asked["made_up"]) == (0.3, {"a": [1]})
+        assert (forwarded["top_p"], forwarded["made_up"]) == (0.3, {"a": [1]})
         with_tools = await world.http.post(
             "/v1/chat/completions", json={**body, "tools": [{"type": "function"}]}
         )
@@ -138,10 +138,10 @@ async def test_messages_and_unknown_fields_arrive_as_they_are(store: Store) -> N
         ({"user": "ada"}, {}),
         ({"safety_identifier": "ada"}, {}),
         ({"metadata": {"user_id": "ada", "other": "x"}}, {}),
-        ({"user": "nobody"}, {"x-hydra-user": "ada"}),
+        ({"user": "unknown"}, {"x-hydra-user": "ada"}),
     ],
 )
-async def test_the_user_is_found_and_the_upstream_never_sees_the_id(
+async def test_the_user_is_identified_and_hidden_from_the_upstream(
     store: Store, fields: dict[str, Any], headers: dict[str, str]
 ) -> None:
     store.add_records("ada", records_of("ada"))
@@ -157,14 +157,14 @@ async def test_the_official_sdk(either: Store) -> None:
     either.add_records("ada", records_of("ada"))
     async with running(either) as world:
         client = world.sdk()
-        made = await client.chat.completions.create(
+        completion = await client.chat.completions.create(
             model="m", messages=[{"role": "user", "content": QUESTION}], user="ada", n=2
         )
-        assert len(made.choices) == 2
-        assert made.usage is not None
-        assert made.usage.total_tokens == 12
-        assert made.model_extra is not None
-        assert "personalization" in made.model_extra
+        assert len(completion.choices) == 2
+        assert completion.usage is not None
+        assert completion.usage.total_tokens == 12
+        assert completion.model_extra is not None
+        assert "personalization" in completion.model_extra
         stream = await client.chat.completions.create(
             model="m",
             messages=[{"role": "user", "content": QUESTION}],
@@ -218,9 +218,9 @@ async def test_users_get_their_own_of_several_candidates(
                 alone += tastes(user)[topic] == "calm"  # what the upstream says first
         assert right > alone + 4
         assert right >= 14
-        told = answer["personalization"]
-        assert told["candidates"] == 3
-        assert told["scores"] == sorted(told["scores"], reverse=True), "the pick first"
+        details = answer["personalization"]
+        assert details["candidates"] == 3
+        assert details["scores"] == sorted(details["scores"], reverse=True), "the pick first"
         assert answer["usage"]["total_tokens"] == 11 + 12, "what all candidates cost"
         three = (await world.ask(QUESTION, "user0", n=3)).json()
         assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
@@ -256,18 +256,18 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
     for user in askers:
         store.add_records(user, records_of(user))
     async with running(store, tmp_path / "cross", candidates=3) as world:
-        serving = world.app.state.gateway.deployment
+        deployment = world.app.state.gateway.deployment
         alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
-        serving.bundle.store.forget([QUESTION])  # all pairs are with it
+        deployment.bundle.store.forget([QUESTION])  # all pairs are with it
         batches: list[int] = []
-        encode = serving.bundle.store.encoder.encode_pairs
+        encode = deployment.bundle.store.encoder.encode_pairs
 
         def noted(left: Sequence[str], right: Sequence[str]) -> Any:
             batches.append(len(left))
             return encode(left, right)
 
-        monkeypatch.setattr(serving.bundle.store.encoder, "encode_pairs", noted)
-        waiting, release, run = 0, threading.Event(), serving.batcher.run
+        monkeypatch.setattr(deployment.bundle.store.encoder, "encode_pairs", noted)
+        waiting, release, run = 0, threading.Event(), deployment.batcher.run
 
         async def counted(*work: Any, **more: Any) -> Any:
             nonlocal waiting
@@ -277,9 +277,9 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
             return await run(*work, **more)
 
         busy = asyncio.create_task(run(release.wait))
-        monkeypatch.setattr(serving.batcher, "run", counted)
-        asked = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
-        answers = [answer.json()["personalization"] for answer in asked]
+        monkeypatch.setattr(deployment.batcher, "run", counted)
+        replies = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
+        answers = [answer.json()["personalization"] for answer in replies]
         await busy
     assert batches[0] > 4, "records of several users went through the encoder at once"
     assert len(batches) < len(askers)
@@ -331,11 +331,11 @@ async def test_a_stream_begins_before_a_slow_upstream_and_stays_alive(
         go.set()
         rest = [piece async for piece in pieces if piece != ": still working"]
         assert rest[-1] == "data: [DONE]"
-        said = "".join(
+        text = "".join(
             json.loads(piece.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
             for piece in rest[:-1]
         )
-        assert said in TAGS.labels
+        assert text in TAGS.labels
 
 
 async def test_feedback_moves_the_head_once_in_any_order(
@@ -351,14 +351,21 @@ async def test_feedback_moves_the_head_once_in_any_order(
                 for texts in [*TOPICS.values()]
             ]
             ids.append((await world.ask(QUESTION)).json()["personalization"]["request_id"])
-            said = [{"chosen": 1}, {"rejected": True}, {"rating": 0.9}, {"edited": "calm at last"}]
+            verdicts = [
+                {"chosen": 1},
+                {"rejected": True},
+                {"rating": 0.9},
+                {"edited": "calm at last"},
+            ]
             for i in order:
                 answer = await world.http.post(
-                    "/v1/feedback", json={"request_id": ids[i], **said[i]}
+                    "/v1/feedback", json={"request_id": ids[i], **verdicts[i]}
                 )
                 assert answer.status_code == 200, answer.text
             assert answer.json()["head_moved"]
-            again = await world.http.post("/v1/feedback", json={"request_id": ids[0], **said[0]})
+            again = await world.http.post(
+                "/v1/feedback", json={"request_id": ids[0], **verdicts[0]}
+            )
             assert again.json()["repeated"]
             differs = await world.http.post(
                 "/v1/feedback", json={"request_id": ids[0], "chosen": 0}
@@ -385,9 +392,9 @@ async def test_feedback_changes_what_is_picked(either: Store, bundles: dict[str,
         before = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
         wanted = next(label for label in TAGS.labels if label != before)
         for _ in range(8):
-            told = (await world.ask(QUESTION)).json()["personalization"]
+            details = (await world.ask(QUESTION)).json()["personalization"]
             await world.http.post(
-                "/v1/feedback", json={"request_id": told["request_id"], "edited": wanted}
+                "/v1/feedback", json={"request_id": details["request_id"], "edited": wanted}
             )
         after = (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"]
         assert (before, after) == (tastes("ada")["war"], wanted)
@@ -402,15 +409,15 @@ async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["titles"], candidates=3) as world:
         bundle = world.app.state.gateway.deployment.id
-        for said in ({"rejected": True}, {"rating": 0.1}, {"edited": "calm"}):
+        for verdict in ({"rejected": True}, {"rating": 0.1}, {"edited": "calm"}):
             id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
-            assert (await world.http.post("/v1/feedback", json={"request_id": id, **said})).json()[
-                "head_moved"
-            ]
+            assert (
+                await world.http.post("/v1/feedback", json={"request_id": id, **verdict})
+            ).json()["head_moved"]
         await fitted(world, "ada")
         heads = store.heads("ada", bundle)
         assert heads["adapter"].delta != heads["fitted"].delta
-        assert [each.content["said"] for each in store.unlearned_feedback("ada")] == [
+        assert [feedback.content["said"] for feedback in store.unlearned_feedback("ada")] == [
             {"rejected": True},
             {"rating": 0.1},
         ], "the edit is a record"
@@ -419,7 +426,7 @@ async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("verdict", "status"),
     [
         ({}, 400),
         ({"chosen": 0, "rejected": True}, 400),
@@ -428,13 +435,13 @@ async def test_a_fit_remembers_what_was_rejected(store: Store, bundles: dict[str
         ({"chosen": 0, "request_id": "req_unknown"}, 404),
     ],
 )
-async def test_feedback_that_makes_no_sense(
-    store: Store, said: dict[str, Any], status: int
+async def test_invalid_feedback_is_refused(
+    store: Store, verdict: dict[str, Any], status: int
 ) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
         id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
-        answer = await world.http.post("/v1/feedback", json={"request_id": id, **said})
+        answer = await world.http.post("/v1/feedback", json={"request_id": id, **verdict})
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
 
@@ -451,7 +458,7 @@ async def test_whatever_fails_the_caller_gets_an_answer(
         raise RuntimeError("a bug with ada's texts")
 
     async with running(store, bundles["tags"], candidates=3) as world:
-        serving = world.app.state.gateway.deployment
+        deployment = world.app.state.gateway.deployment
         fault = UpstreamError(500, "down")
         world.upstream.faults = [fault]  # the first candidate fails, the samples come
         assert (await world.ask(QUESTION)).status_code == 200
@@ -465,9 +472,9 @@ async def test_whatever_fails_the_caller_gets_an_answer(
         plain = await world.ask(QUESTION)
         assert plain.headers["x-hydra-personalized"] == "false; reason=upstream-refused"
         assert len(world.upstream.bodies[-1]["messages"]) == 1
-        monkeypatch.setattr(serving.pipeline.selector, "choose", broken)
+        monkeypatch.setattr(deployment.pipeline.selector, "choose", broken)
         assert (await world.ask(QUESTION)).json()["choices"][0]["message"]["content"] == "calm"
-        monkeypatch.setattr(serving.pipeline.reranker, "order", broken)
+        monkeypatch.setattr(deployment.pipeline.reranker, "order", broken)
         assert (await world.ask(QUESTION)).headers["x-hydra-personalized"] == "true"
         figures = (await world.http.get("/metrics")).text
         for part in ("candidates", "records", "adapter", "reranker"):
@@ -499,8 +506,8 @@ async def test_an_upstream_of_one_choice_per_call_is_called_for_each(
             "the caller's own and one sample"
         )
         world.upstream.bodies.clear()
-        said = iter(["odd", "loud", "calm", "odd"])
-        world.upstream.rule = lambda body, index: next(said)
+        replies = iter(["odd", "loud", "calm", "odd"])
+        world.upstream.rule = lambda body, index: next(replies)
         assert (await world.ask(QUESTION, seed=5)).json()["usage"]["total_tokens"] == 44
         assert [body.get("seed") for body in world.upstream.bodies] == [5, 6, 7, 8]
         assert all("n" not in body or body["n"] == 1 for body in world.upstream.bodies)
@@ -530,10 +537,10 @@ async def test_a_streamed_pick_keeps_what_else_the_upstream_said(
         plain = world.upstream.complete
 
         async def with_more(body: Any) -> Any:
-            made = await plain(body)
-            for choice in made["choices"]:
+            completion = await plain(body)
+            for choice in completion["choices"]:
                 choice["message"]["refusal"], choice["logprobs"] = "I would rather not", logprobs
-            return made
+            return completion
 
         world.upstream.complete = with_more  # type: ignore[method-assign]
         messages = [{"role": "user", "content": QUESTION}]
@@ -593,10 +600,10 @@ async def test_a_deletion_leaves_nothing_and_changes_no_others_answers(
     async with running(store, bundles["tags"], candidates=3) as world:
         for user in ("ada", "bob"):
             await fitted(world, user)
-        told = (await world.ask("marmalade question")).json()["personalization"]
+        details = (await world.ask("marmalade question")).json()["personalization"]
         assert holds(tmp_path, b"marmalade question")
         await world.http.post(
-            "/v1/feedback", json={"request_id": told["request_id"], "edited": "odd"}
+            "/v1/feedback", json={"request_id": details["request_id"], "edited": "odd"}
         )
         before = (await world.ask(QUESTION, "bob")).json()
         assert (
@@ -649,7 +656,7 @@ ENDPOINTS = [
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
-async def test_nobody_reaches_another_user(
+async def test_no_key_reaches_another_user(
     either: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     from hydra_llm.store.values import Request
@@ -693,8 +700,7 @@ async def test_nobody_reaches_another_user(
             if (name == "ada" and path.endswith("completions")) or (
                 name in ("ada", "two") and "models" in path
             ):
-                # as ada: the key's only user stands above what a request names; and models are
-                # nobody's
+                # as ada: the key's only user overrides the request's; models belong to no user
                 wanted = 200
             assert answer.status_code == wanted, (name, answer.text)
             now = either.export_user("bob")
@@ -742,7 +748,7 @@ async def test_any_key_is_valid_only_until_the_first_one_is_created(
         assert answer.status_code not in (401, 403), answer.text
 
 
-async def test_beyond_loopback_nobody_comes_in_without_a_key(store: Store) -> None:
+async def test_beyond_loopback_every_request_needs_a_key(store: Store) -> None:
     async with running(store, on_loopback=False) as world:
         assert (await world.ask(QUESTION)).status_code == 401
         assert (await world.http.get("/health/liveness")).status_code == 200
@@ -753,10 +759,10 @@ async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
         _, secret = make_key(store, users=["ada"])
-        made = await world.sdk(secret).chat.completions.with_raw_response.create(
+        completion = await world.sdk(secret).chat.completions.with_raw_response.create(
             model="m", messages=[{"role": "user", "content": QUESTION}]
         )
-        assert made.headers["x-hydra-personalized"] == "true"
+        assert completion.headers["x-hydra-personalized"] == "true"
         with pytest.raises(openai.AuthenticationError):
             await world.sdk("hk-nope").models.list()
         named = await world.http.post(
@@ -784,7 +790,7 @@ async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
 async def test_a_history_never_encoded_is_prefetched_at_first_answer(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))  # nobody's features are here
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))  # an empty one
     many = [
         Record("ada", f"r{i}", f"{word} number {i} of the sea", "calm")
         for i, word in enumerate(["storm", "whale", "boat"] * 30)
@@ -793,13 +799,13 @@ async def test_a_history_never_encoded_is_prefetched_at_first_answer(
     async with running(store, bundles["tags"], warm=False, candidates=3) as world:
         first = await world.ask(QUESTION)
         assert first.headers["x-hydra-personalized"] == "true"
-        told = first.json()["personalization"]
-        assert (told["candidates"], told["warm"]) == (1, False)
+        details = first.json()["personalization"]
+        assert (details["candidates"], details["warm"]) == (1, False)
         end = time.monotonic() + FOREVER
         while time.monotonic() < end:
-            told = (await world.ask(QUESTION)).json()["personalization"]
-            assert (told["candidates"] > 1) == told["warm"]
-            if told["warm"]:
+            details = (await world.ask(QUESTION)).json()["personalization"]
+            assert (details["candidates"] > 1) == details["warm"]
+            if details["warm"]:
                 break
             await asyncio.sleep(0.05)
         else:
@@ -812,18 +818,18 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
     records = [Record("ada", f"r{i}", f"storm number {i} of the sea", "calm") for i in range(60)]
     async with running(store, bundles["tags"], warm=False, candidates=2) as world:
-        serving = world.app.state.gateway.deployment
+        deployment = world.app.state.gateway.deployment
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
         await world.http.post("/v1/users/ada/records", json={"records": sent})
         await world.ask(QUESTION)
-        assert serving.pipeline.retriever._index.cache_info().currsize == 1
+        assert deployment.pipeline.retriever._index.cache_info().currsize == 1
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await async_until(lambda: serving.prefetcher.idle)
-        await serving.batcher.run(lambda: None)
-        mine = [text for text in texts_of(records) if text != "calm"]
-        assert serving.bundle.store.missing(mine) == len(mine)
-        assert serving.pipeline.retriever._index.cache_info().currsize == 0
+        await async_until(lambda: deployment.prefetcher.idle)
+        await deployment.batcher.run(lambda: None)
+        texts = [text for text in texts_of(records) if text != "calm"]
+        assert deployment.bundle.store.missing(texts) == len(texts)
+        assert deployment.pipeline.retriever._index.cache_info().currsize == 0
 
 
 async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
@@ -832,10 +838,10 @@ async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
 
     from hydra_llm.gateway.upstream import HttpUpstream
 
-    asked = []
+    requested = []
 
     def answer(request: httpx2.Request) -> httpx2.Response:
-        asked.append(request.url.raw_path.decode())
+        requested.append(request.url.raw_path.decode())
         return httpx2.Response(200, json={"id": "x"})
 
     async with running(store) as world:
@@ -856,8 +862,8 @@ async def test_no_way_to_the_upstreams_other_paths(store: Store) -> None:
             assert answered.status_code in (200, 404, 502), path
         assert all(
             path.startswith("/v1/models/") and "?" not in path and ".." not in path
-            for path in asked
-        ), asked
+            for path in requested
+        ), requested
 
 
 async def test_a_label_bundle_leaves_other_conversations_alone(
@@ -870,18 +876,20 @@ async def test_a_label_bundle_leaves_other_conversations_alone(
         assert answer["choices"][0]["message"]["content"].startswith("A poem, version 0")
 
 
-async def test_what_was_accepted_is_kept_whole(store: Store, bundles: dict[str, Path]) -> None:
+async def test_an_accepted_answer_is_stored_verbatim(
+    store: Store, bundles: dict[str, Path]
+) -> None:
     store.add_records("ada", records_of("ada"))
     for bundle in (None, bundles["titles"]):
         async with running(store, bundle, candidates=2) as world:
             world.upstream.rule = lambda body, index: f"Sure!\n\ndef f():\n    return {index}"
-            told = (await world.ask(QUESTION)).json()
-            said = told["choices"][0]["message"]["content"]
-            request = told["personalization"]["request_id"]
+            reply = (await world.ask(QUESTION)).json()
+            text = reply["choices"][0]["message"]["content"]
+            request = reply["personalization"]["request_id"]
             record = (
                 await world.http.post("/v1/feedback", json={"request_id": request, "chosen": 0})
             ).json()["record"]
-            assert {r.id: r.output for r in store.records("ada")[1]}[record] == said
+            assert {r.id: r.output for r in store.records("ada")[1]}[record] == text
             assert (await world.http.delete(f"/v1/users/ada/records/{record}")).status_code == 200
             assert store.request(request) is None, "nor can it come back by its request"
 
@@ -900,17 +908,17 @@ async def test_a_question_in_the_tasks_words_is_the_text_within_them(
     async with running(store, tmp_path / "asking", candidates=3) as world:
         within = (await world.ask(task.ask(QUESTION), **explained)).json()["personalization"]
         assert (within["records"], within["scores"]) == (plain["records"], plain["scores"])
-        shown = world.upstream.bodies[0]["messages"]
+        messages = world.upstream.bodies[0]["messages"]
         assert all(
             message["content"].startswith("Which tag? text: ")
-            for message in shown
+            for message in messages
             if message["role"] == "user"
         )
-        assert shown[-1]["content"] == task.ask(QUESTION), "the caller's own is as it was"
-        told = await world.http.post(
+        assert messages[-1]["content"] == task.ask(QUESTION), "the caller's own is as it was"
+        reply = await world.http.post(
             "/v1/feedback", json={"request_id": within["request_id"], "edited": "odd"}
         )
-        assert {r.id: r.input for r in store.records("ada")[1]}[told.json()["record"]] == QUESTION
+        assert {r.id: r.input for r in store.records("ada")[1]}[reply.json()["record"]] == QUESTION
         other = await world.ask(QUESTION, **explained)
         assert not any(
             "Which tag?" in message["content"] for message in world.upstream.bodies[-1]["messages"]
@@ -1019,7 +1027,7 @@ async def test_learning_from_the_store(either: Store, tmp_path: Path) -> None:
 
 
 async def test_a_body_in_chunks_is_cut_off_at_the_limit(store: Store) -> None:
-    """Without a length nobody knows it before: what is beyond the limit is not even read."""
+    """Its length is unknown in advance: what is beyond the limit is not even read."""
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -1041,7 +1049,7 @@ async def test_a_body_in_chunks_is_cut_off_at_the_limit(store: Store) -> None:
         assert (await world.ask("x" * 1000)).status_code == 200
 
 
-async def test_limits(store: Store) -> None:
+async def test_body_size_and_request_rate_are_limited(store: Store) -> None:
     async with running(store, max_body_bytes=2048, requests_per_minute=3) as world:
         assert (await world.ask("x" * 3000)).status_code == 413
         codes = [(await world.ask("x")).status_code for _ in range(4)]
@@ -1101,9 +1109,9 @@ async def test_another_servers_write_is_seen_at_the_next_request(
             == len(first) + 6
         )
         await fitted(second, "ada")
-        serving = world.app.state.gateway.deployment
+        deployment = world.app.state.gateway.deployment
         await world.ask(QUESTION)
-        assert "adapter" in serving.users.at_hand("ada", either.state("ada").version).heads
+        assert "adapter" in deployment.users.at_hand("ada", either.state("ada").version).heads
     other.close()
 
 
@@ -1159,7 +1167,7 @@ async def test_the_page_of_the_docs_loads_nothing_from_elsewhere(store: Store) -
             assert (await world.http.get(name)).status_code == 200, name
 
 
-# ---- what a review found
+# ---- regressions
 
 
 async def test_a_key_of_two_users_is_never_bound_to_the_remaining_one(either: Store) -> None:
@@ -1186,7 +1194,7 @@ async def test_a_deleted_user_leaves_no_features_whatever_was_done(
 ) -> None:
     monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
     async with running(store, bundles["titles"], candidates=3) as world:
-        serving = world.app.state.gateway.deployment
+        deployment = world.app.state.gateway.deployment
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of("ada")]
         await world.http.post("/v1/users/ada/records", json={"records": sent})
         await world.http.post(
@@ -1194,16 +1202,16 @@ async def test_a_deleted_user_leaves_no_features_whatever_was_done(
             json={"records": [{**sent[0], "input": "another text altogether"}]},
         )
         await fitted(world, "ada")
-        assert kept(tmp_path) > 0
+        assert feature_count(tmp_path) > 0
         id = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
         await world.http.post("/v1/feedback", json={"request_id": id, "edited": "calm at last"})
         await world.ask(QUESTION)
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await serving.batcher.run(lambda: None)
-        assert kept(tmp_path) == 0
+        await deployment.batcher.run(lambda: None)
+        assert feature_count(tmp_path) == 0
 
 
-def kept(folder: Path) -> int:
+def feature_count(folder: Path) -> int:
     """Features in the file."""
     with sqlite3.connect(folder / "cache" / "features.sqlite") as file:
         return int(file.execute("SELECT count(*) FROM features").fetchone()[0])
@@ -1302,19 +1310,19 @@ async def test_logs_and_figures_hold_no_texts_no_keys_and_no_ids(
         world.upstream.faults = [None, UpstreamError(500, "marmalade again")]
         answer = await world.ask("a question of rhubarb", None)
         assert answer.headers["x-hydra-personalized"] == "true"
-        said = {"request_id": answer.json()["personalization"]["request_id"], "edited": "loud"}
-        assert (await world.http.post("/v1/feedback", json=said)).status_code == 200
+        verdict = {"request_id": answer.json()["personalization"]["request_id"], "edited": "loud"}
+        assert (await world.http.post("/v1/feedback", json=verdict)).status_code == 200
         await fitted(world, "marmalade")
         await world.http.post("/v1/chat/completions", content=b"rhubarb")
         figures = (await world.http.get("/metrics")).text
         assert (await world.http.delete("/v1/users/marmalade")).status_code == 200
-    said_here = "\n".join(
+    logs = "\n".join(
         record.getMessage() for record in caplog.records if record.name != "httpx2"
     )  # which is the client's too
     for word in ("marmalade", "rhubarb", "storm", secret, secret.split("-")[-1]):
-        assert word not in said_here
+        assert word not in logs
         assert word not in figures
-    assert "candidates failed" in said_here
+    assert "candidates failed" in logs
 
 
 async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[str, Path]) -> None:
@@ -1336,7 +1344,7 @@ async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[st
         }
 
 
-def test_what_several_completions_cost_in_detail() -> None:
+def test_usage_of_several_completions_is_summed() -> None:
     """Cached and reasoning tokens have prices of their own."""
     one = {
         "prompt_tokens": 10,
@@ -1370,7 +1378,7 @@ async def test_a_users_header_may_be_utf_8(store: Store) -> None:
         assert answer.headers["x-hydra-personalized"] == "true"
 
 
-def test_what_samples_teach_is_a_models_own_and_passes() -> None:
+def test_capabilities_are_learned_per_model_and_expire() -> None:
     now = [0.0]
     known, fine, refused = (
         CapabilityCache(lambda: now[0]),
@@ -1396,15 +1404,15 @@ def test_what_samples_teach_is_a_models_own_and_passes() -> None:
 
 def test_a_refusal_that_names_a_parameter_is_believed() -> None:
     known, sent = CapabilityCache(), {"model": "a", "n": 3, "temperature": 1.0}
-    said = {"error": {"message": "Unsupported value: 'temperature'", "param": "temperature"}}
-    learn_samples(known, sent, [{"choices": [{}]}, UpstreamError(400, said)])
+    content = {"error": {"message": "Unsupported value: 'temperature'", "param": "temperature"}}
+    learn_samples(known, sent, [{"choices": [{}]}, UpstreamError(400, content)])
     assert known.of("a") == Capabilities(refused=frozenset({"temperature"}))
 
 
-async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:
+async def test_every_endpoint_is_in_the_access_tests(store: Store) -> None:
     async with running(store) as world:
         schema = (await world.http.get("/openapi.json")).json()["paths"]
-    there = {
+    documented = {
         (method.upper(), re.sub(r"{[^}]+}", "*", path))
         for path, ways in schema.items()
         for method in ways
@@ -1413,9 +1421,9 @@ async def test_every_endpoint_stands_in_the_matrix(store: Store) -> None:
         (method, re.sub(r"(users|records|jobs|models)/[^/]+", r"\1/*", path))
         for method, path, _ in ENDPOINTS
     }
-    assert {each for each in there if not each[1].startswith(("/health", "/metrics"))} == tested, (
-        "figures of nobody need no key"
-    )
+    assert {
+        endpoint for endpoint in documented if not endpoint[1].startswith(("/health", "/metrics"))
+    } == tested, "figures of no user need no key"
 
 
 async def test_ids_may_hold_whatever_a_url_can_encode(store: Store) -> None:
@@ -1427,7 +1435,7 @@ async def test_ids_may_hold_whatever_a_url_can_encode(store: Store) -> None:
         assert store.users() == [user]
         assert (await world.ask("a question", user)).headers["x-hydra-personalized"] == "true"
         assert [
-            each["id"] for each in (await world.http.get(f"{place}/records")).json()["data"]
+            record["id"] for record in (await world.http.get(f"{place}/records")).json()["data"]
         ] == [id]
         assert (await world.http.get(f"{place}/export")).json()["user"] == user
         assert (await world.http.delete(f"{place}/records/{quote(id, safe='')}")).status_code == 200

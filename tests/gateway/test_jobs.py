@@ -29,61 +29,67 @@ class FarAway(RuleLLM):
 
 
 @pytest.fixture
-def serving(
+def deployment(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Deployment]:
     monkeypatch.setenv("HYDRA_CONCURRENCY", "1")  # one question after the other
-    made = open_deployment(
+    opened = open_deployment(
         store, TimedReads(5.0), bundles["titles"], ServeSettings(), load_settings()
     )
-    yield made
-    made.close()
+    yield opened
+    opened.close()
 
 
-def asked(store: Store, serving: Deployment, first: Callable[[Worker], None]) -> int:
+def calls_of_fit(store: Store, deployment: Deployment, first: Callable[[Worker], None]) -> int:
     """How often a fit of ada asks the LLM, where something happens at the first time."""
-    asked = 0
+    count = 0
 
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        nonlocal asked
-        if not asked:
+        nonlocal count
+        if not count:
             first(worker)
-        asked += 1
+        count += 1
         return anything(messages, index, rng)
 
-    worker = Worker(store, lambda: serving, FarAway(rule))
+    worker = Worker(store, lambda: deployment, FarAway(rule))
     store.add_records("ada", records_of("ada"))
     store.add_job("fit", "ada", "fit")
     job = store.claim_job()
     assert job is not None
     worker.run(job)
-    return asked
+    return count
 
 
 def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
-    store: Store, serving: Deployment
+    store: Store, deployment: Deployment
 ) -> None:
-    whole = asked(store, serving, lambda worker: None)
+    whole = calls_of_fit(store, deployment, lambda worker: None)
     job = store.job("fit")
     assert job is not None
     assert job.state == "done"
     store.delete_user("ada")
-    assert serving.bundle is not None
-    kept = len(serving.bundle.store._passing), len(serving.bundle.store._memory)
-    assert 0 < asked(store, serving, lambda worker: store.delete_user("ada") and None) <= whole / 2
+    assert deployment.bundle is not None
+    before = len(deployment.bundle.store._passing), len(deployment.bundle.store._memory)
+    assert (
+        0
+        < calls_of_fit(store, deployment, lambda worker: store.delete_user("ada") and None)
+        <= whole / 2
+    )
     assert store.job("fit") is None
     assert (
-        (len(serving.bundle.store._passing), len(serving.bundle.store._memory)) == kept == (0, 0)
+        (len(deployment.bundle.store._passing), len(deployment.bundle.store._memory))
+        == before
+        == (0, 0)
     ), "a fit has a memory of its own"
 
 
 def test_a_fit_amid_which_the_server_ends_waits_for_the_next(
-    store: Store, serving: Deployment
+    store: Store, deployment: Deployment
 ) -> None:
     def end(worker: Worker) -> None:
         worker._ended = True
 
-    assert asked(store, serving, end) > 0
+    assert calls_of_fit(store, deployment, end) > 0
     job = store.job("fit")
     assert job is not None
     assert (job.state, job.error) == ("waiting", "")

@@ -39,7 +39,7 @@ TASKS = {
     "rating": Task("stars", "rating", "How many stars?\n{input}", ("1", "2", "3", "4", "5")),
     "text": Task("titles", "generation", "Title of: {input}"),
 }
-SAID = {
+REPLIES = {
     "label": ["The tag is loud.", "odd", "odd"],
     "rating": ["3 stars", "4.4", "2"],
     "text": ['Title: "A calm sea"', "the odd storm", "loud war of old"],
@@ -73,10 +73,10 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         users = [f"train{i}" for i in range(6)]
         records = [record for user in users for record in history(task, user, 12)]
         data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
-        given = {**LEARNED, "temperature": 0.7, "rerank": "always", "max_prompt_tokens": 700}
+        settings = {**LEARNED, "temperature": 0.7, "rerank": "always", "max_prompt_tokens": 700}
         out[kind] = tmp_path_factory.mktemp("parity") / kind
         with one_strength():
-            learn(data, RuleLLM(rule), Settings(width=16, **given), out=out[kind])
+            learn(data, RuleLLM(rule), Settings(width=16, **settings), out=out[kind])
     return out
 
 
@@ -84,14 +84,14 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Scripted:
     """An LLM that notes what it was asked, and says what a test wants."""
 
-    said: Sequence[str]
+    replies: Sequence[str]
     identity: Mapping[str, Any] = field(default_factory=lambda: {"kind": "fake", "model": "s"})
-    asked: list[tuple[Sequence[Message], Sampling]] = field(default_factory=list)
+    calls: list[tuple[Sequence[Message], Sampling]] = field(default_factory=list)
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        self.asked.append((messages, sampling))
+        self.calls.append((messages, sampling))
         own = sampling.temperature == 0
-        return Generation(tuple(self.said[:1] if own else self.said[1:]), Usage(calls=1))
+        return Generation(tuple(self.replies[:1] if own else self.replies[1:]), Usage(calls=1))
 
     async def aclose(self) -> None: ...
 
@@ -111,12 +111,12 @@ class Features:
 def features(monkeypatch: pytest.MonkeyPatch) -> Features:
     seen, rerank, adapt = Features(), Featurizer.reranker, Featurizer.adapter
 
-    def reranker(self: Featurizer, *given: Any) -> np.ndarray:
-        seen.arrays.append(rerank(self, *given))
+    def reranker(self: Featurizer, *arguments: Any) -> np.ndarray:
+        seen.arrays.append(rerank(self, *arguments))
         return seen.arrays[-1]
 
-    def adapter(self: Featurizer, *given: Any) -> np.ndarray:
-        seen.arrays.append(adapt(self, *given))
+    def adapter(self: Featurizer, *arguments: Any) -> np.ndarray:
+        seen.arrays.append(adapt(self, *arguments))
         return seen.arrays[-1]
 
     monkeypatch.setattr(Featurizer, "reranker", reranker)
@@ -125,11 +125,11 @@ def features(monkeypatch: pytest.MonkeyPatch) -> Features:
 
 
 def library(
-    folder: Path, task: Task, said: Sequence[str], heads: Heads | None = None
+    folder: Path, task: Task, replies: Sequence[str], heads: Heads | None = None
 ) -> UserPipeline:
     bundle = replace(Bundle.load(folder), records={"ada": history(task, "ada")})
     own = {name: {"ada": head} for name, head in (heads or {}).items()}
-    return replace(bundle, heads=own).personalizer(Scripted(said))
+    return replace(bundle, heads=own).personalizer(Scripted(replies))
 
 
 def some_heads(bundle: Bundle) -> Heads:
@@ -154,15 +154,15 @@ def add_user(
 async def answered(asker: UserPipeline, text: str = QUESTION) -> tuple[Answer, list[Any]]:
     answer = await asker.aanswer(Query("ada", "asked", text))
     assert isinstance(asker.llm, Scripted)
-    return answer, sorted(asker.llm.asked, key=lambda asked: asked[1].temperature)
+    return answer, sorted(asker.llm.calls, key=lambda call: call[1].temperature)
 
 
-def script(world: World, said: Sequence[str]) -> None:
+def script(world: World, replies: Sequence[str]) -> None:
     """Have the upstream give the first text to the caller's own request, the others as samples."""
-    world.upstream.rule = lambda body, index: said[1 + index] if "n" in body else said[0]
+    world.upstream.rule = lambda body, index: replies[1 + index] if "n" in body else replies[0]
 
 
-def asked_of(task: Task, text: str = QUESTION) -> list[dict[str, Any]]:
+def question_of(task: Task, text: str = QUESTION) -> list[dict[str, Any]]:
     return [{"role": "user", "content": task.ask(text)}]
 
 
@@ -170,8 +170,8 @@ async def ask(world: World, messages: list[dict[str, Any]], **more: Any) -> dict
     body = {"model": "m", "user": "ada", "messages": messages, **more}
     answer = await world.http.post("/v1/chat/completions", json=body)
     assert answer.headers["x-hydra-personalized"] == "true"
-    told: dict[str, Any] = answer.json()
-    return told
+    reply: dict[str, Any] = answer.json()
+    return reply
 
 
 def sampling_of(body: Mapping[str, Any]) -> tuple[int, float, int]:
@@ -183,38 +183,38 @@ def sampling_of(body: Mapping[str, Any]) -> tuple[int, float, int]:
 async def test_the_gateway_answers_as_the_library(
     store: Store, learned: dict[str, Path], features: Features, kind: str, streamed: bool
 ) -> None:
-    task, said, bundle = TASKS[kind], SAID[kind], Bundle.load(learned[kind])
+    task, replies, bundle = TASKS[kind], REPLIES[kind], Bundle.load(learned[kind])
     heads = some_heads(bundle)
-    answer, calls = await answered(library(learned[kind], task, said, heads))
+    answer, calls = await answered(library(learned[kind], task, replies, heads))
     expected = features.taken()
-    shared, _ = await answered(library(learned[kind], task, said))
+    shared, _ = await answered(library(learned[kind], task, replies))
     assert [c.score for c in shared.candidates] != [c.score for c in answer.candidates]
     features.taken()
     add_user(store, task, bundle, heads)
     async with running(store, learned[kind]) as world:
-        script(world, said)
-        given = {"temperature": 0, "max_tokens": 48, "personalization": {"explain": True}}
+        script(world, replies)
+        options = {"temperature": 0, "max_tokens": 48, "personalization": {"explain": True}}
         if streamed:
-            told, text = await read_stream(world, {"messages": asked_of(task), **given})
+            details, text = await read_stream(world, {"messages": question_of(task), **options})
         else:
-            whole = await ask(world, asked_of(task), **given)
-            told, text = whole["personalization"], whole["choices"][0]["message"]["content"]
+            whole = await ask(world, question_of(task), **options)
+            details, text = whole["personalization"], whole["choices"][0]["message"]["content"]
         bodies = world.upstream.bodies
     assert [body["messages"] for body in bodies] == [list(messages) for messages, _ in calls]
     assert [sampling_of(body) for body in bodies] == [
         (sampling.n, sampling.temperature, sampling.max_tokens) for _, sampling in calls
     ]
-    assert told["records"] == [item.record.id for item in answer.proposal.records[:3]]
+    assert details["records"] == [item.record.id for item in answer.proposal.records[:3]]
     seen = features.taken()
     for one, other in zip(seen, expected, strict=True):
         assert np.array_equal(one, other)
     assert len(expected) == 2, "records and candidates"
-    scores = {task.read(t): s for t, s in zip(told["texts"], told["scores"], strict=True)}
+    scores = {task.read(t): s for t, s in zip(details["texts"], details["scores"], strict=True)}
     assert len(scores) == 3 if kind == "text" else len(scores) >= 2
     of_library = {candidate.answer: candidate.score for candidate in answer.candidates}
     assert scores == {name: of_library[name] for name in scores}
     assert task.read(text) == answer.text
-    assert told["abstained"] == answer.abstained
+    assert details["abstained"] == answer.abstained
 
 
 async def read_stream(world: World, body: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -232,14 +232,18 @@ async def test_an_answer_is_greedy_at_temperature_0_only(
 ) -> None:
     add_user(store, TASKS["text"])
     async with running(store, learned["text"]) as world:
-        script(world, SAID["text"])
+        script(world, REPLIES["text"])
         chosen = {} if temperature is None else {"temperature": temperature}
-        told = await ask(world, asked_of(TASKS["text"]), **chosen)
-        kept = store.request(told["personalization"]["request_id"])
+        reply = await ask(world, question_of(TASKS["text"]), **chosen)
+        request = store.request(reply["personalization"]["request_id"])
         assert [body.get("temperature") for body in world.upstream.bodies] == [temperature, 0.7]
-    assert kept is not None
-    flags = {each["said"]: each["greedy"] for each in kept.content["candidates"]}
-    assert flags == {SAID["text"][0]: greedy, SAID["text"][1]: False, SAID["text"][2]: False}
+    assert request is not None
+    flags = {candidate["said"]: candidate["greedy"] for candidate in request.content["candidates"]}
+    assert flags == {
+        REPLIES["text"][0]: greedy,
+        REPLIES["text"][1]: False,
+        REPLIES["text"][2]: False,
+    }
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
@@ -252,11 +256,11 @@ async def test_records_without_room_are_cut_and_dropped_alike(
         replace(r, input=f"{r.input} {'and so on ' * (260 if i % 2 else 90)}")
         for i, r in enumerate(history(task, "ada", 6))
     ]
-    asker = replace(library(learned[kind], task, SAID[kind]), records={"ada": long})
+    asker = replace(library(learned[kind], task, REPLIES[kind]), records={"ada": long})
     _, calls = await answered(asker)
     store.add_records("ada", long)
     async with running(store, learned[kind]) as world:
-        await ask(world, asked_of(task))
+        await ask(world, question_of(task))
         messages = world.upstream.bodies[0]["messages"]
     assert messages == list(calls[0][0])
     assert sum(estimate(message["content"]) for message in messages) <= 700
@@ -268,12 +272,12 @@ async def test_a_question_without_room_is_cut_in_the_library_alone(
 ) -> None:
     """The caller's own words are the caller's: the gateway leaves the records out instead."""
     task, text = TASKS["text"], "a very long story " * 200
-    _, calls = await answered(library(learned["text"], task, SAID["text"]), text)
+    _, calls = await answered(library(learned["text"], task, REPLIES["text"]), text)
     assert calls[0][0][-1]["content"].endswith("…")
     add_user(store, task)
     async with running(store, learned["text"]) as world:
-        await ask(world, asked_of(task, text))
-        assert world.upstream.bodies[0]["messages"] == asked_of(task, text)
+        await ask(world, question_of(task, text))
+        assert world.upstream.bodies[0]["messages"] == question_of(task, text)
 
 
 async def test_in_a_conversation_records_have_the_learned_style(
@@ -285,11 +289,11 @@ async def test_in_a_conversation_records_have_the_learned_style(
     )
     for kind in ("label", "text"):
         task = TASKS[kind]
-        _, calls = await answered(library(learned[kind], task, SAID[kind]))
+        _, calls = await answered(library(learned[kind], task, REPLIES[kind]))
         alone = [dict(message) for message in calls[0][0]]
         add_user(store, task)
         async with running(store, learned[kind]) as world:
-            await ask(world, [system, earlier, *asked_of(task)])
+            await ask(world, [system, earlier, *question_of(task)])
             messages = world.upstream.bodies[0]["messages"]
         if kind == "label":
             turns = [system, *alone[:-1], earlier, alone[-1]]
@@ -314,7 +318,7 @@ async def test_parts_of_a_message_stay_behind_the_block(
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("overrides", "expected"),
     [
         ({}, {}),
         (
@@ -325,10 +329,10 @@ async def test_parts_of_a_message_stay_behind_the_block(
     ],
 )
 async def test_the_bundles_settings_hold_unless_others_are_given(
-    store: Store, learned: dict[str, Path], given: dict[str, Any], expected: dict[str, Any]
+    store: Store, learned: dict[str, Path], overrides: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     loaded = Bundle.load(learned["text"]).settings
-    async with running(store, learned["text"], **given) as world:
+    async with running(store, learned["text"], **overrides) as world:
         settings = world.app.state.gateway.deployment.settings
     assert settings == loaded.model_copy(update=expected)
     async with running(store) as world:
@@ -343,7 +347,7 @@ async def test_an_answer_to_the_task_is_read_as_in_learning(
     add_user(store, TASKS["label"])
     async with running(store, learned["label"]) as world:
         script(world, ["I would say odd.", "odd", "odd"])
-        asked = await ask(world, asked_of(TASKS["label"]))
-        assert None not in asked["personalization"]["scores"]
+        reply = await ask(world, question_of(TASKS["label"]))
+        assert None not in reply["personalization"]["scores"]
         other = await ask(world, [{"role": "user", "content": "Tell me of the bridge."}])
         assert other["personalization"]["scores"] == [None] * 3

@@ -23,7 +23,7 @@ from hydra_llm.cli.main import run
 from tests.waiting import FOREVER, async_until, until
 
 from .conftest import records_of
-from .test_chaos import GOOD, MESSAGES, framed, said, stream_that, upstream_of, whole
+from .test_chaos import GOOD, MESSAGES, event, framed, stream_that, upstream_of, whole
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 SERVE = [sys.executable, "-m", "hydra_llm", "serve", "--port", "0"]
@@ -36,9 +36,7 @@ def anyio_backend() -> str:
 
 @contextmanager
 def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list[str]]]:
-    """A server process, its URL, and what it said until it told that; whoever asks it before it is
-    up waits.
-    """
+    """A server process, its URL, and the lines that it printed up to that one."""
     process = subprocess.Popen(
         [*SERVE, *arguments], env={**os.environ, "OPENAI_API_KEY": "x"}, stderr=subprocess.PIPE
     )
@@ -55,7 +53,7 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list
 
 
 def connects(url: str) -> bool:
-    """Whether anybody listens there."""
+    """Whether a server listens there."""
     at = urlsplit(url)
     with socket.socket() as probe:
         return probe.connect_ex((at.hostname, at.port)) == 0
@@ -102,31 +100,32 @@ def test_a_change_on_one_server_is_seen_by_the_other_at_once(url: str) -> None:
         assert ask()[0] == "false; reason=unknown-user"
         sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of("ada")]
         assert http.post("/users/ada/records", json={"records": sent}).json()["added"] == 20
-        how, made = ask()
+        how, completion = ask()
         assert how == "true"
         how, stream = ask(stream=True)
         chunks = list(stream)
         assert how == "true"
         assert (
             "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-            == made.choices[0].message.content
+            == completion.choices[0].message.content
         )
         assert [
             chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason
         ] == ["stop"]
         assert "personalization" in chunks[-1].model_extra
 
-        told = http.post(
-            "/feedback", json={"request_id": made.personalization["request_id"], "edited": "mine"}
+        reply = http.post(
+            "/feedback",
+            json={"request_id": completion.personalization["request_id"], "edited": "mine"},
         ).json()
-        assert told["record"] in ask()[1].personalization["records"]
+        assert reply["record"] in ask()[1].personalization["records"]
         assert http.delete("/users/ada").json()["deleted"]["records"] == 21
         assert ask()[0] == "false; reason=unknown-user"
         assert httpx2.get(f"{other}/v1/users/ada/records", timeout=FOREVER).status_code == 404
 
 
-async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path) -> None:
-    """Answers, and a stream; whoever comes then is told at once that nobody is there."""
+async def test_a_stopping_server_finishes_the_requests_in_flight(tmp_path: Path) -> None:
+    """Answers, and a stream; new connections are refused at once."""
     arrived, release = 0, asyncio.Event()
 
     async def slow(out: asyncio.StreamWriter) -> None:
@@ -138,7 +137,7 @@ async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Pa
     async def wait(_: asyncio.StreamWriter) -> None:
         await release.wait()
 
-    streamed = stream_that(wait, framed(said("whole", "stop"), b"data: [DONE]\n\n", b""))
+    streamed = stream_that(wait, framed(event("whole", "stop"), b"data: [DONE]\n\n", b""))
     body = {"model": "m", "messages": MESSAGES}
     async with upstream_of(streamed, slow) as upstream:
         spec = f"openai:m@{str(upstream._client.base_url).rstrip('/')}"
@@ -155,21 +154,21 @@ async def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Pa
             ):
                 lines = stream.aiter_lines()
                 assert "half " in await anext(lines)
-                asked = [
+                requests = [
                     asyncio.create_task(http.post("/v1/chat/completions", json=body))
                     for _ in range(8)
                 ]
-                await async_until(lambda: arrived == len(asked))
+                await async_until(lambda: arrived == len(requests))
                 process.send_signal(signal.SIGTERM)
                 await asyncio.to_thread(until, lambda: not connects(url))
                 release.set()
-                answers = await asyncio.gather(*asked)
+                answers = await asyncio.gather(*requests)
                 assert [answer.status_code for answer in answers] == [200] * 8
                 rest = [line async for line in lines if line]
                 assert "whole" in rest[0]
                 assert rest[-1] == "data: [DONE]"
             assert await asyncio.to_thread(process.wait, FOREVER) == 0
             assert process.stderr is not None
-            told = process.stderr.read().decode()
-            assert "requests in flight have ended" in told
-            assert "Traceback" not in told
+            log = process.stderr.read().decode()
+            assert "requests in flight have ended" in log
+            assert "Traceback" not in log

@@ -35,38 +35,38 @@ def test_every_setting_is_documented() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "tags"])
-async def test_numbers_of_retrieved_and_shown_records(
+async def test_numbers_of_retrieved_and_prompted_records(
     store: Store, bundles: dict[str, Path], name: str | None
 ) -> None:
     """By the request, else the gateway's setting, else as the bundle was learned, or 10 and 4."""
     store.add_records("ada", records_of("ada"))
     bundle = bundles[name] if name else None
 
-    async def shown(wanted: int | None, **settings: Any) -> int:
+    async def record_count(wanted: int | None, **settings: Any) -> int:
         async with running(store, bundle, **{"k": 20, "candidates": 1, **settings}) as world:
             answer = await world.ask(QUESTION, personalization={"k": wanted})
             return len(answer.json()["personalization"]["records"])
 
-    assert await shown(None) == (4 if name else 10)
-    assert await shown(None, retrieved=7) == 7
-    assert await shown(15, retrieved=7) == 15
-    assert await shown(3, retrieved=7) == 3
-    assert await shown(None, k=None) == (2 if name else 4)
-    assert await shown(3, k=None) == 3
+    assert await record_count(None) == (4 if name else 10)
+    assert await record_count(None, retrieved=7) == 7
+    assert await record_count(15, retrieved=7) == 15
+    assert await record_count(3, retrieved=7) == 3
+    assert await record_count(None, k=None) == (2 if name else 4)
+    assert await record_count(3, k=None) == 3
 
 
 def served(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> uvicorn.Config:
     """What `hydra-llm serve` would run."""
-    found: list[uvicorn.Config] = []
+    configs: list[uvicorn.Config] = []
 
     def noted(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
-        found.append(server.config)
+        configs.append(server.config)
         sockets[0].close()
 
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setattr(uvicorn.Server, "run", noted)
     assert run(["serve", "--llm", "openai:m@http://127.0.0.1:9/v1", "--port", "0", *arguments]) == 0
-    return found[0]
+    return configs[0]
 
 
 @pytest.mark.parametrize("name", [None, "tags"])

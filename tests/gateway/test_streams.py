@@ -28,8 +28,8 @@ def sent(**more: Any) -> dict[str, Any]:
 
 
 def data_of(event: str) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(event.removeprefix("data: "))
-    return made
+    data: dict[str, Any] = json.loads(event.removeprefix("data: "))
+    return data
 
 
 @pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}])
@@ -38,8 +38,8 @@ async def test_a_true_stream_tells_of_itself_before_its_end(
 ) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
-        made = world.sdk().chat.completions
-        answer = await made.with_raw_response.create(
+        completions = world.sdk().chat.completions
+        answer = await completions.with_raw_response.create(
             model="m", messages=MESSAGES, user="ada", stream=True, **more
         )
         chunks = [chunk async for chunk in answer.parse()]
@@ -48,18 +48,18 @@ async def test_a_true_stream_tells_of_itself_before_its_end(
             == "calm"
         )
         assert (chunks[-1].usage is not None) is bool(more), "what was asked to be last is last"
-        (told,) = [
+        (details,) = [
             chunk.model_extra["personalization"]
             for chunk in chunks
             if "personalization" in (chunk.model_extra or {})
         ]
-        assert told["request_id"] == answer.headers["x-hydra-request-id"]
-        assert told["candidates"] == 1
-        assert told["records"]
+        assert details["request_id"] == answer.headers["x-hydra-request-id"]
+        assert details["candidates"] == 1
+        assert details["records"]
         assert (
-            await world.http.post(FEEDBACK, json={"request_id": told["request_id"], "chosen": 0})
+            await world.http.post(FEEDBACK, json={"request_id": details["request_id"], "chosen": 0})
         ).json()["record"]
-        async with made.stream(
+        async with completions.stream(
             model="m", messages=MESSAGES, user="ada"
         ) as helper:  # which puts the chunks together
             final = await helper.get_final_completion()
@@ -93,7 +93,7 @@ async def test_the_upstreams_own_bytes_pass_however_they_are_cut(store: Store) -
         for i, text in ((0, "für"), (1, "zwei"), (0, " eins"))
     ]
     whole = b": a comment\r\n\r\n" + b"".join(
-        b"data:" + json.dumps(each).encode() + b"\r\n\r\n" for each in (*says, {"odd": []})
+        b"data:" + json.dumps(item).encode() + b"\r\n\r\n" for item in (*says, {"odd": []})
     )
     ends = b"data: [DONE]\n\n: and a comment\n\n"
 
@@ -106,17 +106,17 @@ async def test_the_upstreams_own_bytes_pass_however_they_are_cut(store: Store) -
 
             world.upstream.stream = cut  # type: ignore[method-assign]
             plain = (
-                await world.http.post("/v1/chat/completions", json=sent(user="nobody"))
+                await world.http.post("/v1/chat/completions", json=sent(user="unknown"))
             ).content
             assert plain == whole + ends
             personal = (await world.http.post("/v1/chat/completions", json=sent())).content
-            told = personal.removeprefix(whole).removesuffix(ends)
-            assert personal == whole + told + ends
-            last = data_of(told.decode())
+            added = personal.removeprefix(whole).removesuffix(ends)
+            assert personal == whole + added + ends
+            last = data_of(added.decode())
             assert {name: last[name] for name in chunk} == chunk
             request = store.request(last["personalization"]["request_id"])
             assert request is not None
-            assert [each["text"] for each in request.content["candidates"]] == ["für eins", "zwei"]
+            assert [item["text"] for item in request.content["candidates"]] == ["für eins", "zwei"]
 
 
 async def test_a_stream_without_an_end_is_kept_too(store: Store) -> None:
@@ -134,7 +134,7 @@ async def test_a_stream_without_an_end_is_kept_too(store: Store) -> None:
         assert store.request(answer.headers["x-hydra-request-id"]) is not None
 
 
-@pytest.mark.parametrize("user", ["ada", "nobody"])
+@pytest.mark.parametrize("user", ["ada", "unknown"])
 async def test_an_empty_stream_is_an_error(store: Store, user: str) -> None:
     store.add_records("ada", records_of("ada"))
 
@@ -158,7 +158,9 @@ async def test_a_pick_that_ended_in_plain_fallback_says_so(
         answer = await world.sdk().chat.completions.with_raw_response.create(
             model="m", messages=MESSAGES, user="ada", stream=True
         )
-        assert answer.headers["x-hydra-personalized"] == "true", "it was out before anybody knew"
+        assert answer.headers["x-hydra-personalized"] == "true", (
+            "the header was sent before the fallback"
+        )
         chunks = [chunk async for chunk in answer.parse()]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TAGS.labels
         assert chunks[-1].model_extra is not None
@@ -173,13 +175,13 @@ async def on_loopback(app: Any) -> AsyncIterator[str]:
     """An application behind the real server; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-        serving = asyncio.create_task(server.serve([listening]))
+        task = asyncio.create_task(server.serve([listening]))
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
-        await serving
+        await task
 
 
-@pytest.mark.parametrize("user", ["ada", "nobody"])
+@pytest.mark.parametrize("user", ["ada", "unknown"])
 async def test_a_fault_within_a_stream_cuts_it_without_its_message(
     store: Store, caplog: pytest.LogCaptureFixture, user: str
 ) -> None:

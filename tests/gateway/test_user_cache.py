@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("version", [2**60, 3])
-def test_nobody_is_at_hand_at_another_version(store: Store, version: int) -> None:
+def test_a_user_of_another_version_is_not_in_the_cache(store: Store, version: int) -> None:
     store.add_records("ada", records_of("ada"))
     people = UserCache(store, None, 10)
     person = people.load("ada")
@@ -42,5 +42,5 @@ async def test_a_user_recreated_by_a_slow_clock_is_not_the_deleted_one(
         other.add_records("ada", records_of("ada", 1))
         other.close()
         monkeypatch.undo()
-        told = (await world.ask("a battle", personalization={"k": 64})).json()["personalization"]
-        assert told["records"] == ["r0"]
+        details = (await world.ask("a battle", personalization={"k": 64})).json()["personalization"]
+        assert details["records"] == ["r0"]
