@@ -80,16 +80,15 @@ def render(
     own = None if conversation is None else tuple(conversation)
     page = _Page(task, style, max_tokens, count or estimate, repair(profile), own)
     text, examples = repair(query.input), [_repaired(item) for item in records]
-    shown = page.fit_records(examples, text)
-    question = text if own is not None else _cut(text, lambda part: page.fits(shown, part))
+    kept = page.fit_records(examples, text)
+    question = text if own is not None else _cut(text, lambda part: page.fits(kept, part))
     if question is None:
         raise SettingsError(
             f"a prompt of {page.max_tokens} tokens has no room for the instruction of task"
             f" '{page.task.name}' alone"
         )
-    notes = _notes(page, query, question, examples, shown)
-    kept, tokens = tuple(records[: len(shown)]), page.tokens(shown, question)
-    return Prompt(page.messages(shown, question), kept, notes, tokens, again)
+    notes, tokens = _notes(page, query, question, examples, kept), page.tokens(kept, question)
+    return Prompt(page.messages(kept, question), tuple(records[: len(kept)]), notes, tokens, again)
 
 
 def estimate(text: str) -> int:
@@ -123,33 +122,33 @@ class _Page:
     profile: str
     conversation: Messages | None
 
-    def messages(self, shown: Sequence[Record], text: str) -> Messages:
+    def messages(self, kept: Sequence[Record], text: str) -> Messages:
         own = self.conversation
         if own is None:
             system = ({"role": "system", "content": self.profile},) if self.profile else ()
             own = (*system, {"role": "user", "content": self.task.ask(text)})
-        return self._block(shown, own) if self.style == "block" else self._turns(shown, own)
+        return self._block(kept, own) if self.style == "block" else self._turns(kept, own)
 
-    def _block(self, shown: Sequence[Record], own: Messages) -> Messages:
+    def _block(self, kept: Sequence[Record], own: Messages) -> Messages:
         """The examples, best last, before the question; a field a line: none passes for another."""
-        if not shown:
+        if not kept:
             return own
         words = self.task.strategy.prompt_words()
         lines = [
             f"{words.input}: {fold(example.input)}\n{words.answer}: {fold(example.output)}"
-            for example in reversed(shown)
+            for example in reversed(kept)
         ]
         block = "\n\n".join([words.header, *lines, "Now answer as this person would.\n"])
         content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
         front = block if isinstance(content, str) else [{"type": "text", "text": block}]
         return (*own[:-1], {**own[-1], "content": front + content})
 
-    def _turns(self, shown: Sequence[Record], own: Messages) -> Messages:
+    def _turns(self, kept: Sequence[Record], own: Messages) -> Messages:
         """Each example as a question and its answer, best last, behind the system messages."""
         roles = [message.get("role") for message in own]
         head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
         turns: list[Message] = []
-        for example in reversed(shown):
+        for example in reversed(kept):
             turns.append({"role": "user", "content": self._ask(example.input)})
             turns.append({"role": "assistant", "content": example.output})
         return (*own[:head], *turns, *own[head:])
@@ -162,12 +161,12 @@ class _Page:
         question = text_of((self.conversation or ({},))[-1])
         return task.ask(text) if task.input_of(question) and not task.input_of(text) else text
 
-    def tokens(self, shown: Sequence[Record], text: str) -> int:
-        messages = self.messages(shown, text)
+    def tokens(self, kept: Sequence[Record], text: str) -> int:
+        messages = self.messages(kept, text)
         return sum(self.count(text_of(message)) + PER_MESSAGE for message in messages)
 
-    def fits(self, shown: Sequence[Record], text: str) -> bool:
-        return self.tokens(shown, text) <= self.max_tokens
+    def fits(self, kept: Sequence[Record], text: str) -> bool:
+        return self.tokens(kept, text) <= self.max_tokens
 
     def fit_records(self, examples: list[Record], text: str) -> list[Record]:
         """The best examples that fit; a single one may lose the end of its input."""
@@ -194,12 +193,11 @@ def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
 
 
 def _notes(
-    page: _Page, query: Query, question: str, examples: Sequence[Record], shown: Sequence[Record]
+    page: _Page, query: Query, question: str, examples: Sequence[Record], kept: Sequence[Record]
 ) -> tuple[str, ...]:
-    missing, total = len(examples) - len(shown), len(examples)
-    reason = f"to stay within {page.max_tokens} tokens"
-    notes = [f"prompt: {missing} of {total} records left out {reason}"] if missing else []
-    pairs = zip(examples, shown, strict=False)
+    missing, reason = len(examples) - len(kept), f"to stay within {page.max_tokens} tokens"
+    notes = [f"prompt: {missing} of {len(examples)} records left out {reason}"] if missing else []
+    pairs = zip(examples, kept, strict=False)
     cuts = [(f"the input of record '{a.id}'", a.input, b.input) for a, b in pairs]
     cuts.append((f"the text of query '{query.id}'", repair(query.input), question))
     for name, text, part in cuts:

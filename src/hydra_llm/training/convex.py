@@ -123,14 +123,11 @@ class _Base(NamedTuple):
         self, data: TrainingSet, split: Callable[[TrainingSet], list[Split]]
     ) -> list[HeldOut]:
         """Each fold's later groups, with heads of the earlier ones."""
-        scores = []
+        parts = []
         for fold in self.folds:
             self.fit(fold.train)
-            for early, late in split(data.of(fold.held_out)):
-                if len(late):
-                    heads = fit_heads(self.scorer, early, fold.held_out)
-                    scores.append(held_out_scores(self.scorer, late, heads))
-        return scores
+            parts += held_out_scores(self.scorer, split(data.of(fold.held_out)), fold.held_out)
+        return parts
 
     def choose_strengths(self, tried: Strengths) -> None:
         """First the ridges, by the loss of users whom the base has not seen; then the prior's
@@ -168,11 +165,18 @@ def _loss(scorer: Scorer, late: TrainingSet, kind: HeadKind, heads: Mapping[str,
     return summed_loss(scorer, late, own + scorer.side_score(late.groups))
 
 
-@torch.no_grad()
-def held_out_scores(scorer: Scorer, late: TrainingSet, heads: Mapping[str, Head]) -> HeldOut:
-    """Later groups with the scores of the shared head and of these."""
-    own = scorer.core(late.groups, heads_for(late, heads))
-    return HeldOut(late, scorer.core(late.groups), own)
+def held_out_scores(
+    scorer: Scorer, splits: Sequence[Split], names: Sequence[str], sgd: SGDConfig | None = None
+) -> list[HeldOut]:
+    """Later groups with the scores of the shared head and of heads of the earlier groups."""
+    parts = []
+    for early, late in splits:
+        if len(late):
+            heads = heads_for(late, fit_heads(scorer, early, names, sgd=sgd))
+            with torch.no_grad():
+                own, shared = scorer.core(late.groups, heads), scorer.core(late.groups)
+            parts.append(HeldOut(late, shared, own))
+    return parts
 
 
 def heads_for(data: TrainingSet, heads: Mapping[str, Head]) -> list[Head | None]:

@@ -252,10 +252,7 @@ def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[Fi
     report = FitReport(users=len(data.names()), groups=len(data))
     if not unseen:
         return report, {}
-    held_out = []
-    for early, late in data.of(unseen).prequential_splits():
-        heads = fit_heads(scorer, early, unseen, sgd=config)
-        held_out.append(held_out_scores(scorer, late, heads))
+    held_out = held_out_scores(scorer, data.of(unseen).prequential_splits(), unseen, config)
     evaluate_held_out(scorer, held_out, report)
     calibrate(scorer, held_out, report)
     return report, fit_heads(scorer, data, unseen, sgd=config)
