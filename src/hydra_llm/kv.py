@@ -14,6 +14,7 @@ from hydra_llm.errors import UserFault
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 30.0  # how long a write waits for another process
+WAL = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 IN_MEMORY = ":memory:"
@@ -21,18 +22,13 @@ Rows = Iterable[Sequence[Any]]
 
 
 class CacheFile:
-    """An open cache file. Where it cannot be written from the start, an empty one in memory takes
-    its place and `keeps` is False.
+    """An open cache file; `path` may be `:memory:`, a cache of this process. Where it cannot be
+    written from the start, an empty one in memory takes its place and `keeps` is False.
 
-    Args:
-        path: The file; its folder is made. `:memory:` is a cache of this process.
-        schema: `CREATE TABLE IF NOT EXISTS` statements.
-        what: What it keeps, as messages name it: "answers", "features".
-        required: A file that cannot be opened is a fault.
-        erases: Overwrite what is deleted.
+    `schema`: `CREATE TABLE IF NOT EXISTS` statements. `what` it keeps, for messages: "answers".
+    `required`: a file that cannot be opened is a fault. `erases`: overwrite what is deleted.
 
-    Raises:
-        UserFault: the file is damaged, or required and cannot be opened.
+    Raises UserFault: the file is damaged, or required and cannot be opened.
     """
 
     def __init__(
@@ -40,21 +36,22 @@ class CacheFile:
     ):
         self.path, self.what, self.keeps = path, what, True
         try:
-            self.connection = self._connect(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.connection = _connect(path)
         except (OSError, sqlite3.OperationalError) as error:
             if required:
                 fix = "name another folder by --cache or HYDRA_CACHE"
                 message = f"{path}: cannot open the cache of {what} ({error}): {fix}"
                 raise UserFault(message) from None
-            self._replace(error)
+            self._stop_keeping(error)
+            self.connection = _connect(IN_MEMORY)
         setup = f"{schema}PRAGMA secure_delete = ON;" if erases else schema
         try:
-            self.connection.execute("PRAGMA journal_mode = WAL")
-            self.connection.execute("PRAGMA synchronous = NORMAL")
-            self.connection.executescript(setup)
+            self.connection.executescript(f"{WAL}{setup}")
         except sqlite3.OperationalError as error:  # a disk that is full or not writable
             self.connection.close()
-            self._replace(error)
+            self._stop_keeping(error)
+            self.connection = _connect(IN_MEMORY)
             self.connection.executescript(setup)
         except sqlite3.DatabaseError as error:
             self.connection.close()
@@ -70,8 +67,7 @@ class CacheFile:
     def write(self, *statements: tuple[str, Rows]) -> bool:
         """Run each statement for its rows, all in one transaction; False if the disk refused it.
 
-        Raises:
-            UserFault: the file is damaged.
+        Raises UserFault: the file is damaged.
         """
         try:
             with self.connection:
@@ -117,17 +113,12 @@ class CacheFile:
         """Close the file; reading it is a fault from now on."""
         self.connection.close()
 
-    @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
-
-    def _replace(self, error: Exception) -> None:
-        self._stop_keeping(error)
-        self.connection = self._connect(Path(IN_MEMORY))
-
     def _stop_keeping(self, error: Exception) -> None:
         if self.keeps:
             message = "%s: cannot keep %s (%s): the run goes on without"
             log.warning(message, self.path, self.what, error)
         self.keeps = False
+
+
+def _connect(path: Path | str) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)

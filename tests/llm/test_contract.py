@@ -12,7 +12,7 @@ import pytest
 from hydra_llm.config import Settings
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.llm.fake import RuleLLM, echo, label_rule, scripted
+from hydra_llm.llm.fake import RuleLLM, from_spec, label_rule
 from hydra_llm.llm.gguf import smollm2
 from hydra_llm.llm.openai import OpenAILLM
 from hydra_llm.llm.registry import open_llm, wrap
@@ -20,14 +20,14 @@ from hydra_llm.testing import check_llm
 from hydra_llm.types import Generation, Message, Usage
 
 
-@pytest.mark.parametrize("make", [echo, label_rule])
-def test_the_fakes(make: Any) -> None:
-    check_llm(make())
+@pytest.mark.parametrize("spec", ["echo", "rule=labels"])
+def test_the_fakes(spec: str) -> None:
+    check_llm(from_spec(spec, Settings()))
 
 
 def test_a_scripted_fake(tmp_path: Path) -> None:
     (tmp_path / "script.json").write_text(json.dumps({"": "blue, grey and green"}))
-    check_llm(scripted(tmp_path / "script.json"))
+    check_llm(from_spec(f"script={tmp_path / 'script.json'}", Settings()))
 
 
 def test_an_llm_with_cache_and_meter_again_and_again(tmp_path: Path) -> None:

@@ -13,10 +13,15 @@ from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, UserFault
 from hydra_llm.llm.base import Sampling
-from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.cache import (
+    CachedLLM,
+    merge_recording,
+    open_recording,
+    read_recording,
+    write_recording,
+)
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.llm.recording import merge_recording, open_recording, read_recording, write_recording
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.types import Message
 

@@ -116,7 +116,7 @@ class Recording:
     @contextmanager
     def opened(self, spec: str, settings: Settings) -> "Iterator[CachedLLM]":
         """The LLM of a command; recorded answers are reused, and new ones always recorded."""
-        from hydra_llm.llm.recording import merge_recording, write_recording
+        from hydra_llm.llm.cache import merge_recording, write_recording
         from hydra_llm.llm.registry import open_llm
 
         llm = open_llm(spec, settings)

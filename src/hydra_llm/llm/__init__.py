@@ -1,1 +1,0 @@
-"""LLMs: one interface, several engines, a cache and a meter around any of them."""

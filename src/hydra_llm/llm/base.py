@@ -40,7 +40,6 @@ class ChatLLM(Protocol):
     @property
     def identity(self) -> Mapping[str, Any]:
         """All that names this LLM and changes its output: kind, model, file hash, ... (JSON)."""
-        ...
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return `sampling.n` texts that continue the conversation.
@@ -48,8 +47,6 @@ class ChatLLM(Protocol):
         Raises LLMRefused if the same call would fail again, PartlyFailed if some of the texts
         arrived, LLMError after the retries.
         """
-        ...
 
     async def aclose(self) -> None:
         """Release connections and memory."""
-        ...

@@ -3,13 +3,18 @@
 A SQLite file with two tables: `requests` (JSON by its SHA-256) and `answers` (JSON by request and
 index of the sample). Sample i is the same row for 4 and for 8 samples: only missing ones are drawn.
 Several processes may share the file: the first text stored stays.
+
+A recording (`bench run --record`, `--replay`) is one run's part of it: gzipped JSON lines with the
+LLM's identity, then each request's key (never a prompt) and rows. The same run gives equal bytes.
 """
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,8 @@ from weakref import WeakValueDictionary
 
 import anyio
 
-from hydra_llm.errors import LLMError, LLMRefused
-from hydra_llm.kv import CacheFile
+from hydra_llm.errors import LLMError, LLMRefused, UserFault
+from hydra_llm.kv import IN_MEMORY, CacheFile
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
@@ -29,10 +34,12 @@ CREATE TABLE IF NOT EXISTS answers (
     payload TEXT NOT NULL, PRIMARY KEY (request, candidate)
 ) WITHOUT ROWID;
 """
+FORMAT = 1  # of a recording
 REFUSED = -1
 """Index of the refusal of a prompt that was too long: a replay without the LLM cuts it alike."""
 Row = Mapping[str, Any]
 """A stored text and its share of the call's usage (`_rows`)."""
+Requests = dict[str, dict[int, Row]]  # by key and index
 
 
 def canonical(value: Any) -> str:
@@ -59,15 +66,15 @@ def key_of(request: Mapping[str, Any]) -> str:
 class CachedLLM:
     """An LLM whose answers are kept in `path`; with `replay_only` a missing answer is an error.
 
-    `used` holds the indices that each request of this process got, by key, for a recording.
-    Errors name `name`, by default the path. Raises UserFault for a file that cannot be opened, or
-    is damaged.
+    `used` holds the indices that each request of this process got, by key, for a recording. Errors
+    name `name`, by default the path. UserFault: the file cannot be opened, or is damaged.
     """
 
     def __init__(
         self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False, name: str = ""
     ):
         self.inner, self.replay_only, self.name = inner, replay_only, name or str(path)
+        self.parallel = int(getattr(inner, "parallel", 1))
         self.used: defaultdict[str, set[int]] = defaultdict(set)
         self.file = CacheFile(Path(path), SCHEMA, "answers", required=True)
         self._replayed = Usage()
@@ -77,10 +84,6 @@ class CachedLLM:
     @property
     def identity(self) -> Mapping[str, Any]:
         return self.inner.identity
-
-    @property
-    def parallel(self) -> int:
-        return int(getattr(self.inner, "parallel", 1))
 
     @property
     def usage(self) -> Usage:
@@ -98,12 +101,14 @@ class CachedLLM:
             rows = {i: row for i, row in self.stored(key).items() if 0 <= i < distinct}
             usage = sum(map(_usage_of, rows.values()), Usage())
             self._replayed += usage
-            for first, count in _runs([index for index in range(distinct) if index not in rows]):
+            missing = [index for index in range(distinct) if index not in rows]
+            for _, numbered in groupby(enumerate(missing), lambda item: item[1] - item[0]):
+                run = [index for _, index in numbered]  # neighbours are drawn in one call
                 if self.replay_only:
-                    raise self._missing(key, first)
-                drawn = replace(sampling, n=count, seed=_sample_seed(key, sampling.seed, first))
-                generation, error = await _receive(self.inner.generate(messages, drawn), count)
-                rows |= self.store(key, dict(enumerate(_rows(generation), first)), request)
+                    raise self._missing(key, run[0])
+                drawn = replace(sampling, n=len(run), seed=_sample_seed(key, sampling.seed, run[0]))
+                generation, error = await _receive(self.inner.generate(messages, drawn), len(run))
+                rows |= self.store(key, dict(zip(run, _rows(generation), strict=False)), request)
                 usage += generation.usage
                 if isinstance(error, LLMRefused) and error.fits is not None:
                     refusal = {"refused": str(error), "fits": error.fits}
@@ -165,10 +170,8 @@ async def _receive(call: Awaitable[Generation], count: int) -> tuple[Generation,
     """At most `count` texts, and the error if there are fewer."""
     try:
         generation = await call
-    except PartlyFailed as error:
-        return error.partial, error
     except LLMError as error:
-        return Generation(()), error
+        return getattr(error, "partial", Generation(())), error
     if (received := len(generation.texts)) < count:
         return generation, PartlyFailed(f"the LLM gave {received} of {count} texts", generation)
     return Generation(generation.texts[:count], generation.usage), None
@@ -192,8 +195,81 @@ def _usage_of(row: Row) -> Usage:
     return Usage(0, row["calls"], 0, *tokens, seconds=row["seconds"])
 
 
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring indices as (first, count): each run is one call."""
-    groups = groupby(enumerate(indices), lambda item: item[1] - item[0])
-    runs = [[index for _, index in group] for _, group in groups]
-    return [(run[0], len(run)) for run in runs]
+# ---- recordings
+
+
+@dataclass(frozen=True)
+class RecordedLLM:
+    """The LLM of a recording: it has an identity, and is never called."""
+
+    identity: Mapping[str, Any]
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        raise AssertionError("a recorded LLM was called")
+
+    async def aclose(self) -> None:
+        """Nothing to release."""
+
+
+def write_recording(file: Path, llm: CachedLLM) -> int:
+    """Add this process's requests to the file; returns how many it holds then.
+
+    Raises UserFault: the file cannot be written, or is a recording of another LLM.
+    """
+    requests = read_recording(file, llm)[1] if file.exists() else {}
+    for key, used in llm.used.items():
+        stored, rows = llm.stored(key), requests.setdefault(key, {})
+        rows.update((index, stored[index]) for index in sorted(used) if index in stored)
+    lines: list[Any] = [{"format": FORMAT, "llm": dict(llm.identity)}]
+    lines += [{"key": key, "rows": requests[key]} for key in sorted(requests)]
+    text = "".join(canonical(line) + "\n" for line in lines)
+    temporary = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(gzip.compress(text.encode("ascii"), mtime=0))
+        temporary.replace(file)
+    except OSError as error:
+        raise UserFault(f"{file}: the recording cannot be written ({error.strerror})") from None
+    return len(requests)
+
+
+def merge_recording(file: Path, llm: CachedLLM) -> None:
+    """Put a recording's answers into the cache of the same LLM, to resume another machine's run."""
+    for key, rows in read_recording(file, llm)[1].items():
+        llm.store(key, rows)
+
+
+def read_recording(file: Path, llm: CachedLLM | None = None) -> tuple[dict[str, Any], Requests]:
+    """The LLM's identity, and each request's rows.
+
+    Raises UserFault: not there, damaged, of a newer format, or of another LLM than `llm`.
+    """
+    try:
+        content = gzip.decompress(file.read_bytes()).decode("ascii")
+        lines = map(json.loads, content.splitlines())
+        header = next(lines)
+        if (version := header["format"]) > FORMAT:
+            fault = f"format {version} is made by a newer hydra-llm: install that one"
+            raise UserFault(f"{file}: {fault}")
+        rows = ((line["key"], line["rows"].items()) for line in lines)
+        requests = {key: {int(i): row for i, row in items} for key, items in rows}
+        identity = header["llm"]
+    except (StopIteration, KeyError, TypeError, AttributeError) as error:
+        raise UserFault(f"{file}: is no recording ({type(error).__name__}: {error})") from None
+    except OSError as error:  # not there, or no gzip
+        raise UserFault(f"{file}: the recording cannot be read ({error})") from None
+    except (ValueError, EOFError, zlib.error) as error:
+        raise UserFault(f"{file}: the recording is damaged ({error})") from None
+    if llm is not None and identity != dict(llm.identity):
+        other = f"is a recording of another LLM ({identity.get('model')})"
+        raise UserFault(f"{file}: {other}: take another file")
+    return identity, requests
+
+
+def open_recording(file: Path) -> CachedLLM:
+    """The recorded LLM: a request that is not in the recording is an error."""
+    identity, requests = read_recording(file)
+    llm = CachedLLM(RecordedLLM(identity), IN_MEMORY, replay_only=True, name=str(file))
+    for key, rows in requests.items():
+        llm.store(key, rows)
+    return llm

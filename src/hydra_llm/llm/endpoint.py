@@ -24,18 +24,14 @@ NAMES_N = re.compile(
     r"""|parameter:? n\b|multiple (?:choices|completions)"""
 )
 UNSUPPORTED = re.compile(
-    r"unsupported|not supported|does not support|unrecognized|unknown|not permitted|deprecated",
-    re.IGNORECASE,
+    r"(?i)unsupported|not supported|does not support|unrecognized|unknown|not permitted|deprecated"
 )
 # A prompt longer than the context window, as OpenAI, vLLM, llama.cpp and proxies say it, and the
 # numbers of tokens in such a message; the largest of LENGTH is the length of the request.
 TOO_LONG = re.compile(
-    r"context[ _](?:length|size|window)|(?:prompt|input|message)s? (?:is|are) too long",
-    re.IGNORECASE,
+    r"(?i)context[ _](?:length|size|window)|(?:prompt|input|message)s? (?:is|are) too long"
 )
-WINDOW = re.compile(
-    r"context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)", re.IGNORECASE
-)
+WINDOW = re.compile(r"(?i)context (?:length|size|window)\D{1,20}(\d+)|(\d+) max|n_ctx\D+(\d+)")
 LENGTH = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
 FITS = 0.6  # share of a prompt that is taken to fit where the endpoint names no numbers
 
@@ -55,8 +51,8 @@ class Endpoint:
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         if urlsplit(url).scheme not in ("http", "https"):
-            problem = "is no URL of an endpoint: it begins with http:// or https://"
-            raise SettingsError(f"OPENAI_BASE_URL {problem}")
+            fix = "it begins with http:// or https://"
+            raise SettingsError(f"OPENAI_BASE_URL is no URL of an endpoint: {fix}")
         key = key or os.environ.get("OPENAI_API_KEY", "")
         if not key and url == OPENAI_URL:
             fix = "set OPENAI_API_KEY (another endpoint may need none)"

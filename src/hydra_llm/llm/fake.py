@@ -42,8 +42,8 @@ class RuleLLM:
         """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
         self.calls.append(tuple(messages))
         texts = tuple(self._text(messages, sampling, index) for index in range(sampling.n))
-        prompt = sum(_words(message["content"]) for message in messages)
-        return Generation(texts, Usage(1, 0, 0, prompt, sum(map(_words, texts))))
+        prompt = sum(len(message["content"].split()) for message in messages)
+        return Generation(texts, Usage(1, 0, 0, prompt, sum(len(text.split()) for text in texts)))
 
     async def aclose(self) -> None:
         """Nothing to release."""
@@ -82,11 +82,6 @@ class FailingLLM:
 
     async def aclose(self) -> None:
         await self.inner.aclose()
-
-
-def echo() -> RuleLLM:
-    """Answers with the last message."""
-    return RuleLLM(lambda messages, index, rng: messages[-1]["content"], name="echo")
 
 
 def label_rule() -> RuleLLM:
@@ -131,7 +126,7 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
     """The fake of `echo`, `rule=labels` (the default), `script=PATH`, `fail=KIND[,every=N]`."""
     kind, _, value = rest.partition("=")
     if rest == "echo":
-        return echo()
+        return RuleLLM(lambda messages, index, rng: messages[-1]["content"], name="echo")
     if rest in ("", "rule=labels"):
         return label_rule()
     if kind == "script" and value:
@@ -149,7 +144,3 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
 
 def _digest(value: Any, salt: int) -> str:
     return hashlib.sha256(json.dumps([value, salt], sort_keys=True).encode()).hexdigest()
-
-
-def _words(text: str) -> int:
-    return len(text.split())

@@ -30,6 +30,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.text import fold
 from hydra_llm.types import Generation, Message, Usage
 
+INSTALL = "pip install 'hydra-llm[embedded]'"
 ROLES = ("system", "user", "assistant")
 CONTEXT = 2048  # default context window of one conversation, in tokens
 SLOTS = 8  # samples side by side: 7 samples of a 1.5B model take 3.9 s in 8 slots, 4.8 s in one
@@ -40,13 +41,11 @@ OnToken = Callable[[str], None] | None
 
 
 class GgufLLM:
-    """An embedded model. Calls queue: one runs at a time, its samples side by side.
+    """An embedded model; `context_per_slot` limits a prompt and its answer, in tokens. Calls queue.
 
     The same call with the same seed gives the same texts on the same machine, engine version and
     number of threads (measured, not promised by the engine). Sample i is drawn with `seed + i`; yet
     four samples need not be the first four of eight: a batch's size changes the last bits.
-
-    `context_per_slot` is the longest prompt with its answer in tokens, as far as the model allows.
     """
 
     parallel = 1  # calls at once
@@ -64,28 +63,24 @@ class GgufLLM:
             problem = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
             raise SettingsError(f"gguf:{path}: {problem}") from None
         if importlib.util.find_spec("xllamacpp") is None:
-            fix = "pip install 'hydra-llm[embedded]'"
-            raise SettingsError(f"an embedded model needs xllamacpp: {fix}")
+            raise SettingsError(f"an embedded model needs xllamacpp: {INSTALL}")
         self.path, self.model, self.window = path, model_name or path.stem, context_per_slot
-        self._engine: Engine | None = None
         self._one_at_a_time = Lock()
 
-    @property
+    @cached_property
     def engine(self) -> "Engine":
         """The engine, started at the first call."""
-        if self._engine is None:
-            self._engine = Engine(self.path, self.window)
-        return self._engine
+        return Engine(self.path, self.window)
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        identity = {"kind": "gguf", "model": self.model, "sha256": digest}
-        identity["engine"] = f"xllamacpp {version('xllamacpp')}"
+        model = {"kind": "gguf", "model": self.model, "sha256": digest}
+        engine = {"engine": f"xllamacpp {version('xllamacpp')}", "sampler": SAMPLER}
         # The window may cut an answer; the default is left out, as in the keys of older caches.
         context = {} if self.window == CONTEXT else {"context": self.window}
-        return {**identity, "sampler": SAMPLER, "constrains": True, **context}
+        return {**model, **engine, "constrains": True, **context}
 
     async def generate(
         self, messages: Sequence[Message], sampling: Sampling, on_token: OnToken = None
@@ -106,9 +101,8 @@ class GgufLLM:
     async def aclose(self) -> None:
         def close() -> None:
             with self._one_at_a_time:
-                if self._engine is not None:
-                    self._engine.close()
-                self._engine = None
+                if engine := vars(self).pop("engine", None):
+                    engine.close()
 
         await to_thread.run_sync(close)
 
@@ -117,8 +111,8 @@ class GgufLLM:
     ) -> Generation:
         with self._one_at_a_time:
             started = time.perf_counter()
-            body = _body(sampling) | {"messages": list(map(self.engine.safe, messages))}
-            pool = 2 * self.engine.context - self._fit(body)
+            body, prompt_tokens = self._body(messages, sampling)
+            pool = 2 * self.engine.context - prompt_tokens
             at_once = max(1, min(SLOTS, pool // body["max_tokens"]))
             distinct = sampling.n if sampling.temperature > 0 else 1
             whole = Generation(())
@@ -133,28 +127,23 @@ class GgufLLM:
         copies = sampling.n // distinct
         return Generation(whole.texts * copies, usage, whole.ends * copies)
 
-    def _fit(self, body: dict[str, Any]) -> int:
-        """The prompt's tokens; cuts `max_tokens` to the room after it, but not to a word or two."""
-        path, context = "/v1/chat/completions/input_tokens", self.engine.context
-        tokens: int = self.engine.post(path, {"messages": body["messages"]})["input_tokens"]
-        needed = body["max_tokens"]
-        if "grammar" not in body:
-            needed = min(needed, context // 4)
+    def _body(self, messages: Sequence[Message], sampling: Sampling) -> tuple[dict[str, Any], int]:
+        """The request, with `max_tokens` cut to the room that is left, and the prompt's tokens."""
+        safe, context = list(map(self.engine.safe, messages)), self.engine.context
+        body = {"messages": safe, "temperature": sampling.temperature, "stop": list(sampling.stop)}
+        most, needed = sampling.max_tokens, min(sampling.max_tokens, context // 4)
+        if sampling.choices:
+            longest = max(len(choice.encode()) for choice in sampling.choices)  # ≥ its tokens
+            most = needed = max(most, longest + 1)
+            body["grammar"] = grammar(sampling.choices)
+        path = "/v1/chat/completions/input_tokens"
+        tokens: int = self.engine.post(path, {"messages": safe})["input_tokens"]
         if context - tokens < needed:
             sizes = f"{tokens} tokens, the context {context}, the answer needs {needed}"
             message = f"the prompt has {sizes}: shorten it (max_prompt_tokens)"
             raise LLMRefused(f"{self.model}: {message}", fits=max(0, context - needed) / tokens)
-        body["max_tokens"] = min(body["max_tokens"], context - tokens)
-        return tokens
-
-
-def _body(sampling: Sampling) -> dict[str, Any]:
-    limits = {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop)}
-    if choices := sampling.choices:
-        longest = max(len(choice.encode()) for choice in choices)  # no label has more tokens
-        limits["max_tokens"] = max(sampling.max_tokens, longest + 1)
-        limits["grammar"] = grammar(choices)
-    return {"temperature": sampling.temperature, "cache_prompt": True, **SAMPLER, **limits}
+        limit = {"max_tokens": min(most, context - tokens), "cache_prompt": True}
+        return {**body, **SAMPLER, **limit}, tokens
 
 
 class Engine:
@@ -226,25 +215,23 @@ class Engine:
         return Generation(tuple(texts), usage, tuple(ends))
 
     def safe(self, message: Message) -> dict[str, str]:
-        """The message without control tokens; an unknown role is refused."""
-        if (role := message["role"]) not in ROLES:
-            raise LLMRefused(f"unknown role '{role}' in a message: take one of {', '.join(ROLES)}")
-        return {"role": role, "content": self.neutral(message["content"])}
+        """The message with a space in each control token, such as `< |im_end|>`: it stays text.
 
-    def neutral(self, text: str) -> str:
-        """The text with a space in each control token, such as `< |im_end|>`: it stays text."""
-        text = text.encode("utf-8", "replace").decode()
+        Raises LLMRefused for an unknown role.
+        """
+        role, text = message["role"], message["content"].encode("utf-8", "replace").decode()
+        if role not in ROLES:
+            raise LLMRefused(f"unknown role '{role}' in a message: take one of {', '.join(ROLES)}")
         while controls := self._controls_in(text):
             for control in controls:
                 broken = f"{control[0]} {control[1:]}" if len(control) > 1 else ""
                 text = text.replace(control, broken)
-        return text
+        return {"role": role, "content": text}
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[dict[str, Any]]:
         """Tokens as `{"id", "piece"}`, with control tokens if `parse_special`."""
         body = {"content": text, "parse_special": parse_special, "with_pieces": True}
-        tokens: list[dict[str, Any]] = self.post("/tokenize", body)["tokens"]
-        return tokens
+        return list(self.post("/tokenize", body)["tokens"])
 
     def _controls_in(self, text: str) -> set[str]:
         """Pieces of the text that are a token only if control tokens are parsed."""
@@ -265,7 +252,7 @@ def _import_engine() -> Any:
     try:
         return importlib.import_module("xllamacpp")
     except ImportError as error:
-        fix = "pip install 'hydra-llm[embedded]'; on Linux it needs libgomp1"
+        fix = f"{INSTALL}; on Linux it needs libgomp1"
         raise SettingsError(f"xllamacpp does not load ({error}): {fix}") from None
     finally:
         if before is None:
@@ -280,13 +267,12 @@ def _raise_error(answer: Any) -> None:
 
 def grammar(choices: Sequence[str]) -> str:
     """A GBNF grammar whose only sentences are the choices."""
-    return "root ::= " + " | ".join(f'"{"".join(map(_escaped, choice))}"' for choice in choices)
 
+    def escaped(character: str) -> str:
+        escape = "\\" if character in '"\\' else ""
+        return escape + character if character.isprintable() else f"\\U{ord(character):08X}"
 
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    return character if character.isprintable() else f"\\U{ord(character):08X}"
+    return "root ::= " + " | ".join(f'"{"".join(map(escaped, choice))}"' for choice in choices)
 
 
 def from_path(rest: str, settings: Settings) -> GgufLLM:

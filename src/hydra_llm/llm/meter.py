@@ -1,7 +1,6 @@
 """Counts what an LLM costs and stops a run at its budget. Wraps any `ChatLLM`; knows no cache.
 
-A failed call is counted and its error raised. A cancelled call counts as failed too: it reached the
-LLM, though its tokens are unknown.
+A cancelled call counts as failed: it reached the LLM, though its tokens are unknown.
 """
 
 import time
@@ -77,15 +76,13 @@ class Meter:
             try:
                 generation = await self.inner.generate(messages, sampling)
                 return self._counted(generation, sampling.n, time.perf_counter() - started)
-            except PartlyFailed as error:
-                self.errors[str(error)] += 1
-                waited = time.perf_counter() - started
-                error.partial = self._counted(error.partial, sampling.n, waited)
-                raise
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
-                self.usage += Usage(calls=1, failed=1, seconds=time.perf_counter() - started)
-                failed = isinstance(error, LLMError)
+                failed, waited = isinstance(error, LLMError), time.perf_counter() - started
                 self.errors[str(error) if failed else "stopped before it answered"] += 1
+                if isinstance(error, PartlyFailed):
+                    error.partial = self._counted(error.partial, sampling.n, waited)
+                else:
+                    self.usage += Usage(calls=1, failed=1, seconds=waited)
                 raise
             finally:
                 self._in_flight -= calls

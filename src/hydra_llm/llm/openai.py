@@ -1,7 +1,6 @@
 """Any OpenAI-compatible endpoint (hosted, vLLM, llama.cpp's server, LiteLLM) by the official SDK.
 
-Retries are the SDK's alone: it honours `Retry-After` up to two minutes. What a model does not take
-is learned from its refusals (llm/endpoint.py).
+Retries are the SDK's alone: it honours `Retry-After` up to two minutes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,36 +61,26 @@ class OpenAILLM:
         return self._capabilities.of(self.model)
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        """Return n texts, in one request where the endpoint can, else in n; ignores `choices`.
+        """Return n texts, in one request where the endpoint can; each missing one by a request of
+        its own, all at once, with a seed of its own. Ignores `choices`.
 
         Raises LLMRefused for a wrong key, model or request or too long a prompt, PartlyFailed if
         one of n requests failed, LLMError for no readable answer after the SDK's retries.
         """
         # JSON in UTF-8 cannot hold half of a surrogate pair.
         repaired = [{name: repair(text) for name, text in message.items()} for message in messages]
-        body: dict[str, Any] = {"messages": repaired, "temperature": sampling.temperature}
-        body["max_tokens"] = sampling.max_tokens
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
-        generation = await self._send(body | _drawn(sampling.seed, 0, sampling.n))
-        if len(generation.texts) >= sampling.n:
-            return Generation(generation.texts[: sampling.n], generation.usage)
-        return await self._rest(body, sampling, generation)
-
-    async def aclose(self) -> None:
-        await self._client.close()
-
-    async def _rest(
-        self, body: Mapping[str, Any], sampling: Sampling, generation: Generation
-    ) -> Generation:
-        """The missing texts, one concurrent request each, with a seed of its own."""
-        missing = range(len(generation.texts), sampling.n)
-        singles: dict[int, Generation] = {}
-        failures: list[LLMError] = []
+        stop = {"stop": list(sampling.stop)} if sampling.stop else {}
+        seed = {} if sampling.seed is None else {"seed": sampling.seed}
+        limits = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+        body = {"messages": repaired, **limits, **stop, **seed}
+        first = await self._send(body | ({"n": sampling.n} if sampling.n > 1 else {}))
+        missing = range(len(first.texts), sampling.n)
+        singles, failures = dict[int, Generation](), list[LLMError]()
 
         async def single(index: int) -> None:
+            own = {name: value + index for name, value in seed.items()}
             try:
-                singles[index] = await self._send({**body, **_drawn(sampling.seed, index)})
+                singles[index] = await self._send(body | own)
             except LLMError as error:
                 failures.append(error)
 
@@ -99,12 +88,15 @@ class OpenAILLM:
             for index in missing:
                 group.start_soon(single, index)
         before_gap = [singles[index].texts[0] for index in takewhile(singles.__contains__, missing)]
-        usage = sum((one.usage for one in singles.values()), generation.usage)
-        texts = (*generation.texts, *before_gap)
+        usage = sum((one.usage for one in singles.values()), first.usage)
+        texts = (*first.texts[: sampling.n], *before_gap)
         if failures:
             failed = Usage(calls=len(failures), failed=len(failures))
             raise PartlyFailed(str(failures[0]), Generation(texts, usage + failed))
         return Generation(texts, usage)
+
+    async def aclose(self) -> None:
+        await self._client.close()
 
     async def _send(self, body: Mapping[str, Any]) -> Generation:
         """One request; another one where the endpoint names a parameter that it does not take."""
@@ -162,11 +154,6 @@ class OpenAILLM:
         """An error's one line: where, and what, without the key."""
         line = f"{self.model} at {self.base_url}: {fold(text)[:500]}"
         return line.replace(self._key, "***") if self._key else line
-
-
-def _drawn(seed: int | None, index: int, n: int = 1) -> dict[str, int]:
-    seeded = {} if seed is None else {"seed": seed + index}
-    return seeded | ({"n": n} if n > 1 else {})
 
 
 def from_spec(rest: str, settings: Settings) -> OpenAILLM:

@@ -1,5 +1,5 @@
-"""LLMs by spec, `NAME[:REST]` (`FORMS`); each is wrapped as cache around meter, so that cached
-answers cost no budget.
+"""LLMs by spec, `NAME[:REST]`: each is wrapped as cache around meter, so that cached answers cost
+no budget.
 
 A plug-in is an entry point of the group `hydra_llm.llms`: a function `(REST, settings) -> ChatLLM`.
 """
@@ -10,10 +10,9 @@ from pathlib import Path
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.cache import CachedLLM, open_recording
 from hydra_llm.llm.endpoint import without_userinfo
 from hydra_llm.llm.meter import Budget, Meter, Prices
-from hydra_llm.llm.recording import open_recording
 from hydra_llm.plugins import Registry
 
 LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
@@ -26,10 +25,6 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
     },
     kind="LLM",
     needs=("__call__",),
-)
-FORMS = (
-    "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING,"
-    " fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
 )
 
 
@@ -59,6 +54,8 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     known = LLMS.names()
     if name not in known:
         installed = "".join(f", {other}:..." for other in known if other not in LLMS.builtin)
-        forms = f"take one of {FORMS}{installed}"
+        builtin = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING"
+        fakes = "fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
+        forms = f"take one of {builtin}, {fakes}{installed}"
         raise SettingsError(LLMS.unknown(without_userinfo(spec), forms))
     return LLMS.load(name)(rest, settings)
