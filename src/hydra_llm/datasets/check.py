@@ -56,7 +56,7 @@ def summarize(dataset: DataSet) -> dict[str, Any]:
             "history": _spread(len(record.input.split()) for record in records),
             "queries": _spread(len(query.input.split()) for query in queries),
         },
-        "labels": _shares(dataset, records, queries),
+        "labels": _shares(dataset.task, records, queries),
         "duplicates": _examples(repeated),
         "leaks": _leaks(dataset.task, histories, queries),
         "notes": list(dataset.notes),
@@ -76,15 +76,13 @@ def _spread(counts: Iterable[int]) -> dict[str, float] | None:
     return {"min": min(values), "median": median(values), "max": max(values)} if values else None
 
 
-def _shares(dataset: DataSet, records: list[Record], queries: list[Query]) -> dict[str, Any]:
+def _shares(task: Task, records: list[Record], queries: list[Query]) -> dict[str, Any]:
     """Each label's share of the history's and of the queries' answers."""
-    history = [] if dataset.task.free_history else records
-    golds = Counter(query.gold for query in queries)
-    counts = {"history": Counter[str | None](r.output for r in history), "queries": golds}
-    known = {part: count for part, count in counts.items() if count}
+    history = Counter[str | None](() if task.free_history else (r.output for r in records))
+    counts = {"history": history, "queries": Counter(query.gold for query in queries)}
     return {
-        label: {part: count[label] / count.total() for part, count in known.items()}
-        for label in dataset.task.labels
+        label: {part: count[label] / count.total() for part, count in counts.items() if count}
+        for label in task.labels
     }
 
 
@@ -94,19 +92,18 @@ def _leaks(
     """Ways in which an answer may be known beforehand; each with its count and examples."""
     records = [record for history in histories.values() for record in history]
     texts, ids = {(r.user, r.input) for r in records}, {(r.user, r.id) for r in records}
-    same_text = [q for q in queries if (q.user, q.input) in texts]
-    same_id = [q for q in queries if (q.user, q.id) in ids]
-    early = [q for q in queries if len(before(histories[q.user], q)) < len(histories[q.user])]
     owners: dict[str | None, set[str]] = defaultdict(set)
     for record in [] if task.labels else records:  # a label is in every history
         owners[record.output].add(record.user)
+    same_text = [q for q in queries if (q.user, q.input) in texts]
+    same_id = [q for q in queries if (q.user, q.id) in ids]
+    early = [q for q in queries if len(before(histories[q.user], q)) < len(histories[q.user])]
+    same_gold = [q for q in queries if owners[q.gold] - {q.user}]
     return {
         "query's text stands in its user's history": _examples(same_text),
         "query's id stands in its user's history": _examples(same_id),
         "query does not come after all of its history": _examples(early),
-        "gold text stands in another user's history": _examples(
-            [q for q in queries if owners[q.gold] - {q.user}]
-        ),
+        "gold text stands in another user's history": _examples(same_gold),
     }
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -48,12 +48,6 @@ class Place:
     def fault(self, message: str, field: str = "") -> None:
         """Report a fault of this place, or of a field here."""
         self.report(self.error(message, field))
-
-    def at_line(self, number: int) -> "Place":
-        return replace(self, line=number)
-
-    def at(self, path: str) -> "Place":
-        return replace(self, path=f"{self.path}{path}")
 
 
 Row = tuple[Place, dict[str, str]]  # an entry and its place
@@ -172,39 +166,35 @@ class Builder:
 
     def add(self, part: Part, entry: Fields, place: Place = Place()) -> None:
         """Take an entry (`FIELDS`, all texts) if nothing is wrong with it, else report it."""
-        faults = list(self._faults(part, entry))
-        for field, message in faults:
-            place.fault(message, field)
-        if not faults:
-            self._entries[part].setdefault(entry["user"], []).append(entry)
-            self._ids.add((part, entry["user"], entry["id"]))
-
-    def _faults(self, part: Part, entry: Fields) -> Iterator[tuple[str, str]]:
-        for name in FIELDS:
-            if fault := text_fault(entry[name], may_be_empty=name == "time"):
-                yield name, fault
+        texts = ((name, text_fault(entry[name], may_be_empty=name == "time")) for name in FIELDS)
+        faults = [(name, fault) for name, fault in texts if fault]
         user, id, time, _, output = (entry[name] for name in FIELDS)
         if user and user not in self.splits:
-            yield "user", f"'{user}' is not among the data set's users"
+            faults.append(("user", f"'{user}' is not among the data set's users"))
         if (part, user, id) in self._ids:
-            yield "id", f"user '{user}' has the id '{id}' twice"
+            faults.append(("id", f"user '{user}' has the id '{id}' twice"))
         if not readable_time(time):
-            yield "time", f"'{time}' is no time: write ISO 8601, a year, or seconds since 1970"
+            message = f"'{time}' is no time: write ISO 8601, a year, or seconds since 1970"
+            faults.append(("time", message))
         free = part == "history" and self.task.free_history
         if output and not free and not self.task.is_answer(output):
-            yield "output", f"'{output[:60]}' is not one of the task's labels"
+            faults.append(("output", f"'{output[:60]}' is not one of the task's labels"))
+        for name, message in faults:
+            place.fault(message, name)
+        if not faults:
+            self._entries[part].setdefault(user, []).append(entry)
+            self._ids.add((part, user, id))
 
     def build(self, notes: Sequence[str] = ()) -> DataSet:
         """The data set of all entries taken. A user's queries come after all of its history."""
         history, queries = (self._entries[part] for part in PARTS)
-        records = {user: _parse(Record, rows) for user, rows in history.items()}
-        of_users = {
-            user: _parse(Query, rows, len(history.get(user, ()))) for user, rows in queries.items()
-        }
+        records = {user: _parse(Record, rows, 0) for user, rows in history.items()}
+        first = {user: len(rows) for user, rows in history.items()}
+        of_users = {user: _parse(Query, rows, first.get(user, 0)) for user, rows in queries.items()}
         return DataSet(self.task, self.splits, records, of_users, notes)
 
 
-def _parse(kind: type[Entry], rows: Iterable[Fields], first: int = 0) -> list[Entry]:
+def _parse(kind: type[Entry], rows: Iterable[Fields], first: int) -> list[Entry]:
     """The entries, whose positions start at `first`."""
     entries = []
     for position, row in enumerate(rows, first):

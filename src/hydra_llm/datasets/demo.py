@@ -8,6 +8,7 @@ which are corrected or left out with a note.
 import csv
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,8 +43,7 @@ def movielens(
     the queries. `folder` holds `ml-100k.inter` and `ml-100k.item`; None: the installed wheel.
     """
     folder = folder or _wheel_folder()
-    ratings = _read_ratings(folder)
-    notes = _drop_repeats(ratings)
+    ratings, notes = _read_ratings(folder)
     users = [user for user in sorted(ratings, key=int) if len(ratings[user]) >= MIN_RATINGS]
     if users_train + users_test > len(users) or min(users_train, users_test) < 0:
         available = f"MovieLens-100K has {len(users)} with {MIN_RATINGS} ratings"
@@ -68,19 +68,25 @@ def _wheel_folder() -> Path:
     raise DataError(f"the demo's users come from {source}: {INSTALL}")
 
 
-def _read_ratings(folder: Path) -> dict[str, list[Row]]:
-    """Each user's ratings, oldest first; within one second as the file orders them."""
+def _read_ratings(folder: Path) -> tuple[dict[str, list[Row]], list[str]]:
+    """Each user's ratings, oldest first (within one second as the file orders them), and what was
+    left out. Only the first of a film is taken: a second one would leak a query's answer.
+    """
     items = _rows(folder / "ml-100k.item", ITEM_FIELDS)
     films = {row["item_id"]: film for row in items if (film := _describe(row))}
-    ratings: dict[str, list[Row]] = {}
-    for row in _rows(folder / "ml-100k.inter", RATING_FIELDS):
+    rows = [
+        row for row in _rows(folder / "ml-100k.inter", RATING_FIELDS) if row["item_id"] in films
+    ]
+    ratings: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: int(row["timestamp"])):
         user, item, score, time = (row[name] for name in RATING_FIELDS)
-        if item in films:
-            entry = as_fields(f"u{user}", f"m{item}", time, films[item], score)
-            ratings.setdefault(user, []).append((Place(), entry))
-    for rows in ratings.values():
-        rows.sort(key=lambda row: int(row[1]["time"]))
-    return ratings
+        entry = as_fields(f"u{user}", f"m{item}", time, films[item], score)
+        ratings[user].setdefault(films[item], (Place(), entry))
+    of_users = {user: list(of_films.values()) for user, of_films in ratings.items()}
+    dropped = len(rows) - sum(map(len, of_users.values()))
+    repeats = f"{dropped} second ratings of a film by the same user were left out"
+    unknown = "ratings of the film whose title and year are unknown were left out"
+    return of_users, [f"{repeats} (the film has two numbers)", unknown]
 
 
 def _rows(file: Path, fields: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -109,15 +115,3 @@ def _describe(row: Mapping[str, str]) -> str:
     genres = ", ".join(genre for genre in row["class"].split() if genre != "unknown")
     dated = f"{title} ({year})" if year.isdigit() else title
     return f"{dated}. {genres}" if genres else dated
-
-
-def _drop_repeats(ratings: Mapping[str, list[Row]]) -> list[str]:
-    """Each user's first rating of a film: one with two numbers would leak a query's answer."""
-    dropped = 0
-    for rows in ratings.values():
-        first = {entry["input"]: entry for _, entry in reversed(rows)}
-        dropped += len(rows) - len(first)
-        rows[:] = [row for row in rows if first[row[1]["input"]] is row[1]]
-    repeats = f"{dropped} second ratings of a film by the same user were left out"
-    unknown = "ratings of the film whose title and year are unknown were left out"
-    return [f"{repeats} (the film has two numbers)", unknown]

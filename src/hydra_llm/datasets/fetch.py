@@ -57,12 +57,10 @@ def fetch(
     pause: float = 1.0,
 ) -> list[Path]:
     """Download a task's files into `folder` and return them; existing files are kept as they are.
-
     After a broken transfer it waits `pause` seconds, longer each time, and resumes.
 
-    Raises:
-        UserFault: the server cannot be reached; what has arrived is kept for the next call.
-        DataError: what arrived is not what was asked for.
+    Raises UserFault if the server cannot be reached (what has arrived is kept for the next call),
+    DataError if what arrived is not what was asked for.
     """
     wanted = addresses(task, split, base_url)
     with httpx2.Client(timeout=30.0, follow_redirects=True) as client:
@@ -91,24 +89,12 @@ def load_named(
     return load(place)
 
 
-# ---- one file
-
-
 @dataclass(frozen=True, slots=True)
 class _Download:
     client: httpx2.Client
     address: str
     part: Path  # `NAME.part`; becomes `NAME.whole`, and `NAME` when its content is checked
     progress: Progress | None
-
-    @property
-    def tag_file(self) -> Path:
-        """Holds the ETag of the version that `part` belongs to."""
-        return self.part.with_suffix(".tag")
-
-    def size(self) -> int:
-        """The bytes that have arrived."""
-        return self.part.stat().st_size if self.part.exists() else 0
 
     def run(self, pause: float) -> None:
         """Download the file, resuming after each broken transfer."""
@@ -120,42 +106,43 @@ class _Download:
             except httpx2.HTTPError as error:
                 never_reached = isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol)
                 if attempt == ATTEMPTS or (never_reached and attempt == 1):
-                    reason, have = fold(str(error)) or type(error).__name__, self.size()
+                    reason, have = fold(str(error)) or type(error).__name__, self._size()
                     kept = f"; {have} bytes are kept, the same command goes on from there"
                     raise UserFault(f"{self.address}: {reason}{kept if have else ''}") from None
             except httpx2.InvalidURL as error:
                 raise UserFault(f"{self.address}: {error}") from None
             time.sleep(pause * attempt)
 
+    def _size(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
     def _transfer(self) -> None:
         """One request. If-Range: the rest of a file only if it is still the same file."""
-        have = self.size() if self.tag_file.exists() else 0
+        tag_file = self.part.with_suffix(".tag")  # the ETag of the version that `part` belongs to
+        have = self._size() if tag_file.exists() else 0
         headers = {"Accept-Encoding": "identity"}  # sizes and ranges must be those of the file
         if have:
-            tag = self.tag_file.read_text(encoding="utf-8")
+            tag = tag_file.read_text(encoding="utf-8")
             headers |= {"Range": f"bytes={have}-", "If-Range": tag}
         with self.client.stream("GET", self.address, headers=headers) as response:
-            self._check_status(response, have)
+            code, sent = response.status_code, response.headers.get("content-range")
+            if code == 416:  # the part is longer than the file: it is of another one
+                self.part.unlink()
+                raise httpx2.ReadError("the server has no such range; starting over")
+            if code not in (200, 206):
+                status = f"HTTP {code} {response.reason_phrase}".rstrip()
+                if code == 429 or code >= 500:
+                    raise httpx2.ReadError(status)
+                raise UserFault(f"{self.address}: {status}")
+            if code == 206 and not str(sent).startswith(f"bytes {have}-"):
+                raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
             tag = response.headers.get("etag") or response.headers.get("last-modified") or "W/"
             if tag.startswith("W/"):  # without a name for this version it cannot be resumed
-                self.tag_file.unlink(missing_ok=True)
+                tag_file.unlink(missing_ok=True)
             else:
-                self.tag_file.write_text(tag, encoding="utf-8")
-            self._write(response, have if response.status_code == 206 else 0)
-        self.tag_file.unlink(missing_ok=True)
-
-    def _check_status(self, response: httpx2.Response, have: int) -> None:
-        code, sent = response.status_code, response.headers.get("content-range")
-        status = f"HTTP {code} {response.reason_phrase}".rstrip()
-        if code == 416:  # the part is longer than the file: it is of another one
-            self.part.unlink()
-            raise httpx2.ReadError("the server has no such range; starting over")
-        if code == 429 or code >= 500:
-            raise httpx2.ReadError(status)
-        if code not in (200, 206):
-            raise UserFault(f"{self.address}: {status}")
-        if code == 206 and not str(sent).startswith(f"bytes {have}-"):
-            raise httpx2.ReadError(f"the server sent another range than asked for: {sent}")
+                tag_file.write_text(tag, encoding="utf-8")
+            self._write(response, have if code == 206 else 0)
+        tag_file.unlink(missing_ok=True)
 
     def _write(self, response: httpx2.Response, done: int) -> None:
         """Write the body behind the `done` bytes that are there; 0 overwrites the file."""
@@ -172,28 +159,25 @@ class _Download:
             raise httpx2.ReadError(f"{done} of {size} bytes arrived")
 
 
-# ---- what arrived
-
-
 def _accept(files: Sequence[Path], wanted: Mapping[str, str]) -> None:
     """Give questions and outputs their names if both are complete and belong together; else remove
     what arrived of them.
     """
     places = [file if file.is_file() else file.with_name(f"{file.name}.whole") for file in files]
-    arrived = [place for place in places if place.suffix == ".whole"]
     try:
         ids = {str(id) for id in stream_questions(places[0], "item.id")}
         golds = read_golds(places[1])[1].keys()
     except DataError as fault:
         broken = Path(fault.file or "")
-        if broken in arrived:
+        if broken.suffix == ".whole":
             broken.unlink()
         address = wanted[broken.name.removesuffix(".whole")]
         message = f"what arrived is no LaMP file and was removed ({fault})"
         raise DataError(message, file=address) from None
     if not ids or ids != golds:
-        for place in arrived:
-            place.unlink()
+        for place in places:
+            if place.suffix == ".whole":
+                place.unlink()
         counts = f"{len(ids)} questions and {len(golds)} outputs"
         differing = sorted(ids ^ golds)[:1]
         raise DataError(f"{counts} do not fit each other {differing}; removed", file=files[0])

@@ -2,10 +2,10 @@
 
 Layout as published at lamp-benchmark.github.io: questions are a list of `{id, input, profile}`;
 `input` is the instruction and the text; profile entries have `id`, the task's fields and, in the
-time split, `date`; outputs are `{task, golds: [{id, output}]}`. Each question is a user of its own
-unless it names one (`user_id`). Train files give train users, dev files test users. Files are
-hundreds of megabytes: they are read as a stream (ijson). Known flaws of the files (an empty text, a
-repeated id) are left out or renamed with a note; all else is an error that names file and field.
+time split, `date`; outputs are `{task, golds: [{id, output}]}`. A question is a user of its own
+unless it names one (`user_id`). Train files give train users, dev files test users; hundreds of
+megabytes are read as a stream. Known flaws (an empty text, a repeated id) are left out or renamed
+with a note; all else is an error that names file and field.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
-from itertools import chain
+from itertools import chain, count
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import ijson
 from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Row, Split, as_fields, stop
 from hydra_llm.datasets.native import open_binary, parse_json
 from hydra_llm.errors import DataError
-from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.lamp import LAMP
 from hydra_llm.text import fold, text_fault
 
@@ -55,13 +54,14 @@ def load(path: Path, limit_users: int | None = None, report: Report = stop) -> D
     usable = [(part, file) for part, file in files if part != "test" or _outputs(file).is_file()]
     if not usable:
         raise DataError("LaMP's test questions have no public golds: take train and dev", file=path)
-    notes = ["LaMP's test questions were left out: their golds are not public"]
     of_files = (_read_file(file, SPLITS[part], report, limit_users) for part, file in usable)
     questions = chain.from_iterable(of_files)
     first = next(questions, None)
     if first is None:
         raise DataError("holds no question", file=path)
-    reader = _Reader(first, notes if len(usable) < len(files) else [])
+    reader = _Reader(first)
+    if len(usable) < len(files):
+        reader.notes.append("LaMP's test questions were left out: their golds are not public")
     for question in chain([first], questions):
         reader.add(question)
     return reader.build()
@@ -78,9 +78,6 @@ def _find(path: Path) -> list[tuple[str, Path]]:
 
 def _outputs(questions: Path) -> Path:
     return questions.with_name(questions.name.replace("_questions.json", "_outputs.json"))
-
-
-# ---- files
 
 
 @contextmanager
@@ -134,9 +131,6 @@ def _texts(data: Any, names: Sequence[str], place: Place) -> list[str] | None:
     return texts if len(texts) == len(names) else None
 
 
-# ---- questions to entries
-
-
 @dataclass(frozen=True, slots=True)
 class _Question:
     place: Place
@@ -153,7 +147,7 @@ def _read_file(file: Path, split: Split, report: Report, limit: int | None) -> I
     whole = Place(file, report)
     users, ids = set[str](), set[str]()
     for at, data in enumerate(stream_questions(file)):
-        place = whole.at(f"[{at}].")
+        place = Place(file, report, path=f"[{at}].")
         fields = data if isinstance(data, dict) else {}
         named = next((name for name in ("user_id", "user") if name in fields), "id")
         for user in _texts(data, [named], place) or ():
@@ -173,11 +167,16 @@ class _Reader:
     what all questions have in common.
     """
 
-    def __init__(self, first: _Question, notes: list[str]):
-        self.notes = notes
-        self.changes = Counter[str]()  # what was left out or renamed
+    def __init__(self, first: _Question):
+        task = LAMP[first.task]
+        if listed := re.search(r"(?:categories|tags): \[([^\]]+)\]", str(first.data.get("input"))):
+            task = replace(task, labels=tuple(label.strip() for label in listed[1].split(",")))
+        # the records, an author's papers, are no answers of LaMP-1: which of two to cite
+        free = {"free_history": True} if first.task == "LaMP-1" else {}
+        self.builder = Builder(replace(task, extra=free), {})
         self.name = first.task
-        self.builder = Builder(_task(first.task, str(first.data.get("input", ""))), {})
+        self.notes: list[str] = []
+        self.changes = Counter[str]()  # what was left out or renamed
         self.users: dict[tuple[Path | None, str], str] = {}  # (file, its user) to user
         self.queries: list[Row] = []
         # (user, id) to input and output: the profiles of one user's questions overlap
@@ -201,16 +200,16 @@ class _Reader:
             place.fault("must be a list" if "profile" in data else "is missing", "profile")
             return
         for at, item in enumerate(profile):
-            here = place.at(f"profile[{at}].")
+            here = replace(place, path=f"{place.path}profile[{at}].")
             if texts := _texts(item, ("id", *LAYOUTS[self.name][:2]), here):
                 entry = _entry(item, user, *texts)
                 if self._is_usable(entry, "profile entries") and self._is_new(entry):
                     self.builder.add("history", entry, here)
 
     def _user(self, question: _Question) -> str:
-        key, splits = (question.place.file, question.user), self.builder.splits
+        user, split, splits = question.user, question.split, self.builder.splits
+        key = question.place.file, user
         if key not in self.users:
-            user, split = question.user, question.split
             if user in splits:  # the time split has the same people in train and dev
                 user = f"{user}@{split}"
                 what = f"users are in train and dev; here the latter's names end in @{split}"
@@ -227,16 +226,17 @@ class _Reader:
 
     def _is_new(self, entry: dict[str, str]) -> bool:
         """Whether the user lacks this record; one with a used id but another text is renamed."""
-        texts, number, id = (entry["input"], entry["output"]), 1, entry["id"]
-        while (known := self.records.get((entry["user"], entry["id"]))) is not None:
+        texts, id = (entry["input"], entry["output"]), entry["id"]
+        for number in count(2):
+            known = self.records.setdefault((entry["user"], entry["id"]), texts)
+            if known is texts:
+                break
             if known == texts:
                 self.changes["profile entries occurred twice and were taken once"] += 1
                 return False
-            number += 1
             entry["id"] = f"{id}#{number}"
-        if number > 1:
+        if entry["id"] != id:
             self.changes["profile entries had the id of another one and were numbered"] += 1
-        self.records[entry["user"], entry["id"]] = texts
         return True
 
     def build(self) -> DataSet:
@@ -253,22 +253,12 @@ class _Reader:
             entry["input"] = entry["input"][cut:]
             if self._is_usable(entry, "questions"):
                 self.builder.add("queries", entry, place)
-        changes = [f"{count} {what}" for what, count in self.changes.items()]
+        changes = [f"{number} {what}" for what, number in self.changes.items()]
         return self.builder.build([*self.notes, *changes])
 
 
 def _entry(data: Mapping[str, Any], user: str, id: str, text: str, output: str) -> dict[str, str]:
     return as_fields(user, id, str(data.get("date") or ""), text, output)
-
-
-def _task(name: str, question: str) -> Task:
-    """LaMP's task; its labels as the file has them, where the question lists them in brackets."""
-    task = LAMP[name]
-    listed = re.search(r"(?:categories|tags): \[([^\]]+)\]", question)
-    labels = tuple(label.strip() for label in listed[1].split(",")) if listed else task.labels
-    # the records, an author's papers, are no answers of LaMP-1: which of two to cite
-    free = {"free_history": True} if name == "LaMP-1" else {}
-    return replace(task, labels=labels, extra={**task.extra, **free})
 
 
 def _task_name(question: Mapping[str, Any], declared: str, file: Place) -> str:
@@ -288,8 +278,7 @@ def _task_name(question: Mapping[str, Any], declared: str, file: Place) -> str:
     name = next((name for name, sign in signs.items() if sign), "")
     number = re.sub(r"\D", "", declared)
     if not name or (number and not name.startswith(f"LaMP-{number}")):
-        signs_of = (
-            f"profile fields {', '.join(sorted(fields)) or '(none)'}, outputs of '{declared}'"
-        )
-        raise file.error(f"no LaMP task that is known: {signs_of}", "profile")
+        of_profile = f"profile fields {', '.join(sorted(fields)) or '(none)'}"
+        message = f"no LaMP task that is known: {of_profile}, outputs of '{declared}'"
+        raise file.error(message, "profile")
     return name

@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from io import BufferedIOBase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,29 +30,21 @@ def load(path: Path | str, limit_users: int | None = None, report: Report = stop
     which names file, line and field; the default raises it.
     """
     path = Path(path)
-    if (path / "task.json").is_file():
-        return _load_native(path, limit_users, report)
-    from hydra_llm.datasets import lamp  # imports ijson, which few runs need
+    file = path / "task.json"
+    if not file.is_file():
+        from hydra_llm.datasets import lamp  # imports ijson, which few runs need
 
-    if lamp.is_official(path):
-        return lamp.load(path, limit_users, report)
-    if not path.exists():
-        raise DataError("no such folder", file=path)
-    message = "no data set: neither task.json nor LaMP's {train,dev}_questions.json is here"
-    raise DataError(message, file=path)
-
-
-def _load_native(folder: Path, limit_users: int | None, report: Report) -> DataSet:
-    file = folder / "task.json"
+        if lamp.is_official(path):
+            return lamp.load(path, limit_users, report)
+        missing = "no data set: neither task.json nor LaMP's {train,dev}_questions.json is here"
+        raise DataError(missing if path.exists() else "no such folder", file=path)
     task = Task.from_json(parse_json(file.read_bytes(), file), str(file))
-    splits = _read_users(folder / "users.jsonl", report)
-    # the first users of each split, in the order of the file
-    kept = {
-        user for part in SPLITS for user in [u for u in splits if splits[u] == part][:limit_users]
-    }
+    splits = _read_users(path / "users.jsonl", report)
+    of_splits = ([user for user in splits if splits[user] == split] for split in SPLITS)
+    kept = {user for users in of_splits for user in users[:limit_users]}
     builder = Builder(task, {user: split for user, split in splits.items() if user in kept})
     for part in data_set.PARTS:
-        for place, entry in _read_entries(_find(folder, part), data_set.FIELDS, report):
+        for place, entry in _read_entries(_find(path, part), data_set.FIELDS, report):
             if entry["user"] in kept or entry["user"] not in splits:
                 builder.add(part, entry, place)
     return builder.build()
@@ -84,14 +77,11 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
 
 def _find(folder: Path, part: str) -> Path:
     plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
-    if not zipped.is_file() and not plain.is_file():
-        raise DataError("no such file (nor .jsonl.gz)", file=plain)
-    if zipped.is_file() and plain.is_file():
+    if plain.is_file() and zipped.is_file():
         raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
+    if not plain.is_file() and not zipped.is_file():
+        raise DataError("no such file (nor .jsonl.gz)", file=plain)
     return plain if plain.is_file() else zipped
-
-
-# ---- lines
 
 
 def _read_entries(file: Path, fields: Iterable[str], report: Report) -> Iterator[Row]:
@@ -113,18 +103,18 @@ def open_binary(file: Path) -> BufferedIOBase:
 
 def read_lines(file: Path, report: Report) -> Iterator[tuple[Place, str]]:
     """The lines of a text file, zipped or not, and their places; reports what is not UTF-8."""
-    place, number = Place(file, report), 0
+    number = 0
     try:
         with open_binary(file) as stream:
             for number, raw in enumerate(stream, start=1):
-                here = place.at_line(number)
+                place = Place(file, report, number)
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 try:
-                    yield here, raw.decode("utf-8").rstrip("\r\n")
+                    yield place, raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
-                    here.fault(f"not UTF-8 at byte {error.start + 1} of the line")
+                    place.fault(f"not UTF-8 at byte {error.start + 1} of the line")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        place.at_line(number + 1).fault(f"the zipped file is damaged or cut: {error}")
+        Place(file, report, number + 1).fault(f"the zipped file is damaged or cut: {error}")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", file=file) from None
 
@@ -168,9 +158,6 @@ def number_as_text(value: Any) -> Any:
     return repr(value) if is_number else value
 
 
-# ---- writing
-
-
 def save(dataset: DataSet, folder: Path | str) -> None:
     """Write the native layout; the folder appears complete or not at all. DataError if it is not
     empty, or cannot be written.
@@ -178,36 +165,29 @@ def save(dataset: DataSet, folder: Path | str) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError("exists already: remove it or name another folder", file=folder)
-    parent = folder.absolute().parent
+    task = json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1)
+    users = ({"user": user, "split": split} for user, split in dataset.splits.items())
+    prefix, parent = f".{folder.name}.", folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=parent, ignore_cleanup_errors=True
-        ) as part:
-            _write(dataset, Path(part))
-            Path(part).chmod(0o755)  # a temporary folder is private
-            Path(part).replace(folder)
+        with TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as name:
+            part = Path(name)
+            (part / "task.json").write_text(task + "\n", encoding="utf-8")
+            _write(part / "users.jsonl", users)
+            _write(part / "history.jsonl.gz", map(data_set.fields_of, dataset.stream_history()))
+            _write(part / "queries.jsonl.gz", map(data_set.fields_of, dataset.stream_queries()))
+            part.chmod(0o755)  # a temporary folder is private
+            part.replace(folder)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", file=folder) from None
 
 
-def _write(dataset: DataSet, folder: Path) -> None:
-    task = json.dumps(dataset.task.to_json(), ensure_ascii=False, indent=1)
-    (folder / "task.json").write_text(task + "\n", encoding="utf-8")
-    users = ({"user": user, "split": split} for user, split in dataset.splits.items())
-    _write_lines(folder / "users.jsonl", users)
-    _write_lines(folder / "history.jsonl.gz", map(data_set.fields_of, dataset.stream_history()))
-    _write_lines(folder / "queries.jsonl.gz", map(data_set.fields_of, dataset.stream_queries()))
-
-
-def _write_lines(file: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    zipped = file.suffix == ".gz"
+def _write(file: Path, rows: Iterable[Mapping[str, str]]) -> None:
     with file.open("wb") as raw:
         # no name and no time inside: equal data sets are equal files
-        stream = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if zipped else raw
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        if stream is not raw:
-            stream.close()
+        zipped = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if file.suffix == ".gz" else None
+        with zipped or nullcontext(raw) as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         raw.flush()
         os.fsync(raw.fileno())

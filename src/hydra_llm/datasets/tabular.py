@@ -8,8 +8,8 @@ import csv
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from hydra_llm.types import Record
 MAX_LABELS = 50
 MAX_LABEL_LENGTH = 40  # in characters
 MAX_RATING_RANGE = 10  # largest difference between two numbers that still looks like one scale
-
-Cells = Iterator[tuple[Place, dict[str, Any]]]  # each line's fields and its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +50,8 @@ def read_table(
     query_share: float = 0.2,
     seed: int = 0,
 ) -> DataSet:
-    """Make a data set of a user's own file; `notes` say what was guessed.
-
-    Raises DataError with file, line and field of what is broken.
+    """A data set of a user's own file; `notes` say what was guessed. DataError names file, line and
+    field of what is broken.
     """
     rows = list(_rows(file, columns))
     if not rows:
@@ -89,9 +86,6 @@ def _ordered(rows: list[Row]) -> list[Row]:
     return [rows[record.position] for record in in_order(records)]
 
 
-# ---- files
-
-
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:
     """The entries of a file; one whose id its user has already is an error."""
     names, seen = asdict(columns), set[tuple[str, str]]()
@@ -111,35 +105,30 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
         yield place, {**entry, "id": id}
 
 
-def _cells(lines: Iterator[tuple[Place, str]]) -> Cells:
-    for place, header in lines:  # the first line tells the format
-        lines = chain([(place, header)], lines)
-        match header.lstrip()[:1]:
-            case "[":
-                raise place.error("is one JSON array: write one JSON object a line")
-            case "{":
-                yield from ((here, parse_object(line, here)) for here, line in lines)
-            case _:
-                yield from _csv_cells(header, lines, place)
-
-
-def _csv_cells(header: str, lines: Iterable[tuple[Place, str]], place: Place) -> Cells:
+def _cells(lines: Iterator[tuple[Place, str]]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The fields of each line, or of each row of a CSV file; the first line tells the format."""
+    place, header = first = next(lines, (Place(), ""))
+    lines = chain([first], lines)
+    match header.lstrip()[:1]:
+        case "[":
+            raise place.error("is one JSON array: write one JSON object a line")
+        case "{":
+            yield from ((here, parse_object(line, here)) for here, line in lines)
+            return
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if "\t" in header and "," not in header else ","
     text = (line + "\n" for _, line in lines)  # a quoted field may go on over several lines
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         for row in reader:
-            here = place.at_line(reader.line_num)
+            here = replace(place, line=reader.line_num)
             if None in row or None in row.values():
                 count = len(reader.fieldnames or ())
                 raise here.error(f"the header names {count} fields, the line has others")
             yield here, row
     except csv.Error as error:
-        raise place.at_line(reader.reader.line_num).error(f"not CSV: {error}") from None
-
-
-# ---- the task
+        here = replace(place, line=reader.reader.line_num)
+        raise here.error(f"not CSV: {error}") from None
 
 
 def _tidy(rows: list[Row], kind: str | None, field: str) -> tuple[str, list[str]]:
