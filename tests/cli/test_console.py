@@ -66,14 +66,15 @@ def test_a_piped_table_does_not_cut_columns(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_without_a_terminal_progress_is_a_line_in_ten_seconds(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    report = console._Lines(clock=lambda: now)
-    for done in range(31):
-        report("pairs", done, 30)
-        report("quick", 1, 1)
-        now += 1.0
+    monkeypatch.setattr(console, "monotonic", lambda: now)
+    with console.progress() as report:
+        for done in range(31):
+            report("pairs", done, 30)
+            report("quick", 1, 1)
+            now += 1.0
     assert capsys.readouterr().err.splitlines() == ["pairs: 10/30", "pairs: 20/30", "pairs: 30/30"]
 
 

@@ -1,9 +1,9 @@
 """`hydra-llm bench`: compare methods on the same users and queries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,15 +14,13 @@ from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.config import NAMES, Settings, load_settings, log_renamed
 from hydra_llm.errors import DataError, SettingsError
+from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.meter import Prices
 
 if TYPE_CHECKING:
-    from hydra_llm.bench.experiment import Outcome
-    from hydra_llm.bench.method import Method
     from hydra_llm.bench.report.tables import Report
     from hydra_llm.bundle import Bundle
     from hydra_llm.datasets.dataset import DataSet
-    from hydra_llm.llm.cache import CachedLLM
-    from hydra_llm.tasks.base import Task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -30,23 +28,6 @@ DATA_HELP = "A native folder, LaMP's files, or lamp-1, -2n, -2m, -3, -4, -5, -7 
 Data = Annotated[str, Argument(help=DATA_HELP)]
 Users = Annotated[int | None, Option(min=1, help="Max number of new users.")]
 Price = Annotated[float, Option(min=0, help="Price per million tokens.")]
-
-
-@dataclass(frozen=True)
-class MethodChoice:
-    """Which methods run, and for which seeds."""
-
-    methods: Annotated[str, Option(help="As rag,hydra@4,8, or all; see `bench methods`.")] = "all"
-    k: Annotated[str, Option(help="Records in the prompt, comma-separated, for all.")] = "1,2,4"
-    b: Annotated[str, Option("--b", help="Candidates, comma-separated, for all.")] = "8"
-    seeds: Annotated[str | None, Option(help="Seeds of training, comma-separated.")] = None
-
-    def find(self, kind: str | None = None) -> "Sequence[Method]":
-        """The methods, for tasks of a kind; an unknown one is an error."""
-        from hydra_llm.bench.method import find_methods, split_names
-
-        records, budget = whole_numbers("--k", self.k), whole_numbers("--b", self.b)
-        return find_methods(split_names(self.methods), kind, records=records, budget=budget)
 
 
 def whole_numbers(option: str, text: str, least: int = 1) -> tuple[int, ...]:
@@ -73,10 +54,14 @@ def methods(as_json: opt.AsJson = False) -> None:
 @app.command()
 @opt.with_option_sets
 def run(
+    *,
     data: Data,
     out: Annotated[Path, Option(help="Folder of the run; a stopped run continues there.")],
     source: opt.RecordedLLM,
-    choice: MethodChoice,
+    methods: Annotated[str, Option(help="As rag,hydra@4,8, or all; see `bench methods`.")] = "all",
+    k: Annotated[str, Option(help="Records in the prompt, comma-separated, for all.")] = "1,2,4",
+    b: Annotated[str, Option("--b", help="Candidates, comma-separated, for all.")] = "8",
+    seeds: Annotated[str | None, Option(help="Seeds of training, comma-separated.")] = None,
     options: opt.RunSettings,
     bundle: Annotated[Path | None, Option(help="A bundle; default: one is learned.")] = None,
     users: Users = None,
@@ -90,72 +75,63 @@ def run(
 
     Without `--bundle`, first learn from the training users and fit the new users' heads.
     """
-    from hydra_llm.bench.estimate import estimate_cost, estimate_rows
+    from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
-    from hydra_llm.bench.method import per_sample
+    from hydra_llm.bench.method import find_methods, per_sample, split_names
+    from hydra_llm.bench.report.cells import results_table
     from hydra_llm.bench.runlog import export_lamp
+    from hydra_llm.bench.runner import tabulate
 
     spec = source.spec()
-    seeds = whole_numbers("--seeds", choice.seeds, least=0) if choice.seeds else ()
-    choice.find()  # fails before anything is read
-    if bundle and seeds:
+    repeats = whole_numbers("--seeds", seeds, least=0) if seeds else ()
+    records, budget = whole_numbers("--k", k), whole_numbers("--b", b)
+    find = partial(find_methods, split_names(methods), records=records, budget=budget)
+    find()  # fails before anything is read
+    if bundle and repeats:
         raise SettingsError("--seeds learns a bundle for each: leave --bundle out")
     learned, settings = options.open_bundle(bundle) if bundle else (None, options.settings())
-    dataset = _load(data, settings, base_url)
-    if learned:
-        learned.check_task(dataset.task)
-        _say_unfitted(dataset, learned, data)
-    chosen = choice.find(dataset.task.kind)
+    dataset = _load(data, settings, base_url, learned)
+    task, chosen = dataset.task, find(dataset.task.kind)
     with source.opened(spec, settings) as model, console.progress() as report:
-        plan = Experiment(dataset, model, settings, chosen, out, users, limit, seeds)
+        plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
         experiment = replace(plan, bundle=learned, progress=report, say=console.say)
-        if dry_run:
-            cost = estimate_cost(experiment)
-        else:
-            outcome = run_experiment(experiment)
-    if dry_run:
-        console.emit(cost.to_json() if as_json else estimate_rows(cost), as_json)
+        result = estimate_cost(experiment) if dry_run else run_experiment(experiment)
+    if isinstance(result, CostEstimate):
+        console.emit(result.to_json() if as_json else estimate_rows(result), as_json)
         return
     if lamp:
-        answered = [sample for sample in outcome.samples if not per_sample(sample.method)]
-        console.say(f"wrote {export_lamp(out, dataset.task.like or dataset.task.name, answered)}")
-    _print_outcome(outcome, dataset.task, settings, as_json)
-
-
-def _load(data: str, settings: Settings, base_url: str | None = None) -> "DataSet":
-    from hydra_llm.datasets.fetch import load_named
-
-    with console.progress() as report:
-        return load_named(data, settings.cache / "lamp", base_url=base_url, progress=report)
-
-
-def _print_outcome(outcome: "Outcome", task: "Task", settings: Settings, as_json: bool) -> None:
-    """Write the results and print the table."""
-    from hydra_llm.bench.report.cells import results_table
-    from hydra_llm.bench.runner import tabulate
-    from hydra_llm.llm.meter import Prices
-
-    prices = Prices(settings.price_prompt, settings.price_completion)
-    rows = tabulate(task, outcome.samples, prices)
-    figures = [row.to_json() for row in rows]
-    if failed := [sample for sample in outcome.samples if sample.error]:
+        answered = [sample for sample in result.samples if not per_sample(sample.method)]
+        console.say(f"wrote {export_lamp(out, task.like or task.name, answered)}")
+    if failed := [sample for sample in result.samples if sample.error]:
         first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
-        counts = f"{len(failed)} of {len(outcome.samples)} answers failed"
+        counts = f"{len(failed)} of {len(result.samples)} answers failed"
         console.say(f"{counts}, the first {first}; the same command retries them")
-    console.say(f"wrote {outcome.log.finish(figures, outcome.learning)}")
+    prices = Prices(settings.price_prompt, settings.price_completion)
+    rows = tabulate(task, result.samples, prices)
+    figures = [row.to_json() for row in rows]
+    console.say(f"wrote {result.log.finish(figures, result.learning)}")
     console.emit(figures if as_json else results_table(rows), as_json)
 
 
-def _say_unfitted(dataset: "DataSet", bundle: "Bundle", data: str) -> None:
-    """Say how many new users have no head in the bundle; an error if none has one."""
-    new = dataset.users("test")
-    missing = [user for user in new if user not in bundle.records]
-    if new and missing == new:
-        command = f"hydra-llm fit {data} --bundle BUNDLE"
-        raise DataError(f"{data}: no new user with a head has a query: run `{command}` first")
-    if missing:
-        counts = f"{len(missing)} of {len(new)} new users have no head and are left out"
-        console.say(f"{counts}: run `hydra-llm fit {data}` for them")
+def _load(
+    data: str, settings: Settings, base_url: str | None = None, bundle: "Bundle | None" = None
+) -> "DataSet":
+    """The data set; with a bundle an error if none of the new users has a head in it."""
+    from hydra_llm.datasets.fetch import load_named
+
+    with console.progress() as report:
+        dataset = load_named(data, settings.cache / "lamp", base_url=base_url, progress=report)
+    if bundle:
+        bundle.check_task(dataset.task)
+        new = dataset.users("test")
+        missing = [user for user in new if user not in bundle.records]
+        if new and missing == new:
+            command = f"hydra-llm fit {data} --bundle BUNDLE"
+            raise DataError(f"{data}: no new user with a head has a query: run `{command}` first")
+        if missing:
+            counts = f"{len(missing)} of {len(new)} new users have no head and are left out"
+            console.say(f"{counts}: run `hydra-llm fit {data}` for them")
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -202,8 +178,9 @@ def show(
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import sweeps, tables
+    from hydra_llm.bench.report.costs import cost_rows, learning_rows
     from hydra_llm.bench.report.findings import findings
-    from hydra_llm.llm.meter import Prices
+    from hydra_llm.bench.report.summary import summary_line
 
     results = [sweeps.open_sweep(folder) for folder in runs if sweeps.is_sweep(folder)]
     opened = [tables.open_run(folder) for folder in runs if not sweeps.is_sweep(folder)]
@@ -221,31 +198,23 @@ def show(
         console.emit({"runs": rows, "over_tasks": shares, "sweeps": results}, True)
         return
     for report in reports:
-        _print_report(report, costs)
+        measured = report.run
+        title = f"{measured.folder}: {measured.task.name}; * best, ' second best of what is ranked"
+        console.print_table(tables.method_rows(report), title)
+        print(summary_line(measured))
+        if report.comparisons:
+            title = f"Paired differences from {report.baseline}, 95 % intervals over users"
+            console.print_table(tables.comparison_rows(report.comparisons), title)
+        if costs:
+            console.print_table(cost_rows(report), "What a query costs")
+            if learning := learning_rows(report):
+                console.print_table(learning, "What learning cost")
         for sentence in findings(report):
             print(f"- {sentence}")
     if over_tasks:
         console.print_table(tables.overall_rows(over_tasks), tables.OVERALL)
     for result in results:
         console.print_table(sweeps.sweep_rows(result), result["question"])
-
-
-def _print_report(report: "Report", costs: bool) -> None:
-    from hydra_llm.bench.report import tables
-    from hydra_llm.bench.report.costs import cost_rows, learning_rows
-    from hydra_llm.bench.report.summary import summary_line
-
-    run = report.run
-    title = f"{run.folder}: {run.task.name}; * best, ' second best of what is ranked"
-    console.print_table(tables.method_rows(report), title)
-    print(summary_line(run))
-    if report.comparisons:
-        title = f"Paired differences from {report.baseline}, 95 % intervals over users"
-        console.print_table(tables.comparison_rows(report.comparisons), title)
-    if costs:
-        console.print_table(cost_rows(report), "What a query costs")
-        if learning := learning_rows(report):
-            console.print_table(learning, "What learning cost")
 
 
 def _write(file: Path, text: str, note: str = "") -> None:
@@ -291,7 +260,7 @@ def sweep(
         merged = {**NAMES.flat(chosen.settings), **flags, **NAMES.flat(own)}
         return load_settings(options.preset, options.config, **merged)
 
-    def opened(spec: str | None) -> "AbstractContextManager[CachedLLM]":
+    def opened(spec: str | None) -> AbstractContextManager[CachedLLM]:
         recorded = source if spec is None else opt.RecordedLLM()
         return recorded.opened(spec or main, settings({}))
 

@@ -2,10 +2,10 @@
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
+from time import monotonic
 from typing import Any
 
 Report = Callable[[str, int, int | None], None]
@@ -56,7 +56,7 @@ def say(line: str) -> None:
 def progress(quiet: bool = False) -> Iterator[Report]:
     """Transient progress bars on stderr, or plain lines if it is not a terminal."""
     if quiet or not sys.stderr.isatty():
-        yield (lambda stage, done, total: None) if quiet else _Lines()
+        yield (lambda stage, done, total: None) if quiet else _lines()
         return
     from rich import progress as rich
     from rich.console import Console
@@ -74,25 +74,23 @@ def progress(quiet: bool = False) -> Iterator[Report]:
         yield report
 
 
-class _Lines:
+def _lines() -> Report:
     """A line per stage every QUIET_SECONDS, and when a stage that printed one is done."""
+    last: dict[str, float] = {}  # when a stage began, or printed its last line
+    printed: set[str] = set()
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._last: dict[str, float] = {}
-        self._shown: set[str] = set()
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        now = self._clock()
-        due = now - self._last.setdefault(stage, now) >= QUIET_SECONDS
-        finished = done == total
-        if due or (finished and stage in self._shown):
+    def report(stage: str, done: int, total: int | None) -> None:
+        now = monotonic()
+        due = now - last.setdefault(stage, now) >= QUIET_SECONDS
+        if due or (done == total and stage in printed):
             say(f"{stage}: {done}" + ("" if total is None else f"/{total}"))
-            self._last[stage] = now
-            self._shown.add(stage)
-        if finished:
-            self._shown.discard(stage)
-            del self._last[stage]
+            last[stage] = now
+            printed.add(stage)
+        if done == total:
+            printed.discard(stage)
+            del last[stage]
+
+    return report
 
 
 def _cell(value: Any) -> str:

@@ -8,6 +8,9 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
+from hydra_llm.datasets.check import find_problems, rows, summarize
+from hydra_llm.datasets.native import save
+from hydra_llm.datasets.tabular import Columns, read_table
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
@@ -22,24 +25,17 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Summarize a data set: users, records, times, labels, duplicates, leaks; or list errors."""
-    from hydra_llm.datasets.check import find_problems, rows, summarize
-
     dataset, problems = find_problems(data)
     if dataset is None:
         if as_json:
-            console.emit({"problems": [_problem(problem) for problem in problems]}, as_json)
+            described = [{**vars(problem), "message": str(problem)} for problem in problems]
+            console.emit({"problems": described}, as_json)
         for problem in problems:
             console.say(f"hydra-llm: {problem}")
         raise typer.Exit(DataError.exit_code)
     summary = summarize(dataset)
     table = [{"data set": name, summary["name"]: value} for name, value in rows(summary)]
     console.emit(summary if as_json else table, as_json)
-
-
-def _problem(problem: DataError) -> dict[str, Any]:
-    file = str(problem.file) if problem.file else None
-    where = {"file": file, "line": problem.line, "field": problem.field}
-    return {**where, "message": str(problem)}
 
 
 @app.command(name="import")
@@ -62,11 +58,6 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Import a file with the columns user, input, output and, optionally, time and id."""
-    from hydra_llm.datasets.native import save
-    from hydra_llm.datasets.tabular import Columns, read_table
-
-    if kind is not None:
-        KINDS.load(kind)
     source = Path("/dev/stdin") if str(file) == "-" else file
     columns = Columns(user_field, input_field, output_field, time_field, id_field)
     task: dict[str, Any] = {"kind": kind, "prompt": prompt, "name": name}

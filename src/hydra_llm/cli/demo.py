@@ -29,14 +29,26 @@ def demo(
     with console.progress() as report:
         rows, example = run_sync(lambda: _run(users, seed, llm, report))
     if as_json:
-        from hydra_llm.cli.ask import as_dict
+        from hydra_llm.cli.learn import as_dict
 
         console.emit({"rows": [row.to_json() for row in rows], "example": as_dict(example)}, True)
         return
     counts = f"{TRAINING_USERS} training users, {users} new users, seed {seed}, {llm}"
     title = f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better"
     console.print_table(results_table(rows), title)
-    _show(example)
+    query = example.proposal.query
+    print(f"One answer: user {query.user}, film {query.input}; the true score is {query.gold}.")
+    records: list[dict[str, Any]] = []
+    for rank, item in enumerate(example.proposal.records, 1):
+        record = {"rank": rank, "record": item.record.input, "score": item.record.output}
+        records.append({**record, "retrieved as": item.rank + 1, "usefulness": item.usefulness})
+    console.print_table(records, "Records in the reranker's order (the first k are in the prompt)")
+    candidates = [
+        {"candidate": c.text, "LLM votes": c.votes, "score": c.score, "probability": c.probability}
+        for c in sorted(example.candidates, key=lambda candidate: -(candidate.score or 0.0))
+    ]
+    console.print_table(candidates, "Candidates")
+    print(f"The pick: {example.text}")
 
 
 async def _run(
@@ -59,20 +71,3 @@ async def _run(
     samples = await run_methods(find_methods(DEMO), parts, queries, None, report)
     example = await fitted.bundle.personalizer(model).aanswer(queries[0])
     return tabulate(dataset.task, samples), example
-
-
-def _show(answer: Answer) -> None:
-    """One worked answer: records, order, candidates, pick."""
-    query = answer.proposal.query
-    print(f"One answer: user {query.user}, film {query.input}; the true score is {query.gold}.")
-    records: list[dict[str, Any]] = []
-    for rank, item in enumerate(answer.proposal.records, 1):
-        record = {"rank": rank, "record": item.record.input, "score": item.record.output}
-        records.append({**record, "retrieved as": item.rank + 1, "usefulness": item.usefulness})
-    console.print_table(records, "Records in the reranker's order (the first k are in the prompt)")
-    candidates = [
-        {"candidate": c.text, "LLM votes": c.votes, "score": c.score, "probability": c.probability}
-        for c in sorted(answer.candidates, key=lambda candidate: -(candidate.score or 0.0))
-    ]
-    console.print_table(candidates, "Candidates")
-    print(f"The pick: {answer.text}")

@@ -1,5 +1,7 @@
-"""`hydra-llm learn` and `hydra-llm fit`."""
+"""`hydra-llm learn`, `fit` and `ask`: learn a bundle, add users to it, answer with it."""
 
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,8 +9,10 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
-from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.registry import bare_llm, open_llm, wrap
+from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
     from hydra_llm.training.api import Learned
@@ -35,32 +39,23 @@ def learn(
     from hydra_llm.training.api import learn as run
 
     settings = options.settings(users=limit, **vars(selection))
-    if (data is None) == (store is None):
-        raise SettingsError("give one of a data set and --store")
-    if store is not None:
-        learned = _learn_from_store(store, llm, settings, out, task)
-    elif data is not None:
+    if data is not None and store is None:
         with recording.opened(llm, settings) as model, console.progress() as report:
             learned = run(data, model, settings, out=out, progress=report)
+    elif store is not None and data is None:
+        from hydra_llm.gateway.store_training import learn_from_store
+
+        # A temporary cache of LLM answers: they quote users, who may be deleted later.
+        answers = out.with_name(f"{out.name}.answers.sqlite")
+        model = wrap(bare_llm(llm, settings), settings, answers)
+        with console.progress() as report:
+            learned = learn_from_store(store, model, settings, out, task=task, progress=report)
+        run_sync(model.aclose)
+        for end in ("", "-wal", "-shm"):
+            answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)
+    else:
+        raise SettingsError("give one of a data set and --store")
     _print_learned(learned, out, as_json)
-
-
-def _learn_from_store(
-    store: str, llm: str, settings: Settings, out: Path, task: Path | None
-) -> "Learned":
-    """Learn with a temporary cache of LLM answers: they quote users, who may be deleted later."""
-    from hydra_llm.gateway.store_training import learn_from_store
-    from hydra_llm.llm.concurrency import run_sync
-    from hydra_llm.llm.registry import bare_llm, wrap
-
-    answers = out.with_name(f"{out.name}.answers.sqlite")
-    model = wrap(bare_llm(llm, settings), settings, answers)
-    with console.progress() as report:
-        learned = learn_from_store(store, model, settings, out, task=task, progress=report)
-    run_sync(model.aclose)
-    for end in ("", "-wal", "-shm"):
-        answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)
-    return learned
 
 
 @opt.with_option_sets
@@ -106,3 +101,48 @@ def _print_learned(learned: "Learned", folder: Path, as_json: bool) -> None:
         summary["report"] = learned.bundle.report
         summary |= {"failures": learned.failures, "notes": learned.notes}
     console.emit(summary, as_json)
+
+
+@opt.with_option_sets
+def ask(
+    text: Annotated[str, Argument(help="The text to answer; '-' reads standard input.")],
+    bundle: opt.BundleFolder,
+    llm: opt.LLM,
+    user: Annotated[str, Option(help="Id of the user.")],
+    options: opt.RunSettings,
+    selection: opt.Selection,
+    k: Annotated[int | None, Option(min=0, help="Number of records in the prompt.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Max number of latest records.")] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
+    loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
+    personalizer = loaded.personalizer(open_llm(llm, settings), settings)
+    if limit is not None and user in loaded.records:
+        latest = {**loaded.records, user: loaded.records[user][-limit:]}
+        personalizer = replace(personalizer, records=latest)
+    answer = personalizer.answer(sys.stdin.read().strip() if text == "-" else text, user=user)
+    for note in answer.proposal.notes:
+        console.say(note)
+    console.emit(as_dict(answer) if as_json else answer.text, as_json)
+
+
+def as_dict(answer: Answer) -> dict[str, Any]:
+    """All that is known of an answer."""
+    proposal = answer.proposal
+    return {
+        "answer": answer.text,
+        "user": proposal.query.user,
+        "retrieved": [{"id": item.record.id, "score": item.score} for item in proposal.retrieved],
+        "records": [
+            {name: getattr(item.record, name) for name in ("id", "input", "output")}
+            | {name: getattr(item, name) for name in ("rank", "score", "usefulness")}
+            for item in proposal.records
+        ],
+        "prompt": [dict(message) for message in proposal.messages],
+        "candidates": [asdict(candidate) for candidate in answer.candidates],
+        "chosen": answer.chosen,
+        "usage": asdict(answer.usage),
+        "seconds": dict(answer.seconds),
+        "notes": list(proposal.notes),
+    }

@@ -11,14 +11,13 @@ from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson, GivenSettings, with_option_sets
 from hydra_llm.config import load_settings
 from hydra_llm.llm.base import ChatLLM, Sampling
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.endpoint import without_userinfo
+from hydra_llm.llm.meter import Meter, Prices
+from hydra_llm.llm.registry import bare_llm
 from hydra_llm.types import Generation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-
-
-@app.callback()
-def llm() -> None:
-    """Check an LLM."""
 
 
 @app.command()
@@ -29,11 +28,6 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Call an LLM without the cache: model, latency, native `n`, token counts."""
-    from hydra_llm.llm.concurrency import run_sync
-    from hydra_llm.llm.endpoint import without_userinfo
-    from hydra_llm.llm.meter import Meter, Prices
-    from hydra_llm.llm.registry import bare_llm
-
     settings = load_settings(file=options.config, **options.given())
     prices = Prices(settings.price_prompt, settings.price_completion)
     meter = Meter(bare_llm(spec, settings), prices=prices)
@@ -55,16 +49,15 @@ async def examine(llm: ChatLLM) -> dict[str, Any]:
         if llm.identity["constrains"]:
             closed = Sampling(max_tokens=16, choices=choices)
             constrained = await llm.generate(question, closed)
-    usage = greedy.usage
     return {
         "model": llm.identity["model"],
         "kind": llm.identity["kind"],
         "answer": greedy.texts[0],
-        "seconds": round(usage.seconds, 3),
+        "seconds": round(greedy.usage.seconds, 3),
         "native_n": samples.usage.calls == 1,
         "seconds_of_two_samples": round(samples.usage.seconds, 3),
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
+        "prompt_tokens": greedy.usage.prompt_tokens,
+        "completion_tokens": greedy.usage.completion_tokens,
         "constrains": bool(set(constrained.texts) & set(choices)),
         "usage": asdict(greedy.usage + samples.usage + constrained.usage),
     }

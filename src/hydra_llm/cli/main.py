@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("hydra_llm.cli.demo:demo", "Personalize a real LLM for real users, offline."),
     "learn": ("hydra_llm.cli.learn:learn", "Learn a bundle: shared weights and heads."),
     "fit": ("hydra_llm.cli.learn:fit", "Fit heads of new users in a learned bundle."),
-    "ask": ("hydra_llm.cli.ask:ask", "Answer one question for one user."),
+    "ask": ("hydra_llm.cli.learn:ask", "Answer one question for one user."),
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
     "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
@@ -123,9 +123,19 @@ def run(arguments: Sequence[str]) -> int:
     except HydraError as error:
         return _report(error, error.exit_code)
     except typer.TyperException as error:
-        return _report_usage(error)
-    except BaseExceptionGroup as group:
-        return _report_group(group)
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        if context is None or "\n" in message.strip():  # a group without its command: its help
+            typer.echo(message, err=True)
+            return error.exit_code
+        line = f"{message.rstrip('.')} (see '{context.command_path} --help')"
+        return _report(line, error.exit_code, context.command_path)
+    except BaseExceptionGroup as group:  # concurrent tasks that failed: the first error is reported
+        if group.split(HydraError)[1] is not None:
+            raise
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        return _report(first, getattr(first, "exit_code", 1))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -143,25 +153,6 @@ def run(arguments: Sequence[str]) -> int:
 def _report(what: object, code: int, command: str = NAME) -> int:
     print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
     return code
-
-
-def _report_usage(error: typer.TyperException) -> int:
-    message, context = error.format_message(), getattr(error, "ctx", None)
-    if context is None or "\n" in message.strip():  # a group without its command: its whole help
-        typer.echo(message, err=True)
-        return error.exit_code
-    line = f"{message.rstrip('.')} (see '{context.command_path} --help')"
-    return _report(line, error.exit_code, context.command_path)
-
-
-def _report_group(group: BaseExceptionGroup[BaseException]) -> int:
-    """Concurrent tasks that failed together: the first error, if the user can fix all of them."""
-    if group.split(HydraError)[1] is not None:
-        raise group
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return _report(first, getattr(first, "exit_code", 1))
 
 
 def main() -> None:

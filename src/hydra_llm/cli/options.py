@@ -1,7 +1,5 @@
-"""Options that several commands share, alone or as sets.
-
-An option set is a frozen dataclass whose fields are options; a command that is decorated with
-`with_option_sets` takes it as one parameter.
+"""Options that several commands share, alone or as sets: a set is a frozen dataclass whose fields
+are options, and one parameter of a command that is decorated with `with_option_sets`.
 """
 
 import inspect
@@ -16,10 +14,11 @@ from typer import Option
 
 from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.cache import CachedLLM, merge_recording, write_recording
+from hydra_llm.llm.registry import open_llm
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
-    from hydra_llm.llm.cache import CachedLLM
     from hydra_llm.store.store import Store
 
 LLM_HELP = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND"
@@ -114,11 +113,8 @@ class Recording:
     record: Annotated[Path | None, Option(help="Record the LLM's answers in this file.")] = None
 
     @contextmanager
-    def opened(self, spec: str, settings: Settings) -> "Iterator[CachedLLM]":
+    def opened(self, spec: str, settings: Settings) -> Iterator[CachedLLM]:
         """The LLM of a command; recorded answers are reused, and new ones always recorded."""
-        from hydra_llm.llm.cache import merge_recording, write_recording
-        from hydra_llm.llm.registry import open_llm
-
         llm = open_llm(spec, settings)
         if self.record is not None and self.record.exists():
             merge_recording(self.record, llm)

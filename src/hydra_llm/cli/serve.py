@@ -11,7 +11,9 @@ from typer import Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
+from hydra_llm.config import load_settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.registry import bare_llm
 
 if TYPE_CHECKING:
     from hydra_llm.store.store import Store
@@ -32,24 +34,24 @@ def serve(
     """Serve an OpenAI-compatible, personalizing endpoint. `--set` takes the gateway's settings."""
     import uvicorn
 
-    from hydra_llm.config import load_settings
     from hydra_llm.gateway.app import make_app
     from hydra_llm.gateway.embedded import open_upstream
     from hydra_llm.gateway.settings import load_serve_settings
-    from hydra_llm.llm.registry import bare_llm
 
     settings = load_serve_settings(options.config, **dict(options.pairs()))
     here = load_settings(file=options.config)
     listening = bound(host, port)  # before anything is loaded: the port may be taken
-    inside = is_loopback(host)
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
     with opt.open_store(store, settings.store_timeout) as opened:
-        _check_keys(opened, host, inside)
-        _check_bundle(opened, bundle)
+        _check_store(opened, host, local, bundle)
         model = bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         folder = str(bundle) if bundle else None
         app = make_app(
-            opened, upstream, settings, bundle=folder, llm=model, here=here, on_loopback=inside
+            opened, upstream, settings, bundle=folder, llm=model, here=here, on_loopback=local
         )
         name = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(app, log_level="warning", access_log=False)
@@ -63,22 +65,17 @@ def serve(
         console.say("stopped; requests in flight have ended")
 
 
-def _check_keys(store: "Store", host: str, inside: bool) -> None:
-    """Without a key only this machine is served; another address is an error."""
-    create = "`hydra-llm keys create --admin`"
-    if store.has_keys():
-        return
-    if not inside:
-        problem = "anyone could connect without a key"
-        raise SettingsError(f"--host {host}: {problem}: run {create} first")
-    accepted = "any key is accepted, from this machine only"
-    console.say(f"no key exists: {accepted}; create one by {create}")
-
-
-def _check_bundle(store: "Store", bundle: Path | None) -> None:
-    """Say if the store names another bundle, which is then used."""
+def _check_store(store: "Store", host: str, local: bool, bundle: Path | None) -> None:
+    """Without a key only this machine is served. The store's bundle takes precedence."""
     from hydra_llm.gateway.deployment import folder_of
 
+    if not store.has_keys():
+        create = "`hydra-llm keys create --admin`"
+        if not local:
+            problem = "anyone could connect without a key"
+            raise SettingsError(f"--host {host}: {problem}: run {create} first")
+        accepted = "any key is accepted, from this machine only"
+        console.say(f"no key exists: {accepted}; create one by {create}")
     chosen = store.bundle()
     if bundle and chosen and Path(folder_of(chosen)).resolve() != bundle.resolve():
         reason = f"`hydra-llm bundles use` set {folder_of(chosen)} for this store"
@@ -100,11 +97,3 @@ def bound(host: str, port: int) -> socket.socket:
         taken = f"--host {host} --port {port}: {error.strerror or error}"
         raise SettingsError(f"{taken}: choose another, --port 0 picks a free one") from None
     return server
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -16,9 +16,6 @@ bundles = typer.Typer(add_completion=False, no_args_is_help=True)
 maintenance = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
-# ---- API keys
-
-
 @keys.command("create")
 def create(
     user: Annotated[list[str] | None, Option(help="Id of the key's user; repeatable.")] = None,
@@ -66,9 +63,6 @@ def _row(key: Key) -> dict[str, Any]:
     }
 
 
-# ---- the bundle that the servers use
-
-
 @bundles.command()
 def use(
     bundle: Annotated[Path, Argument(help="Folder of a learned bundle.")],
@@ -90,9 +84,6 @@ def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Show the bundle that was set for the servers of a store."""
     with open_store(store) as opened:
         console.emit({"bundle": opened.bundle()}, as_json)
-
-
-# ---- maintenance
 
 
 @maintenance.command()
