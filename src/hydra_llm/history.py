@@ -62,10 +62,11 @@ def precedes(earlier: Record, later: Record | Query) -> bool:
     """Whether `earlier` certainly precedes `later` in their user's order. Where the spans overlap
     (equal times, the same day, a time that is only a year, an unknown time) the position decides.
     """
-    first, second = span_of(earlier), span_of(later)
-    if _overlap(first, second):
+    span, other = span_of(earlier), span_of(later)
+    first, second = sorted((span, other))
+    if first[0] == second[0] or second[0] < first[1]:
         return earlier.position < later.position
-    return first[1] <= second[0]
+    return span == first
 
 
 def span_of(entry: Record | Query) -> Span:
@@ -76,13 +77,6 @@ def span_of(entry: Record | Query) -> Span:
         return parse_time(entry.time)
     except ValueError as error:
         raise UserFault(f"the time of '{entry.id}' of user '{entry.user}': {error}") from None
-
-
-def _overlap(a: Span, b: Span) -> bool:
-    if a[0] == a[1] or b[0] == b[1]:  # a moment: inside a longer span, or equal to another moment
-        moment, span = (a, b) if a[0] == a[1] else (b, a)
-        return moment == span or (span[0] <= moment[0] < span[1])
-    return a[0] < b[1] and b[0] < a[1]
 
 
 def before(records: Iterable[Record], query: Record | Query) -> list[Record]:

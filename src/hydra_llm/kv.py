@@ -18,7 +18,6 @@ WAL = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 IN_MEMORY = ":memory:"
-Rows = Iterable[Sequence[Any]]
 
 
 class CacheFile:
@@ -64,7 +63,7 @@ class CacheFile:
         except sqlite3.DatabaseError as error:
             raise self.fault(error) from None
 
-    def write(self, *statements: tuple[str, Rows]) -> bool:
+    def write(self, *statements: tuple[str, Iterable[Sequence[Any]]]) -> bool:
         """Run each statement for its rows, all in one transaction; False if the disk refused it.
 
         Raises UserFault: the file is damaged.
@@ -110,7 +109,7 @@ class CacheFile:
         return UserFault(f"{self.path}: the cache of {self.what} {state} ({error}): {fix}")
 
     def close(self) -> None:
-        """Close the file; reading it is a fault from now on."""
+        """Close the file: to read it is a fault from now on."""
         self.connection.close()
 
     def _stop_keeping(self, error: Exception) -> None:

@@ -16,16 +16,13 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy: all n texts are the same
     max_tokens: int = 128  # limit of each text
     stop: tuple[str, ...] = ()  # a text ends before the first of these
-    seed: int | None = None
-    """Text i is drawn with `seed + i` where the engine can; greedy texts depend on none."""
-    choices: tuple[str, ...] = ()
-    """Constrain each text to one of them where the engine can (`identity["constrains"]`)."""
+    seed: int | None = None  # text i is drawn with `seed + i` where the engine can
+    choices: tuple[str, ...] = ()  # each text is one of these where `identity["constrains"]`
 
 
 class PartlyFailed(LLMError):
-    """Some of a call's texts arrived; they were paid for, so they are cached and counted.
-
-    `partial` holds the texts before the first missing one, and the usage of the whole call.
+    """Some of a call's texts arrived; they were paid for, so they are cached and counted: `partial`
+    holds those before the first missing one, and the usage of the whole call.
     """
 
     def __init__(self, message: str, partial: Generation):

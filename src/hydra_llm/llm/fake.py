@@ -24,14 +24,11 @@ Choose = Callable[[Sequence[Message], int, random.Random, Sequence[str]], str]
 
 
 class RuleLLM:
-    """A fake that answers by `rule`, or by `choose` where choices are given.
-
-    `calls` holds the messages of each call, in order.
-    """
+    """A fake that answers by `rule`, or by `choose` where choices are given."""
 
     def __init__(self, rule: Rule, *, name: str = "rule", choose: Choose | None = None):
         self._rule, self._choose, self.name = rule, choose, name
-        self.calls: list[tuple[Message, ...]] = []
+        self.calls: list[tuple[Message, ...]] = []  # the messages of each call
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -110,14 +107,13 @@ def scripted(path: Path) -> RuleLLM:
     left = iter(script)
 
     def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
-        if isinstance(script, list):
-            for text in left:
-                return str(text)
-            raise LLMError(f"fake:script={path}: every text of the list is used up")
-        for part, text in script.items():
-            if part in messages[-1]["content"]:
-                return str(text)
-        raise LLMError(f"fake:script={path}: no key is part of the last message")
+        texts, problem = left, "every text of the list is used up"
+        if isinstance(script, dict):
+            texts = (text for part, text in script.items() if part in messages[-1]["content"])
+            problem = "no key is part of the last message"
+        for text in texts:
+            return str(text)
+        raise LLMError(f"fake:script={path}: {problem}")
 
     return RuleLLM(rule, name=f"script={_digest(script, 0)[:12]}")
 

@@ -1,9 +1,5 @@
 """All that the gateway keeps, in SQLite or PostgreSQL. Only this package speaks SQL.
 
-    store.state(name)          the user's version: whether a server's cached copy is current
-    with store.change(name)    one transaction with the user's row locked; the version grows if
-                               anything changed
-
 Every method is one transaction, which is on the disk when it returns. A database that fails raises
 `StoreError`, and then nothing was kept. Methods block: a server calls them in threads. Knows no
 HTTP, no LLM and no scorer.
@@ -44,8 +40,7 @@ class Store(Database):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str, *, timeout: float = 30.0):
-        """Open the database and check its tables; an empty one gets them. `timeout`: seconds until
-        a statement has failed.
+        """Open the database; an empty one gets its tables. `timeout`: of a statement, in seconds.
 
         Raises SettingsError for the URL, StoreError for the database or its version.
         """
@@ -95,7 +90,7 @@ class Store(Database):
     def change(
         self, name: str, *, version: int | None = None, create: bool = False
     ) -> Iterator[UserChange]:
-        """Change a user in one transaction, with the user's row locked.
+        """Change a user in one transaction, with the row locked; the version grows with any change.
 
         Raises StaleVersion if `version` is not the user's any more, NoSuchUser unless `create`.
         """
@@ -148,11 +143,11 @@ class Store(Database):
 
     def export_user(self, name: str) -> dict[str, Any] | None:
         """All that is kept about a user, as plain values (heads' numbers as bytes), or None."""
-        users = sa.select(schema.users).where(schema.users.c.name == name)
+        own = sa.select(schema.users).where(schema.users.c.name == name)
         keys = sa.select(schema.keys.c.id, schema.keys.c.label).join(schema.key_users)
         queries = {"keys": keys.where(schema.key_users.c.name == name)}
         with self.reading() as connection:
-            user = connection.execute(users).one_or_none()
+            user = connection.execute(own).one_or_none()
             if user is None:
                 return None
             for table in schema.OF_USERS:
@@ -339,9 +334,7 @@ class Store(Database):
     # ---- upkeep
 
     def scrub(self) -> None:
-        """Rewrite the database's files without the bytes of deleted rows; StoreError if SQLite's
-        log was in use all the time.
-        """
+        """Rewrite the files without deleted bytes; StoreError if SQLite's log stayed in use."""
         self.run_outside_transaction("VACUUM" if self.on_sqlite else "VACUUM (FULL, ANALYZE)")
         if not self.truncate_log():
             raise StoreError("the log is in use, and still holds pages as they were: try again")

@@ -21,14 +21,10 @@ class ConflictingFeedback(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """What a server reads before it uses a user from its cache.
+    """What a server reads before it uses a user from its cache."""
 
-    `version` differs after every change of the user's records or heads; None: unknown user.
-    `bundle`: folder of the bundle that all servers of this store use; None if none was set.
-    """
-
-    version: int | None
-    bundle: str | None
+    version: int | None  # another one after every change of records or heads; None: unknown user
+    bundle: str | None  # folder of the bundle that all servers use; None: none was set
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +69,26 @@ class StoredFeedback:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key. Its secret is kept nowhere, its hash in the store only.
-
-    `users`: whom it may name (an admin's key: all). `bound`: made for one user, whom a request need
-    not name.
-    """
+    """An API key. Its secret is kept nowhere, its hash in the store only."""
 
     id: str
     hash: str
     label: str
     admin: bool
-    users: tuple[str, ...]
+    users: tuple[str, ...]  # whom it may name (an admin's key: all)
     created: float
     revoked: float | None
-    bound: bool = False
+    bound: bool = False  # made for one user, whom a request need not name
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work that outlasts its request. `state`: waiting, running, done or failed."""
+    """Work that outlasts its request."""
 
     id: str
     user: str
     kind: str
-    state: str
+    state: str  # waiting, running, done or failed
     done: int
     total: int
     error: str
