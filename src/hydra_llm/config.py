@@ -191,8 +191,8 @@ class Names:
     renamed: Mapping[str, str]
 
     def resolve(self, name: str, hint: bool = False) -> str:
-        """The flat name of a setting; `hint` logs the grouped spelling if another one was used.
-        Raises SettingsError, which suggests the nearest names, for an unknown one.
+        """The flat name of a setting; SettingsError suggests the nearest names for an unknown one.
+        `hint` logs the grouped spelling if another one was used.
         """
         group, dot, last = name.strip().lower().replace("-", "_").rpartition(".")
         current = self.renamed.get(last, last)
@@ -286,9 +286,6 @@ FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Settings that are fixed when a bundle is learned: features, scorers, heads and their training.
 `fit`, `ask` and `bench run` may change the others: LLM calls and the selection of answers.
 """
-
-
-# ---- sources
 
 
 def load_settings(preset: str | None = None, file: Path | None = None, **given: Any) -> Settings:

@@ -1,21 +1,5 @@
-"""Every exception that hydra-llm raises on purpose.
-
-    HydraError                    exit code 1
-    ├── UserFault                 the caller can correct it: one line, exit code 2
-    │   ├── DataError             a data set's file, line or field is broken
-    │   ├── SettingsError         an unknown name or a value out of range
-    │   ├── UnknownUser           the bundle or data set has no such user
-    │   └── BundleError           a bundle is damaged, of a newer format, or does not fit
-    ├── StoreError                the gateway's database failed; nothing was kept
-    │   ├── StaleVersion          the user has changed since it was read   (store/values.py)
-    │   ├── NoSuchUser            unknown, or deleted                      (store/values.py)
-    │   └── ConflictingFeedback   the request has other feedback           (store/values.py)
-    └── LLMError                  an LLM call failed; it is recorded, never scored 0
-        ├── PartlyFailed          some of its texts arrived and are kept   (llm/base.py)
-        ├── LLMRefused            it will fail again as it is (400, 401, 403, 404)
-        └── BudgetExceeded        the run stops cleanly, and can be resumed
-
-Each message is one line that names the place and, where there is one, the fix.
+"""Every exception that hydra-llm raises on purpose. Each message is one line that names the place
+and, where there is one, the fix. Further subclasses are in store/values.py and llm/base.py.
 """
 
 from pathlib import Path
@@ -24,7 +8,7 @@ from pathlib import Path
 class HydraError(Exception):
     """The root: everything that this package raises on purpose."""
 
-    exit_code = 1
+    exit_code = 1  # of the command
 
 
 class UserFault(HydraError):
@@ -69,7 +53,7 @@ class StoreError(HydraError):
 
 
 class LLMError(HydraError):
-    """A call to the LLM that failed after its retries."""
+    """A call to the LLM that failed after its retries; it is recorded, never scored 0."""
 
 
 class LLMRefused(LLMError):

@@ -1,6 +1,5 @@
-"""Contract checks for plug-ins: call one from a test of your own package.
-
-Each raises AssertionError with what is broken. The built-in parts pass them too.
+"""Contract checks for plug-ins, to be called from tests of your own package. Each raises
+AssertionError with what is broken. The built-in parts pass them too.
 """
 
 import json
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import TypeVar, get_args
 from zlib import crc32
 
@@ -29,6 +29,7 @@ from hydra_llm.types import Candidate, Generation, Query, Record
 
 T = TypeVar("T")
 TEXTS = ("a quiet night in the rain", "The Loud War of Stars", "rain")
+ODD_TEXTS = ("", " ", "שלום 🦊 é\u2028", "{input} {% x %}", "a\0b", "cut \ud83d")
 
 
 def _assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str) -> None:
@@ -43,14 +44,9 @@ def _hashed(texts: Sequence[str]) -> NDArray[np.float32]:
     return unit
 
 
-# ---- kinds of task
-
-
 def check_task(task: Task | str, answers: Sequence[str] = ()) -> None:
-    """Check the contract of a task's kind (`tasks.base.TaskKind`).
-
-    `task` may be the name of a registered kind; one with a closed set then gets the labels 1 to 5.
-    `answers` are valid answers of a kind without labels; by default `TEXTS`.
+    """Check the contract of a task's kind (`tasks.base.TaskKind`), also by its registered name: a
+    kind with a closed set then gets the labels 1 to 5. `answers`: of a kind without; else `TEXTS`.
     """
     if isinstance(task, str):
         labels = tuple("12345") if KINDS.load(task).closed else ()
@@ -61,12 +57,6 @@ def check_task(task: Task | str, answers: Sequence[str] = ()) -> None:
     assert restored.to_json() == task.to_json(), "task.json changes when it is read"
     assert all(task.strategy.prompt_words()), "prompt words are missing"
     assert task.strategy.closed == bool(task.labels), "`closed` does not fit the labels"
-    _check_answers(task, answers)
-    _check_metrics(task, answers)
-    _check_side_features(task, answers)
-
-
-def _check_answers(task: Task, answers: Sequence[str]) -> None:
     for parsing in get_args(Parsing):
         assert task.parse("", parsing) is None, "an empty text has an answer"
         for answer in answers:
@@ -83,6 +73,8 @@ def _check_answers(task: Task, answers: Sequence[str]) -> None:
     assert ((gains >= 0) & (gains <= 1)).all(), "a gain is not from 0 to 1"
     assert np.array_equal(task.gain_matrix(answers), gains), "the gain matrix differs from gains"
     assert np.asarray(task.gain_matrix([])).size == 0, "no answers have gains"
+    _check_metrics(task, answers)
+    _check_side_features(task, answers)
 
 
 def _check_metrics(task: Task, answers: Sequence[str]) -> None:
@@ -130,14 +122,8 @@ def _check_table(
         assert np.allclose(alone[shared], row[shared]), "a batch differs from one by one"
 
 
-# ---- LLMs
-
-ODD_TEXTS = ("", " ", "שלום 🦊 é\u2028", "{input} {% x %}", "a\0b", "cut \ud83d")
-
-
 def check_llm(llm: ChatLLM) -> None:
     """Check the contract of an LLM (`llm.base.ChatLLM`) with about a dozen short calls; closes it.
-
     Greedy answers must be repeatable, so a hosted model that does not promise that fails.
     """
     run_sync(partial(_check_llm, llm))
@@ -147,8 +133,18 @@ async def _check_llm(llm: ChatLLM) -> None:
     identity = json.dumps(dict(llm.identity), sort_keys=True)
     missing = {"kind", "model", "constrains"} - llm.identity.keys()
     assert not missing, f"the identity names no {', '.join(sorted(missing))}"
+    question = "Name three colours of the sea."
     async with aclosing(llm):
-        await _check_sampling(llm)
+        for n in (3, 7):
+            await _generate(llm, question, Sampling(n=n, temperature=1.0, max_tokens=8, seed=1))
+        greedy = await _generate(llm, question, Sampling(max_tokens=8))
+        again = await _generate(llm, question, Sampling(n=2, max_tokens=8, seed=7))
+        assert again.texts == greedy.texts * 2, "greedy texts are not the same"
+        (text,) = greedy.texts
+        if words := text.split():
+            stopped = await _generate(llm, question, Sampling(max_tokens=8, stop=(words[-1],)))
+            assert words[-1] not in stopped.texts[0], "a text goes on behind a stop text"
+            assert text.startswith(stopped.texts[0]), "a stop text changes what stands before it"
         for text in ODD_TEXTS:
             with suppress(LLMRefused):  # it answers or refuses, and fails in no other way
                 await _generate(llm, text, Sampling(max_tokens=2))
@@ -158,20 +154,6 @@ async def _check_llm(llm: ChatLLM) -> None:
             assert set(closed.texts) <= set(choices), "a text is none of the choices"
         later = json.dumps(dict(llm.identity), sort_keys=True)
         assert later == identity, "the identity changes with the calls"
-
-
-async def _check_sampling(llm: ChatLLM) -> None:
-    question = "Name three colours of the sea."
-    for n in (3, 7):
-        await _generate(llm, question, Sampling(n=n, temperature=1.0, max_tokens=8, seed=1))
-    greedy = await _generate(llm, question, Sampling(max_tokens=8))
-    again = await _generate(llm, question, Sampling(n=2, max_tokens=8, seed=7))
-    assert again.texts == greedy.texts * 2, "greedy texts are not the same"
-    (text,) = greedy.texts
-    if words := text.split():
-        stopped = await _generate(llm, question, Sampling(max_tokens=8, stop=(words[-1],)))
-        assert words[-1] not in stopped.texts[0], "a text goes on behind a stop text"
-        assert text.startswith(stopped.texts[0]), "a stop text changes what stands before it"
 
 
 async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
@@ -190,13 +172,9 @@ async def _generate(llm: ChatLLM, text: str, sampling: Sampling) -> Generation:
     return answer
 
 
-# ---- kinds of a user's head
-
-
 def check_head(kind: type[HeadKind] | str) -> None:
-    """Check the contract of a kind of head (`model.heads.HeadKind`), or of a registered name.
-
-    It is checked on features of pairs and, where it goes with them, of labels.
+    """Check the contract of a kind of head (`model.heads.HeadKind`), or of a registered name, on
+    features of pairs and, where it goes with them, of labels.
     """
     factory: type[HeadKind] = HEADS.load(kind) if isinstance(kind, str) else kind
     for interaction in [Cross(6), *([LabelBilinear(6, 4, 3)] if factory.on_labels else [])]:
@@ -207,8 +185,12 @@ def check_head(kind: type[HeadKind] | str) -> None:
             if head.convex:
                 head.set_shared(torch.randn(interaction.size), torch.tensor(0.3))
         head.learn_shared([problem])
-        for check in (_check_shared, _check_fit, _check_bytes, _check_gradients, _check_update):
-            check(head, problem)
+        _check_fit(head, problem)
+        _check_bytes(head, problem)
+        if head.joint_numbers:
+            _check_gradients(head, problem)
+        if head.updates_online:
+            _check_update(head, problem.user(0))
 
 
 def _head_problem(interaction: Interaction) -> HeadProblem:
@@ -231,15 +213,12 @@ def _score(head: HeadKind, problem: HeadProblem, heads: Sequence[Head | None]) -
     return head.score(problem.interaction, problem.x[0], heads).detach()
 
 
-def _check_shared(head: HeadKind, problem: HeadProblem) -> None:
+def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
     shared = head.shared_score(problem.interaction, problem.x[0])
     assert shared.shape == problem.offset[0].shape, "scores have another shape than [G, C]"
     for empty in (None, Head.of(head.empty())):
         message = "an empty history does not give exactly the shared score"
         _assert_close(_score(head, problem, [empty] * 5), shared, message)
-
-
-def _check_fit(head: HeadKind, problem: HeadProblem) -> None:
     before = {name: value.clone() for name, value in head.state_dict().items()}
     together = [Head.of(numbers) for numbers in head.fit(problem)]
     assert len(together) == len(problem.users), "not every user is fitted"
@@ -282,8 +261,6 @@ def _check_bytes(head: HeadKind, problem: HeadProblem) -> None:
 
 def _check_gradients(head: HeadKind, problem: HeadProblem) -> None:
     """Trained jointly, a small step against the gradient lowers the loss."""
-    if not head.joint_numbers:
-        return
     numbers = torch.zeros(5, head.joint_numbers, requires_grad=True)
 
     def loss(own: torch.Tensor) -> torch.Tensor:
@@ -299,13 +276,9 @@ def _check_gradients(head: HeadKind, problem: HeadProblem) -> None:
     assert abs(change - expected) <= 1e-3 + 0.02 * abs(expected), message
 
 
-def _check_update(head: HeadKind, problem: HeadProblem) -> None:
+def _check_update(head: HeadKind, own: HeadProblem) -> None:
     """Feedback on the groups that a fit would see is that fit, and changes no argument."""
-    if not head.updates_online:
-        return
-    own = problem.user(0)
-    share = torch.full_like(own.target[0], 0.25)
-    factors = head.fisher(own.interaction, own.x[0], share, False)
+    factors = head.fisher(own.interaction, own.x[0], torch.full_like(own.target[0], 0.25), False)
     assert factors is not None, "a head that is updated by feedback needs a posterior"
     posterior = LaplacePosterior.of(*factors)
     fitted = Head.of(head.empty(), 0, 5.0)
@@ -320,14 +293,10 @@ def _check_update(head: HeadKind, problem: HeadProblem) -> None:
     assert float(spread.detach().diagonal().min()) >= -1e-6, "a variance is negative"
 
 
-# ---- retrievers
-
-
 def check_retriever(retriever: Retriever | str) -> None:
-    """Check the contract of a retriever (`retrieve.Retriever`), or of a registered name.
-
-    It finds at most m of the given records, best first, each once; it is deterministic, takes empty
-    histories and odd texts, changes nothing, and leaks nothing from one user to another.
+    """Check the contract of a retriever (`retrieve.Retriever`), or of a registered name: at most m
+    of the given records, best first, each once. It is deterministic, takes empty histories and odd
+    texts, changes nothing, and leaks nothing from one user to another.
     """
     if isinstance(retriever, str):
         retriever = make_retriever(retriever, embed=_hashed)
@@ -335,27 +304,22 @@ def check_retriever(retriever: Retriever | str) -> None:
     records = [Record("u", str(i), text, f"answer {i}", position=i) for i, text in enumerate(texts)]
     query = Query("u", "q", "rain at night")
     assert list(retriever.retrieve(query, [], 3)) == [], "an empty history has records"
-    for text in ("rain at night", "", "unseen words"):
-        for m in (0, 1, 2, 3, len(records) + 5):
-            _check_ranking(retriever, Query("u", "q", text), records, m)
-    everything = retriever.retrieve(query, records, len(records))
+    for text, m in product(("rain at night", "", "unseen words"), (0, 1, 2, 3, 11)):
+        given, own = list(records), Query("u", "q", text)
+        ranking = retriever.retrieve(own, given, m)
+        ids, scores = [item.record.id for item in ranking], [item.score for item in ranking]
+        assert len(ranking) <= m, f"more than m = {m} records"
+        assert len(set(ids)) == len(ids), "a record is found twice"
+        assert all(item.record in records for item in ranking), "a record that was not given"
+        assert [item.rank for item in ranking] == list(range(len(ranking))), "ranks are not 0, 1, …"
+        assert np.isfinite(scores).all(), "a score is not finite"
+        assert scores == sorted(scores, reverse=True), "not best first"
+        assert retriever.retrieve(own, given, m) == ranking, "not deterministic"
+        assert given == records, "the given records were changed"
+    everything = retriever.retrieve(query, records, 6)
     others = [Record("v", "0", "rain at night", "another", position=0)]
     retriever.retrieve(Query("v", "q", "rain at night"), others, 1)
-    assert retriever.retrieve(query, records, len(records)) == everything, "users are mixed up"
+    assert retriever.retrieve(query, records, 6) == everything, "users are mixed up"
     edited = [Record("u", "0", "an edited text", "answer", position=0)]
     ranking = retriever.retrieve(query, edited, 1)
     assert all(item.record in edited for item in ranking), "an edited record is found as it was"
-
-
-def _check_ranking(retriever: Retriever, query: Query, records: Sequence[Record], m: int) -> None:
-    given = list(records)
-    ranking = retriever.retrieve(query, given, m)
-    ids, scores = [item.record.id for item in ranking], [item.score for item in ranking]
-    assert len(ranking) <= m, f"more than m = {m} records"
-    assert len(set(ids)) == len(ids), "a record is found twice"
-    assert all(item.record in records for item in ranking), "a record that was not given"
-    assert [item.rank for item in ranking] == list(range(len(ranking))), "ranks are not 0, 1, …"
-    assert np.isfinite(scores).all(), "a score is not finite"
-    assert scores == sorted(scores, reverse=True), "not best first"
-    assert retriever.retrieve(query, given, m) == ranking, "not deterministic"
-    assert given == records, "the given records were changed"

@@ -16,6 +16,7 @@ from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 KIND_HELP = f"{', '.join(KINDS.names())}; default: guessed."
+Split = Literal["user", "time"]
 LAMP_NAMES = "lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
 
 
@@ -51,9 +52,7 @@ def import_(
     time_field: Annotated[str, Option(help="Field of the time; optional by default.")] = "time",
     id_field: Annotated[str, Option(help="Field of the record's id; optional by default.")] = "id",
     test_share: Annotated[float, Option(min=0, max=1, help="Share of new users.")] = 0.33,
-    query_share: Annotated[
-        float, Option(min=0, max=1, help="Latest records taken as queries.")
-    ] = 0.2,
+    query_share: Annotated[float, Option(min=0, max=1, help="Latest records as queries.")] = 0.2,
     seed: Annotated[int, Option(help="Seed of the split into training and new users.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -87,9 +86,7 @@ def import_(
 def get(
     dataset: Annotated[str, Argument(help=LAMP_NAMES)],
     out: Annotated[Path, Option(help="Folder for the files.")],
-    split: Annotated[
-        Literal["user", "time"], Option(help="user: new users; time: later queries.")
-    ] = "user",
+    split: Annotated[Split, Option(help="user: new users; time: later queries.")] = "user",
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
