@@ -311,7 +311,7 @@ def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
     store.add_request(request("r3", user="nobody"))
     assert store.request("r1") == request("r1", candidates=["x", "y"])
     assert store.request("r3") is None
-    assert store.delete_requests(5.0) == 1
+    assert store.prune(5.0) == (1, 0)
     assert store.request("r1") is None
     assert store.request("r2") is not None
 
@@ -390,11 +390,8 @@ def test_a_job_has_one_worker_and_is_taken_over_when_it_dies(store: Store, url: 
     assert (again.id, again.done, again.total) == ("j1", 3, 10)
     store.update_job("j1", 10, 10, state="done")
     assert store.claim_job(abandoned_after=0.0) is None
-    assert (store.delete_jobs(0.0), store.delete_jobs(time.time() + 1), store.counts()["jobs"]) == (
-        0,
-        1,
-        0,
-    )
+    assert (store.prune(0.0), store.prune(time.time() + 1)) == ((0, 0), (0, 1))
+    assert store.counts()["jobs"] == 0
     assert not store.update_job("j1", 11, 11)
 
 

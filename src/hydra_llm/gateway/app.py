@@ -124,7 +124,6 @@ async def _prune(gateway: Gateway) -> None:
     while True:
         with suppress(HydraError):
             before = time.time() - gateway.settings.retention_days * DAY
-            await run_sync(gateway.store.delete_requests, before)
-            await run_sync(gateway.store.delete_jobs, before)
+            await run_sync(gateway.store.prune, before)
             await run_sync(gateway.store.truncate_log)
         await asyncio.sleep(PRUNE_SECONDS)

@@ -26,13 +26,11 @@ async def map_calls(
 
     Raises BudgetExceeded, and LLMRefused of the first call unless it is for its length.
     """
-    results: list[R | LLMError | None] = [None] * len(items)
+    results: dict[int, R | LLMError] = {}
     fatal: list[LLMError] = []
-    done = 0
     gate = anyio.Semaphore(max(1, limit))
 
     async def one(index: int, group: anyio.abc.TaskGroup) -> None:
-        nonlocal done
         async with gate:
             if fatal:
                 return
@@ -40,21 +38,20 @@ async def map_calls(
                 results[index] = await function(items[index])
             except LLMError as error:
                 results[index] = error
-                refused = isinstance(error, LLMRefused) and error.fits is None and done == 0
+                refused = isinstance(error, LLMRefused) and error.fits is None and len(results) == 1
                 if refused or isinstance(error, BudgetExceeded):
                     fatal.append(error)
                 if refused:
                     group.cancel_scope.cancel()
-        done += 1
         if progress is not None:
-            progress(done, len(items))
+            progress(len(results), len(items))
 
     async with anyio.create_task_group() as group:
         for index in range(len(items)):
             group.start_soon(one, index, group)
     if fatal:
         raise fatal[0]
-    return [result for result in results if result is not None]
+    return [results[index] for index in range(len(items))]
 
 
 def run_sync(function: Callable[[], Awaitable[R]]) -> R:

@@ -54,11 +54,6 @@ class Database:
         with self.reading() as connection:
             return connection.execute(statement).all()
 
-    def write(self, statement: sa.Delete | sa.Update) -> int:
-        """Run one statement; returns how many rows it changed."""
-        with self.writing() as connection:
-            return connection.execute(statement).rowcount
-
     def run_outside_transaction(self, statement: str) -> Any:
         """Run a statement that no transaction may surround; the first value that it returns."""
         level = {"bare": True} if self.on_sqlite else {"isolation_level": "AUTOCOMMIT"}

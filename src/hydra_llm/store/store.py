@@ -178,10 +178,6 @@ class Store(Database):
         rows = self.rows(_with_names(schema.requests, Request).where(schema.requests.c.id == id))
         return Request(*rows[0]) if rows else None
 
-    def delete_requests(self, before: float) -> int:
-        """Delete requests that were answered before a time; returns how many."""
-        return self.write(sa.delete(schema.requests).where(schema.requests.c.created < before))
-
     def unlearned_feedback(
         self, name: str, count: int | None = None, *, bundle: str | None = None
     ) -> list[StoredFeedback]:
@@ -252,13 +248,8 @@ class Store(Database):
         """Keep a job's progress or end; False if the job was deleted with its user."""
         values = {"done": done, "total": total, "state": state, "error": error}
         job = sa.update(schema.jobs).where(schema.jobs.c.id == id)
-        return self.write(job.values(updated=time.time(), **values)) > 0
-
-    def delete_jobs(self, before: float) -> int:
-        """Delete jobs that ended before a time; returns how many."""
-        table = schema.jobs.c
-        ended = table.state.in_(["done", "failed"]) & (table.updated < before)
-        return self.write(sa.delete(schema.jobs).where(ended))
+        with self.writing() as connection:
+            return connection.execute(job.values(updated=time.time(), **values)).rowcount > 0
 
     # ---- API keys
 
@@ -332,6 +323,15 @@ class Store(Database):
         return rows[0].value if rows else None
 
     # ---- upkeep
+
+    def prune(self, before: float) -> tuple[int, int]:
+        """Delete requests answered and jobs ended before a time; returns how many of each."""
+        requests, jobs = schema.requests, schema.jobs
+        answered = sa.delete(requests).where(requests.c.created < before)
+        ended = jobs.c.state.in_(["done", "failed"]) & (jobs.c.updated < before)
+        with self.writing() as connection:
+            deleted = connection.execute(answered).rowcount
+            return deleted, connection.execute(sa.delete(jobs).where(ended)).rowcount
 
     def scrub(self) -> None:
         """Rewrite the files without deleted bytes; StoreError if SQLite's log stayed in use."""
