@@ -126,7 +126,7 @@ def gain(name: str, having: Parts, queries: Sequence[Query]) -> float:
 
 
 def picks(having: Parts, queries: Sequence[Query]) -> list[Answer]:
-    answerer = BBoxAdapter.of(having)
+    answerer = BBoxAdapter(having)
 
     async def ask() -> list[Answer]:
         return [await answerer.aanswer(query) for query in queries]
@@ -305,7 +305,7 @@ def test_bbox_pools_are_sampled_once_outside_answer_costs() -> None:
     records, queries = people(alike=True)
     llm = RuleLLM(anything)
     two = [query for query in queries if query.user == NEW[0]][:3]
-    answerer = BBoxAdapter.of(parts(records, llm, queries_per_user=2))
+    answerer = BBoxAdapter(parts(records, llm, queries_per_user=2))
     assert llm.calls == []
     answers = [run_sync(lambda query=query: answerer.aanswer(query)) for query in two]
     assert len(llm.calls) == 2 * (

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle, WithoutLLM
 from hydra_llm.bench.method import (
     BUILTIN,
     METHODS,
@@ -24,6 +23,7 @@ from hydra_llm.bench.method import (
     method,
     split_names,
 )
+from hydra_llm.bench.methods import WithoutLLM
 from hydra_llm.bench.report.tables import GROUPS, Run, group_of
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.runner import run_methods, tabulate
@@ -33,6 +33,7 @@ from hydra_llm.context import Context
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Recent
 from hydra_llm.side_features import CohortStats
 from hydra_llm.tasks.base import Task
@@ -173,36 +174,42 @@ def of(**votes: int) -> list[Candidate]:
     ]
 
 
+def pick(
+    name: str, task: Task, candidates: Sequence[Candidate], query: Query = QUERY, seed: int = 0
+) -> int:
+    """The candidate that a method picks, by its index."""
+    (method,) = find_methods([name])
+    pipeline = method.build(replace(parts(RuleLLM(loud), task), seed=seed))
+    assert isinstance(pipeline, UserPipeline)
+    return pipeline.selector.choose(Context(query), candidates).chosen
+
+
 def test_votes_pick_the_mode_the_median_and_the_middle() -> None:
     stars = of(_1=3, _4=2, _5=2)
-    assert ByVoteShare(STARS, "best").choose(Context(QUERY), stars)[1] == 0
-    assert (
-        ByVoteShare(STARS, "expected-gain").choose(Context(QUERY), stars)[1] == 1
-    )  # the median of 1 1 1 4 4 5 5
+    assert pick("self-consistency", STARS, stars) == 0
+    assert pick("mbr", STARS, stars) == 1  # the median of 1 1 1 4 4 5 5
     texts = [
         Candidate(text, text, 1)
         for text in ("a storm at sea", "the great war", "the great war again")
     ]
-    assert ByVoteShare(TITLES, "expected-gain").choose(Context(QUERY), texts)[1] == 1
-    assert (
-        ByVoteShare(TAGS, "best").choose(Context(QUERY), of(_=9, calm=1, loud=2))[1] == 2
-    )  # what cannot be read has no vote
-    assert ByVoteShare(TAGS, "best").choose(Context(QUERY), of(_=9))[1] == 0
+    assert pick("mbr", TITLES, texts) == 1
+    # what cannot be read has no vote
+    assert pick("self-consistency", TAGS, of(_=9, calm=1, loud=2)) == 2
+    assert pick("self-consistency", TAGS, of(_=9)) == 0
 
 
 def test_the_oracle_is_the_best_of_the_samples_and_no_better() -> None:
-    assert Oracle(TAGS).choose(Context(QUERY), of(calm=5, loud=2, odd=1))[1] == 2
-    assert Oracle(STARS).choose(Context(Query("u", "q", "", "4")), of(_1=1, _3=1))[1] == 1
-    assert Oracle(TAGS).choose(Context(QUERY), of(calm=5, loud=2))[1] == 0
-    assert (
-        Oracle(TAGS).choose(Context(QUERY), of(calm=5, odd=0))[1] == 0
-    )  # the right label, but the LLM did not say it
+    assert pick("oracle", TAGS, of(calm=5, loud=2, odd=1)) == 2
+    assert pick("oracle", STARS, of(_1=1, _3=1), Query("u", "q", "", "4")) == 1
+    assert pick("oracle", TAGS, of(calm=5, loud=2)) == 0
+    # the right label, but the LLM did not give it
+    assert pick("oracle", TAGS, of(calm=5, odd=0)) == 0
 
 
 def test_random_answers_once_per_sample() -> None:
     given = of(calm=3, loud=1, odd=0)
-    assert [NthSample(place).choose(Context(QUERY), given)[1] for place in range(4)] == [0, 0, 0, 1]
-    assert NthSample(2).choose(Context(QUERY), of(calm=0, loud=0))[1] == 0  # nobody said anything
+    assert [pick("random", TAGS, given, seed=place) for place in range(4)] == [0, 0, 0, 1]
+    assert pick("random", TAGS, of(calm=0, loud=0), seed=2) == 0  # there is no sample
     llm = RuleLLM(lambda messages, index, rng: ("odd", "calm", "odd", "loud", "odd")[index])
     having = parts(llm, candidates="sampled")
     samples = run_sync(

@@ -3,23 +3,22 @@ learned against its own samples.
 
 Sun et al. 2024, "BBox-Adapter: Lightweight Adapting for Black-Box Large Language Models" (arXiv
 2402.08219), by its sections:
-    3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y). The vote shares of the LLM's samples stand for p_LLM,
-         which a black box does not give
+    3.1  p(y|x) ∝ p_LLM(y|x) · exp g(x, y), with the vote shares of the samples as p_LLM, which a
+         black box does not give
     3.2  the loss, see `nce_loss`
     3.4  rounds (algorithm 1), see `adapted`: wrong answers drawn from the present p are the
          negatives; each counts for its expected number of draws, which has less noise
     4.1  the ground-truth setting: the positive is the user's own answer in every round
     4.4  single-step inference: of b whole answers of the LLM the one with the highest g
-Personalized: the prompts carry the user's records in HYDRA's order, so that both methods select
-among the same candidates; g learns from the training users' histories, and further rounds on the
-new user's own history adapt a copy of it. There are no heads and no side features, which are what
-HYDRA adds. g reads the frozen encoder's features, where the paper tunes an encoder. Knows no
-metrics; reads no record later than the query.
+Personalized: prompts carry the user's records in HYDRA's order, so that both methods select among
+the same candidates; further rounds on the new user's own history adapt a copy of g. There are no
+heads and no side features, which HYDRA adds. g reads the frozen encoder, where the paper tunes one.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
@@ -34,12 +33,12 @@ from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.model.interactions import Groups, Interaction, make_groups
-from hydra_llm.pipeline import UserPipeline
+from hydra_llm.pipeline import Records
 from hydra_llm.select import Selection, Selector, all_labels, candidate_text, first_best
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import reads_labels, training_queries
 from hydra_llm.training.train_scorer import make_features
-from hydra_llm.types import Answer, Candidate, Proposal, Query, Record, StageCost, Usage
+from hydra_llm.types import Answer, Candidate, Proposal, Query, StageCost, Usage
 
 ROUNDS = 3  # T, for the shared energy, then for each user's copy (paper 4.6; the authors' value)
 STEPS = 50  # updates in a round, each on all pools, as frozen features make them cheap
@@ -124,10 +123,10 @@ class ByEnergy(Selector):
         with torch.no_grad():
             energies = self.energy(groups)
         probabilities = distribution(energies, shares)[0].tolist()
-        rows = zip(offered, energies[0].tolist(), probabilities, strict=True)
-        figures = {candidate.answer: row for candidate, *row in rows}
+        row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
         for i in places:
-            score, probability = figures[candidates[i].answer]
+            row = row_of[candidates[i].answer]
+            score, probability = float(energies[0, row]), probabilities[row]
             scored[i] = replace(candidates[i], score=score, probability=probability)
         best = first_best(np.array([scored[i].score for i in places]))
         return Selection(scored, places[best])
@@ -151,12 +150,100 @@ def _read(
     bundle: Bundle, interaction: Interaction, offers: Sequence[Offer]
 ) -> tuple[Groups, Tensor]:
     """Queries and candidates as the energy reads them, and vote shares [G, C], 0 for padding."""
-    texts = [[candidate_text(bundle.task, each) for each in row] for _, row in offers]
+    texts = [[candidate_text(bundle.task, candidate) for candidate in row] for _, row in offers]
     inputs, blank = [query.input for query, _ in offers], [[()] * len(row) for row in texts]
-    votes = [torch.tensor([float(each.votes) for each in row]) for _, row in offers]
+    votes = [torch.tensor([float(candidate.votes) for candidate in row]) for _, row in offers]
     padded = nn.utils.rnn.pad_sequence(votes, batch_first=True)
     groups = make_groups(bundle.store, interaction, inputs, texts, blank)
     return groups, padded / padded.sum(-1, keepdim=True)
+
+
+class BBoxAdapter:
+    """Learns at its first query, adapts at each user's first; see `pop_spent` for that cost."""
+
+    def __init__(self, parts: Parts):
+        self.bundle, self.seed = parts.bundle, parts.seed
+        records = {**parts.bundle.records, **parts.records}
+        proposing = parts.personalizer(rerank=True, candidates="sampled")
+        self.pipeline = replace(proposing, records=records)
+        self._kept: dict[Hashable, Energy | LLMError] = {}
+        self._locks: defaultdict[Hashable, anyio.Lock] = defaultdict(anyio.Lock)
+        self._spent: dict[str, StageCost] = {}
+
+    def pop_spent(self) -> dict[str, StageCost]:
+        spent, self._spent = self._spent, {}
+        return spent
+
+    async def aanswer(self, query: Query) -> Answer:
+        context = self.pipeline.context_of(query)
+        # a training user's later records must not have taught the energy that answers the user
+        without = query.user if query.user in self.bundle.trained_on else ""
+        shared = await self._once(("shared", without), partial(self._learn, without))
+        visible = context.visible
+        seen = ("own", query.user, *(record.id for record in visible))
+        history, key = {query.user: visible}, f"{len(visible)}:{query.user}"
+        own = await self._once(seen, partial(self._adapt, shared, history, key))
+        proposal = await self.pipeline.apropose(context)
+        chosen = replace(self.pipeline, selector=ByEnergy(self.bundle, own))
+        return chosen.decide(context, proposal)
+
+    async def _once(self, key: Hashable, make: Callable[[], Awaitable[Energy]]) -> Energy:
+        """The first result or error of `make`, so that a dead LLM is not called again."""
+        async with self._locks[key]:
+            if key not in self._kept:
+                try:
+                    self._kept[key] = await make()
+                except LLMError as error:
+                    self._kept[key] = error
+        result = self._kept[key]
+        if isinstance(result, LLMError):
+            raise result
+        return result
+
+    async def _learn(self, without: str) -> Energy:
+        """The shared energy from a random start (algorithm 1), by `labelled_users` users."""
+        nothing, pipeline = "bbox-adapter has nothing to learn from", self.pipeline
+        users = self.bundle.trained_on[: pipeline.settings.labelled_users]
+        records = {user: pipeline.records.get(user, ()) for user in users if user != without}
+        if not self._queries(records):
+            reason = "it asks the LLM about training users' records, see `labelled_users`"
+            raise LLMError(f"{nothing}: {reason}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            by_label = reads_labels(self.bundle.task, self.bundle.settings)
+            interaction = make_features(self.bundle, by_label=by_label)
+            energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
+        learned = await self._adapt(energy, records)
+        if learned is energy:
+            reason = "no answer to the training users' own records could be read"
+            raise LLMError(f"{nothing}: {reason}")
+        return learned
+
+    def _queries(self, records: Records) -> list[Query]:
+        task, count = self.bundle.task, self.pipeline.settings.queries_per_user
+        return [query for own in records.values() for query in training_queries(task, own, count)]
+
+    async def _adapt(self, energy: Energy, records: Records, key: str = "") -> Energy:
+        """Rounds on the LLM's answers to these users' latest records; the energy as it was if none
+        can be read. Failed calls are left out, LLMError if all failed. The cost is noted under
+        `key`, empty for the shared energy.
+        """
+        settings, pipeline = self.pipeline.settings, replace(self.pipeline, records=records)
+        queries, learned = self._queries(records), energy
+        answers = await map_calls(pipeline.apropose, queries, limit=settings.concurrency)
+        proposals = [answer for answer in answers if isinstance(answer, Proposal)]
+        for error in answers:
+            if isinstance(error, LLMError) and not proposals:
+                raise error
+        started = perf_counter()  # the LLM has answered
+        if pools := _pools(self.bundle, energy.interaction, proposals):
+            if not key:
+                energy.interaction.prepare(pools.groups)
+            draws, decay = settings.samples, settings.weight_decay
+            learned = adapted(energy, pools, draws=draws, weight_decay=decay)
+        usage = sum((proposal.usage for proposal in proposals), Usage())
+        self._spent[key] = StageCost(len(records), usage.seconds + perf_counter() - started, usage)
+        return learned
 
 
 def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposal]) -> Pools | None:
@@ -164,112 +251,7 @@ def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposa
     offers: list[Offer] = []
     for proposal in proposals:
         query = proposal.query
-        if readable := [each for each in proposal.candidates if each.answer is not None]:
+        if readable := [c for c in proposal.candidates if c.answer is not None]:
             offers.append((query, _offered(bundle.task, readable, query.gold)))
-    gold = [[each.answer for each in offered].index(query.gold) for query, offered in offers]
+    gold = [[c.answer for c in offered].index(query.gold) for query, offered in offers]
     return Pools(*_read(bundle, interaction, offers), torch.tensor(gold)) if offers else None
-
-
-@dataclass(frozen=True)
-class BBoxAdapter:
-    """Learns at its first query, adapts at each user's first; see `pop_spent` for that cost."""
-
-    bundle: Bundle
-    personalizer: UserPipeline  # with the records of the training users and of the run's users
-    seed: int = 0  # of the energy's random start
-    kept: dict[tuple[str, ...], Energy | LLMError] = field(default_factory=dict)
-    locks: dict[tuple[str, ...], anyio.Lock] = field(default_factory=dict)
-    spent: dict[str, StageCost] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, parts: Parts) -> "BBoxAdapter":
-        """The answerer of the method; makes no LLM call yet."""
-        proposing = parts.personalizer(rerank=True, candidates="sampled")
-        records = {**parts.bundle.records, **parts.records}
-        return cls(parts.bundle, replace(proposing, records=records), parts.seed)
-
-    def pop_spent(self) -> dict[str, StageCost]:
-        spent = dict(self.spent)
-        self.spent.clear()
-        return spent
-
-    async def aanswer(self, query: Query) -> Answer:
-        context = self.personalizer.context_of(query)
-        # a training user's later records must not have taught the energy that answers the user
-        without = query.user if query.user in self.bundle.trained_on else ""
-        shared = await self._once(("shared", without), partial(self._learn, without))
-        seen = ("own", query.user, *(record.id for record in context.visible))
-        own = await self._once(seen, partial(self._adapt, shared, query.user, context.visible))
-        proposal = await self.personalizer.apropose(context)
-        adapted_to = replace(self.personalizer, selector=ByEnergy(self.bundle, own))
-        return adapted_to.decide(context, proposal)
-
-    async def _once(self, key: tuple[str, ...], make: Callable[[], Awaitable[Energy]]) -> Energy:
-        """The first result or error of `make`, so that a dead LLM is not called again."""
-        async with self.locks.setdefault(key, anyio.Lock()):
-            if key not in self.kept:
-                try:
-                    self.kept[key] = await make()
-                except LLMError as error:
-                    self.kept[key] = error
-        result = self.kept[key]
-        if isinstance(result, LLMError):
-            raise result
-        return result
-
-    async def _learn(self, without: str) -> Energy:
-        """The shared energy from a random start (algorithm 1), by `labelled_users` users."""
-        settings, records = self.personalizer.settings, self.personalizer.records
-        labelled = self.bundle.trained_on[: settings.labelled_users]
-        users = [user for user in labelled if user != without]
-        queries = [query for user in users for query in self._queries(records.get(user, ()))]
-        if not queries:
-            reason = "it asks the LLM about training users' records, see `labelled_users`"
-            raise LLMError(f"bbox-adapter has nothing to learn from: {reason}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            by_label = reads_labels(self.bundle.task, self.bundle.settings)
-            interaction = make_features(self.bundle, by_label=by_label)
-            energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
-        learned = await self._rounds("", len(users), energy, self.personalizer, queries)
-        if learned is None:
-            reason = "no answer to the training users' own records could be read"
-            raise LLMError(f"bbox-adapter has nothing to learn from: {reason}")
-        return learned
-
-    async def _adapt(self, shared: Energy, user: str, visible: Sequence[Record]) -> Energy:
-        """Further rounds on the part of the user's history that the query may see."""
-        only, key = replace(self.personalizer, records={user: visible}), f"{len(visible)}:{user}"
-        return await self._rounds(key, 1, shared, only, self._queries(visible)) or shared
-
-    def _queries(self, records: Sequence[Record]) -> list[Query]:
-        count = self.personalizer.settings.queries_per_user
-        return training_queries(self.bundle.task, records, count)
-
-    async def _rounds(
-        self,
-        key: str,
-        users: int,
-        energy: Energy,
-        proposing: UserPipeline,
-        queries: Sequence[Query],
-    ) -> Energy | None:
-        """The energy adapted to the LLM's answers, None if none could be read; failed calls are
-        left out, LLMError if all failed. The cost is noted under `key`, empty for the shared one.
-        """
-        settings, interaction = proposing.settings, energy.interaction
-        answers = await map_calls(proposing.apropose, queries, limit=settings.concurrency)
-        proposals = [answer for answer in answers if isinstance(answer, Proposal)]
-        for error in answers:
-            if isinstance(error, LLMError) and not proposals:
-                raise error
-        started = perf_counter()  # the LLM has answered
-        pools, learned = _pools(self.bundle, interaction, proposals), None
-        if pools is not None:
-            if not key:
-                interaction.prepare(pools.groups)
-            draws, decay = settings.samples, settings.weight_decay
-            learned = adapted(energy, pools, draws=draws, weight_decay=decay)
-        usage = sum((proposal.usage for proposal in proposals), Usage())
-        self.spent[key] = StageCost(users, usage.seconds + perf_counter() - started, usage)
-        return learned

@@ -26,7 +26,10 @@ Pair = tuple[Sample, Sample]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method minus a baseline, on the queries that both answered."""
+    """A method minus a baseline, on the queries that both answered.
+
+    `needed`: metric → queries that would show the difference as it is; None if there is none.
+    """
 
     metrics: Mapping[str, Paired]
     wins: int  # users whose mean gain is higher
@@ -34,7 +37,6 @@ class Comparison:
     losses: int
     worst_tenth: float  # mean change of gain of the tenth of users who lose most (at least one)
     needed: Mapping[str, int | None]
-    """Metric → queries needed to show the difference as it is; None if there is none."""
 
     def to_json(self) -> dict[str, Any]:
         metrics = {name: change._asdict() for name, change in self.metrics.items()}
@@ -47,8 +49,8 @@ def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Compar
     queries = len({(sample.user, sample.query) for sample, _ in pairs})
     ours, theirs, users = scored_pairs(task, pairs)
     metrics = {name: paired(ours[name], theirs[name], users) for name in ours}
-    changes = np.array(list(changes_by_user(task, pairs).values()))
-    worst = np.sort(changes)[: max(1, len(changes) // 10)]
+    changes = np.sort(list(changes_by_user(task, pairs).values()))
+    worst = changes[: max(1, len(changes) // 10)]
     return Comparison(
         metrics,
         wins=int((changes > 0).sum()),
@@ -71,7 +73,11 @@ def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
     """The samples of the same query and seed. Each is paired with each of the other side's if one
     side has a single seed, or answers once per sample and thus has no seeds.
     """
-    sides = _by_query(own), _by_query(base)
+    sides: list[dict[tuple[str, str], dict[int, Sample]]] = []  # (user, query) → seed → sample
+    for samples in (own, base):
+        sides.append({})
+        for sample in samples:
+            sides[-1].setdefault((sample.user, sample.query), {})[sample.seed] = sample
     no_seeds = any(per_sample(samples[0].method) for samples in (own, base) if samples)
     pairs: list[Pair] = []
     for query, ours in sides[0].items():
@@ -82,14 +88,6 @@ def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:
             seeds = [(seed, seed) for seed in sorted(ours.keys() & theirs.keys())]
         pairs += [(ours[one], theirs[other]) for one, other in seeds]
     return pairs
-
-
-def _by_query(samples: Sequence[Sample]) -> dict[tuple[str, str], dict[int, Sample]]:
-    """(user, query) → seed → sample."""
-    seeds: dict[tuple[str, str], dict[int, Sample]] = {}
-    for sample in samples:
-        seeds.setdefault((sample.user, sample.query), {})[sample.seed] = sample
-    return seeds
 
 
 def changes_by_user(task: Task, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -108,6 +106,5 @@ def queries_needed(change: Paired, queries: int) -> int | None:
     if change.users < 2 or not change.difference:
         return None
     error = (change.high - change.low) / (2 * float(stdtrit(change.users - 1, 0.975)))
-    if not error > 0:
-        return None
-    return math.ceil(round(queries * (POWER * error / abs(change.difference)) ** 2, 6))
+    needed = queries * (POWER * error / abs(change.difference)) ** 2
+    return math.ceil(round(needed, 6)) if error > 0 else None

@@ -3,7 +3,7 @@
 The run is gone through with an LLM that only collects the calls, so that each distinct call counts
 once, as in the cache; cached ones are counted apart. A few of the calls are then made, and cached:
 their tokens and seconds stand for the others'. The reranker's order, which is not known before
-learning, is taken to differ from the retriever's: an upper bound. Knows no tables.
+learning, is taken to differ from the retriever's: an upper bound.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,9 @@ class CostEstimate:
 
     stages: tuple[StageEstimate, ...]
     sampled: int  # calls that were made to measure tokens and seconds
-    parallel: int = 1  # calls at once
-    texts: int = 0  # records and queries to encode; pairs (features=cross) are not counted
-    encoding: float = 0.0  # seconds to encode them
+    parallel: int  # calls at once
+    texts: int  # records and queries to encode; pairs (features=cross) are not counted
+    encoding: float  # seconds to encode them
 
     @property
     def seconds(self) -> float:
@@ -70,6 +70,16 @@ class CostEstimate:
         return {**asdict(self), "total": asdict(self.total), "seconds": self.seconds}
 
 
+@dataclass(frozen=True)
+class PendingCall:
+    """One call that is still to be made; its `n` is the number of texts that are missing."""
+
+    stage: str
+    messages: Sequence[Message]
+    sampling: Sampling
+    prompt_tokens: int  # estimated
+
+
 def estimate_cost(experiment: Experiment) -> CostEstimate:
     """Go through a run without making its calls, but for a few; LLMError if all of those fail."""
     cache, settings = experiment.llm, experiment.settings
@@ -78,14 +88,18 @@ def estimate_cost(experiment: Experiment) -> CostEstimate:
     calls = list(llm.missing.values())
     sample = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
     measured, usage = run_sync(partial(_measure, cache, sample))
-    prices = Prices(settings.price_prompt, settings.price_completion)
-    stages = []
+    # other calls are as the measured ones: by estimated tokens of prompts and number of answers
+    ratio = usage.prompt_tokens / max(1, sum(call.prompt_tokens for call in measured)) or 1.0
+    per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in measured))
+    second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
+    prices, stages = Prices(settings.price_prompt, settings.price_completion), []
     for name in dict.fromkeys([*llm.kept, *(call.stage for call in calls)]):
         own = [call for call in calls if call.stage == name]
-        expected = _expected(own, measured, usage)
-        prompt, completion = expected.prompt_tokens, expected.completion_tokens
+        prompt = round(ratio * sum(call.prompt_tokens for call in own))
+        completion = round(per_text * sum(call.sampling.n for call in own))
+        cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
         counts = len(llm.kept.get(name, ())), len(own), prompt, completion
-        stages.append(StageEstimate(name, *counts, prices.cost(expected), expected.seconds))
+        stages.append(StageEstimate(name, *counts, cost, second * (prompt + completion)))
     return CostEstimate(tuple(stages), len(measured), cache.parallel, texts, encoding)
 
 
@@ -108,15 +122,6 @@ def estimate_rows(cost: CostEstimate) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class PendingCall:
-    """One call that is still to be made; its `n` is the number of texts that are missing."""
-
-    stage: str
-    messages: Sequence[Message]
-    sampling: Sampling
-
-
 @dataclass
 class DryRunLLM:
     """Answers the first label, or any text, and collects the calls that are not cached."""
@@ -135,10 +140,11 @@ class DryRunLLM:
         key = key_of(request_of(self.identity, messages, sampling))
         distinct = sampling.n if sampling.temperature > 0 else 1
         missing = distinct - sum(0 <= index < distinct for index in self.cache.stored(key))
-        if missing:
-            call = PendingCall(self.stage, messages, replace(sampling, n=missing))
-            self.missing.setdefault(key, call)
-        elif not any(key in keys for keys in self.kept.values()):
+        if missing and key not in self.missing:
+            tokens = sum(estimate(message["content"]) + PER_MESSAGE for message in messages)
+            call = PendingCall(self.stage, messages, replace(sampling, n=missing), tokens)
+            self.missing[key] = call
+        elif not missing and not any(key in keys for keys in self.kept.values()):
             self.kept.setdefault(self.stage, set()).add(key)
         text = self.labels[0] if self.labels else "a text"
         return Generation((text,) * sampling.n, Usage(calls=1))
@@ -182,9 +188,15 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     parts = UnlearnedParts(bundle, llm, settings, visible)
     if experiment.learns:
         labelled = training[: settings.labelled_users]
-        await _label(parts, llm, "label", labelled, (settings.retrieved > 0, True))
-        needs_llm = settings.reranker_labels == "llm", not labelling.offers_all(data.task, settings)
-        await _label(parts, llm, "fit", new, needs_llm)
+        for stage, users, needed in (
+            ("label records", labelled, settings.retrieved > 0),
+            ("label candidates", labelled, True),
+            ("fit records", new, settings.reranker_labels == "llm"),
+            ("fit candidates", new, not labelling.offers_all(data.task, settings)),
+        ):
+            llm.stage = stage
+            if needed:
+                await _label(parts, users, candidates=stage.endswith("candidates"))
     fitted = [user for user in new if user in bundle.records]
     queries = chosen_queries(data, fitted, experiment.limit)
     for place, method in enumerate(methods):
@@ -195,19 +207,13 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
 
 
-async def _label(
-    parts: Parts, llm: DryRunLLM, stage: str, users: Sequence[str], needs_llm: tuple[bool, bool]
-) -> None:
-    """Label the users' records; `needs_llm`: whether labels of records, and of candidates do."""
+async def _label(parts: Parts, users: Sequence[str], *, candidates: bool) -> None:
+    """Let the LLM label records, or candidates, of the users' latest queries."""
     task, count = parts.bundle.task, parts.settings.queries_per_user
     histories = (in_order(parts.records[user]) for user in users)
     queries = [q for own in histories for q in labelling.training_queries(task, own, count)]
-    if needs_llm[0]:
-        llm.stage = f"{stage} records"
-        await labelling.reranker_groups(parts.personalizer(), queries)
-    if needs_llm[1]:
-        llm.stage = f"{stage} candidates"
-        await labelling.adapter_groups(parts.personalizer(rerank=True), queries)
+    collect = labelling.adapter_groups if candidates else labelling.reranker_groups
+    await collect(parts.personalizer(rerank=candidates), queries)
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
@@ -239,19 +245,3 @@ async def _measure(
     if faults and not measured:
         raise faults[0]
     return measured, usage
-
-
-def _expected(calls: Sequence[PendingCall], measured: Sequence[PendingCall], usage: Usage) -> Usage:
-    """By estimated tokens of prompts and number of answers, as in the calls that were made."""
-    ratio = usage.prompt_tokens / max(1, _prompt_tokens(measured)) or 1.0
-    per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in measured))
-    prompt = round(ratio * _prompt_tokens(calls))
-    completion = round(per_text * sum(call.sampling.n for call in calls))
-    second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)
-    seconds = second * (prompt + completion)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, seconds=seconds)
-
-
-def _prompt_tokens(calls: Sequence[PendingCall]) -> int:
-    messages = (message for call in calls for message in call.messages)
-    return sum(estimate(message["content"]) + PER_MESSAGE for message in messages)

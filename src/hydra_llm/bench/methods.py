@@ -1,23 +1,27 @@
 """The built-in methods: HYDRA, its parts, and what it is compared with.
 
-Sources: HYDRA (arXiv 2406.02888), sections 4.1 and 4.2; LaMP (arXiv 2304.11406).
+`oracle`, `random`, `self-consistency` and `mbr` choose among HYDRA's own candidates; what calls no
+LLM is a control. Sources: HYDRA (arXiv 2406.02888), sections 4.1 and 4.2; LaMP (arXiv 2304.11406).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
+from time import perf_counter
 from typing import Any
 
 import anyio
+import numpy as np
 
-from hydra_llm.bench.baselines import ByVoteShare, NthSample, Oracle, ScorerOnly, WithoutLLM
 from hydra_llm.bench.bbox import BBoxAdapter
-from hydra_llm.bench.method import Answerer, Parts, method
+from hydra_llm.bench.method import Answerer, Method, Parts, method
+from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Nothing, make_retriever
-from hydra_llm.select import Selector
+from hydra_llm.select import Selection, Selector, all_labels, select
 from hydra_llm.text import fold
-from hydra_llm.types import Answer, Message, Query, Record, Usage
+from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record, Usage
 
 GREEDY: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
 """Settings of a method that takes the LLM's temperature-0 answer alone."""
@@ -31,39 +35,30 @@ def zero_shot(parts: Parts) -> Answerer:
     return replace(parts.personalizer(**GREEDY, k=0), retriever=Nothing())
 
 
-@method("prompt", takes=("k",), source="HYDRA 4.1", uses=())
-def icl_random(parts: Parts) -> Answerer:
-    """K random records in the prompt."""
-    return _rag_with("random", parts)
-
-
-@method("prompt", takes=("k",), source="LaMP", uses=())
-def recent(parts: Parts) -> Answerer:
-    """The k latest records in the prompt."""
-    return _rag_with("recent", parts)
-
-
 @method("prompt", takes=("k",), source="LaMP; HYDRA 4.1", uses=())
 def rag(parts: Parts) -> Answerer:
     """The retriever's first k records in the prompt."""
     return parts.personalizer(**GREEDY)
 
 
-@method("prompt", takes=("k",), source="LaMP", uses=())
-def rag_dense(parts: Parts) -> Answerer:
-    """The k nearest records by the encoder."""
-    return _rag_with("dense", parts)
+def _rag_with(retriever: str, name: str, what: str, source: str) -> Method:
+    def build(parts: Parts) -> Answerer:
+        embed, seed = parts.bundle.store.texts, parts.settings.seed
+        chosen = make_retriever(retriever, embed=embed, seed=seed)
+        return replace(parts.personalizer(**GREEDY), retriever=chosen)
+
+    return Method(name, what, "prompt", build, takes=("k",), source=source, uses=())
+
+
+icl_random = _rag_with("random", "icl-random", "K random records in the prompt", "HYDRA 4.1")
+recent = _rag_with("recent", "recent", "The k latest records in the prompt", "LaMP")
+rag_dense = _rag_with("dense", "rag-dense", "The k nearest records by the encoder", "LaMP")
 
 
 @method("prompt", takes=("k",), source="Richardson et al. 2023; HYDRA 4.1", uses=())
 def pag(parts: Parts) -> Answerer:
     """A profile written by the LLM, and k records."""
     return Profiled(parts.personalizer(**GREEDY))
-
-
-def _rag_with(name: str, parts: Parts) -> Answerer:
-    retriever = make_retriever(name, embed=parts.bundle.store.texts, seed=parts.settings.seed)
-    return replace(parts.personalizer(**GREEDY), retriever=retriever)
 
 
 PROFILE_RECORDS, PROFILE_TOKENS = 20, 96  # latest records that it is written from; its length
@@ -97,7 +92,7 @@ class Profiled:
 
     def _question(self, visible: Sequence[Record]) -> list[Message]:
         """The latest records, each cut to its share of the prompt."""
-        latest = list(visible)[-PROFILE_RECORDS:]
+        latest = visible[-PROFILE_RECORDS:]
         room = int(self.inner.settings.max_prompt_tokens * 3 / len(latest)) // 2
         lines = [f"{fold(record.input)[:room]} → {fold(record.output)[:room]}" for record in latest]
         return [{"role": "user", "content": PROFILE.replace("{records}", "\n".join(lines))}]
@@ -137,44 +132,95 @@ def hydra_shared(parts: Parts) -> Answerer:
 @method("adapter", takes=("b",), source="Sun et al. 2024; HYDRA 4.1")
 def bbox_adapter(parts: Parts) -> Answerer:
     """One energy for all users, adapted to each user in online rounds, picks."""
-    return BBoxAdapter.of(parts)
+    return BBoxAdapter(parts)
 
 
-@method("sampling", takes=("b",), source="Wang et al. 2023", uses=("reranker",))
-def self_consistency(parts: Parts) -> Answerer:
+Pick = Callable[[Parts, Query, Sequence[Candidate]], int]
+
+
+@dataclass(frozen=True)
+class Picking(Selector):
+    """Picks by a function alone."""
+
+    parts: Parts
+    pick: Pick
+
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        return Selection(list(candidates), self.pick(self.parts, context.query, candidates))
+
+
+def among_samples(group: str, **fields: Any) -> Callable[[Pick], Method]:
+    """Make a method of a function that picks one of hydra's samples, see `method`."""
+
+    def make(pick: Pick) -> Method:
+        @wraps(pick)
+        def build(parts: Parts) -> Answerer:
+            return replace(parts.personalizer(rerank=True), selector=Picking(parts, pick))
+
+        return method(group, takes=("b",), uses=("reranker",), **fields)(build)
+
+    return make
+
+
+def _by_votes(parts: Parts, candidates: Sequence[Candidate], how: str) -> int:
+    """The pick by vote shares; what cannot be read has none."""
+    places = [i for i, c in enumerate(candidates) if c.answer is not None and c.votes]
+    if not places:
+        return 0
+    readable = [candidates[i] for i in places]
+    votes = np.array([float(candidate.votes) for candidate in readable])
+    return places[select(parts.bundle.task, readable, votes, votes / votes.sum(), how)]
+
+
+@among_samples("sampling", source="Wang et al. 2023")
+def self_consistency(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """The most frequent answer among hydra's samples."""
-    return _selecting(ByVoteShare(parts.bundle.task, "best"), parts)
+    return _by_votes(parts, candidates, "best")
 
 
-@method("sampling", takes=("b",), source="Kumar and Byrne 2004", uses=("reranker",))
-def mbr(parts: Parts) -> Answerer:
+@among_samples("sampling", source="Kumar and Byrne 2004")
+def mbr(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """Minimum Bayes risk: the sample that is closest to the others."""
-    return _selecting(ByVoteShare(parts.bundle.task, "expected-gain"), parts)
+    return _by_votes(parts, candidates, "expected-gain")
 
 
-@method("bound", takes=("b",), uses=("reranker",), per_sample=True)
-def random(parts: Parts) -> Answerer:
+@among_samples("bound", per_sample=True)
+def random(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """Expected score of a uniformly random sample of hydra's: the mean over all of them."""
-    return _selecting(NthSample(parts.seed), parts)
+    samples = [i for i, c in enumerate(candidates) for _ in range(c.votes)] or [0]
+    return samples[parts.seed % len(samples)]
 
 
-@method("bound", takes=("b",), uses=("reranker",))
-def oracle(parts: Parts) -> Answerer:
+@among_samples("bound")
+def oracle(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """Upper bound: the best of hydra's samples."""
-    return _selecting(Oracle(parts.bundle.task), parts)
+    gain, gold = parts.bundle.task.gain, query.gold or ""
+    gains = [gain(c.answer, gold) if c.votes else -1.0 for c in candidates]
+    return gains.index(max(gains))
 
 
-def _selecting(selector: Selector, parts: Parts) -> Answerer:
-    return replace(parts.personalizer(rerank=True), selector=selector)
+@dataclass(frozen=True)
+class WithoutLLM:
+    """An answer from the user's visible records alone."""
+
+    personalizer: UserPipeline
+    answer: Callable[[Query, Sequence[Record]], str]
+
+    async def aanswer(self, query: Query) -> Answer:
+        started = perf_counter()
+        context = self.personalizer.context_of(query)
+        text = self.answer(query, context.visible)
+        candidates, seconds = (Candidate(text, text),), {"retrieve": perf_counter() - started}
+        proposal = Proposal(query, (), (), (), candidates, seconds=seconds)
+        return Answer(text, proposal, candidates, 0)
 
 
 @method("control", uses=())
 def user_majority(parts: Parts) -> Answerer:
     """The user's own median or majority, no LLM."""
     typical = parts.bundle.task.strategy.typical
-    return WithoutLLM(
-        parts.personalizer(), lambda _, visible: typical([record.output for record in visible])
-    )
+    own = parts.personalizer()
+    return WithoutLLM(own, lambda _, visible: typical([record.output for record in visible]))
 
 
 @method("control", uses=())
@@ -187,6 +233,18 @@ def copy_nearest(parts: Parts) -> Answerer:
         return ranked[0].record.output if ranked else parts.bundle.task.strategy.typical([])
 
     return WithoutLLM(parts.personalizer(), answer)
+
+
+@dataclass(frozen=True)
+class ScorerOnly:
+    """All labels by the scorer, without the LLM's votes: what `hydra` is better by is the LLM's."""
+
+    personalizer: UserPipeline
+
+    async def aanswer(self, query: Query) -> Answer:
+        labels = tuple(all_labels(self.personalizer.task, []))
+        proposal = Proposal(query, (), (), (), labels)
+        return self.personalizer.decide(self.personalizer.context_of(query), proposal)
 
 
 @method("control", labels_only=True, uses=("adapter",), requires=("adapter",))

@@ -38,38 +38,36 @@ async def run_methods(
     prompts: an embedded engine then still holds the prompts that they share.
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
-    instances = [(method, part) for method in methods for part in method.instances(seeds)]
-    answerers = {(method.name, part.seed): method.build(part) for method, part in instances}
-    by_records = sorted(instances, key=lambda instance: _records_shown(*instance))
-    order = dict.fromkeys((method.name, part.seed) for method, part in by_records)
-    blank = {
-        (name, seed, query): Sample(name, query.user, query.id, query.gold or "", None, seed=seed)
+    instances = [(method, own) for method in methods for own in method.instances(seeds)]
+    answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
+
+    def records_shown(instance: tuple[Method, Parts]) -> int:
+        method, own = instance
+        default = own.settings.k if "reranker" in method.uses or "k" in method.takes else 0
+        return method.given.get("k", default)
+
+    order = [(method.name, own.seed) for method, own in sorted(instances, key=records_shown)]
+    done = {} if log is None else dict(log.samples)
+    todo = [
+        (Sample(name, query.user, query.id, query.gold or "", None, seed=seed), query)
         for query in queries
         for name, seed in order
-    }
-    done = {} if log is None else dict(log.samples)
+        if (name, query.user, query.id, seed) not in done
+    ]
     faults: list[LLMError] = []
 
-    async def one(case: tuple[str, int, Query]) -> Sample:
-        sample = await _sample(blank[case], case[2], answerers[case[:2]], faults)
+    async def one(case: tuple[Sample, Query]) -> None:
+        blank, query = case
+        sample = await _sample(blank, query, answerers[blank.method, blank.seed], faults)
+        done[sample.key] = sample
         if log is not None:
             log.add(sample)
-        return sample
 
-    todo = [case for case, sample in blank.items() if sample.key not in done]
     report = None if progress is None else partial(progress, "answer")
-    for sample in await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report):
-        assert isinstance(sample, Sample)  # a failed call is a failed sample
-        done[sample.key] = sample
+    await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
-    return [done[blank[(*name, query)].key] for name in answerers for query in queries]
-
-
-def _records_shown(method: Method, parts: Parts) -> int:
-    """How many records its prompts show, as far as the parameters and settings tell."""
-    default = parts.settings.k if "reranker" in method.uses or "k" in method.takes else 0
-    return method.given.get("k", default)
+    return [done[name, query.user, query.id, seed] for name, seed in answerers for query in queries]
 
 
 async def _sample(
@@ -103,29 +101,31 @@ async def _sample(
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The figures of a method over all of its samples."""
+    """The figures of a method over all of its samples; calls, tokens, cost and seconds per query.
+
+    `metrics` has the value and the ends of its 95 % interval over users, NaN if not scored; `seeds`
+    has each seed's values by metric, if there are several seeds of the learned parts.
+    """
 
     method: str
     metrics: Mapping[str, tuple[float, float, float]]
-    """Metric → value and ends of its 95 % interval over users; NaN if not scored."""
     queries: int  # each counted once, however many seeds answered it
     failed: int
     unparsable: int
-    calls: float  # LLM calls per query
-    tokens: float  # per query
-    llm_seconds: float  # of the LLM per query, as measured when it was called
-    own_seconds: float  # of everything else per query, in this run
-    cost: float  # money per query, at the given prices
-    seconds: Mapping[str, float]  # per query and stage, in this run; `llm` is near 0 if cached
+    calls: float
+    tokens: float
+    llm_seconds: float  # of the LLM, as measured when it was called
+    own_seconds: float  # of everything else in this run
+    cost: float  # money at the given prices
+    seconds: Mapping[str, float]  # per stage, in this run; `llm` is near 0 if cached
     seeds: Mapping[int, Mapping[str, float]]
-    """Seed of the learned parts → metric → value, if there are several seeds."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; what was not scored is null."""
         metrics = {name: rounded(values) for name, values in self.metrics.items()}
         seeds = {
-            seed: dict(zip(values, rounded(values.values()), strict=True))
-            for seed, values in self.seeds.items()
+            seed: dict(zip(own, rounded(own.values()), strict=True))
+            for seed, own in self.seeds.items()
         }
         return {**asdict(self), "metrics": metrics, "seeds": seeds}
 

@@ -7,18 +7,19 @@ expanded percentile interval; Hesterberg 2015, "What teachers should know about 
 
 Macro-F1 has Student's interval with the jackknife's standard error (Efron and Stein 1981), as a
 resample lacks a third of the users, and with them whole labels; neither percentiles nor BCa correct
-that bias. `benchmarks/interval_coverage.py` measures it. Knows neither tasks nor LLMs.
+that bias. `benchmarks/interval_coverage.py` measures it.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from hydra_llm.bench.metrics import Metric
-from hydra_llm.tasks.base import Floats, Statistic, mean
+from hydra_llm.tasks.base import Floats, MetricSpec, Statistic
 
 LEVEL = 0.95
 CELLS = 4_000_000  # draws times users in memory at once
@@ -54,53 +55,57 @@ class Relative(NamedTuple):
 
     def interval(self) -> Interval:
         """Student's interval."""
-        reach = math.nan
-        if self.freedom > 0:
-            reach = float(stdtrit(self.freedom, (1 + LEVEL) / 2)) * self.error
-        return Interval(self.change - reach, self.change + reach)
+        return _students(self.change, self.error, self.freedom)
 
 
 def interval(values: Values, users: Sequence[str], draws: int = 10_000, seed: int = 0) -> Interval:
     """The interval of a mean or a metric; `users` names the user of each sample."""
-    rows, statistic = _rows(values)
-    return _inference(values, statistic, _per_user(rows, users), draws, seed)[0]
+    metric = _as_metric(values)
+    spec, sums = metric.spec, _per_user(metric.rows, users)
+    return _inference(spec, spec.statistic, sums, draws, seed)[0]
 
 
 def paired(
     values_a: Values, values_b: Values, users: Sequence[str], draws: int = 10_000, seed: int = 0
 ) -> Paired:
     """The difference a − b of two methods that answered the same samples, in the same order."""
-    (a, statistic), (b, _) = _rows(values_a), _rows(values_b)
-    both, width = np.concatenate([a, b], axis=1), a.shape[1]
+    a, b = _as_metric(values_a), _as_metric(values_b)
+    both, width = np.concatenate([a.rows, b.rows], axis=1), a.rows.shape[1]
 
     def difference(sums: Floats) -> Floats:
-        return statistic(sums[:, :width]) - statistic(sums[:, width:])
+        return a.spec.statistic(sums[:, :width]) - a.spec.statistic(sums[:, width:])
 
     sums = _per_user(both, users)
     value = float(difference(sums.sum(axis=0, keepdims=True))[0]) if len(sums) else math.nan
-    (low, high), p = _inference(values_a, difference, sums, draws, seed)
-    return Paired(value, low, high, p, int(_known(both).sum()), len(sums))
+    ends, p = _inference(a.spec, difference, sums, draws, seed)
+    return Paired(value, *ends, p, int(_known(both).sum()), len(sums))
 
 
 def relative(pairs: Sequence[tuple[Metric, Metric, Sequence[str]]]) -> Relative | None:
-    """Mean over metrics of (a − b) / |b|, with the sign such that more is better; each metric comes
-    with its own b and the users of its samples.
+    """Mean over metrics of (a − b) / |b|, with the sign such that more is better, for (a, b, users
+    of the samples) of each metric; None if every b is 0, or nothing was scored.
 
-    The error is the jackknife's: a user is left out of all metrics at once. None if every b is 0,
-    or nothing was scored.
+    The error is the jackknife's: a user is left out of all metrics at once.
     """
-    names: set[str] = set()
-    for a, b, users in pairs:
-        names |= set(np.asarray(users, dtype=str)[_known(np.hstack([a.rows, b.rows]))].tolist())
-    everybody = sorted(names)
-    changes = [_change(a, b, users, everybody) for a, b, users in pairs]
-    known = np.array([row for row in changes if not math.isnan(row[0])])
-    if not len(known):
+    cases = [(a, b, np.hstack([a.rows, b.rows]), users) for a, b, users in pairs]
+    scored = sorted({u for *_, rows, users in cases for u in compress(users, _known(rows))})
+    changes = []
+    for a, b, rows, users in cases:
+        sums, width = _per_user(rows, users, scored), a.rows.shape[1]
+        total = sums.sum(axis=0, keepdims=True)
+        every = np.concatenate([total, total - sums])  # [1 + U]: all users, then without each one
+        ours, theirs = a.spec.statistic(every[:, :width]), b.spec.statistic(every[:, width:])
+        nan, gain = np.full(len(every), np.nan), a.spec.sign * (ours - theirs)
+        change = np.divide(gain, abs(theirs), out=nan, where=theirs != 0)
+        if not math.isnan(change[0]):
+            changes.append(change)
+    if not changes:
         return None
-    without, count = known[:, 1:].mean(axis=0), len(everybody)
+    means, count = np.array(changes), len(scored)
+    without = means[:, 1:].mean(axis=0)
     shares = math.sqrt((count - 1) / count) * (without - without.mean())
-    parts = dict(zip(everybody, shares.tolist(), strict=True))
-    return Relative(float(known[:, 0].mean()), _jackknife_error(without), count - 1, parts)
+    parts = dict(zip(scored, shares.tolist(), strict=True))
+    return Relative(float(means[:, 0].mean()), _jackknife_error(without), count - 1, parts)
 
 
 def over_tasks(tasks: Sequence[Relative]) -> Relative:
@@ -123,22 +128,12 @@ def over_tasks(tasks: Sequence[Relative]) -> Relative:
     return Relative(change, error, min(welch, len(parts) - 1), parts)
 
 
-def _change(a: Metric, b: Metric, users: Sequence[str], everybody: Sequence[str]) -> Floats:
-    """[1 + U]: the relative change of all users, then without each one; NaN where b is 0."""
-    sums, width = _per_user(np.hstack([a.rows, b.rows]), users, everybody), a.rows.shape[1]
-    total = sums.sum(axis=0, keepdims=True)
-    every = np.concatenate([total, total - sums])
-    ours, theirs = a.spec.statistic(every[:, :width]), b.spec.statistic(every[:, width:])
-    nan, gain = np.full(len(every), np.nan), a.spec.sign * (ours - theirs)
-    changes: Floats = np.divide(gain, abs(theirs), out=nan, where=theirs != 0)
-    return changes
-
-
-def _rows(values: Values) -> tuple[Floats, Statistic]:
+def _as_metric(values: Values) -> Metric:
     if isinstance(values, Metric):
-        return values.rows, values.spec.statistic
+        return values
     column = np.asarray(values, dtype=np.float64)
-    return np.column_stack([column, np.where(np.isnan(column), np.nan, 1.0)]), mean
+    rows = np.column_stack([column, np.where(np.isnan(column), np.nan, 1.0)])
+    return Metric(MetricSpec("mean"), math.nan, rows)
 
 
 def _known(rows: Floats) -> np.ndarray:
@@ -159,25 +154,23 @@ def _per_user(rows: Floats, users: Sequence[str], names: Sequence[str] | None = 
 
 
 def _inference(
-    values: Values, statistic: Statistic, sums: Floats, draws: int, seed: int
+    spec: MetricSpec, statistic: Statistic, sums: Floats, draws: int, seed: int
 ) -> tuple[Interval, float]:
     """Interval and two-sided p-value of a statistic of the sums [U, S]: by the bootstrap, or the
     jackknife for a metric that cannot be resampled.
     """
-    if len(sums) < 2:
+    users = len(sums)
+    if users < 2:
         return Interval(math.nan, math.nan), math.nan
-    if isinstance(values, Metric) and not values.spec.resamples:
-        return _jackknife(statistic, sums)
-    return _bootstrap(statistic, sums, draws, seed)
-
-
-def _bootstrap(statistic: Statistic, sums: Floats, draws: int, seed: int) -> tuple[Interval, float]:
-    """Expanded percentile interval and p-value, the level at which the interval would touch 0."""
-    users, rng = len(sums), np.random.default_rng(seed)
-    step, even = max(1, CELLS // users), np.full(users, 1 / users)
+    if not spec.resamples:
+        total = sums.sum(axis=0, keepdims=True)
+        value, error = float(statistic(total)[0]), _jackknife_error(statistic(total - sums))
+        p = 2 * float(stdtr(users - 1, -abs(value) / error)) if error > 0 else float(value == 0)
+        return _students(value, error, users - 1), p
+    rng, even, step = np.random.default_rng(seed), np.full(users, 1 / users), max(1, CELLS // users)
     sizes = [min(step, draws - start) for start in range(0, draws, step)]
-    resamples = (rng.multinomial(users, even, size=size) @ sums for size in sizes)
-    drawn = np.concatenate([statistic(part) for part in resamples])
+    drawn = np.concatenate([statistic(rng.multinomial(users, even, size) @ sums) for size in sizes])
+    # the expanded level; p is the level at which the interval would touch 0
     tail = float(ndtr(math.sqrt(users / (users - 1)) * stdtrit(users - 1, (1 - LEVEL) / 2)))
     low, high = np.quantile(drawn, [tail, 1 - tail])
     beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
@@ -186,17 +179,13 @@ def _bootstrap(statistic: Statistic, sums: Floats, draws: int, seed: int) -> tup
     return Interval(float(low), float(high)), p
 
 
-def _jackknife(statistic: Statistic, sums: Floats) -> tuple[Interval, float]:
-    """Student's interval and p-value, by leaving each user out."""
-    users, total = len(sums), sums.sum(axis=0, keepdims=True)
-    value, error = float(statistic(total)[0]), _jackknife_error(statistic(total - sums))
-    reach = float(stdtrit(users - 1, (1 + LEVEL) / 2)) * error
-    p = 2 * float(stdtr(users - 1, -abs(value) / error)) if error > 0 else float(value == 0)
-    return Interval(value - reach, value + reach), p
+def _students(value: float, error: float, freedom: float) -> Interval:
+    reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    return Interval(value - reach, value + reach)
 
 
 def _jackknife_error(without: Floats) -> float:
-    """Standard error of a statistic, from its values [U] without each user."""
+    """Standard error of a statistic, from its values [U] without each user; NaN for one user."""
     users = len(without)
     if users < 2:
         return math.nan
