@@ -32,12 +32,6 @@ def commit() -> str | None:
     return output.strip() or None
 
 
-def versions() -> dict[str, str]:
-    """What the figures of a run depend on beside its settings."""
-    libraries = {name: version(name) for name in ("torch", "transformers")}
-    return {"hydra_llm": __version__, "python": platform.python_version(), **libraries}
-
-
 @dataclass(frozen=True)
 class Sample:
     """One query answered by one method."""
@@ -95,7 +89,16 @@ class RunLog:
         except (FileExistsError, NotADirectoryError):
             fault = "is a file, or lies in one: a run is a folder, take another --out"
             raise SettingsError(f"{folder}: {fault}") from None
-        self._begin(as_read({"format": FORMAT, **versions(), "commit": commit(), **manifest}))
+        libraries = {name: version(name) for name in ("torch", "transformers")}
+        versions = {"hydra_llm": __version__, "python": platform.python_version(), **libraries}
+        new = as_read({"format": FORMAT, **versions, "commit": commit(), **manifest})
+        old = self._read_manifest()
+        bare = all(file == self._manifest for file in folder.iterdir())
+        if old is None or (bare and "weights" not in old):  # it holds no result
+            _write_whole(self._manifest, new)
+        else:
+            _refuse_newer(self._manifest, old)
+            self._refuse_other({k: v for k, v in old.items() if k in new or k not in LATE}, new)
         if self._file.exists():
             samples, whole = _samples(self._file)
             if whole != self._file.stat().st_size:  # the line in which the run was killed
@@ -106,21 +109,11 @@ class RunLog:
 
     def complete(self, late: Mapping[str, Any]) -> None:
         """Add what the run has learned; SettingsError if it learned something else before."""
-        there, new = self._read_manifest() or {}, as_read(late)
-        known = [name for name in new if name in there]
-        self._refuse_other(*({name: part[name] for name in known} for part in (there, new)))
+        old, new = self._read_manifest() or {}, as_read(late)
+        known = [name for name in new if name in old]
+        self._refuse_other(*({name: part[name] for name in known} for part in (old, new)))
         if len(known) < len(new):
-            _write_whole(self._manifest, {**there, **new})
-
-    def _begin(self, new: Mapping[str, Any]) -> None:
-        """Check that the folder is of the same run; a manifest without results is replaced."""
-        there = self._read_manifest()
-        bare = all(file == self._manifest for file in self.folder.iterdir())
-        if there is None or ("weights" not in there and bare):
-            _write_whole(self._manifest, new)
-            return
-        _refuse_newer(self._manifest, there)
-        self._refuse_other({k: v for k, v in there.items() if k in new or k not in LATE}, new)
+            _write_whole(self._manifest, {**old, **new})
 
     def _refuse_other(self, there: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         old, now = _flat(there), _flat(new)
@@ -152,10 +145,9 @@ class RunLog:
     ) -> Path:
         """Write `results.json`, whose path is returned, and `learning.json`, a row per seed."""
         if learning:
-            _write_whole(self.folder / "learning.json", list(learning))
-        file = self.folder / "results.json"
-        _write_whole(file, list(results))
-        return file
+            _write_whole(self.folder / "learning.json", learning)
+        _write_whole(self.folder / "results.json", results)
+        return self.folder / "results.json"
 
 
 def as_read(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +223,6 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError if it holds none."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("no JSON object")

@@ -23,14 +23,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hydra_llm.bench.comparison import compare
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
 from hydra_llm.bench.method import BUDGET, RECORDS, find_methods
 from hydra_llm.bench.runlog import Sample, by_method
 from hydra_llm.bench.runner import tabulate
-from hydra_llm.config import Settings
+from hydra_llm.config import Group, Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
 from hydra_llm.history import precedes
@@ -40,20 +40,15 @@ from hydra_llm.llm.meter import Prices
 from hydra_llm.training.train_scorer import silent
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SweepPoint(_Part):
+class SweepPoint(Group):
     """One value of what varies."""
 
     x: int | float | str
     series: str = ""  # points of a series are one line of the plot
-    settings: dict[str, Any] = {}  # override the common ones and `--set`
+    settings: dict[str, Any] = Field(default_factory=dict)  # override the common ones and `--set`
     methods: tuple[str, ...] = ()  # in place of the sweep's
     llm: str | None = None  # in place of `--llm`
-    history: NonNegativeInt | Literal["all"] = "all"
-    """How many records each new user has: the latest that precede all of the user's queries."""
+    history: NonNegativeInt | Literal["all"] = "all"  # each new user's records, see `with_history`
     fit: bool = True  # without it new users have no heads: the shared ones answer for them
 
     @property
@@ -62,7 +57,7 @@ class SweepPoint(_Part):
         return re.sub(r"[^a-z0-9.]+", "-", f"{self.x} {self.series}".lower()).strip("-.") or "point"
 
 
-class RunOptions(_Part):
+class RunOptions(Group):
     """Options as `bench run` takes them."""
 
     users: PositiveInt | None = None
@@ -72,17 +67,17 @@ class RunOptions(_Part):
     b: tuple[PositiveInt, ...] = BUDGET
 
 
-class Sweep(_Part):
+class Sweep(Group):
     """A sweep file; `load_sweep` puts all of its points into `points`."""
 
     name: str
     question: str  # one line
     x: str  # what varies, as the title of an axis
     methods: tuple[str, ...] = Field(min_length=1)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     run: RunOptions = RunOptions()
     points: tuple[SweepPoint, ...] = ()
-    vary: dict[str, tuple[Any, ...]] = {}
+    vary: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     log: bool = False  # the axis is logarithmic
 
 
@@ -92,16 +87,19 @@ def load_sweep(file: Path) -> Sweep:
         sweep = Sweep.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
         sweep = sweep.model_copy(update={"points": (*sweep.points, *_grid(sweep.vary))})
         _check(sweep)
+        return sweep
     except OSError as error:
         fault = f"no such sweep file ({error.strerror}): see benchmarks/sweeps"
     except ValidationError as error:
-        fault = _first_fault(error)
+        first, types = error.errors()[0], ("int", "float", "str")
+        parts = [str(part + 1) if isinstance(part, int) else part for part in first["loc"]]
+        place = ".".join(part for part in parts if re.fullmatch(r"\w+", part) and part not in types)
+        fault = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        fault = f"{place}: {fault}"
     except SettingsError as error:
         fault = str(error)
     except ValueError as error:
         fault = f"not TOML: {error}"
-    else:
-        return sweep
     raise SettingsError(f"{file}: {fault}")
 
 
@@ -110,27 +108,12 @@ def _grid(vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
     points = []
     for values in product(*vary.values()) if vary else ():
         settings = dict(zip(vary, values, strict=True))
-        fields = {name: settings.pop(name) for name in vary if name in ("llm", "history", "fit")}
-        x, *others = (_as_written(value) for value in values)
+        x, *others = (str(value).lower() if isinstance(value, bool) else value for value in values)
         series = ", ".join(f"{n}={v}" for n, v in zip(list(vary)[1:], others, strict=True))
-        points.append(SweepPoint(x=x, series=series, settings=settings, **fields))
+        fields = {name: settings.pop(name) for name in vary if name in ("llm", "history", "fit")}
+        title = x if isinstance(x, int | float) else str(x)
+        points.append(SweepPoint(x=title, series=series, settings=settings, **fields))
     return points
-
-
-def _as_written(value: Any) -> float | str:
-    """A value as TOML writes it; a number stays one."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, int | float) else str(value)
-
-
-def _first_fault(error: ValidationError) -> str:
-    """The first fault: its key, with places counted from 1, and what is wrong."""
-    first = error.errors()[0]
-    parts = [str(part + 1) if isinstance(part, int) else part for part in first["loc"]]
-    types = ("int", "float", "str")
-    place = ".".join(part for part in parts if re.fullmatch(r"\w+", part) and part not in types)
-    return f"{place}: {'unknown key' if first['type'] == 'extra_forbidden' else first['msg']}"
 
 
 def _check(sweep: Sweep) -> None:
@@ -211,20 +194,12 @@ def _run_point(
     sweep: Sweep, point: SweepPoint, context: SweepContext, llm: CachedLLM
 ) -> list[Sample]:
     run, data = sweep.run, with_history(context.data, point.history)
-    names = point.methods or sweep.methods
-    experiment = Experiment(
-        data,
-        llm,
-        context.settings(point.settings),
-        find_methods(names, data.task.kind, records=run.k, budget=run.b),
-        context.out / point.slug,
-        context.users or run.users,
-        context.limit or run.limit,
-        run.seeds,
-        point.fit,
-        progress=context.progress,
-        say=context.say,
-    )
+    names, kind = point.methods or sweep.methods, data.task.kind
+    methods = find_methods(names, kind, records=run.k, budget=run.b)
+    users, limit = context.users or run.users, context.limit or run.limit
+    settings, out = context.settings(point.settings), context.out / point.slug
+    plan = Experiment(data, llm, settings, methods, out, users, limit, run.seeds, point.fit)
+    experiment = replace(plan, progress=context.progress, say=context.say)
     alike = [(other.llm, other.settings) == (point.llm, point.settings) for other in sweep.points]
     if sum(alike) > 1:
         _copy_base(replace(experiment, data=context.data), context.out / "bases")
