@@ -40,13 +40,7 @@ async def run_methods(
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
     instances = [(method, own) for method in methods for own in method.instances(seeds)]
     answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
-
-    def records_shown(instance: tuple[Method, Parts]) -> int:
-        method, own = instance
-        default = own.settings.k if "reranker" in method.uses or "k" in method.takes else 0
-        return method.given.get("k", default)
-
-    order = [(method.name, own.seed) for method, own in sorted(instances, key=records_shown)]
+    order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
     todo = [
         (Sample(name, query.user, query.id, query.gold or "", None, seed=seed), query)
@@ -68,6 +62,12 @@ async def run_methods(
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
     return [done[name, query.user, query.id, seed] for name, seed in answerers for query in queries]
+
+
+def _records_shown(instance: tuple[Method, Parts]) -> int:
+    method, own = instance
+    default = own.settings.k if "reranker" in method.uses or "k" in method.takes else 0
+    return method.given.get("k", default)
 
 
 async def _sample(
