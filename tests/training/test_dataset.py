@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_llm.model.interactions import Cross, Groups, Tower
+from hydra_llm.model.interactions import Cross, Groups, LabelBilinear, Tower
+from hydra_llm.model.newton import Loss
 from hydra_llm.training.dataset import (
     FEW_GROUPS,
     LabelledGroup,
@@ -279,3 +280,12 @@ def test_graded_targets_of_a_user_do_not_depend_on_other_users() -> None:
     assert alone.groups.target is not None
     assert together.groups.target is not None
     assert torch.allclose(alone.groups.target, together.groups.target, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["listwise", "binary"])
+@pytest.mark.parametrize("rule", ["exact", "graded"])
+def test_no_groups_are_an_empty_training_set(rule: str, loss: Loss) -> None:
+    for interaction in (Tower(2, 3), Cross(2), LabelBilinear(2, 3, 2)):
+        table = make_training_set(Store(), interaction, [], rule=rule, loss=loss)  # type: ignore[arg-type]
+        assert (len(table), table.names()) == (0, [])
+        assert [len(part) for split in table.prequential_splits() for part in split] == []

@@ -83,7 +83,7 @@ class Stopped(Exception):
 
 
 def stop_after(epochs: int) -> Any:
-    def done(epoch: int, total: int, loss: float) -> None:
+    def done(epoch: int, total: int) -> None:
         if epoch == epochs:
             raise Stopped
 
@@ -224,9 +224,7 @@ def test_a_kill_during_writing_leaves_the_checkpoint_before(tmp_path: Path) -> N
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     table, epochs = towers(), []
     whole, again = scorer_of(table), scorer_of(table)
-    train_jointly(
-        again, table, CONFIG, checkpoint=file, done=lambda epoch, total, loss: epochs.append(epoch)
-    )
+    train_jointly(again, table, CONFIG, checkpoint=file, done=lambda epoch, _: epochs.append(epoch))
     assert epochs == [3, 4]  # two epochs were done and kept
     train_jointly(whole, table, CONFIG)
     assert all(

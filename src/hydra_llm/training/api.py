@@ -64,9 +64,7 @@ class Learned:
 
     bundle: Bundle
     users: tuple[str, ...]
-    failures: list[str] = field(
-        default_factory=list
-    )  # a line per failed call: its pair is left out
+    failures: list[str] = field(default_factory=list)  # one line each; the call's pair is left out
     notes: list[str] = field(default_factory=list)  # a line for each thing left out or changed
     stages: dict[str, StageCost] = field(default_factory=dict)
 
@@ -89,21 +87,12 @@ class Learned:
         self.bundle = replace(self.bundle, report={**self.bundle.report, **entries})
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What differs between the reranker and the adapter."""
-
-    name: str
-    stage: str  # what the LLM labels
-    skipped: str  # why none is learned where all gains are equal
-
-
-RERANKER = _Part(
-    "reranker", "label records", "no retrieved record changed what the LLM's answer was worth"
-)
-ADAPTER = _Part(
-    "adapter", "label candidates", "no two candidates of a query differed in what they were worth"
-)
+RERANKER, ADAPTER = "reranker", "adapter"
+STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
+SKIPPED = {  # why none is learned where all gains are equal
+    RERANKER: "no retrieved record changed what the LLM's answer was worth",
+    ADAPTER: "no two candidates of a query differed in what they were worth",
+}
 
 
 async def alearn(
@@ -182,8 +171,6 @@ async def afit(
 
 
 def _blocking(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
-    """The function from sync code."""
-
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return run_sync(partial(function, *args, **kwargs))
@@ -211,9 +198,8 @@ def _opened(
 ) -> tuple[Settings, DataSet, ChatLLM]:
     chosen = settings or load_settings()
     if chosen.tune_encoder and chosen.features != "cross":
-        raise SettingsError(
-            "tune_encoder needs features=cross: a tower keeps its features and cannot be tuned"
-        )
+        fault = "a tower keeps its features and cannot be tuned"
+        raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     return chosen, data, open_llm(llm, chosen) if isinstance(llm, str) else llm
 
@@ -243,48 +229,46 @@ class _Work:
         """The reranker, or that of `first`; then the adapter."""
         learned, settings, ranking = self.learned, self.learned.bundle.settings, None
         if first is not None:
-            scorers = {name: own for name, own in first.scorers.items() if name == "reranker"}
-            heads = {name: own for name, own in first.heads.items() if name == "reranker"}
-            parts: dict[str, Any] = {"scorers": scorers, "heads": heads}
-            learned.bundle = replace(learned.bundle, use_reranker=first.use_reranker, **parts)
-            learned.report(reranker=first.report.get("reranker", {}))
+            scorers = {name: own for name, own in first.scorers.items() if name == RERANKER}
+            heads = {name: own for name, own in first.heads.items() if name == RERANKER}
+            bundle = replace(learned.bundle, scorers=scorers, heads=heads)
+            learned.bundle = replace(bundle, use_reranker=first.use_reranker)
+            learned.report(reranker=first.report.get(RERANKER, {}))
         elif settings.retrieved > 0:
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
-            self.decide_on_reranker()
         picking = await self.labelled_data(ADAPTER)
         self.train(picking, tune=settings.tune_encoder)
         if settings.tune_encoder and picking is not None:
             self.train(ranking)  # the encoder has moved under the reranker
-            self.decide_on_reranker()
 
-    async def labelled_data(self, part: _Part) -> LabelledData | None:
+    async def labelled_data(self, name: str) -> LabelledData | None:
         """What a scorer is trained on; None where no candidate is better than another."""
         learned, bundle, users = self.learned, self.learned.bundle, self.learned.users
-        plain = self.plain(part)
-        collected = await self.collect(part, plain, users[: bundle.settings.labelled_users])
+        plain = self.plain(name)
+        collected = await self.collect(name, plain, users[: bundle.settings.labelled_users])
 
         def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-            return [*collected.groups(featurizer), *_weak_groups(part, plain, featurizer, users)]
+            return [*collected.groups(featurizer), *_weak_groups(name, plain, featurizer, users)]
 
         if not any(len(set(group.gains)) > 1 for group in groups(bundle.featurizer)):
-            learned.report(**{part.name: {"skipped": part.skipped}})
-            learned.notes.append(f"no {part.name} was learned: {part.skipped}")
+            learned.report(**{name: {"skipped": SKIPPED[name]}})
+            learned.notes.append(f"no {name} was learned: {SKIPPED[name]}")
             return None
-        names = getattr(bundle.featurizer, f"{part.name}_names")
-        by_label = part is ADAPTER and reads_labels(bundle.task, bundle.settings)
-        return LabelledData(part.name, groups, names, target_rule(bundle, part.name), by_label)
+        side_names = getattr(bundle.featurizer, f"{name}_names")
+        by_label = name == ADAPTER and reads_labels(bundle.task, bundle.settings)
+        return LabelledData(name, groups, side_names, target_rule(bundle, name), by_label)
 
-    def plain(self, part: _Part) -> UserPipeline:
+    def plain(self, name: str) -> UserPipeline:
         """The pipeline without the scorer that is to be learned or fitted."""
-        rerank, adapt = part is ADAPTER, part is RERANKER
+        rerank, adapt = name == ADAPTER, name == RERANKER
         return self.learned.bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
 
-    async def collect(self, part: _Part, plain: UserPipeline, users: Sequence[str]) -> Collected:
+    async def collect(self, name: str, plain: UserPipeline, users: Sequence[str]) -> Collected:
         """Let the LLM label the users' latest queries."""
-        learned, stage, most = self.learned, part.stage, plain.settings.queries_per_user
+        learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
         latest = (training_queries(plain.task, plain.records[user], most) for user in users)
-        label = reranker_groups if part is RERANKER else adapter_groups
+        label = reranker_groups if name == RERANKER else adapter_groups
         progress = partial(self.files.progress, stage)
         collected = await label(plain, list(chain(*latest)), progress)
         learned.failures += collected.failures
@@ -297,29 +281,28 @@ class _Work:
         return collected
 
     def train(self, data: LabelledData | None, *, tune: bool = False) -> None:
-        if data is not None:
-            started, learned = perf_counter(), self.learned
-            learned.bundle = train_scorer(learned.bundle, data, tune=tune, files=self.files)
-            cost = StageCost(len(learned.users), perf_counter() - started)
-            learned.stages[f"fit {data.name}"] = cost
-
-    def decide_on_reranker(self) -> None:
-        """Decide by held-out users whether the reranker is used."""
-        learned, bundle = self.learned, self.learned.bundle
-        helps = reranker_helps(bundle.report)
-        if bundle.reranker is not None and bundle.use_reranker and not helps:
-            reason = "on held-out users the reranker's first records were worth less"
-            learned.notes.append(f"the retriever's order stands: {reason}")
-        learned.bundle = replace(bundle, use_reranker=helps)
+        """Train a scorer; held-out users decide whether a reranker is used."""
+        if data is None:
+            return
+        learned, started = self.learned, perf_counter()
+        bundle = train_scorer(learned.bundle, data, tune=tune, files=self.files)
+        learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
+        if data.name == RERANKER:
+            helps = reranker_helps(bundle.report)
+            if bundle.use_reranker and not helps:
+                reason = "on held-out users the reranker's first records were worth less"
+                learned.notes.append(f"the retriever's order stands: {reason}")
+            bundle = replace(bundle, use_reranker=helps)
+        learned.bundle = bundle
 
     async def fit(self) -> None:
         """The users' heads of each scorer, on weak labels where there are some."""
         learned, users = self.learned, self.learned.users
-        for part in (part for part in (RERANKER, ADAPTER) if part.name in learned.bundle.scorers):
-            plain, bundle, name = self.plain(part), learned.bundle, part.name
-            groups = _weak_groups(part, plain, bundle.featurizer, users)
-            if not groups and (part is ADAPTER or bundle.settings.reranker_labels == "llm"):
-                collected = await self.collect(part, plain, users)
+        for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
+            plain, bundle = self.plain(name), learned.bundle
+            groups = _weak_groups(name, plain, bundle.featurizer, users)
+            if not groups and (name == ADAPTER or bundle.settings.reranker_labels == "llm"):
+                collected = await self.collect(name, plain, users)
                 groups = collected.groups(bundle.featurizer)
             started = perf_counter()
             heads = fit_new_heads(bundle, name, groups, users)
@@ -330,19 +313,18 @@ class _Work:
         # Encode what the reranker reads of these users: else their first question waits for it.
         if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
             records, answers = chain(*(bundle.records[user] for user in users)), bundle.settings
-            texts = [record_text(r, with_answer=answers.record_answer) for r in records]
-            bundle.store.texts(texts)
+            bundle.store.texts([record_text(r, with_answer=answers.record_answer) for r in records])
 
 
 def _weak_groups(
-    part: _Part, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
+    name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
 ) -> list[LabelledGroup]:
     """The groups that histories give without an LLM: not for a reranker that learns as published,
     nor for an adapter that does not learn from every label.
     """
-    if part is RERANKER and plain.settings.reranker_labels != "llm":
+    if name == RERANKER and plain.settings.reranker_labels != "llm":
         return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
-    if part is ADAPTER and offers_all(plain.task, plain.settings):
+    if name == ADAPTER and offers_all(plain.task, plain.settings):
         records = (plain.records[user] for user in users)
         return [group for own in records for group in weak_adapter_groups(featurizer, own)]
     return []

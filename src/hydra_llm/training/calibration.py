@@ -6,6 +6,7 @@ Letters: G groups, C candidates, X columns of a mix. Knows no texts and no LLM.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,16 +101,13 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
     report.loss_calibrated, report.scale = float(total / informative), float(scorer.scale)
     for column, weight in zip(mix.columns, v[1:].tolist(), strict=True):
         report.vote_weight[scorer.side_names[column]] = round(weight, 4)
-    worth = torch.cat([_gains(scorer, part) for part in held_out])
-    report.gain_first, report.gain_pick, report.gain_best = worth.mean(0).tolist()
-
-
-def _gains(scorer: Scorer, part: HeldOut) -> Tensor:
-    """[G, 3] gains of the first candidates, of those with the highest scores and of the best."""
-    mask, gains = part.late.groups.mask, part.late.gains.masked_fill(~part.late.groups.mask, -1.0)
-    scores = scorer.calibrated(part.own, part.late.groups)
-    places = [mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)]
-    return gains.gather(1, torch.stack(places, 1))
+    worth = []  # [G, 3] gains of the first candidates, of the highest scores and of the best
+    for late, _, own in held_out:
+        mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
+        scores = scorer.calibrated(own, late.groups)
+        places = [mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)]
+        worth.append(gains.gather(1, torch.stack(places, 1)))
+    report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
 
 
 class _Mix(NamedTuple):
@@ -146,16 +144,12 @@ class _Mix(NamedTuple):
     def fit(self, where: Tensor | slice = slice(None)) -> Tensor:
         """The weights [X] that, added to the scores, fit the targets best; drawn towards 0."""
         x, target, mask = self.x[where], self.target[where], self.mask[where]
-        problem = Problem(
-            lambda v: torch.einsum("gcx,ux->ugc", x, v),
-            lambda r: torch.einsum("gcx,ugc->ux", x, r),
-            x.shape[-1],
-            x[None, ..., 0],
-            target[None],
-            mask[None],
-            self.loss,
+        dot, outer = (
+            partial(torch.einsum, "gcx,ux->ugc", x),
+            partial(torch.einsum, "gcx,ugc->ux", x),
         )
-        return newton_cg(problem, CALIBRATION_RIDGE)[0]
+        groups = x[None, ..., 0], target[None], mask[None]
+        return newton_cg(Problem(dot, outer, x.shape[-1], *groups, self.loss), CALIBRATION_RIDGE)[0]
 
     def cross_fitted_loss(self) -> float:
         """Mean loss with weights that were fitted on the other folds of users; NaN for one user."""

@@ -57,18 +57,22 @@ def fit_scorer(
     unseen: Sequence[str] = (),
     strengths: Strengths | None = None,
 ) -> tuple[FitReport, Heads]:
-    """Choose the strengths, fit base and heads of every user, calibrate. `interaction.prepare` must
-    have run.
+    """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
     `unseen` are the users from whom a trained interaction has not learned: only they show what
     helps a new user. Without them the users take turns in folds, which is fair where the
     interaction has seen no labels. Where only some groups are voted, base and heads learn from the
     others, and the voted ones only calibrate.
     """
-    plain = data.where_voted(False) if 0 < int(data.voted.sum()) < len(data) else data
+    partly = 0 < int(data.voted.sum()) < len(data)
+    plain = data.take((~data.voted).nonzero()[:, 0]) if partly else data
     names = plain.names()
     report = FitReport(users=len(names), groups=len(plain))
-    base = _Base(scorer, plain, _folds(plain, unseen, seed), report)
+    parts = [list(unseen)] if unseen else []
+    if not unseen and len(names) > 1:
+        parts = folds(names, FOLDS if len(plain) > TINY_SET else TINY_FOLDS, seed)
+    parted = [_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts]
+    base = _Base(scorer, plain, [fold for fold in parted if len(fold.train)], report)
     if base.folds:
         base.choose_strengths(strengths or Strengths())
     scorer.prior_precision = torch.tensor(report.precision)
@@ -87,16 +91,6 @@ class _Fold(NamedTuple):
     held_out: list[str]  # the names of others, who evaluate it
 
 
-def _folds(plain: TrainingSet, unseen: Sequence[str], seed: int) -> list[_Fold]:
-    names = plain.names()
-    count = FOLDS if len(plain) > TINY_SET else TINY_FOLDS
-    parts = folds(names, min(count, len(names)), seed) if len(names) > 1 else []
-    if unseen:
-        parts = [list(unseen)]
-    parted = (_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts)
-    return [fold for fold in parted if len(fold.train)]
-
-
 class _Base(NamedTuple):
     """The base of the strengths in the report, fitted on one set of users after the other."""
 
@@ -105,17 +99,14 @@ class _Base(NamedTuple):
     folds: list[_Fold]
     report: FitReport
 
-    def fit_weights(self, train: TrainingSet) -> None:
-        fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
-
     def fit(self, train: TrainingSet) -> None:
         """The base of these users, and what a kind of head shares beside it."""
-        self.fit_weights(train)
+        fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
         self.scorer.head.learn_shared(head_problems(self.scorer, train, train.names()))
 
     def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""
-        self.fit_weights(fold.train)
+        fit_base(self.scorer, fold.train, self.report.ridge, self.report.evidence_ridge)
         for user in fold.held_out:
             yield from head_problems(self.scorer, self.plain.of([user]), [user])
 
@@ -135,34 +126,26 @@ class _Base(NamedTuple):
         """
         scorer, plain, report = self.scorer, self.plain, self.report
         side_ridges = tried.side_ridges if len(plain) <= LARGE_SET else tried.side_ridges[:1]
-        by_ridges = {pair: self._unseen_loss(*pair) for pair in product(tried.ridges, side_ridges)}
+        by_ridges = dict.fromkeys(product(tried.ridges, side_ridges), 0.0)
+        for ridges, (train, part) in product(by_ridges, self.folds):
+            fit_base(scorer, train, *ridges)
+            unseen = plain.of(part)
+            with torch.no_grad():
+                by_ridges[ridges] += summed_loss(scorer, unseen, scorer.core(unseen.groups))
         report.ridge, report.evidence_ridge = min(by_ridges, key=lambda pair: by_ridges[pair])
         if not scorer.head.has_precision:
             return
         totals, probe = dict.fromkeys(tried.precisions, 0.0), scorer.head.precision_probe()
         for train, part in self.folds:
-            self.fit_weights(train)
+            fit_base(scorer, train, report.ridge, report.evidence_ridge)
             for early, late in plain.of(part).prequential_splits():
                 for precision in tried.precisions:
                     heads = fit_heads(scorer, early, part, kind=probe, precision=precision)
-                    totals[precision] += _loss(scorer, late, probe, heads)
+                    with torch.no_grad():
+                        x, side = scorer.interaction(late.groups), scorer.side_score(late.groups)
+                        own = probe.score(scorer.interaction, x, heads_for(late, heads))
+                        totals[precision] += summed_loss(scorer, late, own + side)
         report.precision = min(totals, key=lambda precision: totals[precision])
-
-    @torch.no_grad()
-    def _unseen_loss(self, ridge: float, side_ridge: float) -> float:
-        total = 0.0
-        for fold in self.folds:
-            fit_base(self.scorer, fold.train, ridge, side_ridge)
-            unseen = self.plain.of(fold.held_out)
-            total += summed_loss(self.scorer, unseen, self.scorer.core(unseen.groups))
-        return total
-
-
-@torch.no_grad()
-def _loss(scorer: Scorer, late: TrainingSet, kind: HeadKind, heads: Mapping[str, Head]) -> float:
-    x = scorer.interaction(late.groups)
-    own = kind.score(scorer.interaction, x, heads_for(late, heads))
-    return summed_loss(scorer, late, own + scorer.side_score(late.groups))
 
 
 def held_out_scores(

@@ -82,10 +82,6 @@ class TrainingSet:
         wanted = set(names)
         return self.take([i for i, user in enumerate(self.users) if user in wanted])
 
-    def where_voted(self, voted: bool) -> "TrainingSet":
-        """The groups for which the LLM was asked, or those for which it was not."""
-        return self.take((self.voted == voted).nonzero()[:, 0])
-
     def split_late(self, share: float = 0.3) -> Split:
         """Each user's earlier and later groups."""
         early: list[int] = []
@@ -96,8 +92,8 @@ class TrainingSet:
         return self.take(early), self.take(late)
 
     def prequential_splits(self) -> list[Split]:
-        """The users' first groups with none before them, their second ones with the first, and so
-        on. `split_late` where a user has more than `FEW_GROUPS`.
+        """The users' nth groups with those before them, for each n; `split_late` where a user has
+        more than `FEW_GROUPS`.
         """
         own = list(self.index.values())
         most = max(map(len, own), default=0)
@@ -105,8 +101,9 @@ class TrainingSet:
             return [self.split_late()]
         splits = []
         for step in range(most):
-            early = self.take([i for index in own for i in index[:step]])
-            splits.append((early, self.take([index[step] for index in own if len(index) > step])))
+            early = [i for index in own for i in index[:step]]
+            late = [i for index in own for i in index[step : step + 1]]
+            splits.append((self.take(early), self.take(late)))
         return splits
 
     def calibration_splits(self) -> list[Split]:
@@ -120,7 +117,7 @@ class TrainingSet:
         for index in self.index.values():
             first = int(places[index].min())
             before += [i for i in index if not self.voted[i] and self.positions[i] < first]
-        return [(self.take(before), self.where_voted(True))]
+        return [(self.take(before), self.take(self.voted.nonzero()[:, 0]))]
 
     def records_seen(self) -> dict[str, int]:
         """User → how many records a head learns from here; the last query's answer is the last."""
@@ -164,7 +161,7 @@ def targets(
     if loss == "binary":
         absolute = ((gains == 0) | (gains == 1) | ~mask).all(-1, keepdim=True)
         return masked if rule == "graded" else torch.where(absolute, right, above)
-    differs = (centred.abs().amax(-1, keepdim=True) > 1e-9) & (above.sum(-1, keepdim=True) > 0)
+    differs = (centred.abs() > 1e-9).any(-1, keepdim=True) & (above.sum(-1, keepdim=True) > 0)
     share = above / above.sum(-1, keepdim=True).clamp_min(1)
     if rule == "graded":
         scale = spread if spread else within_group_spread(gains, mask)
@@ -180,7 +177,7 @@ def _centred(gains: Tensor, mask: Tensor) -> Tensor:
 def within_group_spread(gains: Tensor, mask: Tensor) -> float:
     """The root mean square of gains around their group's mean, where they differ."""
     centred = _centred(gains, mask)
-    differs = centred.abs().amax(-1) > 1e-9
+    differs = (centred.abs() > 1e-9).any(-1)
     if not differs.any():
         return 1.0
     return float((centred[differs].square().sum() / mask[differs].sum()).sqrt().clamp_min(1e-6))
@@ -216,7 +213,6 @@ def make_training_set(
     gains = torch.zeros(plain.mask.shape)
     gains[plain.mask] = torch.tensor([gain for group in groups for gain in group.gains])
     labelled = plain.with_target(targets(gains, plain.mask, rule=rule, loss=loss, spread=spread))
-    users = tuple(group.user for group in groups)
     positions = torch.tensor([group.position for group in groups], dtype=torch.long)
     voted = torch.tensor([group.voted for group in groups], dtype=torch.bool)
-    return TrainingSet(labelled, users, positions, voted, gains)
+    return TrainingSet(labelled, tuple(group.user for group in groups), positions, voted, gains)

@@ -23,7 +23,7 @@ from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.side_features import Featurizer
-from hydra_llm.tasks.base import Floats, Task
+from hydra_llm.tasks.base import Task
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.types import Candidate, Proposal, Query, Ranked, Record, Usage
 
@@ -67,11 +67,8 @@ async def reranker_groups(
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        return [
-            _reranker_group(personalizer, featurizer, context, useful[context.query], voted=True)
-            for context in contexts
-            if context.query in useful
-        ]
+        labelled = [(own, useful[own.query]) for own in contexts if own.query in useful]
+        return [_reranker_group(personalizer, featurizer, *own, voted=True) for own in labelled]
 
     out = Collected(groups, calls=len(cases))
     for (context, item), result in zip(cases, results, strict=True):
@@ -89,11 +86,9 @@ async def reranker_groups(
 def weak_reranker_groups(
     personalizer: UserPipeline, featurizer: Featurizer, user: str
 ) -> list[LabelledGroup]:
-    """Each of a user's records as a query for those before it, which are worth their own answers.
-
-    An LLM that is shown one record leans on that record's answer, so that the two gains go together
-    (measured on training users: benchmarks/reranker_labels.py), and histories give many more such
-    groups than an LLM can label.
+    """Each of a user's records as a query for those before it, which are worth their own answers:
+    an LLM that is shown one record leans on that record's answer (measured on training users:
+    benchmarks/reranker_labels.py), and histories give many more groups than an LLM can label.
     """
     task, records, groups = personalizer.task, personalizer.records[user], []
     for query in training_queries(task, records, len(records)):
@@ -119,14 +114,8 @@ def _reranker_group(
     with_answer = personalizer.settings.record_answer
     texts = [record_text(item.record, with_answer=with_answer) for item in items]
     side = featurizer.reranker(context.query, items, featurizer.vectorize(context.visible))
-    return _group(context, texts, gains, side, voted=voted)
-
-
-def _group(
-    context: Context, texts: Sequence[str], gains: Sequence[float], side: Floats, *, voted: bool
-) -> LabelledGroup:
-    query, count = context.query, len(context.visible)
-    return LabelledGroup(query.user, query.id, query.input, texts, gains, side, count, voted)
+    about = context.query.user, context.query.id, context.query.input
+    return LabelledGroup(*about, texts, gains, side, len(context.visible), voted)
 
 
 async def adapter_groups(
@@ -140,23 +129,21 @@ async def adapter_groups(
         return await personalizer.apropose(context.at_rest())
 
     proposals = await map_calls(propose, contexts, limit=limit, progress=progress)
-    pairs = list(zip(contexts, proposals, strict=True))
+    offers: list[tuple[Context, list[Candidate]]] = []
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        return [
-            _labelled(featurizer, context, candidates, voted=True)
-            for context, proposal in pairs
-            if isinstance(proposal, Proposal) and (candidates := _offered(personalizer, proposal))
-        ]
+        return [_labelled(featurizer, *offer, voted=True) for offer in offers]
 
     out = Collected(groups, calls=len(queries))
-    for context, proposal in pairs:
+    for context, proposal in zip(contexts, proposals, strict=True):
         if isinstance(proposal, LLMError):
             out.failures.append(f"query {context.query.id}: {proposal}")
             out.usage += Usage(failed=1)
         else:
             out.usage += proposal.usage
             out.notes += [note for note in proposal.notes if note not in context.notes]
+            if candidates := _offered(personalizer, proposal):
+                offers.append((context, candidates))
     return out
 
 
@@ -198,4 +185,5 @@ def _labelled(
     gains = [task.gain(candidate.answer, query.gold or "") for candidate in candidates]
     side = featurizer.adapter(query, candidates, featurizer.vectorize(context.visible))
     texts = [candidate_text(task, candidate) for candidate in candidates]
-    return _group(context, texts, gains, side, voted=voted)
+    about, count = (query.user, query.id, query.input), len(context.visible)
+    return LabelledGroup(*about, texts, gains, side, count, voted)

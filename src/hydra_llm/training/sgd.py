@@ -8,7 +8,7 @@ checkpoint. Knows no tasks and no LLM.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hydra_llm.errors import BundleError
+from hydra_llm.llm.concurrency import Progress
 from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.heads import Head, SGDConfig
 from hydra_llm.model.interactions import Groups
@@ -28,8 +29,6 @@ from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.calibration import FitReport, calibrate, evaluate_held_out
 from hydra_llm.training.convex import Heads, fit_heads, held_out_scores, standardise
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet, folds
-
-EpochDone = Callable[[int, int, float], None]  # epochs done, epochs, mean loss per group
 
 
 @contextmanager
@@ -63,7 +62,7 @@ def train_jointly(
     *,
     source: TextSource | None = None,
     checkpoint: Path | None = None,
-    done: EpochDone | None = None,
+    done: Progress | None = None,
 ) -> tuple[list[float], Heads]:
     """Train interaction, shared head, side weights, the users' heads and, with a source, the
     encoder. Returns the mean loss of each epoch, and the heads.
@@ -89,7 +88,7 @@ def train_jointly(
         if checkpoint is not None:
             run.write(checkpoint)
         if done is not None:
-            done(len(run.losses), config.epochs, run.losses[-1])
+            done(len(run.losses), config.epochs)
     run.put(run.best_values)
     return run.losses, run.heads()
 
@@ -107,10 +106,9 @@ class _Run:
         self, scorer: Scorer, data: TrainingSet, source: TextSource | None, config: SGDConfig
     ):
         self.scorer, self.data, self.source, self.config = scorer, data, source, config
-        names = data.names()
-        rows = {name: row for row, name in enumerate(names)}
+        rows = {name: row for row, name in enumerate(data.names())}
         self.row = torch.tensor([rows[user] for user in data.users], dtype=torch.long)  # [G]
-        self.numbers = torch.zeros(len(names), scorer.head.joint_numbers, requires_grad=True)
+        self.numbers = torch.zeros(len(rows), scorer.head.joint_numbers, requires_grad=True)
         decayed: list[Tensor] = list(scorer.interaction.parameters())
         if source is not None:
             decayed += list(source.encoder.parameters())
@@ -121,22 +119,28 @@ class _Run:
         strong = {"params": decayed, "weight_decay": config.weight_decay}
         weak = {"params": free, "weight_decay": config.weight_decay / 10}
         self.optimizer = torch.optim.AdamW([strong, weak], lr=config.lr)
-        self.counts = torch.bincount(self.row, minlength=len(names)).clamp_min(1)
+        self.counts = torch.bincount(self.row, minlength=len(rows)).clamp_min(1)
         self.losses: list[float] = []  # mean training loss of each epoch
         self.best, self.best_values = math.inf, self.values()  # lowest loss of held-out users
         self.waited = 0  # epochs since the best one
 
     def epoch(self, train: Tensor) -> float:
         """One pass; the mean loss per group."""
-        seed = self.config.seed * 1000 + len(self.losses)
+        scorer, seed = self.scorer, self.config.seed * 1000 + len(self.losses)
         draw = torch.Generator().manual_seed(seed)
         order = train[torch.randperm(len(train), generator=draw)]
         total, count = 0.0, 0
         with seeded(seed):  # dropout of a tuned encoder
             for index in self.config.batches(self.data.groups.mask.sum(-1), order):
-                loss = self.loss(index)
+                groups, rows = self.groups(index), self.row[index]
+                x = scorer.interaction(groups)
+                own = scorer.head.score_numbers(scorer.interaction, x, self.numbers[rows])
+                loss = self.losses_of(own + scorer.side_score(groups), index).sum()
+                # ½ λ |δ|² of the batch's users, each divided by the number of the user's groups
+                squares = (self.numbers[rows] ** 2).sum(-1)
+                prior = 0.5 * scorer.prior_precision * (squares / self.counts[rows]).sum()
                 self.optimizer.zero_grad()
-                ((loss + self.prior(self.row[index])) / len(index)).backward()
+                ((loss + prior) / len(index)).backward()
                 nn.utils.clip_grad_norm_(self.tensors, 1.0)
                 self.optimizer.step()
                 total, count = total + float(loss.detach()), count + len(index)
@@ -145,29 +149,16 @@ class _Run:
     def groups(self, index: Tensor) -> Groups:
         return self.source.fill(self.data, index) if self.source else self.data.groups[index]
 
-    def loss(self, index: Tensor) -> Tensor:
-        """The summed loss of a batch under its users' heads."""
-        groups, scorer, numbers = self.groups(index), self.scorer, self.numbers[self.row[index]]
-        x = scorer.interaction(groups)
-        own = scorer.head.score_numbers(scorer.interaction, x, numbers)
-        return self._losses(own + scorer.side_score(groups), groups).sum()
-
-    def _losses(self, scores: Tensor, groups: Groups) -> Tensor:
-        assert groups.target is not None
-        return losses(scores, groups.target, groups.mask, self.scorer.loss)
+    def losses_of(self, scores: Tensor, index: Tensor) -> Tensor:
+        data, loss = self.data, self.scorer.loss
+        return losses(scores, data.target[index], data.groups.mask[index], loss)
 
     @torch.no_grad()
     def watch_loss(self, index: Tensor) -> float:
         """Mean loss of the held-out users under the shared head; 0 without held-out users."""
         if not len(index):
             return 0.0
-        groups = self.groups(index)
-        return float(self._losses(self.scorer.core(groups), groups).mean())
-
-    def prior(self, rows: Tensor) -> Tensor:
-        """½ λ |δ|² of the users in a batch, each divided by the number of the user's groups."""
-        own = self.numbers[rows] ** 2
-        return 0.5 * self.scorer.prior_precision * (own.sum(-1) / self.counts[rows]).sum()
+        return float(self.losses_of(self.scorer.core(self.groups(index)), index).mean())
 
     def values(self) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in self.tensors]
@@ -215,8 +206,8 @@ class _Run:
                 course = json.loads(file.metadata()["course"])
             tensors = load_file(path)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            fault = f"a damaged checkpoint ({error}): delete it to start anew"
-            raise BundleError(f"{path}: {fault}") from None
+            advice = "delete it to start anew"
+            raise BundleError(f"{path}: a damaged checkpoint ({error}): {advice}") from None
         count = range(len(self.tensors))
         values = [tensors[f"value.{i}"] for i in count if f"value.{i}" in tensors]
         fits = [value.shape for value in values] == [tensor.shape for tensor in self.tensors]

@@ -53,26 +53,26 @@ class TrainingFiles:
     def checkpoint(self, name: str) -> Path | None:
         return None if self.out is None else Path(f"{self.out}.{name}.checkpoint")
 
-    def epoch_done(self, name: str, epoch: int, total: int, loss: float) -> None:
-        self.progress(f"train {name}", epoch, total)
-
 
 def train_scorer(
     bundle: Bundle, data: LabelledData, *, tune: bool = False, files: TrainingFiles | None = None
 ) -> Bundle:
     """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
     config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
-    groups, scorer = data.groups(bundle.featurizer), _untrained(bundle, data)
-    scorer.gain_spread = torch.tensor(gain_spread(groups))
     files.progress(f"fit {name}", 0, 1)
+    groups, settings, heads = data.groups(bundle.featurizer), bundle.settings, Heads()
+    with seeded(settings.training_seed):
+        interaction = make_features(bundle, by_label=data.by_label)
+        head = make_head(settings.head, interaction, rank=settings.rank)
+        scorer = Scorer(interaction, head, data.side_names, loss=settings.loss)
+    scorer.gain_spread = torch.tensor(gain_spread(groups))
     labelled = training_set(bundle, data.rule, scorer, groups)
-    scorer.interaction.prepare(labelled.groups)
-    interaction, head, heads = scorer.interaction, scorer.head, Heads()
+    interaction.prepare(labelled.groups)
     report = {"groups": len(labelled), "features": interaction.kind, "head": head.name}
     trains = config.epochs > 0 and (tune or not head.convex or interaction.trainable)
     if trains:
         source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
-        checkpoint, done = files.checkpoint(name), partial(files.epoch_done, name)
+        checkpoint, done = files.checkpoint(name), partial(files.progress, f"train {name}")
         losses, heads = train_jointly(
             scorer, labelled, config, source=source, checkpoint=checkpoint, done=done
         )
@@ -92,14 +92,6 @@ def train_scorer(
     scorers, own = {**bundle.scorers, name: scorer.eval()}, with_times(heads | own, bundle.records)
     reports = {**bundle.report, name: report | fitted.to_json(convex=head.convex)}
     return replace(bundle, scorers=scorers, heads={**bundle.heads, name: own}, report=reports)
-
-
-def _untrained(bundle: Bundle, data: LabelledData) -> Scorer:
-    settings = bundle.settings
-    with seeded(settings.training_seed):
-        interaction = make_features(bundle, by_label=data.by_label)
-        head = make_head(settings.head, interaction, rank=settings.rank)
-        return Scorer(interaction, head, data.side_names, loss=settings.loss)
 
 
 def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
@@ -132,8 +124,6 @@ def fit_new_heads(
 ) -> Heads:
     """The heads of these users for one scorer of the bundle; the shared one without groups."""
     scorer = bundle.scorers[name]
-    if not groups:
-        return dict.fromkeys(users, Head.of(scorer.head.empty()))
     labelled = training_set(bundle, target_rule(bundle, name), scorer, groups)
     heads = fit_heads(scorer, labelled, users, sgd=sgd_config(bundle.settings))
     return with_times(heads, bundle.records)
