@@ -19,6 +19,7 @@ from hydra_llm.llm.registry import bare_llm
 from hydra_llm.model.persistence import read_bundle, write_bundle
 from hydra_llm.plugins import Registry
 from hydra_llm.retrieve import make_retriever
+from hydra_llm.testing import check_head
 
 GROUP = "hydra_llm.task_kinds"
 KINDS: Registry[object] = Registry(GROUP, {"zip": "zipfile:ZipFile", "abs": "math:fabs"})
@@ -93,6 +94,15 @@ def test_a_plug_in_of_another_kind_is_one_line(installed: None) -> None:
         registry.load("good")
     expected = "the task kind 'good' is no task kind: foreign_package:thing has no 'read'"
     assert str(caught.value) == expected
+
+
+def test_a_head_that_calls_itself_otherwise_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle names a head by its own name, and could not be loaded again."""
+    point = EntryPoint("other", "hydra_llm.model.heads.bias:BiasHead", "hydra_llm.heads")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
+    with pytest.raises(SettingsError) as caught:
+        check_head("other")
+    assert str(caught.value) == "the head 'other' calls itself 'bias': register it under that name"
 
 
 def test_a_plug_in_that_exits_is_one_line(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ class Registry(Generic[T]):
         """Import the object that is registered under `name`.
 
         Raises:
-            SettingsError: it is unknown, registered twice, not importable or something else.
+            SettingsError: it is unknown, registered twice, not importable, something else, or names
+                itself otherwise.
         """
         installed = self._shadowing if name in self.builtin else entry_points(group=self.group)
         points = [p for p in (*self.builtin.values(), *installed) if p.name == name]
@@ -57,6 +58,9 @@ class Registry(Generic[T]):
             raise SettingsError(f"{place} cannot be loaded from {point.value} ({cause})") from error
         if missing := [attribute for attribute in self.needs if not hasattr(loaded, attribute)]:
             raise SettingsError(f"{place} is no {self.kind}: {point.value} has no '{missing[0]}'")
+        own = getattr(loaded, "name", name) if "name" in self.needs else name
+        if own != name:  # a bundle has its own name, under which it would not be found again
+            raise SettingsError(f"{place} calls itself '{own}': register it under that name")
         return loaded
 
     def unknown(self, name: str, known: str = "") -> str:

@@ -11,7 +11,7 @@ from hydra_llm.config import load_settings
 from hydra_llm.gateway.deployment import Deployment, open_deployment
 from hydra_llm.gateway.jobs import Worker
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
@@ -37,7 +37,7 @@ def deployment(
         store, TimedReads(5.0), bundles["titles"], ServeSettings(), load_settings()
     )
     yield opened
-    opened.close()
+    opened.batcher.close()
 
 
 def calls_of_fit(store: Store, deployment: Deployment, first: Callable[[Worker], None]) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from hydra_llm.gateway.user_cache import UserCache
 from hydra_llm.store.store import Store
+from hydra_llm.store.values import UserState
 
 from .conftest import records_of, running
 
@@ -13,13 +14,16 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("version", [2**60, 3])
-def test_a_user_of_another_version_is_not_in_the_cache(store: Store, version: int) -> None:
+def test_a_user_of_another_version_is_not_in_the_cache(
+    store: Store, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.add_records("ada", records_of("ada"))
-    people = UserCache(store, None, 10)
-    person = people.load("ada")
-    assert person is not None
-    assert people.at_hand("ada", person.version) is person
-    assert people.at_hand("ada", version) is None
+    cache = UserCache(store, None, 10)
+    user = cache.current("ada")
+    assert user is not None
+    assert cache.current("ada") is user
+    monkeypatch.setattr(store, "state", lambda name: UserState(version, None))
+    assert cache.current("ada") is not user
 
 
 async def test_a_user_recreated_by_a_slow_clock_is_not_the_deleted_one(

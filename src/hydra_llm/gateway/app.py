@@ -5,11 +5,11 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
+from prometheus_client import generate_latest
 
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
@@ -18,17 +18,18 @@ from hydra_llm.gateway import openai_routes, user_routes
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.jobs import Worker
-from hydra_llm.gateway.middleware import AccessMiddleware, add_error_handlers
+from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, error_response
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry, log
-from hydra_llm.gateway.timed_reads import TimedReads
 from hydra_llm.gateway.upstream import Upstream
+from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.store.store import Store
 
 WATCH_SECONDS = 1.0
 PRUNE_SECONDS = 600.0
 DAY = 86400.0
+health = APIRouter(tags=["health"])
 
 
 def make_app(
@@ -50,54 +51,56 @@ def make_app(
     folder, here = folder_of(active) if active else bundle, here or load_settings()
     deployment = open_deployment(store, reads, folder, settings, here)
     gateway = Gateway(store, reads, upstream, settings, deployment, telemetry, active)
-    worker = Worker(store, lambda: gateway.deployment, llm)
-
-    about = {"title": "hydra-llm", "version": __version__}
-    lifespan = partial(_lifespan, gateway, worker)
+    about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
     # Its /docs loads nothing from elsewhere.
-    app = FastAPIOffline(**about, lifespan=lifespan, redoc_url=None, static_url="/docs/static")
-    app.state.gateway, app.state.worker = gateway, worker
-    app.include_router(openai_routes.router)
-    app.include_router(user_routes.router)
-    _add_health(app, gateway)
-    add_error_handlers(app)
+    app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
+    app.state.gateway = gateway
+    app.state.worker = Worker(store, lambda: gateway.deployment, llm)
+    for router in (openai_routes.router, user_routes.router, health):
+        app.include_router(router)
+    for kind in ERRORS:
+        app.add_exception_handler(kind, error_response)
     app.add_middleware(AccessMiddleware, gateway=gateway, on_loopback=on_loopback)
     return app
 
 
 @asynccontextmanager
-async def _lifespan(gateway: Gateway, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
-    worker.start()
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    gateway, worker = app.state.gateway, app.state.worker
     upstream = gateway.upstream
+    worker.start()
     tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
     yield
     for task in tasks:
         task.cancel()
     await run_sync(worker.close)
-    await run_sync(gateway.deployment.close)
+    await run_sync(gateway.deployment.batcher.close)
     await upstream.aclose()
 
 
-def _add_health(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health/liveness", tags=["health"])
-    async def liveness() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
+@health.get("/health/liveness")
+async def liveness() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
 
-    @app.get("/health/readiness", tags=["health"])
-    async def readiness(response: Response) -> dict[str, str]:
-        """The store answers; no LLM is asked."""
-        try:
-            await gateway.reads.read(gateway.store.bundle)
-        except HydraError:
-            response.status_code = 503
-            return {"status": "the store does not answer"}
-        return {"status": "ok"}
 
-    @app.get("/metrics", tags=["health"], response_class=Response)
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(gateway.telemetry.text(), media_type="text/plain; version=0.0.4")
+@health.get("/health/readiness")
+async def readiness(http: Request, response: Response) -> dict[str, str]:
+    """The store answers; no LLM is asked."""
+    gateway: Gateway = http.app.state.gateway
+    try:
+        await gateway.reads.read(gateway.store.bundle)
+    except HydraError:
+        response.status_code = 503
+        return {"status": "the store does not answer"}
+    return {"status": "ok"}
+
+
+@health.get("/metrics", response_class=Response)
+async def metrics(http: Request) -> Response:
+    """Figures for Prometheus."""
+    figures = generate_latest(http.app.state.gateway.telemetry.registry)
+    return Response(figures, media_type="text/plain; version=0.0.4")
 
 
 async def _watch(gateway: Gateway) -> None:
@@ -113,7 +116,7 @@ async def _watch(gateway: Gateway) -> None:
                 gateway.deployment, gateway.active_bundle = new, active
                 log.info("bundle %s is in use", new.id[:12])
                 wait = settings.deadline + settings.upstream_timeout
-                close = threading.Thread(target=old.close)
+                close = threading.Thread(target=old.batcher.close)
                 asyncio.get_running_loop().call_later(wait, close.start)
         except Exception as error:  # tried again: its files may still be under way
             gateway.telemetry.failed("bundle", error)

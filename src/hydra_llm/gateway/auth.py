@@ -1,7 +1,5 @@
-"""Who may speak for whom, and what the upstream and the logs see in place of a user's id.
-
-Keys are random; of a key's secret only the hash is kept. Until a key is made any key is accepted,
-on loopback only (cli/serve.py). Knows no HTTP framework.
+"""Who may speak for whom, and what the upstream sees in place of a user's id. Until a key is made
+any is accepted, on loopback only (cli/serve.py). Knows no HTTP framework.
 """
 
 import hashlib
@@ -43,7 +41,7 @@ UNVERIFIED = Caller("", False, ())
 def make_key(
     store: Store, *, label: str = "", admin: bool = False, users: Sequence[str] = ()
 ) -> tuple[Key, str]:
-    """Make a key; its secret is in the second value and nowhere else."""
+    """Make a key; its secret is in the second value and nowhere else: the store has its hash."""
     id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     bound = len(set(users)) == 1 and not admin
     key = Key(id, _hash(secret), label, admin, tuple(users), time.time(), None, bound=bound)
@@ -52,9 +50,8 @@ def make_key(
 
 
 def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
-    """The caller of a request by its Authorization header; without any key in the store, all who
-    reach a loopback address are accepted. `ApiError` 401 is the same for a wrong key, a revoked one
-    and none.
+    """The caller by the Authorization header; without any key in the store, all who reach a
+    loopback address. `ApiError` 401 is the same for a wrong key, a revoked one and none.
     """
     scheme, _, token = (authorization or "").partition(" ")
     prefix, _, rest = token.strip().partition("-")
@@ -75,32 +72,19 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-class Pseudonyms:
-    """Keyed hashes of users' ids, the same for the same user of a store. Without the store's salt
-    guesses of ids cannot be checked.
+def pseudonym(salt: str, user: str) -> str:
+    """32 hexadecimal digits in place of a user's id, the same for the same user of a store. Without
+    the store's salt guesses of ids cannot be checked.
     """
-
-    def __init__(self, salt: str):
-        self._salt = salt.encode()
-
-    def hashed(self, name: str) -> str:
-        """32 hexadecimal digits."""
-        encoded = name.encode("utf-8", "surrogatepass")
-        return hmac.new(self._salt, encoded, hashlib.sha256).hexdigest()[:32]
-
-    def hidden(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's body with hashes where it names the user."""
-        named = {name: body[name] for name in USER_FIELDS if isinstance(body.get(name), str)}
-        out = {**body, **{name: self.hashed(user) for name, user in named.items()}}
-        metadata = body.get("metadata")
-        if isinstance(metadata, Mapping) and isinstance(user := metadata.get("user_id"), str):
-            out["metadata"] = {**metadata, "user_id": self.hashed(user)}
-        return out
+    encoded = user.encode("utf-8", "surrogatepass")
+    return hmac.new(salt.encode(), encoded, hashlib.sha256).hexdigest()[:32]
 
 
-def named_user(body: Mapping[str, Any], header: str | None) -> str | None:
-    """The user whom a request names: by header, else in `USER_FIELDS` or `metadata.user_id`."""
+def hide_user(body: Mapping[str, Any], salt: str) -> dict[str, Any]:
+    """A request's body with pseudonyms where it names the user."""
+    named = {name: body[name] for name in USER_FIELDS if isinstance(body.get(name), str)}
+    hidden = {**body, **{name: pseudonym(salt, user) for name, user in named.items()}}
     metadata = body.get("metadata")
-    in_metadata = metadata.get("user_id") if isinstance(metadata, Mapping) else None
-    names = (header, *(body.get(name) for name in USER_FIELDS), in_metadata)
-    return next((name for name in names if isinstance(name, str) and name), None)
+    if isinstance(metadata, Mapping) and isinstance(user := metadata.get("user_id"), str):
+        hidden["metadata"] = {**metadata, "user_id": pseudonym(salt, user)}
+    return hidden

@@ -56,29 +56,25 @@ class MicroBatcher:
         *,
         pairs: Callable[[], Pairs] = tuple,
         must: bool = False,
+        idle: bool = False,
     ) -> R:
         """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
-        were encoded together with those of other waiting jobs. Raises `Overloaded` if too many wait
-        already and `must` is not set, or if the thread has ended.
+        were encoded together with those of other waiting jobs. An idle job begins when no other
+        waits; it must be short, as those that come meanwhile wait for it.
+
+        Raises `Overloaded` if the thread has ended, or too many wait already: then jobs that are
+        neither idle nor a `must` are refused.
         """
-        if len(self._waiting) >= self._max_waiting and not must:
+        if len(self._waiting) >= self._max_waiting and not (must or idle):
             raise Overloaded("more requests wait to be scored than this machine can score")
-        result: R = await self._queued(self._waiting, _Job(do, texts, pairs))
-        return result
-
-    async def later(self, do: Callable[[], object]) -> None:
-        """Await `do()` in the scoring thread when no job waits. It must be short: a job that comes
-        meanwhile waits for it. Raises `Overloaded` if the thread has ended.
-        """
-        await self._queued(self._later, _Job(do))
-
-    async def _queued(self, queue: deque[_Job], job: _Job) -> Any:
+        job = _Job(do, texts, pairs)
         with self._changed:
             if self._ended:
                 raise Overloaded("these scorers are not in use any more")
-            queue.append(job)
+            (self._later if idle else self._waiting).append(job)
             self._changed.notify()
-        return await asyncio.wrap_future(job.result)
+        result: R = await asyncio.wrap_future(job.result)
+        return result
 
     def close(self) -> None:
         """Finish what waits, then end the thread."""

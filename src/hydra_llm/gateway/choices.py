@@ -1,7 +1,5 @@
-"""An LLM's choices in a user's order, and what the store keeps and a reply shows of them.
-
-A choice is what an OpenAI completion holds; a candidate is what the pipeline scores. Choices with
-the same answer are one candidate. Knows no HTTP, no store and no upstream.
+"""An LLM's choices in a user's order. A choice is what an OpenAI completion holds; a candidate is
+what the pipeline scores. Choices with the same answer are one candidate. Knows no HTTP.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,7 @@ from hydra_llm.context import Context
 from hydra_llm.pipeline import Pipeline, candidate_key
 from hydra_llm.prompt import text_of
 from hydra_llm.text import repair
-from hydra_llm.types import Candidate, Record
+from hydra_llm.types import Candidate
 
 Choice = dict[str, Any]
 
@@ -37,15 +35,6 @@ class RankedChoices:
         repeated = zip(self.repeats, texts[len(candidates) : count], strict=False)
         repeats = [{"candidate": which, "said": text} for which, text in repeated]
         return {"candidates": candidates, "repeats": repeats, "visible": visible}
-
-    def explained(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Texts, probabilities and records, for a caller who asks for an explanation."""
-        distinct = self.choices[: len(self.candidates)]
-        return {
-            "texts": [text_of(choice["message"]) for choice in distinct],
-            "probabilities": [candidate.probability for candidate in self.candidates],
-            "shown": [{"id": r.id, "input": r.input, "output": r.output} for r in records],
-        }
 
 
 def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,10 +10,8 @@ from hydra_llm.config import Settings
 from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.prefetch import Prefetcher
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.timed_reads import TimedReads
-from hydra_llm.gateway.user_cache import UserCache
+from hydra_llm.gateway.user_cache import TimedReads, UserCache
 from hydra_llm.model.feature_cache import forget_features
-from hydra_llm.model.scorer import Scorer
 from hydra_llm.pipeline import Pipeline
 from hydra_llm.retrieve import Forgetful, make_retriever
 from hydra_llm.store.store import Store
@@ -48,11 +46,6 @@ class Deployment:
     def settings(self) -> Settings:
         return self.pipeline.settings
 
-    @property
-    def adapter(self) -> Scorer | None:
-        """The scorer of candidates; without one there is no use in several candidates."""
-        return self.bundle.adapter if self.bundle else None
-
     def readable(self, records: Sequence[Record]) -> list[Record]:
         """The records that this bundle can read: with labels, those whose answer is one."""
         task = self.task
@@ -72,9 +65,6 @@ class Deployment:
         cache = self.settings.cache / "features.sqlite"
         forget = self.bundle.store.forget if self.bundle else partial(forget_features, cache)
         return forget([text for text in texts if text not in in_use])
-
-    def close(self) -> None:
-        self.batcher.close()
 
 
 def named(folder: Path, weights: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, role_chunk
-from hydra_llm.gateway.upstream import HttpUpstream, Upstream, UpstreamError
+from hydra_llm.gateway.upstream import Body, HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
 from hydra_llm.prompt import text_of
-from hydra_llm.types import Generation
+from hydra_llm.types import Generation, Message
 
 
 def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
@@ -39,16 +39,16 @@ class EmbeddedUpstream:
         # Requests wait for the engine here, not in threads that others need.
         self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
 
-    async def complete(self, body: Mapping[str, Any]) -> Any:
+    async def complete(self, body: Body) -> Any:
         generation, choices = await self._generate(body), []
         for i, (text, end) in enumerate(zip(generation.texts, generation.ends, strict=True)):
             message = {"role": "assistant", "content": text, "refusal": None}
             choice = {"index": i, "message": message, "logprobs": None, "finish_reason": end}
             choices.append(choice)
-        head = {**self._head(), "object": "chat.completion"}
+        head = chunk_head(f"chatcmpl-{token_hex(12)}", self._model) | {"object": "chat.completion"}
         return {**head, "choices": choices, "usage": _usage(generation)}
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    async def stream(self, body: Body) -> AsyncIterator[bytes]:
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
         if getattr(self._llm, "streams", False) and (body.get("n") or 1) == 1:
             async for chunk in self._by_token(body, usage):
@@ -60,9 +60,7 @@ class EmbeddedUpstream:
                 yield event(chunk)
         yield DONE
 
-    async def _by_token(
-        self, body: Mapping[str, Any], usage: bool
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def _by_token(self, body: Body, usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The chunks of one answer, a token each."""
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -72,7 +70,7 @@ class EmbeddedUpstream:
 
         work = asyncio.create_task(self._generate(body, on_token=on_token))
         work.add_done_callback(lambda _: pieces.put_nowait(None))
-        head = self._head()
+        head = chunk_head(f"chatcmpl-{token_hex(12)}", self._model)
         try:
             piece = await pieces.get()
             if piece is None:
@@ -99,24 +97,15 @@ class EmbeddedUpstream:
     async def aclose(self) -> None:
         await self._llm.aclose()
 
-    def _head(self) -> dict[str, Any]:
-        return chunk_head(f"chatcmpl-{token_hex(12)}", self._model)
-
     def _check_model(self, name: object) -> None:
         if name != self._model:
             message = f"the model '{name}' does not exist: take {self._model}"
             raise UpstreamError(404, message, code="model_not_found")
 
-    async def _generate(self, body: Mapping[str, Any], **streaming: Any) -> Generation:
+    async def _generate(self, body: Body, **streaming: Any) -> Generation:
         self._check_model(body.get("model"))
-        if body.get("tools") or body.get("functions") or any(map(_has_more, body["messages"])):
-            raise UpstreamError(400, "this model reads text only: no tools, images or sound")
         try:
-            sampling, messages = _sampling(body, self._max_tokens), []
-            for message in body["messages"]:
-                role = str(message.get("role"))
-                role = "system" if role == "developer" else role
-                messages.append({"role": role, "content": text_of(message)})
+            messages, sampling = _messages(body), self._sampling(body)
             async with self._turn:
                 generation = await self._llm.generate(messages, sampling, **streaming)
             ends = generation.ends or ("stop",) * len(generation.texts)
@@ -128,26 +117,35 @@ class EmbeddedUpstream:
             status = 400 if isinstance(error, LLMRefused) else 502
             raise UpstreamError(status, str(error)) from None
 
+    def _sampling(self, body: Body) -> Sampling:
+        stop, seed, temperature = body.get("stop"), body.get("seed"), body.get("temperature")
+        limit = body.get("max_completion_tokens") or body.get("max_tokens") or self._max_tokens
+        return Sampling(
+            n=int(body.get("n") or 1),
+            temperature=1.0 if temperature is None else float(temperature),
+            max_tokens=max(1, int(limit)),
+            stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop or ())),
+            seed=None if seed is None else int(seed),
+        )
 
-def _has_more(message: Mapping[str, Any]) -> bool:
-    """Whether a message holds anything but text."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    others = any(not isinstance(part, Mapping) or "text" not in part for part in parts)
-    return others or bool(message.get("tool_calls"))
+
+def _messages(body: Body) -> list[Message]:
+    """The request's messages; `UpstreamError` if they hold anything but text."""
+    messages: list[Message] = []
+    more = bool(body.get("tools") or body.get("functions"))
+    for message in body["messages"]:
+        role, content = str(message.get("role")), message.get("content")
+        parts = content if isinstance(content, list) else []
+        others = any(not isinstance(part, Mapping) or "text" not in part for part in parts)
+        more = more or others or bool(message.get("tool_calls"))
+        role = "system" if role == "developer" else role
+        messages.append({"role": role, "content": text_of(message)})
+    if more:
+        raise UpstreamError(400, "this model reads text only: no tools, images or sound")
+    return messages
 
 
 def _usage(generation: Generation) -> dict[str, int]:
     prompt, completion = generation.usage.prompt_tokens, generation.usage.completion_tokens
     counts = {"prompt_tokens": prompt, "completion_tokens": completion}
     return {**counts, "total_tokens": prompt + completion}
-
-
-def _sampling(body: Mapping[str, Any], max_tokens: int) -> Sampling:
-    """How the LLM is to sample, from a request's fields."""
-    stop, seed = body.get("stop"), body.get("seed")
-    temperature = 1.0 if body.get("temperature") is None else float(body["temperature"])
-    most = int(body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens)
-    stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop or ()))
-    seed = None if seed is None else int(seed)
-    return Sampling(int(body.get("n") or 1), temperature, max(1, most), stops, seed)

@@ -34,17 +34,8 @@ TRIES = 8
 FITTED = "fitted"  # name of the adapter's head as it was fitted, without feedback
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What became of feedback."""
-
-    repeated: bool = False
-    record: str | None = None  # id of the record that the answer became
-    head_moved: bool = False
-
-
-async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -> Taken:
-    """Learn from one piece of feedback.
+async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -> dict[str, Any]:
+    """Learn from one piece of feedback; returns what became of it, as the reply says it.
 
     Raises:
         ApiError: 400 for an unknown candidate, 409 where the request has other feedback already.
@@ -63,7 +54,8 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
             continue
         except ConflictingFeedback as error:
             raise ApiError(409, str(error), code="other_feedback") from None
-        return Taken(not fresh, record.id if record else None, bool(fresh and heads))
+        id = record.id if record else None  # of the record that the answer became
+        return {"repeated": not fresh, "record": id, "head_moved": bool(fresh and heads)}
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
 
 
@@ -113,13 +105,10 @@ class _Feedback:
 
     def read(self) -> tuple[UserSnapshot, list[StoredFeedback]]:
         """The user with all heads, and the feedback that no fitted head knows."""
-        store, users, name = self.store, self.deployment.users, self.request.user
-        version, user = store.state(name).version, None
-        if version is not None:
-            user = users.at_hand(name, version) or users.load(name)
+        store, name, bundle = self.store, self.request.user, self.deployment.id
+        user = self.deployment.users.current(name)
         if user is None:
             raise ApiError(404, "no such request", code="request_not_found")
-        bundle = self.deployment.id
         heads = {scorer: to_head(head) for scorer, head in store.heads(name, bundle).items()}
         earlier = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
         return replace(user, heads=heads), earlier
@@ -163,7 +152,15 @@ class _Feedback:
         if not readable or not bundle or not bundle.adapter or not bundle.adapter.updates_online:
             return None
         offered = all_labels(task, readable) if task.labels else readable
-        gains = self._gains(offered)
+        if self.wanted is not None:
+            gold = task.parse(self.wanted) or self.wanted
+            gains = [task.gain(candidate.answer, gold) for candidate in offered]
+        else:  # the rating is that of the first candidate, which the user got
+            rating, rated = (
+                self.value if self.kind == "rating" else 0.0,
+                _answer(self.candidates[0]),
+            )
+            gains = [rating if item.answer == rated else 1.0 - rating for item in offered]
         if len(set(gains)) < 2:
             return None
         visible = self.deployment.readable(records)[: request.content["visible"]]
@@ -172,16 +169,6 @@ class _Feedback:
         rows = bundle.featurizer.adapter(query, offered, vectors).tolist()
         texts = [candidate_text(task, candidate) for candidate in offered]
         return {"left": request.question, "rights": texts, "gains": gains, "evidence": rows}
-
-    def _gains(self, offered: Sequence[Candidate]) -> list[float]:
-        """Each candidate's gain against the wanted answer; else the rating, or 1 - rating."""
-        if self.wanted is not None:
-            task = self.deployment.task
-            gold = task.parse(self.wanted) or self.wanted
-            return [task.gain(candidate.answer, gold) for candidate in offered]
-        rating = self.value if self.kind == "rating" else 0.0
-        picked = _answer(self.candidates[0])
-        return [rating if candidate.answer == picked else 1.0 - rating for candidate in offered]
 
 
 def heads_after(

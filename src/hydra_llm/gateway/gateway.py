@@ -13,19 +13,18 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import HydraError
-from hydra_llm.gateway.auth import Pseudonyms
+from hydra_llm.gateway.auth import hide_user
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.choices import RankedChoices, choice_texts, rank, unranked
+from hydra_llm.gateway.choices import Choice, RankedChoices, choice_texts, rank, unranked
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
-from hydra_llm.gateway.record_search import RecordSearch, SearchResult
-from hydra_llm.gateway.sampling import CandidateSampler, Sampled, without
+from hydra_llm.gateway.record_search import RecordSearch
+from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry
-from hydra_llm.gateway.timed_reads import TimedReads
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
-from hydra_llm.gateway.user_cache import texts_of
+from hydra_llm.gateway.user_cache import TimedReads, texts_of
 from hydra_llm.prompt import text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
@@ -43,8 +42,8 @@ class _NotPersonal(Exception):
 class RoutedRequest:
     """What the upstream will be asked."""
 
-    body: dict[str, Any]  # with records in its messages, if personal
-    plain: dict[str, Any]  # as the caller wrote it
+    body: Body  # with records in its messages, if personal
+    plain: Body  # as the caller wrote it
     deployment: Deployment
     reason: str | None = None  # why it is not personal; None where it is
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
@@ -57,15 +56,15 @@ class RoutedRequest:
 
     def passed_through(self, reason: str) -> "RoutedRequest":
         """The same request as the caller wrote it."""
-        parts = self.plain, self.plain, self.deployment, reason
-        return RoutedRequest(*parts, self.id, self.seconds)
+        sent, deployment = self.plain, self.deployment
+        return RoutedRequest(sent, sent, deployment, reason, self.id, self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalRequest(RoutedRequest):
     """A request with a user's records in its messages."""
 
-    search: SearchResult
+    search: RecordSearch
     prompt_records: tuple[Record, ...]
     in_task_words: bool  # whether the question is the task's instruction around a text
     explain: bool
@@ -75,7 +74,7 @@ class PersonalRequest(RoutedRequest):
 class Reply:
     """A completion, and the request as it was asked in the end."""
 
-    completion: dict[str, Any]
+    completion: Body
     request: RoutedRequest
     abstained: bool = False
 
@@ -93,7 +92,7 @@ class Gateway:
     active_bundle: str | None = None  # the bundle that the store named last
 
     def __post_init__(self) -> None:
-        self.pseudonyms = Pseudonyms(self.store.salt())
+        self.salt = self.store.salt()  # of pseudonyms
         self._sampler = CandidateSampler(self.telemetry, self.settings.deadline)
 
     # ---- before the upstream
@@ -102,22 +101,22 @@ class Gateway:
         self, request: ChatRequest, body: Mapping[str, Any], user: str | None
     ) -> RoutedRequest:
         """Everything up to what the upstream is asked."""
-        plain = self.pseudonyms.hidden(without(body, "personalization"))
+        plain = hide_user(without(body, "personalization"), self.salt)
         if request.n is not None:
             plain["n"] = request.n  # as parsed: JSON also writes 2 as 2.0
         routed = RoutedRequest(plain, plain, self.deployment)
         try:
+            if user is None:
+                raise _NotPersonal("no-user")
             return await self._personalized(routed, request, user)
         except _NotPersonal as reason:
             return routed.passed_through(str(reason))
 
     async def _personalized(
-        self, routed: RoutedRequest, request: ChatRequest, user: str | None
+        self, routed: RoutedRequest, request: ChatRequest, user: str
     ) -> RoutedRequest:
         """The request with records in its messages."""
         started, plain, deployment = time.perf_counter(), routed.plain, routed.deployment
-        if user is None:
-            raise _NotPersonal("no-user")
         options = request.personalization or PersonalizationOptions()
         question = _question(request, plain["messages"], options)
         # Scorers and records know the text within the task's instruction.
@@ -129,7 +128,7 @@ class Gateway:
             conversation=plain["messages"],
             window=getattr(self.upstream, "room", None),
         )
-        several = search.warm and deployment.adapter is not None
+        several = search.warm and deployment.bundle and deployment.bundle.adapter
         return PersonalRequest(
             body={**plain, "messages": list(prompt.messages)},
             plain=plain,
@@ -144,45 +143,42 @@ class Gateway:
 
     async def _search(
         self, deployment: Deployment, name: str, question: str, k: int
-    ) -> SearchResult:
+    ) -> RecordSearch:
         """The user's records for a question. Whatever fails must not cost the caller an answer."""
         try:
-            user = await deployment.users.current(self.reads, name)
+            user = await self.reads.read(partial(deployment.users.current, name))
         except Exception as error:
             self.telemetry.failed("store", error)
             raise _NotPersonal("store-failure") from None
         if user is None:
             raise _NotPersonal("unknown-user")
+        search = RecordSearch(deployment, user, question, self.telemetry, k)
         try:
-            search = RecordSearch(deployment, user, question, self.telemetry, k)
-            result = await deployment.batcher.run(search.run, [question], pairs=search.pairs)
-        except Overloaded as error:
-            self.telemetry.failed("scoring", error)
-            raise _NotPersonal("overloaded") from None
+            await deployment.batcher.run(search.run, [question], pairs=search.pairs)
         except Exception as error:
-            self.telemetry.failed("retriever", error)
-            raise _NotPersonal("scoring-failure") from None
-        if result is None:
+            busy = isinstance(error, Overloaded)
+            self.telemetry.failed("scoring" if busy else "retriever", error)
+            raise _NotPersonal("overloaded" if busy else "scoring-failure") from None
+        if not search.context.visible:
             raise _NotPersonal("no-history")
-        if not result.warm and deployment.prefetcher is not None:
+        if not search.warm and deployment.prefetcher is not None:
             deployment.prefetcher.begin(name)
-        return result
+        return search
 
     # ---- the upstream
 
     async def answer(self, request: RoutedRequest) -> Reply:
         """The completion of a request; raises `UpstreamError` if the upstream gave none."""
         try:
-            sampled = await self._sample(request)
+            completions, greedy = await self._sample(request)
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))
-        completion = sampled.completions[0]
         if not isinstance(request, PersonalRequest):
-            return Reply(completion, request)
-        ranked = await self._rank(request, sampled)
+            return Reply(completions[0], request)
+        choices = [choice for completion in completions for choice in completion["choices"]]
+        ranked = await self._rank(request, choices, greedy)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
-        usage = usage_of(sampled.completions)
-        completion = {**completion, "choices": choices, "usage": usage}
+        completion = {**completions[0], "choices": choices, "usage": usage_of(completions)}
         kept = await self._keep(request, ranked)
         if self.settings.personalization:
             completion["personalization"] = _personalization(request, ranked, kept)
@@ -197,32 +193,33 @@ class Gateway:
         self.telemetry.failed("records", error)
         return request.passed_through("upstream-refused")
 
-    async def _sample(self, request: RoutedRequest) -> Sampled:
-        started, body = time.perf_counter(), request.body
+    async def _sample(self, request: RoutedRequest) -> tuple[list[Body], int]:
+        """As `CandidateSampler.sample`, also where one candidate is enough."""
+        started, body, count = time.perf_counter(), request.body, request.candidates
         temperature = request.deployment.settings.temperature
         try:
-            if request.candidates > 1:
-                count = request.candidates
+            if count > 1:
                 return await self._sampler.sample(self.upstream, body, count, temperature)
             bare = {**without(body, "stream_options"), "stream": False}
-            return Sampled([await self.upstream.complete(bare)], 0)
+            return [await self.upstream.complete(bare)], 0
         finally:
             request.seconds["upstream"] = time.perf_counter() - started
 
     # ---- behind the upstream
 
-    async def _rank(self, request: PersonalRequest, sampled: Sampled) -> RankedChoices:
+    async def _rank(
+        self, request: PersonalRequest, choices: Sequence[Choice], greedy: int
+    ) -> RankedChoices:
         """The choices in the adapter's order; as they came where there is none, or it fails."""
-        choices, greedy, pipeline = sampled.choices, sampled.greedy, request.deployment.pipeline
+        started, context = time.perf_counter(), request.search.context
+        texts, pipeline = choice_texts(choices), request.deployment.pipeline
         if request.candidates == 1:
             return unranked(choices)
-        started, context = time.perf_counter(), request.search.context
         try:
-            texts, task = choice_texts(choices), pipeline.task
             # The LLM may not have been asked for a label where the question is not in the task's
             # words: then its answers may be no labels, and are not scored.
-            scorable = request.in_task_words or not task.labels or task.parse(texts[0], "strict")
-            if not scorable:
+            task = pipeline.task
+            if not (request.in_task_words or not task.labels or task.parse(texts[0], "strict")):
                 return unranked(choices)
 
             def pairs() -> Sequence[tuple[str, str]]:
@@ -260,18 +257,9 @@ class Gateway:
         """The upstream's own stream for one candidate. A personal one is kept for feedback, and
         gets the object `personalization`, before it ends.
         """
-        pieces = self.upstream.stream({**request.body, "stream": True})
-        if isinstance(request, PersonalRequest):
-            pieces = self._kept(request, pieces)
-        async for piece in pieces:
-            yield piece
-
-    async def _kept(
-        self, request: PersonalRequest, pieces: AsyncIterator[bytes]
-    ) -> AsyncIterator[bytes]:
         reader, started = StreamReader(), time.perf_counter()
-        async for piece in pieces:
-            if reader.ended:
+        async for piece in self.upstream.stream({**request.body, "stream": True}):
+            if reader.ended or not isinstance(request, PersonalRequest):
                 yield piece
                 continue
             if passed := reader.take(piece):
@@ -279,7 +267,7 @@ class Gateway:
             if reader.ended:
                 request.seconds["upstream"] = time.perf_counter() - started
                 yield await self._last_chunk(request, reader) + reader.rest
-        if not reader.ended:
+        if isinstance(request, PersonalRequest) and not reader.ended:
             await self._last_chunk(request, reader)
             if reader.rest:
                 yield reader.rest
@@ -314,7 +302,7 @@ def _question(
 
 def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool) -> dict[str, Any]:
     """The object `personalization` of a reply."""
-    return {
+    answer: dict[str, Any] = {
         "request_id": request.id if kept else None,
         "records": [record.id for record in request.prompt_records],
         "warm": request.search.warm,
@@ -322,5 +310,11 @@ def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool
         "abstained": ranked.abstained,
         "scores": [candidate.score for candidate in ranked.candidates],
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
-        **(ranked.explained(request.prompt_records) if request.explain else {}),
     }
+    if request.explain:
+        choices = ranked.choices[: len(ranked.candidates)]
+        answer["texts"] = [text_of(choice["message"]) for choice in choices]
+        answer["probabilities"] = [candidate.probability for candidate in ranked.candidates]
+        records = request.prompt_records
+        answer["shown"] = [{"id": r.id, "input": r.input, "output": r.output} for r in records]
+    return answer

@@ -6,14 +6,13 @@ import hashlib
 import math
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from cachetools import LRUCache, TTLCache
-from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.gateway.auth import UNVERIFIED, WITHOUT_KEYS, Caller, caller_of
@@ -21,16 +20,13 @@ from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, Json
 from hydra_llm.gateway.telemetry import log
-from hydra_llm.gateway.upstream import UpstreamError
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
 UPSTREAM_PATHS = ("/v1/chat/completions", "/v1/models")
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
+ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
+"""What routes raise on purpose, for `error_response`."""
 
 
 class ConnectionCut(Exception):
@@ -40,7 +36,7 @@ class ConnectionCut(Exception):
 class AccessMiddleware:
     """Checks keys, rates and sizes of bodies, counts requests, and turns errors into responses."""
 
-    def __init__(self, app: Any, *, gateway: Gateway, on_loopback: bool):
+    def __init__(self, app: ASGIApp, *, gateway: Gateway, on_loopback: bool):
         self._app, self._store, self._reads = app, gateway.store, gateway.reads
         self._settings, self._telemetry = gateway.settings, gateway.telemetry
         self._on_loopback = on_loopback
@@ -51,12 +47,12 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, started = 500, False
+        status = 0  # not sent yet
 
-        async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, started
+        async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, started = message["status"], True
+                status = message["status"]
             await send(message)
 
         if scope["path"].startswith("/v1/users/") and (raw := scope.get("raw_path")):
@@ -70,13 +66,15 @@ class AccessMiddleware:
         except Exception as error:
             if not isinstance(error, ApiError | StoreError):  # refused before it came to the app
                 self._telemetry.failed("request", error)
-            if started:
+            if status:
                 _log_bug(error)
                 raise ConnectionCut from None
-            await _error_response(error)(scope, receive, counted)
+            response = await error_response(None, error)
+            await response(scope, receive, counted)
         finally:
             self._telemetry.in_flight.dec()
-            self._telemetry.request(getattr(scope.get("route"), "path", "unknown"), status)
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._telemetry.requests.labels(route, str(status or 500)).inc()
 
     async def _authorize(self, scope: Scope) -> None:
         """Find the caller. While the store is down, callers of the last minutes are still known."""
@@ -106,7 +104,7 @@ class AccessMiddleware:
         if length.isdigit() and int(length) > most:
             raise ApiError(413, too_large, code="body_too_large")
 
-        async def counted() -> MutableMapping[str, Any]:
+        async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
@@ -138,44 +136,29 @@ class RateLimiter:
             raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 
-# ---- errors, in OpenAI's shape
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Have every error answered in OpenAI's shape."""
-
-    async def respond(_: Request, error: Exception) -> Response:
-        return _error_response(error)
-
-    for kind in (ApiError, UpstreamError, HydraError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, respond)
-
-
-def _error_response(error: Exception) -> Json:
-    answer = _as_answer(error)
+async def error_response(_: object, error: Exception) -> Json:
+    """An error as the caller sees it, in OpenAI's shape."""
+    match error:
+        case ApiError():
+            answer = error
+        case RequestValidationError():
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"] if part != "body")
+            message = f"{place or 'body'}: {first['msg']}"
+            answer = ApiError(400, message, param=place or None, code="invalid_request")
+        case HTTPException():
+            answer = ApiError(error.status_code, str(error.detail))
+        case Overloaded():
+            message = "more waits here than this machine can do: try again"
+            answer = ApiError(503, message, code="overloaded")
+        case StoreError():
+            log.error("the store failed: %s", type(error).__name__)
+            message = "the store does not answer: nothing was changed, try again"
+            answer = ApiError(503, message, code="store_unavailable")
+        case _:
+            _log_bug(error)
+            answer = ApiError(500, "something went wrong here", code="internal_error")
     return Json(answer.body, answer.status, headers=answer.headers)
-
-
-def _as_answer(error: Exception) -> ApiError | UpstreamError:
-    """An error as the caller sees it."""
-    if isinstance(error, ApiError | UpstreamError):
-        return error
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{place or 'body'}: {first['msg']}"
-        return ApiError(400, message, param=place or None, code="invalid_request")
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
-    if isinstance(error, Overloaded):
-        message = "more waits here than this machine can do: try again"
-        return ApiError(503, message, code="overloaded")
-    if isinstance(error, StoreError):
-        log.error("the store failed: %s", type(error).__name__)
-        message = "the store does not answer: nothing was changed, try again"
-        return ApiError(503, message, code="store_unavailable")
-    _log_bug(error)
-    return ApiError(500, "something went wrong here", code="internal_error")
 
 
 def _log_bug(error: Exception) -> None:

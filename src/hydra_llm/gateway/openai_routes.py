@@ -2,18 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from hydra_llm.gateway.auth import UNVERIFIED, Caller, named_user
+from hydra_llm.gateway.auth import UNVERIFIED, USER_FIELDS, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, Reply, RoutedRequest
 from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, fault_of
-from hydra_llm.gateway.telemetry import Span
+from hydra_llm.gateway.telemetry import Span, chat_span
 from hydra_llm.gateway.upstream import UpstreamError
 
 KEEP_ALIVE_SECONDS = 5.0
@@ -31,7 +31,7 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: UserHeader = N
     body = json.loads(await http.body())
     caller: Caller = http.state.caller
     user = None if caller is UNVERIFIED else _user(caller, body, x_hydra_user)
-    with gateway.telemetry.span(request.model) as span:
+    with chat_span(request.model) as span:
         routed = await gateway.route(request, body, user)
         if caller is UNVERIFIED:
             routed = routed.passed_through("store-failure")
@@ -54,19 +54,24 @@ async def model(id: str, http: Request) -> Any:
     return Json(await http.app.state.gateway.upstream.models(id))
 
 
-def _user(caller: Caller, body: dict[str, Any], header: str | None) -> str | None:
-    """The user for whom a request is; `ApiError` 403 if this caller may not speak for the user."""
+def _user(caller: Caller, body: Mapping[str, Any], header: str | None) -> str | None:
+    """The user for whom a request is: the key's only one, or as named by header, `USER_FIELDS` or
+    `metadata.user_id`. `ApiError` 403 if this caller may not speak for the user.
+    """
     if caller.bound is not None:
         return caller.bound
     if header is not None:
         with suppress(UnicodeError):  # ASGI reads headers as Latin-1, clients send UTF-8
             header = header.encode("latin-1").decode("utf-8")
-    user = named_user(body, header)
-    if user is not None:
-        if fault := fault_of(user, MAX_ID):
-            raise ApiError(400, f"the user's id {fault}", param="user")
-        caller.check(user)
-    return user
+    metadata = body.get("metadata")
+    in_metadata = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    for user in (header, *map(body.get, USER_FIELDS), in_metadata):
+        if isinstance(user, str) and user:
+            if fault := fault_of(user, MAX_ID):
+                raise ApiError(400, f"the user's id {fault}", param="user")
+            caller.check(user)
+            return user
+    return None
 
 
 async def _stream(
@@ -81,6 +86,7 @@ async def _stream(
             routed = gateway.without_records(routed, error)
             pieces = await _begun(gateway.stream(routed))
         gateway.telemetry.answered(routed.reason, routed.seconds)
+    span.streams = True
     headers = _headers(routed) | {"cache-control": "no-cache"}
     return StreamingResponse(span.around(pieces), media_type="text/event-stream", headers=headers)
 
@@ -140,4 +146,4 @@ def _headers(routed: RoutedRequest) -> dict[str, str]:
 def _count(gateway: Gateway, reply: Reply, span: Span) -> None:
     request = reply.request
     gateway.telemetry.answered(request.reason, request.seconds, abstained=reply.abstained)
-    gateway.telemetry.spent(span, reply.completion)
+    span.spent(reply.completion)

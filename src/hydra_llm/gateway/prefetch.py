@@ -13,8 +13,7 @@ import anyio.to_thread
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import MicroBatcher
-from hydra_llm.gateway.timed_reads import TimedReads
-from hydra_llm.gateway.user_cache import UserCache, UserSnapshot, texts_of
+from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StaleVersion
@@ -31,33 +30,28 @@ class Prefetcher:
     _users: UserCache
     _features: FeatureCache
     _batcher: MicroBatcher
-    _under_way: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    under_way: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
 
     def begin(self, user: str) -> None:
         """Encode the user's records that have no features yet."""
-        if user not in self._under_way:
-            task = self._under_way[user] = asyncio.create_task(self._walk(user))
-            task.add_done_callback(lambda _: self._under_way.pop(user, None))
+        if user not in self.under_way:
+            task = self.under_way[user] = asyncio.create_task(self._walk(user))
+            task.add_done_callback(lambda _: self.under_way.pop(user, None))
 
     async def stop(self, user: str) -> None:
         """Encode nothing more of the user; running work ends before later jobs of the thread."""
-        if (task := self._under_way.get(user)) is not None:
+        if (task := self.under_way.get(user)) is not None:
             task.cancel()
             await asyncio.wait({task})  # then what it had in the queue is cancelled too
-
-    @property
-    def idle(self) -> bool:
-        """Whether no history is under way."""
-        return not self._under_way
 
     async def _walk(self, user: str) -> None:
         start = 0
         with suppress(HydraError):  # the user's next request begins again
-            while (snapshot := await self._users.current(self._reads, user)) is not None:
+            while snapshot := await self._reads.read(partial(self._users.current, user)):
                 if not (records := snapshot.records[start : start + RECORDS_AT_ONCE]):
                     return
                 texts = texts_of(records)
-                await self._batcher.later(partial(self._features.texts, texts, keep=False))
+                await self._batcher.run(partial(self._features.texts, texts, keep=False), idle=True)
                 with suppress(StaleVersion):  # the user has changed: read again
                     await anyio.to_thread.run_sync(partial(self._write, snapshot, texts))
                     start += RECORDS_AT_ONCE

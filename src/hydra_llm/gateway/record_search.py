@@ -1,8 +1,4 @@
-"""A user's records for one question, in the scoring thread (batching.py). Knows no HTTP, no store.
-
-Two steps, because a cross-encoder reads pairs: first `pairs` of all waiting requests, which are
-encoded in one batch, then `run`.
-"""
+"""A user's records for one question, in the scoring thread. Knows no HTTP and no store."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,27 +11,20 @@ from hydra_llm.gateway.user_cache import UserSnapshot
 from hydra_llm.types import Query, Ranked
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """A user's records for a question."""
-
-    user: UserSnapshot
-    context: Context
-    ranked: list[Ranked]  # best first
-    seconds: dict[str, float]  # by stage
-    warm: bool  # the user's history is encoded; else the retriever's order stands
-
-
-@dataclass
+@dataclass(eq=False)
 class RecordSearch:
-    """Retrieves and reranks."""
+    """Retrieves and reranks, in two steps as a cross-encoder reads pairs: first `pairs` of all
+    waiting requests, which are encoded in one batch (batching.py), then `run`.
+    """
 
     deployment: Deployment
     user: UserSnapshot
     question: str
     telemetry: Telemetry
-    k: int = 0  # records that the request asks for: so many are retrieved at least
-    seconds: dict[str, float] = field(default_factory=dict)
+    k: int  # records that the request asks for: so many are retrieved at least
+    seconds: dict[str, float] = field(default_factory=dict, init=False)  # by stage
+    warm: bool = field(default=False, init=False)
+    """Whether the user's history is encoded; else the retriever's order stands."""
 
     @cached_property
     def context(self) -> Context:
@@ -45,7 +34,8 @@ class RecordSearch:
         return self.deployment.pipeline.context(query, visible, self.user.heads)
 
     @cached_property
-    def retrieved(self) -> list[Ranked]:
+    def ranked(self) -> list[Ranked]:
+        """Best first: in the retriever's order until they are reranked."""
         started = time.perf_counter()
         retrieved = self.deployment.pipeline.retrieve(self.context, self.k)
         self.seconds["retrieve"] = time.perf_counter() - started
@@ -53,18 +43,16 @@ class RecordSearch:
 
     def pairs(self) -> list[tuple[str, str]]:
         """What a cross-encoder will read."""
-        return self.deployment.pipeline.reranker.pairs(self.context, self.retrieved)
+        return self.deployment.pipeline.reranker.pairs(self.context, self.ranked)
 
-    def run(self) -> SearchResult | None:
-        """The records, best first; None for a user without any."""
-        ranked, visible = self.retrieved, self.context.visible
-        if not visible:
-            return None
-        warm, started = self.deployment.users.is_warm(self.user, visible), time.perf_counter()
-        if warm:
+    def run(self) -> None:
+        """Rank the records."""
+        retrieved, visible, started = self.ranked, self.context.visible, time.perf_counter()
+        self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
+        if self.warm:
             try:
-                ranked = self.deployment.pipeline.rerank(self.context, ranked)
+                self.ranked = self.deployment.pipeline.rerank(self.context, retrieved)
             except Exception as error:  # the answer is worth more than the order
                 self.telemetry.failed("reranker", error)
         self.seconds["rerank"] = time.perf_counter() - started
-        return SearchResult(self.user, self.context.at_rest(), ranked, self.seconds, warm)
+        self.context = self.context.at_rest()  # not its vectors, while others are answered

@@ -3,8 +3,7 @@ Knows no users and no scorer.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from hydra_llm.gateway.telemetry import Telemetry
@@ -12,18 +11,6 @@ from hydra_llm.gateway.upstream import Upstream, UpstreamError, learn_samples
 from hydra_llm.llm.endpoint import CapabilityCache
 
 Body = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The completions that came in time, the caller's own first."""
-
-    completions: list[Body]
-    greedy: int  # how many of the first choices are of temperature 0
-
-    @property
-    def choices(self) -> list[Body]:
-        return [choice for completion in self.completions for choice in completion["choices"]]
 
 
 class CandidateSampler:
@@ -35,8 +22,9 @@ class CandidateSampler:
 
     async def sample(
         self, upstream: Upstream, body: Body, count: int, temperature: float
-    ) -> Sampled:
-        """The caller's own choices and samples, `count` together; `UpstreamError` if none came.
+    ) -> tuple[list[Body], int]:
+        """Completions with the caller's own choices first and samples, `count` together, and how
+        many of the first choices are of temperature 0; `UpstreamError` if none came in time.
 
         `temperature` is the samples', unless the caller's own is higher. Their seed is the caller's
         plus 1: at the same seed and temperature they would repeat the caller's answer.
@@ -55,7 +43,7 @@ class CandidateSampler:
             greedy += len(result["choices"]) if sent.get("temperature") == 0 else 0
         if not completions:
             raise results[0]
-        return Sampled(completions, greedy)
+        return completions, greedy
 
     def _bodies(self, body: Body, samples: int, temperature: float) -> list[Body]:
         """The caller's own request, and those for the samples."""
@@ -73,7 +61,7 @@ class CandidateSampler:
         seeds = [{"seed": seed + i} if isinstance(seed, int) else {} for i in range(samples)]
         return [first, *({**single, **own} for own in seeds)]
 
-    async def _complete(self, upstream: Upstream, bodies: Sequence[Body], own: int) -> list[Any]:
+    async def _complete(self, upstream: Upstream, bodies: list[Body], own: int) -> list[Any]:
         """Completions or `UpstreamError`s in the bodies' order, as of the deadline."""
         late = UpstreamError(504, "the upstream did not answer before the deadline")
         results: list[Any] = [late] * len(bodies)

@@ -5,7 +5,6 @@ classes. Knows no store and no model.
 
 import json
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
@@ -26,26 +25,21 @@ ERROR_TYPES = {
 }
 
 
-@dataclass(eq=False)
 class ApiError(Exception):
-    """An error response in OpenAI's shape."""
+    """An error response; `body` has OpenAI's shape."""
 
-    status: int
-    message: str
-    _: KW_ONLY
-    code: str | None = None
-    param: str | None = None
-    headers: Mapping[str, str] | None = None
-
-    def __str__(self) -> str:
-        return self.message
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error body."""
-        kind = ERROR_TYPES.get(self.status, "api_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.headers, kind = status, headers, ERROR_TYPES.get(status, "api_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class _Strict(BaseModel):

@@ -2,13 +2,14 @@
 
 import json
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
-from hydra_llm.gateway.auth import Pseudonyms
+from hydra_llm.gateway.auth import pseudonym
 from hydra_llm.gateway.deployment import ANY_TASK
 from hydra_llm.gateway.user_cache import to_stored
 from hydra_llm.llm.base import ChatLLM
@@ -47,7 +48,7 @@ def learn_from_store(
             passing = settings.model_copy(update={"cache": Path(folder)})
             learned = learn(data, llm, passing, progress=progress)
         bundle = learned.bundle
-        bundle.without_people(Pseudonyms(store.salt()).hashed).save(out)
+        bundle.without_people(partial(pseudonym, store.salt())).save(out)
         weights = type(bundle).load(out).weights
         for user in learned.users:
             heads = {name: to_stored(head) for name, head in bundle.heads_of(user).items()}

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from opentelemetry import trace
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 log = logging.getLogger("hydra_llm.gateway")
 tracer = trace.get_tracer("hydra_llm")
@@ -21,21 +21,18 @@ class Telemetry:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
-        self._requests = counter("hydra_requests", "HTTP requests", ["route", "status"])
+        # A route is the path's pattern, without a user's id.
+        self.requests = counter("hydra_requests", "HTTP requests", ["route", "status"])
         about = "Chat completions, by why they are not personal"
         self._answers = counter("hydra_answers", about, ["reason"])
         about = "What was left out of an answer because it failed"
         self._failures = counter("hydra_failures", about, ["part"])
-        self._feedback = counter("hydra_feedback", "Feedback, by kind", ["kind"])
+        self.feedback = counter("hydra_feedback", "Feedback, by kind", ["kind"])
         about = "Answers at which the adapter left the first candidate"
         self._abstained = counter("hydra_abstained", about)
         stages = partial(Histogram, buckets=SECONDS, registry=self.registry)
         self._stages = stages("hydra_stage_seconds", "Seconds by stage", ["stage"])
         self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
-
-    def request(self, route: str, status: int) -> None:
-        """An HTTP request has ended; `route` is the path's pattern, without a user's id."""
-        self._requests.labels(route, str(status)).inc()
 
     def answered(
         self, reason: str | None, seconds: dict[str, float], *, abstained: bool = False
@@ -44,61 +41,48 @@ class Telemetry:
         self._answers.labels(reason or "personal").inc()
         for stage, spent in seconds.items():
             self._stages.labels(stage).observe(spent)
-        if abstained:
-            self._abstained.inc()
+        self._abstained.inc(int(abstained))
 
     def failed(self, part: str, error: BaseException) -> None:
         """A part failed and was left out. The log has the class: the message may quote a user."""
         self._failures.labels(part).inc()
         log.warning("%s failed and was left out: %s", part, type(error).__name__)
 
-    def feedback(self, kind: str) -> None:
-        self._feedback.labels(kind).inc()
-
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
-
-    @contextmanager
-    def span(self, model: str) -> "Iterator[Span]":
-        """A GenAI span around a chat completion: models and tokens, no content."""
-        about = {"operation.name": "chat", "request.model": model, "provider.name": "hydra-llm"}
-        attributes = {f"gen_ai.{name}": value for name, value in about.items()}
-        kind = trace.SpanKind.SERVER
-        span = Span(tracer.start_span(f"chat {model}", kind=kind, attributes=attributes))
-        try:
-            with trace.use_span(span.span, record_exception=False, set_status_on_exception=False):
-                yield span
-        except BaseException:
-            span.span.end()
-            raise
-        if not span.streams:
-            span.span.end()
-
-    def spent(self, span: "Span", completion: Mapping[str, Any]) -> None:
-        """Model and tokens of an answer, as GenAI's conventions name them."""
-        span.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
-        usage = completion.get("usage")
-        for name, kind in (("prompt", "input"), ("completion", "output")):
-            if isinstance(usage, Mapping) and isinstance(n := usage.get(f"{name}_tokens"), int):
-                span.span.set_attribute(f"gen_ai.usage.{kind}_tokens", n)
-
 
 @dataclass
 class Span:
-    """A span that may outlive its handler."""
+    """A GenAI span around a chat completion, which may outlive its handler: no content."""
 
     span: trace.Span
     streams: bool = False
 
-    def around(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    def spent(self, completion: Mapping[str, Any]) -> None:
+        """Model and tokens of an answer, as GenAI's conventions name them."""
+        self.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
+        usage = completion.get("usage")
+        for name, kind in (("prompt", "input"), ("completion", "output")):
+            if isinstance(usage, Mapping) and isinstance(n := usage.get(f"{name}_tokens"), int):
+                self.span.set_attribute(f"gen_ai.usage.{kind}_tokens", n)
+
+    async def around(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The same stream; the span ends with it."""
-        self.streams = True
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            self.span.end()
 
-        async def passed() -> AsyncIterator[bytes]:
-            try:
-                async for piece in pieces:
-                    yield piece
-            finally:
-                self.span.end()
 
-        return passed()
+@contextmanager
+def chat_span(model: str) -> Iterator[Span]:
+    """A span that ends with its block, or with the stream that its block returns."""
+    about = {"operation.name": "chat", "request.model": model, "provider.name": "hydra-llm"}
+    attributes = {f"gen_ai.{name}": value for name, value in about.items()}
+    kind = trace.SpanKind.SERVER
+    span = Span(tracer.start_span(f"chat {model}", kind=kind, attributes=attributes))
+    try:
+        with trace.use_span(span.span, record_exception=False, set_status_on_exception=False):
+            yield span
+    finally:
+        if not span.streams:
+            span.span.end()

@@ -7,6 +7,7 @@ the retries, except of a request on a kept connection that the endpoint was clos
 
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 
 Transport = httpx2.AsyncBaseTransport
+Body = Mapping[str, Any]
 AS_JSON = {"content-type": "application/json"}
 LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=200, keepalive_expiry=4.0)
 """An idle connection is closed before common servers do, which might have a request on its way."""
@@ -32,25 +34,24 @@ ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
 """What every complete stream holds; within an answer's text the quotes are escaped."""
 
 
-class UpstreamError(Exception):
-    """The upstream answered with an error, not at all, or with nonsense."""
+class UpstreamError(ApiError):
+    """The upstream answered with an error (its body is passed on), not at all, or with nonsense."""
 
     def __init__(
         self, status: int, body: Any, headers: Mapping[str, str] | None = None, code: str = ""
     ):
-        self.status, self.headers = status, dict(headers or {})
         error = body.get("error", body) if isinstance(body, dict) else body
-        as_sent = error is not body and isinstance(error, dict)
-        self.body = body if as_sent else ApiError(status, str(error), code=code or None).body
-        super().__init__(str(self.body["error"]))
+        super().__init__(status, str(error), code=code or None, headers=headers)
+        if error is not body and isinstance(error, dict):
+            self.body = body
 
 
 class Upstream(Protocol):
     """What the gateway asks; every method raises `UpstreamError` where the upstream fails."""
 
-    async def complete(self, body: Mapping[str, Any]) -> Any: ...  # a completion, as plain JSON
+    async def complete(self, body: Body) -> Any: ...  # a completion, as plain JSON
 
-    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]: ...  # events, as they come
+    def stream(self, body: Body) -> AsyncIterator[bytes]: ...  # events, as they come
 
     async def models(self, id: str | None = None) -> Any: ...  # the list, or one of them
 
@@ -68,8 +69,8 @@ class HttpUpstream:
             base_url=url, headers=key, timeout=timeout, limits=LIMITS, transport=transport
         )
 
-    async def complete(self, body: Mapping[str, Any]) -> Any:
-        answer = await self._send("POST", "chat/completions", body)
+    async def complete(self, body: Body) -> Any:
+        answer = await self._send("chat/completions", body)
         choices = answer.get("choices") if isinstance(answer, dict) else None
         items = choices if isinstance(choices, list) else []
         messages = [item.get("message") if isinstance(item, dict) else None for item in items]
@@ -77,11 +78,10 @@ class HttpUpstream:
             raise UpstreamError(502, "the upstream answered without choices")
         return {"id": f"chatcmpl-{token_hex(12)}", "model": body.get("model"), **answer}
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
-        async with self._answering("POST", "chat/completions", body) as response:
+    async def stream(self, body: Body) -> AsyncIterator[bytes]:
+        async with self._answering("chat/completions", body) as response:
             if "json" in response.headers.get("content-type", ""):
-                message = "the upstream answered with something else than a stream"
-                raise UpstreamError(502, message)
+                raise UpstreamError(502, "the upstream answered with something else than a stream")
             tail, ended = b"", False
             async for piece in response.aiter_bytes():
                 ended = ended or ENDS.search(tail + piece) is not None
@@ -92,23 +92,21 @@ class HttpUpstream:
 
     async def models(self, id: str | None = None) -> Any:
         if id is None:
-            return await self._send("GET", "models")
+            return await self._send("models")
         # No way to the endpoint's other paths, which the server's key opens.
         if any(part in ("", ".", "..") for part in id.split("/")):
             raise UpstreamError(404, "no such model", code="model_not_found")
-        return await self._send("GET", f"models/{quote(id, safe='/')}")
+        return await self._send(f"models/{quote(id, safe='/')}")
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def _answering(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
-    ) -> AsyncIterator[httpx2.Response]:
+    async def _answering(self, path: str, body: Body | None) -> AsyncIterator[httpx2.Response]:
         """A response that has begun. A request whose connection ends before that is sent once more:
         the endpoint may have closed an idle connection while the request was on its way.
         """
-        content = None if body is None else json.dumps(body)
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
         try:
             request = self._client.build_request(method, path, content=content, headers=AS_JSON)
             try:
@@ -127,8 +125,8 @@ class HttpUpstream:
             message = f"the upstream cannot be reached ({type(error).__name__})"
             raise UpstreamError(502, message) from None
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        async with self._answering(method, path, body) as response:
+    async def _send(self, path: str, body: Body | None = None) -> Any:
+        async with self._answering(path, body) as response:
             await response.aread()
         try:
             return response.json()
@@ -152,9 +150,7 @@ def _error_of(response: httpx2.Response, content: bytes) -> UpstreamError:
 
 
 def learn_samples(
-    known: CapabilityCache,
-    sent: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any] | UpstreamError],
+    known: CapabilityCache, sent: Body, results: Sequence[Body | UpstreamError]
 ) -> None:
     """Learn what a model takes from the results of the caller's own request, which is first, and of
     the requests for samples; the last of them had the body `sent`.
@@ -196,8 +192,7 @@ def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
 
 def _sums(usages: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """The sum of each field that is a number."""
-    total: dict[str, int] = {}
-    for name, count in (item for usage in usages for item in usage.items()):
-        if isinstance(count, int):
-            total[name] = total.get(name, 0) + count
-    return total
+    total = Counter[str]()
+    for usage in usages:
+        total.update({name: count for name, count in usage.items() if isinstance(count, int)})
+    return dict(total)

@@ -1,24 +1,53 @@
-"""The latest users with their records and heads, consistent with the store at every request: it
-reads the user's version, and more only where memory has another one. Knows no HTTP and no LLM.
+"""Reads of the store with a timeout, and its latest users in memory with their records and heads,
+consistent with the store at every request. Knows no HTTP and no LLM.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from typing import TypeVar
 
+import anyio
 import numpy as np
+from anyio.to_thread import run_sync
 from cachetools import LRUCache
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.gateway.timed_reads import TimedReads
+from hydra_llm.errors import StoreError
 from hydra_llm.model.heads import Head
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
 from hydra_llm.types import Record, as_one_text
 
+R = TypeVar("R")
+READS_AT_ONCE = 40
+BACKOFF_SECONDS = 2.0  # how long reads fail at once after one has timed out
 MAX_MISSING = 24  # texts that a request may wait for: a few new records, not a whole history
+
+
+class TimedReads:
+    """Reads in threads of their own, each for at most `timeout` seconds: a hanging database costs
+    one request some seconds, the next ones none.
+    """
+
+    def __init__(self, timeout: float):
+        self._timeout, self._failing_until = timeout, 0.0
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def read(self, function: Callable[[], R]) -> R:
+        """Await `function()` in a thread; `StoreError` if it, or one before, took too long."""
+        if time.monotonic() < self._failing_until:
+            raise StoreError("the store is silent")
+        # It belongs to the loop that is running.
+        limiter = self._limiter = self._limiter or anyio.CapacityLimiter(READS_AT_ONCE)
+        try:
+            with anyio.fail_after(self._timeout):
+                # The thread goes on until its driver gives up, and is not waited for.
+                return await run_sync(function, abandon_on_cancel=True, limiter=limiter)
+        except TimeoutError:
+            self._failing_until = time.monotonic() + BACKOFF_SECONDS
+            raise StoreError("the store does not answer in time") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +69,21 @@ class UserCache:
         self._encoded: LRUCache[str, int] = LRUCache(size)  # user → version that was encoded
         self._lock, self._dropped = threading.Lock(), 0
 
-    def at_hand(self, name: str, version: int) -> UserSnapshot | None:
-        """The user as of exactly `version` if in memory; a later one may be of another user."""
-        with self._lock:
-            user = self._recent.get(name)
-        return user if user and user.version == version else None
-
-    async def current(self, reads: TimedReads, name: str) -> UserSnapshot | None:
-        """The user as of now, from memory where the version is the store's; None if unknown."""
-        version = (await reads.read(partial(self._store.state, name))).version
+    def current(self, name: str) -> UserSnapshot | None:
+        """The user as of now; None if unknown. Reads the version, and more only where memory has
+        another one: even a later one may be of another user.
+        """
+        version = self._store.state(name).version
         if version is None:
             return None
-        return self.at_hand(name, version) or await reads.read(partial(self.load, name))
-
-    def load(self, name: str) -> UserSnapshot | None:
-        """The user as the store has it; None for one who is not there."""
-        dropped, bundle = self._dropped, self._bundle
+        with self._lock:
+            user, dropped = self._recent.get(name), self._dropped
+        if user and user.version == version:
+            return user
         version, records = self._store.records(name)
         if version is None:
             return None
-        own = {}
+        own, bundle = {}, self._bundle
         if bundle is not None:
             heads = self._store.heads(name, bundle.weights).items()
             own = {scorer: to_head(head) for scorer, head in heads if scorer in bundle.scorers}
@@ -102,5 +126,4 @@ def to_stored(head: Head) -> StoredHead:
 
 def texts_of(records: Sequence[Record]) -> list[str]:
     """Every text of records of which features may be kept."""
-    texts = [(r.input, r.output, as_one_text(r.input, r.output)) for r in records]
-    return list(chain.from_iterable(texts))
+    return [text for r in records for text in (r.input, r.output, as_one_text(r.input, r.output))]

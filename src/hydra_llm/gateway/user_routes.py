@@ -5,7 +5,6 @@ only use the store are no coroutines: FastAPI runs them in threads.
 import json
 from base64 import b64encode
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from secrets import token_hex
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BeforeValidator
 
 from hydra_llm.errors import StoreError, UserFault
+from hydra_llm.gateway.auth import pseudonym
 from hydra_llm.gateway.feedback import take_feedback
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
@@ -104,9 +104,9 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
     if request is None or not (caller.admin or request.user in caller.users):
         message = "no such request, or it is too long ago"
         raise ApiError(404, message, code="request_not_found", param="request_id")
-    taken = await take_feedback(gateway, sent, request)
-    gateway.telemetry.feedback(kind)
-    return {"request_id": sent.request_id, **asdict(taken)}
+    outcome = await take_feedback(gateway, sent, request)
+    gateway.telemetry.feedback.labels(kind).inc()
+    return {"request_id": sent.request_id, **outcome}
 
 
 @router.post("/users/{user}/fit", status_code=202)
@@ -163,7 +163,7 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     if counts is None:
         raise _no_such_user()
     bundle = gateway.deployment.bundle
-    names = {user, gateway.pseudonyms.hashed(user)}
+    names = {user, pseudonym(gateway.salt, user)}
     in_base = bundle is not None and not names.isdisjoint(bundle.trained_on)
     report = {"deleted": {**counts, "features": features}, "in_shared_base": in_base}
     emptied = False
