@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_llm.bench.report.costs import cost_rows, learning_rows
 from hydra_llm.bench.report.findings import calibration_error, findings
 from hydra_llm.bench.report.markdown import markdown
+from hydra_llm.bench.report.summary import cost_rows, learning_rows
 from hydra_llm.bench.report.tables import Run, make_report, open_run
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
@@ -276,7 +276,7 @@ def test_the_command_prints_costs_and_findings(
     assert run(["bench", "show", str(tmp_path / "run"), "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["runs"]
     assert (len(shown["findings"]), shown["learning"][0]["users"]) == (9, 10)
-    text = markdown(make_report(open_run(tmp_path / "run"), "rag@4"))
+    text = markdown([make_report(open_run(tmp_path / "run"), "rag@4")])
     assert "LaMP-style, shaped like LaMP-2" in text
     assert "### What it says\n\n- hydra@4,8 is better" in text
     (tmp_path / "run" / "learning.json").write_text("[")

@@ -12,7 +12,7 @@ from hydra_llm.bench.report import html
 from hydra_llm.bench.report import tables as report
 from hydra_llm.bench.report.cells import cell
 from hydra_llm.bench.report.markdown import markdown
-from hydra_llm.bench.report.summary import limits, run_summary, summary_line
+from hydra_llm.bench.report.summary import run_summary, summary_line
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.tasks.base import Task
@@ -170,17 +170,16 @@ def test_answers_are_optional_and_escaped(opened: report.Run) -> None:
 
 
 def test_a_run_says_what_it_was(opened: report.Run) -> None:
-    output = limits(
-        {
-            "retrieved": 5,
-            "samples": 8,
-            "temperature": 0.0,
-            "queries_per_user": 3,
-            "asked_users": None,
-        }
-    )
+    settings = {
+        "retrieved": 5,
+        "samples": 8,
+        "temperature": 0.0,
+        "queries_per_user": 3,
+        "asked_users": None,
+    }
+    limited = replace(opened, manifest={**opened.manifest, "settings": settings})
     assert (
-        output
+        run_summary(limited)["limits"]
         == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a"
         " training user"
     )
@@ -188,7 +187,7 @@ def test_a_run_says_what_it_was(opened: report.Run) -> None:
         opened, manifest={**opened.manifest, "settings": {"parsing": "lenient", "retrieved": 5}}
     )
     assert "answers are read: lenient; limits: M = 5 records to rerank" in summary_line(lenient)
-    assert summary_line(lenient) in markdown(report.make_report(lenient))
+    assert summary_line(lenient) in markdown([report.make_report(lenient)])
 
 
 def test_the_same_queries_are_drawn_each_time_with_every_answer(opened: report.Run) -> None:

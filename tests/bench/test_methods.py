@@ -300,7 +300,7 @@ def test_a_method_of_another_package_runs_in_the_table() -> None:
     assert [row.method for row in tabulate(TAGS, samples)] == ["rag@1", "parrot@2", "parrot@4"]
     assert group_of("parrot@2") == "sampling"
     run = Run(Path("run"), {}, TAGS, tuple(reversed(samples)))
-    assert run.methods == ["rag@1", "parrot@2", "parrot@4"]  # built-in ones first
+    assert list(run.by_method) == ["rag@1", "parrot@2", "parrot@4"]  # built-in ones first
     with pytest.raises(SettingsError, match="write it as parrot@k"):
         find_methods(["parrot@1,2"])
 

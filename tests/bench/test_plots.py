@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hydra_llm.bench.comparison import changes_by_user, pair
 from hydra_llm.bench.report import plots
 from hydra_llm.bench.report import tables as report
-from hydra_llm.bench.report.labels import label_places
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.tasks.base import Task
@@ -132,9 +131,7 @@ def test_cost_plot_shows_cost_and_score(opened: report.Run) -> None:
 def test_labels_cover_no_other_label_and_stay_in_the_plot(
     cases: Sequence[tuple[float, float, float]],
 ) -> None:
-    labels = label_places(
-        [(x, y) for x, y, _ in cases], [width for *_, width in cases], (460.0, 340.0)
-    )
+    labels = plots.label_places([(x, y) for x, y, _ in cases], [width for *_, width in cases])
     boxes = [label.box for label in labels]
     for left, top, right, bottom in boxes:
         assert left >= 0 and top >= 0 and right <= 460 and bottom <= 340  # noqa: PT018
@@ -188,10 +185,20 @@ def test_changes_of_a_user_average_seeds_and_leave_out_failures() -> None:
     assert changes_by_user(thirds, pair(own, base)) == {"u0": 0.0}  # rounding is no difference
 
 
-def test_many_users_are_thinned_and_their_ends_stay() -> None:
-    values = [float(value) for value in range(1000, 0, -1)]
-    thin = plots._thinned(values)
-    assert (len(thin), thin[0], thin[-1]) == (plots.BARS, 1000.0, 1.0)
+def test_many_users_are_thinned_and_their_ends_stay(
+    opened: report.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actual = report.make_report(opened)
+    panel = "hydra@4,8|2 better, 1 same, 1 worse"
+
+    def changes() -> list[float]:
+        bars = drawn(plots.users_plot(actual), "panel", "place", "difference")
+        return [change for name, _, change in bars if name == panel]
+
+    every = changes()
+    monkeypatch.setattr(plots, "BARS", 3)
+    thin = changes()
+    assert (len(every), len(thin), thin[0], thin[-1]) == (4, 3, every[0], every[-1])
     assert thin == sorted(thin, reverse=True)
 
 

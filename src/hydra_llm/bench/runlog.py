@@ -95,7 +95,7 @@ class RunLog:
         old = self._read_manifest()
         bare = all(file == self._manifest for file in folder.iterdir())
         if old is None or (bare and "weights" not in old):  # it holds no result
-            _write_whole(self._manifest, new)
+            write_json(self._manifest, new)
         else:
             _refuse_newer(self._manifest, old)
             self._refuse_other({k: v for k, v in old.items() if k in new or k not in LATE}, new)
@@ -113,7 +113,7 @@ class RunLog:
         known = [name for name in new if name in old]
         self._refuse_other(*({name: part[name] for name in known} for part in (old, new)))
         if len(known) < len(new):
-            _write_whole(self._manifest, {**old, **new})
+            write_json(self._manifest, {**old, **new})
 
     def _refuse_other(self, there: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         old, now = _flat(there), _flat(new)
@@ -145,8 +145,8 @@ class RunLog:
     ) -> Path:
         """Write `results.json`, whose path is returned, and `learning.json`, a row per seed."""
         if learning:
-            _write_whole(self.folder / "learning.json", learning)
-        _write_whole(self.folder / "results.json", results)
+            write_json(self.folder / "learning.json", learning)
+        write_json(self.folder / "results.json", results)
         return self.folder / "results.json"
 
 
@@ -167,7 +167,7 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_whole(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any) -> None:
     """Write JSON to a temporary file first, so that a kill leaves no half file."""
     temporary = file.with_suffix(".part")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

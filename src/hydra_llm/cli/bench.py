@@ -146,12 +146,9 @@ class ReportFiles:
     def write(self, reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> None:
         """Write the files whose options are given."""
         if self.markdown is not None:
-            from hydra_llm.bench.report import markdown, tables
+            from hydra_llm.bench.report.markdown import markdown
 
-            texts = [markdown.markdown(report) for report in reports]
-            texts.append(markdown.overall_markdown(tables.overall(reports)))
-            texts += map(markdown.sweep_markdown, sweeps)
-            _write(self.markdown, "\n".join(filter(None, texts)))
+            _write(self.markdown, markdown(reports, sweeps))
         if self.html is not None:
             from hydra_llm.bench.report.html import page
 
@@ -178,12 +175,11 @@ def show(
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import sweeps, tables
-    from hydra_llm.bench.report.costs import cost_rows, learning_rows
     from hydra_llm.bench.report.findings import findings
-    from hydra_llm.bench.report.summary import summary_line
+    from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
 
-    results = [sweeps.open_sweep(folder) for folder in runs if sweeps.is_sweep(folder)]
-    opened = [tables.open_run(folder) for folder in runs if not sweeps.is_sweep(folder)]
+    results = [sweeps.open_sweep(file) for file in map(sweeps.sweep_file, runs) if file]
+    opened = [tables.open_run(folder) for folder in runs if not sweeps.sweep_file(folder)]
     prices = Prices(price_prompt, price_completion)
     reports = [tables.make_report(run, against, prices) for run in opened]
     over_tasks = tables.overall(reports)

@@ -1,15 +1,9 @@
-"""What a run says about HYDRA, in sentences with their figures.
-
-    comparisons   paired differences from every method that is no bound: significant or not
-    selection     what selection could gain (a random sample → the best one), and how much it gains
-    agreement     how far the LLM's samples agree: if they are all equal, there is nothing to select
-    calibration   the adapter's probabilities against the share of correct picks
-    learning      what reranker and heads reached on held-out training users
-A sentence is there only if the run holds its figures. Knows no LLM.
+"""What a run says about HYDRA, in sentences with their figures; a sentence is there only if the run
+holds its figures. Knows no LLM.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,87 +11,56 @@ import numpy as np
 from hydra_llm.bench.comparison import compare
 from hydra_llm.bench.method import base_name
 from hydra_llm.bench.report.cells import signed
-from hydra_llm.bench.report.tables import Report, TableRow
+from hydra_llm.bench.report.tables import Report, Run, TableRow
 from hydra_llm.bench.runlog import Sample
-from hydra_llm.bench.stats import Paired
-
-BINS = 10
 
 
 def findings(report: Report) -> list[str]:
     """The sentences of a run, one variant of HYDRA after the other."""
-    own = [row for row in report.rows if base_name(row.method) == "hydra"]
-    sentences = [sentence for row in own for sentence in _of_method(report, row)]
+    sentences: list[str] = []
+    for row in report.rows:
+        if base_name(row.method) == "hydra":
+            sentences += [*_comparisons(report, row.method), *_picks(report, row)]
     for learned in report.run.learning[:1]:  # the first seed
-        for name, pairs in (("reranker", "records"), ("adapter", "candidates")):
-            sentences += _of_learning(name, pairs, learned.get(name) or {})
+        sentences += _learning("reranker", "records", learned.get("reranker") or {})
+        sentences += _learning("adapter", "candidates", learned.get("adapter") or {})
     return sentences
 
 
-def _of_method(report: Report, own: TableRow) -> Iterator[str]:
-    run, name, metric = report.run, own.method, report.metrics[0]
-    samples = run.of(name)
-    changes = {
-        row.method: compare(run.task, samples, run.of(row.method)).metrics[metric]
-        for row in report.rows
-        if row.group != "bound" and base_name(row.method) != "hydra"
-    }
-    yield from _comparisons(name, metric, changes, report.sign(metric))
-    # bounds take the settings' k: only that variant selects among the same samples
-    has_bounds = records_of(name) in (None, run.manifest.get("settings", {}).get("k"))
-    if has_bounds:
-        yield from _selection(report, own, metric)
-    agreements = [sample.agreement for sample in samples if sample.agreement is not None]
-    if agreements:
-        same = np.mean([share > 1 - 1e-9 for share in agreements])
-        yield (
-            f"For {name} the most frequent answer has {np.mean(agreements):.0%} of the LLM's"
-            f" samples; in {same:.0%} of the queries they all agree."
-        )
-    if run.task.labels:
-        correct = [(sample, sample.answer == sample.gold) for sample in samples]
-        yield from _calibration(name, correct, "the user's answer")
-    elif has_bounds:
-        yield from _calibration(
-            name, _as_good_as_oracle(report, samples), "as good as the best one"
-        )
-
-
-def _comparisons(name: str, metric: str, changes: Mapping[str, Paired], sign: int) -> Iterator[str]:
-    """At most three sentences: significantly better, significantly worse, and neither."""
-
-    def listed(rivals: Sequence[str]) -> str:
-        return ", ".join(f"{rival} ({signed(changes[rival])})" for rival in rivals)
-
-    better, worse, neither, behind = [], [], [], []
-    for rival, change in changes.items():
-        ends = sorted((sign * change.low, sign * change.high))
-        if math.isnan(change.difference):
+def _comparisons(report: Report, name: str) -> Iterator[str]:
+    """Paired differences in the first metric: significantly better, worse, and neither."""
+    run, metric = report.run, report.metrics[0]
+    sign, better, worse, neither, behind = report.sign(metric), [], [], [], []
+    for row in report.rows:
+        if row.group == "bound" or base_name(row.method) == "hydra":
             continue
-        if ends[0] > 0:
+        change = compare(run.task, run.of(name), run.of(row.method)).metrics[metric]
+        low, high = sorted((sign * change.low, sign * change.high))
+        rival = f"{row.method} ({signed(change)})"
+        if low > 0:
             better.append(rival)
-        elif ends[1] < 0:
+        elif high < 0:
             worse.append(rival)
-        else:
+        elif not math.isnan(change.difference):
             neither.append(rival)
-            behind += [rival] if sign * change.difference <= 0 else []
+            behind += [row.method] if sign * change.difference <= 0 else []
     if better:
-        yield f"{name} is better in {metric} than {listed(better)}."
+        yield f"{name} is better in {metric} than {', '.join(better)}."
     if worse:
-        yield f"{name} is worse in {metric} than {listed(worse)}."
+        yield f"{name} is worse in {metric} than {', '.join(worse)}."
     if neither:
         end = f"; it is not ahead of {', '.join(behind)}." if behind else "."
-        yield f"{name} is not separated in {metric} from {listed(neither)}{end}"
+        yield f"{name} is not separated in {metric} from {', '.join(neither)}{end}"
 
 
-def records_of(name: str) -> int | None:
-    """`hydra@4,8` → 4; None for a name without parameters, as the settings' k holds."""
-    numbers = name.partition("@")[2]
-    return int(numbers.split(",")[0]) if numbers else None
-
-
-def _selection(report: Report, own: TableRow, metric: str) -> Iterator[str]:
-    """How far the pick comes from a random sample to the best one."""
+def _picks(report: Report, own: TableRow) -> Iterator[str]:
+    """What selection could gain (a random sample → the best one) and gains; how far samples agree:
+    if all are equal, there is nothing to select; calibration.
+    """
+    run, name, metric = report.run, own.method, report.metrics[0]
+    samples, k = run.of(name), name.partition("@")[2].partition(",")[0]  # k is "": as in settings
+    # bounds take the settings' k: only that variant selects among the same samples
+    has_bounds = not k or int(k) == run.manifest.get("settings", {}).get("k")
     bounds = {
         base_name(row.method): row.result.metrics[metric][0]
         for row in report.rows
@@ -105,54 +68,62 @@ def _selection(report: Report, own: TableRow, metric: str) -> Iterator[str]:
     }
     value = own.result.metrics[metric][0]
     expected, best = bounds.get("random", math.nan), bounds.get("oracle", math.nan)
-    if not math.isnan(expected) and not math.isnan(best) and expected != best:
+    if has_bounds and abs(best - expected) > 0:
         yield (
             f"Choosing among the LLM's samples can move {metric} from {expected:.3f} (one by lot)"
-            f" to {best:.3f} (the best one); {own.method} reaches {value:.3f},"
+            f" to {best:.3f} (the best one); {name} reaches {value:.3f},"
             f" {(value - expected) / (best - expected):.0%} of that way."
         )
+    agreements = [sample.agreement for sample in samples if sample.agreement is not None]
+    if agreements:
+        same = np.mean([share > 1 - 1e-9 for share in agreements])
+        yield (
+            f"For {name} the most frequent answer has {np.mean(agreements):.0%} of the LLM's"
+            f" samples; in {same:.0%} of the queries they all agree."
+        )
+    if has_bounds or run.task.labels:
+        yield from _calibration(run, name, samples)
 
 
-def _as_good_as_oracle(report: Report, samples: Sequence[Sample]) -> Iterator[tuple[Sample, bool]]:
-    """Texts are never correct: whether each pick has the gain of the best of its samples."""
-    gain, run = report.run.task.gain, report.run
+def _calibration(run: Run, name: str, samples: Sequence[Sample]) -> Iterator[str]:
+    """Mean probability of the picks, share of correct ones, and the expected calibration error.
+    Texts are never correct: their picks count as such with the gain of the best of the samples.
+    """
+    gain, is_closed = run.task.gain, bool(run.task.labels)
     best = {
         (sample.user, sample.query): gain(sample.answer, sample.gold)
-        for name in run.methods
-        for sample in run.of(name)
-        if base_name(name) == "oracle" and not sample.error
+        for method, of_method in run.by_method.items()
+        for sample in of_method
+        if not is_closed and base_name(method) == "oracle" and not sample.error
     }
+    picks = []
     for sample in samples:
-        bound = best.get((sample.user, sample.query))
-        if bound is not None and not sample.error:
-            yield sample, gain(sample.answer, sample.gold) >= bound - 1e-9
-
-
-def _calibration(name: str, picks: Iterable[tuple[Sample, bool]], correct_is: str) -> Iterator[str]:
-    """Mean probability of the picks, share of correct ones, and the expected calibration error."""
-    known = [
-        (sample.probability, correct)
-        for sample, correct in picks
-        if sample.probability is not None and not sample.error
-    ]
-    if known:
-        sure, right = np.array(known, dtype=np.float64).T
+        if sample.probability is None or sample.error:
+            continue
+        if is_closed:
+            picks.append((sample.probability, sample.answer == sample.gold))
+        elif (bound := best.get((sample.user, sample.query))) is not None:
+            as_good = gain(sample.answer, sample.gold) >= bound - 1e-9
+            picks.append((sample.probability, as_good))
+    if picks:
+        sure, right = np.array(picks, dtype=np.float64).T
+        correct = "the user's answer" if is_closed else "as good as the best one"
         yield (
             f"{name} gives its picks a probability of {sure.mean():.2f} on average, and"
-            f" {right.mean():.2f} of them are {correct_is}; expected calibration error"
+            f" {right.mean():.2f} of them are {correct}; expected calibration error"
             f" {calibration_error(sure, right):.3f}."
         )
 
 
 def calibration_error(probabilities: np.ndarray, correct: np.ndarray) -> float:
     """Expected calibration error of probabilities [N] in ten bins (Naeini et al. 2015)."""
-    bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    bins = np.minimum((probabilities * 10).astype(int), 9)
     inside = [bins == place for place in np.unique(bins)]
     gaps = (abs(probabilities[at].mean() - correct[at].mean()) * at.mean() for at in inside)
     return float(sum(gaps))
 
 
-def _of_learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]:
+def _learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]:
     """What the reranker or the adapter reached on held-out training users."""
     if report.get("skipped"):
         yield f"No {name} was learned: {report['skipped']}."

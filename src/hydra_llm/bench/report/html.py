@@ -1,20 +1,16 @@
-"""Runs as one HTML page: what was run, tables, plots, and sampled answers. The page needs neither
-network nor JavaScript.
-
-Needs the extra `report`. The answers quote the data set. Knows no LLM.
+"""Runs as one HTML page without network or JavaScript: what was run, tables, plots, and sampled
+answers, which quote the data set. Needs the extra `report`. Knows no LLM.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from hydra_llm.bench.report import tables
 from hydra_llm.bench.report.cells import require
-from hydra_llm.bench.report.costs import cost_rows, learning_rows
 from hydra_llm.bench.report.findings import findings
 from hydra_llm.bench.report.plots import BARS, plots, svg
-from hydra_llm.bench.report.summary import run_summary
+from hydra_llm.bench.report.summary import cost_rows, learning_rows, run_summary
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows, sweep_svg
 from hydra_llm.bench.runlog import Sample, by_method
 
@@ -51,7 +47,7 @@ def page(
         for sweep in sweeps
     ]
     return environment.get_template("report.html").render(
-        runs=[_shown(report, answers) for report in reports],
+        runs=[_run(report, answers) for report in reports],
         answers=answers,
         title=tables.OVERALL,
         overall=tables.overall_rows(tables.overall(reports)),
@@ -60,9 +56,16 @@ def page(
     )
 
 
-def _shown(report: tables.Report, answers: bool) -> dict[str, Any]:
-    """What the template shows of a run."""
-    run = report.run
+def _run(report: tables.Report, answers: bool) -> dict[str, Any]:
+    """What the template takes of a run; plots of a kind are beside each other, under a caption."""
+    from markupsafe import Markup
+
+    run, drawn = report.run, {name: Markup(svg(plot)) for name, plot in plots(report).items()}
+    figures = [
+        {"kind": kind, "caption": CAPTIONS[kind], "plots": of_kind}
+        for kind in CAPTIONS
+        if (of_kind := [plot for name, plot in drawn.items() if name.startswith(kind)])
+    ]
     return {
         "name": run.task.name,
         "like": run.task.like,
@@ -74,36 +77,23 @@ def _shown(report: tables.Report, answers: bool) -> dict[str, Any]:
         "differences": tables.comparison_rows(report.comparisons),
         "costs": cost_rows(report),
         "learning": learning_rows(report),
-        "figures": _figures(report),
+        "figures": figures,
         "queries": sampled(run) if answers else [],
     }
 
 
-def _parts(report: tables.Report) -> list[dict[str, Any]]:
+def _parts(report: tables.Report) -> list[Mapping[str, Any]]:
     """The main table by part: cells as (text, class), class best or second or none."""
     parts: dict[str, dict[str, Any]] = {}
-    for row, cells in zip(report.by_group, tables.method_rows(report), strict=True):
-        part = {"title": cells.pop("part"), "group": row.group, "rows": []}
-        marked = {}
-        for name, text in cells.items():
-            place = report.marks.get((row.method, name), 0)
-            # the class takes the place of a mark, which is cut off
-            marked[name] = (text[:-2] if place else str(text), ("", "best", "second")[place])
-        parts.setdefault(row.group, part)["rows"].append(marked)
+    unmarked = tables.method_rows(report, marks=("", "", ""))
+    for row, cells in zip(report.by_group, unmarked, strict=True):
+        part = parts.setdefault(row.group, {"title": cells["part"], "group": row.group, "rows": []})
+        places = {name: report.marks.get((row.method, name), 0) for name in cells if name != "part"}
+        part["rows"].append({n: (cells[n], ("", "best", "second")[p]) for n, p in places.items()})
     return list(parts.values())
 
 
-def _figures(report: tables.Report) -> list[dict[str, Any]]:
-    """Plots of a kind beside each other, under their caption."""
-    from markupsafe import Markup
-
-    drawn = {name: Markup(svg(plot)) for name, plot in plots(report).items()}
-    kinds = {kind: [drawn[name] for name in drawn if name.startswith(kind)] for kind in CAPTIONS}
-    return [{"kind": k, "caption": CAPTIONS[k], "plots": own} for k, own in kinds.items() if own]
-
-
-@dataclass(frozen=True)
-class SharedAnswer:
+class SharedAnswer(NamedTuple):
     """One answer to a query, and the methods that gave it."""
 
     text: str | None
@@ -112,14 +102,13 @@ class SharedAnswer:
     methods: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class SampledQuery:
+class SampledQuery(NamedTuple):
     """A query with every method's answer, the best first."""
 
     user: str
     query: str
     gold: str
-    answers: tuple[SharedAnswer, ...]
+    answers: list[SharedAnswer]
 
 
 def sampled(run: tables.Run, count: int = SHOWN, seed: int = 0) -> list[SampledQuery]:
@@ -132,15 +121,15 @@ def sampled(run: tables.Run, count: int = SHOWN, seed: int = 0) -> list[SampledQ
 
 
 def _sampled_query(run: tables.Run, samples: Sequence[Sample]) -> SampledQuery:
-    own, first = by_method(samples), samples[0]
-    by_answer: dict[tuple[str | None, str], list[str]] = {}
-    for method in sorted(own, key=run.methods.index):
+    own, gold = by_method(samples), samples[0].gold
+    methods: dict[tuple[str | None, str], list[str]] = {}
+    for method in filter(own.__contains__, run.by_method):
         for sample in own[method]:
             name = f"{method} (seed {sample.seed})" if len(own[method]) > 1 else method
-            by_answer.setdefault((sample.answer, sample.error), []).append(name)
+            methods.setdefault((sample.answer, sample.error), []).append(name)
     answers = [
-        SharedAnswer(text, error, None if error else run.task.gain(text, first.gold), tuple(names))
-        for (text, error), names in by_answer.items()
+        SharedAnswer(text, error, None if error else run.task.gain(text, gold), tuple(names))
+        for (text, error), names in methods.items()
     ]
     answers.sort(key=lambda shared: -1.0 if shared.gain is None else shared.gain, reverse=True)
-    return SampledQuery(first.user, first.query, first.gold, tuple(answers))
+    return SampledQuery(samples[0].user, samples[0].query, gold, answers)

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra_llm.bench.report import tables
-from hydra_llm.bench.report.costs import cost_rows, learning_rows
 from hydra_llm.bench.report.findings import findings
-from hydra_llm.bench.report.summary import summary_line
+from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows
-from hydra_llm.bench.stats import Relative
 
 LIKE = (
     "LaMP-style, shaped like {}; not LaMP: no figure here can be set beside a published LaMP"
@@ -20,8 +18,16 @@ LEGEND = (
 )
 
 
-def markdown(report: tables.Report) -> str:
-    """The report of one run."""
+def markdown(reports: Sequence[tables.Report], sweeps: Sequence[SweepResult] = ()) -> str:
+    """The reports of runs, what they say together, and the tables of sweeps."""
+    parts = [_run(report) for report in reports]
+    if shares := tables.overall(reports):
+        parts.append(f"## {tables.OVERALL}\n\n{_table(tables.overall_rows(shares))}\n")
+    parts += [f"## {sweep['question']}\n\n{_table(sweep_rows(sweep))}\n" for sweep in sweeps]
+    return "\n".join(parts)
+
+
+def _run(report: tables.Report) -> str:
     task, manifest = report.run.task, report.run.manifest
     sizes = f"{manifest['users']} users, {manifest['queries']} queries"
     notes = (spec.note for spec in task.metric_specs.values() if spec.note)
@@ -29,32 +35,21 @@ def markdown(report: tables.Report) -> str:
         f"## {task.name}, {manifest['llm'].get('model')}, {sizes}",
         LIKE.format(task.like) if task.like else "",
         f"{summary_line(report.run)}.",
-        as_markdown(tables.method_rows(report)),
+        _table(tables.method_rows(report)),
         " ".join([LEGEND, *notes]),
     ]
     if sentences := findings(report):
         parts += ["### What it says", "\n".join(f"- {line}" for line in sentences)]
     comparisons = tables.comparison_rows(report.comparisons)
-    parts += [f"### Against {report.baseline or 'nothing'}", as_markdown(comparisons)]
-    parts += ["### What a query costs", as_markdown(cost_rows(report))]
+    parts += [f"### Against {report.baseline or 'nothing'}", _table(comparisons)]
+    parts += ["### What a query costs", _table(cost_rows(report))]
     if learning := learning_rows(report):
-        parts += ["### What learning cost", as_markdown(learning)]
+        parts += ["### What learning cost", _table(learning)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def overall_markdown(shares: Mapping[str, Mapping[str, Relative]]) -> str:
-    """What several runs say together; empty if they say nothing."""
-    rows = as_markdown(tables.overall_rows(shares))
-    return f"## {tables.OVERALL}\n\n{rows}\n" if shares else ""
-
-
-def sweep_markdown(result: SweepResult) -> str:
-    """A sweep's table."""
-    return f"## {result['question']}\n\n{as_markdown(sweep_rows(result))}\n"
-
-
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a table."""
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys."""
     if not rows:
         return "(nothing to compare)"
     names = list(rows[0])

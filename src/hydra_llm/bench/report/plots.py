@@ -10,13 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from hydra_llm.bench.comparison import changes_by_user, pair
 from hydra_llm.bench.report.cells import axis_title, require
-from hydra_llm.bench.report.labels import label_places
 from hydra_llm.bench.report.tables import GROUPS, Report, TableRow
 from hydra_llm.errors import SettingsError
 
@@ -26,9 +25,10 @@ import altair as alt  # noqa: E402
 Plot = alt.LayerChart | alt.FacetChart
 LINES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 SHAPES = ("circle", "diamond", "triangle-down", "triangle-up", "square", "cross")
-FONT = "Helvetica, Arial, sans-serif"
-DARK, GRID = "#222222", "#E6E6E6"
-AXIS = {"labelColor": DARK, "titleColor": DARK, "titleFontWeight": "normal", "gridColor": GRID}
+INK = {"labelColor": "#222222", "titleColor": "#222222", "gridColor": "#E6E6E6"}
+AXIS = {**INK, "titleFontWeight": "normal"}
+HEADING: dict[str, Any] = {"anchor": "start", "fontSize": 12, "fontWeight": "normal"}
+MARK: dict[str, Any] = {"filled": True, "opacity": 1}
 LOOKS = {
     "prompt": ("#0072B2", "circle"),
     "hydra": ("#D55E00", "diamond"),
@@ -42,6 +42,10 @@ SIGNS = {"better": "#009E73", "worse": "#D55E00"}
 BARS = 200  # at most so many users are drawn; of more users evenly spaced ones
 COSTS = {"calls": "LLM calls", "tokens": "tokens", "llm_seconds": "seconds of LLM"}
 AREA = (460, 340)  # width and height of the plot of costs in pixels
+HEIGHT = 13  # of a label in pixels
+SIDES: tuple[tuple[int, Literal["left", "right"]], ...] = ((1, "left"), (-1, "right"))
+UPWARD = sorted((step * HEIGHT / 2 for step in range(-60, 61)), key=abs)
+"""Vertical distances of a label from its point that are tried, the nearest first."""
 
 
 def plots(report: Report) -> dict[str, Plot]:
@@ -72,7 +76,7 @@ def write(report: Report, folder: Path) -> Path:
 
 def score_plot(report: Report, metric: str) -> Plot:
     """Each method's figure with its 95 % interval; the dashed line is the baseline."""
-    rows, (colour, shape) = report.by_group, _looks(report.by_group)
+    rows, (colour, shape) = report.by_group, _looks_of_groups(report.by_group)
     figures = {row.method: row.result.metrics[metric] for row in rows}
     data = []
     for row in rows:
@@ -80,21 +84,22 @@ def score_plot(report: Report, metric: str) -> Plot:
         names = {"method": row.method, "part": GROUPS[row.group]}
         data.append({**names, "value": value, "low": low, "high": high})
     axis = alt.Axis(title=None, domain=False, ticks=False, labelLimit=220, labelPadding=6)
-    base = chart(data).encode(y=alt.Y("method:N", sort=list(figures), axis=axis))
-    look: dict[str, Any] = {"title": _axis(report, metric), "scale": alt.Scale(zero=False)}
+    base = _chart(data).encode(y=alt.Y("method:N", sort=list(figures), axis=axis))
+    title = axis_title(metric, report.sign(metric) > 0)
+    look: dict[str, Any] = {"title": title, "scale": alt.Scale(zero=False)}
     x, x_low = alt.X("value:Q", **look), alt.X("low:Q", **look)
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
     failed = base.transform_filter("!isValid(datum.value)").mark_text(align="left", text="failed")
-    marks = points(base.transform_filter("isValid(datum.value)"))
+    marks = base.transform_filter("isValid(datum.value)").mark_point(size=70, **MARK)
     layers = [
         interval.encode(x=x_low, x2="high:Q", color=colour),
         marks.encode(x=x, color=colour, shape=shape),
         failed.encode(x=alt.value(4)),
     ]
     if report.baseline and not math.isnan(value := figures[report.baseline][0]):
-        dashes = chart([{"value": value}]).mark_rule(strokeDash=[4, 3], color="#999999")
+        dashes = _chart([{"value": value}]).mark_rule(strokeDash=[4, 3], color="#999999")
         layers.insert(0, dashes.encode(x="value:Q"))
-    return styled(alt.layer(*layers).properties(width=340, height=alt.Step(19)))
+    return _styled(alt.layer(*layers).properties(width=340, height=alt.Step(19)))
 
 
 def cost_plot(report: Report, measure: str) -> Plot | None:
@@ -107,51 +112,79 @@ def cost_plot(report: Report, measure: str) -> Plot | None:
     values = [row.result.metrics[metric][0] for row in rows]
     room = 0.08 * (max(values) - min(values)) or 0.05
     most, low, high = 1.1 * max(costs), min(values) - room, max(values) + room
+    data = _labelled(list(zip(rows, costs, values, strict=True)), most, low, high)
     x_scale = alt.Scale(type="sqrt", domain=[0, most], nice=False)
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     x_title, ticks = f"{COSTS[measure]} a query (root scale)", alt.Axis(tickCount=6)
     x = alt.X("cost:Q", title=x_title, axis=ticks, scale=x_scale)
-    y = alt.Y("value:Q", title=_axis(report, metric), scale=y_scale)
-    base = chart(_labelled(rows, costs, values, (most, low, high)))
-    colour, shape = _looks(rows)
+    y = alt.Y("value:Q", title=axis_title(metric, report.sign(metric) > 0), scale=y_scale)
+    base, (colour, shape) = _chart(data), _looks_of_groups(rows)
     leader = base.transform_filter("datum.moved").mark_rule(color="#999999", strokeWidth=0.7)
-    names = base.encode(x="at:Q", y="height:Q", text="method:N")
-    left, right = (
-        names.transform_filter(f"datum.side == '{side}'").mark_text(align=side, fontSize=11)
-        for side in ("left", "right")
-    )
-    marks = points(base).encode(x=x, y=y, color=colour, shape=shape)
     leaders = leader.encode(x=x, y=y, x2="at:Q", y2="height:Q")
-    width, height = AREA
-    return styled(alt.layer(leaders, marks, left, right).properties(width=width, height=height))
+    marks = base.mark_point(size=70, **MARK).encode(x=x, y=y, color=colour, shape=shape)
+    names = base.encode(x="at:Q", y="height:Q", text="method:N")
+    sides = [
+        names.transform_filter(f"datum.side == '{side}'").mark_text(align=side, fontSize=11)
+        for _, side in SIDES
+    ]
+    chart = alt.layer(leaders, marks, *sides).properties(width=AREA[0], height=AREA[1])
+    return _styled(chart)
 
 
 def _labelled(
-    rows: Sequence[TableRow],
-    costs: Sequence[float],
-    values: Sequence[float],
-    ends: tuple[float, float, float],
+    points: Sequence[tuple[TableRow, float, float]], most: float, low: float, high: float
 ) -> list[dict[str, Any]]:
-    """Points with labels; `ends` of the axes: greatest cost, lowest and highest value."""
-    most, low, high = ends
+    """Methods, costs and values as rows of a chart, each with its label's place; the axes end at
+    the cost `most` and the values `low` and `high`.
+    """
+    (width, height), rows = AREA, []
     pixels = [
-        (AREA[0] * math.sqrt(cost / most), AREA[1] * (high - value) / (high - low))
-        for cost, value in zip(costs, values, strict=True)
+        (width * math.sqrt(cost / most), height * (high - value) / (high - low))
+        for _, cost, value in points
     ]
-    labels = label_places(pixels, [6.2 * len(row.method) for row in rows], AREA)
-    return [
-        {
-            "method": row.method,
-            "part": GROUPS[row.group],
-            "cost": cost,
-            "value": value,
-            "side": label.side,
-            "at": most * (label.x / AREA[0]) ** 2,
-            "height": high - (high - low) * label.y / AREA[1],
-            "moved": label.moved,
-        }
-        for row, cost, value, label in zip(rows, costs, values, labels, strict=True)
-    ]
+    labels = label_places(pixels, [6.2 * len(row.method) for row, *_ in points])
+    for (row, cost, value), label in zip(points, labels, strict=True):
+        at, up = most * (label.x / width) ** 2, high - (high - low) * label.y / height
+        place = {"side": label.side, "moved": label.moved, "at": at, "height": up}
+        names = {"method": row.method, "part": GROUPS[row.group]}
+        rows.append({**names, "cost": cost, "value": value, **place})
+    return rows
+
+
+class Label(NamedTuple):
+    """Where a label is, in pixels: its text begins (side left) or ends (right) at x, around y."""
+
+    x: float
+    y: float
+    width: float
+    side: Literal["left", "right"]
+    moved: bool = False  # above or below its point's height
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom."""
+        left = self.x if self.side == "left" else self.x - self.width
+        return left, self.y - HEIGHT / 2, left + self.width, self.y + HEIGHT / 2
+
+
+def label_places(points: Sequence[tuple[float, float]], widths: Sequence[float]) -> list[Label]:
+    """Each point's label beside it, or at the nearest height where it covers no point or label."""
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+
+    def free(label: Label) -> bool:
+        left, top, right, bottom = label.box
+        inside = left >= 0 and top >= 0 and right <= AREA[0] and bottom <= AREA[1]
+        return inside and not any(
+            left < t[2] and t[0] < right and top < t[3] and t[1] < bottom for t in taken
+        )
+
+    labels = []
+    for (x, y), width in zip(points, widths, strict=True):
+        places = [(up, sign, side) for up in UPWARD for sign, side in SIDES]
+        tries = [Label(x + 9 * sign, y + up, width, side, up != 0) for up, sign, side in places]
+        labels.append(next(filter(free, tries), tries[0]))
+        taken.append(labels[-1].box)
+    return labels
 
 
 def users_plot(report: Report) -> Plot | None:
@@ -161,8 +194,10 @@ def users_plot(report: Report) -> Plot | None:
     for row in report.by_group:
         if own := row.comparison:
             panel = f"{row.method}|{own.wins} better, {own.ties} same, {own.losses} worse"
-            changes = changes_by_user(run.task, pair(run.of(row.method), base)).values()
-            for place, change in enumerate(_thinned(sorted(changes, reverse=True))):
+            by_user = changes_by_user(run.task, pair(run.of(row.method), base))
+            changes = sorted(by_user.values(), reverse=True)
+            places = np.linspace(0, len(changes) - 1, min(BARS, len(changes)))
+            for place, change in enumerate(changes[round(at)] for at in places):
                 sign = "better" if change > 0 else "worse"
                 rows.append({"panel": panel, "place": place, "difference": change, "sign": sign})
     if not rows:
@@ -172,30 +207,14 @@ def users_plot(report: Report) -> Plot | None:
     x = alt.X("place:O", axis=None, scale=alt.Scale(padding=0.15))
     y = alt.Y("difference:Q", title=None, axis=alt.Axis(tickCount=4, gridColor=zero))
     colour = alt.Color("sign:N", title=None, scale=signs, legend=None)
-    bars = chart(rows).mark_bar().encode(x=x, y=y, color=colour)
+    bars = _chart(rows).mark_bar().encode(x=x, y=y, color=colour)
     lines: dict[str, Any] = {"labelExpr": "split(datum.value, '|')", "labelLineHeight": 13}
     header = alt.Header(title=None, labelAnchor="start", labelFontSize=11, **lines)
     panels = list(dict.fromkeys(row["panel"] for row in rows))
     facet = alt.Facet("panel:N", sort=panels, header=header)
     drawn: alt.FacetChart = bars.properties(width=165, height=80).facet(facet=facet, columns=3)
-    heading = title(f"mean gain of each user minus {report.baseline}'s")
-    return styled(drawn.resolve_scale(x="independent").properties(title=heading, spacing=14))
-
-
-def _thinned(values: Sequence[float]) -> list[float]:
-    if len(values) <= BARS:
-        return list(values)
-    return [values[round(place)] for place in np.linspace(0, len(values) - 1, BARS)]
-
-
-def _axis(report: Report, metric: str) -> str:
-    return axis_title(metric, report.sign(metric) > 0)
-
-
-def _looks(rows: Sequence[TableRow]) -> tuple[alt.Color, alt.Shape]:
-    """Colour and shape by the part of the table."""
-    groups = {GROUPS[row.group]: LOOKS[row.group] for row in rows}
-    return looks("part", groups, columns=3)
+    heading = alt.TitleParams(f"mean gain of each user minus {report.baseline}'s", **HEADING)
+    return _styled(drawn.resolve_scale(x="independent").properties(title=heading, spacing=14))
 
 
 # ---- the curve of a sweep
@@ -215,31 +234,29 @@ def curve(data: Sequence[Point], x: str, y: str, heading: str = "", log: bool = 
     """A line per method over what a sweep varies: numbers to scale (`log`: logarithmic, but for 0),
     or names in order. Unknown intervals (NaN) and points without a value are left out.
     """
-    if any(isinstance(point.x, str) for point in data):  # 1, 5, all
-        data = [point._replace(x=str(point.x)) for point in data]
     methods = dict.fromkeys(point.method for point in data)
     styles = zip(methods, cycle(LINES), cycle(SHAPES), strict=False)
-    colour, shape = looks("method", {name: look for name, *look in styles}, columns=2)
+    colour, shape = _looks("method", {name: look for name, *look in styles}, columns=2)
+    if any(isinstance(point.x, str) for point in data):  # 1, 5, all
+        names = list(dict.fromkeys(str(point.x) for point in data))
+        data = [point._replace(x=str(point.x)) for point in data]
+        x_axis = alt.X("x:O", title=x, sort=names, axis=alt.Axis(labelAngle=0))
+    else:
+        x_scale = alt.Scale(type="symlog" if log else "linear", zero=False, padding=12)
+        ticks = alt.Axis(values=sorted({float(point.x) for point in data}))
+        x_axis = alt.X("x:Q", title=x, axis=ticks, scale=x_scale)
     rows = [point._asdict() for point in data if not math.isnan(point.value)]
-    base = chart(rows).encode(x=_x_axis([point.x for point in data], x, log), color=colour)
-    scale = alt.Scale(zero=False)
+    base, scale = _chart(rows).encode(x=x_axis, color=colour), alt.Scale(zero=False)
     value, low = alt.Y("value:Q", title=y, scale=scale), alt.Y("low:Q", title=y, scale=scale)
     interval = base.transform_filter("isValid(datum.low)").encode(y=low, y2="high:Q")
     layers = alt.layer(
         interval.mark_area(opacity=0.12),
         interval.mark_rule(opacity=0.5),
         base.mark_line(strokeWidth=2).encode(y=value),
-        points(base, 60).encode(y="value:Q", shape=shape),
+        base.mark_point(size=60, **MARK).encode(y="value:Q", shape=shape),
     )
-    return styled(layers.properties(width=420, height=260, title=title(heading)))
-
-
-def _x_axis(values: Sequence[float | str], name: str, log: bool) -> alt.X:
-    if names := [value for value in dict.fromkeys(values) if isinstance(value, str)]:
-        return alt.X("x:O", title=name, sort=names, axis=alt.Axis(labelAngle=0))
-    numbers = sorted({float(value) for value in values})
-    scale = alt.Scale(type="symlog" if log else "linear", zero=False, padding=12)
-    return alt.X("x:Q", title=name, axis=alt.Axis(values=numbers), scale=scale)
+    title = alt.TitleParams(heading, **HEADING)
+    return _styled(layers.properties(width=420, height=260, title=title))
 
 
 # ---- what all charts share
@@ -252,24 +269,17 @@ def svg(plot: Plot) -> str:
     return text.getvalue()
 
 
-def chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
+def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
     """A chart that holds its rows; NaN is null."""
     values = [{name: None if v != v else v for name, v in row.items()} for row in rows]
     return alt.Chart(alt.InlineData(values=values))
 
 
-def points(base: alt.Chart, size: int = 70) -> alt.Chart:
-    """Filled marks for the rows of a chart."""
-    marks: alt.Chart = base.mark_point(filled=True, size=size, opacity=1)
-    return marks
+def _looks_of_groups(rows: Sequence[TableRow]) -> tuple[alt.Color, alt.Shape]:
+    return _looks("part", {GROUPS[row.group]: LOOKS[row.group] for row in rows}, columns=3)
 
 
-def title(text: str) -> alt.TitleParams:
-    """A small heading at the left."""
-    return alt.TitleParams(text, anchor="start", fontSize=12, fontWeight="normal")
-
-
-def looks(
+def _looks(
     column: str, of_names: Mapping[str, Sequence[str]], columns: int
 ) -> tuple[alt.Color, alt.Shape]:
     """Colour and shape of each name in a column, with a legend of `columns` below the plot."""
@@ -283,8 +293,9 @@ def looks(
     return colour, alt.Shape(f"{column}:N", scale=shapes, **options)
 
 
-def styled(plot: Plot) -> Plot:
+def _styled(plot: Plot) -> Plot:
     """Dark on white, without a description of every mark, as pages have a caption."""
-    configured = plot.configure(font=FONT, background="white", aria=False, axis=AXIS)
+    font = "Helvetica, Arial, sans-serif"
+    configured = plot.configure(font=font, background="white", aria=False, axis=AXIS)
     plain: Plot = configured.configure_view(stroke=None)
     return plain

@@ -1,9 +1,13 @@
-"""What a run was: LLM, users, queries, settings that limit it, versions. Knows no texts."""
+"""What a run was (LLM, users, queries, limiting settings, versions), and what it cost: per query
+and method, and once for learning. Knows no LLM and no texts.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra_llm.bench.report.tables import Run
+from hydra_llm.bench.report.tables import Report, Run
+from hydra_llm.bench.runlog import by_method
+from hydra_llm.types import Usage
 
 LIMITS = {
     "retrieved": "M = {} records to rerank",
@@ -14,6 +18,7 @@ LIMITS = {
 }
 """Setting → its text; a setting without a value is left out."""
 VERSIONS = ("hydra_llm", "commit", "python", "torch", "transformers")
+STAGES = ("retrieve", "rerank", "prompt", "adapt")  # of this library, in the data's order
 
 
 def run_summary(run: Run) -> dict[str, str]:
@@ -21,6 +26,7 @@ def run_summary(run: Run) -> dict[str, str]:
     manifest, task, seeds = run.manifest, run.task, run.seeds
     llm, settings = manifest.get("llm", {}), manifest.get("settings", {})
     weights = {seed: digest for seed, digest in manifest.get("weights", {}).items() if digest}
+    limits = {name: settings[name] for name in LIMITS if settings.get(name) is not None}
     summary = {
         "LLM": ", ".join(str(llm[key]) for key in ("model", "kind", "engine") if llm.get(key)),
         "users": manifest.get("users"),
@@ -29,7 +35,7 @@ def run_summary(run: Run) -> dict[str, str]:
         "task": f"{task.kind}, {len(task.labels)} labels" if task.labels else task.kind,
         "answers are read": settings.get("parsing"),
         "trained on": f"{manifest['trained_on']} users" if "trained_on" in manifest else None,
-        "limits": limits(settings),
+        "limits": ", ".join(LIMITS[name].format(value) for name, value in limits.items()),
         "versions": ", ".join(f"{key} {manifest[key]}" for key in VERSIONS if manifest.get(key)),
         "data": str(manifest.get("data", ""))[:16],
         "weights": ", ".join(f"seed {seed}: {digest[:12]}" for seed, digest in weights.items()),
@@ -37,13 +43,73 @@ def run_summary(run: Run) -> dict[str, str]:
     return {name: str(value) for name, value in summary.items() if value not in (None, "")}
 
 
-def limits(settings: Mapping[str, Any]) -> str:
-    """`M = 5 records to rerank, 8 samples, ...`."""
-    known = {name: text for name, text in LIMITS.items() if settings.get(name) is not None}
-    return ", ".join(text.format(settings[name]) for name, text in known.items())
-
-
 def summary_line(run: Run) -> str:
     """The summary in one line, without the digests of data and weights."""
     summary = {**run_summary(run), "data": "", "weights": ""}
     return "; ".join(f"{name}: {value}" for name, value in summary.items() if value)
+
+
+def cost_rows(report: Report) -> list[dict[str, Any]]:
+    """A row per method: the LLM's cost per query, this run's milliseconds per stage."""
+    return [
+        {
+            "method": result.method,
+            "LLM calls": round(result.calls, 2),
+            "tokens": round(result.tokens),
+            "money": float(f"{result.cost:.3g}"),
+            "LLM s": round(result.llm_seconds, 2),
+            **{f"{name} ms": round(1000 * result.seconds.get(name, 0.0), 2) for name in STAGES},
+        }
+        for result in (row.result for row in report.rows)
+    ]
+
+
+def learning_rows(report: Report) -> list[dict[str, Any]]:
+    """A row per stage of learning: label, train, fit the new users; then of methods that learn
+    while they answer (BBox-Adapter): they share HYDRA's calls for labelled queries.
+    """
+    rows = []
+    for seed, stage, spent in _stages(report.run):
+        users, prompt, completion, calls = (
+            int(spent[name]) for name in ("users", "prompt_tokens", "completion_tokens", "calls")
+        )
+        cost = report.prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
+        row = {
+            "seed": seed,
+            "stage": stage,
+            "users": users,
+            "LLM calls": calls,
+            "tokens": prompt + completion,
+            "money": float(f"{cost:.3g}"),
+            "seconds": round(spent["seconds"], 2),
+            "s per user": round(spent["seconds"] / users, 3) if users else None,
+        }
+        rows.append(row)
+    return rows
+
+
+def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, float]]]:
+    """Seed, stage and its costs. Seeds make the same LLM calls, which count once."""
+    shared = set()
+    for learned in run.learning:
+        seed, fitted = learned.get("seed"), learned.get("fitted", {}).get("stages", {})
+        new = {f"{stage}, new users": spent for stage, spent in fitted.items()}
+        for stage, spent in {**learned.get("stages", {}), **new}.items():
+            if not spent["calls"]:
+                yield seed, stage, spent
+            elif stage not in shared:
+                shared.add(stage)
+                yield "all" if len(run.learning) > 1 else seed, stage, spent
+    first = min(run.seeds, default=0)
+    seed = "all" if len(run.seeds) > 1 else first
+    learners = (sample for sample in run.samples if sample.seed == first and sample.learned)
+    for method, samples in by_method(learners).items():
+        # a run that was continued learned again: the same users and histories count once
+        costs = {key: cost for sample in samples for key, cost in sample.learned.items()}
+        if of_all := costs.pop("", None):
+            yield seed, method, of_all
+        if costs:
+            names = next(iter(costs.values()))
+            sums = {name: sum(cost[name] for cost in costs.values()) for name in names}
+            users = len({key.partition(":")[2] for key in costs})
+            yield seed, f"{method}, new users", {**sums, "users": users}

@@ -6,29 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.report.cells import axis_title, cell, difference, require
-from hydra_llm.bench.runlog import as_read
+from hydra_llm.bench.report.cells import axis_title, cell, difference
+from hydra_llm.bench.runlog import as_read, write_json
 from hydra_llm.bench.stats import Paired
 from hydra_llm.errors import SettingsError
 
-FILE = "sweep.json"
-OLD_FILE = "study.json"  # its name in earlier versions
+FILES = ("sweep.json", "study.json")  # its name, and that in earlier versions
 SweepResult = Mapping[str, Any]  # the content of `sweep.json`: no text of the data, and no path
 
 
-def _file(folder: Path) -> Path:
-    new, old = folder / FILE, folder / OLD_FILE
-    return old if old.exists() and not new.exists() else new
+def sweep_file(folder: Path) -> Path | None:
+    """The file in which a sweep has left its results; None if there is none."""
+    return next((folder / name for name in FILES if (folder / name).exists()), None)
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether a sweep has left its results there."""
-    return _file(folder).exists()
-
-
-def open_sweep(folder: Path) -> SweepResult:
+def open_sweep(file: Path) -> SweepResult:
     """Read the results of a sweep; SettingsError if they are damaged, or of another version."""
-    file = _file(folder)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         sweep_rows(result)
@@ -40,54 +33,50 @@ def open_sweep(folder: Path) -> SweepResult:
 
 def write_sweep(result: SweepResult, folder: Path) -> Path:
     """Write `sweep.json`, in which NaN is null."""
-    file = folder / FILE
-    text = json.dumps(as_read(result), indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    file = folder / FILES[0]
+    write_json(file, as_read(result))
     return file
 
 
 def sweep_rows(result: SweepResult) -> list[dict[str, Any]]:
     """A row per point and method, for people."""
     metric, series = result["metric"], any(point.get("series") for point in result["points"])
-    return [
-        {
+    rows = []
+    for point, of_method in _by_method(result):
+        change, against = "", of_method["against"]
+        if against is not None:
+            own = against["metrics"][metric]
+            value, low, high, p = _numbers([own[n] for n in ("difference", "low", "high", "p")])
+            change = difference(Paired(value, low, high, p, own["samples"], own["users"]))
+        row = {
             result["x"]: point["x"],
             **({"series": point.get("series", "")} if series else {}),
-            "method": row["method"],
-            **{name: cell(*_numbers(figures)) for name, figures in row["metrics"].items()},
-            f"{metric} minus first point's": _difference(row["against"], metric),
-            "queries": row["queries"],
-            "LLM calls": round(row["calls"], 1),
-            "failed": row["failed"],
+            "method": of_method["method"],
+            **{name: cell(*_numbers(figures)) for name, figures in of_method["metrics"].items()},
+            f"{metric} minus first point's": change,
+            "queries": of_method["queries"],
+            "LLM calls": round(of_method["calls"], 1),
+            "failed": of_method["failed"],
         }
-        for point, row in _rows(result)
-    ]
+        rows.append(row)
+    return rows
 
 
 def sweep_svg(result: SweepResult) -> str:
-    """The first metric over what varied, as SVG; needs the extra `report`."""
-    require()
+    """The first metric over what varied, as SVG; SettingsError without the extra `report`."""
     from hydra_llm.bench.report import plots
 
     metric, points = result["metric"], []
-    for point, row in _rows(result):
+    for point, row in _by_method(result):
         name = ", ".join(filter(None, (row["method"], point.get("series"))))
         points.append(plots.Point(name, point["x"], *_numbers(row["metrics"][metric])))
     y = axis_title(metric, result["higher_is_better"])
     return plots.svg(plots.curve(points, result["x"], y, result["question"], result["log"]))
 
 
-def _rows(result: SweepResult) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _by_method(result: SweepResult) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     return ((point, row) for point in result["points"] for row in point["methods"])
 
 
 def _numbers(figures: Sequence[float | None]) -> list[float]:
     return [math.nan if figure is None else figure for figure in figures]
-
-
-def _difference(against: Mapping[str, Any] | None, metric: str) -> str:
-    if against is None:
-        return ""
-    own = against["metrics"][metric]
-    value, low, high, p = _numbers([own[name] for name in ("difference", "low", "high", "p")])
-    return difference(Paired(value, low, high, p, own["samples"], own["users"]))

@@ -57,14 +57,10 @@ class Run:
         return {name: groups[name] for name in order}
 
     @property
-    def methods(self) -> list[str]:
-        return list(self.by_method)
-
-    @property
     def seeds(self) -> list[int]:
         """Of the learned parts."""
-        with_seeds = [own for name, own in self.by_method.items() if not per_sample(name)]
-        return sorted({sample.seed for own in with_seeds for sample in own})
+        learned = [own for name, own in self.by_method.items() if not per_sample(name)]
+        return sorted({sample.seed for own in learned for sample in own})
 
     def of(self, method: str) -> list[Sample]:
         return self.by_method.get(method, [])
@@ -87,7 +83,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, Comparison]:
     both = f"{first.folder} and {second.folder}"
     if first.manifest["data"] != second.manifest["data"]:
         raise SettingsError(f"{both} answer other data sets: their answers cannot be paired")
-    common = [method for method in first.methods if method in second.by_method]
+    common = [method for method in first.by_method if method in second.by_method]
     if not common:
         raise SettingsError(f"{both} have no method in common")
     return {name: compare(first.task, second.of(name), first.of(name)) for name in common}
@@ -95,9 +91,9 @@ def compare_runs(first: Run, second: Run) -> dict[str, Comparison]:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A method in the table: improvement over the best prompt-based method of each metric (HYDRA
-    4.2), and without BLEU, whose ratios are large for short texts, as it is near 0 there;
-    difference from the baseline, None for the baseline itself, and without one.
+    """A method in the table: mean relative improvement over the best prompt-based method of each
+    metric (HYDRA 4.2), and without BLEU, whose ratios are large for short texts, as it is near 0
+    there; difference from the baseline, None for the baseline itself, and without one.
     """
 
     group: str
@@ -117,13 +113,8 @@ class Report:
 
     run: Run
     rows: tuple[TableRow, ...]
-    prices: Prices = FREE
-
-    @property
-    def baseline(self) -> str | None:
-        """The method that the others are compared with."""
-        alone = [row.method for row in self.rows if row.comparison is None]
-        return alone[0] if len(alone) == 1 else None
+    baseline: str | None  # the method that the others are compared with
+    prices: Prices
 
     @property
     def by_group(self) -> list[TableRow]:
@@ -138,7 +129,7 @@ class Report:
     @property
     def metrics(self) -> list[str]:
         """The task's metrics, the first one first."""
-        return list(self.rows[0].result.metrics)
+        return list(self.run.task.metric_specs)
 
     def sign(self, metric: str) -> int:
         """1 if more is better, −1 if less is."""
@@ -148,13 +139,12 @@ class Report:
     def marks(self) -> dict[tuple[str, str], int]:
         """(method, metric) → 1 for the best of the ranked groups, 2 for the second best."""
         marks: dict[tuple[str, str], int] = {}
-        ranked = {row.method: row.result.metrics for row in self.rows if row.group in RANKED}
+        ranked = [row for row in self.rows if row.group in RANKED]
         for metric in self.metrics:
-            values = {name: self.sign(metric) * own[metric][0] for name, own in ranked.items()}
+            sign = self.sign(metric)
+            values = {row.method: sign * row.result.metrics[metric][0] for row in ranked}
             best = sorted({v for v in values.values() if not math.isnan(v)}, reverse=True)[:2]
-            for name, value in values.items():
-                if value in best:
-                    marks[name, metric] = 1 + best.index(value)
+            marks |= {(m, metric): 1 + best.index(v) for m, v in values.items() if v in best}
         return marks
 
 
@@ -165,27 +155,21 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
     samples = list(chain(*run.by_method.values()))
     results = {result.method: result for result in tabulate(run.task, samples, prices)}
     prompts = [result for name, result in results.items() if group_of(name) == "prompt"]
-    specs, best = run.task.metric_specs, dict[str, str]()
-    for metric, spec in specs.items():
+    best: dict[str, str] = {}
+    for metric, spec in run.task.metric_specs.items():
         values = {row.method: spec.sign * row.metrics[metric][0] for row in prompts}
-        known = [name for name, value in values.items() if not math.isnan(value)]
-        if known:
+        if known := [name for name, value in values.items() if not math.isnan(value)]:
             best[metric] = max(known, key=values.__getitem__)
-    base = baseline or best.get(next(iter(specs)))
+    base = baseline or best.get(next(iter(run.task.metric_specs)))
+    if base is None and len(results) == 1:
+        (base,) = results
     if base is not None and base not in results:
         raise SettingsError(f"{run.folder}: no method '{base}': take one of {', '.join(results)}")
-    without_bleu = {name: top for name, top in best.items() if specs[name].in_improvement}
-    rows = (
-        TableRow(
-            group_of(name),
-            result,
-            _over(run, name, best),
-            _over(run, name, without_bleu),
-            compare(run.task, run.of(name), run.of(base)) if base and name != base else None,
-        )
-        for name, result in results.items()
-    )
-    return Report(run, tuple(rows), prices)
+    rows = []
+    for name, result in results.items():
+        against = compare(run.task, run.of(name), run.of(base)) if base and name != base else None
+        rows.append(TableRow(group_of(name), result, *_over_prompts(run, name, best), against))
+    return Report(run, tuple(rows), base, prices)
 
 
 def group_of(method: str) -> str:
@@ -194,16 +178,18 @@ def group_of(method: str) -> str:
     return known.group if known and known.group in GROUPS else "hydra"
 
 
-def _over(run: Run, method: str, best: Mapping[str, str]) -> Relative | None:
-    """`best`: metric → the prompt-based method that is best by it."""
-    tops = set(best.values())
-    scores = {top: scored_pairs(run.task, pair(run.of(method), run.of(top))) for top in tops}
-    cases = []
+def _over_prompts(
+    run: Run, method: str, best: Mapping[str, str]
+) -> tuple[Relative | None, Relative | None]:
+    """With and without BLEU; `best`: metric → the prompt-based method that is best by it."""
+    task, tops, cases, without_bleu = run.task, set(best.values()), [], []
+    scores = {top: scored_pairs(task, pair(run.of(method), run.of(top))) for top in tops}
     for metric, top in best.items():
         ours, theirs, users = scores[top]
         if users:
             cases.append((ours[metric], theirs[metric], users))
-    return relative(cases) if cases else None
+            without_bleu += cases[-1:] if task.metric_specs[metric].in_improvement else []
+    return relative(cases), relative(without_bleu)
 
 
 def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
@@ -228,16 +214,14 @@ def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
 
 def overall_rows(shares: Mapping[str, Mapping[str, Relative]]) -> list[dict[str, Any]]:
     """A row per method, the best first."""
-    order = sorted(shares, key=lambda method: -next(iter(shares[method].values())).change)
-    return [
-        {"method": method, **{what: share(over) for what, over in shares[method].items()}}
-        for method in order
-    ]
+    rows = sorted(shares.items(), key=lambda row: -next(iter(row[1].values())).change)
+    return [{"method": name, **{what: share(over[what]) for what in over}} for name, over in rows]
 
 
-def method_rows(report: Report) -> list[dict[str, Any]]:
-    """A row per method, part by part; * best, ' second best."""
-    marks = {0: "", 1: " *", 2: " '"}
+def method_rows(
+    report: Report, marks: tuple[str, str, str] = ("", " *", " '")
+) -> list[dict[str, Any]]:
+    """A row per method, part by part; `marks` follow a figure: none, of the best, second best."""
     return [
         {
             "part": GROUPS[row.group],
@@ -259,8 +243,7 @@ def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[dict[str, Any
     """A row per method: paired differences, users better and worse, queries needed."""
     rows = []
     for method, own in comparisons.items():
-        users = own.wins + own.ties + own.losses
-        needed = next(iter(own.needed.values()), None)
+        users, needed = own.wins + own.ties + own.losses, next(iter(own.needed.values()), None)
         row = {
             "method": method,
             **{name: difference(change) for name, change in own.metrics.items()},
