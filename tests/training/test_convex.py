@@ -190,8 +190,7 @@ def test_one_user_or_uninformative_groups_are_enough() -> None:
     _, heads = quickly(scorer, table)
     assert loss_of(scorer, table, heads) < uniform_loss(table, "listwise")
     blank = replace(
-        table,
-        groups=table.groups.with_target(torch.zeros_like(table.groups.mask, dtype=torch.float32)),
+        table, groups=replace(table.groups, target=torch.zeros(table.groups.mask.shape))
     )
     scorer = cross_scorer("linear", table)
     quickly(scorer, blank)

@@ -173,7 +173,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train_jointly(scorer_of(table), table, CONFIG, checkpoint=file, done=stop_after(1))
     assert table.groups.target is not None
-    other = replace(table, groups=table.groups.with_target(table.groups.target.flip(0)))
+    other = replace(table, groups=replace(table.groups, target=table.target.flip(0)))
     with pytest.raises(BundleError):
         train_jointly(scorer_of(table), other, CONFIG, checkpoint=file)
 

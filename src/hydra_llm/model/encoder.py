@@ -21,7 +21,6 @@ from torch.nn.functional import normalize
 from hydra_llm.errors import SettingsError
 
 Pooling = Literal["mean", "cls"]
-Text = str | tuple[str, str]
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
@@ -64,7 +63,14 @@ class Encoder(torch.nn.Module):
         # grows with every step of an optimizer and every load
         version = sum(tensor._version for tensor in self._tensors)
         if self._digest is None or self._digest[0] != version:
-            self._digest = version, self._compute_digest()
+            hasher = hashlib.sha256(json.dumps([self.pooling, self.max_length]).encode())
+            tokens = [encoding.ids for encoding in self._backend.encode_batch(PROBE)]
+            hasher.update(json.dumps([sorted(self._backend.get_vocab().items()), tokens]).encode())
+            for name, tensor in sorted(self.model.state_dict().items()):
+                hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                hasher.update(flat.view(torch.uint8).numpy().data)
+            self._digest = version, hasher.hexdigest()
         return self._digest[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -72,29 +78,19 @@ class Encoder(torch.nn.Module):
         self._digest = self._tensors = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _compute_digest(self) -> str:
-        hasher = hashlib.sha256(json.dumps([self.pooling, self.max_length]).encode())
-        tokens = [encoding.ids for encoding in self._backend.encode_batch(PROBE)]
-        hasher.update(json.dumps([sorted(self._backend.get_vocab().items()), tokens]).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            hasher.update(flat.view(torch.uint8).numpy().data)
-        return hasher.hexdigest()
-
     def encode(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
         """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine."""
-        return normalize(self._encode(list(texts), batch), dim=1).numpy()
+        return normalize(self._encode(_clean(texts), batch), dim=1).numpy()
 
     def encode_pairs(
         self, left: Sequence[str], right: Sequence[str], batch: int = 16
     ) -> np.ndarray:
         """Each pair as one text (`cross`), [B, H] float32, not normalised."""
-        return self._encode(list(zip(left, right, strict=True)), batch).numpy()
+        return self._encode(list(zip(_clean(left), _clean(right), strict=True)), batch).numpy()
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """As `encode_pairs`, in one batch, with gradients and (in training mode) dropout."""
-        return self._forward(self._tokenize(list(zip(left, right, strict=True))))
+        return self._forward(self._tokenize(list(zip(_clean(left), _clean(right), strict=True))))
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that `open_encoder(str(folder))` gives the same digest."""
@@ -102,9 +98,12 @@ class Encoder(torch.nn.Module):
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-    def _encode(self, texts: Sequence[Text], batch: int) -> Tensor:
-        rows = torch.empty(len(texts), self.width)
-        with _evaluating(self), torch.inference_mode():
+    @torch.inference_mode()
+    def _encode(self, texts: Sequence[Any], batch: int) -> Tensor:
+        rows, training = torch.empty(len(texts), self.width), self.training
+        if training:
+            self.eval()  # without dropout
+        try:
             for start in range(0, len(texts), TOKENIZED_AT_ONCE):
                 encodings = self._tokenize(texts[start : start + TOKENIZED_AT_ONCE])
                 by_length = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
@@ -112,11 +111,14 @@ class Encoder(torch.nn.Module):
                     group = by_length[first : first + batch]
                     vectors = self._forward([encodings[i] for i in group])
                     rows[[start + i for i in group]] = vectors.float().cpu()
+        finally:
+            if training:
+                self.train()
         return rows
 
-    def _tokenize(self, texts: Sequence[Text]) -> list[Any]:
+    def _tokenize(self, texts: Sequence[Any]) -> list[Any]:
         global _warned_of_cut
-        encodings: list[Any] = self._backend.encode_batch_fast([_clean(text) for text in texts])
+        encodings: list[Any] = self._backend.encode_batch_fast(texts)
         count = sum(bool(encoding.overflowing) for encoding in encodings)
         self.cut += count
         if count and not _warned_of_cut:
@@ -150,12 +152,9 @@ class Encoder(torch.nn.Module):
         return torch.tensor(padded, device=self.model.device)
 
 
-def _clean(text: Text) -> Text:
+def _clean(texts: Sequence[str]) -> list[str]:
     """Replace lone surrogates, which JSON can carry and no tokenizer reads."""
-    if isinstance(text, str):
-        return text.encode("utf-8", "replace").decode()
-    left, right = (part.encode("utf-8", "replace").decode() for part in text)
-    return left, right
+    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def _window(model: Any) -> int:
@@ -168,26 +167,11 @@ def _window(model: Any) -> int:
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on where it was on."""
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()
-
-
 def open_encoder(
     name: str, *, pooling: Pooling = "mean", max_length: int = 256, device: str = "cpu"
 ) -> Encoder:
     """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
-
-    Raises:
-        SettingsError: it is not there, cannot be reached, or is no encoder of texts.
+    Raises SettingsError: it is not there, cannot be reached, or is no encoder of texts.
     """
     if name == "minilm":
         model, tokenizer = _load(_minilm_folder(), local=True)
@@ -237,15 +221,13 @@ def _load(source: str, *, local: bool) -> tuple[Any, Any]:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            model, info = AutoModel.from_pretrained(
-                source, local_files_only=local, output_loading_info=True
-            )
+            with_info = {"local_files_only": local, "output_loading_info": True}
+            model, info = AutoModel.from_pretrained(source, **with_info)
     except Exception as error:  # of any tree: the hub client lets all of them through
         fix = "it needs config.json, tokenizer.json and model.safetensors of an encoder"
         problem = f"encoder '{source}' cannot be loaded ({_first_line(error)})"
         raise SettingsError(f"{problem}: {fix}") from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
+    if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
         lack = f"the checkpoint lacks {len(missing)} weights, '{missing[0]}' among them"
         raise SettingsError(f"encoder '{source}': {lack}")
     return model, tokenizer

@@ -63,9 +63,7 @@ class FeatureCache:
 
     def forget(self, texts: Iterable[str]) -> int:
         """Delete every feature of these texts, alone or in pairs, of any encoder; returns how many.
-
-        Raises:
-            UserFault: they could not be deleted from the file.
+        Raises UserFault: they could not be deleted from the file.
         """
         texts = set(texts)
         marks, gone = set(map(hash, texts)), set[bytes]()
@@ -93,7 +91,10 @@ class FeatureCache:
             vectors = self._recall(list(wanted))
         missing = {key: item for key, item in wanted.items() if key not in vectors}
         if missing:
-            vectors.update(zip(missing, self._encode(list(missing.values())), strict=True))
+            left, right = [item[0] for item in missing.values()], [i[-1] for i in missing.values()]
+            single = len(items[0]) == 1
+            rows = self.encoder.encode(left) if single else self.encoder.encode_pairs(left, right)
+            vectors.update(zip(missing, rows, strict=True))
         with self._lock:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
@@ -107,12 +108,6 @@ class FeatureCache:
         if not keys:
             return np.empty((0, self.encoder.width), np.float32)
         return np.stack([vectors[key] for key in keys])
-
-    def _encode(self, items: list[Item]) -> np.ndarray:
-        first, last = [item[0] for item in items], [item[-1] for item in items]
-        if len(items[0]) == 1:
-            return self.encoder.encode(first)
-        return self.encoder.encode_pairs(first, last)
 
     def _recall(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         vectors: dict[bytes, np.ndarray] = {}

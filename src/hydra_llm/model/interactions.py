@@ -12,7 +12,7 @@ features, H width of φ, V length of a head's vector, K rank, N kept pairs. Know
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,9 +44,6 @@ class Groups:
         right = None if self.right is None else self.right[index]
         target = None if self.target is None else self.target[index]
         return Groups(self.left[index], right, self.side_features[index], self.mask[index], target)
-
-    def with_target(self, target: Tensor) -> "Groups":
-        return replace(self, target=target)
 
 
 class Interaction(nn.Module):
@@ -208,7 +205,7 @@ class LabelBilinear(Interaction):
 
     def dot(self, x: Tensor, v: Tensor) -> Tensor:
         """x [U, G, rank + 1], v [U, V] → scores [U, G, labels]."""
-        return torch.einsum("ugd,uld->ugl", x, self._blocks(v))
+        return torch.einsum("ugd,uld->ugl", x, v.view(len(v), self.labels, self.rank + 1))
 
     def outer(self, x: Tensor, r: Tensor) -> Tensor:
         """x [U, G, rank + 1], r [U, G, labels] → [U, V], the transpose of `dot`."""
@@ -218,7 +215,7 @@ class LabelBilinear(Interaction):
         return None
 
     def on_basis(self, x: Tensor, basis: Tensor) -> Tensor:
-        return torch.einsum("gd,kld->glk", x, self._blocks(basis))
+        return torch.einsum("gd,kld->glk", x, basis.view(-1, self.labels, self.rank + 1))
 
     def fisher(self, x: Tensor, share: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
         between = 0 if binary else share.T @ share / len(share)
@@ -226,9 +223,6 @@ class LabelBilinear(Interaction):
 
     def keys(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x, residual, torch.arange(len(x))
-
-    def _blocks(self, v: Tensor) -> Tensor:
-        return v.view(len(v), self.labels, self.rank + 1)
 
 
 def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:

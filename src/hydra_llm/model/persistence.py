@@ -1,5 +1,4 @@
-"""A bundle: all that was learned, in one folder, as plain content. Safetensors, JSON and gzipped
-JSON lines; never pickle.
+"""A bundle: all that was learned, in one folder, as safetensors and JSON; never pickle.
 
     BUNDLE/config.json          format, settings, LLM, encoder, users, scorers; sha256 and size of
                                 every content file
@@ -65,24 +64,18 @@ def encoder_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def encoder_of(files: BundleFiles) -> Encoder:
-    """The bundle's own encoder, or the one that it names.
-
-    Raises:
-        BundleError: the encoder of that name is another one than the bundle was made with.
-        SettingsError: there is no encoder of that name here.
+    """The bundle's own encoder, or the one that it names. Raises SettingsError: there is none of
+    that name here. BundleError: it is another one than the bundle was made with.
     """
-    if files.encoder is not None:
-        return files.encoder
     name = files.config["encoder"]["name"]
-    return _open_encoder(files.config["encoder"], name, f"encoder '{name}' here")
+    named = f"encoder '{name}' here"
+    return files.encoder or _open_encoder(files.config["encoder"], name, named)
 
 
 def write_bundle(folder: Path, files: BundleFiles, *, replaces: str | None = None) -> str:
     """Write a bundle, or replace an older one once the new one is complete; returns its
     `config["sha256"]`. `replaces` is that of the bundle that this one was made from; None is any.
-
-    Raises:
-        BundleError: another process writes or has changed it; it is another folder; a full disk.
+    Raises BundleError: another process writes or has changed it; another folder; a full disk.
     """
     check_place(folder)
     with _reported(folder, "cannot be written", "; a bundle that stood there is still whole"):
@@ -109,9 +102,8 @@ def check_place(folder: Path) -> None:
         raise BundleError(f"{folder}: is a file: a bundle is a folder, choose another name")
     if not folder.is_dir() or _config_or_none(folder) is not None:
         return
-    names = sorted(path.name for path in folder.iterdir() if not CONTENT.fullmatch(path.name))
-    foreign = [name for name in names if name not in (LOCK, CONFIG + ".new")]
-    if foreign:
+    names = {path.name for path in folder.iterdir() if not CONTENT.fullmatch(path.name)}
+    if foreign := sorted(names - {LOCK, CONFIG + ".new"}):
         raise BundleError(f"{folder}: holds '{foreign[0]}' and is no bundle: choose another folder")
 
 
@@ -120,7 +112,7 @@ def read_bundle(folder: Path) -> BundleFiles:
     for _ in range(RETRIES):
         text = _read_config_text(folder)
         try:
-            return _read(folder, _parse_config(folder, text))
+            return _read(folder, text)
         except BundleError:
             if text == _read_config_text(folder):
                 raise
@@ -152,8 +144,23 @@ def _config_or_none(folder: Path) -> dict[str, Any] | None:
 def _replace(folder: Path, files: BundleFiles) -> str:
     _remove_stale(folder)
     content = folder / f"content-{token_hex(4)}"
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in files.tensors.items()
+    }
+    records = [asdict(record) for user in files.records.values() for record in user]
+    for record in records:
+        record["span"] = None if record["span"] == ALWAYS else record["span"]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
     try:
-        _write_content(content, files)
+        content.mkdir()
+        (content / WEIGHTS).write_bytes(save(tensors))
+        (content / HISTORY).write_bytes(gzip.compress(lines, compresslevel=6, mtime=0))
+        (content / CARD).write_text(files.card, encoding="utf-8")
+        if files.encoder is not None:
+            files.encoder.save(content / ENCODER)
+        for path in [*content.rglob("*"), content]:
+            _sync(path)
         config = _complete(content, files)
         text = json.dumps(config, indent=1, allow_nan=False)
         _write_new(folder / CONFIG, text.encode())  # from here on the new bundle counts
@@ -169,25 +176,6 @@ def _remove_stale(folder: Path) -> None:
     for path in folder.iterdir():
         if CONTENT.fullmatch(path.name) and path.name != keep:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_content(content: Path, files: BundleFiles) -> None:
-    content.mkdir()
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in files.tensors.items()
-    }
-    (content / WEIGHTS).write_bytes(save(tensors))
-    records = [asdict(record) for user in files.records.values() for record in user]
-    for record in records:
-        record["span"] = None if record["span"] == ALWAYS else record["span"]
-    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
-    (content / HISTORY).write_bytes(gzip.compress(lines, compresslevel=6, mtime=0))
-    (content / CARD).write_text(files.card, encoding="utf-8")
-    if files.encoder is not None:
-        files.encoder.save(content / ENCODER)
-    for path in [*content.rglob("*"), content]:
-        _sync(path)
 
 
 def _complete(content: Path, files: BundleFiles) -> dict[str, Any]:
@@ -240,15 +228,7 @@ def _read_config_text(folder: Path) -> bytes:
         return (folder / CONFIG).read_bytes()
 
 
-def _parse_config(folder: Path, text: bytes) -> dict[str, Any]:
-    with _reported(folder / CONFIG, "damaged, not JSON", errors=(ValueError,)):
-        config: dict[str, Any] = json.loads(text)
-    if fault := _format_fault(config) or _listing_fault(config):
-        raise BundleError(f"{folder / CONFIG}: {fault}")
-    return config
-
-
-def _format_fault(config: Any) -> str:
+def _config_fault(config: Any) -> str:
     version = config.get("format") if isinstance(config, dict) else None
     if not isinstance(version, int):
         return "no format version, so it is no bundle of hydra-llm"
@@ -257,11 +237,6 @@ def _format_fault(config: Any) -> str:
         return f"format {version} is made by {writer}; upgrade to read it"
     if config.get("sha256") != _config_sha256(config):
         return "damaged or edited, its sha256 does not match: copy it again, or learn anew"
-    return ""
-
-
-def _listing_fault(config: Mapping[str, Any]) -> str:
-    """What is wrong with the names of the content's files."""
     files, content, encoder = (config.get(key) for key in ("files", "content", "encoder"))
     if not (isinstance(files, dict) and isinstance(content, str) and CONTENT.fullmatch(content)):
         return "damaged, no list of files"
@@ -270,9 +245,8 @@ def _listing_fault(config: Mapping[str, Any]) -> str:
             return f"{name!r} is no file that a bundle may hold"
         if not isinstance(entry, dict) or {"sha256", "bytes"} - entry.keys():
             return f"damaged, no sha256 and size of '{name}'"
-    for name in (WEIGHTS, HISTORY, CARD):
-        if name not in files:
-            return f"damaged, '{name}' is not listed"
+    if lacking := [name for name in (WEIGHTS, HISTORY, CARD) if name not in files]:
+        return f"damaged, '{lacking[0]}' is not listed"
     described = isinstance(encoder, dict) and set(ENCODER_KEYS) <= encoder.keys()
     if _encoder_files(config) and not described:
         return "damaged, no description of its encoder"
@@ -283,7 +257,11 @@ def _encoder_files(config: Mapping[str, Any]) -> set[str]:
     return {name for name in config["files"] if name.startswith(ENCODER + "/")}
 
 
-def _read(folder: Path, config: dict[str, Any]) -> BundleFiles:
+def _read(folder: Path, text: bytes) -> BundleFiles:
+    with _reported(folder / CONFIG, "damaged, not JSON", errors=(ValueError,)):
+        config: dict[str, Any] = json.loads(text)
+    if fault := _config_fault(config):
+        raise BundleError(f"{folder / CONFIG}: {fault}")
     content = folder / config["content"]
     with _reported(content, "cannot be read", errors=(OSError, UnicodeDecodeError)):
         for name, entry in config["files"].items():
@@ -291,7 +269,13 @@ def _read(folder: Path, config: dict[str, Any]) -> BundleFiles:
         card = (content / CARD).read_text(encoding="utf-8")
         with _reported(content / WEIGHTS, "damaged", errors=(SafetensorError,)):
             tensors = load_file(content / WEIGHTS)
-        records = _unpack_records(content / HISTORY)
+        records: dict[str, list[Record]] = {}
+        errors = (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error)
+        with _reported(content / HISTORY, "damaged", errors=errors):
+            for line in gzip.decompress((content / HISTORY).read_bytes()).splitlines():
+                values = json.loads(line)
+                start, end = values.pop("span") or ALWAYS
+                records.setdefault(values["user"], []).append(Record(**values, span=(start, end)))
         return BundleFiles(config, tensors, records, card, _load_encoder(content, config))
 
 
@@ -310,18 +294,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack_records(path: Path) -> dict[str, list[Record]]:
-    records: dict[str, list[Record]] = {}
-    errors = (EOFError, ValueError, TypeError, KeyError, gzip.BadGzipFile, zlib.error)
-    with _reported(path, "damaged", errors=errors):
-        for line in gzip.decompress(path.read_bytes()).splitlines():
-            values = json.loads(line)
-            start, end = values.pop("span") or ALWAYS
-            record = Record(**values, span=(start, end))
-            records.setdefault(record.user, []).append(record)
-    return records
-
-
 def _load_encoder(content: Path, config: dict[str, Any]) -> Encoder | None:
     listed, folder = _encoder_files(config), content / ENCODER
     if not listed:
@@ -329,7 +301,7 @@ def _load_encoder(content: Path, config: dict[str, Any]) -> Encoder | None:
     for path in folder.iterdir():
         if f"{ENCODER}/{path.name}" not in listed:  # transformers would read it unchecked
             raise BundleError(f"{path}: a file that the bundle does not list: remove it")
-    encoder = _open_encoder(config["encoder"], str(folder), f"{folder}")
+    encoder = _open_encoder(config["encoder"], str(folder), str(folder))
     encoder.name = config["encoder"]["name"]
     return encoder
 

@@ -4,7 +4,8 @@ Format 1 kept users' heads as rows of the scorer's tensors, some of them of user
 forgotten. It lacked whether the reranker is used, and until when a head has learned.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from hydra_llm.model.heads import Head, HeadMatrix, latest_time
 from hydra_llm.model.heads.kernel import pack
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.persistence import BundleFiles
-from hydra_llm.types import Record
 
-RENAMED = {"combiner.": "interaction.", "evidence_": "side_", "curvature.": "posterior."}
-RENAMED |= {"bank.": "head."}  # prefixes of tensors' names in format 1, and now
+# prefixes of tensors' names in format 1 (regular expressions), and now
+RENAMED = {r"combiner\.": "interaction.", "evidence_": "side_", r"curvature\.": "posterior."}
+RENAMED |= {r"bank\.": "head."}
 FORGOTTEN = "\0forgotten-"  # prefix of the name in the row of a forgotten user
 
 
@@ -29,10 +30,17 @@ def upgraded(files: BundleFiles) -> BundleFiles:
     config: dict[str, Any] = {**files.config, "scorers": {}}
     tensors: dict[str, Tensor] = {}
     for name, old in files.config["scorers"].items():
-        own = {_renamed(key): value for key, value in tensors_of(name, files.tensors).items()}
+        own = tensors_of(name, files.tensors)
+        for prefix, present in RENAMED.items():
+            own = {re.sub(f"^{prefix}", present, key): value for key, value in own.items()}
         entry = {key: old[key] for key in ("head", "rank", "evidence", "loss")}
         entry["interaction"] = old.get("interaction") or old["combiner"]
-        matrix = HeadMatrix.of(_heads(old, own, files.records))
+        heads: dict[str, Head] = {}
+        for row, (user, known) in enumerate(zip(old["users"], old["known"], strict=True)):
+            if not user.startswith(FORGOTTEN):
+                until = latest_time(in_order(files.records.get(user, ()))[:known])
+                heads[user] = Head.of(_numbers(old["head"], own, row), known, until)
+        matrix = HeadMatrix.of(heads)
         config["scorers"][name] = entry | matrix.config()
         own = _shared(entry, own) | matrix.tensors()
         tensors |= {f"{name}.{key}": value for key, value in own.items()}
@@ -53,11 +61,6 @@ def reranker_helps(report: Mapping[str, Any]) -> bool:
     return pick is None or first is None or not pick < first
 
 
-def _renamed(name: str) -> str:
-    old = next((old for old in RENAMED if name.startswith(old)), "")
-    return RENAMED.get(old, "") + name.removeprefix(old)
-
-
 def _shared(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = ("head.weight", "head.bias", "head.keys.", "head.residuals.")
     kept = {name: value for name, value in tensors.items() if not name.startswith(own)}
@@ -67,17 +70,6 @@ def _shared(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
         none = LaplacePosterior().state_dict()
         kept |= {f"posterior.{part}": value for part, value in none.items()}
     return kept
-
-
-def _heads(
-    entry: Mapping[str, Any], tensors: Mapping[str, Tensor], records: Mapping[str, Sequence[Record]]
-) -> dict[str, Head]:
-    heads = {}
-    for row, (user, known) in enumerate(zip(entry["users"], entry["known"], strict=True)):
-        if not user.startswith(FORGOTTEN):
-            until = latest_time(in_order(records.get(user, ()))[:known])
-            heads[user] = Head.of(_numbers(entry["head"], tensors, row), known, until)
-    return heads
 
 
 def _numbers(kind: str, tensors: Mapping[str, Tensor], row: int) -> Any:

@@ -195,8 +195,8 @@ class FeatureContext:
 class TaskKind(ABC):
     """What is particular to one kind of task; an instance belongs to one task.
 
-    A new kind is a subclass in one file, registered as an entry point of `KINDS.group`; it extends
-    `classification.LabelKind` (a closed set of answers) or `generation.Generation` (free texts).
+    A new kind is an entry point of `KINDS.group` that extends `classification.LabelKind` (a closed
+    set of answers) or `generation.Generation` (free texts).
     Letters: C candidates, M records, n visible records, E columns.
     """
 
@@ -243,8 +243,7 @@ class TaskKind(ABC):
         """[N, S] sufficient statistics of each pair for the metric of this name."""
 
     @abstractmethod
-    def prompt_words(self) -> PromptWords:
-        """What a block of examples says around the records."""
+    def prompt_words(self) -> PromptWords: ...
 
     @abstractmethod
     def vectorize(self, records: Sequence[Record], embed: Embed) -> HistoryVectors:
@@ -303,8 +302,7 @@ KINDS: Registry[type[TaskKind]] = Registry(
 )
 
 
-@dataclass(frozen=True)
-class _Fields:
+class _Fields(NamedTuple):
     """Checked access to the fields of a task.json."""
 
     data: Mapping[str, Any]
@@ -333,7 +331,7 @@ class _Fields:
         return tuple(values)
 
     def check_known(
-        self, name: str, values: Sequence[str], known: Sequence[str], where: str = ""
+        self, name: str, values: Sequence[str], known: Sequence[str], where: str
     ) -> None:
         for value in values:
             if value not in known:

@@ -88,22 +88,19 @@ class LabelKind(base.TaskKind):
         shares = self.label_shares(context)
         columns = [np.log(share + 1e-4) for share in shares]
         columns += [column for share in shares for column in self.closeness(share)]
-        table = np.stack([*columns, *self._votes(candidates)], 1)
-        worst = table.min(0)
-        places = [self.index.get(candidate.answer or "") for candidate in candidates]
-        return np.stack([worst if i is None else table[i] for i in places])
-
-    def _votes(self, candidates: Sequence[Candidate]) -> list[Floats]:
-        """Columns [L] of the LLM's samples: zeros without any."""
         votes, greedy = np.zeros(len(self.task.labels)), np.zeros(len(self.task.labels))
-        for candidate in candidates:
-            if (i := self.index.get(candidate.answer or "")) is not None:
+        places = [self.index.get(candidate.answer or "") for candidate in candidates]
+        for i, candidate in zip(places, candidates, strict=True):
+            if i is not None:
                 votes[i], greedy[i] = candidate.votes, float(candidate.greedy)
-        total = votes.sum()
-        if not total:
-            return [votes, greedy, *(votes for _ in self.closeness(votes))]
-        logs = np.log((votes + 0.5) / (total + 0.5 * len(votes)) * len(votes))
-        return [logs, greedy, *self.closeness(votes, total)]
+        if total := votes.sum():
+            logs = np.log((votes + 0.5) / (total + 0.5 * len(votes)) * len(votes))
+            columns += [logs, greedy, *self.closeness(votes, total)]
+        else:  # zeros without any sample
+            columns += [votes, greedy, *(votes for _ in self.closeness(votes))]
+        table = np.stack(columns, 1)
+        worst = table.min(0)
+        return np.stack([worst if i is None else table[i] for i in places])
 
     def record_features(self, context: base.FeatureContext, records: Sequence[Record]) -> Floats:
         """How likely each record's own answer is the right one, by the user's similar records."""

@@ -14,8 +14,7 @@ from hydra_llm.tasks.classification import LabelKind
 
 def number_of(text: str) -> float:
     """The number that a rating's text stands for. Raises DataError: it is not a number."""
-    number = _number(text)
-    if number is None:
+    if (number := _number(text)) is None:
         raise DataError(f"'{text}' is not a number, so it cannot be a rating")
     return number
 
@@ -108,11 +107,10 @@ class Rating(LabelKind):
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
         """[N, 2] distances, squared for RMSE; an unparsable answer has the largest possible one."""
         low, high = self.scale
-        errors: list[float] = []
-        for answer, gold in pairs:
-            number = number_of(gold)
-            worst = max(number - low, high - number)
-            errors.append(worst if answer is None else abs(number_of(answer) - number))
+        errors = []
+        for answer, gold in ((answer, number_of(gold)) for answer, gold in pairs):
+            worst = max(gold - low, high - gold)
+            errors.append(worst if answer is None else abs(number_of(answer) - gold))
         return with_count([error**2 for error in errors] if metric == "rmse" else errors)
 
     def prompt_words(self) -> PromptWords:
@@ -124,8 +122,7 @@ class Rating(LabelKind):
     def _unit(self) -> Floats:
         """[L] the labels as numbers from 0 to 1."""
         values = np.array([float(label) for label in self.task.labels])
-        unit: Floats = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
-        return unit
+        return np.asarray((values - values.min()) / max(float(np.ptp(values)), 1e-9))
 
     def closeness(self, weights: Floats, total: float = 1.0) -> list[Floats]:
         return [-np.abs(self._unit - weights @ self._unit / total)]

@@ -4,7 +4,7 @@ Knows no files and no LLM. Letters: G groups, C candidates, U users.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -212,7 +212,8 @@ def make_training_set(
     plain = make_groups(store, interaction, lefts, rights, side_features)
     gains = torch.zeros(plain.mask.shape)
     gains[plain.mask] = torch.tensor([gain for group in groups for gain in group.gains])
-    labelled = plain.with_target(targets(gains, plain.mask, rule=rule, loss=loss, spread=spread))
+    target = targets(gains, plain.mask, rule=rule, loss=loss, spread=spread)
     positions = torch.tensor([group.position for group in groups], dtype=torch.long)
     voted = torch.tensor([group.voted for group in groups], dtype=torch.bool)
-    return TrainingSet(labelled, tuple(group.user for group in groups), positions, voted, gains)
+    users = tuple(group.user for group in groups)
+    return TrainingSet(replace(plain, target=target), users, positions, voted, gains)

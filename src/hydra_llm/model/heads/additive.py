@@ -12,6 +12,7 @@ information of a group. Letters: U users, G groups, C candidates, V length of θ
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,9 +57,8 @@ class AdditiveHead(VectorShared):
 
     def design(self, interaction: Interaction, x: Tensor) -> tuple[Apply, Apply]:
         """The score's linear part for x [U, G, ...], [U, K] → [U, G, C], and its transpose."""
-        basis = self.directions()
-        if basis is None:
-            return lambda c: interaction.dot(x, c), lambda r: interaction.outer(x, r)
+        if (basis := self.directions()) is None:
+            return partial(interaction.dot, x), partial(interaction.outer, x)
         B, b = basis
         return (
             lambda c: interaction.dot(x, c @ B) + (c @ b)[:, None, None],
@@ -115,17 +115,16 @@ class AdditiveHead(VectorShared):
         if (rows := self.explicit(interaction, x)) is None:
             change = newton_cg(convex, precision)
         else:
-            change = _by_lbfgs(convex, rows @ posterior.right_vectors, precision)
+            # the Hessian hardly changes on the way: a few gradients are enough where features are
+            # explicit and as wide as the encoder
+            rows, shape = rows @ posterior.right_vectors, convex.offset.shape
+            flat = rows.flatten(0, 1)
+            explicit = replace(
+                convex,
+                dot=lambda v: (flat @ v[0]).view(shape),
+                outer=lambda r: (r.flatten() @ flat)[None],
+            )
+            change = lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))
         numbers = torch.tensor(fitted.numbers)
         numbers[: self.coordinates] += posterior.turn(change)[0]
         return Head.of(numbers, fitted.records, fitted.until)
-
-
-def _by_lbfgs(problem: Problem, rows: Tensor, precision: Tensor) -> Tensor:
-    """`newton_cg` with explicit features [G, C, K]: the Hessian hardly changes on the way, so a few
-    gradients are enough where features are as wide as the encoder.
-    """
-    flat, shape = rows.flatten(0, 1), problem.offset.shape
-    dot, outer = lambda v: (flat @ v[0]).view(shape), lambda r: (r.flatten() @ flat)[None]
-    explicit = replace(problem, dot=dot, outer=outer)
-    return lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))

@@ -8,13 +8,14 @@ Letters: U users, G groups, C candidates, P numbers of a head, V length of θ₀
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from hydra_llm.history import span_of
@@ -41,16 +42,73 @@ class Head:
         return cls(own, records, until)
 
 
+class HeadMatrix(Mapping[str, Head]):
+    """User → head, views of one flat array as a bundle's weights hold it; `ends` [U] says where
+    each user's numbers end.
+    """
+
+    def __init__(
+        self, users: Iterable[str], numbers: np.ndarray, ends: np.ndarray, meta: ArrayLike
+    ):
+        self._rows = {user: row for row, user in enumerate(users)}
+        self._numbers, self._ends = numbers, ends
+        self._meta = np.array(meta, dtype=np.float64).reshape(-1, 2)  # records and until
+        numbers.flags.writeable = False
+
+    @classmethod
+    def of(cls, heads: Mapping[str, Head]) -> "HeadMatrix":
+        """A copy of these heads in one array."""
+        values = list(heads.values())
+        empty = np.zeros(0, dtype=np.float32)
+        numbers = np.concatenate([empty, *(head.numbers for head in values)])
+        ends = np.cumsum([len(head.numbers) for head in values], dtype=np.int64)
+        return cls(heads, numbers, ends, [(head.records, head.until) for head in values])
+
+    def __getitem__(self, user: str) -> Head:
+        row = self._rows[user]
+        start = int(self._ends[row - 1]) if row else 0
+        records, until = self._meta[row]
+        return Head(self._numbers[start : int(self._ends[row])], int(records), float(until))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    # ---- on disk: plain values and tensors
+
+    def config(self) -> dict[str, Any]:
+        """Users in the order of their rows, with what their heads were learned from."""
+        known, untils = self._meta[:, 0].astype(int).tolist(), self._meta[:, 1].tolist()
+        untils = [None if math.isinf(until) else until for until in untils]
+        return {"users": list(self._rows), "known": known, "until": untils}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers in a row, and where each user's end."""
+        numbers = torch.from_numpy(self._numbers.copy())
+        return {"heads.numbers": numbers, "heads.ends": torch.from_numpy(self._ends)}
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "HeadMatrix":
+        """The inverse of `config` and `tensors`; KeyError or ValueError if they do not fit."""
+        users, ends = config["users"], tensors["heads.ends"].numpy()
+        numbers = tensors["heads.numbers"].numpy()
+        untils = [-math.inf if until is None else until for until in config["until"]]
+        meta = list(zip(config["known"], untils, strict=True))
+        if len(users) != len(ends) or (len(ends) and int(ends[-1]) != len(numbers)):
+            raise ValueError(f"{len(users)} users, {len(ends)} heads of {len(numbers)} numbers")
+        return cls(users, numbers, ends, meta)
+
+
 def latest_time(records: Sequence[Record]) -> float:
     """The latest time at which one of these records begins; -inf where none has a time."""
     return max((span_of(record)[0] for record in records), default=-math.inf)
 
 
 def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | None, str]:
-    """The head if it may answer a query that sees `visible` records, else None and the reason.
-
-    Time must not leak: where a head has learned from what the query may not see, the shared head
-    answers. A user without a head needs no reason.
+    """The head if it has learned only from what a query that sees `visible` records may know: time
+    must not leak. Else None and the reason; a user without a head needs none.
     """
     if head is None:
         return None, ""
@@ -58,16 +116,12 @@ def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | N
     if head.records > visible:
         return None, f"{learned} {head.records} records, and this query sees {visible}"
     if head.until > span_of(query)[1]:
-        return None, f"{learned} records until {_date(head.until)}, which is after this query"
+        try:
+            until = datetime.fromtimestamp(head.until, UTC).strftime("%Y-%m-%d")
+        except (OverflowError, OSError, ValueError):  # no calendar has it
+            until = f"{head.until:g}"
+        return None, f"{learned} records until {until}, which is after this query"
     return head, ""
-
-
-def _date(seconds: float) -> str:
-    """A day, or the plain number where no calendar has it."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
-    except (OverflowError, OSError, ValueError):
-        return f"{seconds:g}"
 
 
 @dataclass(frozen=True)
@@ -108,10 +162,9 @@ class HeadProblem:
 
     def user(self, u: int) -> "HeadProblem":
         """One user's problem without padded groups, U = 1."""
-        own, users = self.mask[u].any(-1), self.users[u : u + 1]
-        per_group = ("x", "offset", "target", "mask")
+        own, per_group = self.mask[u].any(-1), ("x", "offset", "target", "mask")
         parts = {name: getattr(self, name)[u, own][None] for name in per_group}
-        return replace(self, users=users, **parts)
+        return replace(self, users=self.users[u : u + 1], **parts)
 
 
 def gather(heads: Sequence[Head | None], size: int) -> Tensor:

@@ -70,10 +70,10 @@ class MLPHead(HeadKind):
         """With the shared head as prior, as strong as the weight decay; or from a random start and
         decayed to 0, as in the authors' code.
         """
-        return [self._fit_one(problem.user(u)).numpy() for u in range(len(problem.users))]
+        return [self._fit_one(problem.user(u)) for u in range(len(problem.users))]
 
     @torch.enable_grad()
-    def _fit_one(self, problem: HeadProblem) -> Tensor:
+    def _fit_one(self, problem: HeadProblem) -> np.ndarray:
         shared, sgd = self.shared.detach(), problem.sgd
         delta = torch.zeros_like(shared)
         if sgd.random_start:
@@ -93,4 +93,4 @@ class MLPHead(HeadKind):
                 optimizer.zero_grad()
                 (own.sum() / len(index) + penalty).backward()
                 optimizer.step()
-        return delta.detach()
+        return delta.detach().numpy()
