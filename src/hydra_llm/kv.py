@@ -1,11 +1,10 @@
-"""SQLite caches, of an LLM's answers and an encoder's features. Several processes may share a file;
-a disk that is full or read-only costs the cache, not the run.
-"""
+"""SQLite caches that processes share; a full or read-only disk costs the cache, not the run."""
 
 import logging
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,18 @@ from hydra_llm.errors import UserFault
 
 log = logging.getLogger(__name__)
 
-BUSY_SECONDS = 30.0  # how long a write waits for another process
 WAL = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
-BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
-IN_MEMORY = ":memory:"
+IN_MEMORY = Path(":memory:")  # a cache of this process
+# A write waits 30 seconds for another process.
+_connect = partial(sqlite3.connect, timeout=30.0, check_same_thread=False)
 
 
 class CacheFile:
-    """An open cache file; `path` may be `:memory:`, a cache of this process. Where it cannot be
-    written from the start, an empty one in memory takes its place and `keeps` is False.
+    """An open cache file. Where it cannot be written from the start, an empty one in memory takes
+    its place and `keeps` is False. `schema`: `CREATE TABLE IF NOT EXISTS` statements. `what` it
+    keeps, for messages: "answers". `erases`: overwrite what is deleted.
 
-    `schema`: `CREATE TABLE IF NOT EXISTS` statements. `what` it keeps, for messages: "answers".
-    `required`: a file that cannot be opened is a fault. `erases`: overwrite what is deleted.
-
-    Raises UserFault: the file is damaged, or required and cannot be opened.
+    Raises UserFault, in every method: the file is damaged, or `required` and cannot be opened.
     """
 
     def __init__(
@@ -57,17 +53,13 @@ class CacheFile:
             raise self.fault(error) from None
 
     def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        """The rows of a query; a `UserFault` where the file cannot be read."""
         try:
             return self.connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise self.fault(error) from None
 
     def write(self, *statements: tuple[str, Iterable[Sequence[Any]]]) -> bool:
-        """Run each statement for its rows, all in one transaction; False if the disk refused it.
-
-        Raises UserFault: the file is damaged.
-        """
+        """Run each statement for its rows, all in one transaction; False if the disk refused it."""
         try:
             with self.connection:
                 for statement, rows in statements:
@@ -91,7 +83,6 @@ class CacheFile:
             raise self.not_deleted(error) from error
 
     def not_deleted(self, error: Exception | str) -> UserFault:
-        """The fault that something could not be deleted."""
         fix = "delete the file, it is made again"
         return UserFault(f"{self.path}: {self.what} could not be deleted ({error}): {fix}")
 
@@ -100,16 +91,15 @@ class CacheFile:
         code = sqlite3.SQLITE_CORRUPT
         if isinstance(error, sqlite3.Error):  # an extended code says more in its higher bits
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
-        if code in BUSY:
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             state, fix = "is held by another process", "wait for it to end, or take another --cache"
-        elif code in DAMAGED:
+        elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             state, fix = "is damaged", f"delete or move it, and the {self.what} are made again"
         else:
             state, fix = "cannot be read", "check the disk, or take another --cache"
         return UserFault(f"{self.path}: the cache of {self.what} {state} ({error}): {fix}")
 
     def close(self) -> None:
-        """Close the file: to read it is a fault from now on."""
         self.connection.close()
 
     def _stop_keeping(self, error: Exception) -> None:
@@ -117,7 +107,3 @@ class CacheFile:
             message = "%s: cannot keep %s (%s): the run goes on without"
             log.warning(message, self.path, self.what, error)
         self.keeps = False
-
-
-def _connect(path: Path | str) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)

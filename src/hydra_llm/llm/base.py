@@ -39,10 +39,8 @@ class ChatLLM(Protocol):
         """All that names this LLM and changes its output: kind, model, file hash, ... (JSON)."""
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        """Return `sampling.n` texts that continue the conversation.
-
-        Raises LLMRefused if the same call would fail again, PartlyFailed if some of the texts
-        arrived, LLMError after the retries.
+        """Return `sampling.n` texts that continue the conversation. Raises LLMRefused if the same
+        call would fail again, PartlyFailed if some of the texts arrived, LLMError after retries.
         """
 
     async def aclose(self) -> None:

@@ -35,11 +35,9 @@ CREATE TABLE IF NOT EXISTS answers (
 ) WITHOUT ROWID;
 """
 FORMAT = 1  # of a recording
-REFUSED = -1
-"""Index of the refusal of a prompt that was too long: a replay without the LLM cuts it alike."""
-Row = Mapping[str, Any]
-"""A stored text and its share of the call's usage (`_rows`)."""
-Requests = dict[str, dict[int, Row]]  # by key and index
+REFUSED = -1  # index of a refusal for length: a replay without the LLM cuts the prompt alike
+Json = Mapping[str, Any]
+Rows = dict[int, Json]  # a request's texts by index, each with its share of the call's usage
 
 
 def canonical(value: Any) -> str:
@@ -47,9 +45,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def request_of(
-    identity: Mapping[str, Any], messages: Sequence[Message], sampling: Sampling
-) -> dict[str, Any]:
+def request_of(identity: Json, messages: Sequence[Message], sampling: Sampling) -> Json:
     """All that changes the output. A greedy answer has no seed: it depends on none."""
     fields = asdict(sampling) | {"temperature": float(sampling.temperature)}
     del fields["n"]
@@ -58,7 +54,7 @@ def request_of(
     return {"llm": dict(identity), "messages": list(map(dict, messages)), **fields}
 
 
-def key_of(request: Mapping[str, Any]) -> str:
+def key_of(request: Json) -> str:
     """The SHA-256 of the request's canonical JSON."""
     return hashlib.sha256(canonical(request).encode()).hexdigest()
 
@@ -70,19 +66,17 @@ class CachedLLM:
     name `name`, by default the path. UserFault: the file cannot be opened, or is damaged.
     """
 
-    def __init__(
-        self, inner: ChatLLM, path: Path | str, *, replay_only: bool = False, name: str = ""
-    ):
+    def __init__(self, inner: ChatLLM, path: Path | str, replay_only: bool = False, name: str = ""):
         self.inner, self.replay_only, self.name = inner, replay_only, name or str(path)
         self.parallel = int(getattr(inner, "parallel", 1))
         self.used: defaultdict[str, set[int]] = defaultdict(set)
         self.file = CacheFile(Path(path), SCHEMA, "answers", required=True)
         self._replayed = Usage()
-        self._unwritten: dict[str, dict[int, Row]] = {}  # rows that the disk refused, by key
+        self._unwritten: dict[str, Rows] = {}  # rows that the disk refused, by key
         self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     @property
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self) -> Json:
         return self.inner.identity
 
     @property
@@ -98,39 +92,42 @@ class CachedLLM:
         request = request_of(self.identity, messages, sampling)
         key, distinct = key_of(request), sampling.n if sampling.temperature > 0 else 1
         async with self._locks.setdefault(key, anyio.Lock()):  # a second call finds the answers
-            rows = {i: row for i, row in self.stored(key).items() if 0 <= i < distinct}
-            usage = sum(map(_usage_of, rows.values()), Usage())
+            stored, usage = self.stored(key), Usage()
+            rows = {index: row for index, row in stored.items() if 0 <= index < distinct}
+            for row in rows.values():  # as cached calls; no money is spent again
+                tokens = row["prompt_tokens"], row["completion_tokens"]
+                usage += Usage(0, row["calls"], 0, *tokens, seconds=row["seconds"])
             self._replayed += usage
             missing = [index for index in range(distinct) if index not in rows]
+            if missing and self.replay_only:
+                if refused := stored.get(REFUSED):
+                    self.used[key].add(REFUSED)
+                    raise LLMRefused(refused["refused"], fits=refused["fits"])
+                lacks = f"no kept answer for request {key}, candidate {missing[0]}"
+                raise LLMError(f"{self.name}: {lacks}, and nothing may be asked")
             for _, numbered in groupby(enumerate(missing), lambda item: item[1] - item[0]):
                 run = [index for _, index in numbered]  # neighbours are drawn in one call
-                if self.replay_only:
-                    raise self._missing(key, run[0])
                 drawn = replace(sampling, n=len(run), seed=_sample_seed(key, sampling.seed, run[0]))
                 generation, error = await _receive(self.inner.generate(messages, drawn), len(run))
                 rows |= self.store(key, dict(zip(run, _rows(generation), strict=False)), request)
                 usage += generation.usage
                 if isinstance(error, LLMRefused) and error.fits is not None:
-                    refusal = {"refused": str(error), "fits": error.fits}
                     self.used[key].add(REFUSED)
-                    self.store(key, {REFUSED: refusal}, request)
+                    self.store(key, {REFUSED: {"refused": str(error), "fits": error.fits}}, request)
                 if error:
                     raise error
         self.used[key].update(range(distinct))
         texts = tuple(rows[index]["text"] for index in range(distinct))
         return Generation(texts * (sampling.n // distinct), usage)
 
-    def stored(self, key: str) -> dict[int, Row]:
+    def stored(self, key: str) -> Rows:
         """The stored rows of a request by index, its refusal among them."""
         query = "SELECT candidate, payload FROM answers WHERE request = ? ORDER BY candidate"
         rows = {index: json.loads(payload) for index, payload in self.file.read(query, (key,))}
         return self._unwritten.get(key, {}) | rows
 
-    def store(
-        self, key: str, rows: Mapping[int, Row], request: Mapping[str, Any] | None = None
-    ) -> dict[int, Row]:
+    def store(self, key: str, rows: Rows, request: Json | None = None) -> Rows:
         """Store rows and return them as stored: of several processes the first one's text stays.
-
         Of a recording's requests only the keys are known.
         """
         if not rows:
@@ -149,19 +146,10 @@ class CachedLLM:
         self.file.close()
         await self.inner.aclose()
 
-    def _missing(self, key: str, candidate: int) -> LLMError:
-        """The stored refusal, or that there is nothing."""
-        if refused := self.stored(key).get(REFUSED):
-            self.used[key].add(REFUSED)
-            return LLMRefused(refused["refused"], fits=refused["fits"])
-        missing = f"no kept answer for request {key}, candidate {candidate}"
-        return LLMError(f"{self.name}: {missing}, and nothing may be asked")
-
 
 def _sample_seed(key: str, seed: int | None, first: int) -> int | None:
-    """The seed of a request's sample `first`, however many are drawn at once.
-
-    Each prompt has its own: else sample i would be the same quantile of every answer distribution.
+    """The seed of a request's sample `first`, however many are drawn at once. Each prompt has its
+    own: else sample i would be the same quantile of every answer distribution.
     """
     return None if seed is None else (seed + int(key[:8], 16)) % 2**31 + first
 
@@ -177,10 +165,9 @@ async def _receive(call: Awaitable[Generation], count: int) -> tuple[Generation,
     return Generation(generation.texts[:count], generation.usage), None
 
 
-def _rows(generation: Generation) -> list[Row]:
+def _rows(generation: Generation) -> list[Json]:
     """One row per text; calls and prompt are the first one's, the rest is shared out evenly."""
-    count, usage = len(generation.texts), generation.usage
-    rows: list[Row] = []
+    count, usage, rows = len(generation.texts), generation.usage, list[Json]()
     even, rest = divmod(usage.completion_tokens, count or 1)
     for index, text in enumerate(generation.texts):
         calls, prompt = (0, 0) if index else (usage.calls, usage.prompt_tokens)
@@ -189,20 +176,11 @@ def _rows(generation: Generation) -> list[Row]:
     return rows
 
 
-def _usage_of(row: Row) -> Usage:
-    """What a stored row cost when it was made, as cached calls; no money is spent again."""
-    tokens = row["prompt_tokens"], row["completion_tokens"]
-    return Usage(0, row["calls"], 0, *tokens, seconds=row["seconds"])
-
-
-# ---- recordings
-
-
 @dataclass(frozen=True)
 class RecordedLLM:
     """The LLM of a recording: it has an identity, and is never called."""
 
-    identity: Mapping[str, Any]
+    identity: Json
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         raise AssertionError("a recorded LLM was called")
@@ -213,7 +191,6 @@ class RecordedLLM:
 
 def write_recording(file: Path, llm: CachedLLM) -> int:
     """Add this process's requests to the file; returns how many it holds then.
-
     Raises UserFault: the file cannot be written, or is a recording of another LLM.
     """
     requests = read_recording(file, llm)[1] if file.exists() else {}
@@ -239,10 +216,9 @@ def merge_recording(file: Path, llm: CachedLLM) -> None:
         llm.store(key, rows)
 
 
-def read_recording(file: Path, llm: CachedLLM | None = None) -> tuple[dict[str, Any], Requests]:
-    """The LLM's identity, and each request's rows.
-
-    Raises UserFault: not there, damaged, of a newer format, or of another LLM than `llm`.
+def read_recording(file: Path, llm: CachedLLM | None = None) -> tuple[Json, dict[str, Rows]]:
+    """The LLM's identity, and each request's rows. Raises UserFault: not there, damaged, of a newer
+    format, or of another LLM than `llm`.
     """
     try:
         content = gzip.decompress(file.read_bytes()).decode("ascii")

@@ -18,12 +18,10 @@ StageProgress = Callable[[str, int, int], None]  # (stage, done, total)
 async def map_calls(
     function: Callable[[T], Awaitable[R]],
     items: Sequence[T],
-    *,
-    limit: int = 8,
+    limit: int,
     progress: Progress | None = None,
 ) -> list[R | LLMError]:
     """Results in the items' order, an `LLMError` where a call failed; `limit` calls at once.
-
     Raises BudgetExceeded, and LLMRefused of the first call unless it is for its length.
     """
     results: dict[int, R | LLMError] = {}

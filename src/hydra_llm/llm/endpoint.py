@@ -46,7 +46,6 @@ class Endpoint:
     @classmethod
     def of(cls, name: str, url: str | None = None, key: str | None = None) -> "Endpoint":
         """URL and key as given, else of OPENAI_BASE_URL and OPENAI_API_KEY; errors say `name`.
-
         Raises SettingsError: OPENAI_BASE_URL is no URL, or OpenAI's own endpoint has no key.
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
@@ -62,7 +61,6 @@ class Endpoint:
 
 def endpoint_of(rest: str) -> tuple[str, str | None]:
     """Model and URL of `MODEL[@URL]`, the rest of an `openai:` spec; a model's name may hold an @.
-
     Raises SettingsError: no model, or an invalid URL, which would else be taken for part of it.
     """
     match = SPEC.fullmatch(rest)
@@ -156,7 +154,6 @@ class CapabilityCache:
 
     def learn(self, model: str, capabilities: Capabilities) -> bool:
         """Remember what a model takes; whether that is new."""
-        if capabilities == self.of(model):
-            return False
-        self._known[model] = capabilities
-        return True
+        if is_new := capabilities != self.of(model):
+            self._known[model] = capabilities
+        return is_new

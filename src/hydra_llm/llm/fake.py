@@ -61,9 +61,7 @@ class RuleLLM:
 class FailingLLM:
     """A fake whose every `every`-th call fails, or hangs `timeout` seconds before."""
 
-    def __init__(
-        self, inner: ChatLLM, kind: str = "error", *, every: int = 1, timeout: float = 120.0
-    ):
+    def __init__(self, inner: ChatLLM, kind: str = "error", every: int = 1, timeout: float = 120.0):
         self.inner, self.kind, self.every, self.timeout = inner, kind, every, timeout
         self.identity = {**inner.identity, "fails": f"{kind}, every {every}"}
         self.calls = 0
@@ -93,9 +91,7 @@ def label_rule() -> RuleLLM:
 
 def scripted(path: Path) -> RuleLLM:
     """Answers from a JSON file: the texts of a list in order, or of a map by a key in the message.
-
-    Raises SettingsError: the file cannot be read or is neither. A call raises LLMError when the
-    list is used up, or no key fits.
+    Raises SettingsError: the file is neither. A call raises LLMError when no text is left or fits.
     """
     try:
         script = json.loads(path.read_text(encoding="utf-8"))

@@ -51,9 +51,7 @@ class GgufLLM:
     parallel = 1  # calls at once
     streams = True  # `generate` takes `on_token`
 
-    def __init__(
-        self, path: Path | str, *, context_per_slot: int = CONTEXT, model_name: str | None = None
-    ):
+    def __init__(self, path: Path | str, *, context_per_slot: int = CONTEXT, model_name: str = ""):
         path = Path(path)
         try:
             with path.open("rb") as file:
@@ -85,10 +83,9 @@ class GgufLLM:
     async def generate(
         self, messages: Sequence[Message], sampling: Sampling, on_token: OnToken = None
     ) -> Generation:
-        """Return n texts; with `choices` each is one of them, whatever `max_tokens` says.
-
-        `on_token` is called with each piece of the first text, in the engine's thread. Raises
-        LLMError: `LLMRefused` where the prompt is too long or a role unknown.
+        """Return n texts; with `choices` each is one, whatever `max_tokens` says. `on_token` gets
+        each piece of the first text, in the engine's thread. Raises LLMError: `LLMRefused` where
+        the prompt is too long or a role unknown.
         """
         cancelled = Event()
         try:
@@ -187,9 +184,7 @@ class Engine:
         _raise_error(answer)
         return answer
 
-    def chat(
-        self, body: Mapping[str, Any], cancelled: Event, on_token: OnToken = None
-    ) -> Generation:
+    def chat(self, body: Mapping[str, Any], cancelled: Event, on_token: OnToken) -> Generation:
         """The `n` texts of one request."""
         texts, ends = [""] * body["n"], ["stop"] * body["n"]
         usage, errors = Usage(calls=1), []
@@ -216,7 +211,6 @@ class Engine:
 
     def safe(self, message: Message) -> dict[str, str]:
         """The message with a space in each control token, such as `< |im_end|>`: it stays text.
-
         Raises LLMRefused for an unknown role.
         """
         role, text = message["role"], message["content"].encode("utf-8", "replace").decode()
@@ -237,9 +231,8 @@ class Engine:
         """Pieces of the text that are a token only if control tokens are parsed."""
         plain, parsed = set(self._plain_ids(text)), self.tokenize(text, parse_special=True)
         tokens = [(token["piece"], token["id"]) for token in parsed if token["id"] not in plain]
-        # Half a character is a list of bytes, and no control token.
-        texts = [(piece, token) for piece, token in tokens if isinstance(piece, str)]
-        return {piece for piece, token in texts if self._plain_ids(piece) != [token]}
+        texts = [item for item in tokens if isinstance(item[0], str)]  # half a character is bytes
+        return {piece for piece, id in texts if self._plain_ids(piece) != [id]}
 
     def _plain_ids(self, text: str) -> list[int]:
         return [token["id"] for token in self.tokenize(text, parse_special=False)]

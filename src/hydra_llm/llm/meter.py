@@ -44,9 +44,8 @@ class Budget:
 
 
 class Meter:
-    """Any LLM with counted and priced calls, a budget, and at most `parallel` at once.
-
-    `usage` is all that was spent, also by failed calls; `errors` counts their messages.
+    """Any LLM with counted and priced calls, a budget, and at most `parallel` at once. `usage` is
+    all that was spent, also by failed calls; `errors` counts their messages.
     """
 
     def __init__(
@@ -64,13 +63,18 @@ class Meter:
         return self.inner.identity
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
-        """Pass the call on, and add what it cost to `usage`.
-
-        Raises BudgetExceeded before a call that the budget does not allow, and the inner's errors.
-        """
+        """Add the call's cost to `usage`; BudgetExceeded before a call that the budget forbids."""
         async with self._slots:
-            calls = sampling.n if self._one_by_one else 1
-            self._check_budget(calls)
+            calls, spent = sampling.n if self._one_by_one else 1, self.usage
+            tokens = spent.prompt_tokens + spent.completion_tokens
+            for name, value, limit in (
+                ("max_calls", spent.calls + self._in_flight + calls - 1, self.budget.max_calls),
+                ("max_llm_tokens", tokens, self.budget.max_tokens),
+                ("max_cost", spent.cost, self.budget.max_cost),
+            ):
+                if limit is not None and value >= limit:
+                    fix = "raise it and run again, what was done is kept"
+                    raise BudgetExceeded(f"the LLM's budget {name}={limit} is spent: {fix}")
             self._in_flight += calls
             started = time.perf_counter()
             try:
@@ -97,15 +101,3 @@ class Meter:
         usage = replace(generation.usage, cost=self.prices.cost(generation.usage), seconds=seconds)
         self.usage += usage
         return replace(generation, usage=usage)
-
-    def _check_budget(self, calls: int) -> None:
-        spent, budget = self.usage, self.budget
-        tokens = spent.prompt_tokens + spent.completion_tokens
-        for name, value, limit in (
-            ("max_calls", spent.calls + self._in_flight + calls - 1, budget.max_calls),
-            ("max_llm_tokens", tokens, budget.max_tokens),
-            ("max_cost", spent.cost, budget.max_cost),
-        ):
-            if limit is not None and value >= limit:
-                fix = "raise it and run again, what was done is kept"
-                raise BudgetExceeded(f"the LLM's budget {name}={limit} is spent: {fix}")

@@ -26,7 +26,6 @@ REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same call would fail again
 
 class OpenAILLM:
     """A model behind an endpoint; URL and key default to OPENAI_BASE_URL and OPENAI_API_KEY.
-
     Raises SettingsError: no key, and no URL of another endpoint, is known.
     """
 
@@ -44,15 +43,15 @@ class OpenAILLM:
         endpoint = Endpoint.of(f"openai:{model}", base_url, api_key)
         self._key = endpoint.key
         options: dict[str, Any] = {"base_url": endpoint.url, "timeout": timeout}
-        options |= {"api_key": self._key or "none", "max_retries": retries}
         # The SDK's own one closes itself in whatever loop runs when it is collected, and fails.
         options["http_client"] = openai.DefaultAsyncHttpxClient(timeout=timeout)
-        self._client = openai.AsyncOpenAI(**options)
+        api_key = self._key or "none"
+        self._client = openai.AsyncOpenAI(api_key=api_key, max_retries=retries, **options)
         self._loop: object = None
         url = urlsplit(str(self._client.base_url))
         self.base_url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # without key
         place = {"model": model, "base_url": self.base_url}
-        self.identity: Mapping[str, Any] = {"kind": "openai", **place, "constrains": False}
+        self.identity = {"kind": "openai", **place, "constrains": False}
         self._capabilities = CapabilityCache()
         self._slots = anyio.Semaphore(concurrency)  # of requests: a call may be several
 
@@ -62,10 +61,8 @@ class OpenAILLM:
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, in one request where the endpoint can; each missing one by a request of
-        its own, all at once, with a seed of its own. Ignores `choices`.
-
-        Raises LLMRefused for a wrong key, model or request or too long a prompt, PartlyFailed if
-        one of n requests failed, LLMError for no readable answer after the SDK's retries.
+        its own, all at once, with a seed of its own. Ignores `choices`. Raises LLMRefused for a
+        wrong key, model or request or too long a prompt, else as the interface says.
         """
         # JSON in UTF-8 cannot hold half of a surrogate pair.
         repaired = [{name: repair(text) for name, text in message.items()} for message in messages]
@@ -102,9 +99,14 @@ class OpenAILLM:
         """One request; another one where the endpoint names a parameter that it does not take."""
         known = self.capabilities
         sent = known.applied(body)
+        loop = anyio.lowlevel.current_token()
+        if self._loop not in (None, loop):  # connections belong to one, and `run_sync` starts many
+            connections = openai.DefaultAsyncHttpxClient(timeout=self.timeout)
+            self._client = self._client.copy(http_client=connections)
+        self._loop = loop
+        create: Any = self._client.chat.completions.create
         try:
             async with self._slots:
-                create: Any = self._client_here().chat.completions.create
                 answer = await create(model=self.model, **sent)
         except openai.APIStatusError as error:
             code, param = str(error.code or ""), str(error.param or "")
@@ -126,15 +128,6 @@ class OpenAILLM:
         if len(generation.texts) < sent.get("n", 1):
             self._capabilities.learn(self.model, replace(self.capabilities, native_n=False))
         return generation
-
-    def _client_here(self) -> openai.AsyncOpenAI:
-        """The client of this event loop: connections belong to one, and `run_sync` starts many."""
-        loop = anyio.lowlevel.current_token()
-        if self._loop not in (None, loop):
-            connections = openai.DefaultAsyncHttpxClient(timeout=self.timeout)
-            self._client = self._client.copy(http_client=connections)
-        self._loop = loop
-        return self._client
 
     def _read(self, answer: ChatCompletion) -> Generation:
         try:  # the SDK checks nothing: an endpoint's nonsense arrives as it is

@@ -1,5 +1,4 @@
-"""LLMs by spec, `NAME[:REST]`: each is wrapped as cache around meter, so that cached answers cost
-no budget.
+"""LLMs by spec, `NAME[:REST]`, as cache around meter: cached answers cost no budget.
 
 A plug-in is an entry point of the group `hydra_llm.llms`: a function `(REST, settings) -> ChatLLM`.
 """
@@ -30,7 +29,6 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
 
 def open_llm(spec: str, settings: Settings) -> CachedLLM:
     """The LLM of a spec, cached in `settings.cache`, metered and limited by the settings.
-
     Raises SettingsError for an unknown spec or what it lacks, UserFault if the cache does not open.
     """
     if spec.startswith("replay:"):  # a recording needs neither cache nor meter

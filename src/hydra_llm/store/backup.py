@@ -14,7 +14,6 @@ ROWS_AT_ONCE = 500  # rows that a copy holds in memory
 
 def backup(store: Store, file: Path) -> dict[str, int]:
     """Copy everything, as of one moment, into a new SQLite file, which is a store too.
-
     Returns rows per table. Raises StoreError: the file exists already, or cannot be written.
     """
     if file.exists():
@@ -32,9 +31,8 @@ def backup(store: Store, file: Path) -> dict[str, int]:
 
 
 def restore(store: Store, file: Path) -> dict[str, int]:
-    """Fill an empty store from a backup; returns rows per table.
-
-    Raises StoreError: there are rows already, or the file is no backup.
+    """Fill an empty store from a backup; returns rows per table. Raises StoreError: there are rows
+    already, or the file is no backup.
     """
     if any(count for table, count in store.counts().items() if table != "serving"):
         url = store.url.render_as_string(hide_password=True)

@@ -12,7 +12,14 @@ from sqlalchemy.engine import Connection
 
 from hydra_llm.store import schema
 from hydra_llm.store.database import in_parts
-from hydra_llm.store.values import Added, ConflictingFeedback, StoredFeedback, StoredHead
+from hydra_llm.store.values import (
+    Added,
+    ConflictingFeedback,
+    NoSuchUser,
+    StaleVersion,
+    StoredFeedback,
+    StoredHead,
+)
 from hydra_llm.types import Record
 
 FEEDBACK_ID = "feedback:"  # prefix of the id of a record made from feedback; the request's follows
@@ -21,8 +28,11 @@ FEEDBACK_ID = "feedback:"  # prefix of the id of a record made from feedback; th
 class UserChange:
     """A user inside a transaction. `changed`: whether anything that answers depend on has."""
 
-    def __init__(self, connection: Connection, key: int, name: str):
-        self._execute, self._key, self.name = connection.execute, key, name
+    def __init__(self, connection: Connection, user: Any, name: str):
+        """`user`: the locked row, or None; then raises NoSuchUser."""
+        if user is None:
+            raise NoSuchUser("no such user")
+        self._execute, self._key, self.name = connection.execute, user.key, name
         self.changed = False
 
     def add(self, records: Sequence[Record]) -> Added:
@@ -79,10 +89,7 @@ class UserChange:
         self.changed = True
 
     def put_feedback(self, feedback: StoredFeedback) -> bool:
-        """Keep feedback on a request; False if the same is kept already.
-
-        Raises ConflictingFeedback: other feedback on this request is kept already.
-        """
+        """Keep feedback on a request; False if the same is kept, ConflictingFeedback if other."""
         table, content = schema.feedback, json.loads(json.dumps(feedback.content))
         rows = sa.select(table.c.content).where(table.c.request == feedback.request)
         kept = self._execute(rows).scalar_one_or_none()
@@ -118,3 +125,16 @@ class UserChange:
 
 def _content(record: Any) -> dict[str, str]:
     return {"input": record.input, "output": record.output, "time": record.time}
+
+
+def locked_user(connection: Connection, name: str) -> Any:
+    """The user's row, which no one else changes until the transaction ends; None if unknown."""
+    rows = sa.select(schema.users.c.key, schema.users.c.version).where(schema.users.c.name == name)
+    return connection.execute(rows.with_for_update()).one_or_none()
+
+
+def check_version(user: Any, version: int | None) -> None:
+    """Raise StaleVersion if a version is named and the user's row has another, or is not there."""
+    now = user.version if user else "none"
+    if version not in (None, now):
+        raise StaleVersion(f"the user is at version {now}, not {version}: read again")

@@ -64,7 +64,6 @@ class Database:
 
 def create_engine(url: str, *, timeout: float = 30.0) -> Engine:
     """An engine for a URL; nothing is opened yet. `timeout`: seconds until a statement has failed.
-
     Raises SettingsError: no URL, an unsupported database, or a missing driver.
     """
     parsed = _parse(url)
@@ -73,14 +72,10 @@ def create_engine(url: str, *, timeout: float = 30.0) -> Engine:
             pool = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
             # A server that answers reports its timeout; for one that does not, TCP's timers end.
             seconds, milliseconds = int(timeout), int(timeout * 1000)
-            timeouts = {
-                "connect_timeout": max(2, seconds),
-                "options": f"-c statement_timeout={milliseconds}",
-                "tcp_user_timeout": milliseconds,
-                "keepalives_idle": max(1, seconds),
-                "keepalives_interval": 1,
-                "keepalives_count": 3,
-            }
+            statements = f"-c statement_timeout={milliseconds}"
+            timeouts = {"connect_timeout": max(2, seconds), "options": statements}
+            timeouts |= {"tcp_user_timeout": milliseconds, "keepalives_idle": max(1, seconds)}
+            timeouts |= {"keepalives_interval": 1, "keepalives_count": 3}
             return sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **pool)
         engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
     except ModuleNotFoundError as error:

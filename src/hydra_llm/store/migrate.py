@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from alembic import command
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, inspect
+from sqlalchemy import Engine, inspect
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
@@ -28,9 +27,7 @@ def prepare(engine: Engine) -> None:
 
 
 def upgrade(engine: Engine, version: str = "head") -> None:
-    """Bring the tables to a version in one transaction. Of two processes at once the second finds
-    nothing to do.
-    """
+    """Bring the tables to a version in one transaction; a second process then has nothing to do."""
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
@@ -51,9 +48,3 @@ def version_of(engine: Engine) -> str | None:
         newer = f"which a newer hydra-llm has made: this one knows {LATEST}"
         raise StoreError(f"store: its tables are of version {version}, {newer}")
     return version
-
-
-def differences(connection: Connection) -> list[str]:
-    """Where the tables are unlike the schema."""
-    changes = compare_metadata(MigrationContext.configure(connection), schema.metadata)
-    return [f"unlike the schema: {' '.join(map(str, change))}" for change in changes]

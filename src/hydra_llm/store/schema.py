@@ -12,12 +12,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import JSON, Boolean, Column, ForeignKey, Index, LargeBinary, Text
 
+# A user's version starts at the key times this. Keys are never reused: a user who is deleted and
+# comes again has no version of before.
 VERSIONS_PER_KEY = 2**32
-"""A user's version starts at the key times this. Keys are never reused, so a user who is deleted
-and comes again has no version of before.
-"""
-NAMES = {kind: f"{kind}_%(table_name)s_%(column_0_name)s" for kind in ("fk", "uq", "ix")}
 # A migration can name every constraint.
+NAMES = {kind: f"{kind}_%(table_name)s_%(column_0_name)s" for kind in ("fk", "uq", "ix")}
 metadata = sa.MetaData(naming_convention={"pk": "pk_%(table_name)s", **NAMES})
 
 Key = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys

@@ -15,24 +15,15 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 
 from hydra_llm.errors import StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import UserChange
+from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
-from hydra_llm.store.values import (
-    Added,
-    Job,
-    Key,
-    NoSuchUser,
-    Request,
-    StaleVersion,
-    StoredFeedback,
-    StoredHead,
-    UserState,
-)
+from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
 from hydra_llm.types import ARROW, Record, as_one_text
 
 
@@ -41,7 +32,6 @@ class Store(Database):
 
     def __init__(self, url: str, *, timeout: float = 30.0):
         """Open the database; an empty one gets its tables. `timeout`: of a statement, in seconds.
-
         Raises SettingsError for the URL, StoreError for the database or its version.
         """
         super().__init__(url, timeout=timeout)
@@ -91,21 +81,18 @@ class Store(Database):
         self, name: str, *, version: int | None = None, create: bool = False
     ) -> Iterator[UserChange]:
         """Change a user in one transaction, with the row locked; the version grows with any change.
-
         Raises StaleVersion if `version` is not the user's any more, NoSuchUser unless `create`.
         """
         users = schema.users
         with self.writing() as connection:
-            user = _locked_user(connection, name)
+            user = locked_user(connection, name)
             if user is None and create:
                 insert_new(connection, users, {"name": name, "version": 0, "created": time.time()})
                 new = sa.update(users).where(users.c.name == name, users.c.version == 0)
                 connection.execute(new.values(version=users.c.key * schema.VERSIONS_PER_KEY))
-                user = _locked_user(connection, name)
-            if user is None:
-                raise NoSuchUser("no such user")
-            _check_version(user, version)
-            change = UserChange(connection, user.key, name)
+                user = locked_user(connection, name)
+            change = UserChange(connection, user, name)
+            check_version(user, version)
             yield change
             if change.changed:
                 own = sa.update(users).where(users.c.key == user.key)
@@ -121,13 +108,12 @@ class Store(Database):
 
         A key for this user only is deleted too: it names the user. SQLite overwrites the bytes, but
         its log keeps them until `truncate_log`; PostgreSQL's files keep them until `scrub`.
-
         Raises StaleVersion if `version` is not the user's any more; then nothing was deleted.
         """
         keys, names = schema.keys.c, schema.key_users.c
         with self.writing() as connection:
-            user = _locked_user(connection, name)
-            _check_version(user, version)
+            user = locked_user(connection, name)
+            check_version(user, version)
             own = set(connection.scalars(sa.select(names.key).where(names.name == name)))
             connection.execute(sa.delete(schema.key_users).where(names.name == name))
             of_others = set(connection.scalars(sa.select(names.key).where(names.key.in_(own))))
@@ -182,7 +168,6 @@ class Store(Database):
         self, name: str, count: int | None = None, *, bundle: str | None = None
     ) -> list[StoredFeedback]:
         """The user's latest feedback (`count`, or all) that no fitted head has learned, in order.
-
         `bundle`: only feedback of that bundle that a head can learn from (it has a group).
         """
         table = schema.feedback.c
@@ -219,7 +204,7 @@ class Store(Database):
         now = time.time()
         job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
         with self.writing() as connection:
-            user = _locked_user(connection, name)
+            user = locked_user(connection, name)
             if user:
                 connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
         return job if user else None
@@ -266,8 +251,7 @@ class Store(Database):
 
     def key(self, id: str) -> Key | None:
         """A key by its public id."""
-        keys = self.keys(id)
-        return keys[0] if keys else None
+        return next(iter(self.keys(id)), None)
 
     def keys(self, id: str | None = None) -> list[Key]:
         """Every key, or the one of an id; revoked ones too, oldest first."""
@@ -311,9 +295,9 @@ class Store(Database):
 
     def salt(self) -> str:
         """What names are hashed with; drawn at the first call."""
-        table = schema.serving
+        table, row = schema.serving, {"name": "salt", "value": secrets.token_hex(32)}
         with self.writing() as connection:
-            insert_new(connection, table, {"name": "salt", "value": secrets.token_hex(32)})
+            insert_new(connection, table, row)
             salt = connection.scalars(sa.select(table.c.value).where(table.c.name == "salt")).one()
         return str(salt)
 
@@ -341,9 +325,8 @@ class Store(Database):
 
     def truncate_log(self) -> bool:
         """Write back and empty SQLite's log, which holds deleted pages; False if it was in use."""
-        if not self.on_sqlite:
-            return True
-        return bool(self.run_outside_transaction("PRAGMA wal_checkpoint(TRUNCATE)") == 0)
+        checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
+        return not self.on_sqlite or bool(self.run_outside_transaction(checkpoint) == 0)
 
     def counts(self) -> dict[str, int]:
         """Rows of each table."""
@@ -356,7 +339,8 @@ class Store(Database):
     def check(self) -> list[str]:
         """A line for each fault: a damaged file, tables unlike the schema, rows without a user."""
         with self.reading() as connection:
-            faults = migrate.differences(connection)
+            changes = compare_metadata(MigrationContext.configure(connection), schema.metadata)
+            faults = [f"unlike the schema: {' '.join(map(str, change))}" for change in changes]
             if self.on_sqlite:
                 lines = connection.scalars(sa.text("PRAGMA integrity_check"))
                 faults += [f"damaged: {line}" for line in lines if line != "ok"]
@@ -373,16 +357,3 @@ def _with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:
     columns = {field.name: table.c[field.name] for field in fields(kind)}
     named = columns | {"user": schema.users.c.name}
     return sa.select(*named.values()).join_from(table, schema.users)
-
-
-def _locked_user(connection: Connection, name: str) -> Any:
-    """The user's row, which no one else changes until the transaction ends; None if unknown."""
-    rows = sa.select(schema.users.c.key, schema.users.c.version).where(schema.users.c.name == name)
-    return connection.execute(rows.with_for_update()).one_or_none()
-
-
-def _check_version(user: Any, version: int | None) -> None:
-    """Raise StaleVersion if a version is named and the user's row has another, or is not there."""
-    now = user.version if user else "none"
-    if version not in (None, now):
-        raise StaleVersion(f"the user is at version {now}, not {version}: read again")
