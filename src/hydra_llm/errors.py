@@ -1,5 +1,5 @@
 """Every exception that hydra-llm raises on purpose. Each message is one line that names the place
-and, where there is one, the fix. Further subclasses are in store/values.py and llm/base.py.
+and, where there is one, the fix. Further subclasses are in store/change.py and llm/base.py.
 """
 
 from pathlib import Path

@@ -34,8 +34,8 @@ def parse_time(text: str) -> Span:
     if match := _CALENDAR.fullmatch(text) or _COMPACT.fullmatch(text):
         return _parse_calendar(*(int(part) for part in match.groups() if part))
     if _NUMBER.fullmatch(text):
-        is_milliseconds = abs(float(text)) >= 1e11  # 1e11 s is the year 5138
-        seconds = float(text) / 1000 if is_milliseconds else float(text)
+        number = float(text)
+        seconds = number / 1000 if abs(number) >= 1e11 else number  # 1e11 s is the year 5138
         return seconds, seconds
     return _parse_iso(text)
 
@@ -87,8 +87,7 @@ def before(records: Iterable[Record], query: Record | Query) -> list[Record]:
 
 def in_order(records: Iterable[Record]) -> list[Record]:
     """A user's records by time, then by position; one of unknown time stays behind those before."""
-    last_known = -math.inf
-    keyed: list[tuple[float, int, Record]] = []
+    last_known, keyed = -math.inf, list[tuple[float, int, Record]]()
     for record in sorted(records, key=lambda r: r.position):
         if (span := span_of(record)) != ALWAYS:
             last_known = span[0]

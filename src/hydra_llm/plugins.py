@@ -32,11 +32,8 @@ class Registry(Generic[T]):
         return [*self.builtin, *sorted(installed - self.builtin.keys())]
 
     def load(self, name: str) -> T:
-        """Import the object that is registered under `name`.
-
-        Raises:
-            SettingsError: it is unknown, registered twice, not importable, something else, or names
-                itself otherwise.
+        """Import the object that is registered under `name`. Raises SettingsError: it is unknown,
+        registered twice, not importable, something else, or names itself otherwise.
         """
         installed = self._shadowing if name in self.builtin else entry_points(group=self.group)
         points = [p for p in (*self.builtin.values(), *installed) if p.name == name]
@@ -47,8 +44,7 @@ class Registry(Generic[T]):
             twice = f"the {self.kind} '{name}' is registered by {' and by '.join(sorted(packages))}"
             raise SettingsError(f"{twice} in the entry-point group {self.group}: uninstall one")
         point = points[0]
-        owner = f" of {point.dist.name}" if point.dist else ""
-        place = f"the {self.kind} '{name}'{owner}"
+        place = f"the {self.kind} '{name}'" + (f" of {point.dist.name}" if point.dist else "")
         try:
             loaded: T = point.load()
         except (Exception, SystemExit) as error:  # a foreign module may raise anything

@@ -25,17 +25,10 @@ from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, restore
+from hydra_llm.store.change import ConflictingFeedback, StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import (
-    Added,
-    ConflictingFeedback,
-    Key,
-    Request,
-    StaleVersion,
-    StoredFeedback,
-    StoredHead,
-)
+from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead
 from hydra_llm.types import Record
 from tests.waiting import until
 

@@ -21,9 +21,9 @@ from hydra_llm.gateway.user_cache import UserSnapshot, to_head, to_stored
 from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import FEEDBACK_WINDOW
 from hydra_llm.select import all_labels, candidate_text
-from hydra_llm.store.change import FEEDBACK_ID
+from hydra_llm.store.change import FEEDBACK_ID, ConflictingFeedback, StaleVersion
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import ConflictingFeedback, Request, StaleVersion, StoredFeedback
+from hydra_llm.store.values import Request, StoredFeedback
 from hydra_llm.text import text_fault
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.train_scorer import target_rule, training_set

@@ -20,9 +20,9 @@ from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.heads import Head
-from hydra_llm.store.change import FEEDBACK_ID
+from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Job, StaleVersion, StoredFeedback
+from hydra_llm.store.values import Job, StoredFeedback
 from hydra_llm.training.api import fit
 from hydra_llm.types import Record
 

@@ -15,8 +15,8 @@ from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
 from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import StaleVersion
 
 RECORDS_AT_ONCE = 2  # six texts, some hundredths of a second that a request has to wait
 

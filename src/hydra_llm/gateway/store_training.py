@@ -14,8 +14,8 @@ from hydra_llm.gateway.deployment import ANY_TASK
 from hydra_llm.gateway.user_cache import to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
+from hydra_llm.store.change import NoSuchUser, StaleVersion
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import NoSuchUser, StaleVersion
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.api import Learned, learn
 from hydra_llm.training.train_scorer import silent

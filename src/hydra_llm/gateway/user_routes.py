@@ -22,8 +22,9 @@ from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, Record
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
+from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Job, StaleVersion
+from hydra_llm.store.values import Added, Job
 from hydra_llm.text import text_fault
 from hydra_llm.types import Record
 

@@ -10,19 +10,25 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
 from hydra_llm.store.database import in_parts
-from hydra_llm.store.values import (
-    Added,
-    ConflictingFeedback,
-    NoSuchUser,
-    StaleVersion,
-    StoredFeedback,
-    StoredHead,
-)
+from hydra_llm.store.values import Added, StoredFeedback, StoredHead
 from hydra_llm.types import Record
 
 FEEDBACK_ID = "feedback:"  # prefix of the id of a record made from feedback; the request's follows
+
+
+class StaleVersion(StoreError):
+    """The user has changed since the version that the caller read: read again."""
+
+
+class NoSuchUser(StoreError):
+    """The user is unknown, or was deleted."""
+
+
+class ConflictingFeedback(StoreError):
+    """There is other feedback on this request already."""
 
 
 class UserChange:

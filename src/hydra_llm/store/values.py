@@ -3,20 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hydra_llm.errors import StoreError
 from hydra_llm.types import Record
-
-
-class StaleVersion(StoreError):
-    """The user has changed since the version that the caller read: read again."""
-
-
-class NoSuchUser(StoreError):
-    """The user is unknown, or was deleted."""
-
-
-class ConflictingFeedback(StoreError):
-    """There is other feedback on this request already."""
 
 
 @dataclass(frozen=True, slots=True)
