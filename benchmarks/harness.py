@@ -19,9 +19,10 @@ from typing import Any
 from measure import Limit, finish, options
 from simulated_users import CLASSIFY, simulate_users, simulated_data
 
+from hydra_llm.bench.experiment import run_methods
 from hydra_llm.bench.method import Parts, find_methods
+from hydra_llm.bench.results import tabulate
 from hydra_llm.bench.runlog import RunLog
-from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.history import as_query

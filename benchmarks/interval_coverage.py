@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
 from hydra_llm.bench import stats
-from hydra_llm.bench.metrics import Metric, score
+from hydra_llm.bench.stats import Metric, score
 from hydra_llm.tasks.base import Floats, Task
 
 LABELS = tuple(f"label {n}" for n in range(15))

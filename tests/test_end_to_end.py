@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hydra_llm import Personalizer, fit, learn
+from hydra_llm.bench.experiment import run_methods
 from hydra_llm.bench.method import Parts, find_methods
-from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet

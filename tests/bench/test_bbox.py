@@ -23,8 +23,8 @@ from hydra_llm.bench.bbox import (
     expected_negatives,
     nce_loss,
 )
+from hydra_llm.bench.experiment import run_methods
 from hydra_llm.bench.method import Parts, find_methods
-from hydra_llm.bench.runner import run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings

@@ -21,7 +21,7 @@ import pytest
 from hydra_llm.bench.estimate import estimate_cost, estimate_rows
 from hydra_llm.bench.experiment import Experiment, run_experiment
 from hydra_llm.bench.method import find_methods, split_names
-from hydra_llm.bench.runner import tabulate
+from hydra_llm.bench.results import tabulate
 from hydra_llm.cli.main import run
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet

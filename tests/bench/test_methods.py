@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hydra_llm.bench.experiment import run_methods
 from hydra_llm.bench.method import (
     BUILTIN,
     METHODS,
@@ -25,8 +26,8 @@ from hydra_llm.bench.method import (
 )
 from hydra_llm.bench.methods import WithoutLLM
 from hydra_llm.bench.report.tables import GROUPS, Run, group_of
+from hydra_llm.bench.results import tabulate
 from hydra_llm.bench.runlog import Sample
-from hydra_llm.bench.runner import run_methods, tabulate
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.context import Context

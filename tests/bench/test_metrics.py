@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
-from hydra_llm.bench.metrics import Failed, Metric, score
+from hydra_llm.bench.stats import Failed, Metric, score
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 

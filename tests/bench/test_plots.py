@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_llm.bench.comparison import changes_by_user, pair
 from hydra_llm.bench.report import plots
 from hydra_llm.bench.report import tables as report
+from hydra_llm.bench.results import changes_by_user, pair
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.tasks.base import Task

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
-from hydra_llm.bench.comparison import compare, pair, queries_needed
 from hydra_llm.bench.report import tables as report
+from hydra_llm.bench.results import compare, pair, queries_needed, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
-from hydra_llm.bench.runner import tabulate
 from hydra_llm.bench.stats import Paired, Relative
 from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm import __version__
+from hydra_llm.bench.experiment import run_methods
 from hydra_llm.bench.method import METHODS, Parts, find_methods
 from hydra_llm.bench.report.cells import results_table
+from hydra_llm.bench.results import MethodResult, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
-from hydra_llm.bench.runner import MethodResult, run_methods, tabulate
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, SettingsError

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from hydra_llm.bench.metrics import Failed, score
-from hydra_llm.bench.stats import interval, over_tasks, paired, relative
+from hydra_llm.bench.stats import Failed, interval, over_tasks, paired, relative, score
 from hydra_llm.tasks.base import Task
 
 RATINGS = Task("r", "rating", "{input}", ("1", "2", "3", "4", "5"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hydra_llm.bench.method import find_methods
-from hydra_llm.bench.metrics import score
+from hydra_llm.bench.stats import score
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.tabular import read_table

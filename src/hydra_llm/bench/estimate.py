@@ -12,9 +12,8 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from hydra_llm.bench.experiment import Experiment, usable_methods
+from hydra_llm.bench.experiment import Experiment, chosen_queries, usable_methods
 from hydra_llm.bench.method import Parts
-from hydra_llm.bench.runner import chosen_queries
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order

@@ -11,16 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.method import Method, Parts
+from hydra_llm.bench.method import Answerer, Learner, Method, Parts
 from hydra_llm.bench.runlog import RunLog, Sample
-from hydra_llm.bench.runner import chosen_queries, run_methods
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import DataError
+from hydra_llm.errors import BudgetExceeded, DataError, LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
-from hydra_llm.llm.concurrency import StageProgress, run_sync
+from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.train_scorer import silent
 from hydra_llm.types import Query
@@ -96,6 +95,87 @@ def run_experiment(experiment: Experiment) -> Outcome:
     return Outcome(log, samples, learning)
 
 
+def chosen_queries(dataset: DataSet, users: Sequence[str], limit: int | None) -> list[Query]:
+    """Each user's first `limit` queries whose gold answer is known."""
+    known = ([q for q in dataset.queries(user) if q.gold is not None] for user in users)
+    return [query for queries in known for query in queries[:limit]]
+
+
+async def run_methods(
+    methods: Sequence[Method],
+    parts: Parts | Sequence[Parts],
+    queries: Sequence[Query],
+    log: RunLog | None = None,
+    progress: StageProgress | None = None,
+) -> list[Sample]:
+    """Answer every query by every method, unless the log has the sample; a failed call is a failed
+    sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed.
+
+    All methods answer a query before the next query, ordered by the number of records in their
+    prompts: an embedded engine then still holds the prompts that they share.
+    """
+    seeds = [parts] if isinstance(parts, Parts) else list(parts)
+    instances = [(method, own) for method in methods for own in method.instances(seeds)]
+    answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
+    order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
+    done = {} if log is None else dict(log.samples)
+    todo = [
+        (Sample(name, query.user, query.id, query.gold or "", None, seed=seed), query)
+        for query in queries
+        for name, seed in order
+        if (name, query.user, query.id, seed) not in done
+    ]
+    faults: list[LLMError] = []
+
+    async def one(case: tuple[Sample, Query]) -> None:
+        blank, query = case
+        sample = await _sample(blank, query, answerers[blank.method, blank.seed], faults)
+        done[sample.key] = sample
+        if log is not None:
+            log.add(sample)
+
+    report = None if progress is None else partial(progress, "answer")
+    await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
+    if faults and not any(sample.calls for sample in done.values()):
+        raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
+    return [done[name, query.user, query.id, seed] for name, seed in answerers for query in queries]
+
+
+def _records_shown(instance: tuple[Method, Parts]) -> int:
+    method, own = instance
+    default = own.settings.k if "reranker" in method.uses or "k" in method.takes else 0
+    return method.given.get("k", default)
+
+
+async def _sample(
+    blank: Sample, query: Query, answerer: Answerer, faults: list[LLMError]
+) -> Sample:
+    """The sample of a query with its answer or error; `faults` collects the errors."""
+    try:
+        answer = await answerer.aanswer(query)
+    except BudgetExceeded:
+        raise
+    except LLMError as error:
+        faults.append(error)
+        return replace(blank, error=str(error))
+    spent = answerer.pop_spent() if isinstance(answerer, Learner) else {}
+    usage, pick = answer.usage, answer.candidates[answer.chosen]
+    votes = [candidate.votes for candidate in answer.candidates]
+    return replace(
+        blank,
+        answer=pick.answer,
+        calls=usage.calls + usage.cached,
+        tokens=usage.prompt_tokens + usage.completion_tokens,
+        completion_tokens=usage.completion_tokens,
+        llm_seconds=usage.seconds,
+        seconds=dict(answer.seconds),
+        notes=answer.proposal.notes,
+        probability=pick.probability,
+        agreement=max(votes) / sum(votes) if sum(votes) > 1 else None,
+        learned={user: cost.to_json() for user, cost in spent.items()},
+    )
+
+
 def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:
     """The methods whose required parts have been learned, DataError if none; reports the others."""
     usable, reasons = [], {}
@@ -125,14 +205,12 @@ def learned_bundles(experiment: Experiment) -> dict[int, Bundle]:
         records = {user: in_order(data.history(user)) for user in experiment.new_users}
         blank = blank_bundle(data.task, experiment.llm, settings, records)
         return {settings.training_seed: blank}
-    if not seeds:
-        own = learned_bundle(experiment, settings, experiment.out / "bundle")
-        return {settings.training_seed: own}
-    bundles: dict[int, Bundle] = {}
-    for seed in seeds:
-        seeded = settings.model_copy(update={"fit_seed": seed})
-        folder, first = experiment.out / f"bundle-{seed}", bundles.get(seeds[0])
-        bundles[seed] = learned_bundle(experiment, seeded, folder, first)
+    out, bundles = experiment.out, dict[int, Bundle]()
+    seeded = {s: (settings.model_copy(update={"fit_seed": s}), out / f"bundle-{s}") for s in seeds}
+    places = seeded or {settings.training_seed: (settings, out / "bundle")}
+    for seed, (chosen, folder) in places.items():
+        first = next(iter(bundles.values()), None)
+        bundles[seed] = learned_bundle(experiment, chosen, folder, first)
     return bundles
 
 

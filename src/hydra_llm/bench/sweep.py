@@ -25,11 +25,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from hydra_llm.bench.comparison import compare
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
 from hydra_llm.bench.method import BUDGET, RECORDS, find_methods
+from hydra_llm.bench.results import compare, tabulate
 from hydra_llm.bench.runlog import Sample, by_method
-from hydra_llm.bench.runner import tabulate
 from hydra_llm.config import Group, Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError

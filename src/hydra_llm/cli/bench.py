@@ -79,8 +79,8 @@ def run(
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import find_methods, per_sample, split_names
     from hydra_llm.bench.report.cells import results_table
+    from hydra_llm.bench.results import tabulate
     from hydra_llm.bench.runlog import export_lamp
-    from hydra_llm.bench.runner import tabulate
 
     spec = source.spec()
     repeats = whole_numbers("--seeds", seeds, least=0) if seeds else ()

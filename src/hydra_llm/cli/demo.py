@@ -9,7 +9,7 @@ from hydra_llm.cli.options import AsJson
 from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
-    from hydra_llm.bench.runner import MethodResult
+    from hydra_llm.bench.results import MethodResult
 
 TRAINING_USERS, NEW_USERS, QUERIES = 100, 12, 4
 SETTINGS: dict[str, Any] = {"constrain": True, "max_tokens": 4, "samples": 8}
@@ -55,8 +55,9 @@ async def _run(
     users: int, seed: int, llm: str, report: console.Report
 ) -> "tuple[list[MethodResult], Answer]":
     """The result of each method, and one worked answer."""
+    from hydra_llm.bench.experiment import chosen_queries, run_methods
     from hydra_llm.bench.method import DEMO, Parts, find_methods
-    from hydra_llm.bench.runner import chosen_queries, run_methods, tabulate
+    from hydra_llm.bench.results import tabulate
     from hydra_llm.config import load_settings
     from hydra_llm.datasets.demo import movielens
     from hydra_llm.llm.registry import open_llm

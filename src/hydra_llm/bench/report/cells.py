@@ -4,9 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hydra_llm.bench.metrics import title
-from hydra_llm.bench.runner import MethodResult
-from hydra_llm.bench.stats import Paired, Relative
+from hydra_llm.bench.results import MethodResult
+from hydra_llm.bench.stats import Paired, Relative, title
 from hydra_llm.errors import SettingsError
 
 

@@ -12,11 +12,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.comparison import Comparison, compare, pair, scored_pairs
 from hydra_llm.bench.method import METHODS, base_name, installed, per_sample
 from hydra_llm.bench.report.cells import cell, difference, share
+from hydra_llm.bench.results import (
+    Comparison,
+    MethodResult,
+    compare,
+    pair,
+    rounded,
+    scored_pairs,
+    tabulate,
+)
 from hydra_llm.bench.runlog import Sample, by_method, read_learning, read_run
-from hydra_llm.bench.runner import MethodResult, rounded, tabulate
 from hydra_llm.bench.stats import Relative, over_tasks, relative
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.meter import FREE, Prices

@@ -1,10 +1,10 @@
-"""Two methods on the same queries: paired differences, users better and worse, queries needed.
+"""Samples as figures: each method's metrics with intervals, and two methods on the same queries.
 
 Knows neither tables nor LLMs; the statistics are those of `stats`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -13,15 +13,94 @@ import numpy as np
 from scipy.special import stdtrit
 
 from hydra_llm.bench.method import per_sample
-from hydra_llm.bench.metrics import Metric
-from hydra_llm.bench.runlog import Sample
-from hydra_llm.bench.runner import scored
-from hydra_llm.bench.stats import Paired, paired
+from hydra_llm.bench.runlog import Sample, by_method
+from hydra_llm.bench.stats import Failed, Metric, Paired, interval, paired, score
+from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.base import Task
 
 POWER = 2.8  # standard errors of a difference found with power 0.8 at the 5 % level: 1.96 + 0.84
 
 Pair = tuple[Sample, Sample]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """The figures of a method over all of its samples; calls, tokens, cost and seconds per query.
+
+    `metrics` has the value and the ends of its 95 % interval over users, NaN if not scored; `seeds`
+    has each seed's values by metric, if there are several seeds of the learned parts.
+    """
+
+    method: str
+    metrics: Mapping[str, tuple[float, float, float]]
+    queries: int  # each counted once, however many seeds answered it
+    failed: int
+    unparsable: int
+    calls: float
+    tokens: float
+    llm_seconds: float  # of the LLM, as measured when it was called
+    own_seconds: float  # of everything else in this run
+    cost: float  # money at the given prices
+    seconds: Mapping[str, float]  # per stage, in this run; `llm` is near 0 if cached
+    seeds: Mapping[int, Mapping[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; what was not scored is null."""
+        metrics = {name: rounded(values) for name, values in self.metrics.items()}
+        seeds = {
+            seed: dict(zip(own, rounded(own.values()), strict=True))
+            for seed, own in self.seeds.items()
+        }
+        return {**asdict(self), "metrics": metrics, "seeds": seeds}
+
+
+def rounded(values: Iterable[float]) -> list[float | None]:
+    """Six decimals for JSON; NaN is null."""
+    return [None if math.isnan(value) else round(value, 6) for value in values]
+
+
+def scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
+    """The samples by every metric of the task."""
+    answers = [Failed(sample.error) if sample.error else sample.answer for sample in samples]
+    return score(task, answers, [sample.gold for sample in samples])
+
+
+def tabulate(task: Task, samples: Sequence[Sample], prices: Prices = FREE) -> list[MethodResult]:
+    """One result per method, in the order in which methods first appear."""
+    return [_result(task, own, prices) for own in by_method(samples).values()]
+
+
+def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
+    answered = [sample for sample in own if not sample.error]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / max(1, len(answered))
+
+    users, seeds = [sample.user for sample in own], sorted({sample.seed for sample in own})
+    metrics = dict.fromkeys(task.metric_specs, (math.nan,) * 3)
+    for name, metric in scored(task, own).items():
+        if not math.isnan(metric.value):
+            metrics[name] = (metric.value, *interval(metric, users))
+    of_seeds = {}
+    for seed in seeds if len(seeds) > 1 else ():
+        metrics_of_seed = scored(task, [sample for sample in own if sample.seed == seed])
+        of_seeds[seed] = {name: metric.value for name, metric in metrics_of_seed.items()}
+    stages = dict.fromkeys(stage for sample in answered for stage in sample.seconds)
+    seconds = {name: mean(s.seconds.get(name, 0.0) for s in answered) for name in stages}
+    return MethodResult(
+        own[0].method,
+        metrics,
+        queries=len({(sample.user, sample.query) for sample in own}),
+        failed=len(own) - len(answered),
+        unparsable=sum(sample.answer is None for sample in answered),
+        calls=mean(sample.calls for sample in answered),
+        tokens=mean(sample.tokens for sample in answered),
+        llm_seconds=mean(sample.llm_seconds for sample in answered),
+        own_seconds=sum(time for stage, time in seconds.items() if stage != "llm"),
+        cost=mean(prices.cost(sample.usage) for sample in answered),
+        seconds=seconds,
+        seeds=of_seeds,
+    )
 
 
 @dataclass(frozen=True)
