@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from hydra_llm.bench.stats import Failed, interval, over_tasks, paired, relative, score
+from hydra_llm.bench.stats import interval, over_tasks, paired, relative, score
+from hydra_llm.errors import LLMError
 from hydra_llm.tasks.base import Task
 
 RATINGS = Task("r", "rating", "{input}", ("1", "2", "3", "4", "5"))
@@ -229,7 +230,7 @@ def test_failed_samples_are_left_out_for_both() -> None:
     result = paired([1.0, nan, 2.0, 3.0, nan], [0.0, 9.0, nan, 1.0, 9.0], users)
     assert result.difference == pytest.approx(((1 - 0) + (3 - 1)) / 2)
     assert result.samples == 2
-    failed = score(RATINGS, ["1", Failed("x"), "3"], ["1", "1", "1"])["mae"]
+    failed = score(RATINGS, ["1", LLMError("x"), "3"], ["1", "1", "1"])["mae"]
     assert interval(failed, ["u", "u", "v"]) == interval([0.0, nan, 2.0], ["u", "u", "v"]) == (0, 2)
 
 
@@ -280,7 +281,7 @@ def test_a_share_is_as_sure_as_the_jackknife_says() -> None:
     )
     same = over_tasks([result, result])  # the same people and answers twice are no surer
     assert (same.error, same.freedom) == pytest.approx((result.error, 8))
-    lost = score(RATINGS, [*better, Failed("x")], [*golds, "1"])["mae"]
+    lost = score(RATINGS, [*better, LLMError("x")], [*golds, "1"])["mae"]
     alone = relative(
         [(lost, score(RATINGS, [*worse, "1"], [*golds, "1"])["mae"], [*users, "nobody"])]
     )

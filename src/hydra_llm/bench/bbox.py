@@ -235,8 +235,16 @@ class BBoxAdapter:
         for error in answers:
             if isinstance(error, LLMError) and not proposals:
                 raise error
-        started = perf_counter()  # the LLM has answered
-        if pools := _pools(self.bundle, energy.interaction, proposals):
+        started, offers = perf_counter(), list[Offer]()  # the LLM has answered
+        for proposal in proposals:
+            readable = [c for c in proposal.candidates if c.answer is not None]
+            if readable:
+                offered = _offered(self.bundle.task, readable, proposal.query.gold)
+                offers.append((proposal.query, offered))
+        if offers:
+            gold = [[c.answer for c in offered].index(query.gold) for query, offered in offers]
+            read = _read(self.bundle, energy.interaction, offers)
+            pools = Pools(*read, torch.tensor(gold))
             if not key:
                 energy.interaction.prepare(pools.groups)
             draws, decay = settings.samples, settings.weight_decay
@@ -244,14 +252,3 @@ class BBoxAdapter:
         usage = sum((proposal.usage for proposal in proposals), Usage())
         self._spent[key] = StageCost(len(records), usage.seconds + perf_counter() - started, usage)
         return learned
-
-
-def _pools(bundle: Bundle, interaction: Interaction, proposals: Sequence[Proposal]) -> Pools | None:
-    """Proposals with an answer that could be parsed, as pools; None if there is none."""
-    offers: list[Offer] = []
-    for proposal in proposals:
-        query = proposal.query
-        if readable := [c for c in proposal.candidates if c.answer is not None]:
-            offers.append((query, _offered(bundle.task, readable, query.gold)))
-    gold = [[c.answer for c in offered].index(query.gold) for query, offered in offers]
-    return Pools(*_read(bundle, interaction, offers), torch.tensor(gold)) if offers else None

@@ -82,7 +82,7 @@ class PendingCall:
 def estimate_cost(experiment: Experiment) -> CostEstimate:
     """Go through a run without making its calls, but for a few; LLMError if all of those fail."""
     cache, settings = experiment.llm, experiment.settings
-    llm = DryRunLLM(cache, experiment.data.task.labels)
+    llm = DryRunLLM(cache, cache.identity, experiment.data.task.labels)
     texts, encoding = run_sync(partial(_go_through, experiment, llm))
     calls = list(llm.missing.values())
     sample = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
@@ -126,14 +126,11 @@ class DryRunLLM:
     """Answers the first label, or any text, and collects the calls that are not cached."""
 
     cache: CachedLLM
+    identity: Mapping[str, Any]
     labels: Sequence[str]
     stage: str = ""
     missing: dict[str, PendingCall] = field(default_factory=dict)
     kept: dict[str, set[str]] = field(default_factory=dict)  # stage → keys that the cache holds
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return self.cache.identity
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         key = key_of(request_of(self.identity, messages, sampling))

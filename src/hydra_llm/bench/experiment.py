@@ -64,12 +64,10 @@ class Outcome:
 
 
 def run_experiment(experiment: Experiment) -> Outcome:
-    """Learn and answer what is missing.
+    """Learn and answer what is missing; a repeat continues a run that was stopped.
 
-    Raises:
-        DataError: no new user has a query with a known answer.
-        SettingsError: the folder holds another run.
-        LLMError: the budget is spent (a repeat continues), or every call failed.
+    Raises DataError: no query with a known answer. SettingsError: the folder holds another run.
+    LLMError: the budget is spent, or every call failed.
     """
     # before anything is learned: a refused command changes nothing
     log = RunLog(experiment.out, _manifest(experiment))
@@ -229,23 +227,22 @@ def learned_bundle(
         return replace(bundle.without_heads(), records={**bundle.records, **own})
     if missing := [user for user in experiment.new_users if user not in bundle.records]:
         fitted = fit(data, bundle, llm, users=missing, progress=progress)
-        stages = {"users": len(missing), "stages": fitted.stages_json()}
-        report = {**fitted.bundle.report, "fitted": stages}
-        replace(fitted.bundle, report=report).save(folder)
+        fitted.report(fitted={"users": len(missing), "stages": fitted.stages_json()})
+        fitted.bundle.save(folder)
         bundle = Bundle.load(folder, here=settings)
     return bundle
 
 
 def _manifest(experiment: Experiment) -> dict[str, Any]:
     """What identifies the run before it begins, so that samples of two runs are not mixed."""
-    queries = chosen_queries(experiment.data, experiment.new_users, experiment.limit)
+    data, given = experiment.data, experiment.bundle
+    queries = chosen_queries(data, experiment.new_users, experiment.limit)
     if not queries:
         fix = "users.jsonl needs users with split 'test'"
         raise DataError(f"no new user has a query whose answer is known: {fix}")
-    given = experiment.bundle
     return {
-        "data": experiment.data.digest,
-        "task": experiment.data.task.to_json(),
+        "data": data.digest,
+        "task": data.task.to_json(),
         "llm": dict(experiment.llm.identity),
         "seeds": list(experiment.seeds),
         "chosen": _counts(queries),

@@ -1,8 +1,7 @@
 """What a benchmarked method is, and how a name such as `hydra@4,8` is found.
 
-A method is the pipeline with other parts; a baseline has null parts. Built-in methods are in
-`methods.py`. A package adds its own as a `Method` in the entry-point group `hydra_llm.methods`.
-Knows neither data sets nor metrics.
+A method is the pipeline with other parts. Built-in methods are in `methods.py`; a package adds its
+own as a `Method` in the entry-point group `hydra_llm.methods`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ class Answerer(Protocol):
     """A method when it runs."""
 
     async def aanswer(self, query: Query) -> Answer:
-        """The method's answer. Raises LLMError if the LLM gave none."""
+        """Raises LLMError if the LLM gave no answer."""
         ...
 
 
@@ -33,7 +32,7 @@ class Learner(Protocol):
     """An answerer that learns while it answers."""
 
     def pop_spent(self) -> dict[str, StageCost]:
-        """Learning costs since the last call, by `records:user`; an empty key is for all users."""
+        """Costs since the last call by `records:user` (`8:ada`); an empty key is for all users."""
         ...
 
 
@@ -68,16 +67,14 @@ PARAMETERS = {"k": "k", "b": "samples"}  # parameter of a method → the setting
 class Method:
     """One method of the benchmark."""
 
-    name: str
-    """`NAME`, or with parameters `NAME@k`, `NAME@b`, `NAME@k,b`; the settings' values otherwise."""
+    name: str  # `NAME`, or with parameters in place of the settings' values, as `NAME@k,b`
     what: str  # one line for people
     group: str  # prompt, hydra, adapter, sampling, control or bound: its part of the table
     build: Build
     takes: tuple[str, ...] = ()  # parameters that the name may carry: k records, b candidates
     source: str = ""
     labels_only: bool = False  # it can answer tasks with a closed set of labels only
-    uses: tuple[str, ...] = ("reranker", "adapter")
-    """Learned parts that it uses; its answers differ by seed if the adapter is one."""
+    uses: tuple[str, ...] = ("reranker", "adapter")  # learned parts; with the adapter seeds count
     requires: tuple[str, ...] = ()  # learned parts without which it is left out of the run
     per_sample: bool = False  # it answers once per sample, with the sample's index as the seed
     given: Mapping[str, int] = field(default_factory=dict)  # its parameters, if the name has any
@@ -167,17 +164,16 @@ def find_methods(
     budget: Sequence[int] = BUDGET,
 ) -> list[Method]:
     """The methods of these names; `all` is every method that can answer tasks of the kind, at each
-    k of `records` and b of `budget`.
-
-    Raises:
-        SettingsError: no name, an unknown one, a wrong parameter, or a kind that it cannot answer.
+    k of `records` and b of `budget`. SettingsError: no name, an unknown one, a wrong parameter, or
+    a kind that it cannot answer.
     """
+    known = ", ".join(METHODS.names())
     if not names:
-        raise SettingsError(f"no method is named: take some of {_known()}, or all")
-    values, methods = {"k": records, "b": budget}, []
+        raise SettingsError(f"no method is named: take some of {known}, or all")
+    values, methods = {"k": records, "b": budget}, list[Method]()
     for name in names:
         if name != "all":
-            methods.append(_find(name))
+            methods.append(_find(name, known))
             continue
         for method in map(load_method, METHODS.names()):
             if method.answers(kind):
@@ -191,14 +187,10 @@ def find_methods(
     return list({method.name: method for method in methods}.values())
 
 
-def _known() -> str:
-    return ", ".join(METHODS.names())
-
-
-def _find(name: str) -> Method:
+def _find(name: str, known: str) -> Method:
     plain, at, numbers = name.partition("@")
     if plain not in METHODS.names():
-        raise SettingsError(METHODS.unknown(name, f"take some of {_known()}, all"))
+        raise SettingsError(METHODS.unknown(name, f"take some of {known}, all"))
     base, values = load_method(plain), numbers.split(",") if at else []
     whole = all(value.isdecimal() and int(value) > 0 for value in values)
     if at and (len(values) != len(base.takes) or not whole):

@@ -25,8 +25,6 @@ from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record,
 
 GREEDY: Mapping[str, Any] = {"samples": 1, "greedy_first": True}
 """Settings of a method that takes the LLM's temperature-0 answer alone."""
-ALWAYS: Mapping[str, Any] = {"rerank": "always"}
-"""The paper's methods use the reranker even if `hydra` would keep the retriever's order."""
 
 
 @method("prompt", source="HYDRA 4.1", uses=())
@@ -101,7 +99,7 @@ class Profiled:
 @method("hydra", takes=("k",), source="HYDRA 4.2", uses=("reranker",), requires=("reranker",))
 def hydra_reranker(parts: Parts) -> Answerer:
     """Reranked records, first answer."""
-    return parts.with_settings(**ALWAYS).personalizer(rerank=True, **GREEDY)
+    return parts.with_settings(rerank="always").personalizer(rerank=True, **GREEDY)
 
 
 @method("hydra", takes=("b",), source="HYDRA 4.2", uses=("adapter",), requires=("adapter",))
@@ -114,7 +112,8 @@ def hydra_adapter(parts: Parts) -> Answerer:
 def hydra_published(parts: Parts) -> Answerer:
     """Reranker and adapter: sampled candidates at temperature 1, best score."""
     sampled = {"candidates": "sampled", "select": "best", "temperature": 1.0, "greedy_first": False}
-    return parts.with_settings(**ALWAYS).personalizer(rerank=True, adapt=True, **sampled)
+    always = parts.with_settings(rerank="always")  # even if `hydra` keeps the retriever's order
+    return always.personalizer(rerank=True, adapt=True, **sampled)
 
 
 @method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md")

@@ -14,7 +14,8 @@ from scipy.special import stdtrit
 
 from hydra_llm.bench.method import per_sample
 from hydra_llm.bench.runlog import Sample, by_method
-from hydra_llm.bench.stats import Failed, Metric, Paired, interval, paired, score
+from hydra_llm.bench.stats import Metric, Paired, interval, paired, score
+from hydra_llm.errors import LLMError
 from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.base import Task
 
@@ -45,7 +46,6 @@ class MethodResult:
     seeds: Mapping[int, Mapping[str, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; what was not scored is null."""
         metrics = {name: rounded(values) for name, values in self.metrics.items()}
         seeds = {
             seed: dict(zip(own, rounded(own.values()), strict=True))
@@ -61,7 +61,7 @@ def rounded(values: Iterable[float]) -> list[float | None]:
 
 def scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
     """The samples by every metric of the task."""
-    answers = [Failed(sample.error) if sample.error else sample.answer for sample in samples]
+    answers = [LLMError(sample.error) if sample.error else sample.answer for sample in samples]
     return score(task, answers, [sample.gold for sample in samples])
 
 
@@ -77,10 +77,7 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
         return sum(values) / max(1, len(answered))
 
     users, seeds = [sample.user for sample in own], sorted({sample.seed for sample in own})
-    metrics = dict.fromkeys(task.metric_specs, (math.nan,) * 3)
-    for name, metric in scored(task, own).items():
-        if not math.isnan(metric.value):
-            metrics[name] = (metric.value, *interval(metric, users))
+    metrics = {name: (m.value, *interval(m, users)) for name, m in scored(task, own).items()}
     of_seeds = {}
     for seed in seeds if len(seeds) > 1 else ():
         metrics_of_seed = scored(task, [sample for sample in own if sample.seed == seed])

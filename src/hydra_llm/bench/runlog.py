@@ -48,15 +48,11 @@ class Sample:
     llm_seconds: float = 0.0  # of the LLM, as measured when it was called
     seconds: Mapping[str, float] = field(default_factory=dict)  # per stage of this run
     notes: tuple[str, ...] = ()
-    seed: int = 0
-    """Of the learned parts; the index of the sample for a method that answers per sample."""
+    seed: int = 0  # of the learned parts, or the sample's index if the method is `per_sample`
     probability: float | None = None  # the adapter's of its pick; None without an adapter
-    agreement: float | None = None
-    """The vote share of the most frequent answer; None for fewer than two samples."""
+    agreement: float | None = None  # the mode's vote share; None for fewer than two samples
     learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Learning costs before this answer of a method that learns while it answers, as
-    `StageCost.to_json`, by `records:user` (`8:ada`); an empty key is for all users.
-    """
+    """`StageCost.to_json` of what a `Learner` learned before this answer, see its `pop_spent`."""
 
     @property
     def key(self) -> Key:
@@ -64,7 +60,6 @@ class Sample:
 
     @property
     def usage(self) -> Usage:
-        """The tokens, as far as prices need them."""
         completion = self.completion_tokens
         return Usage(prompt_tokens=self.tokens - completion, completion_tokens=completion)
 
@@ -176,10 +171,8 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
-    """Write each method's answers as LaMP's evaluation reads them, to `lamp/METHOD.json`; a failed
-    or unparsable answer is empty. Of several seeds it writes the first.
-
-    `like` is the LaMP task's name; LaMP-2N and LaMP-2M are both LaMP_2.
+    """Write each method's answers as LaMP's evaluation reads them, to `lamp/METHOD.json`: the first
+    seed's, empty if failed or unparsable. `like`: the LaMP task; LaMP-2N and -2M are both LaMP_2.
     """
     out = folder / "lamp"
     out.mkdir(exist_ok=True)
@@ -205,9 +198,7 @@ def read_learning(folder: Path) -> list[dict[str, Any]]:
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     """The manifest and the samples of a run; of a sample that was tried again the last try.
-
-    Raises:
-        SettingsError: no run is there, it is damaged, or made by a newer version.
+    SettingsError: no run is there, it is damaged, or made by a newer version.
     """
     file, lines = folder / "manifest.json", folder / "samples.jsonl"
     try:

@@ -1,8 +1,8 @@
 """Metrics of parsed answers, with confidence intervals and p-values over users.
 
 A metric of a task kind (`tasks/`) is a function of sums over queries (sufficient statistics), for
-its value as for its bootstrap values. An answer that cannot be parsed (None) counts as wrong; one
-whose call failed (`Failed`) is NaN and counted, never 0; in a comparison it is left out for both.
+its value as for its bootstrap values. An answer that cannot be parsed (None) counts as wrong. The
+rows of a failed call are NaN, never 0: it is left out, in a comparison for both methods.
 
 Bootstrap over users, not samples: one user's samples are correlated, and claims are about new
 users. For few users the percentile interval is too narrow: its level is widened as Student's t is
@@ -24,17 +24,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
+from hydra_llm.errors import LLMError
 from hydra_llm.tasks.base import KINDS, Floats, MetricSpec, Statistic, Task
 
 LEVEL = 0.95
 CELLS = 4_000_000  # draws times users in memory at once
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Stands for the answer of a call that failed."""
-
-    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +38,24 @@ class Metric:
     spec: MetricSpec
     value: float  # NaN where no query was scored
     rows: Floats  # [N, S] sufficient statistics of each query; NaN where its call failed
-    failed: int = 0  # queries without an answer, not in `value`
-    unparsable: int = 0  # queries whose answer could not be parsed, in `value` as wrong
 
 
 def score(
-    task: Task, answers: Sequence[str | Failed | None], golds: Sequence[str]
+    task: Task, answers: Sequence[str | LLMError | None], golds: Sequence[str]
 ) -> dict[str, Metric]:
-    """Score parsed answers by every metric of the task, in its order.
-
-    Raises:
-        DataError: a gold rating is not a number.
-        ValueError: there are more answers than golds, or fewer.
+    """Score parsed answers, or the errors in their place, by every metric of the task in its order.
+    DataError: a gold rating is not a number. ValueError: more answers than golds, or fewer.
     """
     pairs = list(zip(answers, golds, strict=True))
-    failed = np.array([isinstance(answer, Failed) for answer, _ in pairs], dtype=bool)
-    scored = [(answer, gold) for answer, gold in pairs if not isinstance(answer, Failed)]
-    unparsable = sum(answer is None for answer, _ in scored)
+    failed = np.array([isinstance(answer, LLMError) for answer in answers], dtype=bool)
+    scored = [(answer, gold) for answer, gold in pairs if not isinstance(answer, LLMError)]
     metrics = {}
-    for spec in task.metric_specs.values():
-        of_scored = task.strategy.metric_rows(spec.name, scored)
+    for name, spec in task.metric_specs.items():
+        of_scored = task.strategy.metric_rows(name, scored)
         rows = np.full((len(pairs), of_scored.shape[1]), np.nan)
         rows[~failed] = of_scored
         sums = np.nansum(rows, axis=0, keepdims=True)
-        value = float(spec.statistic(sums)[0]) if scored else np.nan
-        metrics[spec.name] = Metric(spec, value, rows, int(failed.sum()), unparsable)
+        metrics[name] = Metric(spec, float(spec.statistic(sums)[0]) if scored else np.nan, rows)
     return metrics
 
 
@@ -110,7 +97,6 @@ class Relative(NamedTuple):
     parts: Mapping[str, float]  # user → part of the error, the root of their sum of squares
 
     def interval(self) -> Interval:
-        """Student's interval."""
         return _students(self.change, self.error, self.freedom)
 
 
