@@ -245,7 +245,7 @@ async def running(
         store,
         upstream,
         ServeSettings(**settings),
-        bundle=str(bundle) if bundle else None,
+        bundle=bundle,
         llm=RuleLLM(anything),
         on_loopback=on_loopback,
     )

@@ -73,7 +73,7 @@ async def test_a_request_in_flight_restores_no_deleted_features(
         features = world.app.state.gateway.deployment.bundle.store
         of_bob = set(features._passing)
         await send(world, storms(6))
-        await async_until(lambda: not world.app.state.gateway.deployment.prefetcher.under_way)
+        await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
         reached, deleted, complete = asyncio.Event(), asyncio.Event(), world.upstream.complete
 
         async def late(body: Mapping[str, Any]) -> Any:
@@ -116,7 +116,7 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
                 assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
             else:
                 await send(world, [Record("ada", "r0", "a calm at last", "calm")])
-        await async_until(lambda: not world.app.state.gateway.deployment.prefetcher.under_way)
+        await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
         await deployment.batcher.run(lambda: None)
         gone = texts_of(records if how == "the user" else records[:1])
         assert deployment.bundle.store.missing(gone) == len(gone)
@@ -138,7 +138,7 @@ async def test_no_server_writes_features_of_a_user_deleted_on_another(
             await send(second, storms(6))
             await async_until(lambda: bool(deployment.batcher._later))
             assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await async_until(lambda: not deployment.prefetcher.under_way)
+        await async_until(lambda: not deployment.prefetching)
         assert feature_count(tmp_path) == 0
     other.close()
 
@@ -149,7 +149,7 @@ async def test_what_changes_amid_the_warming_is_warmed_too(
     async with running(store, bundles["titles"], warm=False) as world:
         for place in range(0, 12, 2):
             await send(world, storms(12)[place : place + 2])
-        await async_until(lambda: not world.app.state.gateway.deployment.prefetcher.under_way)
+        await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
         assert feature_count(tmp_path) == len(set(texts_of(storms(12))))
 
 
@@ -158,7 +158,7 @@ async def test_a_deletion_reports_the_number_of_deleted_features(
 ) -> None:
     async with running(store, bundles["titles"], warm=False) as world:
         await send(world, storms(6))
-        await async_until(lambda: not world.app.state.gateway.deployment.prefetcher.under_way)
+        await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
         count = feature_count(tmp_path)
         assert count == 18
         assert (await world.http.delete("/v1/users/ada")).json()["deleted"]["features"] == count

@@ -23,7 +23,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -
     """A real server on loopback, with a bundle and one user."""
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('fuzz') / 'store.db'}")
     store.add_records("ada", records_of("ada"))
-    app = make_app(store, Scripted(), bundle=str(bundles["tags"]))
+    app = make_app(store, Scripted(), bundle=bundles["tags"])
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

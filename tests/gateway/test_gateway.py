@@ -825,7 +825,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         assert deployment.pipeline.retriever._index.cache_info().currsize == 1
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await async_until(lambda: not deployment.prefetcher.under_way)
+        await async_until(lambda: not deployment.prefetching)
         await deployment.batcher.run(lambda: None)
         texts = [text for text in texts_of(records) if text != "calm"]
         assert deployment.bundle.store.missing(texts) == len(texts)

@@ -9,8 +9,8 @@ import pytest
 
 from hydra_llm.config import load_settings
 from hydra_llm.gateway.deployment import Deployment, open_deployment
-from hydra_llm.gateway.jobs import Worker
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.store_training import Worker
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.fake import RuleLLM

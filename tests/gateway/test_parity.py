@@ -148,7 +148,7 @@ def add_user(
     store.add_records("ada", history(task, "ada"))
     if bundle and heads:
         with store.change("ada") as change:
-            change.put_heads(bundle.weights, {name: to_stored(h) for name, h in heads.items()})
+            change.put_heads(bundle.weights, to_stored(heads))
 
 
 async def answered(asker: UserPipeline, text: str = QUESTION) -> tuple[Answer, list[Any]]:
@@ -333,10 +333,10 @@ async def test_the_bundles_settings_hold_unless_others_are_given(
 ) -> None:
     loaded = Bundle.load(learned["text"]).settings
     async with running(store, learned["text"], **overrides) as world:
-        settings = world.app.state.gateway.deployment.settings
+        settings = world.app.state.gateway.deployment.pipeline.settings
     assert settings == loaded.model_copy(update=expected)
     async with running(store) as world:
-        bare = world.app.state.gateway.deployment.settings
+        bare = world.app.state.gateway.deployment.pipeline.settings
     assert (bare.max_prompt_tokens, bare.prompt_style) == (4096, "turns"), "without a bundle"
 
 

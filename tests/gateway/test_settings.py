@@ -80,7 +80,7 @@ def test_the_settings_file_applies_to_the_llm_and_the_bundle(
         monkeypatch, "--store", f"sqlite:///{tmp_path / 's.db'}", "--config", str(file), *bundle
     ).app.state
     assert state.gateway.settings.k == 3
-    assert state.gateway.deployment.settings.cache == tmp_path / "there"
+    assert state.gateway.deployment.pipeline.settings.cache == tmp_path / "there"
     if name:
         assert state.gateway.deployment.bundle.store.path == tmp_path / "there" / "features.sqlite"
     client = state.worker._llm._client

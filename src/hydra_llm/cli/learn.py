@@ -49,7 +49,7 @@ def learn(
         answers = out.with_name(f"{out.name}.answers.sqlite")
         model = wrap(bare_llm(llm, settings), settings, answers)
         with console.progress() as report:
-            learned = learn_from_store(store, model, settings, out, task=task, progress=report)
+            learned = learn_from_store(store, model, settings, out, task, report)
         run_sync(model.aclose)
         for end in ("", "-wal", "-shm"):
             answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)

@@ -49,9 +49,8 @@ def serve(
         _check_store(opened, host, local, bundle)
         model = bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
-        folder = str(bundle) if bundle else None
         app = make_app(
-            opened, upstream, settings, bundle=folder, llm=model, here=here, on_loopback=local
+            opened, upstream, settings, bundle=bundle, llm=model, here=here, on_loopback=local
         )
         name = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(app, log_level="warning", access_log=False)
@@ -77,7 +76,7 @@ def _check_store(store: "Store", host: str, local: bool, bundle: Path | None) ->
         accepted = "any key is accepted, from this machine only"
         console.say(f"no key exists: {accepted}; create one by {create}")
     chosen = store.bundle()
-    if bundle and chosen and Path(folder_of(chosen)).resolve() != bundle.resolve():
+    if bundle and chosen and folder_of(chosen).resolve() != bundle.resolve():
         reason = f"`hydra-llm bundles use` set {folder_of(chosen)} for this store"
         console.say(f"--bundle {bundle} is ignored: {reason}")
 

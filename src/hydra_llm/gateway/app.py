@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -17,9 +18,9 @@ from hydra_llm.errors import HydraError
 from hydra_llm.gateway import openai_routes, user_routes
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
-from hydra_llm.gateway.jobs import Worker
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, error_response
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.store_training import Worker
 from hydra_llm.gateway.telemetry import Telemetry, log
 from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
@@ -37,7 +38,7 @@ def make_app(
     upstream: Upstream,
     settings: ServeSettings | None = None,
     *,
-    bundle: str | None = None,
+    bundle: Path | None = None,
     llm: ChatLLM | None = None,
     here: Settings | None = None,
     on_loopback: bool = True,
@@ -112,7 +113,7 @@ async def _watch(gateway: Gateway) -> None:
             active = await reads.read(store.bundle)
             if active is not None and active != gateway.active_bundle:
                 old, parts = gateway.deployment, (folder_of(active), settings)
-                new = await run_sync(open_deployment, store, reads, *parts, old.settings)
+                new = await run_sync(open_deployment, store, reads, *parts, old.pipeline.settings)
                 gateway.deployment, gateway.active_bundle = new, active
                 log.info("bundle %s is in use", new.id[:12])
                 wait = settings.deadline + settings.upstream_timeout

@@ -1,6 +1,4 @@
-"""Who may speak for whom, and what the upstream sees in place of a user's id. Until a key is made
-any is accepted, on loopback only (cli/serve.py). Knows no HTTP framework.
-"""
+"""Who may speak for whom, and what the upstream sees in place of a user's id."""
 
 import hashlib
 import hmac
@@ -50,8 +48,8 @@ def make_key(
 
 
 def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
-    """The caller by the Authorization header; without any key in the store, all who reach a
-    loopback address. `ApiError` 401 is the same for a wrong key, a revoked one and none.
+    """The caller by the Authorization header; until a key is made, anyone who reaches a loopback
+    address. `ApiError` 401 is the same for a wrong key, a revoked one and none.
     """
     scheme, _, token = (authorization or "").partition(" ")
     prefix, _, rest = token.strip().partition("-")

@@ -1,7 +1,5 @@
-"""Micro-batching: one thread for everything that scores.
-
-While the thread is busy jobs queue up; then the texts, and the pairs of texts, that all of them
-need go through the encoder in one batch. Knows no users and no HTTP.
+"""Micro-batching: one thread for everything that scores. While it is busy jobs queue up; then the
+texts, and the pairs of texts, that all of them need go through the encoder in one batch.
 """
 
 import asyncio
@@ -38,9 +36,7 @@ class _Job:
 class MicroBatcher:
     """A thread that encodes and scores."""
 
-    def __init__(
-        self, encode: Encode | None, max_waiting: int = 256, encode_pairs: EncodePairs | None = None
-    ):
+    def __init__(self, encode: Encode | None, max_waiting: int, encode_pairs: EncodePairs | None):
         self._encode, self._encode_pairs, self._max_waiting = encode, encode_pairs, max_waiting
         self._waiting: deque[_Job] = deque()
         self._later: deque[_Job] = deque()
@@ -60,10 +56,8 @@ class MicroBatcher:
     ) -> R:
         """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
         were encoded together with those of other waiting jobs. An idle job begins when no other
-        waits; it must be short, as those that come meanwhile wait for it.
-
-        Raises `Overloaded` if the thread has ended, or too many wait already: then jobs that are
-        neither idle nor a `must` are refused.
+        waits; it must be short. Raises `Overloaded` if the thread has ended, or too many wait for a
+        job that is neither idle nor a `must`.
         """
         if len(self._waiting) >= self._max_waiting and not (must or idle):
             raise Overloaded("more requests wait to be scored than this machine can score")

@@ -1,19 +1,24 @@
 """What requests are answered with: a bundle's pipeline, or BM25 alone without a bundle."""
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from anyio.to_thread import run_sync
+
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
+from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import MicroBatcher
-from hydra_llm.gateway.prefetch import Prefetcher
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.user_cache import TimedReads, UserCache
-from hydra_llm.model.feature_cache import forget_features
+from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
+from hydra_llm.model.feature_cache import FeatureCache, forget_features
 from hydra_llm.pipeline import Pipeline
 from hydra_llm.retrieve import Forgetful, make_retriever
+from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
@@ -21,48 +26,79 @@ from hydra_llm.types import Record
 ANY_TASK = Task("chat", "generation", "{input}")  # what is answered without a bundle
 WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_tokens": 4096}
 """Of a conversation's answer every line counts, and conversations are longer than tasks."""
+RECORDS_AT_ONCE = 2  # six texts, some hundredths of a second that a request has to wait
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Deployment:
-    """A pipeline in use, with its users and scoring thread; replaced as a whole with the bundle."""
+    """A pipeline in use, with its users and scoring thread; replaced as a whole with the bundle.
 
+    Where scoring needs a user's history encoded, that is done when no request waits, a few records
+    at a time. Vectors are written to disk in a transaction that locks the user: a deletion, by any
+    server, comes before it, and then nothing is written, or after it, and then it removes them too.
+    """
+
+    store: Store
+    reads: TimedReads
     pipeline: Pipeline
     users: UserCache
     batcher: MicroBatcher
     bundle: Bundle | None = None
-    prefetcher: Prefetcher | None = None  # where scoring needs a user's history encoded
+    prefetching: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)  # by user
 
     @property
     def id(self) -> str:
         """SHA-256 of the bundle's weights, to which heads belong; empty without a bundle."""
         return self.bundle.weights if self.bundle else ""
 
-    @property
-    def task(self) -> Task:
-        return self.pipeline.task
-
-    @property
-    def settings(self) -> Settings:
-        return self.pipeline.settings
-
     def readable(self, records: Sequence[Record]) -> list[Record]:
         """The records that this bundle can read: with labels, those whose answer is one."""
-        task = self.task
+        task = self.pipeline.task
         return [record for record in records if task.free_history or task.is_answer(record.output)]
 
-    def forget(self, user: str) -> None:
-        """Drop a user from memory; and every index, as none says whose it is."""
+    # ---- features of users' texts
+
+    def prefetch(self, user: str) -> None:
+        """Encode the user's records that have no features yet, in a task."""
+        if self.bundle and self.users.need_features and user not in self.prefetching:
+            encoding = self._prefetch(user, self.bundle.store)
+            task = self.prefetching[user] = asyncio.create_task(encoding)
+            task.add_done_callback(lambda _: self.prefetching.pop(user, None))
+
+    async def _prefetch(self, name: str, features: FeatureCache) -> None:
+        def write(user: UserSnapshot, texts: list[str]) -> None:
+            with self.store.change(name, version=user.version):
+                features.texts(texts, keep=True)
+
+        start = 0
+        with suppress(HydraError):  # the user's next request begins again
+            while user := await self.reads.read(partial(self.users.current, name)):
+                if not (texts := texts_of(user.records[start : start + RECORDS_AT_ONCE])):
+                    return
+                await self.batcher.run(partial(features.texts, texts, keep=False), idle=True)
+                with suppress(StaleVersion):  # the user has changed: read again
+                    await run_sync(write, user, texts)
+                    start += RECORDS_AT_ONCE
+
+    async def forget(self, user: str) -> None:
+        """Drop what is in memory of a user. When this returns, nothing more of the user is encoded,
+        and what the scoring thread had begun is done.
+        """
+        if task := self.prefetching.get(user):
+            task.cancel()
+            await asyncio.wait({task})  # then what it had in the queue is cancelled too
+        await self.batcher.run(partial(self.drop, user), must=True)
+
+    def drop(self, user: str) -> None:
+        """Drop a user from memory, and every index, as none says whose it is (scoring thread)."""
         self.users.drop(user)
         if isinstance(self.pipeline.retriever, Forgetful):
             self.pipeline.retriever.forget()
 
-    def forget_texts(self, store: Store, texts: Sequence[str], *, but: str | None = None) -> int:
-        """Delete the features of texts that no other user (than `but`) has; returns how many.
-        Raises `UserFault` if they cannot be deleted.
-        """
-        in_use = store.texts_in_use(texts, except_user=but)
-        cache = self.settings.cache / "features.sqlite"
+    def forget_texts(self, texts: Sequence[str], *, but: str | None = None) -> int:
+        """Delete features of texts that only `but` has, if anyone: how many; else `UserFault`."""
+        in_use = self.store.texts_in_use(texts, except_user=but)
+        cache = self.pipeline.settings.cache / "features.sqlite"
         forget = self.bundle.store.forget if self.bundle else partial(forget_features, cache)
         return forget([text for text in texts if text not in in_use])
 
@@ -72,17 +108,13 @@ def named(folder: Path, weights: str) -> str:
     return f"{weights[:16]}:{folder}"
 
 
-def folder_of(name: str) -> str:
+def folder_of(name: str) -> Path:
     """The folder in a name that `named` returned."""
-    return name.partition(":")[2]
+    return Path(name.partition(":")[2])
 
 
 def open_deployment(
-    store: Store,
-    reads: TimedReads,
-    folder: str | Path | None,
-    settings: ServeSettings,
-    here: Settings,
+    store: Store, reads: TimedReads, folder: Path | None, settings: ServeSettings, here: Settings
 ) -> Deployment:
     """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
     carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
@@ -97,15 +129,14 @@ def open_deployment(
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
         pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
-        return Deployment(pipeline, UserCache(store, None, size), MicroBatcher(None, queue))
+        users, batcher = UserCache(store, None, size), MicroBatcher(None, queue, None)
+        return Deployment(store, reads, pipeline, users, batcher)
     loaded = Bundle.load(folder, here=here)
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
     bundle = replace(loaded.without_people(str), settings=chosen)
-    users, features = UserCache(store, bundle, size), bundle.store
-    features.keep = False  # only the prefetcher writes features to disk: those of users' records
+    features = bundle.store
+    features.keep = False  # only prefetching writes features to disk: those of users' records
     pairs = features.pairs if chosen.features == "cross" else None
-    batcher = MicroBatcher(features.texts, queue, pairs)
-    tower = chosen.features == "tower"
-    prefetcher = Prefetcher(store, reads, users, features, batcher) if tower else None
-    return Deployment(bundle.pipeline(), users, batcher, bundle, prefetcher)
+    users, batcher = UserCache(store, bundle, size), MicroBatcher(features.texts, queue, pairs)
+    return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle)

@@ -1,8 +1,5 @@
-"""Feedback on an answer → a record, and an updated head (`Scorer.online_update`). Knows no HTTP.
-
-The feedback itself, the record and the head are written in one transaction on the version that was
-read; after a change in between it is read again. The same feedback twice is one, and the head does
-not depend on the order of feedback.
+"""Feedback on an answer → a record, and an updated head, which does not depend on the order. All is
+written in one transaction on the version that was read. The same feedback twice is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,29 +14,26 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
-from hydra_llm.gateway.user_cache import UserSnapshot, to_head, to_stored
+from hydra_llm.gateway.user_cache import UserSnapshot, from_stored, to_stored
 from hydra_llm.model.heads import Head
 from hydra_llm.model.scorer import FEEDBACK_WINDOW
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID, ConflictingFeedback, StaleVersion
-from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback
 from hydra_llm.text import text_fault
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.train_scorer import target_rule, training_set
 from hydra_llm.types import Candidate, Query, Record
 
+Heads = Mapping[str, Head]  # by scorer
 ACCEPTED = 0.5  # minimum rating of an answer that counts as what the user wanted
 TRIES = 8
 FITTED = "fitted"  # name of the adapter's head as it was fitted, without feedback
 
 
 async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -> dict[str, Any]:
-    """Learn from one piece of feedback; returns what became of it, as the reply says it.
-
-    Raises:
-        ApiError: 400 for an unknown candidate, 409 where the request has other feedback already.
-        StoreError: the store failed; nothing was changed.
+    """Learn from one piece of feedback; returns what became of it, as the reply says it. `ApiError`
+    400 for an unknown candidate, 409 where the request has other feedback already.
     """
     feedback, most = _checked(gateway, given, request), gateway.settings.max_records
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
@@ -78,12 +72,12 @@ def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedbac
         wanted = _answer(choices[index])
     if wanted and not text_fault(wanted) and len(request.question) <= max_text:
         output = wanted
-        if not deployment.task.labels and given.edited is None:
+        if not deployment.pipeline.task.labels and given.edited is None:
             # as it was written: what the adapter reads of a text may be its first line
             output = stored[index]["said"] or wanted
         record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
     candidates, value = choices[: len(content["candidates"])], getattr(given, kind)
-    return _Feedback(gateway.store, deployment, request, kind, value, candidates, wanted, record)
+    return _Feedback(deployment, request, kind, value, candidates, wanted, record)
 
 
 def _answer(candidate: Candidate) -> str:
@@ -94,7 +88,6 @@ def _answer(candidate: Candidate) -> str:
 class _Feedback:
     """Checked feedback; its fields do not depend on the user's state in the store."""
 
-    store: Store
     deployment: Deployment
     request: Request
     kind: str
@@ -105,38 +98,31 @@ class _Feedback:
 
     def read(self) -> tuple[UserSnapshot, list[StoredFeedback]]:
         """The user with all heads, and the feedback that no fitted head knows."""
-        store, name, bundle = self.store, self.request.user, self.deployment.id
+        store, name, bundle = self.deployment.store, self.request.user, self.deployment.id
         user = self.deployment.users.current(name)
         if user is None:
             raise ApiError(404, "no such request", code="request_not_found")
-        heads = {scorer: to_head(head) for scorer, head in store.heads(name, bundle).items()}
         earlier = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
-        return replace(user, heads=heads), earlier
+        return replace(user, heads=from_stored(store.heads(name, bundle))), earlier
 
     def write(
-        self,
-        user: UserSnapshot,
-        judged: StoredFeedback,
-        record: Record | None,
-        heads: Mapping[str, Head],
+        self, user: UserSnapshot, judged: StoredFeedback, record: Record | None, heads: Heads
     ) -> bool:
         """All of it in one transaction; False where exactly this feedback was given before."""
-        with self.store.change(user.name, version=user.version) as change:
+        with self.deployment.store.change(user.name, version=user.version) as change:
             if not change.put_feedback(judged):
                 return False
             if record is not None:
                 change.add([record])
             if heads:
-                all_heads = {**user.heads, **heads}
-                stored = {name: to_stored(head) for name, head in all_heads.items()}
-                change.put_heads(self.deployment.id, stored)
+                change.put_heads(self.deployment.id, to_stored({**user.heads, **heads}))
             return True
 
     # ---- in the scoring thread
 
     def learn(
         self, user: UserSnapshot, earlier: list[StoredFeedback]
-    ) -> tuple[StoredFeedback, dict[str, Head]]:
+    ) -> tuple[StoredFeedback, Heads]:
         """What is stored of the feedback, and the heads that it moves, if it is informative."""
         request, bundle, group = self.request, self.deployment.bundle, self._group(user.records)
         content = {"said": {self.kind: self.value}, "bundle": self.deployment.id, "group": group}
@@ -147,7 +133,7 @@ class _Feedback:
 
     def _group(self, records: Sequence[Record]) -> dict[str, Any] | None:
         """The candidates with the gain of each, as plain values."""
-        task, bundle, request = self.deployment.task, self.deployment.bundle, self.request
+        task, bundle, request = self.deployment.pipeline.task, self.deployment.bundle, self.request
         readable = [candidate for candidate in self.candidates if candidate.answer is not None]
         if not readable or not bundle or not bundle.adapter or not bundle.adapter.updates_online:
             return None
@@ -172,7 +158,7 @@ class _Feedback:
 
 
 def heads_after(
-    bundle: Bundle, user: str, heads: Mapping[str, Head], judged: Sequence[StoredFeedback]
+    bundle: Bundle, user: str, heads: Heads, judged: Sequence[StoredFeedback]
 ) -> dict[str, Head]:
     """The adapter's head after all feedback since it was fitted, and the fitted one beside it.
     Learned are the bundle's latest judged groups, each request's once, oldest first.

@@ -1,8 +1,6 @@
 """A chat request to a completion: user → retrieve → rerank → render → upstream → select → reply.
-
-The stages are the library's. A part that fails is left out and counted, and never costs the caller
-an answer: without a user, history or question the request is passed through; without a reranker the
-retriever's order stands; without an adapter the first choice is the answer.
+A part that fails is left out and counted, and never costs the caller an answer: the request is
+passed through, the retriever's order stands, or the first choice is the answer.
 """
 
 import time
@@ -15,12 +13,11 @@ from typing import Any
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.auth import hide_user
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.choices import Choice, RankedChoices, choice_texts, rank, unranked
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
-from hydra_llm.gateway.record_search import RecordSearch
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
+from hydra_llm.gateway.scoring import RankedChoices, RecordSearch, choice_texts, rank, unranked
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
@@ -42,6 +39,7 @@ class _NotPersonal(Exception):
 class RoutedRequest:
     """What the upstream will be asked."""
 
+    asked: ChatRequest  # what the gateway knows of it
     body: Body  # with records in its messages, if personal
     plain: Body  # as the caller wrote it
     deployment: Deployment
@@ -52,12 +50,16 @@ class RoutedRequest:
 
     @property
     def n(self) -> int:  # choices that the caller wants
-        return int(self.plain.get("n") or 1)
+        return self.asked.n or 1
+
+    @property
+    def options(self) -> PersonalizationOptions:
+        return self.asked.personalization or PersonalizationOptions()
 
     def passed_through(self, reason: str) -> "RoutedRequest":
         """The same request as the caller wrote it."""
-        sent, deployment = self.plain, self.deployment
-        return RoutedRequest(sent, sent, deployment, reason, self.id, self.seconds)
+        sent = self.asked, self.plain, self.plain, self.deployment
+        return RoutedRequest(*sent, reason, self.id, self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +69,6 @@ class PersonalRequest(RoutedRequest):
     search: RecordSearch
     prompt_records: tuple[Record, ...]
     in_task_words: bool  # whether the question is the task's instruction around a text
-    explain: bool
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A completion, and the request as it was asked in the end."""
-
-    completion: Body
-    request: RoutedRequest
-    abstained: bool = False
 
 
 @dataclass(eq=False)
@@ -104,23 +96,21 @@ class Gateway:
         plain = hide_user(without(body, "personalization"), self.salt)
         if request.n is not None:
             plain["n"] = request.n  # as parsed: JSON also writes 2 as 2.0
-        routed = RoutedRequest(plain, plain, self.deployment)
+        routed = RoutedRequest(request, plain, plain, self.deployment)
         try:
             if user is None:
                 raise _NotPersonal("no-user")
-            return await self._personalized(routed, request, user)
+            return await self._personalized(routed, user)
         except _NotPersonal as reason:
             return routed.passed_through(str(reason))
 
-    async def _personalized(
-        self, routed: RoutedRequest, request: ChatRequest, user: str
-    ) -> RoutedRequest:
+    async def _personalized(self, routed: RoutedRequest, user: str) -> PersonalRequest:
         """The request with records in its messages."""
         started, plain, deployment = time.perf_counter(), routed.plain, routed.deployment
-        options = request.personalization or PersonalizationOptions()
-        question = _question(request, plain["messages"], options)
+        question, options = _question(routed), routed.options
         # Scorers and records know the text within the task's instruction.
-        within, settings = deployment.task.input_of(question), deployment.settings
+        task, settings = deployment.pipeline.task, deployment.pipeline.settings
+        within = task.input_of(question)
         search = await self._search(deployment, user, within or question, options.k or 0)
         prompt = deployment.pipeline.render(
             search.context.query,
@@ -130,6 +120,7 @@ class Gateway:
         )
         several = search.warm and deployment.bundle and deployment.bundle.adapter
         return PersonalRequest(
+            asked=routed.asked,
             body={**plain, "messages": list(prompt.messages)},
             plain=plain,
             deployment=deployment,
@@ -138,13 +129,10 @@ class Gateway:
             search=search,
             prompt_records=prompt.records,
             in_task_words=within is not None,
-            explain=options.explain,
         )
 
-    async def _search(
-        self, deployment: Deployment, name: str, question: str, k: int
-    ) -> RecordSearch:
-        """The user's records for a question. Whatever fails must not cost the caller an answer."""
+    async def _search(self, deployment: Deployment, name: str, text: str, k: int) -> RecordSearch:
+        """The user's records for a text. Whatever fails must not cost the caller an answer."""
         try:
             user = await self.reads.read(partial(deployment.users.current, name))
         except Exception as error:
@@ -152,29 +140,30 @@ class Gateway:
             raise _NotPersonal("store-failure") from None
         if user is None:
             raise _NotPersonal("unknown-user")
-        search = RecordSearch(deployment, user, question, self.telemetry, k)
+        search = RecordSearch(deployment, user, text, self.telemetry, k)
         try:
-            await deployment.batcher.run(search.run, [question], pairs=search.pairs)
+            await deployment.batcher.run(search.run, [text], pairs=search.pairs)
         except Exception as error:
             busy = isinstance(error, Overloaded)
             self.telemetry.failed("scoring" if busy else "retriever", error)
             raise _NotPersonal("overloaded" if busy else "scoring-failure") from None
         if not search.context.visible:
             raise _NotPersonal("no-history")
-        if not search.warm and deployment.prefetcher is not None:
-            deployment.prefetcher.begin(name)
+        if not search.warm:
+            deployment.prefetch(name)
         return search
 
     # ---- the upstream
 
-    async def answer(self, request: RoutedRequest) -> Reply:
-        """The completion of a request; raises `UpstreamError` if the upstream gave none."""
+    async def answer(self, request: RoutedRequest) -> tuple[Body, RoutedRequest]:
+        """A completion, and the request as it was asked in the end; else raises `UpstreamError`."""
         try:
             completions, greedy = await self._sample(request)
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))
         if not isinstance(request, PersonalRequest):
-            return Reply(completions[0], request)
+            self.telemetry.answered(request.reason, request.seconds)
+            return completions[0], request
         choices = [choice for completion in completions for choice in completion["choices"]]
         ranked = await self._rank(request, choices, greedy)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
@@ -182,12 +171,11 @@ class Gateway:
         kept = await self._keep(request, ranked)
         if self.settings.personalization:
             completion["personalization"] = _personalization(request, ranked, kept)
-        return Reply(completion, request, ranked.abstained)
+        self.telemetry.answered(None, request.seconds, ranked.abstained)
+        return completion, request
 
     def without_records(self, request: RoutedRequest, error: UpstreamError) -> RoutedRequest:
-        """The request as the caller wrote it, where the records may be what was refused; raises the
-        error where it is about something else.
-        """
+        """The request as the caller wrote it; raises if it is not the records that were refused."""
         if not isinstance(request, PersonalRequest) or error.status not in RECORDS_REFUSED:
             raise error
         self.telemetry.failed("records", error)
@@ -196,7 +184,7 @@ class Gateway:
     async def _sample(self, request: RoutedRequest) -> tuple[list[Body], int]:
         """As `CandidateSampler.sample`, also where one candidate is enough."""
         started, body, count = time.perf_counter(), request.body, request.candidates
-        temperature = request.deployment.settings.temperature
+        temperature = request.deployment.pipeline.settings.temperature
         try:
             if count > 1:
                 return await self._sampler.sample(self.upstream, body, count, temperature)
@@ -208,7 +196,7 @@ class Gateway:
     # ---- behind the upstream
 
     async def _rank(
-        self, request: PersonalRequest, choices: Sequence[Choice], greedy: int
+        self, request: PersonalRequest, choices: Sequence[Body], greedy: int
     ) -> RankedChoices:
         """The choices in the adapter's order; as they came where there is none, or it fails."""
         started, context = time.perf_counter(), request.search.context
@@ -242,10 +230,10 @@ class Gateway:
             add = partial(self.store.add_request, stored, version=user.version)
             kept = await self.reads.read(add)
             if not kept:  # deleted while the upstream was asked
-                await deployment.batcher.run(partial(deployment.forget, user.name), must=True)
+                await deployment.batcher.run(partial(deployment.drop, user.name), must=True)
                 texts = [question, *choice_texts(ranked.choices), *texts_of(user.records)]
                 texts += [candidate.text for candidate in ranked.candidates]
-                await self.reads.read(partial(deployment.forget_texts, self.store, texts))
+                await self.reads.read(partial(deployment.forget_texts, texts))
         except HydraError as error:
             self.telemetry.failed("store", error)
             return False
@@ -254,9 +242,7 @@ class Gateway:
     # ---- streams
 
     async def stream(self, request: RoutedRequest) -> AsyncIterator[bytes]:
-        """The upstream's own stream for one candidate. A personal one is kept for feedback, and
-        gets the object `personalization`, before it ends.
-        """
+        """The upstream's stream; a personal one is kept for feedback and told of before its end."""
         reader, started = StreamReader(), time.perf_counter()
         async for piece in self.upstream.stream({**request.body, "stream": True}):
             if reader.ended or not isinstance(request, PersonalRequest):
@@ -273,9 +259,7 @@ class Gateway:
                 yield reader.rest
 
     async def _last_chunk(self, request: PersonalRequest, reader: StreamReader) -> bytes:
-        """Keep what was streamed; returns the chunk with `personalization`. It has an empty choice,
-        as clients read the first one.
-        """
+        """Keep what was streamed; the chunk with `personalization`, and a choice for clients."""
         ranked = unranked(reader.choices)
         kept = any(reader.texts.values()) and await self._keep(request, ranked)
         if not self.settings.personalization:
@@ -285,14 +269,13 @@ class Gateway:
         return event({**head, "choices": [delta(0, {})], "personalization": personalization})
 
 
-def _question(
-    request: ChatRequest, messages: Sequence[Mapping[str, Any]], options: PersonalizationOptions
-) -> str:
+def _question(routed: RoutedRequest) -> str:
     """The question of a request that may be personal."""
-    if not options.enabled:
+    if not routed.options.enabled:
         raise _NotPersonal("disabled")
+    messages = routed.plain["messages"]
     tools = any(m.get("role") in ("tool", "function") or m.get("tool_calls") for m in messages)
-    if request.tools or request.functions or tools:
+    if routed.asked.tools or routed.asked.functions or tools:
         raise _NotPersonal("tools")
     question = text_of(messages[-1])
     if messages[-1].get("role") != "user" or not question.strip():
@@ -311,7 +294,7 @@ def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool
         "scores": [candidate.score for candidate in ranked.candidates],
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
     }
-    if request.explain:
+    if request.options.explain:
         choices = ranked.choices[: len(ranked.candidates)]
         answer["texts"] = [text_of(choice["message"]) for choice in choices]
         answer["probabilities"] = [candidate.probability for candidate in ranked.candidates]

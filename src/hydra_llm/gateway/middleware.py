@@ -1,6 +1,4 @@
-"""What surrounds every request: access, rates, body sizes, errors in OpenAI's shape. Plain ASGI, so
-that streams stay streams.
-"""
+"""Around every request: access, rates, body sizes, errors. Plain ASGI, so that streams stay so."""
 
 import hashlib
 import math
@@ -37,10 +35,9 @@ class AccessMiddleware:
     """Checks keys, rates and sizes of bodies, counts requests, and turns errors into responses."""
 
     def __init__(self, app: ASGIApp, *, gateway: Gateway, on_loopback: bool):
-        self._app, self._store, self._reads = app, gateway.store, gateway.reads
-        self._settings, self._telemetry = gateway.settings, gateway.telemetry
-        self._on_loopback = on_loopback
-        self._rates = RateLimiter(self._settings.requests_per_minute)
+        self._app, self._gateway, self._telemetry = app, gateway, gateway.telemetry
+        self._find = partial(caller_of, gateway.store, on_loopback=on_loopback)
+        self._rates = RateLimiter(gateway.settings.requests_per_minute)
         self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,9 +77,9 @@ class AccessMiddleware:
         """Find the caller. While the store is down, callers of the last minutes are still known."""
         authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         digest = hashlib.sha256(authorization.encode()).digest()
-        find = partial(caller_of, self._store, authorization, on_loopback=self._on_loopback)
+        find = partial(self._find, authorization)
         try:
-            caller = self._known_callers[digest] = await self._reads.read(find)
+            caller = self._known_callers[digest] = await self._gateway.reads.read(find)
         except StoreError as error:
             known = self._known_callers.get(digest)
             if known is None:
@@ -98,7 +95,7 @@ class AccessMiddleware:
         scope.setdefault("state", {})["caller"] = caller
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        most, seen = self._settings.max_body_bytes, 0
+        most, seen = self._gateway.settings.max_body_bytes, 0
         too_large = f"the body has more than {most} bytes"
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length) > most:

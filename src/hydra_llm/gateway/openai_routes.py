@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from hydra_llm.gateway.auth import UNVERIFIED, USER_FIELDS, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
-from hydra_llm.gateway.gateway import Gateway, Reply, RoutedRequest
+from hydra_llm.gateway.gateway import Gateway, RoutedRequest
 from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, fault_of
 from hydra_llm.gateway.telemetry import Span, chat_span
 from hydra_llm.gateway.upstream import UpstreamError
@@ -36,10 +36,10 @@ async def chat(request: ChatRequest, http: Request, x_hydra_user: UserHeader = N
         if caller is UNVERIFIED:
             routed = routed.passed_through("store-failure")
         if request.stream:
-            return await _stream(gateway, routed, request, span)
-        reply = await gateway.answer(routed)
-        _count(gateway, reply, span)
-        return Json(reply.completion, headers=_headers(reply.request))
+            return await _stream(gateway, routed, span)
+        completion, routed = await gateway.answer(routed)
+        span.spent(completion)
+        return Json(completion, headers=_headers(routed))
 
 
 @router.get("/v1/models", response_model=None)
@@ -74,11 +74,9 @@ def _user(caller: Caller, body: Mapping[str, Any], header: str | None) -> str | 
     return None
 
 
-async def _stream(
-    gateway: Gateway, routed: RoutedRequest, request: ChatRequest, span: Span
-) -> Response:
+async def _stream(gateway: Gateway, routed: RoutedRequest, span: Span) -> Response:
     if routed.candidates > 1:
-        pieces = _stream_of_pick(gateway, routed, request, span)
+        pieces = _stream_pick(gateway, routed, span)
     else:
         try:
             pieces = await _begun(gateway.stream(routed))
@@ -95,10 +93,9 @@ async def _begun(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """A stream whose first bytes have come: an error before them is raised here. The status is out
     with them, so a later error is the stream's last event, whatever came before it.
     """
-    try:
-        first = await anext(stream)
-    except StopAsyncIteration:
-        raise UpstreamError(502, "the upstream's stream is empty") from None
+    first = await anext(stream, None)
+    if first is None:
+        raise UpstreamError(502, "the upstream's stream is empty")
 
     async def pieces() -> AsyncIterator[bytes]:
         yield first
@@ -111,28 +108,25 @@ async def _begun(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     return pieces()
 
 
-async def _stream_of_pick(
-    gateway: Gateway, routed: RoutedRequest, request: ChatRequest, span: Span
-) -> AsyncIterator[bytes]:
+async def _stream_pick(gateway: Gateway, routed: RoutedRequest, span: Span) -> AsyncIterator[bytes]:
     """The role at once, comments while the candidates are sampled, then the pick."""
-    id = f"chatcmpl-{routed.id}"
-    yield event(role_chunk(id, request.model, request.n or 1))
+    id, options = f"chatcmpl-{routed.id}", routed.asked.stream_options or {}
+    yield event(role_chunk(id, routed.asked.model, routed.n))
     answer = asyncio.create_task(gateway.answer(routed))
     try:
         while not (await asyncio.wait({answer}, timeout=KEEP_ALIVE_SECONDS))[0]:
             yield KEEP_ALIVE
-        reply = answer.result()
+        completion, routed = answer.result()
     except UpstreamError as error:  # the status is out already, as above
         yield event(error.body)
         return
     finally:
         answer.cancel()
-    _count(gateway, reply, span)
-    completion, reason = {**reply.completion, "id": id}, reply.request.reason
-    if reason is not None and gateway.settings.personalization:  # the header is out already
-        completion["personalization"] = {"personalized": False, "reason": reason}
-    wants_usage = bool((request.stream_options or {}).get("include_usage"))
-    for chunk in chunks_of(completion, usage=wants_usage):
+    span.spent(completion)
+    completion = {**completion, "id": id}
+    if routed.reason is not None and gateway.settings.personalization:  # the header is out already
+        completion["personalization"] = {"personalized": False, "reason": routed.reason}
+    for chunk in chunks_of(completion, usage=bool(options.get("include_usage"))):
         yield event(chunk)
     yield DONE
 
@@ -141,9 +135,3 @@ def _headers(routed: RoutedRequest) -> dict[str, str]:
     if routed.reason is not None:
         return {"x-hydra-personalized": f"false; reason={routed.reason}"}
     return {"x-hydra-personalized": "true", "x-hydra-request-id": routed.id}
-
-
-def _count(gateway: Gateway, reply: Reply, span: Span) -> None:
-    request = reply.request
-    gateway.telemetry.answered(request.reason, request.seconds, abstained=reply.abstained)
-    span.spent(reply.completion)

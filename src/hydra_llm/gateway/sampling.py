@@ -1,6 +1,4 @@
-"""Several candidates for one request: the caller's own call and samples, until a deadline.
-Knows no users and no scorer.
-"""
+"""Several candidates for one request: the caller's own call and samples, until a deadline."""
 
 import asyncio
 from collections.abc import Mapping

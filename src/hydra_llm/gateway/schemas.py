@@ -1,6 +1,5 @@
 """Bodies of requests and responses: OpenAI's as far as the gateway must know them, and its own.
-Unknown fields pass. Errors have OpenAI's body and status, so that the official SDK raises its own
-classes. Knows no store and no model.
+Errors have OpenAI's body and status, so that the official SDK raises its own classes.
 """
 
 import json

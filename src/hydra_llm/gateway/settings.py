@@ -85,10 +85,8 @@ VARIABLES: Mapping[str, str] = {
 
 
 def load_serve_settings(file: Path | None = None, **given: Any) -> ServeSettings:
-    """The gateway's settings. `given` are flags; entries that are None count as not given.
-
-    Raises:
-        SettingsError: an unknown setting, a value out of range, or a file that is not TOML.
+    """The gateway's settings. `given` are flags; entries that are None count as not given. Raises
+    SettingsError: an unknown setting, a value out of range, or a file that is not TOML.
     """
     table = config.settings_file(file).get(SERVE_TABLE, {})
     if not isinstance(table, dict):

@@ -1,25 +1,137 @@
-"""A bundle from the gateway's store. It has no records and no heads: those stay in the store."""
+"""Training on the store's users: heads in background jobs, a bundle for `hydra-llm learn`."""
 
 import json
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
-from hydra_llm.errors import DataError
+from hydra_llm.errors import DataError, HydraError
 from hydra_llm.gateway.auth import pseudonym
-from hydra_llm.gateway.deployment import ANY_TASK
-from hydra_llm.gateway.user_cache import to_stored
+from hydra_llm.gateway.deployment import ANY_TASK, Deployment
+from hydra_llm.gateway.feedback import heads_after
+from hydra_llm.gateway.telemetry import log
+from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
-from hydra_llm.store.change import NoSuchUser, StaleVersion
+from hydra_llm.model.feature_cache import FeatureCache
+from hydra_llm.model.heads import Head
+from hydra_llm.store.change import FEEDBACK_ID, NoSuchUser, StaleVersion
 from hydra_llm.store.store import Store
+from hydra_llm.store.values import Job, StoredFeedback
 from hydra_llm.tasks.base import Task
-from hydra_llm.training.api import Learned, learn
-from hydra_llm.training.train_scorer import silent
+from hydra_llm.training.api import Learned, fit, learn
 from hydra_llm.types import Record
+
+IDLE_SECONDS = 1.0
+TRIES = 5
+
+
+class Stopped(Exception):
+    """The server ends, and the job waits for another; or the job was deleted with its user."""
+
+
+class Worker:
+    """Runs the store's jobs, one after the other; `wake` is set to look for a job now."""
+
+    def __init__(self, store: Store, deployment: Callable[[], Deployment], llm: ChatLLM | None):
+        self._store, self._deployment, self._llm = store, deployment, llm
+        self.wake, self._ended = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End; a running job stops at its next report of progress and waits for another server."""
+        self._ended = True
+        self.wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended:
+            try:
+                job = self._store.claim_job()
+            except HydraError as error:
+                log.warning("jobs: the store failed: %s", type(error).__name__)
+                job = None
+            if job is not None:
+                self.run(job)
+            else:
+                self.wake.wait(IDLE_SECONDS)
+                self.wake.clear()
+
+    def run(self, job: Job) -> None:
+        """Run one job and store how it ended."""
+        state, message = "done", ""
+        try:
+            self._fit(job)
+        except Exception as error:
+            # Concurrent calls raise in a group; this one makes a single error one too.
+            if ExceptionGroup("", [error]).subgroup(Stopped) is not None:
+                state = "waiting"  # for the next server
+            else:
+                log.warning("jobs: a %s failed: %s", job.kind, type(error).__name__)
+                known = isinstance(error, HydraError)
+                state, message = "failed", str(error) if known else type(error).__name__
+        try:
+            self._store.update_job(job.id, int(state == "done"), 1, state=state, error=message)
+        except HydraError:
+            log.warning("jobs: the store failed; the job will be taken up again")
+
+    def _fit(self, job: Job) -> None:
+        """Changes nothing of the bundle in use, so that no answer waits, and closes its cache of
+        features: nothing of a deleted user stays.
+        """
+        deployment = self._deployment()
+        if deployment.bundle is None:
+            raise HydraError("there is no bundle: nothing to fit")
+        base = deployment.bundle.store
+        for _ in range(TRIES):
+            version, records = self._store.records(job.user)
+            readable, ids = deployment.readable(records), {record.id for record in records}
+            # Feedback that became a record is learned by the fit; the rest updates the head.
+            feedback = self._store.unlearned_feedback(job.user, bundle=deployment.id)
+            learned = [item for item in feedback if f"{FEEDBACK_ID}{item.request}" in ids]
+            judged = [item for item in feedback if item not in learned]
+            features = FeatureCache(base.encoder, base.path)
+            features.keep = False
+            with closing(features), suppress(StaleVersion):
+                bundle = replace(deployment.bundle, store=features)
+                heads = self._fitted(bundle, job, readable, judged)
+                with self._store.change(job.user, version=version) as change:
+                    change.put_heads(deployment.id, to_stored(heads))
+                    if deployment.users.need_features:
+                        # encoded already; in the transaction, so that a deletion comes later
+                        features.texts(texts_of(readable), keep=True)
+                    change.mark_learned([item.request for item in learned])
+                return
+        raise HydraError("the user changes faster than heads are fitted")
+
+    def _fitted(
+        self, bundle: Bundle, job: Job, records: Sequence[Record], judged: Sequence[StoredFeedback]
+    ) -> dict[str, Head]:
+        """The user's heads, fitted on these records and updated by the feedback that is in none."""
+        if self._llm is None:
+            raise HydraError("this server has no LLM that could label candidates")
+        bundle = replace(bundle, settings=bundle.learned_with or bundle.settings)
+        data = DataSet.from_records(bundle.task, {job.user: "test"}, records, [])
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if self._ended or not self._store.update_job(job.id, done, total):
+                raise Stopped
+
+        learned = fit(data, bundle, self._llm, users=[job.user], progress=progress)
+        heads, adapter = learned.bundle.heads_of(job.user), bundle.adapter
+        if judged and adapter is not None and adapter.updates_online:
+            heads |= heads_after(bundle, job.user, heads, judged)
+        return heads
 
 
 def learn_from_store(
@@ -27,20 +139,19 @@ def learn_from_store(
     llm: ChatLLM,
     settings: Settings,
     out: Path,
-    *,
-    task: Path | None = None,
-    progress: StageProgress = silent,
+    task: Path | None,
+    progress: StageProgress,
 ) -> Learned:
-    """Learn from the store's users: the shared weights go to `out`, the heads into the store.
-
-    Raises:
-        DataError: no user has records, or the task's file is broken.
-        StoreError: the store fails.
+    """Learn from the store's users: the shared weights go to `out`, a bundle without records, and
+    the heads into the store. `DataError` if no user has records, or the task's file is broken.
     """
     if task is None:  # of a conversation's answer every line counts
         kind, settings = ANY_TASK, settings.model_copy(update={"parsing": "strict"})
     else:
-        kind = _task(task)
+        try:
+            kind = Task.from_json(json.loads(task.read_text(encoding="utf-8")), str(task))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be read as JSON ({error})", file=task) from None
     with closing(Store(url)) as store:
         versions, data = _dataset(store, kind)
         # Features of what the LLM made of users' records could not be deleted later.
@@ -51,10 +162,9 @@ def learn_from_store(
         bundle.without_people(partial(pseudonym, store.salt())).save(out)
         weights = type(bundle).load(out).weights
         for user in learned.users:
-            heads = {name: to_stored(head) for name, head in bundle.heads_of(user).items()}
             try:
                 with suppress(NoSuchUser), store.change(user, version=versions[user]) as change:
-                    change.put_heads(weights, heads)
+                    change.put_heads(weights, to_stored(bundle.heads_of(user)))
             except StaleVersion:  # more has come since: a fit will see it
                 learned.notes.append(
                     "a user has changed while the bundle was learned: fit that user's heads"
@@ -62,19 +172,12 @@ def learn_from_store(
     return learned
 
 
-def _task(file: Path) -> Task:
-    try:
-        return Task.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as JSON ({error})", file=file) from None
-
-
 def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
     """The users' versions, and their records that the task can read as training data."""
     versions, records = dict[str, int](), list[Record]()
     for user in store.users():
-        version, stored = store.records(user)
-        readable = [record for record in stored if task.is_answer(record.output)]
+        version, own = store.records(user)
+        readable = [record for record in own if task.is_answer(record.output)]
         if version is not None and readable:
             versions[user] = version
             records += readable

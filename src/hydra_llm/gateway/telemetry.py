@@ -35,9 +35,9 @@ class Telemetry:
         self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
 
     def answered(
-        self, reason: str | None, seconds: dict[str, float], *, abstained: bool = False
+        self, reason: str | None, seconds: Mapping[str, float], abstained: bool = False
     ) -> None:
-        """A chat completion has gone out."""
+        """There is an answer to a chat request."""
         self._answers.labels(reason or "personal").inc()
         for stage, spent in seconds.items():
             self._stages.labels(stage).observe(spent)

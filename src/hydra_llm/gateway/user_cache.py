@@ -65,6 +65,8 @@ class UserCache:
 
     def __init__(self, store: Store, bundle: Bundle | None, size: int):
         self._store, self._bundle = store, bundle
+        # Whether histories have to be encoded before they can be scored.
+        self.need_features = bundle is not None and bundle.settings.features == "tower"
         self._recent: LRUCache[str, UserSnapshot] = LRUCache(size)
         self._encoded: LRUCache[str, int] = LRUCache(size)  # user → version that was encoded
         self._lock, self._dropped = threading.Lock(), 0
@@ -85,8 +87,8 @@ class UserCache:
             return None
         own, bundle = {}, self._bundle
         if bundle is not None:
-            heads = self._store.heads(name, bundle.weights).items()
-            own = {scorer: to_head(head) for scorer, head in heads if scorer in bundle.scorers}
+            heads = from_stored(self._store.heads(name, bundle.weights))
+            own = {scorer: head for scorer, head in heads.items() if scorer in bundle.scorers}
         user = UserSnapshot(name, version, tuple(records), own)
         with self._lock:
             if dropped == self._dropped:  # else this may be the user who was deleted meanwhile
@@ -102,7 +104,7 @@ class UserCache:
 
     def is_warm(self, user: UserSnapshot, records: Sequence[Record]) -> bool:
         """Whether these records have been encoded, so that scoring need not wait for that."""
-        if self._bundle is None or self._bundle.settings.features != "tower":
+        if self._bundle is None or not self.need_features:
             return True
         with self._lock:
             if self._encoded.get(user.name) == user.version:
@@ -114,14 +116,20 @@ class UserCache:
         return True
 
 
-def to_head(stored: StoredHead) -> Head:
-    """A head as the store keeps it."""
-    return Head(np.frombuffer(stored.delta, "<f4"), stored.known, stored.until)
+def to_stored(heads: Mapping[str, Head]) -> dict[str, StoredHead]:
+    """Heads by scorer, as the store keeps them."""
+    return {
+        scorer: StoredHead(head.records, head.until, head.numbers.astype("<f4").tobytes())
+        for scorer, head in heads.items()
+    }
 
 
-def to_stored(head: Head) -> StoredHead:
-    """The inverse of `to_head`."""
-    return StoredHead(head.records, head.until, head.numbers.astype("<f4").tobytes())
+def from_stored(heads: Mapping[str, StoredHead]) -> dict[str, Head]:
+    """The inverse of `to_stored`."""
+    return {
+        scorer: Head(np.frombuffer(head.delta, "<f4"), head.known, head.until)
+        for scorer, head in heads.items()
+    }
 
 
 def texts_of(records: Sequence[Record]) -> list[str]:

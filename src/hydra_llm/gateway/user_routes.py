@@ -60,9 +60,9 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
 
     added = await run_sync(add)
     if added.replaced:
-        await _forget(gateway, user, texts_of(added.replaced))
-    if (prefetcher := gateway.deployment.prefetcher) is not None:
-        prefetcher.begin(user)
+        await gateway.deployment.forget(user)
+        await _forget_texts(gateway, texts_of(added.replaced))
+    gateway.deployment.prefetch(user)
     return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
 
 
@@ -93,7 +93,8 @@ async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]
     removed = await run_sync(remove)
     if not removed:
         raise ApiError(404, "no such record", code="record_not_found")
-    await _forget(gateway, user, texts_of(removed))
+    await gateway.deployment.forget(user)
+    await _forget_texts(gateway, texts_of(removed))
     return {"id": id, "deleted": True}
 
 
@@ -160,7 +161,8 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     else:
         message = "the user changes faster than it can be deleted: try again"
         raise ApiError(409, message, code="busy")
-    features += await _forget(gateway, user, texts)  # what was encoded meanwhile
+    await gateway.deployment.forget(user)
+    features += await _forget_texts(gateway, texts)  # what was encoded meanwhile
     if counts is None:
         raise _no_such_user()
     bundle = gateway.deployment.bundle
@@ -191,20 +193,9 @@ def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
     return version, texts
 
 
-async def _forget(gateway: Gateway, user: str, texts: list[str]) -> int:
-    """Drop what is in memory of a user, and the features of texts that no other user has. When this
-    returns, nothing more of the user is encoded, and what the scoring thread had begun is done.
-    """
-    deployment = gateway.deployment
-    if deployment.prefetcher is not None:
-        await deployment.prefetcher.stop(user)
-    await deployment.batcher.run(partial(deployment.forget, user), must=True)
-    return await _forget_texts(gateway, texts)
-
-
 async def _forget_texts(gateway: Gateway, texts: list[str], *, but: str | None = None) -> int:
     """As `Deployment.forget_texts`, but `ApiError` 503 where they cannot be deleted."""
-    forget = partial(gateway.deployment.forget_texts, gateway.store, texts, but=but)
+    forget = partial(gateway.deployment.forget_texts, texts, but=but)
     try:
         return await run_sync(forget)
     except UserFault:
