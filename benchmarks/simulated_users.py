@@ -21,8 +21,7 @@ from hydra_llm.datasets.dataset import DataSet, Split
 from hydra_llm.history import before
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.side_features import CohortStats
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.train_scorer import LabelledData, train_scorer
 from hydra_llm.types import Record

@@ -51,7 +51,7 @@ def contents(prompt: Prompt) -> list[tuple[str, str]]:
 def test_without_records_it_is_exactly_the_instruction(task: Task, style: str) -> None:
     prompt = render(task, ask("a {input} {0}"), [], max_tokens=500, style=style)
     assert contents(prompt) == [("user", task.ask("a {input} {0}"))]
-    assert (prompt.kept, prompt.notes) == ((), ())
+    assert (prompt.records, prompt.notes) == ((), ())
 
 
 def test_block_shows_the_best_example_nearest_to_the_question() -> None:
@@ -66,7 +66,7 @@ def test_block_shows_the_best_example_nearest_to_the_question() -> None:
             "Now answer as this person would.\nScore this film: Alien",
         )
     ]
-    assert [item.id for item in prompt.kept if isinstance(item, Record)] == ["r0", "r1"]
+    assert [item.id for item in prompt.records] == ["r0", "r1"]
 
 
 def test_turns_show_examples_as_the_conversation_so_far() -> None:
@@ -90,7 +90,7 @@ def test_a_ranked_record_is_shown_as_its_record() -> None:
     ranked = Ranked(record(0, "Best"), 1.5, 0)
     prompt = render(RATING, ask("x"), [ranked], max_tokens=500)
     assert prompt.messages == render(RATING, ask("x"), [ranked.record], max_tokens=500).messages
-    assert prompt.kept == (ranked,)
+    assert prompt.records == (ranked.record,)
 
 
 @pytest.mark.parametrize("breaker", ["\n", "\r\n", "\u2028", "\x0b", "\x85", "\n\n"])
@@ -118,15 +118,17 @@ def test_the_worst_records_go_first() -> None:
     records = [record(n, f"{n} " + "word " * 20) for n in range(4)]
     whole = length(render(RATING, ask("x"), records, max_tokens=10_000, count=words))
     prompt = render(RATING, ask("x"), records, max_tokens=whole - 1, count=words)
-    assert prompt.kept == tuple(records[:3])
+    assert prompt.records == tuple(records[:3])
     assert prompt.notes == (f"prompt: 1 of 4 records left out to stay within {whole - 1} tokens",)
-    assert render(RATING, ask("x"), records, max_tokens=whole, count=words).kept == tuple(records)
+    assert render(RATING, ask("x"), records, max_tokens=whole, count=words).records == tuple(
+        records
+    )
 
 
 def test_then_the_end_of_the_best_records_input() -> None:
     best = record(0, " ".join(f"w{n}" for n in range(300)), "5")
     prompt = render(RATING, ask("Alien"), [best, record(1, "x")], max_tokens=100, count=words)
-    assert prompt.kept == (best,)
+    assert prompt.records == (best,)
     assert length(prompt) == 100
     content = prompt.messages[0]["content"]
     assert "Item: w0 w1 " in content
@@ -142,7 +144,7 @@ def test_then_the_end_of_the_best_records_input() -> None:
 def test_then_the_end_of_the_querys_text() -> None:
     text = " ".join(f"w{n}" for n in range(300))
     prompt = render(RATING, ask(text), [record(0, "word " * 50)], max_tokens=60, count=words)
-    assert prompt.kept == ()
+    assert prompt.records == ()
     assert length(prompt) == 60
     assert prompt.messages[0]["content"].startswith("Score this film: w0 w1 ")
     assert prompt.messages[0]["content"].endswith("…")
@@ -178,14 +180,14 @@ def test_the_budget_holds_and_every_cut_is_noted_once(
     records = [record(n, *pair) for n, pair in enumerate(pairs)]
     prompt = render(RATING, ask(text), records, max_tokens=room, count=count, style=style)
     assert sum(count(message["content"]) + PER_MESSAGE for message in prompt.messages) <= room
-    assert prompt.kept == tuple(records[: len(prompt.kept)])
+    assert prompt.records == tuple(records[: len(prompt.records)])
     assert prompt.messages[-1]["role"] == "user"
     whole = prompt.messages[-1]["content"].endswith(RATING.ask(text.replace("\0", " ")))
     notes = [note.split(" cut ")[0].split(" to stay")[0] for note in prompt.notes]
     assert ("prompt: the text of query 'q7'" in notes) != whole
-    missing = len(records) - len(prompt.kept)
+    missing = len(records) - len(prompt.records)
     assert (f"prompt: {missing} of {len(records)} records left out" in notes) == (missing > 0)
-    assert len(set(notes)) == len(notes) <= 2 + (len(prompt.kept) == 1)
+    assert len(set(notes)) == len(notes) <= 2 + (len(prompt.records) == 1)
     assert all(len(note.splitlines()) == 1 for note in prompt.notes)
 
 
@@ -201,12 +203,13 @@ def test_a_scrap_of_a_record_is_not_worth_its_place() -> None:
         + PER_MESSAGE
     )
     assert (
-        render(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT - 1, count=len).kept == ()
+        render(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT - 1, count=len).records
+        == ()
     )
-    assert render(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT, count=len).kept == (
+    assert render(RATING, ask("q"), [best], max_tokens=frame + LEAST_INPUT, count=len).records == (
         best,
     )
-    assert render(RATING, ask("q"), [best], max_tokens=instruction, count=len).kept == ()
+    assert render(RATING, ask("q"), [best], max_tokens=instruction, count=len).records == ()
 
 
 def test_the_estimate_is_one_token_for_three_and_a_half_bytes() -> None:

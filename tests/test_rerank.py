@@ -13,8 +13,8 @@ from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Cross, Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker, record_text
-from hydra_llm.side_features import CohortStats, Featurizer
-from hydra_llm.tasks.base import Task
+from hydra_llm.side_features import Featurizer
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.types import Query, Ranked, Record
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))

@@ -27,8 +27,8 @@ from hydra_llm.select import (
     first_best,
     select,
 )
-from hydra_llm.side_features import CohortStats, Featurizer
-from hydra_llm.tasks.base import Task
+from hydra_llm.side_features import Featurizer
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.tasks.generation import overlap
 from hydra_llm.types import Candidate, Query, Record
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import DataError
-from hydra_llm.side_features import CohortStats, Featurizer, fit_stats
-from hydra_llm.tasks.base import Task
+from hydra_llm.side_features import Featurizer, fit_stats
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.tasks.classification import BANDWIDTHS, PSEUDO_COUNT
 from hydra_llm.tasks.generation import overlap
 from hydra_llm.types import Candidate, Query, Ranked, Record

@@ -29,8 +29,8 @@ from hydra_llm.pipeline import Heads, Pipeline, Records, UserPipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
 from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
-from hydra_llm.side_features import CohortStats, Featurizer
-from hydra_llm.tasks.base import Task
+from hydra_llm.side_features import Featurizer
+from hydra_llm.tasks.base import CohortStats, Task
 
 CARD_WARNING = """
 It holds personal records and parameters derived from them: handle it as its users' data. Scores \

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hydra_llm.model.heads.base import Head
-from hydra_llm.side_features import HistoryVectors
+from hydra_llm.tasks.base import HistoryVectors
 from hydra_llm.types import Query, Record
 
 Vectorize = Callable[[Sequence[Record]], HistoryVectors]

@@ -108,8 +108,18 @@ class Pipeline:
             if room is None or (shorter := prompt.shorter(room)) is None:
                 break
             prompt = shorter
-        texts, greedy, failures = _merge(results, self._greedy_calls > 0)
+        errors = [result for result in results if isinstance(result, LLMError)]
+        fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
+        if fatal or len(errors) == len(results):
+            raise (fatal or errors)[0]
+        answered = [result for result in results if isinstance(result, Generation)]
+        texts = [repair(text) for result in answered for text in result.texts]
+        if not texts:
+            raise LLMError("the LLM gave no text")
+        first = results[0]
+        greedy = len(first.texts) if self._greedy_calls and isinstance(first, Generation) else 0
         candidates, unread = self.read(texts, greedy)
+        failures = [f"a call failed: {error}" for error in errors]
         return Sampled(prompt, candidates, spent, (*failures, *unread))
 
     def read(self, texts: Sequence[str], greedy: int) -> tuple[tuple[Candidate, ...], list[str]]:
@@ -253,21 +263,6 @@ def candidate_key(text: str, answer: str | None) -> str:
 def _usage(result: Result) -> Usage:
     generation = result.partial if isinstance(result, PartlyFailed) else result
     return generation.usage if isinstance(generation, Generation) else Usage(failed=1)
-
-
-def _merge(results: Sequence[Result], greedy: bool) -> tuple[list[str], int, list[str]]:
-    """The texts, how many of them are greedy, and a note for each failed call."""
-    errors = [result for result in results if isinstance(result, LLMError)]
-    fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
-    if fatal or len(errors) == len(results):
-        raise (fatal or errors)[0]
-    good = [result for result in results if isinstance(result, Generation)]
-    texts = [repair(text) for result in good for text in result.texts]
-    if not texts:
-        raise LLMError("the LLM gave no text")
-    first = results[0]
-    n_greedy = len(first.texts) if greedy and isinstance(first, Generation) else 0
-    return texts, n_greedy, [f"a call failed: {error}" for error in errors]
 
 
 @contextmanager

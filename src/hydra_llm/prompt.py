@@ -1,8 +1,8 @@
 """Task, query and records → chat messages inside a token budget, for the library and the gateway.
 
-The best record stands last: small instruct models lean on what they read last. What must go to stay
-inside the budget goes in this order: the worst records, the end of the last record's input, the end
-of the query's text; a conversation's own messages are never cut. Knows no retrieval and no LLM.
+The best record stands last: small instruct models lean on what they read last. What is cut to stay
+inside the budget: first the worst records, then the end of the last record's input, then the end of
+the query's text; never a conversation's own messages. Knows no retrieval and no LLM.
 """
 
 import math
@@ -31,14 +31,10 @@ class Prompt:
     """What the LLM is asked, and which records are in it."""
 
     messages: Messages
-    kept: tuple[Ranked | Record, ...]  # the records in the prompt, best first
+    records: tuple[Record, ...]  # those in the prompt, best first
     notes: tuple[str, ...] = ()  # one line for each cut
     tokens: int = 0  # its length, counted or estimated
     again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
-
-    @property
-    def records(self) -> tuple[Record, ...]:
-        return tuple(item.record if isinstance(item, Ranked) else item for item in self.kept)
 
     def shorter(self, share: float) -> "Prompt | None":
         """The same question in `share` of its length; None where the instruction has no room."""
@@ -79,16 +75,18 @@ def render(
     again = partial(render, task, query, records, count=count, **look)
     own = None if conversation is None else tuple(conversation)
     page = _Page(task, style, max_tokens, count or estimate, repair(profile), own)
-    text, examples = repair(query.input), [_repaired(item) for item in records]
+    text = repair(query.input)
+    plain = [item.record if isinstance(item, Ranked) else item for item in records]
+    examples = [replace(r, input=repair(r.input), output=repair(r.output)) for r in plain]
     kept = page.fit_records(examples, text)
     question = text if own is not None else _cut(text, lambda part: page.fits(kept, part))
     if question is None:
         raise SettingsError(
-            f"a prompt of {page.max_tokens} tokens has no room for the instruction of task"
-            f" '{page.task.name}' alone"
+            f"a prompt of {max_tokens} tokens has no room for the instruction of task"
+            f" '{task.name}' alone"
         )
     notes, tokens = _notes(page, query, question, examples, kept), page.tokens(kept, question)
-    return Prompt(page.messages(kept, question), tuple(records[: len(kept)]), notes, tokens, again)
+    return Prompt(page.messages(kept, question), tuple(plain[: len(kept)]), notes, tokens, again)
 
 
 def estimate(text: str) -> int:
@@ -106,11 +104,6 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-def _repaired(item: Ranked | Record) -> Record:
-    record = item.record if isinstance(item, Ranked) else item
-    return replace(record, input=repair(record.input), output=repair(record.output))
-
-
 @dataclass(frozen=True, slots=True)
 class _Page:
     """What stands around the records, and the room that there is."""
@@ -123,18 +116,23 @@ class _Page:
     conversation: Messages | None
 
     def messages(self, kept: Sequence[Record], text: str) -> Messages:
+        """With the examples, best last: before the question, or as turns behind the instruction."""
         own = self.conversation
         if own is None:
             system = ({"role": "system", "content": self.profile},) if self.profile else ()
             own = (*system, {"role": "user", "content": self.task.ask(text)})
-        return self._block(kept, own) if self.style == "block" else self._turns(kept, own)
-
-    def _block(self, kept: Sequence[Record], own: Messages) -> Messages:
-        """The examples, best last, before the question; a field a line: none passes for another."""
+        if self.style == "turns":
+            roles = [message.get("role") for message in own]
+            head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
+            turns: list[Message] = []
+            for example in reversed(kept):
+                turns.append({"role": "user", "content": self._ask(example.input)})
+                turns.append({"role": "assistant", "content": example.output})
+            return (*own[:head], *turns, *own[head:])
         if not kept:
             return own
         words = self.task.strategy.prompt_words()
-        lines = [
+        lines = [  # a field a line: none passes for another
             f"{words.input}: {fold(example.input)}\n{words.answer}: {fold(example.output)}"
             for example in reversed(kept)
         ]
@@ -142,16 +140,6 @@ class _Page:
         content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
         front = block if isinstance(content, str) else [{"type": "text", "text": block}]
         return (*own[:-1], {**own[-1], "content": front + content})
-
-    def _turns(self, kept: Sequence[Record], own: Messages) -> Messages:
-        """Each example as a question and its answer, best last, behind the system messages."""
-        roles = [message.get("role") for message in own]
-        head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
-        turns: list[Message] = []
-        for example in reversed(kept):
-            turns.append({"role": "user", "content": self._ask(example.input)})
-            turns.append({"role": "assistant", "content": example.output})
-        return (*own[:head], *turns, *own[head:])
 
     def _ask(self, text: str) -> str:
         """A record's input as the question asks: a conversation's records may be whole prompts."""

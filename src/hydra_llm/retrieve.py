@@ -21,7 +21,6 @@ from hydra_llm.types import Query, Ranked, Record
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]  # texts → [N, H], with a cache
 Matched = Literal["input", "both"]  # what is matched: a record's input (as LaMP), or its answer too
-KEPT_INDEXES = 256
 
 
 class Retriever(Protocol):
@@ -41,12 +40,10 @@ class Forgetful(Protocol):
         ...
 
 
+BUILTIN = ("BM25", "Dense", "Recent", "Random", "Nothing")
 RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
     "hydra_llm.retrievers",
-    {
-        name.lower(): f"hydra_llm.retrieve:{name}"
-        for name in ("BM25", "Dense", "Recent", "Random", "Nothing")
-    },
+    {name.lower(): f"hydra_llm.retrieve:{name}" for name in BUILTIN},
     needs=("__call__",),
 )
 """Called as `factory(embed=..., seed=..., text=...)`."""
@@ -75,7 +72,7 @@ class _ByScore:
         self.embed, self.seed, self.text = embed, seed, text
         # The key is the texts themselves: an edited record or an earlier slice of time never meets
         # a stale index.
-        self._index = lru_cache(maxsize=KEPT_INDEXES)(self.index)
+        self._index = lru_cache(maxsize=256)(self.index)
 
     def retrieve(self, query: Query, records: Sequence[Record], m: int) -> list[Ranked]:
         if m <= 0 or not records:
@@ -83,8 +80,7 @@ class _ByScore:
         oldest_first = in_order(records)
         scores = self.scores(query, oldest_first)
         best = np.lexsort((-np.arange(len(scores)), -scores))[:m]
-        ranked = enumerate(best)
-        return [Ranked(oldest_first[place], float(scores[place]), rank) for rank, place in ranked]
+        return [Ranked(oldest_first[at], float(scores[at]), rank) for rank, at in enumerate(best)]
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: how well each record fits, oldest first; by default all alike."""
@@ -97,11 +93,7 @@ class _ByScore:
     def indexed(self, records: Sequence[Record]) -> Any:
         """The kept index of the records: of their inputs, or of inputs and answers."""
         both = self.text == "both"
-        return self._index(
-            tuple(
-                f"{record.input}\n{record.output}" if both else record.input for record in records
-            )
-        )
+        return self._index(tuple(f"{r.input}\n{r.output}" if both else r.input for r in records))
 
     def forget(self) -> None:
         self._index.cache_clear()

@@ -1,10 +1,7 @@
-"""Score the candidates for this user and pick one (paper, section 3.3).
-
-    best            the highest score, as published
-    expected-gain   reads the scores as a distribution over what the user wants and maximises the
-                    expected gain under the task's gain function: the mode for labels, the median
-                    for ratings, minimum Bayes risk for texts
-Knows no LLM. `FirstCandidate` is the null part.
+"""Score the candidates for this user and pick one (paper, section 3.3): `best` takes the highest
+score, as published; `expected-gain` reads the scores as a distribution over what the user wants and
+maximises the expected gain under the task's gain function: the mode for labels, the median for
+ratings, minimum Bayes risk for texts. Knows no LLM. `FirstCandidate` is the null part.
 """
 
 from collections.abc import Sequence

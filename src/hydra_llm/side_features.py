@@ -45,11 +45,14 @@ class Featurizer:
         """[M, E] side features of each retrieved record; `history` holds the visible records."""
         context, records = self._context(query, history), [item.record for item in ranked]
         best = max((item.score for item in ranked), default=0.0)
+        # 1 for the latest of the records, towards 0 for the oldest
+        order = np.argsort([record.position for record in records], kind="stable")
+        recency = (np.argsort(order, kind="stable") + 1) / max(1, len(records))
         columns = [
             np.array([item.score / best if best > 0 else 0.0 for item in ranked]),
             np.array([1 / (1 + item.rank) for item in ranked]),
             self.store.texts([record.input for record in records]) @ context.query,
-            _recency(records),
+            recency,
         ]
         own = self.task.strategy.record_features(context, records)
         return np.concatenate([np.stack(columns, 1), own], 1)
@@ -59,29 +62,18 @@ class Featurizer:
         return FeatureContext(vector, history, self.stats, self.store.texts)
 
 
-def _recency(records: Sequence[Record]) -> Floats:
-    """1 for the latest of the records, towards 0 for the oldest."""
-    order = np.argsort([record.position for record in records], kind="stable")
-    return (np.argsort(order, kind="stable") + 1) / max(1, len(records))
-
-
 def fit_stats(
     task: Task, store: FeatureCache, histories: Sequence[Sequence[Record]]
 ) -> CohortStats:
-    """Statistics of the training users' records."""
-    outputs = [record.output for history in histories for record in history]
-    return task.strategy.cohort_stats(outputs, _usual_cosine(store, histories))
-
-
-def _usual_cosine(store: FeatureCache, histories: Sequence[Sequence[Record]]) -> float:
-    """The mean cosine of a record to the nearest tenth of its user's other records."""
+    """Statistics of the training users' records, with the usual cosine: a record's mean one to the
+    nearest tenth of its user's other records.
+    """
     nearest: list[float] = []
     for history in histories[:STATS_USERS]:
         vectors = store.texts([record.input for record in history[-STATS_RECORDS:]])
         if len(vectors) >= 2:
             cosine = np.sort(vectors @ vectors.T, axis=1)[:, :-1]  # the last is the record itself
             nearest.append(float(cosine[:, -max(1, cosine.shape[1] // 10) :].mean()))
-    return float(np.mean(nearest)) if nearest else CohortStats().reference
-
-
-__all__ = ["CohortStats", "Featurizer", "HistoryVectors", "fit_stats"]
+    usual = float(np.mean(nearest)) if nearest else CohortStats().reference
+    outputs = [record.output for history in histories for record in history]
+    return task.strategy.cohort_stats(outputs, usual)

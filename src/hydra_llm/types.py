@@ -1,7 +1,5 @@
-"""The values that pass between the stages: frozen dataclasses, no behaviour beyond arithmetic.
-
-Knows neither files, torch nor any LLM. The letters used for shapes in other modules:
-B pairs, G groups, C candidates of a group, H feature width, E side features, U users, K rank.
+"""The values that pass between the stages. Letters that other modules use for shapes: B pairs,
+G groups, C candidates of a group, H feature width, E side features, U users, K rank.
 """
 
 import math
@@ -17,7 +15,6 @@ Span = tuple[float, float]
 
 ALWAYS: Span = (-math.inf, math.inf)
 """The span of an unknown time: such a record is ordered by its position only."""
-
 
 ARROW = " → "
 

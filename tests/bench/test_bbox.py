@@ -32,8 +32,7 @@ from hydra_llm.errors import LLMError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.model.interactions import Cross, Groups
-from hydra_llm.side_features import CohortStats
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.types import Answer, Message, Query, Record
 
 TAGS = Task(

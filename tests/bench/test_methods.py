@@ -36,8 +36,7 @@ from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import Recent
-from hydra_llm.side_features import CohortStats
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.types import Candidate, Message, Query, Record
 
 TAGS = Task(

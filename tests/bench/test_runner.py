@@ -28,8 +28,7 @@ from hydra_llm.config import Settings
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.fake import RuleLLM
-from hydra_llm.side_features import CohortStats
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.types import Message, Query, Record
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud"), metrics=("accuracy",))

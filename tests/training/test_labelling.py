@@ -19,8 +19,8 @@ from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.retrieve import BM25
-from hydra_llm.side_features import CohortStats, Featurizer
-from hydra_llm.tasks.base import Task
+from hydra_llm.side_features import Featurizer
+from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.labelling import (
     Collected,
