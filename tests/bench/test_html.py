@@ -10,7 +10,6 @@ import pytest
 
 from hydra_llm.bench.report import html
 from hydra_llm.bench.report import tables as report
-from hydra_llm.bench.report.cells import cell
 from hydra_llm.bench.report.markdown import markdown
 from hydra_llm.bench.report.summary import run_summary, summary_line
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -142,7 +141,7 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
         )
     best = [value for kind, value in cells if kind == "best"]
     assert best == [
-        cell(*line.result.metrics[name])
+        report.cell(*line.result.metrics[name])
         for line in actual.rows
         if line.method == "rag@4"
         for name in ("rouge1", "rougeL", "bleu")

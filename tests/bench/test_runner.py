@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hydra_llm import __version__
 from hydra_llm.bench.experiment import run_methods
 from hydra_llm.bench.method import METHODS, Parts, find_methods
-from hydra_llm.bench.report.cells import results_table
+from hydra_llm.bench.report.tables import results_table
 from hydra_llm.bench.results import MethodResult, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle

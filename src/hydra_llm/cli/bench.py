@@ -78,7 +78,7 @@ def run(
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import find_methods, per_sample, split_names
-    from hydra_llm.bench.report.cells import results_table
+    from hydra_llm.bench.report.tables import results_table
     from hydra_llm.bench.results import tabulate
     from hydra_llm.bench.runlog import export_lamp
 
@@ -242,12 +242,12 @@ def sweep(
     Precedence of settings: point > `--set` > sweep file. `--record` records only the LLM of
     `--llm`, not those of points.
     """
-    from hydra_llm.bench.report import cells, sweeps
+    from hydra_llm.bench.report import sweeps, tables
     from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
 
     main, chosen, flags = source.spec(), load_sweep(file), options.given()
     if plot is not None:
-        cells.require()
+        tables.require()
     varied = {name for point in chosen.points for name in NAMES.flat(point.settings)}
     for name in sorted(flags.keys() & varied):
         console.say(f"{name} is set by points of the sweep: --set counts only for the others")

@@ -23,7 +23,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Predict ratings of films, 1 to 5: learn from MovieLens users, then answer for new ones."""
-    from hydra_llm.bench.report.cells import results_table
+    from hydra_llm.bench.report.tables import results_table
     from hydra_llm.llm.concurrency import run_sync
 
     with console.progress() as report:

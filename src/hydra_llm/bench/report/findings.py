@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from hydra_llm.bench.method import base_name
-from hydra_llm.bench.report.cells import signed
-from hydra_llm.bench.report.tables import Report, Run, TableRow
+from hydra_llm.bench.report.tables import Report, Run, TableRow, signed
 from hydra_llm.bench.results import compare
 from hydra_llm.bench.runlog import Sample
 

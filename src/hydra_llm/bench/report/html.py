@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hydra_llm.bench.report import tables
-from hydra_llm.bench.report.cells import require
 from hydra_llm.bench.report.findings import findings
 from hydra_llm.bench.report.plots import BARS, plots, svg
 from hydra_llm.bench.report.summary import cost_rows, learning_rows, run_summary
@@ -34,7 +33,7 @@ def page(
     """The reports of runs, then of sweeps, as the text of an HTML file; without `answers` it quotes
     nothing of the data. SettingsError if the extra `report` is not installed.
     """
-    require()
+    tables.require()
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from hydra_llm.bench.report.cells import axis_title, require
-from hydra_llm.bench.report.tables import GROUPS, Report, TableRow
+from hydra_llm.bench.report.tables import GROUPS, Report, TableRow, axis_title, require
 from hydra_llm.bench.results import changes_by_user, pair
 from hydra_llm.errors import SettingsError
 
