@@ -1,8 +1,7 @@
 """One run of the benchmark: data set → one bundle per seed → answers by every method → log.
 
-`bench run` is one experiment, a sweep is several with other settings. The bundles of all seeds
-share the LLM's labels and the first one's reranker, and with it the candidates, so that further
-seeds of the adapter cost no LLM call. Knows no tables and prints nothing.
+`bench run` is one experiment, a sweep several. The bundles of all seeds share the LLM's labels and
+the first one's reranker, and with it the candidates: further seeds cost no LLM call.
 """
 
 from collections.abc import Callable, Sequence
@@ -109,7 +108,7 @@ async def run_methods(
     """Answer every query by every method, unless the log has the sample; a failed call is a failed
     sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed.
 
-    All methods answer a query before the next query, ordered by the number of records in their
+    All methods answer a query before the next one, ordered by the number of records in their
     prompts: an embedded engine then still holds the prompts that they share.
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)

@@ -1,7 +1,4 @@
-"""Samples as figures: each method's metrics with intervals, and two methods on the same queries.
-
-Knows neither tables nor LLMs; the statistics are those of `stats`.
-"""
+"""Samples as figures: each method's metrics with intervals, and two methods on the same queries."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,8 +138,8 @@ def scored_pairs(
     task: Task, pairs: Sequence[Pair]
 ) -> tuple[dict[str, Metric], dict[str, Metric], list[str]]:
     """The metrics of both sides, and the user of each pair."""
-    ours, theirs = (scored(task, [both[side] for both in pairs]) for side in (0, 1))
-    return ours, theirs, [sample.user for sample, _ in pairs]
+    own, base = ([both[side] for both in pairs] for side in (0, 1))
+    return scored(task, own), scored(task, base), [sample.user for sample in own]
 
 
 def pair(own: Sequence[Sample], base: Sequence[Sample]) -> list[Pair]:

@@ -27,9 +27,9 @@ def commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return output.strip() or None
     except (OSError, subprocess.CalledProcessError):
         return None
-    return output.strip() or None
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,8 @@ def over_tasks(tasks: Sequence[Relative]) -> Relative:
         for user, part in task.parts.items():
             parts[user] = parts.get(user, 0.0) + part / len(tasks)
     squares = [(task.error**2, task.freedom) for task in tasks if task.freedom > 0]
-    error = math.nan
-    if len(squares) == len(tasks):
-        error = math.sqrt(sum(part**2 for part in parts.values()))
+    known = len(squares) == len(tasks)
+    error = math.sqrt(sum(part**2 for part in parts.values())) if known else math.nan
     below = sum(square**2 / freedom for square, freedom in squares)
     welch = sum(square for square, _ in squares) ** 2 / below if below > 0 else math.inf
     change = float(np.mean([task.change for task in tasks]))

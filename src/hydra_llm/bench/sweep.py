@@ -8,7 +8,7 @@
     vary = {NAME = [...], ...}         a grid of points: x is the first name, others name the series
 
 Each point is an `Experiment` in its own folder, so that a stopped sweep continues; equal LLM calls
-of several points are made once. Knows no terminal and no LLM.
+of several points are made once.
 """
 
 import hashlib
@@ -110,8 +110,8 @@ def _grid(vary: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
         x, *others = (str(value).lower() if isinstance(value, bool) else value for value in values)
         series = ", ".join(f"{n}={v}" for n, v in zip(list(vary)[1:], others, strict=True))
         fields = {name: settings.pop(name) for name in vary if name in ("llm", "history", "fit")}
-        title = x if isinstance(x, int | float) else str(x)
-        points.append(SweepPoint(x=title, series=series, settings=settings, **fields))
+        x = x if isinstance(x, int | float) else str(x)
+        points.append(SweepPoint(x=x, series=series, settings=settings, **fields))
     return points
 
 
