@@ -1,5 +1,19 @@
-"""Every exception that hydra-llm raises on purpose. Each message is one line that names the place
-and, where there is one, the fix. Further subclasses are in store/change.py and llm/base.py.
+"""Every exception that hydra-llm raises on purpose.
+
+    HydraError                    exit code 1
+    ├── UserFault                 the caller can correct it: exit code 2
+    │   ├── DataError             a file, line or field of a data set
+    │   ├── SettingsError         an unknown name, a value out of range
+    │   ├── UnknownUser           in neither the bundle nor the data set
+    │   └── BundleError           damaged, of a newer format, or made for another task
+    ├── StoreError                the gateway's database; nothing was kept
+    │   └── StaleVersion, NoSuchUser, ConflictingFeedback    (store/change.py)
+    └── LLMError                  a failed call; recorded, never scored 0
+        ├── PartlyFailed          some of its texts arrived and are kept    (llm/base.py)
+        ├── LLMRefused            it will fail again as it is
+        └── BudgetExceeded        the run stops cleanly, and can be resumed
+
+Each message is one line that names the place and, where there is one, the fix.
 """
 
 from pathlib import Path
