@@ -209,10 +209,10 @@ def _check_hub(name: str) -> None:
         fault = "no such folder, and no such model on the Hugging Face hub"
         raise SettingsError(f"encoder '{name}': {fault}") from None
     except Exception as error:  # OSError, httpx's own tree, and what proxies make of it
-        raise SettingsError(
-            f"encoder '{name}' is not in the local cache and the Hugging Face hub cannot be reached"
-            f" ({_first_line(error)}): connect, or give a folder, or take 'minilm'"
-        ) from error
+        place = f"encoder '{name}' is not in the local cache"
+        fault = f"the Hugging Face hub cannot be reached ({_first_line(error)})"
+        fix = "connect, or give a folder, or take 'minilm'"
+        raise SettingsError(f"{place} and {fault}: {fix}") from error
 
 
 def _load(source: str, *, local: bool) -> tuple[Any, Any]:

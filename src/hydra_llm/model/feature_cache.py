@@ -46,9 +46,7 @@ class FeatureCache:
         self._file = _open(path) if path is not None else None
 
     def texts(self, texts: Sequence[str], *, keep: bool | None = None) -> np.ndarray:
-        """As `Encoder.encode`: [B, H] float32, rows of length 1. `keep`: whether the file gets all
-        of them or none; by default the new ones.
-        """
+        """As `Encoder.encode`. `keep`: the file gets all of them or none; by default the new."""
         return self._rows([(text,) for text in texts], keep)
 
     def missing(self, texts: Sequence[str]) -> int:

@@ -3,10 +3,10 @@ average over the training users.
 
     F = mean over groups of the Fisher information = A ⊗ B, kept as eigenvectors (K-FAC)
 
-For pair features A is the number 1. For label features φ = e_a ⊗ z, A is over the labels and B
-over z: the mean of the products is taken as the product of the means, so that a hundred labels
-cost no more than ten. On the eigenvectors precision + n·F is diagonal for any n: a head needs no
-Hessian of its own. Letters: U users, G groups, C candidates, V coordinates of a head.
+For pair features A is the number 1. For label features φ = e_a ⊗ z, A is over the labels and B over
+z: the mean of the products is taken as the product of the means. On the eigenvectors precision +
+n·F is diagonal for any n: a head needs no Hessian of its own.
+Letters: U users, G groups, C candidates, V coordinates of a head.
 """
 
 import torch

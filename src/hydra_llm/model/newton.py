@@ -2,9 +2,9 @@
 
     minimise over v   Σ_g loss(target_g, offset_g + φ_g·v)  +  ½ Σ precision · v²
 
-`newton_cg`: Newton's method; conjugate gradients solve each step's linear system, so that no V×V
-matrix is formed and label features stay compressed. All users of a call advance together; one
-that has converged stands still. `lbfgs`: for one user whose Hessian is about known.
+`newton_cg`: Newton's method with conjugate gradients, so that no V×V matrix is formed and label
+features stay compressed; all users of a call advance together, and one that has converged stands
+still. `lbfgs`: for one user whose Hessian is about known.
 Letters: U users, G groups (padded), C candidates, V coordinates.
 """
 

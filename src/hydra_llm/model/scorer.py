@@ -19,8 +19,7 @@ from hydra_llm.model.interactions import Groups, Interaction, make_interaction
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
 
-FEEDBACK_WINDOW = 64
-"""The latest judged groups that an online update counts: memory and time are bounded."""
+FEEDBACK_WINDOW = 64  # the latest judged groups that an online update counts: bounds its time
 Heads = Sequence[Head | None]
 
 
@@ -107,17 +106,10 @@ class Scorer(nn.Module):
         flat = groups[index.clamp_min(0).flatten()]
         assert flat.target is not None
         x, shape = self.interaction(flat), (*index.shape, groups.mask.shape[1])
+        x, offset = x.view(*index.shape, *x.shape[1:]), self.side_score(flat).view(shape)
         mask = flat.mask.view(shape) & (index >= 0)[..., None]
-        return HeadProblem(
-            tuple(users),
-            self.interaction,
-            x.view(*index.shape, *x.shape[1:]),
-            self.side_score(flat).view(shape),
-            flat.target.view(shape) * mask,
-            mask,
-            self.loss,
-            float(self.prior_precision),
-        )
+        parts, precision = (x, offset, flat.target.view(shape) * mask, mask), self.prior_precision
+        return HeadProblem(tuple(users), self.interaction, *parts, self.loss, float(precision))
 
     @property
     def updates_online(self) -> bool:

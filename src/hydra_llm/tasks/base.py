@@ -103,9 +103,9 @@ class Task:
     def parse(self, text: str, parsing: Parsing = "lenient") -> str | None:
         """The answer in an LLM's text: a label, a number or the text itself; None if there is none.
 
-        `strict` reads the stripped text, as LaMP's evaluation does. `lenient` also drops what
-        surrounds an answer: quotes, markdown, "Title:", a sentence with one label in it. A number
-        between two labels is its canonical text ("3.5"); outside the scale `strict` only reads it.
+        `strict` reads the stripped text, as LaMP's evaluation does; `lenient` also drops quotes,
+        markdown, "Title:", a sentence around one label. A number between two labels is its
+        canonical text ("3.5"); outside the scale `strict` only reads it.
         """
         return self.strategy.parse(text, parsing)
 

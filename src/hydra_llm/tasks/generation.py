@@ -83,11 +83,10 @@ class Generation(base.TaskKind):
         self, context: base.FeatureContext, candidates: Sequence[Candidate]
     ) -> Floats:
         texts, history = [candidate.text for candidate in candidates], context.history
-        vectors = context.embed(texts)
+        vectors, gains = context.embed(texts), self.gain_matrix(texts)
         own = vectors @ history.answers.T if len(history) else np.zeros((len(texts), 1))
         usual = np.log1p(np.median(history.words) if len(history) else context.stats.words)
         length = np.log1p(_words(texts)) - usual
-        gains = self.gain_matrix(texts)
         votes = np.array([candidate.votes for candidate in candidates], dtype=np.float64)
         columns = [
             own.max(1),

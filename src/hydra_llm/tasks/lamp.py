@@ -25,18 +25,15 @@ def _task(number: str, kind: str, question: str, answer: str, field: str, *label
     return Task.from_json(values)
 
 
-def _choice(number: str, question: str, field: str, labels: str) -> Task:
-    question = f"{question} Choose one of: {labels}."
-    return _task(number, "classification", question, "it", field, *labels.split(", "))
-
-
+_CATEGORY = f"Which category does this article belong to? Choose one of: {_NEWS}."
+_TAG = f"Which tag fits this movie? Choose one of: {_MOVIES}."
 _PAPER = "Which of the two references belongs to this author's paper?"
 _ABSTRACT = "the paper with this abstract"
 _STARS = "How many stars, from 1 to 5, does this review give?"
 _TASKS = (
     _task("1", "classification", _PAPER, "[1] or [2]", "", "[1]", "[2]"),
-    _choice("2N", "Which category does this article belong to?", "Article: ", _NEWS),
-    _choice("2M", "Which tag fits this movie?", "Description: ", _MOVIES),
+    _task("2N", "classification", _CATEGORY, "it", "Article: ", *_NEWS.split(", ")),
+    _task("2M", "classification", _TAG, "it", "Description: ", *_MOVIES.split(", ")),
     _task("3", "rating", _STARS, "the number", "Review: ", *"12345"),
     _task("4", "generation", "Write a headline for this article.", "the headline", "Article: "),
     _task("5", "generation", f"Write a title for {_ABSTRACT}.", "the title", "Abstract: "),

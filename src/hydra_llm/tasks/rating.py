@@ -64,13 +64,13 @@ class Rating(LabelKind):
         where that lies outside the scale.
         """
         number, (low, high) = _number(text.strip()), self.scale
-        if parsing == "strict":
-            return None if number is None else self._canonical(number)
-        if number is None:
+        if number is None and parsing == "lenient":
             scale, first_number = self._patterns
             match = first_number.search(scale.sub(" ", text))
-            number = None if match is None else _number(match[0])
-        return None if number is None or not low <= number <= high else self._canonical(number)
+            number = _number(match[0]) if match else None
+        if number is None or (parsing == "lenient" and not low <= number <= high):
+            return None
+        return self._canonical(number)
 
     def _canonical(self, number: float) -> str:
         # + 0.0 turns -0.0 into 0.0
@@ -135,8 +135,8 @@ class Rating(LabelKind):
 
     @classmethod
     def output_fault(cls, output: str) -> str:
-        is_number = plain_number(output) is not None
-        return "" if is_number else f"'{output[:60]}' is no number, and this is a rating"
+        fault = f"'{output[:60]}' is no number, and this is a rating"
+        return fault if plain_number(output) is None else ""
 
     @classmethod
     def tidy(cls, output: str) -> str:

@@ -3,8 +3,8 @@
     alearn   training users → labelled groups → shared weights and heads → Bundle
     afit     new users' histories → labelled groups → heads → Bundle with the same shared weights
 
-Both give a new bundle and change none of their arguments. LLM calls go through the cache, so that a
-run that was stopped continues where it was. `learn` and `fit` are the same from sync code.
+Both change none of their arguments. LLM calls go through the cache: a stopped run continues where
+it was. `learn` and `fit` are the same from sync code.
 """
 
 from collections import ChainMap
@@ -46,7 +46,6 @@ from hydra_llm.training.labelling import (
 )
 from hydra_llm.training.train_scorer import (
     LabelledData,
-    TrainingFiles,
     fit_new_heads,
     silent,
     target_rule,
@@ -109,10 +108,9 @@ async def alearn(
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
     and with it the candidates.
 
-    Raises:
-        BundleError: `out` is a file, or a folder of something else.
-        DataError: the data set is broken or has no training users with records.
-        LLMError: the budget is spent (a repeat continues), or every call failed.
+    Raises BundleError: `out` is a file, or a folder of something else. DataError: the data set is
+    broken or has no training users with records. LLMError: the budget is spent (a repeat
+    continues), or every call failed.
     """
     if out is not None:
         check_place(Path(out))
@@ -124,7 +122,7 @@ async def alearn(
     bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(bundle, tuple(records), notes=notes)
-    await _Work(learned, model, TrainingFiles(out, progress)).learn(first)
+    await _Work(learned, model, progress, out).learn(first)
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -146,10 +144,9 @@ async def afit(
     `users` defaults to the data set's new users (split `test`). Heads of users who have one are
     fitted anew. A user without records gets the shared head.
 
-    Raises:
-        SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
-            some that do not. UnknownUser: a user whom the data set does not have. DataError: the
-            data set is of another task than the bundle.
+    Raises SettingsError: `settings` change what was fixed in learning; `Bundle.settings_with` makes
+    some that do not. UnknownUser: a user whom the data set does not have. DataError: the data set
+    is of another task than the bundle.
     """
     given = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if settings is not None:
@@ -164,7 +161,7 @@ async def afit(
     notes = _lacking(names, own, "have no records: they get the shared head")
     given = replace(given, records=_overlaid(given.records, own))
     learned = Learned(given, tuple(names), notes=notes)
-    await _Work(learned, model, TrainingFiles(progress=progress)).fit()
+    await _Work(learned, model, progress).fit()
     if not isinstance(bundle, Bundle):
         learned.bundle.save(bundle)
     return learned
@@ -223,7 +220,8 @@ class _Work:
 
     learned: Learned
     llm: ChatLLM
-    files: TrainingFiles
+    progress: StageProgress
+    out: Path | str | None = None  # the bundle's folder, beside which checkpoints lie
 
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
@@ -269,7 +267,7 @@ class _Work:
         learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
         latest = (training_queries(plain.task, plain.records[user], most) for user in users)
         label = reranker_groups if name == RERANKER else adapter_groups
-        progress = partial(self.files.progress, stage)
+        progress = partial(self.progress, stage)
         collected = await label(plain, list(chain(*latest)), progress)
         learned.failures += collected.failures
         learned.stages[stage] = StageCost(len(users), collected.usage.seconds, collected.usage)
@@ -285,7 +283,8 @@ class _Work:
         if data is None:
             return
         learned, started = self.learned, perf_counter()
-        bundle = train_scorer(learned.bundle, data, tune=tune, files=self.files)
+        checkpoint = None if self.out is None else Path(f"{self.out}.{data.name}.checkpoint")
+        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         if data.name == RERANKER:
             helps = reranker_helps(bundle.report)

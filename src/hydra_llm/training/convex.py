@@ -12,6 +12,7 @@ but the scorer that is being learned is changed. Knows no texts and no LLM.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -174,17 +175,8 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float 
     standardise(scorer, data)
     side, x = scorer.standardised(data.groups)[None], interaction(data.groups)[None]
     target, mask = data.target[None], data.groups.mask[None]
-    head = with_bias(
-        Problem(
-            lambda v: interaction.dot(x, v),
-            lambda r: interaction.outer(x, r),
-            size,
-            torch.zeros_like(target),
-            target,
-            mask,
-            scorer.loss,
-        )
-    )
+    parts = partial(interaction.dot, x), partial(interaction.outer, x), size
+    head = with_bias(Problem(*parts, torch.zeros_like(target), target, mask, scorer.loss))
 
     def dot(v: Tensor) -> Tensor:
         own, weights = v[:, : head.size], v[:, head.size :]

@@ -150,10 +150,9 @@ def targets(
 
     Listwise: a distribution over the group. `exact`: equal shares for those with gain 1 (labels:
     the right one); `above-mean`: for those above the group's mean; `graded`: softmax of the gains,
-    centred in the group and divided by `spread` (their usual deviation within a group). Binary:
-    `exact` and `above-mean` 0 or 1, `graded` the gain itself; where all gains are 0 or 1, right and
-    wrong are absolute and need no mean. A group whose gains are all equal is not informative: all
-    zeros (listwise).
+    centred in the group and divided by `spread`. All zeros where all gains are equal.
+    Binary: `exact` and `above-mean` 0 or 1, `graded` the gain itself; where all gains are 0 or 1,
+    right and wrong are absolute and need no mean.
     """
     masked, centred = gains * mask, _centred(gains, mask)
     right = (masked >= 1 - 1e-9).float()

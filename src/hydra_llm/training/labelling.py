@@ -1,7 +1,6 @@
 """From histories to labelled groups: what reranker and adapter learn from (paper, 3.2 and 3.3).
 
-A user's own later records serve as queries for the earlier ones; `history.before` decides what each
-may see.
+A user's own later records are queries for the earlier ones (`history.before`: what each may see).
     reranker  each retrieved record alone in the prompt; its gain is the gain of the LLM's answer
     adapter   the candidates of `UserPipeline.apropose`, each with its gain
 and weak labels, which cost no LLM call:

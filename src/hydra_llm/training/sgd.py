@@ -1,8 +1,7 @@
 """What is not convex: the shared layer, a tuned encoder and `mlp` heads, trained together with the
 users' heads by gradient (paper, section 3.1); `convex.py` fits the rest on the frozen features.
 
-Training is reproducible by its seed, and resumes: after every epoch all that it needs goes to a
-checkpoint. Knows no tasks and no LLM.
+Reproducible by its seed; resumes from the checkpoint of the last epoch. Knows no tasks and no LLM.
 """
 
 import hashlib
@@ -59,16 +58,13 @@ def train_jointly(
     scorer: Scorer,
     data: TrainingSet,
     config: SGDConfig,
-    *,
     source: TextSource | None = None,
     checkpoint: Path | None = None,
     done: Progress | None = None,
 ) -> tuple[list[float], Heads]:
     """Train interaction, shared head, side weights, the users' heads and, with a source, the
-    encoder. Returns the mean loss of each epoch, and the heads.
-
-    With patience, a fifth of the users are held out to tell when to stop, and what was best for
-    them is kept.
+    encoder; with patience, until a held-out fifth of the users gains no more, and what was best for
+    them is kept. Returns the mean loss of each epoch, and the heads.
     """
     standardise(scorer, data)
     held_out = held_out_users(data, config)

@@ -43,23 +43,16 @@ class LabelledData:
     by_label: bool = False  # label features, in place of features of pairs
 
 
-@dataclass(frozen=True)
-class TrainingFiles:
-    """Where training reports its progress and keeps checkpoints."""
-
-    out: Path | str | None = None  # the bundle's folder; checkpoints lie beside it. None: no files
-    progress: StageProgress = silent
-
-    def checkpoint(self, name: str) -> Path | None:
-        return None if self.out is None else Path(f"{self.out}.{name}.checkpoint")
-
-
 def train_scorer(
-    bundle: Bundle, data: LabelledData, *, tune: bool = False, files: TrainingFiles | None = None
+    bundle: Bundle,
+    data: LabelledData,
+    tune: bool = False,
+    checkpoint: Path | None = None,
+    progress: StageProgress = silent,
 ) -> Bundle:
     """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
-    config, name, files = sgd_config(bundle.settings), data.name, files or TrainingFiles()
-    files.progress(f"fit {name}", 0, 1)
+    config, name = sgd_config(bundle.settings), data.name
+    progress(f"fit {name}", 0, 1)
     groups, settings, heads = data.groups(bundle.featurizer), bundle.settings, Heads()
     with seeded(settings.training_seed):
         interaction = make_features(bundle, by_label=data.by_label)
@@ -72,10 +65,8 @@ def train_scorer(
     trains = config.epochs > 0 and (tune or not head.convex or interaction.trainable)
     if trains:
         source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
-        checkpoint, done = files.checkpoint(name), partial(files.progress, f"train {name}")
-        losses, heads = train_jointly(
-            scorer, labelled, config, source=source, checkpoint=checkpoint, done=done
-        )
+        done = partial(progress, f"train {name}")
+        losses, heads = train_jointly(scorer, labelled, config, source, checkpoint, done)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
@@ -88,7 +79,7 @@ def train_scorer(
         fitted, own = fit_scorer(scorer, labelled, seed=config.seed, unseen=unseen)
     else:
         fitted, own = fit_unseen(scorer, labelled, config)
-    files.progress(f"fit {name}", 1, 1)
+    progress(f"fit {name}", 1, 1)
     scorers, own = {**bundle.scorers, name: scorer.eval()}, with_times(heads | own, bundle.records)
     reports = {**bundle.report, name: report | fitted.to_json(convex=head.convex)}
     return replace(bundle, scorers=scorers, heads={**bundle.heads, name: own}, report=reports)

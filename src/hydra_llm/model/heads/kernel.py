@@ -78,7 +78,11 @@ class KernelHead(VectorShared):
         optimiser = torch.optim.Adam([self.log_bandwidth, self.strength, self.log_ridge], lr=0.05)
         for _ in range(self.tuning_steps):
             optimiser.zero_grad()
-            total = torch.stack([self._case_loss(case) for case in cases]).sum()
+            parts = []
+            for problem, x, scores, keys, residuals, seen in cases:
+                own = scores + self.smooth(x, keys, residuals, seen).view_as(scores)
+                parts.append(losses(own, problem.target[0], problem.mask[0], problem.loss).sum())
+            total = torch.stack(parts).sum()
             (total + 0.1 * (self.strength - 1).square()).backward()
             optimiser.step()
 
@@ -105,12 +109,6 @@ class KernelHead(VectorShared):
         here = torch.arange(len(x)).repeat_interleave(1 if x.dim() == 2 else x.shape[1])
         seen = (group[None] < here[:, None]).float()
         return _Case(problem, x.flatten(0, -2), scores, keys, residuals, seen)
-
-    def _case_loss(self, case: "_Case") -> Tensor:
-        problem = case.problem
-        extra = self.smooth(case.x, case.keys, case.residuals, case.seen).view_as(case.scores)
-        target, mask = problem.target[0], problem.mask[0]
-        return losses(case.scores + extra, target, mask, problem.loss).sum()
 
 
 class _Case(NamedTuple):

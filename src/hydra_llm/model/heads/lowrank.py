@@ -13,9 +13,7 @@ from hydra_llm.model.interactions import Interaction
 
 
 class LowRankHead(AdditiveHead):
-    """K numbers on a basis that all users share, learned from the training users' own linear heads:
-    for a million users with short histories.
-    """
+    """K numbers on a basis learned from the training users' linear heads: for short histories."""
 
     name = "lowrank"
     basis: Tensor
