@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from hydra_llm.bundle import Bundle
+from hydra_llm.gateway.feedback import FITTED, heads_after
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Request
+from hydra_llm.store.values import Request, StoredFeedback
 
 from .conftest import World, records_of, running
 
@@ -65,3 +67,13 @@ async def test_a_request_of_an_earlier_version_still_takes_feedback(
         )
         assert (await choose(world, "req_old", 2))[0] == 400
         assert (await choose(world, "req_old", 1))[1]["record"]
+
+
+def test_feedback_of_another_bundle_leaves_the_fitted_head(bundles: dict[str, Path]) -> None:
+    bundle = Bundle.load(bundles["tags"])
+    fitted = bundle.heads["adapter"][bundle.trained_on[0]]
+    elsewhere = StoredFeedback("r1", 0.0, {"said": {}, "bundle": "another", "group": {"left": "?"}})
+    nothing = StoredFeedback("r2", 0.0, {"said": {}, "bundle": bundle.weights, "group": None})
+    for judged in ([], [elsewhere], [elsewhere, nothing]):
+        heads = heads_after(bundle, "ada", {"adapter": fitted}, judged)
+        assert heads == {FITTED: fitted, "adapter": fitted}
