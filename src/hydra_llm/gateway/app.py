@@ -69,7 +69,7 @@ def make_app(
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway, worker = app.state.gateway, app.state.worker
     upstream = gateway.upstream
-    worker.start()
+    worker.thread.start()
     tasks = [asyncio.create_task(_watch(gateway)), asyncio.create_task(_prune(gateway))]
     yield
     for task in tasks:

@@ -157,10 +157,13 @@ class Gateway:
 
     async def answer(self, request: RoutedRequest) -> tuple[Body, RoutedRequest]:
         """A completion, and the request as it was asked in the end; else raises `UpstreamError`."""
+        started, settings = time.perf_counter(), request.deployment.pipeline.settings
+        sampling = request.body, request.candidates, settings.temperature
         try:
-            completions, greedy = await self._sample(request)
+            completions, greedy = await self._sampler.sample(self.upstream, *sampling)
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))
+        request.seconds["upstream"] = time.perf_counter() - started
         if not isinstance(request, PersonalRequest):
             self.telemetry.answered(request.reason, request.seconds)
             return completions[0], request
@@ -180,18 +183,6 @@ class Gateway:
             raise error
         self.telemetry.failed("records", error)
         return request.passed_through("upstream-refused")
-
-    async def _sample(self, request: RoutedRequest) -> tuple[list[Body], int]:
-        """As `CandidateSampler.sample`, also where one candidate is enough."""
-        started, body, count = time.perf_counter(), request.body, request.candidates
-        temperature = request.deployment.pipeline.settings.temperature
-        try:
-            if count > 1:
-                return await self._sampler.sample(self.upstream, body, count, temperature)
-            bare = {**without(body, "stream_options"), "stream": False}
-            return [await self.upstream.complete(bare)], 0
-        finally:
-            request.seconds["upstream"] = time.perf_counter() - started
 
     # ---- behind the upstream
 

@@ -22,11 +22,15 @@ class CandidateSampler:
         self, upstream: Upstream, body: Body, count: int, temperature: float
     ) -> tuple[list[Body], int]:
         """Completions with the caller's own choices first and samples, `count` together, and how
-        many of the first choices are of temperature 0; `UpstreamError` if none came in time.
+        many of the first choices are of temperature 0; `UpstreamError` if none came in time. A
+        `count` of 1 is the caller's own request alone, whatever its `n`.
 
         `temperature` is the samples', unless the caller's own is higher. Their seed is the caller's
         plus 1: at the same seed and temperature they would repeat the caller's answer.
         """
+        if count == 1:  # the caller's own request has no deadline
+            bare = {**without(body, "stream_options"), "stream": False}
+            return [await upstream.complete(bare)], 0
         own = int(body.get("n") or 1)
         bodies = self._bodies(body, count - own, temperature)
         results = await self._complete(upstream, bodies, own)

@@ -43,16 +43,13 @@ class Worker:
     def __init__(self, store: Store, deployment: Callable[[], Deployment], llm: ChatLLM | None):
         self._store, self._deployment, self._llm = store, deployment, llm
         self.wake, self._ended = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
     def close(self) -> None:
         """End; a running job stops at its next report of progress and waits for another server."""
         self._ended = True
         self.wake.set()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         while not self._ended:
