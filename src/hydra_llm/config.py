@@ -289,7 +289,7 @@ FIXED = frozenset(_LEARNED - CHANGEABLE)
 
 
 def load_settings(preset: str | None = None, file: Path | None = None, **given: Any) -> Settings:
-    """The settings of a run. `given` are flags; entries that are None count as not given. Raises
+    """The settings of a run. `given` are flags; entries that are None count as not given.
     SettingsError: an unknown preset or setting, a value out of range, or a file not in TOML.
     """
     return Settings.checked({**_sources(preset, file), **NAMES.flat(given)})
@@ -340,8 +340,8 @@ def environment(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def settings_file(file: Path | None) -> dict[str, Any]:
-    """The settings file, by default the one of this folder; empty if there is none. Raises
-    SettingsError if the named file does not exist, or it is not TOML.
+    """The settings file, by default the one of this folder; empty if there is none.
+    SettingsError: the named file does not exist, or the file is not TOML.
     """
     path = file or Path(SETTINGS_FILE)
     if file is None and not path.is_file():

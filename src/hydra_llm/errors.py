@@ -35,14 +35,9 @@ class DataError(UserFault):
     """A data set that cannot be read: names file, line and field where they are known."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        file: Path | str | None = None,
-        line: int | None = None,
-        field: str | None = None,
+        self, message: str, file: Path | str | None = None, line: int | None = None, field: str = ""
     ):
-        self.file, self.line, self.field = file, line, field
+        self.file, self.line, self.field = file, line, field or None
         place = ":".join(str(part) for part in (file, line) if part is not None)
         parts = (place and f"{place}:", field and f"field '{field}':", message)
         super().__init__(" ".join(filter(None, parts)))

@@ -42,7 +42,7 @@ class Place:
 
     def error(self, message: str, field: str = "") -> DataError:
         """A fault of this place, or of a field here."""
-        named = f"{self.path}{field}" if field else None
+        named = f"{self.path}{field}" if field else ""
         return DataError(message, file=self.file, line=self.line, field=named)
 
     def fault(self, message: str, field: str = "") -> None:

@@ -86,7 +86,6 @@ class CachedLLM:
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, cached ones first. Identical calls run once; n greedy texts are one call.
-
         Raises LLMError: as the inner LLM says, too few texts, or `replay_only` and no answer.
         """
         request = request_of(self.identity, messages, sampling)

@@ -1,6 +1,5 @@
 """An OpenAI-compatible endpoint: its URL and key, what its refusals mean, what its models take.
-
-Shared by `llm/openai.py` (the official SDK) and the gateway's upstream (raw bodies). Sends nothing.
+For `llm/openai.py` (the official SDK) and the gateway's upstream (raw bodies). Sends nothing.
 """
 
 import os

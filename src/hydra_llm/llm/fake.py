@@ -46,8 +46,7 @@ class RuleLLM:
         """Nothing to release."""
 
     def _text(self, messages: Sequence[Message], sampling: Sampling, index: int) -> str:
-        greedy = sampling.temperature == 0
-        sample, salt = (0, 0) if greedy else (index, (sampling.seed or 0) + index)
+        sample, salt = (index, (sampling.seed or 0) + index) if sampling.temperature else (0, 0)
         rng = random.Random(_digest(list(map(dict, messages)), salt))
         if sampling.choices and self._choose:
             return self._choose(messages, sample, rng, sampling.choices)

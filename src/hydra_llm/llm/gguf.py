@@ -205,8 +205,8 @@ class Engine:
             return cancelled.is_set()
 
         self._server.handle_chat_completions({**body, **STREAM}, read)
-        for error in errors:
-            _raise_error(error)
+        if errors:
+            _raise_error(errors[0])
         return Generation(tuple(texts), usage, tuple(ends))
 
     def safe(self, message: Message) -> dict[str, str]:

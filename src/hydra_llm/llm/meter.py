@@ -1,7 +1,4 @@
-"""Counts what an LLM costs and stops a run at its budget. Wraps any `ChatLLM`; knows no cache.
-
-A cancelled call counts as failed: it reached the LLM, though its tokens are unknown.
-"""
+"""Counts what an LLM costs and stops a run at its budget. Knows no cache."""
 
 import time
 from collections import Counter
@@ -82,6 +79,7 @@ class Meter:
                 return self._counted(generation, sampling.n, time.perf_counter() - started)
             except (LLMError, anyio.get_cancelled_exc_class()) as error:
                 failed, waited = isinstance(error, LLMError), time.perf_counter() - started
+                # A cancelled call counts as failed: it reached the LLM, its tokens are unknown.
                 self.errors[str(error) if failed else "stopped before it answered"] += 1
                 if isinstance(error, PartlyFailed):
                     error.partial = self._counted(error.partial, sampling.n, waited)

@@ -1,6 +1,5 @@
-"""Any OpenAI-compatible endpoint (hosted, vLLM, llama.cpp's server, LiteLLM) by the official SDK.
-
-Retries are the SDK's alone: it honours `Retry-After` up to two minutes.
+"""Any OpenAI-compatible endpoint (hosted, vLLM, llama.cpp's server, LiteLLM) by the official SDK,
+which alone retries: it honours `Retry-After` up to two minutes.
 """
 
 from collections.abc import Mapping, Sequence

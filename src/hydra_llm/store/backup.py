@@ -9,8 +9,6 @@ from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
 from hydra_llm.store.store import Store
 
-ROWS_AT_ONCE = 500  # rows that a copy holds in memory
-
 
 def backup(store: Store, file: Path) -> dict[str, int]:
     """Copy everything, as of one moment, into a new SQLite file, which is a store too.
@@ -45,7 +43,7 @@ def restore(store: Store, file: Path) -> dict[str, int]:
 
 def _copy(source: Store, target: Store) -> dict[str, int]:
     with source.reading() as reading, target.writing() as writing:
-        reading = reading.execution_options(yield_per=ROWS_AT_ONCE)
+        reading = reading.execution_options(yield_per=500)  # rows in memory
         for table in schema.metadata.sorted_tables:
             # An empty store may have a salt: the original's replaces it.
             writing.execute(sa.delete(table))

@@ -31,9 +31,7 @@ class Store(Database):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str, *, timeout: float = 30.0):
-        """Open the database; an empty one gets its tables. `timeout`: of a statement, in seconds.
-        Raises SettingsError for the URL, StoreError for the database or its version.
-        """
+        """An empty database gets its tables. Raises SettingsError for the URL, else StoreError."""
         super().__init__(url, timeout=timeout)
         with one_line_errors(self.url):
             migrate.prepare(self.engine)

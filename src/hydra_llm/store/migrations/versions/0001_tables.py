@@ -47,10 +47,10 @@ def upgrade() -> None:
 
 
 def _create(
-    table: str, key: str | None, kinds: dict[str, Any], *parts: Any, **options: Any
+    table: str, primary: str | None, kinds: dict[str, Any], *parts: Any, **options: Any
 ) -> None:
     columns = [
-        sa.Column(name, kind, nullable=False, primary_key=name == key)
+        sa.Column(name, kind, nullable=False, primary_key=name == primary)
         for name, kind in kinds.items()
     ]
     op.create_table(table, *columns, *parts, **options)
