@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.marks import slow_except
+
 law: Any = pytest.importorskip("power_law", reason="the source package carries no benchmarks")
 
 SIZES = (10, 20, 40, 80, 160)
@@ -32,7 +34,7 @@ def test_exact_law_gives_its_three_numbers_back(exponent: float) -> None:
     assert fit.at(40) == pytest.approx(0.3 + 0.02 * 40**exponent)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", slow_except(range(5), 0))
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
 def test_noisy_power_gives_its_exponent_within_its_interval(exponent: float, seed: int) -> None:
     fit = law.growth(SIZES, repeats(0.0, 0.01, exponent, 0.03, seed))

@@ -157,6 +157,7 @@ def test_bbox_learns_preferences_from_samples(alike: bool, label_features: bool)
     assert nobody > 0.6 if alike else nobody < learned - 0.2, (nobody, learned)
 
 
+@pytest.mark.slow
 def test_bbox_learns_texts() -> None:
     records, queries = people(alike=True)
     having = parts(records, task=TITLES)
@@ -281,7 +282,8 @@ def test_the_order_of_the_users_changes_nothing() -> None:
     assert [a.candidates for a in there] == [a.candidates for a in back[::-1]]
 
 
-@pytest.mark.parametrize("user", ["new0", pytest.param("train0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["new0", "train0"])
 def test_nothing_later_than_the_query_is_seen_nor_its_own_answer(user: str) -> None:
     records, _ = people(alike=False)
     cut, turned = 9, dict(zip(TAGS.labels, TAGS.labels[1:] + TAGS.labels[:1], strict=True))
@@ -335,6 +337,7 @@ def failing(when: Callable[[str], bool]) -> RuleLLM:
     return RuleLLM(rule)
 
 
+@pytest.mark.slow
 def test_bbox_skips_failed_calls_and_fails_without_a_pool() -> None:
     records, queries = people(alike=True)
     some = failing(lambda text: "sea" in text)

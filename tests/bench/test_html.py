@@ -124,6 +124,7 @@ def test_the_page_says_what_was_run_and_asks_for_nothing_else(opened: report.Run
     )  # three metrics, calls, users: nothing was spent on tokens
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
     actual = report.make_report(opened)
     text = page(opened)

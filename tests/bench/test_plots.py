@@ -88,6 +88,7 @@ def test_there_is_a_plot_per_metric_per_cost_and_of_users(opened: report.Run) ->
     assert list(plots.plots(report.make_report(free))) == ["score-mae", "score-rmse", "users"]
 
 
+@pytest.mark.slow
 def test_score_plot_has_intervals_and_marks_failures(opened: report.Run) -> None:
     shown = report.make_report(opened)
     row = next(line.result for line in shown.rows if line.method == "hydra@4,8")

@@ -21,6 +21,7 @@ import pytest
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from tests.learning import one_strength
+from tests.marks import slow_except
 from tests.waiting import FOREVER
 
 
@@ -186,7 +187,7 @@ OTHER_TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("task", OTHER_TASKS)
+@pytest.mark.parametrize("task", slow_except(OTHER_TASKS, "labels"))
 def test_data_of_another_task_than_the_bundle_is_refused(
     hydra: Hydra, bundle: Path, tmp_path: Path, task: str
 ) -> None:
@@ -198,6 +199,7 @@ def test_data_of_another_task_than_the_bundle_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_queries_before_fitted_records_use_the_shared_head(hydra: Hydra, tmp_path: Path) -> None:
     queries = [("new", "q0", "2002", "a film", "2"), ("new", "q1", "2020", "a film", "2")]
     folder = write(tmp_path / "data", ratings("t0", "t1", "new"), queries)
@@ -234,6 +236,7 @@ def test_users_with_any_number_of_records_are_answered(
     assert len(result.json["records"]) == {"none": 0, "one": 1, "new": 2}[user]
 
 
+@pytest.mark.slow
 def test_users_without_records_get_the_shared_head(hydra: Hydra, tmp_path: Path) -> None:
     data, bundle = write(tmp_path / "data", ratings("t0", "new"), QUERIES), tmp_path / "bundle"
     learned = hydra("learn", data, *ECHO, "--out", bundle, *SMALL)
@@ -532,7 +535,7 @@ BAD_ENDPOINTS: dict[str, tuple[Behaviour, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_ENDPOINTS)
+@pytest.mark.parametrize("name", slow_except(BAD_ENDPOINTS, "401", "500"))
 def test_a_broken_endpoint_is_one_line_in_every_command(
     hydra: Hydra, serve: Serve, data: Path, bundle: Path, tmp_path: Path, name: str
 ) -> None:

@@ -103,6 +103,7 @@ def test_precedence_is_flag_preset_environment_file_bundle(
     assert votes("--preset", "paper", "--set", "llm.samples=6") == 6
 
 
+@pytest.mark.slow
 def test_a_preset_beats_file_and_environment_in_fit_and_bench(
     hydra: Hydra, learned: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

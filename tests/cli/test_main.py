@@ -17,6 +17,7 @@ import pytest
 from hydra_llm import __version__, config
 from hydra_llm.cli.main import COMMANDS, load, run
 from hydra_llm.gateway import settings as serve_settings
+from tests.marks import slow_except
 from tests.waiting import FOREVER, until
 
 # A module with a command for each way to end; `hydra-llm NAME` runs the function of that name.
@@ -121,7 +122,7 @@ def test_a_bug_keeps_its_traceback_without_locals(command: str) -> None:
 
 
 @pytest.mark.usefixtures("endings")
-@pytest.mark.parametrize("command", ["wait", "wait_async"])
+@pytest.mark.parametrize("command", slow_except(["wait", "wait_async"], "wait_async"))
 def test_ctrl_c_is_one_line(command: str) -> None:
     process = start(command)
     assert process.stdout is not None
@@ -134,7 +135,7 @@ def test_ctrl_c_is_one_line(command: str) -> None:
 
 
 @pytest.mark.usefixtures("endings")
-@pytest.mark.parametrize("command", ["flood", "little"])
+@pytest.mark.parametrize("command", slow_except(["flood", "little"], "flood"))
 def test_a_closed_pipe_is_quiet(command: str) -> None:
     process = start(command)
     assert process.stdout is not None

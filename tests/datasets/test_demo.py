@@ -11,6 +11,7 @@ from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.history import before
 
 
+@pytest.mark.slow
 def test_real_users_with_times_in_order_and_no_leak() -> None:
     dataset = movielens(20, 10, seed=0)
     summary = summarize(dataset)
@@ -32,6 +33,7 @@ def everything() -> DataSet:
     return movielens(900, 42, per_user=10_000)
 
 
+@pytest.mark.slow
 def test_every_rating_of_the_source_is_there_or_accounted_for(everything: DataSet) -> None:
     dataset = everything
     entries = sum(1 for _ in dataset.stream_history()) + sum(1 for _ in dataset.stream_queries())

@@ -18,6 +18,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.lamp import is_official, stream_questions
 from hydra_llm.datasets.native import load, save
 from hydra_llm.errors import DataError
+from tests.marks import slow_except
 
 NEWS = ["politics", "sports", "food & drink"]
 TAGS = ["sci-fi", "true story", "based on a book"]
@@ -116,7 +117,7 @@ def written(task: str, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(text, text) for text, _ in entries] if task == "LaMP-7" else entries
 
 
-@pytest.mark.parametrize("task", list(FIELDS))
+@pytest.mark.parametrize("task", slow_except(FIELDS, "LaMP-3", "LaMP-5"))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_what_is_written_is_what_is_read(

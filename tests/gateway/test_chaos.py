@@ -190,7 +190,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "the battle for the bridge"}]
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-@pytest.mark.parametrize("user", ["unknown", "ada"])
+@pytest.mark.parametrize("user", [pytest.param("unknown", marks=pytest.mark.slow), "ada"])
 async def test_a_broken_upstream_is_the_sdks_own_error(
     store: Store, bundles: dict[str, Path], answer: Answer, error: type[Exception], user: str
 ) -> None:

@@ -172,6 +172,7 @@ def in_store(file: Path, needle: bytes) -> bool:
     return any(needle in path.read_bytes() for path in file.parent.glob(f"{file.name}*"))
 
 
+@pytest.mark.slow
 async def test_a_reader_that_blocks_sqlites_checkpoint_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

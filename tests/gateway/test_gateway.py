@@ -787,6 +787,7 @@ async def test_a_key_of_one_user_needs_no_name(store: Store) -> None:
                 )
 
 
+@pytest.mark.slow
 async def test_a_history_never_encoded_is_prefetched_at_first_answer(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1057,6 +1058,7 @@ async def test_body_size_and_request_rate_are_limited(store: Store) -> None:
         assert 200 in codes
 
 
+@pytest.mark.slow
 async def test_a_running_server_switches_to_another_bundle(
     store: Store, bundles: dict[str, Path]
 ) -> None:

@@ -513,6 +513,7 @@ def test_the_first_answer_stored_is_that_of_two_processes(tmp_path: Path) -> Non
     assert len(stored(path)) == 180
 
 
+@pytest.mark.slow
 def test_a_kill_amid_writes_loses_no_returned_answer(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     process = start(path, "one", 100_000)
@@ -643,6 +644,7 @@ def test_a_cache_held_by_another_process_is_not_damaged(tmp_path: Path) -> None:
         asyncio.run(llm.generate(MESSAGES, Sampling()))
 
 
+@pytest.mark.slow
 def test_a_second_process_that_writes_for_a_while_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     llm = CachedLLM(Counting(), path)

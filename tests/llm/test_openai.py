@@ -161,7 +161,7 @@ async def test_only_texts_that_are_missing_are_asked_for_again(
     await llm.aclose()
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("limit", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_single_requests_obey_the_limit_of_calls_in_flight(
     serve: Any, wire: Any, limit: int, tmp_path: Path
 ) -> None:

@@ -174,6 +174,7 @@ def test_a_bundle_with_nan_of_an_older_version_is_still_read(tmp_path: Path) -> 
 # ---- the encoder
 
 
+@pytest.mark.slow
 def test_a_tuned_encoder_travels_with_the_bundle(tiny: Encoder, tmp_path: Path) -> None:
     for parameter in tiny.parameters():
         parameter.detach().add_(0.01)

@@ -21,6 +21,9 @@ from hydra_llm.model.scorer import Loss, Scorer
 from hydra_llm.training.calibration import FitReport
 from hydra_llm.training.convex import Strengths, fit_heads, fit_scorer
 from hydra_llm.training.dataset import TrainingSet
+from tests.marks import slow_except
+
+HEADS = slow_except(["linear", "lowrank", "kernel"], "linear")
 
 _spec = importlib.util.spec_from_file_location(
     "simulated", Path(__file__).with_name("simulated.py")
@@ -116,6 +119,7 @@ def test_strengths_follow_how_much_users_differ() -> None:
     assert {report.precision for report in reports} <= set(Strengths().precisions)
 
 
+@pytest.mark.slow
 def test_the_reports_figures_are_per_group_that_was_held_out() -> None:
     table, _ = simulate(6, 10)
     report, _ = fit_scorer(cross_scorer("linear", table), table)
@@ -173,7 +177,7 @@ def test_scores_may_be_read_as_chances(head: str, rank: int) -> None:
     assert error() > calibrated + 0.03
 
 
-@pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
+@pytest.mark.parametrize("head", HEADS)
 def test_the_same_table_and_seed_give_the_same_numbers(head: str) -> None:
     table, _ = simulate(8, 8)
     one, other = cross_scorer(head, table), cross_scorer(head, table)
@@ -197,7 +201,7 @@ def test_one_user_or_uninformative_groups_are_enough() -> None:
     assert all(value.isfinite().all() for value in scorer.tensors().values())
 
 
-@pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_head_does_not_depend_on_who_else_is_fitted(head: str) -> None:
     table, _ = simulate(8, 6)
     table = table.take(
@@ -213,7 +217,7 @@ def test_a_head_does_not_depend_on_who_else_is_fitted(head: str) -> None:
     assert torch.allclose(scored(together, new, at_once), scored(apart, new, alone), atol=1e-2)
 
 
-@pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
+@pytest.mark.parametrize("head", HEADS)
 def test_fitting_again_replaces_what_was_there(head: str) -> None:
     table, _ = simulate(8, 8)
     train, new = table.of(table.names()[:6]), table.of(table.names()[6:7])
@@ -225,7 +229,7 @@ def test_fitting_again_replaces_what_was_there(head: str) -> None:
     assert torch.equal(scored(twice, new, heads), scored(once, new, theirs))
 
 
-@pytest.mark.parametrize("head", ["linear", "lowrank", "kernel"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_user_whose_groups_are_gone_has_the_shared_head_again(head: str) -> None:
     table, _ = simulate(8, 8)
     scorer = cross_scorer(head, table)

@@ -137,7 +137,11 @@ def records_of_one_user(draw: st.DrawFn, task: Task) -> list[Record]:
     ]
 
 
-@pytest.mark.parametrize("task", [TAGS, STARS, TITLES], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task",
+    [TAGS, *(pytest.param(task, marks=pytest.mark.slow) for task in (STARS, TITLES))],
+    ids=lambda task: task.name,
+)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_record_at_or_after_a_query_changes_its_group(task: Task, data: st.DataObject) -> None:

@@ -92,7 +92,7 @@ def weights(head: Head, scorer: Scorer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("head", "features", "loss"), CASES)
-@pytest.mark.parametrize("known", [0, 10])
+@pytest.mark.parametrize("known", [pytest.param(0, marks=pytest.mark.slow), 10])
 def test_feedback_brings_most_of_what_a_new_fit_would(
     head: str, features: str, loss: Loss, known: int
 ) -> None:

@@ -325,7 +325,7 @@ def fit_mlp(
     return fit_heads(scorer, table, names, sgd=replace(config, random_start=random_start))
 
 
-@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize("random_start", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mlp_heads_are_fitted_and_the_shared_one_stays(random_start: bool) -> None:
     table = towers(8)
     train, new = table.of(table.names()[:5]), table.of(table.names()[5:])
