@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 
+from hydra_llm import learn
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
-from tests.learning import one_strength
+from hydra_llm.config import load_settings
+from tests.learning import ONE_STRENGTH
 from tests.marks import slow_except
 from tests.waiting import FOREVER
 
@@ -31,10 +33,14 @@ def sets(*settings: str) -> list[str]:
 
 
 ECHO, LABELS = ["--llm", "fake:echo"], ["--llm", "fake:rule=labels"]
-SMALL = [
-    *sets("research.epochs=0", "llm.samples=2", "training.queries_per_user=1"),
-    *sets("retrieval.retrieved=2", "retrieval.k=1"),
-]
+SMALL_RUN = {
+    "research.epochs": 0,
+    "llm.samples": 2,
+    "training.queries_per_user": 1,
+    "retrieval.retrieved": 2,
+    "retrieval.k": 1,
+}
+SMALL = sets(*(f"{name}={value}" for name, value in SMALL_RUN.items()))
 STARS = {
     "name": "stars",
     "kind": "rating",
@@ -97,9 +103,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     cache = sets(f"llm.cache={folder / 'cache'}")
-    learn = ["learn", str(data), *LABELS, "--out", str(folder / "b"), *SMALL]
-    with one_strength():
-        assert run([*learn, *sets("llm.constrain=true"), *cache]) == 0
+    settings = load_settings(**{"llm.cache": folder / "cache", "llm.constrain": True}, **SMALL_RUN)
+    learn(data, LABELS[1], settings, out=folder / "b", strengths=ONE_STRENGTH)
     assert run(["fit", str(data), *LABELS, "--bundle", str(folder / "b"), *cache]) == 0
     return folder / "b"
 

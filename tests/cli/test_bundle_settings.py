@@ -19,7 +19,7 @@ from hydra_llm.datasets.native import save
 from hydra_llm.errors import BundleError
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Record
-from tests.learning import one_strength
+from tests.learning import ONE_STRENGTH
 
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "3"))
 USERS = {"t0": "train", "t1": "train", "one": "test", "two": "test"}
@@ -47,8 +47,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = DataSet.from_records(STARS, USERS, RECORDS, QUERIES)  # type: ignore[arg-type]
     save(dataset, folder / "data")
     settings = Settings(**LEARNED, cache=folder / "cache")  # type: ignore[arg-type]
-    with one_strength():
-        learn(dataset, LABELS, settings, out=folder / "bundle")
+    learn(dataset, LABELS, settings, out=folder / "bundle", strengths=ONE_STRENGTH)
     fit(dataset, folder / "bundle", LABELS, users=["two"])
     return folder
 

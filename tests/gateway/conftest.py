@@ -30,7 +30,7 @@ from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Message, Record
-from tests.learning import one_strength
+from tests.learning import ONE_STRENGTH
 from tests.waiting import FOREVER
 
 TOPICS = {
@@ -90,8 +90,7 @@ def learn_bundle(task: Task, folder: Path) -> None:
     records = [record for user in users for record in records_of(user)]
     data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
     settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16)
-    with one_strength():
-        learn(data, RuleLLM(anything), settings, out=folder)
+    learn(data, RuleLLM(anything), settings, out=folder, strengths=ONE_STRENGTH)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,7 +26,7 @@ from hydra_llm.side_features import Featurizer
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Answer, Generation, Message, Query, Record, Usage
-from tests.learning import one_strength
+from tests.learning import ONE_STRENGTH
 
 from .conftest import World, records_of, running
 from .conftest import streamed as streamed_events
@@ -75,8 +75,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
         settings = {**LEARNED, "temperature": 0.7, "rerank": "always", "max_prompt_tokens": 700}
         out[kind] = tmp_path_factory.mktemp("parity") / kind
-        with one_strength():
-            learn(data, RuleLLM(rule), Settings(width=16, **settings), out=out[kind])
+        of_kind = Settings(width=16, **settings)
+        learn(data, RuleLLM(rule), of_kind, out=out[kind], strengths=ONE_STRENGTH)
     return out
 
 

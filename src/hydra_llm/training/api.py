@@ -33,6 +33,7 @@ from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
+from hydra_llm.training.convex import Strengths
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.labelling import (
     Collected,
@@ -102,11 +103,12 @@ async def alearn(
     out: Path | str | None = None,
     progress: StageProgress = silent,
     first: Bundle | None = None,
+    strengths: Strengths = Strengths(),
 ) -> Learned:
     """Learn shared weights and heads from a data set's training users; `out` is a folder to write.
 
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
-    and with it the candidates.
+    and with it the candidates. `strengths` are the strengths of regularization to choose among.
 
     Raises BundleError: `out` is a file, or a folder of something else. DataError: the data set is
     broken or has no training users with records. LLMError: the budget is spent (a repeat
@@ -122,7 +124,7 @@ async def alearn(
     bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(bundle, tuple(records), notes=notes)
-    await _Work(learned, model, progress, out).learn(first)
+    await _Work(learned, model, progress, out, strengths).learn(first)
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -222,6 +224,7 @@ class _Work:
     llm: ChatLLM
     progress: StageProgress
     out: Path | str | None = None  # the bundle's folder, beside which checkpoints lie
+    strengths: Strengths = Strengths()
 
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
@@ -284,7 +287,7 @@ class _Work:
             return
         learned, started = self.learned, perf_counter()
         checkpoint = None if self.out is None else Path(f"{self.out}.{data.name}.checkpoint")
-        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress)
+        bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, self.strengths)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         if data.name == RERANKER:
             helps = reranker_helps(bundle.report)

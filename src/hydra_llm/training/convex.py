@@ -56,7 +56,7 @@ def fit_scorer(
     *,
     seed: int = 0,
     unseen: Sequence[str] = (),
-    strengths: Strengths | None = None,
+    strengths: Strengths = Strengths(),
 ) -> tuple[FitReport, Heads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
@@ -75,7 +75,7 @@ def fit_scorer(
     parted = [_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts]
     base = _Base(scorer, plain, [fold for fold in parted if len(fold.train)], report)
     if base.folds:
-        base.choose_strengths(strengths or Strengths())
+        base.choose_strengths(strengths)
     scorer.prior_precision = torch.tensor(report.precision)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:

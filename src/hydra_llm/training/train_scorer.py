@@ -16,7 +16,7 @@ from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Towe
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
-from hydra_llm.training.convex import Heads, fit_heads, fit_scorer
+from hydra_llm.training.convex import Heads, Strengths, fit_heads, fit_scorer
 from hydra_llm.training.dataset import (
     LabelledGroup,
     TrainingSet,
@@ -49,6 +49,7 @@ def train_scorer(
     tune: bool = False,
     checkpoint: Path | None = None,
     progress: StageProgress = silent,
+    strengths: Strengths = Strengths(),
 ) -> Bundle:
     """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
     config, name = sgd_config(bundle.settings), data.name
@@ -76,7 +77,9 @@ def train_scorer(
         labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
-        fitted, own = fit_scorer(scorer, labelled, seed=config.seed, unseen=unseen)
+        fitted, own = fit_scorer(
+            scorer, labelled, seed=config.seed, unseen=unseen, strengths=strengths
+        )
     else:
         fitted, own = fit_unseen(scorer, labelled, config)
     progress(f"fit {name}", 1, 1)
