@@ -32,7 +32,7 @@ default. In Python, `load_settings(k=2)` reads environment and file too; `Settin
 The group may be omitted: `--set k=2`, `HYDRA_K=2` and `k = 2` work too, with a hint in the first
 and the last case. Only `fit_seed` needs its group in the environment (`HYDRA_RESEARCH_FIT_SEED`),
 because `HYDRA_FIT_SEED` is the option `--seed` of `hydra-llm fit`. Former names are accepted, and
-bundles and run logs keep them.
+bundles and run logs are still written with them.
 
 A bundle carries the settings that it was learned with. Those marked *fixed* cannot be changed
 afterwards: preset, file and environment are ignored, and a flag for another value is an error.
