@@ -235,7 +235,8 @@ class BBoxAdapter:
         for error in answers:
             if isinstance(error, LLMError) and not proposals:
                 raise error
-        started, offers = perf_counter(), list[Offer]()  # the LLM has answered
+        started = perf_counter()  # the LLM has answered
+        offers: list[Offer] = []
         for proposal in proposals:
             readable = [c for c in proposal.candidates if c.answer is not None]
             if readable:
@@ -243,8 +244,8 @@ class BBoxAdapter:
                 offers.append((proposal.query, offered))
         if offers:
             gold = [[c.answer for c in offered].index(query.gold) for query, offered in offers]
-            read = _read(self.bundle, energy.interaction, offers)
-            pools = Pools(*read, torch.tensor(gold))
+            groups, shares = _read(self.bundle, energy.interaction, offers)
+            pools = Pools(groups, shares, torch.tensor(gold))
             if not key:
                 energy.interaction.prepare(pools.groups)
             draws, decay = settings.samples, settings.weight_decay

@@ -97,8 +97,8 @@ def estimate_cost(experiment: Experiment) -> CostEstimate:
         prompt = round(ratio * sum(call.prompt_tokens for call in own))
         completion = round(per_text * sum(call.sampling.n for call in own))
         cost = prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
-        counts = len(llm.kept.get(name, ())), len(own), prompt, completion
-        stages.append(StageEstimate(name, *counts, cost, second * (prompt + completion)))
+        kept, seconds = len(llm.kept.get(name, ())), second * (prompt + completion)
+        stages.append(StageEstimate(name, kept, len(own), prompt, completion, cost, seconds))
     return CostEstimate(tuple(stages), len(measured), cache.parallel, texts, encoding)
 
 

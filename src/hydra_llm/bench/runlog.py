@@ -106,7 +106,7 @@ class RunLog:
         """Add what the run has learned; SettingsError if it learned something else before."""
         old, new = self._read_manifest() or {}, as_read(late)
         known = [name for name in new if name in old]
-        self._refuse_other(*({name: part[name] for name in known} for part in (old, new)))
+        self._refuse_other({name: old[name] for name in known}, {n: new[n] for n in known})
         if len(known) < len(new):
             write_json(self._manifest, {**old, **new})
 

@@ -119,8 +119,8 @@ def paired(
 
     sums = _per_user(both, users)
     value = float(difference(sums.sum(axis=0, keepdims=True))[0]) if len(sums) else math.nan
-    ends, p = _inference(a.spec, difference, sums, draws, seed)
-    return Paired(value, *ends, p, int(_known(both).sum()), len(sums))
+    (low, high), p = _inference(a.spec, difference, sums, draws, seed)
+    return Paired(value, low, high, p, samples=int(_known(both).sum()), users=len(sums))
 
 
 def relative(pairs: Sequence[tuple[Metric, Metric, Sequence[str]]]) -> Relative | None:

@@ -195,10 +195,19 @@ def _run_point(
     run, data = sweep.run, with_history(context.data, point.history)
     names, kind = point.methods or sweep.methods, data.task.kind
     methods = find_methods(names, kind, records=run.k, budget=run.b)
-    users, limit = context.users or run.users, context.limit or run.limit
-    settings, out = context.settings(point.settings), context.out / point.slug
-    plan = Experiment(data, llm, settings, methods, out, users, limit, run.seeds, point.fit)
-    experiment = replace(plan, progress=context.progress, say=context.say)
+    experiment = Experiment(
+        data,
+        llm,
+        context.settings(point.settings),
+        methods,
+        context.out / point.slug,
+        users=context.users or run.users,
+        limit=context.limit or run.limit,
+        seeds=run.seeds,
+        fit=point.fit,
+        progress=context.progress,
+        say=context.say,
+    )
     alike = [(other.llm, other.settings) == (point.llm, point.settings) for other in sweep.points]
     if sum(alike) > 1:
         _copy_base(replace(experiment, data=context.data), context.out / "bases")

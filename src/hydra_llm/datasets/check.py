@@ -67,8 +67,9 @@ def _span(entries: Sequence[Record | Query]) -> dict[str, Any]:
     known = [entry for entry in entries if entry.span != ALWAYS]
     first = min(known, key=lambda entry: entry.span[0], default=None)
     last = max(known, key=lambda entry: entry.span[1], default=None)
-    times = {"first": first and first.time, "last": last and last.time}
-    return {**times, "unknown": len(entries) - len(known)}
+    start = None if first is None else first.time
+    end = None if last is None else last.time
+    return {"first": start, "last": end, "unknown": len(entries) - len(known)}
 
 
 def _spread(counts: Iterable[int]) -> dict[str, float] | None:

@@ -107,8 +107,8 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
 
 def _cells(lines: Iterator[tuple[Place, str]]) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The fields of each line, or of each row of a CSV file; the first line tells the format."""
-    place, header = first = next(lines, (Place(), ""))
-    lines = chain([first], lines)
+    place, header = next(lines, (Place(), ""))
+    lines = chain([(place, header)], lines)
     match header.lstrip()[:1]:
         case "[":
             raise place.error("is one JSON array: write one JSON object a line")

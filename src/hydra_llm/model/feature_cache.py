@@ -89,14 +89,17 @@ class FeatureCache:
             vectors = self._recall(list(wanted))
         missing = {key: item for key, item in wanted.items() if key not in vectors}
         if missing:
-            left, right = [item[0] for item in missing.values()], [i[-1] for i in missing.values()]
+            left = [item[0] for item in missing.values()]
+            right = [item[-1] for item in missing.values()]
             single = len(items[0]) == 1
             rows = self.encoder.encode(left) if single else self.encoder.encode_pairs(left, right)
             vectors.update(zip(missing, rows, strict=True))
         with self._lock:
             self.hits += len(wanted) - len(missing)
             self.misses += len(missing)
-            kept = wanted if keep else missing if keep is None and self.keep else {}
+            by_default = missing if self.keep else {}
+            by_call = wanted if keep else {}
+            kept = by_default if keep is None else by_call
             passing = missing.keys() - kept.keys()
             for key, item in wanted.items():
                 memory = self._passing if key in passing else self._memory

@@ -85,7 +85,7 @@ def newton_cg(
         active = worst > floor
         if not active.any():
             break
-        hessian = lambda d, c=hvp: problem.outer(c(problem.dot(d))) + precision * d  # noqa: E731
+        hessian = partial(_hessian_product, problem=problem, hvp=hvp, precision=precision)
         step = _conjugate_gradients(hessian, -gradient * active[:, None])
         v, value = _line_search(v, step, value, gradient, value_at)
     return v
@@ -99,6 +99,11 @@ def objective(v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor:
 def _penalised(scores: Tensor, v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor:
     data = losses(scores, problem.target, problem.mask, problem.loss).sum(-1)
     return data + 0.5 * (precision * v * v).sum(-1)
+
+
+def _hessian_product(d: Tensor, problem: Problem, hvp: Apply, precision: float | Tensor) -> Tensor:
+    """The objective's Hessian times d [U, V]; `hvp` multiplies with that by the scores."""
+    return problem.outer(hvp(problem.dot(d))) + precision * d
 
 
 def _conjugate_gradients(
@@ -116,7 +121,8 @@ def _conjugate_gradients(
         alpha = torch.where(going, rr / (p * hp).sum(-1).clamp_min(1e-30), 0.0)[:, None]
         x, r = x + alpha * p, r - alpha * hp
         new = (r * r).sum(-1)
-        p, rr = r + (new / rr.clamp_min(1e-30))[:, None] * p, torch.where(going, new, rr)
+        p = r + (new / rr.clamp_min(1e-30))[:, None] * p
+        rr = torch.where(going, new, rr)
     return x
 
 

@@ -238,7 +238,8 @@ def _config_fault(config: Any) -> str:
     if config.get("sha256") != _config_sha256(config):
         return "damaged or edited, its sha256 does not match: copy it again, or learn anew"
     files, content, encoder = (config.get(key) for key in ("files", "content", "encoder"))
-    if not (isinstance(files, dict) and isinstance(content, str) and CONTENT.fullmatch(content)):
+    names_content = isinstance(content, str) and CONTENT.fullmatch(content)
+    if not isinstance(files, dict) or not names_content:
         return "damaged, no list of files"
     for name, entry in files.items():
         if not FILE_NAME.fullmatch(name):

@@ -20,7 +20,7 @@ from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
 
 FEEDBACK_WINDOW = 64  # the latest judged groups that an online update counts: bounds its time
-Heads = Sequence[Head | None]
+GroupHeads = Sequence[Head | None]  # one for each group; None is the shared head
 
 
 class Scorer(nn.Module):
@@ -62,12 +62,12 @@ class Scorer(nn.Module):
         """[G, C] the score of the side features alone."""
         return self.standardised(groups) @ self.side_weight
 
-    def core(self, groups: Groups, heads: Heads | None = None) -> Tensor:
+    def core(self, groups: Groups, heads: GroupHeads | None = None) -> Tensor:
         """[G, C] scores before calibration, on which heads are fitted; None: the shared ones."""
-        features = self.interaction, self.interaction(groups)
+        x = self.interaction(groups)
         if heads is None:
-            return self.head.shared_score(*features) + self.side_score(groups)
-        return self.head.score(*features, heads) + self.side_score(groups)
+            return self.head.shared_score(self.interaction, x) + self.side_score(groups)
+        return self.head.score(self.interaction, x, heads) + self.side_score(groups)
 
     def calibrated(self, core: Tensor, groups: Groups) -> Tensor:
         """[G, C] core scores with β and the votes; −inf where there is no candidate."""
@@ -75,7 +75,7 @@ class Scorer(nn.Module):
         return scores.masked_fill(~groups.mask, -torch.inf)
 
     @torch.inference_mode()
-    def score(self, groups: Groups, heads: Heads) -> Tensor:
+    def score(self, groups: Groups, heads: GroupHeads) -> Tensor:
         """[G, C] calibrated, a head for each group (None: shared); ValueError for a wrong head."""
         return self.calibrated(self.core(groups, heads), groups)
 
@@ -89,7 +89,7 @@ class Scorer(nn.Module):
     @torch.inference_mode()
     def covariance(self, groups: Groups, head: Head | None) -> Tensor | None:
         """[C, C] how uncertain one group's scores (G = 1) are by the head's posterior:
-        β² φ (λ + N·F)⁻¹ φᵀ after N records. None where that is not known.
+        β² φ (λ + n·F)⁻¹ φᵀ after n records. None where that is not known.
         """
         if not self.updates_online:
             return None
@@ -105,11 +105,19 @@ class Scorer(nn.Module):
         """The heads of U users from labelled groups; `index` [U, G] names theirs, −1 is padding."""
         flat = groups[index.clamp_min(0).flatten()]
         assert flat.target is not None
-        x, shape = self.interaction(flat), (*index.shape, groups.mask.shape[1])
-        x, offset = x.view(*index.shape, *x.shape[1:]), self.side_score(flat).view(shape)
+        x = self.interaction(flat)
+        shape = (*index.shape, groups.mask.shape[1])
         mask = flat.mask.view(shape) & (index >= 0)[..., None]
-        parts, precision = (x, offset, flat.target.view(shape) * mask, mask), self.prior_precision
-        return HeadProblem(tuple(users), self.interaction, *parts, self.loss, float(precision))
+        return HeadProblem(
+            users=tuple(users),
+            interaction=self.interaction,
+            x=x.view(*index.shape, *x.shape[1:]),
+            offset=self.side_score(flat).view(shape),
+            target=flat.target.view(shape) * mask,
+            mask=mask,
+            loss=self.loss,
+            precision=float(self.prior_precision),
+        )
 
     @property
     def updates_online(self) -> bool:
@@ -122,7 +130,7 @@ class Scorer(nn.Module):
         """
         groups = judged[-FEEDBACK_WINDOW:]
         if not len(groups):
-            return head or Head.of(self.head.empty())
+            return Head.of(self.head.empty()) if head is None else head
         problem = self.head_problem(groups, [""], torch.arange(len(groups))[None])
         return self.head.online_update(problem, self.posterior, head)
 

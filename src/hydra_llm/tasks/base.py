@@ -68,7 +68,8 @@ class Task:
         # Without a separator a word could be cut in two: "Class{input}".
         separated = (not head or head[-1] in SEPARATORS) and (not tail or tail[0] in SEPARATORS)
         unique = (head or tail) and "{input}" not in tail
-        if not (unique and separated and text.startswith(head) and text.endswith(tail)):
+        fits = text.startswith(head) and text.endswith(tail)
+        if not unique or not separated or not fits:
             return None
         return text[len(head) : len(text) - len(tail)].strip() or None
 

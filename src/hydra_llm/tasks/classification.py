@@ -205,7 +205,8 @@ class _Matcher:
         text = self.of_text(text)
         cut, matches = _CUT.search(text), list(self.pattern.finditer(text))
         early = (match for match in matches if cut and match.start() <= cut.start())
-        whole, before_cut = ({self.labels[fold(m[0])] for m in part} for part in (matches, early))
+        whole = {self.labels[fold(match[0])] for match in matches}
+        before_cut = {self.labels[fold(match[0])] for match in early}
         return whole, before_cut
 
 

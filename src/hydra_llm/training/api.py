@@ -200,7 +200,8 @@ def _opened(
         fault = "a tower keeps its features and cannot be tuned"
         raise SettingsError(f"tune_encoder needs features=cross: {fault}")
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
-    return chosen, data, open_llm(llm, chosen) if isinstance(llm, str) else llm
+    model = open_llm(llm, chosen) if isinstance(llm, str) else llm
+    return chosen, data, model
 
 
 def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
@@ -228,7 +229,8 @@ class _Work:
 
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
-        learned, settings, ranking = self.learned, self.learned.bundle.settings, None
+        learned, settings = self.learned, self.learned.bundle.settings
+        ranking = None
         if first is not None:
             scorers = {name: own for name, own in first.scorers.items() if name == RERANKER}
             heads = {name: own for name, own in first.heads.items() if name == RERANKER}
@@ -314,8 +316,9 @@ class _Work:
         bundle = learned.bundle
         # Encode what the reranker reads of these users: else their first question waits for it.
         if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
-            records, answers = chain(*(bundle.records[user] for user in users)), bundle.settings
-            bundle.store.texts([record_text(r, with_answer=answers.record_answer) for r in records])
+            records = chain(*(bundle.records[user] for user in users))
+            with_answer = bundle.settings.record_answer
+            bundle.store.texts([record_text(record, with_answer=with_answer) for record in records])
 
 
 def _weak_groups(

@@ -103,7 +103,8 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
         report.vote_weight[scorer.side_names[column]] = round(weight, 4)
     worth = []  # [G, 3] gains of the first candidates, of the highest scores and of the best
     for late, _, own in held_out:
-        mask, gains = late.groups.mask, late.gains.masked_fill(~late.groups.mask, -1.0)
+        mask = late.groups.mask
+        gains = late.gains.masked_fill(~mask, -1.0)
         scores = scorer.calibrated(own, late.groups)
         places = [mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)]
         worth.append(gains.gather(1, torch.stack(places, 1)))
@@ -143,13 +144,11 @@ class _Mix(NamedTuple):
 
     def fit(self, where: Tensor | slice = slice(None)) -> Tensor:
         """The weights [X] that, added to the scores, fit the targets best; drawn towards 0."""
-        x, target, mask = self.x[where], self.target[where], self.mask[where]
-        dot, outer = (
-            partial(torch.einsum, "gcx,ux->ugc", x),
-            partial(torch.einsum, "gcx,ugc->ux", x),
-        )
-        groups = x[None, ..., 0], target[None], mask[None]
-        return newton_cg(Problem(dot, outer, x.shape[-1], *groups, self.loss), CALIBRATION_RIDGE)[0]
+        x, target, mask = self.x[where], self.target[where][None], self.mask[where][None]
+        dot = partial(torch.einsum, "gcx,ux->ugc", x)
+        outer = partial(torch.einsum, "gcx,ugc->ux", x)
+        problem = Problem(dot, outer, x.shape[-1], x[None, ..., 0], target, mask, self.loss)
+        return newton_cg(problem, CALIBRATION_RIDGE)[0]
 
     def cross_fitted_loss(self) -> float:
         """Mean loss with weights that were fitted on the other folds of users; NaN for one user."""
@@ -157,7 +156,8 @@ class _Mix(NamedTuple):
         if len(names) < 2:
             return NAN
         fold_of = {name: index % CROSS_FIT_FOLDS for index, name in enumerate(names)}
-        folds, total = torch.tensor([fold_of[user] for user in self.users]), 0.0
+        folds = torch.tensor([fold_of[user] for user in self.users])
+        total = 0.0
         for fold in range(min(CROSS_FIT_FOLDS, len(names))):
             own = folds == fold
             v = self.fit(~own)

@@ -38,7 +38,7 @@ FOLDS = 3  # parts of the users who take turns as those whom the base has not se
 # one that is deployed
 TINY_SET, TINY_FOLDS = 300, 10
 FISHER_GROUPS = 2000  # a mean over so many groups is good enough
-Heads = dict[str, Head]
+UserHeads = dict[str, Head]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def fit_scorer(
     seed: int = 0,
     unseen: Sequence[str] = (),
     strengths: Strengths = Strengths(),
-) -> tuple[FitReport, Heads]:
+) -> tuple[FitReport, UserHeads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
     `unseen` are the users from whom a trained interaction has not learned: only they show what
@@ -136,7 +136,8 @@ class _Base(NamedTuple):
         report.ridge, report.evidence_ridge = min(by_ridges, key=lambda pair: by_ridges[pair])
         if not scorer.head.has_precision:
             return
-        totals, probe = dict.fromkeys(tried.precisions, 0.0), scorer.head.precision_probe()
+        totals = dict.fromkeys(tried.precisions, 0.0)
+        probe = scorer.head.precision_probe()
         for train, part in self.folds:
             fit_base(scorer, train, report.ridge, report.evidence_ridge)
             for early, late in plain.of(part).prequential_splits():
@@ -175,8 +176,9 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float 
     standardise(scorer, data)
     side, x = scorer.standardised(data.groups)[None], interaction(data.groups)[None]
     target, mask = data.target[None], data.groups.mask[None]
-    parts = partial(interaction.dot, x), partial(interaction.outer, x), size
-    head = with_bias(Problem(*parts, torch.zeros_like(target), target, mask, scorer.loss))
+    of_pairs, of_scores = partial(interaction.dot, x), partial(interaction.outer, x)
+    none = torch.zeros_like(target)
+    head = with_bias(Problem(of_pairs, of_scores, size, none, target, mask, scorer.loss))
 
     def dot(v: Tensor) -> Tensor:
         own, weights = v[:, : head.size], v[:, head.size :]
@@ -187,7 +189,8 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float 
 
     problem = replace(head, dot=dot, outer=outer, size=head.size + side.shape[-1])
     precision = torch.full((problem.size,), ridge)
-    precision[size : head.size], precision[head.size :] = 1e-3, side_ridge
+    precision[size : head.size] = 1e-3  # the bias, if there is one
+    precision[head.size :] = side_ridge
     v = newton_cg(problem, precision)[0]
     scorer.head.set_shared(v[:size], v[size] if head.size > size else torch.zeros(()))
     scorer.side_weight.copy_(v[head.size :])
@@ -216,7 +219,7 @@ def fit_heads(
     kind: HeadKind | None = None,
     precision: float | None = None,
     sgd: SGDConfig | None = None,
-) -> Heads:
+) -> UserHeads:
     """These users' heads on all their groups, all else frozen; without groups the shared head."""
     kind, seen = kind or scorer.head, data.records_seen()
     heads = dict.fromkeys(names, Head.of(kind.empty()))

@@ -74,8 +74,9 @@ class TrainingSet:
         """The groups at these places."""
         index = torch.as_tensor(index, dtype=torch.long)
         users = tuple(self.users[i] for i in index.tolist())
-        parts = (part[index] for part in (self.positions, self.voted, self.gains))
-        return TrainingSet(self.groups[index], users, *parts)
+        return TrainingSet(
+            self.groups[index], users, self.positions[index], self.voted[index], self.gains[index]
+        )
 
     def of(self, names: Sequence[str]) -> "TrainingSet":
         """The groups of these users."""

@@ -11,6 +11,7 @@ Knows no scorer but those inside the personalizer. A failed call is reported and
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
@@ -66,8 +67,8 @@ async def reranker_groups(
     useful: dict[Query, list[tuple[Ranked, float]]] = {}
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        labelled = [(own, useful[own.query]) for own in contexts if own.query in useful]
-        return [_reranker_group(personalizer, featurizer, *own, voted=True) for own in labelled]
+        group = partial(_reranker_group, personalizer, featurizer, voted=True)
+        return [group(own, useful[own.query]) for own in contexts if own.query in useful]
 
     out = Collected(groups, calls=len(cases))
     for (context, item), result in zip(cases, results, strict=True):
@@ -78,7 +79,8 @@ async def reranker_groups(
         else:
             gain, usage, notes = result
             useful.setdefault(query, []).append((item, gain))
-            out.usage, out.notes = out.usage + usage, [*out.notes, *notes]
+            out.usage += usage
+            out.notes += notes
     return out
 
 
@@ -113,8 +115,8 @@ def _reranker_group(
     with_answer = personalizer.settings.record_answer
     texts = [record_text(item.record, with_answer=with_answer) for item in items]
     side = featurizer.reranker(context.query, items, featurizer.vectorize(context.visible))
-    about = context.query.user, context.query.id, context.query.input
-    return LabelledGroup(*about, texts, gains, side, len(context.visible), voted)
+    query, position = context.query, len(context.visible)
+    return LabelledGroup(query.user, query.id, query.input, texts, gains, side, position, voted)
 
 
 async def adapter_groups(
@@ -131,7 +133,7 @@ async def adapter_groups(
     offers: list[tuple[Context, list[Candidate]]] = []
 
     def groups(featurizer: Featurizer) -> list[LabelledGroup]:
-        return [_labelled(featurizer, *offer, voted=True) for offer in offers]
+        return [_labelled(featurizer, context, own, voted=True) for context, own in offers]
 
     out = Collected(groups, calls=len(queries))
     for context, proposal in zip(contexts, proposals, strict=True):
@@ -184,5 +186,5 @@ def _labelled(
     gains = [task.gain(candidate.answer, query.gold or "") for candidate in candidates]
     side = featurizer.adapter(query, candidates, featurizer.vectorize(context.visible))
     texts = [candidate_text(task, candidate) for candidate in candidates]
-    about, count = (query.user, query.id, query.input), len(context.visible)
-    return LabelledGroup(*about, texts, gains, side, count, voted)
+    position = len(context.visible)
+    return LabelledGroup(query.user, query.id, query.input, texts, gains, side, position, voted)

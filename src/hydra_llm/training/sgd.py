@@ -26,7 +26,7 @@ from hydra_llm.model.interactions import Groups
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.calibration import FitReport, calibrate, evaluate_held_out
-from hydra_llm.training.convex import Heads, fit_heads, held_out_scores, standardise
+from hydra_llm.training.convex import UserHeads, fit_heads, held_out_scores, standardise
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet, folds
 
 
@@ -47,8 +47,9 @@ class TextSource:
     def fill(self, data: TrainingSet, index: Tensor) -> Groups:
         """The groups of `index` with fresh pair vectors [G, C, H]."""
         groups, texts = data.groups[index], [self.texts[i] for i in index.tolist()]
-        pairs = [(left, right) for left, rights in texts for right in rights]
-        vectors = self.encoder.forward_pairs([left for left, _ in pairs], [r for _, r in pairs])
+        lefts = [left for left, rights in texts for _ in rights]
+        rights = [right for _, rights in texts for right in rights]
+        vectors = self.encoder.forward_pairs(lefts, rights)
         right = vectors.new_zeros(*groups.mask.shape, vectors.shape[-1])
         right = right.masked_scatter(groups.mask[..., None].expand_as(right), vectors)
         return replace(groups, right=right)
@@ -61,7 +62,7 @@ def train_jointly(
     source: TextSource | None = None,
     checkpoint: Path | None = None,
     done: Progress | None = None,
-) -> tuple[list[float], Heads]:
+) -> tuple[list[float], UserHeads]:
     """Train interaction, shared head, side weights, the users' heads and, with a source, the
     encoder; with patience, until a held-out fifth of the users gains no more, and what was best for
     them is kept. Returns the mean loss of each epoch, and the heads.
@@ -164,13 +165,13 @@ class _Run:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
 
-    def heads(self) -> Heads:
+    def heads(self) -> UserHeads:
         """What was trained of each user; the encoder's training is over."""
         if self.source is not None:
             self.source.encoder.eval()
         if not self.numbers.numel():
             return {}
-        seen, heads = self.data.records_seen(), Heads()
+        seen, heads = self.data.records_seen(), UserHeads()
         for name, own in zip(self.data.names(), self.numbers.detach(), strict=True):
             numbers = torch.from_numpy(self.scorer.head.empty())
             numbers[: len(own)] = own
@@ -233,7 +234,7 @@ class _Run:
         return hasher.hexdigest()
 
 
-def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[FitReport, Heads]:
+def fit_unseen(scorer: Scorer, data: TrainingSet, config: SGDConfig) -> tuple[FitReport, UserHeads]:
     """Heads of the users held out of joint training; those of earlier groups calibrate on later."""
     unseen = held_out_users(data, config)
     report = FitReport(users=len(data.names()), groups=len(data))

@@ -10,13 +10,13 @@ import torch
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
-from hydra_llm.llm.concurrency import StageProgress
+from hydra_llm.llm.concurrency import Progress, StageProgress
 from hydra_llm.model.heads import Head, SGDConfig, latest_time, make_head
 from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
-from hydra_llm.training.convex import Heads, Strengths, fit_heads, fit_scorer
+from hydra_llm.training.convex import Strengths, UserHeads, fit_heads, fit_scorer
 from hydra_llm.training.dataset import (
     LabelledGroup,
     TrainingSet,
@@ -52,40 +52,62 @@ def train_scorer(
     strengths: Strengths = Strengths(),
 ) -> Bundle:
     """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
-    config, name = sgd_config(bundle.settings), data.name
+    name, config = data.name, sgd_config(bundle.settings)
     progress(f"fit {name}", 0, 1)
-    groups, settings, heads = data.groups(bundle.featurizer), bundle.settings, Heads()
-    with seeded(settings.training_seed):
-        interaction = make_features(bundle, by_label=data.by_label)
-        head = make_head(settings.head, interaction, rank=settings.rank)
-        scorer = Scorer(interaction, head, data.side_names, loss=settings.loss)
-    scorer.gain_spread = torch.tensor(gain_spread(groups))
+    groups = data.groups(bundle.featurizer)
+    scorer = _blank_scorer(bundle, data, groups)
+    interaction, head = scorer.interaction, scorer.head
     labelled = training_set(bundle, data.rule, scorer, groups)
     interaction.prepare(labelled.groups)
     report = {"groups": len(labelled), "features": interaction.kind, "head": head.name}
     trains = config.epochs > 0 and (tune or not head.convex or interaction.trainable)
+    joint_heads: UserHeads = {}
     if trains:
         source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
         done = partial(progress, f"train {name}")
-        losses, heads = train_jointly(scorer, labelled, config, source, checkpoint, done)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        report |= {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
+        joint_heads, course = _joint_phase(scorer, labelled, config, source, checkpoint, done)
+        report |= course
     if trains and tune:  # features and side features of the encoder as it is now
         histories = [bundle.records[user] for user in bundle.trained_on]
         bundle = replace(bundle, population=fit_stats(bundle.task, bundle.store, histories))
         labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
-        fitted, own = fit_scorer(
+        fit_report, own_heads = fit_scorer(
             scorer, labelled, seed=config.seed, unseen=unseen, strengths=strengths
         )
     else:
-        fitted, own = fit_unseen(scorer, labelled, config)
+        fit_report, own_heads = fit_unseen(scorer, labelled, config)
     progress(f"fit {name}", 1, 1)
-    scorers, own = {**bundle.scorers, name: scorer.eval()}, with_times(heads | own, bundle.records)
-    reports = {**bundle.report, name: report | fitted.to_json(convex=head.convex)}
-    return replace(bundle, scorers=scorers, heads={**bundle.heads, name: own}, report=reports)
+    scorers = {**bundle.scorers, name: scorer.eval()}
+    heads = {**bundle.heads, name: with_times(joint_heads | own_heads, bundle.records)}
+    reports = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}
+    return replace(bundle, scorers=scorers, heads=heads, report=reports)
+
+
+def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
+    settings = bundle.settings
+    with seeded(settings.training_seed):
+        interaction = make_features(bundle, by_label=data.by_label)
+        head = make_head(settings.head, interaction, rank=settings.rank)
+        scorer = Scorer(interaction, head, data.side_names, loss=settings.loss)
+    scorer.gain_spread = torch.tensor(gain_spread(groups))
+    return scorer
+
+
+def _joint_phase(
+    scorer: Scorer,
+    labelled: TrainingSet,
+    config: SGDConfig,
+    source: TextSource | None,
+    checkpoint: Path | None,
+    done: Progress,
+) -> tuple[UserHeads, dict[str, Any]]:
+    """The heads of joint training, and its part of the report; the checkpoint is used up."""
+    losses, heads = train_jointly(scorer, labelled, config, source, checkpoint, done)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return heads, {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
 
 
 def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
@@ -100,7 +122,8 @@ def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
 
 def sgd_config(settings: Settings) -> SGDConfig:
     """How what is not convex is trained by these settings."""
-    default = 2 if settings.tune_encoder else 0 if HEADS.load(settings.head).convex else 30
+    of_head = 0 if HEADS.load(settings.head).convex else 30
+    default = 2 if settings.tune_encoder else of_head
     random_start = settings.prior == "random"
     return SGDConfig(
         epochs=default if settings.epochs is None else settings.epochs,
@@ -115,7 +138,7 @@ def sgd_config(settings: Settings) -> SGDConfig:
 
 def fit_new_heads(
     bundle: Bundle, name: str, groups: Sequence[LabelledGroup], users: Sequence[str]
-) -> Heads:
+) -> UserHeads:
     """The heads of these users for one scorer of the bundle; the shared one without groups."""
     scorer = bundle.scorers[name]
     labelled = training_set(bundle, target_rule(bundle, name), scorer, groups)
@@ -123,7 +146,7 @@ def fit_new_heads(
     return with_times(heads, bundle.records)
 
 
-def with_times(heads: Heads, records: Mapping[str, Sequence[Any]]) -> Heads:
+def with_times(heads: UserHeads, records: Mapping[str, Sequence[Any]]) -> UserHeads:
     """The heads with the time of the latest record that each has learned from."""
     return {
         user: Head(head.numbers, head.records, latest_time(records.get(user, ())[: head.records]))
@@ -141,7 +164,7 @@ def training_set(
     bundle: Bundle, rule: str, scorer: Scorer, groups: Sequence[LabelledGroup]
 ) -> TrainingSet:
     """The groups as tensors for a scorer of the bundle."""
-    spread, loss = float(scorer.gain_spread), scorer.loss
+    spread = float(scorer.gain_spread)
     return make_training_set(
-        bundle.store, scorer.interaction, groups, rule=rule, loss=loss, spread=spread
+        bundle.store, scorer.interaction, groups, rule=rule, loss=scorer.loss, spread=spread
     )

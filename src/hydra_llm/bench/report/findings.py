@@ -29,7 +29,8 @@ def findings(report: Report) -> list[str]:
 def _comparisons(report: Report, name: str) -> Iterator[str]:
     """Paired differences in the first metric: significantly better, worse, and neither."""
     run, metric = report.run, report.metrics[0]
-    sign, better, worse, neither, behind = report.sign(metric), [], [], [], []
+    better, worse, neither, behind = [], [], [], []
+    sign = report.sign(metric)
     for row in report.rows:
         if row.group == "bound" or base_name(row.method) == "hydra":
             continue
@@ -42,7 +43,8 @@ def _comparisons(report: Report, name: str) -> Iterator[str]:
             worse.append(rival)
         elif not math.isnan(change.difference):
             neither.append(rival)
-            behind += [row.method] if sign * change.difference <= 0 else []
+            if sign * change.difference <= 0:
+                behind.append(row.method)
     if better:
         yield f"{name} is better in {metric} than {', '.join(better)}."
     if worse:

@@ -174,7 +174,8 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
     rows = []
     for name, result in results.items():
         against = compare(run.task, run.of(name), run.of(base)) if base and name != base else None
-        rows.append(TableRow(group_of(name), result, *_over_prompts(run, name, best), against))
+        over, without_bleu = _over_prompts(run, name, best)
+        rows.append(TableRow(group_of(name), result, over, without_bleu, against))
     return Report(run, tuple(rows), base, prices)
 
 
@@ -188,13 +189,16 @@ def _over_prompts(
     run: Run, method: str, best: Mapping[str, str]
 ) -> tuple[Relative | None, Relative | None]:
     """With and without BLEU; `best`: metric → the prompt-based method that is best by it."""
-    task, tops, cases, without_bleu = run.task, set(best.values()), [], []
-    scores = {top: scored_pairs(task, pair(run.of(method), run.of(top))) for top in tops}
+    tops = set(best.values())
+    scores = {top: scored_pairs(run.task, pair(run.of(method), run.of(top))) for top in tops}
+    cases, without_bleu = [], []
     for metric, top in best.items():
         ours, theirs, users = scores[top]
         if users:
-            cases.append((ours[metric], theirs[metric], users))
-            without_bleu += cases[-1:] if task.metric_specs[metric].in_improvement else []
+            case = (ours[metric], theirs[metric], users)
+            cases.append(case)
+            if run.task.metric_specs[metric].in_improvement:
+                without_bleu.append(case)
     return relative(cases), relative(without_bleu)
 
 
@@ -270,7 +274,7 @@ def to_json(report: Report) -> dict[str, Any]:
             **row.result.to_json(),
             "over_prompts": share_json(row.over_prompts),
             "over_prompts_without_bleu": share_json(row.over_prompts_without_bleu),
-            "against": row.comparison and row.comparison.to_json(),
+            "against": None if row.comparison is None else row.comparison.to_json(),
         }
         for row in report.rows
     ]
@@ -279,7 +283,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def share_json(over: Relative | None) -> list[float | None] | None:
     """Change and the ends of its interval, null where there is none."""
-    return over and rounded((over.change, *over.interval()))
+    return None if over is None else rounded((over.change, *over.interval()))
 
 
 def results_table(results: Sequence[MethodResult]) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Heads that are linear in the user's numbers: the user's vector is a combination of directions.
 
-    s = (θ₀ + c·B)·φ + b₀ + c·b     c: the user's K numbers; B [K, V] and b [K]: the directions
+    s = (θ₀ + a·B)·φ + b₀ + a·b     a: the user's K numbers; B [K, V] and b [K]: the directions
 
-The kinds differ in B alone. Fitting c is a convex problem, its posterior is Gaussian to second
+The kinds differ in B alone. Fitting a is a convex problem, its posterior is Gaussian to second
 order (model/laplace.py), and feedback moves it without a new fit:
 
-    minimise over c   Σ over the judged groups of loss(c) + ½ (c − c_fit)ᵀ (λ + N·F) (c − c_fit)
+    minimise over a   Σ over the judged groups of loss(a) + ½ (a − a_fit)ᵀ (λ + n·F) (a − a_fit)
 
-c_fit is the head as it was fitted on N records, λ the prior's precision, F the mean Fisher
+a_fit is the head as it was fitted on n records, λ the prior's precision, F the mean Fisher
 information of a group. Letters: U users, G groups, C candidates, V length of θ₀, K coordinates.
 """
 
@@ -41,17 +41,20 @@ class AdditiveHead(VectorShared):
 
     @property
     def numbers_per_user(self) -> int:
-        return self.coordinates + self.own_bias
+        return self.coordinates + 1 if self.own_bias else self.coordinates
 
     @property
     def joint_numbers(self) -> int:
         return self.coordinates
 
     def score_numbers(self, interaction: Interaction, x: Tensor, numbers: Tensor) -> Tensor:
-        K, basis = self.coordinates, self.directions()
-        own, bias = numbers[:, :K], numbers[:, K:].sum(-1)
+        coordinates = numbers[:, : self.coordinates]
+        # the user's bias; joint training passes the coordinates alone, and the sum over none is 0
+        bias = numbers[:, self.coordinates :].sum(-1)
+        own, basis = coordinates, self.directions()
         if basis is not None:
-            own, bias = own @ basis[0], bias + own @ basis[1]
+            own = coordinates @ basis[0]
+            bias = bias + coordinates @ basis[1]
         scores = interaction.dot(x[:, None], self.shared + own)[:, 0]
         return scores + (self.shared_bias + bias)[:, None]
 
@@ -60,10 +63,14 @@ class AdditiveHead(VectorShared):
         if (basis := self.directions()) is None:
             return partial(interaction.dot, x), partial(interaction.outer, x)
         B, b = basis
-        return (
-            lambda c: interaction.dot(x, c @ B) + (c @ b)[:, None, None],
-            lambda r: interaction.outer(x, r) @ B.T + r.sum((1, 2))[:, None] * b,
-        )
+
+        def dot(a: Tensor) -> Tensor:
+            return interaction.dot(x, a @ B) + (a @ b)[:, None, None]
+
+        def outer(r: Tensor) -> Tensor:
+            return interaction.outer(x, r) @ B.T + r.sum((1, 2))[:, None] * b
+
+        return dot, outer
 
     def explicit(self, interaction: Interaction, x: Tensor) -> Tensor | None:
         """The features of the coordinates [G, C, K]; None where they would be mostly zeros."""
@@ -104,7 +111,7 @@ class AdditiveHead(VectorShared):
     def online_update(
         self, problem: HeadProblem, posterior: LaplacePosterior, head: Head | None
     ) -> Head:
-        fitted = head or Head.of(self.empty())
+        fitted = Head.of(self.empty()) if head is None else head
         interaction, x = problem.interaction, problem.x[0]
         dot, outer = self.design(interaction, problem.x)
         scores = self.score(interaction, x, [fitted] * len(x))
@@ -112,19 +119,21 @@ class AdditiveHead(VectorShared):
             problem, scores, lambda v: dot(posterior.turn(v)), lambda r: posterior.back(outer(r))
         )
         precision = problem.precision + fitted.records * posterior.values
-        if (rows := self.explicit(interaction, x)) is None:
+        if (features := self.explicit(interaction, x)) is None:
             change = newton_cg(convex, precision)
         else:
-            # the Hessian hardly changes on the way: a few gradients are enough where features are
-            # explicit and as wide as the encoder
-            rows, shape = rows @ posterior.right_vectors, convex.offset.shape
-            flat = rows.flatten(0, 1)
-            explicit = replace(
-                convex,
-                dot=lambda v: (flat @ v[0]).view(shape),
-                outer=lambda r: (r.flatten() @ flat)[None],
-            )
-            change = lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))
+            change = _minimise_explicit(convex, features @ posterior.right_vectors, precision)
         numbers = torch.tensor(fitted.numbers)
         numbers[: self.coordinates] += posterior.turn(change)[0]
         return Head.of(numbers, fitted.records, fitted.until)
+
+
+def _minimise_explicit(problem: Problem, rows: Tensor, precision: Tensor) -> Tensor:
+    """The minimiser [1, K] of one user's problem with features `rows` [G, C, K], as wide as the
+    encoder: the Hessian hardly changes on the way, so that a few gradients are enough.
+    """
+    flat, shape = rows.flatten(0, 1), problem.offset.shape
+    explicit = replace(
+        problem, dot=lambda v: (flat @ v[0]).view(shape), outer=lambda r: (r.flatten() @ flat)[None]
+    )
+    return lbfgs(explicit, precision, hessian_inverse(explicit, rows, precision))

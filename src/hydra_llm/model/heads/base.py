@@ -80,8 +80,8 @@ class HeadMatrix(Mapping[str, Head]):
 
     def config(self) -> dict[str, Any]:
         """Users in the order of their rows, with what their heads were learned from."""
-        known, untils = self._meta[:, 0].astype(int).tolist(), self._meta[:, 1].tolist()
-        untils = [None if math.isinf(until) else until for until in untils]
+        known = self._meta[:, 0].astype(int).tolist()
+        untils = [None if math.isinf(until) else until for until in self._meta[:, 1].tolist()]
         return {"users": list(self._rows), "known": known, "until": untils}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -162,9 +162,11 @@ class HeadProblem:
 
     def user(self, u: int) -> "HeadProblem":
         """One user's problem without padded groups, U = 1."""
-        own, per_group = self.mask[u].any(-1), ("x", "offset", "target", "mask")
-        parts = {name: getattr(self, name)[u, own][None] for name in per_group}
-        return replace(self, users=self.users[u : u + 1], **parts)
+        own = self.mask[u].any(-1)
+        x, offset = self.x[u, own][None], self.offset[u, own][None]
+        target, mask = self.target[u, own][None], self.mask[u, own][None]
+        users = self.users[u : u + 1]
+        return replace(self, users=users, x=x, offset=offset, target=target, mask=mask)
 
 
 def gather(heads: Sequence[Head | None], size: int) -> Tensor:

@@ -6,11 +6,11 @@ from hydra_llm.model.heads.additive import AdditiveHead
 
 
 class BiasHead(AdditiveHead):
-    """One number c that scales the shared score, s = (1 + c)·(θ₀·φ + b₀): a temperature per user.
+    """One number a that scales the shared score, s = (1 + a)·(θ₀·φ + b₀): a temperature per user.
 
-    A constant would change no order and no listwise loss, so c multiplies what does differ between
-    candidates. c > 0: the user is more like the training users than they are on average; c = −1:
-    what others want says nothing about this one; c < −1: the opposite. The lower bound of heads.
+    A constant would change no order and no listwise loss, so a multiplies what does differ between
+    candidates. a > 0: the user is more like the training users than they are on average; a = −1:
+    what others want says nothing about this one; a < −1: the opposite. The lower bound of heads.
     """
 
     name = "bias"

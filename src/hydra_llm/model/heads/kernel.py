@@ -1,9 +1,9 @@
 """δ(x) from the user's own labelled pairs, each weighted by its similarity to the case at hand.
 
-    δ(x) = w · Σᵢ kᵢ rᵢ / (λ + Σᵢ kᵢ),   kᵢ = exp((cos(x, xᵢ) − 1) / τ)
+    δ(x) = η · Σᵢ κᵢ rᵢ / (ρ + Σᵢ κᵢ),   κᵢ = exp((cos(x, xᵢ) − 1) / τ)
 
 rᵢ is what the shared head and the side features left unexplained of pair i (target minus predicted
-share). τ, w and λ are shared and learned from the training users. Nothing is fitted for a user.
+share). η, ρ and τ are shared and learned from the training users. Nothing is fitted for a user.
 Keys are φ of a pair (residual [N, 1]) or, for label features, z of a query (residual [N, L]).
 Numbers of a head: D, R, then N rows of a key [D] and its residuals [R]; none without pairs.
 """
@@ -31,9 +31,9 @@ class KernelHead(VectorShared):
 
     def __init__(self, size: int):
         super().__init__(size)
-        self.log_bandwidth = nn.Parameter(torch.tensor(-1.5))
-        self.strength = nn.Parameter(torch.tensor(1.0))
-        self.log_ridge = nn.Parameter(torch.tensor(0.0))
+        self.log_bandwidth = nn.Parameter(torch.tensor(-1.5))  # log τ
+        self.strength = nn.Parameter(torch.tensor(1.0))  # η
+        self.log_ridge = nn.Parameter(torch.tensor(0.0))  # log ρ
         self.tuning_steps = TUNING_STEPS
 
     @property
@@ -70,7 +70,7 @@ class KernelHead(VectorShared):
         return [pack(case.keys, case.residuals) for case in cases]
 
     def tune(self, rounds: Iterable[Iterable[HeadProblem]], count: int) -> None:
-        """Fit τ, w and λ by predicting each group of an unseen user from the earlier ones."""
+        """Fit η, ρ and τ by predicting each group of an unseen user from the earlier ones."""
         room = MAX_SIMILARITIES // count
         cases = [case for problems in rounds for case in self._bounded(problems, room)]
         if not cases:

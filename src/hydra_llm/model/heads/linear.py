@@ -6,8 +6,8 @@ from hydra_llm.model.heads.additive import AdditiveHead
 class LinearHead(AdditiveHead):
     """A weight vector and a bias per user, V + 1 numbers: for long histories.
 
-    The bias matters for the binary loss alone: it moves all candidates of a group alike, so only a
-    new fit changes it.
+    The bias has an effect under the binary loss only: it moves all candidates of a group alike.
+    Online updates leave it out.
     """
 
     name = "linear"

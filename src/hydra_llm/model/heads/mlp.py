@@ -81,8 +81,8 @@ class MLPHead(HeadKind):
             delta = self._random(seed) - shared
         delta.requires_grad_(True)
         optimizer = torch.optim.AdamW([delta], lr=sgd.lr, weight_decay=0.0)
-        parts = (problem.x, problem.offset, problem.target, problem.mask)
-        x, offset, target, mask = (part[0] for part in parts)
+        x, offset = problem.x[0], problem.offset[0]
+        target, mask = problem.target[0], problem.mask[0]
         for epoch in range(sgd.epochs):
             draw = torch.Generator().manual_seed(sgd.seed + epoch)
             for index in sgd.batches(mask.sum(-1), torch.randperm(len(x), generator=draw)):
