@@ -23,9 +23,9 @@ class Context:
     notes: tuple[str, ...] = ()  # why a shared head answers in place of the user's own
     vectorize: Vectorize | None = field(default=None, repr=False, compare=False)
 
-    def at_rest(self) -> "Context":
-        """A copy without vectors, for keeping while others are answered."""
-        return replace(self)
+    def without_vectors(self) -> "Context":
+        """A copy to keep while others are answered; it would compute its vectors anew."""
+        return replace(self)  # which copies fields only, no cached property
 
     @cached_property
     def vectors(self) -> HistoryVectors:

@@ -63,8 +63,8 @@ class Pipeline:
         """What the stages may know of a question; `visible` are the records of `history.before`.
         Heads that know more than the query may see are left out: time never leaks.
         """
-        own, count = heads or {}, len(visible)
-        checked = {name: usable_head(head, query, count) for name, head in own.items()}
+        own = heads or {}
+        checked = {name: usable_head(head, query, len(visible)) for name, head in own.items()}
         usable = {name: head for name, (head, _) in checked.items() if head is not None}
         notes = tuple(f"{name}: {reason}" for name, (_, reason) in checked.items() if reason)
         return Context(query, tuple(visible), usable, notes, self.vectorize)
@@ -89,25 +89,23 @@ class Pipeline:
         """The question with these records. `conversation` is as in `prompt.render`; `window` is how
         many tokens the LLM can take, where known (else `sample` asks with less where it refuses).
         """
-        style, limit = self.settings.prompt_style, self.settings.max_prompt_tokens
-        options: dict[str, Any] = {"profile": self.profile, "conversation": conversation}
-        options["style"] = self.task.strategy.prompt_style if style == "auto" else style
-        return render(self.task, query, records, max_tokens=min(limit, window or limit), **options)
+        style = self.settings.prompt_style
+        limit = self.settings.max_prompt_tokens
+        return render(
+            self.task,
+            query,
+            records,
+            max_tokens=min(limit, window or limit),
+            style=self.task.strategy.prompt_style if style == "auto" else style,
+            profile=self.profile,
+            conversation=conversation,
+        )
 
     async def sample(self, llm: ChatLLM, prompt: Prompt) -> Sampled:
         """Ask the LLM; a prompt that it finds too long is shortened for all samples alike. LLMError
         if it gave no answer at all.
         """
-        spent = Usage()
-        for cut in range(1, MAX_CUTS + 2):
-            results = await self._generate(llm, prompt)
-            spent += sum(map(_usage, results), Usage())
-            refused = [result for result in results if isinstance(result, LLMRefused)]
-            fits = [error.fits for error in refused if error.fits is not None]
-            room = min(fits) * CUT_MARGIN**cut if fits and cut <= MAX_CUTS else None
-            if room is None or (shorter := prompt.shorter(room)) is None:
-                break
-            prompt = shorter
+        prompt, results, spent = await self._generate_fitting(llm, prompt)
         errors = [result for result in results if isinstance(result, LLMError)]
         fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
         if fatal or len(errors) == len(results):
@@ -133,8 +131,10 @@ class Pipeline:
         unread = 0
         for place, text in enumerate(texts):
             answer = self.task.read(text, self.settings.parsing)
-            unread += answer is None
-            key, wording = candidate_key(text, answer), text if self.task.labels else answer or text
+            if answer is None:
+                unread += 1
+            wording = text if self.task.labels else answer or text
+            key = candidate_key(text, answer)
             old = distinct.get(key) or Candidate(wording, answer)
             distinct[key] = replace(old, votes=old.votes + 1, greedy=old.greedy or place < greedy)
         notes = [f"{unread} of {len(texts)} answers could not be parsed"] if unread else []
@@ -152,11 +152,34 @@ class Pipeline:
 
     @property
     def _greedy_calls(self) -> int:
-        return int(self.settings.greedy_first or self.settings.samples == 1)
+        return 1 if self.settings.greedy_first or self.settings.samples == 1 else 0
+
+    async def _generate_fitting(
+        self, llm: ChatLLM, prompt: Prompt
+    ) -> tuple[Prompt, list[Result], Usage]:
+        """`_generate`, with a shorter prompt where the LLM finds it too long: the prompt that was
+        sent last, its results, and what all calls cost.
+        """
+        spent = Usage()
+        cuts = 0
+        while True:
+            results = await self._generate(llm, prompt)
+            spent += sum(map(_usage, results), Usage())
+            refused = [result for result in results if isinstance(result, LLMRefused)]
+            shares = [error.fits for error in refused if error.fits is not None]
+            if not shares or cuts == MAX_CUTS:
+                return prompt, results, spent
+            cuts += 1
+            # The margin of the last cut was too small for this LLM's tokens: each has a larger one.
+            shorter = prompt.shorter(min(shares) * CUT_MARGIN**cuts)
+            if shorter is None:
+                return prompt, results, spent
+            prompt = shorter
 
     async def _generate(self, llm: ChatLLM, prompt: Prompt) -> list[Result]:
         """The greedy call and the one for samples, at the same time; a failed one is its error."""
-        settings, greedy = self.settings, self._greedy_calls
+        settings = self.settings
+        greedy = self._greedy_calls
         choices = self.task.labels if settings.constrain else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
         counts = ((greedy, 0.0), (settings.samples - greedy, settings.temperature))
@@ -209,9 +232,16 @@ class UserPipeline(Pipeline):
             prompt = self.render(context.query, ranked[: self.settings.k])
         with _timed(seconds, "llm"):
             sampled = await self.sample(self.llm, prompt)
-        notes = (*context.notes, *sampled.prompt.notes, *sampled.notes)
-        stages = (tuple(retrieved), tuple(ranked), sampled.prompt.messages, sampled.candidates)
-        return Proposal(context.query, *stages, sampled.usage, seconds, notes)
+        return Proposal(
+            query=context.query,
+            retrieved=tuple(retrieved),
+            records=tuple(ranked),
+            messages=sampled.prompt.messages,
+            candidates=sampled.candidates,
+            usage=sampled.usage,
+            seconds=seconds,
+            notes=(*context.notes, *sampled.prompt.notes, *sampled.notes),
+        )
 
     async def aanswer(self, question: Query | Context) -> Answer:
         """`apropose`, then the selector's pick."""
@@ -223,7 +253,8 @@ class UserPipeline(Pipeline):
         seconds = {**proposal.seconds}
         with _timed(seconds, "adapt"):
             candidates, chosen, abstained = self.select(context, proposal.candidates)
-        pick, timed = candidates[chosen], replace(proposal, seconds=seconds)
+        timed = replace(proposal, seconds=seconds)
+        pick = candidates[chosen]
         text = pick.answer if pick.answer is not None else pick.text
         return Answer(text, timed, tuple(candidates), chosen, abstained)
 

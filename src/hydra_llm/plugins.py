@@ -35,15 +35,7 @@ class Registry(Generic[T]):
         """Import the object that is registered under `name`. Raises SettingsError: it is unknown,
         registered twice, not importable, something else, or names itself otherwise.
         """
-        installed = self._shadowing if name in self.builtin else entry_points(group=self.group)
-        points = [p for p in (*self.builtin.values(), *installed) if p.name == name]
-        if not points:
-            raise SettingsError(self.unknown(name))
-        if len(points) > 1:
-            packages = (point.dist.name if point.dist else "hydra-llm" for point in points)
-            twice = f"the {self.kind} '{name}' is registered by {' and by '.join(sorted(packages))}"
-            raise SettingsError(f"{twice} in the entry-point group {self.group}: uninstall one")
-        point = points[0]
+        point = self._registered(name)
         place = f"the {self.kind} '{name}'" + (f" of {point.dist.name}" if point.dist else "")
         try:
             loaded: T = point.load()
@@ -52,17 +44,35 @@ class Registry(Generic[T]):
                 raise
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise SettingsError(f"{place} cannot be loaded from {point.value} ({cause})") from error
-        if missing := [attribute for attribute in self.needs if not hasattr(loaded, attribute)]:
-            raise SettingsError(f"{place} is no {self.kind}: {point.value} has no '{missing[0]}'")
-        own = getattr(loaded, "name", name) if "name" in self.needs else name
-        if own != name:  # a bundle has its own name, under which it would not be found again
-            raise SettingsError(f"{place} calls itself '{own}': register it under that name")
+        self._check(loaded, point, place)
         return loaded
 
     def unknown(self, name: str, known: str = "") -> str:
         """What is wrong with a name that is not registered; `known` lists those that are."""
         known = known or f"take one of {', '.join(self.names())}"
         return f"unknown {self.kind} '{name}': {known}, {self.hint}"
+
+    def _registered(self, name: str) -> EntryPoint:
+        """The only entry point of this name."""
+        installed = self._shadowing if name in self.builtin else entry_points(group=self.group)
+        points = [p for p in (*self.builtin.values(), *installed) if p.name == name]
+        if not points:
+            raise SettingsError(self.unknown(name))
+        if len(points) > 1:
+            packages = (point.dist.name if point.dist else "hydra-llm" for point in points)
+            twice = f"the {self.kind} '{name}' is registered by {' and by '.join(sorted(packages))}"
+            raise SettingsError(f"{twice} in the entry-point group {self.group}: uninstall one")
+        return points[0]
+
+    def _check(self, loaded: object, point: EntryPoint, place: str) -> None:
+        """Raise SettingsError if the object lacks what the group needs, or has another name."""
+        missing = [attribute for attribute in self.needs if not hasattr(loaded, attribute)]
+        if missing:
+            raise SettingsError(f"{place} is no {self.kind}: {point.value} has no '{missing[0]}'")
+        if "name" in self.needs:
+            own = getattr(loaded, "name", point.name)
+            if own != point.name:  # bundles store this name, and it would not be found again
+                raise SettingsError(f"{place} calls itself '{own}': register it under that name")
 
     @cached_property
     def _shadowing(self) -> list[EntryPoint]:

@@ -9,7 +9,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from hydra_llm.errors import SettingsError
@@ -34,17 +33,20 @@ class Prompt:
     records: tuple[Record, ...]  # those in the prompt, best first
     notes: tuple[str, ...] = ()  # one line for each cut
     tokens: int = 0  # its length, counted or estimated
-    again: "Callable[..., Prompt] | None" = field(default=None, repr=False, compare=False)
+    resized: "Callable[[int], Prompt] | None" = field(default=None, repr=False, compare=False)
+    """The same question in so many tokens; SettingsError where that is too few."""
 
     def shorter(self, share: float) -> "Prompt | None":
         """The same question in `share` of its length; None where the instruction has no room."""
+        if self.resized is None:
+            return None
         room = int(self.tokens * share)
         try:
-            prompt = self.again(max_tokens=room) if self.again else None
+            prompt = self.resized(room)
         except SettingsError:
             return None
         note = f"prompt: cut again to {room} tokens by estimate, the LLM's window is smaller"
-        return prompt and replace(prompt, notes=(note, *prompt.notes))
+        return replace(prompt, notes=(note, *prompt.notes))
 
 
 def render(
@@ -71,22 +73,10 @@ def render(
     """
     if style not in STYLES:
         raise SettingsError(f"unknown prompt style '{style}': take one of {', '.join(STYLES)}")
-    look: dict[str, Any] = {"style": style, "profile": profile, "conversation": conversation}
-    again = partial(render, task, query, records, count=count, **look)
     own = None if conversation is None else tuple(conversation)
     page = _Page(task, style, max_tokens, count or estimate, repair(profile), own)
-    text = repair(query.input)
     plain = [item.record if isinstance(item, Ranked) else item for item in records]
-    examples = [replace(r, input=repair(r.input), output=repair(r.output)) for r in plain]
-    kept = page.fit_records(examples, text)
-    question = text if own is not None else _cut(text, lambda part: page.fits(kept, part))
-    if question is None:
-        raise SettingsError(
-            f"a prompt of {max_tokens} tokens has no room for the instruction of task"
-            f" '{task.name}' alone"
-        )
-    notes, tokens = _notes(page, query, question, examples, kept), page.tokens(kept, question)
-    return Prompt(page.messages(kept, question), tuple(plain[: len(kept)]), notes, tokens, again)
+    return page.filled(query, plain)
 
 
 def estimate(text: str) -> int:
@@ -115,6 +105,33 @@ class _Page:
     profile: str
     conversation: Messages | None
 
+    def filled(self, query: Query, records: Sequence[Record]) -> Prompt:
+        """The prompt with as many of the records, best first, and as much of the question as fit.
+        Raises SettingsError: the instruction alone does not fit.
+        """
+        text = repair(query.input)
+        examples = [replace(r, input=repair(r.input), output=repair(r.output)) for r in records]
+        kept = self.fit_records(examples, text)
+        question: str | None = text
+        if self.conversation is None:  # whose own messages are never cut
+            question = _cut(text, lambda part: self.fits(kept, part))
+        if question is None:
+            raise SettingsError(
+                f"a prompt of {self.max_tokens} tokens has no room for the instruction of task"
+                f" '{self.task.name}' alone"
+            )
+
+        def resized(max_tokens: int) -> Prompt:
+            return replace(self, max_tokens=max_tokens).filled(query, records)
+
+        return Prompt(
+            messages=self.messages(kept, question),
+            records=tuple(records[: len(kept)]),
+            notes=_notes(self, query, question, examples, kept),
+            tokens=self.tokens(kept, question),
+            resized=resized,
+        )
+
     def messages(self, kept: Sequence[Record], text: str) -> Messages:
         """With the examples, best last: before the question, or as turns behind the instruction."""
         own = self.conversation
@@ -123,12 +140,12 @@ class _Page:
             own = (*system, {"role": "user", "content": self.task.ask(text)})
         if self.style == "turns":
             roles = [message.get("role") for message in own]
-            head = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
+            start = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
             turns: list[Message] = []
             for example in reversed(kept):
                 turns.append({"role": "user", "content": self._ask(example.input)})
                 turns.append({"role": "assistant", "content": example.output})
-            return (*own[:head], *turns, *own[head:])
+            return (*own[:start], *turns, *own[start:])
         if not kept:
             return own
         words = self.task.strategy.prompt_words()
@@ -143,11 +160,12 @@ class _Page:
 
     def _ask(self, text: str) -> str:
         """A record's input as the question asks: a conversation's records may be whole prompts."""
-        task = self.task
         if self.conversation is None:
-            return task.ask(text)
-        question = text_of((self.conversation or ({},))[-1])
-        return task.ask(text) if task.input_of(question) and not task.input_of(text) else text
+            return self.task.ask(text)
+        question = text_of(self.conversation[-1]) if self.conversation else ""
+        is_in_task_words = bool(self.task.input_of(question))
+        is_whole_prompt = bool(self.task.input_of(text))
+        return self.task.ask(text) if is_in_task_words and not is_whole_prompt else text
 
     def tokens(self, kept: Sequence[Record], text: str) -> int:
         messages = self.messages(kept, text)
@@ -183,10 +201,11 @@ def _cut(text: str, fits: Callable[[str], bool]) -> str | None:
 def _notes(
     page: _Page, query: Query, question: str, examples: Sequence[Record], kept: Sequence[Record]
 ) -> tuple[str, ...]:
-    missing, reason = len(examples) - len(kept), f"to stay within {page.max_tokens} tokens"
+    missing = len(examples) - len(kept)
+    reason = f"to stay within {page.max_tokens} tokens"
     notes = [f"prompt: {missing} of {len(examples)} records left out {reason}"] if missing else []
     pairs = zip(examples, kept, strict=False)
-    cuts = [(f"the input of record '{a.id}'", a.input, b.input) for a, b in pairs]
+    cuts = [(f"the input of record '{own.id}'", own.input, shown.input) for own, shown in pairs]
     cuts.append((f"the text of query '{query.id}'", repair(query.input), question))
     for name, text, part in cuts:
         if part != text:

@@ -1,7 +1,8 @@
 """Order retrieved records by how useful they are for this user (paper, section 3.2).
 
-Usefulness is the gain of the LLM's answer when it sees that one record; the scorer has learned it
-from the LLM. Knows no LLM. `KeepOrder` is the null part.
+Usefulness is the gain of the LLM's answer when it sees that one record. The scorer estimates it: as
+learned from histories, where a record's own answer stands for the LLM's, or, with
+`reranker_labels=llm`, from the LLM's answers. Knows no LLM. `KeepOrder` is the null part.
 """
 
 from collections.abc import Sequence
@@ -43,10 +44,10 @@ class LearnedReranker(Reranker):
     def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         if not retrieved:
             return []
-        query, texts = context.query, self.texts(retrieved)
+        query = context.query
         features = self.featurizer.reranker(query, retrieved, context.vectors)
-        encoding = self.featurizer.store, self.scorer.interaction
-        groups = make_groups(*encoding, [query.input], [texts], [features])
+        store, interaction = self.featurizer.store, self.scorer.interaction
+        groups = make_groups(store, interaction, [query.input], [self.texts(retrieved)], [features])
         scores = self.scorer.score(groups, [context.heads.get("reranker")])[0].tolist()
         rows = zip(retrieved, scores, strict=True)
         scored = [replace(item, usefulness=score) for item, score in rows]

@@ -69,24 +69,23 @@ class LearnedSelector(Selector):
         places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
         if not places:
             return Selection(list(candidates), 0)
-        readable = offered = [candidates[i] for i in places]
-        if self.scorer.interaction.by_label:  # its features are of all labels
-            offered = all_labels(self.task, readable)
-        row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
-        rows = [row_of[candidate.answer] for candidate in readable]
-        groups, head = self.groups(context, offered), context.heads.get("adapter")
+        readable = [candidates[i] for i in places]
+        groups, rows = self._encoded(context, readable)
+        head = context.heads.get("adapter")
         scores = self.scorer.score(groups, [head])[0][rows]
         shares = self.scorer.shares(scores)
-        gains = _gains(self.task, readable, self.settings.select)
-        pick = first_best(scores.numpy() if gains is None else gains @ shares.numpy())
+        pick = select(self.task, readable, scores.numpy(), shares.numpy(), self.settings.select)
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
         threshold = self.settings.abstention_threshold
         if threshold and places[0] == 0 and pick != 0:
-            sigma = self.scorer.covariance(groups, head)
-            if sigma is not None and _margin(shares, gains, sigma[rows][:, rows], pick) < threshold:
-                return Selection(scored, 0, abstained=True)
+            covariance = self.scorer.covariance(groups, head)
+            if covariance is not None:  # a head without a posterior never abstains
+                gains = _gains(self.task, readable, self.settings.select)
+                margin = _margin(shares, gains, covariance[rows][:, rows], pick)
+                if margin < threshold:
+                    return Selection(scored, 0, abstained=True)
         return Selection(scored, places[pick])
 
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
@@ -104,43 +103,27 @@ class LearnedSelector(Selector):
         texts = [candidate_text(self.task, candidate) for candidate in offered]
         return make_groups(store, self.scorer.interaction, [query.input], [texts], [features])
 
+    def _encoded(self, context: Context, readable: Sequence[Candidate]) -> tuple[Groups, list[int]]:
+        """What the scorer reads, and the row of each readable candidate in it."""
+        # Label features are of all labels, whichever were sampled.
+        by_label = self.scorer.interaction.by_label
+        offered = all_labels(self.task, readable) if by_label else readable
+        row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
+        return self.groups(context, offered), [row_of[c.answer] for c in readable]
+
 
 def select(
     task: Task, candidates: Sequence[Candidate], scores: np.ndarray, shares: np.ndarray, how: str
 ) -> int:
     """The index of the pick; ties go to the earlier candidate, so to the greedy answer first."""
-    gains = _gains(task, candidates, how)
-    return first_best(scores if gains is None else gains @ shares)
-
-
-def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray | None:
-    """[C, C] the gain of each candidate if another is wanted; None stands for the identity: for
-    labels the mode maximises the expected gain.
-    """
-    if how == "best" or task.strategy.zero_one_gain:
-        return None
-    return task.gain_matrix([candidate.answer or "" for candidate in candidates])
+    if _counts_only_the_wanted(task, how):  # the greatest expected gain is the highest score
+        return first_best(scores)
+    return first_best(_gains(task, candidates, how) @ shares)
 
 
 def first_best(values: np.ndarray) -> int:
     """The index of the first value that is the largest to within `TIE`."""
     return int(np.flatnonzero(values >= values.max() - TIE)[0])
-
-
-def _margin(
-    shares: torch.Tensor, gains: np.ndarray | None, covariance: torch.Tensor, pick: int
-) -> float:
-    """The expected gain of the pick over candidate 0, in posterior standard deviations.
-
-    It is Δ·p(s) with Δ the difference of the two gains; to first order its variance is gᵀ Σ g with
-    Σ [C, C] the covariance of the scores and g = p ∘ (Δ − Δ·p) the gradient by the scores.
-    """
-    gain = torch.eye(len(shares)) if gains is None else torch.from_numpy(gains).float()
-    difference = gain[pick] - gain[0]
-    margin = difference @ shares
-    gradient = shares * (difference - margin)
-    deviation = (gradient @ covariance @ gradient).clamp_min(0).sqrt()
-    return float(margin / deviation.clamp_min(1e-12))
 
 
 def all_labels(task: Task, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -152,3 +135,29 @@ def all_labels(task: Task, candidates: Sequence[Candidate]) -> list[Candidate]:
 def candidate_text(task: Task, candidate: Candidate) -> str:
     """What the adapter reads of a candidate."""
     return (candidate.answer or candidate.text) if task.labels else candidate.text
+
+
+def _counts_only_the_wanted(task: Task, how: str) -> bool:
+    """Whether any other answer than the wanted one is worth 0: of labels, and by `best` of all."""
+    return how == "best" or task.strategy.zero_one_gain
+
+
+def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray:
+    """[C, C] the gain of each candidate if another is wanted."""
+    if _counts_only_the_wanted(task, how):
+        return np.eye(len(candidates))
+    return task.gain_matrix([candidate.answer or "" for candidate in candidates])
+
+
+def _margin(shares: torch.Tensor, gains: np.ndarray, covariance: torch.Tensor, pick: int) -> float:
+    """The expected gain of the pick over candidate 0, in posterior standard deviations.
+
+    It is Δ·p(s) with Δ the difference of the two gains; to first order its variance is gᵀ Σ g with
+    Σ [C, C] the covariance of the scores and g = p ∘ (Δ − Δ·p) the gradient by the scores.
+    """
+    gain = torch.from_numpy(gains).float()
+    difference = gain[pick] - gain[0]
+    margin = difference @ shares
+    gradient = shares * (difference - margin)
+    deviation = (gradient @ covariance @ gradient).clamp_min(0).sqrt()
+    return float(margin / deviation.clamp_min(1e-12))

@@ -99,17 +99,18 @@ def one_encoder(shared_minilm: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("features")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
 
 
 @pytest.fixture(autouse=True)
-def caches(features: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def caches(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache folder of all gateways, so that the few texts are encoded once; a test of what is
     in it takes a folder of its own by HYDRA_CACHE.
     """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(features))
-    return features
+    assert isinstance(cache_folder, Path), "a fixture of a module has this one's name"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder))
+    return cache_folder
 
 
 @pytest.fixture(scope="session")

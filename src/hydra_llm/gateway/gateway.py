@@ -58,8 +58,15 @@ class RoutedRequest:
 
     def passed_through(self, reason: str) -> "RoutedRequest":
         """The same request as the caller wrote it."""
-        sent = self.asked, self.plain, self.plain, self.deployment
-        return RoutedRequest(*sent, reason, self.id, self.seconds)
+        return RoutedRequest(
+            asked=self.asked,
+            body=self.plain,
+            plain=self.plain,
+            deployment=self.deployment,
+            reason=reason,
+            id=self.id,
+            seconds=self.seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ class Gateway:
         plain = hide_user(without(body, "personalization"), self.salt)
         if request.n is not None:
             plain["n"] = request.n  # as parsed: JSON also writes 2 as 2.0
-        routed = RoutedRequest(request, plain, plain, self.deployment)
+        routed = RoutedRequest(request, body=plain, plain=plain, deployment=self.deployment)
         try:
             if user is None:
                 raise _NotPersonal("no-user")
@@ -106,11 +113,12 @@ class Gateway:
 
     async def _personalized(self, routed: RoutedRequest, user: str) -> PersonalRequest:
         """The request with records in its messages."""
-        started, plain, deployment = time.perf_counter(), routed.plain, routed.deployment
-        question, options = _question(routed), routed.options
+        started = time.perf_counter()
+        options, plain, deployment = routed.options, routed.plain, routed.deployment
+        settings = deployment.pipeline.settings
+        question = _question(routed)
         # Scorers and records know the text within the task's instruction.
-        task, settings = deployment.pipeline.task, deployment.pipeline.settings
-        within = task.input_of(question)
+        within = deployment.pipeline.task.input_of(question)
         search = await self._search(deployment, user, within or question, options.k or 0)
         prompt = deployment.pipeline.render(
             search.context.query,
@@ -157,10 +165,12 @@ class Gateway:
 
     async def answer(self, request: RoutedRequest) -> tuple[Body, RoutedRequest]:
         """A completion, and the request as it was asked in the end; else raises `UpstreamError`."""
-        started, settings = time.perf_counter(), request.deployment.pipeline.settings
-        sampling = request.body, request.candidates, settings.temperature
+        started = time.perf_counter()
+        temperature = request.deployment.pipeline.settings.temperature
         try:
-            completions, greedy = await self._sampler.sample(self.upstream, *sampling)
+            completions, greedy = await self._sampler.sample(
+                self.upstream, request.body, request.candidates, temperature
+            )
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))
         request.seconds["upstream"] = time.perf_counter() - started
@@ -190,21 +200,24 @@ class Gateway:
         self, request: PersonalRequest, choices: Sequence[Body], greedy: int
     ) -> RankedChoices:
         """The choices in the adapter's order; as they came where there is none, or it fails."""
-        started, context = time.perf_counter(), request.search.context
-        texts, pipeline = choice_texts(choices), request.deployment.pipeline
+        started = time.perf_counter()
+        context, pipeline = request.search.context, request.deployment.pipeline
+        texts = choice_texts(choices)
         if request.candidates == 1:
             return unranked(choices)
         try:
             # The LLM may not have been asked for a label where the question is not in the task's
             # words: then its answers may be no labels, and are not scored.
             task = pipeline.task
-            if not (request.in_task_words or not task.labels or task.parse(texts[0], "strict")):
-                return unranked(choices)
+            if task.labels:
+                asked_for_label = request.in_task_words or task.parse(texts[0], "strict")
+                if not asked_for_label:
+                    return unranked(choices)
 
             def pairs() -> Sequence[tuple[str, str]]:
                 return pipeline.selector.pairs(context, pipeline.read(texts, greedy)[0])
 
-            ranked = partial(rank, pipeline, context.at_rest(), choices, greedy)
+            ranked = partial(rank, pipeline, context.without_vectors(), choices, greedy)
             return await request.deployment.batcher.run(ranked, texts, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
@@ -215,7 +228,8 @@ class Gateway:
     async def _keep(self, request: PersonalRequest, ranked: RankedChoices) -> bool:
         """Keep the request for feedback; whether it was."""
         deployment, user, context = request.deployment, request.search.user, request.search.context
-        question, content = context.query.input, ranked.stored(request.n, len(context.visible))
+        question = context.query.input
+        content = ranked.stored(request.n, len(context.visible))
         stored = Request(request.id, user.name, time.time(), deployment.id, question, content)
         try:
             add = partial(self.store.add_request, stored, version=user.version)
@@ -234,7 +248,8 @@ class Gateway:
 
     async def stream(self, request: RoutedRequest) -> AsyncIterator[bytes]:
         """The upstream's stream; a personal one is kept for feedback and told of before its end."""
-        reader, started = StreamReader(), time.perf_counter()
+        started = time.perf_counter()
+        reader = StreamReader()
         async for piece in self.upstream.stream({**request.body, "stream": True}):
             if reader.ended or not isinstance(request, PersonalRequest):
                 yield piece

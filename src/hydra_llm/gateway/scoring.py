@@ -56,7 +56,8 @@ class RecordSearch:
 
     def run(self) -> None:
         """Rank the records."""
-        retrieved, visible, started = self.ranked, self.context.visible, time.perf_counter()
+        retrieved, visible = self.ranked, self.context.visible
+        started = time.perf_counter()
         self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
         if self.warm:
             try:
@@ -64,7 +65,7 @@ class RecordSearch:
             except Exception as error:  # the answer is worth more than the order
                 self.telemetry.failed("reranker", error)
         self.seconds["rerank"] = time.perf_counter() - started
-        self.context = self.context.at_rest()  # not its vectors, while others are answered
+        self.context = self.context.without_vectors()  # it waits while others are answered
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def rank(
     """The choices in the user's order: the pick, then by score; equal answers behind all others.
     The first `greedy` choices are of temperature 0.
     """
-    texts, parsing = choice_texts(choices), pipeline.settings.parsing
+    texts = choice_texts(choices)
+    parsing = pipeline.settings.parsing
     offered, _ = pipeline.read(texts, greedy)
     selection = pipeline.select(context, offered)
     keys = [candidate_key(text, pipeline.task.read(text, parsing)) for text in texts]

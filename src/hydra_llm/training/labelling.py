@@ -127,7 +127,7 @@ async def adapter_groups(
     limit = personalizer.settings.concurrency
 
     async def propose(context: Context) -> Proposal:
-        return await personalizer.apropose(context.at_rest())
+        return await personalizer.apropose(context.without_vectors())
 
     proposals = await map_calls(propose, contexts, limit=limit, progress=progress)
     offers: list[tuple[Context, list[Candidate]]] = []
