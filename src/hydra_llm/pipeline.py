@@ -105,7 +105,19 @@ class Pipeline:
         """Ask the LLM; a prompt that it finds too long is shortened for all samples alike. LLMError
         if it gave no answer at all.
         """
-        prompt, results, spent = await self._generate_fitting(llm, prompt)
+        spent = Usage()
+        for cut in range(1, MAX_CUTS + 2):
+            results = await self._generate(llm, prompt)
+            spent += sum(map(_usage, results), Usage())
+            refused = [result for result in results if isinstance(result, LLMRefused)]
+            shares = [error.fits for error in refused if error.fits is not None]
+            if not shares or cut > MAX_CUTS:
+                break
+            # The last margin was too small for this LLM's tokens: each cut has a larger one.
+            shorter = prompt.shorter(min(shares) * CUT_MARGIN**cut)
+            if shorter is None:
+                break
+            prompt = shorter
         errors = [result for result in results if isinstance(result, LLMError)]
         fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
         if fatal or len(errors) == len(results):
@@ -154,32 +166,9 @@ class Pipeline:
     def _greedy_calls(self) -> int:
         return 1 if self.settings.greedy_first or self.settings.samples == 1 else 0
 
-    async def _generate_fitting(
-        self, llm: ChatLLM, prompt: Prompt
-    ) -> tuple[Prompt, list[Result], Usage]:
-        """`_generate`, with a shorter prompt where the LLM finds it too long: the prompt that was
-        sent last, its results, and what all calls cost.
-        """
-        spent = Usage()
-        cuts = 0
-        while True:
-            results = await self._generate(llm, prompt)
-            spent += sum(map(_usage, results), Usage())
-            refused = [result for result in results if isinstance(result, LLMRefused)]
-            shares = [error.fits for error in refused if error.fits is not None]
-            if not shares or cuts == MAX_CUTS:
-                return prompt, results, spent
-            cuts += 1
-            # The margin of the last cut was too small for this LLM's tokens: each has a larger one.
-            shorter = prompt.shorter(min(shares) * CUT_MARGIN**cuts)
-            if shorter is None:
-                return prompt, results, spent
-            prompt = shorter
-
     async def _generate(self, llm: ChatLLM, prompt: Prompt) -> list[Result]:
         """The greedy call and the one for samples, at the same time; a failed one is its error."""
-        settings = self.settings
-        greedy = self._greedy_calls
+        settings, greedy = self.settings, self._greedy_calls
         choices = self.task.labels if settings.constrain else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
         counts = ((greedy, 0.0), (settings.samples - greedy, settings.temperature))

@@ -66,8 +66,7 @@ class Registry(Generic[T]):
 
     def _check(self, loaded: object, point: EntryPoint, place: str) -> None:
         """Raise SettingsError if the object lacks what the group needs, or has another name."""
-        missing = [attribute for attribute in self.needs if not hasattr(loaded, attribute)]
-        if missing:
+        if missing := [attribute for attribute in self.needs if not hasattr(loaded, attribute)]:
             raise SettingsError(f"{place} is no {self.kind}: {point.value} has no '{missing[0]}'")
         if "name" in self.needs:
             own = getattr(loaded, "name", point.name)

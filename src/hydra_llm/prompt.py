@@ -34,7 +34,6 @@ class Prompt:
     notes: tuple[str, ...] = ()  # one line for each cut
     tokens: int = 0  # its length, counted or estimated
     resized: "Callable[[int], Prompt] | None" = field(default=None, repr=False, compare=False)
-    """The same question in so many tokens; SettingsError where that is too few."""
 
     def shorter(self, share: float) -> "Prompt | None":
         """The same question in `share` of its length; None where the instruction has no room."""
@@ -106,9 +105,7 @@ class _Page:
     conversation: Messages | None
 
     def filled(self, query: Query, records: Sequence[Record]) -> Prompt:
-        """The prompt with as many of the records, best first, and as much of the question as fit.
-        Raises SettingsError: the instruction alone does not fit.
-        """
+        """The prompt with as much as fits; SettingsError if the instruction alone does not."""
         text = repair(query.input)
         examples = [replace(r, input=repair(r.input), output=repair(r.output)) for r in records]
         kept = self.fit_records(examples, text)
@@ -120,16 +117,12 @@ class _Page:
                 f"a prompt of {self.max_tokens} tokens has no room for the instruction of task"
                 f" '{self.task.name}' alone"
             )
-
-        def resized(max_tokens: int) -> Prompt:
-            return replace(self, max_tokens=max_tokens).filled(query, records)
-
         return Prompt(
             messages=self.messages(kept, question),
             records=tuple(records[: len(kept)]),
             notes=_notes(self, query, question, examples, kept),
             tokens=self.tokens(kept, question),
-            resized=resized,
+            resized=lambda room: replace(self, max_tokens=room).filled(query, records),
         )
 
     def messages(self, kept: Sequence[Record], text: str) -> Messages:

@@ -78,13 +78,10 @@ class LearnedSelector(Selector):
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
-        threshold = self.settings.abstention_threshold
-        if threshold and places[0] == 0 and pick != 0:
+        if self.settings.abstention_threshold and places[0] == 0 and pick != 0:
             covariance = self.scorer.covariance(groups, head)
             if covariance is not None:  # a head without a posterior never abstains
-                gains = _gains(self.task, readable, self.settings.select)
-                margin = _margin(shares, gains, covariance[rows][:, rows], pick)
-                if margin < threshold:
+                if self._is_unsure(readable, shares, covariance[rows][:, rows], pick):
                     return Selection(scored, 0, abstained=True)
         return Selection(scored, places[pick])
 
@@ -103,10 +100,20 @@ class LearnedSelector(Selector):
         texts = [candidate_text(self.task, candidate) for candidate in offered]
         return make_groups(store, self.scorer.interaction, [query.input], [texts], [features])
 
+    def _is_unsure(
+        self,
+        readable: Sequence[Candidate],
+        shares: torch.Tensor,
+        covariance: torch.Tensor,
+        pick: int,
+    ) -> bool:
+        """Whether the pick's margin over candidate 0 is below the threshold."""
+        gains = _gains(self.task, readable, self.settings.select)
+        return _margin(shares, gains, covariance, pick) < self.settings.abstention_threshold
+
     def _encoded(self, context: Context, readable: Sequence[Candidate]) -> tuple[Groups, list[int]]:
         """What the scorer reads, and the row of each readable candidate in it."""
-        # Label features are of all labels, whichever were sampled.
-        by_label = self.scorer.interaction.by_label
+        by_label = self.scorer.interaction.by_label  # its features are of all labels
         offered = all_labels(self.task, readable) if by_label else readable
         row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
         return self.groups(context, offered), [row_of[c.answer] for c in readable]

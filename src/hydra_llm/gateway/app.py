@@ -47,11 +47,11 @@ def make_app(
     fit needs that; `here` has the settings that a bundle does not carry. Raises `BundleError` if
     there is no such bundle, `StoreError` if the store fails.
     """
-    settings, telemetry = settings or ServeSettings(), Telemetry()
+    settings = settings or ServeSettings()
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
-    folder, here = folder_of(active) if active else bundle, here or load_settings()
-    deployment = open_deployment(store, reads, folder, settings, here)
-    gateway = Gateway(store, reads, upstream, settings, deployment, telemetry, active)
+    folder = folder_of(active) if active else bundle
+    deployment = open_deployment(store, reads, folder, settings, here or load_settings())
+    gateway = Gateway(store, reads, upstream, settings, deployment, Telemetry(), active)
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
     # Its /docs loads nothing from elsewhere.
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
@@ -112,8 +112,9 @@ async def _watch(gateway: Gateway) -> None:
         try:
             active = await reads.read(store.bundle)
             if active is not None and active != gateway.active_bundle:
-                old, parts = gateway.deployment, (folder_of(active), settings)
-                new = await run_sync(open_deployment, store, reads, *parts, old.pipeline.settings)
+                old = gateway.deployment
+                folder, here = folder_of(active), old.pipeline.settings
+                new = await run_sync(open_deployment, store, reads, folder, settings, here)
                 gateway.deployment, gateway.active_bundle = new, active
                 log.info("bundle %s is in use", new.id[:12])
                 wait = settings.deadline + settings.upstream_timeout

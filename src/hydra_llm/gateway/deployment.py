@@ -129,7 +129,8 @@ def open_deployment(
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
         pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
-        users, batcher = UserCache(store, None, size), MicroBatcher(None, queue, None)
+        users = UserCache(store, None, size)
+        batcher = MicroBatcher(None, queue, None)
         return Deployment(store, reads, pipeline, users, batcher)
     loaded = Bundle.load(folder, here=here)
     chosen = loaded.settings.model_copy(update=overrides)
@@ -138,5 +139,6 @@ def open_deployment(
     features = bundle.store
     features.keep = False  # only prefetching writes features to disk: those of users' records
     pairs = features.pairs if chosen.features == "cross" else None
-    users, batcher = UserCache(store, bundle, size), MicroBatcher(features.texts, queue, pairs)
+    users = UserCache(store, bundle, size)
+    batcher = MicroBatcher(features.texts, queue, pairs)
     return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle)

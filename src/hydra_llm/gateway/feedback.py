@@ -35,13 +35,14 @@ async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -
     """Learn from one piece of feedback; returns what became of it, as the reply says it. `ApiError`
     400 for an unknown candidate, 409 where the request has other feedback already.
     """
-    feedback, most = _checked(gateway, given, request), gateway.settings.max_records
+    feedback = _checked(gateway, given, request)
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
         user, earlier = await run_sync(feedback.read)
         learn = partial(feedback.learn, user, earlier)
         judged, heads = await feedback.deployment.batcher.run(learn, texts)
-        record = feedback.record if len(user.records) < most else None
+        has_room = len(user.records) < gateway.settings.max_records
+        record = feedback.record if has_room else None
         try:
             fresh = await run_sync(feedback.write, user, judged, record, heads)
         except StaleVersion:
@@ -76,7 +77,8 @@ def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedbac
             # as it was written: what the adapter reads of a text may be its first line
             output = stored[index]["said"] or wanted
         record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
-    candidates, value = choices[: len(content["candidates"])], getattr(given, kind)
+    candidates = choices[: len(content["candidates"])]
+    value = getattr(given, kind)
     return _Feedback(deployment, request, kind, value, candidates, wanted, record)
 
 
@@ -124,9 +126,10 @@ class _Feedback:
         self, user: UserSnapshot, earlier: list[StoredFeedback]
     ) -> tuple[StoredFeedback, Heads]:
         """What is stored of the feedback, and the heads that it moves, if it is informative."""
-        request, bundle, group = self.request, self.deployment.bundle, self._group(user.records)
+        bundle = self.deployment.bundle
+        group = self._group(user.records)
         content = {"said": {self.kind: self.value}, "bundle": self.deployment.id, "group": group}
-        judged = StoredFeedback(request.id, request.created, content)
+        judged = StoredFeedback(self.request.id, self.request.created, content)
         if group is None or bundle is None:
             return judged, {}
         return judged, heads_after(bundle, user.name, user.heads, [*earlier, judged])
@@ -142,10 +145,8 @@ class _Feedback:
             gold = task.parse(self.wanted) or self.wanted
             gains = [task.gain(candidate.answer, gold) for candidate in offered]
         else:  # the rating is that of the first candidate, which the user got
-            rating, rated = (
-                self.value if self.kind == "rating" else 0.0,
-                _answer(self.candidates[0]),
-            )
+            rating = self.value if self.kind == "rating" else 0.0
+            rated = _answer(self.candidates[0])
             gains = [rating if item.answer == rated else 1.0 - rating for item in offered]
         if len(set(gains)) < 2:
             return None

@@ -41,8 +41,8 @@ class CandidateSampler:
                 self._telemetry.failed("candidates", result)
                 continue
             completions.append(result)
-            # Endpoints sample where no temperature is given.
-            greedy += len(result["choices"]) if sent.get("temperature") == 0 else 0
+            if sent.get("temperature") == 0:  # endpoints sample where none is given
+                greedy += len(result["choices"])
         if not completions:
             raise results[0]
         return completions, greedy
@@ -52,7 +52,8 @@ class CandidateSampler:
         first = without(body, "stream", "stream_options")
         if samples < 1:
             return [first]
-        known, more = self._capabilities.of(str(body.get("model"))), dict(first)
+        known = self._capabilities.of(str(body.get("model")))
+        more = dict(first)
         if isinstance(first.get("seed"), int):
             more["seed"] = first["seed"] + 1
         if "temperature" not in known.refused:

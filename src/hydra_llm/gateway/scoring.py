@@ -107,8 +107,7 @@ def rank(
     """The choices in the user's order: the pick, then by score; equal answers behind all others.
     The first `greedy` choices are of temperature 0.
     """
-    texts = choice_texts(choices)
-    parsing = pipeline.settings.parsing
+    texts, parsing = choice_texts(choices), pipeline.settings.parsing
     offered, _ = pipeline.read(texts, greedy)
     selection = pipeline.select(context, offered)
     keys = [candidate_key(text, pipeline.task.read(text, parsing)) for text in texts]

@@ -107,12 +107,12 @@ class Refusal:
         text = f"{self.code} {self.message} {details}"
         if self.status not in (400, 413, 422) or not TOO_LONG.search(text):
             return None
-        windows, lengths = (
-            [int(number) for groups in pattern.findall(text) for number in groups if number]
-            for pattern in (WINDOW, LENGTH)
-        )
-        share = min(windows, default=0) / max(lengths, default=1)
+        share = min(_numbers(WINDOW, text), default=0) / max(_numbers(LENGTH, text), default=1)
         return share if 0 < share < 1 else FITS
+
+
+def _numbers(pattern: re.Pattern[str], text: str) -> list[int]:
+    return [int(number) for groups in pattern.findall(text) for number in groups if number]
 
 
 @dataclass(frozen=True, slots=True)
