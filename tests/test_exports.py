@@ -1,6 +1,7 @@
 """The public names: complete, sorted, each at home where the table says, and cheap until used."""
 
 import importlib
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -65,3 +66,10 @@ def test_the_import_loads_nothing_heavy() -> None:
 
 def test_the_measure_sees_what_is_loaded() -> None:
     assert "pydantic" in loaded_by("from hydra_llm import Settings")
+
+
+@pytest.mark.parametrize("name", ["learn", "fit", "alearn", "afit"])
+def test_functions_for_sync_and_async_code_are_pickled_by_name(name: str) -> None:
+    function = getattr(hydra_llm, name)
+    assert function.__name__ == name
+    assert pickle.loads(pickle.dumps(function)) is function

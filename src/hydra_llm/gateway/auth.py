@@ -13,6 +13,7 @@ from hydra_llm.store.store import Store
 from hydra_llm.store.values import Key
 
 PREFIX = "hk"
+NO_HASH = hashlib.sha256(b"").hexdigest()
 USER_FIELDS = ("user", "safety_identifier")  # of a request, beside `metadata.user_id`
 
 
@@ -56,7 +57,7 @@ def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> 
     id, _, secret = rest.partition("-")
     key = store.key(id) if scheme.lower() == "bearer" and prefix == PREFIX and id else None
     # The same work for an unknown key: the time that it takes tells nothing.
-    matches = hmac.compare_digest(_hash(secret), key.hash if key else _hash(""))
+    matches = hmac.compare_digest(_hash(secret), key.hash if key else NO_HASH)
     if key and matches and key.revoked is None:
         bound = key.users[0] if key.bound and key.users else None
         return Caller(key.id, key.admin, key.users, bound)

@@ -57,8 +57,8 @@ class RecordSearch:
     def run(self) -> None:
         """Rank the records."""
         retrieved, visible = self.ranked, self.context.visible
-        started = time.perf_counter()
         self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
+        started = time.perf_counter()
         if self.warm:
             try:
                 self.ranked = self.deployment.pipeline.rerank(self.context, retrieved)

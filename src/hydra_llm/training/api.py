@@ -170,10 +170,13 @@ async def afit(
 
 
 def _blocking(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
+    """An async function `aNAME` as `NAME` for sync code; pickled by its name."""
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return run_sync(partial(function, *args, **kwargs))
 
+    call.__name__ = call.__qualname__ = function.__name__.removeprefix("a")
     return call
 
 
