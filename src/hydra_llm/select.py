@@ -81,7 +81,8 @@ class LearnedSelector(Selector):
         if self.settings.abstention_threshold and places[0] == 0 and pick != 0:
             covariance = self.scorer.covariance(groups, head)
             if covariance is not None:  # a head without a posterior never abstains
-                if self._is_unsure(readable, shares, covariance[rows][:, rows], pick):
+                own = covariance[rows][:, rows]  # of the readable candidates
+                if self._is_unsure(readable, shares, own, pick):
                     return Selection(scored, 0, abstained=True)
         return Selection(scored, places[pick])
 
