@@ -233,7 +233,7 @@ class _Work:
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
         learned, settings = self.learned, self.learned.bundle.settings
-        ranking = None
+        ranking: LabelledData | None = None
         if first is not None:
             scorers = {name: own for name, own in first.scorers.items() if name == RERANKER}
             heads = {name: own for name, own in first.heads.items() if name == RERANKER}

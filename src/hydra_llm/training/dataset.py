@@ -74,9 +74,8 @@ class TrainingSet:
         """The groups at these places."""
         index = torch.as_tensor(index, dtype=torch.long)
         users = tuple(self.users[i] for i in index.tolist())
-        return TrainingSet(
-            self.groups[index], users, self.positions[index], self.voted[index], self.gains[index]
-        )
+        positions, voted, gains = self.positions[index], self.voted[index], self.gains[index]
+        return TrainingSet(self.groups[index], users, positions, voted, gains)
 
     def of(self, names: Sequence[str]) -> "TrainingSet":
         """The groups of these users."""
