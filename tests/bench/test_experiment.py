@@ -444,7 +444,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         type(self).asked += 1
         if type(self).asked > 3:
-            type(self).go.wait(60)
+            type(self).go.wait(FOREVER)
         message = {
             "index": 0,
             "finish_reason": "stop",
