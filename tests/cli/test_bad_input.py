@@ -111,7 +111,7 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def without_progress(err: str) -> list[str]:
     """The lines of stderr without progress, which a slow machine prints."""
-    return [line for line in err.splitlines() if not re.match(r"[a-z ]+: \d+(/\d+)?\b", line)]
+    return [line for line in err.splitlines() if not re.fullmatch(r"[a-z ]+: \d+(/\d+)?", line)]
 
 
 class Outcome:
