@@ -210,9 +210,16 @@ def _utc(*parts: int) -> float:
         ("1580428800000", 1580428800.0, 1580428800.0),
         ("-86400", -86400.0, -86400.0),
         ("", *ALWAYS),
+        (893214333, 893214333.0, 893214333.0),
+        (1580428800000.0, 1580428800.0, 1580428800.0),
+        (1580428800_000_000, 1580428800.0, 1580428800.0),
+        (1580428800_000_000_000, 1580428800.0, 1580428800.0),
+        (2020, _utc(2020, 1, 1), _utc(2021, 1, 1)),
+        ("2020.0", _utc(2020, 1, 1), _utc(2021, 1, 1)),
+        (20200131.0, _utc(2020, 1, 31), _utc(2020, 2, 1)),
     ],
 )
-def test_written_times(text: str, first: float, end: float) -> None:
+def test_written_times(text: str | float, first: float, end: float) -> None:
     assert parse_time(text) == (first, end)
 
 
@@ -231,10 +238,18 @@ def test_written_times(text: str, first: float, end: float) -> None:
         "12:30",
         "²²²²",
         "31.01.2020",
+        "1" * 400,
+        True,
     ],
 )
-def test_an_invalid_time_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+def test_an_invalid_time_is_refused(text: str | float) -> None:
+    with pytest.raises(ValueError, match="is no time"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize("text", ["202401", 202401, "202401.0", "2024031", "31012024", -202401])
+def test_a_number_that_may_be_a_date_or_seconds_is_refused(text: str | float) -> None:
+    with pytest.raises(ValueError, match="may be a date or seconds since 1970: write 2024-01"):
         parse_time(text)
 
 

@@ -16,28 +16,50 @@ from hydra_llm.types import ALWAYS, Query, Record, Span
 _CALENDAR = re.compile(r"(\d{4})(?:[-/](\d{1,2})(?:[-/](\d{1,2}))?)?", re.ASCII)
 _COMPACT = re.compile(r"((?:19|20|21)\d\d)(\d\d)(\d\d)", re.ASCII)
 _WEEK = re.compile(r"\d{4}-?W\d\d", re.ASCII)
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
+_NUMBER = re.compile(r"([+-]?\d+)(?:\.(\d*))?", re.ASCII)
 _DAY = 86400.0
+_MAX_SECONDS = 1e11  # the year 5138; larger numbers are milli-, micro- or nanoseconds
+
+
+def parse_time(time: str | float) -> Span:
+    """Parse a time as the interval in which it lies; ValueError if it is none.
+
+    Accepts ISO 8601 (with or without time, zone, fraction), a year, a year and month, a day
+    (`2020-01-31`, `2020/1/31`, `20200131`), and seconds since 1970, or milli-, micro- or
+    nanoseconds; numbers may be numbers or texts. Times without a zone count as UTC. Empty means
+    unknown (`ALWAYS`). Other numbers of 6 to 8 digits are refused: `202401` may be a month.
+    """
+    return _parse_text(str(time))
 
 
 @lru_cache(maxsize=65536)
-def parse_time(text: str) -> Span:
-    """Parse a written time as the interval in which it lies; ValueError if it is none.
-
-    Accepts ISO 8601 (with or without time, zone, fraction), a year, a year and month, a day
-    (`2020-01-31`, `2020/1/31`, `20200131`), and seconds or milliseconds since 1970. Times without a
-    zone count as UTC. Empty means unknown (`ALWAYS`).
-    """
+def _parse_text(text: str) -> Span:
     text = text.strip()
     if not text:
         return ALWAYS
-    if match := _CALENDAR.fullmatch(text) or _COMPACT.fullmatch(text):
-        return _parse_calendar(*(int(part) for part in match.groups() if part))
-    if _NUMBER.fullmatch(text):
-        number = float(text)
-        seconds = number / 1000 if abs(number) >= 1e11 else number  # 1e11 s is the year 5138
-        return seconds, seconds
-    return _parse_iso(text)
+    try:
+        number = _NUMBER.fullmatch(text)
+        whole = number[1] if number and not (number[2] or "").strip("0") else text  # 2020.0: 2020
+        if match := _CALENDAR.fullmatch(whole) or _COMPACT.fullmatch(whole):
+            return _parse_calendar(*(int(part) for part in match.groups() if part))
+        if number is None:
+            return _parse_iso(text)
+    except (ValueError, OverflowError):
+        wanted = "write ISO 8601, a year, or seconds since 1970"
+        raise ValueError(f"'{text[:60]}' is no time: {wanted}") from None
+    return _parse_number(text, len(number[1].lstrip("+-")))
+
+
+def _parse_number(text: str, digits: int) -> Span:
+    if 6 <= digits <= 8:
+        fix = "write 2024-01 or 2024-01-31"
+        raise ValueError(f"'{text}' may be a date or seconds since 1970: {fix}")
+    seconds = float(text)
+    if not math.isfinite(seconds):
+        raise ValueError(f"'{text[:60]}' is no time: it is too large a number")
+    while abs(seconds) >= _MAX_SECONDS:
+        seconds /= 1000
+    return seconds, seconds
 
 
 def _parse_calendar(year: int, month: int | None = None, day: int | None = None) -> Span:

@@ -29,7 +29,7 @@ from hydra_llm.store.change import ConflictingFeedback, StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead
-from hydra_llm.types import Record
+from hydra_llm.types import ALWAYS, Record
 from tests.waiting import until
 
 
@@ -225,6 +225,11 @@ def test_heads_come_back_with_the_time_until_which_they_learned(store: Store) ->
     untils = {row["scorer"]: row["until"] for row in exported["heads"]}
     assert untils == {"adapter": 893214333.25, "reranker": None}
     json.dumps(untils, allow_nan=False)
+
+
+def test_a_kept_time_that_is_refused_by_now_is_unknown(store: Store) -> None:
+    store.add_records("ada", [dataclasses.replace(record("a"), time="202401")])
+    assert [(r.time, r.span) for r in store.records("ada")[1]] == [("202401", ALWAYS)]
 
 
 # ---- feedback, requests, keys, jobs
@@ -621,7 +626,7 @@ def test_a_missing_database_is_one_line_without_the_password(tmp_path: Path) -> 
 WRITER = """
 import itertools, sys
 from hydra_llm.store.store import Store
-from hydra_llm.types import Record
+from hydra_llm.types import ALWAYS, Record
 store = Store(sys.argv[1])
 start = int(sys.argv[2])
 for i in itertools.count(start):

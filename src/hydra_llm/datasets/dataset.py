@@ -147,7 +147,7 @@ def as_fields(*values: str) -> dict[str, str]:
 def fields_of(entry: Record | Query) -> dict[str, str]:
     """An entry's `FIELDS`; a query's output is its gold answer."""
     output = entry.output if isinstance(entry, Record) else entry.gold or ""
-    return as_fields(entry.user, entry.id, entry.time, entry.input, output)
+    return as_fields(entry.user, entry.id, str(entry.time), entry.input, output)
 
 
 class Builder:
@@ -173,9 +173,8 @@ class Builder:
             faults.append(("user", f"'{user}' is not among the data set's users"))
         if (part, user, id) in self._ids:
             faults.append(("id", f"user '{user}' has the id '{id}' twice"))
-        if not readable_time(time):
-            message = f"'{time}' is no time: write ISO 8601, a year, or seconds since 1970"
-            faults.append(("time", message))
+        if fault := time_fault(time):
+            faults.append(("time", fault))
         free = part == "history" and self.task.free_history
         if output and not free and not self.task.is_answer(output):
             faults.append(("output", f"'{output[:60]}' is not one of the task's labels"))
@@ -203,13 +202,13 @@ def _parse(kind: type[Entry], rows: Iterable[Fields], first: int) -> list[Entry]
     return entries
 
 
-def readable_time(text: str) -> bool:
-    """Whether `history.parse_time` can read it; an empty one means unknown."""
+def time_fault(text: str) -> str:
+    """Why `history.parse_time` cannot read it, or ''."""
     try:
         parse_time(text)
-    except (ValueError, OverflowError):
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def held_out(count: int, share: float = 0.2) -> int:

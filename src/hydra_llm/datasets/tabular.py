@@ -81,7 +81,7 @@ def _ordered(rows: list[Row]) -> list[Row]:
     """One user's rows, oldest first; in file order where times are equal."""
     records = []
     for at, (_, entry) in enumerate(rows):
-        time = entry["time"] if dataset.readable_time(entry["time"]) else ""  # reported later
+        time = "" if dataset.time_fault(entry["time"]) else entry["time"]  # reported later
         records.append(Record("", "", "", "", span=parse_time(time), position=at))
     return [rows[record.position] for record in in_order(records)]
 

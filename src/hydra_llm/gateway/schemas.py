@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from hydra_llm.datasets.native import number_as_text
 from hydra_llm.text import text_fault
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """Of a user, a record or a request: no control characters."""
+Time = Annotated[str, BeforeValidator(number_as_text), Field(max_length=100)]
+"""As `history.parse_time` reads it, a number or a text; empty: unknown."""
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -89,7 +92,7 @@ class RecordIn(_Strict):
     id: Id
     input: str
     output: str
-    time: Annotated[str, Field(max_length=100)] = ""  # as `history.parse_time` reads; "": unknown
+    time: Time = ""
 
 
 class RecordsIn(_Strict):

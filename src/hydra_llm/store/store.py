@@ -24,7 +24,7 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
 from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
-from hydra_llm.types import ARROW, Record, as_one_text
+from hydra_llm.types import ALWAYS, ARROW, Record, Span, as_one_text
 
 
 class Store(Database):
@@ -59,7 +59,7 @@ class Store(Database):
         joined = query.join_from(schema.users, schema.records, isouter=True)
         rows = self.rows(joined.order_by(records.position))
         return (rows[0].version if rows else None), [
-            Record(name, id, input, output, time, parse_time(time), position)
+            Record(name, id, input, output, time, _span(time), position)
             for _, id, input, output, time, position in rows
             if id is not None
         ]
@@ -348,6 +348,14 @@ class Store(Database):
                 if count := connection.scalar(rows):
                     faults.append(f"{table.name}: {count} rows of users who are not there")
         return faults
+
+
+def _span(time: str) -> Span:
+    """A kept time's span; unknown for one that an earlier version took and this one refuses."""
+    try:
+        return parse_time(time)
+    except ValueError:
+        return ALWAYS
 
 
 def _with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:
