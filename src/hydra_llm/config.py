@@ -7,7 +7,6 @@ the flat, frozen `Settings` (`settings.k`). API keys are not settings: the OpenA
 import difflib
 import functools
 import logging
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hydra_llm import environment as env
 from hydra_llm.errors import SettingsError
 from hydra_llm.plugins import HEADS
 
@@ -23,10 +23,6 @@ SETTINGS_FILE = "hydra-llm.toml"
 SERVE_TABLE = "serve"  # the gateway's table in that file (gateway/settings.py)
 
 logger = logging.getLogger(__name__)
-
-
-def _cache_folder() -> Path:  # XDG base directories
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-llm"
 
 
 class Group(BaseModel):
@@ -88,8 +84,13 @@ class LLM(Group):
     """Price per million prompt tokens."""
     price_completion: float = Field(default=0.0, ge=0)
     """Price per million completion tokens."""
-    cache: Path = Field(default_factory=_cache_folder)
+    cache: Path = Field(default_factory=env.cache_folder)
     """Folder of the on-disk caches: LLM answers and encoder features."""
+
+    @field_validator("cache")
+    @classmethod
+    def _home(cls, folder: Path) -> Path:
+        return env.expanded(folder)
 
 
 class Model(Group):
@@ -334,8 +335,8 @@ VARIABLES: Mapping[str, str] = _FLAT | _FORMER | _GROUPED
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, Any]:
-    """The values of those of these variables that are set, by setting; case does not matter."""
-    given = {variable.upper(): value for variable, value in os.environ.items()}
+    """The values of those of these variables that are set and not empty, by setting."""
+    given = env.variables()
     return {name: given[variable] for variable, name in variables.items() if variable in given}
 
 
@@ -349,6 +350,6 @@ def settings_file(file: Path | None) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(f"{file}: no such settings file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise SettingsError(f"{path}: not TOML: {error}") from None

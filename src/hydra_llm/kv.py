@@ -35,7 +35,7 @@ class CacheFile:
             self.connection = _connect(path)
         except (OSError, sqlite3.OperationalError) as error:
             if required:
-                fix = "name another folder by --cache or HYDRA_CACHE"
+                fix = "name another folder by HYDRA_CACHE or --set cache=FOLDER"
                 message = f"{path}: cannot open the cache of {what} ({error}): {fix}"
                 raise UserFault(message) from None
             self._stop_keeping(error)
@@ -92,11 +92,11 @@ class CacheFile:
         if isinstance(error, sqlite3.Error):  # an extended code says more in its higher bits
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            state, fix = "is held by another process", "wait for it to end, or take another --cache"
+            state, fix = ("is held by another process", "wait, or take another HYDRA_CACHE")
         elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             state, fix = "is damaged", f"delete or move it, and the {self.what} are made again"
         else:
-            state, fix = "cannot be read", "check the disk, or take another --cache"
+            state, fix = "cannot be read", "check the disk, or take another HYDRA_CACHE"
         return UserFault(f"{self.path}: the cache of {self.what} {state} ({error}): {fix}")
 
     def close(self) -> None:

@@ -5,8 +5,11 @@ is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi
 words that more than half of the records hold weigh a quarter of the mean weight). Knows no LLM.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import import_module
 from random import Random as Generator
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -116,6 +119,9 @@ class BM25(_ByScore):
         tokens = [text.split() for text in texts]
         if not any(tokens):
             return None
+        if "bm25s" not in sys.modules:  # its import sets DEBUG
+            import_module("bm25s")
+            logging.getLogger("bm25s").setLevel(logging.WARNING)
         import bm25s
 
         index = bm25s.BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")

@@ -20,7 +20,9 @@ def emit(data: Any, as_json: bool = False) -> None:
     from pydantic_core import to_json, to_jsonable_python
 
     if as_json:
-        print(to_json(data, indent=2, inf_nan_mode="null", fallback=_builtin).decode())
+        unicode = "utf" in (sys.stdout.encoding or "utf-8").lower()
+        options: Any = {"inf_nan_mode": "null", "fallback": _builtin}
+        print(to_json(data, indent=2, ensure_ascii=not unicode, **options).decode())
         return
     match to_jsonable_python(data, inf_nan_mode="null", fallback=_builtin):
         case str(text):

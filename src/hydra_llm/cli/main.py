@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 from hydra_llm import __version__
+from hydra_llm.environment import clean_variables, expanded, open_standard_streams
 from hydra_llm.errors import HydraError, UserFault
 
 NAME = "hydra-llm"
@@ -41,6 +43,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 # Errors of the machine, not of this program: reported in one line.
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
+NO_TEMPORARY = "No usable temporary directory"  # Python's own words
+
 
 def load(name: str) -> Any:
     """Import the command `name` of COMMANDS: a typer (click) command or group."""
@@ -63,6 +67,7 @@ def _set_variables(command: Any, *path: str) -> None:
     `HYDRA_ASK_SEED`, or the former `HYDRA_LLM_ASK_SEED` if only that one is set.
     """
     for option in command.params:
+        option.callback = option.callback or _in_home
         if option.param_type_name == "option":
             flag = max(option.opts, key=len).lstrip("-")
             new = "_".join(("hydra", *path, flag)).upper().replace("-", "_")
@@ -75,6 +80,11 @@ def _set_variables(command: Any, *path: str) -> None:
                 log_renamed(old, new)
     for name, below in getattr(command, "commands", {}).items():
         _set_variables(below, *path, name)
+
+
+def _in_home(_context: Any, _parameter: Any, value: Any) -> Any:
+    """`~` in a path is the home folder also where no shell replaces it: in a variable, a file."""
+    return expanded(value) if isinstance(value, Path) else value
 
 
 class LazyGroup(TyperGroup):
@@ -117,6 +127,7 @@ def root(version: Annotated[bool, VERSION] = False) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. An error is one line, a bug its traceback."""
     try:
+        clean_variables()
         words = list(arguments) or ["--help"]
         result = get_group(app).main(words, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not at interpreter shutdown
@@ -140,7 +151,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in MACHINE_FAULTS:
+        if error.errno not in MACHINE_FAULTS and NO_TEMPORARY not in str(error):
             raise
         return _report(error, UserFault.exit_code)
     except KeyboardInterrupt:
@@ -157,6 +168,7 @@ def _report(what: object, code: int, command: str = NAME) -> int:
 
 def main() -> None:
     """The entry point of the command `hydra-llm`."""
+    open_standard_streams()
     # Waiting threads must not spin: the encoder, the solver and an embedded LLM share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # SIGTERM ends a command as Ctrl-C does, so that recordings are written.

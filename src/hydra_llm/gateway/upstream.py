@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import httpx2
 
+from hydra_llm.environment import http_client_faults
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 
@@ -65,9 +66,9 @@ class HttpUpstream:
         self.endpoint = endpoint
         key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         url = endpoint.url.rstrip("/") + "/"
-        self._client = httpx2.AsyncClient(
-            base_url=url, headers=key, timeout=timeout, limits=LIMITS, transport=transport
-        )
+        options: dict[str, Any] = {"base_url": url, "headers": key, "limits": LIMITS}
+        with http_client_faults():
+            self._client = httpx2.AsyncClient(timeout=timeout, transport=transport, **options)
 
     async def complete(self, body: Body) -> Any:
         answer = await self._send("chat/completions", body)

@@ -14,6 +14,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from hydra_llm.config import Settings
+from hydra_llm.environment import http_client_faults
 from hydra_llm.errors import LLMError, LLMRefused
 from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint, Refusal, endpoint_of
@@ -43,7 +44,8 @@ class OpenAILLM:
         self._key = endpoint.key
         options: dict[str, Any] = {"base_url": endpoint.url, "timeout": timeout}
         # The SDK's own one closes itself in whatever loop runs when it is collected, and fails.
-        options["http_client"] = openai.DefaultAsyncHttpxClient(timeout=timeout)
+        with http_client_faults():
+            options["http_client"] = openai.DefaultAsyncHttpxClient(timeout=timeout)
         api_key = self._key or "none"
         self._client = openai.AsyncOpenAI(api_key=api_key, max_retries=retries, **options)
         self._loop: object = None

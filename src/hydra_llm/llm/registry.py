@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra_llm.config import Settings
+from hydra_llm.environment import expanded
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.cache import CachedLLM, open_recording
@@ -32,7 +33,7 @@ def open_llm(spec: str, settings: Settings) -> CachedLLM:
     Raises SettingsError for an unknown spec or what it lacks, UserFault if the cache does not open.
     """
     if spec.startswith("replay:"):  # a recording needs neither cache nor meter
-        return open_recording(Path(spec.removeprefix("replay:")))
+        return open_recording(expanded(Path(spec.removeprefix("replay:"))))
     return wrap(bare_llm(spec, settings), settings)
 
 
@@ -56,4 +57,6 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
         fakes = "fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
         forms = f"take one of {builtin}, {fakes}{installed}"
         raise SettingsError(LLMS.unknown(without_userinfo(spec), forms))
+    if rest.startswith("~"):  # no shell has seen it behind the colon
+        rest = str(expanded(Path(rest)))
     return LLMS.load(name)(rest, settings)

@@ -7,12 +7,14 @@ before it is used, so that a restarted server is reached again.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
+from hydra_llm.environment import expanded
 from hydra_llm.errors import SettingsError, StoreError
 
 EXPECTED_URL = "sqlite:///FILE or postgresql+psycopg://..."
@@ -98,6 +100,8 @@ def _parse(url: str) -> URL:
     if backend == "sqlite" and not parsed.database:
         message = "store: a database in memory would be another one for each thread"
         raise SettingsError(f"{message}: name a file, sqlite:///FILE")
+    if backend == "sqlite" and parsed.database and parsed.database.startswith("~"):
+        return parsed.set(database=str(expanded(Path(parsed.database))))
     if parsed.drivername == "postgresql":  # without a driver SQLAlchemy would take psycopg2
         return parsed.set(drivername="postgresql+psycopg")
     return parsed

@@ -56,8 +56,10 @@ class Generation(base.TaskKind):
             rows = [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]
             return np.array(rows, dtype=np.float64).reshape(-1, 10)
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
 
-        scorer = RougeScorer([metric], use_stemmer=False)
+        # With a tokenizer of its own choice it logs a line, which sets up Python's root logger.
+        scorer = RougeScorer([metric], tokenizer=DefaultTokenizer(use_stemmer=False))
         measures = [scorer.score(gold, answer or "")[metric].fmeasure for answer, gold in pairs]
         return base.with_count(measures)
 

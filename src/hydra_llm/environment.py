@@ -1,0 +1,104 @@
+"""What surrounds the process: environment variables, the home folder, proxies, standard streams."""
+
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra_llm.errors import SettingsError
+
+OWN = ("HYDRA_", "OPENAI_")
+# Kubernetes sets NAME_PORT=tcp://ADDRESS in every pod beside a service of that name.
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+logger = logging.getLogger(__name__)
+
+
+def variables() -> dict[str, str]:
+    """Our variables that are set, by upper-case name. Blanks around a value are removed; an empty
+    one counts as not set, and so does an address that Kubernetes put there.
+    """
+    own = ((name.upper(), value.strip()) for name, value in os.environ.items())
+    return {
+        name: value
+        for name, value in own
+        if value and name.startswith(OWN) and not SERVICE_LINK.match(value)
+    }
+
+
+def clean_variables() -> None:
+    """Keep only `variables` of ours in the environment; a service's address is logged."""
+    kept = variables()
+    for name, value in list(os.environ.items()):
+        if name.upper().startswith(OWN):
+            if SERVICE_LINK.match(value.strip()):
+                reason = "is ignored: Kubernetes names a service by it"
+                logger.warning("%s=%s %s", name, value.strip(), reason)
+            if name.upper() in kept:
+                os.environ[name] = kept[name.upper()]
+            else:
+                del os.environ[name]
+
+
+def expanded(path: Path) -> Path:
+    """The path with `~` as the home folder. Raises SettingsError: there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise SettingsError(f"{path}: there is no home folder: write the whole path") from None
+
+
+def cache_folder() -> Path:
+    """`hydra-llm` in XDG_CACHE_HOME, or in ~/.cache. Raises SettingsError: no home folder."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return expanded(Path(given)) / "hydra-llm"
+    try:
+        return Path.home() / ".cache" / "hydra-llm"
+    except RuntimeError:
+        fix = "set HYDRA_CACHE to a folder for caches"
+        raise SettingsError(f"there is no home folder: {fix}") from None
+
+
+@contextmanager
+def http_client_faults() -> Iterator[None]:
+    """Around the making of an HTTP client: SettingsError for a proxy or a certificate file in the
+    environment that cannot be used.
+    """
+    try:
+        yield
+    except Exception as error:
+        names = CERTIFICATES if isinstance(error, OSError) else PROXIES
+        found = [name for name in os.environ if name.upper() in names and os.environ[name]]
+        if not found:
+            raise
+        shown = " or ".join(found)
+        raise SettingsError(f"{shown} in the environment cannot be used: {_cause(error)}") from None
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong, without a proxy's name and password."""
+    if isinstance(error, ImportError):
+        return "a SOCKS proxy needs the package socksio (pip install socksio)"
+    text = error.strerror or "it cannot be read" if isinstance(error, OSError) else str(error)
+    return re.sub(r"://[^/\s@]*@", "://", text)
+
+
+def open_standard_streams() -> None:
+    """Give a process whose stdin, stdout or stderr is closed the null device, so that no other
+    file gets their numbers; characters that a stream's encoding lacks are written escaped.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(opened)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
