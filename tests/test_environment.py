@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +142,6 @@ def test_json_is_whole_in_every_encoding(encoding: str) -> None:
     assert text[end:].strip() in ("茶", "\\u8336")
 
 
-@pytest.fixture
-def untouched_log() -> Iterator[None]:
-    handlers, level = [*logging.root.handlers], logging.root.level
-    logging.root.handlers = []
-    yield
-    assert logging.root.handlers == []
-    assert logging.root.level == level
-    logging.root.handlers = handlers
-
-
-@pytest.mark.usefixtures("untouched_log")
 def test_libraries_do_not_write_to_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Any] = []
 
@@ -161,11 +149,13 @@ def test_libraries_do_not_write_to_the_log(monkeypatch: pytest.MonkeyPatch) -> N
         lines.append(record.getMessage())
 
     monkeypatch.setattr(logging.Logger, "handle", handle)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    level = logging.root.level
     sys.modules.pop("bm25s", None)  # as in a new process
     records = [Record("a", str(i), f"text {i}", "x") for i in range(3)]
     BM25().retrieve(Query("a", "q", "text 1"), records, 2)
     Task("t", "generation", "{input}").strategy.metric_rows("rouge1", [("one", "one")])
-    assert lines == []
+    assert (lines, logging.root.handlers, logging.root.level) == ([], [], level)
     assert logging.getLogger("bm25s").level == logging.WARNING
 
 
@@ -175,7 +165,8 @@ def test_messages_name_options_that_there_are() -> None:
     commands = [load(name) for name in COMMANDS]
     while commands:
         command = commands.pop()
-        options |= {name for option in command.params for name in getattr(option, "opts", ())}
+        for option in command.params:
+            options |= {*option.opts, *option.secondary_opts}
         commands += getattr(command, "commands", {}).values()
     of_others = {"--constraint", "--index-url", "--no-deps", "--extra-index-url"}  # pip's
     folder = Path(hydra_llm.__file__).parent
