@@ -151,7 +151,7 @@ def test_libraries_do_not_write_to_the_log(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(logging.Logger, "handle", handle)
     monkeypatch.setattr(logging.root, "handlers", [])
     level = logging.root.level
-    sys.modules.pop("bm25s", None)  # as in a new process
+    monkeypatch.delitem(sys.modules, "bm25s", raising=False)  # as in a new process
     records = [Record("a", str(i), f"text {i}", "x") for i in range(3)]
     BM25().retrieve(Query("a", "q", "text 1"), records, 2)
     Task("t", "generation", "{input}").strategy.metric_rows("rouge1", [("one", "one")])
@@ -168,7 +168,8 @@ def test_messages_name_options_that_there_are() -> None:
         for option in command.params:
             options |= {*option.opts, *option.secondary_opts}
         commands += getattr(command, "commands", {}).values()
-    of_others = {"--constraint", "--index-url", "--no-deps", "--extra-index-url"}  # pip's
+    of_pip = {"--constraint", "--index-url", "--extra-index-url", "--no-deps"}
+    of_others = of_pip | {"--always", "--dirty", "--abbrev", "--exclude"}  # git describe
     folder = Path(hydra_llm.__file__).parent
     for file in folder.rglob("*.py"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", file.read_text("utf-8")))
