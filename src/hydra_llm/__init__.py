@@ -38,7 +38,10 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'hydra_llm' has no attribute '{name}'")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    from hydra_llm.extras import one_line_imports
+
+    with one_line_imports(f"hydra_llm.{name}"):
+        value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from hydra_llm.model.heads.base import Head
+from hydra_llm.model.head import Head
 from hydra_llm.tasks.base import HistoryVectors
 from hydra_llm.types import Query, Record
 

@@ -5,6 +5,7 @@
     │   ├── DataError             a file, line or field of a data set
     │   ├── SettingsError         an unknown name, a value out of range
     │   ├── UnknownUser           in neither the bundle nor the data set
+    │   ├── MissingExtra          an optional library is not installed; also an ImportError
     │   └── BundleError           damaged, of a newer format, or made for another task
     ├── StoreError                the gateway's database; nothing was kept
     │   └── StaleVersion, NoSuchUser, ConflictingFeedback    (store/change.py)
@@ -49,6 +50,10 @@ class SettingsError(UserFault):
 
 class UnknownUser(UserFault):
     """A user whom neither the bundle nor the data set knows."""
+
+
+class MissingExtra(UserFault, ImportError):
+    """An optional library is not installed: names the extra that brings it."""
 
 
 class BundleError(UserFault):

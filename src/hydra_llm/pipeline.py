@@ -19,7 +19,7 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
-from hydra_llm.model.heads.base import Head, usable_head
+from hydra_llm.model.head import Head, usable_head
 from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever

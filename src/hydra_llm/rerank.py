@@ -7,13 +7,14 @@ learned from histories, where a record's own answer stands for the LLM's, or, wi
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hydra_llm.context import Context
-from hydra_llm.model.interactions import make_groups
-from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer
 from hydra_llm.types import Ranked, Record, as_one_text
+
+if TYPE_CHECKING:
+    from hydra_llm.model.scorer import Scorer
 
 
 class Reranker(Protocol):
@@ -38,12 +39,14 @@ class KeepOrder(Reranker):
 class LearnedReranker(Reranker):
     """Orders by the user's factorized scorer; ties keep the retriever's order."""
 
-    def __init__(self, scorer: Scorer, featurizer: Featurizer, *, with_answer: bool = True):
+    def __init__(self, scorer: "Scorer", featurizer: Featurizer, *, with_answer: bool = True):
         self.scorer, self.featurizer, self.with_answer = scorer, featurizer, with_answer
 
     def order(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         if not retrieved:
             return []
+        from hydra_llm.model.interactions import make_groups  # torch: a gateway may lack it
+
         query = context.query
         features = self.featurizer.reranker(query, retrieved, context.vectors)
         store, interaction = self.featurizer.store, self.scorer.interaction

@@ -6,18 +6,21 @@ ratings, minimum Bayes risk for texts. Knows no LLM. `FirstCandidate` is the nul
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
-from hydra_llm.model.interactions import Groups, make_groups
-from hydra_llm.model.scorer import Scorer
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate
+
+if TYPE_CHECKING:  # torch: a gateway without a bundle may lack it
+    import torch
+
+    from hydra_llm.model.interactions import Groups
+    from hydra_llm.model.scorer import Scorer
 
 TIE = 1e-5  # values that differ by less are equal, as of texts that differ in case alone
 
@@ -61,7 +64,7 @@ class LearnedSelector(Selector):
     `abstention_threshold` posterior standard deviations.
     """
 
-    def __init__(self, scorer: Scorer, featurizer: Featurizer, settings: Settings):
+    def __init__(self, scorer: "Scorer", featurizer: Featurizer, settings: Settings):
         self.scorer, self.featurizer, self.settings = scorer, featurizer, settings
         self.task = featurizer.task
 
@@ -92,8 +95,10 @@ class LearnedSelector(Selector):
         texts = [candidate_text(self.task, c) for c in candidates if c.answer is not None]
         return [(context.query.input, text) for text in texts]
 
-    def groups(self, context: Context, offered: Sequence[Candidate]) -> Groups:
+    def groups(self, context: Context, offered: Sequence[Candidate]) -> "Groups":
         """The offered candidates as the scorer reads them."""
+        from hydra_llm.model.interactions import make_groups
+
         if not self.settings.vote_share and self.task.labels:
             offered = [replace(candidate, votes=0, greedy=False) for candidate in offered]
         query, store = context.query, self.featurizer.store
@@ -104,15 +109,17 @@ class LearnedSelector(Selector):
     def _is_unsure(
         self,
         readable: Sequence[Candidate],
-        shares: torch.Tensor,
-        covariance: torch.Tensor,
+        shares: "torch.Tensor",
+        covariance: "torch.Tensor",
         pick: int,
     ) -> bool:
         """Whether the pick's margin over candidate 0 is below the threshold."""
         gains = _gains(self.task, readable, self.settings.select)
         return _margin(shares, gains, covariance, pick) < self.settings.abstention_threshold
 
-    def _encoded(self, context: Context, readable: Sequence[Candidate]) -> tuple[Groups, list[int]]:
+    def _encoded(
+        self, context: Context, readable: Sequence[Candidate]
+    ) -> "tuple[Groups, list[int]]":
         """What the scorer reads, and the row of each readable candidate in it."""
         by_label = self.scorer.interaction.by_label  # its features are of all labels
         offered = all_labels(self.task, readable) if by_label else readable
@@ -157,13 +164,15 @@ def _gains(task: Task, candidates: Sequence[Candidate], how: str) -> np.ndarray:
     return task.gain_matrix([candidate.answer or "" for candidate in candidates])
 
 
-def _margin(shares: torch.Tensor, gains: np.ndarray, covariance: torch.Tensor, pick: int) -> float:
+def _margin(
+    shares: "torch.Tensor", gains: np.ndarray, covariance: "torch.Tensor", pick: int
+) -> float:
     """The expected gain of the pick over candidate 0, in posterior standard deviations.
 
     It is Δ·p(s) with Δ the difference of the two gains; to first order its variance is gᵀ Σ g with
     Σ [C, C] the covariance of the scores and g = p ∘ (Δ − Δ·p) the gradient by the scores.
     """
-    gain = torch.from_numpy(gains).float()
+    gain = shares.new_tensor(gains)
     difference = gain[pick] - gain[0]
     margin = difference @ shares
     gradient = shares * (difference - margin)

@@ -293,9 +293,8 @@ def test_without_the_extra_it_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, missing, None)
     for option in ("--html", "--plots"):
         assert run(["bench", "show", str(opened.folder), option, str(tmp_path / "out")]) == 2
-        assert (
-            capsys.readouterr().err
-            == f"hydra-llm: reports and plots need {missing}: pip install 'hydra-llm[report]'\n"
-        )
+        lack = f"a report needs the extra 'report' ({missing} is not installed)"
+        fix = "pip install 'hydra-llm[report]'"
+        assert capsys.readouterr().err == f"hydra-llm: {lack}: {fix}\n"
         assert not (tmp_path / "out").exists()
     assert run(["bench", "show", str(opened.folder)]) == 0

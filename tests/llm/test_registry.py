@@ -1,6 +1,5 @@
 """From a name to an LLM: built-in ones, plug-ins, unknown ones, and what is wrapped around them."""
 
-import importlib.util
 import sys
 from functools import partial
 from importlib.metadata import EntryPoint
@@ -13,7 +12,7 @@ import pytest
 
 from hydra_llm import plugins
 from hydra_llm.config import Settings
-from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
+from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError, UserFault
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.endpoint import endpoint_of
 from hydra_llm.llm.fake import RuleLLM
@@ -141,13 +140,8 @@ def test_a_plug_in_is_an_entry_point_and_its_name_is_told(monkeypatch: pytest.Mo
 def test_a_package_that_is_missing_is_one_line_with_the_command(
     monkeypatch: pytest.MonkeyPatch, name: str, fault: str
 ) -> None:
-    real = importlib.util.find_spec
-
-    def find(wanted: str, *rest: Any) -> Any:
-        return None if wanted == name else real(wanted, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find)
-    with pytest.raises(SettingsError, match=fault):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserFault, match=fault):
         bare_llm("smollm2", Settings())
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import parse_time
+from hydra_llm.model.head import usable_head
 from hydra_llm.model.heads import Head, HeadKind, HeadMatrix, HeadProblem, latest_time, make_head
-from hydra_llm.model.heads.base import usable_head
 from hydra_llm.model.heads.kernel import KernelHead, pack
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import (

@@ -14,6 +14,7 @@ from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.config import NAMES, Settings, load_settings, log_renamed
 from hydra_llm.errors import DataError, SettingsError
+from hydra_llm.extras import require
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Prices
 
@@ -242,12 +243,12 @@ def sweep(
     Precedence of settings: point > `--set` > sweep file. `--record` records only the LLM of
     `--llm`, not those of points.
     """
-    from hydra_llm.bench.report import sweeps, tables
+    from hydra_llm.bench.report import sweeps
     from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
 
     main, chosen, flags = source.spec(), load_sweep(file), options.given()
     if plot is not None:
-        tables.require()
+        require("report", "a report")
     varied = {name for point in chosen.points for name in NAMES.flat(point.settings)}
     for name in sorted(flags.keys() & varied):
         console.say(f"{name} is set by points of the sweep: --set counts only for the others")

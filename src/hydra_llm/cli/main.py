@@ -21,6 +21,7 @@ from typer.main import get_command, get_group
 from hydra_llm import __version__
 from hydra_llm.environment import clean_variables, expanded, open_standard_streams
 from hydra_llm.errors import HydraError, UserFault
+from hydra_llm.extras import one_line_imports
 
 NAME = "hydra-llm"
 STOPPED = 130  # exit code after Ctrl-C
@@ -129,7 +130,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         clean_variables()
         words = list(arguments) or ["--help"]
-        result = get_group(app).main(words, prog_name=NAME, standalone_mode=False)
+        with one_line_imports(f"`{NAME} {words[0]}`"):
+            result = get_group(app).main(words, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not at interpreter shutdown
     except HydraError as error:
         return _report(error, error.exit_code)

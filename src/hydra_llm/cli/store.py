@@ -1,7 +1,7 @@
 """`hydra-llm keys`, `bundles` and `store`: what is kept in the gateway's database."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -9,7 +9,9 @@ from typer import Argument, Option
 from hydra_llm.cli import console
 from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
 from hydra_llm.errors import SettingsError
-from hydra_llm.store.values import Key
+
+if TYPE_CHECKING:
+    from hydra_llm.store.values import Key
 
 keys = typer.Typer(add_completion=False, no_args_is_help=True)
 bundles = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -53,7 +55,7 @@ def revoke(
     console.say(f"key {id} is revoked")
 
 
-def _row(key: Key) -> dict[str, Any]:
+def _row(key: "Key") -> dict[str, Any]:
     return {
         "id": key.id,
         "users": "all" if key.admin else ", ".join(key.users),

@@ -6,12 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anyio.to_thread import run_sync
 
-from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import HydraError
+from hydra_llm.extras import require
 from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
@@ -22,6 +23,9 @@ from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
 
 ANY_TASK = Task("chat", "generation", "{input}")  # what is answered without a bundle
 WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_tokens": 4096}
@@ -43,7 +47,7 @@ class Deployment:
     pipeline: Pipeline
     users: UserCache
     batcher: MicroBatcher
-    bundle: Bundle | None = None
+    bundle: "Bundle | None" = None
     prefetching: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)  # by user
 
     @property
@@ -132,6 +136,9 @@ def open_deployment(
         users = UserCache(store, None, size)
         batcher = MicroBatcher(None, queue, None)
         return Deployment(store, reads, pipeline, users, batcher)
+    require("learn", f"the bundle {folder} (reranker and adapter)")
+    from hydra_llm.bundle import Bundle
+
     loaded = Bundle.load(folder, here=here)
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.

@@ -5,25 +5,24 @@ written in one transaction on the version that was read. The same feedback twice
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anyio.to_thread import run_sync
 
-from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
 from hydra_llm.gateway.user_cache import UserSnapshot, from_stored, to_stored
-from hydra_llm.model.heads import Head
-from hydra_llm.model.scorer import FEEDBACK_WINDOW
+from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID, ConflictingFeedback, StaleVersion
 from hydra_llm.store.values import Request, StoredFeedback
 from hydra_llm.text import text_fault
-from hydra_llm.training.dataset import LabelledGroup
-from hydra_llm.training.train_scorer import target_rule, training_set
 from hydra_llm.types import Candidate, Query, Record
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
 
 Heads = Mapping[str, Head]  # by scorer
 ACCEPTED = 0.5  # minimum rating of an answer that counts as what the user wanted
@@ -159,11 +158,14 @@ class _Feedback:
 
 
 def heads_after(
-    bundle: Bundle, user: str, heads: Heads, judged: Sequence[StoredFeedback]
+    bundle: "Bundle", user: str, heads: Heads, judged: Sequence[StoredFeedback]
 ) -> dict[str, Head]:
     """The adapter's head after all feedback since it was fitted, and the fitted one beside it.
     Learned are the bundle's latest judged groups, each request's once, oldest first.
     """
+    from hydra_llm.training.dataset import LabelledGroup
+    from hydra_llm.training.train_scorer import target_rule, training_set
+
     scorer = bundle.scorers["adapter"]
     fitted = heads.get(FITTED) or heads.get("adapter") or Head.of(scorer.head.empty())
     own = [feedback for feedback in judged if feedback.content["bundle"] == bundle.weights]

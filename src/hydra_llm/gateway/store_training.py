@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError, HydraError
@@ -21,13 +21,16 @@ from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.model.heads import Head
+from hydra_llm.model.head import Head
 from hydra_llm.store.change import FEEDBACK_ID, NoSuchUser, StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Job, StoredFeedback
 from hydra_llm.tasks.base import Task
-from hydra_llm.training.api import Learned, fit, learn
 from hydra_llm.types import Record
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.training.api import Learned
 
 IDLE_SECONDS = 1.0
 TRIES = 5
@@ -112,9 +115,15 @@ class Worker:
         raise HydraError("the user changes faster than heads are fitted")
 
     def _fitted(
-        self, bundle: Bundle, job: Job, records: Sequence[Record], judged: Sequence[StoredFeedback]
+        self,
+        bundle: "Bundle",
+        job: Job,
+        records: Sequence[Record],
+        judged: Sequence[StoredFeedback],
     ) -> dict[str, Head]:
         """The user's heads, fitted on these records and updated by the feedback that is in none."""
+        from hydra_llm.training.api import fit
+
         if self._llm is None:
             raise HydraError("this server has no LLM that could label candidates")
         bundle = replace(bundle, settings=bundle.learned_with or bundle.settings)
@@ -138,10 +147,12 @@ def learn_from_store(
     out: Path,
     task: Path | None,
     progress: StageProgress,
-) -> Learned:
+) -> "Learned":
     """Learn from the store's users: the shared weights go to `out`, a bundle without records, and
     the heads into the store. `DataError` if no user has records, or the task's file is broken.
     """
+    from hydra_llm.training.api import learn
+
     if task is None:  # of a conversation's answer every line counts
         kind, settings = ANY_TASK, settings.model_copy(update={"parsing": "strict"})
     else:

@@ -6,19 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import numpy as np
 from anyio.to_thread import run_sync
 from cachetools import LRUCache
 
-from hydra_llm.bundle import Bundle
 from hydra_llm.errors import StoreError
-from hydra_llm.model.heads import Head
+from hydra_llm.model.head import Head
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import StoredHead
 from hydra_llm.types import Record, as_one_text
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
 
 R = TypeVar("R")
 READS_AT_ONCE = 40
@@ -63,7 +65,7 @@ class UserSnapshot:
 class UserCache:
     """An LRU cache of a store's users. Any thread may call."""
 
-    def __init__(self, store: Store, bundle: Bundle | None, size: int):
+    def __init__(self, store: Store, bundle: "Bundle | None", size: int):
         self._store, self._bundle = store, bundle
         # Whether histories have to be encoded before they can be scored.
         self.need_features = bundle is not None and bundle.settings.features == "tower"

@@ -26,11 +26,11 @@ from anyio import to_thread
 
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.extras import require
 from hydra_llm.llm.base import Sampling
 from hydra_llm.text import fold
 from hydra_llm.types import Generation, Message, Usage
 
-INSTALL = "pip install 'hydra-llm[embedded]'"
 ROLES = ("system", "user", "assistant")
 CONTEXT = 2048  # default context window of one conversation, in tokens
 SLOTS = 8  # samples side by side: 7 samples of a 1.5B model take 3.9 s in 8 slots, 4.8 s in one
@@ -60,8 +60,7 @@ class GgufLLM:
         except OSError as error:
             problem = f"cannot read the model ({error.strerror}): give the path of a .gguf file"
             raise SettingsError(f"gguf:{path}: {problem}") from None
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise SettingsError(f"an embedded model needs xllamacpp: {INSTALL}")
+        require("embedded", "an embedded model")
         self.path, self.model, self.window = path, model_name or path.stem, context_per_slot
         self._one_at_a_time = Lock()
 
@@ -245,7 +244,7 @@ def _import_engine() -> Any:
     try:
         return importlib.import_module("xllamacpp")
     except ImportError as error:
-        fix = f"{INSTALL}; on Linux it needs libgomp1"
+        fix = "on Linux it needs libgomp1"
         raise SettingsError(f"xllamacpp does not load ({error}): {fix}") from None
     finally:
         if before is None:

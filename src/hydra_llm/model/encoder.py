@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import require
 
 Pooling = Literal["mean", "cls"]
 log = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def open_encoder(
     """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
     Raises SettingsError: it is not there, cannot be reached, or is no encoder of texts.
     """
+    require("learn", "an encoder")
     if name == "minilm":
         model, tokenizer = _load(_minilm_folder(), local=True)
     elif name and Path(name).expanduser().is_dir():

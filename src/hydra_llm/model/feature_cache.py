@@ -10,12 +10,15 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 from cachetools import FIFOCache
 
 from hydra_llm.kv import CacheFile
-from hydra_llm.model.encoder import Encoder
+
+if TYPE_CHECKING:
+    from hydra_llm.model.encoder import Encoder
 
 MEMORY_BYTES = 64 * 2**20  # how many bytes of vectors stay in memory; the oldest go first
 PASSING = 4096  # vectors of texts that are not kept, such as queries: they evict no record's
@@ -35,7 +38,7 @@ _open = partial(CacheFile, schema=SCHEMA, what="features", erases=True)
 class FeatureCache:
     """An encoder with a cache, safe for several threads, and for several processes on one file."""
 
-    def __init__(self, encoder: Encoder, path: Path | None = None):
+    def __init__(self, encoder: "Encoder", path: Path | None = None):
         self.encoder, self.path = encoder, path
         self.keep = True  # whether vectors are written to the file, unless a call says otherwise
         self.hits = 0  # distinct texts or pairs that were cached

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.model.heads import Head, HeadKind, HeadProblem, make_head
+from hydra_llm.model.head import FEEDBACK_WINDOW, Head
+from hydra_llm.model.heads import HeadKind, HeadProblem, make_head
 from hydra_llm.model.interactions import Groups, Interaction, make_interaction
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
 
-FEEDBACK_WINDOW = 64  # the latest judged groups that an online update counts: bounds its time
 GroupHeads = Sequence[Head | None]  # one for each group; None is the shared head
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from hydra_llm.extras import require
 from hydra_llm.tasks import base
 from hydra_llm.tasks.base import CohortStats, Floats, HistoryVectors, Pairs, Parsing, PromptWords
 from hydra_llm.types import Candidate, Record
@@ -49,6 +50,7 @@ class Generation(base.TaskKind):
 
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
         """[N, 2] of ROUGE F-measures, or [N, 10] counts of BLEU."""
+        require("bench", f"the metric {metric}")
         if metric == "bleu":  # as sacrebleu: lengths, matching and all n-grams for n = 1 to 4
             from sacrebleu.metrics.bleu import BLEU
 

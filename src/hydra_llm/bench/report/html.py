@@ -12,6 +12,7 @@ from hydra_llm.bench.report.plots import BARS, plots, svg
 from hydra_llm.bench.report.summary import cost_rows, learning_rows, run_summary
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows, sweep_svg
 from hydra_llm.bench.runlog import Sample, by_method
+from hydra_llm.extras import require
 
 SHOWN = 10  # queries whose answers are shown
 CAPTIONS = {
@@ -31,9 +32,9 @@ def page(
     reports: Sequence[tables.Report], answers: bool = True, sweeps: Sequence[SweepResult] = ()
 ) -> str:
     """The reports of runs, then of sweeps, as the text of an HTML file; without `answers` it quotes
-    nothing of the data. SettingsError if the extra `report` is not installed.
+    nothing of the data. MissingExtra if the extra `report` is not installed.
     """
-    tables.require()
+    require("report", "a report")
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from hydra_llm.bench.report.tables import GROUPS, Report, TableRow, axis_title, require
+from hydra_llm.bench.report.tables import GROUPS, Report, TableRow, axis_title
 from hydra_llm.bench.results import changes_by_user, pair
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import require
 
-require()
+require("report", "a report")
 import altair as alt  # noqa: E402
 
 Plot = alt.LayerChart | alt.FacetChart
@@ -61,7 +62,7 @@ def plots(report: Report) -> dict[str, Plot]:
 
 def write(report: Report, folder: Path) -> Path:
     """Write every plot of a run to a folder as SVG; SettingsError if the folder is a file."""
-    require()
+    require("report", "a report")
     drawn = {name: svg(plot) for name, plot in plots(report).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def sweep_rows(result: SweepResult) -> list[dict[str, Any]]:
 
 
 def sweep_svg(result: SweepResult) -> str:
-    """The first metric over what varied, as SVG; SettingsError without the extra `report`."""
+    """The first metric over what varied, as SVG; MissingExtra without the extra `report`."""
     from hydra_llm.bench.report import plots
 
     metric, points = result["metric"], []

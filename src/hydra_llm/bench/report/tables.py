@@ -305,17 +305,6 @@ def results_table(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
 # ---- figures as text
 
 
-def require() -> None:
-    """Raise SettingsError if the libraries of pages and plots (extra `report`) are missing."""
-    try:
-        import altair  # noqa: F401
-        import jinja2  # noqa: F401
-        import vl_convert  # noqa: F401
-    except ImportError as error:
-        fix = "pip install 'hydra-llm[report]'"
-        raise SettingsError(f"reports and plots need {error.name}: {fix}") from None
-
-
 def cell(value: float, low: float, high: float, *, form: str = ".3f") -> str:
     """`0.810 [0.672, 0.935]`; a single user has no interval."""
     if math.isnan(value):

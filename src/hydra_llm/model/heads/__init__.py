@@ -3,14 +3,8 @@
 A kind is an entry point of the group `hydra_llm.heads`, built-in ones too.
 """
 
-from hydra_llm.model.heads.base import (
-    Head,
-    HeadKind,
-    HeadMatrix,
-    HeadProblem,
-    SGDConfig,
-    latest_time,
-)
+from hydra_llm.model.head import Head, latest_time
+from hydra_llm.model.heads.base import HeadKind, HeadMatrix, HeadProblem, SGDConfig
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.plugins import HEADS
 

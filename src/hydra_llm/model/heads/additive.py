@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hydra_llm.model.heads.base import Head, HeadProblem, VectorShared
+from hydra_llm.model.head import Head
+from hydra_llm.model.heads.base import HeadProblem, VectorShared
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.laplace import LaplacePosterior, mean_fisher
 from hydra_llm.model.newton import Apply, Problem, hessian_inverse, lbfgs, newton_cg, with_bias

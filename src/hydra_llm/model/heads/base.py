@@ -1,4 +1,4 @@
-"""One user's part of a scorer as a value, and what a kind of head must be able to do.
+"""All users' heads as one array, and what a kind of head must be able to do.
 
     score(user, pair) = g(φ; θ₀ + δ)     θ₀: the shared head, δ: the user's numbers (paper, 3.1)
 
@@ -10,7 +10,6 @@ Letters: U users, G groups, C candidates, P numbers of a head, V length of θ₀
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,28 +17,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from hydra_llm.history import span_of
+from hydra_llm.model.head import Head
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
-from hydra_llm.types import Query, Record
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """One user's numbers, and what they were learned from."""
-
-    numbers: np.ndarray  # [P] float32; read-only where `Head.of` made it
-    records: int = 0  # how many of the user's records, oldest first, it has learned from
-    until: float = -math.inf  # latest time of these, in seconds since 1970; -inf where unknown
-
-    @classmethod
-    def of(cls, numbers: Tensor | np.ndarray, records: int = 0, until: float = -math.inf) -> Self:
-        """A head with a read-only copy of these numbers."""
-        plain = numbers.detach().numpy() if isinstance(numbers, Tensor) else numbers
-        own = np.array(plain, dtype=np.float32)
-        own.flags.writeable = False
-        return cls(own, records, until)
 
 
 class HeadMatrix(Mapping[str, Head]):
@@ -99,29 +80,6 @@ class HeadMatrix(Mapping[str, Head]):
         if len(users) != len(ends) or (len(ends) and int(ends[-1]) != len(numbers)):
             raise ValueError(f"{len(users)} users, {len(ends)} heads of {len(numbers)} numbers")
         return cls(users, numbers, ends, meta)
-
-
-def latest_time(records: Sequence[Record]) -> float:
-    """The latest time at which one of these records begins; -inf where none has a time."""
-    return max((span_of(record)[0] for record in records), default=-math.inf)
-
-
-def usable_head(head: Head | None, query: Query, visible: int) -> tuple[Head | None, str]:
-    """The head if it has learned only from what a query that sees `visible` records may know: time
-    must not leak. Else None and the reason; a user without a head needs none.
-    """
-    if head is None:
-        return None, ""
-    learned = "the shared head answers: the user's own has learned from"
-    if head.records > visible:
-        return None, f"{learned} {head.records} records, and this query sees {visible}"
-    if head.until > span_of(query)[1]:
-        try:
-            until = datetime.fromtimestamp(head.until, UTC).strftime("%Y-%m-%d")
-        except (OverflowError, OSError, ValueError):  # no calendar has it
-            until = f"{head.until:g}"
-        return None, f"{learned} records until {until}, which is after this query"
-    return head, ""
 
 
 @dataclass(frozen=True)

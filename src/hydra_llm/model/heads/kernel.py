@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.model.heads.base import Head, HeadProblem, VectorShared
+from hydra_llm.model.head import Head
+from hydra_llm.model.heads.base import HeadProblem, VectorShared
 from hydra_llm.model.interactions import Interaction
 from hydra_llm.model.newton import losses
 

@@ -1,0 +1,51 @@
+"""Optional libraries: which extra of the package brings each, and one line where one is missing."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from hydra_llm.errors import MissingExtra
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "server": (
+        "alembic",
+        "fastapi",
+        "fastapi_offline",
+        "opentelemetry",
+        "prometheus_client",
+        "psycopg",
+        "sqlalchemy",
+        "starlette",
+        "uvicorn",
+    ),
+    "embedded": ("xllamacpp",),
+    "learn": ("torch", "transformers", "safetensors", "huggingface_hub"),
+    "bench": ("scipy", "rouge_score", "sacrebleu"),
+    "report": ("altair", "jinja2", "markupsafe", "vl_convert"),
+}
+"""Extra → the modules that it brings and this package imports."""
+_EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
+
+
+def require(extra: str, what: str = "this") -> None:
+    """Raise `MissingExtra` unless each module of an extra is installed; none is imported."""
+    for module in EXTRAS[extra]:
+        if find_spec(module) is None:
+            raise _missing(what, extra, module)
+
+
+@contextmanager
+def one_line_imports(what: str) -> Iterator[None]:
+    """Raise `MissingExtra` in place of the ImportError of an optional library."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRA_OF:
+            raise
+        raise _missing(what, _EXTRA_OF[module], module) from None
+
+
+def _missing(what: str, extra: str, module: str) -> MissingExtra:
+    fix = f"pip install 'hydra-llm[{extra}]'"
+    return MissingExtra(f"{what} needs the extra '{extra}' ({module} is not installed): {fix}")

