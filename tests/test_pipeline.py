@@ -349,6 +349,30 @@ async def test_the_sync_door_opens_inside_a_running_loop() -> None:
         door(Temperatures(LLMError("HTTP 500"), LLMError("HTTP 500"))).answer("rain", user="u")
 
 
+@pytest.mark.anyio
+async def test_sync_and_async_take_the_same_questions() -> None:
+    asker = door(RuleLLM(lambda *_: "odd"))
+    query = asker.query("rain", "u")
+    answers = [
+        asker.answer("rain", user="u"),
+        asker.answer(query),
+        asker.answer(query, user="u"),
+        await asker.aanswer("rain", user="u"),
+        await asker.aanswer(asker.context_of(query)),
+    ]
+    assert {answer.proposal.query for answer in answers} == {query}
+    assert {answer.text for answer in answers} == {"odd"}
+    proposals = [asker.propose("rain", user="u"), await asker.apropose("rain", user="u")]
+    assert {proposal.messages[-1]["content"] for proposal in proposals} == {
+        answers[0].proposal.messages[-1]["content"]
+    }
+    for call in (asker.aanswer, asker.apropose):
+        with pytest.raises(UnknownUser, match="stranger"):
+            await call("rain", user="stranger")
+        with pytest.raises(UserFault, match="of user 'u', not of 'v'"):
+            await call(query, user="v")
+
+
 def test_deciding_makes_no_llm_call() -> None:
     llm = RuleLLM(lambda *_: "odd")
     asker = door(llm)

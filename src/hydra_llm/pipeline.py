@@ -31,6 +31,7 @@ from hydra_llm.types import Answer, Candidate, Generation, Proposal, Query, Rank
 Result = Generation | LLMError
 Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
 Records = Mapping[str, Sequence[Record]]  # user → records
+Question = Query | Context | str
 MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
 CUT_MARGIN = 0.9  # per cut, of what should fit: estimated tokens are not the LLM's
 
@@ -201,19 +202,22 @@ class UserPipeline(Pipeline):
         """These stages with an LLM and users."""
         return cls(**vars(stages), llm=llm, records=records, heads=heads)
 
-    def context_of(self, question: Query | Context) -> Context:
-        """The context of a query; a context is returned as it is."""
+    def context_of(self, question: Question, user: str | None = None) -> Context:
+        """The context of a query, or of a text of `user`; a context is returned as it is."""
         if isinstance(question, Context):
             return question
-        user = question.user
-        heads = {scorer: own[user] for scorer, own in self.heads.items() if user in own}
-        return self.context(question, before(self.records.get(user, ()), question), heads)
+        query = self.query(question, user) if isinstance(question, str) else question
+        owner = query.user
+        if user not in (None, owner):
+            raise UserFault(f"the query is of user '{owner}', not of '{user}': leave `user` out")
+        heads = {scorer: own[owner] for scorer, own in self.heads.items() if owner in own}
+        return self.context(query, before(self.records.get(owner, ()), query), heads)
 
-    async def apropose(self, question: Query | Context) -> Proposal:
-        """Everything up to the candidates; LLMError if the LLM gave no answer at all."""
+    async def apropose(self, question: Question, *, user: str | None = None) -> Proposal:
+        """Everything up to the candidates; arguments and errors as of `aanswer`."""
         seconds: dict[str, float] = {}
         with _timed(seconds, "retrieve"):
-            context = self.context_of(question)
+            context = self.context_of(question, user)
             retrieved = self.retrieve(context)
         with _timed(seconds, "rerank"):
             ranked = self.rerank(context, retrieved)
@@ -232,9 +236,14 @@ class UserPipeline(Pipeline):
             notes=(*context.notes, *sampled.prompt.notes, *sampled.notes),
         )
 
-    async def aanswer(self, question: Query | Context) -> Answer:
-        """`apropose`, then the selector's pick."""
-        context = self.context_of(question)
+    async def aanswer(self, question: Question, *, user: str | None = None) -> Answer:
+        """`apropose`, then the selector's pick; a plain text is asked for `user` as of now.
+
+        Raises:
+            UnknownUser: a plain text for a user without records.
+            LLMError: the LLM gave no answer at all.
+        """
+        context = self.context_of(question, user)
         return self.decide(context, await self.apropose(context))
 
     def decide(self, context: Context, proposal: Proposal) -> Answer:
@@ -247,21 +256,15 @@ class UserPipeline(Pipeline):
         text = pick.answer if pick.answer is not None else pick.text
         return Answer(text, timed, tuple(candidates), chosen, abstained)
 
-    # ---- the same from sync code, and for a plain text
+    # ---- the same from sync code
 
-    def propose(self, query: Query) -> Proposal:
+    def propose(self, question: Question, *, user: str | None = None) -> Proposal:
         """`apropose` from sync code."""
-        return run_sync(partial(self.apropose, query))
+        return run_sync(partial(self.apropose, question, user=user))
 
-    def answer(self, query: Query | str, *, user: str | None = None) -> Answer:
-        """`aanswer` from sync code; a plain text is asked for `user` as of now.
-
-        Raises:
-            UnknownUser: a plain text for a user without records.
-            LLMError: the LLM gave no answer at all.
-        """
-        question = self.query(query, user) if isinstance(query, str) else query
-        return run_sync(partial(self.aanswer, question))
+    def answer(self, question: Question, *, user: str | None = None) -> Answer:
+        """`aanswer` from sync code."""
+        return run_sync(partial(self.aanswer, question, user=user))
 
     def query(self, text: str, user: str | None) -> Query:
         """A text as a query after all of the user's records; UnknownUser without records, UserFault

@@ -109,9 +109,14 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "b"
 
 
+PROGRESS = re.compile(
+    r"[a-z ]+: \d+(/\d+)?(, [\d.e+-]+/s(, [\d.]+ (s|min|h) left)?|, took [\d.]+ (s|min|h))?"
+)
+
+
 def without_progress(err: str) -> list[str]:
     """The lines of stderr without progress, which a slow machine prints."""
-    return [line for line in err.splitlines() if not re.fullmatch(r"[a-z ]+: \d+(/\d+)?", line)]
+    return [line for line in err.splitlines() if not PROGRESS.fullmatch(line)]
 
 
 class Outcome:

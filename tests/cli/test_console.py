@@ -75,7 +75,11 @@ def test_without_a_terminal_progress_is_a_line_in_ten_seconds(
             report("pairs", done, 30)
             report("quick", 1, 1)
             now += 1.0
-    assert capsys.readouterr().err.splitlines() == ["pairs: 10/30", "pairs: 20/30", "pairs: 30/30"]
+    assert capsys.readouterr().err.splitlines() == [
+        "pairs: 10/30, 1/s, 20 s left",
+        "pairs: 20/30, 1/s, 10 s left",
+        "pairs: 30/30, took 30 s",
+    ]
 
 
 BARS = """
@@ -107,3 +111,9 @@ def test_quiet_progress_prints_nothing(capfd: pytest.CaptureFixture[str]) -> Non
     with console.progress(quiet=True) as report:
         report("pairs", 1, 3)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_values_of_a_mapping_are_below_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit({"users": 2, "seconds": {"label records": 1.25, "fit reranker": 0.5}})
+    lines = ["users: 2", "seconds:", "  label records: 1.25", "  fit reranker: 0.5"]
+    assert capsys.readouterr().out.splitlines() == lines

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
+from hydra_llm.cli.table import print_table, print_text
 from hydra_llm.config import NAMES, Settings, load_settings, log_renamed
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.extras import require
@@ -70,6 +71,7 @@ def run(
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only estimate the cost.")] = False,
     lamp: Annotated[bool, Option("--export-lamp", help="Also write LaMP's format.")] = False,
+    wide: opt.Wide = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Answer new users' queries (of each, the first `--limit`) by each method; print the table.
@@ -111,7 +113,10 @@ def run(
     rows = tabulate(task, result.samples, prices)
     figures = [row.to_json() for row in rows]
     console.say(f"wrote {result.log.finish(figures, result.learning)}")
-    console.emit(figures if as_json else results_table(rows), as_json)
+    if as_json:
+        console.emit(figures, True)
+    else:
+        print_table(results_table(rows), wide=wide)
 
 
 def _load(
@@ -172,6 +177,7 @@ def show(
     costs: Annotated[bool, Option("--costs", help="Also print costs.")] = False,
     price_prompt: Price = 0.0,
     price_completion: Price = 0.0,
+    wide: opt.Wide = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
@@ -194,24 +200,25 @@ def show(
         }
         console.emit({"runs": rows, "over_tasks": shares, "sweeps": results}, True)
         return
+    show_table = partial(print_table, wide=wide)
     for report in reports:
         measured = report.run
         title = f"{measured.folder}: {measured.task.name}; * best, ' second best of what is ranked"
-        console.print_table(tables.method_rows(report), title)
-        print(summary_line(measured))
+        show_table(tables.method_rows(report), title)
+        print_text(summary_line(measured), wide=wide)
         if report.comparisons:
             title = f"Paired differences from {report.baseline}, 95 % intervals over users"
-            console.print_table(tables.comparison_rows(report.comparisons), title)
+            show_table(tables.comparison_rows(report.comparisons), title)
         if costs:
-            console.print_table(cost_rows(report), "What a query costs")
+            show_table(cost_rows(report), "What a query costs")
             if learning := learning_rows(report):
-                console.print_table(learning, "What learning cost")
+                show_table(learning, "What learning cost")
         for sentence in findings(report):
-            print(f"- {sentence}")
+            print_text(f"- {sentence}", indent="  ", wide=wide)
     if over_tasks:
-        console.print_table(tables.overall_rows(over_tasks), tables.OVERALL)
+        show_table(tables.overall_rows(over_tasks), tables.OVERALL)
     for result in results:
-        console.print_table(sweeps.sweep_rows(result), result["question"])
+        show_table(sweeps.sweep_rows(result), result["question"])
 
 
 def _write(file: Path, text: str, note: str = "") -> None:
@@ -236,6 +243,7 @@ def sweep(
     users: Users = None,
     limit: opt.Limit = None,
     plot: Annotated[Path | None, Option(help="Plot; default: OUT/sweep.svg.")] = None,
+    wide: opt.Wide = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Run the methods of a sweep file at each of its points, print and draw the results.
@@ -272,7 +280,10 @@ def sweep(
         console.say(str(error))
     else:
         _write(plot or out / "sweep.svg", drawing)
-    console.emit(result if as_json else sweeps.sweep_rows(result), as_json)
+    if as_json:
+        console.emit(result, True)
+    else:
+        print_table(sweeps.sweep_rows(result), wide=wide)
 
 
 @app.command("study", hidden=True)
@@ -287,6 +298,7 @@ def study(**values: Any) -> None:
 def compare(
     first: Annotated[Path, Argument(help="Folder of a run.")],
     second: Annotated[Path, Argument(help="Folder of another run on the same data.")],
+    wide: opt.Wide = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Print the differences of two runs per method, second minus first."""
@@ -297,4 +309,4 @@ def compare(
         console.emit({method: own.to_json() for method, own in comparisons.items()}, True)
         return
     title = f"{second} minus {first}, 95 % intervals over users"
-    console.print_table(tables.comparison_rows(comparisons), title)
+    print_table(tables.comparison_rows(comparisons), title, wide)

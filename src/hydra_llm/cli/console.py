@@ -1,12 +1,13 @@
 """Output of commands: results on stdout, progress on stderr."""
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from time import monotonic
 from typing import Any
+
+from hydra_llm.cli.table import as_cell, print_table
 
 Report = Callable[[str, int, int | None], None]
 """`report(stage, done, total)`: `done` of `total` steps of `stage` are done; None is unknown."""
@@ -28,25 +29,9 @@ def emit(data: Any, as_json: bool = False) -> None:
         case str(text):
             print(text)
         case dict(values):
-            print("".join(f"{name}: {_cell(value)}\n" for name, value in values.items()), end="")
+            print("\n".join(_lines_of(values)))
         case rows:
             print_table(rows)
-
-
-def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
-    """Print rows of equal keys as a table; columns are never cut if stdout is not a terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in rows[0] if rows else ():
-        numeric = all(isinstance(row[name], int | float) for row in rows if row[name] is not None)
-        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def say(line: str) -> None:
@@ -63,42 +48,67 @@ def progress(quiet: bool = False) -> Iterator[Report]:
     from rich import progress as rich
     from rich.console import Console
 
-    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
-    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), *times)
+    times = (rich.TextColumn("{task.fields[rate]}"), rich.TimeElapsedColumn())
+    columns = ("{task.description}", rich.BarColumn(20), rich.MofNCompleteColumn(), *times)
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, rich.TaskID] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            task = bars.tasks[tasks[stage]]
+            bars.update(
+                tasks[stage], completed=done, total=total, rate=_rate(task.speed, done, total)
+            )
 
         yield report
 
 
 def _lines() -> Report:
     """A line per stage every QUIET_SECONDS, and when a stage that printed one is done."""
-    last: dict[str, float] = {}  # when a stage began, or printed its last line
-    printed: set[str] = set()
+    last: dict[str, tuple[float, int]] = {}  # when a stage began or printed a line, and its count
+    began: dict[str, float] = {}  # of the stages that printed a line
 
     def report(stage: str, done: int, total: int | None) -> None:
         now = monotonic()
-        due = now - last.setdefault(stage, now) >= QUIET_SECONDS
-        if due or (done == total and stage in printed):
-            say(f"{stage}: {done}" + ("" if total is None else f"/{total}"))
-            last[stage] = now
-            printed.add(stage)
+        before, count = last.setdefault(stage, (now, done))
+        steps = f"{stage}: {done}" + ("" if total is None else f"/{total}")
         if done == total:
-            printed.discard(stage)
+            if stage in began:
+                say(f"{steps}, took {_duration(now - began.pop(stage))}")
             del last[stage]
+        elif now - before >= QUIET_SECONDS:
+            rate = _rate((done - count) / (now - before), done, total)
+            say(f"{steps}, {rate}" if rate else steps)
+            last[stage] = now, done
+            began.setdefault(stage, before)
 
     return report
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    return "" if value is None else str(value)
+def _rate(speed: float | None, done: int, total: int | None) -> str:
+    """`2.5/s, 40 s left`, of the steps per second; empty where they are unknown."""
+    if not speed:
+        return ""
+    left = "" if total is None else f", {_duration((total - done) / speed)} left"
+    return f"{speed:.3g}/s{left}"
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _lines_of(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """`name: value` lines; the values of a mapping are indented below its name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:"
+            yield from _lines_of(value, f"{indent}  ")
+        else:
+            yield f"{indent}{name}: {as_cell(value)}"
 
 
 def _builtin(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typer import Option
 
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
+from hydra_llm.cli.table import print_table
 from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
@@ -35,19 +36,19 @@ def demo(
         return
     counts = f"{TRAINING_USERS} training users, {users} new users, seed {seed}, {llm}"
     title = f"MovieLens-100K, what score would this person give? {counts}; lower MAE is better"
-    console.print_table(results_table(rows), title)
+    print_table(results_table(rows), title)
     query = example.proposal.query
     print(f"One answer: user {query.user}, film {query.input}; the true score is {query.gold}.")
     records: list[dict[str, Any]] = []
     for rank, item in enumerate(example.proposal.records, 1):
         record = {"rank": rank, "record": item.record.input, "score": item.record.output}
         records.append({**record, "retrieved as": item.rank + 1, "usefulness": item.usefulness})
-    console.print_table(records, "Records in the reranker's order (the first k are in the prompt)")
+    print_table(records, "Records in the reranker's order (the first k are in the prompt)")
     candidates = [
         {"candidate": c.text, "LLM votes": c.votes, "score": c.score, "probability": c.probability}
         for c in sorted(example.candidates, key=lambda candidate: -(candidate.score or 0.0))
     ]
-    console.print_table(candidates, "Candidates")
+    print_table(candidates, "Candidates")
     print(f"The pick: {example.text}")
 
 

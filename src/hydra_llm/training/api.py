@@ -23,7 +23,7 @@ from hydra_llm.datasets.native import load
 from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.llm.concurrency import StageProgress, run_sync
+from hydra_llm.llm.concurrency import Progress, StageProgress, run_sync
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
@@ -121,10 +121,13 @@ async def alearn(
     records = {user: data.answered(user) for user in users if data.history(user)}
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
-    bundle = replace(blank_bundle(data.task, model, settings, records), trained_on=tuple(records))
+    encoding = partial(progress, "encode texts")
+    blank = blank_bundle(data.task, model, settings, records, encoding)
+    bundle = replace(blank, trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(bundle, tuple(records), notes=notes)
     await _Work(learned, model, progress, out, strengths).learn(first)
+    blank.store.encoder.progress = None
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -184,12 +187,17 @@ learn, fit = _blocking(alearn), _blocking(afit)
 
 
 def blank_bundle(
-    task: Task, llm: ChatLLM, settings: Settings, records: Mapping[str, Sequence[Record]]
+    task: Task,
+    llm: ChatLLM,
+    settings: Settings,
+    records: Mapping[str, Sequence[Record]],
+    progress: Progress | None = None,
 ) -> Bundle:
-    """A bundle that has learned nothing: all that prompts need."""
+    """A bundle that has learned nothing: all that prompts need. `progress` is the encoder's."""
     encoder = open_encoder(
         settings.encoder, pooling=settings.pooling, max_length=settings.max_length
     )
+    encoder.progress = progress
     store = FeatureCache(encoder, settings.cache / "features.sqlite")
     stats = fit_stats(task, store, list(records.values()))
     return Bundle(task, settings, dict(llm.identity), store, stats, records=records)

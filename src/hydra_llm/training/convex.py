@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hydra_llm.llm.concurrency import Progress
 from hydra_llm.model.heads import Head, HeadKind, HeadProblem, SGDConfig
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Problem, newton_cg, with_bias
@@ -57,6 +58,7 @@ def fit_scorer(
     seed: int = 0,
     unseen: Sequence[str] = (),
     strengths: Strengths = Strengths(),
+    done: Progress | None = None,
 ) -> tuple[FitReport, UserHeads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
 
@@ -73,7 +75,9 @@ def fit_scorer(
     if not unseen and len(names) > 1:
         parts = folds(names, FOLDS if len(plain) > TINY_SET else TINY_FOLDS, seed)
     parted = [_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts]
-    base = _Base(scorer, plain, [fold for fold in parted if len(fold.train)], report)
+    used = [fold for fold in parted if len(fold.train)]
+    pairs = len(strengths.ridges) * len(_side_ridges(plain, strengths))
+    base = _Base(scorer, plain, used, report, _Steps((pairs + 4) * len(used) + 1, done))
     if base.folds:
         base.choose_strengths(strengths)
     scorer.prior_precision = torch.tensor(report.precision)
@@ -83,6 +87,7 @@ def fit_scorer(
         calibrate(scorer, base.held_out(data, TrainingSet.calibration_splits), report)
     base.fit(plain)
     heads = fit_heads(scorer, plain, names)
+    base.steps.finish()
     measure_posterior(scorer, plain, heads)
     return report, heads
 
@@ -92,6 +97,28 @@ class _Fold(NamedTuple):
     held_out: list[str]  # the names of others, who evaluate it
 
 
+def _side_ridges(data: TrainingSet, tried: Strengths) -> tuple[float, ...]:
+    return tried.side_ridges if len(data) <= LARGE_SET else tried.side_ridges[:1]
+
+
+class _Steps:
+    """Reports how many bases were fitted: for each fold, one for each pair of ridges, then four (to
+    choose the precision, to tune and to calibrate twice); the last one at the end.
+    """
+
+    def __init__(self, count: int, done: Progress | None):
+        self.steps, self.total, self.done = 0, count, done
+
+    def step(self) -> None:
+        self.steps = min(self.steps + 1, self.total - 1)  # not every head is tuned
+        if self.done is not None:
+            self.done(self.steps, self.total)
+
+    def finish(self) -> None:
+        if self.done is not None:
+            self.done(self.total, self.total)
+
+
 class _Base(NamedTuple):
     """The base of the strengths in the report, fitted on one set of users after the other."""
 
@@ -99,15 +126,21 @@ class _Base(NamedTuple):
     plain: TrainingSet
     folds: list[_Fold]
     report: FitReport
+    steps: _Steps
 
     def fit(self, train: TrainingSet) -> None:
         """The base of these users, and what a kind of head shares beside it."""
-        fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
+        self.fit_shared(train)
         self.scorer.head.learn_shared(head_problems(self.scorer, train, train.names()))
+
+    def fit_shared(self, train: TrainingSet) -> None:
+        """The base alone, by the strengths in the report."""
+        fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
+        self.steps.step()
 
     def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""
-        fit_base(self.scorer, fold.train, self.report.ridge, self.report.evidence_ridge)
+        self.fit_shared(fold.train)
         for user in fold.held_out:
             yield from head_problems(self.scorer, self.plain.of([user]), [user])
 
@@ -126,10 +159,10 @@ class _Base(NamedTuple):
         precision, by their later groups' loss with heads of the earlier ones.
         """
         scorer, plain, report = self.scorer, self.plain, self.report
-        side_ridges = tried.side_ridges if len(plain) <= LARGE_SET else tried.side_ridges[:1]
-        by_ridges = dict.fromkeys(product(tried.ridges, side_ridges), 0.0)
+        by_ridges = dict.fromkeys(product(tried.ridges, _side_ridges(plain, tried)), 0.0)
         for ridges, (train, part) in product(by_ridges, self.folds):
             fit_base(scorer, train, *ridges)
+            self.steps.step()
             unseen = plain.of(part)
             with torch.no_grad():
                 by_ridges[ridges] += summed_loss(scorer, unseen, scorer.core(unseen.groups))
@@ -139,7 +172,7 @@ class _Base(NamedTuple):
         totals = dict.fromkeys(tried.precisions, 0.0)
         probe = scorer.head.precision_probe()
         for train, part in self.folds:
-            fit_base(scorer, train, report.ridge, report.evidence_ridge)
+            self.fit_shared(train)
             for early, late in plain.of(part).prequential_splits():
                 for precision in tried.precisions:
                     heads = fit_heads(scorer, early, part, kind=probe, precision=precision)

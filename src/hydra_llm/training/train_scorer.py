@@ -53,7 +53,6 @@ def train_scorer(
 ) -> Bundle:
     """The bundle with one more scorer; with `tune` the bundle's own encoder is trained too."""
     name, config = data.name, sgd_config(bundle.settings)
-    progress(f"fit {name}", 0, 1)
     groups = data.groups(bundle.featurizer)
     scorer = _blank_scorer(bundle, data, groups)
     interaction, head = scorer.interaction, scorer.head
@@ -73,12 +72,11 @@ def train_scorer(
         labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
-        fit_report, own_heads = fit_scorer(
-            scorer, labelled, seed=config.seed, unseen=unseen, strengths=strengths
-        )
+        options: dict[str, Any] = {"seed": config.seed, "unseen": unseen, "strengths": strengths}
+        fitting = partial(progress, f"fit {name}")
+        fit_report, own_heads = fit_scorer(scorer, labelled, **options, done=fitting)
     else:
         fit_report, own_heads = fit_unseen(scorer, labelled, config)
-    progress(f"fit {name}", 1, 1)
     scorers = {**bundle.scorers, name: scorer.eval()}
     heads = {**bundle.heads, name: with_times(joint_heads | own_heads, bundle.records)}
     reports = {**bundle.report, name: report | fit_report.to_json(convex=head.convex)}

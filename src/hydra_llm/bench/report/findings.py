@@ -4,6 +4,7 @@ holds its figures. Knows no LLM.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from hydra_llm.bench.runlog import Sample
 
 def findings(report: Report) -> list[str]:
     """The sentences of a run, one variant of HYDRA after the other."""
+    return list(_findings(report))
+
+
+@lru_cache(maxsize=64)  # several outputs of one report share them
+def _findings(report: Report) -> tuple[str, ...]:
     sentences: list[str] = []
     for row in report.rows:
         if base_name(row.method) == "hydra":
@@ -23,7 +29,7 @@ def findings(report: Report) -> list[str]:
     for learned in report.run.learning[:1]:  # the first seed
         sentences += _learning("reranker", "records", learned.get("reranker") or {})
         sentences += _learning("adapter", "candidates", learned.get("adapter") or {})
-    return sentences
+    return tuple(sentences)
 
 
 def _comparisons(report: Report, name: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ a run may be stopped, or still going on. Knows no LLM.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class TableRow:
         return self.result.method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """A run with its table: what text, page and plots are made from."""
 
@@ -208,6 +208,11 @@ def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
     """
     if len({report.run.manifest.get("data") for report in reports}) < max(2, len(reports)):
         return {}
+    return _overall(tuple(reports))
+
+
+@lru_cache(maxsize=16)  # several outputs of the same reports share it
+def _overall(reports: tuple[Report, ...]) -> dict[str, dict[str, Relative]]:
     tables = [{row.method: row for row in report.rows} for report in reports]
     means: dict[str, dict[str, Relative]] = {}
     for method in tables[0]:
