@@ -42,6 +42,7 @@ def test_an_error_of_a_store_is_one_line(
 ) -> None:
     file = tmp_path / "a.db"
     url = f"sqlite:///{file}"
+    Store(url).close()
     for arguments, message in (
         (
             ["check", "--store", "nonsense"],

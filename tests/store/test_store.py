@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.backup import backup, restore
+from hydra_llm.store.backup import backup, open_backup, restore
 from hydra_llm.store.change import ConflictingFeedback, StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
@@ -487,12 +487,14 @@ def test_a_backup_is_a_store_and_fills_an_empty_one(store: Store, tmp_path: Path
     assert counts == store.counts()
     with pytest.raises(StoreError, match="exists already"):
         backup(store, file)
+    saved = open_backup(file)
     with pytest.raises(StoreError, match="is not empty"):
-        restore(store, file)
+        restore(store, saved)
     exports = {name: store.export_user(name) for name in store.users()}
     for name in exports:
         store.delete_user(name)
-    assert restore(store, file) == counts
+    assert restore(store, saved) == counts
+    saved.close()
     assert {name: store.export_user(name) for name in store.users()} == exports
     store.add_records("eve", [record("a")])
     assert store.users() == ["ada", "bob", "eve"]

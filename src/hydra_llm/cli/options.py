@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from hydra_llm.cli import console
 from hydra_llm.config import NAMES, Settings, load_settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.cache import CachedLLM, merge_recording, write_recording
@@ -140,8 +141,14 @@ class RecordedLLM(Recording):
         return self.llm or f"replay:{self.replay}"
 
 
-def open_store(url: str, timeout: float = 3600.0) -> "closing[Store]":
-    """A store that is closed at the end; `timeout` is in seconds, long for maintenance."""
+@contextmanager
+def open_store(url: str, timeout: float = 3600.0, *, create: bool = False) -> "Iterator[Store]":
+    """A store that is closed at the end; `timeout` is in seconds, long for maintenance. `create`:
+    one that is not there is made, and said so; else that is a StoreError.
+    """
     from hydra_llm.store.store import Store
 
-    return closing(Store(url, timeout=timeout))
+    with closing(Store(url, timeout=timeout, create=create)) as store:
+        if store.created:
+            console.say(f"store {store.name}: created")
+        yield store

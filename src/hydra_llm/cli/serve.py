@@ -45,7 +45,7 @@ def serve(
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
-    with opt.open_store(store, settings.store_timeout) as opened:
+    with opt.open_store(store, settings.store_timeout, create=True) as opened:
         _check_store(opened, host, local, bundle)
         model = bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)

@@ -1,5 +1,6 @@
 """`hydra-llm keys`, `bundles` and `store`: what is kept in the gateway's database."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,7 @@ def create(
 
     if bool(user) == admin:
         raise SettingsError("name the users (--user U) or give --admin")
-    with open_store(store) as opened:
+    with open_store(store, create=True) as opened:
         key, secret = make_key(opened, label=label, admin=admin, users=user or ())
     console.emit({**_row(key), "key": secret} if as_json else secret, as_json)
 
@@ -98,6 +99,8 @@ def migrate(store: StoreURL, as_json: AsJson = False) -> None:
     with one_line_errors(database.url):
         before = version_of(database.engine)
         upgrade(database.engine)
+    if before is None:
+        console.say(f"store {database.name}: created")
     console.emit({"from": before, "to": LATEST}, as_json)
 
 
@@ -120,11 +123,13 @@ def backup(
 def restore(
     file: Annotated[Path, Argument(help="A backup.")], store: StoreURL, as_json: AsJson = False
 ) -> None:
-    """Fill an empty store, of either database, from a backup."""
-    from hydra_llm.store.backup import restore
+    """Fill an empty or a new store, of either database, from a backup."""
+    from hydra_llm.store.backup import open_backup, restore
 
-    with open_store(store) as opened:
-        console.emit(restore(opened, file), as_json)
+    # The backup first: a new store is made only for one that can be read.
+    with closing(open_backup(file)) as saved, open_store(store, create=True) as opened:
+        counts = restore(opened, saved)
+    console.emit(counts, as_json)
 
 
 @maintenance.command()

@@ -160,7 +160,7 @@ def learn_from_store(
             kind = Task.from_json(json.loads(task.read_text(encoding="utf-8")), str(task))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read as JSON ({error})", file=task) from None
-    with closing(Store(url)) as store:
+    with closing(Store(url, create=False)) as store:
         versions, data = _dataset(store, kind)
         # Features of what the LLM made of users' records could not be deleted later.
         with TemporaryDirectory() as folder:

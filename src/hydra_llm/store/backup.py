@@ -8,37 +8,54 @@ import sqlalchemy as sa
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
 from hydra_llm.store.store import Store
+from hydra_llm.store.urls import check_file, file_url
 
 
 def backup(store: Store, file: Path) -> dict[str, int]:
     """Copy everything, as of one moment, into a new SQLite file, which is a store too.
     Returns rows per table. Raises StoreError: the file exists already, or cannot be written.
     """
-    if file.exists():
-        raise StoreError(f"{file}: exists already, name a new file")
+    if file.exists() or file.is_symlink():
+        what = "is a folder" if file.is_dir() else "exists already"
+        raise StoreError(f"{file}: {what}, name a new file")
     part = file.with_name(file.name + ".part")
-    part.unlink(missing_ok=True)
+    _delete(part)
     try:
-        with closing(Store(f"sqlite:///{part}")) as copy:
+        with closing(Store(file_url(part))) as copy:
             counts = _copy(store, copy)
             copy.truncate_log()
         part.replace(file)
     finally:
-        part.unlink(missing_ok=True)  # after a failure: a part of all users' texts
+        _delete(part)  # after a failure: a part of all users' texts
     return counts
 
 
-def restore(store: Store, file: Path) -> dict[str, int]:
-    """Fill an empty store from a backup; returns rows per table. Raises StoreError: there are rows
-    already, or the file is no backup.
+def open_backup(file: Path) -> Store:
+    """A backup as a store that is only read. Raises StoreError: there is no such file, it is no
+    store, is of another version, or is damaged.
     """
-    if any(count for table, count in store.counts().items() if table != "serving"):
-        url = store.url.render_as_string(hide_password=True)
-        raise StoreError(f"{url}: is not empty: restore into a new store")
     if not file.is_file():
         raise StoreError(f"{file}: no such file")
-    with closing(Store(f"sqlite:///{file}")) as saved:
-        return _copy(saved, store)
+    check_file(file)
+    saved = Store(file_url(file, unchanged=True), create=False)
+    if faults := saved.check():
+        saved.close()
+        raise StoreError(f"{file}: {faults[0]}: take another backup")
+    return saved
+
+
+def restore(store: Store, saved: Store) -> dict[str, int]:
+    """Fill an empty store from a backup; returns rows per table. Raises StoreError: there are rows
+    already.
+    """
+    if any(count for table, count in store.counts().items() if table != "serving"):
+        raise StoreError(f"{store.name}: is not empty: restore into a new store")
+    return _copy(saved, store)
+
+
+def _delete(file: Path) -> None:
+    for end in ("", "-wal", "-shm", "-journal"):
+        file.with_name(file.name + end).unlink(missing_ok=True)
 
 
 def _copy(source: Store, target: Store) -> dict[str, int]:

@@ -2,22 +2,22 @@
 
 SQLite: a write-ahead log that is on the disk before a write returns, one writer at a time who takes
 the lock when the transaction begins, deleted bytes overwritten. PostgreSQL: a connection is tested
-before it is used, so that a restarted server is reached again.
+before it is used, so that a restarted server is reached again. Nothing outlasts a transaction (no
+session settings, no prepared statements), so that a pooler may stand between.
 """
 
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine
 
-from hydra_llm.environment import expanded
 from hydra_llm.errors import SettingsError, StoreError
+from hydra_llm.store.urls import parse_url, shown
 
-EXPECTED_URL = "sqlite:///FILE or postgresql+psycopg://..."
 SNAPSHOT = "REPEATABLE READ"  # PostgreSQL's isolation level; SQLite always reads one moment
 MAX_IN = 500  # values of one IN (…): SQLite's oldest limit is 999
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
@@ -26,10 +26,11 @@ PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "sec
 class Database:
     """One database and its transactions. Any number of threads and processes may use it."""
 
-    def __init__(self, url: str, *, timeout: float = 30.0):
+    def __init__(self, url: str | URL, *, timeout: float = 30.0):
         self.engine = create_engine(url, timeout=timeout)
         self.url = self.engine.url
         self.on_sqlite = self.engine.dialect.name == "sqlite"  # a file of this machine
+        self.name = shown(self.url)  # of messages
 
     def close(self) -> None:
         self.engine.dispose()
@@ -64,47 +65,43 @@ class Database:
             return result.scalar() if result.returns_rows else None
 
 
-def create_engine(url: str, *, timeout: float = 30.0) -> Engine:
+def create_engine(url: str | URL, *, timeout: float = 30.0) -> Engine:
     """An engine for a URL; nothing is opened yet. `timeout`: seconds until a statement has failed.
     Raises SettingsError: no URL, an unsupported database, or a missing driver.
     """
-    parsed = _parse(url)
+    parsed = parse_url(url) if isinstance(url, str) else url
     try:
-        if parsed.get_backend_name() != "sqlite":
-            pool = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
-            # A server that answers reports its timeout; for one that does not, TCP's timers end.
-            seconds, milliseconds = int(timeout), int(timeout * 1000)
-            statements = f"-c statement_timeout={milliseconds}"
-            timeouts = {"connect_timeout": max(2, seconds), "options": statements}
-            timeouts |= {"tcp_user_timeout": milliseconds, "keepalives_idle": max(1, seconds)}
-            timeouts |= {"keepalives_interval": 1, "keepalives_count": 3}
-            return sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **pool)
-        engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
+        if parsed.get_backend_name() == "sqlite":
+            engine = sa.create_engine(parsed, connect_args={"timeout": timeout})
+            sa.event.listen(engine, "connect", _set_up_sqlite)
+            sa.event.listen(engine, "begin", _begin_sqlite)
+            return engine
+        pool = {"pool_size": 10, "max_overflow": 20, "pool_timeout": timeout}
+        # A server that answers reports its timeout; for one that does not, TCP's timers end.
+        seconds, milliseconds = max(2, int(timeout)), int(timeout * 1000)
+        connect = {"connect_timeout": seconds, "tcp_user_timeout": milliseconds}
+        connect |= {"keepalives_idle": seconds, "keepalives_interval": 1, "keepalives_count": 3}
+        # A pooler has no session of ours: nothing is prepared, and no start-up option is sent.
+        text: dict[str, Any] = {"prepare_threshold": None, "client_encoding": "utf8"}
+        engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=connect | text, **pool)
     except ModuleNotFoundError as error:
         message = f"store: {error.name} is not installed: pip install 'hydra-llm[server]'"
         raise SettingsError(message) from None
-    sa.event.listen(engine, "connect", _set_up_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
+    # Before SQLAlchemy's own first statements, which fail for some encodings.
+    sa.event.listen(engine, "connect", _check_encoding, insert=True)
+    limit = f"SET LOCAL statement_timeout = {milliseconds}"
+    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(limit))
     return engine
 
 
-def _parse(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except sa.exc.ArgumentError:
-        shown = url.split("@")[-1]
-        raise SettingsError(f"store '{shown}': no database URL: {EXPECTED_URL}") from None
-    backend = parsed.get_backend_name()
-    if backend not in ("sqlite", "postgresql"):
-        raise SettingsError(f"store: {backend} is not supported: take {EXPECTED_URL}")
-    if backend == "sqlite" and not parsed.database:
-        message = "store: a database in memory would be another one for each thread"
-        raise SettingsError(f"{message}: name a file, sqlite:///FILE")
-    if backend == "sqlite" and parsed.database and parsed.database.startswith("~"):
-        return parsed.set(database=str(expanded(Path(parsed.database))))
-    if parsed.drivername == "postgresql":  # without a driver SQLAlchemy would take psycopg2
-        return parsed.set(drivername="postgresql+psycopg")
-    return parsed
+def _check_encoding(connection: Any, _: object) -> None:
+    """Refuse a PostgreSQL database that cannot hold every text."""
+    encoding = connection.info.parameter_status("server_encoding") or "UTF8"
+    if encoding != "UTF8":
+        name = connection.info.dbname
+        connection.close()
+        fix = "create one by CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0"
+        raise StoreError(f"store: the database '{name}' has the encoding {encoding}: {fix}")
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
@@ -125,10 +122,10 @@ def one_line_errors(url: URL) -> Iterator[None]:
     """Database errors as a `StoreError` of one line, without passwords and written values."""
     try:
         yield
-    except sa.exc.SQLAlchemyError as error:
+    except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
         cause = getattr(error, "orig", None) or error
         reason = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
-        raise StoreError(f"store {url.render_as_string(hide_password=True)}: {reason}") from None
+        raise StoreError(f"store {shown(url)}: {reason}") from None
 
 
 def insert_new(connection: Connection, table: sa.Table, row: Mapping[str, Any]) -> None:

@@ -10,20 +10,27 @@ from sqlalchemy import Engine, inspect
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
+from hydra_llm.store.urls import shown
 
 FOLDER = Path(__file__).parent / "migrations"
 SCRIPTS = ScriptDirectory(str(FOLDER))
 LATEST = str(SCRIPTS.get_current_head())  # the version that this program needs
 
 
-def prepare(engine: Engine) -> None:
-    """Give an empty database its tables; StoreError if they are of another version, or not ours."""
+def prepare(engine: Engine, *, create: bool = True) -> bool:
+    """Give an empty database its tables, if `create`; whether it got them. StoreError if they are
+    not there, of another version, or not ours.
+    """
     version = version_of(engine)
     if version is None:
+        if not create:
+            make = "`hydra-llm store migrate` makes them"
+            raise StoreError(f"store {shown(engine.url)}: it has no tables of hydra-llm: {make}")
         upgrade(engine)
     elif version != LATEST:
         fix = f"this program needs {LATEST}: run `hydra-llm store migrate`"
         raise StoreError(f"store: its tables are of version {version}, {fix}")
+    return version is None
 
 
 def upgrade(engine: Engine, version: str = "head") -> None:

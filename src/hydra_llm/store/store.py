@@ -12,17 +12,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy.engine import URL
 
 from hydra_llm.errors import StoreError
 from hydra_llm.history import parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
+from hydra_llm.store.urls import check_file
 from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
 from hydra_llm.types import ALWAYS, ARROW, Record, Span, as_one_text
 
@@ -30,11 +33,15 @@ from hydra_llm.types import ALWAYS, ARROW, Record, Span, as_one_text
 class Store(Database):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
-    def __init__(self, url: str, *, timeout: float = 30.0):
-        """An empty database gets its tables. Raises SettingsError for the URL, else StoreError."""
+    def __init__(self, url: str | URL, *, timeout: float = 30.0, create: bool = True):
+        """An empty database gets its tables (`created`); without `create` it must have them, and
+        nothing is written. Raises SettingsError for the URL, else StoreError.
+        """
         super().__init__(url, timeout=timeout)
+        if not create and self.on_sqlite and "uri" not in self.url.query:
+            check_file(Path(str(self.url.database)))
         with one_line_errors(self.url):
-            migrate.prepare(self.engine)
+            self.created = migrate.prepare(self.engine, create=create)
 
     # ---- users, their records and heads
 
