@@ -115,7 +115,7 @@ def test_a_backup_on_a_full_disk_leaves_no_texts(
     assert [file.name for file in tmp_path.iterdir()] == ["live.db"]
 
 
-def test_a_store_that_is_not_there_is_not_made_and_the_nearest_is_named(tmp_path: Path) -> None:
+def test_a_missing_store_is_not_made_and_the_nearest_is_named(tmp_path: Path) -> None:
     Store(f"sqlite:///{tmp_path / 'live.db'}").close()
     (tmp_path / "lives.db").write_text("no database")
     (tmp_path / "empty.db").touch()
@@ -185,7 +185,7 @@ def test_a_postgresql_that_is_not_utf8_is_refused_in_one_line(url: str) -> None:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_a_pooler_gets_no_options_at_the_start_and_nothing_is_prepared(url: str) -> None:
+def test_a_pooler_gets_no_options_and_no_prepared_statements(url: str) -> None:
     engine = create_engine(url, timeout=7.5)
     if engine.dialect.name == "sqlite":
         return
