@@ -68,6 +68,8 @@ def fields(tree: ast.Module, name: str) -> Iterator[tuple[str, str, str]]:
 
 def default_of(value: ast.expr) -> str:
     """The default as written in the source; for a `Field` its `default`."""
+    if isinstance(value, ast.Tuple):
+        return ",".join(ast.literal_eval(value))
     if not isinstance(value, ast.Call):
         return ast.unparse(value)
     keywords = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -80,6 +82,7 @@ def parsed(*path: str) -> ast.Module:
 
 
 TYPES = {int: "whole number", float: "number", bool: "`True`, `False`", str: "text", Path: "path"}
+LIST = "texts with commas between them"
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -87,6 +90,8 @@ def values_of(settings: type[Group], name: str) -> str:
     """The accepted words of a setting, or its type and range."""
     field = settings.model_fields[name]
     first, *others = get_args(field.annotation) or (field.annotation,)
+    if others == [...]:
+        return LIST
     if isinstance(first, str):
         return ", ".join(f"`{word}`" for word in (first, *others))
     limits = [

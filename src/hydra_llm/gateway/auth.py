@@ -4,9 +4,8 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.store.store import Store
@@ -14,7 +13,6 @@ from hydra_llm.store.values import Key
 
 PREFIX = "hk"
 NO_HASH = hashlib.sha256(b"").hexdigest()
-USER_FIELDS = ("user", "safety_identifier")  # of a request, beside `metadata.user_id`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +75,3 @@ def pseudonym(salt: str, user: str) -> str:
     """
     encoded = user.encode("utf-8", "surrogatepass")
     return hmac.new(salt.encode(), encoded, hashlib.sha256).hexdigest()[:32]
-
-
-def hide_user(body: Mapping[str, Any], salt: str) -> dict[str, Any]:
-    """A request's body with pseudonyms where it names the user."""
-    named = {name: body[name] for name in USER_FIELDS if isinstance(body.get(name), str)}
-    hidden = {**body, **{name: pseudonym(salt, user) for name, user in named.items()}}
-    metadata = body.get("metadata")
-    if isinstance(metadata, Mapping) and isinstance(user := metadata.get("user_id"), str):
-        hidden["metadata"] = {**metadata, "user_id": pseudonym(salt, user)}
-    return hidden

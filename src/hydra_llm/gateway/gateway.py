@@ -11,10 +11,10 @@ from secrets import token_hex
 from typing import Any
 
 from hydra_llm.errors import HydraError
-from hydra_llm.gateway.auth import hide_user
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
+from hydra_llm.gateway.identity import hide_user
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.scoring import RankedChoices, RecordSearch, choice_texts, rank, unranked
@@ -100,7 +100,8 @@ class Gateway:
         self, request: ChatRequest, body: Mapping[str, Any], user: str | None
     ) -> RoutedRequest:
         """Everything up to what the upstream is asked."""
-        plain = hide_user(without(body, "personalization"), self.salt)
+        own = without(body, "personalization")
+        plain = hide_user(own, self.salt, self.settings.user_fields)
         if request.n is not None:
             plain["n"] = request.n  # as parsed: JSON also writes 2 as 2.0
         routed = RoutedRequest(request, body=plain, plain=plain, deployment=self.deployment)

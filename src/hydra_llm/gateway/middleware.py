@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+import string
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from urllib.parse import quote
 
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
@@ -54,7 +56,7 @@ class AccessMiddleware:
 
         if scope["path"].startswith("/v1/users/") and (raw := scope.get("raw_path")):
             # As sent: a decoded `%2F` would split an id (user_routes decodes).
-            scope = {**scope, "path": raw.decode("latin-1")}
+            scope = {**scope, "path": quote(raw, safe=string.printable)}
         self._telemetry.in_flight.inc()
         try:
             if not scope["path"].startswith(OPEN_PATHS):

@@ -2,44 +2,50 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
-from typing import Annotated, Any
+from collections.abc import AsyncIterator
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from hydra_llm.gateway.auth import UNVERIFIED, USER_FIELDS, Caller
+from hydra_llm.gateway.auth import UNVERIFIED, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, RoutedRequest
-from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json, fault_of
+from hydra_llm.gateway.identity import NamedUser, named_user
+from hydra_llm.gateway.schemas import ChatRequest, Json
 from hydra_llm.gateway.telemetry import Span, chat_span
 from hydra_llm.gateway.upstream import UpstreamError
 
 KEEP_ALIVE_SECONDS = 5.0
 KEEP_ALIVE = b": still working\n\n"  # a comment: parsers skip it, proxies see it
-MAX_ID = 200  # characters of a user's id
 
 router = APIRouter(tags=["OpenAI"])
-UserHeader = Annotated[str | None, Header(max_length=MAX_ID)]
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def chat(request: ChatRequest, http: Request, x_hydra_user: UserHeader = None) -> Response:
-    """Answer a conversation, as this user would want where the user has a history."""
+async def chat(request: ChatRequest, http: Request) -> Response:
+    """Answer a conversation, as this user would want where the user has a history. The user is
+    named by the header `x-hydra-user` or the field `user`; the settings list further ones.
+    """
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
     caller: Caller = http.state.caller
-    user = None if caller is UNVERIFIED else _user(caller, body, x_hydra_user)
+    user = _user(caller, http, body)
     with chat_span(request.model) as span:
-        routed = await gateway.route(request, body, user)
+        routed = await gateway.route(request, body, user.id)
         if caller is UNVERIFIED:
             routed = routed.passed_through("store-failure")
+        elif user.unread:
+            routed = routed.passed_through("user-not-recognized")
         if request.stream:
-            return await _stream(gateway, routed, span)
-        completion, routed = await gateway.answer(routed)
-        span.spent(completion)
-        return Json(completion, headers=_headers(routed))
+            response = await _stream(gateway, routed, span)
+        else:
+            completion, routed = await gateway.answer(routed)
+            span.spent(completion)
+            response = Json(completion, headers=_headers(routed))
+        if user.unread:
+            response.headers["x-hydra-personalized"] += f"; field={user.unread}"
+        return response
 
 
 @router.get("/v1/models", response_model=None)
@@ -54,24 +60,16 @@ async def model(id: str, http: Request) -> Any:
     return Json(await http.app.state.gateway.upstream.models(id))
 
 
-def _user(caller: Caller, body: Mapping[str, Any], header: str | None) -> str | None:
-    """The user for whom a request is: the key's only one, or as named by header, `USER_FIELDS` or
-    `metadata.user_id`. `ApiError` 403 if this caller may not speak for the user.
+def _user(caller: Caller, http: Request, body: dict[str, Any]) -> NamedUser:
+    """The user for whom a request is: the key's only one, or the one that it names. `ApiError` 403
+    if this caller may not speak for the user.
     """
-    if caller.bound is not None:
-        return caller.bound
-    if header is not None:
-        with suppress(UnicodeError):  # ASGI reads headers as Latin-1, clients send UTF-8
-            header = header.encode("latin-1").decode("utf-8")
-    metadata = body.get("metadata")
-    in_metadata = metadata.get("user_id") if isinstance(metadata, Mapping) else None
-    for user in (header, *map(body.get, USER_FIELDS), in_metadata):
-        if isinstance(user, str) and user:
-            if fault := fault_of(user, MAX_ID):
-                raise ApiError(400, f"the user's id {fault}", param="user")
-            caller.check(user)
-            return user
-    return None
+    if caller is UNVERIFIED or caller.bound is not None:
+        return NamedUser(caller.bound)
+    user = named_user(http.scope["headers"], body, http.app.state.gateway.settings)
+    if user.id is not None:
+        caller.check(user.id)
+    return user
 
 
 async def _stream(gateway: Gateway, routed: RoutedRequest, span: Span) -> Response:

@@ -3,17 +3,45 @@ Errors have OpenAI's body and status, so that the official SDK raises its own cl
 """
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
+from pydantic_core import PydanticCustomError
 
 from hydra_llm.datasets.native import number_as_text
 from hydra_llm.text import text_fault
 
-Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
-"""Of a user, a record or a request: no control characters."""
+MAX_ID = 200  # characters
+NOT_IN_IDS = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, line separators
+
+
+def id_fault(id: str) -> str:
+    """What makes an id unusable, or ''."""
+    if not id.strip():
+        return "is blank"
+    if any(unicodedata.category(character) in NOT_IN_IDS for character in id):
+        return "holds a control character"
+    return f"is longer than {MAX_ID} characters" if len(id) > MAX_ID else ""
+
+
+def _valid_id(id: str) -> str:
+    if fault := id_fault(id):
+        raise PydanticCustomError("invalid_id", fault)
+    return id
+
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID), AfterValidator(_valid_id)]
+"""Of a user, a record or a request."""
 Time = Annotated[str, BeforeValidator(number_as_text), Field(max_length=100)]
 """As `history.parse_time` reads it, a number or a text; empty: unknown."""
 ERROR_TYPES = {
@@ -82,7 +110,7 @@ class ChatRequest(BaseModel):
     functions: list[Any] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, Any] | str | None = None
     personalization: PersonalizationOptions | None = None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hydra_llm import config
 from hydra_llm.config import SERVE_TABLE
@@ -46,6 +46,30 @@ class ServeSettings(config.Group):
     personalization: bool = True
     """Add the object `personalization` to replies."""
 
+    # ---- users
+    user_headers: tuple[str, ...] = (
+        "x-hydra-user",
+        "x-openwebui-user-id",
+        "x-litellm-end-user-id",
+        "x-litellm-customer-id",
+        "x-litellm-user_api_key_end_user_id",
+    )
+    """Headers that name the user, the first that is given wins: ours, Open WebUI's, LiteLLM's."""
+    user_fields: tuple[str, ...] = (
+        "user",
+        "safety_identifier",
+        "metadata.user_id",
+        "metadata.userId",
+        "metadata.user",
+        "metadata.user.id",
+        "metadata.end_user_id",
+        "metadata.trace_user_id",
+        "litellm_metadata.user_id",
+        "litellm_metadata.user",
+        "litellm_metadata.trace_user_id",
+    )
+    """Fields of a request's body that name the user, after the headers; dots lead into objects."""
+
     # ---- retention
     retention_days: float = Field(default=30.0, ge=0)
     """Days that answered requests are kept for feedback."""
@@ -69,6 +93,17 @@ class ServeSettings(config.Group):
     """Read timeout of the store, in seconds; a request then goes on without it."""
     scoring_queue: int = Field(default=256, ge=1)
     """Max requests that wait for scoring; further ones are answered without it."""
+
+    @field_validator("user_headers", "user_fields", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Flags and variables hold a list as a text with commas."""
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("user_headers")
+    @classmethod
+    def _lower(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name.lower() for name in names)
 
     @model_validator(mode="before")
     @classmethod

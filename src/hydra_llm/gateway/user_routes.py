@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from hydra_llm.errors import StoreError, UserFault
 from hydra_llm.gateway.auth import pseudonym
@@ -22,7 +23,7 @@ from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, Record
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
-from hydra_llm.store.change import StaleVersion
+from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Added, Job
 from hydra_llm.text import text_fault
@@ -34,7 +35,17 @@ LOG_IN_USE = (
     " minutes of that reader's end"
 )
 router = APIRouter(prefix="/v1", tags=["users"])
-Decoded = BeforeValidator(unquote)
+
+
+def _decoded(raw: str) -> str:
+    """A part of a path; replacing what is not UTF-8 would make two users one."""
+    try:
+        return unquote(raw, errors="strict")
+    except UnicodeDecodeError:
+        raise PydanticCustomError("not_utf8", "is not UTF-8") from None
+
+
+Decoded = BeforeValidator(_decoded)
 User = Annotated[Id, Decoded, Path(description="The user's id, as the application names the user.")]
 PathId = Annotated[Id, Decoded]
 
@@ -222,6 +233,9 @@ def _record(user: str, place: str, sent: RecordIn, max_text: int) -> Record:
             fault = f"is longer than {max_text} characters"
         if fault:
             raise ApiError(400, f"{place}.{name} {fault}", param=f"{place}.{name}")
+    if sent.id.startswith(FEEDBACK_ID):  # its deletion deletes the feedback too
+        message = f"begins with '{FEEDBACK_ID}', as records made of feedback do: choose another"
+        raise ApiError(400, f"{place}.id {message}", param=f"{place}.id")
     try:
         span = parse_time(sent.time)
     except ValueError as error:
