@@ -1,16 +1,20 @@
 """A missing optional library is one line with its `pip install`, whatever is called."""
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from hydra_llm.errors import MissingExtra, UserFault
 from hydra_llm.extras import EXTRAS, one_line_imports, require
+from tests.waiting import FOREVER
 
 BLOCKED = """
 import contextlib, importlib, io, json, sys
@@ -35,6 +39,15 @@ for line in lines:
 loaded = sorted(name for name in missing if sys.modules.get(name))
 print(json.dumps([said, loaded]))
 """
+SERVE = """
+import json, sys
+
+sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
+from hydra_llm.cli.main import main
+
+sys.argv = ["hydra-llm", "serve", *sys.argv[2:]]
+main()
+"""
 HEAVY = ("sklearn", "sentence_transformers")  # never imported, but for tests
 COMMANDS = {
     "learn": [
@@ -53,6 +66,7 @@ COMMANDS = {
         ["bundles", "show"],
         ["store", "backup", "--store", "sqlite:///s.db", "copy.db"],
     ],
+    "openai": [["llm", "check", "openai:m@http://127.0.0.1:1/v1"]],
     "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
@@ -127,6 +141,61 @@ def test_without_an_extra_each_command_is_one_line_that_names_it(extra: str, fol
         assert last.startswith("hydra-llm: "), error
         assert last.endswith(f"pip install 'hydra-llm[{extra}]'"), error
         assert "Traceback" not in error
+
+
+class Upstream(http.server.BaseHTTPRequestHandler):
+    """An endpoint that always says `dry`."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"role": "assistant", "content": "dry"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        reply = json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_the_gateway_with_records_alone_needs_no_other_extra(tmp_path: Path) -> None:
+    upstream = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
+    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+    llm = f"openai:m@http://127.0.0.1:{upstream.server_port}/v1"
+    others = [module for extra in EXTRAS if extra != "server" for module in EXTRAS[extra]]
+    missing = {*HEAVY, *others} - {"markupsafe"}  # which alembic brings too
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE, json.dumps(sorted(missing)), "--llm", llm, "--port", "0"],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "OPENAI_API_KEY": "x"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None
+        lines = [server.stderr.readline()]
+        while "serving on" not in lines[-1]:
+            assert lines[-1], f"it does not start: {lines}"
+            lines.append(server.stderr.readline())
+        url = re.findall(r"http://\S+/v1", lines[-1])[0]
+        records = [{"id": str(n), "input": f"wine {n}", "output": "dry"} for n in range(5)]
+        added = httpx2.post(f"{url}/users/ada/records", json={"records": records}, timeout=FOREVER)
+        assert added.status_code == 200, added.text
+        messages = [{"role": "user", "content": "Which taste? wine 2"}]
+        body = {"model": "m", "user": "ada", "messages": messages}
+        said = httpx2.post(f"{url}/chat/completions", json=body, timeout=FOREVER)
+        assert said.status_code == 200, said.text
+        assert said.json()["choices"][0]["message"]["content"] == "dry"
+        fields = {"request_id": said.json()["personalization"]["request_id"], "rating": 1}
+        assert httpx2.post(f"{url}/feedback", json=fields, timeout=FOREVER).status_code == 200
+        assert httpx2.delete(f"{url}/users/ada", timeout=FOREVER).status_code == 200
+    finally:
+        server.terminate()
+        assert server.wait(FOREVER) == 0
+        upstream.shutdown()
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "starlette",
         "uvicorn",
     ),
+    "openai": ("openai",),
     "embedded": ("xllamacpp",),
     "learn": ("torch", "transformers", "safetensors", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),

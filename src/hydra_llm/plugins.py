@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import one_line_imports
 
 T = TypeVar("T")  # what every plug-in of a group is, such as a factory
 
@@ -38,7 +39,8 @@ class Registry(Generic[T]):
         point = self._registered(name)
         place = f"the {self.kind} '{name}'" + (f" of {point.dist.name}" if point.dist else "")
         try:
-            loaded: T = point.load()
+            with one_line_imports(place):
+                loaded: T = point.load()
         except (Exception, SystemExit) as error:  # a foreign module may raise anything
             if name in self.builtin:
                 raise

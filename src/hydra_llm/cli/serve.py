@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import math
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,9 @@ def serve(
         local = host == "localhost"
     with opt.open_store(store, settings.store_timeout, create=True) as opened:
         _check_store(opened, host, local, bundle)
-        model = bare_llm(llm, here)
+        # An endpoint is asked without the SDK; learning alone needs it, whose extra brings it.
+        plain = llm.startswith("openai:") and find_spec("openai") is None
+        model = None if plain else bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         app = make_app(
             opened, upstream, settings, bundle=bundle, llm=model, here=here, on_loopback=local

@@ -10,9 +10,9 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
+from hydra_llm.data_wheels import data_file
 from hydra_llm.datasets.dataset import Builder, DataSet, Place, Row, Split, as_fields
 from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.tasks.base import Task
@@ -26,7 +26,6 @@ RATING = Task(
     metrics=("mae", "rmse"),
     like="LaMP-3",
 )
-INSTALL = "pip install --no-deps recbole==1.2.1"
 MIN_RATINGS = 20
 """Users with fewer are left out."""
 ITEM_FIELDS = ("item_id", "movie_title", "release_year", "class")
@@ -40,9 +39,9 @@ def movielens(
     keeps those of fewer.
 
     Of each user the `per_user` latest ratings are taken; the last fifth of those (1 to 10) are
-    the queries. `folder` holds `ml-100k.inter` and `ml-100k.item`; None: the installed wheel.
+    the queries. `folder` holds `ml-100k.inter` and `ml-100k.item`; None: those of recbole.
     """
-    folder = folder or _wheel_folder()
+    folder = folder or data_file("movielens").parent
     ratings, notes = _read_ratings(folder)
     users = [user for user in sorted(ratings, key=int) if len(ratings[user]) >= MIN_RATINGS]
     if users_train + users_test > len(users) or min(users_train, users_test) < 0:
@@ -56,16 +55,6 @@ def movielens(
     for user in chosen:
         builder.add_user(ratings[user][-per_user:])
     return builder.build(notes)
-
-
-def _wheel_folder() -> Path:
-    spec = find_spec("recbole")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(place) / "dataset_example" / "ml-100k"
-        if (folder / "ml-100k.inter").is_file():
-            return folder
-    source = "MovieLens-100K inside recbole 1.2.1, which is not installed"
-    raise DataError(f"the demo's users come from {source}: {INSTALL}")
 
 
 def _read_ratings(folder: Path) -> tuple[dict[str, list[Row]], list[str]]:
@@ -103,7 +92,7 @@ def _rows(file: Path, fields: tuple[str, ...]) -> Iterator[dict[str, str]]:
                     raise Place(file, line=number).error(message)
                 yield dict(zip(names, row, strict=True))
     except OSError as error:
-        raise DataError(f"{error.strerror}: {INSTALL}", file=file) from None
+        raise DataError(f"{error.strerror}", file=file) from None
 
 
 def _describe(row: Mapping[str, str]) -> str:

