@@ -162,12 +162,21 @@ def test_records_are_compared_with_the_query() -> None:
     assert table["cosine"] == pytest.approx(
         [cosine(item.record.input, QUERY.input) for item in ranked], abs=1e-5
     )
-    assert table["recency"] == pytest.approx([2 / 3, 1 / 3, 1])
+    assert table["recency"].tolist() == [0.5, 0.5, 0.5]  # no record has a time
     assert table["answer_share"][0] == table["answer_share"][1] > table["answer_share"][2]
     assert table["answer_near"][0] == 0  # the likeliest answer
     titles = maker(TITLES)
     table = titles.reranker(QUERY, ranked, titles.vectorize(HISTORY))
     assert table.shape == (3, len(titles.reranker_names))
+
+
+def test_recency_goes_by_time_and_not_by_the_order_of_the_file() -> None:
+    times = ("2024-06-01", "", "2019-06-01", "2022-06-01")
+    records = [Record("u", str(i), "rain", "odd", time, position=i) for i, time in enumerate(times)]
+    own = maker(TAGS)
+    table = own.reranker(QUERY, [Ranked(r, 1.0, 0) for r in records], own.vectorize(records))
+    recency = table[:, own.reranker_names.index("recency")]
+    assert recency.tolist() == pytest.approx([1, 0.5, 1 / 3, 2 / 3])
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.tokenizers import DefaultTokenizer
 
-from hydra_llm.text import fold, repair, text_fault
+from hydra_llm.text import fold, length, repair, search_words, spaced, text_fault, words
 
 ANY = st.text(st.characters(), max_size=30) | st.text("\ud83d\ude00\0 a", max_size=8)
 
@@ -44,3 +45,52 @@ def test_a_folded_text_is_one_line_of_the_same_words(text: str) -> None:
 def test_what_makes_a_text_unusable(text: str, fault: str) -> None:
     assert fault in text_fault(text)
     assert bool(text_fault(text)) == bool(fault)
+
+
+# ---- words
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_are_lamps(text: str) -> None:
+    assert list(words(text)) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Сегодня, хорошая погода!", "сегодня хорошая погода"),
+        ("今天天气", "今 天 天 气"),
+        ("私はiPhone１２が好き。", "私 は iphone12 が 好 き"),
+        ("สวัสดี", "ส วั ส ดี"),
+        ("ភាសា", "ភា សា"),
+        ("हिन्दी में", "हिन्दी में"),
+        ("مرحبا، بالعالم", "مرحبا بالعالم"),
+        ("می\u200cخواهم", "میخواهم"),
+        ("안녕 세계", "안녕 세계"),
+        ("cafe\u0301 CAFÉ", "café café"),
+        ("snake_case Straße", "snake case strasse"),
+        ("good 👍🏽!", "good 👍 🏽"),
+        ("… — ！", ""),
+    ],
+)
+def test_words_of_any_script(text: str, expected: str) -> None:
+    assert " ".join(words(text)) == expected
+
+
+@given(st.text("aéß αΩ’“…-.,!_\t1²", max_size=40))
+def test_retrieval_reads_latin_and_greek_as_lamp_does(text: str) -> None:
+    assert search_words(text) == text.split()
+    assert spaced(text) == text
+    assert length(text) == len(text.split())
+
+
+def test_retrieval_has_pairs_of_characters_where_no_blank_separates_words() -> None:
+    assert search_words("我喜欢iPhone，Not") == ["我", "喜", "欢", "我喜", "喜欢", "iPhone", "Not"]
+    assert search_words("Погода, ПОГОДА") == ["погода", "погода"]
+    assert length("今天 天气") == 4
+
+
+@given(ANY, ANY)
+def test_words_are_caseless_and_never_cross_blanks(one: str, other: str) -> None:
+    assert words(one.upper().lower()) == words(one.upper().lower().casefold())
+    assert words(f"{one} {other}") == words(one) + words(other)

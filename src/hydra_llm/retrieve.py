@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import in_order
 from hydra_llm.plugins import Registry
+from hydra_llm.text import search_words
 from hydra_llm.types import Query, Ranked, Record
 
 Floats = NDArray[np.float64]
@@ -107,7 +108,7 @@ class BM25(_ByScore):
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
         """[N]: BM25Okapi; all 0 where query or records have no words."""
-        words, index = query.input.split(), self.indexed(records)
+        words, index = search_words(query.input), self.indexed(records)
         if index is None or not words:  # bm25s raises on an empty query
             return np.zeros(len(records))
         return np.asarray(index.get_scores(words), dtype=np.float64)
@@ -116,7 +117,7 @@ class BM25(_ByScore):
         """A bm25s index that scores as rank_bm25's BM25Okapi; None where no text has a word. bm25s
         has Okapi's term weights (`atire`) but not its word weights: they replace `lucene`'s.
         """
-        tokens = [text.split() for text in texts]
+        tokens = [search_words(text) for text in texts]
         if not any(tokens):
             return None
         if "bm25s" not in sys.modules:  # its import sets DEBUG

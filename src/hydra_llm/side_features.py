@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hydra_llm.history import in_order, span_of
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.tasks.base import CohortStats, FeatureContext, Floats, HistoryVectors, Task
-from hydra_llm.types import Candidate, Query, Ranked, Record
+from hydra_llm.types import ALWAYS, Candidate, Query, Ranked, Record
 
 STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their latest records
 
@@ -45,14 +46,11 @@ class Featurizer:
         """[M, E] side features of each retrieved record; `history` holds the visible records."""
         context, records = self._context(query, history), [item.record for item in ranked]
         best = max((item.score for item in ranked), default=0.0)
-        # 1 for the latest of the records, towards 0 for the oldest
-        order = np.argsort([record.position for record in records], kind="stable")
-        recency = (np.argsort(order, kind="stable") + 1) / max(1, len(records))
         columns = [
             np.array([item.score / best if best > 0 else 0.0 for item in ranked]),
             np.array([1 / (1 + item.rank) for item in ranked]),
             self.store.texts([record.input for record in records]) @ context.query,
-            recency,
+            _recency(records),
         ]
         own = self.task.strategy.record_features(context, records)
         return np.concatenate([np.stack(columns, 1), own], 1)
@@ -60,6 +58,15 @@ class Featurizer:
     def _context(self, query: Query, history: HistoryVectors) -> FeatureContext:
         vector = self.store.texts([query.input])[0]
         return FeatureContext(vector, history, self.stats, self.store.texts)
+
+
+def _recency(records: Sequence[Record]) -> Floats:
+    """[M]: 1 for the latest of the records, towards 0 for the oldest; where the time is unknown,
+    0.5: the order of a file says nothing about time.
+    """
+    known = [record for record in in_order(records) if span_of(record) != ALWAYS]
+    place = {id(record): rank / len(known) for rank, record in enumerate(known, 1)}
+    return np.array([place.get(id(record), 0.5) for record in records])
 
 
 def fit_stats(

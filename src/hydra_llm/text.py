@@ -1,4 +1,30 @@
-"""Text that every file, database, terminal and engine takes: repair it, fold it, find its fault."""
+"""Text that every file, database, terminal and engine takes: repair it, fold it, find its fault;
+and its words, in any script.
+"""
+
+import re
+import unicodedata
+from functools import cache, lru_cache
+from itertools import pairwise
+
+# Scripts without blanks between words: Thai, Lao, Myanmar, Khmer, Han, Kana, Bopomofo.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029"
+    "\u3031-\u3035\u3038-\u303b\u3041-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+_PUNCTUATION = re.compile(
+    "[\u3000-\u3004\u3008-\u3020\u3030\ufe30-\ufe4f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
+    "\uff5b-\uff65]"
+)
+_EMOJI = "\u2600-\u27bf\U0001f000-\U0001faff"
+_ASCII_WORD = re.compile("[a-z0-9]+")
+# All but Latin and Greek, in which retrieval reads words as LaMP does: between blanks.
+_FAR = re.compile(
+    "[\u0400-\u1dff\u2c00-\u2c5f\u2d00-\ufdff\ufe70-\ufefc\uff66-\uffdc\U00010000-\U0001d3ff"
+    "\U0001e000-\U0001efff\U00020000-\U0003ffff]"
+)
+_JOINERS = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\ufe0e\ufe0f"))  # invisible within a word
 
 
 def repair(text: str) -> str:
@@ -22,3 +48,75 @@ def text_fault(text: str, may_be_empty: bool = False) -> str:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         return "holds half of a surrogate pair, which is no character: remove it"
     return ""
+
+
+# ---- words
+
+
+def caseless(text: str) -> str:
+    """Equal for texts that differ in case, width or composition alone (NFKC, case folded)."""
+    return text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+
+
+@lru_cache(maxsize=16384)
+def words(text: str, grams: int = 1) -> tuple[str, ...]:
+    """The caseless words of a text: runs of letters, digits and their marks, and emoji. Of a script
+    without blanks each character is a word, and with `grams=2` each two neighbours too. Of an ASCII
+    text these are the tokens of LaMP's ROUGE: `[a-z0-9]+` in lower case.
+    """
+    if text.isascii():
+        return tuple(_ASCII_WORD.findall(text.lower()))
+    run, character, word = _patterns()
+    found: list[str] = []
+    for match in word.finditer(caseless(text).translate(_JOINERS)):
+        if not run.match(match[0]):
+            found.append(match[0])
+            continue
+        own = character.findall(match[0])
+        found += own
+        if grams == 2:
+            found += map("".join, pairwise(own))
+    return tuple(found)
+
+
+def search_words(text: str) -> list[str]:
+    """The words that retrieval compares: of Latin and Greek what stands between blanks, as in LaMP;
+    of other scripts `words` with pairs of neighbours.
+    """
+    if text.isascii():
+        return text.split()
+    run, _, _ = _patterns()
+    pieces = run.sub(r" \g<0> ", _PUNCTUATION.sub(" ", text)).split()
+    return [w for piece in pieces for w in (words(piece, 2) if _FAR.search(piece) else (piece,))]
+
+
+def spaced(text: str) -> str:
+    """The text with blanks around each character of a script without them, and its punctuation."""
+    if text.isascii():
+        return text
+    _, character, _ = _patterns()
+    return character.sub(r" \g<0> ", _PUNCTUATION.sub(r" \g<0> ", text))
+
+
+def length(text: str) -> int:
+    """The number of words; of a script without blanks, of characters."""
+    return len(spaced(text).split())
+
+
+@cache
+def marks() -> str:
+    """Characters that belong to the one before them, for a character class: accents, vowel signs.
+    `re` does not count them as letters.
+    """
+    codes = range(0x300, 0x20000)
+    return "".join(c for c in map(chr, codes) if unicodedata.category(c).startswith("M"))
+
+
+@cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """A run of characters of a script without blanks, one of them, and any word or run."""
+    character = rf"(?:(?=\w)[{UNSPACED}][{marks()}]*)"
+    word = rf"(?:(?![{UNSPACED}])[^\W_][{marks()}]*)+"
+    parts = (f"{character}+", character, f"{character}+|{word}|[{_EMOJI}]")
+    run, one, either = map(re.compile, parts)
+    return run, one, either

@@ -142,3 +142,55 @@ def test_golds_must_fit_the_task_and_the_answers() -> None:
         score(RATINGS, ["5"], ["five"])
     with pytest.raises(ValueError, match="shorter"):
         score(RATINGS, ["5", "4"], ["5"])
+
+
+# ---- words of any script
+
+
+SCRIPTS = {
+    "Han": "今天天气很好",
+    "Cyrillic": "сегодня очень хорошая погода",
+    "Arabic": "الطقس جميل جدا اليوم",
+    "Thai": "วันนี้อากาศดีมาก",
+    "Devanagari": "आज मौसम बहुत अच्छा है",
+    "Hangul": "오늘 날씨 정말 좋네요",
+    "Kana": "きょうはいいてんき",
+    "Latin": "good weather again today",
+}
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
+def test_equal_texts_are_equal_in_every_script(text: str) -> None:
+    result = {name: metric.value for name, metric in values(TEXTS, [(text, text)]).items()}
+    assert result == {"rouge1": 1, "rougeL": 1, "bleu": pytest.approx(100)}
+    others = [(text, other) for other in SCRIPTS.values() if other != text]
+    assert all(row == 0 for row in values(TEXTS, others)["rouge1"].rows[:, 0])
+
+
+def test_the_order_and_the_share_of_words_count_in_every_script() -> None:
+    chinese = values(TEXTS, [("天气很好", "今天天气很好")])
+    assert chinese["rouge1"].value == pytest.approx(2 * 4 / (4 + 6))
+    turned = values(TEXTS, [("война и мир", "мир и война")])
+    assert (turned["rouge1"].value, turned["rougeL"].value) == (1, pytest.approx(1 / 3))
+    assert TEXTS.gain("天气很好", "今天天气很好") == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("tokenizer", ["lamp", None])
+def test_lamps_tasks_keep_lamps_words(tokenizer: str | None) -> None:
+    task = Task.from_json(
+        {"name": "t", "kind": "generation", "prompt": "{input}", "like": "LaMP-4"}
+        | ({"tokenizer": tokenizer} if tokenizer else {})
+    )
+    assert (task.words, TEXTS.words) == ("lamp", "unicode")
+    assert ("tokenizer" in task.to_json()) == bool(tokenizer)
+    assert values(task, [("сегодня", "сегодня")])["rouge1"].value == 0
+    assert values(task, [("the café", "the café")])["rouge1"].value == 1
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(*[st.text("今天气。好 ab,!", max_size=12)] * 2), min_size=1, max_size=4))
+def test_bleu_of_chinese_is_sacrebleus_zh(pairs: list[tuple[str, str]]) -> None:
+    expected = sacrebleu.corpus_bleu(
+        [answer for answer, _ in pairs], [[gold for _, gold in pairs]], tokenize="zh"
+    )
+    assert values(TEXTS, list(pairs))["bleu"].value == pytest.approx(expected.score, abs=1e-9)

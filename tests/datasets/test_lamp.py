@@ -279,15 +279,28 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("score", "gold"), [(5.0, 5.0), ("5.0", "5.0"), (5, 5), ("5", 5.0)])
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path, score: Any, gold: Any) -> None:
+    profile = [{"id": 1.0, "text": "x", "score": score}, {"id": 2, "text": "y", "score": 1}]
+    first = question("LaMP-3", "1", "good", []) | {"profile": profile}
+    write_part(tmp_path, "train", "LaMP-3", [first], {"1": gold})
+    dataset = load(tmp_path)
+    assert [(record.id, record.output) for record in dataset.history("1")] == [
+        ("1", "5"),
+        ("2", "1"),
+    ]
+    assert dataset.queries("1")[0].gold == "5"
+
+
 BROKEN = [
     (
         {"profile": [{"id": "a", "text": "x", "score": "9"}]},
-        "[0].profile[0].output",
+        "[0].profile[0].score",
         "'9' is not one of",
     ),
     (
         {"profile": [{"id": "a", "text": "x", "score": "1", "date": "soon"}]},
-        "[0].profile[0].time",
+        "[0].profile[0].date",
         "soon",
     ),
     ({"profile": [{"id": "a", "score": "1"}]}, "[0].profile[0].text", "missing"),

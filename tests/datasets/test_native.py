@@ -195,7 +195,7 @@ BROKEN: list[tuple[str, Any, int | None, str | None, str]] = [
     ),
     ("history.jsonl", [["u", "1"]], 1, None, "object"),
     ("history.jsonl", json.dumps(GOOD) + "\n{not json\n", 2, None, "not JSON"),
-    ("history.jsonl", json.dumps(GOOD) + "\n\n", 2, None, "empty line"),
+    ("history.jsonl", json.dumps(GOOD) + "\n\n{\n", 3, None, "not JSON"),
     (
         "history.jsonl",
         '{"user":"u","id":"1","id":"2","input":"x","output":"yes"}\n',

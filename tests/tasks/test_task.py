@@ -76,6 +76,13 @@ def task_json(**changed: Any) -> dict[str, Any]:
         ({"metrics": ["rouge1"]}, "metrics", "'rouge1' is not one of mae, rmse"),
         ({"metrics": [["mae"]]}, "metrics", "not a text"),
         ({"like": 3}, "like", "must be a text"),
+        ({"tokenizer": "zh"}, "tokenizer", "'zh' is not one of lamp, unicode"),
+        ({"labels": [str(n) for n in range(102)]}, "labels", "at most 101 labels, not 102"),
+        (
+            {"kind": "classification", "labels": [f"a{n}" for n in range(3000)], "metrics": None},
+            "labels",
+            "not 3,000: if the answers are texts or amounts, take the kind generation",
+        ),
     ],
 )
 def test_a_broken_field_is_named(changed: dict[str, Any], field: str, said: str) -> None:
@@ -177,6 +184,14 @@ def test_metrics_default_to_the_kinds() -> None:
         (classes(["c", "c#", "c++"]), "C++", "c++"),
         (classes(["-1", "0", "1"]), "Score: -1", "-1"),
         (classes(["food, drink", "food"]), "Food, drink", "food, drink"),
+        (classes(["正面", "负面"]), "这是正面的。", "正面"),
+        (classes(["好", "不好"]), "不好", "不好"),
+        (classes(["カフェ", "バー"]), "ｶﾌｪ", "カフェ"),
+        (classes(["дача", "дом"]), "ДАЧА.", "дача"),
+        (classes(["дача", "дом"]), "домой", None),
+        (classes(["caf\u00e9", "bar"]), "Cafe\u0301!", "caf\u00e9"),
+        (classes(["अच्छ", "बुरा"]), "अच्छा", None),
+        (classes(["บวก", "ลบ"]), "คำตอบคือบวกครับ", "บวก"),
         (RATING, " 4 ", "4"),
         (RATING, "4.0", "4"),
         (RATING, "Score: 4/5", "4"),

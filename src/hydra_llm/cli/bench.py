@@ -81,6 +81,7 @@ def run(
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import find_methods, per_sample, split_names
+    from hydra_llm.bench.report.summary import compared_words
     from hydra_llm.bench.report.tables import results_table
     from hydra_llm.bench.results import tabulate
     from hydra_llm.bench.runlog import export_lamp
@@ -109,6 +110,8 @@ def run(
         first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
         counts = f"{len(failed)} of {len(result.samples)} answers failed"
         console.say(f"{counts}, the first {first}; the same command retries them")
+    if compared := compared_words(task):
+        console.say(f"ROUGE and BLEU compare {compared}")
     prices = Prices(settings.price_prompt, settings.price_completion)
     rows = tabulate(task, result.samples, prices)
     figures = [row.to_json() for row in rows]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -39,10 +39,11 @@ class Place:
     report: Report = stop
     line: int | None = None
     path: str = ""  # precedes the field's name where there is no line, e.g. `[3].profile[7].`
+    names: Mapping[str, str] = field(default_factory=dict)  # what the file calls our `FIELDS`
 
     def error(self, message: str, field: str = "") -> DataError:
         """A fault of this place, or of a field here."""
-        named = f"{self.path}{field}" if field else ""
+        named = f"{self.path}{self.names.get(field, field)}" if field else ""
         return DataError(message, file=self.file, line=self.line, field=named)
 
     def fault(self, message: str, field: str = "") -> None:
@@ -169,13 +170,16 @@ class Builder:
         texts = ((name, text_fault(entry[name], may_be_empty=name == "time")) for name in FIELDS)
         faults = [(name, fault) for name, fault in texts if fault]
         user, id, time, _, output = (entry[name] for name in FIELDS)
+        free = part == "history" and self.task.free_history
+        if not free and not self.task.is_answer(output):  # "5.0" is the label "5"
+            output = self.task.strategy.tidy(output.strip())
+            entry = {**entry, "output": output}
         if user and user not in self.splits:
             faults.append(("user", f"'{user}' is not among the data set's users"))
         if (part, user, id) in self._ids:
             faults.append(("id", f"user '{user}' has the id '{id}' twice"))
         if fault := time_fault(time):
             faults.append(("time", fault))
-        free = part == "history" and self.task.free_history
         if output and not free and not self.task.is_answer(output):
             faults.append(("output", f"'{output[:60]}' is not one of the task's labels"))
         for name, message in faults:

@@ -23,7 +23,7 @@ from typing import Any
 import ijson
 
 from hydra_llm.datasets.dataset import Builder, DataSet, Place, Report, Row, Split, as_fields, stop
-from hydra_llm.datasets.native import open_binary, parse_json
+from hydra_llm.datasets.native import number_as_text, open_binary, parse_json
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.lamp import LAMP
 from hydra_llm.text import fold, text_fault
@@ -119,13 +119,13 @@ def read_golds(file: Path, report: Report = stop) -> tuple[str, dict[str, str]]:
 
 
 def _texts(data: Any, names: Sequence[str], place: Place) -> list[str] | None:
-    """The fields, texts or integers, as texts; None, and each fault reported, if one is neither."""
+    """The fields, texts or numbers, as texts; None, and each fault reported, if one is neither."""
     fields = data if isinstance(data, dict) else {}
     texts = []
     for name in names:
-        value = fields.get(name)
-        if isinstance(value, int | str) and not isinstance(value, bool):
-            texts.append(str(value))
+        value = number_as_text(fields.get(name))
+        if isinstance(value, str):
+            texts.append(value)
         else:
             place.fault("must be a text" if name in fields else "is missing", name)
     return texts if len(texts) == len(names) else None
@@ -192,15 +192,18 @@ class _Reader:
         if texts := _texts(data, ("id", "input"), place):
             id, text = texts
             if id in golds:
-                self.queries.append((place, _entry(data, user, id, text, golds[id])))
+                query = replace(place, names={"time": "date", "output": "gold"})
+                self.queries.append((query, _entry(data, user, id, text, golds[id])))
             else:
                 place.fault(f"question '{id}' has no gold in the outputs file", "id")
         profile = data.get("profile")
         if not isinstance(profile, list):
             place.fault("must be a list" if "profile" in data else "is missing", "profile")
             return
+        input, output, _ = LAYOUTS[self.name]
+        names = {"time": "date", "input": input, "output": output}
         for at, item in enumerate(profile):
-            here = replace(place, path=f"{place.path}profile[{at}].")
+            here = replace(place, path=f"{place.path}profile[{at}].", names=names)
             if texts := _texts(item, ("id", *LAYOUTS[self.name][:2]), here):
                 entry = _entry(item, user, *texts)
                 if self._is_usable(entry, "profile entries") and self._is_new(entry):

@@ -7,6 +7,7 @@ line and field. Unknown fields are ignored.
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,6 +88,8 @@ def _find(folder: Path, part: str) -> Path:
 def _read_entries(file: Path, fields: Iterable[str], report: Report) -> Iterator[Row]:
     """The named fields, all texts, of each line that has them; the other lines are reported."""
     for place, line in read_lines(file, report):
+        if not line.strip():
+            continue
         try:
             data = parse_object(line, place)
             entry = {name: _text(data, name, place) for name in fields}
@@ -124,7 +127,7 @@ def parse_object(line: str, place: Place) -> dict[str, Any]:
     try:
         data = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise place.error(f"not JSON: {error}" if line.strip() else "empty line") from None
+        raise place.error(f"not JSON: {error}") from None
     if not isinstance(data, dict):
         raise place.error("must be a JSON object")
     return data
@@ -153,9 +156,12 @@ def _text(data: Mapping[str, Any], name: str, place: Place) -> str:
 
 
 def number_as_text(value: Any) -> Any:
-    """A JSON number as text; anything else unchanged."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return repr(value) if is_number else value
+    """A finite JSON number as text, a whole one without ".0"; anything else unchanged."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def save(dataset: DataSet, folder: Path | str) -> None:

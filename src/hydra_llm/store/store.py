@@ -21,7 +21,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy.engine import URL
 
 from hydra_llm.errors import StoreError
-from hydra_llm.history import parse_time
+from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
@@ -59,17 +59,18 @@ class Store(Database):
         return [name for (name,) in self.rows(query)]
 
     def records(self, name: str) -> tuple[int | None, list[Record]]:
-        """The user's version and the records of that version, in order; (None, []) if unknown."""
+        """The user's version and its records, oldest first; (None, []) if unknown."""
         users, records = schema.users.c, schema.records.c
         columns = (records.id, records.input, records.output, records.time, records.position)
         query = sa.select(users.version, *columns).where(users.name == name)
         joined = query.join_from(schema.users, schema.records, isouter=True)
         rows = self.rows(joined.order_by(records.position))
-        return (rows[0].version if rows else None), [
+        own = (
             Record(name, id, input, output, time, _span(time), position)
             for _, id, input, output, time, position in rows
             if id is not None
-        ]
+        )
+        return (rows[0].version if rows else None), in_order(own)
 
     def heads(self, name: str, bundle: str) -> dict[str, StoredHead]:
         """The user's heads for a bundle, by scorer; empty if none was fitted."""

@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]  # texts [N] → unit rows [N, D]
 Statistic = Callable[[Floats], Floats]  # sums [D, S] → values [D]
 Parsing = Literal["lenient", "strict"]
+Words = Literal["lamp", "unicode"]
+WORDS: tuple[Words, ...] = ("lamp", "unicode")
 Pairs = Sequence[tuple[str | None, str]]  # parsed answer, gold answer
 
 SEPARATORS = " \t\n:"  # what may stand between an instruction and the text within it
@@ -36,6 +38,14 @@ class Task:
     metrics: tuple[str, ...] = ()  # names of the kind's metrics to report; empty for all
     like: str = ""  # the LaMP task whose shape this one has, if any
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Words | None = None  # of ROUGE and BLEU; None: `lamp` like LaMP's, else `unicode`
+
+    @property
+    def words(self) -> Words:
+        """The words that ROUGE and BLEU compare: LaMP's are ASCII alone, `text.words` of any
+        script; on ASCII text they are the same.
+        """
+        return self.tokenizer or ("lamp" if self.like.startswith("LaMP") else "unicode")
 
     @cached_property
     def strategy(self) -> "TaskKind":
@@ -87,16 +97,19 @@ class Task:
         metrics = fields.texts("metrics") or tuple(known)
         fields.check_known("metrics", metrics, known, f" ({kind})")
         like = fields.text("like") if data.get("like") else ""
-        own = {"name", "kind", "prompt", "labels", "metrics", "like"}
+        if (tokenizer := data.get("tokenizer")) is not None:
+            fields.check_known("tokenizer", [tokenizer], WORDS, "")
+        own = {"name", "kind", "prompt", "labels", "metrics", "like", "tokenizer"}
         extra = {key: value for key, value in data.items() if key not in own}
-        task = cls(name, kind, prompt, labels, metrics, like, extra)
+        task = cls(name, kind, prompt, labels, metrics, like, extra, tokenizer)
         if fault := task.strategy.labels_fault():
             raise fields.fault("labels", fault)
         return task
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back as the same task."""
-        values = {key: getattr(self, key) for key in ("name", "like", "kind", "labels", "prompt")}
+        names = ("name", "like", "kind", "labels", "prompt", "tokenizer")
+        values = {key: getattr(self, key) for key in names}
         values["labels"] = list(self.labels)
         known = {key: value for key, value in values.items() if value}
         return {**known, "metrics": list(self.metric_specs), **self.extra}
@@ -324,11 +337,13 @@ class _Fields(NamedTuple):
         values = self.data.get(name) or ()
         if not isinstance(values, list | tuple):
             raise self.fault(name, "must be a list of texts")
+        seen = set[str]()
         for value in values:
             if not isinstance(value, str) or not value or value != value.strip():
                 raise self.fault(name, f"{value!r} is not a text without blanks around it")
-            if values.count(value) > 1:
+            if value in seen:
                 raise self.fault(name, f"'{value}' stands twice")
+            seen.add(value)
         return tuple(values)
 
     def check_known(

@@ -5,6 +5,7 @@ kinds with labels share. Letters: n records, C candidates, L labels, D width.
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from hydra_llm.errors import DataError
 from hydra_llm.tasks import base
 from hydra_llm.tasks.base import Floats, HistoryVectors, Pairs, Parsing, PromptWords
-from hydra_llm.text import fold
+from hydra_llm.text import UNSPACED, caseless, fold, marks
 from hydra_llm.types import Candidate, Record
 
 BANDWIDTHS = (0.05, 0.15, 0.5)  # τ of exp(cos / τ): from the nearest record to nearly all alike
@@ -23,13 +24,17 @@ class LabelKind(base.TaskKind):
     """A kind whose answers are the task's labels."""
 
     closed = True
+    most_labels: ClassVar[int] = 1000  # every label is a candidate
     prompt_style = "turns"  # small models repeat a list of scores (benchmarks/prompt_style.py)
     target_rule = "exact"
     record_columns = ("answer_share", "answer_near")
 
     def labels_fault(self) -> str:
-        few = len(self.task.labels) < 2
-        return f"a {self.task.kind} task needs at least two labels" if few else ""
+        kind, count = self.task.kind, len(self.task.labels)
+        if count > self.most_labels:
+            most = f"a {kind} task has at most {self.most_labels:,} labels, not {count:,}"
+            return f"{most}: if the answers are texts or amounts, take the kind generation"
+        return f"a {kind} task needs at least two labels" if count < 2 else ""
 
     def typical(self, outputs: Sequence[str]) -> str:
         """The most frequent label, the latest of equals; without outputs the middle label."""
@@ -179,7 +184,7 @@ class Classification(LabelKind):
     @cached_property
     def _matchers(self) -> "list[_Matcher]":
         """Strictest first: in any case; "&" as "and", hyphens as blanks; "[1]" as "1"."""
-        folds = ((str.casefold, str.casefold), (_loose, _loose), (_bare, _loose))
+        folds = ((caseless, caseless), (_loose, _loose), (_bare, _loose))
         return [_Matcher(self.task.labels, *functions) for functions in folds]
 
 
@@ -197,8 +202,8 @@ class _Matcher:
         self.labels = {name: label for name, label in pairs if name and names.count(name) == 1}
         self.of_text = of_text
         longest_first = sorted(self.labels, key=len, reverse=True)
-        either = "|".join(r"\s+".join(map(re.escape, name.split())) for name in longest_first)
-        self.pattern = re.compile(rf"(?<![^\W_])(?:{either or '(?!)'})(?![^\W_])")
+        either = "|".join(map(_as_word, longest_first))
+        self.pattern = re.compile(either or "(?!)")
 
     def find(self, text: str) -> tuple[set[str], set[str]]:
         """The labels in a text, and those before the first cut."""
@@ -210,8 +215,17 @@ class _Matcher:
         return whole, before_cut
 
 
+def _as_word(name: str) -> str:
+    """A pattern of the name between other words; blanks separate none in scripts without them."""
+    unspaced = re.compile(f"[{UNSPACED}]")
+    before = "" if unspaced.match(name[0]) else r"(?<![^\W_])"
+    after = "" if unspaced.match(name[-1]) else r"(?![^\W_])"
+    after += "" if name.isascii() else f"(?![{marks()}])"
+    return before + r"\s+".join(map(re.escape, name.split())) + after
+
+
 def _loose(text: str) -> str:
-    return text.casefold().translate(_SPELLINGS)
+    return caseless(text).translate(_SPELLINGS)
 
 
 def _bare(label: str) -> str:

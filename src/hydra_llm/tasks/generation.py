@@ -10,6 +10,7 @@ import numpy as np
 from hydra_llm.extras import require
 from hydra_llm.tasks import base
 from hydra_llm.tasks.base import CohortStats, Floats, HistoryVectors, Pairs, Parsing, PromptWords
+from hydra_llm.text import length, spaced, words
 from hydra_llm.types import Candidate, Record
 
 
@@ -42,26 +43,33 @@ class Generation(base.TaskKind):
         return next(iter(answers or lines), None)
 
     def gain(self, answer: str, gold: str) -> float:
-        return overlap(answer, gold)
+        return overlap(answer, gold, self.task.words)
 
     def typical(self, outputs: Sequence[str]) -> str:
         """The latest text."""
         return outputs[-1] if outputs else ""
 
     def metric_rows(self, metric: str, pairs: Pairs) -> Floats:
-        """[N, 2] of ROUGE F-measures, or [N, 10] counts of BLEU."""
+        """[N, 2] of ROUGE F-measures, or [N, 10] counts of BLEU. With `unicode` words, BLEU too has
+        characters for words in scripts without blanks (for Chinese: sacrebleu's `zh`).
+        """
+        lamp = self.task.words == "lamp"
         require("bench", f"the metric {metric}")
         if metric == "bleu":  # as sacrebleu: lengths, matching and all n-grams for n = 1 to 4
             from sacrebleu.metrics.bleu import BLEU
 
-            scores = [BLEU().corpus_score([answer or ""], [[gold]]) for answer, gold in pairs]
+            texts = [(answer or "", gold) for answer, gold in pairs]
+            if not lamp:
+                texts = [(spaced(answer), spaced(gold)) for answer, gold in texts]
+            scores = [BLEU().corpus_score([answer], [[gold]]) for answer, gold in texts]
             rows = [[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]
             return np.array(rows, dtype=np.float64).reshape(-1, 10)
         from rouge_score.rouge_scorer import RougeScorer
         from rouge_score.tokenizers import DefaultTokenizer
 
         # With a tokenizer of its own choice it logs a line, which sets up Python's root logger.
-        scorer = RougeScorer([metric], tokenizer=DefaultTokenizer(use_stemmer=False))
+                tokenizer = DefaultTokenizer(use_stemmer=False) if lamp else _Unicode()
+        scorer = RougeScorer([metric], tokenizer=tokenizer)
         measures = [scorer.score(gold, answer or "")[metric].fmeasure for answer, gold in pairs]
         return base.with_count(measures)
 
@@ -114,7 +122,14 @@ class Generation(base.TaskKind):
 
 def _words(texts: Sequence[str]) -> Floats:
     """[N] lengths in words."""
-    return np.array([len(text.split()) for text in texts], dtype=np.float64)
+    return np.array([length(text) for text in texts], dtype=np.float64)
+
+
+class _Unicode:
+    """A tokenizer of rouge_score."""
+
+    def tokenize(self, text: str) -> Sequence[str]:
+        return words(text)
 
 
 # ---- lenient parsing: one line without what surrounds an answer
@@ -141,15 +156,14 @@ def _plain(line: str) -> str:
     return line
 
 
-def overlap(answer: str, gold: str) -> float:
-    """(ROUGE-1 + ROUGE-L) / 2, F-measures without stemmer, of ASCII words as in rouge_score.
-
-    Where a text has none, both are read as words of any script.
+def overlap(answer: str, gold: str, words_of: base.Words = "lamp") -> float:
+    """(ROUGE-1 + ROUGE-L) / 2, F-measures without stemmer. LaMP's words are ASCII as in
+    rouge_score; where a text has none, both are read as words of any script.
     """
     if answer == gold:
         return 1.0
-    for word in (r"[a-z0-9]+", r"\w+"):
-        ours, theirs = _words_of(word, answer), _words_of(word, gold)
+    for word in (_lamp_words, words) if words_of == "lamp" else (words,):
+        ours, theirs = word(answer), word(gold)
         if ours and theirs:
             both = len(ours) + len(theirs)
             common = sum((Counter(ours) & Counter(theirs)).values())
@@ -158,8 +172,8 @@ def overlap(answer: str, gold: str) -> float:
 
 
 @lru_cache(maxsize=16384)
-def _words_of(pattern: str, text: str) -> list[str]:
-    return re.findall(pattern, text.lower())
+def _lamp_words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall("[a-z0-9]+", text.lower()))
 
 
 def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:

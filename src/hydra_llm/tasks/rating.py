@@ -21,7 +21,7 @@ def number_of(text: str) -> float:
 
 def plain_number(text: str) -> float | None:
     """A number of digits alone, as tables hold it; None for all else."""
-    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
+    return _number(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
 
 
 def _number(text: str) -> float | None:
@@ -32,6 +32,11 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _short(number: float) -> str:
+    """`4` for 4.0, `0.5` for 0.50; -0.0 is 0."""
+    return repr(number + 0.0).removesuffix(".0")
+
+
 def _root_mean(sums: Floats) -> Floats:
     return np.sqrt(mean(sums))
 
@@ -39,6 +44,7 @@ def _root_mean(sums: Floats) -> Floats:
 class Rating(LabelKind):
     """A number on a scale; the labels are the points of the scale."""
 
+    most_labels = 101  # 0 to 100
     metrics = (
         MetricSpec("mae", higher_is_better=False, title="MAE"),
         MetricSpec("rmse", _root_mean, higher_is_better=False, title="RMSE"),
@@ -73,8 +79,7 @@ class Rating(LabelKind):
         return self._canonical(number)
 
     def _canonical(self, number: float) -> str:
-        # + 0.0 turns -0.0 into 0.0
-        return self._by_number.get(number) or repr(number + 0.0).removesuffix(".0")
+        return self._by_number.get(number) or _short(number)
 
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
@@ -141,15 +146,16 @@ class Rating(LabelKind):
     @classmethod
     def tidy(cls, output: str) -> str:
         number = plain_number(output)
-        return output if number is None else f"{number:g}"
+        return output if number is None else _short(number)
 
     @classmethod
     def labels_of(cls, outputs: set[str]) -> list[str]:
         """Every whole number of the range, or the numbers that there are."""
         numbers = sorted(n for output in outputs if (n := plain_number(output)) is not None)
-        if numbers and all(number.is_integer() for number in numbers):
+        whole = numbers and all(number.is_integer() for number in numbers)
+        if whole and numbers[-1] - numbers[0] < cls.most_labels:
             return [str(value) for value in range(int(numbers[0]), int(numbers[-1]) + 1)]
-        return [f"{number:g}" for number in numbers]
+        return list(map(_short, numbers))
 
     @classmethod
     def default_prompt(cls, labels: Sequence[str]) -> str:

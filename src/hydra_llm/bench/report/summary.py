@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra_llm.bench.report.tables import Report, Run
 from hydra_llm.bench.runlog import by_method
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Usage
 
 LIMITS = {
@@ -36,11 +37,19 @@ def run_summary(run: Run) -> dict[str, str]:
         "answers are read": settings.get("parsing"),
         "trained on": f"{manifest['trained_on']} users" if "trained_on" in manifest else None,
         "limits": ", ".join(LIMITS[name].format(value) for name, value in limits.items()),
+        "ROUGE and BLEU": compared_words(task),
         "versions": ", ".join(f"{key} {manifest[key]}" for key in VERSIONS if manifest.get(key)),
         "data": str(manifest.get("data", ""))[:16],
         "weights": ", ".join(f"seed {seed}: {digest[:12]}" for seed, digest in weights.items()),
     }
     return {name: str(value) for name, value in summary.items() if value not in (None, "")}
+
+
+def compared_words(task: Task) -> str:
+    """Which words the metrics of texts compare; empty if the task has none of them."""
+    of_texts = {"rouge1", "rougeL", "bleu"} & task.metric_specs.keys()
+    what = {"lamp": "ASCII words as in LaMP (lamp)", "unicode": "words of any script (unicode)"}
+    return what[task.words] if of_texts else ""
 
 
 def summary_line(run: Run) -> str:
