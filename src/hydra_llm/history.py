@@ -111,8 +111,8 @@ def in_order(records: Iterable[Record]) -> list[Record]:
     """A user's records by time, then by position; one of unknown time stays behind those before."""
     last_known, keyed = -math.inf, list[tuple[float, int, Record]]()
     for record in sorted(records, key=lambda r: r.position):
-        if (span := span_of(record)) != ALWAYS:
-            last_known = span[0]
+        if (start := span_of(record)[0]) > -math.inf:
+            last_known = start
         keyed.append((last_known, record.position, record))
     return [record for _, _, record in sorted(keyed, key=lambda item: item[:2])]
 

@@ -3,6 +3,7 @@ the LLM's votes. The task kind (`tasks/`) has its own columns. Knows no scorer a
 Letters: C candidates, M records, E columns.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from hydra_llm.history import in_order, span_of
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.tasks.base import CohortStats, FeatureContext, Floats, HistoryVectors, Task
-from hydra_llm.types import ALWAYS, Candidate, Query, Ranked, Record
+from hydra_llm.types import Candidate, Query, Ranked, Record
 
 STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their latest records
 
@@ -64,7 +65,7 @@ def _recency(records: Sequence[Record]) -> Floats:
     """[M]: 1 for the latest of the records, towards 0 for the oldest; where the time is unknown,
     0.5: the order of a file says nothing about time.
     """
-    known = [record for record in in_order(records) if span_of(record) != ALWAYS]
+    known = [record for record in in_order(records) if span_of(record)[0] > -math.inf]
     place = {id(record): rank / len(known) for rank, record in enumerate(known, 1)}
     return np.array([place.get(id(record), 0.5) for record in records])
 

@@ -3,6 +3,7 @@ G groups, C candidates of a group, H feature width, E side features, U users, K 
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from operator import add
@@ -15,6 +16,9 @@ Span = tuple[float, float]
 
 ALWAYS: Span = (-math.inf, math.inf)
 """The span of an unknown time: such a record is ordered by its position only."""
+
+UNREADABLE: Span = (-math.inf, sys.float_info.max)
+"""The span of a written time that cannot be read: as unknown, and not read again."""
 
 ARROW = " → "
 

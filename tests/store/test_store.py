@@ -22,14 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.errors import SettingsError, StoreError
-from hydra_llm.history import parse_time
+from hydra_llm.history import before, parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, open_backup, restore
 from hydra_llm.store.change import ConflictingFeedback, StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead
-from hydra_llm.types import ALWAYS, Record
+from hydra_llm.types import UNREADABLE, Query, Record
 from tests.waiting import until
 
 
@@ -229,7 +229,15 @@ def test_heads_come_back_with_the_time_until_which_they_learned(store: Store) ->
 
 def test_a_kept_time_that_is_refused_by_now_is_unknown(store: Store) -> None:
     store.add_records("ada", [dataclasses.replace(record("a"), time="202401")])
-    assert [(r.time, r.span) for r in store.records("ada")[1]] == [("202401", ALWAYS)]
+    (kept,) = store.records("ada")[1]
+    assert (kept.time, kept.span) == ("202401", UNREADABLE)
+    assert before([kept], Query("ada", "q", "x")) == [kept]
+
+
+def test_records_come_oldest_first_whatever_the_order_of_their_upload(store: Store) -> None:
+    times = {"new": "2024-06-01", "none": "", "old": "2019-06-01", "mid": "2022"}
+    store.add_records("ada", [dataclasses.replace(record(id), time=t) for id, t in times.items()])
+    assert [r.id for r in store.records("ada")[1]] == ["old", "mid", "new", "none"]
 
 
 # ---- feedback, requests, keys, jobs

@@ -27,7 +27,7 @@ from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
 from hydra_llm.store.urls import check_file
 from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
-from hydra_llm.types import ALWAYS, ARROW, Record, Span, as_one_text
+from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
 class Store(Database):
@@ -363,7 +363,7 @@ def _span(time: str) -> Span:
     try:
         return parse_time(time)
     except ValueError:
-        return ALWAYS
+        return UNREADABLE
 
 
 def _with_names(table: sa.Table, kind: type[Job | Request]) -> sa.Select[Any]:

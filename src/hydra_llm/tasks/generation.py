@@ -68,7 +68,7 @@ class Generation(base.TaskKind):
         from rouge_score.tokenizers import DefaultTokenizer
 
         # With a tokenizer of its own choice it logs a line, which sets up Python's root logger.
-                tokenizer = DefaultTokenizer(use_stemmer=False) if lamp else _Unicode()
+        tokenizer = DefaultTokenizer(use_stemmer=False) if lamp else _Unicode()
         scorer = RougeScorer([metric], tokenizer=tokenizer)
         measures = [scorer.score(gold, answer or "")[metric].fmeasure for answer, gold in pairs]
         return base.with_count(measures)
