@@ -234,7 +234,7 @@ def test_a_kept_time_that_is_refused_by_now_is_unknown(store: Store) -> None:
     assert before([kept], Query("ada", "q", "x")) == [kept]
 
 
-def test_records_come_oldest_first_whatever_the_order_of_their_upload(store: Store) -> None:
+def test_records_come_oldest_first_not_as_uploaded(store: Store) -> None:
     times = {"new": "2024-06-01", "none": "", "old": "2019-06-01", "mid": "2022"}
     store.add_records("ada", [dataclasses.replace(record(id), time=t) for id, t in times.items()])
     assert [r.id for r in store.records("ada")[1]] == ["old", "mid", "new", "none"]
