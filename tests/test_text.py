@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
-from hydra_llm.text import fold, length, repair, search_words, spaced, text_fault, words
+from hydra_llm.text import (
+    fold,
+    length,
+    repair,
+    search_words,
+    spaced,
+    text_fault,
+    without_reasoning,
+    words,
+)
 
 ANY = st.text(st.characters(), max_size=30) | st.text("\ud83d\ude00\0 a", max_size=8)
 
@@ -45,6 +54,39 @@ def test_a_folded_text_is_one_line_of_the_same_words(text: str) -> None:
 def test_what_makes_a_text_unusable(text: str, fault: str) -> None:
     assert fault in text_fault(text)
     assert bool(text_fault(text)) == bool(fault)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\nA headline is wanted.\n</think>\n\nA river runs", "A river runs"),
+        ("<THINKING>a</Thinking> b", "b"),
+        ("<think>a</think><think>b</think>c", "c"),
+        ("<think>about <think> tags</think>\nkeep", "keep"),
+        ("<think>a<think>b</think>c</think>\nkeep", "keep"),
+        ("its beginning stood in the prompt\n</think>\n\nkeep", "keep"),
+        ("hm</think>keep", "keep"),
+        ("<think>never closed: keep", ""),
+        ("keep\n<think>an afterthought", "keep"),
+        ("[THINK]x[/THINK]keep", "keep"),
+        ("◁think▷x◁/think▷keep", "keep"),
+        ("<seed:think>x</seed:think>keep", "keep"),
+        (
+            "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>keep<|return|>",
+            "keep",
+        ),
+        ("Wrap it in <think> and </think> tags.", "Wrap it in <think> and </think> tags."),
+        ("Use `</think>` here", "Use `</think>` here"),
+        (" as it is \n", " as it is \n"),
+    ],
+)
+def test_reasoning_is_no_part_of_an_answer(text: str, answer: str) -> None:
+    assert without_reasoning(text) == answer
+
+
+@given(ANY)
+def test_reasoning_that_is_taken_out_leaves_none(text: str) -> None:
+    assert without_reasoning(f"<think>{text.replace('think', '')}</think>keep") == "keep"
 
 
 # ---- words

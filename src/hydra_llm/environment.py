@@ -21,14 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 def variables() -> dict[str, str]:
-    """Our variables that are set, by upper-case name. Blanks around a value are removed; an empty
-    one counts as not set, and so does an address that Kubernetes put there.
+    """Our variables that are set, by upper-case name. Blanks around a value are removed, but of a
+    key, which is checked when it is read; an empty one counts as not set, and so does an address
+    that Kubernetes put there.
     """
-    own = ((name.upper(), value.strip()) for name, value in os.environ.items())
+    own = ((name.upper(), value) for name, value in os.environ.items())
     return {
-        name: value
+        name: value if name.endswith("_KEY") else value.strip()
         for name, value in own
-        if value and name.startswith(OWN) and not SERVICE_LINK.match(value)
+        if value.strip() and name.startswith(OWN) and not SERVICE_LINK.match(value.strip())
     }
 
 

@@ -25,7 +25,7 @@ from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
 from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels
 from hydra_llm.tasks.base import Task
-from hydra_llm.text import repair, text_fault
+from hydra_llm.text import repair, text_fault, without_reasoning
 from hydra_llm.types import Answer, Candidate, Generation, Proposal, Query, Ranked, Record, Usage
 
 Result = Generation | LLMError
@@ -124,7 +124,7 @@ class Pipeline:
         if fatal or len(errors) == len(results):
             raise (fatal or errors)[0]
         answered = [result for result in results if isinstance(result, Generation)]
-        texts = [repair(text) for result in answered for text in result.texts]
+        texts = [answer_text(text) for result in answered for text in result.texts]
         if not texts:
             raise LLMError("the LLM gave no text")
         first = results[0]
@@ -276,6 +276,11 @@ class UserPipeline(Pipeline):
         if fault := text_fault(text):
             raise UserFault(f"the text to answer {fault}")
         return Query(user, "asked", text)
+
+
+def answer_text(text: str) -> str:
+    """An LLM's text as every stage and file takes it, without its reasoning."""
+    return without_reasoning(repair(text))
 
 
 def candidate_key(text: str, answer: str | None) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.wire import text_of
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
@@ -81,16 +82,6 @@ def render(
 def estimate(text: str) -> int:
     """Tokens of a text by rule of thumb: one per 3.5 bytes of UTF-8, rounded up."""
     return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.5)
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """A message's text: its content, or the text parts of it."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = (part.get("text") for part in parts if isinstance(part, Mapping))
-    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 @dataclass(frozen=True, slots=True)

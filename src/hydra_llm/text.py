@@ -120,3 +120,41 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     parts = (f"{character}+", character, f"{character}+|{word}|[{_EMOJI}]")
     run, one, either = map(re.compile, parts)
     return run, one, either
+
+
+# ---- what is no part of an answer
+
+_NAME = r"(?:\w{1,12}:)?(?:think(?:ing)?|thoughts?|reasoning|reflection)"
+_OPEN = rf"(?:<{_NAME}>|\[{_NAME}\]|◁{_NAME}▷)"
+_TAG = re.compile(
+    rf"(?P<open>^[ \t]*{_OPEN})|(?P<inline>{_OPEN})|(?P<close></{_NAME}>|\[/{_NAME}\]|◁/{_NAME}▷)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# Harmony, the format of gpt-oss, where the engine did not read it.
+_CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>")
+_CHANNEL_END = re.compile(r"<\|(?:end|return|start|call)\|>")
+
+
+def without_reasoning(text: str) -> str:
+    """An LLM's text without its reasoning: `<think>…</think>` at the beginning of a line, or never
+    closed, and all before a lone `</think>`, whose beginning stood in the prompt. Other tags within
+    a line are text, such as quoted ones.
+    """
+    if channels := list(_CHANNEL.finditer(text)):
+        final = [channel for channel in channels if channel[1] == "final"]
+        return _CHANNEL_END.split(text[final[-1].end() :])[0].strip() if final else ""
+    kept, start = list[str](), 0
+    inside = found = mentioned = False
+    for tag in _TAG.finditer(text):
+        if inside:
+            inside, start = tag["close"] is None, tag.end()
+        elif tag["open"] or (tag["inline"] and found and start == tag.start()):
+            kept.append(text[start : tag.start()])
+            inside = found = True
+        elif tag["inline"]:
+            mentioned = True
+        elif not mentioned and text[tag.start() - 1 : tag.start()] not in ("`", "'", '"'):
+            kept, start, found = [], tag.end(), True
+    if not found:
+        return text
+    return "".join(kept if inside else [*kept, text[start:]]).strip()

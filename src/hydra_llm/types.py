@@ -5,8 +5,9 @@ G groups, C candidates of a group, H feature width, E side features, U users, K 
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from operator import add
+from typing import Any
 
 Message = Mapping[str, str]
 """A chat message: `{"role": "system"|"user"|"assistant", "content": text}`."""
@@ -75,9 +76,20 @@ class Usage:
     completion_tokens: int = 0
     cost: float = 0.0  # in the currency of the prices in the settings; 0 where none are given
     seconds: float = 0.0  # of waiting; a cached call counts what it took when it was sent
+    untold: int = 0  # calls, cached ones included, whose tokens and cost the LLM did not tell
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(*map(add, astuple(self), astuple(other)))
+
+    @property
+    def tokens(self) -> tuple[int, int] | tuple[None, None]:
+        """Of prompts and answers; None where a call's are not known."""
+        return (None, None) if self.untold else (self.prompt_tokens, self.completion_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; what is not known is None."""
+        names = ("prompt_tokens", "completion_tokens", "cost") if self.untold else ()
+        return {**asdict(self), **dict.fromkeys(names)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +100,15 @@ class StageCost:
     seconds: float  # the LLM's as measured when it was called, and all others of this run
     usage: Usage = Usage()
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         usage = self.usage
+        prompt, completion = usage.tokens
         return {
             "users": self.users,
             "seconds": self.seconds,
             "calls": usage.calls + usage.cached,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
         }
 
 

@@ -72,6 +72,7 @@ class Endpoint:
     def __init__(self, behaviour: Behaviour):
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str] = []
+        self.targets: list[str] = []
         self.release = threading.Event()
         outer = self
 
@@ -82,6 +83,7 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 count = len(outer.bodies)
                 outer.bodies.append(body)
+                outer.targets.append(self.path)
                 outer.keys.append(self.headers.get("Authorization", ""))
                 answer = behaviour(body, count)
                 if answer is None:

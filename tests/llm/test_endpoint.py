@@ -1,5 +1,9 @@
 """What learning and the gateway know of an endpoint: URL and key, refusals, capabilities."""
 
+import base64
+import json
+from urllib.parse import quote
+
 import pytest
 
 from hydra_llm.errors import SettingsError
@@ -10,6 +14,7 @@ from hydra_llm.llm.endpoint import (
     CapabilityCache,
     Endpoint,
     Refusal,
+    without_userinfo,
 )
 
 SENT = {"messages": [], "temperature": 0.7, "max_tokens": 9, "n": 3, "seed": 1}
@@ -90,3 +95,60 @@ def test_capabilities_are_a_models_own_and_expire() -> None:
     assert (cache.of("a"), cache.of("b")) == (less, Capabilities())
     now = CAPABILITY_SECONDS + 1
     assert cache.of("a") == Capabilities()
+
+
+MADE_UP = "sk-made-up/0123+456=789"
+
+
+@pytest.mark.parametrize(
+    "key", [f"{MADE_UP}\n", f" {MADE_UP}", "sk made up", "sk-\x1b", "sk-é", "\n"]
+)
+def test_a_key_that_no_header_can_carry_is_told_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SettingsError, match="OPENAI_API_KEY holds a line break") as raised:
+        Endpoint.of("openai:m", "http://own/v1")
+    assert "sk" not in str(raised.value)
+    with pytest.raises(SettingsError, match="api_key"):
+        Endpoint.of("openai:m", "http://own/v1", key)
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        MADE_UP,
+        repr(MADE_UP),
+        json.dumps({"key": MADE_UP}),
+        quote(MADE_UP),
+        quote(MADE_UP, safe=""),
+        base64.b64encode(MADE_UP.encode()).decode(),
+        base64.b64encode(f"name:{MADE_UP}".encode()).decode(),
+        base64.b64encode(f"me:{MADE_UP}:more".encode()).decode(),
+        base64.urlsafe_b64encode(f"a:{MADE_UP}".encode()).decode(),
+    ],
+)
+def test_a_secret_is_hidden_however_it_is_quoted(quoted: str) -> None:
+    endpoint = Endpoint("http://me:hunter2secret@own/v1", MADE_UP, "api-version=1&key=of-the-query")
+    for text in (quoted, f"before {quoted} behind", quoted * 2):
+        shown = endpoint.redact(text)
+        assert "***" in shown
+        for form in (MADE_UP, quote(MADE_UP, safe=""), "0123", "MDEyM", "AxMj", "wMTIz"):
+            assert form not in shown
+    assert endpoint.redact("hunter2secret of-the-query 1") == "*** *** 1"
+    assert "***" in str(endpoint.redacted({"a": [{"b": quoted}, 3]}))
+    assert MADE_UP not in repr(endpoint)
+
+
+def test_a_short_key_is_hidden_only_where_it_stands_alone() -> None:
+    assert Endpoint("http://own/v1", "k").redact("key 'k', like k.") == "key '***', like ***."
+
+
+def test_what_stands_behind_the_path_is_kept_apart() -> None:
+    endpoint = Endpoint.of("x", "https://own/deployments/m?api-version=2024-06-01&x=%20#here")
+    assert endpoint.url == "https://own/deployments/m"
+    assert endpoint.query == "api-version=2024-06-01&x=%20"
+    shown = without_userinfo("openai:m@https://u:p@own/v1?api-version=1&api_key=abc&y=2")
+    assert shown == "openai:m@https://own/v1?api-version=1&api_key=***&y=2"
+    with pytest.raises(SettingsError, match="no blanks"):
+        Endpoint.of("x", "https://own/v1\n")

@@ -1,6 +1,8 @@
 """The meter: counts, prices, failures, budgets, and how many calls run at once."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,37 @@ async def test_kept_answers_cost_no_budget_and_a_stopped_run_resumes(tmp_path: P
         :2
     ] == done
     assert (second.usage.calls, second.usage.cached) == (2, 2)
+
+
+@dataclass
+class Silent:
+    """An LLM that tells no tokens."""
+
+    identity: Mapping[str, Any] = field(default_factory=lambda: {"kind": "silent", "model": "m"})
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        return Generation(("text",) * sampling.n, Usage(calls=1, untold=1))
+
+    async def aclose(self) -> None: ...
+
+
+async def test_tokens_that_are_not_told_are_unknown_and_not_zero(tmp_path: Path) -> None:
+    meter = Meter(Silent(), prices=Prices(prompt=2.0))
+    llm = CachedLLM(meter, tmp_path / "llm.sqlite")
+    for replayed in (False, True):
+        usage = (await llm.generate(ask("a"), Sampling(n=2, temperature=1.0))).usage
+        assert usage.tokens == (None, None)
+        assert usage.to_json()["prompt_tokens"] is None
+        if not replayed:
+            assert usage.to_json()["cost"] is None
+            assert math.isnan(meter.usage.cost)
+    assert {row["completion_tokens"] for _, _, row in stored_rows(llm)} == {None}
+    await llm.aclose()
+    assert Prices().cost(Usage(untold=1)) == 0, "what is free is free"
+
+
+async def test_a_budget_of_tokens_is_not_kept_by_silence() -> None:
+    meter = Meter(Silent(), budget=Budget(max_tokens=100))
+    await meter.generate(ask("a"), Sampling())
+    with pytest.raises(BudgetExceeded, match="max_calls"):
+        await meter.generate(ask("a"), Sampling())

@@ -422,3 +422,49 @@ def test_key_and_url_come_from_spec_and_environment(monkeypatch: pytest.MonkeyPa
         "base_url": "http://127.0.0.1:2/v1/",
         "constrains": False,
     }
+
+
+async def test_an_error_in_a_200_is_told_and_tried_again(serve: Any, wire: Any) -> None:
+    error = {"error": {"message": "Provider says: too many requests", "code": 429}}
+
+    def behaviour(body: dict[str, Any], count: int) -> Any:
+        busy = wire.reply(200, error, retry_after_ms="1")
+        return busy if count < 2 else wire.completion("fine")
+
+    endpoint = serve(behaviour)
+    assert (await client(endpoint, retries=2).generate(MESSAGES, Sampling())).texts == ("fine",)
+    with pytest.raises(LLMError, match="HTTP 429: Provider says: too many requests"):
+        await client(serve(lambda body, count: wire.reply(200, error))).generate(
+            MESSAGES, Sampling()
+        )
+
+
+async def test_the_text_is_the_answer_and_untold_tokens_are_unknown(serve: Any, wire: Any) -> None:
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    contents = [[thinking, {"type": "text", "text": "keep"}], "<think>toss</think>keep", None]
+    choices = [
+        {"index": i, "message": {"content": content, "reasoning_content": "toss"}}
+        for i, content in enumerate(contents)
+    ]
+    endpoint = serve(lambda body, count: wire.reply(200, {"id": "x", "choices": choices}))
+    generation = await client(endpoint).generate(MESSAGES, Sampling(n=3, temperature=1.0))
+    assert generation.texts == ("keep", "keep", "")
+    assert generation.usage == Usage(calls=1, untold=1)
+
+
+async def test_a_query_stands_behind_the_path(serve: Any, wire: Any) -> None:
+    endpoint = serve(lambda body, count: wire.completion("fine"))
+    query = "api-version=2024-06-01&tag=a&tag=b"
+    own = OpenAILLM("m", base_url=f"{endpoint.url}?{query}", api_key=KEY, retries=0)
+    await own.generate(MESSAGES, Sampling())
+    assert endpoint.targets == [f"/v1/chat/completions?{query}"]
+    assert own.base_url == f"{endpoint.url}/"
+    assert own.identity["query"] != client(endpoint).identity.get("query")
+
+
+async def test_a_key_that_an_endpoint_quotes_is_not_shown(serve: Any, wire: Any) -> None:
+    quoted = f"no such key: {KEY}, {KEY!r}, {' ' * 450}{KEY}"
+    endpoint = serve(lambda body, count: wire.refusal(401, quoted))
+    with pytest.raises(LLMRefused) as raised:
+        await client(endpoint).generate(MESSAGES, Sampling())
+    assert "sk-" not in str(raised.value)

@@ -17,7 +17,7 @@ from hydra_llm.bench.bbox import BBoxAdapter
 from hydra_llm.bench.method import Answerer, Method, Parts, method
 from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
-from hydra_llm.pipeline import UserPipeline
+from hydra_llm.pipeline import UserPipeline, answer_text
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selection, Selector, all_labels, select
 from hydra_llm.text import fold
@@ -83,7 +83,7 @@ class Profiled:
             if key not in self.profiles:
                 sampling = Sampling(max_tokens=PROFILE_TOKENS)
                 written = await self.inner.llm.generate(self._question(context.visible), sampling)
-                self.profiles[key], usage = written.texts[0].strip(), written.usage
+                self.profiles[key], usage = answer_text(written.texts[0]).strip(), written.usage
         answer = await replace(self.inner, profile=self.profiles[key]).aanswer(context)
         total = answer.proposal.usage + usage
         return replace(answer, proposal=replace(answer.proposal, usage=total))

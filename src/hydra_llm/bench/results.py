@@ -35,7 +35,7 @@ class MethodResult:
     failed: int
     unparsable: int
     calls: float
-    tokens: float
+    tokens: float  # NaN, as the cost, where the LLM did not tell them
     llm_seconds: float  # of the LLM, as measured when it was called
     own_seconds: float  # of everything else in this run
     cost: float  # money at the given prices
@@ -48,7 +48,11 @@ class MethodResult:
             seed: dict(zip(own, rounded(own.values()), strict=True))
             for seed, own in self.seeds.items()
         }
-        return {**asdict(self), "metrics": metrics, "seeds": seeds}
+        told = {
+            name: None if math.isnan(value) else value
+            for name, value in (("tokens", self.tokens), ("cost", self.cost))
+        }
+        return {**asdict(self), **told, "metrics": metrics, "seeds": seeds}
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
@@ -88,7 +92,7 @@ def _result(task: Task, own: Sequence[Sample], prices: Prices) -> MethodResult:
         failed=len(own) - len(answered),
         unparsable=sum(sample.answer is None for sample in answered),
         calls=mean(sample.calls for sample in answered),
-        tokens=mean(sample.tokens for sample in answered),
+        tokens=mean(math.nan if s.tokens is None else s.tokens for s in answered),
         llm_seconds=mean(sample.llm_seconds for sample in answered),
         own_seconds=sum(time for stage, time in seconds.items() if stage != "llm"),
         cost=mean(prices.cost(sample.usage) for sample in answered),

@@ -43,15 +43,15 @@ class Sample:
     answer: str | None  # as parsed; None if it could not be parsed
     error: str = ""  # why there is no answer at all; such a sample is not scored
     calls: int = 0  # LLM calls for this answer, cached ones included
-    tokens: int = 0  # of prompts and answers together
-    completion_tokens: int = 0  # of the answers alone
+    tokens: int | None = 0  # of prompts and answers together; None if the LLM did not tell them
+    completion_tokens: int | None = 0  # of the answers alone
     llm_seconds: float = 0.0  # of the LLM, as measured when it was called
     seconds: Mapping[str, float] = field(default_factory=dict)  # per stage of this run
     notes: tuple[str, ...] = ()
     seed: int = 0  # of the learned parts, or the sample's index if the method is `per_sample`
     probability: float | None = None  # the adapter's of its pick; None without an adapter
     agreement: float | None = None  # the mode's vote share; None for fewer than two samples
-    learned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    learned: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """`StageCost.to_json` of what a `Learner` learned before this answer, see its `pop_spent`."""
 
     @property
@@ -60,6 +60,8 @@ class Sample:
 
     @property
     def usage(self) -> Usage:
+        if self.tokens is None or self.completion_tokens is None:
+            return Usage(untold=1)
         completion = self.completion_tokens
         return Usage(prompt_tokens=self.tokens - completion, completion_tokens=completion)
 

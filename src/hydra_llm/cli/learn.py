@@ -142,7 +142,7 @@ def as_dict(answer: Answer) -> dict[str, Any]:
         "prompt": [dict(message) for message in proposal.messages],
         "candidates": [asdict(candidate) for candidate in answer.candidates],
         "chosen": answer.chosen,
-        "usage": asdict(answer.usage),
+        "usage": answer.usage.to_json(),
         "seconds": dict(answer.seconds),
         "notes": list(proposal.notes),
     }

@@ -1,7 +1,6 @@
 """`hydra-llm llm`: checks of an LLM."""
 
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -56,8 +55,8 @@ async def examine(llm: ChatLLM) -> dict[str, Any]:
         "seconds": round(greedy.usage.seconds, 3),
         "native_n": samples.usage.calls == 1,
         "seconds_of_two_samples": round(samples.usage.seconds, 3),
-        "prompt_tokens": greedy.usage.prompt_tokens,
-        "completion_tokens": greedy.usage.completion_tokens,
+        "prompt_tokens": greedy.usage.tokens[0],
+        "completion_tokens": greedy.usage.tokens[1],
         "constrains": bool(set(constrained.texts) & set(choices)),
-        "usage": asdict(greedy.usage + samples.usage + constrained.usage),
+        "usage": (greedy.usage + samples.usage + constrained.usage).to_json(),
     }

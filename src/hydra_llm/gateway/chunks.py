@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from hydra_llm.prompt import text_of
+from hydra_llm.llm.wire import text_of
 
 DONE = b"data: [DONE]\n\n"
 PIECE = 64  # characters in a chunk of an answer that is complete already

@@ -12,7 +12,7 @@ from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, 
 from hydra_llm.gateway.upstream import Body, HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
-from hydra_llm.prompt import text_of
+from hydra_llm.llm.wire import text_of
 from hydra_llm.types import Generation, Message
 
 

@@ -22,7 +22,7 @@ from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.gateway.user_cache import TimedReads, texts_of
-from hydra_llm.prompt import text_of
+from hydra_llm.llm.wire import text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
 from hydra_llm.text import repair
@@ -302,8 +302,7 @@ def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
     }
     if request.options.explain:
-        choices = ranked.choices[: len(ranked.candidates)]
-        answer["texts"] = [text_of(choice["message"]) for choice in choices]
+        answer["texts"] = choice_texts(ranked.choices[: len(ranked.candidates)])
         answer["probabilities"] = [candidate.probability for candidate in ranked.candidates]
         records = request.prompt_records
         answer["shown"] = [{"id": r.id, "input": r.input, "output": r.output} for r in records]

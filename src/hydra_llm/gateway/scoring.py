@@ -12,8 +12,8 @@ from hydra_llm.context import Context
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
+from hydra_llm.llm.wire import answer_of
 from hydra_llm.pipeline import Pipeline, candidate_key
-from hydra_llm.prompt import text_of
 from hydra_llm.text import repair
 from hydra_llm.types import Candidate, Query, Ranked
 
@@ -91,8 +91,8 @@ class RankedChoices:
 
 
 def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each choice says, as every file and encoder takes it."""
-    return [repair(text_of(choice["message"])) for choice in choices]
+    """What each choice answers, as every file and encoder takes it."""
+    return [repair(answer_of(choice["message"])) for choice in choices]
 
 
 def unranked(choices: Sequence[Choice]) -> RankedChoices:

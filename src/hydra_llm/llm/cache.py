@@ -95,7 +95,8 @@ class CachedLLM:
             rows = {index: row for index, row in stored.items() if 0 <= index < distinct}
             for row in rows.values():  # as cached calls; no money is spent again
                 tokens = row["prompt_tokens"], row["completion_tokens"]
-                usage += Usage(0, row["calls"], 0, *tokens, seconds=row["seconds"])
+                told = Usage(0, row["calls"], 0, *(count or 0 for count in tokens))
+                usage += replace(told, seconds=row["seconds"], untold=int(None in tokens))
             self._replayed += usage
             missing = [index for index in range(distinct) if index not in rows]
             if missing and self.replay_only:
@@ -165,12 +166,15 @@ async def _receive(call: Awaitable[Generation], count: int) -> tuple[Generation,
 
 
 def _rows(generation: Generation) -> list[Json]:
-    """One row per text; calls and prompt are the first one's, the rest is shared out evenly."""
+    """One row per text; calls and prompt are the first one's, the rest is shared out evenly. Tokens
+    that the LLM did not tell are None.
+    """
     count, usage, rows = len(generation.texts), generation.usage, list[Json]()
     even, rest = divmod(usage.completion_tokens, count or 1)
     for index, text in enumerate(generation.texts):
         calls, prompt = (0, 0) if index else (usage.calls, usage.prompt_tokens)
-        cost = {"calls": calls, "prompt_tokens": prompt, "completion_tokens": even + (index < rest)}
+        tokens = (None, None) if usage.untold else (prompt, even + (index < rest))
+        cost = {"calls": calls, "prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
         rows.append({"text": text, **cost, "seconds": usage.seconds / count})
     return rows
 

@@ -2,17 +2,21 @@
 For `llm/openai.py` (the official SDK) and the gateway's upstream (raw bodies). Sends nothing.
 """
 
+import base64
+import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from cachetools import TTLCache
 
 from hydra_llm.errors import SettingsError
+from hydra_llm.llm.wire import error_in
 
 OPENAI_URL = "https://api.openai.com/v1"
 SPEC = re.compile(r"(.+?)(?:@(https?://.+))?")
@@ -35,27 +39,72 @@ LENGTH = re.compile(r"(\d+) (?:\w+ )?tokens|n_prompt_tokens\D+(\d+)")
 FITS = 0.6  # share of a prompt that is taken to fit where the endpoint names no numbers
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where requests go, and the key that they carry; a local endpoint may need none."""
+KEY = re.compile(r"[!-~]+")
+SECRET = re.compile(r"(?i)key|token|secret|sig|pass|auth|code|cred")
+"""In the names of a URL's parameters whose values are not shown."""
+SHORT = 8  # a shorter secret is hidden only where it stands alone
 
-    url: str
-    key: str = ""
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go, and the key that they carry; a local endpoint may need none.
+
+    `query` is what stood behind a `?` in the URL, such as Azure's `api-version=...`: it belongs
+    behind the path of every request.
+    """
+
+    url: str = field(repr=False)
+    key: str = field(default="", repr=False)
+    query: str = field(default="", repr=False)
 
     @classmethod
     def of(cls, name: str, url: str | None = None, key: str | None = None) -> "Endpoint":
         """URL and key as given, else of OPENAI_BASE_URL and OPENAI_API_KEY; errors say `name`.
-        Raises SettingsError: OPENAI_BASE_URL is no URL, or OpenAI's own endpoint has no key.
+        Raises SettingsError: OPENAI_BASE_URL is no URL, OpenAI's own endpoint has no key, or the
+        key has characters that no header can carry.
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        if urlsplit(url).scheme not in ("http", "https"):
-            fix = "it begins with http:// or https://"
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not _is_printable(url):
+            fix = "it begins with http:// or https:// and holds no blanks"
             raise SettingsError(f"OPENAI_BASE_URL is no URL of an endpoint: {fix}")
+        source = "the key of api_key" if key else "OPENAI_API_KEY"
         key = key or os.environ.get("OPENAI_API_KEY", "")
+        if key and not KEY.fullmatch(key):
+            problem = "holds a line break, a blank or a character outside ASCII"
+            raise SettingsError(f"{source} {problem}: remove it (it is not shown here)")
         if not key and url == OPENAI_URL:
             fix = "set OPENAI_API_KEY (another endpoint may need none)"
             raise SettingsError(f"{name} needs a key: {fix}")
-        return cls(url, key)
+        return cls(parts._replace(query="", fragment="").geturl(), key, parts.query)
+
+    @property
+    def query_digest(self) -> str:
+        """What tells this query from another one, and shows nothing of it."""
+        return hashlib.sha256(self.query.encode()).hexdigest()[:16]
+
+    def redact(self, text: str) -> str:
+        """A text without the endpoint's secrets, as they are or as texts quote them. Call it before
+        the text is cut or changed.
+        """
+        return self._secrets.sub("***", text) if self._secrets else text
+
+    def redacted(self, value: Any) -> Any:
+        """A JSON value with all its texts redacted."""
+        if isinstance(value, str):
+            return self.redact(value)
+        if isinstance(value, Mapping):
+            return {self.redact(str(name)): self.redacted(item) for name, item in value.items()}
+        return [self.redacted(item) for item in value] if isinstance(value, list) else value
+
+    @cached_property
+    def _secrets(self) -> re.Pattern[str] | None:
+        password = urlsplit(self.url).password or ""
+        named = [value for name, value in parse_qsl(self.query) if SECRET.search(name)]
+        secrets = {self.key, password, unquote(password), *named} - {""}
+        patterns = [form for secret in secrets for form in _forms(secret)]
+        longest_first = sorted(patterns, key=len, reverse=True)
+        return re.compile("|".join(longest_first), re.IGNORECASE) if patterns else None
 
 
 def endpoint_of(rest: str) -> tuple[str, str | None]:
@@ -74,9 +123,32 @@ def endpoint_of(rest: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
+def _is_printable(text: str) -> bool:
+    return not any(character.isspace() or not character.isprintable() for character in text)
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """Patterns of a secret as texts may quote it: plain, escaped, in a URL, in base64."""
+    quoted = "".join(
+        rf"(?:\\*{re.escape(character)}|%(?:25)*{code:02x}|\\+(?:u00|x){code:02x}|&#0*{code};)"
+        for character, code in ((character, ord(character)) for character in secret)
+    )
+    if len(secret) < SHORT:
+        yield rf"(?<!\w){quoted}(?!\w)"
+        return
+    yield quoted
+    # Every third of a byte's beginnings: basic auth has a name before the secret.
+    for shift in range(3):
+        encoded = base64.b64encode(b"\0" * shift + secret.encode()).decode()
+        whole = encoded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]
+        yield re.escape(whole)
+        yield re.escape(whole.translate(str.maketrans("+/", "-_")))
+
+
 def without_userinfo(text: str) -> str:
-    """A text without the names and passwords of the URLs in it."""
-    return re.sub(r"(://|@(?=[^/\s@]*:))[^/\s]*@", r"\1", text)
+    """A text without the secrets of the URLs in it: names, passwords, keys in the query."""
+    text = re.sub(r"(://|@(?=[^/\s@]*:))[^/\s]*@", r"\1", text)
+    return re.sub(rf"(?i)([?&][^=&\s]*(?:{SECRET.pattern[4:]})[^=&\s]*=)[^&\s]+", r"\1***", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +163,10 @@ class Refusal:
     @classmethod
     def of(cls, status: int, body: Any) -> "Refusal":
         """The refusal of an error's JSON body."""
-        error = body.get("error", body) if isinstance(body, Mapping) else body
-        if not isinstance(error, Mapping):
-            return cls(status, str(error))
-        code, param = error.get("code") or "", error.get("param") or ""
-        return cls(status, str(error.get("message") or error), str(code), str(param))
+        error = error_in(body)
+        return (
+            cls(status, error.message, error.code, error.param) if error else cls(status, str(body))
+        )
 
     def names(self, parameter: str) -> bool:
         """Whether this parameter is not supported at all (not: its value is out of range)."""

@@ -1,5 +1,6 @@
 """Counts what an LLM costs and stops a run at its budget. Knows no cache."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,9 @@ class Prices:
     completion: float = 0.0
 
     def cost(self, usage: Usage) -> float:
+        """Of what the LLM told; NaN where it did not tell all, and tokens have a price."""
+        if usage.untold and self != FREE:
+            return math.nan
         return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
 
 
@@ -72,6 +76,10 @@ class Meter:
                 if limit is not None and value >= limit:
                     fix = "raise it and run again, what was done is kept"
                     raise BudgetExceeded(f"the LLM's budget {name}={limit} is spent: {fix}")
+            limited = (self.budget.max_tokens, self.budget.max_cost) != (None, None)
+            if spent.untold and limited:
+                fix = "take max_calls instead of max_llm_tokens and max_cost"
+                raise BudgetExceeded(f"the LLM does not tell how many tokens it used: {fix}")
             self._in_flight += calls
             started = time.perf_counter()
             try:

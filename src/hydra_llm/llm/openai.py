@@ -10,14 +10,15 @@ from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
+import httpx2
 import openai
-from openai.types.chat import ChatCompletion
 
 from hydra_llm.config import Settings
 from hydra_llm.environment import http_client_faults
 from hydra_llm.errors import LLMError, LLMRefused
 from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint, Refusal, endpoint_of
+from hydra_llm.llm.wire import answer_of, failure, tokens_of
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Generation, Message, Usage
 
@@ -40,19 +41,17 @@ class OpenAILLM:
         concurrency: int = 8,
     ):
         self.model, self.timeout = model, timeout
-        endpoint = Endpoint.of(f"openai:{model}", base_url, api_key)
-        self._key = endpoint.key
+        self._endpoint = endpoint = Endpoint.of(f"openai:{model}", base_url, api_key)
         options: dict[str, Any] = {"base_url": endpoint.url, "timeout": timeout}
-        # The SDK's own one closes itself in whatever loop runs when it is collected, and fails.
-        with http_client_faults():
-            options["http_client"] = openai.DefaultAsyncHttpxClient(timeout=timeout)
-        api_key = self._key or "none"
+        options["http_client"] = self._connections()
+        api_key = endpoint.key or "none"
         self._client = openai.AsyncOpenAI(api_key=api_key, max_retries=retries, **options)
         self._loop: object = None
         url = urlsplit(str(self._client.base_url))
         self.base_url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # without key
         place = {"model": model, "base_url": self.base_url}
-        self.identity = {"kind": "openai", **place, "constrains": False}
+        query = {"query": endpoint.query_digest} if endpoint.query else {}
+        self.identity = {"kind": "openai", **place, "constrains": False, **query}
         self._capabilities = CapabilityCache()
         self._slots = anyio.Semaphore(concurrency)  # of requests: a call may be several
 
@@ -102,20 +101,18 @@ class OpenAILLM:
         sent = known.applied(body)
         loop = anyio.lowlevel.current_token()
         if self._loop not in (None, loop):  # connections belong to one, and `run_sync` starts many
-            connections = openai.DefaultAsyncHttpxClient(timeout=self.timeout)
-            self._client = self._client.copy(http_client=connections)
+            self._client = self._client.copy(http_client=self._connections())
         self._loop = loop
-        create: Any = self._client.chat.completions.create
+        create: Any = self._client.chat.completions.with_raw_response.create
         try:
             async with self._slots:
                 answer = await create(model=self.model, **sent)
         except openai.APIStatusError as error:
-            code, param = str(error.code or ""), str(error.param or "")
-            refusal = Refusal(error.status_code, str(error.message), code, param)
+            refusal = _refusal(error)
             refused = refusal.status in REFUSED
             if refused and self._capabilities.learn(self.model, known.after(refusal, sent)):
                 return await self._send(body)
-            line = self._line(f"HTTP {error.status_code}: {error.message}")
+            line = self._line(f"HTTP {refusal.status}: {refusal.message}")
             if refused:
                 raise LLMRefused(line, fits=refusal.fits(error.body)) from None
             raise LLMError(line) from None
@@ -125,29 +122,44 @@ class OpenAILLM:
             raise LLMError(self._line(f"no connection: {error.__cause__ or error}")) from None
         except (openai.OpenAIError, ValueError) as error:
             raise LLMError(self._line(f"an answer that cannot be read: {error}")) from None
-        generation = self._read(answer)
+        generation = self._read(answer.http_response.json())
         if len(generation.texts) < sent.get("n", 1):
             self._capabilities.learn(self.model, replace(self.capabilities, native_n=False))
         return generation
 
-    def _read(self, answer: ChatCompletion) -> Generation:
-        try:  # the SDK checks nothing: an endpoint's nonsense arrives as it is
-            choices = sorted(answer.choices, key=lambda choice: choice.index or 0)
-            contents = [choice.message.content for choice in choices]
-            used = answer.usage
-            tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
-        except (AttributeError, TypeError) as error:
-            text = f"an answer without choices: {str(answer)[:80]} ({type(error).__name__})"
-            raise LLMError(self._line(text)) from None
-        if not contents:
-            raise LLMError(self._line("an answer without choices"))
-        texts = tuple(text if isinstance(text, str) else "" for text in contents)
-        return Generation(texts, Usage(1, 0, 0, *tokens))
+    def _connections(self) -> Any:
+        """A client of our own: the SDK's closes itself in whatever loop runs when it is collected,
+        and fails.
+        """
+        hooks = {"response": [_tell_errors]}
+        query = self._endpoint.query or None
+        options: dict[str, Any] = {"params": query, "event_hooks": hooks}
+        with http_client_faults():
+            return openai.DefaultAsyncHttpxClient(timeout=self.timeout, **options)
+
+    def _read(self, answer: Mapping[str, Any]) -> Generation:
+        """The texts of an answer in which `failure` found nothing wrong."""
+        choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
+        texts = tuple(self._endpoint.redact(answer_of(choice["message"])) for choice in choices)
+        tokens = tokens_of(answer.get("usage"))
+        return Generation(texts, Usage(1, 0, 0, *(tokens or (0, 0)), untold=int(tokens is None)))
 
     def _line(self, text: str) -> str:
         """An error's one line: where, and what, without the key."""
-        line = f"{self.model} at {self.base_url}: {fold(text)[:500]}"
-        return line.replace(self._key, "***") if self._key else line
+        return f"{self.model} at {self.base_url}: {fold(self._endpoint.redact(text))[:500]}"
+
+
+async def _tell_errors(response: httpx2.Response) -> None:
+    """Give an error that came as 200, and nonsense, the status that the SDK acts on."""
+    if response.status_code < 300 and (error := failure(200, await response.aread())):
+        response.status_code = error.status or 502
+
+
+def _refusal(error: openai.APIStatusError) -> Refusal:
+    told = failure(error.status_code, error.response.content)
+    message = told.message if told else str(error.message)
+    code, param = (told.code, told.param) if told else ("", "")
+    return Refusal(error.status_code, message, code, param)
 
 
 def from_spec(rest: str, settings: Settings) -> OpenAILLM:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hydra_llm.errors import DataError
 from hydra_llm.plugins import Registry
+from hydra_llm.text import without_reasoning
 from hydra_llm.types import Candidate, Record
 
 Floats = NDArray[np.float64]
@@ -119,13 +120,14 @@ class Task:
 
         `strict` reads the stripped text, as LaMP's evaluation does; `lenient` also drops quotes,
         markdown, "Title:", a sentence around one label. A number between two labels is its
-        canonical text ("3.5"); outside the scale `strict` only reads it.
+        canonical text ("3.5"); outside the scale `strict` only reads it. An LLM's reasoning
+        (`<think>…</think>`) is never read.
         """
-        return self.strategy.parse(text, parsing)
+        return self.strategy.parse(without_reasoning(text), parsing)
 
     def read(self, text: str, parsing: Parsing = "lenient") -> str | None:
         """As `parse`, but a rating between two labels becomes the nearest label."""
-        return self.strategy.read(text, parsing)
+        return self.strategy.read(without_reasoning(text), parsing)
 
     def gain(self, answer: str | None, gold: str) -> float:
         """0 to 1: what a parsed answer is worth against the gold answer; None is worth 0."""

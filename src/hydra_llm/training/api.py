@@ -78,7 +78,7 @@ class Learned:
         """Of each stage."""
         return {stage: cost.seconds for stage, cost in self.stages.items()}
 
-    def stages_json(self) -> dict[str, dict[str, float]]:
+    def stages_json(self) -> dict[str, dict[str, float | None]]:
         """The stages as JSON values."""
         return {stage: cost.to_json() for stage, cost in self.stages.items()}
 

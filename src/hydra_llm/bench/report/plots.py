@@ -50,8 +50,8 @@ UPWARD = sorted((step * HEIGHT / 2 for step in range(-60, 61)), key=abs)
 
 def plots(report: Report) -> dict[str, Plot]:
     """Every plot of a run by its name, as for a file: score-METRIC, cost-MEASURE, users."""
-    tokens = any(row.result.tokens for row in report.rows)
-    measures = "calls", "tokens" if tokens else "llm_seconds"
+    total = sum(row.result.tokens for row in report.rows)  # NaN where the LLM did not tell them
+    measures = "calls", "tokens" if total > 0 else "llm_seconds"
     drawn: dict[str, Plot | None] = {
         **{f"score-{metric}": score_plot(report, metric) for metric in report.metrics},
         **{f"cost-{measure}": cost_plot(report, measure) for measure in measures},

@@ -2,7 +2,8 @@
 and method, and once for learning. Knows no LLM and no texts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from hydra_llm.bench.report.tables import Report, Run
@@ -64,7 +65,7 @@ def cost_rows(report: Report) -> list[dict[str, Any]]:
         {
             "method": result.method,
             "LLM calls": round(result.calls, 2),
-            "tokens": round(result.tokens),
+            "tokens": None if isnan(result.tokens) else round(result.tokens),
             "money": float(f"{result.cost:.3g}"),
             "LLM s": round(result.llm_seconds, 2),
             **{f"{name} ms": round(1000 * result.seconds.get(name, 0.0), 2) for name in STAGES},
@@ -80,24 +81,26 @@ def learning_rows(report: Report) -> list[dict[str, Any]]:
     rows = []
     for seed, stage, spent in _stages(report.run):
         users, prompt, completion, calls = (
-            int(spent[name]) for name in ("users", "prompt_tokens", "completion_tokens", "calls")
+            int(spent[name] or 0)
+            for name in ("users", "prompt_tokens", "completion_tokens", "calls")
         )
-        cost = report.prices.cost(Usage(prompt_tokens=prompt, completion_tokens=completion))
+        untold = int(spent["prompt_tokens"] is None)
+        cost = report.prices.cost(Usage(1, 0, 0, prompt, completion, untold=untold))
         row = {
             "seed": seed,
             "stage": stage,
             "users": users,
             "LLM calls": calls,
-            "tokens": prompt + completion,
+            "tokens": None if untold else prompt + completion,
             "money": float(f"{cost:.3g}"),
-            "seconds": round(spent["seconds"], 2),
-            "s per user": round(spent["seconds"] / users, 3) if users else None,
+            "seconds": round(seconds := spent["seconds"] or 0.0, 2),
+            "s per user": round(seconds / users, 3) if users else None,
         }
         rows.append(row)
     return rows
 
 
-def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, float]]]:
+def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, float | None]]]:
     """Seed, stage and its costs. Seeds make the same LLM calls, which count once."""
     shared = set()
     for learned in run.learning:
@@ -119,6 +122,12 @@ def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, floa
             yield seed, method, of_all
         if costs:
             names = next(iter(costs.values()))
-            sums = {name: sum(cost[name] for cost in costs.values()) for name in names}
+            sums = {name: _sum([cost[name] for cost in costs.values()]) for name in names}
             users = len({key.partition(":")[2] for key in costs})
             yield seed, f"{method}, new users", {**sums, "users": users}
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum; None where one is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

@@ -1,0 +1,200 @@
+"""OpenAI's wire format, read in one place: what a message says, what an answer cost, and what went
+wrong in it, in any of the shapes that endpoints give their errors. Sends nothing.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_llm.text import fold, without_reasoning
+
+THOUGHT = re.compile(r"thinking|reason|redacted|summary")
+"""Beginnings of the types of content parts that are no part of what is said."""
+TEXT_KEYS = (
+    *("message", "Message", "msg", "detail", "error_message", "error_msg", "faultstring"),
+    *("error", "reason", "description", "title"),
+)
+ERROR_KEYS = ("error", "errors", "fault", *TEXT_KEYS)
+STATUS_KEYS = ("status_code", "statusCode", "http_status", "code", "status")
+STATUS_WORDS = (
+    (429, re.compile(r"(?i)rate.?limit|too.?many|quota|exhausted|throttl")),
+    (503, re.compile(r"(?i)overload|unavailable|capacity")),
+    (504, re.compile(r"(?i)time.?out|deadline")),
+    (401, re.compile(r"(?i)authentication|unauthori[sz]ed|unauthenticated|api.?key")),
+    (403, re.compile(r"(?i)permission|forbidden")),
+    (404, re.compile(r"(?i)not.?found")),
+    (413, re.compile(r"(?i)too.?large")),
+    (400, re.compile(r"(?i)invalid.?(?:request|argument|prompt)|bad.?request|context.?length")),
+)
+TITLE = re.compile(r"(?is)<title[^>]*>(.*?)</title>")
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a message says: its content, or the text parts of it, a line each."""
+    return _content_text(message.get("content"), "\n")
+
+
+def answer_of(message: Mapping[str, Any]) -> str:
+    """What an LLM's message answers: its text without the reasoning before it; '' where it holds
+    none, such as a refusal or calls of tools.
+    """
+    return without_reasoning(piece_of(message))
+
+
+def piece_of(delta: Mapping[str, Any]) -> str:
+    """The text in a stream's delta as it is: reasoning is told apart in the whole text."""
+    return _content_text(delta.get("content"), "")
+
+
+def content_fault(content: object) -> str:
+    """What is wrong with a message's content, or ''."""
+    parts = content if isinstance(content, list) else [{}]
+    if not isinstance(content, str | list | None):
+        return "must be a text, a list of parts, or null"
+    if not all(isinstance(part, str | Mapping) for part in parts):
+        return "must hold parts such as {'type': 'text', 'text': '...'}"
+    return ""
+
+
+def _content_text(content: object, between: str) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    return between.join(text for part in parts if (text := _part_text(part)) is not None)
+
+
+def _part_text(part: object) -> str | None:
+    if isinstance(part, Mapping) and not THOUGHT.match(str(part.get("type", ""))):
+        part = part.get("text")
+        part = part.get("value") if isinstance(part, Mapping) else part
+    return part if isinstance(part, str) else None
+
+
+def tokens_of(usage: object) -> tuple[int, int] | None:
+    """Tokens of prompt and answer; None where the endpoint does not tell them."""
+    if not isinstance(usage, Mapping):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        return None
+    return prompt, completion
+
+
+# ---- errors
+
+
+@dataclass(frozen=True, slots=True)
+class WireError:
+    """What an endpoint says went wrong."""
+
+    message: str
+    status: int | None = None  # as the body names it; None where it names none
+    kind: str = ""
+    code: str = ""
+    param: str = ""
+
+
+def error_in(body: object) -> WireError | None:
+    """The error in a JSON body, of whatever shape: OpenAI's, a text, FastAPI's `detail`, a list of
+    errors, an error of its choice. None where it tells none, or holds an answer all the same.
+    """
+    if isinstance(body, list) and len(body) == 1:  # as Gemini sends them
+        body = body[0]
+    if not isinstance(body, Mapping) or any(map(_says, _choices(body))):
+        return None
+    of_choices = [choice["error"] for choice in _choices(body) if choice.get("error")]
+    errors = [*(body.get(key) for key in ERROR_KEYS), *of_choices]
+    error = next((error for error in errors if error and error is not True), None)
+    if error is None or ("choices" in body and not body.get("error") and not of_choices):
+        return None
+    error = error[0] if isinstance(error, list) else error
+    inner = error if isinstance(error, Mapping) else {}
+    while isinstance(inner.get("error"), Mapping):
+        inner = inner["error"]
+    where = inner.get("loc")  # FastAPI's
+    places = [str(part) for part in where if part != "body"] if isinstance(where, list) else []
+    message = _message(inner) if inner else str(error)
+    fields = [inner, body]
+    kind, code = (_first(fields, key) for key in ("type", "code"))
+    return WireError(
+        f"{'.'.join(places)}: {message}" if places else message,
+        _status(fields, f"{kind} {code} {_first(fields, 'status')}"),
+        "" if places else kind,
+        code,
+        _first(fields, "param") or ".".join(places),
+    )
+
+
+def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError | None:
+    """What went wrong in an answer that should be a JSON object with `needs`; None if nothing. Its
+    `status` is the one that tells it best: 502 where a 200 holds nonsense.
+    """
+    text = content.decode("utf-8", "replace").strip()
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        body = None
+    error = error_in(body) if needs or status >= 400 else error_in(_only_error(body))
+    title = TITLE.search(text)
+    if error is None and status < 400 and _holds(body, needs):
+        return None
+    if error is None:
+        if not text:
+            message = "an answer without content"
+        elif body is not None:
+            message = f"an answer without {needs or 'an object'}: {fold(text)}"
+        elif text.startswith("<"):
+            name = f", '{fold(title[1])}'" if title else ""
+            message = f"an answer that is a web page{name}"
+        else:
+            message = f"an answer that is not JSON: {fold(text)}"
+        error = WireError(message)
+    told = status if status >= 400 else error.status or 502
+    return WireError(error.message, told, error.kind, error.code, error.param)
+
+
+def _only_error(body: object) -> object:
+    return {"error": body.get("error")} if isinstance(body, Mapping) else body
+
+
+def _holds(body: object, needs: str) -> bool:
+    if not isinstance(body, Mapping) or needs != "choices":
+        return isinstance(body, Mapping)
+    messages = [choice.get("message") for choice in _choices(body)]
+    whole = bool(messages) and len(messages) == len(body["choices"])
+    return whole and all(isinstance(message, Mapping) for message in messages)
+
+
+def _choices(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    choices = body.get("choices")
+    items = choices if isinstance(choices, list) else []
+    return [choice for choice in items if isinstance(choice, Mapping)]
+
+
+def _says(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice holds anything for the caller."""
+    message = choice.get("message") or choice.get("delta")
+    return isinstance(message, Mapping) and any(
+        message.get(name) for name in ("content", "tool_calls", "refusal", "function_call")
+    )
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    texts = (error[key] for key in TEXT_KEYS if isinstance(error.get(key), str) and error[key])
+    return next(texts, None) or str(error)
+
+
+def _first(fields: list[Mapping[str, Any]], key: str) -> str:
+    values = (source[key] for source in fields if isinstance(source.get(key), str | int))
+    return str(next(values, ""))
+
+
+def _status(fields: list[Mapping[str, Any]], words: str) -> int | None:
+    for source in fields:
+        for key in STATUS_KEYS:
+            value = str(source.get(key))
+            if value.isascii() and value.isdigit() and 400 <= int(value[:9]) <= 599:
+                return int(value)
+    return next((status for status, pattern in STATUS_WORDS if pattern.search(words)), None)
