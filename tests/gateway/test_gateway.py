@@ -649,6 +649,8 @@ ENDPOINTS = [
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "user": "{user}"},
     ),
     ("POST", "/v1/users/{user}/records", {"records": [{"id": "9", "input": "a", "output": "b"}]}),
+    ("GET", "/v1/users", None),
+    ("GET", "/v1/users/{user}", None),
     ("GET", "/v1/users/{user}/records", None),
     ("DELETE", "/v1/users/{user}/records/r1", None),
     ("POST", "/v1/feedback", {"request_id": "req_{user}", "rejected": True}),
@@ -706,10 +708,12 @@ async def test_no_key_reaches_another_user(
                 continue
             wanted = (404 if "feedback" in path else 403) if name in ("ada", "two") else 401
             if (name == "ada" and path.endswith("completions")) or (
-                name in ("ada", "two") and "models" in path
+                name in ("ada", "two") and ("models" in path or path == "/v1/users")
             ):
-                # as ada: the key's only user overrides the request's; models belong to no user
+                # as ada: the key's only user overrides the request's; models belong to no user,
+                # and the list has the key's own users
                 wanted = 200
+                assert "bob" not in answer.text
             assert answer.status_code == wanted, (name, answer.text)
             now = either.export_user("bob")
             assert before is not None

@@ -64,7 +64,7 @@ def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
     store: Store, deployment: Deployment
 ) -> None:
     whole = calls_of_fit(store, deployment, lambda worker: None)
-    job = store.job("fit")
+    job = store.job("ada", "fit")
     assert job is not None
     assert job.state == "done"
     store.delete_user("ada")
@@ -75,7 +75,7 @@ def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
         < calls_of_fit(store, deployment, lambda worker: store.delete_user("ada") and None)
         <= whole / 2
     )
-    assert store.job("fit") is None
+    assert store.job("ada", "fit") is None
     assert (
         (len(deployment.bundle.store._passing), len(deployment.bundle.store._memory))
         == before
@@ -90,6 +90,6 @@ def test_a_fit_amid_which_the_server_ends_waits_for_the_next(
         worker._ended = True
 
     assert calls_of_fit(store, deployment, end) > 0
-    job = store.job("fit")
+    job = store.job("ada", "fit")
     assert job is not None
     assert (job.state, job.error) == ("waiting", "")

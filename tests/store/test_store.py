@@ -376,7 +376,8 @@ def test_a_job_has_one_worker_and_is_taken_over_when_it_dies(store: Store, url: 
     assert store.claim_job() is None
     job = store.add_job("j1", "ada", "fit")
     assert job is not None
-    assert store.job("j1") == job
+    assert store.job("ada", "j1") == job
+    assert store.job("bob", "j1") is None
     other, claimed = Store(url), []
     threads = [
         threading.Thread(target=lambda place=place: claimed.append(place.claim_job()))

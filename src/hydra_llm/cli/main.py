@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
     "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
     "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
+    "users": ("hydra_llm.cli.users:app", "List, show, import, export and delete users."),
     "keys": ("hydra_llm.cli.store:keys", "Create, list and revoke the gateway's API keys."),
     "bundles": ("hydra_llm.cli.store:bundles", "Set or show the bundle of running servers."),
     "store": ("hydra_llm.cli.store:maintenance", "Maintain the gateway's database."),

@@ -16,6 +16,7 @@ from hydra_llm.extras import require
 from hydra_llm.gateway.batching import MicroBatcher
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, texts_of
+from hydra_llm.gateway.user_data import forget_unused
 from hydra_llm.model.feature_cache import FeatureCache, forget_features
 from hydra_llm.pipeline import Pipeline
 from hydra_llm.retrieve import Forgetful, make_retriever
@@ -101,10 +102,9 @@ class Deployment:
 
     def forget_texts(self, texts: Sequence[str], *, but: str | None = None) -> int:
         """Delete features of texts that only `but` has, if anyone: how many; else `UserFault`."""
-        in_use = self.store.texts_in_use(texts, except_user=but)
         cache = self.pipeline.settings.cache / "features.sqlite"
         forget = self.bundle.store.forget if self.bundle else partial(forget_features, cache)
-        return forget([text for text in texts if text not in in_use])
+        return forget_unused(self.store, forget, texts, but)
 
 
 def named(folder: Path, weights: str) -> str:

@@ -231,6 +231,7 @@ class Gateway:
         deployment, user, context = request.deployment, request.search.user, request.search.context
         question = context.query.input
         content = ranked.stored(request.n, len(context.visible))
+        content["records"] = [record.id for record in request.prompt_records]
         stored = Request(request.id, user.name, time.time(), deployment.id, question, content)
         try:
             add = partial(self.store.add_request, stored, version=user.version)

@@ -3,23 +3,25 @@ only use the store are no coroutines: FastAPI runs them in threads.
 """
 
 import json
-from base64 import b64encode
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from secrets import token_hex
 from typing import Annotated, Any
 from urllib.parse import unquote
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from hydra_llm.errors import StoreError, UserFault
-from hydra_llm.gateway.auth import pseudonym
+from hydra_llm.gateway import user_data
+from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
 from hydra_llm.gateway.gateway import Gateway
-from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, RecordsIn
+from hydra_llm.gateway.profile import describe, in_words
+from hydra_llm.gateway.schemas import MAX_ID, ApiError, FeedbackIn, Id, RecordIn, RecordsIn
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
@@ -29,7 +31,6 @@ from hydra_llm.store.values import Added, Job
 from hydra_llm.text import text_fault
 from hydra_llm.types import Record
 
-MAX_TRIES = 8
 LOG_IN_USE = (
     "somebody reads SQLite's log, which still holds pages as they were: it is emptied within"
     " minutes of that reader's end"
@@ -138,10 +139,41 @@ def fit(user: User, http: Request) -> dict[str, Any]:
 @router.get("/users/{user}/jobs/{id}")
 def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
     """How far a job is: waiting, running, done or failed."""
-    job = _gateway(http, user).store.job(id)
-    if job is None or job.user != user:
+    job = _gateway(http, user).store.job(user, id)
+    if job is None:
         raise ApiError(404, "no such job", code="job_not_found")
     return _job_json(job)
+
+
+@router.get("/users")
+def list_users(
+    http: Request,
+    after: Annotated[str, Query(max_length=MAX_ID)] = "",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    """Users by id with counts of what is kept; `after` is the last id of the page before. A key
+    sees the users for whom it may speak.
+    """
+    caller: Caller = http.state.caller
+    names = None if caller.admin else caller.users
+    store: Store = http.app.state.gateway.store
+    page = store.user_counts(after=after, limit=limit + 1, names=names)
+    data = [asdict(counts) for counts in page[:limit]]
+    return {"object": "list", "data": data, "has_more": len(page) > limit}
+
+
+@router.get("/users/{user}")
+async def show_user(user: User, http: Request) -> dict[str, Any]:
+    """A user in words: counts, how the user answers, what was learned, the records most used."""
+    gateway = _gateway(http, user)
+    kept = await run_sync(gateway.store.export_user, user)
+    if kept is None:
+        raise _no_such_user()
+    _, records = await run_sync(gateway.store.records, user)
+    deployment = gateway.deployment
+    about = partial(describe, kept, records, deployment.bundle)
+    profile = await deployment.batcher.run(about, idle=True)
+    return {**profile, "text": "\n".join(in_words(profile))}
 
 
 @router.get("/users/{user}/export")
@@ -150,7 +182,7 @@ def export(user: User, http: Request) -> Response:
     kept = _gateway(http, user).store.export_user(user)
     if kept is None:
         raise _no_such_user()
-    content = json.dumps(kept, ensure_ascii=False, default=lambda raw: b64encode(raw).decode())
+    content = user_data.as_json(kept)
     as_file = {"content-disposition": 'attachment; filename="export.json"'}
     return Response(content, media_type="application/json", headers=as_file)
 
@@ -160,26 +192,26 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     """Delete everything about a user: records, heads, feedback, requests, features, keys for this
     user only.
     """
-    gateway, features = _gateway(http, user), 0
-    for _ in range(MAX_TRIES):
-        version, texts = await run_sync(_texts, gateway.store, user)
-        # First what cannot be undone halfway: if features cannot be deleted, the user is still
-        # there to be deleted again.
-        features += await _forget_texts(gateway, texts, but=user)
-        with suppress(StaleVersion):  # more has come: of that too no features may stay
-            counts = await run_sync(partial(gateway.store.delete_user, user, version=version))
-            break
-    else:
-        message = "the user changes faster than it can be deleted: try again"
-        raise ApiError(409, message, code="busy")
+    gateway = _gateway(http, user)
+
+    def forget(texts: list[str], but: str | None) -> int:
+        return gateway.deployment.forget_texts(texts, but=but)
+
+    try:
+        counts, texts = await run_sync(user_data.delete_user, gateway.store, user, forget)
+    except StaleVersion as error:
+        raise ApiError(409, str(error), code="busy") from None
+    except UserFault:
+        raise _features_unavailable() from None
     await gateway.deployment.forget(user)
-    features += await _forget_texts(gateway, texts)  # what was encoded meanwhile
+    features = await _forget_texts(gateway, texts)  # what was encoded meanwhile
     if counts is None:
         raise _no_such_user()
+    counts["features"] += features
     bundle = gateway.deployment.bundle
     names = {user, pseudonym(gateway.salt, user)}
     in_base = bundle is not None and not names.isdisjoint(bundle.trained_on)
-    report = {"deleted": {**counts, "features": features}, "in_shared_base": in_base}
+    report = {"deleted": counts, "in_shared_base": in_base}
     emptied = False
     with suppress(StoreError):
         emptied = await run_sync(gateway.store.truncate_log)
@@ -189,29 +221,17 @@ async def delete_user(user: User, http: Request) -> dict[str, Any]:
     return report
 
 
-def _texts(store: Store, user: str) -> tuple[int | None, list[str]]:
-    """Every text of which there may be features, as of a version of the user."""
-    version, records = store.records(user)
-    texts = texts_of(records)
-    kept = store.export_user(user) or {"requests": [], "feedback": []}
-    for row in kept["requests"]:
-        candidates = [*row["content"]["candidates"], *row["content"].get("repeats", ())]
-        texts.append(row["question"])
-        texts += [item[name] for item in candidates for name in ("text", "said") if name in item]
-    for row in kept["feedback"]:
-        if group := row["content"].get("group"):
-            texts += [group["left"], *group["rights"]]
-    return version, texts
-
-
-async def _forget_texts(gateway: Gateway, texts: list[str], *, but: str | None = None) -> int:
+async def _forget_texts(gateway: Gateway, texts: list[str]) -> int:
     """As `Deployment.forget_texts`, but `ApiError` 503 where they cannot be deleted."""
-    forget = partial(gateway.deployment.forget_texts, texts, but=but)
     try:
-        return await run_sync(forget)
+        return await run_sync(gateway.deployment.forget_texts, texts)
     except UserFault:
-        message = "the features of these texts cannot be deleted: nothing was, try again"
-        raise ApiError(503, message, code="features_unavailable") from None
+        raise _features_unavailable() from None
+
+
+def _features_unavailable() -> ApiError:
+    message = "the features of these texts cannot be deleted: nothing was, try again"
+    return ApiError(503, message, code="features_unavailable")
 
 
 def _gateway(http: Request, user: str) -> Gateway:

@@ -26,7 +26,16 @@ from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
 from hydra_llm.store.urls import check_file
-from hydra_llm.store.values import Added, Job, Key, Request, StoredFeedback, StoredHead, UserState
+from hydra_llm.store.values import (
+    Added,
+    Job,
+    Key,
+    Request,
+    StoredFeedback,
+    StoredHead,
+    UserCounts,
+    UserState,
+)
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
@@ -57,6 +66,19 @@ class Store(Database):
         """Every user's name, in the order in which they came."""
         query = sa.select(schema.users.c.name).order_by(schema.users.c.key)
         return [name for (name,) in self.rows(query)]
+
+    def user_counts(
+        self, *, after: str = "", limit: int = 100, names: Sequence[str] | None = None
+    ) -> list[UserCounts]:
+        """How much is kept about each user (of `names`), by name from the first behind `after`."""
+        users, columns = schema.users.c, []
+        for table in (schema.records, schema.feedback, schema.requests):
+            rows = sa.select(sa.func.count()).where(table.c.user == users.key)
+            columns.append(rows.correlate(schema.users).scalar_subquery())
+        query = sa.select(users.name, users.created, *columns).where(users.name > after)
+        if names is not None:
+            query = query.where(users.name.in_(names))
+        return [UserCounts(*row) for row in self.rows(query.order_by(users.name).limit(limit))]
 
     def records(self, name: str) -> tuple[int | None, list[Record]]:
         """The user's version and its records, oldest first; (None, []) if unknown."""
@@ -215,8 +237,10 @@ class Store(Database):
                 connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
         return job if user else None
 
-    def job(self, id: str) -> Job | None:
-        rows = self.rows(_with_names(schema.jobs, Job).where(schema.jobs.c.id == id))
+    def job(self, name: str, id: str) -> Job | None:
+        """A user's job."""
+        own = (schema.users.c.name == name, schema.jobs.c.id == id)
+        rows = self.rows(_with_names(schema.jobs, Job).where(*own))
         return Job(*rows[0]) if rows else None
 
     def claim_job(self, *, abandoned_after: float = 600.0) -> Job | None:

@@ -15,6 +15,17 @@ class UserState:
 
 
 @dataclass(frozen=True, slots=True)
+class UserCounts:
+    """How much is kept about a user."""
+
+    id: str
+    created: float  # seconds since 1970
+    records: int
+    feedback: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class Added:
     """What became of records that were sent."""
 

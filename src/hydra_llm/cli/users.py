@@ -1,0 +1,148 @@
+"""`hydra-llm users`: the users of the gateway's database, in words; import, export, deletion."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from hydra_llm.cli import console
+from hydra_llm.cli.options import DEFAULT_STORE, AsJson, StoreURL, open_store
+from hydra_llm.errors import HydraError, UnknownUser
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.gateway.user_data import Forget
+    from hydra_llm.store.store import Store
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+User = Annotated[str, Argument(help="The user's id.")]
+
+
+@app.command(name="list")
+def list_(
+    store: StoreURL = DEFAULT_STORE,
+    limit: Annotated[int, Option(min=1, help="Max number of users.")] = 100,
+    after: Annotated[str, Option(help="List the users behind this id.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List users with counts of what is kept about them, by id."""
+    from datetime import UTC, datetime
+
+    with open_store(store) as opened:
+        users = opened.user_counts(after=after, limit=limit + 1)
+    rows = [
+        {
+            "user": user.id,
+            "records": user.records,
+            "feedback": user.feedback,
+            "requests": user.requests,
+            "since": datetime.fromtimestamp(user.created, UTC).strftime("%Y-%m-%d"),
+        }
+        for user in users[:limit]
+    ]
+    console.emit(rows, as_json)
+    if len(users) > limit:
+        console.say(f"there are more: --after {users[limit - 1].id}")
+
+
+@app.command()
+def show(
+    user: User,
+    store: StoreURL = DEFAULT_STORE,
+    bundle: Annotated[Path | None, Option(help="Default: the one that servers use.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a user in words: counts, typical answers, what was learned, the records most used."""
+    from hydra_llm.gateway.profile import describe, in_words
+
+    with open_store(store) as opened:
+        kept = _exported(opened, user)
+        profile = describe(kept, opened.records(user)[1], _bundle(opened, bundle))
+    console.emit(profile if as_json else "\n".join(in_words(profile)), as_json)
+
+
+@app.command(name="import")
+def import_(
+    data: Annotated[Path, Argument(help="A data set: native folder, or LaMP's files.")],
+    store: StoreURL = DEFAULT_STORE,
+    replace: Annotated[
+        bool, Option("--replace", help="Delete these users' records that are not in the set.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Import the histories of a data set's users; the same set again changes nothing."""
+    from hydra_llm.datasets.native import load
+    from hydra_llm.gateway.user_data import import_users
+
+    with open_store(store) as opened, console.progress(quiet=as_json) as report:
+        counts = import_users(
+            opened, load(data), replace=replace, report=report, forget=_forget(opened)
+        )
+        opened.truncate_log()
+    console.emit(counts, as_json)
+
+
+@app.command()
+def export(user: User, store: StoreURL = DEFAULT_STORE) -> None:
+    """Print all that is kept about a user as JSON, heads included."""
+    from hydra_llm.gateway.user_data import as_json
+
+    with open_store(store) as opened:
+        console.emit(as_json(_exported(opened, user)))
+
+
+@app.command()
+def delete(user: User, store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """Delete all that is kept about a user, at once and for good; keys of this user only, too."""
+    from hydra_llm.gateway.user_data import delete_user
+
+    with open_store(store) as opened:
+        counts, _ = delete_user(opened, user, _forget(opened))
+        emptied = opened.truncate_log()
+    if counts is None:
+        raise _unknown(user)
+    console.emit({"deleted": counts} if as_json else counts, as_json)
+    if not emptied:
+        console.say("SQLite's log is in use: what was deleted is in it until its reader ends")
+
+
+def _exported(store: "Store", user: str) -> dict[str, Any]:
+    kept = store.export_user(user)
+    if kept is None:
+        raise _unknown(user)
+    return kept
+
+
+def _unknown(user: str) -> UnknownUser:
+    return UnknownUser(f"no user '{user}' in this store: see `hydra-llm users list`")
+
+
+def _forget(store: "Store") -> "Forget":
+    """Deletes features from the file that servers of this machine share by default."""
+    from hydra_llm.config import load_settings
+    from hydra_llm.gateway.user_data import forget_unused
+    from hydra_llm.model.feature_cache import forget_features
+
+    file = load_settings().cache / "features.sqlite"
+    return partial(forget_unused, store, partial(forget_features, file))
+
+
+def _bundle(store: "Store", folder: Path | None) -> "Bundle | None":
+    """The bundle of a folder, or that servers use; None, with a message, if the latter is gone."""
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.gateway.deployment import folder_of
+
+    active = store.bundle()
+    if folder is None and active is None:
+        return None
+    try:
+        bundle = Bundle.load(folder or folder_of(active or ""))
+    except HydraError as error:
+        if folder is not None:
+            raise
+        console.say(f"what was learned is not shown: {error}")
+        return None
+    bundle.store.keep = False  # features on disk are those that servers write
+    return bundle

@@ -1,0 +1,210 @@
+"""A user in words: what the store keeps, how the user answers, and what the heads have learned.
+
+The paper learns a head as numbers; here is what they do to the scores of the user's own latest
+texts, against the shared head on the same. Knows no HTTP and no database.
+"""
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hydra_llm.rerank import record_text
+from hydra_llm.types import Record
+
+if TYPE_CHECKING:
+    from hydra_llm.bundle import Bundle
+    from hydra_llm.model.scorer import Scorer
+
+SAMPLE = 16  # the latest records that heads are compared on
+SHOWN = 5  # records, answers and labels that are listed
+MAX_CHOICES = 20  # different answers that are choices and not free texts, where no task says so
+WIDTH = 78
+STYLE: Mapping[str, Any] = {
+    "end with a full stop": lambda text: text.rstrip().endswith((".", "。")),
+    "end with a question": lambda text: text.rstrip().endswith(("?", "？", "؟")),
+    "hold an exclamation mark": lambda text: "!" in text or "！" in text,
+    "begin with a lower-case letter": lambda text: text[:1].islower(),
+    "have several lines": lambda text: "\n" in text.strip(),
+    "hold a number": lambda text: any(character.isdigit() for character in text),
+}
+
+
+def describe(
+    kept: Mapping[str, Any], records: Sequence[Record], bundle: "Bundle | None" = None
+) -> dict[str, Any]:
+    """A user as plain values, from `Store.export_user` and `Store.records`; with a bundle, what its
+    heads have learned. It encodes at most `SAMPLE` records and their answers.
+    """
+    dated = [record for record in records if math.isfinite(record.span[0])]
+    timed = sorted(dated, key=lambda record: record.span)
+    said = Counter(next(iter(row["content"]["said"]), "?") for row in kept["feedback"])
+    used = Counter(id for row in kept["requests"] for id in row["content"].get("records", ()))
+    own = {record.id: record for record in records}
+    most = [(own[id], count) for id, count in used.most_common() if id in own][:SHOWN]
+    return {
+        "user": kept["user"],
+        "created": _date(kept["created"]),
+        "counts": {part: len(kept[part]) for part in ("records", "feedback", "requests", "keys")},
+        "first_time": timed[0].time if timed else None,
+        "last_time": timed[-1].time if timed else None,
+        "feedback": dict(said.most_common()),
+        "answers": _answers(records, bundle),
+        "most_used": [
+            {"id": it.id, "times": count, "input": _cut(it.input), "output": _cut(it.output)}
+            for it, count in most
+        ],
+        "learned": _learned(kept, records, bundle) if bundle else {},
+    }
+
+
+def in_words(profile: Mapping[str, Any]) -> list[str]:
+    """A profile as lines of at most `WIDTH` characters."""
+    counts = profile["counts"]
+    times = f", from {profile['first_time']} to {profile['last_time']}"
+    parts = [_count(counts["records"], "record") + (times if profile["first_time"] else "")]
+    parts.append(_count(counts["requests"], "answered request"))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in profile["feedback"].items())
+    parts.append(f"feedback on {counts['feedback']}" + (f" ({kinds})" if kinds else ""))
+    lines = [profile["user"], *_indented(f"{'; '.join(parts)}. Known since {profile['created']}.")]
+    if profile["answers"]:
+        lines += ["How this user answers", *_indented(_answer_words(profile["answers"]))]
+    for name, learned in profile["learned"].items():
+        of = f"from {_count(learned['records'], 'record')}"
+        lines += [f"What the {name} has learned {of}", *_indented(_learned_words(learned))]
+    if profile["most_used"]:
+        lines.append("Records that were in most prompts")
+        for item in profile["most_used"]:
+            record = f"{item['id']}: {item['input']} -> {item['output']}"
+            lines += _indented(f"{item['times']}x {record}")
+    return lines
+
+
+# ---- how the user answers
+
+
+def _answers(records: Sequence[Record], bundle: "Bundle | None") -> dict[str, Any]:
+    """Shares of choices, or length and style of free texts; empty without records."""
+    outputs = [record.output for record in records]
+    if not outputs:
+        return {}
+    counts, task = Counter(outputs), bundle.task if bundle else None
+    few = len(counts) <= min(MAX_CHOICES, len(outputs) // 2)
+    if task.labels and not task.free_history if task else few:
+        shares = {_cut(text): round(n / len(outputs), 3) for text, n in counts.most_common(SHOWN)}
+        return {"shares": shares, "others": max(0, len(counts) - SHOWN)}
+    style = {name: sum(map(has, outputs)) / len(outputs) for name, has in STYLE.items()}
+    return {
+        "characters": median(map(len, outputs)),
+        "words": median(len(text.split()) for text in outputs),
+        "style": {name: round(share, 3) for name, share in style.items() if share},
+        "latest": _cut(outputs[-1]),
+    }
+
+
+def _answer_words(answers: Mapping[str, Any]) -> str:
+    if "shares" in answers:
+        shares = ", ".join(f'"{text}" {share:.0%}' for text, share in answers["shares"].items())
+        return shares + (f", and {answers['others']} others" if answers["others"] else "") + "."
+    style = "".join(f" {share:.0%} {name}." for name, share in answers["style"].items())
+    size = f"Typically {answers['words']:g} words, {answers['characters']:g} characters."
+    return f'{size}{style} The latest: "{answers["latest"]}".'
+
+
+# ---- what the heads have learned
+
+
+def _learned(
+    kept: Mapping[str, Any], records: Sequence[Record], bundle: "Bundle"
+) -> dict[str, Any]:
+    """By scorer that has a head of the user."""
+    out = {}
+    task = bundle.task
+    readable = [it for it in records if task.free_history or task.is_answer(it.output)][-SAMPLE:]
+    for row in kept["heads"]:
+        scorer = bundle.scorers.get(row["scorer"])
+        if scorer is not None and row["bundle"] == bundle.weights and readable:
+            numbers = np.frombuffer(row["delta"], "<f4")
+            texts = _candidates(row["scorer"], readable, bundle)
+            inputs = [record.input for record in readable]
+            leanings = _leanings(scorer, numbers, inputs, texts, bundle)
+            order = np.argsort(leanings, kind="stable")
+            up = [i for i in order[::-1] if leanings[i] > 0][:SHOWN]
+            down = [i for i in order if leanings[i] < 0][:SHOWN]
+            out[row["scorer"]] = {
+                "records": row["known"],
+                "until": None if row["until"] is None else _date(row["until"]),
+                "norm": round(float(np.linalg.norm(numbers)), 4),
+                "raises": {_cut(texts[i]): round(float(leanings[i]), 4) for i in up},
+                "lowers": {_cut(texts[i]): round(float(leanings[i]), 4) for i in down},
+            }
+    return out
+
+
+def _candidates(name: str, records: Sequence[Record], bundle: "Bundle") -> list[str]:
+    """The labels, or different texts of the records, as the scorer reads them."""
+    if name == "reranker":
+        with_answer = bundle.settings.record_answer
+        texts = [record_text(record, with_answer=with_answer) for record in records]
+    else:
+        texts = list(bundle.task.labels) or [record.output for record in records]
+    return list(dict.fromkeys(texts))
+
+
+def _leanings(
+    scorer: "Scorer", numbers: np.ndarray, inputs: list[str], texts: list[str], bundle: "Bundle"
+) -> np.ndarray:
+    """[C] how much more probable the user's head makes each text than the shared head, on average
+    over the inputs.
+    """
+    from hydra_llm.model.heads import Head
+    from hydra_llm.model.interactions import make_groups
+
+    average = scorer.side_mean.numpy()  # side features are weighed alike for all users
+    side = [np.tile(average, (len(texts), 1))] * len(inputs)
+    groups = make_groups(bundle.store, scorer.interaction, inputs, [texts] * len(inputs), side)
+    own = scorer.shares(scorer.score(groups, [Head(numbers)] * len(inputs)))
+    shared = scorer.shares(scorer.score(groups, [None] * len(inputs)))
+    difference: np.ndarray = (own - shared).mean(0).numpy()
+    return difference
+
+
+def _learned_words(learned: Mapping[str, Any]) -> str:
+    def listed(name: str) -> str:
+        items = learned[name].items()
+        return ", ".join(f'"{text}" {100 * leaning:+.1f}' for text, leaning in items)
+
+    parts = [f"{name} {listed(name)}" for name in ("raises", "lowers") if learned[name]]
+    if not parts:
+        return "Nothing that changes an answer: the shared head's scores stand."
+    points = "in points of probability, against what is learned from all users"
+    norm = f"The user's numbers have the norm {learned['norm']:g}."
+    return f"It {' and '.join(parts)} ({points}). {norm}"
+
+
+# ---- texts
+
+
+def _cut(text: str, length: int = 80) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def _date(seconds: float) -> str | None:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
+    except (OverflowError, OSError, ValueError):  # no calendar has it
+        return None
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in textwrap.wrap(text, WIDTH - 2, break_on_hyphens=False)]
