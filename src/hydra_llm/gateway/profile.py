@@ -25,7 +25,7 @@ SAMPLE = 16  # the latest records that heads are compared on
 SHOWN = 5  # records, answers and labels that are listed
 MAX_CHOICES = 20  # different answers that are choices and not free texts, where no task says so
 WIDTH = 78
-STYLE: Mapping[str, Any] = {
+TRAITS: Mapping[str, Any] = {
     "end with a full stop": lambda text: text.rstrip().endswith((".", "。")),
     "end with a question": lambda text: text.rstrip().endswith(("?", "？", "؟")),
     "hold an exclamation mark": lambda text: "!" in text or "！" in text,
@@ -98,7 +98,7 @@ def _answers(records: Sequence[Record], bundle: "Bundle | None") -> dict[str, An
     if task.labels and not task.free_history if task else few:
         shares = {_cut(text): round(n / len(outputs), 3) for text, n in counts.most_common(SHOWN)}
         return {"shares": shares, "others": max(0, len(counts) - SHOWN)}
-    style = {name: sum(map(has, outputs)) / len(outputs) for name, has in STYLE.items()}
+    style = {name: sum(map(has, outputs)) / len(outputs) for name, has in TRAITS.items()}
     return {
         "characters": median(map(len, outputs)),
         "words": median(len(text.split()) for text in outputs),
