@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast check format docs bench bench-replay audit clean help
+.PHONY: demo test test-fast check format docs walk bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -33,6 +33,7 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/python tools/commands_md.py --check
 	@$(BIN)/python tools/settings_md.py --check
+	@$(BIN)/python tools/api_md.py --check
 	@$(BIN)/python tools/results_md.py --check
 	@$(BIN)/python -m pytest -q tests/test_readme.py tests/test_conventions.py
 
@@ -40,10 +41,14 @@ format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-docs: $(READY) ## Write docs/commands.md and docs/settings.md anew from the code
+docs: $(READY) ## Write commands.md, settings.md and api.md in docs/ anew from the code
 	@$(BIN)/python tools/commands_md.py
 	@$(BIN)/python tools/settings_md.py
+	@$(BIN)/python tools/api_md.py
 	@$(BIN)/python tools/results_md.py
+
+walk: $(READY) ## The example from a CSV file to served answers, with a fake LLM
+	@$(BIN)/python examples/walk.py
 
 bench: $(READY) ## Start-up times (more scripts, one question each, are in benchmarks/)
 	@$(BIN)/python benchmarks/startup.py

@@ -3,8 +3,10 @@
 import importlib
 import pickle
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +75,12 @@ def test_functions_for_sync_and_async_code_are_pickled_by_name(name: str) -> Non
     function = getattr(hydra_llm, name)
     assert function.__name__ == name
     assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_the_reference_has_every_public_name_with_a_text() -> None:
+    reference = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### `(\w+)`\n\n(.+?)(?=\n###? )", reference, re.S | re.M))
+    assert sorted(sections) == hydra_llm.__all__
+    for name, text in sections.items():
+        words = re.sub(r"```.*?```", "", text, flags=re.S).split()
+        assert len(words) >= 5, name
