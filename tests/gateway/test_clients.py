@@ -1,21 +1,25 @@
 """What clients rely on: how they name a user, the completion's id in feedback, corrections."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from hydra_llm.gateway.chunks import with_id
 from hydra_llm.gateway.identity import NamedUser, hide_user, named_user
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.store.store import Store
+from tests.waiting import async_until
 
-from .conftest import records_of, running
+from .conftest import World, records_of, running
 
 pytestmark = pytest.mark.anyio
 
 QUESTION = "the battle for the bridge in winter"
-MESSAGES = [{"role": "user", "content": QUESTION}]
+MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 
 
 def named(body: dict[str, Any], *headers: tuple[str, bytes], **settings: Any) -> NamedUser:
@@ -153,3 +157,108 @@ async def test_a_records_time_is_a_number_or_a_text(store: Store, time: Any) -> 
             assert sent.status_code == 400
             assert "records" in sent.json()["error"]["param"]
     assert 893214333 <= store.records("ada")[1][0].span[0] <= 893214334
+
+
+# ---- feedback
+
+FINAL: list[tuple[list[dict[str, Any]], bool]] = [
+    ([{"chosen": 0}, {"chosen": 1}], True),
+    ([{"edited": "calm at last"}, {"rejected": True}], False),
+    ([{"rejected": True}, {"edited": "loud again"}], True),
+    ([{"rating": 1.0}, {"rating": 0.1}, {"chosen": 2}], True),
+    ([{"chosen": 1}, {"chosen": 0}, {"chosen": 1}], True),
+]
+
+
+async def give(world: World, request: str, **said: Any) -> Any:
+    reply = await world.http.post("/v1/feedback", json={"request_id": request, **said})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+async def fit(world: World) -> None:
+    job = (await world.http.post("/v1/users/ada/fit")).json()["id"]
+    await async_until(lambda: world.store.job(job).state == "done")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+async def test_corrected_feedback_is_as_if_it_had_been_the_only_one(
+    store: Store, bundles: dict[str, Path], tmp_path: Path, fitted: bool
+) -> None:
+    """Also after a fit that has learned what is corrected: then by the next fit. It reads records
+    in order, so there the cases are those that leave the order.
+    """
+    cases = [FINAL[0], FINAL[1], FINAL[4]] if fitted else FINAL
+    other, states = Store(f"sqlite:///{tmp_path / 'other.db'}"), []
+    for place, corrected in ((store, True), (other, False)):
+        place.add_records("ada", records_of("ada", 6))
+        async with running(place, bundles["titles"], candidates=3) as world:
+            deployment = world.app.state.gateway.deployment
+            asked = [(await world.ask(f"{QUESTION} {i}", n=3)).json() for i in range(len(cases))]
+            for reply, (said, _) in zip(asked, cases, strict=True):
+                for one in said[:-1] if corrected else ():
+                    await give(world, reply["id"], **one)
+            if fitted and corrected:
+                await fit(world)
+            for reply, (said, is_record) in zip(asked, cases, strict=True):
+                taken = await give(world, reply["id"], **said[-1])
+                assert (taken["repeated"], bool(taken["record"])) == (False, is_record)
+                assert (await give(world, reply["id"], **said[-1]))["repeated"]
+            if fitted:
+                await fit(world)
+            heads = place.heads("ada", deployment.id)
+            outputs = {record.output for record in place.records("ada")[1]}
+            states.append((np.frombuffer(heads["adapter"].delta, "<f4"), outputs))
+    other.close()
+    assert states[0][1] == states[1][1]
+    assert np.abs(states[0][0]).max() > 0
+    np.testing.assert_allclose(states[0][0], states[1][0], atol=1e-5)
+
+
+async def test_the_completions_own_id_is_the_requests(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    for bundle in (None, bundles["titles"]):
+        async with running(store, bundle, candidates=3) as world:
+            whole = (await world.ask(QUESTION)).json()
+            assert whole["id"] == f"chatcmpl-{whole['personalization']['request_id']}"
+            assert (await give(world, whole["id"], chosen=0, time=893214333))["record"]
+            stream = await world.sdk().chat.completions.create(
+                model="m", messages=MESSAGES, user="ada", stream=True
+            )
+            ids = {chunk.id async for chunk in stream}
+            assert len(ids) == 1, "one id in all chunks"
+            assert (await give(world, ids.pop(), edited="calm at last"))["record"]
+            wrong = {"request_id": whole["id"], "chosen": 0, "time": "202401"}
+            assert (await world.http.post("/v1/feedback", json=wrong)).status_code == 400
+    assert 893214333 in {record.span[0] for record in store.records("ada")[1]}
+
+
+def test_only_the_id_of_a_chunk_is_replaced() -> None:
+    for line, new in (
+        (b'data: {"id": "c", "x": 1.0}\r\n', b'data: {"id": "q", "x": 1.0}\r\n'),
+        (b'data:{"id":"c","x":"c"}\n', b'data: {"id":"q","x":"c"}\n'),
+        (b'data:{"id":null}\n', b'data:{"id":"q"}\n'),
+    ):
+        assert with_id(line, "q") == new
+    for line in (b": c\n", b"\n", b"data: [DONE]\n", b'data: {"x": "id"}\n', b"data: 7\n", b"{"):
+        assert with_id(line, "q") == line
+
+
+async def test_a_reply_that_is_not_personal_keeps_the_upstreams_id(store: Store) -> None:
+    async with running(store) as world:
+        assert (await world.ask(QUESTION)).json()["id"] == "c"
+
+
+async def test_no_feature_of_a_corrected_answer_stays(
+    store: Store, bundles: dict[str, Path], caches: Path
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        features = world.app.state.gateway.deployment.bundle.store
+        reply = (await world.ask(QUESTION)).json()
+        await give(world, reply["id"], edited="a slip of the pen")
+        features.texts(["a slip of the pen"], keep=True)
+        await give(world, reply["id"], edited="as it was meant")
+        assert features.missing(["a slip of the pen"]) == 1

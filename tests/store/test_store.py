@@ -25,7 +25,7 @@ from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.history import before, parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.backup import backup, open_backup, restore
-from hydra_llm.store.change import ConflictingFeedback, StaleVersion
+from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead
@@ -243,7 +243,7 @@ def test_records_come_oldest_first_not_as_uploaded(store: Store) -> None:
 # ---- feedback, requests, keys, jobs
 
 
-def test_feedback_counts_once_and_conflicts_are_refused(store: Store) -> None:
+def test_feedback_counts_once_and_the_last_word_stands(store: Store) -> None:
     store.add_records("ada", [record("a")])
     said = StoredFeedback("r1", 5.0, {"said": {"chosen": 1}, "why": ["ü"], "score": 0.1})
     with store.change("ada") as ada:
@@ -252,8 +252,9 @@ def test_feedback_counts_once_and_conflicts_are_refused(store: Store) -> None:
         assert not ada.put_feedback(
             dataclasses.replace(said, content={**said.content, "score": 0.2})
         )
-    with pytest.raises(ConflictingFeedback, match="other feedback"), store.change("ada") as ada:
-        ada.put_feedback(StoredFeedback("r1", 5.0, {"said": {"chosen": 2}}))
+    with store.change("ada") as ada:
+        assert ada.put_feedback(StoredFeedback("r1", 5.0, {"said": {"chosen": 2}}))
+        assert ada.put_feedback(said)
     with store.change("ada") as ada:
         ada.put_feedback(StoredFeedback("r0", 7.0, {"said": {}}))
         ada.put_feedback(StoredFeedback("r2", 3.0, {"said": {}}))
@@ -268,6 +269,10 @@ def test_feedback_counts_once_and_conflicts_are_refused(store: Store) -> None:
         ada.put_feedback(StoredFeedback("r3", 1.0, {"said": {}}))
     assert [feedback.request for feedback in store.unlearned_feedback("ada")] == ["r3", "r2"]
     assert store.counts()["feedback"] == 4
+    learned = store.unlearned_feedback("ada", or_learned=True)
+    with store.change("ada") as ada:
+        ada.forget_heads()
+    assert store.unlearned_feedback("ada") == learned
 
 
 def test_only_feedback_of_the_bundle_with_a_group_is_read(

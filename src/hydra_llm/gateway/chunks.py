@@ -83,6 +83,24 @@ class StreamReader:
         return False
 
 
+def with_id(lines: bytes, id: str) -> bytes:
+    """Whole lines of a stream with this id in their chunks; what is no chunk stays as it is."""
+    return b"".join(_line_with_id(line, id) for line in lines.splitlines(keepends=True))
+
+
+def _line_with_id(line: bytes, id: str) -> bytes:
+    try:
+        chunk = json.loads(line.removeprefix(b"data:"))
+    except ValueError:
+        return line
+    if not isinstance(chunk, dict) or "id" not in chunk:
+        return line
+    old, new = json.dumps(chunk["id"]).encode(), json.dumps(id).encode()
+    if line.count(old) == 1:  # all else stays as the upstream wrote it
+        return line.replace(old, new)
+    return event({**chunk, "id": id}).rstrip(b"\n") + line[len(line.rstrip(b"\r\n")) :]
+
+
 def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:
     """What a stream begins with."""
     choices = [delta(index, {"role": "assistant", "content": ""}) for index in range(count)]

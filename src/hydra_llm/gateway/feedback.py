@@ -1,5 +1,6 @@
 """Feedback on an answer → a record, and an updated head, which does not depend on the order. All is
-written in one transaction on the version that was read. The same feedback twice is one.
+written in one transaction on the version that was read. The same feedback twice is one; other
+feedback on the same answer takes its place, as if it had been the only one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from anyio.to_thread import run_sync
 
+from hydra_llm.datasets.dataset import time_fault
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
-from hydra_llm.gateway.user_cache import UserSnapshot, from_stored, to_stored
+from hydra_llm.gateway.user_cache import UserSnapshot, from_stored, texts_of, to_stored
+from hydra_llm.history import parse_time
 from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.select import all_labels, candidate_text
-from hydra_llm.store.change import FEEDBACK_ID, ConflictingFeedback, StaleVersion
+from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.values import Request, StoredFeedback
 from hydra_llm.text import text_fault
 from hydra_llm.types import Candidate, Query, Record
@@ -32,22 +35,24 @@ FITTED = "fitted"  # name of the adapter's head as it was fitted, without feedba
 
 async def take_feedback(gateway: Gateway, given: FeedbackIn, request: Request) -> dict[str, Any]:
     """Learn from one piece of feedback; returns what became of it, as the reply says it. `ApiError`
-    400 for an unknown candidate, 409 where the request has other feedback already.
+    400 for an unknown candidate.
     """
     feedback = _checked(gateway, given, request)
     texts = [request.question, *(candidate.text for candidate in feedback.candidates)]
     for _ in range(TRIES):
-        user, earlier = await run_sync(feedback.read)
-        learn = partial(feedback.learn, user, earlier)
+        state = await run_sync(feedback.read)
+        learn = partial(feedback.learn, state)
         judged, heads = await feedback.deployment.batcher.run(learn, texts)
-        has_room = len(user.records) < gateway.settings.max_records
-        record = feedback.record if has_room else None
+        has_room = len(state.user.records) < gateway.settings.max_records
+        record = feedback.record if has_room or state.replaced else None
         try:
-            fresh = await run_sync(feedback.write, user, judged, record, heads)
+            fresh = await run_sync(feedback.write, state, judged, record, heads)
         except StaleVersion:
             continue
-        except ConflictingFeedback as error:
-            raise ApiError(409, str(error), code="other_feedback") from None
+        if fresh and state.replaced:
+            await gateway.deployment.forget(state.user.name)
+            replaced = texts_of([state.replaced])
+            await run_sync(gateway.deployment.forget_texts, replaced)
         id = record.id if record else None  # of the record that the answer became
         return {"repeated": not fresh, "record": id, "head_moved": bool(fresh and heads)}
     raise ApiError(409, "too many changes of this user at once: try again", code="busy")
@@ -58,6 +63,8 @@ def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedbac
     kind, content = given.kind(), request.content
     if given.edited is not None and (fault := fault_of(given.edited, max_text)):
         raise ApiError(400, f"edited {fault}", param="edited")
+    if fault := time_fault(given.time):
+        raise ApiError(400, fault, param="time")
     stored = [*content["candidates"]]  # then the choices that repeat one of them
     repeats = content.get("repeats", ())
     stored += [{**stored[item["candidate"]], "said": item["said"]} for item in repeats]
@@ -75,14 +82,30 @@ def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedbac
         if not deployment.pipeline.task.labels and given.edited is None:
             # as it was written: what the adapter reads of a text may be its first line
             output = stored[index]["said"] or wanted
-        record = Record(request.user, f"{FEEDBACK_ID}{request.id}", request.question, output)
+        id, span = record_id(request), parse_time(given.time)
+        record = Record(request.user, id, request.question, output, given.time, span)
     candidates = choices[: len(content["candidates"])]
     value = getattr(given, kind)
     return _Feedback(deployment, request, kind, value, candidates, wanted, record)
 
 
+def record_id(request: Request) -> str:
+    """The id of the record that an answer becomes."""
+    return f"{FEEDBACK_ID}{request.id}"
+
+
 def _answer(candidate: Candidate) -> str:
     return candidate.answer if candidate.answer is not None else candidate.text
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the store has of the user before the feedback is written."""
+
+    user: UserSnapshot  # with all heads, unless one has learned what is replaced
+    earlier: list[StoredFeedback]  # which these heads have not learned
+    replaced: Record | None  # what earlier feedback on the same answer became
+    relearn: bool  # whether a head has learned that
 
 
 @dataclass(frozen=True)
@@ -97,41 +120,55 @@ class _Feedback:
     wanted: str | None  # the answer that the user wanted, where the feedback says so
     record: Record | None  # what the wanted answer becomes
 
-    def read(self) -> tuple[UserSnapshot, list[StoredFeedback]]:
-        """The user with all heads, and the feedback that no fitted head knows."""
+    def read(self) -> _State:
         store, name, bundle = self.deployment.store, self.request.user, self.deployment.id
         user = self.deployment.users.current(name)
         if user is None:
             raise ApiError(404, "no such request", code="request_not_found")
-        earlier = store.unlearned_feedback(name, FEEDBACK_WINDOW, bundle=bundle)
-        return replace(user, heads=from_stored(store.heads(name, bundle))), earlier
+        read = partial(store.unlearned_feedback, name, FEEDBACK_WINDOW, bundle=bundle)
+        earlier, heads = read(), from_stored(store.heads(name, bundle))
+        own = record_id(self.request)
+        replaced = next((record for record in user.records if record.id == own), None)
+        known = any(feedback.request == self.request.id for feedback in earlier)
+        relearn = replaced is not None and not known
+        if relearn:
+            earlier, heads = read(or_learned=True), {}
+        return _State(replace(user, heads=heads), earlier, replaced, relearn)
 
     def write(
-        self, user: UserSnapshot, judged: StoredFeedback, record: Record | None, heads: Heads
+        self, state: _State, judged: StoredFeedback, record: Record | None, heads: Heads
     ) -> bool:
         """All of it in one transaction; False where exactly this feedback was given before."""
-        with self.deployment.store.change(user.name, version=user.version) as change:
+        user, store = state.user, self.deployment.store
+        with store.change(user.name, version=user.version) as change:
             if not change.put_feedback(judged):
                 return False
+            if state.relearn:
+                change.forget_heads()
             if record is not None:
                 change.add([record])
-            if heads:
-                change.put_heads(self.deployment.id, to_stored({**user.heads, **heads}))
+            elif state.replaced:
+                change.remove(state.replaced.id, keep_feedback=True)
+            # A record's change deletes the heads, but these have not learned it.
+            if kept := {**user.heads, **heads}:
+                change.put_heads(self.deployment.id, to_stored(kept))
             return True
 
     # ---- in the scoring thread
 
-    def learn(
-        self, user: UserSnapshot, earlier: list[StoredFeedback]
-    ) -> tuple[StoredFeedback, Heads]:
-        """What is stored of the feedback, and the heads that it moves, if it is informative."""
-        bundle = self.deployment.bundle
+    def learn(self, state: _State) -> tuple[StoredFeedback, Heads]:
+        """What is stored of the feedback, and the heads that it moves, if it is informative or
+        replaces what was.
+        """
+        bundle, user = self.deployment.bundle, state.user
         group = self._group(user.records)
         content = {"said": {self.kind: self.value}, "bundle": self.deployment.id, "group": group}
         judged = StoredFeedback(self.request.id, self.request.created, content)
-        if group is None or bundle is None:
+        others = [feedback for feedback in state.earlier if feedback.request != judged.request]
+        replaces = len(others) < len(state.earlier)
+        if bundle is None or not (group or replaces):
             return judged, {}
-        return judged, heads_after(bundle, user.name, user.heads, [*earlier, judged])
+        return judged, heads_after(bundle, user.name, user.heads, [*others, judged])
 
     def _group(self, records: Sequence[Record]) -> dict[str, Any] | None:
         """The candidates with the gain of each, as plain values."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
+from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event, with_id
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
@@ -28,6 +28,8 @@ from hydra_llm.store.values import Request
 from hydra_llm.text import repair
 from hydra_llm.types import Record
 
+COMPLETION_ID = "chatcmpl-"
+"""Prefix of a personal completion's id; the request's id follows, so that feedback may name it."""
 RECORDS_REFUSED = (400, 413, 422)  # statuses of an upstream that may not take the records
 
 
@@ -51,6 +53,10 @@ class RoutedRequest:
     @property
     def n(self) -> int:  # choices that the caller wants
         return self.asked.n or 1
+
+    @property
+    def completion_id(self) -> str:
+        return f"{COMPLETION_ID}{self.id}"
 
     @property
     def options(self) -> PersonalizationOptions:
@@ -181,7 +187,8 @@ class Gateway:
         choices = [choice for completion in completions for choice in completion["choices"]]
         ranked = await self._rank(request, choices, greedy)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
-        completion = {**completions[0], "choices": choices, "usage": usage_of(completions)}
+        answer = {"id": request.completion_id, "choices": choices, "usage": usage_of(completions)}
+        completion = {**completions[0], **answer}
         kept = await self._keep(request, ranked)
         if self.settings.personalization:
             completion["personalization"] = _personalization(request, ranked, kept)
@@ -257,10 +264,11 @@ class Gateway:
                 yield piece
                 continue
             if passed := reader.take(piece):
-                yield passed
+                yield with_id(passed, request.completion_id)
             if reader.ended:
                 request.seconds["upstream"] = time.perf_counter() - started
-                yield await self._last_chunk(request, reader) + reader.rest
+                rest = with_id(reader.rest, request.completion_id)
+                yield await self._last_chunk(request, reader) + rest
         if isinstance(request, PersonalRequest) and not reader.ended:
             await self._last_chunk(request, reader)
             if reader.rest:
@@ -272,7 +280,8 @@ class Gateway:
         kept = any(reader.texts.values()) and await self._keep(request, ranked)
         if not self.settings.personalization:
             return b""
-        head = {**chunk_head(f"chatcmpl-{request.id}", request.body["model"]), **reader.head}
+        id = request.completion_id
+        head = {**chunk_head(id, request.body["model"]), **reader.head, "id": id}
         personalization = _personalization(request, ranked, kept)
         return event({**head, "choices": [delta(0, {})], "personalization": personalization})
 

@@ -108,7 +108,7 @@ async def _begun(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 async def _stream_pick(gateway: Gateway, routed: RoutedRequest, span: Span) -> AsyncIterator[bytes]:
     """The role at once, comments while the candidates are sampled, then the pick."""
-    id, options = f"chatcmpl-{routed.id}", routed.asked.stream_options or {}
+    id, options = routed.completion_id, routed.asked.stream_options or {}
     yield event(role_chunk(id, routed.asked.model, routed.n))
     answer = asyncio.create_task(gateway.answer(routed))
     try:

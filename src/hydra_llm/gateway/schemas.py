@@ -132,7 +132,8 @@ class RecordsIn(_Strict):
 class FeedbackIn(_Strict):
     """What a user made of an answer: exactly one of the four."""
 
-    request_id: Id
+    request_id: Id  # or the completion's own id
+    time: Time = ""  # of the record that the answer becomes
     chosen: Annotated[int, Field(ge=0)] | None = None  # index of the candidate that the user took
     rating: Annotated[float, Field(ge=0, le=1)] | None = None
     edited: Annotated[str, Field(min_length=1)] | None = None  # the answer as the user changed it

@@ -19,7 +19,7 @@ from hydra_llm.errors import StoreError, UserFault
 from hydra_llm.gateway import user_data
 from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
-from hydra_llm.gateway.gateway import Gateway
+from hydra_llm.gateway.gateway import COMPLETION_ID, Gateway
 from hydra_llm.gateway.profile import describe, in_words
 from hydra_llm.gateway.schemas import MAX_ID, ApiError, FeedbackIn, Id, RecordIn, RecordsIn
 from hydra_llm.gateway.telemetry import log
@@ -112,9 +112,12 @@ async def delete_record(user: User, id: PathId, http: Request) -> dict[str, Any]
 
 @router.post("/feedback")
 async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
-    """Feedback on an answer: a wanted answer becomes a record and moves the head."""
+    """Feedback on an answer: a wanted answer becomes a record and moves the head. Of several on one
+    answer the last one stands.
+    """
     kind, gateway, caller = sent.kind(), http.app.state.gateway, http.state.caller
-    request = await run_sync(gateway.store.request, sent.request_id)
+    id = sent.request_id.removeprefix(COMPLETION_ID)
+    request = await run_sync(gateway.store.request, id)
     if request is None or not (caller.admin or request.user in caller.users):
         message = "no such request, or it is too long ago"
         raise ApiError(404, message, code="request_not_found", param="request_id")

@@ -27,10 +27,6 @@ class NoSuchUser(StoreError):
     """The user is unknown, or was deleted."""
 
 
-class ConflictingFeedback(StoreError):
-    """There is other feedback on this request already."""
-
-
 class UserChange:
     """A user inside a transaction. `changed`: whether anything that answers depend on has."""
 
@@ -72,13 +68,22 @@ class UserChange:
         ids = {record.id for record in records}
         return self._execute(rows).scalar_one() + len(ids) - len(self._known(ids))
 
-    def remove(self, id: str) -> bool:
-        """Delete a record, what it was made from, and the heads; False if there is no such id."""
+    def forget_heads(self) -> None:
+        """Delete the user's heads, so that no feedback counts as learned."""
+        self._delete(schema.heads)
+        table = schema.feedback
+        self._execute(sa.update(table).where(table.c.user == self._key).values(folded=False))
+        self.changed = True
+
+    def remove(self, id: str, *, keep_feedback: bool = False) -> bool:
+        """Delete a record, what it was made from unless `keep_feedback`, and the heads; False if
+        there is no such id.
+        """
         removed = self._delete(schema.records, schema.records.c.id == id)
         if removed:
             self.changed = True
             self._delete(schema.heads)
-            if id.startswith(FEEDBACK_ID):  # else the feedback would bring it back
+            if id.startswith(FEEDBACK_ID) and not keep_feedback:  # it would bring the record back
                 request = id.removeprefix(FEEDBACK_ID)
                 self._delete(schema.feedback, schema.feedback.c.request == request)
                 self._delete(schema.requests, schema.requests.c.id == request)
@@ -95,14 +100,13 @@ class UserChange:
         self.changed = True
 
     def put_feedback(self, feedback: StoredFeedback) -> bool:
-        """Keep feedback on a request; False if the same is kept, ConflictingFeedback if other."""
+        """Keep feedback on a request, in the place of other feedback; False if the same is kept."""
         table, content = schema.feedback, json.loads(json.dumps(feedback.content))
-        rows = sa.select(table.c.content).where(table.c.request == feedback.request)
-        kept = self._execute(rows).scalar_one_or_none()
-        if kept is not None:
-            if kept["said"] != content["said"]:
-                raise ConflictingFeedback("this request has other feedback already")
+        this = (table.c.user == self._key) & (table.c.request == feedback.request)
+        kept = self._execute(sa.select(table.c.content).where(this)).scalar_one_or_none()
+        if kept is not None and kept["said"] == content["said"]:
             return False
+        self._delete(table, this)
         row = {"user": self._key, "folded": False, **asdict(feedback), "content": content}
         self._execute(sa.insert(table).values(row))
         self.changed = True

@@ -193,14 +193,22 @@ class Store(Database):
         return Request(*rows[0]) if rows else None
 
     def unlearned_feedback(
-        self, name: str, count: int | None = None, *, bundle: str | None = None
+        self,
+        name: str,
+        count: int | None = None,
+        *,
+        bundle: str | None = None,
+        or_learned: bool = False,
     ) -> list[StoredFeedback]:
         """The user's latest feedback (`count`, or all) that no fitted head has learned, in order.
         `bundle`: only feedback of that bundle that a head can learn from (it has a group).
+        `or_learned`: also what a fitted head has learned.
         """
         table = schema.feedback.c
         query = sa.select(table.request, table.created, table.content).join(schema.users)
-        query = query.where(schema.users.c.name == name, table.folded.is_(False))
+        query = query.where(schema.users.c.name == name)
+        if not or_learned:
+            query = query.where(table.folded.is_(False))
         if bundle is not None:
             group = table.content["group"].as_string()
             query = query.where(table.content["bundle"].as_string() == bundle, group.is_not(None))
