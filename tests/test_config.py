@@ -125,7 +125,7 @@ def another(name: str) -> str | int | float:
     if isinstance(default, bool):
         return str(not default).lower()
     if isinstance(default, str):
-        return "kernel" if name == "head" else "x"
+        return {"head": "kernel", "retriever": "hybrid"}.get(name, "x")
     return 0.25 if isinstance(default, float) else "100"
 
 

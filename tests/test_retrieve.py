@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_llm import plugins
+from hydra_llm.config import load_settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import before
 from hydra_llm.retrieve import BM25, RETRIEVERS, make_retriever
 from hydra_llm.testing import check_retriever
 from hydra_llm.types import Query, Ranked, Record
 
-BUILT_IN = ["bm25", "dense", "recent", "random", "nothing"]
+BUILT_IN = ["bm25", "dense", "hybrid", "recent", "random", "nothing"]
 
 sentence = st.lists(
     st.sampled_from(["the", "The", "cat", "sat", "on", "mat", "a", "dog", "🙂", "café"]), max_size=8
@@ -218,6 +219,34 @@ def test_dense_of_zero_vectors_falls_back_to_recency() -> None:
     ] == [("r1", 0), ("r0", 0)]
 
 
+def test_hybrid_adds_the_reciprocal_places_of_both() -> None:
+    # by words r2, r0 (the others have none); by length r1, r3 (later than r0), r0, r2, r4
+    records = history("cat dog", "a" * 12, "cat cat cat cat cat cat", "b" * 7, "z" * 40)
+    hybrid = make_retriever("hybrid", embed=lengths)
+    ranked = hybrid.retrieve(ask("cat" + " " * 9), records, 5)
+    assert {item.record.id: item.score for item in ranked} == pytest.approx(
+        {"r0": 1 / 62 + 1 / 63, "r1": 1 / 61, "r2": 1 / 61 + 1 / 64, "r3": 1 / 62, "r4": 1 / 65}
+    )
+    assert ids(hybrid.retrieve(ask("c"), history("a", "b", "a"), 3)) == ["r2", "r1", "r0"]
+
+
+@pytest.mark.parametrize(
+    ("query", "right", "others"),
+    [
+        ("手机坏了怎么办", "我的手机坏了", ("今天天气很好", "我想吃火锅")),
+        ("猫が好き", "うちの猫は可愛い", ("今日は雨です", "電車が遅れた")),
+        ("โทรศัพท์เสีย", "โทรศัพท์ของฉันพัง", ("วันนี้ฝนตก", "อยากกินข้าว")),
+        ("Погода?", "сегодня хорошая погода.", ("я купил машину", "кот спит")),
+        ("ទូរស័ព្ទ", "ទូរស័ព្ទខូច", ("ថ្ងៃនេះភ្លៀង", "ខ្ញុំឃ្លាន")),
+        ("الطقس؟", "كيف الطقس، اليوم", ("اشتريت سيارة", "القطة نائمة")),
+    ],
+)
+def test_bm25_finds_words_of_every_script(query: str, right: str, others: tuple[str, ...]) -> None:
+    ranked = BM25().retrieve(ask(query), history(right, *others), 3)
+    assert ids(ranked)[0] == "r0"
+    assert ranked[0].score > ranked[1].score
+
+
 def test_recent_takes_the_latest_by_time_then_position() -> None:
     records = [
         Record("u", "b", "", "", span=(5.0, 5.0), position=0),
@@ -321,11 +350,14 @@ def test_a_records_answer_is_matched_only_on_request() -> None:
 def test_unknown_names_and_missing_parts_are_named() -> None:
     with pytest.raises(
         SettingsError,
-        match="unknown retriever 'bm52': take one of bm25, dense, recent, random, nothing",
+        match=r"unknown retriever 'bm52' \(did you mean 'bm25'\?\): take one of bm25, dense,",
     ):
         make_retriever("bm52")
-    with pytest.raises(SettingsError, match="needs an encoder"):
-        make_retriever("dense")
+    for name in ("dense", "hybrid"):
+        with pytest.raises(SettingsError, match=f"the {name} retriever needs an encoder"):
+            make_retriever(name)
+    with pytest.raises(SettingsError, match=r"'retriever': .*'hybrd' \(did you mean 'hybrid'\?\)"):
+        load_settings(retriever="hybrd")
     with pytest.raises(SettingsError, match="'input' or 'both'"):
         make_retriever("bm25", text="output")  # type: ignore[arg-type]
 

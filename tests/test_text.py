@@ -128,6 +128,8 @@ def test_retrieval_reads_latin_and_greek_as_lamp_does(text: str) -> None:
 
 def test_retrieval_has_pairs_of_characters_without_blanks() -> None:
     assert search_words("我喜欢iPhone，Not") == ["我", "喜", "欢", "我喜", "喜欢", "iPhone", "Not"]
+    assert search_words("うちの猫") == ["猫", "うち", "ちの", "の猫"]
+    assert search_words("ดี ส") == ["ดี", "ส"]
     assert search_words("Погода, ПОГОДА") == ["погода", "погода"]
     assert length("今天 天气") == 4
 

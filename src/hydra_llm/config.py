@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hydra_llm import environment as env
-from hydra_llm.errors import SettingsError
-from hydra_llm.plugins import HEADS
+from hydra_llm.errors import SettingsError, did_you_mean
+from hydra_llm.plugins import HEADS, RETRIEVERS, Registry
 
 SETTINGS_FILE = "hydra-llm.toml"
 SERVE_TABLE = "serve"  # the gateway's table in that file (gateway/settings.py)
@@ -41,20 +41,33 @@ class Group(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
         name = cls.error_prefix + (".".join(map(str, first["loc"])) or "settings")
-        raise SettingsError(f"setting '{name}': {first['msg']} (got {first.get('input')!r})")
+        message = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"setting '{name}': {message} (got {first.get('input')!r})")
+
+
+def known(registry: Registry[Any], name: str) -> str:
+    """The name; ValueError if it is not registered."""
+    if name not in registry.builtin and name not in registry.names():
+        raise ValueError(registry.unknown(name))
+    return name
 
 
 class Retrieval(Group):
     """Which records of the user's history stand in the prompt."""
 
     retriever: str = "bm25"
-    """bm25, dense, recent, random, nothing, or an installed one (`hydra_llm.retrievers`)."""
+    """bm25 (words), dense (encoder), hybrid (both), recent, random, nothing, or a plug-in."""
     retrieved: int = Field(default=10, ge=0)
     """M: number of records that are retrieved and reranked."""
     k: int = Field(default=4, ge=0)
     """Number of records in the prompt, taken in the reranker's order."""
     max_prompt_tokens: int = Field(default=1536, ge=64)
     """Token limit of the prompt: the last records are cut first, then the query's text."""
+
+    @field_validator("retriever")
+    @classmethod
+    def _known_retriever(cls, name: str) -> str:
+        return known(RETRIEVERS, name)
 
 
 class LLM(Group):
@@ -106,9 +119,7 @@ class Model(Group):
     @field_validator("head")
     @classmethod
     def _known_head(cls, name: str) -> str:
-        if name not in HEADS.builtin and name not in HEADS.names():
-            raise ValueError(HEADS.unknown(name))
-        return name
+        return known(HEADS, name)
 
 
 class Training(Group):
@@ -320,7 +331,8 @@ def as_learned(learned: Settings, chosen: Settings) -> Settings:
 def _sources(preset: str | None, file: Path | None) -> dict[str, Any]:
     """The values of file, environment and preset; a later one overrides."""
     if preset is not None and preset not in PRESETS:
-        raise SettingsError(f"unknown preset '{preset}': take one of {', '.join(PRESETS)}")
+        near = did_you_mean(preset, PRESETS)
+        raise SettingsError(f"unknown preset '{preset}'{near}: take one of {', '.join(PRESETS)}")
     table = settings_file(file)
     table.pop(SERVE_TABLE, None)
     return NAMES.flat(table, hint=True) | environment(VARIABLES) | PRESETS[preset or "default"]

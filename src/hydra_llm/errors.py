@@ -17,7 +17,16 @@
 Each message is one line that names the place and, where there is one, the fix.
 """
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'bm25'?)`, or '' if no known name is near."""
+    by_form = {other.lower().replace("_", "-"): other for other in known}
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), by_form, 1)
+    return f" (did you mean '{by_form[near[0]]}'?)" if near else ""
 
 
 class HydraError(Exception):

@@ -5,7 +5,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from hydra_llm.errors import SettingsError
+from hydra_llm.errors import SettingsError, did_you_mean
 from hydra_llm.extras import one_line_imports
 
 T = TypeVar("T")  # what every plug-in of a group is, such as a factory
@@ -51,8 +51,9 @@ class Registry(Generic[T]):
 
     def unknown(self, name: str, known: str = "") -> str:
         """What is wrong with a name that is not registered; `known` lists those that are."""
+        near = did_you_mean(name.partition("@")[0].partition(":")[0], self.names())
         known = known or f"take one of {', '.join(self.names())}"
-        return f"unknown {self.kind} '{name}': {known}, {self.hint}"
+        return f"unknown {self.kind} '{name}'{near}: {known}, {self.hint}"
 
     def _registered(self, name: str) -> EntryPoint:
         """The only entry point of this name."""
@@ -81,6 +82,21 @@ class Registry(Generic[T]):
         return [point for point in entry_points(group=self.group) if point.name in self.builtin]
 
 
+RETRIEVERS: Registry[Any] = Registry(
+    "hydra_llm.retrievers",
+    {
+        "bm25": "hydra_llm.retrieve:BM25",
+        "dense": "hydra_llm.retrieve:Dense",
+        "hybrid": "hydra_llm.retrieve:Hybrid",
+        "recent": "hydra_llm.retrieve:Recent",
+        "random": "hydra_llm.retrieve:Random",
+        "nothing": "hydra_llm.retrieve:Nothing",
+    },
+    needs=("__call__",),
+)
+"""Called as `factory(embed=..., seed=..., text=...)`; one whose `needs_encoder` is true gets an
+encoder in the gateway too. Here for settings that load no part.
+"""
 HEADS: Registry[Any] = Registry(
     "hydra_llm.heads",
     {

@@ -1,8 +1,10 @@
 """Which of a user's earlier records may help with a query.
 
 Every retriever is deterministic and takes the later record first where two are equally good. BM25
-is Okapi on `str.split()` tokens, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75;
-words that more than half of the records hold weigh a quarter of the mean weight). Knows no LLM.
+is Okapi on words between blanks, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75;
+words that more than half of the records hold weigh a quarter of the mean weight); scripts other
+than Latin and Greek are split into caseless words, those without blanks into characters and their
+pairs (`text.search_words`). Knows no LLM.
 """
 
 import logging
@@ -18,13 +20,16 @@ from numpy.typing import NDArray
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import in_order
-from hydra_llm.plugins import Registry
+from hydra_llm.plugins import RETRIEVERS
 from hydra_llm.text import search_words
 from hydra_llm.types import Query, Ranked, Record
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.floating]]  # texts → [N, H], with a cache
 Matched = Literal["input", "both"]  # what is matched: a record's input (as LaMP), or its answer too
+
+
+FUSION = 60  # of reciprocal ranks: with it the first places of one list weigh little more
 
 
 class Retriever(Protocol):
@@ -44,20 +49,11 @@ class Forgetful(Protocol):
         ...
 
 
-BUILTIN = ("BM25", "Dense", "Recent", "Random", "Nothing")
-RETRIEVERS: Registry[Callable[..., Retriever]] = Registry(
-    "hydra_llm.retrievers",
-    {name.lower(): f"hydra_llm.retrieve:{name}" for name in BUILTIN},
-    needs=("__call__",),
-)
-"""Called as `factory(embed=..., seed=..., text=...)`."""
-
-
 def make_retriever(
     name: str, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"
 ) -> Retriever:
     """The retriever of this name. Raises SettingsError: unknown, or it needs an encoder."""
-    retriever = RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
+    retriever: Retriever = RETRIEVERS.load(name)(embed=embed, seed=seed, text=text)
     if not hasattr(retriever, "retrieve"):
         raise SettingsError(f"the retriever '{name}' has no 'retrieve'")
     return retriever
@@ -72,7 +68,8 @@ class _ByScore:
         if text not in ("input", "both"):
             raise SettingsError(f"a retriever matches 'input' or 'both' of a record, not '{text}'")
         if embed is None and self.needs_encoder:
-            raise SettingsError("the dense retriever needs an encoder")
+            name = type(self).__name__.lower()
+            raise SettingsError(f"the {name} retriever needs an encoder")
         self.embed, self.seed, self.text = embed, seed, text
         # The key is the texts themselves: an edited record or an earlier slice of time never meets
         # a stale index.
@@ -83,7 +80,7 @@ class _ByScore:
             return []
         oldest_first = in_order(records)
         scores = self.scores(query, oldest_first)
-        best = np.lexsort((-np.arange(len(scores)), -scores))[:m]
+        best = _best_first(scores)[:m]
         return [Ranked(oldest_first[at], float(scores[at]), rank) for rank, at in enumerate(best)]
 
     def scores(self, query: Query, records: Sequence[Record]) -> Floats:
@@ -101,6 +98,11 @@ class _ByScore:
 
     def forget(self) -> None:
         self._index.cache_clear()
+
+
+def _best_first(scores: Floats) -> NDArray[np.intp]:
+    """[N] places by score; of equal scores the later place first."""
+    return np.lexsort((-np.arange(len(scores)), -scores))
 
 
 class BM25(_ByScore):
@@ -151,6 +153,30 @@ class Dense(_ByScore):
         rows = np.asarray(self.embed(texts), dtype=np.float64)
         length = np.linalg.norm(rows, axis=1, keepdims=True)
         return np.asarray(rows / np.maximum(length, np.finfo(np.float64).tiny))
+
+
+class Hybrid(_ByScore):
+    """BM25 and dense by reciprocal rank fusion: the sum of 1 / (60 + place), place from 1 (Cormack
+    et al. 2009). Records without a common word have no place by BM25.
+    """
+
+    needs_encoder = True
+
+    def __init__(self, *, embed: Embed | None = None, seed: int = 0, text: Matched = "input"):
+        super().__init__(embed=embed, seed=seed, text=text)
+        self.parts = (BM25(text=text), Dense(embed=embed, text=text))
+
+    def scores(self, query: Query, records: Sequence[Record]) -> Floats:
+        total, shares = np.zeros(len(records)), 1 / (FUSION + 1 + np.arange(len(records)))
+        by_words, by_vector = (part.scores(query, records) for part in self.parts)
+        with_words = _best_first(by_words)[: np.count_nonzero(by_words > 0)]
+        total[with_words] += shares[: len(with_words)]
+        total[_best_first(by_vector)] += shares
+        return total
+
+    def forget(self) -> None:
+        for part in self.parts:
+            part.forget()
 
 
 class Recent(_ByScore):

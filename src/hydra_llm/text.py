@@ -17,6 +17,9 @@ _PUNCTUATION = re.compile(
     "[\u3000-\u3004\u3008-\u3020\u3030\ufe30-\ufe4f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
     "\uff5b-\uff65]"
 )
+_HAN = re.compile(
+    "[\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _EMOJI = "\u2600-\u27bf\U0001f000-\U0001faff"
 _ASCII_WORD = re.compile("[a-z0-9]+")
 # All but Latin and Greek, in which retrieval reads words as LaMP does: between blanks.
@@ -61,8 +64,8 @@ def caseless(text: str) -> str:
 @lru_cache(maxsize=16384)
 def words(text: str, grams: int = 1) -> tuple[str, ...]:
     """The caseless words of a text: runs of letters, digits and their marks, and emoji. Of a script
-    without blanks each character is a word, and with `grams=2` each two neighbours too. Of an ASCII
-    text these are the tokens of LaMP's ROUGE: `[a-z0-9]+` in lower case.
+    without blanks each character is a word; with `grams=2` each two neighbours are one, and of
+    letters Han's alone. Of an ASCII text these are the tokens of LaMP's ROUGE: `[a-z0-9]+`.
     """
     if text.isascii():
         return tuple(_ASCII_WORD.findall(text.lower()))
@@ -73,9 +76,10 @@ def words(text: str, grams: int = 1) -> tuple[str, ...]:
             found.append(match[0])
             continue
         own = character.findall(match[0])
-        found += own
-        if grams == 2:
-            found += map("".join, pairwise(own))
+        if grams == 1 or len(own) == 1:
+            found += own
+        else:
+            found += [*filter(_HAN.match, own), *map("".join, pairwise(own))]
     return tuple(found)
 
 

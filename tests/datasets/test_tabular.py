@@ -223,9 +223,48 @@ BROKEN = [
         "{input}",
     ),
     ("u.jsonl", "", {}, None, None, "no record"),
+    ("u.csv", "user,User,input,output\nu,v,x,y\n", {}, 1, "user", "'user' and 'User' both fit"),
+    ("u.csv", "user,input,input,output\nu,v,x,y\n", {}, 1, "input", "both fit: rename one"),
+    ("u.csv", "usr,input,output\nu,x,y\n", {}, 1, "user", "(did you mean 'usr'?)"),
+    ("u.csv", "user,text,output\nu,x,y\n", {}, 1, "input", "--input-field names it"),
+    (
+        "u.jsonl",
+        '{"user":"u","USER ":"v","input":"x","output":"y"}\n',
+        {},
+        1,
+        "user",
+        "'user' and 'USER ' both fit",
+    ),
+    ("u.csv", "user,input,output,time\nu,x,y,202401\n", {}, 2, "time", "write 2024-01"),
+    (
+        "u.csv",
+        "who,text,output\nu,x,a\nu,,b\n",
+        {"columns": Columns("who", "text")},
+        3,
+        "text",
+        "is empty",
+    ),
+    ("u.jsonl", '{"user":"u","input":"x","output":NaN}\n', {}, 1, None, "NaN is no JSON value"),
+    ("u.jsonl", '{"user":"u","input":"x","output":true}\n', {}, 1, "output", "neither a text"),
+    (
+        "u.csv",
+        "user,input,output\n" + "".join(f"u,x,{n * 7}\n" for n in range(150)),
+        {"kind": "rating"},
+        None,
+        "labels",
+        "not 150: if the answers are texts or amounts, take the kind generation",
+    ),
+    (
+        "u.csv",
+        "user,input,output\n" + "".join(f"u,x,text {n}\n" for n in range(1200)),
+        {"kind": "classification"},
+        None,
+        "labels",
+        "at most 1,000 labels, not 1,200",
+    ),
     ("u.csv", "user,input,output\nu,x\n", {}, 2, None, "3 fields"),
     ("u.csv", 'user,input,output\nu,"x,y\n', {}, 2, None, "not CSV"),
-    ("u.csv", "name,text\nu,x\n", {}, 2, "user", "missing"),
+    ("u.csv", "name,text\nu,x\n", {}, 1, "user", "missing: there is 'name', 'text'"),
     ("u.csv", b"user,input,output\nu,\xff,y\n", {}, 2, None, "UTF-8"),
 ]
 
@@ -296,3 +335,58 @@ def test_the_command_writes_a_data_set_that_loads(
         )
         == 2
     )
+
+
+def test_ratings_of_a_wide_range_keep_the_numbers_that_occur(tmp_path: Path) -> None:
+    file = tmp_path / "u.csv"
+    file.write_text("user,input,output\nu,x,0\nu,y,1000000000000\nu,z,1234567.0\nu,w,2.50\n")
+    task = read_table(file, kind="rating").task
+    assert task.labels == ("0", "2.5", "1234567", "1000000000000")
+
+
+@pytest.mark.parametrize("delimiter", ",;\t|")
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_delimiters_headers_and_blank_lines_are_read(
+    tmp_path: Path, delimiter: str, ends: str
+) -> None:
+    rows = [
+        [],
+        [" User", "INPUT", '"Output"', "When"],
+        ["007", '"a, b; c | d"', "x", "2024"],
+        [],
+        ["007 ", '"two\nlines"', "y", "2023"],
+        ["7", "z", "x", ""],
+        [],
+    ]
+    file = tmp_path / "mine.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + ends.join(map(delimiter.join, rows)).encode() + b"\n\n")
+    dataset = read_table(file, Columns(time="when"))
+    assert dataset.users() == ["007", "7"]
+    assert [q.input for q in dataset.queries("007")] == ["a, b; c | d"]
+    assert dataset.history("007")[0].input.split() == ["two", "lines"]
+    assert dataset.notes[1:5] == [
+        "the column ' User' was taken as 'user'",
+        "the column 'INPUT' was taken as 'input'",
+        "the column 'Output' was taken as 'output'",
+        "the column 'When' was taken as 'when'",
+    ]
+    assert dataset.notes[5].startswith("1 of 3 records lack a time")
+
+
+def test_numbers_as_ids_are_whole_and_zeros_stay(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    ids = ["1", "1.0", '"1"', "12345678901234567890", '"007"']
+    rows = (f'{{"user": {id}, "input": "x{n}", "output": "y"}}' for n, id in enumerate(ids))
+    file.write_text("\n".join(rows) + "\n\n \n")
+    dataset = read_table(file)
+    assert dataset.users() == ["1", "12345678901234567890", "007"]
+    assert "no record has a time: their order in the file counts" in dataset.notes[1]
+    file = tmp_path / "mine.csv"
+    file.write_text("user,input,output\n1,x,y\n1.0,x,y\n")
+    assert "'1.0' and '1' are two users: write ids alike if they are one" in read_table(file).notes
+
+
+def test_texts_are_compared_by_unicode_words(tmp_path: Path) -> None:
+    rows = [{"user": "u", "input": "x", "output": text} for text in ("今天", "天气", "很好")]
+    task = read_table(write(tmp_path, rows)).task
+    assert (task.words, task.to_json()["tokenizer"]) == ("unicode", "unicode")

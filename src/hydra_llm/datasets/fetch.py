@@ -16,7 +16,7 @@ import httpx2
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.lamp import read_golds, stream_questions
 from hydra_llm.datasets.native import load
-from hydra_llm.errors import DataError, SettingsError, UserFault
+from hydra_llm.errors import DataError, SettingsError, UserFault, did_you_mean
 from hydra_llm.text import fold
 
 BASE_URL = "https://ciir.cs.umass.edu/downloads/LaMP/"
@@ -39,7 +39,8 @@ Progress = Callable[[str, int, int | None], None]
 def addresses(task: str, split: str, base_url: str | None = None) -> dict[str, str]:
     """File name to address of a task's four files; SettingsError for an unknown task or split."""
     if task not in FOLDERS:
-        raise SettingsError(f"unknown data set '{task}': take one of {', '.join(FOLDERS)}")
+        near = did_you_mean(task, FOLDERS)
+        raise SettingsError(f"unknown data set '{task}'{near}: take one of {', '.join(FOLDERS)}")
     if split not in ("user", "time"):
         raise SettingsError(f"unknown split '{split}': take user or time")
     time_split = "time/" if split == "time" else ""

@@ -1,26 +1,29 @@
 """A JSONL or CSV file as a data set: a record a line (user, input, output, perhaps time and id).
 
-Kind and labels are guessed unless given. The last records of each user become queries, so a query
-never precedes its history. Users are split by a hash of their name: more data does not move them.
+Kind and labels are guessed unless given, and a CSV file's delimiter always. The last records of
+each user become queries, so a query never precedes its history. Users are split by a hash of their
+name: more data does not move them.
 """
 
 import csv
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
 
 from hydra_llm.datasets import dataset
 from hydra_llm.datasets.dataset import Builder, DataSet, Place, Row, Split
 from hydra_llm.datasets.native import number_as_text, parse_object, read_lines
-from hydra_llm.errors import DataError
+from hydra_llm.errors import DataError, did_you_mean
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.tasks.base import KINDS, Task
 from hydra_llm.tasks.rating import plain_number
+from hydra_llm.text import caseless
 from hydra_llm.types import Record
 
 MAX_LABELS = 50
@@ -56,10 +59,11 @@ def read_table(
     rows = list(_rows(file, columns))
     if not rows:
         raise DataError("holds no record", file=file)
-    chosen, labels = _tidy(rows, kind, columns.output)
+    chosen, labels = _tidy(rows, kind)
     prompt = prompt or KINDS.load(chosen).default_prompt(labels)
     fields = {"name": name or re.sub(r"\..*", "", file.name), "kind": chosen, "labels": labels}
-    task = Task.from_json({**fields, "prompt": prompt}, str(file))
+    words = {} if KINDS.load(chosen).closed else {"tokenizer": "unicode"}
+    task = Task.from_json({**fields, "prompt": prompt, **words}, str(file))
     note = f"kind {'given' if kind else 'guessed'}: {chosen}"
     note += f", labels: {', '.join(labels)}" if labels else ""
     of_user: dict[str, list[Row]] = defaultdict(list)
@@ -74,7 +78,23 @@ def read_table(
         builder.add_user(_ordered(own), query_share)
     missing = [split for split in dataset.SPLITS if split not in splits.values()]
     advice = [f"no {split} user: give another seed or test share" for split in missing]
-    return builder.build([note, *advice])
+    return builder.build([note, *_doubts(rows, columns), *advice])
+
+
+def _doubts(rows: list[Row], columns: Columns) -> Iterator[str]:
+    """What the reader took in one of two possible ways."""
+    place, _ = rows[0]
+    for name, column in asdict(columns).items():
+        if place.names.get(name, column) != column:
+            yield f"the column '{place.names[name]}' was taken as '{column}'"
+    if untimed := sum(not entry["time"] for _, entry in rows):
+        share = (
+            "no record has" if untimed == len(rows) else f"{untimed} of {len(rows)} records lack"
+        )
+        yield f"{share} a time: their order in the file counts (--time-field names the column)"
+    users = {entry["user"] for _, entry in rows}
+    if twice := sorted(user for user in users if user.endswith(".0") and user[:-2] in users):
+        yield f"'{twice[0]}' and '{twice[0][:-2]}' are two users: write ids alike if they are one"
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
@@ -88,50 +108,101 @@ def _ordered(rows: list[Row]) -> list[Row]:
 
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:
     """The entries of a file; one whose id its user has already is an error."""
-    names, seen = asdict(columns), set[tuple[str, str]]()
-    required = {"user", "input", "output"} | {own for own, column in names.items() if column != own}
-    for place, data in _cells(read_lines(file, dataset.stop)):
+    seen = set[tuple[str, str]]()
+    for place, data in _cells(read_lines(file, dataset.stop), columns):
         entry = {"time": "", "id": ""}
-        for name, column in names.items():
-            value = number_as_text(data.get(column))
+        for name, column in place.names.items():
+            value = number_as_text(data[column])
             if isinstance(value, str):
-                entry[name] = value
-            elif name in required:
-                raise place.error("is missing, or neither a text nor a number", column)
+                entry[name] = value if name in ("input", "output") else value.strip()
+            elif value is not None or name not in entry:
+                raise place.error("is missing, or neither a text nor a number", name)
         user, id = entry["user"], entry["id"] or f"line{place.line}"
         if (user, id) in seen:  # checked here, or one could be history and the other a query
-            raise place.error(f"user '{user}' has the id '{id}' twice", columns.id)
+            raise place.error(f"user '{user}' has the id '{id}' twice", "id")
         seen.add((user, id))
         yield place, {**entry, "id": id}
 
 
-def _cells(lines: Iterator[tuple[Place, str]]) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _named(place: Place, fields: Sequence[str], columns: Columns) -> Place:
+    """The place with the file's names of our fields. DataError: one is missing, or several fit."""
+    names, faults = _names(tuple(fields), columns)
+    for name, fault in faults:
+        raise place.error(fault, name)
+    return replace(place, names=names)
+
+
+@lru_cache  # the lines of a JSONL file have few different lists of fields
+def _names(
+    fields: tuple[str, ...], columns: Columns
+) -> tuple[Mapping[str, str], list[tuple[str, str]]]:
+    """Our fields' names among the file's, but for case, blanks and `_`; and what is wrong."""
+    names, faults = dict[str, str](), list[tuple[str, str]]()
+    for name, wanted in asdict(columns).items():
+        fits = [field for field in fields if _plain(field) == _plain(wanted)]
+        if wanted != name and fits.count(wanted) == 1:
+            fits = [wanted]
+        option = f"--{name}-field"
+        if len(fits) > 1:
+            both = " and ".join(f"'{field}'" for field in fits)
+            faults.append((wanted, f"{both} both fit: rename one, or name another with {option}"))
+        elif fits:
+            names[name] = fits[0]
+        elif wanted != name or name in ("user", "input", "output"):
+            there = ", ".join(f"'{field}'" for field in fields)[:200]
+            near = did_you_mean(wanted, fields)
+            faults.append((wanted, f"is missing{near}: there is {there}; {option} names it"))
+    return names, faults
+
+
+def _plain(field: str) -> str:
+    return re.sub(r"[\s_-]+", "_", caseless(field).strip())
+
+
+def _delimiter(header: str, columns: Columns) -> str:
+    """The one that splits a CSV file's first line into most of the wanted names."""
+    wanted = set(map(_plain, asdict(columns).values()))
+
+    def named(delimiter: str) -> int:
+        return sum(_plain(cell.strip('"')) in wanted for cell in header.split(delimiter))
+
+    return max(",\t;|", key=named)
+
+
+def _cells(
+    lines: Iterator[tuple[Place, str]], columns: Columns
+) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     """The fields of each line, or of each row of a CSV file; the first line tells the format."""
-    place, header = next(lines, (Place(), ""))
-    lines = chain([(place, header)], lines)
+    filled = dropwhile(lambda line: not line[1].strip(), lines)
+    place, header = next(filled, (Place(), ""))
+    lines = chain([(place, header)], filled)
     match header.lstrip()[:1]:
         case "[":
             raise place.error("is one JSON array: write one JSON object a line")
         case "{":
-            yield from ((here, parse_object(line, here)) for here, line in lines)
+            for here, line in lines:
+                if line.strip():
+                    data = parse_object(line, here)
+                    yield _named(here, list(data), columns), data
             return
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if "\t" in header and "," not in header else ","
     text = (line + "\n" for _, line in lines)  # a quoted field may go on over several lines
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(text, delimiter=_delimiter(header, columns), strict=True)
+    skipped = (place.line or 1) - 1
     try:
-        for row in reader:
-            here = replace(place, line=reader.line_num)
-            if None in row or None in row.values():
-                count = len(reader.fieldnames or ())
-                raise here.error(f"the header names {count} fields, the line has others")
-            yield here, row
+        fields = next(reader, [])
+        place = _named(place, fields, columns) if fields else place
+        for row in filter(None, reader):
+            here = replace(place, line=reader.line_num + skipped)
+            if len(row) != len(fields):
+                raise here.error(f"the header names {len(fields)} fields, the line has {len(row)}")
+            yield here, dict(zip(fields, row, strict=True))
     except csv.Error as error:
-        here = replace(place, line=reader.reader.line_num)
+        here = replace(place, line=reader.line_num + skipped)
         raise here.error(f"not CSV: {error}") from None
 
 
-def _tidy(rows: list[Row], kind: str | None, field: str) -> tuple[str, list[str]]:
+def _tidy(rows: list[Row], kind: str | None) -> tuple[str, list[str]]:
     """The kind and the labels. Labels and ratings are normalized in place: white space is stripped,
     `4.0` becomes `4`. Raises the first output that the kind cannot read.
     """
@@ -141,7 +212,7 @@ def _tidy(rows: list[Row], kind: str | None, field: str) -> tuple[str, list[str]
     for place, entry in rows:
         output = entry["output"].strip()
         if output and (fault := of_kind.output_fault(output)):
-            raise place.error(fault, field)
+            raise place.error(fault, "output")
         if of_kind.closed:
             entry["output"] = of_kind.tidy(output)
     return chosen, of_kind.labels_of({of_kind.tidy(output) for output in outputs})

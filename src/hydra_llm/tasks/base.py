@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_llm.errors import DataError
+from hydra_llm.errors import DataError, did_you_mean
 from hydra_llm.plugins import Registry
 from hydra_llm.text import without_reasoning
 from hydra_llm.types import Candidate, Record
@@ -353,4 +353,5 @@ class _Fields(NamedTuple):
     ) -> None:
         for value in values:
             if value not in known:
-                raise self.fault(name, f"'{value}' is not one of {', '.join(known)}{where}")
+                near = did_you_mean(str(value), known)
+                raise self.fault(name, f"'{value}' is not one of {', '.join(known)}{near}{where}")

@@ -24,7 +24,7 @@ from hydra_llm.bench.results import (
 )
 from hydra_llm.bench.runlog import Sample, by_method, read_learning, read_run
 from hydra_llm.bench.stats import Paired, Relative, over_tasks, relative, title
-from hydra_llm.errors import SettingsError
+from hydra_llm.errors import SettingsError, did_you_mean
 from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.base import Task
 
@@ -170,7 +170,8 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
     if base is None and len(results) == 1:
         (base,) = results
     if base is not None and base not in results:
-        raise SettingsError(f"{run.folder}: no method '{base}': take one of {', '.join(results)}")
+        near, names = did_you_mean(base, results), ", ".join(results)
+        raise SettingsError(f"{run.folder}: no method '{base}'{near}: take one of {names}")
     rows = []
     for name, result in results.items():
         against = compare(run.task, run.of(name), run.of(base)) if base and name != base else None
