@@ -200,7 +200,7 @@ class World:
         client = httpx2.AsyncClient(transport=transport)
         return openai.AsyncOpenAI(
             api_key=key,
-            base_url="http://gateway/v1",
+            base_url="http://localhost/v1",
             http_client=client,
             max_retries=0,
             default_headers=headers,
@@ -257,7 +257,7 @@ async def running(
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx2.AsyncClient(transport=transport, base_url="http://gateway") as http,
+        httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http,
     ):
         yield World(app, store, upstream, http)
 

@@ -11,6 +11,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
@@ -19,6 +20,7 @@ from hydra_llm.gateway import openai_routes, user_routes
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, error_response
+from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.store_training import Worker
 from hydra_llm.gateway.telemetry import Telemetry, log
@@ -62,6 +64,11 @@ def make_app(
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
     app.add_middleware(AccessMiddleware, gateway=gateway, on_loopback=on_loopback)
+    if settings.cors_origins:  # outside of it: a preflight has no key
+        exposed = ["x-hydra-personalized", "x-hydra-request-id", "retry-after"]
+        every = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": exposed}
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **every)
+    app.add_middleware(RequestLog, telemetry=gateway.telemetry)
     return app
 
 

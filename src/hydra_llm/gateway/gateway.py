@@ -19,7 +19,7 @@ from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
 from hydra_llm.gateway.scoring import RankedChoices, RecordSearch, choice_texts, rank, unranked
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.telemetry import Telemetry
+from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.gateway.user_cache import TimedReads, texts_of
 from hydra_llm.llm.wire import text_of
@@ -185,6 +185,7 @@ class Gateway:
             self.telemetry.answered(request.reason, request.seconds)
             return completions[0], request
         choices = [choice for completion in completions for choice in completion["choices"]]
+        note(candidates=len(choices))
         ranked = await self._rank(request, choices, greedy)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
         answer = {"id": request.completion_id, "choices": choices, "usage": usage_of(completions)}

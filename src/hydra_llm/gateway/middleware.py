@@ -1,13 +1,15 @@
 """Around every request: access, rates, body sizes, errors. Plain ASGI, so that streams stay so."""
 
 import hashlib
+import ipaddress
 import math
 import string
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
@@ -29,12 +31,16 @@ ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
 """What routes raise on purpose, for `error_response`."""
 
 
+class ClientGone(Exception):
+    """The client has hung up before its answer was there."""
+
+
 class ConnectionCut(Exception):
     """Makes the server cut the connection: half an answer must not look like a whole one."""
 
 
 class AccessMiddleware:
-    """Checks keys, rates and sizes of bodies, counts requests, and turns errors into responses."""
+    """Checks keys, rates and sizes of bodies, and turns errors into responses."""
 
     def __init__(self, app: ASGIApp, *, gateway: Gateway, on_loopback: bool):
         self._app, self._gateway, self._telemetry = app, gateway, gateway.telemetry
@@ -46,34 +52,33 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0  # not sent yet
+        started = False
 
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
+        state = scope.setdefault("state", {})
         if scope["path"].startswith("/v1/users/") and (raw := scope.get("raw_path")):
             # As sent: a decoded `%2F` would split an id (user_routes decodes).
             scope = {**scope, "path": quote(raw, safe=string.printable)}
-        self._telemetry.in_flight.inc()
         try:
             if not scope["path"].startswith(OPEN_PATHS):
                 await self._authorize(scope)
-            await self._app(scope, self._limited(scope, receive), counted)
+            await self._app(scope, self._limited(scope, receive), watched)
+        except ClientGone:
+            return  # nobody reads an answer; the log has status 499
         except Exception as error:
             if not isinstance(error, ApiError | StoreError):  # refused before it came to the app
                 self._telemetry.failed("request", error)
-            if status:
+            if started:
                 _log_bug(error)
                 raise ConnectionCut from None
             response = await error_response(None, error)
-            await response(scope, receive, counted)
+            await response(scope, receive, send)
         finally:
-            self._telemetry.in_flight.dec()
-            route = getattr(scope.get("route"), "path", "unknown")
-            self._telemetry.requests.labels(route, str(status or 500)).inc()
+            state["route"] = getattr(scope.get("route"), "path", "unknown")
 
     async def _authorize(self, scope: Scope) -> None:
         """Find the caller. While the store is down, callers of the last minutes are still known."""
@@ -93,8 +98,21 @@ class AccessMiddleware:
         except ApiError:
             self._known_callers.pop(digest, None)
             raise
+        if caller in (WITHOUT_KEYS, UNVERIFIED):
+            self._check_origin(scope)
         self._rates.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Without keys only this machine's programs and pages are served: a foreign page reaches
+        the server too, under a name of its own (DNS rebinding) or by a request across origins.
+        """
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        origin, allowed = headers.get(b"origin"), self._gateway.settings.cors_origins
+        foreign = origin is not None and not {"*", origin} & {*allowed} and not is_local(origin)
+        if foreign or not is_local(f"http://{headers.get(b'host') or 'localhost'}"):
+            fix = "create a key (`hydra-llm keys create --admin`), or name the server localhost"
+            raise ApiError(403, f"without keys only this machine is served: {fix}", code="foreign")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         most, seen = self._gateway.settings.max_body_bytes, 0
@@ -112,6 +130,16 @@ class AccessMiddleware:
             return message
 
         return counted
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL's host is this machine by its name: localhost, or a loopback address."""
+    with suppress(ValueError):
+        host = (urlsplit(url).hostname or "").rstrip(".")
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        return ipaddress.ip_address(host).is_loopback
+    return False
 
 
 class RateLimiter:
@@ -151,7 +179,9 @@ async def error_response(_: object, error: Exception) -> Json:
             message = "more waits here than this machine can do: try again"
             answer = ApiError(503, message, code="overloaded")
         case StoreError():
-            log.error("the store failed: %s", type(error).__name__)
+            # A database's own error says why (a full disk), and no value; others may name a user.
+            why = error if type(error) is StoreError else type(error).__name__
+            log.error("the store failed: %s", why)
             message = "the store does not answer: nothing was changed, try again"
             answer = ApiError(503, message, code="store_unavailable")
         case _:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,8 +12,9 @@ from hydra_llm.gateway.auth import UNVERIFIED, Caller
 from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, RoutedRequest
 from hydra_llm.gateway.identity import NamedUser, named_user
+from hydra_llm.gateway.middleware import ClientGone
 from hydra_llm.gateway.schemas import ChatRequest, Json
-from hydra_llm.gateway.telemetry import Span, chat_span
+from hydra_llm.gateway.telemetry import Span, chat_span, note
 from hydra_llm.gateway.upstream import UpstreamError
 
 KEEP_ALIVE_SECONDS = 5.0
@@ -32,20 +33,45 @@ async def chat(request: ChatRequest, http: Request) -> Response:
     caller: Caller = http.state.caller
     user = _user(caller, http, body)
     with chat_span(request.model) as span:
-        routed = await gateway.route(request, body, user.id)
-        if caller is UNVERIFIED:
-            routed = routed.passed_through("store-failure")
-        elif user.unread:
-            routed = routed.passed_through("user-not-recognized")
-        if request.stream:
-            response = await _stream(gateway, routed, span)
-        else:
+
+        async def answered() -> Response:
+            routed = await gateway.route(request, body, user.id)
+            note(id=routed.id)
+            if caller is UNVERIFIED:
+                routed = routed.passed_through("store-failure")
+            elif user.unread:
+                routed = routed.passed_through("user-not-recognized")
+            if request.stream:
+                return await _stream(gateway, routed, span)
             completion, routed = await gateway.answer(routed)
             span.spent(completion)
-            response = Json(completion, headers=_headers(routed))
+            return Json(completion, headers=_headers(routed))
+
+        response = await while_connected(http, answered())
         if user.unread:
             response.headers["x-hydra-personalized"] += f"; field={user.unread}"
         return response
+
+
+async def while_connected(http: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Await `work`. If the client hangs up before, the work and its calls of the upstream end, and
+    `ClientGone` is raised.
+    """
+    tasks = (asyncio.create_task(work), asyncio.create_task(_hung_up(http)))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientGone
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _hung_up(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 @router.get("/v1/models", response_model=None)

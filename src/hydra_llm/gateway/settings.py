@@ -70,6 +70,12 @@ class ServeSettings(config.Group):
     )
     """Fields of a request's body that name the user, after the headers; dots lead into objects."""
 
+    # ---- operation
+    log: Literal["text", "json", "off"] = "text"
+    """A line on stderr per request; off: failures only."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of browser applications, separated by commas, as https://app.example; * is any."""
+
     # ---- retention
     retention_days: float = Field(default=30.0, ge=0)
     """Days that answered requests are kept for feedback."""
@@ -94,11 +100,12 @@ class ServeSettings(config.Group):
     scoring_queue: int = Field(default=256, ge=1)
     """Max requests that wait for scoring; further ones are answered without it."""
 
-    @field_validator("user_headers", "user_fields", mode="before")
+    @field_validator("user_headers", "user_fields", "cors_origins", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Flags and variables hold a list as a text with commas."""
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        parts = value.split(",") if isinstance(value, str) else value
+        return [part.strip() for part in parts if part.strip()]
 
     @field_validator("user_headers")
     @classmethod

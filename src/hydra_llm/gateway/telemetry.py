@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,22 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 log = logging.getLogger("hydra_llm.gateway")
 tracer = trace.get_tracer("hydra_llm")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+noting: ContextVar[dict[str, Any] | None] = ContextVar("noting", default=None)
+"""What is known of the request that is being answered, for its line in the log."""
+
+
+def note(**facts: Any) -> None:
+    """Add to the line of the request that is being answered, if there is one; None adds nothing."""
+    if (noted := noting.get()) is not None:
+        noted.update({name: fact for name, fact in facts.items() if fact is not None})
+
+
+def note_usage(usage: object) -> None:
+    """The tokens that an upstream reports."""
+    if isinstance(usage, Mapping):
+        names = ("prompt_tokens", "completion_tokens")
+        note(**{name: usage[name] for name in names if isinstance(usage.get(name), int)})
 
 
 class Telemetry:
@@ -38,6 +55,7 @@ class Telemetry:
         self, reason: str | None, seconds: Mapping[str, float], abstained: bool = False
     ) -> None:
         """There is an answer to a chat request."""
+        note(reason=reason or "personal", seconds=seconds)
         self._answers.labels(reason or "personal").inc()
         for stage, spent in seconds.items():
             self._stages.labels(stage).observe(spent)
@@ -60,6 +78,7 @@ class Span:
         """Model and tokens of an answer, as GenAI's conventions name them."""
         self.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
         usage = completion.get("usage")
+        note_usage(usage)
         for name, kind in (("prompt", "input"), ("completion", "output")):
             if isinstance(usage, Mapping) and isinstance(n := usage.get(f"{name}_tokens"), int):
                 self.span.set_attribute(f"gen_ai.usage.{kind}_tokens", n)

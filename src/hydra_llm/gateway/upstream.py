@@ -19,6 +19,7 @@ import httpx2
 
 from hydra_llm.environment import http_client_faults
 from hydra_llm.gateway.schemas import ApiError
+from hydra_llm.gateway.telemetry import note
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 
 Transport = httpx2.AsyncBaseTransport
@@ -115,6 +116,7 @@ class HttpUpstream:
             except CUT:
                 response = await self._client.send(request, stream=True)
             try:
+                note(upstream=response.status_code)
                 if response.status_code >= 300:
                     raise _error_of(response, await response.aread())
                 yield response
