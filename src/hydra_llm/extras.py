@@ -35,6 +35,11 @@ def require(extra: str, what: str = "this") -> None:
             raise _missing(what, extra, module)
 
 
+def installed() -> list[str]:
+    """The extras whose modules are all there; none is imported."""
+    return [extra for extra, modules in EXTRAS.items() if all(map(find_spec, modules))]
+
+
 @contextmanager
 def one_line_imports(what: str) -> Iterator[None]:
     """Raise `MissingExtra` in place of the ImportError of an optional library."""

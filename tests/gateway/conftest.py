@@ -22,6 +22,7 @@ from hydra_llm import learn
 from hydra_llm.config import Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.gateway.app import make_app
+from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.upstream import UpstreamError
@@ -247,7 +248,7 @@ async def running(
         ServeSettings(**settings),
         bundle=bundle,
         llm=RuleLLM(anything),
-        on_loopback=on_loopback,
+        access=Access(on_loopback),
     )
     deployment = app.state.gateway.deployment
     if warm and deployment.bundle is not None:

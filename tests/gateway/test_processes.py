@@ -46,7 +46,7 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list
         while not lines[-1].startswith("serving on "):
             assert lines[-1], f"it does not start: {lines}"
             lines.append(process.stderr.readline().decode())
-        yield process, lines[-1].removeprefix("serving on ").removesuffix("/v1\n"), lines
+        yield process, lines[-1].removeprefix("serving on ").partition("/v1;")[0], lines
     finally:
         process.terminate()
         assert process.wait(FOREVER) == 0

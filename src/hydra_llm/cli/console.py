@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from time import monotonic
 from typing import Any
@@ -35,8 +35,9 @@ def emit(data: Any, as_json: bool = False) -> None:
 
 
 def say(line: str) -> None:
-    """Print a message for people on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a message for people on stderr; a full disk under it is no reason to stop."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """`hydra-llm serve`: the gateway."""
 
 import contextlib
-import ipaddress
+import json
 import math
+import signal
 import socket
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +16,12 @@ from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.config import load_settings
 from hydra_llm.errors import SettingsError
+from hydra_llm.extras import installed
+from hydra_llm.llm.endpoint import without_userinfo
 from hydra_llm.llm.registry import bare_llm
 
 if TYPE_CHECKING:
+    from hydra_llm.gateway.gateway import Gateway
     from hydra_llm.store.store import Store
 
 KEEP_ALIVE_SECONDS = 75
@@ -29,55 +34,94 @@ def serve(
     options: opt.GivenSettings,
     bundle: Annotated[Path | None, Option(help="A bundle; default: retrieval only.")] = None,
     store: opt.StoreURL = opt.DEFAULT_STORE,
-    host: Annotated[str, Option(help="Address; beyond loopback a key must exist.")] = "127.0.0.1",
+    host: Annotated[str, Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    log: Annotated[str | None, Option(help="Lines on stderr: text, json or off.")] = None,
 ) -> None:
-    """Serve an OpenAI-compatible, personalizing endpoint. `--set` takes the gateway's settings."""
+    """Serve an OpenAI-compatible, personalizing endpoint. `--set` takes the gateway's settings.
+
+    HYDRA_ADMIN_KEY is a key for all users; else `hydra-llm keys create` makes keys.
+    """
     import uvicorn
 
     from hydra_llm.gateway.app import make_app
+    from hydra_llm.gateway.auth import Access, admin_key_given
     from hydra_llm.gateway.embedded import open_upstream
+    from hydra_llm.gateway.middleware import is_local
+    from hydra_llm.gateway.request_log import log_to_stderr
     from hydra_llm.gateway.settings import load_serve_settings
 
-    settings = load_serve_settings(options.config, **dict(options.pairs()))
+    flags = dict(options.pairs()) | ({"log": log} if log else {})
+    settings = load_serve_settings(options.config, **flags)
+    admin_key = admin_key_given()
     here = load_settings(file=options.config)
     listening = bound(host, port)  # before anything is loaded: the port may be taken
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
+    name = f"[{host}]" if ":" in host else host
+    local = is_local(f"http://{name}")
     with opt.open_store(store, settings.store_timeout, create=True) as opened:
-        _check_store(opened, host, local, bundle)
+        _check_keys(opened, host, local, admin_key)
+        _check_bundle(opened, bundle)
         # An endpoint is asked without the SDK; learning alone needs it, whose extra brings it.
         plain = llm.startswith("openai:") and find_spec("openai") is None
         model = None if plain else bare_llm(llm, here)
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
-        app = make_app(
-            opened, upstream, settings, bundle=bundle, llm=model, here=here, on_loopback=local
-        )
-        name = f"[{host}]" if ":" in host else host
-        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        access = Access(local, admin_key)
+        app = make_app(opened, upstream, settings, bundle, llm=model, here=here, access=access)
+        log_to_stderr(settings.log)
+        config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)
         config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         if settings.drain is not None:
             config.timeout_graceful_shutdown = math.ceil(settings.drain)  # whole seconds
-        console.say(f"serving on http://{name}:{listening.getsockname()[1]}/v1")
+        server = uvicorn.Server(config)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+            # The terminal is gone: requests in flight end, as with SIGTERM.
+            signal.signal(signal.SIGHUP, lambda *_: server.handle_exit(signal.SIGTERM, None))
+        address = f"http://{name}:{listening.getsockname()[1]}/v1"
+        _say_what_runs(address, app.state.gateway, opened.name, without_userinfo(llm))
         # uvicorn raises the signal again after the requests in flight have ended.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run([listening])
+            server.run([listening])
         console.say("stopped; requests in flight have ended")
 
 
-def _check_store(store: "Store", host: str, local: bool, bundle: Path | None) -> None:
-    """Without a key only this machine is served. The store's bundle takes precedence."""
-    from hydra_llm.gateway.deployment import folder_of
+def _say_what_runs(address: str, gateway: "Gateway", store: str, llm: str) -> None:
+    """One line at the start."""
+    parts = {
+        "bundle": gateway.deployment.id[:12] or "none (records alone)",
+        "store": store,
+        "upstream": llm,
+        "extras": ", ".join(installed()) or "none",
+    }
+    if gateway.settings.log == "json":
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+        console.say(json.dumps({"time": moment, "message": "serving", "address": address, **parts}))
+    else:
+        told = "; ".join(f"{name} {value}" for name, value in parts.items())
+        console.say(f"serving on {address}; {told}")
 
-    if not store.has_keys():
-        create = "`hydra-llm keys create --admin`"
-        if not local:
-            problem = "anyone could connect without a key"
-            raise SettingsError(f"--host {host}: {problem}: run {create} first")
+
+def _check_keys(store: "Store", host: str, local: bool, admin_key: str) -> None:
+    """Without a key only this machine is served; the first start elsewhere makes one."""
+    from hydra_llm.gateway.auth import make_key
+
+    if admin_key or store.has_keys():
+        return
+    create = "`hydra-llm keys create --admin`"
+    if local:
         accepted = "any key is accepted, from this machine only"
         console.say(f"no key exists: {accepted}; create one by {create}")
+    elif store.created:
+        secret = make_key(store, label="made at the first start", admin=True)[1]
+        console.say(f"admin key, which is not shown again: {secret}")
+    else:
+        fix = f"run {create}, or set HYDRA_ADMIN_KEY"
+        raise SettingsError(f"--host {host}: anyone could connect without a key: {fix}")
+
+
+def _check_bundle(store: "Store", bundle: Path | None) -> None:
+    """The store's bundle takes precedence."""
+    from hydra_llm.gateway.deployment import folder_of
+
     chosen = store.bundle()
     if bundle and chosen and folder_of(chosen).resolve() != bundle.resolve():
         reason = f"`hydra-llm bundles use` set {folder_of(chosen)} for this store"

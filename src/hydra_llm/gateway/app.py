@@ -17,6 +17,7 @@ from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway import openai_routes, user_routes
+from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, error_response
@@ -39,15 +40,16 @@ def make_app(
     store: Store,
     upstream: Upstream,
     settings: ServeSettings | None = None,
-    *,
     bundle: Path | None = None,
+    *,
     llm: ChatLLM | None = None,
     here: Settings | None = None,
-    on_loopback: bool = True,
+    access: Access | None = None,
 ) -> FastAPI:
     """The application. `bundle` is used until the store names one; `llm` labels candidates where a
-    fit needs that; `here` has the settings that a bundle does not carry. Raises `BundleError` if
-    there is no such bundle, `StoreError` if the store fails.
+    fit needs that; `here` has the settings that a bundle does not carry; `access` is by default
+    that of a server on loopback. Raises `BundleError` if there is no such bundle, `StoreError` if
+    the store fails.
     """
     settings = settings or ServeSettings()
     active, reads = store.bundle(), TimedReads(settings.store_timeout)
@@ -63,11 +65,15 @@ def make_app(
         app.include_router(router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
-    app.add_middleware(AccessMiddleware, gateway=gateway, on_loopback=on_loopback)
+    app.add_middleware(AccessMiddleware, gateway=gateway, access=access or Access())
     if settings.cors_origins:  # outside of it: a preflight has no key
-        exposed = ["x-hydra-personalized", "x-hydra-request-id", "retry-after"]
-        every = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": exposed}
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **every)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-hydra-personalized", "x-hydra-request-id", "retry-after"],
+        )
     app.add_middleware(RequestLog, telemetry=gateway.telemetry)
     return app
 

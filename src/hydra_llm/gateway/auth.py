@@ -2,16 +2,20 @@
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from hydra_llm.environment import variables
+from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Key
 
 PREFIX = "hk"
+LEAST_KEY = 16  # characters of HYDRA_ADMIN_KEY
 NO_HASH = hashlib.sha256(b"").hexdigest()
 
 
@@ -30,9 +34,35 @@ class Caller:
             raise ApiError(403, "this key may not speak for that user", code="user_not_allowed")
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who is let in beside the store's keys."""
+
+    on_loopback: bool = True
+    """Only this machine can connect: until there is a key, none is needed."""
+    admin_key: str = field(default="", repr=False)
+    """A key for all users that is not in the store; empty: there is none."""
+
+    def is_admin(self, authorization: str) -> bool:
+        """Whether an Authorization header holds the admin key."""
+        scheme, _, token = authorization.partition(" ")
+        same = hmac.compare_digest(_hash(token.strip()), _hash(self.admin_key))
+        return bool(self.admin_key) and scheme.lower() == "bearer" and same
+
+
+ADMIN = Caller("admin", True, ())  # the caller with HYDRA_ADMIN_KEY
 WITHOUT_KEYS = Caller("", True, ())  # the caller of a server that has no keys yet
 UNVERIFIED = Caller("", False, ())
 """The same while the store is down: there may be keys by now, so requests only pass through."""
+
+
+def admin_key_given() -> str:
+    """HYDRA_ADMIN_KEY, or ''. Raises SettingsError: it is short, or no header can carry it."""
+    key = variables().get("HYDRA_ADMIN_KEY", "")
+    if key and (len(key) < LEAST_KEY or not re.fullmatch(r"[!-~]+", key)):
+        form = f"at least {LEAST_KEY} characters, printable ASCII without blanks"
+        raise SettingsError(f"HYDRA_ADMIN_KEY is no key: {form}")
+    return key
 
 
 def make_key(
@@ -46,10 +76,12 @@ def make_key(
     return key, f"{PREFIX}-{id}-{secret}"
 
 
-def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> Caller:
-    """The caller by the Authorization header; until a key is made, anyone who reaches a loopback
+def caller_of(store: Store, authorization: str | None, access: Access) -> Caller:
+    """The caller by the Authorization header; until there is a key, anyone who reaches a loopback
     address. `ApiError` 401 is the same for a wrong key, a revoked one and none.
     """
+    if access.is_admin(authorization or ""):
+        return ADMIN
     scheme, _, token = (authorization or "").partition(" ")
     prefix, _, rest = token.strip().partition("-")
     id, _, secret = rest.partition("-")
@@ -59,7 +91,7 @@ def caller_of(store: Store, authorization: str | None, *, on_loopback: bool) -> 
     if key and matches and key.revoked is None:
         bound = key.users[0] if key.bound and key.users else None
         return Caller(key.id, key.admin, key.users, bound)
-    if not on_loopback or store.has_keys():
+    if access.admin_key or not access.on_loopback or store.has_keys():
         message = "this key is not valid: pass `Authorization: Bearer hk-...`"
         raise ApiError(401, message, code="invalid_api_key")
     return WITHOUT_KEYS

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydra_llm.errors import HydraError, StoreError
-from hydra_llm.gateway.auth import UNVERIFIED, WITHOUT_KEYS, Caller, caller_of
+from hydra_llm.gateway.auth import UNVERIFIED, WITHOUT_KEYS, Access, Caller, caller_of
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, Json
@@ -42,9 +42,9 @@ class ConnectionCut(Exception):
 class AccessMiddleware:
     """Checks keys, rates and sizes of bodies, and turns errors into responses."""
 
-    def __init__(self, app: ASGIApp, *, gateway: Gateway, on_loopback: bool):
+    def __init__(self, app: ASGIApp, *, gateway: Gateway, access: Access):
         self._app, self._gateway, self._telemetry = app, gateway, gateway.telemetry
-        self._find = partial(caller_of, gateway.store, on_loopback=on_loopback)
+        self._find = partial(caller_of, gateway.store, access=access)
         self._rates = RateLimiter(gateway.settings.requests_per_minute)
         self._known_callers: TTLCache[bytes, Caller] = TTLCache(KNOWN_CALLERS, KNOWN_SECONDS)
 

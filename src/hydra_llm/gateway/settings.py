@@ -1,5 +1,6 @@
 """The gateway's settings: flag > environment (`HYDRA_SERVE_...`) > `[serve]` table > default."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +105,19 @@ class ServeSettings(config.Group):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Flags and variables hold a list as a text with commas."""
-        parts = value.split(",") if isinstance(value, str) else value
-        return [part.strip() for part in parts if part.strip()]
+        if not isinstance(value, str):
+            return value
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"write an origin as https://app.example, without path: '{origin}'"
+                )
+        return origins
 
     @field_validator("user_headers")
     @classmethod

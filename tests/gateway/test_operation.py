@@ -1,0 +1,264 @@
+"""Operating the gateway: who is let in without keys, browsers, HEAD, log lines, clients that hang
+up.
+"""
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from hydra_llm.errors import SettingsError
+from hydra_llm.gateway.auth import Access, admin_key_given, caller_of, make_key
+from hydra_llm.gateway.middleware import is_local
+from hydra_llm.gateway.request_log import Lines, log_to_stderr
+from hydra_llm.gateway.schemas import ApiError
+from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.store.store import Store
+from tests.waiting import FOREVER, async_until
+
+from .conftest import World, records_of, running
+
+pytestmark = pytest.mark.anyio
+ADA = "/v1/users/ada/records"
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What a server with `--log json` writes."""
+    written, names = io.StringIO(), ("hydra_llm", "uvicorn", "hydra_llm.gateway.requests")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(one.handlers, one.propagate, one.level) for one in loggers]
+    raises = logging.raiseExceptions
+    log_to_stderr("json")
+    for one in loggers[:2]:
+        handler = logging.StreamHandler(written)
+        handler.setFormatter(Lines(as_json=True))
+        one.handlers = [handler]
+    yield written
+    logging.raiseExceptions = raises
+    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        one.handlers, one.propagate = handlers, propagate
+        one.setLevel(level)
+
+
+def lines(log: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://localhost:8000", True),
+        ("http://LOCALHOST.", True),
+        ("http://app.localhost", True),
+        ("http://127.0.0.1:1", True),
+        ("http://[::1]:8000", True),
+        ("http://rebound.example:8000", False),
+        ("http://localhost.rebound.example", False),
+        ("http://192.168.1.5", False),
+        ("http://0.0.0.0", False),
+        ("http://[::1", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_what_is_local(url: str, local: bool) -> None:
+    assert is_local(url) == local
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "rebound.example:8000"},
+        {"host": "192.168.1.5"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+    ],
+)
+async def test_without_keys_a_foreign_page_gets_nothing(
+    store: Store, headers: dict[str, str]
+) -> None:
+    async with running(store) as world:
+        one = {"records": [{"id": "1", "input": "diary", "output": "x"}]}
+        assert (await world.http.post(ADA, json=one)).status_code == 200
+        for method, path in (("GET", "export"), ("GET", "records"), ("POST", "records")):
+            answer = await world.http.request(method, f"/v1/users/ada/{path}", headers=headers)
+            assert answer.status_code == 403
+            assert "diary" not in answer.text
+        assert (await world.http.delete("/v1/users/ada", headers=headers)).status_code == 403
+        assert (await world.http.get("/v1/models", headers=headers)).status_code == 403
+        assert (await world.http.get("/health/liveness", headers=headers)).status_code == 200
+        assert len(store.records("ada")[1]) == 1
+        secret = make_key(store, admin=True)[1]
+        with_key = headers | {"authorization": f"Bearer {secret}"}
+        assert (await world.http.get(ADA, headers=with_key)).status_code == 200
+
+
+async def test_browsers_need_a_setting(store: Store) -> None:
+    page = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    asked = page | {"access-control-request-headers": "authorization,content-type"}
+    allowed = "access-control-allow-origin"
+    make_key(store, admin=True)
+    async with running(store) as world:
+        answer = await world.http.options("/v1/chat/completions", headers=asked)
+        assert allowed not in answer.headers
+    async with running(store, cors_origins="https://app.example, https://b.example") as world:
+        answer = await world.http.options("/v1/chat/completions", headers=asked)
+        assert (answer.status_code, answer.headers[allowed]) == (200, "https://app.example")
+        refused = await world.http.get("/v1/models", headers={"origin": "https://app.example"})
+        assert (refused.status_code, refused.headers[allowed]) == (401, "https://app.example")
+        other = await world.http.options(
+            "/v1/models", headers=asked | {"origin": "https://evil.example"}
+        )
+        assert allowed not in other.headers
+
+
+async def test_an_allowed_page_needs_no_key_where_none_exists(store: Store) -> None:
+    async with running(store, cors_origins="https://app.example") as world:
+        answer = await world.http.get("/v1/models", headers={"origin": "https://app.example"})
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("origins", ["app.example", "https://app.example/x", "ftp://a"])
+def test_an_origin_has_a_form(origins: str) -> None:
+    with pytest.raises(SettingsError, match=r"serve\.cors_origins"):
+        ServeSettings.checked({"cors_origins": origins})
+
+
+@pytest.mark.parametrize("path", ["/health/liveness", "/health/readiness", "/v1/models", ADA])
+async def test_head_is_get_without_content(store: Store, path: str) -> None:
+    store.add_records("ada", records_of("ada", 1))
+    async with running(store) as world:
+        answers = [await world.http.request(method, path) for method in ("GET", "HEAD")]
+        assert answers[0].status_code == answers[1].status_code == 200
+        assert answers[0].headers["content-length"] == answers[1].headers["content-length"]
+        assert answers[1].content == b""
+        assert (await world.http.head("/v1/nothing")).status_code == 404
+
+
+async def test_the_admin_key_of_the_environment(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_ADMIN_KEY", "  a-long-enough-secret\n")
+    access = Access(on_loopback=True, admin_key=admin_key_given())
+    assert "secret" not in repr(access)
+    assert caller_of(store, "Bearer a-long-enough-secret", access).admin
+    for wrong in (None, "Bearer ", "Bearer a-long-enough", "Basic a-long-enough-secret"):
+        with pytest.raises(ApiError, match="not valid"):
+            caller_of(store, wrong, access)
+    with pytest.raises(ApiError, match="not valid"):
+        caller_of(store, "Bearer ", Access(on_loopback=False))
+
+
+@pytest.mark.parametrize("key", ["short", "with a blank in between", "tägliche-schlüssel-123"])
+def test_an_admin_key_has_a_form(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_ADMIN_KEY", key)
+    with pytest.raises(SettingsError, match="HYDRA_ADMIN_KEY is no key") as error:
+        admin_key_given()
+    assert key not in str(error.value)
+
+
+async def test_a_line_for_each_request(
+    store: Store, bundles: dict[str, Path], log: io.StringIO
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"]) as world:
+        personal = await world.ask("a secret wish")
+        await world.ask("a secret wish", user=None)
+        await world.ask("a secret wish", user=None, stream=True)
+        await world.ask("a secret wish", stream=True)
+        await world.ask("a secret wish", n=0)
+        await world.http.get("/v1/users/ada/export")
+        await world.http.get("/nowhere/ada")
+    written = lines(log)
+    told = [(line["method"], line["route"], line["status"]) for line in written]
+    chat = ("POST", "/v1/chat/completions")
+    assert told == [
+        *[(*chat, 200)] * 4,
+        (*chat, 400),
+        ("GET", "/v1/users/{user}/export", 200),
+        ("GET", "unknown", 404),
+    ]
+    assert all(line["time"] and line["seconds"]["total"] >= 0 for line in written)
+    assert written[0]["id"] == personal.json()["personalization"]["request_id"]
+    assert [line.get("reason") for line in written[:4]][1:3] == ["no-user"] * 2
+    assert written[0]["reason"] == written[3]["reason"] == "personal"
+    assert written[0]["candidates"] == len(personal.json()["personalization"]["scores"])
+    usage = personal.json()["usage"]
+    assert written[0]["prompt_tokens"] == usage["prompt_tokens"]
+    assert written[0]["completion_tokens"] == usage["completion_tokens"]
+    assert {"retrieve", "rerank", "prepare", "upstream", "adapt"} <= written[0]["seconds"].keys()
+    for content in ('"ada"', "/ada", "secret", "wish"):
+        assert content not in log.getvalue()
+
+
+async def test_a_line_as_text_and_none(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("hydra_llm.gateway.requests")
+    with caplog.at_level(logging.INFO, logger.name):
+        async with running(store) as world:
+            await world.ask("hello", user=None)
+    text = Lines(as_json=False).format(caplog.records[-1])
+    assert " POST /v1/chat/completions 200 req_" in text
+    assert "reason=no-user" in text
+    assert " total=" in text
+    with caplog.at_level(logging.WARNING, logger.name):
+        async with running(store) as world:
+            count = len(caplog.records)
+            await world.ask("hello", user=None)
+            assert len(caplog.records) == count
+
+
+async def hang_up(app: FastAPI, body: dict[str, Any], when: asyncio.Event) -> None:
+    """A request whose client hangs up once `when` is set."""
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop(0)
+        await when.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "http_version": "1.1", "asgi": {"version": "3.0"}}
+    scope |= {"headers": [(b"content-type", b"application/json")], "scheme": "http"}
+    await asyncio.wait_for(app(scope | {"server": ("g", 80)}, receive, send), FOREVER)
+
+
+def silent_upstream(world: World) -> tuple[list[str], asyncio.Event]:
+    """Make the upstream answer nothing; what begins and ends there, and the event of a begin."""
+    seen, begun = list[str](), asyncio.Event()
+
+    async def complete(body: Any) -> Any:
+        seen.append("begun")
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append("ended")
+
+    world.upstream.complete = complete  # type: ignore[method-assign]
+    return seen, begun
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("user", ["ada", None])
+async def test_a_client_that_hangs_up_ends_its_calls(
+    store: Store, bundles: dict[str, Path], log: io.StringIO, stream: bool, user: str | None
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["tags"]) as world:
+        seen, begun = silent_upstream(world)
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        await hang_up(world.app, body | ({"user": user} if user else {}), begun)
+        await async_until(lambda: seen.count("ended") == seen.count("begun") > 0)
+    assert [line["status"] for line in lines(log)] == [499]
