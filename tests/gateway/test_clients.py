@@ -178,7 +178,7 @@ async def give(world: World, request: str, **said: Any) -> Any:
 
 async def fit(world: World) -> None:
     job = (await world.http.post("/v1/users/ada/fit")).json()["id"]
-    await async_until(lambda: world.store.job(job).state == "done")  # type: ignore[union-attr]
+    await async_until(lambda: world.store.job("ada", job).state == "done")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("fitted", [False, True])
