@@ -67,3 +67,40 @@ def test_an_error_of_a_store_is_one_line(
         assert run(["store", command, "--store", url]) == 2
         message = f"which a newer hydra-llm has made: this one knows {LATEST}"
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "store check",
+        "store scrub",
+        "store backup FOLDER/out.db",
+        "keys list",
+        "keys revoke x",
+        "bundles show",
+        "users list",
+        "users show ada",
+        "users export ada",
+        "users delete ada",
+        "learn --llm fake:echo --out FOLDER/bundle",
+    ],
+)
+def test_a_misspelt_store_is_one_line_and_makes_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    Store(f"sqlite:///{tmp_path / 'live.db'}").close()
+    words = command.replace("FOLDER", str(tmp_path)).split()
+    assert run([*words, "--store", f"sqlite:///{tmp_path / 'liv.db'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"there is no such file: did you mean sqlite:///{tmp_path / 'live.db'}?" in error
+    assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["live.db"]
+
+
+def test_commands_that_make_a_store_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("store migrate", "keys create --admin", f"store restore {tmp_path / '1.db'}"):
+        url = f"sqlite:///{tmp_path / str(len(list(tmp_path.iterdir())) + 1)}.db"
+        assert run([*command.split(), "--store", url]) == 0
+        assert f"store {url}: created" in capsys.readouterr().err

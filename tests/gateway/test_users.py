@@ -18,7 +18,7 @@ from hydra_llm.gateway.profile import WIDTH, describe, in_words
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback, StoredHead
-from hydra_llm.types import Record
+from hydra_llm.types import Query, Record
 from tests.waiting import async_until
 
 from .conftest import TAGS, TITLES, records_of, running, tastes
@@ -170,7 +170,9 @@ async def test_a_user_is_shown_with_what_was_learned(
 def folder(tmp_path: Path) -> Path:
     """A data set of two users, five records each."""
     records = [record for user in ("ada", "bob") for record in records_of(user, 5)]
-    save(DataSet.from_records(TAGS, {"ada": "train", "bob": "test"}, records, []), tmp_path / "set")
+    queries = [Query("bob", "q", "a question", "calm")]
+    splits = {"ada": "train", "bob": "test"}
+    save(DataSet.from_records(TAGS, splits, records, queries), tmp_path / "set")
     return tmp_path / "set"
 
 
@@ -196,6 +198,8 @@ def test_a_data_set_is_imported_once_and_replaced_on_demand(
     store.add_records("ada", [Record("ada", "r0", "changed since", "calm")])
     assert imported() == [2, 0, 1, 9, 0]
     assert "mine" in {record.id for record in store.records("ada")[1]}
+    assert imported("--replace") == [2, 0, 0, 10, 1]
+    assert imported("--answered") == [2, 1, 0, 10, 0], "a query with its known answer"
     assert imported("--replace") == [2, 0, 0, 10, 1]
     assert store.records("ada")[1] == load(folder).history("ada")
 

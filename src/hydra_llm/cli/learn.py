@@ -45,6 +45,8 @@ def learn(
     elif store is not None and data is None:
         from hydra_llm.gateway.store_training import learn_from_store
 
+        with opt.open_store(store):
+            pass  # it is there: before a file is made
         # A temporary cache of LLM answers: they quote users, who may be deleted later.
         answers = out.with_name(f"{out.name}.answers.sqlite")
         model = wrap(bare_llm(llm, settings), settings, answers)

@@ -70,6 +70,9 @@ def import_(
     replace: Annotated[
         bool, Option("--replace", help="Delete these users' records that are not in the set.")
     ] = False,
+    answered: Annotated[
+        bool, Option("--answered", help="Also the queries and their answers, as records.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Import the histories of a data set's users; the same set again changes nothing."""
@@ -77,9 +80,10 @@ def import_(
     from hydra_llm.gateway.user_data import import_users
 
     with open_store(store) as opened, console.progress(quiet=as_json) as report:
-        counts = import_users(
-            opened, load(data), replace=replace, report=report, forget=_forget(opened)
-        )
+        loaded, forget = load(data), _forget(opened)
+        histories = loaded.answered if answered else loaded.history
+        records = {user: histories(user) for user in loaded.users()}
+        counts = import_users(opened, records, replace=replace, report=report, forget=forget)
         opened.truncate_log()
     console.emit(counts, as_json)
 

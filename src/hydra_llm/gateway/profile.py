@@ -70,7 +70,7 @@ def in_words(profile: Mapping[str, Any]) -> list[str]:
     parts = [_count(counts["records"], "record") + (times if profile["first_time"] else "")]
     parts.append(_count(counts["requests"], "answered request"))
     kinds = ", ".join(f"{count} {kind}" for kind, count in profile["feedback"].items())
-    parts.append(f"feedback on {counts['feedback']}" + (f" ({kinds})" if kinds else ""))
+    parts.append(f"feedback on {counts['feedback']} ({kinds})" if kinds else "no feedback")
     lines = [profile["user"], *_indented(f"{'; '.join(parts)}. Known since {profile['created']}.")]
     if profile["answers"]:
         lines += ["How this user answers", *_indented(_answer_words(profile["answers"]))]

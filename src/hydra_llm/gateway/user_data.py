@@ -4,17 +4,17 @@ their texts. For the endpoints and the commands.
 
 import json
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError
 from hydra_llm.gateway.schemas import id_fault
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.store import Store
+from hydra_llm.types import Record
 
 MAX_TRIES = 8
 Forget = Callable[[list[str], str | None], int]
@@ -35,24 +35,27 @@ def forget_unused(
 
 
 def import_users(
-    store: Store, data: DataSet, *, replace: bool, report: StageProgress, forget: Forget
+    store: Store,
+    histories: Mapping[str, Sequence[Record]],
+    *,
+    replace: bool,
+    report: StageProgress,
+    forget: Forget,
 ) -> dict[str, int]:
-    """Add the histories of all users of a data set; the same set again changes nothing. `replace`:
-    a user's records that are not in the set are deleted. Returns counts. Raises DataError for ids
-    that the gateway refuses, before anything is written.
+    """Add users' records; the same again change nothing. `replace`: a user's records that are not
+    among them are deleted. Returns counts. Raises DataError for ids that the gateway refuses,
+    before anything is written.
     """
-    users = data.users()
-    for user in users:
+    for user, records in histories.items():
         if fault := id_fault(user):
             raise DataError(f"the user's id {user!r} {fault}")
-        for record in data.history(user):
+        for record in records:
             reserved = f"begins with '{FEEDBACK_ID}', as records made of feedback do"
             if fault := reserved if record.id.startswith(FEEDBACK_ID) else id_fault(record.id):
                 raise DataError(f"the id {record.id!r} of a record of {user!r} {fault}")
     counts = dict.fromkeys(("users", "added", "changed", "unchanged", "deleted"), 0)
-    for done, user in enumerate(users):
-        report("import", done, len(users))
-        records = data.history(user)
+    for done, (user, records) in enumerate(histories.items()):
+        report("import", done, len(histories))
         ids = {record.id for record in records}
         present = store.records(user)[1] if replace else []
         gone = [record for record in present if record.id not in ids]
@@ -66,7 +69,7 @@ def import_users(
         counts["deleted"] += len(gone)
         for name in ("added", "changed", "unchanged"):
             counts[name] += getattr(added, name)
-    report("import", len(users), len(users))
+    report("import", len(histories), len(histories))
     return counts
 
 
