@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast check format docs walk bench bench-replay audit clean help
+.PHONY: demo test test-fast check format docs install walk bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -40,6 +40,9 @@ check: $(READY) ## Style, types, import direction, README code and command help
 format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+install: $(READY) ## Install the wheel in fresh environments and run README's commands there (--each: EACH=--each)
+	@$(BIN)/python tools/try_install.py $(EACH)
 
 docs: $(READY) ## Write commands.md, settings.md and api.md in docs/ anew from the code
 	@$(BIN)/python tools/commands_md.py

@@ -8,7 +8,6 @@ order beside `hydra-llm serve` with the fake LLM.
 
 import json
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -17,39 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from readme_code import NAME, README, blocks, commands, gateway_blocks, offline
 
-from hydra_llm.cli.main import COMMANDS, NAME, load, run
+from hydra_llm.cli.main import COMMANDS, load, run
 from tests.waiting import FOREVER
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(
-    r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
-)
 PARSED_ONLY = ("demo", "data get", "serve")
-GATEWAY = "<!-- gateway -->"
-
-
-def blocks(kind: str, text: str) -> list[str]:
-    """The code blocks of a kind that are to be run, in order."""
-    elsewhere = ("<!-- not run: ", GATEWAY)
-    return [
-        block["code"]
-        for block in BLOCK.finditer(text)
-        if block["kind"] == kind and not block["before"].startswith(elsewhere)
-    ]
-
-
-def commands(text: str) -> list[list[str]]:
-    """Every `hydra-llm` line of the shell blocks, split as a shell splits it."""
-    lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{NAME} ")]
-
-
-def offline(arguments: list[str]) -> list[str]:
-    """The same line with the fake LLM."""
-    spec_at = {index + 1 for index, word in enumerate(arguments) if word == "--llm"}
-    spec_at |= {2} if arguments[:2] == ["llm", "check"] else set()
-    return ["fake:echo" if index in spec_at else word for index, word in enumerate(arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +104,7 @@ def test_python_block(code: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_gateways_blocks(folder: Path) -> None:
     """Start, curl, SDK, feedback, deletion."""
-    snippets = [
-        (block["kind"], block["code"])
-        for block in BLOCK.finditer(TEXT)
-        if block["before"] == GATEWAY
-    ]
+    snippets = gateway_blocks(TEXT)
     assert {kind for kind, _ in snippets} == {"bash", "python"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -4,7 +4,7 @@ benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAM
     python tools/results_md.py [--check]
 
     NAME_60                        main rows of benchmarks/results/NAME_60/report.json
-    overall, growth, few_groups,
+    overall, growth, few_groups, install,
     reranker_labels, gateway_tower,
     gateway_cross                  benchmarks/results/NAME.json
 
@@ -24,6 +24,18 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md"
 BASELINE = "rag@4"
 TYPICAL = {"accuracy": "most frequent label", "mae": "median", "rouge1": "latest text"}
 """First metric of a task → the answer of `user-majority`."""
+EXTRAS = {
+    "base": "importing and checking data sets; the base of all others",
+    "server": "the gateway with users' records alone, in front of any endpoint; no torch",
+    "openai": "the client of hosted LLMs and of any OpenAI-compatible endpoint",
+    "embedded": "an LLM inside the process: a GGUF file, or SmolLM2",
+    "learn": "reranker and adapter: `learn`, `fit`, `ask`; with `server`: a gateway with a bundle",
+    "bench": "`learn`, and the benchmark's methods and metrics",
+    "report": "`bench`, and its pages and plots",
+    "demo": "all that `hydra-llm demo` needs: `bench` and `embedded`",
+    "all": "everything",
+}
+"""Extra of the package → what it is for."""
 METRICS = {
     "macro_f1": "macro-F1",
     "mae": "MAE",
@@ -215,7 +227,19 @@ def gateway_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def install_table(rows: dict[str, Any]) -> str:
+    """What each extra is for, and what its installation took (tools/try_install.py)."""
+    lines = ["| extra | for | MB | seconds |", "|---|---|---|---|"]
+    for extra, purpose in EXTRAS.items():
+        if extra in rows:
+            name = "(none)" if extra == "base" else f"`{extra}`"
+            row = rows[extra]
+            lines.append(f"| {name} | {purpose} | {row['MB']:,} | {row['seconds']} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "install": install_table,
     "overall": overall_table,
     "growth": growth_table,
     "few_groups": few_groups_table,

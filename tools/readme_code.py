@@ -1,0 +1,45 @@
+"""The code of README.md, for tests/test_readme.py and tools/try_install.py.
+
+`<!-- not run: REASON -->` above a block leaves it out. Blocks below `<!-- gateway -->` belong to a
+running gateway.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(
+    r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
+)
+GATEWAY = "<!-- gateway -->"
+NAME = "hydra-llm"
+
+
+def blocks(kind: str, text: str) -> list[str]:
+    """The code blocks of a kind that are to be run, in order."""
+    elsewhere = ("<!-- not run: ", GATEWAY)
+    return [
+        block["code"]
+        for block in BLOCK.finditer(text)
+        if block["kind"] == kind and not block["before"].startswith(elsewhere)
+    ]
+
+
+def gateway_blocks(text: str) -> list[tuple[str, str]]:
+    """Kind and code of the blocks that are run beside a gateway, in order."""
+    found = BLOCK.finditer(text)
+    return [(block["kind"], block["code"]) for block in found if block["before"] == GATEWAY]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `hydra-llm` line of the shell blocks, split as a shell splits it."""
+    lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{NAME} ")]
+
+
+def offline(arguments: list[str]) -> list[str]:
+    """The same line with the fake LLM."""
+    spec_at = {index + 1 for index, word in enumerate(arguments) if word == "--llm"}
+    spec_at |= {2} if arguments[:2] == ["llm", "check"] else set()
+    return ["fake:echo" if index in spec_at else word for index, word in enumerate(arguments)]
