@@ -1,13 +1,17 @@
 """The examples: their data are what the script makes, and their code does what it says."""
 
 import importlib.util
+import json
 import random
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from hydra_llm import alearn
 from hydra_llm.datasets.tabular import read_table
+from tests.learning import ONE_STRENGTH
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -40,3 +44,22 @@ def test_both_files_are_data_sets_of_thirty_users_with_habits() -> None:
     agents = [maker.make_agent(number, random.Random(number)) for number in range(30)]
     done = {topic: {maker.action(a, topic, "calm") for a in agents} for topic in maker.TOPICS}
     assert all(len(actions) > 1 for actions in done.values())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path))
+    defaults = alearn.__kwdefaults__ or {}
+    monkeypatch.setitem(defaults, "strengths", ONE_STRENGTH)  # their choice takes most of the time
+    notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            assert not cell["outputs"]
+    out = capsys.readouterr().out
+    right, of = map(int, re.findall(r"(\d+) of (\d+) answers", out)[0])
+    assert right > 1.5 * of / 4

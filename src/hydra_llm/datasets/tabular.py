@@ -43,7 +43,7 @@ class Columns:
 
 
 def read_table(
-    file: Path,
+    file: Path | str,
     columns: Columns = Columns(),
     *,
     kind: str | None = None,
@@ -56,6 +56,7 @@ def read_table(
     """A data set of a user's own file; `notes` say what was guessed. DataError names file, line and
     field of what is broken.
     """
+    file = Path(file)
     rows = list(_rows(file, columns))
     if not rows:
         raise DataError("holds no record", file=file)
