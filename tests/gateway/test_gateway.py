@@ -219,7 +219,7 @@ async def test_users_get_their_own_of_several_candidates(
         assert right > alone + 4
         assert right >= 14
         details = answer["personalization"]
-        assert details["candidates"] == 3
+        assert (details["candidates"], details["scores_reason"]) == (3, None)
         assert details["scores"] == sorted(details["scores"], reverse=True), "the pick first"
         assert answer["usage"]["total_tokens"] == 11 + 12, "what all candidates cost"
         three = (await world.ask(QUESTION, "user0", n=3)).json()
@@ -810,6 +810,7 @@ async def test_a_history_never_encoded_is_prefetched_at_first_answer(
         assert first.headers["x-hydra-personalized"] == "true"
         details = first.json()["personalization"]
         assert (details["candidates"], details["warm"]) == (1, False)
+        assert (details["scores"], details["scores_reason"]) == ([None], "not-encoded")
         end = time.monotonic() + FOREVER
         while time.monotonic() < end:
             details = (await world.ask(QUESTION)).json()["personalization"]

@@ -54,7 +54,7 @@ async def test_a_true_stream_tells_of_itself_before_its_end(
             if "personalization" in (chunk.model_extra or {})
         ]
         assert details["request_id"] == answer.headers["x-hydra-request-id"]
-        assert details["candidates"] == 1
+        assert (details["candidates"], details["scores_reason"]) == (1, "no-bundle")
         assert details["records"]
         assert (
             await world.http.post(FEEDBACK, json={"request_id": details["request_id"], "chosen": 0})

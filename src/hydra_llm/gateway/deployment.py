@@ -125,8 +125,8 @@ def open_deployment(
     """
     names = {"retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens"}
     overrides = settings.model_dump(include=names, exclude_none=True)
-    if settings.candidates is not None:
-        overrides["samples"] = settings.candidates
+    if settings.samples is not None:
+        overrides["samples"] = settings.samples
     if settings.placement != "auto":
         overrides["prompt_style"] = settings.placement
     size, queue = settings.users_in_memory, settings.scoring_queue

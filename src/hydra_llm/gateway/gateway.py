@@ -83,6 +83,14 @@ class PersonalRequest(RoutedRequest):
     prompt_records: tuple[Record, ...]
     in_task_words: bool  # whether the question is the task's instruction around a text
 
+    @property
+    def unscored(self) -> str:
+        """Why the LLM is asked for one text, which no adapter scores."""
+        bundle = self.deployment.bundle
+        if bundle is None or not bundle.adapter:
+            return "no-bundle" if bundle is None else "no-adapter"
+        return "one-sample" if self.search.warm else "not-encoded"
+
 
 @dataclass(eq=False)
 class Gateway:
@@ -140,7 +148,7 @@ class Gateway:
             plain=plain,
             deployment=deployment,
             seconds={**search.seconds, "prepare": time.perf_counter() - started},
-            candidates=max(options.candidates or settings.samples, routed.n) if several else 1,
+            candidates=max(options.samples or settings.samples, routed.n) if several else 1,
             search=search,
             prompt_records=prompt.records,
             in_task_words=within is not None,
@@ -213,7 +221,7 @@ class Gateway:
         context, pipeline = request.search.context, request.deployment.pipeline
         texts = choice_texts(choices)
         if request.candidates == 1:
-            return unranked(choices)
+            return unranked(choices, request.unscored)
         try:
             # The LLM may not have been asked for a label where the question is not in the task's
             # words: then its answers may be no labels, and are not scored.
@@ -221,7 +229,7 @@ class Gateway:
             if task.labels:
                 asked_for_label = request.in_task_words or task.parse(texts[0], "strict")
                 if not asked_for_label:
-                    return unranked(choices)
+                    return unranked(choices, "no-label")
 
             def pairs() -> Sequence[tuple[str, str]]:
                 return pipeline.selector.pairs(context, pipeline.read(texts, greedy)[0])
@@ -230,7 +238,7 @@ class Gateway:
             return await request.deployment.batcher.run(ranked, texts, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
-            return unranked(choices)
+            return unranked(choices, "scoring-failure")
         finally:
             request.seconds["adapt"] = time.perf_counter() - started
 
@@ -277,7 +285,7 @@ class Gateway:
 
     async def _last_chunk(self, request: PersonalRequest, reader: StreamReader) -> bytes:
         """Keep what was streamed; the chunk with `personalization`, and a choice for clients."""
-        ranked = unranked(reader.choices)
+        ranked = unranked(reader.choices, request.unscored)
         kept = any(reader.texts.values()) and await self._keep(request, ranked)
         if not self.settings.personalization:
             return b""
@@ -303,13 +311,16 @@ def _question(routed: RoutedRequest) -> str:
 
 def _personalization(request: PersonalRequest, ranked: RankedChoices, kept: bool) -> dict[str, Any]:
     """The object `personalization` of a reply."""
+    scores = [candidate.score for candidate in ranked.candidates]
+    unread = "no-label" if all(score is None for score in scores) else None
     answer: dict[str, Any] = {
         "request_id": request.id if kept else None,
         "records": [record.id for record in request.prompt_records],
         "warm": request.search.warm,
         "candidates": len(ranked.candidates),
         "abstained": ranked.abstained,
-        "scores": [candidate.score for candidate in ranked.candidates],
+        "scores": scores,
+        "scores_reason": ranked.unscored or unread,
         "seconds": {stage: round(seconds, 4) for stage, seconds in request.seconds.items()},
     }
     if request.options.explain:

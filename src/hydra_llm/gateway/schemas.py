@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -81,7 +82,9 @@ class PersonalizationOptions(_Strict):
 
     enabled: bool = True
     k: Annotated[int, Field(ge=0, le=64)] | None = None  # records in the prompt
-    candidates: Annotated[int, Field(ge=1, le=64)] | None = None
+    samples: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None, validation_alias=AliasChoices("samples", "candidates")
+    )
     explain: bool = False  # also the candidates' texts and probabilities, and the records' texts
 
 

@@ -76,6 +76,7 @@ class RankedChoices:
     candidates: list[Candidate]  # [i] of choice i; the choices behind them are repetitions
     abstained: bool = False
     repeats: tuple[int, ...] = ()  # index of the choice that a repetition repeats
+    unscored: str | None = None  # why the candidates have no scores; None where they have
 
     def stored(self, count: int, visible: int) -> dict[str, Any]:
         """What the store keeps of a request for feedback. `count`: choices that the caller saw."""
@@ -95,10 +96,10 @@ def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
     return [repair(answer_of(choice["message"])) for choice in choices]
 
 
-def unranked(choices: Sequence[Choice]) -> RankedChoices:
-    """The choices in the order in which they came, without scores."""
+def unranked(choices: Sequence[Choice], reason: str) -> RankedChoices:
+    """The choices in the order in which they came, without scores for this reason."""
     candidates = [Candidate(text, text, 1) for text in choice_texts(choices)]
-    return RankedChoices(list(choices), candidates)
+    return RankedChoices(list(choices), candidates, unscored=reason)
 
 
 def rank(

@@ -12,6 +12,7 @@ from hydra_llm.config import SERVE_TABLE
 from hydra_llm.errors import SettingsError
 
 RENAMED: Mapping[str, str] = {
+    "candidates": "samples",
     "caution": "abstention_threshold",
     "keep_days": "retention_days",
     "patience": "store_timeout",
@@ -32,8 +33,8 @@ class ServeSettings(config.Group):
     """Records retrieved and reranked, at least `k`; None is the bundle's value, or 10 without."""
     k: int | None = Field(default=None, ge=0)
     """Number of records in the prompt; None is the bundle's value, or 4 without a bundle."""
-    candidates: int | None = Field(default=None, ge=1, le=64)
-    """Candidates, the caller's own answer included; None is the bundle's number of samples."""
+    samples: int | None = Field(default=None, ge=1, le=64)
+    """Texts of the LLM per answer, the caller's own included; None is the bundle's value."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Min temperature of the samples; a higher one of the caller is kept. None is the bundle's."""
     abstention_threshold: float | None = Field(default=None, ge=0)
