@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from hydra_llm.cli.main import run
 from hydra_llm.errors import MissingExtra, UserFault
-from hydra_llm.extras import EXTRAS, one_line_imports, require
+from hydra_llm.extras import EXTRAS, HOLDS, one_line_imports, require
 from tests.waiting import FOREVER
 
 BLOCKED = """
@@ -230,7 +232,6 @@ def test_public_names_say_which_extra_they_need(folder: Path) -> None:
 def test_every_library_is_of_the_base_or_an_extra() -> None:
     """A top-level import of the sources is the standard library's, the base's, or an extra's."""
     import ast
-    import tomllib
     from importlib.metadata import packages_distributions
 
     root = Path(__file__).parents[1]
@@ -248,3 +249,35 @@ def test_every_library_is_of_the_base_or_an_extra() -> None:
     homes = packages_distributions()
     unlisted = {name for name in others - known if not base & {d.lower() for d in homes[name]}}
     assert unlisted <= {"pydantic_core"}, "needs a dependency in pyproject, or a line in EXTRAS"
+
+
+@pytest.mark.parametrize("part", HOLDS["demo"])
+def test_the_demo_names_one_extra_for_all_that_it_needs(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, EXTRAS[part][0], None)
+    assert run(["demo"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'hydra-llm[demo]'\n")
+
+
+def test_extras_are_those_of_the_package() -> None:
+    file = Path(__file__).parents[1] / "pyproject.toml"
+    listed = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
+    assert {*EXTRAS, *HOLDS, "all", "dev"} == set(listed)
+
+
+def test_the_entry_point_keeps_waiting_threads_asleep() -> None:
+    """Else the threads of torch and of the embedded LLM spin against each other."""
+    code = """
+import os, sys
+from hydra_llm.cli import main
+assert not {"numpy", "torch"} & set(sys.modules), "too late: libgomp reads it once"
+main.run = lambda arguments: print(os.environ["OMP_WAIT_POLICY"]) or 0
+main.main()
+"""
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        bare = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**bare, **given}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected, done.stderr

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 
 from hydra_llm.errors import MissingExtra
 
@@ -25,12 +26,14 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),
 }
 """Extra → the modules that it brings and this package imports."""
+HOLDS: Mapping[str, tuple[str, ...]] = {"demo": ("learn", "bench", "embedded")}
+"""Extra → the others that it is made of."""
 _EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 
 def require(extra: str, what: str = "this") -> None:
     """Raise `MissingExtra` unless each module of an extra is installed; none is imported."""
-    for module in EXTRAS[extra]:
+    for module in chain.from_iterable(EXTRAS[part] for part in HOLDS.get(extra, (extra,))):
         if find_spec(module) is None:
             raise _missing(what, extra, module)
 

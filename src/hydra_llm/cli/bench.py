@@ -78,6 +78,7 @@ def run(
 
     Without `--bundle`, first learn from the training users and fit the new users' heads.
     """
+    require("bench", "the benchmark")  # before minutes are spent, not where metrics are computed
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import find_methods, per_sample, split_names
@@ -184,6 +185,7 @@ def show(
     as_json: opt.AsJson = False,
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
+    require("bench", "the benchmark")
     from hydra_llm.bench.report import sweeps, tables
     from hydra_llm.bench.report.findings import findings
     from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
@@ -254,12 +256,13 @@ def sweep(
     Precedence of settings: point > `--set` > sweep file. `--record` records only the LLM of
     `--llm`, not those of points.
     """
+    require("bench", "the benchmark")
+    if plot is not None:
+        require("report", "a report")
     from hydra_llm.bench.report import sweeps
     from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
 
     main, chosen, flags = source.spec(), load_sweep(file), options.given()
-    if plot is not None:
-        require("report", "a report")
     varied = {name for point in chosen.points for name in NAMES.flat(point.settings)}
     for name in sorted(flags.keys() & varied):
         console.say(f"{name} is set by points of the sweep: --set counts only for the others")

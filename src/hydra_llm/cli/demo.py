@@ -7,6 +7,7 @@ from typer import Option
 from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
 from hydra_llm.cli.table import print_table
+from hydra_llm.extras import require
 from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Predict ratings of films, 1 to 5: learn from MovieLens users, then answer for new ones."""
+    if llm == "smollm2":
+        require("demo", "the demo")  # all that it needs at once
     from hydra_llm.bench.report.tables import results_table
     from hydra_llm.llm.concurrency import run_sync
 
