@@ -13,7 +13,7 @@ import pytest
 from hydra_llm.bench.report.findings import calibration_error, findings
 from hydra_llm.bench.report.markdown import markdown
 from hydra_llm.bench.report.summary import cost_rows, learning_rows
-from hydra_llm.bench.report.tables import Run, make_report, open_run
+from hydra_llm.bench.report.tables import Run, comparison_rows, make_report, method_rows, open_run
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.cli.main import run
 from hydra_llm.errors import SettingsError
@@ -183,6 +183,20 @@ def test_missing_figures_give_no_finding(tmp_path: Path) -> None:
         tuple(s for s in opened.samples if s.method == "rag@4"),
     )
     assert findings(make_report(alone)) == []
+
+
+def test_of_few_users_only_that_is_said(tmp_path: Path) -> None:
+    opened = made(tmp_path, [])
+    few = sorted({sample.user for sample in opened.samples})[:4]
+    samples = tuple(sample for sample in opened.samples if sample.user in few)
+    report = make_report(replace(opened, samples=samples))
+    first, *others = findings(report)
+    needs = "at least 5 users are needed for intervals and p-values"
+    assert first == f"Nothing can be said about differences: 4 answered, {needs}."
+    assert not any("better" in line or "separated" in line for line in others)
+    cells = str([*method_rows(report), *comparison_rows(report.comparisons)])
+    assert "[0" not in cells
+    assert " p " not in cells
 
 
 def test_calibration_error_against_the_definition() -> None:

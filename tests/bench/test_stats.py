@@ -21,6 +21,12 @@ TEXTS = Task("t", "generation", "{input}")
 nan = math.nan
 
 
+@pytest.fixture(autouse=True)
+def any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas hold for two users too, of which reports say nothing."""
+    monkeypatch.setattr("hydra_llm.bench.stats.MIN_USERS", 2)
+
+
 def names(count: int) -> list[str]:
     return [f"u{n}" for n in range(count)]
 
@@ -295,3 +301,17 @@ def test_a_share_is_as_sure_as_the_jackknife_says() -> None:
 def test_a_wrong_number_of_users_raises() -> None:
     with pytest.raises(ValueError, match="2 samples, but 1 users"):
         interval([1.0, 2.0], ["u"])
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_of_fewer_than_five_users_nothing_is_said(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydra_llm.bench.stats.MIN_USERS", 5)
+    users, golds = names(count), ["1", "5", "3", "4", "2"][:count]
+    a, b = score(RATINGS, golds, golds)["mae"], score(RATINGS, ["3"] * count, golds)["mae"]
+    own, change, over = interval(a, users), paired(a, b, users), relative([(a, b, users)])
+    assert over is not None
+    known = [not math.isnan(v) for v in (*own, change.low, change.high, change.p, *over.interval())]
+    assert set(known) == {count == 5}
+    assert not math.isnan(change.difference)

@@ -114,6 +114,9 @@ PROGRESS = re.compile(
 )
 
 
+DOUBTS = re.compile(r"data (warning|error): .+")
+
+
 def without_progress(err: str) -> list[str]:
     """The lines of stderr without progress, which a slow machine prints."""
     return [line for line in err.splitlines() if not PROGRESS.fullmatch(line)]
@@ -123,7 +126,9 @@ class Outcome:
     """How a command ended."""
 
     def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.lines = code, out, without_progress(err)
+        self.code, self.out, lines = code, out, without_progress(err)
+        self.doubts = [line for line in lines if DOUBTS.fullmatch(line)]  # on the data (`learn`)
+        self.lines = [line for line in lines if line not in self.doubts]
 
     @property
     def json(self) -> Any:
@@ -283,6 +288,13 @@ def test_training_users_with_one_record_or_none(hydra: Hydra, tmp_path: Path, co
         assert result.lines == [
             "no reranker was learned: no retrieved record changed what the LLM's answer was worth"
         ]
+        judged = hydra("data", "check", data, "--json").json["verdicts"]
+        assert result.doubts == [
+            f"data {own['severity']}: {own['check']}: {own['message']}"
+            for own in judged
+            if own["check"] != "new users"
+        ]
+        assert result.doubts[0].startswith("data error: answers: all are '3'")
     else:
         needs = "users.jsonl needs users with split 'train'"
         assert result.error == f"no training user has records: {needs}"
@@ -719,7 +731,7 @@ def test_processes_share_a_cache_and_one_is_interrupted(
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=FOREVER)
-    assert (process.returncode, out, without_progress(err)) == (
+    assert (process.returncode, out, Outcome(130, out, err).lines) == (
         130,
         "",
         ["hydra-llm: stopped; the same command continues"],

@@ -28,6 +28,8 @@ from hydra_llm.errors import LLMError
 from hydra_llm.tasks.base import KINDS, Floats, MetricSpec, Statistic, Task
 
 LEVEL = 0.95
+MIN_USERS = 5
+"""With fewer users nothing can be said: neither the interval nor the p-value is near its level."""
 CELLS = 4_000_000  # draws times users in memory at once
 
 
@@ -71,10 +73,13 @@ Values = Sequence[float] | Floats | Metric
 
 
 class Interval(NamedTuple):
-    """A 95 % confidence interval; NaN for fewer than two users."""
+    """A 95 % confidence interval; NaN for fewer than `MIN_USERS`."""
 
     low: float
     high: float
+
+
+NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 class Paired(NamedTuple):
@@ -97,7 +102,8 @@ class Relative(NamedTuple):
     parts: Mapping[str, float]  # user → part of the error, the root of their sum of squares
 
     def interval(self) -> Interval:
-        return _students(self.change, self.error, self.freedom)
+        known = len(self.parts) >= MIN_USERS
+        return _students(self.change, self.error, self.freedom) if known else NO_INTERVAL
 
 
 def interval(values: Values, users: Sequence[str], draws: int = 10_000, seed: int = 0) -> Interval:
@@ -201,8 +207,8 @@ def _inference(
     jackknife for a metric that cannot be resampled.
     """
     users = len(sums)
-    if users < 2:
-        return Interval(math.nan, math.nan), math.nan
+    if users < MIN_USERS:
+        return NO_INTERVAL, math.nan
     if not spec.resamples:
         total = sums.sum(axis=0, keepdims=True)
         value, error = float(statistic(total)[0]), _jackknife_error(statistic(total - sums))

@@ -41,7 +41,7 @@ def learn(
     settings = options.settings(users=limit, **vars(selection))
     if data is not None and store is None:
         with recording.opened(llm, settings) as model, console.progress() as report:
-            learned = run(data, model, settings, out=out, progress=report)
+            learned = run(data, model, settings, out=out, progress=report, warn=console.say)
     elif store is not None and data is None:
         from hydra_llm.gateway.store_training import learn_from_store
 
@@ -51,7 +51,7 @@ def learn(
         answers = out.with_name(f"{out.name}.answers.sqlite")
         model = wrap(bare_llm(llm, settings), settings, answers)
         with console.progress() as report:
-            learned = learn_from_store(store, model, settings, out, task, report)
+            learned = learn_from_store(store, model, settings, out, task, report, console.say)
         run_sync(model.aclose)
         for end in ("", "-wal", "-shm"):
             answers.with_name(f"{answers.name}{end}").unlink(missing_ok=True)

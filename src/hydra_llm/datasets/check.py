@@ -2,15 +2,18 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from hydra_llm.datasets.dataset import SPLITS, DataSet
 from hydra_llm.datasets.native import load
+from hydra_llm.datasets.verdicts import verdicts
 from hydra_llm.errors import DataError
 from hydra_llm.history import before
 from hydra_llm.tasks.base import Task
+from hydra_llm.text import length
 from hydra_llm.types import ALWAYS, Query, Record
 
 MAX_PROBLEMS = 20
@@ -53,13 +56,14 @@ def summarize(dataset: DataSet) -> dict[str, Any]:
         "users without history": sum(not own for own in histories.values()),
         "users without queries": sum(not own for own in of_users.values()),
         "words per input": {
-            "history": _spread(len(record.input.split()) for record in records),
-            "queries": _spread(len(query.input.split()) for query in queries),
+            "history": _spread(length(record.input) for record in records),
+            "queries": _spread(length(query.input) for query in queries),
         },
         "labels": _shares(dataset.task, records, queries),
         "duplicates": _examples(repeated),
         "leaks": _leaks(dataset.task, histories, queries),
         "notes": list(dataset.notes),
+        "verdicts": [asdict(verdict) for verdict in verdicts(dataset)],
     }
 
 
@@ -132,6 +136,7 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"leak: {way}", _count(leak)) for way, leak in summary["leaks"].items()),
         ("digest", summary["digest"][:16]),
         *(("note", note) for note in summary["notes"]),
+        *((own["severity"], f"{own['check']}: {own['message']}") for own in summary["verdicts"]),
     ]
 
 

@@ -147,6 +147,7 @@ def learn_from_store(
     out: Path,
     task: Path | None,
     progress: StageProgress,
+    warn: Callable[[str], None],
 ) -> "Learned":
     """Learn from the store's users: the shared weights go to `out`, a bundle without records, and
     the heads into the store. `DataError` if no user has records, or the task's file is broken.
@@ -165,7 +166,7 @@ def learn_from_store(
         # Features of what the LLM made of users' records could not be deleted later.
         with TemporaryDirectory() as folder:
             passing = settings.model_copy(update={"cache": Path(folder)})
-            learned = learn(data, llm, passing, progress=progress)
+            learned = learn(data, llm, passing, progress=progress, warn=warn)
         bundle = learned.bundle
         bundle.without_people(partial(pseudonym, store.salt())).save(out)
         weights = type(bundle).load(out).weights

@@ -20,6 +20,7 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, as_learned, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load
+from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
@@ -104,11 +105,13 @@ async def alearn(
     progress: StageProgress = silent,
     first: Bundle | None = None,
     strengths: Strengths = Strengths(),
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Learned:
     """Learn shared weights and heads from a data set's training users; `out` is a folder to write.
 
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
     and with it the candidates. `strengths` are the strengths of regularization to choose among.
+    `warn` is called with a line for each doubt about the data, before the LLM is asked.
 
     Raises BundleError: `out` is a file, or a folder of something else. DataError: the data set is
     broken or has no training users with records. LLMError: the budget is spent (a repeat
@@ -121,6 +124,8 @@ async def alearn(
     records = {user: data.answered(user) for user in users if data.history(user)}
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
+    for doubt in doubts(data, of_learning=True):
+        warn(f"data {doubt.severity}: {doubt}")
     encoding = partial(progress, "encode texts")
     blank = blank_bundle(data.task, model, settings, records, encoding)
     bundle = replace(blank, trained_on=tuple(records))

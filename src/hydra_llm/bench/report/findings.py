@@ -13,6 +13,7 @@ from hydra_llm.bench.method import base_name
 from hydra_llm.bench.report.tables import Report, Run, TableRow, signed
 from hydra_llm.bench.results import compare
 from hydra_llm.bench.runlog import Sample
+from hydra_llm.bench.stats import MIN_USERS
 
 
 def findings(report: Report) -> list[str]:
@@ -23,6 +24,10 @@ def findings(report: Report) -> list[str]:
 @lru_cache(maxsize=64)  # several outputs of one report share them
 def _findings(report: Report) -> tuple[str, ...]:
     sentences: list[str] = []
+    users = len({sample.user for sample in report.run.samples})
+    if users < MIN_USERS:
+        needs = f"at least {MIN_USERS} users are needed for intervals and p-values"
+        sentences.append(f"Nothing can be said about differences: {users} answered, {needs}.")
     for row in report.rows:
         if base_name(row.method) == "hydra":
             sentences += [*_comparisons(report, row.method), *_picks(report, row)]
@@ -41,6 +46,8 @@ def _comparisons(report: Report, name: str) -> Iterator[str]:
         if row.group == "bound" or base_name(row.method) == "hydra":
             continue
         change = compare(run.task, run.of(name), run.of(row.method)).metrics[metric]
+        if change.users < MIN_USERS:
+            continue
         low, high = sorted((sign * change.low, sign * change.high))
         rival = f"{row.method} ({signed(change)})"
         if low > 0:

@@ -312,7 +312,7 @@ def results_table(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
 
 
 def cell(value: float, low: float, high: float, *, form: str = ".3f") -> str:
-    """`0.810 [0.672, 0.935]`; a single user has no interval."""
+    """`0.810 [0.672, 0.935]`; too few users have no interval."""
     if math.isnan(value):
         return "failed"
     return f"{value:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
@@ -325,7 +325,7 @@ def signed(change: Paired) -> str:
 
 def difference(change: Paired) -> str:
     """`+0.069 [-0.026, +0.180] p 0.150`."""
-    return signed(change) + ("" if math.isnan(change.difference) else f" p {change.p:.3f}")
+    return signed(change) + ("" if math.isnan(change.p) else f" p {change.p:.3f}")
 
 
 def share(over: Relative | None) -> str:

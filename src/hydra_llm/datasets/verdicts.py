@@ -1,0 +1,150 @@
+"""Whether a data set is enough to learn from and to compare methods on: a line for each thing that
+is, or is not, with its number and what to do. Knows no files.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.text import caseless, fold
+from hydra_llm.types import ALWAYS, Query, Record
+
+LEARN_USERS, GOOD_USERS = 5, 30  # training users: at least, and for weights that are nobody's own
+COMPARE_USERS, GOOD_QUERIES = 5, 50  # new users with queries (bench/stats.py), and their queries
+FEW_RECORDS = 3  # of a user, in the median
+NEAR_CONSTANT, ONE_LABEL, DUPLICATES = 0.95, 0.5, 0.01  # shares that are told
+FEW_LABELS, MANY_LABELS, RECORDS_PER_LABEL = 10, 50, 5
+MISSING = {"nan", "null", "none", "n/a", "na", "undefined", "-", "?"}  # how tables write no value
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One judgement. `error`: nothing can be learned or said; `warning`: less than one expects."""
+
+    severity: Literal["ok", "warning", "error"]
+    check: str
+    number: float
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.message}"
+
+
+def verdicts(dataset: DataSet) -> list[Verdict]:
+    """What the data set is enough for; errors first, then warnings."""
+    records, queries = list(dataset.stream_history()), list(dataset.stream_queries())
+    found = [
+        _training_users(dataset),
+        *_new_users(dataset),
+        *_records(dataset),
+        *_answers(dataset, records),
+        *_labels(dataset, records),
+        *_entries(records, [*records, *queries]),
+        *_names(dataset.users(), "users"),
+    ]
+    return sorted(found, key=lambda own: ("error", "warning", "ok").index(own.severity))
+
+
+def doubts(dataset: DataSet, *, of_learning: bool = False) -> list[Verdict]:
+    """The verdicts that are not `ok`; `of_learning`: without those on the comparison of methods."""
+    left_out = ("new users",) if of_learning else ()
+    own = verdicts(dataset)
+    return [doubt for doubt in own if doubt.severity != "ok" and doubt.check not in left_out]
+
+
+def _training_users(dataset: DataSet) -> Verdict:
+    name = "training users"
+    count = sum(bool(dataset.history(user)) for user in dataset.users("train"))
+    if not count:
+        return Verdict("error", name, 0, "none has records: nothing can be learned; add some")
+    if count < LEARN_USERS:
+        why = f"{count} are too few to learn what people share: at least {LEARN_USERS}"
+        return Verdict("warning", name, count, f"{why}, better {GOOD_USERS}")
+    if count < GOOD_USERS:
+        why = f"{count} are few: what is learned depends on who they are"
+        return Verdict("warning", name, count, f"{why}; {GOOD_USERS} are better")
+    return Verdict("ok", name, count, f"{count} are enough")
+
+
+def _new_users(dataset: DataSet) -> Iterator[Verdict]:
+    asked = [own for user in dataset.users("test") if (own := dataset.queries(user))]
+    users, queries = len(asked), sum(map(len, asked))
+    if users < COMPARE_USERS:
+        why = f"{users} with queries are too few to compare methods: nothing can be said"
+        yield Verdict("warning", "new users", users, f"{why} below {COMPARE_USERS}")
+    elif queries < GOOD_QUERIES:
+        why = f"{queries} queries of {users} users show large differences only"
+        yield Verdict("warning", "new users", queries, f"{why}; {GOOD_QUERIES} are better")
+    else:
+        yield Verdict("ok", "new users", users, f"{users} with {queries} queries are enough")
+
+
+def _records(dataset: DataSet) -> Iterator[Verdict]:
+    counts = [len(own) for user in dataset.users() if (own := dataset.history(user))]
+    if counts:
+        middle = median(counts)
+        if middle < FEW_RECORDS:
+            why = f"half of the users have {middle:g} or fewer: there is little to choose from"
+            yield Verdict("warning", "records", middle, f"{why}; {FEW_RECORDS} or more are better")
+        else:
+            yield Verdict("ok", "records", middle, f"{middle:g} per user in the median are enough")
+
+
+def _answers(dataset: DataSet, records: Collection[Record]) -> Iterator[Verdict]:
+    """Whether answers differ, over all users and for each."""
+    if not records or dataset.task.free_history:
+        return
+    (common, most), *others = Counter(record.output for record in records).most_common()
+    named = f"'{fold(common)[:40]}'"
+    share = most / len(records)
+    if not others and len(records) > 1:
+        why = f"all are {named}: there is nothing to learn; is it the right field?"
+        yield Verdict("error", "answers", 1.0, why)
+    elif share >= NEAR_CONSTANT:
+        why = f"{share:.1%} are {named}: always giving it is hard to beat"
+        yield Verdict("warning", "answers", round(share, 4), f"{why}; macro-F1 shows the others")
+    elif dataset.task.labels:
+        several = [own for user in dataset.users() if len(own := dataset.history(user)) > 1]
+        single = sum(len({record.output for record in own}) == 1 for own in several)
+        if several and single / len(several) >= ONE_LABEL:
+            why = f"{single} of {len(several)} users have one label in all of their records"
+            fix = "their own majority is hard to beat, see user-majority in the benchmark"
+            yield Verdict("warning", "one-label users", single, f"{why}: {fix}")
+
+
+def _labels(dataset: DataSet, records: Collection[Record]) -> Iterator[Verdict]:
+    labels = dataset.task.labels
+    rare = len(labels) > FEW_LABELS and len(labels) * RECORDS_PER_LABEL > len(records)
+    if rare or len(labels) > MANY_LABELS:
+        why = f"{len(labels):,} labels for {len(records):,} records are many"
+        fix = "if they are texts, import them with --kind generation, else join rare ones"
+        yield Verdict("warning", "labels", len(labels), f"{why}: {fix}")
+    yield from _names(labels, "labels")
+    if empty := [label for label in labels if caseless(label) in MISSING]:
+        why = f"'{empty[0]}' looks like a missing value: leave such records out"
+        yield Verdict("warning", "labels", len(empty), why)
+
+
+def _names(names: Iterable[str], what: str) -> Iterator[Verdict]:
+    """Names that differ in case, width, composition or blanks alone."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[fold(caseless(name))].append(name)
+    if twice := [own for own in alike.values() if len(own) > 1]:
+        first, second, *_ = twice[0]
+        why = f"'{first}' and '{second}' differ in case or spelling alone"
+        yield Verdict("warning", what, len(twice), f"{why}: if they are one, write them alike")
+
+
+def _entries(records: Collection[Record], entries: Collection[Record | Query]) -> Iterator[Verdict]:
+    repeated = len(records) - len({(r.user, r.input, r.output) for r in records})
+    if records and repeated / len(records) >= DUPLICATES:
+        why = f"{repeated} of {len(records)} repeat one of their user's: leave them out"
+        yield Verdict("warning", "duplicates", repeated, why)
+    if untimed := sum(entry.span == ALWAYS for entry in entries):
+        why = f"{untimed} of {len(entries)} records and queries have none"
+        fix = "the order of the file counts, and recency says nothing; give their field"
+        yield Verdict("warning", "times", untimed, f"{why}: {fix}")
