@@ -124,13 +124,11 @@ async def alearn(
     records = {user: data.answered(user) for user in users if data.history(user)}
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
-    for doubt in doubts(data, of_learning=True):
-        warn(f"data {doubt.severity}: {doubt}")
+    _warn(data, warn)
     encoding = partial(progress, "encode texts")
     blank = blank_bundle(data.task, model, settings, records, encoding)
-    bundle = replace(blank, trained_on=tuple(records))
     notes = _lacking(users, records, "have no records and were left out")
-    learned = Learned(bundle, tuple(records), notes=notes)
+    learned = Learned(replace(blank, trained_on=tuple(records)), tuple(records), notes=notes)
     await _Work(learned, model, progress, out, strengths).learn(first)
     blank.store.encoder.progress = None
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
@@ -218,6 +216,11 @@ def _opened(
     data = dataset if isinstance(dataset, DataSet) else load(dataset)
     model = open_llm(llm, chosen) if isinstance(llm, str) else llm
     return chosen, data, model
+
+
+def _warn(data: DataSet, warn: Callable[[str], None]) -> None:
+    for doubt in doubts(data, of_learning=True):
+        warn(f"data {doubt.severity}: {doubt}")
 
 
 def _lacking(users: Sequence[str], records: Mapping[str, Sequence[Record]], fate: str) -> list[str]:
