@@ -36,6 +36,7 @@ ABOUT_ALL = {
     "counts": "for operators",
     "check": "for operators",
     "close": "",
+    "check_file": "",
     "reading": "",
     "writing": "",
     "rows": "",

@@ -122,7 +122,8 @@ def test_a_missing_store_is_not_made_and_the_nearest_is_named(tmp_path: Path) ->
     for name, fix in (
         ("liv.db", f"there is no such file: did you mean sqlite:///{tmp_path / 'live.db'}"),
         ("zebra.db", "there is no such file: `hydra-llm store migrate --store sqlite:"),
-        ("empty.db", "the file is empty"),
+        ("empty.db", "it has no tables"),
+        (".", "is a folder"),
         ("no folder/x.db", "there is no such file"),
     ):
         with pytest.raises(StoreError) as caught:
@@ -130,6 +131,17 @@ def test_a_missing_store_is_not_made_and_the_nearest_is_named(tmp_path: Path) ->
         assert fix in str(caught.value)
     assert {file.name for file in tmp_path.iterdir()} == {"live.db", "lives.db", "empty.db"}
     assert not (tmp_path / "empty.db").stat().st_size
+
+
+def test_a_file_of_another_program_gets_no_tables(tmp_path: Path) -> None:
+    file = tmp_path / "flowers.db"
+    with sa.create_engine(file_url(file)).begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE flowers (name TEXT)")
+    before = file.read_bytes()
+    for create in (True, False):
+        with pytest.raises(StoreError, match="hydra-llm has not made its tables: take another"):
+            Store(f"sqlite:///{file}", create=create)
+    assert file.read_bytes() == before, "not even its journal mode"
 
 
 def test_a_database_without_tables_is_left_as_it_is(url: str) -> None:

@@ -96,6 +96,7 @@ def migrate(store: StoreURL, as_json: AsJson = False) -> None:
     from hydra_llm.store.migrate import LATEST, upgrade, version_of
 
     database = Database(store)
+    database.check_file(create=True)
     with one_line_errors(database.url):
         before = version_of(database.engine)
         upgrade(database.engine)

@@ -1,5 +1,6 @@
 """`hydra-llm users`: the users of the gateway's database, in words; import, export, deletion."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,7 +95,8 @@ def export(user: User, store: StoreURL = DEFAULT_STORE) -> None:
     from hydra_llm.gateway.user_data import as_json
 
     with open_store(store) as opened:
-        console.emit(as_json(_exported(opened, user)))
+        kept = as_json(_exported(opened, user))
+    console.emit(json.loads(kept), as_json=True)
 
 
 @app.command()

@@ -36,7 +36,7 @@ def open_backup(file: Path) -> Store:
     """
     if not file.is_file():
         raise StoreError(f"{file}: no such file")
-    check_file(file)
+    check_file(file, unchanged=True)
     saved = Store(file_url(file, unchanged=True), create=False)
     if faults := saved.check():
         saved.close()

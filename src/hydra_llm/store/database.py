@@ -9,6 +9,7 @@ session settings, no prepared statements), so that a pooler may stand between.
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,10 +17,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine
 
 from hydra_llm.errors import SettingsError, StoreError
-from hydra_llm.store.urls import parse_url, shown
+from hydra_llm.store.urls import check_file, parse_url, shown
 
 SNAPSHOT = "REPEATABLE READ"  # PostgreSQL's isolation level; SQLite always reads one moment
-MAX_IN = 500  # values of one IN (…): SQLite's oldest limit is 999
+MAX_IN = 10_000 if sqlite3.sqlite_version_info >= (3, 32) else 500
+"""Values of one IN (…), each a scan where no index helps; SQLite's limit was 999 before 3.32."""
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
 
 
@@ -34,6 +36,11 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def check_file(self, *, create: bool) -> None:
+        """As `urls.check_file`, where the database is a file of this machine that may change."""
+        if self.on_sqlite and "uri" not in self.url.query:
+            check_file(Path(str(self.url.database)), create=create)
 
     @contextmanager
     def _transaction(self, **options: Any) -> Iterator[Connection]:

@@ -29,7 +29,7 @@ def prepare(engine: Engine, *, create: bool = True) -> bool:
         upgrade(engine)
     elif version != LATEST:
         fix = f"this program needs {LATEST}: run `hydra-llm store migrate`"
-        raise StoreError(f"store: its tables are of version {version}, {fix}")
+        raise StoreError(f"store {shown(engine.url)}: its tables are of version {version}, {fix}")
     return version is None
 
 
@@ -45,13 +45,14 @@ def upgrade(engine: Engine, version: str = "head") -> None:
 
 def version_of(engine: Engine) -> str | None:
     """The version of the tables; None if there are none. StoreError for newer or foreign tables."""
+    store = f"store {shown(engine.url)}"
     with engine.connect() as connection, connection.begin():
         version = MigrationContext.configure(connection).get_current_revision()
         names = inspect(connection).get_table_names()
     if version is None and not schema.metadata.tables.keys().isdisjoint(names):
         problem = "there are tables of these names that hydra-llm has not made"
-        raise StoreError(f"store: {problem}: take another database")
+        raise StoreError(f"{store}: {problem}: take another database")
     if version not in {None, *(script.revision for script in SCRIPTS.walk_revisions())}:
         newer = f"which a newer hydra-llm has made: this one knows {LATEST}"
-        raise StoreError(f"store: its tables are of version {version}, {newer}")
+        raise StoreError(f"{store}: its tables are of version {version}, {newer}")
     return version

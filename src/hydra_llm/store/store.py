@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,7 +24,6 @@ from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
 from hydra_llm.store.change import UserChange, check_version, locked_user
 from hydra_llm.store.database import Database, in_parts, insert_new, one_line_errors
-from hydra_llm.store.urls import check_file
 from hydra_llm.store.values import (
     Added,
     Job,
@@ -47,8 +45,7 @@ class Store(Database):
         nothing is written. Raises SettingsError for the URL, else StoreError.
         """
         super().__init__(url, timeout=timeout)
-        if not create and self.on_sqlite and "uri" not in self.url.query:
-            check_file(Path(str(self.url.database)))
+        self.check_file(create=create)
         with one_line_errors(self.url):
             self.created = migrate.prepare(self.engine, create=create)
 

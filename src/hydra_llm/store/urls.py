@@ -49,16 +49,16 @@ def file_url(file: Path, *, unchanged: bool = False) -> URL:
         raise SettingsError(f"{message}: name a file, sqlite:///FILE")
     if not unchanged:
         return URL.create("sqlite", database=str(expanded(file)))
-    name, _, options = _read_only(file).partition("?")
+    name, _, options = _read_only(file, unchanged).partition("?")
     query = dict(option.split("=") for option in options.split("&"))
     return URL.create("sqlite", database=name, query={"uri": "true", **query})
 
 
-def _read_only(file: Path) -> str:
-    """SQLite's own URI of a file; `immutable`: no log and no lock are made beside it."""
+def _read_only(file: Path, unchanged: bool) -> str:
+    """SQLite's own URI of a file. `unchanged`: no log and no lock are made beside it."""
     logged = file.with_name(f"{file.name}-wal").exists()  # then its latest rows are in there
     name = quote(os.fsencode(file.absolute()))
-    return f"file:{name}?mode=ro" + ("" if logged else "&immutable=1")
+    return f"file://{name}?mode=ro" + ("&immutable=1" if unchanged and not logged else "")
 
 
 def shown(url: URL) -> str:
@@ -69,25 +69,39 @@ def shown(url: URL) -> str:
     return url.difference_update_query(hidden).render_as_string(hide_password=True)
 
 
-def check_file(file: Path) -> None:
-    """Raise StoreError, with the nearest name there is, unless this is an SQLite file that holds
-    tables. Nothing is written, not even a file.
+def check_file(file: Path, *, create: bool = False, unchanged: bool = False) -> None:
+    """Raise StoreError, with the nearest name there is, unless this is an SQLite file with the
+    tables of a store; with `create` also if it is new or has no tables yet. Nothing is written, not
+    even a file. `unchanged`: as of `file_url`.
     """
+    name = f"store {shown(file_url(file))}"
     make = f"`hydra-llm store migrate --store {shown(file_url(file))}` makes a new one"
-    if not file.is_file():
-        others = {other.stem: other for other in _sqlite_files(file.parent)}
-        near = difflib.get_close_matches(file.stem, others, 1)
-        fix = f"did you mean {shown(file_url(others[near[0]]))}?" if near else make
-        raise StoreError(f"store {shown(file_url(file))}: there is no such file: {fix}")
+    if file.is_dir():
+        raise StoreError(f"{name}: is a folder: name a file")
+    if not file.exists():
+        if not create:
+            raise StoreError(f"{name}: there is no such file: {_nearest(file) or make}")
+    elif not (tables := _tables(file, unchanged)):
+        if not create:
+            raise StoreError(f"{name}: it has no tables: {make}")
+    elif "alembic_version" not in tables:
+        raise StoreError(f"{name}: hydra-llm has not made its tables: take another database")
+
+
+def _tables(file: Path, unchanged: bool) -> set[str]:
     if not file.stat().st_size:
-        raise StoreError(f"store {shown(file_url(file))}: the file is empty: {make}")
+        return set()
     try:
-        with closing(sqlite3.connect(_read_only(file), uri=True)) as connection:
-            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        with closing(sqlite3.connect(_read_only(file, unchanged), uri=True)) as connection:
+            return {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.Error as error:
         raise StoreError(f"store {shown(file_url(file))}: {error}") from None
-    if not tables:
-        raise StoreError(f"store {shown(file_url(file))}: it holds no tables: {make}")
+
+
+def _nearest(file: Path) -> str:
+    others = {other.stem: other for other in _sqlite_files(file.parent)}
+    near = difflib.get_close_matches(file.stem, others, 1)
+    return f"did you mean {shown(file_url(others[near[0]]))}?" if near else ""
 
 
 def _sqlite_files(folder: Path) -> Iterator[Path]:
