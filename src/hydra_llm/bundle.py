@@ -4,6 +4,10 @@ It holds the records of the users that it has heads for: treat it as their data.
 has the file format. Knows no LLM beyond its identity.
 """
 
+from hydra_llm.extras import require
+
+require("learn", "a bundle")
+
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property

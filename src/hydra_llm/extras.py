@@ -26,8 +26,11 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),
 }
 """Extra → the modules that it brings and this package imports."""
-HOLDS: Mapping[str, tuple[str, ...]] = {"demo": ("learn", "bench", "embedded")}
-"""Extra → the others that it is made of."""
+HOLDS: Mapping[str, tuple[str, ...]] = {
+    "bench": ("learn", "bench"),
+    "demo": ("learn", "bench", "embedded"),
+}
+"""Extra → those whose modules it brings, where there are several."""
 _EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 

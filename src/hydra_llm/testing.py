@@ -2,6 +2,10 @@
 AssertionError with what is broken. The built-in parts pass them too.
 """
 
+from hydra_llm.extras import require
+
+require("learn", "checking a plug-in")
+
 import json
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress

@@ -78,7 +78,6 @@ def run(
 
     Without `--bundle`, first learn from the training users and fit the new users' heads.
     """
-    require("bench", "the benchmark")  # before minutes are spent, not where metrics are computed
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import find_methods, per_sample, split_names
@@ -185,7 +184,6 @@ def show(
     as_json: opt.AsJson = False,
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
-    require("bench", "the benchmark")
     from hydra_llm.bench.report import sweeps, tables
     from hydra_llm.bench.report.findings import findings
     from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
@@ -256,7 +254,6 @@ def sweep(
     Precedence of settings: point > `--set` > sweep file. `--record` records only the LLM of
     `--llm`, not those of points.
     """
-    require("bench", "the benchmark")
     if plot is not None:
         require("report", "a report")
     from hydra_llm.bench.report import sweeps

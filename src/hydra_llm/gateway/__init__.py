@@ -1,0 +1,3 @@
+from hydra_llm.extras import require
+
+require("server", "the gateway")

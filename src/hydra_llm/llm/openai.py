@@ -2,6 +2,10 @@
 which alone retries: it honours `Retry-After` up to two minutes.
 """
 
+from hydra_llm.extras import require
+
+require("openai", "an OpenAI-compatible endpoint")
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile

@@ -4,6 +4,10 @@ transformers is imported when the first encoder is opened. Knows no users and no
 Letters: B texts or pairs, L tokens, H width.
 """
 
+from hydra_llm.extras import require
+
+require("learn", "an encoder")
+
 import hashlib
 import json
 import logging
@@ -19,7 +23,6 @@ from torch.nn.functional import normalize
 
 from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import SettingsError
-from hydra_llm.extras import require
 
 Pooling = Literal["mean", "cls"]
 log = logging.getLogger(__name__)
@@ -177,7 +180,6 @@ def open_encoder(
     """Open `minilm`, a folder, or a model of the Hugging Face hub, from its cache if possible.
     Raises SettingsError: it is not there, cannot be reached, or is no encoder of texts.
     """
-    require("learn", "an encoder")
     if name == "minilm":
         model, tokenizer = _load(str(data_file("minilm").parent), local=True)
     elif name and Path(name).expanduser().is_dir():

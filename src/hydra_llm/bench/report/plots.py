@@ -20,7 +20,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.extras import require
 
 require("report", "a report")
-import altair as alt  # noqa: E402
+import altair as alt
 
 Plot = alt.LayerChart | alt.FacetChart
 LINES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")

@@ -3,6 +3,10 @@
 A kind is an entry point of the group `hydra_llm.heads`, built-in ones too.
 """
 
+from hydra_llm.extras import require
+
+require("learn", "a head")
+
 from hydra_llm.model.head import Head, latest_time
 from hydra_llm.model.heads.base import HeadKind, HeadMatrix, HeadProblem, SGDConfig
 from hydra_llm.model.interactions import Interaction
