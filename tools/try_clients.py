@@ -38,6 +38,7 @@ JAVASCRIPT |= {"zod": "4.6.7"}
 FEATURES = ("user", "seen", "feedback", "stream", "tools", "schema")
 ADDRESS = "http://127.0.0.1:8000"  # of the gateway, as the page writes it
 MARK = "harvest-7"  # in the user's records, in no question
+WORD = "Monday"  # in the page's questions; a client's other calls are its own affair
 DAYS = ("Tuesday", "Wednesday", "Thursday", "Friday", "Sunday")
 SECONDS = 240  # that a block may take
 QUIET = {
@@ -169,7 +170,7 @@ def run_client(client: Client, user: str, base: str, fake: str, upstream: Upstre
         own = re.sub(r"\bada\b", user, code.replace(ADDRESS, base))
         out, error = run_block(language, own, fake)
         printed, client.error = printed + out, client.error or error
-    asked = upstream.asked
+    asked = [body for body in upstream.asked if WORD in json.dumps(body["messages"])]
     client.shown["user"] = any(map(is_personal, asked))
     client.shown["seen"] = bool(re.search(r"personal:.*\btrue\b", printed, re.I))
     client.shown["feedback"] = bool(httpx2.get(f"{url}/export").json()["feedback"])
