@@ -162,7 +162,7 @@ def open_once() -> Callable[..., Any]:
 def shared_minilm(open_once: Callable[..., Any]) -> Iterator[None]:
     """Share one MiniLM among the bundles that a process loads and learns."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("model.persistence", "training.api"):
+        for module in ("model.persistence", "training.api", "model.encoder"):
             patch.setattr(f"hydra_llm.{module}.open_encoder", open_once)
         yield
 

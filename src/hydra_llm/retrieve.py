@@ -59,6 +59,11 @@ def make_retriever(
     return retriever
 
 
+def needs_encoder(name: str) -> bool:
+    """Whether the retriever of this name compares vectors."""
+    return bool(getattr(RETRIEVERS.load(name), "needs_encoder", False))
+
+
 class _ByScore:
     """Orders records by a score of their texts against the query's; equal scores by recency."""
 

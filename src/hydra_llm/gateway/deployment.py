@@ -1,4 +1,4 @@
-"""What requests are answered with: a bundle's pipeline, or BM25 alone without a bundle."""
+"""What requests are answered with: a bundle's pipeline, or a retriever alone without a bundle."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from hydra_llm.gateway.user_cache import TimedReads, UserCache, UserSnapshot, te
 from hydra_llm.gateway.user_data import forget_unused
 from hydra_llm.model.feature_cache import FeatureCache, forget_features
 from hydra_llm.pipeline import Pipeline
-from hydra_llm.retrieve import Forgetful, make_retriever
+from hydra_llm.retrieve import Forgetful, Retriever, make_retriever, needs_encoder
 from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ANY_TASK = Task("chat", "generation", "{input}")  # what is answered without a bundle
 WITHOUT_BUNDLE = {"parsing": "strict", "prompt_style": "turns", "max_prompt_tokens": 4096}
+WITHOUT_BUNDLE |= {"retriever": "bm25"}
 """Of a conversation's answer every line counts, and conversations are longer than tasks."""
 RECORDS_AT_ONCE = 2  # six texts, some hundredths of a second that a request has to wait
 
@@ -49,6 +50,9 @@ class Deployment:
     users: UserCache
     batcher: MicroBatcher
     bundle: "Bundle | None" = None
+    features: FeatureCache | None = None  # of the bundle, or of a retriever that needs an encoder
+    searches_vectors: bool = False  # then BM25 searches until a user's history is encoded
+    words: Retriever = field(default_factory=lambda: make_retriever("bm25"), init=False)
     prefetching: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)  # by user
 
     @property
@@ -65,8 +69,8 @@ class Deployment:
 
     def prefetch(self, user: str) -> None:
         """Encode the user's records that have no features yet, in a task."""
-        if self.bundle and self.users.need_features and user not in self.prefetching:
-            encoding = self._prefetch(user, self.bundle.store)
+        if self.features and self.users.need_features and user not in self.prefetching:
+            encoding = self._prefetch(user, self.features)
             task = self.prefetching[user] = asyncio.create_task(encoding)
             task.add_done_callback(lambda _: self.prefetching.pop(user, None))
 
@@ -97,13 +101,14 @@ class Deployment:
     def drop(self, user: str) -> None:
         """Drop a user from memory, and every index, as none says whose it is (scoring thread)."""
         self.users.drop(user)
-        if isinstance(self.pipeline.retriever, Forgetful):
-            self.pipeline.retriever.forget()
+        for retriever in (self.pipeline.retriever, self.words):
+            if isinstance(retriever, Forgetful):
+                retriever.forget()
 
     def forget_texts(self, texts: Sequence[str], *, but: str | None = None) -> int:
         """Delete features of texts that only `but` has, if anyone: how many; else `UserFault`."""
         cache = self.pipeline.settings.cache / "features.sqlite"
-        forget = self.bundle.store.forget if self.bundle else partial(forget_features, cache)
+        forget = self.features.forget if self.features else partial(forget_features, cache)
         return forget_unused(self.store, forget, texts, but)
 
 
@@ -123,7 +128,8 @@ def open_deployment(
     """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
     carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
     """
-    names = {"retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens"}
+    names = {"retriever", "retrieved", "k", "temperature", "abstention_threshold"}
+    names |= {"max_prompt_tokens"}
     overrides = settings.model_dump(include=names, exclude_none=True)
     if settings.samples is not None:
         overrides["samples"] = settings.samples
@@ -132,10 +138,12 @@ def open_deployment(
     size, queue = settings.users_in_memory, settings.scoring_queue
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
-        pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen)
-        users = UserCache(store, None, size)
-        batcher = MicroBatcher(None, queue, None)
-        return Deployment(store, reads, pipeline, users, batcher)
+        cache = _encoder(chosen) if needs_encoder(chosen.retriever) else None
+        embed = cache.texts if cache else None
+        retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
+        pipeline = Pipeline(ANY_TASK, retriever, chosen)
+        users, batcher = UserCache(store, None, size, cache), MicroBatcher(embed, queue, None)
+        return Deployment(store, reads, pipeline, users, batcher, None, cache, cache is not None)
     require("learn", f"the bundle {folder} (reranker and adapter)")
     from hydra_llm.bundle import Bundle
 
@@ -146,6 +154,20 @@ def open_deployment(
     features = bundle.store
     features.keep = False  # only prefetching writes features to disk: those of users' records
     pairs = features.pairs if chosen.features == "cross" else None
-    users = UserCache(store, bundle, size)
+    dense = needs_encoder(chosen.retriever)
+    encoded = features if dense or chosen.features == "tower" else None
+    users = UserCache(store, bundle, size, encoded)
     batcher = MicroBatcher(features.texts, queue, pairs)
-    return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle)
+    return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle, features, dense)
+
+
+def _encoder(settings: Settings) -> FeatureCache:
+    """The features of a retriever without a bundle."""
+    require("learn", f"the retriever '{settings.retriever}'")
+    from hydra_llm.model.encoder import open_encoder
+
+    pooling, length = settings.pooling, settings.max_length
+    encoder = open_encoder(settings.encoder, pooling=pooling, max_length=length)
+    features = FeatureCache(encoder, settings.cache / "features.sqlite")
+    features.keep = False  # as a bundle's
+    return features

@@ -4,7 +4,7 @@ A choice is what an OpenAI completion holds; a candidate is what the pipeline sc
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,8 +45,11 @@ class RecordSearch:
     @cached_property
     def ranked(self) -> list[Ranked]:
         """Best first: in the retriever's order until they are reranked."""
-        started = time.perf_counter()
-        retrieved = self.deployment.pipeline.retrieve(self.context, self.k)
+        started, deployment = time.perf_counter(), self.deployment
+        pipeline, visible = deployment.pipeline, self.context.visible
+        if deployment.searches_vectors and not deployment.users.is_warm(self.user, visible):
+            pipeline = replace(pipeline, retriever=deployment.words)
+        retrieved = pipeline.retrieve(self.context, self.k)
         self.seconds["retrieve"] = time.perf_counter() - started
         return retrieved
 

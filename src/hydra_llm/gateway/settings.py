@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from hydra_llm import config
 from hydra_llm.config import SERVE_TABLE
 from hydra_llm.errors import SettingsError
+from hydra_llm.plugins import RETRIEVERS
 
 RENAMED: Mapping[str, str] = {
     "candidates": "samples",
@@ -31,6 +32,8 @@ class ServeSettings(config.Group):
     """turns: example turns; block: a list in the last user message; auto: as learned, or turns."""
     retrieved: int | None = Field(default=None, ge=0)
     """Records retrieved and reranked, at least `k`; None is the bundle's value, or 10 without."""
+    retriever: str | None = None
+    """As `retrieval.retriever`; None is the bundle's, or bm25. dense, hybrid: extra `learn`."""
     k: int | None = Field(default=None, ge=0)
     """Number of records in the prompt; None is the bundle's value, or 4 without a bundle."""
     samples: int | None = Field(default=None, ge=1, le=64)
@@ -109,6 +112,11 @@ class ServeSettings(config.Group):
         if not isinstance(value, str):
             return value
         return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("retriever")
+    @classmethod
+    def _known_retriever(cls, name: str | None) -> str | None:
+        return name and config.known(RETRIEVERS, name)
 
     @field_validator("cors_origins")
     @classmethod

@@ -21,6 +21,7 @@ from hydra_llm.types import Record, as_one_text
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
+    from hydra_llm.model.feature_cache import FeatureCache
 
 R = TypeVar("R")
 READS_AT_ONCE = 40
@@ -65,10 +66,16 @@ class UserSnapshot:
 class UserCache:
     """An LRU cache of a store's users. Any thread may call."""
 
-    def __init__(self, store: Store, bundle: "Bundle | None", size: int):
-        self._store, self._bundle = store, bundle
-        # Whether histories have to be encoded before they can be scored.
-        self.need_features = bundle is not None and bundle.settings.features == "tower"
+    def __init__(
+        self,
+        store: Store,
+        bundle: "Bundle | None",
+        size: int,
+        features: "FeatureCache | None" = None,
+    ):
+        """`features`: where histories have to be encoded before they can be searched or scored."""
+        self._store, self._bundle, self._features = store, bundle, features
+        self.need_features = features is not None
         self._recent: LRUCache[str, UserSnapshot] = LRUCache(size)
         self._encoded: LRUCache[str, int] = LRUCache(size)  # user → version that was encoded
         self._lock, self._dropped = threading.Lock(), 0
@@ -106,12 +113,12 @@ class UserCache:
 
     def is_warm(self, user: UserSnapshot, records: Sequence[Record]) -> bool:
         """Whether these records have been encoded, so that scoring need not wait for that."""
-        if self._bundle is None or not self.need_features:
+        if self._features is None:
             return True
         with self._lock:
             if self._encoded.get(user.name) == user.version:
                 return True
-        if self._bundle.store.missing(texts_of(records)) > MAX_MISSING:
+        if self._features.missing(texts_of(records)) > MAX_MISSING:
             return False
         with self._lock:
             self._encoded[user.name] = user.version
