@@ -1349,17 +1349,14 @@ async def test_usage_that_is_none_costs_no_answer(store: Store, bundles: dict[st
             }
 
         world.upstream.complete = odd  # type: ignore[method-assign]
-        assert (await world.ask(QUESTION)).json()["usage"] == {
-            "prompt_tokens": 0,
-            "completion_tokens": 0,
-            "total_tokens": 3,
-        }
+        assert (await world.ask(QUESTION)).json()["usage"] is None, "it is not known, and not 0"
 
 
 def test_usage_of_several_completions_is_summed() -> None:
     """Cached and reasoning tokens have prices of their own."""
     one = {
         "prompt_tokens": 10,
+        "completion_tokens": 2,
         "prompt_tokens_details": {"cached_tokens": 8, "audio_tokens": None},
         "total_tokens": 12,
     }
@@ -1368,16 +1365,17 @@ def test_usage_of_several_completions_is_summed() -> None:
         "prompt_tokens_details": {"cached_tokens": 1},
         "completion_tokens_details": {"reasoning_tokens": 2},
     }
-    assert usage_of(
-        [{"usage": one}, {"usage": other}, {"usage": {"prompt_tokens_details": "n/a"}}, {}]
-    ) == {
-        "prompt_tokens": 20,
-        "completion_tokens": 0,
-        "total_tokens": 24,
+    odd = {**one, "prompt_tokens_details": "n/a", "completion_tokens_details": None}
+    assert usage_of([{"usage": one}, {"usage": other}, {"usage": odd}]) == {
+        "prompt_tokens": 30,
+        "completion_tokens": 6,
+        "total_tokens": 36,
         "prompt_tokens_details": {"cached_tokens": 9},
         "completion_tokens_details": {"reasoning_tokens": 2},
     }
     assert usage_of([{"usage": one}]) == one
+    for untold in ({}, {"usage": None}, {"usage": {"prompt_tokens": 3}}):
+        assert usage_of([{"usage": one}, untold]) is None, "a sum with an unknown part is unknown"
 
 
 async def test_a_users_header_may_be_utf_8(store: Store) -> None:

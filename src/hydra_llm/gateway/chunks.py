@@ -3,10 +3,11 @@
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra_llm.llm.wire import text_of
+from hydra_llm.llm.sse import Event, EventReader
+from hydra_llm.llm.wire import piece_of
 
 DONE = b"data: [DONE]\n\n"
 PIECE = 64  # characters in a chunk of an answer that is complete already
@@ -21,11 +22,16 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
     """A completion as a stream's chunks after the role's: text, finish reasons, usage if wanted."""
     deltas: list[dict[str, Any]] = []
     for choice in completion["choices"]:
-        index, message, text = choice["index"], choice["message"], text_of(choice["message"])
+        index, message = choice["index"], choice["message"]
         # Other fields come first, such as a refusal, and the tokens' probabilities with them.
         written = ("role", "content")
         others = {k: v for k, v in message.items() if v is not None and k not in written}
-        pieces = [{"content": text[i : i + PIECE]} for i in range(0, len(text), PIECE)]
+        if calls := others.get("tool_calls"):  # in a stream each has its place
+            others["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
+        content = message.get("content") or ""
+        cut = content if isinstance(content, str) else [content]  # a list of parts stays one
+        step = PIECE if isinstance(content, str) else 1
+        pieces = [{"content": cut[i : i + step]} for i in range(0, len(cut), step)]
         parts = [delta(index, piece) for piece in ([others] if others else []) + pieces]
         if parts and choice.get("logprobs"):
             parts[0]["logprobs"] = choice["logprobs"]
@@ -46,17 +52,17 @@ class StreamReader:
         self.texts: dict[int, str] = {}  # by the choice's index
         self.head: dict[str, Any] = {}  # what the chunks have in common
         self.ended = False
-        self.rest = b""  # what was not passed on: half a line, or all from the end on
+        self.answered = False  # whether a choice has ended
+        self.rest = b""  # all from the end on
+        self._events = EventReader()
 
     def take(self, piece: bytes) -> bytes:
-        """The next bytes; returns those that may be passed on: whole lines before the end."""
-        *lines, self.rest = (self.rest + piece).split(b"\n")
-        for place, line in enumerate(lines):
-            if self._ends(line):
-                self.ended, self.rest = True, b"\n".join([*lines[place:], self.rest])
-                lines = lines[:place]
-                break
-        return b"".join(line + b"\n" for line in lines)
+        """The next bytes; returns those that may be passed on: whole events before the end."""
+        return self._passed(self._events.feed(piece))
+
+    def close(self) -> bytes:
+        """The stream is over; what it left without a blank line may be its end all the same."""
+        return self._passed(self._events.end())
 
     @property
     def choices(self) -> list[dict[str, Any]]:
@@ -64,21 +70,31 @@ class StreamReader:
         texts = [text for _, text in sorted(self.texts.items())]
         return [{"message": {"role": "assistant", "content": text}} for text in texts]
 
-    def _ends(self, line: bytes) -> bool:
-        """Whether the stream ends with this line; else it is read."""
-        if not line.startswith(b"data:"):
+    def _passed(self, events: Sequence[Event]) -> bytes:
+        for place, one in enumerate(events):
+            if self._ends(one):
+                self.ended = True
+                behind = [*events[place:], *self._events.end()]
+                self.rest = b"".join(event.raw for event in behind)
+                events = events[:place]
+                break
+        return b"".join(event.raw for event in events)
+
+    def _ends(self, event: Event) -> bool:
+        """Whether the stream ends with this event; else it is read."""
+        if event.data is None:
             return False
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return True
-        with contextlib.suppress(Exception):  # what cannot be parsed goes out as it came
-            chunk = json.loads(data)
+        chunk = chunk_of(event)
+        if chunk is None:
+            return event.data.strip() == "[DONE]"
+        with contextlib.suppress(Exception):  # what cannot be read goes out as it came
             if chunk.get("usage") and not chunk["choices"]:
                 return True
+            self.answered = self.answered or ends_answer(event, chunk)
             common = ("id", "object", "created", "model")
             self.head |= {name: chunk[name] for name in common if name in chunk}
             for choice in chunk["choices"]:
-                index, text = choice.get("index", 0), choice["delta"].get("content") or ""
+                index, text = choice.get("index", 0), piece_of(choice["delta"])
                 self.texts[index] = self.texts.get(index, "") + text
         return False
 
@@ -99,6 +115,21 @@ def _line_with_id(line: bytes, id: str) -> bytes:
     if line.count(old) == 1:  # all else stays as the upstream wrote it
         return line.replace(old, new)
     return event({**chunk, "id": id}).rstrip(b"\n") + line[len(line.rstrip(b"\r\n")) :]
+
+
+def chunk_of(event: Event) -> Any:
+    """The JSON of an event, None where it holds none."""
+    try:
+        return json.loads(event.data or "")
+    except (ValueError, RecursionError):
+        return None
+
+
+def ends_answer(event: Event, chunk: Any) -> bool:
+    """Whether an event is `[DONE]`, or its chunk ends a choice."""
+    choices = chunk.get("choices") if isinstance(chunk, Mapping) else None
+    ends = (isinstance(choice, Mapping) and choice.get("finish_reason") for choice in choices or ())
+    return (event.data or "").strip() == "[DONE]" or any(ends)
 
 
 def role_chunk(id: str, model: str, count: int) -> dict[str, Any]:

@@ -279,7 +279,11 @@ class Gateway:
                 rest = with_id(reader.rest, request.completion_id)
                 yield await self._last_chunk(request, reader) + rest
         if isinstance(request, PersonalRequest) and not reader.ended:
-            await self._last_chunk(request, reader)
+            if passed := reader.close():
+                yield passed
+            last = await self._last_chunk(request, reader)
+            if last and (reader.rest or reader.answered):  # else it was cut
+                yield b"\n\n" + last if passed else last
             if reader.rest:
                 yield reader.rest
 

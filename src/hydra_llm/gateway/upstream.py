@@ -6,9 +6,8 @@ the retries, except of a request on a kept connection that the endpoint was clos
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from secrets import token_hex
@@ -18,9 +17,13 @@ from urllib.parse import quote
 import httpx2
 
 from hydra_llm.environment import http_client_faults
+from hydra_llm.gateway.chunks import DONE, chunk_of, chunks_of, ends_answer, role_chunk
+from hydra_llm.gateway.chunks import event as write
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.telemetry import note
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
+from hydra_llm.llm.sse import Event, EventReader
+from hydra_llm.llm.wire import WireError, error_in, failure, tokens_of
 
 Transport = httpx2.AsyncBaseTransport
 Body = Mapping[str, Any]
@@ -32,8 +35,9 @@ CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
 RATE_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")
 PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id", *RATE_HEADERS, "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
-ENDS = re.compile(rb'\[DONE\]|"finish_reason": ?"')
-"""What every complete stream holds; within an answer's text the quotes are escaped."""
+BLANK = b" \t\r\n\xef\xbb\xbf"  # what may stand before an answer
+COMMENT = b":"  # how a line begins that keeps a connection alive
+LONGEST = 2000  # characters of an error that are told
 
 
 class UpstreamError(ApiError):
@@ -45,7 +49,26 @@ class UpstreamError(ApiError):
         error = body.get("error", body) if isinstance(body, dict) else body
         super().__init__(status, str(error), code=code or None, headers=headers)
         if error is not body and isinstance(error, dict):
-            self.body = body
+            self.body = {"error": {**self.body["error"], "message": None, **error}}
+
+    @classmethod
+    def of(
+        cls, error: WireError, endpoint: Endpoint, headers: Mapping[str, str], body: Any = None
+    ) -> "UpstreamError":
+        """The error as the caller sees it: in OpenAI's shape, with the upstream's own fields."""
+        passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
+        status = error.status or 502
+        if status in (401, 403):  # the server's own key was refused, and some endpoints quote it
+            message = "the upstream refused the gateway's own key"
+            return cls(status, message, passed, "upstream_key")
+        message = endpoint.redact(error.message)[:LONGEST]
+        if message.startswith("an answer"):
+            message = f"the upstream gave {message}"
+        own = body.get("error") if isinstance(body, Mapping) else None
+        fields = endpoint.redacted(own) if isinstance(own, Mapping) else {}
+        told = {"type": error.kind, "code": error.code, "param": error.param}
+        told = {name: endpoint.redact(value) for name, value in told.items() if value}
+        return cls(status, {"error": {**told, **fields, "message": message}}, passed)
 
 
 class Upstream(Protocol):
@@ -68,37 +91,70 @@ class HttpUpstream:
         key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         url = endpoint.url.rstrip("/") + "/"
         options: dict[str, Any] = {"base_url": url, "headers": key, "limits": LIMITS}
+        options["params"] = endpoint.query or None  # of every request, behind its path
         with http_client_faults():
             self._client = httpx2.AsyncClient(timeout=timeout, transport=transport, **options)
 
     async def complete(self, body: Body) -> Any:
         answer = await self._send("chat/completions", body)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        items = choices if isinstance(choices, list) else []
-        messages = [item.get("message") if isinstance(item, dict) else None for item in items]
-        if not messages or not all(isinstance(message, dict) for message in messages):
-            raise UpstreamError(502, "the upstream answered without choices")
         return {"id": f"chatcmpl-{token_hex(12)}", "model": body.get("model"), **answer}
 
     async def stream(self, body: Body) -> AsyncIterator[bytes]:
+        """Whole events, as they come. An error among them is raised."""
         async with self._answering("chat/completions", body) as response:
-            if "json" in response.headers.get("content-type", ""):
+            pieces = response.aiter_bytes()
+            first = b""
+            async for piece in pieces:
+                first += piece
+                if first.strip(BLANK):
+                    break
+            if first.strip(BLANK)[:1] in (b"{", b"[", b"<"):  # no stream
+                content = first + b"".join([piece async for piece in pieces])
+                for chunk in self._as_events(body, self._read(response, content)):
+                    yield chunk
+                return
+            reader, said, ended = EventReader(), False, False
+            try:
+                async for events in _events(reader, first, pieces):
+                    for event in events:
+                        said, ended = said or event.data is not None, ended or self._ends(event)
+                        if said or event.raw.startswith(COMMENT):
+                            yield event.raw
+            except ValueError as error:
+                raise UpstreamError(502, f"the upstream's stream cannot be read: {error}") from None
+            if not said:
                 raise UpstreamError(502, "the upstream answered with something else than a stream")
-            tail, ended = b"", False
-            async for piece in response.aiter_bytes():
-                ended = ended or ENDS.search(tail + piece) is not None
-                tail = piece[-32:]
-                yield piece
             if not ended:  # to a client a stream that stops looks like one that has ended
                 raise UpstreamError(502, "the upstream's stream ended before its answer did")
 
+    def _ends(self, event: Event) -> bool:
+        """Whether the answer ends with an event; raises the error that it tells."""
+        chunk = chunk_of(event)
+        error = error_in(chunk) if isinstance(chunk, Mapping | list) else None
+        if event.kind == "error" and error is None:
+            error = WireError(str(event.data))
+        if error is not None:
+            raise UpstreamError.of(error, self.endpoint, {}, chunk)
+        return ends_answer(event, chunk)
+
+    @staticmethod
+    def _as_events(body: Body, answer: Any) -> Iterator[bytes]:
+        """An answer as a stream, from an upstream that makes none."""
+        head = {"id": f"chatcmpl-{token_hex(12)}", "model": str(body.get("model")), **answer}
+        choices = [{"index": i, **choice} for i, choice in enumerate(head["choices"])]
+        usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        yield write(role_chunk(head["id"], head["model"], len(choices)))
+        for chunk in chunks_of({**head, "choices": choices}, usage=usage):
+            yield write(chunk)
+        yield DONE
+
     async def models(self, id: str | None = None) -> Any:
         if id is None:
-            return await self._send("models")
+            return await self._send("models", needs="")
         # No way to the endpoint's other paths, which the server's key opens.
         if any(part in ("", ".", "..") for part in id.split("/")):
             raise UpstreamError(404, "no such model", code="model_not_found")
-        return await self._send(f"models/{quote(id, safe='/')}")
+        return await self._send(f"models/{quote(id, safe='/')}", needs="")
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -117,8 +173,10 @@ class HttpUpstream:
                 response = await self._client.send(request, stream=True)
             try:
                 note(upstream=response.status_code)
-                if response.status_code >= 300:
-                    raise _error_of(response, await response.aread())
+                if 300 <= response.status_code < 400:  # not followed with a user's texts
+                    raise UpstreamError(502, "the upstream answered with a redirect")
+                if response.status_code >= 400:
+                    self._read(response, await response.aread())
                 yield response
             finally:
                 await response.aclose()
@@ -128,28 +186,29 @@ class HttpUpstream:
             message = f"the upstream cannot be reached ({type(error).__name__})"
             raise UpstreamError(502, message) from None
 
-    async def _send(self, path: str, body: Body | None = None) -> Any:
+    async def _send(self, path: str, body: Body | None = None, needs: str = "choices") -> Any:
         async with self._answering(path, body) as response:
-            await response.aread()
+            return self._read(response, await response.aread(), needs)
+
+    def _read(self, response: httpx2.Response, content: bytes, needs: str = "choices") -> Any:
+        """The JSON of an answer; raises the error that it tells, or that it is."""
         try:
-            return response.json()
-        except ValueError:
-            raise UpstreamError(502, "the upstream's answer is not JSON") from None
+            body = json.loads(content)
+        except (ValueError, RecursionError):
+            body = None
+        if error := failure(response.status_code, content, needs=needs):
+            raise UpstreamError.of(error, self.endpoint, response.headers, body)
+        return body
 
 
-def _error_of(response: httpx2.Response, content: bytes) -> UpstreamError:
-    status, headers = response.status_code, response.headers
-    passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
-    if status < 400:  # a redirect is not followed with a user's texts
-        return UpstreamError(502, "the upstream answered with a redirect", passed)
-    if status in (401, 403):  # the server's own key was refused, and some endpoints quote it
-        message = "the upstream refused the gateway's own key"
-        return UpstreamError(status, message, passed, "upstream_key")
-    try:
-        body = json.loads(content)
-    except ValueError:
-        body = "the upstream answered with an error that is not JSON"
-    return UpstreamError(status, body, passed)
+async def _events(
+    reader: EventReader, first: bytes, pieces: AsyncIterator[bytes]
+) -> AsyncIterator[list[Event]]:
+    """The events of a stream, piece by piece."""
+    yield reader.feed(first)
+    async for piece in pieces:
+        yield reader.feed(piece)
+    yield reader.end()
 
 
 def learn_samples(
@@ -180,14 +239,21 @@ def learn_samples(
 
 
 def usage_of(completions: Sequence[Mapping[str, Any]]) -> Any:
-    """What several completions spent together; of a single one all that the upstream reports."""
+    """What several completions spent together, None where one does not tell its tokens; of a single
+    one all that the upstream reports.
+    """
+    usages = [completion.get("usage") for completion in completions]
     if len(completions) == 1:
-        return completions[0].get("usage")
-    usages = [c["usage"] for c in completions if isinstance(c.get("usage"), Mapping)]
-    names, sums = ("prompt_tokens", "completion_tokens", "total_tokens"), _sums(usages)
-    total: dict[str, Any] = {name: sums.get(name, 0) for name in names}
+        return usages[0]
+    told = [usage for usage in usages if isinstance(usage, Mapping) and tokens_of(usage)]
+    if len(told) < len(usages):
+        return None
+    sums = _sums(told)
+    names = ("prompt_tokens", "completion_tokens")
+    total: dict[str, Any] = {name: sums[name] for name in names}
+    total["total_tokens"] = sum(total.values())
     for name in ("prompt_tokens_details", "completion_tokens_details"):
-        details = [usage[name] for usage in usages if isinstance(usage.get(name), Mapping)]
+        details = [usage[name] for usage in told if isinstance(usage.get(name), Mapping)]
         if details:
             total[name] = _sums(details)
     return total

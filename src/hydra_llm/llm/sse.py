@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 LINE_END = re.compile(rb"\r\n|\n|\r")
-EVENT_END = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r|\n)")
+# A \r at the end of a piece may be half of \r\n where such line ends are used.
+EVENT_END = re.compile(rb"\r?\n(?:\r?\n|\r(?=[^\n]))|\r(?!\n)\r\n?")
 MARK = b"\xef\xbb\xbf"
 LONGEST = 2**26  # bytes of one event
 
@@ -36,7 +37,7 @@ class EventReader:
             start = at = match.end()
         del self._rest[:start]
         # An event's end may have begun within the last bytes.
-        self._searched = max(0, len(self._rest) - 3)
+        self._searched = max(0, len(self._rest) - 4)
         if len(self._rest) > LONGEST:
             raise ValueError(f"an event is longer than {LONGEST} bytes")
         return events
