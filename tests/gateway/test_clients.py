@@ -11,6 +11,7 @@ from hydra_llm.gateway.chunks import with_id
 from hydra_llm.gateway.identity import NamedUser, hide_user, named_user
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.llm.sse import Event, EventReader
 from hydra_llm.store.store import Store
 from tests.waiting import async_until
 
@@ -235,15 +236,21 @@ async def test_the_completions_own_id_is_the_requests(
     assert 893214333 in {record.span[0] for record in store.records("ada")[1]}
 
 
+def events_of(stream: bytes) -> list[Event]:
+    reader = EventReader()
+    return [*reader.feed(stream), *reader.end()]
+
+
 def test_only_the_id_of_a_chunk_is_replaced() -> None:
     for line, new in (
         (b'data: {"id": "c", "x": 1.0}\r\n', b'data: {"id": "q", "x": 1.0}\r\n'),
-        (b'data:{"id":"c","x":"c"}\n', b'data: {"id":"q","x":"c"}\n'),
+        (b'data:{"id":"c","x":"c"}\n', b'data: {"id":"q","x":"c"}\n\n'),
         (b'data:{"id":null}\n', b'data:{"id":"q"}\n'),
     ):
-        assert with_id(line, "q") == new
+        (event,) = events_of(line)
+        assert with_id(event, "q").rstrip() == new.rstrip()
     for line in (b": c\n", b"\n", b"data: [DONE]\n", b'data: {"x": "id"}\n', b"data: 7\n", b"{"):
-        assert with_id(line, "q") == line
+        assert b"".join(with_id(event, "q") for event in events_of(line)) == line
 
 
 async def test_a_reply_that_is_not_personal_keeps_the_upstreams_id(store: Store) -> None:

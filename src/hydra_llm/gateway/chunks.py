@@ -48,7 +48,8 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
 class StreamReader:
     """Reads a stream of chunks as it passes, up to its usage chunk or `[DONE]`."""
 
-    def __init__(self) -> None:
+    def __init__(self, id: str) -> None:
+        self.id = id  # in the place of the upstream's own
         self.texts: dict[int, str] = {}  # by the choice's index
         self.head: dict[str, Any] = {}  # what the chunks have in common
         self.ended = False
@@ -75,10 +76,10 @@ class StreamReader:
             if self._ends(one):
                 self.ended = True
                 behind = [*events[place:], *self._events.end()]
-                self.rest = b"".join(event.raw for event in behind)
+                self.rest = b"".join(with_id(one, self.id) for one in behind)
                 events = events[:place]
                 break
-        return b"".join(event.raw for event in events)
+        return b"".join(with_id(one, self.id) for one in events)
 
     def _ends(self, event: Event) -> bool:
         """Whether the stream ends with this event; else it is read."""
@@ -99,22 +100,15 @@ class StreamReader:
         return False
 
 
-def with_id(lines: bytes, id: str) -> bytes:
-    """Whole lines of a stream with this id in their chunks; what is no chunk stays as it is."""
-    return b"".join(_line_with_id(line, id) for line in lines.splitlines(keepends=True))
-
-
-def _line_with_id(line: bytes, id: str) -> bytes:
-    try:
-        chunk = json.loads(line.removeprefix(b"data:"))
-    except ValueError:
-        return line
+def with_id(one: Event, id: str) -> bytes:
+    """An event's bytes with this id in its chunk, all else as the upstream wrote it."""
+    chunk = chunk_of(one)
     if not isinstance(chunk, dict) or "id" not in chunk:
-        return line
+        return one.raw
     old, new = json.dumps(chunk["id"]).encode(), json.dumps(id).encode()
-    if line.count(old) == 1:  # all else stays as the upstream wrote it
-        return line.replace(old, new)
-    return event({**chunk, "id": id}).rstrip(b"\n") + line[len(line.rstrip(b"\r\n")) :]
+    if one.raw.count(old) == 1:
+        return one.raw.replace(old, new)
+    return event({**chunk, "id": id})
 
 
 def chunk_of(event: Event) -> Any:

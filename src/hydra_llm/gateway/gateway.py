@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.batching import Overloaded
-from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event, with_id
+from hydra_llm.gateway.chunks import StreamReader, chunk_head, delta, event
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
@@ -267,17 +267,16 @@ class Gateway:
     async def stream(self, request: RoutedRequest) -> AsyncIterator[bytes]:
         """The upstream's stream; a personal one is kept for feedback and told of before its end."""
         started = time.perf_counter()
-        reader = StreamReader()
+        reader = StreamReader(request.completion_id)
         async for piece in self.upstream.stream({**request.body, "stream": True}):
             if reader.ended or not isinstance(request, PersonalRequest):
                 yield piece
                 continue
             if passed := reader.take(piece):
-                yield with_id(passed, request.completion_id)
+                yield passed
             if reader.ended:
                 request.seconds["upstream"] = time.perf_counter() - started
-                rest = with_id(reader.rest, request.completion_id)
-                yield await self._last_chunk(request, reader) + rest
+                yield await self._last_chunk(request, reader) + reader.rest
         if isinstance(request, PersonalRequest) and not reader.ended:
             if passed := reader.close():
                 yield passed
