@@ -160,6 +160,8 @@ class _Page:
 
     def fit_records(self, examples: list[Record], text: str) -> list[Record]:
         """The best examples that fit; a single one may lose the end of its input."""
+        if not self.fits([], text):
+            return []  # found once, as a conversation may be long
         for count in range(len(examples), 0, -1):
             if self.fits(examples[:count], text):
                 return examples[:count]

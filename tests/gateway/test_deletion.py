@@ -36,7 +36,7 @@ async def busy(together: MicroBatcher, monkeypatch: pytest.MonkeyPatch) -> Async
 
     async def ask() -> None:
         while not ended:
-            await together.run(partial(time.sleep, 0.01))
+            await together.run(partial(time.sleep, 0.01), user="")
 
     asking = [asyncio.create_task(ask()) for _ in range(3)]
     yield
@@ -117,7 +117,7 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
             else:
                 await send(world, [Record("ada", "r0", "a calm at last", "calm")])
         await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
-        await deployment.batcher.run(lambda: None)
+        await deployment.batcher.run(lambda: None, user="")
         gone = texts_of(records if how == "the user" else records[:1])
         assert deployment.bundle.store.missing(gone) == len(gone)
         if how == "the user":

@@ -276,7 +276,7 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
                 asyncio.get_running_loop().call_soon(release.set)
             return await run(*work, **more)
 
-        busy = asyncio.create_task(run(release.wait))
+        busy = asyncio.create_task(run(release.wait, user=""))
         monkeypatch.setattr(deployment.batcher, "run", counted)
         replies = await asyncio.gather(*(world.ask(QUESTION, user) for user in askers))
         answers = [answer.json()["personalization"] for answer in replies]
@@ -836,7 +836,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         assert (await world.http.delete("/v1/users/ada/records/r0")).status_code == 200
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
         await async_until(lambda: not deployment.prefetching)
-        await deployment.batcher.run(lambda: None)
+        await deployment.batcher.run(lambda: None, user="")
         texts = [text for text in texts_of(records) if text != "calm"]
         assert deployment.bundle.store.missing(texts) == len(texts)
         assert deployment.pipeline.retriever._index.cache_info().currsize == 0
@@ -1219,7 +1219,7 @@ async def test_a_deleted_user_leaves_no_features_whatever_was_done(
         await world.http.post("/v1/feedback", json={"request_id": id, "edited": "calm at last"})
         await world.ask(QUESTION)
         assert (await world.http.delete("/v1/users/ada")).status_code == 200
-        await deployment.batcher.run(lambda: None)
+        await deployment.batcher.run(lambda: None, user="")
         assert feature_count(tmp_path) == 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hydra_llm.gateway.middleware import is_local
 from hydra_llm.gateway.request_log import Lines, log_to_stderr
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.upstream import UpstreamError
 from hydra_llm.store.store import Store
 from tests.waiting import FOREVER, async_until
 
@@ -262,3 +264,89 @@ async def test_a_client_that_hangs_up_ends_its_calls(
         await hang_up(world.app, body | ({"user": user} if user else {}), begun)
         await async_until(lambda: seen.count("ended") == seen.count("begun") > 0)
     assert [line["status"] for line in lines(log)] == [499]
+
+
+async def test_readiness_says_what_is_missing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydra_llm.gateway.health.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("hydra_llm.gateway.health.PROBE_SECONDS", 1.0)
+    async with running(store) as world:
+        models = world.upstream.models
+
+        async def ready() -> tuple[int, str]:
+            answer = await world.http.get("/health/readiness")
+            return answer.status_code, answer.json()["status"]
+
+        assert await ready() == (200, "ok")
+        for status, expected in ((502, 503), (503, 503), (504, 503), (404, 200), (401, 200)):
+            monkeypatch.setattr(world.upstream, "models", failing(UpstreamError(status, "gone")))
+            assert (await ready())[0] == expected
+        monkeypatch.setattr(world.upstream, "models", asyncio.Event().wait)
+        assert await ready() == (503, "the upstream does not answer")
+        monkeypatch.setattr(world.upstream, "models", models)
+        writer = sqlite3.connect(store.engine.url.database or "", isolation_level=None)
+        writer.execute("BEGIN IMMEDIATE")  # somebody else has the lock
+        assert await ready() == (503, "the store takes no writes")
+        assert (await world.http.get("/health/liveness")).status_code == 200
+        writer.close()
+        monkeypatch.setattr("hydra_llm.gateway.health.PROBE_SECONDS", FOREVER)
+        assert await ready() == (200, "ok")
+
+
+def failing(error: Exception) -> Any:
+    async def fails(*_: Any) -> Any:
+        raise error
+
+    return fails
+
+
+async def test_readiness_is_checked_once_for_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(store) as world:
+        count, models = 0, world.upstream.models
+
+        async def counted(id: str | None = None) -> Any:
+            nonlocal count
+            count += 1
+            return await models(id)
+
+        monkeypatch.setattr(world.upstream, "models", counted)
+        await asyncio.gather(*(world.http.get("/health/readiness") for _ in range(5)))
+        assert count == 1
+
+
+async def test_a_long_question_is_cut_before_it_is_read(
+    store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five megabytes: tokenized whole they would keep the scoring thread for many seconds."""
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], max_text=1000) as world:
+        encoder = world.app.state.gateway.deployment.bundle.store.encoder
+        lengths, tokenize = list[int](), encoder._tokenize
+
+        def noted(texts: Any) -> Any:
+            lengths.extend(len(text) for text in texts)
+            return tokenize(texts)
+
+        monkeypatch.setattr(encoder, "_tokenize", noted)
+        text = "a storm at sea, " * 300_000
+        assert (await world.ask(text)).json()["personalization"]["request_id"]
+        assert world.upstream.bodies[0]["messages"][-1]["content"].endswith(text)
+        world.upstream.rule = lambda body, index: f"{index} " * 1_000_000
+        await world.ask("a storm at sea")
+        assert max(lengths) <= 100 * encoder.max_length
+
+
+async def test_a_user_has_one_waiting_job(store: Store) -> None:
+    for user in ("ada", "bob"):
+        store.add_records(user, records_of(user, 1))
+    jobs = [store.add_job(f"a{i}", "ada", "fit") for i in range(50)]
+    assert {job.id for job in jobs if job} == {"a0"}
+    assert store.add_job("b0", "bob", "fit") is not None
+    claimed = [store.claim_job() for _ in range(3)]
+    assert [job and job.user for job in claimed] == ["ada", "bob", None]
+    later = store.add_job("a50", "ada", "fit")  # the first one runs: what is new needs another
+    assert later is not None
+    assert later.id == "a50"

@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
     "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
+    "init": ("hydra_llm.cli.init:init", "Write an example of the settings file."),
     "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
     "users": ("hydra_llm.cli.users:app", "List, show, import, export and delete users."),
     "keys": ("hydra_llm.cli.store:keys", "Create, list and revoke the gateway's API keys."),

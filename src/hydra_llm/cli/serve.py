@@ -73,9 +73,10 @@ def serve(
         if settings.drain is not None:
             config.timeout_graceful_shutdown = math.ceil(settings.drain)  # whole seconds
         server = uvicorn.Server(config)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # which nohup sets
             # The terminal is gone: requests in flight end, as with SIGTERM.
-            signal.signal(signal.SIGHUP, lambda *_: server.handle_exit(signal.SIGTERM, None))
+            signal.signal(hangup, lambda *_: server.handle_exit(signal.SIGTERM, None))
         address = f"http://{name}:{listening.getsockname()[1]}/v1"
         _say_what_runs(address, app.state.gateway, opened.name, without_userinfo(llm))
         # uvicorn raises the signal again after the requests in flight have ended.

@@ -8,15 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from prometheus_client import generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
-from hydra_llm.gateway import openai_routes, user_routes
+from hydra_llm.gateway import health, openai_routes, user_routes
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
@@ -33,7 +32,6 @@ from hydra_llm.store.store import Store
 WATCH_SECONDS = 1.0
 PRUNE_SECONDS = 600.0
 DAY = 86400.0
-health = APIRouter(tags=["health"])
 
 
 def make_app(
@@ -59,9 +57,9 @@ def make_app(
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
     # Its /docs loads nothing from elsewhere.
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
-    app.state.gateway = gateway
+    app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm)
-    for router in (openai_routes.router, user_routes.router, health):
+    for router in (openai_routes.router, user_routes.router, health.router):
         app.include_router(router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
@@ -90,31 +88,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_sync(worker.close)
     await run_sync(gateway.deployment.batcher.close)
     await upstream.aclose()
-
-
-@health.get("/health/liveness")
-async def liveness() -> dict[str, str]:
-    """The process answers."""
-    return {"status": "ok"}
-
-
-@health.get("/health/readiness")
-async def readiness(http: Request, response: Response) -> dict[str, str]:
-    """The store answers; no LLM is asked."""
-    gateway: Gateway = http.app.state.gateway
-    try:
-        await gateway.reads.read(gateway.store.bundle)
-    except HydraError:
-        response.status_code = 503
-        return {"status": "the store does not answer"}
-    return {"status": "ok"}
-
-
-@health.get("/metrics", response_class=Response)
-async def metrics(http: Request) -> Response:
-    """Figures for Prometheus."""
-    figures = generate_latest(http.app.state.gateway.telemetry.registry)
-    return Response(figures, media_type="text/plain; version=0.0.4")
 
 
 async def _watch(gateway: Gateway) -> None:

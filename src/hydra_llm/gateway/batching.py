@@ -33,13 +33,57 @@ class _Job:
     result: "Future[Any]" = field(default_factory=Future)
 
 
+class FairQueue:
+    """Jobs by user. Users have turns, so that nobody waits behind all that another one has asked;
+    where there is no room, whoever has most jobs here loses the last of them. "" is the server
+    itself, which loses none.
+    """
+
+    def __init__(self, room: int):
+        self._of_user: dict[str, deque[_Job]] = {}  # in the order of their turns
+        self._room, self._size = room, 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def put(self, user: str, job: _Job) -> None:
+        """Add a job. Raises `Overloaded`: no room, and no other user has more jobs."""
+        own = len(self._of_user.get(user, ()))
+        if user and self._size >= self._room:
+            most = max(filter(None, self._of_user), key=self._waiting_of, default="")
+            if self._waiting_of(most) <= own + 1:
+                raise _overloaded()
+            last = self._of_user[most].pop()
+            self._size -= 1
+            if last.result.set_running_or_notify_cancel():
+                last.result.set_exception(_overloaded())
+        self._of_user.setdefault(user, deque()).append(job)
+        self._size += 1
+
+    def take(self) -> _Job:
+        """The first job of the user whose turn it is."""
+        user = next(iter(self._of_user))
+        jobs = self._of_user.pop(user)
+        job = jobs.popleft()
+        if jobs:
+            self._of_user[user] = jobs  # behind the others
+        self._size -= 1
+        return job
+
+    def _waiting_of(self, user: str) -> int:
+        return len(self._of_user.get(user, ()))
+
+
+def _overloaded() -> Overloaded:
+    return Overloaded("more requests wait to be scored than this machine can score")
+
+
 class MicroBatcher:
     """A thread that encodes and scores."""
 
     def __init__(self, encode: Encode | None, max_waiting: int, encode_pairs: EncodePairs | None):
-        self._encode, self._encode_pairs, self._max_waiting = encode, encode_pairs, max_waiting
-        self._waiting: deque[_Job] = deque()
-        self._later: deque[_Job] = deque()
+        self._encode, self._encode_pairs = encode, encode_pairs
+        self._waiting, self._later = FairQueue(max_waiting), FairQueue(max_waiting)
         self._ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
@@ -50,22 +94,20 @@ class MicroBatcher:
         do: Callable[[], R],
         texts: Sequence[str] = (),
         *,
+        user: str,
         pairs: Callable[[], Pairs] = tuple,
-        must: bool = False,
         idle: bool = False,
     ) -> R:
         """Await `do()` in the scoring thread, after its texts, and then what `pairs()` gives there,
         were encoded together with those of other waiting jobs. An idle job begins when no other
-        waits; it must be short. Raises `Overloaded` if the thread has ended, or too many wait for a
-        job that is neither idle nor a `must`.
+        waits; it must be short. `user` is for whom it is done, "" for the server itself. Raises
+        `Overloaded` if the thread has ended, or too many jobs of users wait.
         """
-        if len(self._waiting) >= self._max_waiting and not (must or idle):
-            raise Overloaded("more requests wait to be scored than this machine can score")
         job = _Job(do, texts, pairs)
         with self._changed:
             if self._ended:
                 raise Overloaded("these scorers are not in use any more")
-            (self._later if idle else self._waiting).append(job)
+            (self._later if idle else self._waiting).put(user, job)
             self._changed.notify()
         result: R = await asyncio.wrap_future(job.result)
         return result
@@ -83,14 +125,14 @@ class MicroBatcher:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._later or self._ended)
                 size = min(len(self._waiting), MAX_BATCH)
-                batch = [self._waiting.popleft() for _ in range(size)]
+                batch = [self._waiting.take() for _ in range(size)]
                 if not batch and self._ended:
-                    for job in self._later:
-                        job.result.cancel()
+                    while self._later:
+                        self._later.take().result.cancel()
                     return
                 batches = batches + 1 if batch else 0
                 idle = self._later and batches % IDLE_JOB_EVERY == 0 and not self._ended
-                after = [self._later.popleft()] if idle else []
+                after = [self._later.take()] if idle else []
             self._do(batch)
             self._do(after)
 

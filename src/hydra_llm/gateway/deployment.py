@@ -84,7 +84,9 @@ class Deployment:
             while user := await self.reads.read(partial(self.users.current, name)):
                 if not (texts := texts_of(user.records[start : start + RECORDS_AT_ONCE])):
                     return
-                await self.batcher.run(partial(features.texts, texts, keep=False), idle=True)
+                await self.batcher.run(
+                    partial(features.texts, texts, keep=False), user=name, idle=True
+                )
                 with suppress(StaleVersion):  # the user has changed: read again
                     await run_sync(write, user, texts)
                     start += RECORDS_AT_ONCE
@@ -96,7 +98,7 @@ class Deployment:
         if task := self.prefetching.get(user):
             task.cancel()
             await asyncio.wait({task})  # then what it had in the queue is cancelled too
-        await self.batcher.run(partial(self.drop, user), must=True)
+        await self.batcher.run(partial(self.drop, user), user="")
 
     def drop(self, user: str) -> None:
         """Drop a user from memory, and every index, as none says whose it is (scoring thread)."""

@@ -17,7 +17,14 @@ from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.identity import hide_user
 from hydra_llm.gateway.sampling import Body, CandidateSampler, without
 from hydra_llm.gateway.schemas import ChatRequest, PersonalizationOptions
-from hydra_llm.gateway.scoring import RankedChoices, RecordSearch, choice_texts, rank, unranked
+from hydra_llm.gateway.scoring import (
+    RankedChoices,
+    RecordSearch,
+    choice_texts,
+    rank,
+    scored_texts,
+    unranked,
+)
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
@@ -134,7 +141,9 @@ class Gateway:
         question = _question(routed)
         # Scorers and records know the text within the task's instruction.
         within = deployment.pipeline.task.input_of(question)
-        search = await self._search(deployment, user, within or question, options.k or 0)
+        # One character more than a record may have: feedback on a longer one makes no record.
+        text = (within or question)[: self.settings.max_text + 1]
+        search = await self._search(deployment, user, text, options.k or 0)
         prompt = deployment.pipeline.render(
             search.context.query,
             search.ranked[: settings.k if options.k is None else options.k],
@@ -165,7 +174,7 @@ class Gateway:
             raise _NotPersonal("unknown-user")
         search = RecordSearch(deployment, user, text, self.telemetry, k)
         try:
-            await deployment.batcher.run(search.run, [text], pairs=search.pairs)
+            await deployment.batcher.run(search.run, [text], user=name, pairs=search.pairs)
         except Exception as error:
             busy = isinstance(error, Overloaded)
             self.telemetry.failed("scoring" if busy else "retriever", error)
@@ -219,7 +228,7 @@ class Gateway:
         """The choices in the adapter's order; as they came where there is none, or it fails."""
         started = time.perf_counter()
         context, pipeline = request.search.context, request.deployment.pipeline
-        texts = choice_texts(choices)
+        texts = scored_texts(choices)
         if request.candidates == 1:
             return unranked(choices, request.unscored)
         try:
@@ -234,8 +243,9 @@ class Gateway:
             def pairs() -> Sequence[tuple[str, str]]:
                 return pipeline.selector.pairs(context, pipeline.read(texts, greedy)[0])
 
+            name = request.search.user.name
             ranked = partial(rank, pipeline, context.without_vectors(), choices, greedy)
-            return await request.deployment.batcher.run(ranked, texts, pairs=pairs)
+            return await request.deployment.batcher.run(ranked, texts, user=name, pairs=pairs)
         except Exception as error:  # whatever it is must not cost the caller an answer
             self.telemetry.failed("adapter", error)
             return unranked(choices, "scoring-failure")
@@ -253,7 +263,7 @@ class Gateway:
             add = partial(self.store.add_request, stored, version=user.version)
             kept = await self.reads.read(add)
             if not kept:  # deleted while the upstream was asked
-                await deployment.batcher.run(partial(deployment.drop, user.name), must=True)
+                await deployment.batcher.run(partial(deployment.drop, user.name), user="")
                 texts = [question, *choice_texts(ranked.choices), *texts_of(user.records)]
                 texts += [candidate.text for candidate in ranked.candidates]
                 await self.reads.read(partial(deployment.forget_texts, texts))

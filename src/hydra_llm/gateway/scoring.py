@@ -18,6 +18,7 @@ from hydra_llm.text import repair
 from hydra_llm.types import Candidate, Query, Ranked
 
 Choice = dict[str, Any]
+SCORED_CHARACTERS = 20_000  # of an answer; a longer one takes longer than all others together
 
 
 @dataclass(eq=False)
@@ -99,6 +100,11 @@ def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
     return [repair(answer_of(choice["message"])) for choice in choices]
 
 
+def scored_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The beginning of each, as scorers read it: candidates are compared word by word."""
+    return [text[:SCORED_CHARACTERS] for text in choice_texts(choices)]
+
+
 def unranked(choices: Sequence[Choice], reason: str) -> RankedChoices:
     """The choices in the order in which they came, without scores for this reason."""
     candidates = [Candidate(text, text, 1) for text in choice_texts(choices)]
@@ -111,7 +117,7 @@ def rank(
     """The choices in the user's order: the pick, then by score; equal answers behind all others.
     The first `greedy` choices are of temperature 0.
     """
-    texts, parsing = choice_texts(choices), pipeline.settings.parsing
+    texts, parsing = scored_texts(choices), pipeline.settings.parsing
     offered, _ = pipeline.read(texts, greedy)
     selection = pipeline.select(context, offered)
     keys = [candidate_key(text, pipeline.task.read(text, parsing)) for text in texts]

@@ -175,7 +175,7 @@ async def show_user(user: User, http: Request) -> dict[str, Any]:
     _, records = await run_sync(gateway.store.records, user)
     deployment = gateway.deployment
     about = partial(describe, kept, records, deployment.bundle)
-    profile = await deployment.batcher.run(about, idle=True)
+    profile = await deployment.batcher.run(about, user=user, idle=True)
     return {**profile, "text": "\n".join(in_words(profile))}
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 10.0  # seconds for the question whether the hub is there
 TOKENIZED_AT_ONCE = 1024  # texts in memory as tokens; among them, those of like length are batched
+CHARACTERS_PER_TOKEN = 100  # at most: a longer word is one unknown token
 REPORTED_FROM = 256  # fewer texts are encoded without a report of progress
 # Tokenizers that give the same tokens of these texts are the same, whatever wrote their files.
 PROBE = ["", "The Café, 12.5% of 北京's 🙂 naïve\tTEXT\x00!", ("left Side", "right side\n")]
@@ -85,17 +86,21 @@ class Encoder(torch.nn.Module):
 
     def encode(self, texts: Sequence[str], batch: int = 32) -> np.ndarray:
         """Each text alone, [B, H] float32 with rows of length 1: a dot product is a cosine."""
-        return normalize(self._encode(_clean(texts), batch), dim=1).numpy()
+        return normalize(self._encode(self._clean(texts), batch), dim=1).numpy()
 
     def encode_pairs(
         self, left: Sequence[str], right: Sequence[str], batch: int = 16
     ) -> np.ndarray:
         """Each pair as one text (`cross`), [B, H] float32, not normalised."""
-        return self._encode(list(zip(_clean(left), _clean(right), strict=True)), batch).numpy()
+        return self._encode(
+            list(zip(self._clean(left), self._clean(right), strict=True)), batch
+        ).numpy()
 
     def forward_pairs(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """As `encode_pairs`, in one batch, with gradients and (in training mode) dropout."""
-        return self._forward(self._tokenize(list(zip(_clean(left), _clean(right), strict=True))))
+        return self._forward(
+            self._tokenize(list(zip(self._clean(left), self._clean(right), strict=True)))
+        )
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that `open_encoder(str(folder))` gives the same digest."""
@@ -122,6 +127,13 @@ class Encoder(torch.nn.Module):
             if training:
                 self.train()
         return rows
+
+    def _clean(self, texts: Sequence[str]) -> list[str]:
+        """Replace lone surrogates, which JSON can carry and no tokenizer reads, and cut what is
+        longer than any window: to tokenize a text of megabytes first would take a minute.
+        """
+        most = CHARACTERS_PER_TOKEN * self.max_length
+        return [text[:most].encode("utf-8", "replace").decode() for text in texts]
 
     def _tokenize(self, texts: Sequence[Any]) -> list[Any]:
         global _warned_of_cut
@@ -157,11 +169,6 @@ class Encoder(torch.nn.Module):
         longest = max(map(len, rows))
         padded = [row + [value] * (longest - len(row)) for row in rows]
         return torch.tensor(padded, device=self.model.device)
-
-
-def _clean(texts: Sequence[str]) -> list[str]:
-    """Replace lone surrogates, which JSON can carry and no tokenizer reads."""
-    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def _window(model: Any) -> int:

@@ -233,14 +233,20 @@ class Store(Database):
     # ---- jobs
 
     def add_job(self, id: str, name: str, kind: str) -> Job | None:
-        """A new job that waits; None for an unknown user."""
-        now = time.time()
+        """A new job that waits, or the one that waits already, so that nobody's jobs come before
+        everybody else's; None for an unknown user.
+        """
+        now, jobs = time.time(), schema.jobs.c
         job = Job(id, name, kind, "waiting", 0, 0, "", now, now)
+        same = _with_names(schema.jobs, Job).where(jobs.kind == kind, jobs.state == "waiting")
         with self.writing() as connection:
             user = locked_user(connection, name)
-            if user:
-                connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
-        return job if user else None
+            if user is None:
+                return None
+            if row := connection.execute(same.where(jobs.user == user.key).limit(1)).one_or_none():
+                return Job(*row)
+            connection.execute(sa.insert(schema.jobs).values(asdict(job) | {"user": user.key}))
+        return job
 
     def job(self, name: str, id: str) -> Job | None:
         """A user's job."""
@@ -342,6 +348,13 @@ class Store(Database):
         return rows[0].value if rows else None
 
     # ---- upkeep
+
+    def check_write(self) -> None:
+        """Write a row to the disk; StoreError if that fails."""
+        table, row = schema.serving, {"name": "written", "value": str(time.time())}
+        with self.writing() as connection:
+            insert_new(connection, table, row)
+            connection.execute(sa.update(table).where(table.c.name == row["name"]).values(row))
 
     def prune(self, before: float) -> tuple[int, int]:
         """Delete requests answered and jobs ended before a time; returns how many of each."""
