@@ -115,8 +115,8 @@ def test_findings_compare_hydra_and_give_reasons(tmp_path: Path) -> None:
             " ahead of mbr@8."
         ),
         (
-            "Choosing among the LLM's samples can move accuracy from 0.500 (one by lot) to 1.000"
-            " (the best one); hydra@4,8 reaches 0.750, 50% of that way."
+            "Choosing among the LLM's samples can move accuracy from 0.500 (a random one) to 1.000"
+            " (the best one); hydra@4,8 reaches 0.750, 50% of that difference."
         ),
         (
             "For hydra@4,8 the most frequent answer has 88% of the LLM's samples; in 75% of the"

@@ -1,6 +1,6 @@
 """A chat request to a completion: user → retrieve → rerank → render → upstream → select → reply.
 A part that fails is left out and counted, and never costs the caller an answer: the request is
-passed through, the retriever's order stands, or the first choice is the answer.
+passed through, the retriever's order is kept, or the first choice is the answer.
 """
 
 import time

@@ -34,7 +34,7 @@ class RecordSearch:
     k: int  # records that the request asks for: so many are retrieved at least
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # by stage
     warm: bool = field(default=False, init=False)
-    """Whether the user's history is encoded; else the retriever's order stands."""
+    """Whether the user's history is encoded; else the retriever's order is kept."""
 
     @cached_property
     def context(self) -> Context:

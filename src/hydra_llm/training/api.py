@@ -314,7 +314,7 @@ class _Work:
             helps = reranker_helps(bundle.report)
             if bundle.use_reranker and not helps:
                 reason = "on held-out users the reranker's first records were worth less"
-                learned.notes.append(f"the retriever's order stands: {reason}")
+                learned.notes.append(f"the retriever's order is kept: {reason}")
             bundle = replace(bundle, use_reranker=helps)
         learned.bundle = bundle
 

@@ -84,9 +84,9 @@ def _picks(report: Report, own: TableRow) -> Iterator[str]:
     expected, best = bounds.get("random", math.nan), bounds.get("oracle", math.nan)
     if has_bounds and abs(best - expected) > 0:
         yield (
-            f"Choosing among the LLM's samples can move {metric} from {expected:.3f} (one by lot)"
+            f"Choosing among the LLM's samples can move {metric} from {expected:.3f} (a random one)"
             f" to {best:.3f} (the best one); {name} reaches {value:.3f},"
-            f" {(value - expected) / (best - expected):.0%} of that way."
+            f" {(value - expected) / (best - expected):.0%} of that difference."
         )
     agreements = [sample.agreement for sample in samples if sample.agreement is not None]
     if agreements:
@@ -157,7 +157,7 @@ def _learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]
     gains = _numbers(report, "gain_first", "gain_pick", "gain_best")
     if gains and name == "reranker":
         first, pick, best = gains
-        used = "its order is used" if pick >= first else "so the retriever's order stands in hydra"
+        used = "its order is used" if pick >= first else "so hydra keeps the retriever's order"
         yield (
             f"There the LLM's answer is worth {pick:.3f} with the reranker's first record,"
             f" {first:.3f} with the retriever's first, {best:.3f} with the best: {used}."
