@@ -104,3 +104,24 @@ def test_commands_that_make_a_store_say_so(
         url = f"sqlite:///{tmp_path / str(len(list(tmp_path.iterdir())) + 1)}.db"
         assert run([*command.split(), "--store", url]) == 0
         assert f"store {url}: created" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("id", ["", " ", "a\nb", "q" * 201, "\udcff"])
+def test_no_key_is_made_for_a_user_whom_no_request_could_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], id: str
+) -> None:
+    url = f"sqlite:///{tmp_path / 'live.db'}"
+    assert run(["keys", "create", "--user", "ada", "--user", id, "--store", url]) == 2
+    error = capsys.readouterr().err
+    assert "no request could name that user" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_of_one_user_named_twice_is_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'live.db'}"
+    words = ["--user", "ada", "--user", "ada", "--json", "--store", url]
+    assert run(["keys", "create", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["users"] == "ada"

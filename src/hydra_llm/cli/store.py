@@ -29,11 +29,16 @@ def create(
 ) -> None:
     """Create a key and print it; it cannot be shown again."""
     from hydra_llm.gateway.auth import make_key
+    from hydra_llm.gateway.schemas import id_fault
 
     if bool(user) == admin:
         raise SettingsError("name the users (--user U) or give --admin")
+    users = list(dict.fromkeys(user or ()))
+    for id in users:
+        if fault := id_fault(id):
+            raise SettingsError(f"--user {id!r} {fault}: no request could name that user")
     with open_store(store, create=True) as opened:
-        key, secret = make_key(opened, label=label, admin=admin, users=user or ())
+        key, secret = make_key(opened, label=label, admin=admin, users=users)
     console.emit({**_row(key), "key": secret} if as_json else secret, as_json)
 
 
