@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
@@ -67,13 +68,14 @@ def test_choices_are_told_from_free_texts_and_times_are_told(store: Store) -> No
     assert '"keep" 75%, "toss" 25%' in "\n".join(in_words(profile))
 
 
-@pytest.mark.parametrize("output", ["茶" * 500, "word " * 300, "x" * 900, "", "a\nb"])
+@pytest.mark.parametrize("output", ["茶" * 500, "word " * 300, "x" * 900, "", "a\nb\x1b[31m"])
 def test_words_fit_a_terminal_whatever_a_user_wrote(store: Store, output: str) -> None:
     store.add_records(
         "u" * 60, [Record("", f"{i}", output or "y", output or "z") for i in range(3)]
     )
     lines = in_words(profile_of(store, "u" * 60))
-    assert max(map(len, lines)) <= WIDTH
+    assert max(map(cell_len, lines)) <= WIDTH
+    assert all(line.isprintable() for line in lines)
     store.add_records("new", [])
     assert in_words(profile_of(store, "new"))[0] == "new"
 
@@ -89,14 +91,19 @@ def test_what_a_head_raises_is_what_it_was_taught(store: Store, bundles: dict[st
             ada.put_heads(bundle.weights, {"adapter": StoredHead(20, 0.0, numbers)})
         learned = profile_of(store, "ada", bundle)["learned"]
         assert set(learned) == {"adapter"}
-        assert next(iter(learned["adapter"]["raises"])) == label
-        assert label not in learned["adapter"]["lowers"]
+        leanings = learned["adapter"]["leanings"]
+        assert {item["text"] for item in leanings} == set(TAGS.labels)
+        assert leanings[0]["text"] == label
+        assert leanings[0]["probability"] > 0.1 > 0 > leanings[1]["probability"]
         text = "\n".join(in_words(profile_of(store, "ada", bundle)))
-        assert f'It raises "{label}" +' in text
+        points = f"{100 * leanings[0]['probability']:+.1f}"
+        assert (
+            f"What the adapter has learned from 20 records (norm 5)\n   {points}  {label}" in text
+        )
     with store.change("ada") as ada:
         ada.put_heads(bundle.weights, {"adapter": StoredHead(20, 0.0, bytes(len(numbers)))})
     text = "\n".join(in_words(profile_of(store, "ada", bundle)))
-    assert "Nothing that changes an answer" in text
+    assert "nothing that changes an answer" in text
     assert not profile_of(store, "ada")["learned"], "heads of another bundle say nothing"
 
 

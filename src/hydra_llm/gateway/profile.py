@@ -5,7 +5,6 @@ texts, against the shared head on the same. Knows no HTTP and no database.
 """
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -75,8 +74,13 @@ def in_words(profile: Mapping[str, Any]) -> list[str]:
     if profile["answers"]:
         lines += ["How this user answers", *_indented(_answer_words(profile["answers"]))]
     for name, learned in profile["learned"].items():
-        of = f"from {_count(learned['records'], 'record')}"
-        lines += [f"What the {name} has learned {of}", *_indented(_learned_words(learned))]
+        of, norm = _count(learned["records"], "record"), learned["norm"]
+        lines.append(f"What the {name} has learned from {of} (norm {norm:g})")
+        for item in learned["leanings"]:
+            points = f"{100 * item['probability']:+.1f}"
+            lines += _indented(f"{points:>6}  {item['text']}", 10)
+        what = "points of probability, against the scores that all users share"
+        lines += _indented(what if learned["leanings"] else "nothing that changes an answer")
     if profile["most_used"]:
         lines.append("Records that were in most prompts")
         for item in profile["most_used"]:
@@ -134,14 +138,17 @@ def _learned(
             inputs = [record.input for record in readable]
             leanings = _leanings(scorer, numbers, inputs, texts, bundle)
             order = np.argsort(leanings, kind="stable")
-            up = [i for i in order[::-1] if leanings[i] > 0][:SHOWN]
-            down = [i for i in order if leanings[i] < 0][:SHOWN]
+            ends = [*order[::-1][:SHOWN], *order[::-1][SHOWN:][-SHOWN:]]
+            shown = [(texts[i], round(float(leanings[i]), 4)) for i in ends]
             out[row["scorer"]] = {
                 "records": row["known"],
                 "until": None if row["until"] is None else _date(row["until"]),
                 "norm": round(float(np.linalg.norm(numbers)), 4),
-                "raises": {_cut(texts[i]): round(float(leanings[i]), 4) for i in up},
-                "lowers": {_cut(texts[i]): round(float(leanings[i]), 4) for i in down},
+                "leanings": [
+                    {"text": _cut(text), "probability": value}
+                    for text, value in shown
+                    if abs(value) >= 0.0005  # less is shown as 0.0 points
+                ],
             }
     return out
 
@@ -174,25 +181,15 @@ def _leanings(
     return difference
 
 
-def _learned_words(learned: Mapping[str, Any]) -> str:
-    def listed(name: str) -> str:
-        items = learned[name].items()
-        return ", ".join(f'"{text}" {100 * leaning:+.1f}' for text, leaning in items)
-
-    parts = [f"{name} {listed(name)}" for name in ("raises", "lowers") if learned[name]]
-    if not parts:
-        return "Nothing that changes an answer: the shared head's scores stand."
-    points = "in points of probability, against what is learned from all users"
-    norm = f"The user's numbers have the norm {learned['norm']:g}."
-    return f"It {' and '.join(parts)} ({points}). {norm}"
-
-
 # ---- texts
 
 
 def _cut(text: str, length: int = 80) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+    shown = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
+    )
+    return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
 
 def _count(count: int, what: str) -> str:
@@ -206,5 +203,13 @@ def _date(seconds: float) -> str | None:
         return None
 
 
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in textwrap.wrap(text, WIDTH - 2, break_on_hyphens=False)]
+def _indented(text: str, indent: int = 2) -> list[str]:
+    """The text in lines that fit; further ones begin at `indent`."""
+    from rich.console import Console  # it knows that some letters take two columns
+    from rich.text import Text
+
+    console = Console(width=WIDTH)
+    first, *rest = (line.plain for line in Text(text).wrap(console, WIDTH - 2))
+    left = Text(" ".join(line.strip() for line in rest))
+    more = [line.plain for line in left.wrap(console, WIDTH - indent)] if rest else []
+    return [f"  {first.rstrip()}", *(" " * indent + line.rstrip() for line in more)]
