@@ -14,8 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hydra_llm.config import LOCAL, Settings, load_settings, settings_over
 from hydra_llm.errors import BundleError, DataError, SettingsError
+from hydra_llm.gate import Gate, GateWeights, LearnedGate, LexicalGate
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.model.encoder import Encoder
 from hydra_llm.model.feature_cache import FeatureCache
@@ -57,6 +60,8 @@ class Bundle:
     """By name, "reranker" and "adapter": those that were learned."""
     heads: Heads = field(default_factory=dict, repr=False)
     """Users who are in none of them get the shared head."""
+    gate: GateWeights | None = None
+    """None in bundles of older versions, and with few training inputs: words are compared then."""
     use_reranker: bool = True
     """False where the retriever's first records were worth more on held-out users."""
     records: Records = field(default_factory=dict, repr=False)
@@ -109,7 +114,9 @@ class Bundle:
         if adapt and self.adapter:
             selector = LearnedSelector(self.adapter, featurizer, chosen)
         retriever = make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed)
-        return Pipeline(self.task, retriever, chosen, reranker, selector, featurizer.vectorize)
+        gate: Gate = LearnedGate(self.gate, self.store.texts) if self.gate else LexicalGate()
+        vectorize = featurizer.vectorize
+        return Pipeline(self.task, retriever, chosen, reranker, selector, gate, vectorize)
 
     def personalizer(
         self,
@@ -157,8 +164,11 @@ class Bundle:
             scorers[name] = scorer.config() | heads.config()
             own = scorer.tensors() | heads.tensors()
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
+        if self.gate:
+            tensors["gate.weights"] = torch.tensor(self.gate.weights)
         encoder = self.store.encoder if settings.tune_encoder else None
         config = {
+            "gate": self.gate and self.gate.config(),
             "task": self.task.to_json(),
             "settings": settings.stored(),
             "llm": dict(self.llm),
@@ -217,6 +227,7 @@ class Bundle:
             population=CohortStats(**{**config["population"], "label_shares": shares}),
             scorers=scorers,
             heads=heads,
+            gate=GateWeights.restore(config.get("gate"), files.tensors.get("gate.weights")),
             use_reranker=config["use_reranker"],
             records={**files.records, **{user: [] for user in config.get("without_records", ())}},
             trained_on=tuple(config["trained_on"]),

@@ -61,6 +61,8 @@ class Retrieval(Group):
     """M: number of records that are retrieved and reranked."""
     k: int = Field(default=4, ge=0)
     """Number of records in the prompt, taken in the reranker's order."""
+    gate: Literal["auto", "always", "off"] = "auto"
+    """Use only records that may help: auto, unless the task's own instruction asks; always; off."""
     max_prompt_tokens: int = Field(default=1536, ge=64)
     """Token limit of the prompt: the last records are cut first, then the query's text."""
 

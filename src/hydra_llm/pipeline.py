@@ -16,6 +16,7 @@ import anyio
 from hydra_llm.config import Settings
 from hydra_llm.context import Context, Vectorize
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
+from hydra_llm.gate import NOT_RELEVANT, OFF_TASK, Gate, OpenGate
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
 from hydra_llm.llm.concurrency import run_sync
@@ -55,6 +56,7 @@ class Pipeline:
     settings: Settings = field(default_factory=Settings)
     reranker: Reranker = field(default_factory=KeepOrder)
     selector: Selector = field(default_factory=FirstCandidate)
+    gate: Gate = field(default_factory=OpenGate)
     vectorize: Vectorize | None = None  # makes a context's vectors, where a stage is learned
     profile: str = ""  # what is known of the user, for the system message
 
@@ -78,6 +80,20 @@ class Pipeline:
     def rerank(self, context: Context, retrieved: Sequence[Ranked]) -> list[Ranked]:
         """The same records, most useful first."""
         return self.reranker.order(context, retrieved)
+
+    def belongs(self, context: Context, *, in_task_words: bool = True) -> bool:
+        """Whether the question may see records; always if the task's own instruction asks it."""
+        return self._gate(in_task_words).belongs(context)
+
+    def relevant(
+        self, context: Context, ranked: Sequence[Ranked], *, in_task_words: bool = True
+    ) -> list[Ranked]:
+        """The records that are worth more than none; all if the task's own instruction asks."""
+        return self._gate(in_task_words).relevant(context, ranked)
+
+    def _gate(self, in_task_words: bool) -> Gate:
+        mode = self.settings.gate
+        return OpenGate() if mode == "off" or (mode == "auto" and in_task_words) else self.gate
 
     def render(
         self,
@@ -220,11 +236,12 @@ class UserPipeline(Pipeline):
             context = self.context_of(question, user)
             retrieved = self.retrieve(context)
         with _timed(seconds, "rerank"):
-            ranked = self.rerank(context, retrieved)
+            ranked, refused = self.admitted(context, retrieved)
         with _timed(seconds, "prompt"):
             prompt = self.render(context.query, ranked[: self.settings.k])
         with _timed(seconds, "llm"):
-            sampled = await self.sample(self.llm, prompt)
+            plain = self._without_samples() if refused else self
+            sampled = await plain.sample(self.llm, prompt)
         return Proposal(
             query=context.query,
             retrieved=tuple(retrieved),
@@ -233,8 +250,23 @@ class UserPipeline(Pipeline):
             candidates=sampled.candidates,
             usage=sampled.usage,
             seconds=seconds,
-            notes=(*context.notes, *sampled.prompt.notes, *sampled.notes),
+            notes=(*context.notes, *refused, *sampled.prompt.notes, *sampled.notes),
         )
+
+    def admitted(
+        self, context: Context, retrieved: Sequence[Ranked]
+    ) -> tuple[list[Ranked], tuple[str, ...]]:
+        """The records that pass the gate, reranked, and a note where it lets none pass."""
+        if not self.belongs(context):
+            return [], (f"gate: {OFF_TASK}",)
+        ranked = self.rerank(context, retrieved)
+        passed = self.relevant(context, ranked)
+        return passed, (f"gate: {NOT_RELEVANT}",) if ranked and not passed else ()
+
+    def _without_samples(self) -> Self:
+        """The same, but the LLM's own answer stands: nobody's records speak for another one."""
+        once = {"samples": 1, "greedy_first": True, "candidates": "sampled"}
+        return replace(self, settings=self.settings.model_copy(update=once))
 
     async def aanswer(self, question: Question, *, user: str | None = None) -> Answer:
         """`apropose`, then the selector's pick; a plain text is asked for `user` as of now.

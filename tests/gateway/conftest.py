@@ -240,7 +240,10 @@ async def running(
     warm: bool = True,
     **settings: Any,
 ) -> AsyncIterator[World]:
-    """A gateway that is up, and has encoded the records that are there."""
+    """A gateway that is up, and has encoded the records that are there. Its gate is off: most tests
+    ask anything at all, and test_gate.py is about what passes.
+    """
+    settings.setdefault("gate", "off")
     upstream = Scripted()
     app = make_app(
         store,

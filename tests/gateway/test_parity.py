@@ -334,7 +334,7 @@ async def test_the_bundles_settings_hold_unless_others_are_given(
     loaded = Bundle.load(learned["text"]).settings
     async with running(store, learned["text"], **overrides) as world:
         settings = world.app.state.gateway.deployment.pipeline.settings
-    assert settings == loaded.model_copy(update=expected)
+    assert settings == loaded.model_copy(update={"gate": "off", **expected})
     async with running(store) as world:
         bare = world.app.state.gateway.deployment.pipeline.settings
     assert (bare.max_prompt_tokens, bare.prompt_style) == (4096, "turns"), "without a bundle"

@@ -139,11 +139,7 @@ class Gateway:
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings = deployment.pipeline.settings
         question = _question(routed)
-        # Scorers and records know the text within the task's instruction.
-        within = deployment.pipeline.task.input_of(question)
-        # One character more than a record may have: feedback on a longer one makes no record.
-        text = (within or question)[: self.settings.max_text + 1]
-        search = await self._search(deployment, user, text, options.k or 0)
+        search = await self._search(deployment, user, question, options.k or 0)
         prompt = deployment.pipeline.render(
             search.context.query,
             search.ranked[: settings.k if options.k is None else options.k],
@@ -160,11 +156,13 @@ class Gateway:
             candidates=max(options.samples or settings.samples, routed.n) if several else 1,
             search=search,
             prompt_records=prompt.records,
-            in_task_words=within is not None,
+            in_task_words=search.in_task_words,
         )
 
-    async def _search(self, deployment: Deployment, name: str, text: str, k: int) -> RecordSearch:
-        """The user's records for a text. Whatever fails must not cost the caller an answer."""
+    async def _search(
+        self, deployment: Deployment, name: str, question: str, k: int
+    ) -> RecordSearch:
+        """The user's records for a question. Whatever fails must not cost the caller an answer."""
         try:
             user = await self.reads.read(partial(deployment.users.current, name))
         except Exception as error:
@@ -172,7 +170,11 @@ class Gateway:
             raise _NotPersonal("store-failure") from None
         if user is None:
             raise _NotPersonal("unknown-user")
-        search = RecordSearch(deployment, user, text, self.telemetry, k)
+        # Scorers and records know the text within the task's instruction.
+        within = deployment.pipeline.task.input_of(question)
+        # One character more than a record may have: feedback on a longer one makes no record.
+        text = (within or question)[: self.settings.max_text + 1]
+        search = RecordSearch(deployment, user, text, self.telemetry, k, within is not None)
         try:
             await deployment.batcher.run(search.run, [text], user=name, pairs=search.pairs)
         except Exception as error:
@@ -183,6 +185,8 @@ class Gateway:
             raise _NotPersonal("no-history")
         if not search.warm:
             deployment.prefetch(name)
+        if search.reason:
+            raise _NotPersonal(search.reason)
         return search
 
     # ---- the upstream

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hydra_llm.context import Context
+from hydra_llm.gate import NOT_RELEVANT, OFF_TASK
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
@@ -32,9 +33,11 @@ class RecordSearch:
     question: str
     telemetry: Telemetry
     k: int  # records that the request asks for: so many are retrieved at least
+    in_task_words: bool = False  # whether the question is the task's instruction around a text
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # by stage
     warm: bool = field(default=False, init=False)
     """Whether the user's history is encoded; else the retriever's order is kept."""
+    reason: str = field(default="", init=False)  # why no record may be used; empty if some may
 
     @cached_property
     def context(self) -> Context:
@@ -59,15 +62,24 @@ class RecordSearch:
         return self.deployment.pipeline.reranker.pairs(self.context, self.ranked)
 
     def run(self) -> None:
-        """Rank the records."""
-        retrieved, visible = self.ranked, self.context.visible
+        """Rank the records that pass the gate."""
+        pipeline, visible = self.deployment.pipeline, self.context.visible
         self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
-        started = time.perf_counter()
+        if visible and not pipeline.belongs(self.context, in_task_words=self.in_task_words):
+            self.reason, self.ranked = OFF_TASK, []
+            return
+        retrieved, started = self.ranked, time.perf_counter()
         if self.warm:
             try:
-                self.ranked = self.deployment.pipeline.rerank(self.context, retrieved)
+                self.ranked = pipeline.rerank(self.context, retrieved)
             except Exception as error:  # the answer is worth more than the order
                 self.telemetry.failed("reranker", error)
+        if (
+            self.warm or not pipeline.gate.reads_vectors
+        ):  # what is not encoded yet is not waited for
+            found, words = self.ranked, self.in_task_words
+            self.ranked = pipeline.relevant(self.context, found, in_task_words=words)
+            self.reason = NOT_RELEVANT if found and not self.ranked else ""
         self.seconds["rerank"] = time.perf_counter() - started
         self.context = self.context.without_vectors()  # it waits while others are answered
 

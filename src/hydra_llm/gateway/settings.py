@@ -30,6 +30,8 @@ class ServeSettings(config.Group):
     # ---- answering
     placement: Literal["auto", "turns", "block"] = "auto"
     """turns: example turns; block: a list in the last user message; auto: as learned, or turns."""
+    gate: Literal["auto", "always", "off"] = "auto"
+    """As `retrieval.gate`: other questions pass through as `off-task` or `not-relevant`."""
     retrieved: int | None = Field(default=None, ge=0)
     """Records retrieved and reranked, at least `k`; None is the bundle's value, or 10 without."""
     retriever: str | None = None

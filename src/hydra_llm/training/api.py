@@ -36,6 +36,7 @@ from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.convex import Strengths
 from hydra_llm.training.dataset import LabelledGroup
+from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
@@ -263,6 +264,17 @@ class _Work:
         self.train(picking, tune=settings.tune_encoder)
         if settings.tune_encoder and picking is not None:
             self.train(ranking)  # the encoder has moved under the reranker
+        self.fit_gate()
+
+    def fit_gate(self) -> None:
+        """Fit the gate, with the encoder and reranker as they are now."""
+        learned, started = self.learned, perf_counter()
+        self.progress("fit gate", 0, 1)
+        gate, report = fit_gate(learned.bundle)
+        self.progress("fit gate", 1, 1)
+        learned.bundle = replace(learned.bundle, gate=gate)
+        learned.report(gate=report)
+        learned.stages["fit gate"] = StageCost(len(learned.users), perf_counter() - started)
 
     async def labelled_data(self, name: str) -> LabelledData | None:
         """What a scorer is trained on; None where no candidate is better than another."""
