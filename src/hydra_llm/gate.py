@@ -236,6 +236,7 @@ MOST_RECORDS = 150  # the latest, which the classifier is fitted on
 LEXICAL_THRESHOLD = -0.15  # of a classifier with targets −1 and 1
 LEXICAL_FLOOR = 0.03  # share of the question's weight of words that a record must have
 FEW_FLOOR = 0.1  # the same with few records
+NEAR_COSINE = 0.4  # of a record that needs no word in common, where there is an encoder
 COMMON = 1 / 25  # words in more than this share of generic requests weigh nothing
 
 
@@ -279,9 +280,11 @@ def coverage(question: str, inputs: Sequence[str]) -> Floats:
 class LexicalGate(Gate):
     """Compares a question with the user's own records by their words and form: a ridge classifier
     of the records' inputs against the generic requests, and words in common with each record.
+    `embed` is for a gateway that has an encoder, but no bundle.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, embed: Embed | None = None):
+        self.embed, self.reads_vectors = embed, embed is not None
         self._classifier = lru_cache(maxsize=256)(self.fit)
 
     def belongs(self, context: Context) -> bool:
@@ -291,11 +294,16 @@ class LexicalGate(Gate):
         return float(form(question) @ self._classifier(inputs)) >= LEXICAL_THRESHOLD
 
     def relevant(self, context: Context, ranked: Sequence[Ranked]) -> list[Ranked]:
-        """The records with words of the question that are not common in requests."""
+        """The records with words of the question that are not common in requests; with an encoder
+        also those that are near it.
+        """
         few = len(self._inputs(context)) < LEAST_RECORDS
-        shares = coverage(context.query.input, [item.record.input for item in ranked])
-        floor = FEW_FLOOR if few else LEXICAL_FLOOR
-        return [item for item, share in zip(ranked, shares, strict=True) if share >= floor]
+        question, inputs = context.query.input, [item.record.input for item in ranked]
+        passed = coverage(question, inputs) >= (FEW_FLOOR if few else LEXICAL_FLOOR)
+        if self.embed is not None and inputs:
+            vectors = self.embed([question, *inputs])
+            passed |= vectors[1:] @ vectors[0] >= NEAR_COSINE
+        return [item for item, passes in zip(ranked, passed, strict=True) if passes]
 
     @staticmethod
     def fit(inputs: tuple[str, ...]) -> Floats:

@@ -104,15 +104,9 @@ class Deployment:
     def drop(self, user: str) -> None:
         """Drop a user from memory, and every index, as none says whose it is (scoring thread)."""
         self.users.drop(user)
-<<<<<<< HEAD
-        for retriever in (self.pipeline.retriever, self.words):
-            if isinstance(retriever, Forgetful):
-                retriever.forget()
-=======
-        for part in (self.pipeline.retriever, self.pipeline.gate):
+        for part in (self.pipeline.retriever, self.words, self.pipeline.gate):
             if isinstance(part, Forgetful):
                 part.forget()
->>>>>>> ea4bfec (A gate: only questions of the task see records, and only records that may help)
 
     def forget_texts(self, texts: Sequence[str], *, but: str | None = None) -> int:
         """Delete features of texts that only `but` has, if anyone: how many; else `UserFault`."""
@@ -137,12 +131,8 @@ def open_deployment(
     """Load a bundle to answer a store's users with. `here` has the settings that a bundle does not
     carry, such as the folder of features. Raises `BundleError` if it is missing, damaged or newer.
     """
-<<<<<<< HEAD
-    names = {"retriever", "retrieved", "k", "temperature", "abstention_threshold"}
+    names = {"gate", "retriever", "retrieved", "k", "temperature", "abstention_threshold"}
     names |= {"max_prompt_tokens"}
-=======
-    names = {"gate", "retrieved", "k", "temperature", "abstention_threshold", "max_prompt_tokens"}
->>>>>>> ea4bfec (A gate: only questions of the task see records, and only records that may help)
     overrides = settings.model_dump(include=names, exclude_none=True)
     if settings.samples is not None:
         overrides["samples"] = settings.samples
@@ -151,19 +141,12 @@ def open_deployment(
     size, queue = settings.users_in_memory, settings.scoring_queue
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
-<<<<<<< HEAD
         cache = _encoder(chosen) if needs_encoder(chosen.retriever) else None
         embed = cache.texts if cache else None
         retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
-        pipeline = Pipeline(ANY_TASK, retriever, chosen)
+        pipeline = Pipeline(ANY_TASK, retriever, chosen, gate=LexicalGate(embed))
         users, batcher = UserCache(store, None, size, cache), MicroBatcher(embed, queue, None)
         return Deployment(store, reads, pipeline, users, batcher, None, cache, cache is not None)
-=======
-        pipeline = Pipeline(ANY_TASK, make_retriever("bm25"), chosen, gate=LexicalGate())
-        users = UserCache(store, None, size)
-        batcher = MicroBatcher(None, queue, None)
-        return Deployment(store, reads, pipeline, users, batcher)
->>>>>>> ea4bfec (A gate: only questions of the task see records, and only records that may help)
     require("learn", f"the bundle {folder} (reranker and adapter)")
     from hydra_llm.bundle import Bundle
 

@@ -74,9 +74,8 @@ class RecordSearch:
                 self.ranked = pipeline.rerank(self.context, retrieved)
             except Exception as error:  # the answer is worth more than the order
                 self.telemetry.failed("reranker", error)
-        if (
-            self.warm or not pipeline.gate.reads_vectors
-        ):  # what is not encoded yet is not waited for
+        # What is not encoded yet is not waited for: then the question alone was judged.
+        if self.warm or not pipeline.gate.reads_vectors:
             found, words = self.ranked, self.in_task_words
             self.ranked = pipeline.relevant(self.context, found, in_task_words=words)
             self.reason = NOT_RELEVANT if found and not self.ranked else ""
