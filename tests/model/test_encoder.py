@@ -299,6 +299,18 @@ def test_a_model_without_padding_is_refused(tmp_path: Path, save_model: Any) -> 
 # ---- the hub
 
 
+def test_progress_is_reported_of_many_texts_only(
+    tiny: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[tuple[int, int]] = []
+    monkeypatch.setattr(module, "REPORTED_FROM", 3)
+    monkeypatch.setattr(tiny, "progress", lambda done, total: reports.append((done, total)))
+    tiny.encode(["a", "b", "c"])
+    assert reports == []
+    tiny.encode(["a", "b", "c", "d", "e"], batch=2)
+    assert reports == [(2, 5), (4, 5), (5, 5)]
+
+
 @pytest.fixture
 def hub(longformer_folder: Path) -> Iterator[str]:
     """A Hugging Face hub on loopback that has one model, under Longformer's name."""

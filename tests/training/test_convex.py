@@ -348,3 +348,16 @@ def test_votes_count_only_where_they_help_held_out_users(informative: bool) -> N
         assert informative or weight <= 0.5
         counted.append(weight > 0.5 if informative else weight != 0)
     assert all(counted) if informative else sum(counted) <= 2
+
+
+def test_fitting_reports_each_step_and_its_end() -> None:
+    table, _ = simulate(4, 6)
+    reports: list[tuple[int, int]] = []
+    quickly(cross_scorer("linear", table), table, done=lambda *report: reports.append(report))
+    (total,) = {total for _, total in reports}
+    counts = [done for done, _ in reports]
+    assert counts == sorted(counts)
+    assert counts[:3] == [1, 2, 3]
+    assert counts[-1] == total
+    assert counts[-2] < total
+    assert len(counts) >= total - 5, "the steps that are announced are those that are made"
