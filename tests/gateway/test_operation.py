@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from fastapi import FastAPI
 
@@ -20,7 +21,8 @@ from hydra_llm.gateway.middleware import is_local
 from hydra_llm.gateway.request_log import Lines, log_to_stderr
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.upstream import UpstreamError
+from hydra_llm.gateway.upstream import HttpUpstream, UpstreamError
+from hydra_llm.llm.endpoint import Endpoint
 from hydra_llm.store.store import Store
 from tests.waiting import FOREVER, async_until
 
@@ -350,3 +352,45 @@ async def test_a_user_has_one_waiting_job(store: Store) -> None:
     later = store.add_job("a50", "ada", "fit")  # the first one runs: what is new needs another
     assert later is not None
     assert later.id == "a50"
+
+
+CHUNKS = (
+    {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]},
+    {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}},
+)
+STREAM = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in CHUNKS) + "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("user", ["ada", "nobody"])
+async def test_the_line_of_a_stream_has_its_tokens(
+    store: Store, log: io.StringIO, user: str
+) -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, text=STREAM, headers={"content-type": "text/event-stream"})
+
+    store.add_records("ada", records_of("ada"))
+    upstream = HttpUpstream(
+        Endpoint("http://upstream/v1"), timeout=5, transport=httpx2.MockTransport(answer)
+    )
+    async with running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        await world.ask("hello", user=user, stream=True)
+    (line,) = lines(log)
+    assert (line["prompt_tokens"], line["completion_tokens"], line["upstream"]) == (7, 2, 200)
+    assert line["seconds"]["upstream"] >= 0
+    assert line["reason"] == {"ada": "personal", "nobody": "unknown-user"}[user]
+
+
+async def test_the_line_of_an_error_has_the_upstreams_status(
+    store: Store, log: io.StringIO
+) -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(429, json={"error": {"message": "slow down"}})
+
+    upstream = HttpUpstream(
+        Endpoint("http://upstream/v1"), timeout=5, transport=httpx2.MockTransport(answer)
+    )
+    async with running(store) as world:
+        world.app.state.gateway.upstream = upstream
+        await world.ask("hello", user=None)
+    assert [(line["status"], line["upstream"]) for line in lines(log)] == [(429, 429)]

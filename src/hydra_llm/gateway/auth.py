@@ -58,7 +58,7 @@ UNVERIFIED = Caller("", False, ())
 
 def admin_key_given() -> str:
     """HYDRA_ADMIN_KEY, or ''. Raises SettingsError: it is short, or no header can carry it."""
-    key = variables().get("HYDRA_ADMIN_KEY", "")
+    key = variables().get("HYDRA_ADMIN_KEY", "").strip()
     if key and (len(key) < LEAST_KEY or not re.fullmatch(r"[!-~]+", key)):
         form = f"at least {LEAST_KEY} characters, printable ASCII without blanks"
         raise SettingsError(f"HYDRA_ADMIN_KEY is no key: {form}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, role_chunk
+from hydra_llm.gateway.telemetry import note_usage
 from hydra_llm.gateway.upstream import Body, HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
@@ -108,6 +109,7 @@ class EmbeddedUpstream:
             messages, sampling = _messages(body), self._sampling(body)
             async with self._turn:
                 generation = await self._llm.generate(messages, sampling, **streaming)
+            note_usage(_usage(generation))
             ends = generation.ends or ("stop",) * len(generation.texts)
             return replace(generation, ends=ends)
         except (TypeError, ValueError, OverflowError) as error:

@@ -291,6 +291,7 @@ class Gateway:
             if reader.ended:
                 request.seconds["upstream"] = time.perf_counter() - started
                 yield await self._last_chunk(request, reader) + reader.rest
+        request.seconds.setdefault("upstream", time.perf_counter() - started)
         if isinstance(request, PersonalRequest) and not reader.ended:
             if passed := reader.close():
                 yield passed

@@ -20,7 +20,7 @@ from hydra_llm.environment import http_client_faults
 from hydra_llm.gateway.chunks import DONE, chunk_of, chunks_of, ends_answer, role_chunk
 from hydra_llm.gateway.chunks import event as write
 from hydra_llm.gateway.schemas import ApiError
-from hydra_llm.gateway.telemetry import note
+from hydra_llm.gateway.telemetry import note, note_usage
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 from hydra_llm.llm.sse import Event, EventReader
 from hydra_llm.llm.wire import WireError, error_in, failure, tokens_of
@@ -117,7 +117,7 @@ class HttpUpstream:
             try:
                 async for events in _events(reader, first, pieces):
                     for event in events:
-                        said, ended = said or event.data is not None, ended or self._ends(event)
+                        said, ended = said or event.data is not None, self._ends(event) or ended
                         if said or event.raw.startswith(COMMENT):
                             yield event.raw
             except ValueError as error:
@@ -135,6 +135,8 @@ class HttpUpstream:
             error = WireError(str(event.data))
         if error is not None:
             raise UpstreamError.of(error, self.endpoint, {}, chunk)
+        if isinstance(chunk, Mapping):
+            note_usage(chunk.get("usage"))
         return ends_answer(event, chunk)
 
     @staticmethod

@@ -18,6 +18,7 @@ from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.types import Generation, Message, Usage
 
+COUNTED = 100_000  # characters
 Rule = Callable[[Sequence[Message], int, random.Random], str]
 """(messages, index of the sample, random generator) -> text; `Choose` takes choices too."""
 Choose = Callable[[Sequence[Message], int, random.Random, Sequence[str]], str]
@@ -38,22 +39,27 @@ class RuleLLM:
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
         self.calls.append(tuple(messages))
-        texts = tuple(self._text(messages, sampling, index) for index in range(sampling.n))
-        prompt = sum(len(message["content"].split()) for message in messages)
-        return Generation(texts, Usage(1, 0, 0, prompt, sum(len(text.split()) for text in texts)))
+        # The messages are read once for all samples: a server is asked megabytes too.
+        begun = hashlib.sha256(f"[{_json(list(map(dict, messages)))}, ".encode())
+        texts = tuple(self._text(messages, sampling, index, begun) for index in range(sampling.n))
+        prompt = sum(_words(message["content"]) for message in messages)
+        return Generation(texts, Usage(1, 0, 0, prompt, sum(map(_words, texts))))
 
     async def aclose(self) -> None:
         """Nothing to release."""
 
-    def _text(self, messages: Sequence[Message], sampling: Sampling, index: int) -> str:
+    def _text(self, messages: Sequence[Message], sampling: Sampling, index: int, begun: Any) -> str:
         sample, salt = (index, (sampling.seed or 0) + index) if sampling.temperature else (0, 0)
-        rng = random.Random(_digest(list(map(dict, messages)), salt))
+        digest = begun.copy()
+        digest.update(f"{salt}]".encode())
+        rng = random.Random(digest.hexdigest())
         if sampling.choices and self._choose:
             return self._choose(messages, sample, rng, sampling.choices)
         text = self._rule(messages, sample, rng)
         for mark in filter(None, sampling.stop):
             text = text.split(mark, 1)[0]
-        words, most = text.split(), sampling.max_tokens
+        most = sampling.max_tokens
+        words = text.split(maxsplit=most)
         return text if len(words) <= most else " ".join(words[:most])
 
 
@@ -83,7 +89,7 @@ def label_rule() -> RuleLLM:
 
     def words(messages: Sequence[Message], index: int, rng: random.Random) -> str:
         user = [message["content"] for message in messages if message["role"] == "user"]
-        return " ".join(user[-1].split()[:8]) if user else ""
+        return " ".join(user[-1].split(maxsplit=8)[:8]) if user else ""
 
     return RuleLLM(words, name="rule=labels", choose=lambda _, i, rng, labels: rng.choice(labels))
 
@@ -110,7 +116,8 @@ def scripted(path: Path) -> RuleLLM:
             return str(text)
         raise LLMError(f"fake:script={path}: {problem}")
 
-    return RuleLLM(rule, name=f"script={_digest(script, 0)[:12]}")
+    digest = hashlib.sha256(_json([script, 0]).encode()).hexdigest()
+    return RuleLLM(rule, name=f"script={digest[:12]}")
 
 
 def from_spec(rest: str, settings: Settings) -> ChatLLM:
@@ -133,5 +140,11 @@ def from_spec(rest: str, settings: Settings) -> ChatLLM:
     raise SettingsError(f"unknown LLM 'fake:{rest}': take {forms}")
 
 
-def _digest(value: Any, salt: int) -> str:
-    return hashlib.sha256(json.dumps([value, salt], sort_keys=True).encode()).hexdigest()
+def _words(text: str) -> int:
+    """How many there are; in a very long text an estimate by its beginning."""
+    part = text[:COUNTED]
+    return len(part.split()) * len(text) // max(1, len(part))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
