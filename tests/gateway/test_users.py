@@ -15,7 +15,7 @@ from hydra_llm.cli.main import run
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load, save
 from hydra_llm.gateway.auth import make_key
-from hydra_llm.gateway.profile import WIDTH, describe, in_words
+from hydra_llm.gateway.profile import WIDTH, describe, in_words, leanings
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback, StoredHead
@@ -31,7 +31,9 @@ BOB = [Record("bob", f"r{i}", f"a question {i}", f"Yes, number {i}!") for i in r
 def profile_of(store: Store, user: str, bundle: Bundle | None = None) -> dict[str, Any]:
     kept = store.export_user(user)
     assert kept is not None
-    return describe(kept, store.records(user)[1], bundle)
+    records = store.records(user)[1]
+    learned = leanings(kept, records, bundle) if bundle else {}
+    return describe(kept, records, learned, bundle.task if bundle else None)
 
 
 # ---- what is said of a user
@@ -91,12 +93,12 @@ def test_what_a_head_raises_is_what_it_was_taught(store: Store, bundles: dict[st
             ada.put_heads(bundle.weights, {"adapter": StoredHead(20, 0.0, numbers)})
         learned = profile_of(store, "ada", bundle)["learned"]
         assert set(learned) == {"adapter"}
-        leanings = learned["adapter"]["leanings"]
-        assert {item["text"] for item in leanings} == set(TAGS.labels)
-        assert leanings[0]["text"] == label
-        assert leanings[0]["probability"] > 0.1 > 0 > leanings[1]["probability"]
+        items = learned["adapter"]["leanings"]
+        assert {item["text"] for item in items} == set(TAGS.labels)
+        assert items[0]["text"] == label
+        assert items[0]["probability"] > 0.1 > 0 > items[1]["probability"]
         text = "\n".join(in_words(profile_of(store, "ada", bundle)))
-        points = f"{100 * leanings[0]['probability']:+.1f}"
+        points = f"{100 * items[0]['probability']:+.1f}"
         assert (
             f"What the adapter has learned from 20 records (norm 5)\n   {points}  {label}" in text
         )

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ ABOUT_ALL = {
     "truncate_log": "",
     "counts": "for operators",
     "check": "for operators",
+    "check_write": "",
     "close": "",
     "check_file": "",
     "reading": "",
@@ -89,7 +91,8 @@ def test_every_method_of_the_store_is_one_of_the_two() -> None:
 
 
 @pytest.mark.parametrize("method", OF_ONE_USER)
-def test_each_statement_names_the_user(store: Store, method: str) -> None:
+def test_each_statement_names_the_user(tmp_path: Path, method: str) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'store.db'}")
     for user in ("ada", "bob"):
         ids = ("1", "feedback:r")
         store.add_records(user, [Record(user, id, "tea", "green") for id in ids])

@@ -56,11 +56,13 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a user in words: counts, typical answers, what was learned, the records most used."""
-    from hydra_llm.gateway.profile import describe, in_words
+    from hydra_llm.gateway.profile import describe, in_words, leanings
 
     with open_store(store) as opened:
-        kept = _exported(opened, user)
-        profile = describe(kept, opened.records(user)[1], _bundle(opened, bundle))
+        kept, loaded = _exported(opened, user), _bundle(opened, bundle)
+        records = opened.records(user)[1]
+    learned = leanings(kept, records, loaded) if loaded else {}
+    profile = describe(kept, records, learned, loaded.task if loaded else None)
     console.emit(profile if as_json else "\n".join(in_words(profile)), as_json)
 
 

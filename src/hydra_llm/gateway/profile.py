@@ -5,6 +5,7 @@ texts, against the shared head on the same. Knows no HTTP and no database.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hydra_llm.rerank import record_text
+from hydra_llm.tasks.base import Task
 from hydra_llm.types import Record
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from hydra_llm.model.scorer import Scorer
 
 SAMPLE = 16  # the latest records that heads are compared on
+STYLE_RECORDS = 500  # the latest records whose style is measured
 SHOWN = 5  # records, answers and labels that are listed
 MAX_CHOICES = 20  # different answers that are choices and not free texts, where no task says so
 WIDTH = 78
@@ -30,15 +33,18 @@ TRAITS: Mapping[str, Any] = {
     "hold an exclamation mark": lambda text: "!" in text or "！" in text,
     "begin with a lower-case letter": lambda text: text[:1].islower(),
     "have several lines": lambda text: "\n" in text.strip(),
-    "hold a number": lambda text: any(character.isdigit() for character in text),
+    "hold a number": lambda text: re.search(r"\d", text) is not None,
 }
 
 
 def describe(
-    kept: Mapping[str, Any], records: Sequence[Record], bundle: "Bundle | None" = None
+    kept: Mapping[str, Any],
+    records: Sequence[Record],
+    learned: Mapping[str, Any],
+    task: Task | None,
 ) -> dict[str, Any]:
-    """A user as plain values, from `Store.export_user` and `Store.records`; with a bundle, what its
-    heads have learned. It encodes at most `SAMPLE` records and their answers.
+    """A user as plain values, from `Store.export_user`, `Store.records` and `leanings`; `task` is
+    the bundle's.
     """
     dated = [record for record in records if math.isfinite(record.span[0])]
     timed = sorted(dated, key=lambda record: record.span)
@@ -53,12 +59,12 @@ def describe(
         "first_time": timed[0].time if timed else None,
         "last_time": timed[-1].time if timed else None,
         "feedback": dict(said.most_common()),
-        "answers": _answers(records, bundle),
+        "answers": _answers(records, task),
         "most_used": [
             {"id": it.id, "times": count, "input": _cut(it.input), "output": _cut(it.output)}
             for it, count in most
         ],
-        "learned": _learned(kept, records, bundle) if bundle else {},
+        "learned": dict(learned),
     }
 
 
@@ -92,20 +98,21 @@ def in_words(profile: Mapping[str, Any]) -> list[str]:
 # ---- how the user answers
 
 
-def _answers(records: Sequence[Record], bundle: "Bundle | None") -> dict[str, Any]:
-    """Shares of choices, or length and style of free texts; empty without records."""
+def _answers(records: Sequence[Record], task: Task | None) -> dict[str, Any]:
+    """Shares of choices, or length and style of the latest free texts; empty without records."""
     outputs = [record.output for record in records]
     if not outputs:
         return {}
-    counts, task = Counter(outputs), bundle.task if bundle else None
+    counts = Counter(outputs)
     few = len(counts) <= min(MAX_CHOICES, len(outputs) // 2)
     if task.labels and not task.free_history if task else few:
         shares = {_cut(text): round(n / len(outputs), 3) for text, n in counts.most_common(SHOWN)}
         return {"shares": shares, "others": max(0, len(counts) - SHOWN)}
-    style = {name: sum(map(has, outputs)) / len(outputs) for name, has in TRAITS.items()}
+    latest = outputs[-STYLE_RECORDS:]
+    style = {name: sum(map(has, latest)) / len(latest) for name, has in TRAITS.items()}
     return {
-        "characters": median(map(len, outputs)),
-        "words": median(len(text.split()) for text in outputs),
+        "characters": median(map(len, latest)),
+        "words": median(len(text.split()) for text in latest),
         "style": {name: round(share, 3) for name, share in style.items() if share},
         "latest": _cut(outputs[-1]),
     }
@@ -123,10 +130,12 @@ def _answer_words(answers: Mapping[str, Any]) -> str:
 # ---- what the heads have learned
 
 
-def _learned(
+def leanings(
     kept: Mapping[str, Any], records: Sequence[Record], bundle: "Bundle"
 ) -> dict[str, Any]:
-    """By scorer that has a head of the user."""
+    """What the user's heads have learned, by scorer. It encodes at most `SAMPLE` records and their
+    answers.
+    """
     out = {}
     task = bundle.task
     readable = [it for it in records if task.free_history or task.is_answer(it.output)][-SAMPLE:]
@@ -136,10 +145,10 @@ def _learned(
             numbers = np.frombuffer(row["delta"], "<f4")
             texts = _candidates(row["scorer"], readable, bundle)
             inputs = [record.input for record in readable]
-            leanings = _leanings(scorer, numbers, inputs, texts, bundle)
-            order = np.argsort(leanings, kind="stable")
+            gains = _differences(scorer, numbers, inputs, texts, bundle)
+            order = np.argsort(gains, kind="stable")
             ends = [*order[::-1][:SHOWN], *order[::-1][SHOWN:][-SHOWN:]]
-            shown = [(texts[i], round(float(leanings[i]), 4)) for i in ends]
+            shown = [(texts[i], round(float(gains[i]), 4)) for i in ends]
             out[row["scorer"]] = {
                 "records": row["known"],
                 "until": None if row["until"] is None else _date(row["until"]),
@@ -163,7 +172,7 @@ def _candidates(name: str, records: Sequence[Record], bundle: "Bundle") -> list[
     return list(dict.fromkeys(texts))
 
 
-def _leanings(
+def _differences(
     scorer: "Scorer", numbers: np.ndarray, inputs: list[str], texts: list[str], bundle: "Bundle"
 ) -> np.ndarray:
     """[C] how much more probable the user's head makes each text than the shared head, on average
@@ -185,7 +194,7 @@ def _leanings(
 
 
 def _cut(text: str, length: int = 80) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text[:1000].split())
     shown = "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
     )

@@ -15,12 +15,12 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from hydra_llm.errors import StoreError, UserFault
+from hydra_llm.errors import HydraError, StoreError, UserFault
 from hydra_llm.gateway import user_data
 from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
 from hydra_llm.gateway.gateway import COMPLETION_ID, Gateway
-from hydra_llm.gateway.profile import describe, in_words
+from hydra_llm.gateway.profile import describe, in_words, leanings
 from hydra_llm.gateway.schemas import MAX_ID, ApiError, FeedbackIn, Id, RecordIn, RecordsIn
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
@@ -173,9 +173,13 @@ async def show_user(user: User, http: Request) -> dict[str, Any]:
     if kept is None:
         raise _no_such_user()
     _, records = await run_sync(gateway.store.records, user)
-    deployment = gateway.deployment
-    about = partial(describe, kept, records, deployment.bundle)
-    profile = await deployment.batcher.run(about, user=user, idle=True)
+    bundle, learned = gateway.deployment.bundle, dict[str, Any]()
+    if bundle is not None:
+        with suppress(HydraError):  # this bundle is not in use any more
+            of = partial(leanings, kept, records, bundle)
+            learned = await gateway.deployment.batcher.run(of, user=user, idle=True)
+    task = bundle.task if bundle else None
+    profile = await run_sync(describe, kept, records, learned, task)
     return {**profile, "text": "\n".join(in_words(profile))}
 
 
