@@ -119,7 +119,7 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
     id = sent.request_id.removeprefix(COMPLETION_ID)
     request = await run_sync(gateway.store.request, id)
     if request is None or not (caller.admin or request.user in caller.users):
-        message = "no such request, or it is too long ago"
+        message = "no such request: its answer was not personal, or it is too long ago"
         raise ApiError(404, message, code="request_not_found", param="request_id")
     outcome = await take_feedback(gateway, sent, request)
     gateway.telemetry.feedback.labels(kind).inc()
