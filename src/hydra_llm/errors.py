@@ -29,6 +29,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{by_form[near[0]]}'?)" if near else ""
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
 class HydraError(Exception):
     """The root: everything that this package raises on purpose."""
 
@@ -50,7 +53,8 @@ class DataError(UserFault):
         self.file, self.line, self.field = file, line, field or None
         place = ":".join(str(part) for part in (file, line) if part is not None)
         parts = (place and f"{place}:", field and f"field '{field}':", message)
-        super().__init__(" ".join(filter(None, parts)))
+        # A file may hold anything: one line, and nothing that a terminal takes for a command.
+        super().__init__(" ".join(" ".join(filter(None, parts)).split()).translate(_CONTROLS))
 
 
 class SettingsError(UserFault):

@@ -73,6 +73,7 @@ FAULTS = {
     "missing values": (data(outputs=("yes", "NaN"), labels=("yes", "NaN")), "labels", "warning", 1),
     "users alike": (data(names=("Anna", "anna", "cafe\u0301", "caf\u00e9")), "users", "warning", 2),
     "times": (data(time=""), "times", "warning", 200),
+    "days as numbers": (data(time="45321"), "times in 1970", "warning", 200),
 }
 
 

@@ -1,5 +1,6 @@
 """`hydra-llm data`: check a data set, import one from a file, download LaMP's."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from hydra_llm.cli.options import AsJson
 from hydra_llm.datasets.check import find_problems, rows, summarize
 from hydra_llm.datasets.native import save
 from hydra_llm.datasets.tabular import Columns, read_table
+from hydra_llm.datasets.verdicts import doubts, verdicts
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
@@ -72,12 +74,15 @@ def import_(
         "queries": sum(1 for _ in dataset.stream_queries()),
         "digest": dataset.digest,
         "notes": list(dataset.notes),
+        "verdicts": [asdict(verdict) for verdict in verdicts(dataset)],
     }
     if as_json:
         console.emit(summary, as_json)
         return
     for note in dataset.notes:
         console.say(note)
+    for doubt in doubts(dataset):
+        console.say(f"data {doubt.severity}: {doubt}")
     counts = f"{summary['records']} records and {summary['queries']} queries"
     console.emit(f"wrote {counts} of {len(dataset.users())} users to {out}")
 

@@ -23,6 +23,8 @@ from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
 
+MAX_DIGITS = 1000  # of a whole number
+
 
 def load(path: Path | str, limit_users: int | None = None, report: Report = stop) -> DataSet:
     """Read a data set: a folder in the native layout, or a folder or file in LaMP's official one.
@@ -55,8 +57,10 @@ def parse_json(content: bytes, file: Path) -> Any:
     """The JSON value that is a file's content."""
     try:
         return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"not JSON: {error}", file=file) from None
+    except RecursionError:
+        raise DataError("not JSON that can be read: it is nested too deeply", file=file) from None
 
 
 def _read_users(file: Path, report: Report) -> dict[str, Split]:
@@ -125,9 +129,13 @@ def read_lines(file: Path, report: Report) -> Iterator[tuple[Place, str]]:
 def parse_object(line: str, place: Place) -> dict[str, Any]:
     """The JSON object of a line; DataError if it is none, or has a field twice."""
     try:
-        data = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        data = json.loads(
+            line, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer
+        )
+    except ValueError as error:
         raise place.error(f"not JSON: {error}") from None
+    except RecursionError:
+        raise place.error("not JSON that can be read: it is nested too deeply") from None
     if not isinstance(data, dict):
         raise place.error("must be a JSON object")
     return data
@@ -138,6 +146,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) < len(pairs):
         raise ValueError("a field occurs twice in one object")
     return data
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits: write it as a text")
+    return int(digits)
 
 
 def _no_constant(name: str) -> Any:

@@ -88,11 +88,6 @@ def _doubts(rows: list[Row], columns: Columns) -> Iterator[str]:
     for name, column in asdict(columns).items():
         if place.names.get(name, column) != column:
             yield f"the column '{place.names[name]}' was taken as '{column}'"
-    if untimed := sum(not entry["time"] for _, entry in rows):
-        share = (
-            "no record has" if untimed == len(rows) else f"{untimed} of {len(rows)} records lack"
-        )
-        yield f"{share} a time: their order in the file counts (--time-field names the column)"
     users = {entry["user"] for _, entry in rows}
     if twice := sorted(user for user in users if user.endswith(".0") and user[:-2] in users):
         yield f"'{twice[0]}' and '{twice[0][:-2]}' are two users: write ids alike if they are one"
@@ -145,8 +140,9 @@ def _names(
             fits = [wanted]
         option = f"--{name}-field"
         if len(fits) > 1:
-            both = " and ".join(f"'{field}'" for field in fits)
-            faults.append((wanted, f"{both} both fit: rename one, or name another with {option}"))
+            both = " and ".join(f"'{field}'" for field in dict.fromkeys(fits))
+            fault = f"{both} both fit" if len(set(fits)) > 1 else f"{both} stands twice"
+            faults.append((wanted, f"{fault}: rename one, or name another with {option}"))
         elif fits:
             names[name] = fits[0]
         elif wanted != name or name in ("user", "input", "output"):
@@ -187,20 +183,27 @@ def _cells(
                     yield _named(here, list(data), columns), data
             return
     csv.field_size_limit(2**31 - 1)
+    named = re.fullmatch(r"sep=(.)\s*", header)  # as spreadsheets write it
+    if named:
+        place, _ = next(lines)
+    delimiter = named[1] if named else _delimiter(header, columns)
     text = (line + "\n" for _, line in lines)  # a quoted field may go on over several lines
-    reader = csv.reader(text, delimiter=_delimiter(header, columns), strict=True)
-    skipped = (place.line or 1) - 1
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    skipped = (place.line or 1) - (0 if named else 1)
     try:
         fields = next(reader, [])
         place = _named(place, fields, columns) if fields else place
-        for row in filter(None, reader):
+        for row in reader:
+            if len(row) < 2 and not "".join(row).strip():
+                continue
             here = replace(place, line=reader.line_num + skipped)
             if len(row) != len(fields):
                 raise here.error(f"the header names {len(fields)} fields, the line has {len(row)}")
             yield here, dict(zip(fields, row, strict=True))
     except csv.Error as error:
         here = replace(place, line=reader.line_num + skipped)
-        raise here.error(f"not CSV: {error}") from None
+        cause = "line ends of CR alone: save it with LF" if "new-line" in str(error) else error
+        raise here.error(f"not CSV: {cause}") from None
 
 
 def _tidy(rows: list[Row], kind: str | None) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ COMPARE_USERS, GOOD_QUERIES = 5, 50  # new users with queries (bench/stats.py), 
 FEW_RECORDS = 3  # of a user, in the median
 NEAR_CONSTANT, ONE_LABEL, DUPLICATES = 0.95, 0.5, 0.01  # shares that are told
 FEW_LABELS, MANY_LABELS, RECORDS_PER_LABEL = 10, 50, 5
+YEAR = 365 * 86400.0
 MISSING = {"nan", "null", "none", "n/a", "na", "undefined", "-", "?"}  # how tables write no value
 
 
@@ -146,5 +147,8 @@ def _entries(records: Collection[Record], entries: Collection[Record | Query]) -
         yield Verdict("warning", "duplicates", repeated, why)
     if untimed := sum(entry.span == ALWAYS for entry in entries):
         why = f"{untimed} of {len(entries)} records and queries have none"
-        fix = "the order of the file counts, and recency says nothing; give their field"
+        fix = "the order of the file counts, and recency says nothing (--time-field names a column)"
         yield Verdict("warning", "times", untimed, f"{why}: {fix}")
+    if early := sum(0 <= entry.span[0] < YEAR and entry.time[:4] != "1970" for entry in entries):
+        why = f"{early} of {len(entries)} lie in 1970: are they seconds since then?"
+        yield Verdict("warning", "times in 1970", early, f"{why} Write dates as 2024-01-31")
