@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -350,11 +351,36 @@ def test_texts_in_use_are_found(store: Store) -> None:
     }
     assert store.texts_in_use([f"text {i}" for i in range(1200)] + ["d"]) == {"d"}
     assert store.texts_in_use([]) == set()
+    long = "the same beginning, longer than what the index has of a text: "
+    store.add_records("eve", [Record("eve", "1", f"{long}1", f"{long}茶")])
+    assert store.texts_in_use([long, f"{long}1", f"{long}2", f"{long}茶"]) == {
+        f"{long}1",
+        f"{long}茶",
+    }
+    store.delete_user("eve")
     store.add_records("bob", [Record("bob", "1", "a", "z")])
     assert store.texts_in_use(["a", "b", "a → b", "a → z", "asked"], except_user="ada") == {
         "a",
         "a → z",
     }
+
+
+def test_texts_in_use_are_looked_up_by_indexes(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'store.db'}")
+    plans = []
+
+    @sa.event.listens_for(store.engine, "before_cursor_execute")
+    def explain(
+        connection: sa.Connection, cursor: Any, statement: str, values: Any, *_: Any
+    ) -> None:
+        if "substr" in statement:
+            cursor.execute(f"EXPLAIN QUERY PLAN {statement}", values)
+            plans.append(str(cursor.fetchall()))
+
+    store.texts_in_use(["a text", "x" * 99])
+    store.close()
+    indexes = ("ix_records_input", "ix_records_output", "ix_requests_question")
+    assert [name for name, plan in zip(indexes, plans, strict=True) if name not in plan] == []
 
 
 def test_keys(store: Store) -> None:
@@ -567,7 +593,7 @@ def test_keys_of_the_first_version_keep_their_meaning(url: str) -> None:
         Store(url)
     assert migrate.version_of(engine) == "0001"
     migrate.upgrade(engine)
-    assert migrate.version_of(engine) == "0003"
+    assert migrate.version_of(engine) == migrate.LATEST
     engine.dispose()
     store = Store(url)
     keys = [store.key(id) for id in ("one", "two", "all")]
@@ -593,7 +619,7 @@ def test_heads_of_the_second_version_have_no_known_time(url: str) -> None:
             connection.exec_driver_sql(line.format(bytes=of_bytes))
     assert migrate.version_of(engine) == "0002"
     migrate.upgrade(engine)
-    assert migrate.version_of(engine) == "0003"
+    assert migrate.version_of(engine) == migrate.LATEST
     engine.dispose()
     store = Store(url)
     assert store.heads("ada", "bundle") == {"adapter": StoredHead(7, -math.inf, b"four")}

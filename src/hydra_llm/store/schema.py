@@ -15,6 +15,7 @@ from sqlalchemy import JSON, Boolean, Column, ForeignKey, Index, LargeBinary, Te
 # A user's version starts at the key times this. Keys are never reused: a user who is deleted and
 # comes again has no version of before.
 VERSIONS_PER_KEY = 2**32
+BEGINNING = 40  # characters of a text that its index has
 # A migration can name every constraint.
 NAMES = {kind: f"{kind}_%(table_name)s_%(column_0_name)s" for kind in ("fk", "uq", "ix")}
 metadata = sa.MetaData(naming_convention={"pk": "pk_%(table_name)s", **NAMES})
@@ -38,12 +39,22 @@ def _of_users(name: str, primary: str | None = None, /, **required: Any) -> sa.T
     return _table(name, primary, user, **required)
 
 
+def beginning(column: "Column[Any]") -> sa.Function[str]:
+    """What texts are found by: indexes of whole ones would double the database."""
+    # literal, or SQLite would not match it to the index
+    numbers = (sa.literal_column("1", sa.Integer), sa.literal_column(str(BEGINNING), sa.Integer))
+    return sa.func.substr(column, *numbers, type_=sa.Text)
+
+
 users = _table("users", "key", key=Key, name=Text, version=Number, created=Time)
 sa.UniqueConstraint(users.c.name)
 
 records = _of_users("records", id=Text, position=Number, input=Text, output=Text, time=Text)
 Index("ix_records_user_id", records.c.user, records.c.id, unique=True)
 Index("ix_records_user_position", records.c.user, records.c.position, unique=True)
+
+Index("ix_records_input", beginning(records.c.input))
+Index("ix_records_output", beginning(records.c.output))
 
 heads = _of_users("heads", bundle=Name, scorer=Short, known=Number, delta=LargeBinary, updated=Time)
 heads.append_column(Column("until", Time))  # NULL: unknown (before version 0003), or none
@@ -52,6 +63,7 @@ Index("ix_heads_user_bundle", heads.c.user, heads.c.bundle, heads.c.scorer, uniq
 requests = _of_users("requests", "id", id=Name, created=Time, bundle=Name, question=Text)
 requests.append_column(Column("content", JSON, nullable=False))
 Index("ix_requests_created", requests.c.created)
+Index("ix_requests_question", beginning(requests.c.question))
 
 _row = {"request": Name, "created": Time, "content": JSON}
 feedback = _of_users("feedback", "request", **_row, folded=Boolean)
