@@ -289,3 +289,13 @@ def test_the_command_writes_runs_into_one_page(
     ):
         assert run(["bench", "show", *folders, option, str(file / "within")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_names_with_tags_stay_text(opened: report.Run) -> None:
+    task = replace(opened.task, name="<b>n</b>", like="<i>LaMP</i>")
+    manifest = {**opened.manifest, "llm": {"model": "<script>m</script>", "kind": "fake"}}
+    named = replace(opened, task=task, manifest=manifest)
+    text = markdown([report.make_report(named)])
+    assert "## &lt;b>n&lt;/b>, &lt;script>m" in text
+    tags = {tag for tag, _ in Tags(page(named)).tags}
+    assert not tags & {"b", "i", "script"}

@@ -16,6 +16,7 @@ import numpy as np
 
 from hydra_llm.rerank import record_text
 from hydra_llm.tasks.base import Task
+from hydra_llm.text import length
 from hydra_llm.types import Record
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _answers(records: Sequence[Record], task: Task | None) -> dict[str, Any]:
     style = {name: sum(map(has, latest)) / len(latest) for name, has in TRAITS.items()}
     return {
         "characters": median(map(len, latest)),
-        "words": median(len(text.split()) for text in latest),
+        "words": median(map(length, latest)),
         "style": {name: round(share, 3) for name, share in style.items() if share},
         "latest": _cut(outputs[-1]),
     }

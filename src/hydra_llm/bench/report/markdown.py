@@ -24,7 +24,7 @@ def markdown(reports: Sequence[tables.Report], sweeps: Sequence[SweepResult] = (
     if shares := tables.overall(reports):
         parts.append(f"## {tables.OVERALL}\n\n{_table(tables.overall_rows(shares))}\n")
     parts += [f"## {sweep['question']}\n\n{_table(sweep_rows(sweep))}\n" for sweep in sweeps]
-    return "\n".join(parts)
+    return "\n".join(parts).replace("<", "&lt;")  # names are the data set's: no tags
 
 
 def _run(report: tables.Report) -> str:
