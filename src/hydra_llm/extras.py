@@ -36,14 +36,14 @@ _EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in mo
 
 def require(extra: str, what: str = "this") -> None:
     """Raise `MissingExtra` unless each module of an extra is installed; none is imported."""
-    for module in chain.from_iterable(EXTRAS[part] for part in HOLDS.get(extra, (extra,))):
-        if find_spec(module) is None:
+    for module in _modules(extra):
+        if not _is_there(module):
             raise _missing(what, extra, module)
 
 
 def installed() -> list[str]:
     """The extras whose modules are all there; none is imported."""
-    return [extra for extra, modules in EXTRAS.items() if all(map(find_spec, modules))]
+    return [extra for extra in EXTRAS if all(map(_is_there, _modules(extra)))]
 
 
 @contextmanager
@@ -56,6 +56,17 @@ def one_line_imports(what: str) -> Iterator[None]:
         if module not in _EXTRA_OF:
             raise
         raise _missing(what, _EXTRA_OF[module], module) from None
+
+
+def _modules(extra: str) -> Iterator[str]:
+    return chain.from_iterable(EXTRAS[part] for part in HOLDS.get(extra, (extra,)))
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # an import hook may refuse it
+        return False
 
 
 def _missing(what: str, extra: str, module: str) -> MissingExtra:
