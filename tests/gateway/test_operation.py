@@ -17,12 +17,14 @@ from fastapi import FastAPI
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.auth import Access, admin_key_given, caller_of, make_key
+from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.middleware import is_local
 from hydra_llm.gateway.request_log import Lines, log_to_stderr
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.upstream import HttpUpstream, UpstreamError
 from hydra_llm.llm.endpoint import Endpoint
+from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
 from tests.waiting import FOREVER, async_until
 
@@ -394,3 +396,19 @@ async def test_the_line_of_an_error_has_the_upstreams_status(
         world.app.state.gateway.upstream = upstream
         await world.ask("hello", user=None)
     assert [(line["status"], line["upstream"]) for line in lines(log)] == [(429, 429)]
+
+
+async def test_an_embedded_engine_is_not_given_a_prompt_of_megabytes() -> None:
+    llm = RuleLLM(lambda messages, index, rng: "hi", name="small")
+    llm.window = 1024  # type: ignore[attr-defined]
+    upstream = EmbeddedUpstream(llm)
+    for text, status in (("a storm " * 10, 200), ("a storm " * 20_000, 400)):
+        body = {"model": "fake:small", "messages": [{"role": "user", "content": text}]}
+        if status == 200:
+            assert (await upstream.complete(body))["choices"]
+            continue
+        with pytest.raises(UpstreamError, match="more than 512 tokens") as error:
+            await upstream.complete(body)
+        assert error.value.status == 400
+        assert error.value.body["error"]["code"] == "context_length_exceeded"
+    assert len(llm.calls) == 1

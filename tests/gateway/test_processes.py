@@ -3,6 +3,7 @@ common, and how they end.
 """
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -65,6 +66,7 @@ def test_a_server_prints_its_port_and_the_bundle_it_ignores(
     for name in ("one", "other"):
         shutil.copytree(bundles["tags"], tmp_path / name)
     where = ["--llm", "fake:echo", "--store", f"sqlite:///{tmp_path / 's.db'}"]
+    assert run(["store", "migrate", *where[2:]]) == 0
     assert run(["bundles", "use", str(tmp_path / "one"), *where[2:]]) == 0
     with served(*where, "--bundle", str(tmp_path / "other")) as (_, url, lines):
         assert (
@@ -80,11 +82,44 @@ def test_a_server_prints_its_port_and_the_bundle_it_ignores(
         assert taken in second.stderr
 
 
+def test_the_first_start_elsewhere_makes_a_key(
+    tmp_path: Path,
+) -> None:
+    """One line at the start and one per request, as JSON. SIGHUP ends it as SIGTERM does."""
+    where = ["--llm", "fake:echo", "--store", f"sqlite:///{tmp_path / 's.db'}"]
+    everywhere = [*SERVE, *where, "--host", "0.0.0.0", "--log", "json"]
+    with subprocess.Popen(everywhere, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        created, made, line = (process.stderr.readline() for _ in range(3))
+        assert created == f"store sqlite:///{tmp_path / 's.db'}: created\n"
+        key = made.removeprefix("admin key, which is not shown again: ").strip()
+        start = json.loads(line)
+        assert start.keys() == {
+            "time",
+            "message",
+            "address",
+            "bundle",
+            "store",
+            "upstream",
+            "extras",
+        }
+        url = start["address"].replace("0.0.0.0", "127.0.0.1")
+        for headers, status in (({}, 401), ({"authorization": f"Bearer {key}"}, 200)):
+            answer = httpx2.get(f"{url}/models", headers=headers, timeout=FOREVER)
+            assert answer.status_code == status
+        process.send_signal(signal.SIGHUP)
+        rest = process.stderr.read().splitlines()
+        assert process.wait(FOREVER) == 0
+    assert [json.loads(line)["status"] for line in rest[:2]] == [401, 200]
+    assert rest[2:] == ["stopped; requests in flight have ended"]
+    assert key not in "".join(rest)
+
+
 def test_a_change_on_one_server_is_seen_by_the_other_at_once(url: str) -> None:
     """Two processes on one database, the second asked by the official SDK as most programs use it:
     not async.
     """
-    where = ["--llm", "fake:echo", "--store", url]
+    where = ["--llm", "fake:echo", "--store", url, "--set", "gate=off"]
     with served(*where) as (_, one, _), served(*where) as (_, other, _):
         http = httpx2.Client(base_url=f"{one}/v1", timeout=FOREVER)
         client = openai.OpenAI(

@@ -16,6 +16,8 @@ from hydra_llm.llm.endpoint import Endpoint, endpoint_of
 from hydra_llm.llm.wire import text_of
 from hydra_llm.types import Generation, Message
 
+CHARACTERS_PER_TOKEN = 100  # more than those of any tokenizer's longest tokens
+
 
 def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
     """The upstream of an LLM spec: `openai:MODEL[@URL]` is an endpoint, with the key of
@@ -107,6 +109,10 @@ class EmbeddedUpstream:
         self._check_model(body.get("model"))
         try:
             messages, sampling = _messages(body), self._sampling(body)
+            if sum(len(m["content"]) for m in messages) > CHARACTERS_PER_TOKEN * self.room:
+                # Found by its length: the engine would read all of it, and others would wait.
+                code = "context_length_exceeded"
+                raise UpstreamError(400, f"the prompt has more than {self.room} tokens", code=code)
             async with self._turn:
                 generation = await self._llm.generate(messages, sampling, **streaming)
             note_usage(_usage(generation))
