@@ -82,9 +82,7 @@ def test_a_server_prints_its_port_and_the_bundle_it_ignores(
         assert taken in second.stderr
 
 
-def test_the_first_start_elsewhere_makes_a_key(
-    tmp_path: Path,
-) -> None:
+def test_the_first_start_elsewhere_makes_a_key(tmp_path: Path) -> None:
     """One line at the start and one per request, as JSON. SIGHUP ends it as SIGTERM does."""
     where = ["--llm", "fake:echo", "--store", f"sqlite:///{tmp_path / 's.db'}"]
     everywhere = [*SERVE, *where, "--host", "0.0.0.0", "--log", "json"]
