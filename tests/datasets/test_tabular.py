@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.cli.main import run
-from hydra_llm.datasets.dataset import held_out
+from hydra_llm.datasets.dataset import DataSet, held_out
 from hydra_llm.datasets.native import load
 from hydra_llm.datasets.tabular import Columns, guess_kind, read_table
 from hydra_llm.errors import DataError
 from hydra_llm.history import before, parse_time
+from hydra_llm.types import Record
 
 Row = dict[str, Any]
 
@@ -400,3 +401,14 @@ def test_texts_are_compared_by_unicode_words(tmp_path: Path) -> None:
     rows = [{"user": "u", "input": "x", "output": text} for text in ("今天", "天气", "很好")]
     task = read_table(write(tmp_path, rows)).task
     assert (task.words, task.to_json()["tokenizer"]) == ("unicode", "unicode")
+
+
+def test_labels_of_one_spelling_are_one_label(tmp_path: Path) -> None:
+    composed, marks = "caf\u00e9", "cafe\u0301"
+    rows = [
+        {"user": f"u{n}", "input": "x", "output": (composed, marks, "bar")[n % 3]} for n in range(9)
+    ]
+    dataset = read_table(write(tmp_path, rows), kind="classification")
+    assert dataset.task.labels == ("bar", composed)
+    again = DataSet.from_records(dataset.task, {"u": "train"}, [Record("u", "1", "x", marks)], [])
+    assert again.history("u")[0].output == composed

@@ -3,6 +3,7 @@ kinds with labels share. Letters: n records, C candidates, L labels, D width.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import ClassVar
@@ -156,6 +157,10 @@ class Classification(LabelKind):
                 if label in self.index:
                     row[part, self.index[label]] = 1
         return rows.reshape(len(pairs), 3 * len(self.index))
+
+    @classmethod
+    def tidy(cls, output: str) -> str:
+        return unicodedata.normalize("NFC", output)
 
     @classmethod
     def labels_of(cls, outputs: set[str]) -> list[str]:
