@@ -269,3 +269,11 @@ async def test_no_feature_of_a_corrected_answer_stays(
         features.texts(["a slip of the pen"], keep=True)
         await give(world, reply["id"], edited="as it was meant")
         assert features.missing(["a slip of the pen"]) == 1
+
+
+async def test_a_caller_who_knows_better_opens_the_gate(store: Store) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, gate="auto") as world:
+        for gate, said in ((True, "false; reason=off-task"), (False, "true")):
+            reply = await world.ask("What is 2 + 2?", personalization={"gate": gate})
+            assert reply.headers["x-hydra-personalized"] == said

@@ -139,7 +139,7 @@ class Gateway:
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings = deployment.pipeline.settings
         question = _question(routed)
-        search = await self._search(deployment, user, question, options.k or 0)
+        search = await self._search(deployment, user, question, options)
         prompt = deployment.pipeline.render(
             search.context.query,
             search.ranked[: settings.k if options.k is None else options.k],
@@ -160,7 +160,7 @@ class Gateway:
         )
 
     async def _search(
-        self, deployment: Deployment, name: str, question: str, k: int
+        self, deployment: Deployment, name: str, question: str, options: PersonalizationOptions
     ) -> RecordSearch:
         """The user's records for a question. Whatever fails must not cost the caller an answer."""
         try:
@@ -174,7 +174,15 @@ class Gateway:
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
         text = (within or question)[: self.settings.max_text + 1]
-        search = RecordSearch(deployment, user, text, self.telemetry, k, within is not None)
+        search = RecordSearch(
+            deployment,
+            user,
+            text,
+            self.telemetry,
+            options.k or 0,
+            in_task_words=within is not None,
+            gated=options.gate,
+        )
         try:
             await deployment.batcher.run(search.run, [text], user=name, pairs=search.pairs)
         except Exception as error:

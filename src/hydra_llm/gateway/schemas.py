@@ -81,6 +81,7 @@ class PersonalizationOptions(_Strict):
     """What one request wants of personalization."""
 
     enabled: bool = True
+    gate: bool = True  # False: the question is the task's, and the records are to be used
     k: Annotated[int, Field(ge=0, le=64)] | None = None  # records in the prompt
     samples: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None, validation_alias=AliasChoices("samples", "candidates")

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hydra_llm.context import Context
-from hydra_llm.gate import NOT_RELEVANT, OFF_TASK
+from hydra_llm.gate import NOT_RELEVANT, OFF_TASK, OpenGate
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
@@ -34,6 +34,7 @@ class RecordSearch:
     telemetry: Telemetry
     k: int  # records that the request asks for: so many are retrieved at least
     in_task_words: bool = False  # whether the question is the task's instruction around a text
+    gated: bool = True  # False: the caller knows that records may be used
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # by stage
     warm: bool = field(default=False, init=False)
     """Whether the user's history is encoded; else the retriever's order is kept."""
@@ -64,6 +65,8 @@ class RecordSearch:
     def run(self) -> None:
         """Rank the records that pass the gate."""
         pipeline, visible = self.deployment.pipeline, self.context.visible
+        if not self.gated:
+            pipeline = replace(pipeline, gate=OpenGate())
         self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
         if visible and not pipeline.belongs(self.context, in_task_words=self.in_task_words):
             self.reason, self.ranked = OFF_TASK, []
