@@ -14,6 +14,7 @@ import pytest
 import hydra_llm
 from hydra_llm.cli.main import COMMANDS, load, run
 from hydra_llm.config import Settings, load_settings
+from hydra_llm.datasets.fetch import fetch
 from hydra_llm.environment import expanded, http_client_faults, variables
 from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.upstream import HttpUpstream
@@ -98,13 +99,14 @@ def test_without_a_home_folder_it_is_one_line(
     ],
 )
 def test_a_proxy_that_cannot_be_used_is_one_line(
-    name: str, value: str, line: str, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
     url = "http://127.0.0.1:9/v1"
     for make in (
         lambda: HttpUpstream(Endpoint(url), timeout=1),
         lambda: OpenAILLM("m", base_url=url, api_key="k"),
+        lambda: fetch("lamp-3", "user", tmp_path, base_url=url),
     ):
         with pytest.raises(SettingsError, match=line) as error:
             make()

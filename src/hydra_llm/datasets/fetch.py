@@ -16,6 +16,7 @@ import httpx2
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.lamp import read_golds, stream_questions
 from hydra_llm.datasets.native import load
+from hydra_llm.environment import http_client_faults
 from hydra_llm.errors import DataError, SettingsError, UserFault, did_you_mean
 from hydra_llm.text import fold
 
@@ -64,7 +65,9 @@ def fetch(
     DataError if what arrived is not what was asked for.
     """
     wanted = addresses(task, split, base_url)
-    with httpx2.Client(timeout=30.0, follow_redirects=True) as client:
+    with http_client_faults():
+        http = httpx2.Client(timeout=30.0, follow_redirects=True)
+    with http as client:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, address in wanted.items():
