@@ -89,7 +89,7 @@ def test_a_header_is_utf_8_and_given_once() -> None:
         ({"end_user": "ada"}, "", "end_user"),
         ({}, "x-user-id", "x-user-id"),
         ({}, "x-forwarded-user", "x-forwarded-user"),
-        ({"metadata": {"tags": ["x"]}}, "user-agent", ""),
+        ({"metadata": {"tags": ["x"], "user_agent": "y"}}, "user-agent", ""),
         ({"metadata": {"user_id": None}, "user": ""}, "x-request-id", ""),
     ],
 )

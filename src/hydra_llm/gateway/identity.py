@@ -15,7 +15,7 @@ from hydra_llm.gateway.settings import ServeSettings
 
 Headers = Sequence[tuple[bytes, bytes]]
 CONTAINERS = ("metadata", "litellm_metadata")  # of a body; also as the text of a JSON object
-_NAMES_USER = re.compile(r"user(?!-?agent)|customer|^uid$", re.IGNORECASE)
+_NAMES_USER = re.compile(r"user(?![-_]?agent)|customer|^uid$", re.IGNORECASE)
 _PLAIN = re.compile(r"[\w.-]{1,80}", re.ASCII)
 
 
