@@ -21,7 +21,7 @@ TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "od
 TITLES = Task("titles", "generation", "Title of: {input}")
 QUERY = Query("u", "q", "rain night")
 PAST = [
-    Record("u", str(i), text, label, position=i)
+    Record("u", str(i), text, label, str(2020 + i), position=i)
     for i, (text, label) in enumerate([("old war", "odd"), ("rain", "calm"), ("night", "loud")])
 ]
 RETRIEVED = [Ranked(PAST[2], 3.0, 0), Ranked(PAST[0], 2.0, 1), Ranked(PAST[1], 1.0, 2)]
