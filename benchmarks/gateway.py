@@ -115,7 +115,7 @@ async def measure(args: Any, folder: Path) -> Series:
     online_update = time_online_update(folder / "bundle", folder / "cache")
     environment = {**os.environ, "OPENAI_API_KEY": "none", "HYDRA_CACHE": str(folder / "cache")}
     with mock() as upstream:
-        overrides = ["--set", "samples=8", "--set", "retrieved=10"]
+        overrides = ["--set", "samples=8", "--set", "retrieved=10", "--set", "gate=off"]
         paths = ["--store", url, "--bundle", str(folder / "bundle")]
         flags = ["--llm", f"openai:mock@{upstream}/v1", *paths, *overrides]
         direct = await at_rate(chat(upstream, None), 100, args.seconds)

@@ -32,7 +32,6 @@ BUCKETS = 1024  # of hashed words and character trigrams
 READ = 2000  # characters of a text that its form is made from
 SURFACE_WEIGHT = 0.5
 NEAR_DUPLICATE = 0.8  # Jaccard index of the words of a question and a record's input
-LEARNED_SCALE = 6.0  # of all features in a learned gate: sets its regularization
 
 
 class Gate(Protocol):
@@ -146,6 +145,9 @@ def form(text: str) -> Floats:
         hashed[(code >> 1) % BUCKETS] += math.sqrt(weight) if code & 1 else -math.sqrt(weight)
     hashed /= np.linalg.norm(hashed) or 1.0
     return np.concatenate([hashed, SURFACE_WEIGHT * np.array(surface(text), float), [1.0]])
+
+
+FORM_WIDTH = len(form(""))
 
 
 def forms(texts: Iterable[str]) -> Floats:

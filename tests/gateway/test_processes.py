@@ -39,7 +39,9 @@ def anyio_backend() -> str:
 def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list[str]]]:
     """A server process, its URL, and the lines that it printed up to that one."""
     process = subprocess.Popen(
-        [*SERVE, *arguments], env={**os.environ, "OPENAI_API_KEY": "x"}, stderr=subprocess.PIPE
+        [*SERVE, "--set", "gate=off", *arguments],
+        env={**os.environ, "OPENAI_API_KEY": "x"},
+        stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
     try:
