@@ -174,7 +174,7 @@ def test_a_form_is_finite_bounded_and_the_same_again(text: str) -> None:
     assert np.array_equal(numbers, forms([text])[0])
 
 
-def test_the_pipeline_asks_once_without_records_where_the_gate_closes() -> None:
+def test_a_closed_gate_costs_one_call_without_records() -> None:
     records = {"u": tickets("u", 20)}
     llm = RuleLLM(lambda messages, index, dice: dice.choice(PRIORITY.labels))
     chosen = Settings(samples=4, k=2, retrieved=3)
