@@ -62,7 +62,7 @@ class Stopwatch:
 
     def __init__(self, bundle: Bundle):
         self.seconds = 0.0
-        encoder = bundle.store.encoder
+        encoder = bundle.features.encoder
         for name in ("encode", "encode_pairs"):
             setattr(encoder, name, self._timed(getattr(encoder, name)))
 
@@ -191,7 +191,7 @@ def warm(bundle: Bundle, users: Sequence[str]) -> None:
     """Cache the features of every record; pairs with a new query cannot be cached."""
     for user in users:
         bundle.featurizer.vectorize(bundle.records[user])
-        bundle.store.texts(
+        bundle.features.texts(
             [
                 record_text(record, with_answer=bundle.settings.record_answer)
                 for record in bundle.records[user]

@@ -120,7 +120,7 @@ def evaluate(
     """The evaluation groups by a base fitted on the training groups: with the shared head, with
     users' heads, and without a scorer.
     """
-    interaction = Tower(bundle.store.encoder.width, bundle.settings.width)
+    interaction = Tower(bundle.features.encoder.width, bundle.settings.width)
     scorer = Scorer(interaction, make_head("linear", interaction), bundle.featurizer.adapter_names)
     train, late = (
         to_training_set(bundle, scorer, groups, gain_spread(train_groups))
@@ -154,7 +154,7 @@ def to_training_set(
     bundle: Bundle, scorer: Scorer, groups: Sequence[LabelledGroup], spread: float
 ) -> TrainingSet:
     return make_training_set(
-        bundle.store,
+        bundle.features,
         scorer.interaction,
         groups,
         rule=bundle.settings.label_rule,

@@ -213,7 +213,7 @@ def prepare(args: Any, folder: Path) -> str:
         own = records(f"person{i}", args.records)
         store.add_records(f"person{i}", own)
         if i < CACHED_USERS and args.features == "tower":
-            bundle.store.texts(
+            bundle.features.texts(
                 [text for r in own for text in (r.input, r.output, f"{r.input} → {r.output}")]
             )
     store.close()

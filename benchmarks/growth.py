@@ -380,7 +380,7 @@ class Fixtures:
         """Cache the records' features; with `reranker` also of the texts that only it reads."""
         outputs = [] if task.labels else [record.output for record in records]
         both = [record_text(record, with_answer=True) for record in records] if reranker else []
-        self.bundle(task).store.texts([*(record.input for record in records), *both, *outputs])
+        self.bundle(task).features.texts([*(record.input for record in records), *both, *outputs])
 
     def with_users(self, task: Task, users: int, histories: Sequence[Sequence[Record]]) -> Bundle:
         """The bundle with a head and a history for each of many users; the histories repeat."""
@@ -398,7 +398,9 @@ class Fixtures:
         """The bundle with an empty feature cache."""
         return replace(
             bundle,
-            store=FeatureCache(bundle.store.encoder, self.folder / f"{next(self.number)}.sqlite"),
+            features=FeatureCache(
+                bundle.features.encoder, self.folder / f"{next(self.number)}.sqlite"
+            ),
         )
 
     def user_history(self, task: Task, records: int = RECORDS, length: int = WORDS) -> list[Record]:
@@ -605,7 +607,7 @@ def adapting(bench: Fixtures) -> Iterator[Series]:
 
         def prepare() -> tuple[Query, list[Candidate]]:
             query = bench.query(bundle, length)
-            bundle.store.texts([query.input])
+            bundle.features.texts([query.input])
             texts = task.labels or [bench.text(max(2, length // 2)) for _ in range(candidates)]
             return query, [
                 Candidate(text, text, votes=int(i < 8), greedy=i == 0)
@@ -633,7 +635,7 @@ def encoding(bench: Fixtures) -> Iterator[Series]:
     """The encoder without a cache."""
 
     def sampler(texts: int = 16, length: int = WORDS) -> Sampler:
-        encoder = bench.bundle(CLASSIFY).store.encoder
+        encoder = bench.bundle(CLASSIFY).features.encoder
         return timed("encode", lambda: [bench.text(length) for _ in range(texts)], encoder.encode)
 
     yield Series("texts", (4, 8, 16, 32, 64), lambda n: sampler(texts=n))

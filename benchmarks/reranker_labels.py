@@ -158,7 +158,7 @@ def fitted(
     bundle: Bundle, train: Sequence[LabelledGroup], others: Sequence[Sequence[LabelledGroup]]
 ) -> tuple[Scorer, list[TrainingSet]]:
     settings = bundle.settings
-    interaction = Tower(bundle.store.encoder.width, settings.width)
+    interaction = Tower(bundle.features.encoder.width, settings.width)
     scorer = Scorer(
         interaction,
         make_head("linear", interaction, rank=settings.rank),
@@ -168,7 +168,7 @@ def fitted(
     spread = gain_spread(train)
     tables = [
         make_training_set(
-            bundle.store, interaction, groups, rule=rule, loss="listwise", spread=spread
+            bundle.features, interaction, groups, rule=rule, loss="listwise", spread=spread
         )
         for groups in (train, *others)
         if groups

@@ -364,9 +364,9 @@ def test_a_tuned_encoder_is_the_same_in_training_and_answers(
     )
     before = open_encoder(encoder, max_length=16).digest
     bundle = learn(simulated.data, llm, tuned).bundle
-    assert bundle.store.encoder.digest != before
+    assert bundle.features.encoder.digest != before
     assert bundle.population == fit_stats(
-        TAGS, bundle.store, [bundle.records[user] for user in bundle.trained_on]
+        TAGS, bundle.features, [bundle.records[user] for user in bundle.trained_on]
     )
     now = [
         group

@@ -117,7 +117,7 @@ def test_the_records_answer_is_read_where_it_should_be(with_answer: bool, cross:
     assert texts == (
         [f"{r.input} → {r.output}" for r in PAST] if with_answer else [r.input for r in PAST]
     )
-    encoded = chooser.featurizer.store.asked  # type: ignore[attr-defined]
+    encoded = chooser.featurizer.features.asked  # type: ignore[attr-defined]
     assert all((f"{QUERY.input} | {text}" if cross else text) in encoded for text in texts)
     assert with_answer or not any("→" in text for text in encoded)
 
@@ -128,7 +128,7 @@ def test_no_records_no_order() -> None:
 
 def test_each_user_has_an_own_order() -> None:
     chooser = reranker(cross=True)
-    vectors = chooser.featurizer.store.pairs(
+    vectors = chooser.featurizer.features.pairs(
         [QUERY.input] * 3, [record_text(item.record, with_answer=True) for item in RETRIEVED]
     )
     own = Head.of(np.append(vectors[2] - (vectors[0] + vectors[1]) / 2, 0.0))

@@ -194,7 +194,7 @@ def test_a_user_has_an_own_choice_and_a_stranger_the_shared_one() -> None:
 
     rows = chooser.featurizer.adapter(QUERY, candidates, chooser.featurizer.vectorize([]))
     cases = make_groups(
-        chooser.featurizer.store,
+        chooser.featurizer.features,
         chooser.scorer.interaction,
         [QUERY.input],
         [[c.text for c in candidates]],

@@ -54,7 +54,7 @@ class Bundle:
     settings: Settings
     llm: Mapping[str, Any]
     """Identity of the LLM that labelled the training data."""
-    store: FeatureCache
+    features: FeatureCache
     population: CohortStats
     scorers: Mapping[str, Scorer] = field(default_factory=dict, repr=False)
     """By name, "reranker" and "adapter": those that were learned."""
@@ -82,7 +82,7 @@ class Bundle:
 
     @cached_property
     def featurizer(self) -> Featurizer:
-        return Featurizer(self.task, self.store, self.population)
+        return Featurizer(self.task, self.features, self.population)
 
     @property
     def reranker(self) -> Scorer | None:
@@ -113,8 +113,8 @@ class Bundle:
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         if adapt and self.adapter:
             selector = LearnedSelector(self.adapter, featurizer, chosen)
-        retriever = make_retriever(chosen.retriever, embed=self.store.texts, seed=chosen.seed)
-        gate: Gate = LearnedGate(self.gate, self.store.texts) if self.gate else LexicalGate()
+        retriever = make_retriever(chosen.retriever, embed=self.features.texts, seed=chosen.seed)
+        gate: Gate = LearnedGate(self.gate, self.features.texts) if self.gate else LexicalGate()
         vectorize = featurizer.vectorize
         return Pipeline(self.task, retriever, chosen, reranker, selector, gate, vectorize)
 
@@ -166,13 +166,13 @@ class Bundle:
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
         if self.gate:
             tensors["gate.weights"] = torch.tensor(self.gate.weights)
-        encoder = self.store.encoder if settings.tune_encoder else None
+        encoder = self.features.encoder if settings.tune_encoder else None
         config = {
             "gate": self.gate and self.gate.config(),
             "task": self.task.to_json(),
             "settings": settings.stored(),
             "llm": dict(self.llm),
-            "encoder": encoder_config(self.store.encoder),
+            "encoder": encoder_config(self.features.encoder),
             "population": asdict(self.population),
             "scorers": scorers,
             "use_reranker": self.use_reranker,
@@ -223,7 +223,7 @@ class Bundle:
             task=Task.from_json(config["task"], "config.json"),
             settings=settings,
             llm=config["llm"],
-            store=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
+            features=FeatureCache(encoder, (cache or settings.cache) / "features.sqlite"),
             population=CohortStats(**{**config["population"], "label_shares": shares}),
             scorers=scorers,
             heads=heads,
@@ -238,7 +238,7 @@ class Bundle:
     def card(self) -> str:
         """The model card: what this is, what it was learned from, what it must not be used for."""
         model = self.llm.get("model", self.llm.get("kind", "unknown"))
-        task, encoder = self.task, self.store.encoder
+        task, encoder = self.task, self.features.encoder
         lines = [
             f"# hydra-llm bundle for task {task.name}\n",
             f"- Kind: {task.kind}; labels: {', '.join(task.labels) or 'none'}",

@@ -49,7 +49,7 @@ class LearnedReranker(Reranker):
 
         query = context.query
         features = self.featurizer.reranker(query, retrieved, context.vectors)
-        store, interaction = self.featurizer.store, self.scorer.interaction
+        store, interaction = self.featurizer.features, self.scorer.interaction
         groups = make_groups(store, interaction, [query.input], [self.texts(retrieved)], [features])
         scores = self.scorer.score(groups, [context.heads.get("reranker")])[0].tolist()
         rows = zip(retrieved, scores, strict=True)

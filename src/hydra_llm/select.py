@@ -101,7 +101,7 @@ class LearnedSelector(Selector):
 
         if not self.settings.vote_share and self.task.labels:
             offered = [replace(candidate, votes=0, greedy=False) for candidate in offered]
-        query, store = context.query, self.featurizer.store
+        query, store = context.query, self.featurizer.features
         features = self.featurizer.adapter(query, offered, context.vectors)
         texts = [candidate_text(self.task, candidate) for candidate in offered]
         return make_groups(store, self.scorer.interaction, [query.input], [texts], [features])

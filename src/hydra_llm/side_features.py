@@ -19,12 +19,12 @@ STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their l
 class Featurizer:
     """Makes the side features of both scorers for one task."""
 
-    def __init__(self, task: Task, store: FeatureCache, stats: CohortStats):
-        self.task, self.store, self.stats = task, store, stats
+    def __init__(self, task: Task, features: FeatureCache, stats: CohortStats):
+        self.task, self.features, self.stats = task, features, stats
 
     def vectorize(self, records: Sequence[Record]) -> HistoryVectors:
         """Visible records as vectors; `Context.vectors` carries them through one question."""
-        return self.task.strategy.vectorize(records, self.store.texts)
+        return self.task.strategy.vectorize(records, self.features.texts)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -50,15 +50,15 @@ class Featurizer:
         columns = [
             np.array([item.score / best if best > 0 else 0.0 for item in ranked]),
             np.array([1 / (1 + item.rank) for item in ranked]),
-            self.store.texts([record.input for record in records]) @ context.query,
+            self.features.texts([record.input for record in records]) @ context.query,
             _recency(records),
         ]
         own = self.task.strategy.record_features(context, records)
         return np.concatenate([np.stack(columns, 1), own], 1)
 
     def _context(self, query: Query, history: HistoryVectors) -> FeatureContext:
-        vector = self.store.texts([query.input])[0]
-        return FeatureContext(vector, history, self.stats, self.store.texts)
+        vector = self.features.texts([query.input])[0]
+        return FeatureContext(vector, history, self.stats, self.features.texts)
 
 
 def _recency(records: Sequence[Record]) -> Floats:
@@ -71,14 +71,14 @@ def _recency(records: Sequence[Record]) -> Floats:
 
 
 def fit_stats(
-    task: Task, store: FeatureCache, histories: Sequence[Sequence[Record]]
+    task: Task, features: FeatureCache, histories: Sequence[Sequence[Record]]
 ) -> CohortStats:
     """Statistics of the training users' records, with the usual cosine: a record's mean one to the
     nearest tenth of its user's other records.
     """
     nearest: list[float] = []
     for history in histories[:STATS_USERS]:
-        vectors = store.texts([record.input for record in history[-STATS_RECORDS:]])
+        vectors = features.texts([record.input for record in history[-STATS_RECORDS:]])
         if len(vectors) >= 2:
             cosine = np.sort(vectors @ vectors.T, axis=1)[:, :-1]  # the last is the record itself
             nearest.append(float(cosine[:, -max(1, cosine.shape[1] // 10) :].mean()))

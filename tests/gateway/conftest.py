@@ -255,7 +255,7 @@ async def running(
     )
     deployment = app.state.gateway.deployment
     if warm and deployment.bundle is not None:
-        deployment.bundle.store.texts(
+        deployment.bundle.features.texts(
             [text for user in store.users() for text in texts_of(store.records(user)[1])]
         )
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)

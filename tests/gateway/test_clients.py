@@ -263,7 +263,7 @@ async def test_no_feature_of_a_corrected_answer_stays(
 ) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["titles"], candidates=3) as world:
-        features = world.app.state.gateway.deployment.bundle.store
+        features = world.app.state.gateway.deployment.bundle.features
         reply = (await world.ask(QUESTION)).json()
         await give(world, reply["id"], edited="a slip of the pen")
         features.texts(["a slip of the pen"], keep=True)

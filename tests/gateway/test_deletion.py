@@ -70,7 +70,7 @@ async def test_a_request_in_flight_restores_no_deleted_features(
     bob = [Record("bob", "b0", "storm number 1 of the sea", "loud 1")]
     store.add_records("bob", bob)
     async with running(store, bundles["titles"], candidates=2) as world:
-        features = world.app.state.gateway.deployment.bundle.store
+        features = world.app.state.gateway.deployment.bundle.features
         of_bob = set(features._passing)
         await send(world, storms(6))
         await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
@@ -119,7 +119,7 @@ async def test_a_deletion_while_the_warming_waits_leaves_no_features(
         await async_until(lambda: not world.app.state.gateway.deployment.prefetching)
         await deployment.batcher.run(lambda: None, user="")
         gone = texts_of(records if how == "the user" else records[:1])
-        assert deployment.bundle.store.missing(gone) == len(gone)
+        assert deployment.bundle.features.missing(gone) == len(gone)
         if how == "the user":
             assert feature_count(tmp_path) == 0
 

@@ -258,15 +258,15 @@ async def test_what_waits_together_is_encoded_together_pairs_too(
     async with running(store, tmp_path / "cross", candidates=3) as world:
         deployment = world.app.state.gateway.deployment
         alone = [(await world.ask(QUESTION, user)).json()["personalization"] for user in askers]
-        deployment.bundle.store.forget([QUESTION])  # all pairs are with it
+        deployment.bundle.features.forget([QUESTION])  # all pairs are with it
         batches: list[int] = []
-        encode = deployment.bundle.store.encoder.encode_pairs
+        encode = deployment.bundle.features.encoder.encode_pairs
 
         def noted(left: Sequence[str], right: Sequence[str]) -> Any:
             batches.append(len(left))
             return encode(left, right)
 
-        monkeypatch.setattr(deployment.bundle.store.encoder, "encode_pairs", noted)
+        monkeypatch.setattr(deployment.bundle.features.encoder, "encode_pairs", noted)
         waiting, release, run = 0, threading.Event(), deployment.batcher.run
 
         async def counted(*work: Any, **more: Any) -> Any:
@@ -838,7 +838,7 @@ async def test_a_deletion_amid_the_warming_leaves_no_features(
         await async_until(lambda: not deployment.prefetching)
         await deployment.batcher.run(lambda: None, user="")
         texts = [text for text in texts_of(records) if text != "calm"]
-        assert deployment.bundle.store.missing(texts) == len(texts)
+        assert deployment.bundle.features.missing(texts) == len(texts)
         assert deployment.pipeline.retriever._index.cache_info().currsize == 0
 
 

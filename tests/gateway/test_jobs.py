@@ -69,7 +69,7 @@ def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
     assert job.state == "done"
     store.delete_user("ada")
     assert deployment.bundle is not None
-    before = len(deployment.bundle.store._passing), len(deployment.bundle.store._memory)
+    before = len(deployment.bundle.features._passing), len(deployment.bundle.features._memory)
     assert (
         0
         < calls_of_fit(store, deployment, lambda worker: store.delete_user("ada") and None)
@@ -77,7 +77,7 @@ def test_a_fit_of_a_user_who_is_deleted_asks_the_llm_no_more(
     )
     assert store.job("ada", "fit") is None
     assert (
-        (len(deployment.bundle.store._passing), len(deployment.bundle.store._memory))
+        (len(deployment.bundle.features._passing), len(deployment.bundle.features._memory))
         == before
         == (0, 0)
     ), "a fit has a memory of its own"

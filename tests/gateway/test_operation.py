@@ -327,7 +327,7 @@ async def test_a_long_question_is_cut_before_it_is_read(
     """Five megabytes: tokenized whole they would keep the scoring thread for many seconds."""
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["titles"], max_text=1000) as world:
-        encoder = world.app.state.gateway.deployment.bundle.store.encoder
+        encoder = world.app.state.gateway.deployment.bundle.features.encoder
         lengths, tokenize = list[int](), encoder._tokenize
 
         def noted(texts: Any) -> Any:

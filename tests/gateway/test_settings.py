@@ -82,7 +82,9 @@ def test_the_settings_file_applies_to_the_llm_and_the_bundle(
     assert state.gateway.settings.k == 3
     assert state.gateway.deployment.pipeline.settings.cache == tmp_path / "there"
     if name:
-        assert state.gateway.deployment.bundle.store.path == tmp_path / "there" / "features.sqlite"
+        assert (
+            state.gateway.deployment.bundle.features.path == tmp_path / "there" / "features.sqlite"
+        )
     client = state.worker._llm._client
     assert (client.timeout, client.max_retries) == (7, 1)
 

@@ -85,7 +85,7 @@ def test_words_fit_a_terminal_whatever_a_user_wrote(store: Store, output: str) -
 def test_what_a_head_raises_is_what_it_was_taught(store: Store, bundles: dict[str, Path]) -> None:
     """A head of made-up numbers that favours one label."""
     bundle = Bundle.load(bundles["tags"])
-    bundle.store.keep = False
+    bundle.features.keep = False
     store.add_records("ada", records_of("ada"))
     for place, label in enumerate(TAGS.labels):
         numbers = head_for_label(bundle, place)
@@ -233,7 +233,7 @@ def test_the_commands_list_show_export_and_delete(
 ) -> None:
     bundle = Bundle.load(bundles["tags"])
     texts = texts_of(records_of("ada", 5))
-    bundle.store.texts(texts, keep=True)
+    bundle.features.texts(texts, keep=True)
     store.add_records("ada", records_of("ada", 5))
     store.add_records("bob", BOB)
 

@@ -154,7 +154,7 @@ def _read(
     inputs, blank = [query.input for query, _ in offers], [[()] * len(row) for row in texts]
     votes = [torch.tensor([float(candidate.votes) for candidate in row]) for _, row in offers]
     padded = nn.utils.rnn.pad_sequence(votes, batch_first=True)
-    groups = make_groups(bundle.store, interaction, inputs, texts, blank)
+    groups = make_groups(bundle.features, interaction, inputs, texts, blank)
     return groups, padded / padded.sum(-1, keepdim=True)
 
 

@@ -218,7 +218,7 @@ async def _label(parts: Parts, users: Sequence[str], *, candidates: bool) -> Non
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:
     """How many texts are not encoded, and the seconds for them as measured on a few."""
-    store = parts.bundle.store
+    store = parts.bundle.features
     records = [record for user in users for record in parts.records.get(user, ())]
     texts = [record.input for record in records] + [query.input for query in queries]
     if parts.settings.record_answer:

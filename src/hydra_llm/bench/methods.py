@@ -41,7 +41,7 @@ def rag(parts: Parts) -> Answerer:
 
 def _rag_with(retriever: str, name: str, what: str, source: str) -> Method:
     def build(parts: Parts) -> Answerer:
-        embed, seed = parts.bundle.store.texts, parts.settings.seed
+        embed, seed = parts.bundle.features.texts, parts.settings.seed
         chosen = make_retriever(retriever, embed=embed, seed=seed)
         return replace(parts.personalizer(**GREEDY), retriever=chosen)
 
@@ -225,7 +225,7 @@ def user_majority(parts: Parts) -> Answerer:
 @method("control", uses=())
 def copy_nearest(parts: Parts) -> Answerer:
     """1-NN: the answer of the user's most similar record, no LLM."""
-    nearest = make_retriever("dense", embed=parts.bundle.store.texts)
+    nearest = make_retriever("dense", embed=parts.bundle.features.texts)
 
     def answer(query: Query, visible: Sequence[Record]) -> str:
         ranked = nearest.retrieve(query, visible, 1)

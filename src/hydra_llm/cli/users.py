@@ -152,5 +152,5 @@ def _bundle(store: "Store", folder: Path | None) -> "Bundle | None":
             raise
         console.say(f"what was learned is not shown: {error}")
         return None
-    bundle.store.keep = False  # features on disk are those that servers write
+    bundle.features.keep = False  # features on disk are those that servers write
     return bundle

@@ -154,7 +154,7 @@ def open_deployment(
     chosen = loaded.settings.model_copy(update=overrides)
     # The bundle's own users are the store's like any others: the store's records and heads count.
     bundle = replace(loaded.without_people(str), settings=chosen)
-    features = bundle.store
+    features = bundle.features
     features.keep = False  # only prefetching writes features to disk: those of users' records
     pairs = features.pairs if chosen.features == "cross" else None
     dense = needs_encoder(chosen.retriever)

@@ -184,7 +184,7 @@ def _differences(
 
     average = scorer.side_mean.numpy()  # side features are weighed alike for all users
     side = [np.tile(average, (len(texts), 1))] * len(inputs)
-    groups = make_groups(bundle.store, scorer.interaction, inputs, [texts] * len(inputs), side)
+    groups = make_groups(bundle.features, scorer.interaction, inputs, [texts] * len(inputs), side)
     own = scorer.shares(scorer.score(groups, [Head(numbers)] * len(inputs)))
     shared = scorer.shares(scorer.score(groups, [None] * len(inputs)))
     difference: np.ndarray = (own - shared).mean(0).numpy()

@@ -92,7 +92,7 @@ class Worker:
         deployment = self._deployment()
         if deployment.bundle is None:
             raise HydraError("there is no bundle: nothing to fit")
-        base = deployment.bundle.store
+        base = deployment.bundle.features
         for _ in range(TRIES):
             version, records = self._store.records(job.user)
             readable, ids = deployment.readable(records), {record.id for record in records}
@@ -103,7 +103,7 @@ class Worker:
             features = FeatureCache(base.encoder, base.path)
             features.keep = False
             with closing(features), suppress(StaleVersion):
-                bundle = replace(deployment.bundle, store=features)
+                bundle = replace(deployment.bundle, features=features)
                 heads = self._fitted(bundle, job, readable, judged)
                 with self._store.change(job.user, version=version) as change:
                     change.put_heads(deployment.id, to_stored(heads))

@@ -131,7 +131,7 @@ async def alearn(
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(replace(blank, trained_on=tuple(records)), tuple(records), notes=notes)
     await _Work(learned, model, progress, out, strengths).learn(first)
-    blank.store.encoder.progress = None
+    blank.features.encoder.progress = None
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
     if out is not None:
@@ -349,7 +349,9 @@ class _Work:
         if bundle.reranker is not None and not bundle.reranker.interaction.reads_pairs:
             records = chain(*(bundle.records[user] for user in users))
             with_answer = bundle.settings.record_answer
-            bundle.store.texts([record_text(record, with_answer=with_answer) for record in records])
+            bundle.features.texts(
+                [record_text(record, with_answer=with_answer) for record in records]
+            )
 
 
 def _weak_groups(

@@ -62,13 +62,13 @@ def _distinct_inputs(bundle: Bundle) -> list[tuple[str, str]]:
 
 
 def _features(bundle: Bundle, texts: Sequence[str]) -> Floats:
-    vectors = bundle.store.texts(texts)
+    vectors = bundle.features.texts(texts)
     return np.concatenate([vectors, forms(texts)], 1) * _scales(bundle)
 
 
 def _scales(bundle: Bundle) -> Floats:
     """[H + D] of the features: the larger, the less a weight is drawn towards 0."""
-    width = bundle.store.encoder.width
+    width = bundle.features.encoder.width
     sizes = [width, BUCKETS, FORM_WIDTH - BUCKETS]
     return np.repeat([ENCODER_SCALE, WORD_SCALE, SURFACE_SCALE], sizes)
 
@@ -133,7 +133,7 @@ def _record_gains(bundle: Bundle) -> tuple[Floats, Floats, NDArray[np.int64]]:
             continue
         gold, others = query.gold or "", _others(bundle, query.user, len(ranked), dice)
         none = float(np.mean([task.gain(_answer(bundle, r), gold) for r in others]))
-        vectors = bundle.store.texts([query.input, *(item.record.input for item in ranked)])
+        vectors = bundle.features.texts([query.input, *(item.record.input for item in ranked)])
         for item, vector in zip(ranked, vectors[1:], strict=True):
             rows.append((1.0, float(vector @ vectors[0]), item.usefulness or 0.0))
             gains.append(task.gain(_answer(bundle, item.record), gold) - none)

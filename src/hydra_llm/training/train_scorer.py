@@ -62,13 +62,13 @@ def train_scorer(
     trains = config.epochs > 0 and (tune or not head.convex or interaction.trainable)
     joint_heads: UserHeads = {}
     if trains:
-        source = TextSource(bundle.store.encoder, in_set_order(groups)) if tune else None
+        source = TextSource(bundle.features.encoder, in_set_order(groups)) if tune else None
         done = partial(progress, f"train {name}")
         joint_heads, course = _joint_phase(scorer, labelled, config, source, checkpoint, done)
         report |= course
     if trains and tune:  # features and side features of the encoder as it is now
         histories = [bundle.records[user] for user in bundle.trained_on]
-        bundle = replace(bundle, population=fit_stats(bundle.task, bundle.store, histories))
+        bundle = replace(bundle, population=fit_stats(bundle.task, bundle.features, histories))
         labelled = training_set(bundle, data.rule, scorer, data.groups(bundle.featurizer))
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
@@ -110,7 +110,7 @@ def _joint_phase(
 
 def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
     """The untrained interaction of a bundle's scorer."""
-    settings, width = bundle.settings, bundle.store.encoder.width
+    settings, width = bundle.settings, bundle.features.encoder.width
     if settings.features == Cross.kind:
         return Cross(width)
     if by_label:
@@ -164,5 +164,5 @@ def training_set(
     """The groups as tensors for a scorer of the bundle."""
     spread = float(scorer.gain_spread)
     return make_training_set(
-        bundle.store, scorer.interaction, groups, rule=rule, loss=scorer.loss, spread=spread
+        bundle.features, scorer.interaction, groups, rule=rule, loss=scorer.loss, spread=spread
     )
