@@ -30,6 +30,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_CONTROLS |= dict.fromkeys(map(ord, "\t\n\r\x0b\x0c\x85"), " ")
 
 
 class HydraError(Exception):
@@ -54,7 +55,7 @@ class DataError(UserFault):
         place = ":".join(str(part) for part in (file, line) if part is not None)
         parts = (place and f"{place}:", field and f"field '{field}':", message)
         # A file may hold anything: one line, and nothing that a terminal takes for a command.
-        super().__init__(" ".join(" ".join(filter(None, parts)).split()).translate(_CONTROLS))
+        super().__init__(" ".join(filter(None, parts)).translate(_CONTROLS))
 
 
 class SettingsError(UserFault):
