@@ -170,7 +170,8 @@ def test_messages_name_options_that_there_are() -> None:
         for option in command.params:
             options |= {*option.opts, *option.secondary_opts}
         commands += getattr(command, "commands", {}).values()
-    of_pip = {"--constraint", "--index-url", "--extra-index-url", "--no-deps"}
+    of_pip = {"--constraint", "--index-url", "--extra-index-url", "--no-deps", "--dest"}
+    of_pip |= {"--retries", "--quiet", "--disable-pip-version-check", "--only-binary"}
     of_others = of_pip | {"--always", "--dirty", "--abbrev", "--exclude"}  # git describe
     folder = Path(hydra_llm.__file__).parent
     for file in folder.rglob("*.py"):

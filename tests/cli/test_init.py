@@ -32,14 +32,15 @@ def test_every_line_of_the_example_is_a_setting(
     file = tmp_path / "all.toml"
     file.write_text(SET)
     settings, serve = load_settings(file=file), load_serve_settings(file)
-    limits = {"max_calls", "candidates", "requests_per_minute", "cors_origins", "drain"}
+    serve_limits = ("samples", "requests_per_minute", "cors_origins", "drain")
+    limits = {"llm.max_calls", *(f"serve.{name}" for name in serve_limits)}
     for group, table in tomllib.loads(SET).items():
         defaults = ServeSettings() if group == SERVE_TABLE else Settings()
         loaded = serve if group == SERVE_TABLE else settings
         for name, value in table.items():
             if name == "cache":
                 assert loaded.cache == Path(value).expanduser()
-            elif name in limits:
+            elif f"{group}.{name}" in limits:
                 assert not getattr(defaults, name)
             else:
                 assert getattr(loaded, name) == value == getattr(defaults, name), name

@@ -214,6 +214,9 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
         yield from leaves(own, (*path, name))
 
 
+OF_SETTINGS = {"serve log": "setting serve.log"}  # an option that sets the setting of its name
+
+
 def test_no_environment_variable_has_two_meanings() -> None:
     meanings: dict[str, set[str]] = defaultdict(set)
     for variable, setting in config.VARIABLES.items():
@@ -226,7 +229,8 @@ def test_no_environment_variable_has_two_meanings() -> None:
                 if option.param_type_name == "option" and option.name != "help":
                     former = "_".join(("HYDRA_LLM", *path, option.name)).upper().replace("-", "_")
                     for variable in (option.envvar, former):
-                        meanings[variable].add(f"{' '.join(path)} {option.name}")
+                        meaning = f"{' '.join(path)} {option.name}"
+                        meanings[variable].add(OF_SETTINGS.get(meaning, meaning))
     assert "HYDRA_ASK_SEED" in meanings
     assert "HYDRA_LLM_BENCH_RUN_SET_" in meanings
     assert {name: own for name, own in meanings.items() if len(own) > 1} == {}

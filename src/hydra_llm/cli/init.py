@@ -17,7 +17,7 @@ EXAMPLE = """\
 # OPENAI_API_KEY and HYDRA_ADMIN_KEY are read from the environment.
 
 [retrieval]
-# retriever = "bm25"            # bm25, dense, recent, random, nothing
+# retriever = "bm25"            # bm25, dense, hybrid, recent, random, nothing
 # k = 4                         # records of the user in the prompt
 # max_prompt_tokens = 1536      # the worst records are left out first
 
@@ -35,7 +35,7 @@ EXAMPLE = """\
 # head = "linear"               # mlp, linear, lowrank, kernel, bias
 
 [serve]                         # of `hydra-llm serve`
-# candidates = 8                # not set: the bundle's
+# samples = 8                   # not set: the bundle's
 # deadline = 60.0               # seconds until late samples are left out
 # upstream_timeout = 600.0      # seconds
 # retention_days = 30.0         # answered requests are kept so long for feedback
