@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "first-hour.md"
 TASK = "Does this support agent answer, escalate, refund or wait? Write one word. Ticket: {input}"
 TICKET = "My new kettle does not switch on at all. No hurry."
-FEW = "--set constrain=true --set labelled_users=6"
+FEW = "--set constrain=true --set labelled_users=4 --set retrieved=5"
 COMMANDS = (
     "python3 -m venv hydra && . hydra/bin/activate",
     "pip install --quiet 'hydra-llm[demo,server]'",
@@ -39,7 +39,8 @@ From an empty machine to a personal answer, each command with its output as it c
 [examples/agents/labels.csv](../examples/agents/labels.csv): what 30 made-up support agents did
 with their tickets (columns user, time, input, output). The LLM is SmolLM2 with 135M parameters,
 inside the process; `openai:gpt-4o-mini` in its place would be a model of an API. pip took the
-wheel of this checkout and the CPU build of torch (section Install of the [README](../README.md)).
+wheel of this checkout and the CPU build of torch ([README](../README.md), Install), and what it had
+downloaded before from its cache.
 
 ```console
 """
