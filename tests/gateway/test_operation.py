@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.gateway.auth import Access, admin_key_given, caller_of, make_key
 from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.middleware import is_local
-from hydra_llm.gateway.request_log import Lines, log_to_stderr
+from hydra_llm.gateway.request_log import Lines, logging_to_stderr
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.upstream import HttpUpstream, UpstreamError
@@ -35,22 +35,11 @@ ADA = "/v1/users/ada/records"
 
 
 @pytest.fixture
-def log() -> Iterator[io.StringIO]:
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a server with `--log json` writes."""
-    written, names = io.StringIO(), ("hydra_llm", "uvicorn", "hydra_llm.gateway.requests")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(one.handlers, one.propagate, one.level) for one in loggers]
-    raises = logging.raiseExceptions
-    log_to_stderr("json")
-    for one in loggers[:2]:
-        handler = logging.StreamHandler(written)
-        handler.setFormatter(Lines(as_json=True))
-        one.handlers = [handler]
-    yield written
-    logging.raiseExceptions = raises
-    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        one.handlers, one.propagate = handlers, propagate
-        one.setLevel(level)
+    monkeypatch.setattr("sys.stderr", written := io.StringIO())
+    with logging_to_stderr("json"):
+        yield written
 
 
 def lines(log: io.StringIO) -> list[dict[str, Any]]:
@@ -412,3 +401,27 @@ async def test_an_embedded_engine_is_not_given_a_prompt_of_megabytes() -> None:
         assert error.value.status == 400
         assert error.value.body["error"]["code"] == "context_length_exceeded"
     assert len(llm.calls) == 1
+
+
+@pytest.mark.parametrize("user", ["ada", "nobody"])
+async def test_leaving_within_a_stream_ends_it_upstream(
+    store: Store, log: io.StringIO, user: str
+) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def stream(body: Any) -> AsyncIterator[bytes]:
+        try:
+            yield b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n'
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    store.add_records("ada", records_of("ada"))
+    async with running(store) as world:
+        world.upstream.stream = stream  # type: ignore[method-assign]
+        messages = [{"role": "user", "content": "whales under the waves"}]
+        body = {"model": "m", "user": user, "messages": messages, "stream": True}
+        await hang_up(world.app, body, begun)
+        await asyncio.wait_for(ended.wait(), FOREVER)
+    assert [line["status"] for line in lines(log)] == [499]

@@ -48,7 +48,7 @@ def serve(
     from hydra_llm.gateway.auth import Access, admin_key_given
     from hydra_llm.gateway.embedded import open_upstream
     from hydra_llm.gateway.middleware import is_local
-    from hydra_llm.gateway.request_log import log_to_stderr
+    from hydra_llm.gateway.request_log import logging_to_stderr
     from hydra_llm.gateway.settings import load_serve_settings
 
     flags = dict(options.pairs()) | ({"log": log} if log else {})
@@ -67,7 +67,6 @@ def serve(
         upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         access = Access(local, admin_key)
         app = make_app(opened, upstream, settings, bundle, llm=model, here=here, access=access)
-        log_to_stderr(settings.log)
         config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)
         config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         if settings.drain is not None:
@@ -80,7 +79,7 @@ def serve(
         address = f"http://{name}:{listening.getsockname()[1]}/v1"
         _say_what_runs(address, app.state.gateway, opened.name, without_userinfo(llm))
         # uvicorn raises the signal again after the requests in flight have ended.
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), logging_to_stderr(settings.log):
             server.run([listening])
         console.say("stopped; requests in flight have ended")
 

@@ -5,7 +5,8 @@ a content, never a user's id: a route is the path's pattern.
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any
@@ -92,14 +93,24 @@ class Lines(logging.Formatter):
         return " ".join([moment, *head, *told, *spent])
 
 
-def log_to_stderr(style: str) -> None:
+@contextmanager
+def logging_to_stderr(style: str) -> Iterator[None]:
     """Write the lines of this package and of the server to stderr: text, json, or off (failures
-    only). For a process that is a server: a library leaves the log alone.
+    only). For the time of a server: a library leaves the log alone.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(style == "json"))
-    for name in ("hydra_llm", "uvicorn"):
-        logger = logging.getLogger(name)
+    loggers = [logging.getLogger(name) for name in ("hydra_llm", "uvicorn")]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    raises, level = logging.raiseExceptions, requests.level
+    for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     requests.setLevel(logging.WARNING if style == "off" else logging.INFO)
     logging.raiseExceptions = False  # a full disk under the log costs lines, not answers
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+        requests.setLevel(level)
+        logging.raiseExceptions = raises
