@@ -88,6 +88,7 @@ def _say_what_runs(address: str, gateway: "Gateway", store: str, llm: str) -> No
     """One line at the start."""
     parts = {
         "bundle": gateway.deployment.id[:12] or "none (records alone)",
+        "gate": gateway.deployment.gate,
         "store": store,
         "upstream": llm,
         "extras": ", ".join(installed()) or "none",

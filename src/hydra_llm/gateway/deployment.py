@@ -61,6 +61,14 @@ class Deployment:
         """SHA-256 of the bundle's weights, to which heads belong; empty without a bundle."""
         return self.bundle.weights if self.bundle else ""
 
+    @property
+    def gate(self) -> str:
+        """How questions are judged, for people."""
+        mode = self.pipeline.settings.gate
+        if mode == "off" or (self.bundle and self.bundle.gate):
+            return mode
+        return f"{mode}, by words" + " (the bundle has none: learn it again)" * bool(self.bundle)
+
     def readable(self, records: Sequence[Record]) -> list[Record]:
         """The records that this bundle can read: with labels, those whose answer is one."""
         task = self.pipeline.task
