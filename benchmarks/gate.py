@@ -168,7 +168,7 @@ async def through_gateway(
     """Requests that the gateway answered as personal, and all of them."""
     settings, llm = load_settings(), RuleLLM(lambda messages, index, dice: "none")
     model = bare_llm(spec, settings) if spec else llm
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = Store(f"sqlite:///{folder}/users.db")
         for user in {user for rows in asked.values() for user, _ in rows}:
             store.add_records(user, data.history(user))

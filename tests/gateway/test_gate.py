@@ -1,9 +1,13 @@
 """What does not belong to the task passes the gateway unchanged, in one upstream call."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hydra_llm.bundle import Bundle
+from hydra_llm.gate import FORM_WIDTH, Floor, GateWeights
 from hydra_llm.store.store import Store
 from hydra_llm.types import Record
 
@@ -111,4 +115,25 @@ async def test_only_the_last_question_of_a_conversation_counts(store: Store) -> 
         assert answer.headers["x-hydra-personalized"] == "false; reason=off-task"
         body["messages"] = [*talk, {"role": "assistant", "content": "?"}, talk[0]]
         answer = await world.http.post("/v1/chat/completions", json=body)
+        assert answer.headers["x-hydra-personalized"] == "true"
+
+
+@pytest.mark.parametrize(("threshold", "told"), [(-1.0, "true"), (1.0, "false; reason=off-task")])
+async def test_a_bundles_own_gate_is_kept_and_used(
+    store: Store, bundles: dict[str, Path], tmp_path: Path, threshold: float, told: str
+) -> None:
+    loaded = Bundle.load(bundles["tags"])
+    numbers = np.zeros(loaded.store.encoder.width + FORM_WIDTH)
+    learned = GateWeights(numbers, threshold, Floor(0.5, 0.25, 0.125))
+    replace(loaded, gate=learned).save(tmp_path / "b")
+    again = Bundle.load(tmp_path / "b").gate
+    assert again is not None
+    assert again.config() == learned.config()
+    assert (again.weights == learned.weights).all()
+    store.add_records("ada", records_of("ada"))
+    async with running(store, tmp_path / "b", gate="auto") as world:
+        assert world.app.state.gateway.deployment.gate == "auto"
+        answer = await world.ask("the battle for the bridge in winter")
+        assert answer.headers["x-hydra-personalized"] == told
+        answer = await world.ask(records_of("ada")[0].input)  # the same as a record
         assert answer.headers["x-hydra-personalized"] == "true"
