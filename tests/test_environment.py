@@ -42,8 +42,9 @@ def test_what_is_no_value_counts_as_unset(
 
 
 def test_a_service_of_kubernetes_is_no_option(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where the store is made
     for name in ("HYDRA_SERVE_PORT", "HYDRA_LLM_SERVE_PORT", "HYDRA_LLM_PORT"):
         monkeypatch.setenv(name, LINK)
     assert run(["serve", "--llm", "nothing:x", "--port", "0"]) == 2
