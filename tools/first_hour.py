@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "first-hour.md"
 TASK = "Does this support agent answer, escalate, refund or wait? Write one word. Ticket: {input}"
 TICKET = "My new kettle does not switch on at all. No hurry."
-FEW = "--set constrain=true --set labelled_users=4 --set retrieved=5"
+FEW = "--set llm.constrain=true --set training.labelled_users=4 --set retrieval.retrieved=5"
 COMMANDS = (
     "python3 -m venv hydra && . hydra/bin/activate",
     "pip install --quiet 'hydra-llm[demo,server]'",
