@@ -72,6 +72,12 @@ class Pipeline:
         notes = tuple(f"{name}: {reason}" for name, (_, reason) in checked.items() if reason)
         return Context(query, tuple(visible), usable, notes, self.vectorize)
 
+    @property
+    def prompt_style(self) -> str:
+        """The setting's, or the one that suits the task's kind."""
+        style = self.settings.prompt_style
+        return self.task.strategy.prompt_style if style == "auto" else style
+
     def retrieve(self, context: Context, most: int = 0) -> list[Ranked]:
         """The records that may help, best first: as many as the settings say, or `most`."""
         count = max(self.settings.retrieved, most)
@@ -102,18 +108,19 @@ class Pipeline:
         *,
         conversation: Sequence[Mapping[str, Any]] | None = None,
         window: int | None = None,
+        style: str | None = None,
     ) -> Prompt:
         """The question with these records. `conversation` is as in `prompt.render`; `window` is how
         many tokens the LLM can take, where known (else `sample` asks with less where it refuses).
+        `style`: one of `prompt.STYLES` instead of the setting's.
         """
-        style = self.settings.prompt_style
         limit = self.settings.max_prompt_tokens
         return render(
             self.task,
             query,
             records,
             max_tokens=min(limit, window or limit),
-            style=self.task.strategy.prompt_style if style == "auto" else style,
+            style=style or self.prompt_style,
             profile=self.profile,
             conversation=conversation,
         )

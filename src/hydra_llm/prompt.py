@@ -13,16 +13,21 @@ from typing import Any
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.wire import text_of
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import NOW_ANSWER, Task
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
-STYLES = ("block", "turns")  # examples in front of the question, or as earlier turns
+STYLES = ("block", "turns", "system")
+"""Examples in front of the question, as earlier turns, or in a system message."""
 Count = Callable[[str], int]  # a text's length in the LLM's tokens
 Messages = tuple[Message, ...]
 
 PER_MESSAGE = 8  # tokens of a chat template around each message (5 in ChatML)
 LEAST_INPUT = 40  # a record whose input would be cut to fewer characters is left out instead
+IN_FORM = (
+    "Where an answer is a text or a label, give it as this person would. Keep to the tools and the"
+    " format that are asked for."
+)
 INSTRUCTING = ("system", "developer")  # roles of the messages behind which example turns begin
 
 
@@ -123,8 +128,7 @@ class _Page:
             system = ({"role": "system", "content": self.profile},) if self.profile else ()
             own = (*system, {"role": "user", "content": self.task.ask(text)})
         if self.style == "turns":
-            roles = [message.get("role") for message in own]
-            start = next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(own))
+            start = _instructions(own)
             turns: list[Message] = []
             for example in reversed(kept):
                 turns.append({"role": "user", "content": self._ask(example.input)})
@@ -137,7 +141,9 @@ class _Page:
             f"{words.input}: {fold(example.input)}\n{words.answer}: {fold(example.output)}"
             for example in reversed(kept)
         ]
-        block = "\n\n".join([words.header, *lines, "Now answer as this person would.\n"])
+        if self.style == "system":
+            return _with_system("\n\n".join([words.header, *lines, IN_FORM]), own)
+        block = "\n\n".join([words.header, *lines, f"{NOW_ANSWER}\n"])
         content: Any = own[-1]["content"]  # in a conversation also a list of parts, images say
         front = block if isinstance(content, str) else [{"type": "text", "text": block}]
         return (*own[:-1], {**own[-1], "content": front + content})
@@ -170,6 +176,23 @@ class _Page:
         best = examples[0]
         part = _cut(best.input, lambda part: self.fits([replace(best, input=part)], text))
         return [] if part is None or len(part) < LEAST_INPUT else [replace(best, input=part)]
+
+
+def _instructions(messages: Messages) -> int:
+    """How many messages at the beginning instruct the LLM."""
+    roles = [message.get("role") for message in messages]
+    return next((i for i, role in enumerate(roles) if role not in INSTRUCTING), len(messages))
+
+
+def _with_system(text: str, messages: Messages) -> Messages:
+    """The messages with a text behind the last instruction: templates take one system message."""
+    count = _instructions(messages)
+    if not count:
+        return ({"role": "system", "content": text}, *messages)
+    *before, last = messages[:count]
+    content: Any = last.get("content") or ""
+    end = f"\n\n{text}" if isinstance(content, str) else [{"type": "text", "text": text}]
+    return (*before, {**last, "content": content + end}, *messages[count:])
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> str | None:

@@ -342,6 +342,7 @@ async def test_a_stream_has_ended_with_a_reason_or_a_mark(
         (b"<html><title>Busy</title>", "a web page, 'Busy'"),
         (b'{"error": "no streams today"}', "no streams today"),
         (b"{}", "without choices"),
+        (GOOD, "something else than a stream"),
     ],
 )
 async def test_an_upstream_reply_that_is_no_stream_is_an_error(
@@ -351,14 +352,6 @@ async def test_an_upstream_reply_that_is_no_stream_is_an_error(
         world.app.state.gateway.upstream = upstream
         with pytest.raises(openai.InternalServerError, match=message):
             await collect_stream(world.sdk(), [])
-
-
-async def test_a_whole_answer_to_a_request_for_a_stream_is_streamed(store: Store) -> None:
-    async with upstream_of(whole(200, GOOD)) as upstream, running(store) as world:
-        world.app.state.gateway.upstream = upstream
-        texts: list[str | None] = []
-        await collect_stream(world.sdk(), texts)
-        assert "".join(filter(None, texts)) == json.loads(GOOD)["choices"][0]["message"]["content"]
 
 
 def test_an_endpoints_url_and_key_come_from_the_server_alone(

@@ -84,7 +84,7 @@ def test_no_request_is_answered_with_a_500(served: str) -> None:
         ),
         (
             b'{"model": "m", "messages": [{"role": "user", "content": {"a": 1}}], "user": "ada"}',
-            200,
+            400,
         ),
         (
             b'{"model": "m", "messages": [{"role": "user", "content": "\\u0000"}], "user": "ada"}',

@@ -350,4 +350,4 @@ async def test_an_answer_to_the_task_is_read_as_in_learning(
         reply = await ask(world, question_of(TASKS["label"]))
         assert None not in reply["personalization"]["scores"]
         other = await ask(world, [{"role": "user", "content": "Tell me of the bridge."}])
-        assert other["personalization"]["scores"] == [None] * 3
+        assert other["personalization"]["scores"] == [None], "nothing is sampled in vain"

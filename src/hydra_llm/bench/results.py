@@ -48,11 +48,9 @@ class MethodResult:
             seed: dict(zip(own, rounded(own.values()), strict=True))
             for seed, own in self.seeds.items()
         }
-        told = {
-            name: None if math.isnan(value) else value
-            for name, value in (("tokens", self.tokens), ("cost", self.cost))
-        }
-        return {**asdict(self), **told, "metrics": metrics, "seeds": seeds}
+        own = asdict(self) | {"metrics": metrics, "seeds": seeds}
+        untold = [name for name in ("tokens", "cost") if math.isnan(own[name])]
+        return own | dict.fromkeys(untold)
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:

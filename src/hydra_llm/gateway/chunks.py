@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra_llm.llm.sse import Event, EventReader
 from hydra_llm.llm.wire import piece_of
+from hydra_llm.tasks.base import PromptWords
 
 DONE = b"data: [DONE]\n\n"
 PIECE = 64  # characters in a chunk of an answer that is complete already
@@ -46,9 +47,11 @@ def chunks_of(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, A
 
 
 class StreamReader:
-    """Reads a stream of chunks as it passes, up to its usage chunk or `[DONE]`."""
+    """Reads a stream of chunks as it passes, up to its usage chunk or `[DONE]`. With `words`, those
+    that announce an answer in the prompt are left out where its one choice begins with them.
+    """
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, words: PromptWords | None = None) -> None:
         self.id = id  # in the place of the upstream's own
         self.texts: dict[int, str] = {}  # by the choice's index
         self.head: dict[str, Any] = {}  # what the chunks have in common
@@ -56,6 +59,8 @@ class StreamReader:
         self.answered = False  # whether a choice has ended
         self.rest = b""  # all from the end on
         self._events = EventReader()
+        self._words, self._held = words, list[Event]()
+        self._has_text = False  # whether the latest event has
 
     def take(self, piece: bytes) -> bytes:
         """The next bytes; returns those that may be passed on: whole events before the end."""
@@ -63,7 +68,7 @@ class StreamReader:
 
     def close(self) -> bytes:
         """The stream is over; what it left without a blank line may be its end all the same."""
-        return self._passed(self._events.end())
+        return self._passed(self._events.end()) + self._released()
 
     @property
     def choices(self) -> list[dict[str, Any]]:
@@ -72,17 +77,43 @@ class StreamReader:
         return [{"message": {"role": "assistant", "content": text}} for text in texts]
 
     def _passed(self, events: Sequence[Event]) -> bytes:
+        passed = list[bytes]()
         for place, one in enumerate(events):
             if self._ends(one):
                 self.ended = True
                 behind = [*events[place:], *self._events.end()]
-                self.rest = b"".join(with_id(one, self.id) for one in behind)
-                events = events[:place]
-                break
-        return b"".join(with_id(one, self.id) for one in events)
+                self.rest = b"".join(with_id(event, self.id) for event in behind)
+                return b"".join([*passed, self._released()])
+            passed.append(self._shown(one))
+        return b"".join(passed)
+
+    def _shown(self, one: Event) -> bytes:
+        """What may be passed on with an event that has been read: nothing before it is known
+        whether the answer begins with the prompt's words.
+        """
+        if self._words is None or not (self._has_text or self.answered):
+            return with_id(one, self.id)
+        self._held.append(one)
+        undecided = self._words.announcement(self.texts.get(0, "")) is None
+        return b"" if undecided and not self.answered else self._released()
+
+    def _released(self) -> bytes:
+        """The events that were held back, without the words that announce the answer."""
+        text, held = self.texts.get(0, ""), self._held
+        drop = self._words.announcement(text) or 0 if self._words else 0
+        self._words, self._held = None, []
+        if not drop:
+            return b"".join(with_id(one, self.id) for one in held)
+        self.texts[0] = text[drop:]
+        chunks = [chunk_of(one) for one in held]  # they become one
+        deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        whole = {name: value for one in deltas for name, value in one.items()}
+        choice = {**chunks[-1]["choices"][0], "delta": {**whole, "content": text[drop:]}}
+        return event({**chunks[-1], "id": self.id, "choices": [choice]})
 
     def _ends(self, event: Event) -> bool:
         """Whether the stream ends with this event; else it is read."""
+        self._has_text = False
         if event.data is None:
             return False
         chunk = chunk_of(event)
@@ -97,6 +128,7 @@ class StreamReader:
             for choice in chunk["choices"]:
                 index, text = choice.get("index", 0), piece_of(choice["delta"])
                 self.texts[index] = self.texts.get(index, "") + text
+                self._has_text = self._has_text or bool(text)
         return False
 
 

@@ -4,7 +4,7 @@ passed through, the retriever's order is kept, or the first choice is the answer
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
@@ -24,14 +24,16 @@ from hydra_llm.gateway.scoring import (
     rank,
     scored_texts,
     unranked,
+    without_words,
 )
 from hydra_llm.gateway.settings import ServeSettings
+from hydra_llm.gateway.structured import Form, form_of, is_text, question_of
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.gateway.user_cache import TimedReads, texts_of
-from hydra_llm.llm.wire import text_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request
+from hydra_llm.tasks.base import PromptWords
 from hydra_llm.text import repair
 from hydra_llm.types import Record
 
@@ -89,14 +91,35 @@ class PersonalRequest(RoutedRequest):
     search: RecordSearch
     prompt_records: tuple[Record, ...]
     in_task_words: bool  # whether the question is the task's instruction around a text
+    form: Form
+    words: PromptWords | None  # what its prompt says around the records, if that may be repeated
 
     @property
     def unscored(self) -> str:
         """Why the LLM is asked for one text, which no adapter scores."""
         bundle = self.deployment.bundle
+        if self.form == "fixed":
+            return "not-text"
         if bundle is None or not bundle.adapter:
             return "no-bundle" if bundle is None else "no-adapter"
         return "one-sample" if self.search.warm else "not-encoded"
+
+    @property
+    def sample_if(self) -> Callable[[Body], bool] | None:
+        """Whether an answer can be scored, where only it shows that: else samples are paid in vain.
+        None where any can.
+        """
+        task = self.deployment.pipeline.task
+        in_chat = bool(task.labels) and not self.in_task_words
+        if self.form == "text" and (not in_chat or task.prompt.strip() == "{input}"):
+            return None
+
+        def scorable(completion: Body) -> bool:
+            choices = completion["choices"]
+            label = not in_chat or task.parse(choice_texts(choices)[0], "strict")
+            return bool(label) and all(map(is_text, choices))
+
+        return scorable
 
 
 @dataclass(eq=False)
@@ -138,15 +161,19 @@ class Gateway:
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings = deployment.pipeline.settings
-        question = _question(routed)
+        question, form = _question(routed), form_of(plain)
         search = await self._search(deployment, user, question, options)
         prompt = deployment.pipeline.render(
             search.context.query,
             search.ranked[: settings.k if options.k is None else options.k],
             conversation=plain["messages"],
             window=getattr(self.upstream, "room", None),
+            style=None if form == "text" else "system",
         )
-        several = search.warm and deployment.bundle and deployment.bundle.adapter
+        adapter = deployment.bundle.adapter if deployment.bundle else None
+        several = bool(adapter) and search.warm and form != "fixed"
+        style = deployment.pipeline.prompt_style if form == "text" else "system"
+        words = deployment.pipeline.task.strategy.prompt_words()
         return PersonalRequest(
             asked=routed.asked,
             body={**plain, "messages": list(prompt.messages)},
@@ -157,6 +184,8 @@ class Gateway:
             search=search,
             prompt_records=prompt.records,
             in_task_words=search.in_task_words,
+            form=form,
+            words=words if prompt.records and style != "turns" else None,
         )
 
     async def _search(
@@ -205,7 +234,11 @@ class Gateway:
         temperature = request.deployment.pipeline.settings.temperature
         try:
             completions, greedy = await self._sampler.sample(
-                self.upstream, request.body, request.candidates, temperature
+                self.upstream,
+                request.body,
+                request.candidates,
+                temperature,
+                request.sample_if if isinstance(request, PersonalRequest) else None,
             )
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))
@@ -213,7 +246,12 @@ class Gateway:
         if not isinstance(request, PersonalRequest):
             self.telemetry.answered(request.reason, request.seconds)
             return completions[0], request
-        choices = [choice for completion in completions for choice in completion["choices"]]
+        own, *samples = [completion["choices"] for completion in completions]
+        if request.form != "text":  # a call of a tool is no other text
+            samples = [list(filter(is_text, sample)) for sample in samples]
+        choices = [choice for part in (own, *samples) for choice in part]
+        if request.words is not None:
+            choices = [without_words(request.words, choice) for choice in choices]
         note(candidates=len(choices))
         ranked = await self._rank(request, choices, greedy)
         choices = [{**choice, "index": i} for i, choice in enumerate(ranked.choices[: request.n])]
@@ -243,6 +281,8 @@ class Gateway:
         texts = scored_texts(choices)
         if request.candidates == 1:
             return unranked(choices, request.unscored)
+        if request.form != "text" and not all(map(is_text, choices)):
+            return unranked(choices, "not-text")
         try:
             # The LLM may not have been asked for a label where the question is not in the task's
             # words: then its answers may be no labels, and are not scored.
@@ -265,7 +305,9 @@ class Gateway:
             request.seconds["adapt"] = time.perf_counter() - started
 
     async def _keep(self, request: PersonalRequest, ranked: RankedChoices) -> bool:
-        """Keep the request for feedback; whether it was."""
+        """Keep the request for feedback; whether it was. Calls of tools are no answer to judge."""
+        if not any(choice_texts(ranked.choices)):
+            return False
         deployment, user, context = request.deployment, request.search.user, request.search.context
         question = context.query.input
         content = ranked.stored(request.n, len(context.visible))
@@ -289,7 +331,8 @@ class Gateway:
     async def stream(self, request: RoutedRequest) -> AsyncIterator[bytes]:
         """The upstream's stream; a personal one is kept for feedback and told of before its end."""
         started = time.perf_counter()
-        reader = StreamReader(request.completion_id)
+        words = request.words if isinstance(request, PersonalRequest) and request.n == 1 else None
+        reader = StreamReader(request.completion_id, words)
         async for piece in self.upstream.stream({**request.body, "stream": True}):
             if reader.ended or not isinstance(request, PersonalRequest):
                 yield piece
@@ -312,7 +355,7 @@ class Gateway:
     async def _last_chunk(self, request: PersonalRequest, reader: StreamReader) -> bytes:
         """Keep what was streamed; the chunk with `personalization`, and a choice for clients."""
         ranked = unranked(reader.choices, request.unscored)
-        kept = any(reader.texts.values()) and await self._keep(request, ranked)
+        kept = await self._keep(request, ranked)
         if not self.settings.personalization:
             return b""
         id = request.completion_id
@@ -326,11 +369,8 @@ def _question(routed: RoutedRequest) -> str:
     if not routed.options.enabled:
         raise _NotPersonal("disabled")
     messages = routed.plain["messages"]
-    tools = any(m.get("role") in ("tool", "function") or m.get("tool_calls") for m in messages)
-    if routed.asked.tools or routed.asked.functions or tools:
-        raise _NotPersonal("tools")
-    question = text_of(messages[-1])
-    if messages[-1].get("role") != "user" or not question.strip():
+    question = question_of(messages)
+    if not question.strip():
         raise _NotPersonal("no-question")
     return repair(question)
 

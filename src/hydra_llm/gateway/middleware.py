@@ -169,10 +169,11 @@ async def error_response(_: object, error: Exception) -> Json:
         case ApiError():
             answer = error
         case RequestValidationError():
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"] if part != "body")
-            message = f"{place or 'body'}: {first['msg']}"
+            place, message = _body_fault(error)
             answer = ApiError(400, message, param=place or None, code="invalid_request")
+        case HTTPException(status_code=400):  # FastAPI could not decode the body
+            message = "the body cannot be read: it must be JSON in UTF-8"
+            answer = ApiError(400, message, code="invalid_request")
         case HTTPException():
             answer = ApiError(error.status_code, str(error.detail))
         case Overloaded():
@@ -188,6 +189,21 @@ async def error_response(_: object, error: Exception) -> Json:
             _log_bug(error)
             answer = ApiError(500, "something went wrong here", code="internal_error")
     return Json(answer.body, answer.status, headers=answer.headers)
+
+
+def _body_fault(error: RequestValidationError) -> tuple[str, str]:
+    """The field at fault, '' for the whole body, and what is wrong with it."""
+    first = error.errors()[0]
+    kind, where = first["type"], [part for part in first["loc"] if part != "body"]
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return "", f"the body is not valid JSON at character {where[0]}: {reason}"
+    if first["loc"] == ("body",) and isinstance(error.body, bytes):
+        return "", "the body is not read as JSON: send the header 'content-type: application/json'"
+    if first["loc"] == ("body",):
+        return "", "the body must be a JSON object"
+    place = ".".join(map(str, where))
+    return place, f"{place}: {first['msg']}"
 
 
 def _log_bug(error: Exception) -> None:

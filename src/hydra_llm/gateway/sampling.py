@@ -1,7 +1,7 @@
 """Several candidates for one request: the caller's own call and samples, until a deadline."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hydra_llm.gateway.telemetry import Telemetry
@@ -19,21 +19,32 @@ class CandidateSampler:
         self._capabilities = CapabilityCache()
 
     async def sample(
-        self, upstream: Upstream, body: Body, count: int, temperature: float
+        self,
+        upstream: Upstream,
+        body: Body,
+        count: int,
+        temperature: float,
+        sample_if: Callable[[Body], bool] | None = None,
     ) -> tuple[list[Body], int]:
         """Completions with the caller's own choices first and samples, `count` together, and how
         many of the first choices are of temperature 0; `UpstreamError` if none came in time. A
         `count` of 1 is the caller's own request alone, whatever its `n`.
 
         `temperature` is the samples', unless the caller's own is higher. Their seed is the caller's
-        plus 1: at the same seed and temperature they would repeat the caller's answer.
+        plus 1: at the same seed and temperature they would repeat the caller's answer. Where
+        `sample_if` is given they are drawn after the caller's own answer, if it is true of that.
         """
         if count == 1:  # the caller's own request has no deadline
             bare = {**without(body, "stream_options"), "stream": False}
             return [await upstream.complete(bare)], 0
         own = int(body.get("n") or 1)
         bodies = self._bodies(body, count - own, temperature)
-        results = await self._complete(upstream, bodies, own)
+        if sample_if is None:
+            results = await self._complete(upstream, bodies, own)
+        else:
+            results = [await upstream.complete(bodies[0])]
+            bodies = bodies if sample_if(results[0]) else bodies[:1]
+            results += await self._complete(upstream, bodies[1:], own=0)
         learn_samples(self._capabilities, bodies[-1], results)
         completions, greedy = [], 0
         for sent, result in zip(bodies, results, strict=True):
@@ -78,6 +89,8 @@ class CandidateSampler:
                 message = f"the upstream's answer cannot be read ({type(error).__name__})"
                 results[place] = UpstreamError(502, message)
 
+        if not bodies:
+            return []
         tasks = [asyncio.create_task(complete(*item)) for item in enumerate(bodies)]
         try:
             await asyncio.wait(tasks, timeout=self._deadline)

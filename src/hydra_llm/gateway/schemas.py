@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hydra_llm.datasets.native import number_as_text
+from hydra_llm.llm.wire import content_fault
 from hydra_llm.text import text_fault
 
 MAX_ID = 200  # characters
@@ -89,13 +90,19 @@ class PersonalizationOptions(_Strict):
     explain: bool = False  # also the candidates' texts and probabilities, and the records' texts
 
 
+def _content(value: Any) -> Any:
+    if fault := content_fault(value):
+        raise PydanticCustomError("content", "{fault}", {"fault": fault})
+    return value
+
+
 class Message(BaseModel):
     """One message of a conversation; other fields are for the upstream."""
 
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: Any = None
+    content: Annotated[Any, AfterValidator(_content)] = None
 
 
 class ChatRequest(BaseModel):

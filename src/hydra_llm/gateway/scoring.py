@@ -15,6 +15,7 @@ from hydra_llm.gateway.telemetry import Telemetry
 from hydra_llm.gateway.user_cache import UserSnapshot
 from hydra_llm.llm.wire import answer_of
 from hydra_llm.pipeline import Pipeline, candidate_key
+from hydra_llm.tasks.base import PromptWords
 from hydra_llm.text import repair
 from hydra_llm.types import Candidate, Query, Ranked
 
@@ -117,6 +118,17 @@ def choice_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
 def scored_texts(choices: Sequence[Mapping[str, Any]]) -> list[str]:
     """The beginning of each, as scorers read it: candidates are compared word by word."""
     return [text[:SCORED_CHARACTERS] for text in choice_texts(choices)]
+
+
+def without_words(words: PromptWords, choice: Choice) -> Choice:
+    """The choice without what its answer repeats of the prompt; its reasoning stays."""
+    content = choice["message"].get("content")
+    answer = answer_of(choice["message"])
+    clean = words.stripped(answer)
+    if not isinstance(content, str) or clean == answer:
+        return choice
+    before = content.removesuffix(answer) if content.endswith(answer) else ""
+    return {**choice, "message": {**choice["message"], "content": before + clean}}
 
 
 def unranked(choices: Sequence[Choice], reason: str) -> RankedChoices:

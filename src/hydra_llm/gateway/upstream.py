@@ -7,7 +7,7 @@ the retries, except of a request on a kept connection that the endpoint was clos
 
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from secrets import token_hex
@@ -17,8 +17,7 @@ from urllib.parse import quote
 import httpx2
 
 from hydra_llm.environment import http_client_faults
-from hydra_llm.gateway.chunks import DONE, chunk_of, chunks_of, ends_answer, role_chunk
-from hydra_llm.gateway.chunks import event as write
+from hydra_llm.gateway.chunks import chunk_of, ends_answer
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.telemetry import note, note_usage
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
@@ -37,6 +36,7 @@ PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id", *RATE_HEADERS
 """Headers of an upstream's error that the caller's SDK acts on."""
 BLANK = b" \t\r\n\xef\xbb\xbf"  # what may stand before an answer
 COMMENT = b":"  # how a line begins that keeps a connection alive
+NO_STREAM = (b"{", b"[", b"<")  # how an answer begins that is JSON or a web page
 LONGEST = 2000  # characters of an error that are told
 
 
@@ -102,26 +102,24 @@ class HttpUpstream:
     async def stream(self, body: Body) -> AsyncIterator[bytes]:
         """Whole events, as they come. An error among them is raised."""
         async with self._answering("chat/completions", body) as response:
-            pieces = response.aiter_bytes()
-            first = b""
-            async for piece in pieces:
-                first += piece
-                if first.strip(BLANK):
-                    break
-            if first.strip(BLANK)[:1] in (b"{", b"[", b"<"):  # no stream
-                content = first + b"".join([piece async for piece in pieces])
-                for chunk in self._as_events(body, self._read(response, content)):
-                    yield chunk
-                return
-            reader, said, ended = EventReader(), False, False
+            reader, said, ended, start = EventReader(), False, False, b""
             try:
-                async for events in _events(reader, first, pieces):
-                    for event in events:
-                        said, ended = said or event.data is not None, self._ends(event) or ended
+                async for piece in response.aiter_bytes():
+                    start += b"" if said else piece
+                    for event in (
+                        () if start[:64].strip(BLANK)[:1] in NO_STREAM else reader.feed(piece)
+                    ):
+                        said, ended = said or event.data is not None, ended or self._ends(event)
                         if said or event.raw.startswith(COMMENT):
                             yield event.raw
             except ValueError as error:
                 raise UpstreamError(502, f"the upstream's stream cannot be read: {error}") from None
+            for event in reader.end():
+                said, ended = said or event.data is not None, ended or self._ends(event)
+                if said:
+                    yield event.raw
+            if not said and start.strip(BLANK)[:1] in NO_STREAM:
+                self._read(response, start)
             if not said:
                 raise UpstreamError(502, "the upstream answered with something else than a stream")
             if not ended:  # to a client a stream that stops looks like one that has ended
@@ -138,17 +136,6 @@ class HttpUpstream:
         if isinstance(chunk, Mapping):
             note_usage(chunk.get("usage"))
         return ends_answer(event, chunk)
-
-    @staticmethod
-    def _as_events(body: Body, answer: Any) -> Iterator[bytes]:
-        """An answer as a stream, from an upstream that makes none."""
-        head = {"id": f"chatcmpl-{token_hex(12)}", "model": str(body.get("model")), **answer}
-        choices = [{"index": i, **choice} for i, choice in enumerate(head["choices"])]
-        usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        yield write(role_chunk(head["id"], head["model"], len(choices)))
-        for chunk in chunks_of({**head, "choices": choices}, usage=usage):
-            yield write(chunk)
-        yield DONE
 
     async def models(self, id: str | None = None) -> Any:
         if id is None:
@@ -201,16 +188,6 @@ class HttpUpstream:
         if error := failure(response.status_code, content, needs=needs):
             raise UpstreamError.of(error, self.endpoint, response.headers, body)
         return body
-
-
-async def _events(
-    reader: EventReader, first: bytes, pieces: AsyncIterator[bytes]
-) -> AsyncIterator[list[Event]]:
-    """The events of a stream, piece by piece."""
-    yield reader.feed(first)
-    async for piece in pieces:
-        yield reader.feed(piece)
-    yield reader.end()
 
 
 def learn_samples(

@@ -3,7 +3,6 @@ For `llm/openai.py` (the official SDK) and the gateway's upstream (raw bodies). 
 """
 
 import base64
-import hashlib
 import os
 import re
 import time
@@ -65,7 +64,7 @@ class Endpoint:
         """
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not _is_printable(url):
+        if parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f\x7f]", url):
             fix = "it begins with http:// or https:// and holds no blanks"
             raise SettingsError(f"OPENAI_BASE_URL is no URL of an endpoint: {fix}")
         source = "the key of api_key" if key else "OPENAI_API_KEY"
@@ -78,15 +77,8 @@ class Endpoint:
             raise SettingsError(f"{name} needs a key: {fix}")
         return cls(parts._replace(query="", fragment="").geturl(), key, parts.query)
 
-    @property
-    def query_digest(self) -> str:
-        """What tells this query from another one, and shows nothing of it."""
-        return hashlib.sha256(self.query.encode()).hexdigest()[:16]
-
     def redact(self, text: str) -> str:
-        """A text without the endpoint's secrets, as they are or as texts quote them. Call it before
-        the text is cut or changed.
-        """
+        """A text, before it is cut or changed, without the endpoint's secrets in any form."""
         return self._secrets.sub("***", text) if self._secrets else text
 
     def redacted(self, value: Any) -> Any:
@@ -121,10 +113,6 @@ def endpoint_of(rest: str) -> tuple[str, str | None]:
         forms = "openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint"
         raise SettingsError(f"openai:{without_userinfo(rest)} needs a model: {forms}")
     return match[1], match[2]
-
-
-def _is_printable(text: str) -> bool:
-    return not any(character.isspace() or not character.isprintable() for character in text)
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ require("openai", "an OpenAI-compatible endpoint")
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from itertools import takewhile
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ from hydra_llm.environment import http_client_faults
 from hydra_llm.errors import LLMError, LLMRefused
 from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint, Refusal, endpoint_of
-from hydra_llm.llm.wire import answer_of, failure, tokens_of
+from hydra_llm.llm.wire import WireError, answer_of, failure, tokens_of
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Generation, Message, Usage
 
@@ -54,8 +55,9 @@ class OpenAILLM:
         url = urlsplit(str(self._client.base_url))
         self.base_url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # without key
         place = {"model": model, "base_url": self.base_url}
-        query = {"query": endpoint.query_digest} if endpoint.query else {}
-        self.identity = {"kind": "openai", **place, "constrains": False, **query}
+        self.identity = {"kind": "openai", **place, "constrains": False}
+        if endpoint.query:  # which may hold a key
+            self.identity["query"] = sha256(endpoint.query.encode()).hexdigest()[:16]
         self._capabilities = CapabilityCache()
         self._slots = anyio.Semaphore(concurrency)  # of requests: a call may be several
 
@@ -112,7 +114,9 @@ class OpenAILLM:
             async with self._slots:
                 answer = await create(model=self.model, **sent)
         except openai.APIStatusError as error:
-            refusal = _refusal(error)
+            status, content = error.status_code, error.response.content
+            told = failure(status, content) or WireError(str(error.message))
+            refusal = Refusal(status, told.message, told.code, told.param)
             refused = refusal.status in REFUSED
             if refused and self._capabilities.learn(self.model, known.after(refusal, sent)):
                 return await self._send(body)
@@ -157,13 +161,6 @@ async def _tell_errors(response: httpx2.Response) -> None:
     """Give an error that came as 200, and nonsense, the status that the SDK acts on."""
     if response.status_code < 300 and (error := failure(200, await response.aread())):
         response.status_code = error.status or 502
-
-
-def _refusal(error: openai.APIStatusError) -> Refusal:
-    told = failure(error.status_code, error.response.content)
-    message = told.message if told else str(error.message)
-    code, param = (told.code, told.param) if told else ("", "")
-    return Refusal(error.status_code, message, code, param)
 
 
 def from_spec(rest: str, settings: Settings) -> OpenAILLM:

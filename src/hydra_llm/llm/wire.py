@@ -22,10 +22,8 @@ STATUS_WORDS = (
     (429, re.compile(r"(?i)rate.?limit|too.?many|quota|exhausted|throttl")),
     (503, re.compile(r"(?i)overload|unavailable|capacity")),
     (504, re.compile(r"(?i)time.?out|deadline")),
-    (401, re.compile(r"(?i)authentication|unauthori[sz]ed|unauthenticated|api.?key")),
-    (403, re.compile(r"(?i)permission|forbidden")),
+    (401, re.compile(r"(?i)authentication|unauthori[sz]ed|api.?key|permission|forbidden")),
     (404, re.compile(r"(?i)not.?found")),
-    (413, re.compile(r"(?i)too.?large")),
     (400, re.compile(r"(?i)invalid.?(?:request|argument|prompt)|bad.?request|context.?length")),
 )
 TITLE = re.compile(r"(?is)<title[^>]*>(.*?)</title>")
@@ -37,9 +35,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def answer_of(message: Mapping[str, Any]) -> str:
-    """What an LLM's message answers: its text without the reasoning before it; '' where it holds
-    none, such as a refusal or calls of tools.
-    """
+    """What an LLM's message answers: its text without reasoning; '' for refusals and calls."""
     return without_reasoning(piece_of(message))
 
 
@@ -97,9 +93,7 @@ class WireError:
 
 
 def error_in(body: object) -> WireError | None:
-    """The error in a JSON body, of whatever shape: OpenAI's, a text, FastAPI's `detail`, a list of
-    errors, an error of its choice. None where it tells none, or holds an answer all the same.
-    """
+    """The error in a JSON body of any shape; None where it tells none, or still holds an answer."""
     if isinstance(body, list) and len(body) == 1:  # as Gemini sends them
         body = body[0]
     if not isinstance(body, Mapping) or any(map(_says, _choices(body))):
@@ -117,7 +111,7 @@ def error_in(body: object) -> WireError | None:
     places = [str(part) for part in where if part != "body"] if isinstance(where, list) else []
     message = _message(inner) if inner else str(error)
     fields = [inner, body]
-    kind, code = (_first(fields, key) for key in ("type", "code"))
+    kind, code = _first(fields, "type"), _first(fields, "code")
     return WireError(
         f"{'.'.join(places)}: {message}" if places else message,
         _status(fields, f"{kind} {code} {_first(fields, 'status')}"),
@@ -136,7 +130,8 @@ def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError
         body = json.loads(text)
     except (ValueError, RecursionError):
         body = None
-    error = error_in(body) if needs or status >= 400 else error_in(_only_error(body))
+    is_other = status < 400 and not needs and isinstance(body, Mapping)  # a model has any fields
+    error = error_in({"error": body.get("error")} if is_other else body)
     title = TITLE.search(text)
     if error is None and status < 400 and _holds(body, needs):
         return None
@@ -153,10 +148,6 @@ def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError
         error = WireError(message)
     told = status if status >= 400 else error.status or 502
     return WireError(error.message, told, error.kind, error.code, error.param)
-
-
-def _only_error(body: object) -> object:
-    return {"error": body.get("error")} if isinstance(body, Mapping) else body
 
 
 def _holds(body: object, needs: str) -> bool:

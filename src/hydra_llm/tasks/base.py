@@ -3,6 +3,7 @@
 Example: Task("films", "rating", "What score would this person give? {input}", ("1", "2", "3"))
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ Words = Literal["lamp", "unicode"]
 WORDS: tuple[Words, ...] = ("lamp", "unicode")
 Pairs = Sequence[tuple[str | None, str]]  # parsed answer, gold answer
 
+NOW_ANSWER = "Now answer as this person would."
+"""What a block of examples ends with."""
+_MARKING = "*_#> \t\r\n"  # Markdown around words
+_MARKS = r"[*_#>\s]{0,12}"
 SEPARATORS = " \t\n:"  # what may stand between an instruction and the text within it
 
 
@@ -174,6 +179,38 @@ class PromptWords(NamedTuple):
     header: str
     input: str
     answer: str
+
+    def stripped(self, text: str) -> str:
+        """An answer without what it repeats of the block: the examples before it, the words that
+        announce it, and further examples of the LLM's own making behind it.
+        """
+        said = text.lower()
+        if not any(words.lower() in said for words in (self.header, NOW_ANSWER, self.answer)):
+            return text
+        header, now, answer = map(re.escape, (self.header, NOW_ANSWER, self.answer))
+        asked = rf"{_MARKS}{re.escape(self.input)}{_MARKS}:[^\n]*\n"
+        patterns = (
+            rf"(?s)\A{_MARKS}{header}(?:.*{now})?",
+            rf"\A{_MARKS}{now}",
+            rf"\A(?:{asked})?(?:{_MARKS}{answer}{_MARKS}:{_MARKS})+",
+            rf"(?s)\n{asked}{_MARKS}{answer}{_MARKS}:.*\Z",
+        )
+        clean = text
+        for pattern in patterns:
+            clean = re.sub(pattern, "", clean, flags=re.IGNORECASE)
+        return text if clean == text else clean.strip()
+
+    def announcement(self, text: str) -> int | None:
+        """How many characters at the beginning of a text announce an answer ("Score: 3"); None if
+        that is not known before the text goes on.
+        """
+        said, answer = text.lstrip(_MARKING).lower(), self.answer.lower()
+        behind = said.removeprefix(answer).strip(_MARKING)
+        if answer.startswith(said) or (said.startswith(answer) and behind in ("", ":")):
+            return None
+        words = rf"{_MARKS}{re.escape(self.answer)}{_MARKS}:{_MARKS}"
+        announced = re.match(words, text, re.IGNORECASE)
+        return announced.end() if announced else 0
 
 
 @dataclass(frozen=True)

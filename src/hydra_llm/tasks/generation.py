@@ -34,9 +34,12 @@ class Generation(base.TaskKind):
     )
 
     def parse(self, text: str, parsing: Parsing) -> str | None:
-        """The stripped text. Lenient: its first line that says something, as `_plain` has it."""
+        """The stripped text. Lenient: its first line that says something, as `_plain` has it, and
+        is no part of the prompt.
+        """
         if parsing == "strict":
             return text.strip() or None
+        text = self.prompt_words().stripped(text)
         lines = [line for line in map(_plain, text.splitlines()) if line]
         # "Here is a headline:" announces the next line
         answers = [line for line in lines if not line.endswith(":")]

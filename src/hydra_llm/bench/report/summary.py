@@ -2,7 +2,7 @@
 and method, and once for learning. Knows no LLM and no texts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import isnan
 from typing import Any
 
@@ -122,12 +122,8 @@ def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, floa
             yield seed, method, of_all
         if costs:
             names = next(iter(costs.values()))
-            sums = {name: _sum([cost[name] for cost in costs.values()]) for name in names}
+            columns = {name: [cost[name] for cost in costs.values()] for name in names}
+            known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+            sums = {n: sum(v) if len(v) == len(costs) else None for n, v in known.items()}
             users = len({key.partition(":")[2] for key in costs})
             yield seed, f"{method}, new users", {**sums, "users": users}
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    """The sum; None where one is not known."""
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None

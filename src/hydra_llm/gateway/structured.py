@@ -1,0 +1,47 @@
+"""Chat requests whose answer has a form: tools, a schema, token probabilities. They are personal
+too. Their records stand in a system message: turns would be examples of answers without the form.
+An adapter scores texts alone, so nothing is sampled where the answer is none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from hydra_llm.llm.wire import answer_of, text_of
+
+Message = Mapping[str, Any]
+Form = Literal["text", "tools", "fixed"]
+TOOL_ROLES = ("tool", "function")
+
+
+def form_of(body: Mapping[str, Any]) -> Form:
+    """`fixed`: every answer has a form (a schema, token probabilities, sound); `tools`: an answer
+    is a call of a tool or a text; `text`: any other.
+    """
+    asked = body.get("response_format")
+    kind = asked.get("type") if isinstance(asked, Mapping) else asked
+    sound = any(name != "text" for name in body.get("modalities") or ())
+    if kind not in (None, "text") or body.get("logprobs") or body.get("top_logprobs") or sound:
+        return "fixed"
+    with_tools = body.get("tools") or body.get("functions")
+    return "tools" if with_tools or any(map(_is_of_tools, body["messages"])) else "text"
+
+
+def question_of(messages: Sequence[Message]) -> str:
+    """What the user asked last, before the calls of tools that it took and their results; '' where
+    the conversation does not wait for an answer to it.
+    """
+    for message in reversed(messages):
+        if not _is_of_tools(message):
+            return text_of(message) if message.get("role") == "user" else ""
+    return ""
+
+
+def is_text(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice answers in words, and calls no tool."""
+    message = choice["message"]
+    return bool(answer_of(message).strip()) and not _is_of_tools(message)
+
+
+def _is_of_tools(message: Message) -> bool:
+    called = message.get("tool_calls") or message.get("function_call")
+    return message.get("role") in TOOL_ROLES or bool(called)
