@@ -185,7 +185,7 @@ def _instructions(messages: Messages) -> int:
 
 
 def _with_system(text: str, messages: Messages) -> Messages:
-    """The messages with a text behind the last instruction: templates take one system message."""
+    """The messages with a text in the last system message, which some templates take one of."""
     count = _instructions(messages)
     if not count:
         return ({"role": "system", "content": text}, *messages)

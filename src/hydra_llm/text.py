@@ -134,9 +134,6 @@ _TAG = re.compile(
     rf"(?P<open>^[ \t]*{_OPEN})|(?P<inline>{_OPEN})|(?P<close></{_NAME}>|\[/{_NAME}\]|◁/{_NAME}▷)",
     re.IGNORECASE | re.MULTILINE,
 )
-# Harmony, the format of gpt-oss, where the engine did not read it.
-_CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>")
-_CHANNEL_END = re.compile(r"<\|(?:end|return|start|call)\|>")
 
 
 def without_reasoning(text: str) -> str:
@@ -144,9 +141,6 @@ def without_reasoning(text: str) -> str:
     closed, and all before a lone `</think>`, whose beginning stood in the prompt. Other tags within
     a line are text, such as quoted ones.
     """
-    if channels := list(_CHANNEL.finditer(text)):
-        final = [channel for channel in channels if channel[1] == "final"]
-        return _CHANNEL_END.split(text[final[-1].end() :])[0].strip() if final else ""
     kept, start = list[str](), 0
     inside = found = mentioned = False
     for tag in _TAG.finditer(text):

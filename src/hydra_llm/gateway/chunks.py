@@ -88,9 +88,7 @@ class StreamReader:
         return b"".join(passed)
 
     def _shown(self, one: Event) -> bytes:
-        """What may be passed on with an event that has been read: nothing before it is known
-        whether the answer begins with the prompt's words.
-        """
+        """What may be passed on by now: no text that may still be the prompt's words."""
         if self._words is None or not (self._has_text or self.answered):
             return with_id(one, self.id)
         self._held.append(one)

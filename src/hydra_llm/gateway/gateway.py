@@ -106,9 +106,7 @@ class PersonalRequest(RoutedRequest):
 
     @property
     def sample_if(self) -> Callable[[Body], bool] | None:
-        """Whether an answer can be scored, where only it shows that: else samples are paid in vain.
-        None where any can.
-        """
+        """Whether an answer can be scored, where only it shows that; None where any can."""
         task = self.deployment.pipeline.task
         in_chat = bool(task.labels) and not self.in_task_words
         if self.form == "text" and (not in_chat or task.prompt.strip() == "{input}"):

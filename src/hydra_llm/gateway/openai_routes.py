@@ -13,7 +13,7 @@ from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, RoutedRequest
 from hydra_llm.gateway.identity import NamedUser, named_user
 from hydra_llm.gateway.middleware import ClientGone
-from hydra_llm.gateway.schemas import ApiError, ChatRequest, Json
+from hydra_llm.gateway.schemas import ChatRequest, Json
 from hydra_llm.gateway.telemetry import Span, chat_span, note
 from hydra_llm.gateway.upstream import UpstreamError
 
@@ -29,7 +29,7 @@ async def chat(request: ChatRequest, http: Request) -> Response:
     named by the header `x-hydra-user` or the field `user`; the settings list further ones.
     """
     gateway: Gateway = http.app.state.gateway
-    body = json.loads(await http.body(), parse_constant=_refuse)
+    body = json.loads(await http.body())
     caller: Caller = http.state.caller
     user = _user(caller, http, body)
     with chat_span(request.model) as span:
@@ -51,11 +51,6 @@ async def chat(request: ChatRequest, http: Request) -> Response:
         if user.unread:
             response.headers["x-hydra-personalized"] += f"; field={user.unread}"
         return response
-
-
-def _refuse(constant: str) -> None:
-    """NaN and its like, which Python reads and no upstream does."""
-    raise ApiError(400, f"the body holds {constant}, which is no JSON", code="invalid_request")
 
 
 async def while_connected(http: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -27,9 +27,7 @@ def form_of(body: Mapping[str, Any]) -> Form:
 
 
 def question_of(messages: Sequence[Message]) -> str:
-    """What the user asked last, before the calls of tools that it took and their results; '' where
-    the conversation does not wait for an answer to it.
-    """
+    """What the user asked last, before calls of tools and their results; '' where none waits."""
     for message in reversed(messages):
         if not _is_of_tools(message):
             return text_of(message) if message.get("role") == "user" else ""

@@ -35,7 +35,6 @@ RATE_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")
 PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id", *RATE_HEADERS, "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
 BLANK = b" \t\r\n\xef\xbb\xbf"  # what may stand before an answer
-COMMENT = b":"  # how a line begins that keeps a connection alive
 NO_STREAM = (b"{", b"[", b"<")  # how an answer begins that is JSON or a web page
 LONGEST = 2000  # characters of an error that are told
 
@@ -106,11 +105,9 @@ class HttpUpstream:
             try:
                 async for piece in response.aiter_bytes():
                     start += b"" if said else piece
-                    for event in (
-                        () if start[:64].strip(BLANK)[:1] in NO_STREAM else reader.feed(piece)
-                    ):
+                    for event in reader.feed(piece):
                         said, ended = said or event.data is not None, ended or self._ends(event)
-                        if said or event.raw.startswith(COMMENT):
+                        if said or event.raw.startswith(b":"):  # a comment
                             yield event.raw
             except ValueError as error:
                 raise UpstreamError(502, f"the upstream's stream cannot be read: {error}") from None
@@ -118,9 +115,9 @@ class HttpUpstream:
                 said, ended = said or event.data is not None, ended or self._ends(event)
                 if said:
                     yield event.raw
-            if not said and start.strip(BLANK)[:1] in NO_STREAM:
-                self._read(response, start)
             if not said:
+                if start.strip(BLANK)[:1] in NO_STREAM:
+                    self._read(response, start)
                 raise UpstreamError(502, "the upstream answered with something else than a stream")
             if not ended:  # to a client a stream that stops looks like one that has ended
                 raise UpstreamError(502, "the upstream's stream ended before its answer did")

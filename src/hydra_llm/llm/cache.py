@@ -166,9 +166,7 @@ async def _receive(call: Awaitable[Generation], count: int) -> tuple[Generation,
 
 
 def _rows(generation: Generation) -> list[Json]:
-    """One row per text; calls and prompt are the first one's, the rest is shared out evenly. Tokens
-    that the LLM did not tell are None.
-    """
+    """One row per text; calls and prompt are the first one's, the rest is shared out evenly."""
     count, usage, rows = len(generation.texts), generation.usage, list[Json]()
     even, rest = divmod(usage.completion_tokens, count or 1)
     for index, text in enumerate(generation.texts):

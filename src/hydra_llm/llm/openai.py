@@ -136,9 +136,7 @@ class OpenAILLM:
         return generation
 
     def _connections(self) -> Any:
-        """A client of our own: the SDK's closes itself in whatever loop runs when it is collected,
-        and fails.
-        """
+        """The SDK's own one would close itself in whatever loop runs when it is collected."""
         hooks = {"response": [_tell_errors]}
         query = self._endpoint.query or None
         options: dict[str, Any] = {"params": query, "event_hooks": hooks}

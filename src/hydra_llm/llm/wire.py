@@ -46,12 +46,10 @@ def piece_of(delta: Mapping[str, Any]) -> str:
 
 def content_fault(content: object) -> str:
     """What is wrong with a message's content, or ''."""
-    parts = content if isinstance(content, list) else [{}]
-    if not isinstance(content, str | list | None):
-        return "must be a text, a list of parts, or null"
-    if not all(isinstance(part, str | Mapping) for part in parts):
-        return "must hold parts such as {'type': 'text', 'text': '...'}"
-    return ""
+    parts = content if isinstance(content, list) else [content or ""]
+    known = isinstance(content, str | list | None)
+    fault = "must be a text, null, or a list of parts such as {'type': 'text', 'text': '...'}"
+    return "" if known and all(isinstance(part, str | Mapping) for part in parts) else fault
 
 
 def _content_text(content: object, between: str) -> str:

@@ -181,17 +181,14 @@ class PromptWords(NamedTuple):
     answer: str
 
     def stripped(self, text: str) -> str:
-        """An answer without what it repeats of the block: the examples before it, the words that
-        announce it, and further examples of the LLM's own making behind it.
-        """
+        """An answer without words of the block before it, and examples of the LLM's own behind."""
         said = text.lower()
         if not any(words.lower() in said for words in (self.header, NOW_ANSWER, self.answer)):
             return text
         header, now, answer = map(re.escape, (self.header, NOW_ANSWER, self.answer))
         asked = rf"{_MARKS}{re.escape(self.input)}{_MARKS}:[^\n]*\n"
         patterns = (
-            rf"(?s)\A{_MARKS}{header}(?:.*{now})?",
-            rf"\A{_MARKS}{now}",
+            rf"(?s)\A{_MARKS}(?:{header}(?:.*{now})?|{now})",
             rf"\A(?:{asked})?(?:{_MARKS}{answer}{_MARKS}:{_MARKS})+",
             rf"(?s)\n{asked}{_MARKS}{answer}{_MARKS}:.*\Z",
         )
@@ -201,9 +198,7 @@ class PromptWords(NamedTuple):
         return text if clean == text else clean.strip()
 
     def announcement(self, text: str) -> int | None:
-        """How many characters at the beginning of a text announce an answer ("Score: 3"); None if
-        that is not known before the text goes on.
-        """
+        """How many characters of a text announce its answer ("Score: 3"); None: not known yet."""
         said, answer = text.lstrip(_MARKING).lower(), self.answer.lower()
         behind = said.removeprefix(answer).strip(_MARKING)
         if answer.startswith(said) or (said.startswith(answer) and behind in ("", ":")):
