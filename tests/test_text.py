@@ -71,10 +71,6 @@ def test_what_makes_a_text_unusable(text: str, fault: str) -> None:
         ("[THINK]x[/THINK]keep", "keep"),
         ("◁think▷x◁/think▷keep", "keep"),
         ("<seed:think>x</seed:think>keep", "keep"),
-        (
-            "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>keep<|return|>",
-            "keep",
-        ),
         ("Wrap it in <think> and </think> tags.", "Wrap it in <think> and </think> tags."),
         ("Use `</think>` here", "Use `</think>` here"),
         (" as it is \n", " as it is \n"),

@@ -88,10 +88,8 @@ def estimate_cost(experiment: Experiment) -> CostEstimate:
     sample = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
     measured, usage = run_sync(partial(_measure, cache, sample))
     # other calls are as the measured ones: by estimated tokens of prompts and number of answers
-    if usage.untold:  # then by estimate, and answers of full length
-        prompt = sum(call.prompt_tokens for call in measured)
-        completion = sum(call.sampling.n * call.sampling.max_tokens for call in measured)
-        usage = replace(usage, prompt_tokens=prompt, completion_tokens=completion, untold=0)
+    if usage.untold:
+        raise LLMError("the LLM does not tell its tokens, which an estimate needs")
     ratio = usage.prompt_tokens / max(1, sum(call.prompt_tokens for call in measured)) or 1.0
     per_text = usage.completion_tokens / max(1, sum(call.sampling.n for call in measured))
     second = usage.seconds / max(1, usage.prompt_tokens + usage.completion_tokens)

@@ -66,8 +66,8 @@ class UpstreamError(ApiError):
         own = body.get("error") if isinstance(body, Mapping) else None
         fields = endpoint.redacted(own) if isinstance(own, Mapping) else {}
         told = {"type": error.kind, "code": error.code, "param": error.param}
-        told = {name: endpoint.redact(value) for name, value in told.items() if value}
-        return cls(status, {"error": {**told, **fields, "message": message}}, passed)
+        told = {n: endpoint.redact(value) for n, value in told.items() if value} | fields
+        return cls(status, {"error": {**told, "message": message}}, passed)
 
 
 class Upstream(Protocol):

@@ -125,8 +125,7 @@ def _forms(secret: str) -> Iterator[str]:
         yield rf"(?<!\w){quoted}(?!\w)"
         return
     yield quoted
-    # Every third of a byte's beginnings: basic auth has a name before the secret.
-    for shift in range(3):
+    for shift in range(3):  # basic auth has a name before the secret
         encoded = base64.b64encode(b"\0" * shift + secret.encode()).decode()
         whole = encoded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]
         yield re.escape(whole)

@@ -134,14 +134,13 @@ def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError
     if error is None and status < 400 and _holds(body, needs):
         return None
     if error is None:
-        if not text:
-            message = "an answer without content"
-        elif body is not None:
+        message = "an answer without content"
+        if body is not None:
             message = f"an answer without {needs or 'an object'}: {fold(text)}"
         elif text.startswith("<"):
             name = f", '{fold(title[1])}'" if title else ""
             message = f"an answer that is a web page{name}"
-        else:
+        elif text:
             message = f"an answer that is not JSON: {fold(text)}"
         error = WireError(message)
     told = status if status >= 400 else error.status or 502
@@ -151,9 +150,8 @@ def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError
 def _holds(body: object, needs: str) -> bool:
     if not isinstance(body, Mapping) or needs != "choices":
         return isinstance(body, Mapping)
-    messages = [choice.get("message") for choice in _choices(body)]
-    whole = bool(messages) and len(messages) == len(body["choices"])
-    return whole and all(isinstance(message, Mapping) for message in messages)
+    whole = [c for c in _choices(body) if isinstance(c.get("message"), Mapping)]
+    return bool(whole) and len(whole) == len(body["choices"])
 
 
 def _choices(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -171,13 +169,11 @@ def _says(choice: Mapping[str, Any]) -> bool:
 
 
 def _message(error: Mapping[str, Any]) -> str:
-    texts = (error[key] for key in TEXT_KEYS if isinstance(error.get(key), str) and error[key])
-    return next(texts, None) or str(error)
+    return next((t for t in map(error.get, TEXT_KEYS) if t and isinstance(t, str)), str(error))
 
 
 def _first(fields: list[Mapping[str, Any]], key: str) -> str:
-    values = (source[key] for source in fields if isinstance(source.get(key), str | int))
-    return str(next(values, ""))
+    return str(next((f[key] for f in fields if isinstance(f.get(key), str | int)), ""))
 
 
 def _status(fields: list[Mapping[str, Any]], words: str) -> int | None:
