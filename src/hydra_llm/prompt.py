@@ -17,8 +17,7 @@ from hydra_llm.tasks.base import NOW_ANSWER, Task
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Message, Query, Ranked, Record
 
-STYLES = ("block", "turns", "system")
-"""Examples in front of the question, as earlier turns, or in a system message."""
+STYLES = ("block", "turns", "system")  # examples before the question, as turns, as instruction
 Count = Callable[[str], int]  # a text's length in the LLM's tokens
 Messages = tuple[Message, ...]
 

@@ -137,9 +137,8 @@ _TAG = re.compile(
 
 
 def without_reasoning(text: str) -> str:
-    """An LLM's text without its reasoning: `<think>…</think>` at the beginning of a line, or never
-    closed, and all before a lone `</think>`, whose beginning stood in the prompt. Other tags within
-    a line are text, such as quoted ones.
+    """An LLM's text without its reasoning: `<think>…</think>` that begins a line, closed or not,
+    and all before a lone `</think>`, which the prompt began. Other tags are text.
     """
     kept, start = list[str](), 0
     inside = found = mentioned = False

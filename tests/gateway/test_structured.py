@@ -11,9 +11,13 @@ from typing import Any
 import httpx2
 import pytest
 
+from hydra_llm.config import Settings
+from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.structured import form_of, question_of
 from hydra_llm.gateway.upstream import HttpUpstream, UpstreamError
 from hydra_llm.llm.endpoint import Endpoint
+from hydra_llm.llm.fake import RuleLLM
+from hydra_llm.llm.gguf import smollm2
 from hydra_llm.store.store import Store
 
 from .conftest import TAGS, World, records_of, running
@@ -308,3 +312,26 @@ async def test_an_upstreams_error_comes_in_openais_shape() -> None:
         f"http://up/v1/chat/completions?{query}",
         f"http://up/v1/models/a%3Fb%25c?{query}",
     ]
+
+
+@pytest.mark.slow
+async def test_an_embedded_model_keeps_to_a_schema_or_says_what_it_cannot(store: Store) -> None:
+    llm = smollm2("", Settings())
+    upstream = EmbeddedUpstream(llm, max_tokens=40)
+    body = {"model": llm.model, "messages": [{"role": "user", "content": "A person as JSON."}]}
+    schema = {"properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    closed = {"type": "object", "additionalProperties": False, **schema}
+    form = {"type": "json_schema", "json_schema": {"name": "p", "schema": closed}}
+    answer = await upstream.complete({**body, "temperature": 0, "response_format": form})
+    assert isinstance(json.loads(answer["choices"][0]["message"]["content"])["age"], int)
+    broken = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type": "x"}}}
+    fields = {"tools": [TOOL], "logprobs": True, "response_format": broken}
+    for name, value in [*fields.items(), ("response_format", {"type": "x"})]:
+        with pytest.raises(UpstreamError) as raised:
+            await upstream.complete({**body, name: value})
+        assert raised.value.status == 400
+        assert name in str(raised.value) or "schema" in str(raised.value)
+    await llm.aclose()
+    fake = EmbeddedUpstream(RuleLLM(lambda messages, index, rng: "x", name="m"))
+    with pytest.raises(UpstreamError, match="response_format"):
+        await fake.complete({**body, "model": "fake:m", "response_format": form})

@@ -1,6 +1,7 @@
 """The upstream of an LLM spec, and an upstream in this process: an embedded model or a fake."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -128,7 +129,11 @@ class EmbeddedUpstream:
     def _sampling(self, body: Body) -> Sampling:
         stop, seed, temperature = body.get("stop"), body.get("seed"), body.get("temperature")
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or self._max_tokens
+        form = body.get("response_format") or {"type": "text"}
+        if form != {"type": "text"} and not getattr(self._llm, "takes_form", False):
+            raise UpstreamError(400, "response_format cannot be used: this model has none")
         return Sampling(
+            form="" if form == {"type": "text"} else json.dumps(form),
             n=int(body.get("n") or 1),
             temperature=1.0 if temperature is None else float(temperature),
             max_tokens=max(1, int(limit)),
@@ -140,20 +145,23 @@ class EmbeddedUpstream:
 def _messages(body: Body) -> list[Message]:
     """The request's messages; `UpstreamError` if they hold anything but text."""
     messages: list[Message] = []
-    more = bool(body.get("tools") or body.get("functions"))
+    fields = [name for name in ("tools", "functions", "logprobs", "audio") if body.get(name)]
     for message in body["messages"]:
         role, content = str(message.get("role")), message.get("content")
         parts = content if isinstance(content, list) else []
         others = any(not isinstance(part, Mapping) or "text" not in part for part in parts)
-        more = more or others or bool(message.get("tool_calls"))
+        if others or message.get("tool_calls"):
+            fields.append(f"messages with {'parts that are no text' if others else 'tool_calls'}")
         role = "system" if role == "developer" else role
         messages.append({"role": role, "content": text_of(message)})
-    if more:
-        raise UpstreamError(400, "this model reads text only: no tools, images or sound")
+    if fields:
+        raise UpstreamError(400, f"this model reads text only: not {', '.join(fields)}")
     return messages
 
 
-def _usage(generation: Generation) -> dict[str, int]:
-    prompt, completion = generation.usage.prompt_tokens, generation.usage.completion_tokens
+def _usage(generation: Generation) -> dict[str, int] | None:
+    prompt, completion = generation.usage.tokens
+    if prompt is None or completion is None:
+        return None
     counts = {"prompt_tokens": prompt, "completion_tokens": completion}
     return {**counts, "total_tokens": prompt + completion}

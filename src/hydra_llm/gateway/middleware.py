@@ -198,10 +198,9 @@ def _body_fault(error: RequestValidationError) -> tuple[str, str]:
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return "", f"the body is not valid JSON at character {where[0]}: {reason}"
-    if first["loc"] == ("body",) and isinstance(error.body, bytes):
-        return "", "the body is not read as JSON: send the header 'content-type: application/json'"
     if first["loc"] == ("body",):
-        return "", "the body must be a JSON object"
+        unread = "the body is not read as JSON: send the header 'content-type: application/json'"
+        return "", unread if isinstance(error.body, bytes) else "the body must be a JSON object"
     place = ".".join(map(str, where))
     return place, f"{place}: {first['msg']}"
 

@@ -127,8 +127,8 @@ def without_words(words: PromptWords, choice: Choice) -> Choice:
     clean = words.stripped(answer)
     if not isinstance(content, str) or clean == answer:
         return choice
-    before = content.removesuffix(answer) if content.endswith(answer) else ""
-    return {**choice, "message": {**choice["message"], "content": before + clean}}
+    shown = content.rpartition(answer)[0] + clean
+    return {**choice, "message": {**choice["message"], "content": shown}}
 
 
 def unranked(choices: Sequence[Choice], reason: str) -> RankedChoices:

@@ -1,6 +1,5 @@
-"""Chat requests whose answer has a form: tools, a schema, token probabilities. They are personal
-too. Their records stand in a system message: turns would be examples of answers without the form.
-An adapter scores texts alone, so nothing is sampled where the answer is none.
+"""Requests whose answer has a form. Their records stand in a system message, as turns would be
+examples without the form, and nothing is sampled where no adapter, which reads texts, can score it.
 """
 
 from collections.abc import Mapping, Sequence

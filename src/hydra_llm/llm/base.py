@@ -18,6 +18,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a text ends before the first of these
     seed: int | None = None  # text i is drawn with `seed + i` where the engine can
     choices: tuple[str, ...] = ()  # each text is one of these where `identity["constrains"]`
+    form: str = ""  # `response_format` as JSON, where the LLM has `takes_form`
 
 
 class PartlyFailed(LLMError):

@@ -48,7 +48,8 @@ def canonical(value: Any) -> str:
 def request_of(identity: Json, messages: Sequence[Message], sampling: Sampling) -> Json:
     """All that changes the output. A greedy answer has no seed: it depends on none."""
     fields = asdict(sampling) | {"temperature": float(sampling.temperature)}
-    del fields["n"]
+    for name in ("n", "form") if not sampling.form else ("n",):  # as in keys of older caches
+        del fields[name]
     if not sampling.temperature > 0:
         fields["seed"] = None
     return {"llm": dict(identity), "messages": list(map(dict, messages)), **fields}

@@ -46,10 +46,8 @@ SHORT = 8  # a shorter secret is hidden only where it stands alone
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go, and the key that they carry; a local endpoint may need none.
-
-    `query` is what stood behind a `?` in the URL, such as Azure's `api-version=...`: it belongs
-    behind the path of every request.
+    """Where requests go, and the key that they carry; a local endpoint may need none. `query` is
+    the URL's, such as Azure's `api-version=...`: it belongs behind the path of every request.
     """
 
     url: str = field(repr=False)

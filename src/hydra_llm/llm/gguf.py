@@ -9,6 +9,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 import secrets
 import time
@@ -50,6 +51,7 @@ class GgufLLM:
 
     parallel = 1  # calls at once
     streams = True  # `generate` takes `on_token`
+    takes_form = True  # the engine makes a grammar of a JSON schema
 
     def __init__(self, path: Path | str, *, context_per_slot: int = CONTEXT, model_name: str = ""):
         path = Path(path)
@@ -128,6 +130,7 @@ class GgufLLM:
         safe, context = list(map(self.engine.safe, messages)), self.engine.context
         body = {"messages": safe, "temperature": sampling.temperature, "stop": list(sampling.stop)}
         most, needed = sampling.max_tokens, min(sampling.max_tokens, context // 4)
+        body |= {"response_format": json.loads(sampling.form)} if sampling.form else {}
         if sampling.choices:
             longest = max(len(choice.encode()) for choice in sampling.choices)  # ≥ its tokens
             most = needed = max(most, longest + 1)

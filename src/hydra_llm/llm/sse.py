@@ -1,6 +1,4 @@
-"""Server-sent events as the HTML standard has them: fields, comments, three kinds of line ends, a
-byte order mark, data of several lines. However the bytes are cut, the events are the same.
-"""
+"""Server-sent events as the HTML standard has them, the same however their bytes are cut."""
 
 import re
 from dataclasses import dataclass

@@ -76,9 +76,6 @@ def tokens_of(usage: object) -> tuple[int, int] | None:
     return prompt, completion
 
 
-# ---- errors
-
-
 @dataclass(frozen=True, slots=True)
 class WireError:
     """What an endpoint says went wrong."""
