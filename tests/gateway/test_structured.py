@@ -252,7 +252,7 @@ async def test_the_prompts_words_are_no_part_of_an_answer(
         (b'{"messages": "x", "model": "m"}', "application/json", "messages: ", "messages"),
     ],
 )
-async def test_a_bad_body_is_one_line_that_names_what_is_wrong(
+async def test_a_bad_body_is_one_line(
     store: Store, content: bytes, kind: str, message: str, param: str | None
 ) -> None:
     async with running(store) as world:
@@ -315,7 +315,7 @@ async def test_an_upstreams_error_comes_in_openais_shape() -> None:
 
 
 @pytest.mark.slow
-async def test_an_embedded_model_keeps_to_a_schema_or_says_what_it_cannot(store: Store) -> None:
+async def test_an_embedded_model_keeps_to_a_schema(store: Store) -> None:
     llm = smollm2("", Settings())
     upstream = EmbeddedUpstream(llm, max_tokens=40)
     body = {"model": llm.model, "messages": [{"role": "user", "content": "A person as JSON."}]}

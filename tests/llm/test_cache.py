@@ -665,7 +665,7 @@ d.execute("COMMIT")
     assert llm._unwritten == {}
 
 
-def test_the_form_of_an_answer_is_part_of_the_key_where_there_is_one() -> None:
+def test_the_form_of_an_answer_is_in_the_key() -> None:
     plain, formed = (request_of({}, [], Sampling(form=form)) for form in ("", "{}"))
     assert "form" not in plain, "keys of older caches and recordings stay"
     assert formed == {**plain, "form": "{}"}
