@@ -106,13 +106,13 @@ class HttpUpstream:
                 async for piece in response.aiter_bytes():
                     start += b"" if said else piece
                     for event in reader.feed(piece):
-                        said, ended = said or event.data is not None, ended or self._ends(event)
+                        said, ended = said or event.data is not None, self._ends(event) or ended
                         if said or event.raw.startswith(b":"):  # a comment
                             yield event.raw
             except ValueError as error:
                 raise UpstreamError(502, f"the upstream's stream cannot be read: {error}") from None
             for event in reader.end():
-                said, ended = said or event.data is not None, ended or self._ends(event)
+                said, ended = said or event.data is not None, self._ends(event) or ended
                 if said:
                     yield event.raw
             if not said:
