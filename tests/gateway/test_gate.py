@@ -123,7 +123,7 @@ async def test_a_bundles_own_gate_is_kept_and_used(
     store: Store, bundles: dict[str, Path], tmp_path: Path, threshold: float, told: str
 ) -> None:
     loaded = Bundle.load(bundles["tags"])
-    numbers = np.zeros(loaded.store.encoder.width + FORM_WIDTH)
+    numbers = np.zeros(loaded.features.encoder.width + FORM_WIDTH)
     learned = GateWeights(numbers, threshold, Floor(0.5, 0.25, 0.125))
     replace(loaded, gate=learned).save(tmp_path / "b")
     again = Bundle.load(tmp_path / "b").gate
