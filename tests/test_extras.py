@@ -144,6 +144,18 @@ def test_without_an_extra_each_command_is_one_line_that_names_it(extra: str, fol
         assert "Traceback" not in error
 
 
+def test_users_of_a_store_without_a_bundle_need_the_server_alone(folder: Path) -> None:
+    lines = [
+        ["data", "import", "table.csv", "--out", "own"],
+        ["store", "migrate"],
+        ["users", "import", "own"],
+        *(["users", *line] for line in (["list"], ["show", "u1"], ["export", "u1"])),
+        ["users", "delete", "u1"],
+    ]
+    said, _ = run_without(["openai", "embedded", "learn", "bench"], lines, folder)
+    assert [code for code, _ in said.values()] == [0] * len(said), said
+
+
 class Upstream(http.server.BaseHTTPRequestHandler):
     """An endpoint that always says `dry`."""
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from numbers import Integral, Real
 from time import monotonic
 from typing import Any
@@ -30,8 +31,15 @@ def emit(data: Any, as_json: bool = False) -> None:
             print(text)
         case dict(values):
             print("\n".join(_lines_of(values)))
+        case []:
+            say("none")
         case rows:
             print_table(rows)
+
+
+def day(seconds: float) -> str:
+    """Seconds since 1970 as a date, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
 
 def say(line: str) -> None:

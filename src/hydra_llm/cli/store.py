@@ -46,7 +46,10 @@ def create(
 def list_(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """List the keys; secrets are not stored."""
     with open_store(store) as opened:
-        console.emit([_row(key) for key in opened.keys()], as_json)  # noqa: SIM118
+        rows = [_row(key) for key in opened.keys()]  # noqa: SIM118
+    if not as_json:
+        rows = [row | {"created": console.day(row["created"])} for row in rows]
+    console.emit(rows, as_json)
 
 
 @keys.command("revoke")
@@ -91,11 +94,15 @@ def use(
 def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Show the bundle that was set for the servers of a store."""
     with open_store(store) as opened:
-        console.emit({"bundle": opened.bundle()}, as_json)
+        bundle = opened.bundle()
+    if bundle is None and not as_json:
+        console.say("none: each server uses the one of its --bundle")
+    else:
+        console.emit({"bundle": bundle}, as_json)
 
 
 @maintenance.command()
-def migrate(store: StoreURL, as_json: AsJson = False) -> None:
+def migrate(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Migrate the tables to this version, or create them. Stop the servers and back up first."""
     from hydra_llm.store.database import Database, one_line_errors
     from hydra_llm.store.migrate import LATEST, upgrade, version_of
@@ -113,7 +120,7 @@ def migrate(store: StoreURL, as_json: AsJson = False) -> None:
 @maintenance.command()
 def backup(
     file: Annotated[Path, Argument(help="A new SQLite file.")],
-    store: StoreURL,
+    store: StoreURL = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Write a consistent copy to a file, itself a store (`sqlite:///FILE`), while servers run."""
@@ -127,7 +134,9 @@ def backup(
 
 @maintenance.command()
 def restore(
-    file: Annotated[Path, Argument(help="A backup.")], store: StoreURL, as_json: AsJson = False
+    file: Annotated[Path, Argument(help="A backup.")],
+    store: StoreURL = DEFAULT_STORE,
+    as_json: AsJson = False,
 ) -> None:
     """Fill an empty or a new store, of either database, from a backup."""
     from hydra_llm.store.backup import open_backup, restore
@@ -139,7 +148,7 @@ def restore(
 
 
 @maintenance.command()
-def check(store: StoreURL, as_json: AsJson = False) -> None:
+def check(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Count rows and check for damage; the exit code is 1 if there is any."""
     with open_store(store) as opened:
         faults, counts = opened.check(), opened.counts()
@@ -151,7 +160,7 @@ def check(store: StoreURL, as_json: AsJson = False) -> None:
 
 
 @maintenance.command()
-def scrub(store: StoreURL) -> None:
+def scrub(store: StoreURL = DEFAULT_STORE) -> None:
     """Rewrite the database's files without the bytes of deleted rows; locks PostgreSQL's tables."""
     with open_store(store) as opened:
         opened.scrub()

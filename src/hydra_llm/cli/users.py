@@ -29,8 +29,6 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List users with counts of what is kept about them, by id."""
-    from datetime import UTC, datetime
-
     with open_store(store) as opened:
         users = opened.user_counts(after=after, limit=limit + 1)
     rows = [
@@ -39,7 +37,7 @@ def list_(
             "records": user.records,
             "feedback": user.feedback,
             "requests": user.requests,
-            "since": datetime.fromtimestamp(user.created, UTC).strftime("%Y-%m-%d"),
+            "since": console.day(user.created),
         }
         for user in users[:limit]
     ]
@@ -139,13 +137,13 @@ def _forget(store: "Store") -> "Forget":
 
 def _bundle(store: "Store", folder: Path | None) -> "Bundle | None":
     """The bundle of a folder, or that servers use; None, with a message, if the latter is gone."""
-    from hydra_llm.bundle import Bundle
-    from hydra_llm.gateway.deployment import folder_of
-
     active = store.bundle()
     if folder is None and active is None:
         return None
     try:
+        from hydra_llm.bundle import Bundle  # without the extra `learn` it cannot be read
+        from hydra_llm.gateway.deployment import folder_of
+
         bundle = Bundle.load(folder or folder_of(active or ""))
     except HydraError as error:
         if folder is not None:
