@@ -7,11 +7,12 @@ import unicodedata
 from functools import cache, lru_cache
 from itertools import pairwise
 
-# Scripts without blanks between words: Thai, Lao, Myanmar, Khmer, Han, Kana, Bopomofo.
+# Scripts without blanks between words: Thai, Lao, Myanmar, Khmer, Tai, Balinese, Javanese, Han,
+# Kana, Bopomofo.
 UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029"
     "\u3031-\u3035\u3038-\u303b\u3041-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+    "\ua980-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
 _PUNCTUATION = re.compile(
     "[\u3000-\u3004\u3008-\u3020\u3030\ufe30-\ufe4f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
@@ -128,12 +129,20 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
 
 # ---- what is no part of an answer
 
-_NAME = r"(?:\w{1,12}:)?(?:think(?:ing)?|thoughts?|reasoning|reflection)"
-_OPEN = rf"(?:<{_NAME}>|\[{_NAME}\]|◁{_NAME}▷)"
+_NAME = r"(?:\w{1,12}[:_])?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad)\s*"
+_OPEN = (
+    rf"(?:<{_NAME}>|\[{_NAME}\]|◁{_NAME}▷|<\|(?!end_){_NAME}\|>"
+    r"|<\|channel\|>(?:analysis|commentary)[^<\n]*<\|message\|>)"  # gpt-oss
+)
+_CLOSE = (
+    rf"</{_NAME}>|\[/{_NAME}\]|◁/{_NAME}▷|<\|end_{_NAME}\|>"
+    r"|<\|channel\|>final[^<\n]*<\|message\|>"
+)
 _TAG = re.compile(
-    rf"(?P<open>^[ \t]*{_OPEN})|(?P<inline>{_OPEN})|(?P<close></{_NAME}>|\[/{_NAME}\]|◁/{_NAME}▷)",
+    rf"(?P<open>^[ \t\ufeff]*{_OPEN})|(?P<inline>{_OPEN})|(?P<close>{_CLOSE})",
     re.IGNORECASE | re.MULTILINE,
 )
+_CONTROL = re.compile(r"<\|\w+\|>")  # tokens that a server left in the text
 
 
 def without_reasoning(text: str) -> str:
@@ -154,4 +163,4 @@ def without_reasoning(text: str) -> str:
             kept, start, found = [], tag.end(), True
     if not found:
         return text
-    return "".join(kept if inside else [*kept, text[start:]]).strip()
+    return _CONTROL.sub("", "".join(kept if inside else [*kept, text[start:]])).strip()

@@ -148,6 +148,26 @@ def test_what_stands_behind_the_path_is_kept_apart() -> None:
     endpoint = Endpoint.of("x", "https://own/deployments/m?api-version=2024-06-01&x=%20#here")
     assert endpoint.url == "https://own/deployments/m"
     assert endpoint.query == "api-version=2024-06-01&x=%20"
+
+
+@pytest.mark.parametrize("end", ["", "/", "//", "/chat/completions", "/chat/completions/"])
+def test_a_url_may_be_the_whole_one_of_chat_completions(end: str) -> None:
+    assert Endpoint.of("x", f"HTTPS://own/v1{end}?v=1").url == "https://own/v1"
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://own:port/v1", "http:///v1", "ftp://own"])
+def test_an_invalid_url_names_its_place(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(SettingsError, match="the URL of the LLM is no URL"):
+        Endpoint.of("x", url)
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(SettingsError, match="OPENAI_BASE_URL is no URL"):
+        Endpoint.of("x")
+
+
+def test_a_secret_of_the_query_is_hidden_as_it_was_written() -> None:
+    endpoint = Endpoint("http://own/v1", "", "api-key=of+the/query9")
+    for form in ("of+the/query9", "of the/query9", "of%2Bthe%2Fquery9"):
+        assert endpoint.redact(f"bad key {form}") == "bad key ***"
     shown = without_userinfo("openai:m@https://u:p@own/v1?api-version=1&api_key=abc&y=2")
     assert shown == "openai:m@https://own/v1?api-version=1&api_key=***&y=2"
     with pytest.raises(SettingsError, match="no blanks"):

@@ -401,6 +401,13 @@ async def test_no_content_is_an_empty_text(serve: Any, wire: Any) -> None:
     assert generation.texts == ("", "")
 
 
+@pytest.mark.parametrize("key", ["none", "keep"])
+async def test_a_short_key_may_be_an_answer(serve: Any, wire: Any, key: str) -> None:
+    url = serve(lambda body, count: wire.completion(key)).url
+    llm = OpenAILLM("m", base_url=url, api_key=key)
+    assert (await llm.generate(MESSAGES, Sampling())).texts == (key,)
+
+
 def test_the_client_serves_one_event_loop_after_another(serve: Any, wire: Any) -> None:
     llm = client(serve(lambda body, count: wire.completion("fine")))
     ask: Callable[[], Any] = lambda: llm.generate(MESSAGES, Sampling())  # noqa: E731
@@ -410,7 +417,7 @@ def test_the_client_serves_one_event_loop_after_another(serve: Any, wire: Any) -
 def test_key_and_url_come_from_spec_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="OPENAI_API_KEY"):
         from_spec("gpt", Settings())
-    with pytest.raises(SettingsError, match="needs a model"):
+    with pytest.raises(SettingsError, match="names no model and endpoint"):
         from_spec("", Settings())
     own = from_spec("org/model@v2@http://user:pass@127.0.0.1:1/v1", Settings())
     assert (own.model, own.base_url) == ("org/model@v2", "http://127.0.0.1:1/v1/")

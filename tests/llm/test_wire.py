@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_llm.llm.sse import Event, EventReader
-from hydra_llm.llm.wire import answer_of, content_fault, error_in, failure, text_of, tokens_of
+from hydra_llm.llm.wire import (
+    answer_of,
+    content_fault,
+    error_in,
+    failure,
+    json_of,
+    text_of,
+    tokens_of,
+)
 
 TEXT = {"type": "text", "text": "keep"}
 THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
@@ -31,6 +39,8 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
         ([{"type": "text", "text": None}, 5], ""),
         ("<think>maybe toss</think>\nkeep", "keep"),
         (["<think>maybe toss", "</think>\nkeep"], "keep"),
+        ([{"type": "thought", "text": "toss"}, TEXT], "keep"),
+        ([{"text": "toss", "thought": True}, {"text": "keep"}], "keep"),
         (7, ""),
     ],
 )
@@ -58,6 +68,8 @@ def test_tokens_that_are_not_told_are_not_zero() -> None:
     assert tokens_of({"prompt_tokens": 0, "completion_tokens": 2}) == (0, 2)
     for usage in (None, {}, "n/a", {"prompt_tokens": 3}, {"prompt_tokens": "many"}):
         assert tokens_of(usage) is None
+    for count in (-1, True, None, 2.5):
+        assert tokens_of({"prompt_tokens": count, "completion_tokens": 2}) is None
 
 
 ERRORS: list[tuple[int, Any, str, int]] = [
@@ -168,3 +180,13 @@ def test_an_event_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("hydra_llm.llm.sse.LONGEST", 10)
     with pytest.raises(ValueError, match="longer than"):
         EventReader().feed(b"data: " + b"x" * 10)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n "])
+@pytest.mark.parametrize("said", ["keep", "gr\u00fcn"])
+def test_an_answer_of_odd_bytes_is_read(before: bytes, said: str) -> None:
+    body = json.dumps({"choices": [{"message": {"content": said}}]}, ensure_ascii=False)
+    content = before + body.encode("latin-1")
+    assert failure(200, content) is None
+    assert answer_of(json_of(content)["choices"][0]["message"]) in (said, "gr\ufffdn")
+    assert json_of(b"oops") is None

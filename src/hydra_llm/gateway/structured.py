@@ -10,6 +10,10 @@ from hydra_llm.llm.wire import answer_of, text_of
 Message = Mapping[str, Any]
 Form = Literal["text", "tools", "fixed"]
 TOOL_ROLES = ("tool", "function")
+FORMS = (  # fields that give every answer a form too: OpenAI's, vLLM's, llama.cpp's, SGLang's
+    *("logprobs", "top_logprobs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("structured_outputs", "grammar", "json_schema", "regex", "ebnf"),
+)
 
 
 def form_of(body: Mapping[str, Any]) -> Form:
@@ -19,7 +23,7 @@ def form_of(body: Mapping[str, Any]) -> Form:
     asked = body.get("response_format")
     kind = asked.get("type") if isinstance(asked, Mapping) else asked
     sound = any(name != "text" for name in body.get("modalities") or ())
-    if kind not in (None, "text") or body.get("logprobs") or body.get("top_logprobs") or sound:
+    if kind not in (None, "text") or sound or any(map(body.get, FORMS)):
         return "fixed"
     with_tools = body.get("tools") or body.get("functions")
     return "tools" if with_tools or any(map(_is_of_tools, body["messages"])) else "text"

@@ -22,7 +22,7 @@ from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.telemetry import note, note_usage
 from hydra_llm.llm.endpoint import CapabilityCache, Endpoint, Refusal
 from hydra_llm.llm.sse import Event, EventReader
-from hydra_llm.llm.wire import WireError, error_in, failure, tokens_of
+from hydra_llm.llm.wire import WireError, error_in, failure, json_of, tokens_of
 
 Transport = httpx2.AsyncBaseTransport
 Body = Mapping[str, Any]
@@ -178,10 +178,7 @@ class HttpUpstream:
 
     def _read(self, response: httpx2.Response, content: bytes, needs: str = "choices") -> Any:
         """The JSON of an answer; raises the error that it tells, or that it is."""
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError):
-            body = None
+        body = json_of(content)
         if error := failure(response.status_code, content, needs=needs):
             raise UpstreamError.of(error, self.endpoint, response.headers, body)
         return body

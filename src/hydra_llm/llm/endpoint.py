@@ -18,7 +18,7 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.llm.wire import error_in
 
 OPENAI_URL = "https://api.openai.com/v1"
-SPEC = re.compile(r"(.+?)(?:@(https?://.+))?")
+SPEC = re.compile(r"(.+?)(?:@((?i:https?)://.+))?")
 MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
 CAPABILITY_SECONDS = 600.0  # what an endpoint refuses in a bad hour is tried again
 NAMES_N = re.compile(
@@ -60,11 +60,13 @@ class Endpoint:
         Raises SettingsError: OPENAI_BASE_URL is no URL, OpenAI's own endpoint has no key, or the
         key has characters that no header can carry.
         """
+        where = "the URL of the LLM" if url else "OPENAI_BASE_URL"
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        if not _is_url(url):
+            fix = "it begins with http:// or https://, names a host, and holds no blanks"
+            raise SettingsError(f"{where} is no URL of an endpoint: {fix}")
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f\x7f]", url):
-            fix = "it begins with http:// or https:// and holds no blanks"
-            raise SettingsError(f"OPENAI_BASE_URL is no URL of an endpoint: {fix}")
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")  # as some portals show it
         source = "the key of api_key" if key else "OPENAI_API_KEY"
         key = key or os.environ.get("OPENAI_API_KEY", "")
         if key and not KEY.fullmatch(key):
@@ -73,7 +75,7 @@ class Endpoint:
         if not key and url == OPENAI_URL:
             fix = "set OPENAI_API_KEY (another endpoint may need none)"
             raise SettingsError(f"{name} needs a key: {fix}")
-        return cls(parts._replace(query="", fragment="").geturl(), key, parts.query)
+        return cls(parts._replace(path=path, query="", fragment="").geturl(), key, parts.query)
 
     def redact(self, text: str) -> str:
         """A text, before it is cut or changed, without the endpoint's secrets in any form."""
@@ -90,7 +92,8 @@ class Endpoint:
     @cached_property
     def _secrets(self) -> re.Pattern[str] | None:
         password = urlsplit(self.url).password or ""
-        named = [value for name, value in parse_qsl(self.query) if SECRET.search(name)]
+        asked = parse_qsl(self.query) + parse_qsl(self.query.replace("+", "%2B"))
+        named = [value for name, value in asked if SECRET.search(name)]
         secrets = {self.key, password, unquote(password), *named} - {""}
         patterns = [form for secret in secrets for form in _forms(secret)]
         longest_first = sorted(patterns, key=len, reverse=True)
@@ -102,15 +105,20 @@ def endpoint_of(rest: str) -> tuple[str, str | None]:
     Raises SettingsError: no model, or an invalid URL, which would else be taken for part of it.
     """
     match = SPEC.fullmatch(rest)
-    try:
-        url = urlsplit((match and match[2]) or OPENAI_URL)
-        valid = bool(url.hostname) and url.port != 0
-    except ValueError:  # brackets that do not close, a port that is no number
-        valid = False
+    valid = _is_url((match and match[2]) or OPENAI_URL)
     if match is None or MEANT_AS_URL.search(match[1]) or not valid:
         forms = "openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint"
-        raise SettingsError(f"openai:{without_userinfo(rest)} needs a model: {forms}")
+        raise SettingsError(f"openai:{without_userinfo(rest)} names no model and endpoint: {forms}")
     return match[1], match[2]
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        named = bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        return False
+    return named and url.scheme in ("http", "https") and not re.search(r"[\s\x00-\x1f\x7f]", text)
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -22,8 +22,15 @@ from hydra_llm.config import Settings
 from hydra_llm.environment import http_client_faults
 from hydra_llm.errors import LLMError, LLMRefused
 from hydra_llm.llm.base import PartlyFailed, Sampling
-from hydra_llm.llm.endpoint import Capabilities, CapabilityCache, Endpoint, Refusal, endpoint_of
-from hydra_llm.llm.wire import WireError, answer_of, failure, tokens_of
+from hydra_llm.llm.endpoint import (
+    SHORT,
+    Capabilities,
+    CapabilityCache,
+    Endpoint,
+    Refusal,
+    endpoint_of,
+)
+from hydra_llm.llm.wire import WireError, answer_of, failure, json_of, tokens_of
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Generation, Message, Usage
 
@@ -130,7 +137,7 @@ class OpenAILLM:
             raise LLMError(self._line(f"no connection: {error.__cause__ or error}")) from None
         except (openai.OpenAIError, ValueError) as error:
             raise LLMError(self._line(f"an answer that cannot be read: {error}")) from None
-        generation = self._read(answer.http_response.json())
+        generation = self._read(json_of(answer.http_response.content))
         if len(generation.texts) < sent.get("n", 1):
             self._capabilities.learn(self.model, replace(self.capabilities, native_n=False))
         return generation
@@ -146,7 +153,9 @@ class OpenAILLM:
     def _read(self, answer: Mapping[str, Any]) -> Generation:
         """The texts of an answer in which `failure` found nothing wrong."""
         choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
-        texts = tuple(self._endpoint.redact(answer_of(choice["message"])) for choice in choices)
+        # A key as short as a word, such as "none", may be a label.
+        redact = str if 0 < len(self._endpoint.key) < SHORT else self._endpoint.redact
+        texts = tuple(redact(answer_of(choice["message"])) for choice in choices)
         tokens = tokens_of(answer.get("usage"))
         return Generation(texts, Usage(1, 0, 0, *(tokens or (0, 0)), untold=int(tokens is None)))
 

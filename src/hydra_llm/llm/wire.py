@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra_llm.text import fold, without_reasoning
 
-THOUGHT = re.compile(r"thinking|reason|redacted|summary")
+THOUGHT = re.compile(r"think|thought|chain|reason|redacted|summary")
 """Beginnings of the types of content parts that are no part of what is said."""
 TEXT_KEYS = (
     *("message", "Message", "msg", "detail", "error_message", "error_msg", "faultstring"),
@@ -60,8 +60,9 @@ def _content_text(content: object, between: str) -> str:
 
 
 def _part_text(part: object) -> str | None:
-    if isinstance(part, Mapping) and not THOUGHT.match(str(part.get("type", ""))):
-        part = part.get("text")
+    if isinstance(part, Mapping):  # "thought" is Gemini's mark
+        thought = part.get("thought") or THOUGHT.match(str(part.get("type", "")))
+        part = None if thought else part.get("text")
         part = part.get("value") if isinstance(part, Mapping) else part
     return part if isinstance(part, str) else None
 
@@ -71,7 +72,7 @@ def tokens_of(usage: object) -> tuple[int, int] | None:
     if not isinstance(usage, Mapping):
         return None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not isinstance(prompt, int) or not isinstance(completion, int):
+    if type(prompt) is not int or type(completion) is not int or min(prompt, completion) < 0:
         return None
     return prompt, completion
 
@@ -116,15 +117,19 @@ def error_in(body: object) -> WireError | None:
     )
 
 
+def json_of(content: bytes) -> Any:
+    """The JSON of an answer, None where it is none; what is not UTF-8 in it becomes U+FFFD."""
+    try:
+        return json.loads(content.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
 def failure(status: int, content: bytes, *, needs: str = "choices") -> WireError | None:
     """What went wrong in an answer that should be a JSON object with `needs`; None if nothing. Its
     `status` is the one that tells it best: 502 where a 200 holds nonsense.
     """
-    text = content.decode("utf-8", "replace").strip()
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        body = None
+    text, body = content.decode("utf-8-sig", "replace").strip(), json_of(content)
     is_other = status < 400 and not needs and isinstance(body, Mapping)  # a model has any fields
     error = error_in({"error": body.get("error")} if is_other else body)
     title = TITLE.search(text)

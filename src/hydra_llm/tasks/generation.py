@@ -132,7 +132,7 @@ class _Unicode:
     """A tokenizer of rouge_score."""
 
     def tokenize(self, text: str) -> Sequence[str]:
-        return words(text)
+        return words(text) or text.split()  # signs alone, such as arrows
 
 
 # ---- lenient parsing: one line without what surrounds an answer
@@ -144,6 +144,7 @@ _BEFORE = (
 _NAMED = r"title|headline|subject(?: line)?|tweet|paraphrase|answer|output|response"
 _PREFIX = re.compile(rf"^(?:(?:{_BEFORE})\s+)*(?:{_NAMED})\s*:\s*", re.IGNORECASE)
 _HEADING = re.compile(r"^#+\s+")
+_MARKUP = re.compile(r"\*\*|</?answer>", re.IGNORECASE)
 _QUOTES = ('""', "''", "“”", "‘’", "«»", "„“", "``", "__")
 
 
@@ -152,7 +153,7 @@ def _plain(line: str) -> str:
     before = None
     while line != before:
         before = line
-        line = _PREFIX.sub("", _HEADING.sub("", line.replace("**", "").strip()))
+        line = _PREFIX.sub("", _HEADING.sub("", _MARKUP.sub("", line).strip()))
         ends, inner = line[:1] + line[-1:], line[1:-1]
         if ends in _QUOTES and not set(ends) & set(inner):
             line = inner.strip()
