@@ -50,7 +50,7 @@ def list_(
 def show(
     user: User,
     store: StoreURL = DEFAULT_STORE,
-    bundle: Annotated[Path | None, Option(help="Default: the one that servers use.")] = None,
+    bundle: Annotated[Path | None, Option(help="Default: that of `bundles use`.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a user in words: counts, typical answers, what was learned, the records most used."""
@@ -58,6 +58,8 @@ def show(
 
     with open_store(store) as opened:
         kept, loaded = _exported(opened, user), _bundle(opened, bundle)
+        if kept["heads"] and not (bundle or opened.bundle()):
+            console.say("what was learned is not shown: give --bundle, the bundle of the server")
         records = opened.records(user)[1]
     learned = leanings(kept, records, loaded) if loaded else {}
     profile = describe(kept, records, learned, loaded.task if loaded else None)
