@@ -34,6 +34,7 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
     XDG_CACHE_HOME=_CACHES.name,
 )
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it for its workers
 for _name in [name for name in os.environ if name.startswith(("HYDRA_", "OPENAI_"))]:
     del os.environ[_name]
 

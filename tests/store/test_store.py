@@ -498,6 +498,21 @@ def test_sqlite_leaves_no_byte_even_before_it_is_scrubbed(tmp_path: Path) -> Non
     store.close()
 
 
+def test_scrub_says_that_a_transaction_still_reads_deleted_rows(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.on_sqlite:
+        pytest.skip("SQLite's log is tested below")
+    monkeypatch.setattr("hydra_llm.store.store.SCRUBS", 1)
+    fill(store, "ada", "marmalade")
+    with store.reading() as reader:
+        reader.scalar(sa.text("SELECT 1"))  # VACUUM would wait for a reader of its tables
+        store.delete_user("ada")
+        with pytest.raises(StoreError, match="try again"):
+            store.scrub()
+    store.scrub()
+
+
 def _bytes_with(store: Store, folder: Path, needle: bytes) -> bool:
     """Whether the database's files hold the bytes: SQLite's own, or the files of PostgreSQL's
     tables.

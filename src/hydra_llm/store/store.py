@@ -37,6 +37,9 @@ from hydra_llm.store.values import (
 )
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
+SCRUBS = 5
+SCRUB_PAUSE = 0.2  # seconds: a connection that is being made holds a snapshot for a moment
+
 
 class Store(Database):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
@@ -367,10 +370,24 @@ class Store(Database):
             return deleted, connection.execute(sa.delete(jobs).where(ended)).rowcount
 
     def scrub(self) -> None:
-        """Rewrite the files without deleted bytes; StoreError if SQLite's log stayed in use."""
-        self.run_outside_transaction("VACUUM" if self.on_sqlite else "VACUUM (FULL, ANALYZE)")
+        """Rewrite the files without deleted bytes; StoreError if others still read them."""
+        if not self.on_sqlite:
+            self._scrub_postgresql()
+            return
+        self.run_outside_transaction("VACUUM")
         if not self.truncate_log():
             raise StoreError("the log is in use, and still holds pages as they were: try again")
+
+    def _scrub_postgresql(self) -> None:
+        # PostgreSQL keeps deleted rows that an older snapshot may read, be it of a connection that
+        # is just being made. The statistics hold texts too.
+        ours = {"pg_statistic", *schema.metadata.tables}
+        for _ in range(SCRUBS):
+            kept = self.rows_kept_by_vacuum()
+            if not any(kept.get(table) for table in ours):
+                return
+            time.sleep(SCRUB_PAUSE)
+        raise StoreError("an open transaction may still read deleted rows: end it, then try again")
 
     def truncate_log(self) -> bool:
         """Write back and empty SQLite's log, which holds deleted pages; False if it was in use."""
