@@ -13,7 +13,7 @@ import pytest
 
 from hydra_llm.config import Settings
 from hydra_llm.gateway.embedded import EmbeddedUpstream
-from hydra_llm.gateway.structured import form_of, question_of
+from hydra_llm.gateway.structured import form_fault, form_of, question_of
 from hydra_llm.gateway.upstream import HttpUpstream, UpstreamError
 from hydra_llm.llm.endpoint import Endpoint
 from hydra_llm.llm.fake import RuleLLM
@@ -293,7 +293,7 @@ async def test_an_upstreams_error_comes_in_openais_shape() -> None:
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append(str(request.url))
-        return httpx2.Response(200, json=answers, headers={"retry-after": "7"})
+        return httpx2.Response(200, json=answers, headers={"retry-after": "7", "x-request-id": key})
 
     upstream = HttpUpstream(
         Endpoint.of("x", "http://up/v1?api-version=1&sig=a%2Fb", key),
@@ -306,7 +306,7 @@ async def test_an_upstreams_error_comes_in_openais_shape() -> None:
     error = raised.value.body["error"]
     assert (error["message"], error["type"], error["param"]) == ("no ***", "rate_limit_error", None)
     assert key not in str(raised.value.body)
-    assert raised.value.headers == {"retry-after": "7"}
+    assert raised.value.headers == {"retry-after": "7", "x-request-id": "***"}
     with pytest.raises(UpstreamError):
         await upstream.models("a?b%c")
     await upstream.aclose()
@@ -315,6 +315,30 @@ async def test_an_upstreams_error_comes_in_openais_shape() -> None:
         f"http://up/v1/chat/completions?{query}",
         f"http://up/v1/models/a%3Fb%25c?{query}",
     ]
+
+
+def schema_form(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "p", "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ("json_object", "must be an object"),
+        (["json_object"], "must be an object"),
+        ({"json_schema": {}}, "type is one of text, json_object"),
+        ({"type": "json_schema"}, "json_schema.schema"),
+        (schema_form("x"), "json_schema.schema"),
+        (schema_form({"items": {"not": {}}}), "not supported: not"),
+        (schema_form({"anyOf": [{"pattern": "a"}, {"uniqueItems": True}]}), "pattern, uniqueItems"),
+        (schema_form({"pattern": "^(?=a)$"}), "not supported: pattern"),
+        (schema_form({"properties": {"not": {"pattern": "^a$"}}, "enum": [{"if": 1}]}), ""),
+        ({"type": "text"}, ""),
+    ],
+)
+def test_a_form_that_no_grammar_keeps_to_is_told(form: Any, named: str) -> None:
+    assert named in form_fault(form)
+    assert bool(named) == bool(form_fault(form))
 
 
 @pytest.mark.slow
@@ -328,7 +352,7 @@ async def test_an_embedded_model_keeps_to_a_schema(store: Store) -> None:
     answer = await upstream.complete({**body, "temperature": 0, "response_format": form})
     assert isinstance(json.loads(answer["choices"][0]["message"]["content"])["age"], int)
     broken = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type": "x"}}}
-    fields = {"tools": [TOOL], "logprobs": True, "response_format": broken}
+    fields = {"tools": [TOOL], "logprobs": True, "response_format": broken, "guided_json": closed}
     for name, value in [*fields.items(), ("response_format", {"type": "x"})]:
         with pytest.raises(UpstreamError) as raised:
             await upstream.complete({**body, name: value})

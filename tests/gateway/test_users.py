@@ -16,6 +16,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load, save
 from hydra_llm.gateway.auth import make_key
 from hydra_llm.gateway.profile import WIDTH, describe, in_words, leanings
+from hydra_llm.gateway.schemas import RecordIn
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback, StoredHead
@@ -119,6 +120,14 @@ def head_for_label(bundle: Bundle, place: int) -> bytes:
 
 
 # ---- over HTTP
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(None, ""), (1706695200.0, "1706695200"), ("2020", "2020")]
+)
+def test_a_time_may_be_null_a_number_or_a_text(given: object, kept: str) -> None:
+    record = {"id": "1", "input": "a", "output": "b", "time": given}
+    assert RecordIn.model_validate(record).time == kept
 
 
 @anyio

@@ -119,6 +119,9 @@ def test_a_key_that_no_header_can_carry_is_told_and_not_shown(
     [
         MADE_UP,
         repr(MADE_UP),
+        f"{MADE_UP[:9]}\n  {MADE_UP[9:12]}\u200b{MADE_UP[12:]}",
+        json.dumps(f"{MADE_UP[:9]}\n{MADE_UP[9:]}"),
+        MADE_UP.replace("/", "&#x2F;").replace("+", "&#43;"),
         json.dumps({"key": MADE_UP}),
         quote(MADE_UP),
         quote(MADE_UP, safe=""),

@@ -14,6 +14,7 @@ from hydra_llm.llm.wire import (
     error_in,
     failure,
     json_of,
+    place_of,
     text_of,
     tokens_of,
 )
@@ -190,3 +191,8 @@ def test_an_answer_of_odd_bytes_is_read(before: bytes, said: str) -> None:
     assert failure(200, content) is None
     assert answer_of(json_of(content)["choices"][0]["message"]) in (said, "gr\ufffdn")
     assert json_of(b"oops") is None
+
+
+@pytest.mark.parametrize(("index", "place"), [(2, 2), ("1", 1), (None, 0), ("x", 0), (-1, 0)])
+def test_the_place_of_a_choice(index: object, place: int) -> None:
+    assert place_of({"index": index}) == place

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra_llm.llm.sse import Event, EventReader
-from hydra_llm.llm.wire import piece_of
+from hydra_llm.llm.wire import piece_of, place_of
 from hydra_llm.tasks.base import PromptWords
 
 DONE = b"data: [DONE]\n\n"
@@ -124,7 +124,7 @@ class StreamReader:
             common = ("id", "object", "created", "model")
             self.head |= {name: chunk[name] for name in common if name in chunk}
             for choice in chunk["choices"]:
-                index, text = choice.get("index", 0), piece_of(choice["delta"])
+                index, text = place_of(choice), piece_of(choice["delta"])
                 self.texts[index] = self.texts.get(index, "") + text
                 self._has_text = self._has_text or bool(text)
         return False

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, role_chunk
+from hydra_llm.gateway.structured import FORMS, form_fault
 from hydra_llm.gateway.telemetry import note_usage
 from hydra_llm.gateway.upstream import Body, HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
@@ -119,7 +120,7 @@ class EmbeddedUpstream:
             note_usage(_usage(generation))
             ends = generation.ends or ("stop",) * len(generation.texts)
             return replace(generation, ends=ends)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             message = f"a field of the request has a value that cannot be used: {error}"
             raise UpstreamError(400, message) from None
         except LLMError as error:
@@ -132,6 +133,8 @@ class EmbeddedUpstream:
         form = body.get("response_format") or {"type": "text"}
         if form != {"type": "text"} and not getattr(self._llm, "takes_form", False):
             raise UpstreamError(400, "response_format cannot be used: this model has none")
+        if fault := form_fault(form):
+            raise UpstreamError(400, f"response_format: {fault}")
         return Sampling(
             form="" if form == {"type": "text"} else json.dumps(form),
             n=int(body.get("n") or 1),
@@ -145,7 +148,7 @@ class EmbeddedUpstream:
 def _messages(body: Body) -> list[Message]:
     """The request's messages; `UpstreamError` if they hold anything but text."""
     messages: list[Message] = []
-    fields = [name for name in ("tools", "functions", "logprobs", "audio") if body.get(name)]
+    fields = [name for name in ("tools", "functions", "audio", *FORMS) if body.get(name)]
     for message in body["messages"]:
         role, content = str(message.get("role")), message.get("content")
         parts = content if isinstance(content, list) else []

@@ -44,7 +44,11 @@ def _valid_id(id: str) -> str:
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID), AfterValidator(_valid_id)]
 """Of a user, a record or a request."""
-Time = Annotated[str, BeforeValidator(number_as_text), Field(max_length=100)]
+Time = Annotated[
+    str,
+    BeforeValidator(lambda time: "" if time is None else number_as_text(time)),
+    Field(max_length=100),
+]
 """As `history.parse_time` reads it, a number or a text; empty: unknown."""
 ERROR_TYPES = {
     400: "invalid_request_error",

@@ -2,7 +2,8 @@
 examples without the form, and nothing is sampled where no adapter, which reads texts, can score it.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from hydra_llm.llm.wire import answer_of, text_of
@@ -10,6 +11,12 @@ from hydra_llm.llm.wire import answer_of, text_of
 Message = Mapping[str, Any]
 Form = Literal["text", "tools", "fixed"]
 TOOL_ROLES = ("tool", "function")
+FORM_TYPES = ("text", "json_object", "json_schema")
+UNREAD = (
+    *("not", "if", "then", "else", "contains", "uniqueItems", "multipleOf", "patternProperties"),
+    *("propertyNames", "minProperties", "maxProperties", "dependentRequired", "dependentSchemas"),
+)
+PATTERN = re.compile(r"\^(?!.*\(\?).*\$")
 FORMS = (  # fields that give every answer a form too: OpenAI's, vLLM's, llama.cpp's, SGLang's
     *("logprobs", "top_logprobs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     *("structured_outputs", "grammar", "json_schema", "regex", "ebnf"),
@@ -27,6 +34,31 @@ def form_of(body: Mapping[str, Any]) -> Form:
         return "fixed"
     with_tools = body.get("tools") or body.get("functions")
     return "tools" if with_tools or any(map(_is_of_tools, body["messages"])) else "text"
+
+
+def form_fault(form: Any) -> str:
+    """What an engine with grammars would not keep to in a `response_format`, or ''."""
+    if not isinstance(form, Mapping) or form.get("type") not in FORM_TYPES:
+        return f"must be an object whose type is one of {', '.join(FORM_TYPES)}"
+    named = form.get("json_schema")
+    schema = named.get("schema") if isinstance(named, Mapping) else None
+    if form["type"] == "json_schema" and not isinstance(schema, Mapping):
+        return "json_schema.schema must be an object"
+    unread = ", ".join(sorted(set(_unread(schema))))
+    return unread and f"these keywords of the schema are not supported: {unread}"
+
+
+def _unread(schema: Any) -> Iterator[str]:
+    """The keywords of a schema that no grammar is made of."""
+    for item in schema if isinstance(schema, list) else []:
+        yield from _unread(item)
+    for name, value in schema.items() if isinstance(schema, Mapping) else []:
+        if name in UNREAD or (name == "pattern" and not PATTERN.fullmatch(str(value))):
+            yield name
+        elif name in ("properties", "$defs", "definitions") and isinstance(value, Mapping):
+            yield from _unread(list(value.values()))
+        elif name not in ("enum", "const", "default", "examples"):
+            yield from _unread(value)
 
 
 def question_of(messages: Sequence[Message]) -> str:

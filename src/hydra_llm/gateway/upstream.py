@@ -55,7 +55,7 @@ class UpstreamError(ApiError):
         cls, error: WireError, endpoint: Endpoint, headers: Mapping[str, str], body: Any = None
     ) -> "UpstreamError":
         """The error as the caller sees it: in OpenAI's shape, with the upstream's own fields."""
-        passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
+        passed = {n: endpoint.redact(headers[n]) for n in PASSED_HEADERS if n in headers}
         status = error.status or 502
         if status in (401, 403):  # the server's own key was refused, and some endpoints quote it
             message = "the upstream refused the gateway's own key"

@@ -123,14 +123,15 @@ def _is_url(text: str) -> bool:
 
 def _forms(secret: str) -> Iterator[str]:
     """Patterns of a secret as texts may quote it: plain, escaped, in a URL, in base64."""
-    quoted = "".join(
-        rf"(?:\\*{re.escape(character)}|%(?:25)*{code:02x}|\\+(?:u00|x){code:02x}|&#0*{code};)"
+    parts = [
+        rf"(?:\\*{re.escape(character)}|%(?:25)*{code:02x}|\\+(?:u00|x){code:02x}"
+        rf"|&#(?:0*{code}|x0*{code:x});)"
         for character, code in ((character, ord(character)) for character in secret)
-    )
+    ]
     if len(secret) < SHORT:
-        yield rf"(?<!\w){quoted}(?!\w)"
+        yield rf"(?<!\w){''.join(parts)}(?!\w)"
         return
-    yield quoted
+    yield r"(?:\s|\\+[rn]|\u200b)*".join(parts)  # a long line may be broken anywhere
     for shift in range(3):  # basic auth has a name before the secret
         encoded = base64.b64encode(b"\0" * shift + secret.encode()).decode()
         whole = encoded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]

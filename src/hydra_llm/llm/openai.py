@@ -30,7 +30,7 @@ from hydra_llm.llm.endpoint import (
     Refusal,
     endpoint_of,
 )
-from hydra_llm.llm.wire import WireError, answer_of, failure, json_of, tokens_of
+from hydra_llm.llm.wire import WireError, answer_of, failure, json_of, place_of, tokens_of
 from hydra_llm.text import fold, repair
 from hydra_llm.types import Generation, Message, Usage
 
@@ -152,7 +152,7 @@ class OpenAILLM:
 
     def _read(self, answer: Mapping[str, Any]) -> Generation:
         """The texts of an answer in which `failure` found nothing wrong."""
-        choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
+        choices = sorted(answer["choices"], key=place_of)
         # A key as short as a word, such as "none", may be a label.
         redact = str if 0 < len(self._endpoint.key) < SHORT else self._endpoint.redact
         texts = tuple(redact(answer_of(choice["message"])) for choice in choices)

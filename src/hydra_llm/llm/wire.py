@@ -67,6 +67,12 @@ def _part_text(part: object) -> str | None:
     return part if isinstance(part, str) else None
 
 
+def place_of(choice: Mapping[str, Any]) -> int:
+    """The index of a choice; 0 where it is none."""
+    index = str(choice.get("index"))
+    return int(index) if index.isdecimal() else 0
+
+
 def tokens_of(usage: object) -> tuple[int, int] | None:
     """Tokens of prompt and answer; None where the endpoint does not tell them."""
     if not isinstance(usage, Mapping):
