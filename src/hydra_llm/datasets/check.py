@@ -120,14 +120,15 @@ def _examples(entries: Sequence[Record | Query]) -> dict[str, Any]:
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The summary as lines of a table: what, and how much."""
     time = summary["time"]
-    unknown = f", {time['unknown']} unknown" if time["unknown"] else ""
+    times = [f"{time['first']} to {time['last']}"] if time["first"] else []
+    times += [f"{time['unknown']} unknown"] if time["unknown"] else []
     lacking = ("users without history", "users without queries")
     words = summary["words per input"].items()
     return [
         ("kind", summary["kind"]),
         ("users", ", ".join(f"{count} {split}" for split, count in summary["users"].items())),
         *((name, str(summary[name])) for name in ("records", "queries")),
-        ("time", f"{time['first']} to {time['last']}{unknown}"),
+        ("time", ", ".join(times)),
         *((name, _range(summary[name])) for name in ("records per user", "queries per user")),
         *((name, str(summary[name])) for name in lacking if summary[name]),
         *((f"words per input, {part}", _range(spread)) for part, spread in words),
