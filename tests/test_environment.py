@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hydra_llm.llm.openai import OpenAILLM
 from hydra_llm.llm.registry import bare_llm
 from hydra_llm.retrieve import BM25
 from hydra_llm.store.database import create_engine
+from hydra_llm.store.store import Store
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Query, Record
 from tests.waiting import FOREVER
@@ -96,6 +98,7 @@ def test_without_a_home_folder_it_is_one_line(
         ("all_proxy", "socks5://127.0.0.1:9", "pip install socksio"),
         ("HTTPS_PROXY", "ftp://127.0.0.1:9", "HTTPS_PROXY in the environment"),
         ("HTTP_PROXY", "http://127.0.0.1:notaport", "HTTP_PROXY in the environment"),
+        ("http_proxy", "127.0.0.1:99999", "http_proxy in the environment"),
         ("SSL_CERT_FILE", "/nonexistent/ca.pem", "SSL_CERT_FILE in the environment"),
     ],
 )
@@ -178,3 +181,17 @@ def test_messages_name_options_that_there_are() -> None:
     for file in folder.rglob("*.py"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", file.read_text("utf-8")))
         assert named <= options | of_others, file
+
+
+def test_no_folder_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(url := f"sqlite:///{tmp_path / 's.db'}")
+    store.add_records("ada", [Record("ada", "r", "question", "yes")])
+    store.close()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    out = str(tmp_path / "b")
+    assert run(["learn", "--store", url, "--llm", "fake:echo", "--out", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No usable temporary directory" in line

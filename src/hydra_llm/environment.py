@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hydra_llm.errors import SettingsError
 
@@ -15,7 +16,7 @@ OWN = ("HYDRA_", "OPENAI_")
 # Kubernetes sets NAME_PORT=tcp://ADDRESS in every pod beside a service of that name.
 SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ def http_client_faults() -> Iterator[None]:
     environment that cannot be used.
     """
     try:
+        for name, value in os.environ.items():
+            if name.upper() in PROXIES[:3]:  # ValueError: no number of a port
+                _ = urlsplit(f"//{value.rpartition('://')[2]}").port
         yield
     except Exception as error:
         names = CERTIFICATES if isinstance(error, OSError) else PROXIES

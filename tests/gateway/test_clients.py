@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from hydra_llm.gateway.chunks import with_id
 from hydra_llm.gateway.identity import NamedUser, hide_user, named_user
-from hydra_llm.gateway.schemas import ApiError
+from hydra_llm.gateway.schemas import ApiError, FeedbackIn
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.llm.sse import Event, EventReader
 from hydra_llm.store.store import Store
@@ -57,6 +58,22 @@ def test_a_number_is_the_id_that_it_is_written_as() -> None:
     assert named({"metadata": {"user_id": True}}) == NamedUser(None, "metadata.user_id")
 
 
+async def test_a_number_and_odd_metadata_are_no_invalid_request(store: Store) -> None:
+    store.add_records("42", records_of("42", 3))
+    async with running(store) as world:
+        reply = await world.ask(QUESTION, 42)
+        assert reply.headers["x-hydra-personalized"] == "true"
+        reply = await world.ask(QUESTION, None, metadata=[{"user_id": "42"}])
+        said = "false; reason=user-not-recognized; field=metadata"
+        assert reply.headers["x-hydra-personalized"] == said
+
+
+@pytest.mark.parametrize("verdict", [{"chosen": True}, {"chosen": 1.0}, {"rating": "1"}])
+def test_what_is_no_number_is_no_verdict(verdict: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        FeedbackIn.model_validate({"request_id": "r", **verdict})
+
+
 def test_headers_come_before_fields_in_the_order_of_the_settings() -> None:
     open_webui, own = ("X-OpenWebUI-User-Id", b"ada"), ("x-hydra-user", b"bob")
     assert named({"user": "eve"}, open_webui).id == "ada"
@@ -87,6 +104,10 @@ def test_a_header_is_utf_8_and_given_once() -> None:
         ({"metadata": {"user\n<id>": "ada"}}, "", "metadata"),
         ({"metadata": "ada"}, "", "metadata"),
         ({"end_user": "ada"}, "", "end_user"),
+        ({"metadata": {"session": {"user_id": "ada"}}}, "", "metadata.session.user_id"),
+        ({"metadata": {"context": '{"user": {"name": "ada"}}'}}, "", "metadata.context.user"),
+        ({"extra_body": {"user": "ada"}}, "", "extra_body.user"),
+        ({}, "x-forwarded-email", "x-forwarded-email"),
         ({}, "x-user-id", "x-user-id"),
         ({}, "x-forwarded-user", "x-forwarded-user"),
         ({"metadata": {"tags": ["x"], "user_agent": "y"}}, "user-agent", ""),

@@ -99,6 +99,7 @@ def test_the_first_start_elsewhere_makes_a_key(tmp_path: Path) -> None:
             "message",
             "address",
             "bundle",
+            "gate",
             "store",
             "upstream",
             "extras",

@@ -96,3 +96,26 @@ def test_drain_is_rounded_up_to_seconds(
     option = [] if drain is None else ["--set", f"drain={drain}"]
     config = served(monkeypatch, "--store", f"sqlite:///{tmp_path / 's.db'}", *option)
     assert config.timeout_graceful_shutdown == timeout
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["--llm", "fake:nonsense"],
+        ["--llm", "gguf:nowhere.gguf"],
+        ["--llm", "openai:m@http://127.0.0.1:99999/v1"],
+        ["--llm", "fake:echo", "--bundle", "nowhere"],
+        ["--llm", "fake:echo", "--set", "user_headers=x user"],
+        ["--llm", "fake:echo", "--set", "user_fields=metadata..id"],
+    ],
+)
+def test_a_server_that_cannot_start_makes_no_store(
+    refused: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["serve", *refused, "--port", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

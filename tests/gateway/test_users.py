@@ -157,6 +157,10 @@ async def test_users_are_listed_in_pages_for_whom_a_key_may_speak(either: Store)
         assert rest["has_more"] is False
         assert [user["id"] for user in (await listed(tenant))["data"]] == ["bob"]
         assert (await listed(admin, limit=0))["error"]["type"] == "invalid_request_error"
+        assert (await listed(admin, after="a\0"))["error"]["param"] == "after"
+        headers = {"authorization": f"Bearer {admin}"}
+        lossy = await world.http.get("/v1/users?after=%ff", headers=headers)
+        assert (lossy.status_code, "not UTF-8" in lossy.text) == (400, True)
 
 
 @anyio

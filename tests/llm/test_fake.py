@@ -41,6 +41,13 @@ async def test_echo_is_the_last_message_cut_at_stop_and_length() -> None:
     )
 
 
+async def test_a_fake_of_the_command_line_keeps_no_prompts() -> None:
+    llm = fake("echo")
+    assert isinstance(llm, RuleLLM)
+    await llm.generate(ask("hello"), Sampling())
+    assert llm.calls == []
+
+
 async def test_the_rule_picks_labels_by_chance_that_repeats() -> None:
     llm = fake("rule=labels")
     labels = ("a", "b", "c")

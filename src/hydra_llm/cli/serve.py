@@ -15,7 +15,7 @@ from typer import Option
 from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.config import load_settings
-from hydra_llm.errors import SettingsError
+from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.extras import installed
 from hydra_llm.llm.endpoint import without_userinfo
 from hydra_llm.llm.registry import bare_llm
@@ -58,13 +58,14 @@ def serve(
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     name = f"[{host}]" if ":" in host else host
     local = is_local(f"http://{name}")
+    # An endpoint is asked without the SDK; learning alone needs it, whose extra brings it.
+    plain = llm.startswith("openai:") and find_spec("openai") is None
+    model = None if plain else bare_llm(llm, here)
+    upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
+    _check_before_creation(store, bundle)
     with opt.open_store(store, settings.store_timeout, create=True) as opened:
         _check_keys(opened, host, local, admin_key)
         _check_bundle(opened, bundle)
-        # An endpoint is asked without the SDK; learning alone needs it, whose extra brings it.
-        plain = llm.startswith("openai:") and find_spec("openai") is None
-        model = None if plain else bare_llm(llm, here)
-        upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
         access = Access(local, admin_key)
         app = make_app(opened, upstream, settings, bundle, llm=model, here=here, access=access)
         config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)
@@ -117,6 +118,18 @@ def _check_keys(store: "Store", host: str, local: bool, admin_key: str) -> None:
     else:
         fix = f"run {create}, or set HYDRA_ADMIN_KEY"
         raise SettingsError(f"--host {host}: anyone could connect without a key: {fix}")
+
+
+def _check_before_creation(store: str, bundle: Path | None) -> None:
+    """No store is made for a bundle that cannot be served; one that is there may name another."""
+    from hydra_llm.model.persistence import read_bundle
+
+    if bundle is not None:
+        try:
+            with opt.open_store(store, create=False):
+                pass
+        except StoreError:
+            read_bundle(bundle)
 
 
 def _check_bundle(store: "Store", bundle: Path | None) -> None:

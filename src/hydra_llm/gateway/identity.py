@@ -4,7 +4,7 @@ with pseudonyms in their place. Knows no keys: whether a caller may name the use
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ from hydra_llm.gateway.schemas import ApiError, id_fault
 from hydra_llm.gateway.settings import ServeSettings
 
 Headers = Sequence[tuple[bytes, bytes]]
-CONTAINERS = ("metadata", "litellm_metadata")  # of a body; also as the text of a JSON object
-_NAMES_USER = re.compile(r"user(?![-_]?agent)|customer|^uid$", re.IGNORECASE)
+CONTAINERS = ("metadata", "litellm_metadata", "extra_body")  # also as the text of a JSON object
+DEPTH = 3  # of the objects in them that are searched
+_NAMES_USER = re.compile(r"user(?![-_]?agent)|customer|e-?mail|^uid$|^sub$", re.IGNORECASE)
 _PLAIN = re.compile(r"[\w.-]{1,80}", re.ASCII)
 
 
@@ -94,6 +95,13 @@ def _object(value: Any) -> Mapping[str, Any] | None:
     return value if isinstance(value, Mapping) else None
 
 
+def _fields(place: str, inner: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    for key, value in inner.items():
+        yield f"{place}.{key}", value
+        if depth > 1 and (below := _object(value)):
+            yield from _fields(f"{place}.{key}", below, depth - 1)
+
+
 def _unread(headers: Headers, body: Mapping[str, Any]) -> str:
     """The first header or field whose name says that it names a user."""
     named = [(key.decode("latin-1").lower(), value) for key, value in headers]
@@ -102,7 +110,7 @@ def _unread(headers: Headers, body: Mapping[str, Any]) -> str:
         inner = _object(body.get(container) or {})
         if inner is None:
             return container
-        named += [(f"{container}.{key}", value) for key, value in inner.items()]
+        named += _fields(container, inner, DEPTH)
     for place, value in named:
         if value and _NAMES_USER.search(place.rpartition(".")[2]):
             return place if _PLAIN.fullmatch(place) else place.partition(".")[0]

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
@@ -82,6 +82,10 @@ class AccessMiddleware:
 
     async def _authorize(self, scope: Scope) -> None:
         """Find the caller. While the store is down, callers of the last minutes are still known."""
+        try:
+            unquote(scope["query_string"].decode(), errors="strict")
+        except UnicodeDecodeError:
+            raise ApiError(400, "the query is not UTF-8", code="invalid_request") from None
         authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         digest = hashlib.sha256(authorization.encode()).digest()
         find = partial(self._find, authorization)

@@ -123,9 +123,9 @@ class ChatRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    metadata: dict[str, Any] | str | None = None
+    user: str | int | None = None
+    safety_identifier: str | int | None = None
+    metadata: Any = None  # in the forms that identity.py knows
     personalization: PersonalizationOptions | None = None
 
 
@@ -149,8 +149,8 @@ class FeedbackIn(_Strict):
 
     request_id: Id  # or the completion's own id
     time: Time = ""  # of the record that the answer becomes
-    chosen: Annotated[int, Field(ge=0)] | None = None  # index of the candidate that the user took
-    rating: Annotated[float, Field(ge=0, le=1)] | None = None
+    chosen: Annotated[int, Field(ge=0, strict=True)] | None = None  # of the candidates
+    rating: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
     edited: Annotated[str, Field(min_length=1)] | None = None  # the answer as the user changed it
     rejected: Literal[True] | None = None
 

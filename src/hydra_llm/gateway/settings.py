@@ -133,7 +133,18 @@ class ServeSettings(config.Group):
     @field_validator("user_headers")
     @classmethod
     def _lower(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+                raise ValueError(f"no header can have the name '{name}'")
         return tuple(name.lower() for name in names)
+
+    @field_validator("user_fields")
+    @classmethod
+    def _paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        for path in paths:
+            if not all(path.split(".")):
+                raise ValueError(f"write a field as metadata.user_id: '{path}'")
+        return paths
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
 from hydra_llm.gateway.gateway import COMPLETION_ID, Gateway
 from hydra_llm.gateway.profile import describe, in_words, leanings
-from hydra_llm.gateway.schemas import MAX_ID, ApiError, FeedbackIn, Id, RecordIn, RecordsIn
+from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, RecordsIn, id_fault
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
@@ -150,13 +150,13 @@ def job(user: User, id: PathId, http: Request) -> dict[str, Any]:
 
 @router.get("/users")
 def list_users(
-    http: Request,
-    after: Annotated[str, Query(max_length=MAX_ID)] = "",
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    http: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> dict[str, Any]:
     """Users by id with counts of what is kept; `after` is the last id of the page before. A key
     sees the users for whom it may speak.
     """
+    if after and (fault := id_fault(after)):
+        raise ApiError(400, f"after: {fault}", param="after")
     caller: Caller = http.state.caller
     names = None if caller.admin else caller.users
     store: Store = http.app.state.gateway.store

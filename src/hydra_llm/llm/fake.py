@@ -27,9 +27,11 @@ Choose = Callable[[Sequence[Message], int, random.Random, Sequence[str]], str]
 class RuleLLM:
     """A fake that answers by `rule`, or by `choose` where choices are given."""
 
-    def __init__(self, rule: Rule, *, name: str = "rule", choose: Choose | None = None):
-        self._rule, self._choose, self.name = rule, choose, name
-        self.calls: list[tuple[Message, ...]] = []  # the messages of each call
+    def __init__(
+        self, rule: Rule, *, name: str = "rule", choose: Choose | None = None, keep: bool = True
+    ):
+        self._rule, self._choose, self.name, self._keep = rule, choose, name, keep
+        self.calls: list[tuple[Message, ...]] = []  # the messages of each call, unless not `keep`
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -38,7 +40,8 @@ class RuleLLM:
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts by the rule, cut at `stop` and at `max_tokens` words."""
-        self.calls.append(tuple(messages))
+        if self._keep:
+            self.calls.append(tuple(messages))
         # The messages are read once for all samples: a server is asked megabytes too.
         begun = hashlib.sha256(f"[{_json(list(map(dict, messages)))}, ".encode())
         texts = tuple(self._text(messages, sampling, index, begun) for index in range(sampling.n))
@@ -91,7 +94,8 @@ def label_rule() -> RuleLLM:
         user = [message["content"] for message in messages if message["role"] == "user"]
         return " ".join(user[-1].split(maxsplit=8)[:8]) if user else ""
 
-    return RuleLLM(words, name="rule=labels", choose=lambda _, i, rng, labels: rng.choice(labels))
+    choose: Choose = lambda _, index, rng, labels: rng.choice(labels)  # noqa: E731
+    return RuleLLM(words, name="rule=labels", choose=choose, keep=False)
 
 
 def scripted(path: Path) -> RuleLLM:
@@ -117,14 +121,15 @@ def scripted(path: Path) -> RuleLLM:
         raise LLMError(f"fake:script={path}: {problem}")
 
     digest = hashlib.sha256(_json([script, 0]).encode()).hexdigest()
-    return RuleLLM(rule, name=f"script={digest[:12]}")
+    return RuleLLM(rule, name=f"script={digest[:12]}", keep=False)
 
 
 def from_spec(rest: str, settings: Settings) -> ChatLLM:
     """The fake of `echo`, `rule=labels` (the default), `script=PATH`, `fail=KIND[,every=N]`."""
     kind, _, value = rest.partition("=")
     if rest == "echo":
-        return RuleLLM(lambda messages, index, rng: messages[-1]["content"], name="echo")
+        last: Rule = lambda messages, index, rng: messages[-1]["content"]  # noqa: E731
+        return RuleLLM(last, name="echo", keep=False)
     if rest in ("", "rule=labels"):
         return label_rule()
     if kind == "script" and value:
