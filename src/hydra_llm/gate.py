@@ -9,7 +9,7 @@ Letters: N texts, D numbers of a text's form, H width of the encoder, M records.
 
 import math
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -90,11 +90,11 @@ def surface(text: str) -> list[float]:
     """What a text looks like: length, marks, case, code, script, and how it addresses the reader.
     Each number is about 0 to 1.
     """
-    plain, size = text.strip(), max(1, len(text))
+    plain, size, marks = text.strip(), max(1, len(text)), Counter(text)
     tokens = [w.strip(".,:;!?\"'()“”").lower().replace("'", "") for w in text.split()]
     count = max(1, len(tokens))
-    letters = [c for c in text if c.isalpha()]
-    share = 1 / max(1, len(letters))
+    letters = {c: n for c, n in marks.items() if c.isalpha()}
+    share = 1 / max(1, sum(letters.values()))
     marked = text.translate(dict.fromkeys(map(ord, ENDS + ":\n"), "\n"))
     sentences = [s.split() for s in marked.split("\n") if s.strip()] or [[""]]
     asks = [s[0].strip(".,;\"'()“”").lower().replace("'", "") in ASKING for s in sentences]
@@ -102,49 +102,53 @@ def surface(text: str) -> list[float]:
         math.log1p(size) / 8,
         math.log1p(count) / 6,
         math.log1p(count / len(sentences)) / 4,
-        min(1.0, len(letters) / count / 10),
+        min(1.0, sum(letters.values()) / count / 10),
         plain[-1:] in ("?", "？"),
-        "?" in text or "？" in text,
+        "?" in marks or "？" in marks,
         plain[-1:] in (".", "!", "…", "。"),
         plain[-1:] == ":",
         plain[:1].islower(),
         plain[:1].isupper(),
-        min(1.0, 4 * sum(c.isdigit() for c in text) / size),
-        min(1.0, 8 * sum(c in CODE for c in text) / size),
-        min(1.0, math.log1p(text.count("\n")) / 3),
+        min(1.0, 4 * sum(n for c, n in marks.items() if c.isdigit()) / size),
+        min(1.0, 8 * sum(marks[c] for c in CODE) / size),
+        min(1.0, math.log1p(marks["\n"]) / 3),
         next(filter(None, tokens), "") in ASKING,
         min(1.0, 3 * sum(t in ADDRESSING for t in tokens) / count),
         "you" in tokens or "your" in tokens,
-        share * sum(c > "\u024f" for c in letters),
-        share * sum(c > "\x7f" for c in letters),
-        min(1.0, 3 * share * sum(c.isupper() for c in letters)),
-        any(c in QUOTES for c in text),
-        ":" in text,
-        min(1.0, 5 * text.count(",") / count),
+        share * sum(n for c, n in letters.items() if c > "\u024f"),
+        share * sum(n for c, n in letters.items() if c > "\x7f"),
+        min(1.0, 3 * share * sum(n for c, n in letters.items() if c.isupper())),
+        not QUOTES.isdisjoint(marks),
+        ":" in marks,
+        min(1.0, 5 * marks[","] / count),
         size <= 12,
         sum(asks) / len(asks),
-        any(asks),
-        asks[-1],
+        *(any(asks), asks[-1]),
     ]
 
 
 def form(text: str) -> Floats:
     """[D] hashed words and character trigrams, of length 1, then `surface`, then a constant."""
     text = text[:READ]
-    grams: Counter[str] = Counter()
-    for word in words(text, 2):
-        grams[f" {word} "] += 1.5  # type: ignore[assignment]
+    grams: defaultdict[str, float] = defaultdict(float)
+    for word, count in Counter(words(text, 2)).items():
+        grams[f" {word} "] += 1.5 * count
+        marked = f"^{word}$"
         for start in range(len(word)):
-            grams[f"^{word}$"[start : start + 3]] += 0.5  # type: ignore[assignment]
-    for mark in text:
+            grams[marked[start : start + 3]] += 0.5 * count
+    for mark, count in Counter(text).items():
         if not (mark.isalnum() or mark.isspace()):
-            grams[mark] += 1
-    hashed = np.zeros(BUCKETS)
-    for gram, weight in grams.items():
-        code = zlib.crc32(gram.encode("utf-8", "replace"))
-        hashed[(code >> 1) % BUCKETS] += math.sqrt(weight) if code & 1 else -math.sqrt(weight)
-    hashed /= np.linalg.norm(hashed) or 1.0
-    return np.concatenate([hashed, SURFACE_WEIGHT * np.array(surface(text), float), [1.0]])
+            grams[mark] += count
+    codes = np.array([zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams], np.int64)
+    weights = np.sqrt([*grams.values()])
+    hashed = np.bincount((codes >> 1) % BUCKETS, np.where(codes & 1, weights, -weights), BUCKETS)
+    return np.concatenate(
+        [
+            hashed / (np.linalg.norm(hashed) or 1.0),
+            SURFACE_WEIGHT * np.array(surface(text), float),
+            [1.0],
+        ]
+    )
 
 
 FORM_WIDTH = len(form(""))

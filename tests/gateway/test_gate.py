@@ -102,13 +102,19 @@ async def test_a_stream_names_the_reason(store: Store) -> None:
         assert not any("personalization" in event for event in events)
 
 
-async def test_only_the_last_question_of_a_conversation_counts(store: Store) -> None:
+FOLLOW_UPS = ("Could you explain that again, but simpler?", "make it shorter", "Und das zweite?")
+
+
+@pytest.mark.parametrize("follow_up", FOLLOW_UPS)
+async def test_only_the_last_question_of_a_conversation_counts(
+    store: Store, follow_up: str
+) -> None:
     store.add_records("ada", tickets())
     async with running(store, gate="auto") as world:
         talk = [
             {"role": "user", "content": TICKETS[0]},
             {"role": "assistant", "content": "low"},
-            {"role": "user", "content": "Could you explain that again, but simpler?"},
+            {"role": "user", "content": follow_up},
         ]
         body = {"model": "m", "user": "ada", "messages": talk}
         answer = await world.http.post("/v1/chat/completions", json=body)
