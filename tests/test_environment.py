@@ -190,7 +190,7 @@ def test_no_folder_for_temporary_files_is_one_line(
     store.add_records("ada", [Record("ada", "r", "question", "yes")])
     store.close()
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
     out = str(tmp_path / "b")
     assert run(["learn", "--store", url, "--llm", "fake:echo", "--out", out]) == 2
     (line,) = capsys.readouterr().err.splitlines()
