@@ -3,7 +3,7 @@
 Every retriever is deterministic and takes the later record first where two are equally good. BM25
 is Okapi on words between blanks, as in LaMP's evaluation (rank_bm25's BM25Okapi: k1 1.5, b 0.75;
 words that more than half of the records hold weigh a quarter of the mean weight); scripts other
-than Latin and Greek are split into caseless words, those without blanks into characters and their
+than Latin are split into caseless words, those without blanks into characters and their
 pairs (`text.search_words`). Knows no LLM.
 """
 

@@ -23,10 +23,11 @@ _HAN = re.compile(
 )
 _EMOJI = "\u2600-\u27bf\U0001f000-\U0001faff"
 _ASCII_WORD = re.compile("[a-z0-9]+")
-# All but Latin and Greek, in which retrieval reads words as LaMP does: between blanks.
+# All but Latin, of which retrieval reads words as LaMP does, between blanks; Greek letters alone
+# are signs of formulas.
 _FAR = re.compile(
     "[\u0400-\u1dff\u2c00-\u2c5f\u2d00-\ufdff\ufe70-\ufefc\uff66-\uffdc\U00010000-\U0001d3ff"
-    "\U0001e000-\U0001efff\U00020000-\U0003ffff]"
+    "\U0001e000-\U0001efff\U00020000-\U0003ffff]|[\u0370-\u03ff\u1f00-\u1fff]{3}"
 )
 _JOINERS = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\ufe0e\ufe0f"))  # invisible within a word
 
@@ -85,12 +86,13 @@ def words(text: str, grams: int = 1) -> tuple[str, ...]:
 
 
 def search_words(text: str) -> list[str]:
-    """The words that retrieval compares: of Latin and Greek what stands between blanks, as in LaMP;
+    """The words that retrieval compares: of Latin what stands between blanks, as in LaMP;
     of other scripts `words` with pairs of neighbours.
     """
     if text.isascii():
         return text.split()
     run, _, _ = _patterns()
+    text = unicodedata.normalize("NFC", text)
     pieces = run.sub(r" \g<0> ", _PUNCTUATION.sub(" ", text)).split()
     return [w for piece in pieces for w in (words(piece, 2) if _FAR.search(piece) else (piece,))]
 

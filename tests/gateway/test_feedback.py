@@ -45,6 +45,23 @@ async def test_every_returned_choice_can_be_chosen(store: Store, bundles: dict[s
         assert (await choose(world, two, 2))[0] == 400, "it was not shown"
 
 
+async def test_feedback_with_another_time_corrects_it(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    store.add_records("ada", records_of("ada"))
+    async with running(store, bundles["titles"], candidates=3) as world:
+        request = (await world.ask(QUESTION)).json()["personalization"]["request_id"]
+        given = {"request_id": request, "edited": "<think>calm?</think>\nloud"}
+        repeated = []
+        for time_of_it in (None, "2020", "2020", 2021):
+            body = {**given, "time": time_of_it}
+            answer = await world.http.post("/v1/feedback", json=body)
+            repeated.append(answer.json()["repeated"])
+        assert repeated == [False, False, True, False]
+        kept = {r.id: r for r in store.records("ada")[1]}[answer.json()["record"]]
+        assert (kept.output, kept.time) == ("loud", "2021")
+
+
 async def test_a_request_of_an_earlier_version_still_takes_feedback(
     store: Store, bundles: dict[str, Path]
 ) -> None:

@@ -21,7 +21,7 @@ from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.values import Request, StoredFeedback
-from hydra_llm.text import text_fault
+from hydra_llm.text import text_fault, without_reasoning
 from hydra_llm.types import Candidate, Query, Record
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedbac
     if index >= len(choices) and kind == "chosen":
         fault = f"there were {len(choices)} candidates: chosen must be below that"
         raise ApiError(400, fault, param="chosen")
-    wanted, record = given.edited, None
+    # A client may show the reasoning, and send it back with what was edited.
+    wanted, record = given.edited and without_reasoning(given.edited), None
     if kind == "chosen" or (given.rating is not None and given.rating >= ACCEPTED):
         wanted = _answer(choices[index])
     if wanted and not text_fault(wanted) and len(request.question) <= max_text:
@@ -86,7 +87,7 @@ def _checked(gateway: Gateway, given: FeedbackIn, request: Request) -> "_Feedbac
         record = Record(request.user, id, request.question, output, given.time, span)
     candidates = choices[: len(content["candidates"])]
     value = getattr(given, kind)
-    return _Feedback(deployment, request, kind, value, candidates, wanted, record)
+    return _Feedback(deployment, request, kind, value, candidates, wanted, record, given.time)
 
 
 def record_id(request: Request) -> str:
@@ -119,6 +120,7 @@ class _Feedback:
     candidates: list[Candidate]
     wanted: str | None  # the answer that the user wanted, where the feedback says so
     record: Record | None  # what the wanted answer becomes
+    time: str  # of that, as it was given
 
     def read(self) -> _State:
         store, name, bundle = self.deployment.store, self.request.user, self.deployment.id
@@ -162,7 +164,8 @@ class _Feedback:
         """
         bundle, user = self.deployment.bundle, state.user
         group = self._group(user.records)
-        content = {"said": {self.kind: self.value}, "bundle": self.deployment.id, "group": group}
+        said = {self.kind: self.value} | ({"time": self.time} if self.time else {})
+        content = {"said": said, "bundle": self.deployment.id, "group": group}
         judged = StoredFeedback(self.request.id, self.request.created, content)
         others = [feedback for feedback in state.earlier if feedback.request != judged.request]
         replaces = len(others) < len(state.earlier)
