@@ -85,6 +85,8 @@ ERRORS: list[tuple[int, Any, str, int]] = [
     (200, {"error": {"error": {"message": "m", "code": "rate_limit_exceeded"}}}, "m", 429),
     (200, {"error": True, "message": "down"}, "down", 502),
     (400, {"errors": [{"message": "m"}]}, "m", 400),
+    (200, {"detail": "Too many requests, try later"}, "Too many requests, try later", 429),
+    (200, {"message": "The model is overloaded"}, "The model is overloaded", 503),
     (404, {"title": "Not here", "status": 404}, "Not here", 404),
     (200, {"choices": [{"error": {"code": 502, "message": "m"}, "message": {}}]}, "m", 502),
     (200, {"choices": []}, "without choices", 502),

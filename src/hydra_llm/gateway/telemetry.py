@@ -11,6 +11,8 @@ from typing import Any
 from opentelemetry import trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from hydra_llm.llm.wire import tokens_of
+
 log = logging.getLogger("hydra_llm.gateway")
 tracer = trace.get_tracer("hydra_llm")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -25,11 +27,11 @@ def note(**facts: Any) -> None:
         noted.update({name: fact for name, fact in facts.items() if fact is not None})
 
 
-def note_usage(usage: object) -> None:
-    """The tokens that an upstream reports."""
-    if isinstance(usage, Mapping):
-        names = ("prompt_tokens", "completion_tokens")
-        note(**{name: usage[name] for name in names if isinstance(usage.get(name), int)})
+def note_usage(usage: object) -> tuple[int, ...]:
+    """The tokens of prompt and answer that an upstream tells; empty if it does not."""
+    if tokens := tokens_of(usage):
+        note(prompt_tokens=tokens[0], completion_tokens=tokens[1])
+    return tokens or ()
 
 
 class Telemetry:
@@ -77,11 +79,9 @@ class Span:
     def spent(self, completion: Mapping[str, Any]) -> None:
         """Model and tokens of an answer, as GenAI's conventions name them."""
         self.span.set_attribute("gen_ai.response.model", str(completion.get("model")))
-        usage = completion.get("usage")
-        note_usage(usage)
-        for name, kind in (("prompt", "input"), ("completion", "output")):
-            if isinstance(usage, Mapping) and isinstance(n := usage.get(f"{name}_tokens"), int):
-                self.span.set_attribute(f"gen_ai.usage.{kind}_tokens", n)
+        tokens = note_usage(completion.get("usage"))
+        for kind, count in zip(("input", "output"), tokens, strict=False):
+            self.span.set_attribute(f"gen_ai.usage.{kind}_tokens", count)
 
     async def around(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The same stream; the span ends with it."""

@@ -114,9 +114,11 @@ def error_in(body: object) -> WireError | None:
     message = _message(inner) if inner else str(error)
     fields = [inner, body]
     kind, code = _first(fields, "type"), _first(fields, "code")
+    status = _status(fields, f"{kind} {code} {_first(fields, 'status')}")
+    says = (status for status, words in STATUS_WORDS[:2] if words.search(message))
     return WireError(
         f"{'.'.join(places)}: {message}" if places else message,
-        _status(fields, f"{kind} {code} {_first(fields, 'status')}"),
+        status or next(says, None),
         "" if places else kind,
         code,
         _first(fields, "param") or ".".join(places),
