@@ -1,6 +1,7 @@
 """Retrieval: scores against an independent Okapi, every trap of bm25s, order, and what is kept."""
 
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -408,3 +409,30 @@ class Broken(BM25):
 def test_a_broken_retriever_fails_the_contract(fault: str) -> None:
     with pytest.raises(AssertionError):
         check_retriever(Broken(fault))
+
+
+HASHED = """
+from hydra_llm.retrieve import BM25
+from hydra_llm.types import Query, Record
+
+texts = [" ".join(f"w{n * m % 41}" for m in range(n % 13 + 2)) + " all" for n in range(40)]
+records = [Record("u", str(n), text, "") for n, text in enumerate(texts)]
+print(BM25().scores(Query("u", "q", "all w1 w3 w20"), records).tolist())
+"""
+
+
+@pytest.mark.slow
+def test_scores_are_the_same_in_every_process() -> None:
+    """Python's hashes differ by process, and with them the order of words in bm25s: a last digit
+    more or less changed what was learned, and with it the LLM calls of a resumed command.
+    """
+    scores = {
+        subprocess.run(
+            [sys.executable, "-c", HASHED],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(scores) == 1

@@ -8,6 +8,7 @@ pairs (`text.search_words`). Knows no LLM.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -138,7 +139,9 @@ class BM25(_ByScore):
         # Log of the odds that a record does not hold the word; where negative, a quarter of the
         # mean, but at least 0: with few records rank_bm25 puts the best match last.
         weights = np.log(total - holders + 0.5) - np.log(holders + 0.5)
-        weights = np.where(weights < 0, max(0.0, 0.25 * float(weights.mean())), weights)
+        # The same in every process: bm25s orders the words by their hash, `fsum` needs no order.
+        mean = math.fsum(weights) / len(weights)
+        weights = np.where(weights < 0, max(0.0, 0.25 * mean), weights)
         lucene = np.log1p((total - holders + 0.5) / (holders + 0.5))
         index.scores["data"] *= np.repeat(weights / lucene, holders)
         return index
