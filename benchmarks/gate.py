@@ -306,8 +306,9 @@ def quality_table(result: dict[str, Any]) -> list[str]:
         "Recorded queries of new users, all of the task: how many prompts the gate changes, and"
         " the mean gain (0 to 1) with `gate=auto` and with `gate=always`. Without any record the"
         " answer is the recorded one of zero-shot. The answers to other records are not recorded:"
-        " these queries are left out of the gains. Differences have 95 % intervals over users. By"
-        " default, with `auto`, no prompt of these runs changes: the task's own instruction asks.",
+        " these queries are left out of the gains, so gains compare within a row only. Differences"
+        " have 95 % intervals over users. By default, with `auto`, no prompt of these runs changes:"
+        " the task's own instruction asks.",
         "",
         "| data set | method | queries | off-task | not relevant | other records | auto | always |"
         " difference |",
