@@ -122,14 +122,15 @@ def _check_keys(store: "Store", host: str, local: bool, admin_key: str) -> None:
 
 def _check_before_creation(store: str, bundle: Path | None) -> None:
     """No store is made for a bundle that cannot be served; one that is there may name another."""
-    from hydra_llm.model.persistence import read_bundle
+    if bundle is None:
+        return
+    from hydra_llm.model.persistence import read_bundle  # needs torch: only with a bundle
 
-    if bundle is not None:
-        try:
-            with opt.open_store(store, create=False):
-                pass
-        except StoreError:
-            read_bundle(bundle)
+    try:
+        with opt.open_store(store, create=False):
+            pass
+    except StoreError:
+        read_bundle(bundle)
 
 
 def _check_bundle(store: "Store", bundle: Path | None) -> None:
