@@ -12,6 +12,7 @@ from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, role_chunk
 from hydra_llm.gateway.structured import FORMS, form_fault
 from hydra_llm.gateway.telemetry import note_usage
+from hydra_llm.gateway.turns import FairTurns, asking
 from hydra_llm.gateway.upstream import Body, HttpUpstream, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
@@ -19,6 +20,7 @@ from hydra_llm.llm.wire import text_of
 from hydra_llm.types import Generation, Message
 
 CHARACTERS_PER_TOKEN = 100  # more than those of any tokenizer's longest tokens
+MAX_WAITING = 64  # requests of one user that wait for the engine
 
 
 def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstream:
@@ -42,7 +44,7 @@ class EmbeddedUpstream:
         # Tokens of the longest prompt that leaves room for an answer.
         self.room = max(64, int(getattr(llm, "window", 2**20)) - max_tokens)
         # Requests wait for the engine here, not in threads that others need.
-        self._turn = asyncio.Semaphore(int(getattr(llm, "parallel", 64)))
+        self._turns = FairTurns(int(getattr(llm, "parallel", 64)))
 
     async def complete(self, body: Body) -> Any:
         generation, choices = await self._generate(body), []
@@ -115,7 +117,9 @@ class EmbeddedUpstream:
                 # Found by its length: the engine would read all of it, and others would wait.
                 code = "context_length_exceeded"
                 raise UpstreamError(400, f"the prompt has more than {self.room} tokens", code=code)
-            async with self._turn:
+            if self._turns.waiting(user := asking.get()) >= MAX_WAITING:
+                raise UpstreamError(429, f"{MAX_WAITING} requests of this user wait already")
+            async with self._turns.turn(user):
                 generation = await self._llm.generate(messages, sampling, **streaming)
             note_usage(_usage(generation))
             ends = generation.ends or ("stop",) * len(generation.texts)

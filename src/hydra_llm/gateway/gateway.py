@@ -29,6 +29,7 @@ from hydra_llm.gateway.scoring import (
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.structured import Form, form_of, is_text, question_of
 from hydra_llm.gateway.telemetry import Telemetry, note
+from hydra_llm.gateway.turns import asking
 from hydra_llm.gateway.upstream import Upstream, UpstreamError, usage_of
 from hydra_llm.gateway.user_cache import TimedReads, texts_of
 from hydra_llm.store.store import Store
@@ -142,6 +143,7 @@ class Gateway:
         self, request: ChatRequest, body: Mapping[str, Any], user: str | None
     ) -> RoutedRequest:
         """Everything up to what the upstream is asked."""
+        asking.set(user or "")
         own = without(body, "personalization")
         plain = hide_user(own, self.salt, self.settings.user_fields)
         if request.n is not None:
