@@ -58,7 +58,7 @@ def test_everybody_who_stays_has_one_turn(asked: str, slots: int, data: st.DataO
     assert sorted(order) == sorted(staying)
 
 
-async def test_a_turn_that_comes_as_its_request_leaves_goes_to_the_next() -> None:
+async def test_the_turn_of_a_request_that_leaves_goes_on() -> None:
     turns = FairTurns(1)
     async with turns.turn("a"):
         first = asyncio.create_task(turns.turn("b").__aenter__())
