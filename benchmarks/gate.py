@@ -271,6 +271,7 @@ async def personal(http: httpx2.AsyncClient, asked: Sequence[tuple[str, str]]) -
             "user": user,
             "messages": [{"role": "user", "content": text}],
             "max_tokens": 8,
+            "personalization": {"k": 1},  # decided alike, and a shorter prompt for a real LLM
         }
         answer = await http.post("/v1/chat/completions", json=body, timeout=600)
         answer.raise_for_status()
