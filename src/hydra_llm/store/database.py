@@ -75,7 +75,7 @@ class Database:
             result = connection.exec_driver_sql(statement)
             return result.scalar() if result.returns_rows else None
 
-    def rows_kept_by_vacuum(self) -> dict[str, int]:
+    def _rows_kept_by_vacuum(self) -> dict[str, int]:
         """Rewrite PostgreSQL's tables; how many deleted rows each had to keep for a snapshot."""
         told: list[tuple[str, str]] = []
 

@@ -383,7 +383,7 @@ class Store(Database):
         # is just being made. The statistics hold texts too.
         ours = {"pg_statistic", *schema.metadata.tables}
         for _ in range(SCRUBS):
-            kept = self.rows_kept_by_vacuum()
+            kept = self._rows_kept_by_vacuum()
             if not any(kept.get(table) for table in ours):
                 return
             time.sleep(SCRUB_PAUSE)
