@@ -89,7 +89,12 @@ def test_there_is_a_plot_per_metric_per_cost_and_of_users(opened: report.Run) ->
 
 
 @pytest.mark.slow
-def test_score_plot_has_intervals_and_marks_failures(opened: report.Run) -> None:
+def test_score_plot_has_intervals_and_marks_failures(
+    opened: report.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = drawn(plots.score_plot(report.make_report(opened), "mae"), "method", "low", "high")
+    assert ("hydra@4,8", None, None) in few  # four users have no interval
+    monkeypatch.setattr("hydra_llm.bench.stats.MIN_USERS", 4)
     shown = report.make_report(opened)
     row = next(line.result for line in shown.rows if line.method == "hydra@4,8")
     actual = drawn(plots.score_plot(shown, "mae"), "method", "part", "value", "low", "high")
