@@ -105,6 +105,7 @@ def test_without_a_home_folder_it_is_one_line(
 def test_a_proxy_that_cannot_be_used_is_one_line(
     name: str, value: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))  # there, and so not named
     monkeypatch.setenv(name, value)
     url = "http://127.0.0.1:9/v1"
     for make in (

@@ -82,7 +82,8 @@ def http_client_faults() -> Iterator[None]:
         found = [name for name in os.environ if name.upper() in names and os.environ[name]]
         if not found:
             raise
-        shown = " or ".join(found)
+        missing = [name for name in found if not Path(os.environ[name]).exists()]
+        shown = " or ".join((names is CERTIFICATES and missing) or found)
         raise SettingsError(f"{shown} in the environment cannot be used: {_cause(error)}") from None
 
 
