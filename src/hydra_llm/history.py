@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 
 from hydra_llm.errors import UserFault
-from hydra_llm.types import ALWAYS, Query, Record, Span
+from hydra_llm.types import ALWAYS, Choice, Query, Record, Span
 
 _CALENDAR = re.compile(r"(\d{4})(?:[-/](\d{1,2})(?:[-/](\d{1,2}))?)?", re.ASCII)
 _COMPACT = re.compile(r"((?:19|20|21)\d\d)(\d\d)(\d\d)", re.ASCII)
@@ -119,5 +119,12 @@ def in_order(records: Iterable[Record]) -> list[Record]:
 
 def as_query(record: Record) -> Query:
     """A record as a query with a gold answer, which sees only what precedes it."""
-    r = record
-    return Query(r.user, r.id, r.input, r.output, r.time, r.span, r.position)
+    r, offered = record, record.candidates if isinstance(record, Choice) else ()
+    return Query(r.user, r.id, r.input, r.output, r.time, r.span, r.position, offered)
+
+
+def as_record(query: Query, id: str) -> Record:
+    """A query with a gold answer as a record; ValueError if a choice's gold was not offered."""
+    q, gold = query, query.gold or ""
+    plain = (q.user, id, q.input, gold, q.time, q.span, q.position)
+    return Choice(*plain, q.offered, q.offered.index(gold)) if q.offered else Record(*plain)

@@ -37,6 +37,14 @@ class Record:
     position: int = 0  # place in the user's order; decides where spans are equal or overlap
 
 
+@dataclass(frozen=True, slots=True)
+class Choice(Record):
+    """A record of an answer that was taken from several: `output` is `candidates[chosen]`."""
+
+    candidates: tuple[str, ...] = ()  # two or more distinct texts, in the order shown
+    chosen: int = 0  # index of the one that was taken
+
+
 def as_one_text(input: str, output: str) -> str:
     """A record's input and answer as a scorer reads them. Features are cached under this text."""
     return f"{input}{ARROW}{output}"
@@ -53,6 +61,7 @@ class Query:
     time: str = ""
     span: Span = ALWAYS
     position: int = 2**62  # by default after every record of the user
+    offered: tuple[str, ...] = ()  # of a recorded choice: its candidates, in the order shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,15 @@ from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
 from hydra_llm.datasets.check import find_problems, rows, summarize
 from hydra_llm.datasets.native import save
-from hydra_llm.datasets.tabular import Columns, read_table
+from hydra_llm.datasets.tabular import CHOICES, ChoiceColumns, Columns, read_table
 from hydra_llm.datasets.verdicts import doubts, verdicts
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 KIND_HELP = f"{', '.join(KINDS.names())}; default: guessed."
+OUTPUT_HELP = "Field of the user's answer; default: output, or chosen."
+CHOICES_HELP = "Lines are recorded choices: one of several candidates was taken."
 Split = Literal["user", "time"]
 LAMP_NAMES = "lamp-1, lamp-2n (news), lamp-2m (movies), lamp-3, lamp-4, lamp-5 or lamp-7."
 
@@ -45,12 +47,13 @@ def check(
 def import_(
     file: Annotated[Path, Argument(help="JSONL or CSV; '-' reads stdin.", allow_dash=True)],
     out: Annotated[Path, Option(help="Folder of the new data set.")],
+    choices: Annotated[bool, Option("--choices", help=CHOICES_HELP)] = False,
     kind: Annotated[str | None, Option(help=KIND_HELP)] = None,
     name: Annotated[str, Option(help="Name of the task; default: the file's.")] = "",
     prompt: Annotated[str | None, Option(help="Instruction with {input} for the text.")] = None,
     user_field: Annotated[str, Option(help="Field of the user's id.")] = "user",
     input_field: Annotated[str, Option(help="Field of the text.")] = "input",
-    output_field: Annotated[str, Option(help="Field of the user's answer.")] = "output",
+    output_field: Annotated[str | None, Option(help=OUTPUT_HELP)] = None,
     time_field: Annotated[str, Option(help="Field of the time; optional by default.")] = "time",
     id_field: Annotated[str, Option(help="Field of the record's id; optional by default.")] = "id",
     test_share: Annotated[float, Option(min=0, max=1, help="Share of new users.")] = 0.33,
@@ -58,9 +61,13 @@ def import_(
     seed: Annotated[int, Option(help="Seed of the split into training and new users.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Import a file with the columns user, input, output and, optionally, time and id."""
+    """Import a file with the columns user, input, output and, optionally, time and id; `--choices`:
+    with user, input, candidates and chosen.
+    """
     source = Path("/dev/stdin") if str(file) == "-" else file
-    columns = Columns(user_field, input_field, output_field, time_field, id_field)
+    output = output_field or (CHOICES.output if choices else Columns().output)
+    of = ChoiceColumns if choices else Columns
+    columns = of(user_field, input_field, output, time_field, id_field)
     task: dict[str, Any] = {"kind": kind, "prompt": prompt, "name": name}
     shares: dict[str, Any] = {"test_share": test_share, "query_share": query_share}
     dataset = read_table(source, columns, **task, **shares, seed=seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hydra_llm.datasets.choices import shown
 from hydra_llm.datasets.dataset import SPLITS, DataSet
 from hydra_llm.datasets.native import load
 from hydra_llm.datasets.verdicts import verdicts
@@ -59,12 +60,23 @@ def summarize(dataset: DataSet) -> dict[str, Any]:
             "history": _spread(length(record.input) for record in records),
             "queries": _spread(length(query.input) for query in queries),
         },
+        **_of_choices(dataset),
         "labels": _shares(dataset.task, records, queries),
         "duplicates": _examples(repeated),
         "leaks": _leaks(dataset.task, histories, queries),
         "notes": list(dataset.notes),
         "verdicts": [asdict(verdict) for verdict in verdicts(dataset)],
     }
+
+
+def _of_choices(dataset: DataSet) -> dict[str, Any]:
+    """Of recorded choices: how many, of how many candidates, and how often the first was taken."""
+    own = shown(dataset)
+    if own is None:
+        return {}
+    shares = {"share": round(own.first, 4), "by lot": round(own.by_lot, 4)}
+    candidates = _spread(own.candidates)
+    return {"choices": own.choices, "candidates per choice": candidates, "first taken": shares}
 
 
 def _span(entries: Sequence[Record | Query]) -> dict[str, Any]:
@@ -132,6 +144,7 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((name, _range(summary[name])) for name in ("records per user", "queries per user")),
         *((name, str(summary[name])) for name in lacking if summary[name]),
         *((f"words per input, {part}", _range(spread)) for part, spread in words),
+        *_choice_rows(summary),
         *((f"label {label}", _percent(shares)) for label, shares in summary["labels"].items()),
         ("duplicates within a user", _count(summary["duplicates"])),
         *((f"leak: {way}", _count(leak)) for way, leak in summary["leaks"].items()),
@@ -139,6 +152,15 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *(("note", note) for note in summary["notes"]),
         *((own["severity"], f"{own['check']}: {own['message']}") for own in summary["verdicts"]),
     ]
+
+
+def _choice_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "choices" not in summary:
+        return []
+    first, name = summary["first taken"], "candidates per choice"
+    taken = f"{first['share']:.1%}, by lot {first['by lot']:.1%}"
+    counts = ("choices", str(summary["choices"])), (name, _range(summary[name]))
+    return [*counts, ("first one shown was taken", taken)]
 
 
 def _range(spread: Mapping[str, float] | None) -> str:

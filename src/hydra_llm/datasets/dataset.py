@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
-from hydra_llm.history import in_order, parse_time
+from hydra_llm.history import as_record, in_order, parse_time
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
-from hydra_llm.types import Query, Record
+from hydra_llm.types import Choice, Query, Record
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 Part = Literal["history", "queries"]
 PARTS: tuple[Part, ...] = ("history", "queries")
 FIELDS = ("user", "id", "time", "input", "output")
-Fields = Mapping[str, str]  # the `FIELDS` of an entry
+Fields = Mapping[str, Any]  # the `FIELDS` of an entry, all texts; of a choice `candidates` too
 Report = Callable[[DataError], None]  # raises a fault (`stop`), or keeps it (`data check`)
 
 Entry = TypeVar("Entry", Record, Query)
@@ -51,7 +51,7 @@ class Place:
         self.report(self.error(message, field))
 
 
-Row = tuple[Place, dict[str, str]]  # an entry and its place
+Row = tuple[Place, dict[str, Any]]  # an entry and its place
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,8 +96,7 @@ class DataSet:
         records = self.history(user)
         for q in self.queries(user):
             if q.gold is not None:
-                id = f"query:{q.id}"
-                records.append(Record(user, id, q.input, q.gold, q.time, q.span, q.position))
+                records.append(as_record(q, f"query:{q.id}"))
         return in_order(records)
 
     def stream_history(self) -> Iterator[Record]:
@@ -107,6 +106,12 @@ class DataSet:
     def stream_queries(self) -> Iterator[Query]:
         """Every query, user by user, in file order."""
         return (query for user in self.splits for query in self._own(self._queries, user))
+
+    def plain_entries(self) -> dict[Part, list[Record | Query]]:
+        """Records and queries that are no recorded choices, by part."""
+        streams = (self.stream_history(), self.stream_queries())
+        plain = [[entry for entry in own if not offered(entry)] for own in streams]
+        return dict(zip(PARTS, plain, strict=True))
 
     def _own(self, entries: Mapping[str, Sequence[Entry]], user: str) -> Sequence[Entry]:
         if user not in self.splits:
@@ -145,10 +150,18 @@ def as_fields(*values: str) -> dict[str, str]:
     return dict(zip(FIELDS, values, strict=True))
 
 
-def fields_of(entry: Record | Query) -> dict[str, str]:
-    """An entry's `FIELDS`; a query's output is its gold answer."""
+def offered(entry: Record | Query) -> tuple[str, ...]:
+    """The candidates of a recorded choice, in the order shown; empty for any other entry."""
+    if isinstance(entry, Query):
+        return entry.offered
+    return entry.candidates if isinstance(entry, Choice) else ()
+
+
+def fields_of(entry: Record | Query) -> dict[str, Any]:
+    """An entry's `FIELDS`; a query's output is its gold answer. Of a choice also `candidates`."""
     output = entry.output if isinstance(entry, Record) else entry.gold or ""
-    return as_fields(entry.user, entry.id, str(entry.time), entry.input, output)
+    fields = as_fields(entry.user, entry.id, str(entry.time), entry.input, output)
+    return fields | ({"candidates": own} if (own := offered(entry)) else {})
 
 
 class Builder:
@@ -166,14 +179,18 @@ class Builder:
             self.add("history" if at < first_query else "queries", entry, place)
 
     def add(self, part: Part, entry: Fields, place: Place = Place()) -> None:
-        """Take an entry (`FIELDS`, all texts) if nothing is wrong with it, else report it."""
+        """Take an entry (`FIELDS`, all texts) if nothing is wrong with it, else report it. With
+        `candidates`, two or more distinct texts among which `output` stands, it is a choice.
+        """
         texts = ((name, text_fault(entry[name], may_be_empty=name == "time")) for name in FIELDS)
         faults = [(name, fault) for name, fault in texts if fault]
         user, id, time, _, output = (entry[name] for name in FIELDS)
         free = part == "history" and self.task.free_history
-        if not free and not self.task.is_answer(output):  # "5.0" is the label "5"
-            output = self.task.strategy.tidy(output.strip())
+        if not free:
+            output = self._tidy(output)
             entry = {**entry, "output": output}
+        if "candidates" in entry:
+            entry = {**entry, "candidates": [self._tidy(text) for text in entry["candidates"]]}
         if user and user not in self.splits:
             faults.append(("user", f"'{user}' is not among the data set's users"))
         if (part, user, id) in self._ids:
@@ -182,27 +199,36 @@ class Builder:
             faults.append(("time", fault))
         if output and not free and not self.task.is_answer(output):
             faults.append(("output", f"'{output[:60]}' is not one of the task's labels"))
+        if strange := [c for c in entry.get("candidates", ()) if not self.task.is_answer(c)]:
+            faults.append(("candidates", f"'{strange[0][:60]}' is not one of the task's labels"))
         for name, message in faults:
             place.fault(message, name)
         if not faults:
             self._entries[part].setdefault(user, []).append(entry)
             self._ids.add((part, user, id))
 
+    def _tidy(self, output: str) -> str:
+        """The label that is meant: "5.0" is the label "5"; any other text as it is."""
+        known = self.task.is_answer(output)
+        return output if known else self.task.strategy.tidy(output.strip())
+
     def build(self, notes: Sequence[str] = ()) -> DataSet:
         """The data set of all entries taken. A user's queries come after all of its history."""
         history, queries = (self._entries[part] for part in PARTS)
-        records = {user: _parse(Record, rows, 0) for user, rows in history.items()}
+        own = {user: _parse(rows, 0) for user, rows in history.items()}
+        records = {user: [as_record(q, q.id) for q in queries] for user, queries in own.items()}
         first = {user: len(rows) for user, rows in history.items()}
-        of_users = {user: _parse(Query, rows, first.get(user, 0)) for user, rows in queries.items()}
+        of_users = {user: _parse(rows, first.get(user, 0)) for user, rows in queries.items()}
         return DataSet(self.task, self.splits, records, of_users, notes)
 
 
-def _parse(kind: type[Entry], rows: Iterable[Fields], first: int) -> list[Entry]:
+def _parse(rows: Iterable[Fields], first: int) -> list[Query]:
     """The entries, whose positions start at `first`."""
     entries = []
     for position, row in enumerate(rows, first):
         user, id, time, input, output = (row[name] for name in FIELDS)
-        entries.append(kind(user, id, input, output, time, parse_time(time), position))
+        shown, span = tuple(row.get("candidates", ())), parse_time(time)
+        entries.append(Query(user, id, input, output, time, span, position, shown))
     return entries
 
 

@@ -1,4 +1,5 @@
-"""The native layout: a folder of task.json, users.jsonl, history.jsonl[.gz] and queries.jsonl[.gz].
+"""The native layout: a folder of task.json, users.jsonl, history.jsonl[.gz] and queries.jsonl[.gz],
+or choices.jsonl[.gz] in place of these two, or beside them (`choices.py`).
 
 `load` reads any data set that hydra-llm knows (the official LaMP files too, see `lamp.py`), `save`
 writes the native layout. Files are read line by line; a broken line is an error that names file,
@@ -12,17 +13,30 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from hydra_llm.datasets import choices
 from hydra_llm.datasets import dataset as data_set
-from hydra_llm.datasets.dataset import SPLITS, Builder, DataSet, Place, Report, Row, Split, stop
+from hydra_llm.datasets.dataset import (
+    SPLITS,
+    Builder,
+    DataSet,
+    Part,
+    Place,
+    Report,
+    Row,
+    Split,
+    stop,
+)
 from hydra_llm.errors import DataError
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import CHOICE_METRICS, Task
 from hydra_llm.text import text_fault
 
+CHOICE_TEXTS = ("user", "id", "part", "time", "input")
 MAX_DIGITS = 1000  # of a whole number
 
 
@@ -41,15 +55,23 @@ def load(path: Path | str, limit_users: int | None = None, report: Report = stop
             return lamp.load(path, limit_users, report)
         missing = "no data set: neither task.json nor LaMP's {train,dev}_questions.json is here"
         raise DataError(missing if path.exists() else "no such folder", file=path)
-    task = Task.from_json(parse_json(file.read_bytes(), file), str(file))
+    given = parse_json(file.read_bytes(), file)
+    task, chosen = Task.from_json(given, str(file)), _find(path, choices.NAME, optional=True)
+    if chosen and not given.get("metrics"):
+        asked = task.metrics if _find(path, "queries", optional=True) else ()
+        task = replace(task, metrics=(*asked, *CHOICE_METRICS))
     splits = _read_users(path / "users.jsonl", report)
     of_splits = ([user for user in splits if splits[user] == split] for split in SPLITS)
     kept = {user for users in of_splits for user in users[:limit_users]}
     builder = Builder(task, {user: split for user, split in splits.items() if user in kept})
     for part in data_set.PARTS:
-        for place, entry in _read_entries(_find(path, part), data_set.FIELDS, report):
-            if entry["user"] in kept or entry["user"] not in splits:
-                builder.add(part, entry, place)
+        if plain := _find(path, part, optional=chosen is not None):
+            for place, entry in _read_entries(plain, data_set.FIELDS, report):
+                if entry["user"] in kept or entry["user"] not in splits:
+                    builder.add(part, entry, place)
+    for part, place, entry in _read_choices(chosen, report) if chosen else ():
+        if entry["user"] in kept or entry["user"] not in splits:
+            builder.add(part, entry, place)
     return builder.build()
 
 
@@ -80,13 +102,31 @@ def _read_users(file: Path, report: Report) -> dict[str, Split]:
     return splits
 
 
-def _find(folder: Path, part: str) -> Path:
+def _find(folder: Path, part: str, *, optional: bool = False) -> Path | None:
     plain, zipped = folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"
     if plain.is_file() and zipped.is_file():
         raise DataError(f"there is a {zipped.name} too: keep one of them", file=plain)
     if not plain.is_file() and not zipped.is_file():
+        if optional:
+            return None
         raise DataError("no such file (nor .jsonl.gz)", file=plain)
     return plain if plain.is_file() else zipped
+
+
+def _read_choices(file: Path, report: Report) -> Iterator[tuple[Part, Place, dict[str, Any]]]:
+    """The part, place and entry of each choice that is whole; the other lines are reported."""
+    reader = choices.ChoiceReader()
+    for place, line in read_lines(file, report):
+        if not line.strip():
+            continue
+        try:
+            data = parse_object(line, place)
+            texts = {name: _text(data, name, place) for name in CHOICE_TEXTS}
+            part, entry = reader.entry(data, texts, place)
+        except DataError as fault:
+            report(fault)
+        else:
+            yield part, place, entry
 
 
 def _read_entries(file: Path, fields: Iterable[str], report: Report) -> Iterator[Row]:
@@ -194,15 +234,19 @@ def save(dataset: DataSet, folder: Path | str) -> None:
             part = Path(name)
             (part / "task.json").write_text(task + "\n", encoding="utf-8")
             _write(part / "users.jsonl", users)
-            _write(part / "history.jsonl.gz", map(data_set.fields_of, dataset.stream_history()))
-            _write(part / "queries.jsonl.gz", map(data_set.fields_of, dataset.stream_queries()))
+            chosen = list(choices.rows_of(dataset))
+            for name, entries in dataset.plain_entries().items():
+                if entries or not chosen:
+                    _write(part / f"{name}.jsonl.gz", map(data_set.fields_of, entries))
+            if chosen:
+                _write(part / f"{choices.NAME}.jsonl.gz", chosen)
             part.chmod(0o755)  # a temporary folder is private
             part.replace(folder)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", file=folder) from None
 
 
-def _write(file: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def _write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with file.open("wb") as raw:
         # no name and no time inside: equal data sets are equal files
         zipped = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if file.suffix == ".gz" else None

@@ -7,6 +7,7 @@ name: more data does not move them.
 
 import csv
 import hashlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra_llm.datasets import dataset
+from hydra_llm.datasets.choices import candidates_fault
 from hydra_llm.datasets.dataset import Builder, DataSet, Place, Row, Split
 from hydra_llm.datasets.native import number_as_text, parse_object, read_lines
 from hydra_llm.errors import DataError, did_you_mean
 from hydra_llm.history import in_order, parse_time
-from hydra_llm.tasks.base import KINDS, Task
+from hydra_llm.tasks.base import CHOICE_METRICS, KINDS, Task
 from hydra_llm.tasks.rating import plain_number
 from hydra_llm.text import caseless
 from hydra_llm.types import Record
@@ -42,6 +44,19 @@ class Columns:
     id: str = "id"
 
 
+@dataclass(frozen=True, slots=True)
+class ChoiceColumns(Columns):
+    """As `Columns`, of recorded choices. The candidates are a JSON list in the column `candidates`,
+    or one in each column of that name, or of `candidate1`, `candidate_2` and so on; `output` names
+    the column of the place, from 0, or of the text of the one that was taken.
+    """
+
+    output: str = "chosen"
+
+
+CHOICES = ChoiceColumns()
+
+
 def read_table(
     file: Path | str,
     columns: Columns = Columns(),
@@ -53,20 +68,18 @@ def read_table(
     query_share: float = 0.2,
     seed: int = 0,
 ) -> DataSet:
-    """A data set of a user's own file; `notes` say what was guessed. DataError names file, line and
-    field of what is broken.
+    """A data set of a user's own file; `notes` say what was guessed. With `CHOICES`, or other
+    columns of its class, each line is a recorded choice. DataError names file, line and field of
+    what is broken.
     """
     file = Path(file)
     rows = list(_rows(file, columns))
     if not rows:
         raise DataError("holds no record", file=file)
-    chosen, labels = _tidy(rows, kind)
-    prompt = prompt or KINDS.load(chosen).default_prompt(labels)
-    fields = {"name": name or re.sub(r"\..*", "", file.name), "kind": chosen, "labels": labels}
-    words = {} if KINDS.load(chosen).closed else {"tokenizer": "unicode"}
-    task = Task.from_json({**fields, "prompt": prompt, **words}, str(file))
-    note = f"kind {'given' if kind else 'guessed'}: {chosen}"
-    note += f", labels: {', '.join(labels)}" if labels else ""
+    task = _task(file, rows, columns, kind, prompt, name)
+    guessed = "given" if kind or isinstance(columns, ChoiceColumns) else "guessed"
+    note = f"kind {guessed}: {task.kind}"
+    note += f", labels: {', '.join(task.labels)}" if task.labels else ""
     of_user: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         of_user[row[1]["user"]].append(row)
@@ -80,6 +93,19 @@ def read_table(
     missing = [split for split in dataset.SPLITS if split not in splits.values()]
     advice = [f"no {split} user: give another seed or test share" for split in missing]
     return builder.build([note, *_doubts(rows, columns), *advice])
+
+
+def _task(
+    file: Path, rows: list[Row], columns: Columns, kind: str | None, prompt: str | None, name: str
+) -> Task:
+    """The task of the rows, whose outputs are made tidy."""
+    of_choices = isinstance(columns, ChoiceColumns)
+    chosen, labels = _tidy(rows, kind or ("generation" if of_choices else None))
+    prompt = prompt or KINDS.load(chosen).default_prompt(labels)
+    fields = {"name": name or re.sub(r"\..*", "", file.name), "kind": chosen, "labels": labels}
+    words = {} if KINDS.load(chosen).closed else {"tokenizer": "unicode"}
+    metrics = {"metrics": [*CHOICE_METRICS]} if of_choices else {}
+    return Task.from_json({**fields, "prompt": prompt, **words, **metrics}, str(file))
 
 
 def _doubts(rows: list[Row], columns: Columns) -> Iterator[str]:
@@ -106,18 +132,57 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
     """The entries of a file; one whose id its user has already is an error."""
     seen = set[tuple[str, str]]()
     for place, data in _cells(read_lines(file, dataset.stop), columns):
-        entry = {"time": "", "id": ""}
+        entry: dict[str, Any] = {"time": "", "id": ""}
         for name, column in place.names.items():
             value = number_as_text(data[column])
             if isinstance(value, str):
                 entry[name] = value if name in ("input", "output") else value.strip()
             elif value is not None or name not in entry:
                 raise place.error("is missing, or neither a text nor a number", name)
+        if isinstance(columns, ChoiceColumns):
+            entry |= _chosen(place, data, entry["output"].strip())
         user, id = entry["user"], entry["id"] or f"line{place.line}"
         if (user, id) in seen:  # checked here, or one could be history and the other a query
             raise place.error(f"user '{user}' has the id '{id}' twice", "id")
         seen.add((user, id))
         yield place, {**entry, "id": id}
+
+
+def _chosen(place: Place, data: Mapping[str, Any], said: str) -> dict[str, Any]:
+    """The candidates of a line and the text of the one that was taken."""
+    cells = [value for field, value in data.items() if _CANDIDATE.fullmatch(_plain(field))]
+    if not cells:
+        there = ", ".join(f"'{field}'" for field in data)[:200]
+        raise place.error(f"is missing: there is {there}", "candidates")
+    candidates = cells[0]
+    if len(cells) > 1:
+        candidates = [cell for cell in cells if cell not in (None, "")]
+    elif isinstance(candidates, str):
+        try:
+            candidates = json.loads(candidates)
+        except (ValueError, RecursionError) as error:
+            raise place.error(f"must be a JSON list of texts: {error}", "candidates") from None
+    if isinstance(candidates, list):
+        candidates = [number_as_text(own) for own in candidates]
+    if fault := candidates_fault(candidates):
+        raise place.error(fault, "candidates")
+    texts = [text.strip() for text in candidates]
+    chosen = int(said) if said.isdecimal() and len(said) < 10 else -1
+    if chosen >= len(texts) or chosen < 0:
+        if said not in texts:
+            fault = f"'{said[:60]}' is none of the {len(texts)} candidates: write its text, or"
+            raise place.error(f"{fault} its place from 0 to {len(texts) - 1}", "output")
+        chosen = texts.index(said)
+    return {"candidates": candidates, "output": candidates[chosen]}
+
+
+_CANDIDATE = re.compile(r"candidates?_?\d*(#\d+)?")
+
+
+def _distinct(fields: list[str]) -> list[str]:
+    """A header in which columns of candidates that have one name are told apart."""
+    candidates = [_CANDIDATE.fullmatch(_plain(field)) for field in fields]
+    return [f"{field}#{at}" if candidates[at] else field for at, field in enumerate(fields)]
 
 
 def _named(place: Place, fields: Sequence[str], columns: Columns) -> Place:
@@ -192,6 +257,7 @@ def _cells(
     skipped = (place.line or 1) - (0 if named else 1)
     try:
         fields = next(reader, [])
+        fields = _distinct(fields) if isinstance(columns, ChoiceColumns) else fields
         place = _named(place, fields, columns) if fields else place
         for row in reader:
             if len(row) < 2 and not "".join(row).strip():

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.choices import shown
+from hydra_llm.datasets.dataset import DataSet, offered
 from hydra_llm.text import caseless, fold
 from hydra_llm.types import ALWAYS, Query, Record
 
 LEARN_USERS, GOOD_USERS = 5, 30  # training users: at least, and for weights that are nobody's own
 COMPARE_USERS, GOOD_QUERIES = 5, 50  # new users with queries (bench/stats.py), and their queries
+FEW_CHOICES = 10  # of a user, in the median
+PLACE_DECIDES = 0.15  # share of first ones taken above that of a draw
 FEW_RECORDS = 3  # of a user, in the median
 NEAR_CONSTANT, ONE_LABEL, DUPLICATES = 0.95, 0.5, 0.01  # shares that are told
 FEW_LABELS, MANY_LABELS, RECORDS_PER_LABEL = 10, 50, 5
@@ -43,6 +46,7 @@ def verdicts(dataset: DataSet) -> list[Verdict]:
         *_records(dataset),
         *_answers(dataset, records),
         *_labels(dataset, records),
+        *_choices(dataset),
         *_entries(records, [*records, *queries]),
         *_names(dataset.users(), "users"),
     ]
@@ -127,6 +131,32 @@ def _labels(dataset: DataSet, records: Collection[Record]) -> Iterator[Verdict]:
     if empty := [label for label in labels if caseless(label) in MISSING]:
         why = f"'{empty[0]}' looks like a missing value: leave such records out"
         yield Verdict("warning", "labels", len(empty), why)
+
+
+def _choices(dataset: DataSet) -> Iterator[Verdict]:
+    """Whether users have chosen often enough, and how far the place decides."""
+    display = shown(dataset)
+    if display is None:
+        return
+    histories = map(dataset.history, dataset.users())
+    counts = [own for history in histories if (own := sum(map(bool, map(offered, history))))]
+    middle = median(counts) if counts else 0
+    if middle < FEW_CHOICES:
+        why = f"half of the users have {middle:g} or fewer earlier ones: little is known of a taste"
+        yield Verdict("warning", "choices", middle, f"{why}; {FEW_CHOICES} or more are better")
+    else:
+        yield Verdict("ok", "choices", middle, f"{middle:g} per user in the median are enough")
+    share, lot, name = display.first, display.by_lot, "position"
+    taken = f"the first one shown was taken in {share:.1%} of the choices, by lot in {lot:.1%}"
+    number = round(share, 4)
+    if share >= NEAR_CONSTANT:
+        why = "always taking it is hard to beat: were the others shown at all?"
+        yield Verdict("warning", name, number, f"{taken}; {why}")
+    elif share >= lot + PLACE_DECIDES:
+        why = "the place counts beside the text; compare with the method first"
+        yield Verdict("warning", name, number, f"{taken}: {why}")
+    else:
+        yield Verdict("ok", name, number, taken)
 
 
 def _names(names: Iterable[str], what: str) -> Iterator[Verdict]:

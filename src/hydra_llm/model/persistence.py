@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save
 from hydra_llm import __version__
 from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
-from hydra_llm.types import ALWAYS, Record
+from hydra_llm.types import ALWAYS, Choice, Record
 
 FORMAT = 2
 CONFIG, CARD, ENCODER, LOCK = "config.json", "README.md", "encoder", ".lock"
@@ -275,9 +275,17 @@ def _read(folder: Path, text: bytes) -> BundleFiles:
         with _reported(content / HISTORY, "damaged", errors=errors):
             for line in gzip.decompress((content / HISTORY).read_bytes()).splitlines():
                 values = json.loads(line)
-                start, end = values.pop("span") or ALWAYS
-                records.setdefault(values["user"], []).append(Record(**values, span=(start, end)))
+                record = _record(values)
+                records.setdefault(record.user, []).append(record)
         return BundleFiles(config, tensors, records, card, _load_encoder(content, config))
+
+
+def _record(values: dict[str, Any]) -> Record:
+    start, end = values.pop("span") or ALWAYS
+    if "candidates" not in values:
+        return Record(**values, span=(start, end))
+    candidates = tuple(values.pop("candidates"))
+    return Choice(**values, span=(start, end), candidates=candidates)
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:

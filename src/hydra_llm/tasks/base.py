@@ -62,7 +62,8 @@ class Task:
     def metric_specs(self) -> "dict[str, MetricSpec]":
         """The metrics to report by name, in order."""
         of_kind = {metric.name: metric for metric in self.strategy.metrics}
-        return {name: of_kind[name] for name in self.metrics or of_kind}
+        known = of_kind | CHOICE_METRICS
+        return {name: known[name] for name in self.metrics or of_kind}
 
     @property
     def free_history(self) -> bool:
@@ -101,7 +102,7 @@ class Task:
             raise fields.fault("prompt", "must hold {input} where the query's text goes")
         labels, known = fields.texts("labels"), [spec.name for spec in KINDS.load(kind).metrics]
         metrics = fields.texts("metrics") or tuple(known)
-        fields.check_known("metrics", metrics, known, f" ({kind})")
+        fields.check_known("metrics", metrics, [*known, *CHOICE_METRICS], f" ({kind})")
         like = fields.text("like") if data.get("like") else ""
         if (tokenizer := data.get("tokenizer")) is not None:
             fields.check_known("tokenizer", [tokenizer], WORDS, "")
@@ -171,6 +172,19 @@ class MetricSpec:
     def sign(self) -> int:
         """1 where higher is better, −1 where lower is."""
         return 1 if self.higher_is_better else -1
+
+
+CHOICE_METRICS = {
+    spec.name: spec
+    for spec in (
+        MetricSpec("choice_accuracy", title="accuracy of the choice"),
+        MetricSpec("mrr", title="mean reciprocal rank"),
+        MetricSpec("log_loss", higher_is_better=False, in_improvement=False, title="log-loss"),
+    )
+}
+"""Of recorded choices, whatever the kind: how often a method picks the candidate that was taken;
+1 / its place in the method's ranking; −log of the probability that the method gives it, in nats.
+"""
 
 
 class PromptWords(NamedTuple):

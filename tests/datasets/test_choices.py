@@ -1,0 +1,205 @@
+"""Recorded choices: what is written comes back, each broken line is named by file, line and field,
+and a table of choices becomes a data set.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_llm.datasets.check import find_problems, summarize
+from hydra_llm.datasets.dataset import DataSet, offered
+from hydra_llm.datasets.native import load, save
+from hydra_llm.datasets.tabular import CHOICES, read_table
+from hydra_llm.datasets.verdicts import verdicts
+from hydra_llm.errors import DataError
+from hydra_llm.tasks.base import CHOICE_METRICS
+from hydra_llm.types import Choice, Record
+
+TASK = {"name": "next", "kind": "generation", "prompt": "Go on: {input}"}
+
+
+def line(number: int, **changed: Any) -> dict[str, Any]:
+    part = "history" if number < 3 else "query"
+    candidates = [f"text {number}", "another one", " a third"]
+    fields = {"user": "ada", "id": f"c{number}", "part": part, "time": 1600000000 + number}
+    return {**fields, "input": "then", "candidates": candidates, "chosen": number % 3, **changed}
+
+
+def folder_of(folder: Path, lines: list[dict[str, Any]], **task: Any) -> Path:
+    (folder / "task.json").write_text(json.dumps({**TASK, **task}))
+    (folder / "users.jsonl").write_text('{"user": "ada", "split": "train"}\n')
+    text = "".join(json.dumps(own) + "\n" for own in lines)
+    (folder / "choices.jsonl").write_text(text)
+    return folder
+
+
+def test_choices_are_records_and_queries(tmp_path: Path) -> None:
+    dataset = load(folder_of(tmp_path, [line(number) for number in range(4)]))
+    records, queries = dataset.history("ada"), dataset.queries("ada")
+    first = records[0]
+    assert isinstance(first, Choice)
+    assert first.output == first.candidates[first.chosen] == "text 0"
+    assert [record.output for record in records] == ["text 0", "another one", " a third"]
+    assert queries[0].offered == ("text 3", "another one", " a third")
+    assert queries[0].gold == "text 3"
+    assert list(dataset.task.metric_specs) == list(CHOICE_METRICS)
+    answered = dataset.answered("ada")[-1]
+    assert isinstance(answered, Choice)
+    assert answered.chosen == 0
+
+
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    dataset = load(folder_of(source, [line(number) for number in range(5)]))
+    save(dataset, tmp_path / "saved")
+    names = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert names == {"task.json", "users.jsonl", "choices.jsonl.gz"}
+    again = load(tmp_path / "saved")
+    assert again == dataset
+    assert list(again.stream_queries()) == list(dataset.stream_queries())
+
+
+def test_choices_stand_beside_records(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [line(number) for number in range(3)])
+    record = {"user": "ada", "id": "r", "time": 1600000001.5, "input": "once", "output": "upon"}
+    (folder / "history.jsonl").write_text(json.dumps(record) + "\n")
+    query = {**record, "id": "q", "time": 1700000000}
+    (folder / "queries.jsonl").write_text(json.dumps(query) + "\n")
+    dataset = load(folder)
+    assert [record.id for record in dataset.history("ada")] == ["c0", "c1", "r", "c2"]
+    assert [bool(offered(own)) for own in dataset.history("ada")] == [True, True, False, True]
+    assert next(iter(dataset.task.metric_specs)) == "rouge1"
+    assert "mrr" in dataset.task.metric_specs
+    save(dataset, tmp_path / "saved")
+    assert load(tmp_path / "saved") == dataset
+
+
+def test_candidates_are_part_of_the_digest(tmp_path: Path) -> None:
+    def data(*candidates: str) -> DataSet:
+        choice = Choice("ada", "1", "then", "a", candidates=candidates, chosen=0)
+        return DataSet.from_records(task, {"ada": "train"}, [choice], [])
+
+    task = load(folder_of(tmp_path, [line(0)])).task
+    plain = DataSet.from_records(task, {"ada": "train"}, [Record("ada", "1", "then", "a")], [])
+    digests = {data("a", "b").digest, data("a", "c").digest, data("b", "a").digest, plain.digest}
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "field", "message"),
+    [
+        (
+            {"candidates": ["one"], "chosen": 0},
+            "candidates",
+            "two candidates or more, this one has",
+        ),
+        ({"candidates": [], "chosen": 0}, "candidates", "this one has 0"),
+        ({"candidates": ["a", "b", " a "]}, "candidates", "candidates 0 and 2 are equal"),
+        ({"candidates": ["a", "b", " "]}, "candidates", "candidate 2 is empty"),
+        ({"candidates": ["a", 5]}, "candidates", "must be a list of texts"),
+        ({"candidates": "a"}, "candidates", "must be a list of texts"),
+        ({"chosen": 3}, "chosen", "3 is none of the 3 candidates: 0 to 2"),
+        ({"chosen": -1}, "chosen", "-1 is none of the 3 candidates"),
+        ({"chosen": "0"}, "chosen", "a whole number from 0, not"),
+        ({"chosen": True}, "chosen", "a whole number from 0, not true"),
+        ({"part": "queries"}, "part", "'queries' is neither history nor query"),
+        ({"user": "bob"}, "user", "'bob' is not among the data set's users"),
+        ({"id": "c0", "part": "query"}, "id", "user 'ada' has the id 'c0' twice"),
+        ({"input": " "}, "input", "is empty"),
+        ({"time": "soon"}, "time", "is no time"),
+    ],
+)
+def test_a_broken_choice_is_named(
+    tmp_path: Path, changed: dict[str, Any], field: str, message: str
+) -> None:
+    folder = folder_of(tmp_path, [line(0), line(1, **changed), line(2)])
+    with pytest.raises(DataError) as fault:
+        load(folder)
+    assert str(fault.value).startswith(f"{folder}/choices.jsonl:2: field '{field}': ")
+    assert message in str(fault.value)
+    assert "\n" not in str(fault.value)
+    assert len(find_problems(folder)[1]) == 1  # the other lines are read
+
+
+def test_a_missing_field_of_a_choice_is_named(tmp_path: Path) -> None:
+    own = {name: value for name, value in line(1).items() if name != "chosen"}
+    with pytest.raises(DataError, match=r"choices.jsonl:1: field 'chosen': is missing"):
+        load(folder_of(tmp_path, [own]))
+
+
+def test_candidates_of_labels_are_labels(tmp_path: Path) -> None:
+    labels = {"kind": "classification", "labels": ["yes", "no", "maybe"]}
+    good = line(0, candidates=["no", "yes"])
+    assert load(folder_of(tmp_path, [good], **labels)).history("ada")[0].output == "no"
+    with pytest.raises(DataError, match="field 'candidates': 'never' is not one of the task's"):
+        load(folder_of(tmp_path, [line(0, candidates=["no", "never"])], **labels))
+
+
+def test_check_tells_how_often_the_first_was_taken(tmp_path: Path) -> None:
+    dataset = load(folder_of(tmp_path, [line(number, chosen=0) for number in range(6)]))
+    summary = summarize(dataset)
+    assert summary["choices"] == 6
+    assert summary["first taken"] == {"share": 1.0, "by lot": round(1 / 3, 4)}
+    found = {own.check: own for own in verdicts(dataset)}
+    assert found["position"].severity == "warning"
+    assert "always taking it" in str(found["position"])
+    assert found["choices"].severity == "warning"
+    assert found["choices"].number == 3
+
+
+CSV = """user,text,candidate,candidate,candidate,chosen,time
+ada,one,x,y,z,2,2020
+ada,two,x,y,,y,2021
+ada,three,"x, or y",y,,0,2022
+"""
+JSONL = """{"user": "ada", "text": "one", "candidates": ["x", "y", "z"], "chosen": 2, "time": 2020}
+{"user": "ada", "text": "two", "candidates": ["x", "y"], "chosen": "y", "time": 2021}
+{"user": "ada", "text": "three", "candidates": ["x, or y", "y"], "chosen": 0, "time": 2022}
+"""
+LISTS = """user;text;candidates;chosen;time
+ada;one;"[""x"", ""y"", ""z""]";2;2020
+ada;two;"[""x"", ""y""]";y;2021
+ada;three;"[""x, or y"", ""y""]";0;2022
+"""
+COLUMNS = type(CHOICES)(input="text")
+
+
+@pytest.mark.parametrize("content", [CSV, JSONL, LISTS])
+def test_a_table_becomes_choices(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(content)
+    dataset = read_table(file, COLUMNS)
+    first, second = dataset.history("ada")
+    (query,) = dataset.queries("ada")
+    assert isinstance(first, Choice)
+    assert isinstance(second, Choice)
+    assert (first.candidates, first.chosen) == (("x", "y", "z"), 2)
+    assert (second.candidates, second.chosen) == (("x", "y"), 1)
+    assert (query.offered, query.gold) == (("x, or y", "y"), "x, or y")
+    assert dataset.task.kind == "generation"
+    assert dataset.task.metrics == tuple(CHOICE_METRICS)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ("x,y,z,2", "x,,,0", "log.csv:2: field 'candidates': a choice has two candidates or more"),
+        ("x,y,z,2", "x,y,x,2", "log.csv:2: field 'candidates': candidates 0 and 2 are equal"),
+        ("x,y,z,2", "x,y,z,3", "log.csv:2: field 'chosen': '3' is none of the 3 candidates"),
+        ("x,y,z,2", "x,y,z,w", "log.csv:2: field 'chosen': 'w' is none of the 3 candidates"),
+        ("candidate,candidate,candidate", "a,b,c", "field 'candidates': is missing: there is"),
+        ("chosen", "taken", "log.csv:1: field 'chosen': is missing"),
+    ],
+)
+def test_a_broken_line_of_a_table_is_named(
+    tmp_path: Path, before: str, now: str, message: str
+) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(CSV.replace(before, now))
+    with pytest.raises(DataError) as fault:
+        read_table(file, COLUMNS)
+    assert message in str(fault.value)
+    assert "\n" not in str(fault.value)
