@@ -109,7 +109,8 @@ class Bundle:
         chosen, featurizer = settings or self.settings, self.featurizer
         reranker: Reranker = KeepOrder()
         selector: Selector = FirstCandidate()
-        if rerank and self.reranker and (self.use_reranker or chosen.rerank == "always"):
+        wanted = {"always": True, "never": False}.get(chosen.rerank, self.use_reranker)
+        if rerank and self.reranker and wanted:
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         if adapt and self.adapter:
             selector = LearnedSelector(self.adapter, featurizer, chosen)

@@ -34,9 +34,10 @@ from hydra_llm.errors import LLMError
 from hydra_llm.llm.concurrency import map_calls
 from hydra_llm.model.interactions import Groups, Interaction, make_groups
 from hydra_llm.pipeline import Records
+from hydra_llm.rerank import KeepOrder
 from hydra_llm.select import Selection, Selector, all_labels, candidate_text, first_best
 from hydra_llm.tasks.base import Task
-from hydra_llm.training.labelling import reads_labels, training_queries
+from hydra_llm.training.labelling import Asked, reads_labels, training_queries
 from hydra_llm.training.train_scorer import make_features
 from hydra_llm.types import Answer, Candidate, Proposal, Query, StageCost, Usage
 
@@ -166,6 +167,7 @@ class BBoxAdapter:
         records = {**parts.bundle.records, **parts.records}
         proposing = parts.personalizer(rerank=True, candidates="sampled")
         self.pipeline = replace(proposing, records=records)
+        self.asked = parts.asked
         self._kept: dict[Hashable, Energy | LLMError] = {}
         self._locks: defaultdict[Hashable, anyio.Lock] = defaultdict(anyio.Lock)
         self._spent: dict[str, StageCost] = {}
@@ -182,7 +184,7 @@ class BBoxAdapter:
         visible = context.visible
         seen = ("own", query.user, *(record.id for record in visible))
         history, key = {query.user: visible}, f"{len(visible)}:{query.user}"
-        own = await self._once(seen, partial(self._adapt, shared, history, key))
+        own = await self._once(seen, partial(self._adapt, shared, self._asked(history), key))
         proposal = await self.pipeline.apropose(context)
         chosen = replace(self.pipeline, selector=ByEnergy(self.bundle, own))
         return chosen.decide(context, proposal)
@@ -205,7 +207,8 @@ class BBoxAdapter:
         nothing, pipeline = "bbox-adapter has nothing to learn from", self.pipeline
         users = self.bundle.trained_on[: pipeline.settings.labelled_users]
         records = {user: pipeline.records.get(user, ()) for user in users if user != without}
-        if not self._queries(records):
+        asked = self._asked(records) if self.asked is None else self.asked
+        if not asked.all:
             reason = "it asks the LLM about training users' records, see `labelled_users`"
             raise LLMError(f"{nothing}: {reason}")
         with torch.random.fork_rng(devices=[]):
@@ -213,23 +216,27 @@ class BBoxAdapter:
             by_label = reads_labels(self.bundle.task, self.bundle.settings)
             interaction = make_features(self.bundle, by_label=by_label)
             energy = Energy(interaction, torch.randn(interaction.size) / interaction.size**0.5)
-        learned = await self._adapt(energy, records)
+        learned = await self._adapt(energy, asked)
         if learned is energy:
             reason = "no answer to the training users' own records could be read"
             raise LLMError(f"{nothing}: {reason}")
         return learned
 
-    def _queries(self, records: Records) -> list[Query]:
+    def _asked(self, records: Records) -> Asked:
+        """The users' latest records."""
         task, count = self.bundle.task, self.pipeline.settings.queries_per_user
-        return [query for own in records.values() for query in training_queries(task, own, count)]
+        latest = {user: training_queries(task, own, count) for user, own in records.items()}
+        return Asked(latest, records)
 
-    async def _adapt(self, energy: Energy, records: Records, key: str = "") -> Energy:
-        """Rounds on the LLM's answers to these users' latest records; the energy as it was if none
-        can be read. Failed calls are left out, LLMError if all failed. The cost is noted under
-        `key`, empty for the shared energy.
+    async def _adapt(self, energy: Energy, asked: Asked, key: str = "") -> Energy:
+        """Rounds on the LLM's answers to these queries; the energy as it was if none can be read.
+        Failed calls are left out, LLMError if all failed. The cost is noted under `key`, empty for
+        the shared energy.
         """
-        settings, pipeline = self.pipeline.settings, replace(self.pipeline, records=records)
-        queries, learned = self._queries(records), energy
+        settings, pipeline = self.pipeline.settings, replace(self.pipeline, records=asked.records)
+        if settings.label_order == "retriever":
+            pipeline = replace(pipeline, reranker=KeepOrder())
+        queries, learned = asked.all, energy
         answers = await map_calls(pipeline.apropose, queries, limit=settings.concurrency)
         proposals = [answer for answer in answers if isinstance(answer, Proposal)]
         for error in answers:
@@ -251,5 +258,7 @@ class BBoxAdapter:
             draws, decay = settings.samples, settings.weight_decay
             learned = adapted(energy, pools, draws=draws, weight_decay=decay)
         usage = sum((proposal.usage for proposal in proposals), Usage())
-        self._spent[key] = StageCost(len(records), usage.seconds + perf_counter() - started, usage)
+        self._spent[key] = StageCost(
+            len(asked.queries), usage.seconds + perf_counter() - started, usage
+        )
         return learned

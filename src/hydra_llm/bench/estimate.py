@@ -26,6 +26,7 @@ from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.rerank import Reranker, record_text
 from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
+from hydra_llm.training.labelling import Asked
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
 SAMPLE, ENCODED = 5, 64  # calls that are made, and texts that are encoded, to measure them
@@ -83,7 +84,8 @@ def estimate_cost(experiment: Experiment) -> CostEstimate:
     """Go through a run without making its calls, but for a few; LLMError if all of those fail."""
     cache, settings = experiment.llm, experiment.settings
     llm = DryRunLLM(cache, cache.identity, experiment.data.task.labels)
-    texts, encoding = run_sync(partial(_go_through, experiment, llm))
+    turns = [run_sync(partial(_go_through, turn, llm)) for turn in experiment.turns()]
+    texts, encoding = max(turns)  # of each fold nearly all texts
     calls = list(llm.missing.values())
     sample = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
     measured, usage = run_sync(partial(_measure, cache, sample))
@@ -166,7 +168,8 @@ class UnlearnedParts(Parts):
         self, *, rerank: bool = False, adapt: bool = False, **settings: object
     ) -> UserPipeline:
         pipeline = super().personalizer(rerank=rerank, adapt=adapt, **settings)
-        unknown = rerank and self.bundle.reranker is None
+        never = self.settings.rerank == "never" or self.settings.retrieved == 0
+        unknown = rerank and self.bundle.reranker is None and not never
         return replace(pipeline, reranker=ReversedOrder()) if unknown else pipeline
 
 
@@ -183,18 +186,22 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     else:
         methods = usable_methods(methods, [bundle], lambda line: None)
     visible = {**bundle.records, **{user: data.history(user) for user in new}}
-    parts = UnlearnedParts(bundle, llm, settings, visible)
+    parts = UnlearnedParts(bundle, llm, settings, visible, asked=experiment.asked)
     if experiment.learns:
-        labelled = training[: settings.labelled_users]
-        for stage, users, needed in (
-            ("label records", labelled, settings.retrieved > 0),
+        labelled = labelling.asked_about(data, settings, training[: settings.labelled_users])
+        queries_of = partial(labelling.training_queries, data.task, count=settings.queries_per_user)
+        own = {user: bundle.records[user] for user in new}
+        latest = Asked({user: queries_of(records) for user, records in own.items()}, own)
+        reranks = settings.retrieved > 0 and settings.rerank != "never"
+        for stage, asked, needed in (
+            ("label records", labelled, reranks and labelling.asks_of_records(settings)),
             ("label candidates", labelled, True),
-            ("fit records", new, settings.reranker_labels == "llm"),
-            ("fit candidates", new, not labelling.offers_all(data.task, settings)),
+            ("fit records", latest, reranks and settings.reranker_labels == "llm"),
+            ("fit candidates", latest, not labelling.offers_all(data.task, settings)),
         ):
             llm.stage = stage
             if needed:
-                await _label(parts, users, candidates=stage.endswith("candidates"))
+                await _label(parts, asked, candidates=stage.endswith("candidates"))
     fitted = [user for user in new if user in bundle.records]
     queries = chosen_queries(data, fitted, experiment.limit)
     for place, method in enumerate(methods):
@@ -205,13 +212,11 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
 
 
-async def _label(parts: Parts, users: Sequence[str], *, candidates: bool) -> None:
-    """Let the LLM label records, or candidates, of the users' latest queries."""
-    task, count = parts.bundle.task, parts.settings.queries_per_user
-    histories = (in_order(parts.records[user]) for user in users)
-    queries = [q for own in histories for q in labelling.training_queries(task, own, count)]
+async def _label(parts: Parts, asked: Asked, *, candidates: bool) -> None:
+    """Let the LLM label records, or candidates, of these queries."""
+    rerank = candidates and parts.settings.label_order != "retriever"
     collect = labelling.adapter_groups if candidates else labelling.reranker_groups
-    await collect(parts.personalizer(rerank=candidates), queries)
+    await collect(replace(parts.personalizer(rerank=rerank), records=asked.records), asked.all)
 
 
 def _encoding(parts: Parts, users: Sequence[str], queries: Sequence[Query]) -> tuple[int, float]:

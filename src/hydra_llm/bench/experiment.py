@@ -1,15 +1,17 @@
-"""One run of the benchmark: data set → one bundle per seed → answers by every method → log.
+"""One run of the benchmark: data set → one bundle per seed (and fold, see `folds.py`) → answers by
+every method → log.
 
 `bench run` is one experiment, a sweep several. The bundles of all seeds share the LLM's labels and
 the first one's reranker, and with it the candidates: further seeds cost no LLM call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra_llm.bench.folds import deal
 from hydra_llm.bench.method import Answerer, Learner, Method, Parts
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle
@@ -20,6 +22,7 @@ from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
+from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
 from hydra_llm.types import Query
 
@@ -38,6 +41,8 @@ class Experiment:
     users: int | None = None  # at most so many new users
     limit: int | None = None  # each one's first queries
     seeds: tuple[int, ...] = ()  # of the learned parts; the settings' own if empty
+    folds: int | None = None  # users take turns as new users; None: the split decides
+    fold: int | None = None  # which turn this is; `turns` makes one experiment of each
     fit: bool = True  # without it the shared heads answer for new users, with their records
     bundle: Bundle | None = None  # used as it is; None: bundles are learned
     progress: StageProgress = silent
@@ -52,6 +57,33 @@ class Experiment:
         """Whether bundles are learned, as some method uses a learned part."""
         return self.bundle is None and any(method.uses for method in self.methods)
 
+    def turns(self) -> "list[Experiment]":
+        """One experiment for each fold, whose users alone are new in its data; or this one."""
+        if self.folds is None:
+            return [self]
+        dealt = deal(self.data, self.settings, self.folds, users=self.users, limit=self.limit)
+        return [
+            replace(
+                self,
+                data=fold.data,
+                settings=fold.settings,
+                users=None,
+                fold=fold.number,
+                progress=_of_fold(self.progress, fold.number, self.folds),
+            )
+            for fold in dealt
+        ]
+
+    @property
+    def asked(self) -> Asked | None:
+        """What the LLM labels of a fold's training users; None without folds."""
+        if self.fold is None:
+            return None
+        settings = self.settings
+        training = [user for user in self.data.users("train") if self.data.history(user)]
+        labelled = training[: settings.users][: settings.labelled_users]
+        return asked_about(self.data, settings, labelled)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -62,6 +94,13 @@ class Outcome:
     learning: list[dict[str, Any]]
 
 
+def _of_fold(progress: StageProgress, fold: int, folds: int) -> StageProgress:
+    def report(stage: str, done: int, total: int) -> None:
+        progress(f"fold {fold} of {folds}, {stage}", done, total)
+
+    return report
+
+
 def run_experiment(experiment: Experiment) -> Outcome:
     """Learn and answer what is missing; a repeat continues a run that was stopped.
 
@@ -69,33 +108,73 @@ def run_experiment(experiment: Experiment) -> Outcome:
     LLMError: the budget is spent, or every call failed.
     """
     # before anything is learned: a refused command changes nothing
-    log = RunLog(experiment.out, _manifest(experiment))
-    bundles = learned_bundles(experiment)
-    first = next(iter(bundles.values()))
-    own = {u: experiment.data.history(u) for u in experiment.new_users if u in first.records}
-    queries = chosen_queries(experiment.data, list(own), experiment.limit)
+    turns = experiment.turns()
+    log = RunLog(experiment.out, _manifest(experiment, turns))
+    learned = _learned(turns)
+    every = [bundle for _, bundles in learned for bundle in bundles.values()]
+    methods = usable_methods(experiment.methods, every, experiment.say)
+    cases = [_case(turn, bundles) for turn, bundles in learned]
+    queries = [query for _, own in cases for query in own]
     if not queries:
         raise DataError("no new user with a head has a query: fit them first")
-    parts = [
-        Parts(bundle, experiment.llm, experiment.settings, {**bundle.records, **own}, seed)
+    _say_shared(experiment, cases)
+    trained_on = min(len(bundle.trained_on) for bundle in every)
+    named = ((_name(turn, seed), b) for turn, own in learned for seed, b in own.items())
+    weights = {name: bundle.weights for name, bundle in named}
+    log.complete({"weights": weights, "trained_on": trained_on, **_counts(queries)})
+    samples: list[Sample] = []
+    for turn, (parts, own) in zip(turns, cases, strict=True):
+        samples += run_sync(partial(run_methods, methods, parts, own, log, turn.progress))
+    learning = [
+        {**({} if turn.fold is None else {"fold": turn.fold}), "seed": seed, **bundle.report}
+        for turn, bundles in learned
         for seed, bundle in bundles.items()
     ]
-    methods = usable_methods(experiment.methods, list(bundles.values()), experiment.say)
-    context_of = parts[0].personalizer().context_of
-    if shared := sum(bool(context_of(query).notes) for query in queries):
-        early = f"{shared} of {len(queries)} queries precede records that their user's head"
-        experiment.say(f"{early} was fitted on: the shared head answers them")
-    weights = {str(seed): bundle.weights for seed, bundle in bundles.items()}
-    log.complete({"weights": weights, "trained_on": len(first.trained_on), **_counts(queries)})
-    samples = run_sync(partial(run_methods, methods, parts, queries, log, experiment.progress))
-    learning = [{"seed": seed, **bundle.report} for seed, bundle in bundles.items()]
     return Outcome(log, samples, learning)
+
+
+def _learned(turns: Sequence[Experiment]) -> list[tuple[Experiment, dict[int, Bundle]]]:
+    """Each turn's bundles, which share an encoder in memory if it is the same one."""
+    learned: list[tuple[Experiment, dict[int, Bundle]]] = []
+    for turn in turns:
+        bundles = learned_bundles(turn)
+        first = next(iter((learned[0][1] if learned else bundles).values())).features
+        for seed, own in bundles.items():
+            if own.features.encoder.digest == first.encoder.digest:
+                bundles[seed] = replace(own, features=first)
+        learned.append((turn, bundles))
+    return learned
+
+
+def _case(turn: Experiment, bundles: Mapping[int, Bundle]) -> tuple[list[Parts], list[Query]]:
+    """What a turn's methods are built from, one entry per seed, and the queries they answer."""
+    first = next(iter(bundles.values()))
+    own = {user: turn.data.history(user) for user in turn.new_users if user in first.records}
+    queries = chosen_queries(turn.data, list(own), turn.limit)
+    shared = Parts(first, turn.llm, turn.settings, {}, fold=turn.fold, asked=turn.asked)
+    parts = [
+        replace(shared, bundle=bundle, records={**bundle.records, **own}, seed=seed)
+        for seed, bundle in bundles.items()
+    ]
+    return parts, queries
+
+
+def _say_shared(experiment: Experiment, cases: Sequence[tuple[list[Parts], list[Query]]]) -> None:
+    """Say for how many queries the shared head answers, as the user's own knows too much."""
+    notes = [parts[0].personalizer().context_of(q).notes for parts, own in cases for q in own]
+    if shared := sum(map(bool, notes)):
+        early = f"{shared} of {len(notes)} queries precede records that their user's head"
+        experiment.say(f"{early} was fitted on: the shared head answers them")
+
+
+def _name(turn: Experiment, seed: int) -> str:
+    """`0` of a seed, `2-0` of a seed in the second fold."""
+    return str(seed) if turn.fold is None else f"{turn.fold}-{seed}"
 
 
 def chosen_queries(dataset: DataSet, users: Sequence[str], limit: int | None) -> list[Query]:
     """Each user's first `limit` queries whose gold answer is known."""
-    known = ([q for q in dataset.queries(user) if q.gold is not None] for user in users)
-    return [query for queries in known for query in queries[:limit]]
+    return [query for user in users for query in known_queries(dataset, user, limit)]
 
 
 async def run_methods(
@@ -113,11 +192,12 @@ async def run_methods(
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
     instances = [(method, own) for method in methods for own in method.instances(seeds)]
+    fold = seeds[0].fold
     answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
     order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
     todo = [
-        (Sample(name, query.user, query.id, query.gold or "", None, seed=seed), query)
+        (Sample(name, query.user, query.id, query.gold or "", None, seed=seed, fold=fold), query)
         for query in queries
         for name, seed in order
         if (name, query.user, query.id, seed) not in done
@@ -203,8 +283,9 @@ def learned_bundles(experiment: Experiment) -> dict[int, Bundle]:
         blank = blank_bundle(data.task, experiment.llm, settings, records)
         return {settings.training_seed: blank}
     out, bundles = experiment.out, dict[int, Bundle]()
-    seeded = {s: (settings.model_copy(update={"fit_seed": s}), out / f"bundle-{s}") for s in seeds}
-    places = seeded or {settings.training_seed: (settings, out / "bundle")}
+    base = "bundle" if experiment.fold is None else f"bundle-{experiment.fold}"
+    seeded = {s: (settings.model_copy(update={"fit_seed": s}), out / f"{base}-{s}") for s in seeds}
+    places = seeded or {settings.training_seed: (settings, out / base)}
     for seed, (chosen, folder) in places.items():
         first = next(iter(bundles.values()), None)
         bundles[seed] = learned_bundle(experiment, chosen, folder, first)
@@ -232,10 +313,11 @@ def learned_bundle(
     return bundle
 
 
-def _manifest(experiment: Experiment) -> dict[str, Any]:
+def _manifest(experiment: Experiment, turns: Sequence[Experiment]) -> dict[str, Any]:
     """What identifies the run before it begins, so that samples of two runs are not mixed."""
     data, given = experiment.data, experiment.bundle
-    queries = chosen_queries(data, experiment.new_users, experiment.limit)
+    of_turns = [chosen_queries(turn.data, turn.new_users, turn.limit) for turn in turns]
+    queries = [query for own in of_turns for query in own]
     if not queries:
         fix = "users.jsonl needs users with split 'test'"
         raise DataError(f"no new user has a query whose answer is known: {fix}")
@@ -246,6 +328,7 @@ def _manifest(experiment: Experiment) -> dict[str, Any]:
         "seeds": list(experiment.seeds),
         "chosen": _counts(queries),
         "settings": experiment.settings.stored(),
+        **({"folds": list(map(_counts, of_turns))} if experiment.folds else {}),
         **({} if experiment.fit else {"fit": False}),
         **({"weights": {"0": given.weights}} if given else {"learns": experiment.learns}),
     }

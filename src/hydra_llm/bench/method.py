@@ -16,6 +16,7 @@ from hydra_llm.llm.base import ChatLLM
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.plugins import Registry
 from hydra_llm.tasks.base import KINDS
+from hydra_llm.training.labelling import Asked
 from hydra_llm.types import Answer, Query, Record, StageCost
 
 
@@ -45,6 +46,8 @@ class Parts:
     settings: Settings
     records: Mapping[str, Sequence[Record]]
     seed: int = 0  # of the learned parts; the index for a method that answers once per sample
+    fold: int | None = None  # which users are new, in a run with folds
+    asked: Asked | None = None  # what the LLM labels of training users, in a run with folds
 
     def personalizer(
         self, *, rerank: bool = False, adapt: bool = False, **settings: object

@@ -15,7 +15,7 @@ from hydra_llm import __version__
 from hydra_llm.errors import SettingsError
 from hydra_llm.types import Usage
 
-FORMAT = 4
+FORMAT = 5
 NOT_COMPARED = ("commit",)  # entries in which two runs that continue each other may differ
 LATE = ("weights", "trained_on", "users", "queries")  # entries known only after learning
 Key = tuple[str, str, str, int]  # method, user, query, seed
@@ -51,6 +51,7 @@ class Sample:
     seed: int = 0  # of the learned parts, or the sample's index if the method is `per_sample`
     probability: float | None = None  # the adapter's of its pick; None without an adapter
     agreement: float | None = None  # the mode's vote share; None for fewer than two samples
+    fold: int | None = None  # in which the user was a new one; None in a run without folds
     learned: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """`StageCost.to_json` of what a `Learner` learned before this answer, see its `pop_spent`."""
 

@@ -3,7 +3,7 @@
 
     name, question, x, methods, log    the question, the axis, the methods, a logarithmic axis
     [settings]                         common to all points
-    [run]                              users, limit, seeds, k and b, as `bench run` takes them
+    [run]                              users, limit, folds, seeds, k, b, as `bench run` takes them
     [[points]]                         x; and settings, series, methods, llm, history, fit
     vary = {NAME = [...], ...}         a grid of points: x is the first name, others name the series
 
@@ -62,6 +62,7 @@ class RunOptions(Group):
     users: PositiveInt | None = None
     limit: PositiveInt | None = None
     seeds: tuple[NonNegativeInt, ...] = ()
+    folds: int | None = Field(default=None, ge=2)
     k: tuple[PositiveInt, ...] = RECORDS
     b: tuple[PositiveInt, ...] = BUDGET
 
@@ -204,12 +205,13 @@ def _run_point(
         users=context.users or run.users,
         limit=context.limit or run.limit,
         seeds=run.seeds,
+        folds=run.folds,
         fit=point.fit,
         progress=context.progress,
         say=context.say,
     )
     alike = [(other.llm, other.settings) == (point.llm, point.settings) for other in sweep.points]
-    if sum(alike) > 1:
+    if sum(alike) > 1 and run.folds is None:
         _copy_base(replace(experiment, data=context.data), context.out / "bases")
     outcome = run_experiment(experiment)
     results = [result.to_json() for result in tabulate(data.task, outcome.samples)]

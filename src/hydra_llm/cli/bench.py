@@ -68,6 +68,7 @@ def run(
     bundle: Annotated[Path | None, Option(help="A bundle; default: one is learned.")] = None,
     users: Users = None,
     limit: opt.Limit = None,
+    folds: Annotated[int | None, Option(min=2, help="Users take turns as new users.")] = None,
     base_url: Annotated[str | None, Option(help="A mirror of LaMP's download folder.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only estimate the cost.")] = False,
     lamp: Annotated[bool, Option("--export-lamp", help="Also write LaMP's format.")] = False,
@@ -93,12 +94,15 @@ def run(
     find()  # fails before anything is read
     if bundle and repeats:
         raise SettingsError("--seeds learns a bundle for each: leave --bundle out")
+    if bundle and folds:
+        raise SettingsError("--folds learns a bundle for each: leave --bundle out")
     learned, settings = options.open_bundle(bundle) if bundle else (None, options.settings())
     dataset = _load(data, settings, base_url, learned)
     task, chosen = dataset.task, find(dataset.task.kind)
     with source.opened(spec, settings) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
-        experiment = replace(plan, bundle=learned, progress=report, say=console.say)
+        plan = replace(plan, bundle=learned, folds=folds)
+        experiment = replace(plan, progress=report, say=console.say)
         result = estimate_cost(experiment) if dry_run else run_experiment(experiment)
     if isinstance(result, CostEstimate):
         console.emit(result.to_json() if as_json else estimate_rows(result), as_json)

@@ -38,8 +38,11 @@ from hydra_llm.training.convex import Strengths
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
+    Asked,
     Collected,
     adapter_groups,
+    asked_about,
+    asks_of_records,
     offers_all,
     reads_labels,
     reranker_groups,
@@ -126,11 +129,11 @@ async def alearn(
     if not records:
         raise DataError("no training user has records: users.jsonl needs users with split 'train'")
     _warn(data, warn)
-    encoding = partial(progress, "encode texts")
-    blank = blank_bundle(data.task, model, settings, records, encoding)
+    blank = blank_bundle(data.task, model, settings, records, partial(progress, "encode texts"))
     notes = _lacking(users, records, "have no records and were left out")
     learned = Learned(replace(blank, trained_on=tuple(records)), tuple(records), notes=notes)
-    await _Work(learned, model, progress, out, strengths).learn(first)
+    asked = asked_about(data, settings, learned.users[: settings.labelled_users])
+    await _Work(learned, model, progress, out, strengths, asked).learn(first)
     blank.features.encoder.progress = None
     counts = {"users": len(records), "calls": learned.usage.calls, "cached": learned.usage.cached}
     learned.report(**counts, stages=learned.stages_json())
@@ -246,6 +249,7 @@ class _Work:
     progress: StageProgress
     out: Path | str | None = None  # the bundle's folder, beside which checkpoints lie
     strengths: Strengths = Strengths()
+    asked: Asked | None = None  # of training users; new users are asked about their latest records
 
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
@@ -257,7 +261,7 @@ class _Work:
             bundle = replace(learned.bundle, scorers=scorers, heads=heads)
             learned.bundle = replace(bundle, use_reranker=first.use_reranker)
             learned.report(reranker=first.report.get(RERANKER, {}))
-        elif settings.retrieved > 0:
+        elif settings.retrieved > 0 and settings.rerank != "never":
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
         picking = await self.labelled_data(ADAPTER)
@@ -280,7 +284,9 @@ class _Work:
         """What a scorer is trained on; None where no candidate is better than another."""
         learned, bundle, users = self.learned, self.learned.bundle, self.learned.users
         plain = self.plain(name)
-        collected = await self.collect(name, plain, users[: bundle.settings.labelled_users])
+        collected = Collected(lambda featurizer: [])
+        if name == ADAPTER or asks_of_records(bundle.settings):
+            collected = await self.collect(name, plain, users[: bundle.settings.labelled_users])
 
         def groups(featurizer: Featurizer) -> list[LabelledGroup]:
             return [*collected.groups(featurizer), *_weak_groups(name, plain, featurizer, users)]
@@ -295,16 +301,20 @@ class _Work:
 
     def plain(self, name: str) -> UserPipeline:
         """The pipeline without the scorer that is to be learned or fitted."""
-        rerank, adapt = name == ADAPTER, name == RERANKER
-        return self.learned.bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
+        bundle, adapt = self.learned.bundle, name == RERANKER
+        rerank = name == ADAPTER and bundle.settings.label_order != "retriever"
+        return bundle.personalizer(self.llm, rerank=rerank, adapt=adapt)
 
     async def collect(self, name: str, plain: UserPipeline, users: Sequence[str]) -> Collected:
-        """Let the LLM label the users' latest queries."""
+        """Let the LLM label what it is asked about training users, or new users' latest records."""
         learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
         latest = (training_queries(plain.task, plain.records[user], most) for user in users)
-        label = reranker_groups if name == RERANKER else adapter_groups
-        progress = partial(self.progress, stage)
-        collected = await label(plain, list(chain(*latest)), progress)
+        queries, label = list(chain(*latest)), adapter_groups
+        if self.asked is not None:
+            queries, plain = self.asked.all, replace(plain, records=self.asked.records)
+        if name == RERANKER:
+            label = reranker_groups
+        collected = await label(plain, queries, partial(self.progress, stage))
         learned.failures += collected.failures
         learned.stages[stage] = StageCost(len(users), collected.usage.seconds, collected.usage)
         if collected.notes:
@@ -323,6 +333,9 @@ class _Work:
         bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, self.strengths)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         if data.name == RERANKER:
+            if not asks_of_records(bundle.settings):
+                checked = {**bundle.report[RERANKER], "checked_by": "history"}
+                bundle = replace(bundle, report={**bundle.report, RERANKER: checked})
             helps = reranker_helps(bundle.report)
             if bundle.use_reranker and not helps:
                 reason = "on held-out users the reranker's first records were worth less"

@@ -9,16 +9,17 @@ and weak labels, which cost no LLM call:
 Knows no scorer but those inside the personalizer. A failed call is reported and its pair left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hydra_llm.config import Settings
 from hydra_llm.context import Context
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order
 from hydra_llm.llm.concurrency import Progress, map_calls
-from hydra_llm.pipeline import UserPipeline
+from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
 from hydra_llm.select import all_labels, candidate_text
@@ -38,6 +39,46 @@ class Collected:
     failures: list[str] = field(default_factory=list)  # a line for each call that failed
     notes: list[str] = field(default_factory=list)  # cuts of prompts, answers that cannot be read
     usage: Usage = Usage()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the LLM labels: users' queries, and the records that these may see."""
+
+    queries: Mapping[str, Sequence[Query]]
+    records: Records
+
+    @property
+    def all(self) -> list[Query]:
+        """The queries, user by user."""
+        return [query for own in self.queries.values() for query in own]
+
+
+def asked_about(data: DataSet, settings: Settings, users: Sequence[str]) -> Asked:
+    """What the LLM labels of these training users, up to `queries_per_user` of each: their latest
+    records, known queries included (`label_queries=history`, and `auto`); or their first known
+    queries, which see the history alone, as a benchmark asks them (`queries`); or these, and then
+    the latest records before them (`both`).
+    """
+    task, most, how = data.task, settings.queries_per_user, settings.label_queries
+    if how in ("auto", "history"):
+        answered = {user: data.answered(user) for user in users}
+        return Asked(
+            {u: training_queries(task, own, most) for u, own in answered.items()}, answered
+        )
+    records = {user: data.history(user) for user in users}
+    queries = {user: known_queries(data, user, most) for user in users}
+    if how == "both":
+        for user, own in queries.items():
+            earlier = before(records[user], own[0]) if own else records[user]
+            more = most - len(own)
+            queries[user] = [*(training_queries(task, earlier, more) if more else ()), *own]
+    return Asked(queries, records)
+
+
+def known_queries(data: DataSet, user: str, most: int | None = None) -> list[Query]:
+    """The user's first queries whose gold answer is known, all or at most so many."""
+    return [query for query in data.queries(user) if query.gold is not None][:most]
 
 
 def training_queries(task: Task, records: Sequence[Record], count: int) -> list[Query]:
@@ -163,6 +204,11 @@ def _offered(personalizer: UserPipeline, proposal: Proposal) -> list[Candidate]:
 def offers_all(task: Task, settings: Settings) -> bool:
     """Whether the adapter learns from every label, not from the sampled ones alone."""
     return bool(task.labels) and (settings.candidates == "labels" or reads_labels(task, settings))
+
+
+def asks_of_records(settings: Settings) -> bool:
+    """Whether the LLM is asked what single records are worth: to learn from it, or to check."""
+    return settings.reranker_labels == "llm" or settings.reranker_check == "llm"
 
 
 def reads_labels(task: Task, settings: Settings) -> bool:
