@@ -186,7 +186,7 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     else:
         methods = usable_methods(methods, [bundle], lambda line: None)
     visible = {**bundle.records, **{user: data.history(user) for user in new}}
-    parts = UnlearnedParts(bundle, llm, settings, visible, asked=experiment.asked)
+    parts = experiment.parts(UnlearnedParts(bundle, llm, settings, visible))
     if experiment.learns:
         labelled = labelling.asked_about(data, settings, training[: settings.labelled_users])
         queries_of = partial(labelling.training_queries, data.task, count=settings.queries_per_user)

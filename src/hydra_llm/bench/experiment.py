@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra_llm.bench.folds import deal
-from hydra_llm.bench.method import Answerer, Learner, Method, Parts
+from hydra_llm.bench.method import Answerer, Learner, Method, Parts, partners
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -26,6 +26,7 @@ from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
 from hydra_llm.types import Query
 
+P = TypeVar("P", bound=Parts)
 Say = Callable[[str], None]
 
 
@@ -73,6 +74,14 @@ class Experiment:
             )
             for fold in dealt
         ]
+
+    def parts(self, parts: P) -> P:
+        """Parts with what methods may know of the data beside the bundle."""
+        users = self.data.users("train")[: self.settings.users]
+        training = {user: self.data.answered(user) for user in users}
+        others = partners(self.new_users, lambda u: bool(parts.records.get(u)), self.settings.seed)
+        known = replace(parts, training=training, partners=others)
+        return replace(known, fold=self.fold, asked=self.asked)
 
     @property
     def asked(self) -> Asked | None:
@@ -151,9 +160,8 @@ def _case(turn: Experiment, bundles: Mapping[int, Bundle]) -> tuple[list[Parts],
     first = next(iter(bundles.values()))
     own = {user: turn.data.history(user) for user in turn.new_users if user in first.records}
     queries = chosen_queries(turn.data, list(own), turn.limit)
-    shared = Parts(first, turn.llm, turn.settings, {}, fold=turn.fold, asked=turn.asked)
     parts = [
-        replace(shared, bundle=bundle, records={**bundle.records, **own}, seed=seed)
+        turn.parts(Parts(bundle, turn.llm, turn.settings, {**bundle.records, **own}, seed))
         for seed, bundle in bundles.items()
     ]
     return parts, queries

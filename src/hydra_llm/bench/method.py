@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
-from hydra_llm.pipeline import UserPipeline
+from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import Registry
 from hydra_llm.tasks.base import KINDS
 from hydra_llm.training.labelling import Asked
@@ -47,6 +49,8 @@ class Parts:
     records: Mapping[str, Sequence[Record]]
     seed: int = 0  # of the learned parts; the index for a method that answers once per sample
     fold: int | None = None  # which users are new, in a run with folds
+    training: Records = field(default_factory=dict)  # training users' records and known queries
+    partners: Mapping[str, str] = field(default_factory=dict)  # user → another evaluated one
     asked: Asked | None = None  # what the LLM labels of training users, in a run with folds
 
     def personalizer(
@@ -60,6 +64,17 @@ class Parts:
     def with_settings(self, **settings: object) -> "Parts":
         """The same parts with other settings."""
         return replace(self, settings=self.settings.model_copy(update=settings))
+
+
+def partners(users: Sequence[str], having: Callable[[str], bool], seed: int) -> dict[str, str]:
+    """Each user's next one in a shuffled circle of those who have records; of a circle of one user
+    that one has none.
+    """
+    order = [user for user in users if having(user)]
+    order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
+    next_one = dict(zip(order, order[1:] + order[:1], strict=True))
+    given = {user: next_one.get(user, order[0]) for user in users} if order else {}
+    return {user: other for user, other in given.items() if user != other}
 
 
 Build = Callable[[Parts], Answerer]
@@ -118,16 +133,22 @@ def method(group: str, **fields: Any) -> Callable[[Build], Method]:
     return make
 
 
-BUILTIN = (
+METHODS_OF = (
     *("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag"),
     *("hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "hydra-shared"),
     *("bbox-adapter", "self-consistency", "mbr", "random", "oracle"),
     *("user-majority", "copy-nearest", "scorer-only"),
 )
+CONTROLS = ("mismatched", "scorer-mismatched", "user-offset", "item-offset")
+BUILTIN = (*METHODS_OF, *CONTROLS)
 """In the order of the table."""
 METHODS: Registry[Method] = Registry(
     "hydra_llm.methods",
-    {name: f"hydra_llm.bench.methods:{name.replace('-', '_')}" for name in BUILTIN},
+    {
+        name: f"hydra_llm.bench.{module}:{name.replace('-', '_')}"
+        for module, names in (("methods", METHODS_OF), ("controls", CONTROLS))
+        for name in names
+    },
 )
 LEARNED = ("hydra-reranker", "hydra-adapter", "hydra-published", "hydra")
 DEMO = ("zero-shot", "rag", *LEARNED, "random", "user-majority")
