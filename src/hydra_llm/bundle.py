@@ -32,6 +32,7 @@ from hydra_llm.model.persistence import (
 )
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import tensors_of, upgraded
+from hydra_llm.model.word_model import WordModel
 from hydra_llm.pipeline import Heads, Pipeline, Records, UserPipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
 from hydra_llm.retrieve import make_retriever
@@ -39,6 +40,7 @@ from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import CohortStats, Task
 
+WORDS = "words"  # prefix of the word model's tensors
 CARD_WARNING = """
 It holds personal records and parameters derived from them: handle it as its users' data. Scores \
 are calibrated on held-out
@@ -62,6 +64,10 @@ class Bundle:
     """Users who are in none of them get the shared head."""
     gate: GateWeights | None = None
     """None in bundles of older versions, and with few training inputs: words are compared then."""
+    word_model: WordModel | None = None
+    """What words an answer has; None for tasks with labels, and in bundles of older versions."""
+    word_models: Mapping[str, WordModel] = field(default_factory=dict, repr=False)
+    """By training user, those that have not seen the user: while learning, not saved."""
     use_reranker: bool = True
     """False where the retriever's first records were worth more on held-out users."""
     records: Records = field(default_factory=dict, repr=False)
@@ -82,7 +88,13 @@ class Bundle:
 
     @cached_property
     def featurizer(self) -> Featurizer:
-        return Featurizer(self.task, self.features, self.population)
+        models = self.word_model, self.word_models
+        return Featurizer(self.task, self.features, self.population, *models)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What was learned: scorers by name, and `word_model`."""
+        return frozenset(self.scorers) | ({"word_model"} if self.word_model else set())
 
     @property
     def reranker(self) -> Scorer | None:
@@ -167,9 +179,13 @@ class Bundle:
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
         if self.gate:
             tensors["gate.weights"] = torch.tensor(self.gate.weights)
+        if self.word_model:
+            arrays = self.word_model.arrays().items()
+            tensors |= {f"{WORDS}.{key}": torch.from_numpy(value) for key, value in arrays}
         encoder = self.features.encoder if settings.tune_encoder else None
         config = {
             "gate": self.gate and self.gate.config(),
+            "word_model": self.word_model and self.word_model.config(),
             "task": self.task.to_json(),
             "settings": settings.stored(),
             "llm": dict(self.llm),
@@ -216,6 +232,7 @@ class Bundle:
         config, scorers, heads = files.config, dict[str, Scorer](), dict[str, HeadMatrix]()
         settings = Settings.checked({**config["settings"], **machine})
         shares = tuple(config["population"]["label_shares"])
+        words = {key: value.numpy() for key, value in tensors_of(WORDS, files.tensors).items()}
         for name, entry in config["scorers"].items():
             tensors = tensors_of(name, files.tensors)
             scorers[name] = Scorer.restore(entry, tensors)
@@ -229,6 +246,7 @@ class Bundle:
             scorers=scorers,
             heads=heads,
             gate=GateWeights.restore(config.get("gate"), files.tensors.get("gate.weights")),
+            word_model=WordModel.restore(config.get("word_model"), words),
             use_reranker=config["use_reranker"],
             records={**files.records, **{user: [] for user in config.get("without_records", ())}},
             trained_on=tuple(config["trained_on"]),
@@ -254,4 +272,7 @@ class Bundle:
             size = size or sum(len(head.numbers) for head in heads.values()) // max(1, len(heads))
             parts = f"{scorer.interaction.kind} features, {scorer.head.name} head"
             lines.append(f"- {name}: {parts}, {size} numbers a user")
+        if self.word_model:
+            count = len(self.word_model.population.counts)
+            lines.append(f"- word model: {count} words that at least two users share, with counts")
         return "\n".join([*lines, CARD_WARNING])

@@ -169,6 +169,8 @@ class Research(Group):
     """Start of a new `mlp` head: at the shared head, or random (as published; not calibrated)."""
     label_features: bool = True
     """Label-bilinear features: weights per label on the query vector (labels, `tower` only)."""
+    word_model: bool = True
+    """Learn which words answers have, for the adapter (free texts)."""
     label_rank: int = Field(default=64, ge=1)
     """Number of principal components of the query vector in label-bilinear features."""
     tune_encoder: bool = False
@@ -289,6 +291,7 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
 PAPER: dict[str, Any] = {"encoder": "allenai/longformer-base-4096", "max_length": 4096}
 PAPER |= {"pooling": "cls", "features": "cross", "tune_encoder": True}
 PAPER |= {"head": "mlp", "prior": "random", "users": 100}
+PAPER |= {"word_model": False}
 PAPER |= {"loss": "binary", "lr": 2e-5, "batch": 64, "epochs": 2, "weight_decay": 0.01}
 PAPER |= {"label_rule": "above-mean", "reranker_labels": "llm", "record_answer": False}
 PAPER |= {"retrieved": 10, "k": 1, "rerank": "always"}

@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     ),
     "openai": ("openai",),
     "embedded": ("xllamacpp",),
-    "learn": ("torch", "transformers", "safetensors", "huggingface_hub"),
+    "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),
 }

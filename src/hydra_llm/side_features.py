@@ -4,14 +4,24 @@ Letters: C candidates, M records, E columns.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hydra_llm.history import in_order, span_of
 from hydra_llm.model.feature_cache import FeatureCache
-from hydra_llm.tasks.base import CohortStats, FeatureContext, Floats, HistoryVectors, Task
+from hydra_llm.model.word_model import WordModel
+from hydra_llm.tasks.base import (
+    CohortStats,
+    FeatureContext,
+    Floats,
+    HistoryVectors,
+    Task,
+    WordShares,
+)
 from hydra_llm.types import Candidate, Query, Ranked, Record
+from hydra_llm.word_counts import OwnWords, UserWords
 
 STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their latest records
 
@@ -19,23 +29,42 @@ STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their l
 class Featurizer:
     """Makes the side features of both scorers for one task."""
 
-    def __init__(self, task: Task, features: FeatureCache, stats: CohortStats):
+    def __init__(
+        self,
+        task: Task,
+        features: FeatureCache,
+        stats: CohortStats,
+        word_model: WordModel | None = None,
+        word_models: Mapping[str, WordModel] | None = None,
+    ):
+        """`word_models`: those that have not seen a training user, by user, while learning."""
         self.task, self.features, self.stats = task, features, stats
+        self.word_model, self._word_models = word_model, word_models or {}
+        self._own_words = OwnWords()
 
     def vectorize(self, records: Sequence[Record]) -> HistoryVectors:
         """Visible records as vectors; `Context.vectors` carries them through one question."""
-        return self.task.strategy.vectorize(records, self.features.texts)
+        vectors = self.task.strategy.vectorize(records, self.features.texts)
+        if self.word_model is None:
+            return vectors
+        return replace(vectors, counts=self._own_words.of(records))
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """The columns of `adapter`; `llm_` marks those that need the LLM's samples."""
-        return self.task.strategy.candidate_columns
+        strategy = self.task.strategy
+        words = strategy.word_columns if self.word_model else ()
+        return (*strategy.candidate_columns, *words)
 
     def adapter(
         self, query: Query, candidates: Sequence[Candidate], history: HistoryVectors
     ) -> Floats:
         """[C, E] side features of each candidate; `history` holds the visible records."""
-        return self.task.strategy.candidate_features(self._context(query, history), candidates)
+        strategy, context = self.task.strategy, self._context(query, history)
+        columns = strategy.candidate_features(context, candidates)
+        if self.word_model is None or not strategy.word_columns:
+            return columns
+        return np.concatenate([columns, strategy.word_features(context, candidates)], 1)
 
     @property
     def reranker_names(self) -> tuple[str, ...]:
@@ -58,7 +87,15 @@ class Featurizer:
 
     def _context(self, query: Query, history: HistoryVectors) -> FeatureContext:
         vector = self.features.texts([query.input])[0]
-        return FeatureContext(vector, history, self.stats, self.features.texts)
+        shares = self._word_shares(query, history)
+        return FeatureContext(vector, history, self.stats, self.features.texts, shares)
+
+    def _word_shares(self, query: Query, history: HistoryVectors) -> WordShares | None:
+        if self.word_model is None:
+            return None
+        model = self._word_models.get(query.user, self.word_model)
+        own = history.counts or UserWords()
+        return lambda asked: model.probabilities(asked, query.input, own)
 
 
 def _recency(records: Sequence[Record]) -> Floats:

@@ -265,7 +265,7 @@ def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Sa
     """The methods whose required parts have been learned, DataError if none; reports the others."""
     usable, reasons = [], {}
     for method in methods:
-        missing = [part for part in method.requires if any(part not in b.scorers for b in bundles)]
+        missing = [part for part in method.requires if any(part not in b.parts for b in bundles)]
         for part in missing:
             reasons[part] = bundles[0].report.get(part, {}).get("skipped", "the bundle has none")
         if missing:

@@ -92,6 +92,7 @@ class Method:
     takes: tuple[str, ...] = ()  # parameters that the name may carry: k records, b candidates
     source: str = ""
     labels_only: bool = False  # it can answer tasks with a closed set of labels only
+    texts_only: bool = False  # it can answer tasks of free texts only
     uses: tuple[str, ...] = ("reranker", "adapter")  # learned parts; with the adapter seeds count
     requires: tuple[str, ...] = ()  # learned parts without which it is left out of the run
     per_sample: bool = False  # it answers once per sample, with the sample's index as the seed
@@ -99,7 +100,9 @@ class Method:
 
     def answers(self, kind: str | None) -> bool:
         """Whether it can answer tasks of the kind; None is any kind."""
-        return kind is None or not self.labels_only or KINDS.load(kind).closed
+        if kind is None or not (self.labels_only or self.texts_only):
+            return True
+        return self.labels_only == KINDS.load(kind).closed
 
     def instances(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
         """The parts for each answer that it gives to a query; `seeds` has one entry per seed."""
@@ -137,7 +140,7 @@ METHODS_OF = (
     *("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag"),
     *("hydra-reranker", "hydra-adapter", "hydra-published", "hydra", "hydra-shared"),
     *("bbox-adapter", "self-consistency", "mbr", "random", "oracle"),
-    *("user-majority", "copy-nearest", "scorer-only"),
+    *("user-majority", "copy-nearest", "scorer-only", "expected-rouge"),
 )
 CONTROLS = ("mismatched", "scorer-mismatched", "user-offset", "item-offset")
 BUILTIN = (*METHODS_OF, *CONTROLS)
@@ -205,8 +208,8 @@ def find_methods(
                 methods += [method.with_parameters(point) for point in grid]
     for method in methods:
         if not method.answers(kind):
-            closed = " and ".join(name for name in KINDS.names() if KINDS.load(name).closed)
-            fault = f"answers {closed} tasks only, this one is {kind}"
+            able = " and ".join(name for name in KINDS.names() if method.answers(name))
+            fault = f"answers {able} tasks only, this one is {kind}"
             raise SettingsError(f"method '{method.name}' {fault}")
     return list({method.name: method for method in methods}.values())
 

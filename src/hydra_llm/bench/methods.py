@@ -19,7 +19,8 @@ from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
 from hydra_llm.pipeline import UserPipeline, answer_text
 from hydra_llm.retrieve import Nothing, make_retriever
-from hydra_llm.select import Selection, Selector, all_labels, select
+from hydra_llm.select import Selection, Selector, all_labels, first_best, select
+from hydra_llm.side_features import Featurizer
 from hydra_llm.text import fold
 from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record, Usage
 
@@ -250,3 +251,28 @@ class ScorerOnly:
 def scorer_only(parts: Parts) -> Answerer:
     """All labels by the adapter, no LLM."""
     return ScorerOnly(parts.personalizer(adapt=True))
+
+
+@dataclass(frozen=True)
+class ByWords(Selector):
+    """Picks the greatest expected ROUGE by the word model."""
+
+    featurizer: Featurizer
+
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        columns = self.featurizer.adapter(context.query, candidates, context.vectors)
+        values = columns[:, self.featurizer.adapter_names.index("expected_rouge")]
+        return Selection(list(candidates), first_best(values))
+
+
+@method(
+    "control",
+    takes=("k", "b"),
+    texts_only=True,
+    uses=("reranker", "word_model"),
+    requires=("word_model",),
+)
+def expected_rouge(parts: Parts) -> Answerer:
+    """The sample with the greatest expected ROUGE by the word model, no adapter."""
+    own = parts.personalizer(rerank=True)
+    return replace(own, selector=ByWords(parts.bundle.featurizer))

@@ -17,9 +17,11 @@ from hydra_llm.errors import DataError, did_you_mean
 from hydra_llm.plugins import Registry
 from hydra_llm.text import without_reasoning
 from hydra_llm.types import Candidate, Record
+from hydra_llm.word_counts import UserWords
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]  # texts [N] → unit rows [N, D]
+WordShares = Callable[[Sequence[str]], Floats]  # words [W] → P(in the user's answer) [W]
 Statistic = Callable[[Floats], Floats]  # sums [D, S] → values [D]
 Parsing = Literal["lenient", "strict"]
 Words = Literal["lamp", "unicode"]
@@ -239,6 +241,7 @@ class HistoryVectors:
     answers: NDArray[np.float32]  # [n, D] unit rows; [n, 0] for tasks with labels
     labels: NDArray[np.int64]  # [n] index of each record's label; empty for free texts
     words: Floats = field(default_factory=lambda: np.zeros(0))  # [n] length of each free text
+    counts: UserWords | None = None  # of words in the records; None without a word model
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -252,6 +255,7 @@ class FeatureContext:
     history: HistoryVectors
     stats: CohortStats
     embed: Embed
+    word_shares: WordShares | None = None  # of the word model, if there is one
 
 
 class TaskKind(ABC):
@@ -325,6 +329,12 @@ class TaskKind(ABC):
         self, context: FeatureContext, candidates: Sequence[Candidate]
     ) -> Floats:
         """[C, E]; for tasks with labels a candidate without an answer gets each column's lowest."""
+
+    word_columns: ClassVar[tuple[str, ...]] = ()  # [E] names of a word model's columns, if any
+
+    def word_features(self, context: FeatureContext, candidates: Sequence[Candidate]) -> Floats:
+        """[C, E] of a context with `word_shares`."""
+        return np.zeros((len(candidates), 0))
 
     record_columns: ClassVar[tuple[str, ...]]  # [E] names, after those that all kinds have
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -115,6 +115,18 @@ class Generation(base.TaskKind):
         ]
         return np.stack(columns, 1).astype(np.float64)
 
+    word_columns = ("expected_rouge",)
+
+    def word_features(
+        self, context: base.FeatureContext, candidates: Sequence[Candidate]
+    ) -> Floats:
+        assert context.word_shares is not None
+        texts, history = [words(candidate.text) for candidate in candidates], context.history
+        usual = np.median(history.words) if len(history) else context.stats.words
+        asked = sorted({word for text in texts for word in text})
+        shares = dict(zip(asked, context.word_shares(asked).tolist(), strict=True))
+        return np.array([[expected_overlap(text, shares, float(usual))] for text in texts])
+
     record_columns = ("answer_cosine", "answer_words")
 
     def record_features(self, context: base.FeatureContext, records: Sequence[Record]) -> Floats:
@@ -173,6 +185,15 @@ def overlap(answer: str, gold: str, words_of: base.Words = "lamp") -> float:
             common = sum((Counter(ours) & Counter(theirs)).values())
             return (2 * common / both + 2 * _common_subsequence(ours, theirs) / both) / 2
     return 0.0
+
+
+def expected_overlap(text: Sequence[str], shares: Mapping[str, float], usual: float) -> float:
+    """The expected `overlap` of a text's words with an answer that has each word with its share;
+    `usual` is the answer's length. 0 for a text without words.
+    """
+    if not text:
+        return 0.0
+    return 2 * sum(shares[word] for word in set(text)) / (len(text) + usual)
 
 
 @lru_cache(maxsize=16384)

@@ -57,6 +57,7 @@ from hydra_llm.training.train_scorer import (
     target_rule,
     train_scorer,
 )
+from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
 from hydra_llm.types import Record, StageCost, Usage
 
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class Learned:
 
 RERANKER, ADAPTER = "reranker", "adapter"
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
+WORD_STAGE = "fit word model"
 SKIPPED = {  # why none is learned where all gains are equal
     RERANKER: "no retrieved record changed what the LLM's answer was worth",
     ADAPTER: "no two candidates of a query differed in what they were worth",
@@ -254,6 +256,7 @@ class _Work:
     async def learn(self, first: Bundle | None) -> None:
         """The reranker, or that of `first`; then the adapter."""
         learned, settings = self.learned, self.learned.bundle.settings
+        self.fit_words(first)
         ranking: LabelledData | None = None
         if first is not None:
             scorers = {name: own for name, own in first.scorers.items() if name == RERANKER}
@@ -269,6 +272,25 @@ class _Work:
         if settings.tune_encoder and picking is not None:
             self.train(ranking)  # the encoder has moved under the reranker
         self.fit_gate()
+
+    def fit_words(self, first: Bundle | None) -> None:
+        """Learn the word model of free texts, or take that of `first`."""
+        learned, started = self.learned, perf_counter()
+        bundle = learned.bundle
+        if bundle.task.labels or not bundle.settings.word_model:
+            return
+        models: WordModels | None = None
+        if first is not None and first.word_model and first.word_models:
+            models = WordModels(first.word_model, first.word_models)
+        else:
+            self.progress(WORD_STAGE, 0, 1)
+            models = learn_word_model(bundle.records, bundle.settings.seed)
+            self.progress(WORD_STAGE, 1, 1)
+        if models is None:
+            learned.notes.append(f"no word model was learned: {TOO_FEW}")
+            return
+        learned.bundle = replace(bundle, word_model=models.model, word_models=models.without)
+        learned.stages[WORD_STAGE] = StageCost(len(learned.users), perf_counter() - started)
 
     def fit_gate(self) -> None:
         """Fit the gate, with the encoder and reranker as they are now."""

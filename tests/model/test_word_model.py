@@ -1,0 +1,148 @@
+"""The word model: counts of words, boosted trees as arrays, and P(word of the answer)."""
+
+import numpy as np
+import pytest
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+from hydra_llm.model.word_model import FEATURES, Forest, WordModel, word_features
+from hydra_llm.training.word_model import as_forest, learn_word_model
+from hydra_llm.types import Record
+from hydra_llm.word_counts import OwnWords, PopulationWords, UserWords, text_profile
+
+KEPT = ("red", "blue", "green", "gold", "pink", "teal")
+
+
+def record(user: str, place: int, input: str, output: str) -> Record:
+    return Record(user, f"{user}-{place}", input, output, position=place)
+
+
+def histories(users: int = 12, records: int = 12) -> dict[str, list[Record]]:
+    """Answers keep the colour of the input, and nothing else of it."""
+    rng, fillers = np.random.default_rng(0), [f"filler{i}" for i in range(30)]
+    made = {}
+    for user in range(users):
+        own = []
+        for place in range(records):
+            colour, said = KEPT[rng.integers(len(KEPT))], " ".join(rng.choice(fillers, 5))
+            own.append(record(f"u{user}", place, f"{said} {colour} today.", f"the {colour} one"))
+        made[f"u{user}"] = own
+    return made
+
+
+def test_trees_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(500, 5))
+    target = features[:, 0] + features[:, 1] * features[:, 2] + rng.normal(size=500) > 0
+    model = HistGradientBoostingClassifier(max_iter=20, max_leaf_nodes=9).fit(features, target)
+    logits = as_forest(model).logits(features)
+    expected = model.predict_proba(features)[:, 1]
+    assert 1 / (1 + np.exp(-logits)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_constant_forest() -> None:
+    logits = Forest.constant(0.25).logits(np.zeros((3, 2)))
+    assert 1 / (1 + np.exp(-logits)) == pytest.approx([0.25] * 3)
+
+
+def test_learns_which_words_are_kept() -> None:
+    models = learn_word_model(histories())
+    assert models is not None
+    shares = models.model.probabilities(
+        ["teal", "filler3", "the", "filler9"], "filler3 teal today.", UserWords()
+    )
+    assert shares[0] > 0.5 > shares[1]
+    assert shares[2] > 0.5 > shares[3]
+    again = learn_word_model(histories())
+    assert again is not None
+    assert (again.model.forest.value == models.model.forest.value).all()
+
+
+def test_own_model_has_not_seen_the_user() -> None:
+    made = histories()
+    made["u0"] = [record("u0", i, "quaint thing", "quaint") for i in range(4)]
+    made["u1"] = [record("u1", i, "quaint thing", "quaint") for i in range(4)]
+    models = learn_word_model(made)
+    assert models is not None
+    assert models.model.population.counts["quaint"][:3] == [8, 8, 8]
+    assert "quaint" not in models.without["u0"].population.counts  # one other user has it
+
+
+def test_restored_from_arrays() -> None:
+    models = learn_word_model(histories())
+    assert models is not None
+    model = models.model
+    again = WordModel.restore(model.config(), model.arrays())
+    assert again is not None
+    asked, text = ["teal", "the", "unseen"], "filler1 teal"
+    assert (
+        again.probabilities(asked, text, UserWords())
+        == model.probabilities(asked, text, UserWords())
+    ).all()
+    assert WordModel.restore(None, {}) is None
+    with pytest.raises(ValueError, match="other features"):
+        WordModel.restore({**model.config(), "features": ["count"]}, model.arrays())
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"u0": [record("u0", 0, "a", "a")]},
+        {"u0": [record("u0", 0, "", "")], "u1": [record("u1", 0, "", "")]},
+        {f"u{i}": [record(f"u{i}", p, "!", "?") for p in range(3)] for i in range(4)},
+    ],
+)
+def test_too_little_to_learn_from(made: dict[str, list[Record]]) -> None:
+    assert learn_word_model(made) is None
+
+
+def test_vocabulary_of_one_word() -> None:
+    made = {f"u{i}": [record(f"u{i}", p, "yes", "yes") for p in range(20)] for i in range(6)}
+    models = learn_word_model(made)
+    assert models is not None
+    assert models.model.probabilities(["yes"], "yes", UserWords())[0] > 0.9
+    assert models.model.probabilities([], "yes", UserWords()).shape == (0,)
+
+
+def test_scripts_without_blanks() -> None:
+    texts = [("北京今天下雨", "北京下雨"), ("上海今天晴", "上海晴"), ("วันนี้ฝนตก", "ฝนตก")]
+    made = {f"u{i}": [record(f"u{i}", p, *texts[(i + p) % 3]) for p in range(12)] for i in range(6)}
+    population = PopulationWords.of(made.values())
+    assert population.counts["北"][:3] == [24, 24, 24]
+    assert "北京今天下雨" not in population.counts
+    models = learn_word_model(made)
+    assert models is not None
+    kept, dropped = models.model.probabilities(["北", "今"], texts[0][0], UserWords())
+    assert kept > 0.5 > dropped
+
+
+def test_features_are_finite() -> None:
+    population = PopulationWords.of(histories().values())
+    for text in ("", "   ", "!?"):
+        rows = word_features(["", "unknown", "red"], text, population, UserWords())
+        assert rows.shape == (3, len(FEATURES))
+        assert np.isfinite(rows).all()
+    assert np.isfinite(word_features(["a"], "a b", PopulationWords(), UserWords())).all()
+
+
+def test_profile_of_a_text() -> None:
+    profile = text_profile("We present LaMP. The New York Times said so. LaMP wins!")
+    lamp, york, wins = (profile.places[word] for word in ("lamp", "york", "wins"))
+    assert profile.sentences == 3
+    assert (lamp.sentence, lamp.mixed_case, lamp.inner_capital, lamp.in_last) == (0, 1, 1, 1)
+    assert lamp.times == pytest.approx(np.log(3))
+    assert (york.capital_run, york.mixed_case, york.sentence) == (1, 0, 1)
+    assert (wins.in_last, wins.capital, wins.first) == (1, 0, 1.0 - 1 / len(profile.tokens))
+
+
+def test_user_counts_follow_records() -> None:
+    records = [record("u", i, f"about word{i}", f"word{i} it is") for i in range(5)]
+    kept, one = OwnWords(), UserWords()
+    one.add(records)
+    early = kept.of(records[:3])
+    assert kept.of(records) == one  # two were added
+    assert early.records == 3  # and the earlier counts stand
+    del records[1]  # a record that was deleted leaves nothing
+    assert kept.of(records).outputs["word1"] == 0
+    assert kept.of(records).rows(["word2", "it"]).tolist() == [[1, 1, 1], [0, 4, 0]]
+    assert kept.of([]) == UserWords()
