@@ -10,6 +10,7 @@ import pytest
 
 from hydra_llm.bench.report import html
 from hydra_llm.bench.report import tables as report
+from hydra_llm.bench.report.cells import cell
 from hydra_llm.bench.report.markdown import markdown
 from hydra_llm.bench.report.summary import run_summary, summary_line
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -134,7 +135,7 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
         for name, value in row.items():
             if name not in ("part", "method"):
                 assert str(value).removesuffix(" *").removesuffix(" '") in shown
-    for row in report.comparison_rows(actual.comparisons):
+    for row in report.comparison_rows(actual.comparisons, actual.holm):
         assert all(
             str(value).replace("'", "&#39;") in shown
             for name, value in row.items()
@@ -142,7 +143,7 @@ def test_the_tables_are_those_of_the_report(opened: report.Run) -> None:
         )
     best = [value for kind, value in cells if kind == "best"]
     assert best == [
-        report.cell(*line.result.metrics[name])
+        cell(*line.result.metrics[name])
         for line in actual.rows
         if line.method == "rag@4"
         for name in ("rouge1", "rougeL", "bleu")

@@ -33,6 +33,7 @@ def test_only_measured_seconds_and_the_fourth_decimal_may_differ() -> None:
         changed("2.0", "9.0"),
         changed("0.5", "0.5004"),
         changed("0.250", "0.251"),
+        {**PUBLISHED, "comparisons": 3},  # newer than what was published
     ):
         assert replay.differing(PUBLISHED, again) == ([], 5)
 

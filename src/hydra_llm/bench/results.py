@@ -118,12 +118,17 @@ class Comparison:
         return {**asdict(self), "metrics": metrics}
 
 
-def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Comparison:
+Answers = Sequence[Sample] | Mapping[str, Sequence[Sample]]
+"""A method's samples, or by metric those that count for it; the first metric's for gains."""
+
+
+def compare(task: Task, own: Answers, base: Answers) -> Comparison:
     """How the samples of one method differ from those of another."""
-    pairs = pair(own, base)
+    pairs = pair(of_metric(task, own), of_metric(task, base))
     queries = len({(sample.user, sample.query) for sample, _ in pairs})
-    ours, theirs, users = scored_pairs(task, pairs)
-    metrics = {name: paired(ours[name], theirs[name], users) for name in ours}
+    metrics = {}
+    for name, (ours, theirs, users) in scored_by_metric(task, own, base).items():
+        metrics[name] = paired(ours, theirs, users)
     changes = np.sort(list(changes_by_user(task, pairs).values()))
     worst = changes[: max(1, len(changes) // 10)]
     return Comparison(
@@ -134,6 +139,29 @@ def compare(task: Task, own: Sequence[Sample], base: Sequence[Sample]) -> Compar
         worst_tenth=float(worst.mean()) if len(worst) else math.nan,
         needed={name: queries_needed(change, queries) for name, change in metrics.items()},
     )
+
+
+def of_metric(task: Task, answers: Answers, metric: str | None = None) -> Sequence[Sample]:
+    """The samples that count for a metric, by default for the first one."""
+    if isinstance(answers, Mapping):
+        return answers.get(metric or next(iter(task.metric_specs)), ())
+    return answers
+
+
+def scored_by_metric(
+    task: Task, own: Answers, base: Answers
+) -> dict[str, tuple[Metric, Metric, list[str]]]:
+    """Metric → both sides by it, and the user of each pair."""
+    scores: dict[tuple[int, int], tuple[dict[str, Metric], dict[str, Metric], list[str]]] = {}
+    found = {}
+    for name in task.metric_specs:
+        sides = of_metric(task, own, name), of_metric(task, base, name)
+        key = id(sides[0]), id(sides[1])
+        if key not in scores:
+            scores[key] = scored_pairs(task, pair(*sides))
+        ours, theirs, users = scores[key]
+        found[name] = ours[name], theirs[name], users
+    return found
 
 
 def scored_pairs(

@@ -189,6 +189,7 @@ def show(
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import sweeps, tables
+    from hydra_llm.bench.report.cells import share_json
     from hydra_llm.bench.report.findings import findings
     from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
 
@@ -202,7 +203,7 @@ def show(
         more = [{"findings": findings(r), "learning": list(r.run.learning)} for r in reports]
         rows = [tables.to_json(r) | own for r, own in zip(reports, more, strict=True)]
         shares = {
-            method: {what: tables.share_json(share) for what, share in of_method.items()}
+            method: {what: share_json(share) for what, share in of_method.items()}
             for method, of_method in over_tasks.items()
         }
         console.emit({"runs": rows, "over_tasks": shares, "sweeps": results}, True)
@@ -215,7 +216,9 @@ def show(
         print_text(summary_line(measured), wide=wide)
         if report.comparisons:
             title = f"Paired differences from {report.baseline}, 95 % intervals over users"
-            show_table(tables.comparison_rows(report.comparisons), title)
+            show_table(tables.comparison_rows(report.comparisons, report.holm), title)
+        if line := tables.family_line(report):
+            print_text(line, wide=wide)
         if costs:
             show_table(cost_rows(report), "What a query costs")
             if learning := learning_rows(report):

@@ -21,7 +21,7 @@ PROSE_WIDTH = 16  # the least of a column of prose
 LONGEST_WORD = 40  # longer words of prose are folded: they are data, not names
 GAP = 2  # blanks between two columns
 PART = "part"  # the column that becomes headings
-INTERVAL = re.compile(r" \[([+-]?[\d.]+)(%?), ([+-]?[\d.]+)%?\](?: p [\d.]+)?")
+INTERVAL = re.compile(r" \[([+-]?[\d.]+)(%?), ([+-]?[\d.]+)%?\](?: p (?:< )?[\d.]+)?")
 Cells = list[dict[str, str]]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from hydra_llm.bench.method import base_name
-from hydra_llm.bench.report.tables import Report, Run, TableRow, signed
+from hydra_llm.bench.report.cells import signed
+from hydra_llm.bench.report.tables import Report, Run, TableRow
 from hydra_llm.bench.results import compare
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bench.stats import MIN_USERS
@@ -34,6 +35,9 @@ def _findings(report: Report) -> tuple[str, ...]:
     for learned in report.run.learning[:1]:  # the first seed
         sentences += _learning("reranker", "records", learned.get("reranker") or {})
         sentences += _learning("adapter", "candidates", learned.get("adapter") or {})
+    if users >= MIN_USERS:
+        sentences += _users_tested(report)
+    sentences += _equal_mass(report)
     return tuple(sentences)
 
 
@@ -45,7 +49,7 @@ def _comparisons(report: Report, name: str) -> Iterator[str]:
     for row in report.rows:
         if row.group == "bound" or base_name(row.method) == "hydra":
             continue
-        change = compare(run.task, run.of(name), run.of(row.method)).metrics[metric]
+        change = compare(run.task, run.of(name), report.answers[row.method]).metrics[metric]
         if change.users < MIN_USERS:
             continue
         low, high = sorted((sign * change.low, sign * change.high))
@@ -137,6 +141,33 @@ def calibration_error(probabilities: np.ndarray, correct: np.ndarray) -> float:
     return float(sum(gaps))
 
 
+def _users_tested(report: Report) -> Iterator[str]:
+    """Users who are significantly worse or better off than with records alone."""
+    for name, own in report.users_tested.items():
+        k = name.partition("@")[2].partition(",")[0]
+        base = f"rag@{k}" if k else "rag"
+        yield (
+            f"Of {own.users} users, {name} makes {own.worse} significantly worse than {base} and"
+            f" {own.better} better (exact paired test of each user, Holm over users); alone"
+            f" {own.worse_alone} and {own.better_alone} have p < 0.05, where chance gives at most"
+            f" {0.025 * own.users:.1f} each. {own.testable} users have queries enough for the"
+            " corrected test."
+        )
+
+
+def _equal_mass(report: Report) -> Iterator[str]:
+    """Calibration of every method that gives a probability."""
+    cells = [
+        f"{name} {own.error:.3f} ({own.probability:.2f} for {own.accuracy:.2f})"
+        for name, own in report.calibrations.items()
+    ]
+    if cells:
+        yield (
+            "Expected calibration error in bins of equally many answers (mean probability for the"
+            f" share that is right): {', '.join(cells)}."
+        )
+
+
 def _learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]:
     """What the reranker or the adapter reached on held-out training users."""
     if report.get("skipped"):
@@ -157,6 +188,13 @@ def _learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]
     gains = _numbers(report, "gain_first", "gain_pick", "gain_best")
     if gains and name == "reranker":
         first, pick, best = gains
+        if report.get("checked_by") == "history":
+            used = "it helps" if pick >= first else "so hydra keeps the retriever's order"
+            yield (
+                f"There the first record's own answer is worth {pick:.3f} in the reranker's order,"
+                f" {first:.3f} in the retriever's, {best:.3f} at best: {used}."
+            )
+            return
         used = "its order is used" if pick >= first else "so hydra keeps the retriever's order"
         yield (
             f"There the LLM's answer is worth {pick:.3f} with the reranker's first record,"

@@ -40,8 +40,9 @@ def _run(report: tables.Report) -> str:
     ]
     if sentences := findings(report):
         parts += ["### What it says", "\n".join(f"- {line}" for line in sentences)]
-    comparisons = tables.comparison_rows(report.comparisons)
+    comparisons = tables.comparison_rows(report.comparisons, report.holm)
     parts += [f"### Against {report.baseline or 'nothing'}", _table(comparisons)]
+    parts.append(tables.family_line(report))
     parts += ["### What a query costs", _table(cost_rows(report))]
     if learning := learning_rows(report):
         parts += ["### What learning cost", _table(learning)]

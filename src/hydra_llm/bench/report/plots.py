@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from hydra_llm.bench.report.tables import GROUPS, Report, TableRow, axis_title
-from hydra_llm.bench.results import changes_by_user, pair
+from hydra_llm.bench.report.cells import axis_title
+from hydra_llm.bench.report.tables import GROUPS, Report, TableRow
+from hydra_llm.bench.results import changes_by_user, of_metric, pair
 from hydra_llm.errors import SettingsError
 from hydra_llm.extras import require
 
@@ -190,11 +191,12 @@ def label_places(points: Sequence[tuple[float, float]], widths: Sequence[float])
 def users_plot(report: Report) -> Plot | None:
     """Each method's users by their change against the baseline; None without one."""
     run, rows = report.run, list[dict[str, Any]]()
-    base = run.of(report.baseline or "")
+    base = of_metric(run.task, report.answers.get(report.baseline or "", ()))
     for row in report.by_group:
         if own := row.comparison:
+            own_samples = of_metric(run.task, report.answers[row.method])
             panel = f"{row.method}|{own.wins} better, {own.ties} same, {own.losses} worse"
-            by_user = changes_by_user(run.task, pair(run.of(row.method), base))
+            by_user = changes_by_user(run.task, pair(own_samples, base))
             changes = sorted(by_user.values(), reverse=True)
             places = np.linspace(0, len(changes) - 1, min(BARS, len(changes)))
             for place, change in enumerate(changes[round(at)] for at in places):

@@ -33,6 +33,7 @@ def run_summary(run: Run) -> dict[str, str]:
         "LLM": ", ".join(str(llm[key]) for key in ("model", "kind", "engine") if llm.get(key)),
         "users": manifest.get("users"),
         "queries": manifest.get("queries"),
+        "folds": len(manifest.get("folds", ())) or None,
         "seeds": ", ".join(map(str, seeds)) if len(seeds) > 1 else settings.get("seed"),
         "task": f"{task.kind}, {len(task.labels)} labels" if task.labels else task.kind,
         "answers are read": settings.get("parsing"),
@@ -41,7 +42,10 @@ def run_summary(run: Run) -> dict[str, str]:
         "ROUGE and BLEU": compared_words(task),
         "versions": ", ".join(f"{key} {manifest[key]}" for key in VERSIONS if manifest.get(key)),
         "data": str(manifest.get("data", ""))[:16],
-        "weights": ", ".join(f"seed {seed}: {digest[:12]}" for seed, digest in weights.items()),
+        "weights": ", ".join(
+            f"{'fold-seed' if '-' in seed else 'seed'} {seed}: {digest[:12]}"
+            for seed, digest in weights.items()
+        ),
     }
     return {name: str(value) for name, value in summary.items() if value not in (None, "")}
 

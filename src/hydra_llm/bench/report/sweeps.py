@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.report.tables import axis_title, cell, difference
+from hydra_llm.bench.report.cells import axis_title, cell, difference
 from hydra_llm.bench.runlog import as_read, write_json
 from hydra_llm.bench.stats import Paired
 from hydra_llm.errors import SettingsError

@@ -6,24 +6,28 @@ a run may be stopped, or still going on. Knows no LLM.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from hydra_llm.bench.calibration import Calibration, of_labels
 from hydra_llm.bench.method import METHODS, base_name, installed, per_sample
+from hydra_llm.bench.multiple import ALPHA, UsersTested, compare_users, holm
+from hydra_llm.bench.report import best_prompt
+from hydra_llm.bench.report.cells import cell, difference, json_number, p_value, share, share_json
 from hydra_llm.bench.results import (
+    Answers,
     Comparison,
     MethodResult,
     compare,
     pair,
-    rounded,
-    scored_pairs,
+    scored_by_metric,
     tabulate,
 )
 from hydra_llm.bench.runlog import Sample, by_method, read_learning, read_run
-from hydra_llm.bench.stats import Paired, Relative, over_tasks, relative, title
+from hydra_llm.bench.stats import Relative, over_tasks, relative, title
 from hydra_llm.errors import SettingsError, did_you_mean
 from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.base import Task
@@ -100,6 +104,9 @@ class TableRow:
     """A method in the table: mean relative improvement over the best prompt-based method of each
     metric (HYDRA 4.2), and without BLEU, whose ratios are large for short texts, as it is near 0
     there; difference from the baseline, None for the baseline itself, and without one.
+
+    The best prompts are those chosen on training users, in a run with folds; `over_hindsight` are
+    the improvements over those chosen with hindsight, with BLEU and without it.
     """
 
     group: str
@@ -107,6 +114,7 @@ class TableRow:
     over_prompts: Relative | None
     over_prompts_without_bleu: Relative | None
     comparison: Comparison | None
+    over_hindsight: tuple[Relative | None, Relative | None] = (None, None)
 
     @property
     def method(self) -> str:
@@ -121,6 +129,8 @@ class Report:
     rows: tuple[TableRow, ...]
     baseline: str | None  # the method that the others are compared with
     prices: Prices
+    answers: Mapping[str, Answers] = field(default_factory=dict)  # method → its samples
+    honest: bool = False  # whether the best prompts were chosen on training users
 
     @property
     def by_group(self) -> list[TableRow]:
@@ -137,6 +147,33 @@ class Report:
         """The task's metrics, the first one first."""
         return list(self.run.task.metric_specs)
 
+    @cached_property
+    def holm(self) -> dict[str, float]:
+        """Method → p-value of its difference in the first metric, corrected by Holm for all of the
+        table's; NaN for too few users.
+        """
+        first = self.metrics[0]
+        p_values = [own.metrics[first].p for own in self.comparisons.values()]
+        return dict(zip(self.comparisons, holm(p_values), strict=True))
+
+    @cached_property
+    def users_tested(self) -> dict[str, UsersTested]:
+        """Variant of HYDRA → users whom it makes worse or better than `rag` of as many records."""
+        tested, run = {}, self.run
+        for method in (row.method for row in self.rows if base_name(row.method) == "hydra"):
+            k = method.partition("@")[2].partition(",")[0]
+            if base := run.of(f"rag@{k}" if k else "rag"):
+                tested[method] = compare_users(run.task, pair(run.of(method), base))
+        return tested
+
+    @cached_property
+    def calibrations(self) -> dict[str, Calibration]:
+        """Method that gives a probability → its calibration, for tasks with labels."""
+        if not self.run.task.labels:
+            return {}
+        found = {name: of_labels(own) for name, own in self.run.by_method.items()}
+        return {name: own for name, own in found.items() if own is not None}
+
     def sign(self, metric: str) -> int:
         """1 if more is better, −1 if less is."""
         return self.run.task.metric_specs[metric].sign
@@ -145,7 +182,7 @@ class Report:
     def marks(self) -> dict[tuple[str, str], int]:
         """(method, metric) → 1 for the best of the ranked groups, 2 for the second best."""
         marks: dict[tuple[str, str], int] = {}
-        ranked = [row for row in self.rows if row.group in RANKED]
+        ranked = [r for r in self.rows if r.group in RANKED and r.method != best_prompt.NAME]
         for metric in self.metrics:
             sign = self.sign(metric)
             values = {row.method: sign * row.result.metrics[metric][0] for row in ranked}
@@ -156,17 +193,20 @@ class Report:
 
 def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) -> Report:
     """Every method of a run, against the baseline (by default the best prompt-based method by the
-    first metric); SettingsError if the run has no such baseline.
+    first metric, chosen on training users where the run has folds); SettingsError if the run has no
+    such baseline.
     """
-    samples = list(chain(*run.by_method.values()))
-    results = {result.method: result for result in tabulate(run.task, samples, prices)}
-    prompts = [result for name, result in results.items() if group_of(name) == "prompt"]
-    best: dict[str, str] = {}
-    for metric, spec in run.task.metric_specs.items():
-        values = {row.method: spec.sign * row.metrics[metric][0] for row in prompts}
-        if known := [name for name, value in values.items() if not math.isnan(value)]:
-            best[metric] = max(known, key=values.__getitem__)
-    base = baseline or best.get(next(iter(run.task.metric_specs)))
+    task, samples = run.task, list(chain(*run.by_method.values()))
+    results = {result.method: result for result in tabulate(task, samples, prices)}
+    answers: dict[str, Answers] = dict(run.by_method)
+    prompts = [name for name in results if group_of(name) == "prompt"]
+    best = best_prompt.with_hindsight(task, [results[name] for name in prompts])
+    hindsight = {metric: run.of(top) for metric, top in best.items()}
+    honest = best_prompt.on_training_users(task, {name: run.of(name) for name in prompts})
+    if honest:
+        answers[best_prompt.NAME] = honest
+        results[best_prompt.NAME] = best_prompt.result(task, honest, prices)
+    base = baseline or (best_prompt.NAME if honest else best.get(next(iter(task.metric_specs))))
     if base is None and len(results) == 1:
         (base,) = results
     if base is not None and base not in results:
@@ -174,31 +214,33 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
         raise SettingsError(f"{run.folder}: no method '{base}'{near}: take one of {names}")
     rows = []
     for name, result in results.items():
-        against = compare(run.task, run.of(name), run.of(base)) if base and name != base else None
-        over, without_bleu = _over_prompts(run, name, best)
-        rows.append(TableRow(group_of(name), result, over, without_bleu, against))
-    return Report(run, tuple(rows), base, prices)
+        own = answers[name]
+        against = compare(task, own, answers[base]) if base and name != base else None
+        over, without_bleu = _over_prompts(task, own, honest or hindsight)
+        row = TableRow(group_of(name), result, over, without_bleu, against)
+        if honest:
+            row = replace(row, over_hindsight=_over_prompts(task, own, hindsight))
+        rows.append(row)
+    return Report(run, tuple(rows), base, prices, answers, bool(honest))
 
 
 def group_of(method: str) -> str:
     """Its part of the table; a method that is not installed counts as HYDRA's."""
+    if method == best_prompt.NAME:
+        return "prompt"
     known = installed(method)
     return known.group if known and known.group in GROUPS else "hydra"
 
 
 def _over_prompts(
-    run: Run, method: str, best: Mapping[str, str]
+    task: Task, own: Answers, best: Mapping[str, Sequence[Sample]]
 ) -> tuple[Relative | None, Relative | None]:
-    """With and without BLEU; `best`: metric → the prompt-based method that is best by it."""
-    tops = set(best.values())
-    scores = {top: scored_pairs(run.task, pair(run.of(method), run.of(top))) for top in tops}
+    """With and without BLEU; `best`: metric → the answers of the best prompts by it."""
     cases, without_bleu = [], []
-    for metric, top in best.items():
-        ours, theirs, users = scores[top]
-        if users:
-            case = (ours[metric], theirs[metric], users)
+    for metric, case in scored_by_metric(task, own, best).items():
+        if metric in best and case[2]:
             cases.append(case)
-            if run.task.metric_specs[metric].in_improvement:
+            if task.metric_specs[metric].in_improvement:
                 without_bleu.append(case)
     return relative(cases), relative(without_bleu)
 
@@ -218,14 +260,28 @@ def _overall(reports: tuple[Report, ...]) -> dict[str, dict[str, Relative]]:
     means: dict[str, dict[str, Relative]] = {}
     for method in tables[0]:
         rows = [table[method] for table in tables if method in table]
-        shares = {
-            "all metrics": [row.over_prompts for row in rows],
-            "without BLEU": [row.over_prompts_without_bleu for row in rows],
-        }
+        if len(rows) < len(tables):
+            continue
+        shares = _shares(rows, [report.honest for report in reports])
         for what, over in shares.items():
             if len(known := [share for share in over if share]) == len(tables):
                 means.setdefault(method, {})[what] = over_tasks(known)
     return means
+
+
+def _shares(rows: Sequence[TableRow], honest: Sequence[bool]) -> dict[str, list[Relative | None]]:
+    """A method's improvements in each run: over the prompts chosen on training users if all runs
+    have folds, and over those chosen with hindsight.
+    """
+    chosen = [(row.over_prompts, row.over_prompts_without_bleu) for row in rows]
+    pairs = zip(rows, chosen, honest, strict=True)
+    hindsight = [row.over_hindsight if turns else own for row, own, turns in pairs]
+    named = {"": chosen, ", with hindsight": hindsight} if all(honest) else {"": hindsight}
+    return {
+        f"{what}{how}": [over[place] for over in shares]
+        for how, shares in named.items()
+        for place, what in enumerate(("all metrics", "without BLEU"))
+    }
 
 
 def overall_rows(shares: Mapping[str, Mapping[str, Relative]]) -> list[dict[str, Any]]:
@@ -247,6 +303,7 @@ def method_rows(
                 for name, figures in row.result.metrics.items()
             },
             "over best prompts": share(row.over_prompts),
+            **({"over hindsight": share(row.over_hindsight[0])} if report.honest else {}),
             "queries": row.result.queries,
             "LLM calls": round(row.result.calls, 1),
             "failed": row.result.failed,
@@ -255,14 +312,19 @@ def method_rows(
     ]
 
 
-def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[dict[str, Any]]:
-    """A row per method: paired differences, users better and worse, queries needed."""
+def comparison_rows(
+    comparisons: Mapping[str, Comparison], corrected: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """A row per method: paired differences, users better and worse, queries needed. `corrected`
+    has the p-values of the first metric after Holm's correction; `*` is below 5 %.
+    """
     rows = []
     for method, own in comparisons.items():
         users, needed = own.wins + own.ties + own.losses, next(iter(own.needed.values()), None)
         row = {
             "method": method,
             **{name: difference(change) for name, change in own.metrics.items()},
+            **({} if corrected is None else {"p (Holm)": _holm_cell(corrected[method])}),
             "users better, same, worse": f"{own.wins}, {own.ties}, {own.losses}",
             "worse": f"{own.losses / users:.0%}" if users else "",
             "worst tenth": f"{own.worst_tenth:+.3f}",
@@ -270,6 +332,24 @@ def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[dict[str, Any
         }
         rows.append(row)
     return rows
+
+
+def _holm_cell(p: float) -> str:
+    return "" if math.isnan(p) else f"{p_value(p)}{' *' if p < ALPHA else ''}"
+
+
+def family_line(report: Report) -> str:
+    """How many comparisons the table makes, and how many of them survive Holm's correction; how the
+    best prompts were chosen.
+    """
+    known = {method: p for method, p in report.holm.items() if not math.isnan(p)}
+    left = [method for method, p in known.items() if p < ALPHA]
+    names = f" ({', '.join(left)})" if 0 < len(left) <= 3 else ""
+    survive = f"{len(known)} comparisons in {title(report.metrics[0])}, of which {len(left)}{names}"
+    lines = [f"{survive} survive Holm's correction at 5 % (*)."] if known else []
+    if any(row.group == "prompt" for row in report.rows) and not report.honest:
+        lines.append("The best prompts are chosen with hindsight: --folds chooses on other users.")
+    return " ".join(lines)
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -281,15 +361,25 @@ def to_json(report: Report) -> dict[str, Any]:
             "over_prompts": share_json(row.over_prompts),
             "over_prompts_without_bleu": share_json(row.over_prompts_without_bleu),
             "against": None if row.comparison is None else row.comparison.to_json(),
+            "holm": json_number(report.holm.get(row.method, math.nan)),
+            **(_hindsight_json(row) if report.honest else {}),
         }
         for row in report.rows
     ]
-    return {"run": str(report.run.folder), "task": report.run.task.name, "methods": rows}
+    return {
+        "run": str(report.run.folder),
+        "task": report.run.task.name,
+        "best_prompts": "training users" if report.honest else "hindsight",
+        "comparisons": sum(not math.isnan(p) for p in report.holm.values()),
+        "users_tested": {name: own.to_json() for name, own in report.users_tested.items()},
+        "calibration": {name: own.to_json() for name, own in report.calibrations.items()},
+        "methods": rows,
+    }
 
 
-def share_json(over: Relative | None) -> list[float | None] | None:
-    """Change and the ends of its interval, null where there is none."""
-    return None if over is None else rounded((over.change, *over.interval()))
+def _hindsight_json(row: TableRow) -> dict[str, Any]:
+    over, without_bleu = map(share_json, row.over_hindsight)
+    return {"over_hindsight": over, "over_hindsight_without_bleu": without_bleu}
 
 
 def results_table(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
@@ -306,33 +396,3 @@ def results_table(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
         }
         for result in results
     ]
-
-
-# ---- figures as text
-
-
-def cell(value: float, low: float, high: float, *, form: str = ".3f") -> str:
-    """`0.810 [0.672, 0.935]`; too few users have no interval."""
-    if math.isnan(value):
-        return "failed"
-    return f"{value:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
-
-
-def signed(change: Paired) -> str:
-    """`+0.069 [-0.026, +0.180]`."""
-    return cell(change.difference, change.low, change.high, form="+.3f")
-
-
-def difference(change: Paired) -> str:
-    """`+0.069 [-0.026, +0.180] p 0.150`."""
-    return signed(change) + ("" if math.isnan(change.p) else f" p {change.p:.3f}")
-
-
-def share(over: Relative | None) -> str:
-    """`+3.1% [-2.0%, +8.2%]`."""
-    return cell(over.change, *over.interval(), form="+.1%") if over else ""
-
-
-def axis_title(metric: str, higher: bool) -> str:
-    """`MAE (less is better)`."""
-    return f"{title(metric)} ({'more' if higher else 'less'} is better)"
