@@ -3,7 +3,7 @@ benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAM
 
     python tools/results_md.py [--check]
 
-    NAME_60                        main rows of benchmarks/results/NAME_60/report.json
+    NAME                           main rows of benchmarks/results/NAME/report.json
     overall, growth, few_groups, install,
     reranker_labels, gateway_tower,
     gateway_cross                  benchmarks/results/NAME.json
@@ -62,6 +62,10 @@ SHOWN = {
     "scorer-only": "baseline: scorer without LLM",
     "copy-nearest": "baseline: 1-NN (nearest record)",
     "user-majority": "baseline: the user's {typical}",
+    "mismatched@4,8": "control: another user's history and heads@4,8",
+    "scorer-mismatched": "control: scorer without LLM, another user's history and heads",
+    "user-offset": "control: shared model and one number a user",
+    "item-offset": "control: mean answer to the input and one number a user",
     "random@8": "lower bound: expected random sample",
     "oracle@8": "upper bound: best sample",
 }
@@ -76,6 +80,7 @@ OVERALL = (
     "self-consistency@8",
 )
 """Methods in the table over all tasks; the best prompt-based one is added."""
+HONEST, BEST = "best prompt (chosen on training users)", " (the best prompt)"
 PROMPTS = ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
 
 
@@ -97,15 +102,17 @@ def method_table(report: dict[str, Any]) -> str:
 
 
 def main_rows(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    prompts = [row for row in rows.values() if row["group"] == "prompt"]
+    prompts = [row for row in rows.values() if row["group"] == "prompt" and row["method"] != HONEST]
     sign = -1 if first in ("mae", "rmse") else 1
     best = max(prompts, key=lambda row: sign * row["metrics"][first][0])["method"]
+    if HONEST in rows:
+        yield HONEST, rows[HONEST]
     for method, title in SHOWN.items():
         if method in rows:
-            note = " (the best prompt)" if method == best else ""
+            note = BEST if method == best else ""
             yield title.format(typical=TYPICAL[first]) + note, rows[method]
         if method == "rag-dense@4" and best not in SHOWN:
-            yield f"{best} (the best prompt)", rows[best]
+            yield f"{best}{BEST}", rows[best]
 
 
 def method_line(name: str, row: dict[str, Any], first: str, second: str) -> str:
@@ -139,7 +146,7 @@ def overall_table(changes: dict[str, Any]) -> str:
     lines = ["| method | all metrics | without BLEU |", "|---|---|---|"]
     for name in sorted(names, key=lambda name: -changes[name]["all metrics"][0]):
         title = SHOWN.get(name, name).removeprefix("baseline: ")
-        title += " (the best prompt)" if name in prompts else ""
+        title += BEST if name in prompts else ""
         shares = [percent(changes[name][metrics]) for metrics in ("all metrics", "without BLEU")]
         lines.append(f"| {' | '.join([title, *shares])} |")
     return "\n".join(lines)
@@ -254,7 +261,7 @@ def all_tables() -> dict[str, str]:
     """Every table by its marker."""
     tables = {
         file.parent.name: method_table(json.loads(file.read_text(encoding="utf-8")))
-        for file in sorted(RESULTS.glob("*_60/report.json"))
+        for file in sorted(RESULTS.glob("*/report.json"))
     }
     for name, to_table in TABLES.items():
         if (file := RESULTS / f"{name}.json").exists():
@@ -270,7 +277,7 @@ def main() -> None:
             block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
             stored = re.search(rf"<!-- {name} -->\n.*?<!-- /{name} -->", text, re.S)
             text = text.replace(stored[0], block) if stored else text
-        marked |= set(re.findall(rf"<!-- (\w+_60|{'|'.join(TABLES)}) -->", before))
+        marked |= set(re.findall(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", before, re.S))
         if text != before:
             stale.append(page)
             if "--check" not in sys.argv:

@@ -104,13 +104,46 @@ def learning_rows(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
+def _spent(learned: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
+    """Stage → its costs, of one report of learning."""
+    fitted = learned.get("fitted", {}).get("stages", {})
+    return {
+        **learned.get("stages", {}),
+        **{f"{stage}, new users": spent for stage, spent in fitted.items()},
+    }
+
+
+def _stages_of_folds(run: Run) -> Iterator[tuple[str, str, Mapping[str, float | None]]]:
+    """All folds together. A user's labels are collected once, and used in all folds but one."""
+    folds, first = {learned["fold"] for learned in run.learning}, min(run.seeds, default=0)
+    sums: dict[str, dict[str, float | None]] = {}
+    for learned in run.learning:
+        for stage, spent in _spent(learned).items():
+            if spent["calls"] and learned.get("seed") not in (first, None) and len(run.seeds) > 1:
+                continue
+            share = 1 / (len(folds) - 1) if stage.startswith("label") and len(folds) > 1 else 1.0
+            total = sums.setdefault(stage, dict.fromkeys(spent, 0.0))
+            for name, value in spent.items():
+                known = total[name]
+                total[name] = None if known is None or value is None else known + share * value
+    for stage, total in sums.items():
+        yield (
+            "all",
+            stage,
+            {n: v if n == "seconds" or v is None else round(v) for n, v in total.items()},
+        )
+
+
 def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, float | None]]]:
     """Seed, stage and its costs. Seeds make the same LLM calls, which count once."""
     shared = set()
+    if any("fold" in learned for learned in run.learning):
+        yield from _stages_of_folds(run)
     for learned in run.learning:
-        seed, fitted = learned.get("seed"), learned.get("fitted", {}).get("stages", {})
-        new = {f"{stage}, new users": spent for stage, spent in fitted.items()}
-        for stage, spent in {**learned.get("stages", {}), **new}.items():
+        if "fold" in learned:
+            continue
+        seed = learned.get("seed")
+        for stage, spent in _spent(learned).items():
             if not spent["calls"]:
                 yield seed, stage, spent
             elif stage not in shared:
