@@ -3,11 +3,13 @@ data.
 
     python benchmarks/publish.py RUN NAME --data movie_rating --recording FILE --arguments
     "--methods all --seeds 0,1,2" [--beside RUN ...]
+    python benchmarks/publish.py RUN suggestion --data suggestion --against random
 
-`--arguments` are the options of `bench run` other than DATA, --llm, --out and --record.
+`--arguments` are the options of `bench run` other than DATA, --llm, --out and --record. A run on
+recorded choices asks no LLM and has no recording.
 
 Writes benchmarks/results/NAME: the manifest, `report.json` (the output of `bench show --against
-rag@4 --json`), `report.md`, plots, the recording, and the commands with which
+METHOD --json`), `report.md`, plots, the recording, and the commands with which
 `benchmarks/replay.py` repeats the run. `samples.jsonl` is left out, as it quotes the data. With
 `--beside` (the runs of the other results) also writes benchmarks/results/overall.json: the results
 over all tasks.
@@ -39,23 +41,29 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--data", required=True, help="name of the data set's folder")
-    parser.add_argument("--recording", type=Path, required=True)
+    parser.add_argument("--recording", type=Path)
+    parser.add_argument(
+        "--against", default=BASELINE, help="the method that others are compared to"
+    )
     parser.add_argument("--arguments", type=shlex.split, default=[])
     parser.add_argument("--beside", type=Path, nargs="+", default=[])
     args = parser.parse_args()
     target = RESULTS / args.name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.run / "manifest.json", target / "manifest.json")
-    shutil.copyfile(args.recording, target / "recording.jsonl.gz")
+    if args.recording:
+        shutil.copyfile(args.recording, target / "recording.jsonl.gz")
     (target / "report.json").write_text(
-        json.dumps(report(args.run), indent=1) + "\n", encoding="utf-8"
+        json.dumps(report(args.run, args.against), indent=1) + "\n", encoding="utf-8"
     )
     commands = {"data": args.data, "bench run": args.arguments}
+    if args.against != BASELINE:
+        commands["against"] = args.against
     (target / "commands.json").write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
     plots = target / "plots"
     show_options = [
         "--against",
-        BASELINE,
+        args.against,
         "--markdown",
         str(target / "report.md"),
         "--plots",
@@ -72,9 +80,9 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def report(folder: Path) -> dict[str, Any]:
+def report(folder: Path, against: str = BASELINE) -> dict[str, Any]:
     """The output of `bench show` for a run, without its path."""
-    (run_report,) = bench_show([folder])["runs"]
+    (run_report,) = bench_show([folder], against)["runs"]
     return {name: value for name, value in run_report.items() if name != "run"}
 
 
@@ -84,10 +92,10 @@ def overall(folders: Sequence[Path]) -> dict[str, Any]:
     return over_tasks
 
 
-def bench_show(folders: Sequence[Path]) -> dict[str, Any]:
+def bench_show(folders: Sequence[Path], against: str = BASELINE) -> dict[str, Any]:
     out = io.StringIO()
     with redirect_stdout(out):
-        if code := run(["bench", "show", *map(str, folders), "--against", BASELINE, "--json"]):
+        if code := run(["bench", "show", *map(str, folders), "--against", against, "--json"]):
             raise SystemExit(code)
     output: dict[str, Any] = json.loads(out.getvalue())
     return output

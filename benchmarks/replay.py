@@ -5,8 +5,9 @@ and compare every figure.
 
 DATA is the folder of the data sets (`DATA/movie_rating`, ...), which are not part of this
 repository. In each folder of `benchmarks/results`, `commands.json` names the data set and the
-options, and `recording.jsonl.gz` has the LLM's answers. Everything in `report.json` must be
-reproduced to three decimals: metrics and intervals of every method and seed, paired differences,
+options, and `recording.jsonl.gz` has the LLM's answers, unless the data are recorded choices, which
+ask none. Everything in `report.json` must be reproduced to three decimals: metrics and intervals of
+every method and seed, paired differences,
 improvements over the best prompts, findings, and results and costs of training; only seconds may
 differ. The same holds for `overall.json` (the results over all tasks) and for
 `reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the same recordings. Exits
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publish import OVERALL, overall, report
+from publish import BASELINE, OVERALL, overall, report
 
 from hydra_llm.cli.main import run
 
@@ -70,12 +71,20 @@ def main() -> None:
             name: partial(replay_run, name, args.data, out) for name, out in runs.items()
         }
         if not args.only:
-            jobs[OVERALL] = lambda: (read(OVERALL), overall([out / "run" for out in runs.values()]))
+            jobs[OVERALL] = lambda: (
+                read(OVERALL),
+                overall([out / "run" for name, out in runs.items() if asks_prompts(name)]),
+            )
             if (RESULTS / LABELS).exists():
                 jobs[LABELS] = partial(replay_labels, args.data)
         identical = [compare(name, job) for name, job in jobs.items()]
     print(f"{len(names)} results in {(time.perf_counter() - start) / 60:.1f} minutes")
     sys.exit(not all(identical))
+
+
+def asks_prompts(name: str) -> bool:
+    """Whether a result is one of those whose improvements over the best prompts are averaged."""
+    return "against" not in read(f"{name}/commands.json")
 
 
 def compare(name: str, job: Job) -> bool:
@@ -115,10 +124,9 @@ def replay_run(name: str, data: Path, out: Path) -> tuple[Any, Any]:
     trains its own bundle.
     """
     commands = read(f"{name}/commands.json")
-    folder, llm = (
-        data / commands.get("data", name),
-        ["--llm", f"replay:{RESULTS / name / 'recording.jsonl.gz'}"],
-    )
+    folder, recording = data / commands.get("data", name), RESULTS / name / "recording.jsonl.gz"
+    llm = ["--llm", f"replay:{recording}"] if recording.exists() else []
+    against = commands.get("against", BASELINE)
     bundle = str(out / "bundle")
     if "learn" in commands:
         run_or_exit(["learn", str(folder), *llm, "--out", bundle, *commands["learn"]])
@@ -136,7 +144,7 @@ def replay_run(name: str, data: Path, out: Path) -> tuple[Any, Any]:
             *commands["bench run"],
         ]
     )
-    return by_method(read(f"{name}/report.json")), by_method(report(out / "run"))
+    return by_method(read(f"{name}/report.json")), by_method(report(out / "run", against))
 
 
 def replay_labels(data: Path) -> tuple[Any, Any]:

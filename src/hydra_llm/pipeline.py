@@ -24,7 +24,7 @@ from hydra_llm.model.head import Head, usable_head
 from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
 from hydra_llm.retrieve import Retriever
-from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels
+from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels, offered_candidates
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import repair, text_fault, without_reasoning
 from hydra_llm.types import Answer, Candidate, Generation, Proposal, Query, Ranked, Record, Usage
@@ -239,8 +239,12 @@ class UserPipeline(Pipeline):
     async def apropose(self, question: Question, *, user: str | None = None) -> Proposal:
         """Everything up to the candidates; arguments and errors as of `aanswer`."""
         seconds: dict[str, float] = {}
+        context = self.context_of(question, user)
+        if context.query.offered:  # its candidates are given: no LLM is asked
+            return Proposal(
+                context.query, (), (), (), offered_candidates(context.query), notes=context.notes
+            )
         with _timed(seconds, "retrieve"):
-            context = self.context_of(question, user)
             retrieved = self.retrieve(context)
         with _timed(seconds, "rerank"):
             ranked, refused = self.admitted(context, retrieved)

@@ -14,7 +14,7 @@ from hydra_llm.config import Settings
 from hydra_llm.context import Context
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
-from hydra_llm.types import Candidate
+from hydra_llm.types import Candidate, Query
 
 if TYPE_CHECKING:  # torch: a gateway without a bundle may lack it
     import torch
@@ -77,7 +77,9 @@ class LearnedSelector(Selector):
         head = context.heads.get("adapter")
         scores = self.scorer.score(groups, [head])[0][rows]
         shares = self.scorer.shares(scores)
-        pick = select(self.task, readable, scores.numpy(), shares.numpy(), self.settings.select)
+        # Of recorded choices one was taken: no other one is worth a part of it.
+        how = "best" if context.query.offered else self.settings.select
+        pick = select(self.task, readable, scores.numpy(), shares.numpy(), how)
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
             scored[place] = replace(candidates[place], score=score, probability=share)
@@ -145,6 +147,11 @@ def all_labels(task: Task, candidates: Sequence[Candidate]) -> list[Candidate]:
     """One candidate per label in the task's order, with its votes among `candidates`."""
     known = {candidate.answer: candidate for candidate in candidates}
     return [known.get(label) or Candidate(label, label) for label in task.labels]
+
+
+def offered_candidates(query: Query) -> tuple[Candidate, ...]:
+    """The candidates of a recorded choice, in the order shown."""
+    return tuple(Candidate(text, text) for text in query.offered)
 
 
 def candidate_text(task: Task, candidate: Candidate) -> str:

@@ -6,12 +6,15 @@ Letters: C candidates, M records, E columns.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from cachetools import FIFOCache
 
 from hydra_llm.history import in_order, span_of
 from hydra_llm.model.feature_cache import FeatureCache
 from hydra_llm.model.word_model import WordModel
+from hydra_llm.tasks import choices
 from hydra_llm.tasks.base import (
     CohortStats,
     FeatureContext,
@@ -20,9 +23,10 @@ from hydra_llm.tasks.base import (
     Task,
     WordShares,
 )
-from hydra_llm.types import Candidate, Query, Ranked, Record
+from hydra_llm.types import Candidate, Choice, Query, Ranked, Record
 from hydra_llm.word_counts import OwnWords, UserWords
 
+KEPT_CHOICES = 20_000  # as numbers, in memory
 STATS_USERS, STATS_RECORDS = 200, 200  # the usual cosine is measured on their latest records
 
 
@@ -41,30 +45,48 @@ class Featurizer:
         self.task, self.features, self.stats = task, features, stats
         self.word_model, self._word_models = word_model, word_models or {}
         self._own_words = OwnWords()
+        self._past: FIFOCache[Choice, choices.PastChoice] = FIFOCache(KEPT_CHOICES)
 
     def vectorize(self, records: Sequence[Record]) -> HistoryVectors:
         """Visible records as vectors; `Context.vectors` carries them through one question."""
         vectors = self.task.strategy.vectorize(records, self.features.texts)
-        if self.word_model is None:
-            return vectors
-        return replace(vectors, counts=self._own_words.of(records))
+        if self.word_model is not None:
+            vectors = replace(vectors, counts=self._own_words.of(records))
+        if self.stats.choices:
+            past = [self._past_choice(choice) for choice in choices.choices_of(records)]
+            vectors = replace(vectors, habits=choices.habits(past))
+        return vectors
+
+    def _past_choice(self, choice: Choice) -> choices.PastChoice:
+        if choice not in self._past:
+            self._past[choice] = choices.past_choice(choice, self.features.texts)
+        return self._past[choice]
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """The columns of `adapter`; `llm_` marks those that need the LLM's samples."""
         strategy = self.task.strategy
         words = strategy.word_columns if self.word_model else ()
-        return (*strategy.candidate_columns, *words)
+        of_choices = choices.COLUMNS if self.stats.choices else ()
+        return (*strategy.candidate_columns, *words, *of_choices)
 
     def adapter(
         self, query: Query, candidates: Sequence[Candidate], history: HistoryVectors
     ) -> Floats:
         """[C, E] side features of each candidate; `history` holds the visible records."""
         strategy, context = self.task.strategy, self._context(query, history)
-        columns = strategy.candidate_features(context, candidates)
-        if self.word_model is None or not strategy.word_columns:
-            return columns
-        return np.concatenate([columns, strategy.word_features(context, candidates)], 1)
+        columns = [strategy.candidate_features(context, candidates)]
+        if self.word_model is not None and strategy.word_columns:
+            columns.append(strategy.word_features(context, candidates))
+        if self.stats.choices:
+            columns.append(self._beside(query, [own.text for own in candidates], history))
+        return np.concatenate(columns, 1) if len(columns) > 1 else columns[0]
+
+    def _beside(self, query: Query, texts: Sequence[str], history: HistoryVectors) -> Floats:
+        """[C, E] of `tasks.choices.COLUMNS`."""
+        shown, vectors = list(query.offered) == list(texts), self.features.texts(texts)
+        known: dict[str, Any] = {"shown": shown, "known": history.habits, "vectors": vectors}
+        return choices.columns(query.input, texts, **known)
 
     @property
     def reranker_names(self) -> tuple[str, ...]:
@@ -121,4 +143,5 @@ def fit_stats(
             nearest.append(float(cosine[:, -max(1, cosine.shape[1] // 10) :].mean()))
     usual = float(np.mean(nearest)) if nearest else CohortStats().reference
     outputs = [record.output for history in histories for record in history]
-    return task.strategy.cohort_stats(outputs, usual)
+    count = 0 if task.labels else sum(len(choices.choices_of(own)) for own in histories)
+    return replace(task.strategy.cohort_stats(outputs, usual), choices=count)

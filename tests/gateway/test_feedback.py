@@ -4,12 +4,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hydra_llm.bundle import Bundle
-from hydra_llm.gateway.feedback import FITTED, heads_after
+from hydra_llm.gateway.feedback import FITTED, heads_after, with_choices
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback
+from hydra_llm.training.labelling import choice_groups
+from hydra_llm.types import Choice
 
 from .conftest import World, records_of, running
 
@@ -94,3 +97,34 @@ def test_feedback_of_another_bundle_leaves_the_fitted_head(bundles: dict[str, Pa
     for judged in ([], [elsewhere], [elsewhere, nothing]):
         heads = heads_after(bundle, "ada", {"adapter": fitted}, judged)
         assert heads == {FITTED: fitted, "adapter": fitted}
+
+
+async def test_a_chosen_answer_is_an_imported_choice(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    """The stored group is that of the same choice in a data set, but for the LLM's votes."""
+    store.add_records("ada", records_of("ada"))
+    says = ["calm", "loud", "odd"]
+    async with running(store, bundles["titles"], candidates=3) as world:
+        world.upstream.rule = lambda body, index: says[index]
+        reply = (await world.ask(QUESTION, n=3)).json()
+        await choose(world, reply["personalization"]["request_id"], 1)
+    shown = tuple(choice["message"]["content"] for choice in reply["choices"])
+    (judged,) = store.unlearned_feedback("ada", or_learned=True)
+    assert judged.content["choice"] == {"candidates": list(shown), "chosen": shown[1]}
+    records = with_choices(store.records("ada")[1], [judged])
+    (choice,) = [record for record in records if isinstance(record, Choice)]
+    assert (choice.input, choice.candidates, choice.chosen) == (QUESTION, shown, 1)
+    featurizer = Bundle.load(bundles["titles"]).featurizer
+    (group,) = choice_groups(featurizer, records)
+    stored = judged.content["group"]
+    assert stored["left"] == group.left
+    assert stored["rights"] == group.rights
+    assert stored["gains"] == group.gains == [0.0, 1.0, 0.0]
+    assert stored["exact"]
+    assert group.exact
+    votes = [name in ("llm_votes", "llm_greedy") for name in featurizer.adapter_names]
+    rows = np.array(stored["evidence"])
+    assert rows[:, ~np.array(votes)] == pytest.approx(
+        group.side_features[:, ~np.array(votes)], abs=1e-6
+    )

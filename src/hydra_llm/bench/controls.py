@@ -47,7 +47,11 @@ class Mismatched:
         return await self.inner.aanswer(asked)
 
 
-@method("control", takes=("k", "b"), source="docs/benchmark.md")
+def _mismatched_choice(parts: Parts) -> Answerer:
+    return Mismatched(parts.personalizer(adapt=True), parts.partners)
+
+
+@method("control", takes=("k", "b"), source="docs/benchmark.md", picks=_mismatched_choice)
 def mismatched(parts: Parts) -> Answerer:
     """Hydra with another user's history and heads."""
     return Mismatched(parts.personalizer(rerank=True, adapt=True), parts.partners)

@@ -21,6 +21,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.cache import CachedLLM, key_of, request_of
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.meter import Prices
+from hydra_llm.llm.none import is_none
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.rerank import Reranker, record_text
@@ -187,7 +188,7 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         methods = usable_methods(methods, [bundle], lambda line: None)
     visible = {**bundle.records, **{user: data.history(user) for user in new}}
     parts = experiment.parts(UnlearnedParts(bundle, llm, settings, visible))
-    if experiment.learns:
+    if experiment.learns and not is_none(experiment.llm):
         labelled = labelling.asked_about(data, settings, training[: settings.labelled_users])
         queries_of = partial(labelling.training_queries, data.task, count=settings.queries_per_user)
         own = {user: bundle.records[user] for user in new}

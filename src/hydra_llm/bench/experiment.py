@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra_llm.bench.choices import earlier, figures
 from hydra_llm.bench.folds import deal
 from hydra_llm.bench.method import Answerer, Learner, Method, Parts, partners
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -24,7 +25,7 @@ from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.types import Query
+from hydra_llm.types import Query, Record
 
 P = TypeVar("P", bound=Parts)
 Say = Callable[[str], None]
@@ -204,8 +205,9 @@ async def run_methods(
     answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
     order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
+    blanks = {q: _blank(q, fold, seeds[0].records.get(q.user, ())) for q in queries}
     todo = [
-        (Sample(name, query.user, query.id, query.gold or "", None, seed=seed, fold=fold), query)
+        (replace(blanks[query], method=name, seed=seed), query)
         for query in queries
         for name, seed in order
         if (name, query.user, query.id, seed) not in done
@@ -224,6 +226,12 @@ async def run_methods(
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
     return [done[name, query.user, query.id, seed] for name, seed in answerers for query in queries]
+
+
+def _blank(query: Query, fold: int | None, records: Sequence[Record]) -> Sample:
+    """The sample of a query before a method answers it."""
+    known = earlier(records, query)
+    return Sample("", query.user, query.id, query.gold or "", None, fold=fold, choice=known)
 
 
 def _records_shown(instance: tuple[Method, Parts]) -> int:
@@ -256,6 +264,7 @@ async def _sample(
         seconds=dict(answer.seconds),
         notes=answer.proposal.notes,
         probability=pick.probability,
+        choice={**blank.choice, **figures(answer)} if blank.choice else {},
         agreement=max(votes) / sum(votes) if sum(votes) > 1 else None,
         learned={user: cost.to_json() for user, cost in spent.items()},
     )

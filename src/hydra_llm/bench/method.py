@@ -95,6 +95,8 @@ class Method:
     texts_only: bool = False  # it can answer tasks of free texts only
     uses: tuple[str, ...] = ("reranker", "adapter")  # learned parts; with the adapter seeds count
     requires: tuple[str, ...] = ()  # learned parts without which it is left out of the run
+    picks: Build | None = None  # in place of `build` for recorded choices, which ask no LLM
+    only_choices: bool = False  # it answers recorded choices only, by `build`
     per_sample: bool = False  # it answers once per sample, with the sample's index as the seed
     given: Mapping[str, int] = field(default_factory=dict)  # its parameters, if the name has any
 
@@ -103,6 +105,16 @@ class Method:
         if kind is None or not (self.labels_only or self.texts_only):
             return True
         return self.labels_only == KINDS.load(kind).closed
+
+    def on_choices(self) -> "Method | None":
+        """The method as it answers recorded choices; None if it cannot."""
+        if self.only_choices:
+            return self
+        if self.picks is None:
+            return None
+        uses = tuple(part for part in self.uses if part == "adapter")
+        plain = replace(self, build=self.picks, uses=uses, requires=uses)
+        return replace(plain, takes=(), per_sample=False)
 
     def instances(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
         """The parts for each answer that it gives to a query; `seeds` has one entry per seed."""
@@ -143,13 +155,18 @@ METHODS_OF = (
     *("user-majority", "copy-nearest", "scorer-only", "expected-rouge"),
 )
 CONTROLS = ("mismatched", "scorer-mismatched", "user-offset", "item-offset")
-BUILTIN = (*METHODS_OF, *CONTROLS)
+OF_CHOICES = ("shuffled-heads", "no-history", "first", "longest")
+BUILTIN = (*METHODS_OF, *OF_CHOICES, *CONTROLS)
 """In the order of the table."""
 METHODS: Registry[Method] = Registry(
     "hydra_llm.methods",
     {
         name: f"hydra_llm.bench.{module}:{name.replace('-', '_')}"
-        for module, names in (("methods", METHODS_OF), ("controls", CONTROLS))
+        for module, names in (
+            ("methods", METHODS_OF),
+            ("choices", OF_CHOICES),
+            ("controls", CONTROLS),
+        )
         for name in names
     },
 )
@@ -189,10 +206,11 @@ def find_methods(
     *,
     records: Sequence[int] = RECORDS,
     budget: Sequence[int] = BUDGET,
+    choices: bool | None = None,
 ) -> list[Method]:
     """The methods of these names; `all` is every method that can answer tasks of the kind, at each
-    k of `records` and b of `budget`. SettingsError: no name, an unknown one, a wrong parameter, or
-    a kind that it cannot answer.
+    k of `records` and b of `budget`; with `choices`, recorded choices; None: either. SettingsError:
+    no name, an unknown one, a wrong parameter, or a kind that it cannot answer.
     """
     known = ", ".join(METHODS.names())
     if not names:
@@ -203,15 +221,31 @@ def find_methods(
             methods.append(_find(name, known))
             continue
         for method in map(load_method, METHODS.names()):
-            if method.answers(kind):
+            if choices:
+                methods += filter(None, [method.on_choices()])
+            elif method.answers(kind) and not method.only_choices:
                 grid = product(*(values[parameter] for parameter in method.takes))
                 methods += [method.with_parameters(point) for point in grid]
+    if choices:
+        methods = [_on_choices(method) for method in methods]
     for method in methods:
-        if not method.answers(kind):
+        if choices is False and method.only_choices:
+            fault = "answers recorded choices only, and this data set has none to ask"
+            raise SettingsError(f"method '{method.name}' {fault}")
+        if not choices and not method.answers(kind):
             able = " and ".join(name for name in KINDS.names() if method.answers(name))
             fault = f"answers {able} tasks only, this one is {kind}"
             raise SettingsError(f"method '{method.name}' {fault}")
     return list({method.name: method for method in methods}.values())
+
+
+def _on_choices(method: Method) -> Method:
+    able = method.on_choices()
+    if able is None:
+        names = [name for name in METHODS.names() if load_method(name).on_choices()]
+        fault = "cannot answer recorded choices: take some of"
+        raise SettingsError(f"method '{method.name}' {fault} {', '.join(names)}, all")
+    return able
 
 
 def _find(name: str, known: str) -> Method:

@@ -14,6 +14,7 @@ import anyio
 import numpy as np
 
 from hydra_llm.bench.bbox import BBoxAdapter
+from hydra_llm.bench.choices import by_lot
 from hydra_llm.bench.method import Answerer, Method, Parts, method
 from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
@@ -117,13 +118,23 @@ def hydra_published(parts: Parts) -> Answerer:
     return always.personalizer(rerank=True, adapt=True, **sampled)
 
 
-@method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md")
+def _adapted(parts: Parts) -> Answerer:
+    """Of recorded choices: the adapter's pick."""
+    return parts.personalizer(adapt=True)
+
+
+def _adapted_alike(parts: Parts) -> Answerer:
+    """Of recorded choices: the adapter's pick with the shared head."""
+    return _adapted(replace(parts, bundle=parts.bundle.without_heads()))
+
+
+@method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md", picks=_adapted)
 def hydra(parts: Parts) -> Answerer:
     """Reranker and adapter with this project's selection."""
     return parts.personalizer(rerank=True, adapt=True)
 
 
-@method("control", takes=("k", "b"), source="docs/method.md")
+@method("control", takes=("k", "b"), source="docs/method.md", picks=_adapted_alike)
 def hydra_shared(parts: Parts) -> Answerer:
     """Hydra with the shared heads for everybody."""
     return replace(parts, bundle=parts.bundle.without_heads()).personalizer(rerank=True, adapt=True)
@@ -184,7 +195,7 @@ def mbr(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     return _by_votes(parts, candidates, "expected-gain")
 
 
-@among_samples("bound", per_sample=True)
+@among_samples("bound", per_sample=True, picks=by_lot)
 def random(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """Expected score of a uniformly random sample of hydra's: the mean over all of them."""
     samples = [i for i, c in enumerate(candidates) for _ in range(c.votes)] or [0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hydra_llm.bench.results import Pair
+from hydra_llm.bench.results import Pair, worth
 from hydra_llm.tasks.base import Task
 
 ALPHA = 0.05
@@ -71,7 +71,7 @@ def compare_users(task: Task, pairs: Sequence[Pair]) -> UsersTested:
     changes: dict[str, dict[str, list[float]]] = {}
     for own, base in pairs:
         if not own.error and not base.error:
-            change = task.gain(own.answer, own.gold) - task.gain(base.answer, base.gold)
+            change = worth(task, own) - worth(task, base)
             changes.setdefault(own.user, {}).setdefault(own.query, []).append(change)
     by_user = {user: [float(np.mean(v)) for v in own.values()] for user, own in changes.items()}
     return _tested(by_user)

@@ -14,7 +14,7 @@ from hydra_llm.bench.runlog import Sample, by_method
 from hydra_llm.bench.stats import Metric, Paired, interval, paired, score
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.meter import FREE, Prices
-from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.base import CHOICE_METRICS, Task, with_count
 
 POWER = 2.8  # standard errors of a difference found with power 0.8 at the 5 % level: 1.96 + 0.84
 
@@ -61,7 +61,13 @@ def rounded(values: Iterable[float]) -> list[float | None]:
 def scored(task: Task, samples: Sequence[Sample]) -> dict[str, Metric]:
     """The samples by every metric of the task."""
     answers = [LLMError(sample.error) if sample.error else sample.answer for sample in samples]
-    return score(task, answers, [sample.gold for sample in samples])
+    metrics = score(task, answers, [sample.gold for sample in samples])
+    for name in task.metric_specs.keys() & CHOICE_METRICS.keys():
+        values = [sample.choice.get(name, math.nan) for sample in samples]
+        rows = with_count(values) + np.array(values)[:, None] * 0  # none: NaN in both columns
+        spec, sums = CHOICE_METRICS[name], np.nansum(rows, axis=0, keepdims=True)
+        metrics[name] = Metric(spec, float(spec.statistic(sums)[0]), rows)
+    return {name: metrics[name] for name in task.metric_specs}
 
 
 def tabulate(task: Task, samples: Sequence[Sample], prices: Prices = FREE) -> list[MethodResult]:
@@ -198,10 +204,17 @@ def changes_by_user(task: Task, pairs: Sequence[Pair]) -> dict[str, float]:
     changes: dict[str, list[float]] = {}
     for own, base in pairs:
         if not own.error and not base.error:
-            change = task.gain(own.answer, own.gold) - task.gain(base.answer, base.gold)
+            change = worth(task, own) - worth(task, base)
             changes.setdefault(own.user, []).append(change)
     # rounded, as 1/3 + 1/3 − 2/3 is no difference
     return {user: round(float(np.mean(values)), 12) for user, values in changes.items()}
+
+
+def worth(task: Task, sample: Sample) -> float:
+    """The gain of a sample's answer; of a recorded choice, whether it is the one that was taken."""
+    if sample.choice:
+        return sample.choice["choice_accuracy"]
+    return task.gain(sample.answer, sample.gold)
 
 
 def queries_needed(change: Paired, queries: int) -> int | None:

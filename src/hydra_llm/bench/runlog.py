@@ -52,6 +52,10 @@ class Sample:
     probability: float | None = None  # the adapter's of its pick; None without an adapter
     agreement: float | None = None  # the mode's vote share; None for fewer than two samples
     fold: int | None = None  # in which the user was a new one; None in a run without folds
+    choice: Mapping[str, float] = field(default_factory=dict)
+    """Of a recorded choice: its metrics, see `bench.choices.figures`, and `earlier`: how many
+    choices of the user came before; empty for any other query.
+    """
     learned: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """`StageCost.to_json` of what a `Learner` learned before this answer, see its `pop_spent`."""
 

@@ -25,7 +25,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from hydra_llm.errors import LLMError
-from hydra_llm.tasks.base import KINDS, Floats, MetricSpec, Statistic, Task
+from hydra_llm.tasks.base import CHOICE_METRICS, KINDS, Floats, MetricSpec, Statistic, Task
 
 LEVEL = 0.95
 MIN_USERS = 5
@@ -53,6 +53,8 @@ def score(
     scored = [(answer, gold) for answer, gold in pairs if not isinstance(answer, LLMError)]
     metrics = {}
     for name, spec in task.metric_specs.items():
+        if name in CHOICE_METRICS:  # these are the samples', see results.py
+            continue
         of_scored = task.strategy.metric_rows(name, scored)
         rows = np.full((len(pairs), of_scored.shape[1]), np.nan)
         rows[~failed] = of_scored
@@ -64,7 +66,8 @@ def score(
 @cache
 def title(name: str) -> str:
     """What tables and plots call a metric."""
-    specs = (spec for kind in KINDS.names() for spec in KINDS.load(kind).metrics)
+    of_kinds = (spec for kind in KINDS.names() for spec in KINDS.load(kind).metrics)
+    specs = (*of_kinds, *CHOICE_METRICS.values())
     return next((spec.title for spec in specs if spec.name == name), "") or name
 
 

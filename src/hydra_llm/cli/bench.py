@@ -18,6 +18,7 @@ from hydra_llm.errors import DataError, SettingsError
 from hydra_llm.extras import require
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Prices
+from hydra_llm.llm.none import NONE
 
 if TYPE_CHECKING:
     from hydra_llm.bench.report.tables import Report
@@ -87,7 +88,7 @@ def run(
     from hydra_llm.bench.results import tabulate
     from hydra_llm.bench.runlog import export_lamp
 
-    spec = source.spec()
+    spec = source.spec(NONE)
     repeats = whole_numbers("--seeds", seeds, least=0) if seeds else ()
     records, budget = whole_numbers("--k", k), whole_numbers("--b", b)
     find = partial(find_methods, split_names(methods), records=records, budget=budget)
@@ -98,7 +99,11 @@ def run(
         raise SettingsError("--folds learns a bundle for each: leave --bundle out")
     learned, settings = options.open_bundle(bundle) if bundle else (None, options.settings())
     dataset = _load(data, settings, base_url, learned)
-    task, chosen = dataset.task, find(dataset.task.kind)
+    choices = dataset.asks_choices(prefer=spec == NONE)
+    if spec == NONE and not choices:
+        source.spec()
+    dataset = dataset.asking(choices=choices)
+    task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
     with source.opened(spec, settings) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
         plan = replace(plan, bundle=learned, folds=folds)

@@ -11,6 +11,7 @@ from hydra_llm.cli import console
 from hydra_llm.cli import options as opt
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.none import NONE
 from hydra_llm.llm.registry import bare_llm, open_llm, wrap
 from hydra_llm.types import Answer
 
@@ -22,11 +23,11 @@ SHOWN_FAILURES = 5
 
 @opt.with_option_sets
 def learn(
-    llm: opt.LLM,
     out: Annotated[Path, Option(help="Folder of the new bundle; an older one is replaced.")],
     options: opt.RunSettings,
     selection: opt.Selection,
     recording: opt.Recording,
+    llm: opt.LearnLLM = NONE,
     data: Annotated[Path | None, Argument(help="A native folder, or LaMP's files.")] = None,
     store: Annotated[str | None, Option(help="Learn from the gateway's database.")] = None,
     task: Annotated[Path | None, Option(help="task.json for --store; default: free text.")] = None,
@@ -34,7 +35,7 @@ def learn(
     as_json: opt.AsJson = False,
 ) -> None:
     """Learn a bundle from the training users of a data set, or from all users of a store; `--limit`
-    takes the first. A stopped command continues where it was.
+    takes the first. A stopped command continues where it was. Recorded choices need no `--llm`.
     """
     from hydra_llm.training.api import learn as run
 
@@ -64,9 +65,9 @@ def learn(
 def fit(
     data: Annotated[Path, Argument(help="A data set with the users' histories.")],
     bundle: opt.BundleFolder,
-    llm: opt.LLM,
     options: opt.RunSettings,
     recording: opt.Recording,
+    llm: opt.LearnLLM = NONE,
     user: Annotated[list[str] | None, Option(help="Id; repeatable; default: split 'test'.")] = None,
     limit: opt.Limit = None,
     as_json: opt.AsJson = False,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LLM_HELP = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND"
 SET_HELP = "A setting (docs/settings.md), as model.head=kernel; repeatable."
 LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
+LearnLLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; none for recorded choices.")]
 BundleFolder = Annotated[Path, Option("--bundle", help="Folder of a learned bundle.")]
 Limit = Annotated[int | None, Option(min=1, help="Max number, for a first look.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -134,11 +135,15 @@ class RecordedLLM(Recording):
     llm: Annotated[str | None, Option(help=f"{LLM_HELP}; or give --replay.")] = None
     replay: Annotated[Path | None, Option(help="A recording with all answers.")] = None
 
-    def spec(self) -> str:
-        """The LLM's spec; exactly one of `--llm` and `--replay` must be given."""
-        if (self.llm is None) == (self.replay is None):
+    def spec(self, default: str = "") -> str:
+        """The LLM's spec; exactly one of `--llm` and `--replay` must be given, or one of them at
+        most where there is a default.
+        """
+        specs = [] if self.llm is None else [self.llm]
+        specs += [] if self.replay is None else [f"replay:{self.replay}"]
+        if len(specs) > 1 or not (specs or default):
             raise SettingsError("give one of --llm SPEC and --replay FILE")
-        return self.llm or f"replay:{self.replay}"
+        return specs[0] if specs else default
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -112,6 +112,26 @@ class DataSet:
         streams = (self.stream_history(), self.stream_queries())
         plain = [[entry for entry in own if not offered(entry)] for own in streams]
         return dict(zip(PARTS, plain, strict=True))
+
+    def asks_choices(self, *, prefer: bool) -> bool:
+        """Whether methods are asked its recorded choices: where it has no other queries, or has
+        both and `prefer`.
+        """
+        kinds = {bool(own.offered) for own in self.stream_queries()}
+        return kinds == {True} or (prefer and True in kinds)
+
+    def asking(self, *, choices: bool) -> "DataSet":
+        """The data set in which all queries are recorded choices, or none is; training users' other
+        ones become records.
+        """
+        kept, records = dict[str, list[Query]](), dict[str, list[Record]]()
+        for user, split in self.splits.items():
+            kept[user] = [own for own in self.queries(user) if bool(own.offered) == choices]
+            left = [own for own in self.queries(user) if bool(own.offered) != choices]
+            known = [as_record(q, f"query:{q.id}") for q in left if q.gold and split == "train"]
+            records[user] = [*self._own(self._records, user), *known]
+        same = all(len(kept[user]) == len(self.queries(user)) for user in self.splits)
+        return self if same else replace(self, _queries=kept, _records=records)
 
     def _own(self, entries: Mapping[str, Sequence[Entry]], user: str) -> Sequence[Entry]:
         if user not in self.splits:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from anyio.to_thread import run_sync
 
+from hydra_llm.datasets.choices import candidates_fault
 from hydra_llm.datasets.dataset import time_fault
 from hydra_llm.gateway.deployment import Deployment
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, fault_of
 from hydra_llm.gateway.user_cache import UserSnapshot, from_stored, texts_of, to_stored
-from hydra_llm.history import parse_time
+from hydra_llm.history import as_query, as_record, parse_time
 from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.select import all_labels, candidate_text
 from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
@@ -26,6 +27,7 @@ from hydra_llm.types import Candidate, Query, Record
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
+    from hydra_llm.training.dataset import LabelledGroup
 
 Heads = Mapping[str, Head]  # by scorer
 ACCEPTED = 0.5  # minimum rating of an answer that counts as what the user wanted
@@ -166,6 +168,8 @@ class _Feedback:
         group = self._group(user.records)
         said = {self.kind: self.value} | ({"time": self.time} if self.time else {})
         content = {"said": said, "bundle": self.deployment.id, "group": group}
+        if choice := self.choice:
+            content["choice"] = {"candidates": choice.offered, "chosen": choice.gold}
         judged = StoredFeedback(self.request.id, self.request.created, content)
         others = [feedback for feedback in state.earlier if feedback.request != judged.request]
         replaces = len(others) < len(state.earlier)
@@ -173,12 +177,30 @@ class _Feedback:
             return judged, {}
         return judged, heads_after(bundle, user.name, user.heads, [*others, judged])
 
+    @property
+    def choice(self) -> Query | None:
+        """Of texts among which the user chose: the recorded choice that this is."""
+        if self.kind != "chosen" or self.wanted is None or self.deployment.pipeline.task.labels:
+            return None
+        readable = [own for own in self.candidates if own.answer is not None]
+        offered = tuple(own.text for own in readable)
+        taken = next((own.text for own in readable if _answer(own) == self.wanted), None)
+        if taken is None or candidates_fault(list(offered)):
+            return None
+        request = self.request
+        return Query(request.user, request.id, request.question, taken, offered=offered)
+
     def _group(self, records: Sequence[Record]) -> dict[str, Any] | None:
         """The candidates with the gain of each, as plain values."""
         task, bundle, request = self.deployment.pipeline.task, self.deployment.bundle, self.request
         readable = [candidate for candidate in self.candidates if candidate.answer is not None]
         if not readable or not bundle or not bundle.adapter or not bundle.adapter.updates_online:
             return None
+        visible = self.deployment.readable(records)[: request.content["visible"]]
+        if self.choice:
+            from hydra_llm.training.labelling import choice_group
+
+            return _stored(choice_group(bundle.featurizer, self.choice, visible, readable))
         offered = all_labels(task, readable) if task.labels else readable
         if self.wanted is not None:
             gold = task.parse(self.wanted) or self.wanted
@@ -189,12 +211,31 @@ class _Feedback:
             gains = [rating if item.answer == rated else 1.0 - rating for item in offered]
         if len(set(gains)) < 2:
             return None
-        visible = self.deployment.readable(records)[: request.content["visible"]]
         query = Query(request.user, request.id, request.question)
         vectors = bundle.featurizer.vectorize(visible)
         rows = bundle.featurizer.adapter(query, offered, vectors).tolist()
         texts = [candidate_text(task, candidate) for candidate in offered]
         return {"left": request.question, "rights": texts, "gains": gains, "evidence": rows}
+
+
+def _stored(group: "LabelledGroup") -> dict[str, Any]:
+    """A group as it is kept with the feedback."""
+    rows, gains = group.side_features.tolist(), list(group.gains)
+    texts = {"left": group.left, "rights": list(group.rights)}
+    return {**texts, "gains": gains, "evidence": rows, "exact": group.exact}
+
+
+def with_choices(records: Sequence[Record], judged: Sequence[StoredFeedback]) -> list[Record]:
+    """The records; those that became of a choice among texts as the choice that it was."""
+    choices = {f"{FEEDBACK_ID}{own.request}": own.content.get("choice") for own in judged}
+
+    def as_it_was(record: Record) -> Record:
+        if not (choice := choices.get(record.id)):
+            return record
+        offered, taken = tuple(choice["candidates"]), choice["chosen"]
+        return as_record(replace(as_query(record), offered=offered, gold=taken), record.id)
+
+    return list(map(as_it_was, records))
 
 
 def heads_after(
@@ -215,8 +256,7 @@ def heads_after(
     for position, feedback in enumerate(ordered[-FEEDBACK_WINDOW:]):
         group, query = feedback.content["group"], feedback.request
         rights, gains, side = group["rights"], group["gains"], np.array(group["evidence"])
-        groups.append(
-            LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)
-        )
+        of = LabelledGroup(user, query, group["left"], rights, gains, side, position, voted=True)
+        groups.append(replace(of, exact=group.get("exact", False)))
     data = training_set(bundle, target_rule(bundle, "adapter"), scorer, groups)
     return {FITTED: fitted, "adapter": scorer.online_update(fitted, data.groups)}

@@ -15,7 +15,7 @@ from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import DataError, HydraError
 from hydra_llm.gateway.auth import pseudonym
 from hydra_llm.gateway.deployment import ANY_TASK, Deployment
-from hydra_llm.gateway.feedback import heads_after
+from hydra_llm.gateway.feedback import heads_after, with_choices
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of, to_stored
 from hydra_llm.llm.base import ChatLLM
@@ -94,7 +94,8 @@ class Worker:
             raise HydraError("there is no bundle: nothing to fit")
         base = deployment.bundle.features
         for _ in range(TRIES):
-            version, records = self._store.records(job.user)
+            version, plain = self._store.records(job.user)
+            records = with_choices(plain, self._store.unlearned_feedback(job.user, or_learned=True))
             readable, ids = deployment.readable(records), {record.id for record in records}
             # Feedback that became a record is learned by the fit; the rest updates the head.
             feedback = self._store.unlearned_feedback(job.user, bundle=deployment.id)
@@ -186,6 +187,8 @@ def _dataset(store: Store, task: Task) -> tuple[dict[str, int], DataSet]:
     versions, records = dict[str, int](), list[Record]()
     for user in store.users():
         version, own = store.records(user)
+        if not task.labels:
+            own = with_choices(own, store.unlearned_feedback(user, or_learned=True))
         readable = [record for record in own if task.is_answer(record.output)]
         if version is not None and readable:
             versions[user] = version

@@ -21,6 +21,7 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
         "openai": "hydra_llm.llm.openai:from_spec",
         "gguf": "hydra_llm.llm.gguf:from_path",
         "smollm2": "hydra_llm.llm.gguf:smollm2",
+        "none": "hydra_llm.llm.none:from_spec",
         "fake": "hydra_llm.llm.fake:from_spec",
     },
     kind="LLM",

@@ -231,6 +231,7 @@ class CohortStats:
     label_shares: tuple[float, ...] = ()  # [L] in the task's order of labels
     reference: float = 0.45  # usual cosine between a query and the nearest records of its user
     words: float = 10.0  # median length of an answer (free texts)
+    choices: int = 0  # recorded choices among texts; with any, candidates have their columns
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ class HistoryVectors:
     labels: NDArray[np.int64]  # [n] index of each record's label; empty for free texts
     words: Floats = field(default_factory=lambda: np.zeros(0))  # [n] length of each free text
     counts: UserWords | None = None  # of words in the records; None without a word model
+    habits: Any = None  # `tasks.choices.Habits` of earlier choices, where there are some
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -18,13 +18,14 @@ from typing import Any, ParamSpec, TypeVar
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings, as_learned, load_settings
-from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.dataset import DataSet, offered
 from hydra_llm.datasets.native import load
 from hydra_llm.datasets.verdicts import doubts
 from hydra_llm.errors import DataError, LLMError, SettingsError, UnknownUser
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import Progress, StageProgress, run_sync
+from hydra_llm.llm.none import NONE, is_none
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.model.encoder import open_encoder
 from hydra_llm.model.feature_cache import FeatureCache
@@ -43,6 +44,7 @@ from hydra_llm.training.labelling import (
     adapter_groups,
     asked_about,
     asks_of_records,
+    choice_groups,
     offers_all,
     reads_labels,
     reranker_groups,
@@ -102,9 +104,12 @@ SKIPPED = {  # why none is learned where all gains are equal
 }
 
 
+NO_LLM = "no LLM was given"
+
+
 async def alearn(
     dataset: DataSet | Path | str,
-    llm: ChatLLM | str,
+    llm: ChatLLM | str = NONE,
     settings: Settings | None = None,
     *,
     out: Path | str | None = None,
@@ -117,7 +122,8 @@ async def alearn(
 
     With `first`, a bundle of the same users, only the adapter is learned: the reranker is copied,
     and with it the candidates. `strengths` are the strengths of regularization to choose among.
-    `warn` is called with a line for each doubt about the data, before the LLM is asked.
+    `warn` gets a line for each doubt about the data, before the LLM is asked. Without an LLM
+    recorded choices and labels are learned from, and no reranker is.
 
     Raises BundleError: `out` is a file, or a folder of something else. DataError: the data set is
     broken or has no training users with records. LLMError: the budget is spent (a repeat
@@ -128,8 +134,7 @@ async def alearn(
     settings, data, model = _opened(dataset, llm, settings)
     users = data.users("train")[: settings.users]
     records = {user: data.answered(user) for user in users if data.history(user)}
-    if not records:
-        raise DataError("no training user has records: users.jsonl needs users with split 'train'")
+    _check_learnable(model, data.task, records)
     _warn(data, warn)
     blank = blank_bundle(data.task, model, settings, records, partial(progress, "encode texts"))
     notes = _lacking(users, records, "have no records and were left out")
@@ -147,7 +152,7 @@ async def alearn(
 async def afit(
     dataset: DataSet | Path | str,
     bundle: Bundle | Path | str,
-    llm: ChatLLM | str,
+    llm: ChatLLM | str = NONE,
     *,
     users: Sequence[str] | None = None,
     settings: Settings | None = None,
@@ -224,6 +229,15 @@ def _opened(
     return chosen, data, model
 
 
+def _check_learnable(llm: ChatLLM, task: Task, records: Mapping[str, Sequence[Record]]) -> None:
+    """DataError: there is nothing to learn from, or not without an LLM."""
+    if not records:
+        raise DataError("no training user has records: users.jsonl needs users with split 'train'")
+    if is_none(llm) and not (task.labels or any(map(offered, chain(*records.values())))):
+        fix = "give --llm SPEC, whose candidates it learns to choose from"
+        raise DataError(f"without an LLM there are no recorded choices to learn from: {fix}")
+
+
 def _warn(data: DataSet, warn: Callable[[str], None]) -> None:
     for doubt in doubts(data, of_learning=True):
         warn(f"data {doubt.severity}: {doubt}")
@@ -264,6 +278,8 @@ class _Work:
             bundle = replace(learned.bundle, scorers=scorers, heads=heads)
             learned.bundle = replace(bundle, use_reranker=first.use_reranker)
             learned.report(reranker=first.report.get(RERANKER, {}))
+        elif is_none(self.llm):
+            learned.report(reranker={"skipped": NO_LLM})
         elif settings.retrieved > 0 and settings.rerank != "never":
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
@@ -330,6 +346,8 @@ class _Work:
     async def collect(self, name: str, plain: UserPipeline, users: Sequence[str]) -> Collected:
         """Let the LLM label what it is asked about training users, or new users' latest records."""
         learned, stage, most = self.learned, STAGES[name], plain.settings.queries_per_user
+        if is_none(self.llm):
+            return Collected(lambda featurizer: [])
         latest = (training_queries(plain.task, plain.records[user], most) for user in users)
         queries, label = list(chain(*latest)), adapter_groups
         if self.asked is not None:
@@ -370,10 +388,11 @@ class _Work:
         learned, users = self.learned, self.learned.users
         for name in (name for name in (RERANKER, ADAPTER) if name in learned.bundle.scorers):
             plain, bundle = self.plain(name), learned.bundle
-            groups = _weak_groups(name, plain, bundle.featurizer, users)
-            if not groups and (name == ADAPTER or bundle.settings.reranker_labels == "llm"):
+            groups, of_llm = _weak_groups(name, plain, bundle.featurizer, users), name == ADAPTER
+            of_choices = all(group.exact for group in groups)  # records need the LLM beside them
+            if of_choices and (of_llm or bundle.settings.reranker_labels == "llm"):
                 collected = await self.collect(name, plain, users)
-                groups = collected.groups(bundle.featurizer)
+                groups += collected.groups(bundle.featurizer)
             started = perf_counter()
             heads = fit_new_heads(bundle, name, groups, users)
             own = _overlaid(bundle.heads.get(name, {}), heads)
@@ -392,12 +411,14 @@ class _Work:
 def _weak_groups(
     name: str, plain: UserPipeline, featurizer: Featurizer, users: Sequence[str]
 ) -> list[LabelledGroup]:
-    """The groups that histories give without an LLM: not for a reranker that learns as published,
-    nor for an adapter that does not learn from every label.
+    """The groups that histories give without an LLM: not for a reranker that learns as published;
+    for an adapter that does not learn from every label, recorded choices alone.
     """
     if name == RERANKER and plain.settings.reranker_labels != "llm":
         return [group for user in users for group in weak_reranker_groups(plain, featurizer, user)]
     if name == ADAPTER and offers_all(plain.task, plain.settings):
         records = (plain.records[user] for user in users)
         return [group for own in records for group in weak_adapter_groups(featurizer, own)]
+    if name == ADAPTER:
+        return [group for user in users for group in choice_groups(featurizer, plain.records[user])]
     return []

@@ -33,6 +33,7 @@ class LabelledGroup:
     side_features: NDArray[np.floating]  # [C, E]; the scorer names the columns
     position: int = 0  # of the query in the user's order: how many records it may see
     voted: bool = False  # whether the side features include vote shares of the LLM's samples
+    exact: bool = False  # a recorded choice: the target is the candidate with gain 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,9 @@ def within_group_spread(gains: Tensor, mask: Tensor) -> float:
 
 def gain_spread(groups: Sequence[LabelledGroup]) -> float:
     """The training groups' spread, kept: so no user's targets depend on another user's."""
-    rows = [torch.tensor(group.gains) for group in groups]
+    rows = [torch.tensor(group.gains) for group in groups if not group.exact]
+    if not rows:
+        return 1.0
     gains = pad_sequence(rows, batch_first=True, padding_value=torch.nan)
     return within_group_spread(gains.nan_to_num(0.0), ~gains.isnan())
 
@@ -212,6 +215,10 @@ def make_training_set(
     gains = torch.zeros(plain.mask.shape)
     gains[plain.mask] = torch.tensor([gain for group in groups for gain in group.gains])
     target = targets(gains, plain.mask, rule=rule, loss=loss, spread=spread)
+    exact = torch.tensor([group.exact for group in groups], dtype=torch.bool)
+    if bool(exact.any()):
+        chosen = targets(gains[exact], plain.mask[exact], rule="exact", loss=loss)
+        target[exact] = chosen
     positions = torch.tensor([group.position for group in groups], dtype=torch.long)
     voted = torch.tensor([group.voted for group in groups], dtype=torch.bool)
     users = tuple(group.user for group in groups)

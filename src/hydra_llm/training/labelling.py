@@ -5,7 +5,8 @@ A user's own later records are queries for the earlier ones (`history.before`: w
     adapter   the candidates of `UserPipeline.apropose`, each with its gain
 and weak labels, which cost no LLM call:
     reranker  the same records, each worth what its own answer would be for the query (1-NN)
-    adapter   for tasks with labels, the record's own answer against the other labels
+    adapter   for tasks with labels, the record's own answer against the other labels;
+              recorded choices: the candidate that was taken against the others
 Knows no scorer but those inside the personalizer. A failed call is reported and its pair left out.
 """
 
@@ -22,11 +23,11 @@ from hydra_llm.llm.concurrency import Progress, map_calls
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import HEADS
 from hydra_llm.rerank import record_text
-from hydra_llm.select import all_labels, candidate_text
+from hydra_llm.select import all_labels, candidate_text, offered_candidates
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import Task
 from hydra_llm.training.dataset import LabelledGroup
-from hydra_llm.types import Candidate, Proposal, Query, Ranked, Record, Usage
+from hydra_llm.types import Candidate, Choice, Proposal, Query, Ranked, Record, Usage
 
 
 @dataclass
@@ -67,7 +68,11 @@ def asked_about(data: DataSet, settings: Settings, users: Sequence[str]) -> Aske
             {u: training_queries(task, own, most) for u, own in answered.items()}, answered
         )
     records = {user: data.history(user) for user in users}
-    queries = {user: known_queries(data, user, most) for user in users}
+    known = {user: known_queries(data, user) for user in users}
+    queries = {
+        user: [query for query in own if task.labels or not query.offered][:most]
+        for user, own in known.items()
+    }
     if how == "both":
         for user, own in queries.items():
             earlier = before(records[user], own[0]) if own else records[user]
@@ -82,8 +87,12 @@ def known_queries(data: DataSet, user: str, most: int | None = None) -> list[Que
 
 
 def training_queries(task: Task, records: Sequence[Record], count: int) -> list[Query]:
-    """A user's last records as queries, if they see a record and have an answer of the task."""
+    """A user's last records as queries, if they see a record and have an answer of the task. A
+    recorded choice among texts needs no labels by an LLM.
+    """
     ordered = [record for record in in_order(records) if task.is_answer(record.output)]
+    if not task.labels:
+        ordered = [record for record in ordered if not isinstance(record, Choice)]
     return [as_query(record) for record in ordered[-count:] if before(records, record)]
 
 
@@ -223,6 +232,33 @@ def weak_adapter_groups(featurizer: Featurizer, records: Sequence[Record]) -> li
     queries = [as_query(record) for record in in_order(records) if record.output in labels]
     contexts = (Context(query, tuple(before(records, query))) for query in queries)
     return [_labelled(featurizer, context, candidates, voted=False) for context in contexts]
+
+
+def choice_groups(featurizer: Featurizer, records: Sequence[Record]) -> list[LabelledGroup]:
+    """A user's recorded choices, each with what is known of the records before it."""
+    ordered = [record for record in in_order(records) if isinstance(record, Choice)]
+    return [
+        choice_group(featurizer, as_query(choice), before(records, choice)) for choice in ordered
+    ]
+
+
+def choice_group(
+    featurizer: Featurizer,
+    query: Query,
+    visible: Sequence[Record],
+    candidates: Sequence[Candidate] = (),
+) -> LabelledGroup:
+    """A choice of which the query's `gold` was taken, whether it was imported or is the gateway's
+    feedback; `candidates`: what is known of those offered beside their texts.
+    """
+    offered = candidates or offered_candidates(query)
+    side = featurizer.adapter(query, offered, featurizer.vectorize(visible))
+    texts = [candidate_text(featurizer.task, candidate) for candidate in offered]
+    gains = [float(text == query.gold) for text in texts]
+    position = len(visible)
+    plain = LabelledGroup(query.user, query.id, query.input, texts, gains, side, position)
+    # as the LLM's candidates, whose groups learn from choices too where there are both
+    return replace(plain, voted=True, exact=True)
 
 
 def _labelled(

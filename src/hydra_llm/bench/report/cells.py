@@ -2,7 +2,7 @@
 
 import math
 
-from hydra_llm.bench.results import rounded
+from hydra_llm.bench.results import MethodResult, rounded
 from hydra_llm.bench.stats import Paired, Relative, title
 
 
@@ -11,6 +11,13 @@ def cell(value: float, low: float, high: float, *, form: str = ".3f") -> str:
     if math.isnan(value):
         return "failed"
     return f"{value:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+
+
+def figure(result: MethodResult, figures: tuple[float, float, float]) -> str:
+    """The cell of a method's metric; `none` where no call failed and the method has no such figure,
+    as a log-loss without probabilities.
+    """
+    return "none" if math.isnan(figures[0]) and not result.failed else cell(*figures)
 
 
 def signed(change: Paired) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hydra_llm.bench.choices import by_earlier
 from hydra_llm.bench.method import base_name
 from hydra_llm.bench.report.cells import signed
 from hydra_llm.bench.report.tables import Report, Run, TableRow
@@ -32,6 +33,7 @@ def _findings(report: Report) -> tuple[str, ...]:
     for row in report.rows:
         if base_name(row.method) == "hydra":
             sentences += [*_comparisons(report, row.method), *_picks(report, row)]
+            sentences += by_earlier(report.run.by_method, row.method)
     for learned in report.run.learning[:1]:  # the first seed
         sentences += _learning("reranker", "records", learned.get("reranker") or {})
         sentences += _learning("adapter", "candidates", learned.get("adapter") or {})
@@ -104,8 +106,8 @@ def _picks(report: Report, own: TableRow) -> Iterator[str]:
 
 
 def _calibration(run: Run, name: str, samples: Sequence[Sample]) -> Iterator[str]:
-    """Mean probability of the picks, share of correct ones, and the expected calibration error.
-    Texts are never correct: their picks count as such with the gain of the best of the samples.
+    """Mean probability of the picks, share of correct ones, and the expected calibration error. An
+    LLM's texts are never correct: picks with the gain of the best of the samples count as such.
     """
     gain, is_closed = run.task.gain, bool(run.task.labels)
     best = {
@@ -114,18 +116,22 @@ def _calibration(run: Run, name: str, samples: Sequence[Sample]) -> Iterator[str
         for sample in of_method
         if not is_closed and base_name(method) == "oracle" and not sample.error
     }
-    picks = []
+    picks: list[tuple[float, float]] = []
     for sample in samples:
         if sample.probability is None or sample.error:
             continue
         if is_closed:
             picks.append((sample.probability, sample.answer == sample.gold))
+        elif sample.choice:
+            picks.append((sample.probability, sample.choice["choice_accuracy"]))
         elif (bound := best.get((sample.user, sample.query))) is not None:
             as_good = gain(sample.answer, sample.gold) >= bound - 1e-9
             picks.append((sample.probability, as_good))
     if picks:
         sure, right = np.array(picks, dtype=np.float64).T
         correct = "the user's answer" if is_closed else "as good as the best one"
+        if any(sample.choice for sample in samples):
+            correct = "the one that was taken"
         yield (
             f"{name} gives its picks a probability of {sure.mean():.2f} on average, and"
             f" {right.mean():.2f} of them are {correct}; expected calibration error"

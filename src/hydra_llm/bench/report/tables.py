@@ -16,7 +16,7 @@ from hydra_llm.bench.calibration import Calibration, of_labels
 from hydra_llm.bench.method import METHODS, base_name, installed, per_sample
 from hydra_llm.bench.multiple import ALPHA, UsersTested, compare_users, holm
 from hydra_llm.bench.report import best_prompt
-from hydra_llm.bench.report.cells import cell, difference, json_number, p_value, share, share_json
+from hydra_llm.bench.report.cells import difference, figure, json_number, p_value, share, share_json
 from hydra_llm.bench.results import (
     Answers,
     Comparison,
@@ -207,6 +207,8 @@ def make_report(run: Run, baseline: str | None = None, prices: Prices = FREE) ->
         answers[best_prompt.NAME] = honest
         results[best_prompt.NAME] = best_prompt.result(task, honest, prices)
     base = baseline or (best_prompt.NAME if honest else best.get(next(iter(task.metric_specs))))
+    if base is None and "random" in results:  # of recorded choices, which no prompt answers
+        base = "random"
     if base is None and len(results) == 1:
         (base,) = results
     if base is not None and base not in results:
@@ -299,7 +301,7 @@ def method_rows(
             "part": GROUPS[row.group],
             "method": row.method,
             **{
-                name: cell(*figures) + marks[report.marks.get((row.method, name), 0)]
+                name: figure(row.result, figures) + marks[report.marks.get((row.method, name), 0)]
                 for name, figures in row.result.metrics.items()
             },
             "over best prompts": share(row.over_prompts),
@@ -387,7 +389,7 @@ def results_table(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     return [
         {
             "method": result.method,
-            **{title(name): cell(*figures) for name, figures in result.metrics.items()},
+            **{title(name): figure(result, own) for name, own in result.metrics.items()},
             "queries": result.queries,
             "LLM calls": round(result.calls, 1),
             "LLM s": round(result.llm_seconds, 2),
