@@ -302,3 +302,14 @@ def test_a_last_digit_is_no_lead() -> None:
     assert first_best(values) == 3
     assert first_best(values[:3]) == 1
     assert first_best(-values) == 0
+
+
+def test_auto_takes_the_score_of_words_as_the_gain() -> None:
+    plain = adapter(TITLES, select="auto")
+    assert plain.how == "expected-gain"
+    interaction = Tower(8, 4)
+    names = (*plain.featurizer.adapter_names, *TITLES.strategy.word_columns)
+    scorer = Scorer(interaction, make_head("linear", interaction), names)
+    for chosen, how in (("auto", "best"), ("best", "best"), ("expected-gain", "expected-gain")):
+        settings = Settings.checked({"select": chosen})
+        assert LearnedSelector(scorer, plain.featurizer, settings).how == how

@@ -14,6 +14,7 @@ from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.tasks.classification import BANDWIDTHS, PSEUDO_COUNT
 from hydra_llm.tasks.generation import overlap
 from hydra_llm.types import Candidate, Query, Ranked, Record
+from hydra_llm.word_counts import UserWords
 
 TAGS = Task("tags", "classification", "Which tag? {input}", ("calm", "loud", "odd"))
 STARS = Task("stars", "rating", "How many stars? {input}", ("1", "2", "5"))
@@ -218,3 +219,26 @@ def test_cohort_stats_are_the_training_users() -> None:
     )  # type: ignore[arg-type]
     assert titles.words == 3
     assert fit_stats(TITLES, Hashed(), [[]]).words == 10  # type: ignore[arg-type]
+
+
+class HalfKnown:
+    """A word model: the user's answers have "moon" half of the time, and no other word."""
+
+    def probabilities(self, asked: Sequence[str], text: str, own: UserWords) -> np.ndarray:
+        self.text, self.own = text, own
+        return np.array([0.5 * (word == "moon") for word in asked])
+
+
+def test_expected_rouge_by_the_word_model() -> None:
+    model = HalfKnown()
+    own = Featurizer(TITLES, Hashed(), CohortStats(words=6), model)  # type: ignore[arg-type]
+    offered = [Candidate(text, text) for text in ("The Moon", "moon moon moon", "a sun", "!")]
+    for history, usual in ((HISTORY, 1.0), ([], 6.0)):  # mean words of an answer
+        table = own.adapter(QUERY, offered, own.vectorize(history))
+        assert own.adapter_names[-1] == "expected_rouge"
+        expected = [1.5 * 0.5 / (count + 0.5 * usual) for count in (2, 3)]
+        assert table[:, -1] == pytest.approx([*expected, 0, 0])
+        assert (model.text, model.own.records) == (QUERY.input, len(history))
+    assert maker(TITLES).adapter_names == own.adapter_names[:-1]  # without a word model
+    tags = Featurizer(TAGS, Hashed(), CohortStats(), model)  # type: ignore[arg-type]
+    assert tags.adapter_names == maker(TAGS).adapter_names

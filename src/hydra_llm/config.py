@@ -142,8 +142,10 @@ class Selection(Group):
 
     candidates: Literal["sampled", "labels"] = "labels"
     """sampled: the LLM's samples; labels: every label, with vote shares (tasks with labels)."""
-    select: Literal["best", "expected-gain"] = "expected-gain"
-    """best: highest score, as published; expected-gain: highest mean gain by softmax of scores."""
+    select: Literal["auto", "best", "expected-gain"] = "auto"
+    """best: highest score, as published; expected-gain: highest mean gain by softmax of scores.
+    auto: best for free texts with a word model, whose scores estimate gains; else expected-gain.
+    """
     abstention_threshold: float = Field(default=0.0, ge=0)
     """Keep candidate 0 unless the margin exceeds this many posterior SDs of the head; 0 is off."""
 

@@ -66,7 +66,10 @@ class LearnedSelector(Selector):
 
     def __init__(self, scorer: "Scorer", featurizer: Featurizer, settings: Settings):
         self.scorer, self.featurizer, self.settings = scorer, featurizer, settings
-        self.task = featurizer.task
+        self.task, self.how = featurizer.task, settings.select
+        if self.how == "auto":
+            by_words = set(self.task.strategy.word_columns) & set(scorer.side_names)
+            self.how = "best" if by_words else "expected-gain"
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
@@ -78,7 +81,7 @@ class LearnedSelector(Selector):
         scores = self.scorer.score(groups, [head])[0][rows]
         shares = self.scorer.shares(scores)
         # Of recorded choices one was taken: no other one is worth a part of it.
-        how = "best" if context.query.offered else self.settings.select
+        how = "best" if context.query.offered else self.how
         pick = select(self.task, readable, scores.numpy(), shares.numpy(), how)
         scored = list(candidates)
         for place, score, share in zip(places, scores.tolist(), shares.tolist(), strict=True):
@@ -116,7 +119,7 @@ class LearnedSelector(Selector):
         pick: int,
     ) -> bool:
         """Whether the pick's margin over candidate 0 is below the threshold."""
-        gains = _gains(self.task, readable, self.settings.select)
+        gains = _gains(self.task, readable, self.how)
         return _margin(shares, gains, covariance, pick) < self.settings.abstention_threshold
 
     def _encoded(

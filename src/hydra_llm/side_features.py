@@ -109,10 +109,11 @@ class Featurizer:
 
     def _context(self, query: Query, history: HistoryVectors) -> FeatureContext:
         vector = self.features.texts([query.input])[0]
-        shares = self._word_shares(query, history)
+        shares = self.word_shares(query, history)
         return FeatureContext(vector, history, self.stats, self.features.texts, shares)
 
-    def _word_shares(self, query: Query, history: HistoryVectors) -> WordShares | None:
+    def word_shares(self, query: Query, history: HistoryVectors) -> WordShares | None:
+        """How likely the user's answer has each of some words; None without a word model."""
         if self.word_model is None:
             return None
         model = self._word_models.get(query.user, self.word_model)

@@ -19,7 +19,7 @@ from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Loss, Scorer
 from hydra_llm.training.calibration import FitReport
-from hydra_llm.training.convex import Strengths, fit_heads, fit_scorer
+from hydra_llm.training.convex import Strengths, fit_base, fit_heads, fit_scorer
 from hydra_llm.training.dataset import TrainingSet
 from tests.marks import slow_except
 
@@ -361,3 +361,24 @@ def test_fitting_reports_each_step_and_its_end() -> None:
     assert counts[-1] == total
     assert counts[-2] < total
     assert len(counts) >= total - 5, "the steps that are announced are those that are made"
+
+
+def test_side_weights_are_drawn_to_their_prior() -> None:
+    table, _ = simulate(users=6, groups=4)
+    side = torch.randn(*table.groups.mask.shape, 2, generator=torch.Generator().manual_seed(1))
+    table = replace(table, groups=replace(table.groups, side_features=side))
+    scorer, believed = (
+        cross_scorer("linear", table, evidence=("one", "two")),
+        torch.tensor([1.0, 2.0]),
+    )
+    fit_base(scorer, table, 1e6, 1e8)  # so strong that nothing is learned
+    assert scorer.side_weight.abs().max() < 1e-3
+    scorer.side_prior = believed
+    fit_base(scorer, table, 1e6, 1e8)
+    expected = (believed * scorer.side_scale).tolist()
+    assert scorer.side_weight.tolist() == pytest.approx(expected, abs=1e-3)
+    fit_base(scorer, table, 1e6, 1e-4)
+    learned = scorer.side_weight.clone()
+    scorer.side_prior = torch.zeros(2)
+    fit_base(scorer, table, 1e6, 1e-4)
+    assert learned.tolist() == pytest.approx(scorer.side_weight.tolist(), abs=1e-2)  # labels win

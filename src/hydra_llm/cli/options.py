@@ -106,7 +106,9 @@ class Selection:
     """How the answer is selected."""
 
     candidates: Annotated[str | None, Option(help="sampled, or labels: every label.")] = None
-    select: Annotated[str | None, Option(help="best: highest score; or expected-gain.")] = None
+    select: Annotated[str | None, Option(help="auto, best (highest score) or expected-gain.")] = (
+        None
+    )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Scorer(nn.Module):
     gain_spread: Tensor
     vote_weight: Tensor
     prior_precision: Tensor
+    side_prior: Tensor
 
     def __init__(
         self,
@@ -52,6 +53,8 @@ class Scorer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("gain_spread", torch.ones(()))  # of gains within a training group
         self.register_buffer("vote_weight", torch.zeros(count))
+        # the mean of the prior of the side weights, by plain units of the columns; used in learning
+        self.register_buffer("side_prior", torch.zeros(count), persistent=False)
         self.register_buffer("prior_precision", torch.tensor(10.0))
 
     def standardised(self, groups: Groups) -> Tensor:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -116,13 +117,14 @@ class Generation(base.TaskKind):
         return np.stack(columns, 1).astype(np.float64)
 
     word_columns = ("expected_rouge",)
+    gain_columns: ClassVar[Mapping[str, float]] = {"expected_rouge": 0.5, "llm_agreement": 0.1}
 
     def word_features(
         self, context: base.FeatureContext, candidates: Sequence[Candidate]
     ) -> Floats:
         assert context.word_shares is not None
         texts, history = [words(candidate.text) for candidate in candidates], context.history
-        usual = np.median(history.words) if len(history) else context.stats.words
+        usual = np.mean(history.words) if len(history) else context.stats.words
         asked = sorted({word for text in texts for word in text})
         shares = dict(zip(asked, context.word_shares(asked).tolist(), strict=True))
         return np.array([[expected_overlap(text, shares, float(usual))] for text in texts])
@@ -187,13 +189,21 @@ def overlap(answer: str, gold: str, words_of: base.Words = "lamp") -> float:
     return 0.0
 
 
+LENGTH_SHARE = 0.5
+
+
 def expected_overlap(text: Sequence[str], shares: Mapping[str, float], usual: float) -> float:
-    """The expected `overlap` of a text's words with an answer that has each word with its share;
-    `usual` is the answer's length. 0 for a text without words.
+    """About the expected `overlap` of a text's words with an answer that has each word with its
+    share; `usual` is the answer's length. 0 for a text without words.
+
+    ROUGE-1 would have the whole length in the denominator. ROUGE-L falls with a text's length, as
+    fewer of its words are in the answer's order: `LENGTH_SHARE` of it, chosen on training users of
+    two tasks, correlates more with the gain (docs/lab.md).
     """
     if not text:
         return 0.0
-    return 2 * sum(shares[word] for word in set(text)) / (len(text) + usual)
+    expected = sum(shares[word] for word in set(text))
+    return (1 + LENGTH_SHARE) * expected / (len(text) + LENGTH_SHARE * usual)
 
 
 @lru_cache(maxsize=16384)

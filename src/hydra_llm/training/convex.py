@@ -204,14 +204,17 @@ def heads_for(data: TrainingSet, heads: Mapping[str, Head]) -> list[Head | None]
 
 @torch.no_grad()
 def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float = 1.0) -> None:
-    """Set the shared head and the side weights to the minimiser of the ridge-penalised loss."""
+    """Set the shared head and the side weights to the minimiser of the ridge-penalised loss; the
+    side weights are drawn towards `side_prior`.
+    """
     interaction, size = scorer.interaction, scorer.interaction.size
     standardise(scorer, data)
     side, x = scorer.standardised(data.groups)[None], interaction(data.groups)[None]
     target, mask = data.target[None], data.groups.mask[None]
     of_pairs, of_scores = partial(interaction.dot, x), partial(interaction.outer, x)
-    none = torch.zeros_like(target)
-    head = with_bias(Problem(of_pairs, of_scores, size, none, target, mask, scorer.loss))
+    believed = scorer.side_prior * scorer.side_scale
+    offset = side @ believed
+    head = with_bias(Problem(of_pairs, of_scores, size, offset, target, mask, scorer.loss))
 
     def dot(v: Tensor) -> Tensor:
         own, weights = v[:, : head.size], v[:, head.size :]
@@ -226,7 +229,7 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float 
     precision[head.size :] = side_ridge
     v = newton_cg(problem, precision)[0]
     scorer.head.set_shared(v[:size], v[size] if head.size > size else torch.zeros(()))
-    scorer.side_weight.copy_(v[head.size :])
+    scorer.side_weight.copy_(believed + v[head.size :])
 
 
 def standardise(scorer: Scorer, data: TrainingSet) -> None:

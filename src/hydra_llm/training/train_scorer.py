@@ -90,6 +90,11 @@ def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledG
         head = make_head(settings.head, interaction, rank=settings.rank)
         scorer = Scorer(interaction, head, data.side_names, loss=settings.loss)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
+    if data.rule == "graded" and scorer.loss == "listwise" and bundle.word_model:
+        # Targets are gains over their spread: so are scores that estimate them.
+        shares = bundle.task.strategy.gain_columns
+        believed = torch.tensor([shares.get(name, 0.0) for name in data.side_names])
+        scorer.side_prior = believed / scorer.gain_spread
     return scorer
 
 
