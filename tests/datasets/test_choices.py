@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
+from hydra_llm.cli.main import run
 from hydra_llm.datasets.check import find_problems, summarize
-from hydra_llm.datasets.dataset import DataSet, offered
+from hydra_llm.datasets.dataset import DataSet, Split, offered
 from hydra_llm.datasets.native import load, save
 from hydra_llm.datasets.tabular import CHOICES, read_table
 from hydra_llm.datasets.verdicts import verdicts
 from hydra_llm.errors import DataError
-from hydra_llm.tasks.base import CHOICE_METRICS
-from hydra_llm.types import Choice, Record
+from hydra_llm.tasks.base import CHOICE_METRICS, Task
+from hydra_llm.types import Choice, Query, Record
 
 TASK = {"name": "next", "kind": "generation", "prompt": "Go on: {input}"}
 
@@ -203,3 +204,46 @@ def test_a_broken_line_of_a_table_is_named(
         read_table(file, COLUMNS)
     assert message in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+def test_each_broken_choice_is_one_line_of_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        line(0),
+        line(1, candidates=["one"], chosen=0),
+        line(2, chosen=7),
+        line(3, candidates=["a", "b", "a"]),
+    ]
+    folder = folder_of(tmp_path, lines)
+    assert run(["data", "check", str(folder)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [text.split(": ")[1:3] for text in told] == [
+        [f"{folder}/choices.jsonl:2", "field 'candidates'"],
+        [f"{folder}/choices.jsonl:3", "field 'chosen'"],
+        [f"{folder}/choices.jsonl:4", "field 'candidates'"],
+    ]
+    assert run(["learn", str(folder), "--out", str(tmp_path / "bundle")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_either_kind_of_queries_is_asked() -> None:
+    record = Record("ada", "r", "once", "upon", position=0)
+    plain = Query("ada", "p", "once", "more")
+    choice = Query("ada", "c", "then", "a", offered=("a", "b"))
+    task = Task("next", "generation", "Go on: {input}")
+
+    def data(split: Split, *queries: Query) -> DataSet:
+        return DataSet.from_records(task, {"ada": split}, [record], queries)
+
+    both = data("test", plain, choice)
+    assert not both.asks_choices(prefer=False)
+    assert both.asks_choices(prefer=True)
+    assert data("test", choice).asks_choices(prefer=False)
+    assert not data("test", plain).asks_choices(prefer=True)
+    assert [own.id for own in both.asking(choices=True).stream_queries()] == ["c"]
+    assert [own.id for own in both.asking(choices=False).stream_queries()] == ["p"]
+    assert data("test", plain).asking(choices=False) == data("test", plain)
+    trained = data("train", plain, choice).asking(choices=False)
+    assert [own.id for own in trained.history("ada")] == ["r", "query:c"]
+    assert isinstance(trained.history("ada")[1], Choice)

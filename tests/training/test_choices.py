@@ -1,5 +1,6 @@
 """Recorded choices become labelled groups, and are learned from without an LLM."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from hydra_llm.errors import DataError
 from hydra_llm.history import as_query, before
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.none import NoLLM
+from hydra_llm.tasks.base import Task
+from hydra_llm.tasks.choices import ATTRIBUTES, attributes
 from hydra_llm.training.dataset import LabelledGroup, make_training_set
 from hydra_llm.training.labelling import choice_group, choice_groups
 from hydra_llm.types import Choice, Message, Query, Record
@@ -136,3 +139,57 @@ def test_a_choice_of_new_users_sees_earlier_ones_only(bundle: Bundle) -> None:
     first = feature(query, candidates, bundle.featurizer.vectorize(records[:2]))
     assert np.array_equal(seen, first)
     assert isinstance(query, Query)
+
+
+def test_choices_among_labels_are_answers_against_all_labels() -> None:
+    """Learned without an LLM; a pick is one of those offered."""
+    task = Task("tags", "classification", "Which? {input}", ("calm", "loud", "odd"))
+    dice, records = random.Random(0), []
+    for user in (f"user{i}" for i in range(6)):
+        for place in range(8):
+            own = ("calm", "loud")[place % 2]
+            offered = tuple(dice.sample([own, "odd"], 2))
+            text = f"{'quiet night' if own == 'calm' else 'busy street'} {place}"
+            fields = (user, f"{user}-{place}", text, own, str(2000 + place))
+            records.append(
+                Choice(*fields, position=place, candidates=offered, chosen=offered.index(own))
+            )
+    splits = {f"user{i}": "train" for i in range(6)}
+    data = DataSet.from_records(task, splits, records, [])  # type: ignore[arg-type]
+    learned = learn(data, NoLLM(), strengths=ONE_STRENGTH).bundle
+    query = Query("user0", "q", "busy street again", "loud", offered=("odd", "loud"))
+    answer = learned.personalizer(NoLLM()).answer(query)
+    assert [own.text for own in answer.candidates] == ["odd", "loud"]
+    assert answer.text == "loud"
+    assert sum(own.probability or 0 for own in answer.candidates) == pytest.approx(1)
+
+
+def test_the_place_is_neutral_where_none_was_shown(bundle: Bundle) -> None:
+    query = as_query(choices_of("ada", 1, long=True)[0])
+    candidates = bundle.personalizer(NoLLM()).propose(query).candidates
+    none = bundle.featurizer.vectorize([])
+    rows = [
+        bundle.featurizer.adapter(asked, candidates, none)
+        for asked in (query, replace(query, offered=()))
+    ]
+    names = list(bundle.featurizer.adapter_names)
+    places = [names.index(f"choice_{name}") for name in ("place", "first")]
+    assert (rows[0][:, places] != 0).any()
+    assert (rows[1][:, places] == 0).all()
+    others = [place for place in range(len(names)) if place not in places]
+    assert np.array_equal(rows[0][:, others], rows[1][:, others])
+
+
+def test_attributes_by_hand() -> None:
+    texts = ("and the rain, again", "The sun shines.")
+    rows = attributes("We saw the rain", texts, True)
+    by_name = dict(zip(ATTRIBUTES, (2 * rows).T.tolist(), strict=True))  # ± the difference
+    assert by_name["first"] == [1.0, -1.0]
+    assert by_name["place"] == pytest.approx([-np.log(2), np.log(2)])
+    assert by_name["words"] == pytest.approx([np.log(5 / 4), -np.log(5 / 4)])
+    assert by_name["longest"] == [1.0, -1.0]
+    assert by_name["lower"] == by_name["fits"] == [1.0, -1.0]
+    assert by_name["upper"] == by_name["ends"] == [-1.0, 1.0]
+    assert by_name["commas"] == [1.0, -1.0]
+    assert by_name["repeated"] == pytest.approx([2 / 4 - 1 / 3, 1 / 3 - 2 / 4])
+    assert by_name["repeated_pairs"] == pytest.approx([1 / 3, -1 / 3])
