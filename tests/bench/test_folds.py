@@ -17,6 +17,9 @@ from hydra_llm.bench.estimate import estimate_cost
 from hydra_llm.bench.experiment import Experiment, Outcome, learned_bundles, run_experiment
 from hydra_llm.bench.folds import deal, evaluated_users
 from hydra_llm.bench.method import find_methods, split_names
+from hydra_llm.bench.report.summary import learning_rows
+from hydra_llm.bench.report.tables import make_report, open_run
+from hydra_llm.bench.runlog import export_lamp
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
@@ -192,6 +195,9 @@ def test_a_run_with_folds_is_continued(task: Task, tmp_path: Path) -> None:
     assert set(manifest["weights"]) == {f"{fold}-{seed}" for fold in (1, 2, 3) for seed in (0, 1)}
     assert [(row["fold"], row["seed"]) for row in outcome.learning][:3] == [(1, 0), (1, 1), (2, 0)]
 
+    assert "label records" not in outcome.learning[0]["stages"]  # weak labels check the reranker
+    assert outcome.learning[0]["reranker"].get("checked_by") == "history"
+
     lines = (tmp_path / "run" / "samples.jsonl").read_text()
     (tmp_path / "run" / "samples.jsonl").write_text("".join(lines.splitlines(True)[:20]))
     again = run_experiment(experiment(data, tmp_path, llm, methods, seeds=(0, 1), limit=1))
@@ -222,3 +228,26 @@ def test_bench_run_takes_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run([*command, "--out", str(tmp_path / "r"), "--folds", "9"]) == 2
     assert "--folds 9: 6 users are evaluated" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_costs_of_folds_count_each_label_once(tmp_path: Path) -> None:
+    """Two queries and one record of each of six users; as new users, three records of each."""
+    data, llm = data_of(TITLES), RuleLLM(random_answer)
+    methods = "rag@2,hydra@2,3,mismatched@2,3"
+    run = experiment(data, tmp_path, llm, methods, settings={"rerank": "never"}, limit=2)
+    outcome = run_experiment(run)
+    outcome.log.finish([], outcome.learning)
+    opened = open_run(tmp_path / "run")
+    rows = {row["stage"]: row for row in learning_rows(make_report(opened))}
+    assert {row["seed"] for row in rows.values()} == {"all"}
+    assert "reranker" not in outcome.learning[0]  # rerank=never
+    new = rows["label candidates, new users"]
+    assert (new["users"], new["LLM calls"]) == (6, 6 * 3 * 2)  # three records each
+    assert (rows["label candidates"]["users"], rows["label candidates"]["LLM calls"]) == (6, 36)
+    other = {s.user: s for s in outcome.samples if s.method == "mismatched@2,3"}
+    assert set(other) == {"u0", "u1", "u2", "u3", "u4", "u5"}
+    assert not any(sample.error for sample in other.values())
+    folder = export_lamp(tmp_path / "run", "LaMP-4", outcome.samples)
+    golds = json.loads((folder / "hydra@2,3.json").read_text())["golds"]
+    assert len(golds) == 12

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydra_llm.config import Settings
+from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import LLMError
 from hydra_llm.history import as_query, before, in_order, parse_time, precedes
 from hydra_llm.llm.concurrency import run_sync
@@ -25,6 +26,7 @@ from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.labelling import (
     Collected,
     adapter_groups,
+    asked_about,
     offers_all,
     reranker_groups,
     training_queries,
@@ -378,3 +380,39 @@ def test_a_history_without_labels_teaches_nothing_by_copies() -> None:
     )
     records = [Record("u", f"r{i}", f"rain {i}", f"a title {i}", position=i) for i in range(4)]
     assert weak_reranker_groups(personalizer(task, {"u": records}), maker(task), "u") == []
+
+
+def known_and_unknown() -> DataSet:
+    """A user with four records, then two known queries and one without an answer; and one with
+    records alone.
+    """
+    records = {
+        u: [Record(u, f"r{i}", f"rain {i}", "calm", position=i) for i in range(4)] for u in "uv"
+    }
+    golds = [None, "loud", "odd"]
+    queries = [Query("u", f"q{i}", f"war {i}", golds[i], position=4 + i) for i in range(3)]
+    return DataSet(TAGS, {"u": "train", "v": "train"}, records, {"u": queries})
+
+
+@pytest.mark.parametrize(
+    ("how", "most", "of_u", "of_v"),
+    [
+        ("auto", 2, ["query:q1", "query:q2"], ["r2", "r3"]),
+        ("history", 3, ["r3", "query:q1", "query:q2"], ["r1", "r2", "r3"]),
+        ("queries", 3, ["q1", "q2"], []),
+        ("queries", 1, ["q1"], []),
+        ("both", 3, ["r3", "q1", "q2"], ["r1", "r2", "r3"]),
+        ("both", 1, ["q1"], ["r3"]),
+    ],
+)
+def test_labelled_are_known_queries_or_latest_records(
+    how: str, most: int, of_u: list[str], of_v: list[str]
+) -> None:
+    chosen = Settings(label_queries=how, queries_per_user=most)  # type: ignore[arg-type]
+    asked = asked_about(known_and_unknown(), chosen, ["u", "v"])
+    assert [query.id for query in asked.queries["u"]] == of_u
+    assert [query.id for query in asked.queries["v"]] == of_v
+    assert asked.all == [*asked.queries["u"], *asked.queries["v"]]
+    seen = [record.id for record in before(asked.records["u"], asked.queries["u"][-1])]
+    known = [] if how in ("queries", "both") else ["query:q1"]
+    assert seen == ["r0", "r1", "r2", "r3", *known]  # a known query sees the history alone

@@ -121,7 +121,8 @@ def _stages_of_folds(run: Run) -> Iterator[tuple[str, str, Mapping[str, float | 
         for stage, spent in _spent(learned).items():
             if spent["calls"] and learned.get("seed") not in (first, None) and len(run.seeds) > 1:
                 continue
-            share = 1 / (len(folds) - 1) if stage.startswith("label") and len(folds) > 1 else 1.0
+            shared = stage in learned.get("stages", {}) and stage.startswith("label")
+            share = 1 / (len(folds) - 1) if shared and len(folds) > 1 else 1.0
             total = sums.setdefault(stage, dict.fromkeys(spent, 0.0))
             for name, value in spent.items():
                 known = total[name]
