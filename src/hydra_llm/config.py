@@ -131,6 +131,10 @@ class Training(Group):
     """Number of training users; None is all."""
     labelled_users: int | None = Field(default=None, ge=0)
     """Training users whose pairs the LLM labels; the others' labels are weak; None is all."""
+    fit_labels: Literal["history", "llm"] = "history"
+    """New users' adapter heads for free texts with a word model. history: the shared head, no LLM
+    calls: the word model reads their records; llm: fitted to the LLM's samples for their records.
+    """
     queries_per_user: int = Field(default=3, ge=1)
     """Number of a user's latest records that serve as queries when the LLM labels pairs."""
     seed: int = 0

@@ -198,7 +198,7 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
             ("label records", labelled, reranks and labelling.asks_of_records(settings)),
             ("label candidates", labelled, True),
             ("fit records", latest, reranks and settings.reranker_labels == "llm"),
-            ("fit candidates", latest, not labelling.offers_all(data.task, settings)),
+            ("fit candidates", latest, labelling.asks_in_fit(data.task, settings)),
         ):
             llm.stage = stage
             if needed:

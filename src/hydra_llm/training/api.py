@@ -390,6 +390,8 @@ class _Work:
             plain, bundle = self.plain(name), learned.bundle
             groups, of_llm = _weak_groups(name, plain, bundle.featurizer, users), name == ADAPTER
             of_choices = all(group.exact for group in groups)  # records need the LLM beside them
+            if bundle.word_model and bundle.settings.fit_labels == "history":
+                of_llm = False
             if of_choices and (of_llm or bundle.settings.reranker_labels == "llm"):
                 collected = await self.collect(name, plain, users)
                 groups += collected.groups(bundle.featurizer)

@@ -220,6 +220,14 @@ def asks_of_records(settings: Settings) -> bool:
     return settings.reranker_labels == "llm" or settings.reranker_check == "llm"
 
 
+def asks_in_fit(task: Task, settings: Settings) -> bool:
+    """Whether new users' adapter heads are fitted to the LLM's samples (also where there was too
+    little to learn a word model from).
+    """
+    by_words = not task.labels and settings.word_model and settings.fit_labels == "history"
+    return not offers_all(task, settings) and not by_words
+
+
 def reads_labels(task: Task, settings: Settings) -> bool:
     """Whether the adapter's features are label features."""
     wanted = settings.label_features and settings.features == "tower"
