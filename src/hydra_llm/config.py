@@ -177,8 +177,10 @@ class Research(Group):
     """Label-bilinear features: weights per label on the query vector (labels, `tower` only)."""
     word_model: bool = True
     """Learn which words answers have, for the adapter (free texts)."""
-    label_rank: int = Field(default=64, ge=1)
-    """Number of principal components of the query vector in label-bilinear features."""
+    label_rank: int | None = Field(default=None, ge=1)
+    """Principal components of the query vector in label-bilinear features; None: by the data."""
+    head_prior: Literal["learned", "isotropic"] = "learned"
+    """Prior of `linear` and `lowrank` heads for labels: learned from the training users, or I/λ."""
     tune_encoder: bool = False
     """Fine-tune the encoder jointly with the shared weights and heads (`cross` only)."""
     loss: Literal["listwise", "binary"] = "listwise"

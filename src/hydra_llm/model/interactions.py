@@ -2,13 +2,14 @@
 
     tower   bi-encoder: [q, r, q·r, |q − r|] through one shared layer; each text is encoded once
     cross   cross-encoder: the encoder reads the pair as one text, as in the paper (section 3.2)
-    label   label-bilinear, for a closed set of labels: one block of weights per label on the
-            query's vector
+    label   label-bilinear, for a closed set of labels: one block of weights per label (or per
+            column of a coding of the labels) on the query's vector
 A head is a vector v of length `size`; `dot` scores with it and `outer` is the transpose of `dot`,
 so that a solver needs neither the kind of features nor, for labels, the full φ (mostly zeros).
 
 Letters: U users, G groups of a user, C candidates (or records), D width of the encoder, E side
-features, H width of φ, V length of a head's vector, K rank, N kept pairs. Knows no tasks.
+features, H width of φ, V length of a head's vector, K rank, N kept pairs, L labels, J columns of
+their coding, T texts that recur. Knows no tasks.
 """
 
 from collections.abc import Sequence
@@ -83,6 +84,19 @@ class Interaction(nn.Module):
         """x [U, G, C, H], r [U, G, C] → [U, H], the transpose of `dot`."""
         return torch.einsum("ugch,ugc->uh", x, r)
 
+    @property
+    def own_size(self) -> int:
+        """How many numbers of one user `own_dot` takes: V, or fewer."""
+        return self.size
+
+    def own_dot(self, x: Tensor, v: Tensor) -> Tensor:
+        """As `dot`, of what one user's own records can tell: v [U, own_size]."""
+        return self.dot(x, v)
+
+    def own_outer(self, x: Tensor, r: Tensor) -> Tensor:
+        """The transpose of `own_dot`."""
+        return self.outer(x, r)
+
     def explicit(self, x: Tensor) -> Tensor | None:
         """φ [G, C, V]; None where it would be mostly zeros."""
         return x
@@ -92,7 +106,9 @@ class Interaction(nn.Module):
         return x @ basis.T
 
     def fisher(self, x: Tensor, share: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
-        """The two factors of heads' mean Fisher information; `share` as in `mean_fisher`."""
+        """The two factors of the mean Fisher information of a head's `own_size` numbers; `share`
+        as in `mean_fisher`.
+        """
         return torch.ones(1, 1), mean_fisher(x, share, binary)
 
     def keys(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,26 +183,50 @@ class Cross(Interaction):
 
 
 class LabelBilinear(Interaction):
-    """One block of weights per label on the query's vector: φ(q, a) = e_a ⊗ [P(q − μ), 1].
+    """Blocks of weights on the query's vector: φ(q, a) = C_a ⊗ [P(q − μ), 1, e_q].
 
-    P keeps the `rank` principal directions of the training queries: V = labels · (rank + 1).
+    P keeps the `rank` principal directions of the training queries. C [L, J] codes the labels; with
+    `codes` = 0 it is the identity, one block per label. e_q has a 1 at the place of q among the
+    texts that many users have answered, `known`, and is 0 elsewhere; their effects are numbers that
+    only all users together can tell. A head's vector holds J · (rank + 1) numbers, then T · J. One
+    user's own numbers are those of the first `own_rank` directions and of the constant.
     """
 
-    kind, shape = "label", ("width", "labels", "rank")
+    kind = "label"
+    shape = ("width", "labels", "rank", "codes", "texts", "own_rank")
     by_label = True
     project: Tensor
+    coding: Tensor | None
+    known: Tensor | None
 
-    def __init__(self, width: int, labels: int, rank: int):
+    def __init__(
+        self, width: int, labels: int, rank: int, codes: int = 0, texts: int = 0, own_rank: int = 0
+    ):
         super().__init__()
         self.width, self.labels, self.rank = width, labels, min(rank, width)
-        self.size = labels * (self.rank + 1)
+        self.codes, self.texts = codes, texts
+        self.own_rank = min(own_rank or self.rank, self.rank)
+        self.columns = codes or labels  # J
+        self.dense = self.columns * (self.rank + 1)
+        self.size = self.dense + texts * self.columns
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("project", torch.zeros(self.rank, width))
+        self.register_buffer("coding", torch.zeros(labels, codes) if codes else None)
+        self.register_buffer("known", torch.zeros(texts, width) if texts else None)
+
+    @property
+    def own_size(self) -> int:
+        return self.columns * (self.own_rank + 1)
 
     def forward(self, groups: Groups) -> Tensor:
-        """z = [P(q − μ), 1]: [G, rank + 1], the part of φ that is not zero."""
+        """z = [P(q − μ), 1], the part of φ that is not zero, and with known texts the place of q
+        among them, −1 for others: [G, rank + 1 (+ 1)].
+        """
         z = (groups.left - self.mean) @ self.project.T
-        return torch.cat([z, torch.ones_like(z[:, :1])], -1)
+        parts = [z, torch.ones_like(z[:, :1])]
+        if self.known is not None:
+            parts.append(places_among(groups.left, self.known)[:, None].to(z.dtype))
+        return torch.cat(parts, -1)
 
     def encode(self, store: FeatureCache, lefts: Texts, rights: Sequence[Texts]) -> Encoded:
         return torch.from_numpy(store.texts(list(lefts))), None
@@ -197,32 +237,114 @@ class LabelBilinear(Interaction):
         _, directions = principal(centred.T @ centred, self.rank)
         # A component of a unit vector is about 1/sqrt(D): times sqrt(D)/5, one direction moves a
         # score as much as the constant.
+        directions = directions * (self.width**0.5 / 5)
         self.project = torch.zeros_like(self.project)
-        self.project[: len(directions)] = directions * (self.width**0.5 / 5)
+        if self.own_rank < self.rank:  # the first ones stand last, beside the constant
+            self.project[self.rank - len(directions) :] = directions.flip(0)
+        else:
+            self.project[: len(directions)] = directions
 
     def numbers(self, groups: Groups) -> int:
         return groups.left.shape[1] * groups.mask.shape[1]
 
     def dot(self, x: Tensor, v: Tensor) -> Tensor:
-        """x [U, G, rank + 1], v [U, V] → scores [U, G, labels]."""
-        return torch.einsum("ugd,uld->ugl", x, v.view(len(v), self.labels, self.rank + 1))
+        """x [U, G, ...], v [U, V] → scores [U, G, L]."""
+        scores = self._dense_dot(x[..., : self.rank + 1], v[:, : self.dense])
+        if self.texts:
+            effects = v[:, self.dense :].view(len(v), self.texts, self.columns)
+            place, known = self._places(x)
+            scores = scores + effects.gather(1, place.expand(*scores.shape)) * known
+        return self._by_label(scores)
 
     def outer(self, x: Tensor, r: Tensor) -> Tensor:
-        """x [U, G, rank + 1], r [U, G, labels] → [U, V], the transpose of `dot`."""
-        return torch.einsum("ugd,ugl->uld", x, r).flatten(1)
+        """x [U, G, ...], r [U, G, L] → [U, V], the transpose of `dot`."""
+        r = self._by_code(r)
+        dense = torch.einsum("ugd,ugj->ujd", x[..., : self.rank + 1], r).flatten(1)
+        if not self.texts:
+            return dense
+        place, known = self._places(x)
+        effects = r.new_zeros(len(r), self.texts, self.columns)
+        effects.scatter_add_(1, place.expand(*r.shape), r * known)
+        return torch.cat([dense, effects.flatten(1)], 1)
+
+    def own_dot(self, x: Tensor, v: Tensor) -> Tensor:
+        return self._by_label(self._dense_dot(self._own(x), v))
+
+    def own_outer(self, x: Tensor, r: Tensor) -> Tensor:
+        return torch.einsum("ugd,ugj->ujd", self._own(x), self._by_code(r)).flatten(1)
 
     def explicit(self, x: Tensor) -> Tensor | None:
         return None
 
     def on_basis(self, x: Tensor, basis: Tensor) -> Tensor:
-        return torch.einsum("gd,kld->glk", x, basis.view(-1, self.labels, self.rank + 1))
+        rows = self.code_rows(x, basis)
+        return rows if self.coding is None else torch.einsum("gjk,lj->glk", rows, self.coding)
+
+    def code_rows(self, x: Tensor, basis: Tensor) -> Tensor:
+        """φ on a basis [K, V] before the coding of labels: [G, J, K]."""
+        dense = basis[:, : self.dense].view(-1, self.columns, self.rank + 1)
+        rows = torch.einsum("gd,kjd->gjk", x[:, : self.rank + 1], dense)
+        if self.texts:
+            effects = basis[:, self.dense :].view(-1, self.texts, self.columns)
+            place, known = self._places(x)
+            rows = rows + effects.permute(1, 2, 0)[place[:, 0]] * known[..., None]
+        return rows
+
+    def code_back(self, x: Tensor, r: Tensor) -> Tensor:
+        """The transpose of `code_rows`: r [G, J, K] → [K, V]."""
+        dense = torch.einsum("gd,gjk->kjd", x[:, : self.rank + 1], r).flatten(1)
+        if not self.texts:
+            return dense
+        place, known = self._places(x)
+        effects = r.new_zeros(self.texts, *r.shape[1:])
+        effects.index_add_(0, place[:, 0], r * known[..., None])
+        return torch.cat([dense, effects.permute(2, 0, 1).flatten(1)], 1)
 
     def fisher(self, x: Tensor, share: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
         between = 0 if binary else share.T @ share / len(share)
-        return share.mean(0).diag() - between, x.T @ x / len(x)
+        left, z = share.mean(0).diag() - between, self._own(x)
+        if self.coding is not None:
+            left = self.coding.T @ left @ self.coding
+        return left, z.T @ z / len(x)
 
     def keys(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x, residual, torch.arange(len(x))
+
+    def _own(self, x: Tensor) -> Tensor:
+        return x[..., self.rank - self.own_rank : self.rank + 1]
+
+    def _dense_dot(self, z: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("ugd,ujd->ugj", z, v.view(len(v), self.columns, z.shape[-1]))
+
+    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., 1] each text's place among the known ones, and 1 or 0 where it has none."""
+        place = x[..., -1:]
+        return place.clamp_min(0).long(), (place >= 0).to(x.dtype)
+
+    def _by_label(self, scores: Tensor) -> Tensor:
+        return scores if self.coding is None else scores @ self.coding.T
+
+    def _by_code(self, r: Tensor) -> Tensor:
+        return r if self.coding is None else r @ self.coding
+
+
+SAME_VECTOR = 1e-4  # vectors of one text in two batches differ by rounding alone
+
+
+def places_among(rows: Tensor, known: Tensor) -> Tensor:
+    """[G] the place of each row [G, D] among `known` [T, D], −1 where it is none of them.
+
+    Both are compared along one fixed direction first, so that no [G, T] table is made.
+    """
+    direction = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64) ** 2)
+    keys, order = (known.double() @ direction).sort()
+    after = torch.searchsorted(keys, rows.double() @ direction)
+    places = torch.full((len(rows),), -1)
+    for near in (after - 1, after):
+        candidate = order[near.clamp(0, len(known) - 1)]
+        same = (rows - known[candidate]).abs().amax(-1) < SAME_VECTOR
+        places = torch.where(same, candidate, places)
+    return places
 
 
 def principal(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ average over the training users.
 
 For pair features A is the number 1. For label features φ = e_a ⊗ z, A is over the labels and B over
 z: the mean of the products is taken as the product of the means. On the eigenvectors precision +
-n·F is diagonal for any n: a head needs no Hessian of its own.
+n·F is diagonal for any n: a head needs no Hessian of its own. Coordinates on a learned basis stand
+before these, as a block of their own (`top`); what F has between the two blocks is left out.
 Letters: U users, G groups, C candidates, V coordinates of a head.
 """
 
@@ -20,18 +21,25 @@ class LaplacePosterior(nn.Module):
     left_vectors: Tensor
     right: Tensor
     right_vectors: Tensor
+    top: Tensor | None
+    top_vectors: Tensor | None
 
-    def __init__(self, left: int = 0, right: int = 0):
+    def __init__(self, left: int = 0, right: int = 0, top: int = 0):
         super().__init__()
         self.register_buffer("left", torch.zeros(left))
         self.register_buffer("left_vectors", torch.eye(left))
         self.register_buffer("right", torch.zeros(right))
         self.register_buffer("right_vectors", torch.eye(right))
+        self.register_buffer("top", torch.zeros(top) if top else None)
+        self.register_buffer("top_vectors", torch.eye(top) if top else None)
 
     @classmethod
-    def of(cls, left: Tensor, right: Tensor) -> "LaplacePosterior":
-        """From the two factors of F, symmetric matrices."""
+    def of(cls, left: Tensor, right: Tensor, top: Tensor | None = None) -> "LaplacePosterior":
+        """From the two factors of F and its block of a learned basis, symmetric matrices."""
         posterior = cls()
+        if top is not None:
+            values, posterior.top_vectors = torch.linalg.eigh(top)
+            posterior.top = values.clamp_min(0)
         posterior.left, posterior.left_vectors = torch.linalg.eigh(left)
         posterior.right, posterior.right_vectors = torch.linalg.eigh(right)
         posterior.left, posterior.right = posterior.left.clamp_min(0), posterior.right.clamp_min(0)
@@ -45,17 +53,23 @@ class LaplacePosterior(nn.Module):
     @property
     def values(self) -> Tensor:
         """[V] the eigenvalues of F, in the order in which `turn` takes coordinates."""
-        return (self.left[:, None] * self.right).flatten()
+        own = (self.left[:, None] * self.right).flatten()
+        return own if self.top is None else torch.cat([self.top, own])
 
     def turn(self, w: Tensor) -> Tensor:
         """Coordinates on the eigenvectors [U, V] → heads [U, V]."""
-        w = w.view(len(w), len(self.left), len(self.right))
-        return (self.left_vectors @ w @ self.right_vectors.T).flatten(1)
+        return self._turned(w, self.left_vectors, self.right_vectors.T, self.top_vectors)
 
     def back(self, v: Tensor) -> Tensor:
         """The inverse of `turn`, which is its transpose: [U, V] → [U, V]."""
-        v = v.view(len(v), len(self.left), len(self.right))
-        return (self.left_vectors.T @ v @ self.right_vectors).flatten(1)
+        top = None if self.top_vectors is None else self.top_vectors.T
+        return self._turned(v, self.left_vectors.T, self.right_vectors, top)
+
+    def _turned(self, v: Tensor, left: Tensor, right: Tensor, top: Tensor | None) -> Tensor:
+        first = 0 if top is None else len(top)
+        own = v[:, first:].view(len(v), len(self.left), len(self.right))
+        turned = (left @ own @ right).flatten(1)
+        return turned if top is None else torch.cat([v[:, :first] @ top.T, turned], 1)
 
     def covariance(self, rows: Tensor, precision: Tensor) -> Tensor:
         """[C, C] φ Λ⁻¹ φᵀ for features `rows` [C, V]; Λ is diagonal on the eigenvectors."""

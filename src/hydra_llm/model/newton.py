@@ -2,6 +2,8 @@
 
     minimise over v   Σ_g loss(target_g, offset_g + φ_g·v)  +  ½ Σ precision · v²
 
+or, in the place of the last term, ½ vᵀ precision(v) with a symmetric linear map.
+
 `newton_cg`: Newton's method with conjugate gradients, so that no V×V matrix is formed and label
 features stay compressed; all users of a call advance together, and one that has converged stands
 still. `lbfgs`: for one user whose Hessian is about known.
@@ -19,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 Loss = Literal["listwise", "binary"]
 Apply = Callable[[Tensor], Tensor]
+Precision = float | Tensor | Apply  # of the prior: of each coordinate [V], or as a linear map
 TOLERANCE = 1e-4  # of the gradient's largest entry, relative to that at v = 0 (or to 1 if larger)
 MEMORY = 8  # steps whose change of gradient `lbfgs` keeps
 HALVINGS = 12  # of a step, at most, until the objective falls (Armijo)
@@ -71,43 +74,58 @@ def grad_and_hvp(scores: Tensor, problem: Problem) -> tuple[Tensor, Apply]:
 
 
 def newton_cg(
-    problem: Problem, precision: float | Tensor, *, steps: int = 25, tolerance: float = TOLERANCE
+    problem: Problem,
+    precision: Precision,
+    *,
+    start: Tensor | None = None,
+    steps: int = 25,
+    products: int = 40,
+    tolerance: float = TOLERANCE,
 ) -> Tensor:
-    """The minimiser [U, V] of each problem under a Gaussian prior N(0, 1/precision [V])."""
+    """The minimiser [U, V] of each problem under a Gaussian prior N(0, 1/precision); `start` [U, V]
+    is a first guess, by default 0. At most `products` with the Hessian are taken in each step.
+    """
     value_at = partial(objective, problem=problem, precision=precision)
-    v = problem.offset.new_zeros(len(problem.offset), problem.size)
+    v = problem.offset.new_zeros(len(problem.offset), problem.size) if start is None else start
     value, floor = value_at(v), None
     for _ in range(steps):
         by_score, hvp = grad_and_hvp(problem.offset + problem.dot(v), problem)
-        gradient = problem.outer(by_score) + precision * v
+        gradient = problem.outer(by_score) + times(precision, v)
         worst = gradient.abs().amax(-1)
         floor = worst.clamp_min(1.0) * tolerance if floor is None else floor
         active = worst > floor
         if not active.any():
             break
         hessian = partial(_hessian_product, problem=problem, hvp=hvp, precision=precision)
-        step = _conjugate_gradients(hessian, -gradient * active[:, None])
+        step = _conjugate_gradients(hessian, -gradient * active[:, None], steps=products)
         v, value = _line_search(v, step, value, gradient, value_at)
     return v
 
 
-def objective(v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor:
+def times(precision: Precision, v: Tensor) -> Tensor:
+    """A prior's precision times v [U, V]."""
+    return (
+        precision(v) if callable(precision) and not isinstance(precision, Tensor) else precision * v
+    )
+
+
+def objective(v: Tensor, problem: Problem, precision: Precision) -> Tensor:
     """[U] the regularised loss at v [U, V]."""
     return _penalised(problem.offset + problem.dot(v), v, problem, precision)
 
 
-def _penalised(scores: Tensor, v: Tensor, problem: Problem, precision: float | Tensor) -> Tensor:
+def _penalised(scores: Tensor, v: Tensor, problem: Problem, precision: Precision) -> Tensor:
     data = losses(scores, problem.target, problem.mask, problem.loss).sum(-1)
-    return data + 0.5 * (precision * v * v).sum(-1)
+    return data + 0.5 * (times(precision, v) * v).sum(-1)
 
 
-def _hessian_product(d: Tensor, problem: Problem, hvp: Apply, precision: float | Tensor) -> Tensor:
+def _hessian_product(d: Tensor, problem: Problem, hvp: Apply, precision: Precision) -> Tensor:
     """The objective's Hessian times d [U, V]; `hvp` multiplies with that by the scores."""
-    return problem.outer(hvp(problem.dot(d))) + precision * d
+    return problem.outer(hvp(problem.dot(d))) + times(precision, d)
 
 
 def _conjugate_gradients(
-    hessian: Apply, b: Tensor, *, steps: int = 40, tolerance: float = 1e-2
+    hessian: Apply, b: Tensor, *, steps: int, tolerance: float = 1e-2
 ) -> Tensor:
     """Solve hessian(x) = b for each user [U, V]; inexactly, as Newton's method allows."""
     x, r = torch.zeros_like(b), b.clone()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hydra_llm.model.head import FEEDBACK_WINDOW, Head
 from hydra_llm.model.heads import HeadKind, HeadProblem, make_head
+from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Groups, Interaction, make_interaction
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Loss
@@ -97,7 +98,8 @@ class Scorer(nn.Module):
         if not self.updates_online:
             return None
         x, records = self.interaction(groups), 0 if head is None else head.records
-        precision = self.prior_precision + records * self.posterior.values
+        prior = self.head.precisions(float(self.prior_precision))
+        precision = prior + records * self.posterior.values
         covariance = self.head.covariance(self.interaction, x, self.posterior, precision)
         return None if covariance is None else self.scale.square() * covariance
 
@@ -160,7 +162,10 @@ class Scorer(nn.Module):
         head = make_head(config["head"], interaction, rank=config["rank"])
         scorer = cls(interaction, head, config["evidence"], loss=config["loss"])
         left, right = tensors["posterior.left"], tensors["posterior.right"]
-        scorer.posterior = LaplacePosterior(len(left), len(right))
+        top = len(tensors.get("posterior.top", ()))
+        scorer.posterior = LaplacePosterior(len(left), len(right), top)
+        if isinstance(head, LinearHead) and "head.basis" in tensors:
+            head.set_basis(torch.zeros_like(tensors["head.basis"]))
         shared = {name: value for name, value in tensors.items() if not name.startswith("heads.")}
         scorer.load_state_dict(shared)
         return scorer.eval()

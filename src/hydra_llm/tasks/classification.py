@@ -79,6 +79,16 @@ class LabelKind(base.TaskKind):
         weights.append(np.ones(len(history)))
         return [(w @ onehot + PSEUDO_COUNT * prior) / (w.sum() + PSEUDO_COUNT) for w in weights]
 
+    def label_codes(self) -> Floats:
+        """[L, J] columns in which a model may give weights to labels: orthonormal contrasts, which
+        leave out what is added to all labels alike (Helmert).
+        """
+        count = len(self.task.labels)
+        codes = np.zeros((count, count - 1))
+        for j in range(1, count):
+            codes[:j, j - 1], codes[j, j - 1] = 1.0, -j
+        return np.asarray(codes / np.linalg.norm(codes, axis=0))
+
     def closeness(self, weights: Floats, total: float = 1.0) -> list[Floats]:
         """A column [L]: how near each label is to the weighted mean; none for unordered labels."""
         return []

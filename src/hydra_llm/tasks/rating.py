@@ -11,6 +11,8 @@ from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import Floats, MetricSpec, Pairs, Parsing, PromptWords, mean, with_count
 from hydra_llm.tasks.classification import LabelKind
 
+CODE_DEGREES = 4  # of the polynomials that code the labels
+
 
 def number_of(text: str) -> float:
     """The number that a rating's text stands for. Raises DataError: it is not a number."""
@@ -128,6 +130,16 @@ class Rating(LabelKind):
         """[L] the labels as numbers from 0 to 1."""
         values = np.array([float(label) for label in self.task.labels])
         return np.asarray((values - values.min()) / max(float(np.ptp(values)), 1e-9))
+
+    def label_codes(self) -> Floats:
+        """[L, J] orthonormal polynomials of the label's value, up to degree 4, each half of the one
+        before: a score that is a smooth function of the value (adjacent-category logits).
+        """
+        degrees = min(len(self.task.labels) - 1, CODE_DEGREES)
+        powers = (2 * self._unit[:, None] - 1) ** np.arange(degrees + 1)
+        orthonormal, triangle = np.linalg.qr(powers)
+        signs = np.sign(triangle.diagonal())
+        return np.asarray((orthonormal * signs)[:, 1:] * 0.5 ** np.arange(degrees))
 
     def closeness(self, weights: Floats, total: float = 1.0) -> list[Floats]:
         return [-np.abs(self._unit - weights @ self._unit / total)]

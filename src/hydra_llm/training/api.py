@@ -372,6 +372,9 @@ class _Work:
         checkpoint = None if self.out is None else Path(f"{self.out}.{data.name}.checkpoint")
         bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, self.strengths)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
+        prior = bundle.report[data.name].get("prior", "")
+        if prior.startswith("isotropic"):
+            learned.notes.append(f"the prior of the {data.name}'s heads is {prior}")
         if data.name == RERANKER:
             if not asks_of_records(bundle.settings):
                 checked = {**bundle.report[RERANKER], "checked_by": "history"}

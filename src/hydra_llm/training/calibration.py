@@ -31,6 +31,9 @@ class FitReport:
     ridge: float = 3.0
     evidence_ridge: float = 1.0
     precision: float = 10.0
+    prior: str = ""  # learned or isotropic, where both were tried; a reason in brackets
+    prior_ridge: float = NAN  # on the basis of a learned prior
+    prior_steps: int = 0  # of its learning; 0: the prior is isotropic
     held_out_groups: int = 0
     loss_uniform: float = NAN  # of equal shares: what knowing nothing costs
     loss_shared: float = NAN  # with the shared head alone
@@ -48,6 +51,7 @@ class FitReport:
     def to_json(self, *, convex: bool = True) -> dict[str, Any]:
         """Everything; the strengths only where they were used."""
         unused = set() if convex else {"ridge", "evidence_ridge", "precision"}
+        unused |= set() if self.prior else {"prior", "prior_ridge", "prior_steps"}
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 

@@ -2,14 +2,17 @@
 
     base       shared head and weights of side features, by ridge regression
     heads      δ of all users at once under the Gaussian prior (model/heads)
-    strengths  ridges and the prior's precision, chosen by the loss on the later groups of users
-               whom the base has not seen and whose heads were fitted on their earlier groups
+    prior      learned from the users' records (prior.py), or isotropic
+    strengths  ridges, the kind of prior and its precision, chosen by the loss on the later groups
+               of users whom the base has not seen and whose heads were fitted on their earlier ones
     calibrate  β and the weight of the LLM's votes, on the same held-out scores
 
 `sgd.py` has what is not convex (the shared layer of `tower`, a tuned encoder, `mlp` heads). Nothing
 but the scorer that is being learned is changed. Knows no texts and no LLM.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +24,9 @@ from torch import Tensor
 
 from hydra_llm.llm.concurrency import Progress
 from hydra_llm.model.heads import Head, HeadKind, HeadProblem, SGDConfig
+from hydra_llm.model.heads.linear import LinearHead
+from hydra_llm.model.heads.lowrank import LowRankHead
+from hydra_llm.model.interactions import Interaction, LabelBilinear
 from hydra_llm.model.laplace import LaplacePosterior
 from hydra_llm.model.newton import Problem, newton_cg, with_bias
 from hydra_llm.model.scorer import Scorer
@@ -32,12 +38,15 @@ from hydra_llm.training.calibration import (
     summed_loss,
 )
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users, folds
+from hydra_llm.training.prior import Ridges, learn_basis
 
 LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
 FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
 # up to so many groups there are more folds: a base without a third of them would be far from the
 # one that is deployed
 TINY_SET, TINY_FOLDS = 300, 10
+SHARED_ONLY = 1e6  # a precision at which a user's numbers stay 0
+TEXT_RIDGE = 3.0  # on the shared effects of known texts
 FISHER_GROUPS = 2000  # a mean over so many groups is good enough
 UserHeads = dict[str, Head]
 
@@ -49,6 +58,8 @@ class Strengths:
     ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 300.0, 3000.0)
     side_ridges: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     precisions: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+    bases: tuple[float, ...] = (10.0, 30.0, 100.0)  # ridges on the basis of a learned prior
+    steps: int = 4  # of its learning, at most
 
 
 def fit_scorer(
@@ -58,6 +69,7 @@ def fit_scorer(
     seed: int = 0,
     unseen: Sequence[str] = (),
     strengths: Strengths = Strengths(),
+    rank: int = 0,
     done: Progress | None = None,
 ) -> tuple[FitReport, UserHeads]:
     """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
@@ -65,7 +77,8 @@ def fit_scorer(
     `unseen` are the users from whom a trained interaction has not learned: only they show what
     helps a new user. Without them the users take turns in folds, which is fair where the
     interaction has seen no labels. Where only some groups are voted, base and heads learn from the
-    others, and the voted ones only calibrate.
+    others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, with a
+    basis of so many rows, unless an isotropic one is better for held-out users.
     """
     partly = 0 < int(data.voted.sum()) < len(data)
     plain = data.take((~data.voted).nonzero()[:, 0]) if partly else data
@@ -77,9 +90,18 @@ def fit_scorer(
     parted = [_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts]
     used = [fold for fold in parted if len(fold.train)]
     pairs = len(strengths.ridges) * len(_side_ridges(plain, strengths))
-    base = _Base(scorer, plain, used, report, _Steps((pairs + 4) * len(used) + 1, done))
+    learning = rank > 0 and scorer.head.learns_prior and scorer.loss == "listwise"
+    bases = len(strengths.bases) * strengths.steps if learning else 0
+    steps = _Steps((pairs + bases + 4) * len(used) + 1, done)
+    base = _Base(scorer, plain, used, report, steps, rank if learning else 0)
     if base.folds:
-        base.choose_strengths(strengths)
+        base.choose_ridges(strengths)
+        if learning:
+            base.choose_basis(strengths)
+        if scorer.head.has_precision:
+            base.choose_precision(strengths)
+    if learning:
+        report.prior = "learned" if report.prior_steps else _why_isotropic(report)
     scorer.prior_precision = torch.tensor(report.precision)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
@@ -90,6 +112,12 @@ def fit_scorer(
     base.steps.finish()
     measure_posterior(scorer, plain, heads)
     return report, heads
+
+
+def _why_isotropic(report: FitReport) -> str:
+    if math.isnan(report.prior_ridge):
+        return f"isotropic ({report.users} users are too few to learn how users differ)"
+    return "isotropic (a learned one was no better for held-out users)"
 
 
 class _Fold(NamedTuple):
@@ -127,16 +155,29 @@ class _Base(NamedTuple):
     folds: list[_Fold]
     report: FitReport
     steps: _Steps
+    rank: int  # of the learned prior; 0 if none is tried
 
     def fit(self, train: TrainingSet) -> None:
         """The base of these users, and what a kind of head shares beside it."""
         self.fit_shared(train)
-        self.scorer.head.learn_shared(head_problems(self.scorer, train, train.names()))
+        if self.report.prior_steps:
+            for _ in self.bases(train, self.report.prior_ridge, self.report.prior_steps):
+                pass
+        else:
+            self.scorer.head.learn_shared(head_problems(self.scorer, train, train.names()))
 
     def fit_shared(self, train: TrainingSet) -> None:
         """The base alone, by the strengths in the report."""
+        if isinstance(self.scorer.head, LinearHead | LowRankHead):
+            self.scorer.head.set_basis(None)
         fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
         self.steps.step()
+
+    def bases(self, train: TrainingSet, ridge: float, steps: int) -> Iterator[Tensor]:
+        """The basis after each step of learning the prior, from the fitted base."""
+        shared = shared_precision(self.scorer.interaction, self.report.ridge)
+        ridges = Ridges(shared, self.report.evidence_ridge, ridge)
+        return learn_basis(self.scorer, train, ridges, rank=self.rank, steps=steps)
 
     def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""
@@ -154,10 +195,8 @@ class _Base(NamedTuple):
             parts += held_out_scores(self.scorer, split(data.of(fold.held_out)), fold.held_out)
         return parts
 
-    def choose_strengths(self, tried: Strengths) -> None:
-        """First the ridges, by the loss of users whom the base has not seen; then the prior's
-        precision, by their later groups' loss with heads of the earlier ones.
-        """
+    def choose_ridges(self, tried: Strengths) -> None:
+        """The ridges of the base, by the loss of users whom it has not seen."""
         scorer, plain, report = self.scorer, self.plain, self.report
         by_ridges = dict.fromkeys(product(tried.ridges, _side_ridges(plain, tried)), 0.0)
         for ridges, (train, part) in product(by_ridges, self.folds):
@@ -167,20 +206,60 @@ class _Base(NamedTuple):
             with torch.no_grad():
                 by_ridges[ridges] += summed_loss(scorer, unseen, scorer.core(unseen.groups))
         report.ridge, report.evidence_ridge = min(by_ridges, key=lambda pair: by_ridges[pair])
-        if not scorer.head.has_precision:
-            return
-        totals = dict.fromkeys(tried.precisions, 0.0)
-        probe = scorer.head.precision_probe()
+
+    def choose_basis(self, tried: Strengths) -> None:
+        """The ridge and the number of steps of the learned prior, by held-out users' later groups
+        with heads on the basis of their earlier ones.
+        """
+        totals: dict[tuple[float, int], float] = defaultdict(float)
         for train, part in self.folds:
-            self.fit_shared(train)
-            for early, late in plain.of(part).prequential_splits():
-                for precision in tried.precisions:
-                    heads = fit_heads(scorer, early, part, kind=probe, precision=precision)
-                    with torch.no_grad():
-                        x, side = scorer.interaction(late.groups), scorer.side_score(late.groups)
-                        own = probe.score(scorer.interaction, x, heads_for(late, heads))
-                        totals[precision] += summed_loss(scorer, late, own + side)
-        report.precision = min(totals, key=lambda precision: totals[precision])
+            splits = self.plain.of(part).prequential_splits()
+            for ridge in tried.bases:
+                self.fit_shared(train)
+                for step, basis in enumerate(self.bases(train, ridge, tried.steps), 1):
+                    head = self.scorer.head
+                    assert isinstance(head, LinearHead | LowRankHead)
+                    probe = LowRankHead.on(head, basis)
+                    for early, late in splits:
+                        totals[ridge, step] += self.loss_of(probe, 1.0, early, late, part)
+        if totals:
+            best = min(totals, key=lambda pair: totals[pair])
+            self.report.prior_ridge, self.report.prior_steps = best
+
+    def choose_precision(self, tried: Strengths) -> None:
+        """The precision of the numbers that have no learned prior, and whether there is one."""
+        learned = self.report.prior_steps
+        totals: dict[tuple[int, float], float] = defaultdict(float)
+        for (train, part), steps in product(self.folds, sorted({0, learned})):
+            self.report.prior_steps = steps
+            self.fit(train) if steps else self.fit_shared(train)
+            probe, precisions = self.scorer.head.precision_probe(), tried.precisions
+            if self.rank:
+                precisions = (*precisions, SHARED_ONLY)
+            if steps and isinstance(self.scorer.head, LowRankHead):
+                probe, precisions = self.scorer.head, (1.0,)  # the basis has the scale
+            for early, late in self.plain.of(part).prequential_splits():
+                for precision in precisions:
+                    loss = self.loss_of(probe, precision, early, late, part)
+                    totals[steps, precision] += loss
+        best = min(totals, key=lambda pair: totals[pair])
+        self.report.prior_steps, self.report.precision = best
+
+    def loss_of(
+        self,
+        kind: HeadKind,
+        precision: float,
+        early: TrainingSet,
+        late: TrainingSet,
+        part: list[str],
+    ) -> float:
+        """The summed loss of later groups with heads of this kind of the earlier ones."""
+        scorer = self.scorer
+        heads = fit_heads(scorer, early, part, kind=kind, precision=precision)
+        with torch.no_grad():
+            x, side = scorer.interaction(late.groups), scorer.side_score(late.groups)
+            own = kind.score(scorer.interaction, x, heads_for(late, heads))
+            return summed_loss(scorer, late, own + side)
 
 
 def held_out_scores(
@@ -225,11 +304,20 @@ def fit_base(scorer: Scorer, data: TrainingSet, ridge: float, side_ridge: float 
 
     problem = replace(head, dot=dot, outer=outer, size=head.size + side.shape[-1])
     precision = torch.full((problem.size,), ridge)
+    precision[:size] = shared_precision(interaction, ridge)
     precision[size : head.size] = 1e-3  # the bias, if there is one
     precision[head.size :] = side_ridge
     v = newton_cg(problem, precision)[0]
     scorer.head.set_shared(v[:size], v[size] if head.size > size else torch.zeros(()))
     scorer.side_weight.copy_(believed + v[head.size :])
+
+
+def shared_precision(interaction: Interaction, ridge: float) -> Tensor:
+    """[V] the ridge on each number of the shared head; effects of known texts have their own."""
+    precision = torch.full((interaction.size,), ridge)
+    if isinstance(interaction, LabelBilinear):
+        precision[interaction.dense :] = min(ridge, TEXT_RIDGE)
+    return precision
 
 
 def standardise(scorer: Scorer, data: TrainingSet) -> None:

@@ -16,6 +16,7 @@ from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Towe
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
+from hydra_llm.tasks.classification import LabelKind
 from hydra_llm.training.convex import Strengths, UserHeads, fit_heads, fit_scorer
 from hydra_llm.training.dataset import (
     LabelledGroup,
@@ -25,6 +26,10 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
+
+OWN_RANK = 64  # principal directions of which a user has numbers of their own
+GROUPS_OF_FULL_WIDTH = 1000  # for each column of codes, that features have full width
+LEAST_USERS, MOST_TEXTS = 3, 4000  # a text that so many users have answered has its own effect
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -73,6 +78,9 @@ def train_scorer(
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
         options: dict[str, Any] = {"seed": config.seed, "unseen": unseen, "strengths": strengths}
+        options["rank"] = (
+            bundle.settings.rank if learns_prior(bundle, by_label=data.by_label) else 0
+        )
         fitting = partial(progress, f"fit {name}")
         fit_report, own_heads = fit_scorer(scorer, labelled, **options, done=fitting)
     else:
@@ -86,7 +94,7 @@ def train_scorer(
 def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledGroup]) -> Scorer:
     settings = bundle.settings
     with seeded(settings.training_seed):
-        interaction = make_features(bundle, by_label=data.by_label)
+        interaction = make_features(bundle, groups, by_label=data.by_label)
         head = make_head(settings.head, interaction, rank=settings.rank)
         scorer = Scorer(interaction, head, data.side_names, loss=settings.loss)
     scorer.gain_spread = torch.tensor(gain_spread(groups))
@@ -113,14 +121,45 @@ def _joint_phase(
     return heads, {"epochs": len(losses), "training_loss": losses[-1] if losses else None}
 
 
-def make_features(bundle: Bundle, *, by_label: bool) -> Interaction:
-    """The untrained interaction of a bundle's scorer."""
+def make_features(
+    bundle: Bundle, groups: Sequence[LabelledGroup] = (), *, by_label: bool
+) -> Interaction:
+    """The untrained interaction of a bundle's scorer; for a learned prior it depends on groups."""
     settings, width = bundle.settings, bundle.features.encoder.width
     if settings.features == Cross.kind:
         return Cross(width)
-    if by_label:
-        return LabelBilinear(width, len(bundle.task.labels), settings.label_rank)
-    return Tower(width, settings.width)
+    if not by_label:
+        return Tower(width, settings.width)
+    labels = len(bundle.task.labels)
+    if not groups or not learns_prior(bundle, by_label=by_label):
+        return LabelBilinear(width, labels, settings.label_rank or OWN_RANK)
+    strategy = bundle.task.strategy
+    assert isinstance(strategy, LabelKind)
+    codes = torch.from_numpy(strategy.label_codes()).float()
+    enough = len(groups) >= GROUPS_OF_FULL_WIDTH * codes.shape[1]
+    rank = settings.label_rank or (width if enough else OWN_RANK)
+    known = recurring_texts(groups)
+    interaction = LabelBilinear(width, labels, rank, codes.shape[1], len(known), OWN_RANK)
+    interaction.coding = codes
+    if known:
+        interaction.known = torch.from_numpy(bundle.features.texts(known))
+    return interaction
+
+
+def learns_prior(bundle: Bundle, *, by_label: bool) -> bool:
+    """Whether the prior of this scorer's heads may be learned from the users."""
+    settings = bundle.settings
+    learns = bool(HEADS.load(settings.head).learns_prior) and settings.loss == "listwise"
+    return by_label and learns and settings.head_prior == "learned"
+
+
+def recurring_texts(groups: Sequence[LabelledGroup]) -> list[str]:
+    """The queries' texts that several users have answered, the most frequent first."""
+    users: dict[str, set[str]] = {}
+    for group in groups:
+        users.setdefault(group.left, set()).add(group.user)
+    counts = {text: len(own) for text, own in users.items() if len(own) >= LEAST_USERS}
+    return sorted(counts, key=lambda text: (-counts[text], text))[:MOST_TEXTS]
 
 
 def sgd_config(settings: Settings) -> SGDConfig:

@@ -7,8 +7,9 @@ order (model/laplace.py), and feedback moves it without a new fit:
 
     minimise over a   Σ over the judged groups of loss(a) + ½ (a − a_fit)ᵀ (λ + n·F) (a − a_fit)
 
-a_fit is the head as it was fitted on n records, λ the prior's precision, F the mean Fisher
-information of a group. Letters: U users, G groups, C candidates, V length of θ₀, K coordinates.
+a_fit is the head as it was fitted on n records, λ the prior's precision (of each coordinate, where
+the basis is learned), F the mean Fisher information of a group. Letters: U users, G groups, C
+candidates, V length of θ₀, K coordinates.
 """
 
 from dataclasses import replace
@@ -86,7 +87,7 @@ class AdditiveHead(VectorShared):
         convex = self._convex(problem, shared, *self.design(interaction, x))
         if self.own_bias:
             convex = with_bias(convex)
-        values = newton_cg(convex, problem.precision)
+        values = newton_cg(convex, self.precisions(problem.precision))
         return list(pad(values, (0, self.numbers_per_user - convex.size)).numpy())
 
     def _convex(self, problem: HeadProblem, scores: Tensor, dot: Apply, outer: Apply) -> Problem:
@@ -96,7 +97,7 @@ class AdditiveHead(VectorShared):
 
     def fisher(
         self, interaction: Interaction, x: Tensor, share: Tensor, binary: bool
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, ...] | None:
         if (rows := self.explicit(interaction, x)) is None:
             return interaction.fisher(x, share, binary)
         return torch.ones(1, 1), mean_fisher(rows, share, binary)
@@ -119,7 +120,7 @@ class AdditiveHead(VectorShared):
         convex = self._convex(
             problem, scores, lambda v: dot(posterior.turn(v)), lambda r: posterior.back(outer(r))
         )
-        precision = problem.precision + fitted.records * posterior.values
+        precision = self.precisions(problem.precision) + fitted.records * posterior.values
         if (features := self.explicit(interaction, x)) is None:
             change = newton_cg(convex, precision)
         else:

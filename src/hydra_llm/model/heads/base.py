@@ -146,6 +146,7 @@ class HeadKind(nn.Module):
     has_precision: ClassVar[bool] = True  # its prior's strength is chosen on held-out users
     on_labels: ClassVar[bool] = True  # whether it goes with features of labels (`label_features`)
     updates_online: ClassVar[bool] = False  # feedback changes a head without a new fit
+    learns_prior: ClassVar[bool] = False  # it has `set_basis`: a prior learned from users' records
     rank: int = 0  # what `create` needs to make it again
 
     @classmethod
@@ -194,6 +195,10 @@ class HeadKind(nn.Module):
         """The numbers that make a head the shared one."""
         return np.zeros(self.numbers_per_user or 0, dtype=np.float32)
 
+    def precisions(self, precision: float) -> "float | Tensor":
+        """The prior's precision of each coordinate, given that of the numbers without a basis."""
+        return precision
+
     # ---- joint training by gradient
 
     @property
@@ -213,8 +218,10 @@ class HeadKind(nn.Module):
 
     def fisher(
         self, interaction: Interaction, x: Tensor, share: Tensor, binary: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Factors of the mean Fisher information of a head; None where heads have no posterior."""
+    ) -> tuple[Tensor, ...] | None:
+        """Factors of the mean Fisher information of a head, as `LaplacePosterior.of` takes them;
+        None where heads have no posterior.
+        """
         return None
 
     def covariance(

@@ -7,25 +7,44 @@ import torch
 from torch import Tensor
 
 from hydra_llm.model.heads.additive import AdditiveHead
-from hydra_llm.model.heads.base import HeadKind, HeadProblem
+from hydra_llm.model.heads.base import HeadKind, HeadProblem, VectorShared
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Interaction
 
 
 class LowRankHead(AdditiveHead):
-    """K numbers on a basis learned from the training users' linear heads: for short histories."""
+    """K numbers on a basis that is learned from the training users: for short histories.
+
+    The basis is that of the learned prior (training/prior.py), δ = Sᵀ a with a ~ N(0, I), or the
+    directions in which the training users' linear heads differ most.
+    """
 
     name = "lowrank"
+    learns_prior = True
     basis: Tensor
 
     def __init__(self, size: int, rank: int):
         super().__init__(size, min(rank, size))
-        self.rank = self.coordinates
+        self.rank = self.most = self.coordinates
         self.register_buffer("basis", torch.zeros(self.rank, size))
 
     @classmethod
     def create(cls, interaction: Interaction, rank: int) -> "LowRankHead":
         return cls(interaction.size, rank)
+
+    @classmethod
+    def on(cls, other: VectorShared, basis: Tensor) -> "LowRankHead":
+        """Heads on a basis [K, V] around the shared head of another kind."""
+        head = cls(basis.shape[1], len(basis))
+        head.set_basis(basis)
+        head.shared, head.shared_bias = other.shared, other.shared_bias
+        return head
+
+    def set_basis(self, basis: Tensor | None) -> None:
+        """Take a learned basis [K, V], under whose prior the precision is 1; None for none."""
+        size = self.basis.shape[1]
+        self.basis = self.basis.new_zeros(self.most, size) if basis is None else basis
+        self.rank = self.coordinates = len(self.basis)
 
     def directions(self) -> tuple[Tensor, Tensor]:
         return self.basis, self.basis.new_zeros(self.rank)
