@@ -112,7 +112,8 @@ def test_a_learned_prior_helps_users_who_differ_and_is_kept() -> None:
     report, heads = fit_scorer(scorer, data, rank=2, strengths=few)
     assert report.prior_steps > 0
     assert report.loss_user < 0.95 * report.loss_shared
-    assert isinstance(scorer.head, LinearHead) and scorer.head.learned == 2
+    assert isinstance(scorer.head, LinearHead)
+    assert scorer.head.learned == 2
     again = Scorer.restore(scorer.config(), scorer.tensors())
     own = [heads[user] for user in data.users]
     assert torch.equal(again.score(data.groups, own), scorer.score(data.groups, own))
@@ -120,7 +121,8 @@ def test_a_learned_prior_helps_users_who_differ_and_is_kept() -> None:
         scorer.core(data.groups), scorer.core(data.groups, [None] * len(data))
     )  # without records the shared head
     covariance = scorer.covariance(data.groups[:1], own[0])
-    assert covariance is not None and bool((covariance.diagonal() > 0).all())
+    assert covariance is not None
+    assert bool((covariance.diagonal() > 0).all())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -137,7 +139,8 @@ def test_too_few_users_have_no_learned_prior() -> None:
     ridges = Ridges(shared_precision(scorer.interaction, 1.0), 1.0, 3.0)
     assert list(learn_basis(scorer, data, ridges, rank=2, steps=2)) == []
     report, heads = fit_scorer(scorer, data, rank=2)
-    assert report.prior_steps == 0 and len(heads) == 1
+    assert report.prior_steps == 0
+    assert len(heads) == 1
 
 
 def test_lowrank_heads_take_the_basis_of_the_prior() -> None:

@@ -38,7 +38,7 @@ from hydra_llm.training.calibration import (
     summed_loss,
 )
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users, folds
-from hydra_llm.training.prior import Ridges, learn_basis
+from hydra_llm.training.prior import Ridges, State, learn_basis
 
 LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
 FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
@@ -93,7 +93,7 @@ def fit_scorer(
     learning = rank > 0 and scorer.head.learns_prior and scorer.loss == "listwise"
     bases = len(strengths.bases) * strengths.steps if learning else 0
     steps = _Steps((pairs + bases + 4) * len(used) + 1, done)
-    base = _Base(scorer, plain, used, report, steps, rank if learning else 0)
+    base = _Base(scorer, plain, used, report, steps, rank if learning else 0, {})
     if base.folds:
         base.choose_ridges(strengths)
         if learning:
@@ -156,6 +156,7 @@ class _Base(NamedTuple):
     report: FitReport
     steps: _Steps
     rank: int  # of the learned prior; 0 if none is tried
+    known: dict[tuple[int, float, int], State]  # by training set, ridge and step of the prior
 
     def fit(self, train: TrainingSet) -> None:
         """The base of these users, and what a kind of head shares beside it."""
@@ -168,16 +169,32 @@ class _Base(NamedTuple):
 
     def fit_shared(self, train: TrainingSet) -> None:
         """The base alone, by the strengths in the report."""
-        if isinstance(self.scorer.head, LinearHead | LowRankHead):
-            self.scorer.head.set_basis(None)
-        fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
+        place = (id(train), 0.0, 0)
+        if place in self.known:
+            self.known[place].restore(self.scorer)
+        else:
+            if isinstance(self.scorer.head, LinearHead | LowRankHead):
+                self.scorer.head.set_basis(None)
+            fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
+            if self.rank:
+                self.known[place] = State.of(self.scorer)
         self.steps.step()
 
     def bases(self, train: TrainingSet, ridge: float, steps: int) -> Iterator[Tensor]:
-        """The basis after each step of learning the prior, from the fitted base."""
+        """The basis after each step of learning the prior, from the fitted base; where the last one
+        is known, that alone.
+        """
+        if (last := self.known.get((id(train), ridge, steps))) is not None:
+            last.restore(self.scorer)
+            assert last.basis is not None
+            yield last.basis
+            return
         shared = shared_precision(self.scorer.interaction, self.report.ridge)
         ridges = Ridges(shared, self.report.evidence_ridge, ridge)
-        return learn_basis(self.scorer, train, ridges, rank=self.rank, steps=steps)
+        learning = learn_basis(self.scorer, train, ridges, rank=self.rank, steps=steps)
+        for step, basis in enumerate(learning, 1):
+            self.known[id(train), ridge, step] = State.of(self.scorer)
+            yield basis
 
     def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
         """Each held-out user's problem under the base of the others."""

@@ -46,6 +46,31 @@ class Ridges:
     basis: float  # of S in the principal directions
 
 
+class State(NamedTuple):
+    """What a fit of base and prior has set in a scorer."""
+
+    shared: Tensor
+    bias: Tensor
+    side: tuple[Tensor, Tensor, Tensor]  # weights, means and deviations
+    basis: Tensor | None
+
+    @classmethod
+    def of(cls, scorer: Scorer) -> "State":
+        head = scorer.head
+        assert isinstance(head, LinearHead | LowRankHead)
+        side = (scorer.side_weight.detach().clone(), scorer.side_mean, scorer.side_scale)
+        shared, bias = head.shared.detach().clone(), head.shared_bias.detach().clone()
+        return cls(shared, bias, side, head.basis)
+
+    def restore(self, scorer: Scorer) -> None:
+        """Set them again."""
+        scorer.head.set_shared(self.shared, self.bias)
+        weights, scorer.side_mean, scorer.side_scale = self.side
+        scorer.side_weight.data.copy_(weights)
+        assert isinstance(scorer.head, LinearHead | LowRankHead)
+        scorer.head.set_basis(self.basis)
+
+
 def learn_basis(
     scorer: Scorer, data: TrainingSet, ridges: Ridges, *, rank: int, steps: int
 ) -> Iterator[Tensor]:

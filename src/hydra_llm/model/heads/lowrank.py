@@ -61,6 +61,7 @@ class LowRankHead(AdditiveHead):
         deltas = np.stack([numbers for problem in problems for numbers in probe.fit(problem)])
         own = torch.from_numpy(deltas)[:, : self.basis.shape[1]]
         _, _, directions = torch.linalg.svd(own, full_matrices=False)
-        self.basis.zero_()
-        top = min(len(self.basis), len(directions))
-        self.basis[:top] = directions[:top]
+        basis = torch.zeros_like(self.basis)
+        top = min(len(basis), len(directions))
+        basis[:top] = directions[:top]
+        self.basis = basis
