@@ -84,7 +84,7 @@ def test_modes_and_covariances_equal_those_of_scipy() -> None:
     np.testing.assert_allclose(covariance[0], np.linalg.inv(hessian), atol=1e-3)
 
 
-def test_the_direction_in_which_users_differ_is_found_with_its_scale() -> None:
+def test_the_direction_in_which_users_differ_is_found() -> None:
     data = simulated(users=150, records=30, spread=2.0)
     scorer, basis = learned(data, steps=6)
     # the covariance of heads, as scores of label 0 against the others by each vector's component
@@ -162,7 +162,7 @@ def test_known_texts_are_found_by_their_vectors() -> None:
     assert places_among(rows, known).tolist() == [7, 3, -1, -1]
 
 
-def test_outer_is_the_transpose_of_dot_with_codes_and_known_texts() -> None:
+def test_outer_is_the_transpose_of_dot_with_codes() -> None:
     draw = torch.Generator().manual_seed(0)
     interaction = features(texts=2)
     left = torch.randn(5, WIDTH, generator=draw)

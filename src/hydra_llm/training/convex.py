@@ -84,23 +84,14 @@ def fit_scorer(
     plain = data.take((~data.voted).nonzero()[:, 0]) if partly else data
     names = plain.names()
     report = FitReport(users=len(names), groups=len(plain))
-    parts = [list(unseen)] if unseen else []
-    if not unseen and len(names) > 1:
-        parts = folds(names, FOLDS if len(plain) > TINY_SET else TINY_FOLDS, seed)
-    parted = [_Fold(plain.of(sorted(set(names) - set(part))), part) for part in parts]
-    used = [fold for fold in parted if len(fold.train)]
-    pairs = len(strengths.ridges) * len(_side_ridges(plain, strengths))
-    learning = rank > 0 and scorer.head.learns_prior and scorer.loss == "listwise"
-    bases = len(strengths.bases) * strengths.steps if learning else 0
-    steps = _Steps((pairs + bases + 4) * len(used) + 1, done)
-    base = _Base(scorer, plain, used, report, steps, rank if learning else 0, {})
+    used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
+    rank = rank if scorer.head.learns_prior and scorer.loss == "listwise" else 0
+    fits = len(strengths.ridges) * len(_side_ridges(plain, strengths)) + 4
+    fits += len(strengths.bases) if rank else 0
+    base = _Base(scorer, plain, used, report, _Steps(fits * len(used) + 1, done), rank, {})
     if base.folds:
-        base.choose_ridges(strengths)
-        if learning:
-            base.choose_basis(strengths)
-        if scorer.head.has_precision:
-            base.choose_precision(strengths)
-    if learning:
+        base.choose_strengths(strengths)
+    if rank:
         report.prior = "learned" if report.prior_steps else _why_isotropic(report)
     scorer.prior_precision = torch.tensor(report.precision)
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
@@ -127,6 +118,17 @@ class _Fold(NamedTuple):
 
 def _side_ridges(data: TrainingSet, tried: Strengths) -> tuple[float, ...]:
     return tried.side_ridges if len(data) <= LARGE_SET else tried.side_ridges[:1]
+
+
+def _parts(data: TrainingSet, seed: int) -> list[list[str]]:
+    names, count = data.names(), FOLDS if len(data) > TINY_SET else TINY_FOLDS
+    return folds(names, count, seed) if len(names) > 1 else []
+
+
+def _folds_of(data: TrainingSet, parts: Sequence[list[str]]) -> list[_Fold]:
+    names = set(data.names())
+    parted = [_Fold(data.of(sorted(names - set(part))), part) for part in parts]
+    return [fold for fold in parted if len(fold.train)]
 
 
 class _Steps:
@@ -211,6 +213,14 @@ class _Base(NamedTuple):
             self.fit(fold.train)
             parts += held_out_scores(self.scorer, split(data.of(fold.held_out)), fold.held_out)
         return parts
+
+    def choose_strengths(self, tried: Strengths) -> None:
+        """The ridges, then the learned prior, then the precision."""
+        self.choose_ridges(tried)
+        if self.rank:
+            self.choose_basis(tried)
+        if self.scorer.head.has_precision:
+            self.choose_precision(tried)
 
     def choose_ridges(self, tried: Strengths) -> None:
         """The ridges of the base, by the loss of users whom it has not seen."""

@@ -18,6 +18,7 @@ rank, V length of θ₀, E side features. Knows no texts and no LLM.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,9 @@ START_USERS = 2000  # whose gradients give the directions
 CONSTANT, KNOWN = 0.1, 0.3  # ridges on S of the constant and of known texts, of those of directions
 NUMBERS = 50_000_000  # N · J · K at most: bounds memory
 NEWTON_STEPS, PRODUCTS = 1, 15  # of an M step, which need not be exact: the next one goes on
+
+
+Posteriors = tuple[Tensor, Tensor]  # the users' modes [U, K] and covariances [U, K, K]
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,14 @@ def learn_basis(
     assert isinstance(head, LinearHead | LowRankHead)
     shared, weights = head.shared.detach()[None], scorer.side_weight.detach().clone()
     table = torch.cat([shared, records.first_basis(shared, weights, rank)])  # [K + 1, V]
-    precision = _basis_precision(records.interaction, ridges.basis).expand(rank, -1)
-    precision = torch.cat([ridges.shared[None], precision])
+    on_basis = _basis_precision(records.interaction, ridges.basis).repeat(rank)
+    ridge = torch.cat([ridges.shared, on_basis, torch.full_like(weights, ridges.side)])
     for step in range(steps):
         modes, covariance = records.expected(table, weights)
         if step:
             table, modes, covariance = _standardised(table, modes, covariance)
-        table, weights = records.maximised(
-            table, weights, modes, covariance, precision, ridges.side
-        )
+        posteriors = modes, covariance
+        table, weights = _maximised(records, table, weights, posteriors, ridge)
         head.set_shared(table[0], torch.zeros(()))
         head.set_basis(table[1:].clone())
         scorer.side_weight.data.copy_(weights)
@@ -209,76 +212,77 @@ class _Records(NamedTuple):
             modes[owners], covariance[owners] = posterior(own, base[index], target, mask)
         return modes, covariance
 
-    def maximised(
-        self,
-        table: Tensor,
-        weights: Tensor,
-        modes: Tensor,
-        covariance: Tensor,
-        precision: Tensor,
-        side_ridge: float,
-    ) -> tuple[Tensor, Tensor]:
-        """M step: the table [K + 1, V] of θ₀ and S, and the weights [E] of side features."""
-        rank, size = len(table) - 1, table.numel()
-        factor = torch.cat([torch.ones(self.number, 1), modes], 1)[self.user][
-            :, None
-        ]  # [N, 1, K+1]
-        spread, coding = covariance[self.user], self.coding
 
-        def dot(v: Tensor) -> Tensor:
-            codes = (self.rows(v[0, :size].view_as(table)) * factor).sum(-1)
-            return (codes @ coding.T + self.side @ v[0, size:])[None]
+class _MStep(NamedTuple):
+    """The M step's problem in v: a table [K + 1, V] of θ₀ and S, then the weights [E]."""
 
-        def outer(r: Tensor) -> Tensor:
-            by_table = self.back((r[0] @ coding)[..., None] * factor)
-            by_side = torch.einsum("nle,nl->e", self.side, r[0])
-            return torch.cat([by_table.flatten(), by_side])[None]
+    records: _Records
+    shape: torch.Size  # of the table
+    factor: Tensor  # [N, 1, K + 1] 1 and the mode of the group's user
+    spread: Tensor  # [N, K, K] the covariance of the group's user
+    hessian: Tensor  # [N, J, J] of the losses by the codes' scores
+    ridge: Tensor  # [·] on each number of v
 
-        start = torch.cat([table.flatten(), weights])[None]
-        shares = self.shares(dot(start)[0])
-        middle = shares @ coding
-        hessian = torch.einsum("nl,lj,li->nji", shares, coding, coding)
-        hessian = hessian - middle[:, :, None] * middle[:, None]
-        ridge = torch.cat([precision.flatten(), torch.full((len(weights),), side_ridge)])
+    def dot(self, v: Tensor) -> Tensor:
+        records, size = self.records, self.shape.numel()
+        codes = (records.rows(v[0, :size].view(self.shape)) * self.factor).sum(-1)
+        return (codes @ records.coding.T + records.side @ v[0, size:])[None]
 
-        def prior(v: Tensor) -> Tensor:
-            rows = self.rows(v[0, :size].view_as(table)[1:])
-            uncertain = self.back(hessian @ rows @ spread).flatten()
-            out = ridge * v
-            out[0, size // (rank + 1) : size] += uncertain
-            return out
+    def outer(self, r: Tensor) -> Tensor:
+        records = self.records
+        by_table = records.back((r[0] @ records.coding)[..., None] * self.factor)
+        by_side = torch.einsum("nle,nl->e", records.side, r[0])
+        return torch.cat([by_table.flatten(), by_side])[None]
 
-        # in coordinates in which the Hessian's diagonal is about 1
-        scale = self.diagonal(factor, spread, hessian, shares).add(ridge).rsqrt()
-        target = self.target[None]
-        mask = torch.ones_like(target, dtype=torch.bool)
-        problem = Problem(
-            lambda v: dot(v * scale),
-            lambda r: outer(r) * scale,
-            start.shape[1],
-            torch.zeros_like(target),
-            target,
-            mask,
-            "listwise",
-        )
-        v = newton_cg(
-            problem,
-            lambda v: prior(v * scale) * scale,
-            start=start / scale,
-            steps=NEWTON_STEPS,
-            products=PRODUCTS,
-        )[0]
-        v = v * scale
-        return v[:size].view_as(table), v[size:]
+    def prior(self, v: Tensor) -> Tensor:
+        """The ridges, and what the users' covariances add, as a product with v."""
+        records, size = self.records, self.shape.numel()
+        rows = records.rows(v[0, :size].view(self.shape)[1:])
+        out = self.ridge * v
+        out[0, self.shape[1] : size] += records.back(self.hessian @ rows @ self.spread).flatten()
+        return out
 
-    def diagonal(self, factor: Tensor, spread: Tensor, hessian: Tensor, shares: Tensor) -> Tensor:
-        """The diagonal of the M step's Hessian, without the ridges."""
-        second = factor[:, 0].square()
-        second[:, 1:] += spread.diagonal(dim1=1, dim2=2)
-        of_codes = hessian.diagonal(dim1=1, dim2=2)[..., None] * second[:, None]
-        centred = self.side - (shares[..., None] * self.side).sum(1, keepdim=True)
+    def diagonal(self, shares: Tensor) -> Tensor:
+        """The diagonal of the Hessian."""
+        records, second = self.records, self.factor[:, 0].square()
+        second[:, 1:] += self.spread.diagonal(dim1=1, dim2=2)
+        of_codes = self.hessian.diagonal(dim1=1, dim2=2)[..., None] * second[:, None]
+        side = records.side
+        centred = side - (shares[..., None] * side).sum(1, keepdim=True)
         of_side = (shares[..., None] * centred.square()).sum((0, 1))
-        return torch.cat([self.back(of_codes, squared=True).flatten(), of_side])
+        of_table = records.back(of_codes, squared=True).flatten()
+        return torch.cat([of_table, of_side]) + self.ridge
+
+
+def _maximised(
+    records: _Records, table: Tensor, weights: Tensor, posteriors: Posteriors, ridge: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The table and the weights after an M step, in coordinates in which the Hessian's diagonal is
+    about 1.
+    """
+    (modes, covariance), user, coding = posteriors, records.user, records.coding
+    factor = torch.cat([torch.ones(len(modes), 1), modes], 1)[user][:, None]
+    none = torch.zeros(len(user), records.columns, records.columns)
+    step = _MStep(records, table.shape, factor, covariance[user], none, ridge)
+    start = torch.cat([table.flatten(), weights])[None]
+    shares = records.shares(step.dot(start)[0])
+    middle = shares @ coding
+    second = torch.einsum("nl,lj,li->nji", shares, coding, coding)
+    step = step._replace(hessian=second - middle[:, :, None] * middle[:, None])
+    scale = step.diagonal(shares).rsqrt()
+    target = records.target[None]
+    problem = Problem(
+        dot=lambda v: step.dot(v * scale),
+        outer=lambda r: step.outer(r) * scale,
+        size=start.shape[1],
+        offset=torch.zeros_like(target),
+        target=target,
+        mask=torch.ones_like(target, dtype=torch.bool),
+        loss="listwise",
+    )
+    solve = partial(newton_cg, start=start / scale, steps=NEWTON_STEPS, products=PRODUCTS)
+    v = solve(problem, lambda v: step.prior(v * scale) * scale)[0] * scale
+    return v[: table.numel()].view_as(table), v[table.numel() :]
 
 
 def posterior(rows: Tensor, offset: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

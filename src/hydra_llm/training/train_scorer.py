@@ -78,11 +78,9 @@ def train_scorer(
     if head.convex:
         unseen = held_out_users(labelled, config) if trains else ()
         options: dict[str, Any] = {"seed": config.seed, "unseen": unseen, "strengths": strengths}
-        options["rank"] = (
-            bundle.settings.rank if learns_prior(bundle, by_label=data.by_label) else 0
-        )
-        fitting = partial(progress, f"fit {name}")
-        fit_report, own_heads = fit_scorer(scorer, labelled, **options, done=fitting)
+        options["rank"] = rank_of_prior(bundle, by_label=data.by_label)
+        options["done"] = partial(progress, f"fit {name}")
+        fit_report, own_heads = fit_scorer(scorer, labelled, **options)
     else:
         fit_report, own_heads = fit_unseen(scorer, labelled, config)
     scorers = {**bundle.scorers, name: scorer.eval()}
@@ -131,7 +129,7 @@ def make_features(
     if not by_label:
         return Tower(width, settings.width)
     labels = len(bundle.task.labels)
-    if not groups or not learns_prior(bundle, by_label=by_label):
+    if not groups or not rank_of_prior(bundle, by_label=by_label):
         return LabelBilinear(width, labels, settings.label_rank or OWN_RANK)
     strategy = bundle.task.strategy
     assert isinstance(strategy, LabelKind)
@@ -146,11 +144,11 @@ def make_features(
     return interaction
 
 
-def learns_prior(bundle: Bundle, *, by_label: bool) -> bool:
-    """Whether the prior of this scorer's heads may be learned from the users."""
+def rank_of_prior(bundle: Bundle, *, by_label: bool) -> int:
+    """Of the prior of this scorer's heads, where it may be learned from the users; else 0."""
     settings = bundle.settings
     learns = bool(HEADS.load(settings.head).learns_prior) and settings.loss == "listwise"
-    return by_label and learns and settings.head_prior == "learned"
+    return settings.rank if by_label and learns and settings.head_prior == "learned" else 0
 
 
 def recurring_texts(groups: Sequence[LabelledGroup]) -> list[str]:
