@@ -77,8 +77,8 @@ def fit_scorer(
     `unseen` are the users from whom a trained interaction has not learned: only they show what
     helps a new user. Without them the users take turns in folds, which is fair where the
     interaction has seen no labels. Where only some groups are voted, base and heads learn from the
-    others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, with a
-    basis of so many rows, unless an isotropic one is better for held-out users.
+    others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, in so
+    many dimensions, unless an isotropic one is better for held-out users.
     """
     partly = 0 < int(data.voted.sum()) < len(data)
     plain = data.take((~data.voted).nonzero()[:, 0]) if partly else data
@@ -99,9 +99,8 @@ def fit_scorer(
         evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
         calibrate(scorer, base.held_out(data, TrainingSet.calibration_splits), report)
     base.fit(plain)
-    heads = fit_heads(scorer, plain, names)
     base.steps.finish()
-    measure_posterior(scorer, plain, heads)
+    measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))
     return report, heads
 
 
