@@ -46,6 +46,8 @@ def main() -> None:
         "--against", default=BASELINE, help="the method that others are compared to"
     )
     parser.add_argument("--arguments", type=shlex.split, default=[])
+    parser.add_argument("--learn", type=shlex.split, help="of `learn`, if the run has its --bundle")
+    parser.add_argument("--fit", type=shlex.split, default=[], help="of `fit`, likewise")
     parser.add_argument("--beside", type=Path, nargs="+", default=[])
     args = parser.parse_args()
     target = RESULTS / args.name
@@ -56,7 +58,8 @@ def main() -> None:
     (target / "report.json").write_text(
         json.dumps(report(args.run, args.against), indent=1) + "\n", encoding="utf-8"
     )
-    commands = {"data": args.data, "bench run": args.arguments}
+    learned = {} if args.learn is None else {"learn": args.learn, "fit": args.fit}
+    commands = {"data": args.data, **learned, "bench run": args.arguments}
     if args.against != BASELINE:
         commands["against"] = args.against
     (target / "commands.json").write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
