@@ -32,7 +32,7 @@ def _run(report: tables.Report) -> str:
     sizes = f"{manifest['users']} users, {manifest['queries']} queries"
     notes = (spec.note for spec in task.metric_specs.values() if spec.note)
     parts = [
-        f"## {task.name}, {manifest['llm'].get('model')}, {sizes}",
+        f"## {task.name}, {manifest['llm'].get('model') or 'no LLM'}, {sizes}",
         LIKE.format(task.like) if task.like else "",
         f"{summary_line(report.run)}.",
         _table(tables.method_rows(report)),
