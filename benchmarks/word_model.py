@@ -15,6 +15,7 @@ then of other users.
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Case:
 
 def main() -> None:
     parser = options(__doc__, runs=1)
-    parser.add_argument("data", type=str)
+    parser.add_argument("data", type=Path)
     parser.add_argument("--llm", required=True)
     parser.add_argument("--new", type=int, default=12, help="new users")
     parser.add_argument("--limit", type=int, default=6, help="queries of each, the first")
@@ -109,7 +110,7 @@ async def all_cases(parts: Parts, queries: Sequence[Query]) -> list[Case]:
             **{f"expected rouge + {w} mbr": expected + w * agreement for w in (0.1, 0.2, 0.5)},
             "hydra": np.array([own.score for own in chosen]),
         }
-        answer = await rag(plain).aanswer(query)
+        answer = await rag.build(plain).aanswer(query)
         cases.append(
             Case(
                 np.array([task.gain(own.answer, gold) for own in offered]),

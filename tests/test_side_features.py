@@ -240,5 +240,9 @@ def test_expected_rouge_by_the_word_model() -> None:
         assert table[:, -1] == pytest.approx([*expected, 0, 0])
         assert (model.text, model.own.records) == (QUERY.input, len(history))
     assert maker(TITLES).adapter_names == own.adapter_names[:-1]  # without a word model
+    ranked = [Ranked(record, 1.0, 0) for record in past(("x", "a moon"), ("y", "a sun"))]
+    table = own.reranker(QUERY, ranked, own.vectorize(HISTORY))
+    assert own.reranker_names[-1] == "word_overlap"
+    assert table[:, -1] == pytest.approx([1.5 * 0.5 / (2 + 0.5), 0])
     tags = Featurizer(TAGS, Hashed(), CohortStats(), model)  # type: ignore[arg-type]
     assert tags.adapter_names == maker(TAGS).adapter_names

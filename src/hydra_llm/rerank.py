@@ -49,6 +49,9 @@ class LearnedReranker(Reranker):
 
         query = context.query
         features = self.featurizer.reranker(query, retrieved, context.vectors)
+        names = self.featurizer.reranker_names
+        # A scorer learned before the word model lacks its column.
+        features = features[:, [names.index(name) for name in self.scorer.side_names]]
         store, interaction = self.featurizer.features, self.scorer.interaction
         groups = make_groups(store, interaction, [query.input], [self.texts(retrieved)], [features])
         scores = self.scorer.score(groups, [context.heads.get("reranker")])[0].tolist()

@@ -92,7 +92,9 @@ class Featurizer:
     def reranker_names(self) -> tuple[str, ...]:
         """The columns of `reranker`."""
         common = ("retriever", "reciprocal_rank", "cosine", "recency")
-        return (*common, *self.task.strategy.record_columns)
+        strategy = self.task.strategy
+        words = strategy.record_word_columns if self.word_model else ()
+        return (*common, *strategy.record_columns, *words)
 
     def reranker(self, query: Query, ranked: Sequence[Ranked], history: HistoryVectors) -> Floats:
         """[M, E] side features of each retrieved record; `history` holds the visible records."""
@@ -104,8 +106,11 @@ class Featurizer:
             self.features.texts([record.input for record in records]) @ context.query,
             _recency(records),
         ]
-        own = self.task.strategy.record_features(context, records)
-        return np.concatenate([np.stack(columns, 1), own], 1)
+        strategy = self.task.strategy
+        parts = [np.stack(columns, 1), strategy.record_features(context, records)]
+        if self.word_model is not None:
+            parts.append(strategy.record_word_features(context, records))
+        return np.concatenate(parts, 1)
 
     def _context(self, query: Query, history: HistoryVectors) -> FeatureContext:
         vector = self.features.texts([query.input])[0]

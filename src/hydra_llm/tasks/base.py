@@ -342,6 +342,12 @@ class TaskKind(ABC):
         """[C, E] of a context with `word_shares`."""
         return np.zeros((len(candidates), 0))
 
+    record_word_columns: ClassVar[tuple[str, ...]] = ()  # [E] the same of retrieved records
+
+    def record_word_features(self, context: FeatureContext, records: Sequence[Record]) -> Floats:
+        """[M, E] of a context with `word_shares`."""
+        return np.zeros((len(records), 0))
+
     record_columns: ClassVar[tuple[str, ...]]  # [E] names, after those that all kinds have
 
     @abstractmethod

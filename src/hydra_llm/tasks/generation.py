@@ -122,12 +122,23 @@ class Generation(base.TaskKind):
     def word_features(
         self, context: base.FeatureContext, candidates: Sequence[Candidate]
     ) -> Floats:
+        return self._expected(context, [candidate.text for candidate in candidates])
+
+    record_word_columns = ("word_overlap",)
+
+    def record_word_features(
+        self, context: base.FeatureContext, records: Sequence[Record]
+    ) -> Floats:
+        return self._expected(context, [record.output for record in records])
+
+    def _expected(self, context: base.FeatureContext, answers: Sequence[str]) -> Floats:
+        """[N, 1] the expected gain of these answers by the word model."""
         assert context.word_shares is not None
-        texts, history = [words(candidate.text) for candidate in candidates], context.history
+        texts, history = [words(answer) for answer in answers], context.history
         usual = np.mean(history.words) if len(history) else context.stats.words
         asked = sorted({word for text in texts for word in text})
         shares = dict(zip(asked, context.word_shares(asked).tolist(), strict=True))
-        return np.array([[expected_overlap(text, shares, float(usual))] for text in texts])
+        return np.array([expected_overlap(text, shares, float(usual)) for text in texts])[:, None]
 
     record_columns = ("answer_cosine", "answer_words")
 
