@@ -397,3 +397,29 @@ def test_odd_texts_are_asked_and_answered(text: str) -> None:
     assert proposal.candidates[0].answer == "odd"
     assert "\0" not in text_of(proposal.messages)
     assert bool(proposal.notes) == (len(text) > 1000)
+
+
+@pytest.mark.anyio
+async def test_label_probabilities_take_the_place_of_samples() -> None:
+    class Telling(Temperatures):
+        async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+            generation = await super().generate(messages, sampling)
+            assert sampling.probabilities
+            assert sampling.choices == TAGS.labels
+            return Generation(generation.texts, generation.usage, probabilities={"odd": 0.75})
+
+    llm = Telling("odd", [])
+    pipeline = door(llm, candidates="labels", label_probabilities=True)
+    proposal = await pipeline.apropose("rain", user="u")
+    assert [(asked["n"], asked["temperature"]) for asked in llm.asked] == [(1, 0.0)]
+    told = {own.answer: own.llm_probability for own in proposal.candidates}
+    assert told == {"odd": 0.75, "calm": None, "loud": None}
+    assert proposal.candidates[0].greedy
+
+
+@pytest.mark.anyio
+async def test_texts_have_no_label_probabilities() -> None:
+    llm = Temperatures("a", ["b", "c", "d"])
+    await door(llm, TITLES, label_probabilities=True).apropose("rain", user="u")
+    assert sorted(asked["n"] for asked in llm.asked) == [1, 3]
+    assert not any(asked["probabilities"] for asked in llm.asked)

@@ -21,6 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     ),
     "openai": ("openai",),
     "embedded": ("xllamacpp",),
+    "openvino": ("openvino_genai",),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),
     "bench": ("scipy", "rouge_score", "sacrebleu"),
     "report": ("altair", "jinja2", "markupsafe", "vl_convert"),

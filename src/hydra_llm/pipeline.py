@@ -152,11 +152,13 @@ class Pipeline:
             raise LLMError("the LLM gave no text")
         first = results[0]
         greedy = len(first.texts) if self._greedy_calls and isinstance(first, Generation) else 0
-        candidates, unread = self.read(texts, greedy)
+        candidates, unread = self.read(texts, greedy, getattr(first, "probabilities", {}))
         failures = [f"a call failed: {error}" for error in errors]
         return Sampled(prompt, candidates, spent, (*failures, *unread))
 
-    def read(self, texts: Sequence[str], greedy: int) -> tuple[tuple[Candidate, ...], list[str]]:
+    def read(
+        self, texts: Sequence[str], greedy: int, probabilities: Mapping[str, float] | None = None
+    ) -> tuple[tuple[Candidate, ...], list[str]]:
         """Texts of the LLM as candidates, and a note for what could not be parsed.
 
         Equal answers are one candidate with several votes, in order of appearance; the first
@@ -179,6 +181,10 @@ class Pipeline:
             # Those without an answer stay: else a baseline would answer the first label.
             unreadable = [candidate for candidate in candidates if candidate.answer is None]
             candidates = [*all_labels(self.task, candidates), *unreadable]
+            if probabilities:
+                told = [probabilities.get(own.answer or "") for own in candidates]
+                pairs = zip(candidates, told, strict=True)
+                candidates = [replace(own, llm_probability=share) for own, share in pairs]
             candidates.sort(key=lambda candidate: (not candidate.greedy, -candidate.votes))
         return tuple(candidates), notes
 
@@ -187,15 +193,22 @@ class Pipeline:
         return self.selector.choose(context, candidates)
 
     @property
+    def _reads_probabilities(self) -> bool:
+        return bool(self.task.labels) and self.settings.label_probabilities
+
+    @property
     def _greedy_calls(self) -> int:
-        return 1 if self.settings.greedy_first or self.settings.samples == 1 else 0
+        first = self.settings.greedy_first or self.settings.samples == 1
+        return 1 if first or self._reads_probabilities else 0
 
     async def _generate(self, llm: ChatLLM, prompt: Prompt) -> list[Result]:
         """The greedy call and the one for samples, at the same time; a failed one is its error."""
         settings, greedy = self.settings, self._greedy_calls
-        choices = self.task.labels if settings.constrain else ()
+        choices = self.task.labels if settings.constrain or self._reads_probabilities else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
-        counts = ((greedy, 0.0), (settings.samples - greedy, settings.temperature))
+        counts = [(greedy, 0.0), (settings.samples - greedy, settings.temperature)]
+        if self._reads_probabilities:
+            shared, counts = replace(shared, probabilities=True), [(1, 0.0)]
         calls = [replace(shared, n=n, temperature=heat) for n, heat in counts if n > 0]
         results: list[Result] = [LLMError("not asked")] * len(calls)
 

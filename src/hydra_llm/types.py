@@ -128,6 +128,8 @@ class Generation:
     texts: tuple[str, ...]
     usage: Usage = Usage()
     ends: tuple[str, ...] = ()  # each text's finish reason, `stop` or `length`; empty if unknown
+    # of each choice, given that one of them is the answer; empty where the LLM does not tell them
+    probabilities: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ class Candidate:
     answer: str | None  # parsed: a label, a number as text, or the text; None: cannot be parsed
     votes: int = 0  # how many of the LLM's samples gave this answer
     greedy: bool = False  # whether the LLM's temperature-0 sample gave it
+    llm_probability: float | None = None  # of a label by the LLM itself (`label_probabilities`)
     score: float | None = None  # the adapter's score for this user; None where no adapter ran
     probability: float | None = None  # the calibrated probability within its group
 

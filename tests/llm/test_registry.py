@@ -27,7 +27,7 @@ MESSAGES = [{"role": "user", "content": "one two"}]
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
         SettingsError,
-        match=r"openai:MODEL\[@URL\], gguf:PATH, smollm2, replay:RECORDING, fake:echo",
+        match=r"openai:MODEL\[@URL\], gguf:PATH, openvino:PATH, smollm2, replay:RECORDING, fake:",
     ):
         bare_llm(name, Settings())
 

@@ -22,7 +22,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command()
 @with_option_sets
 def check(
-    spec: Annotated[str, Argument(help="openai:MODEL[@URL], gguf:PATH, smollm2 or fake:KIND.")],
+    spec: Annotated[
+        str, Argument(help="openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2 or fake:KIND.")
+    ],
     options: GivenSettings,
     as_json: AsJson = False,
 ) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
     from hydra_llm.store.store import Store
 
-LLM_HELP = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:FILE or fake:KIND"
+LLM_HELP = "openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2, replay:FILE, fake:KIND"
 SET_HELP = "A setting (docs/settings.md), as model.head=kernel; repeatable."
 LLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; see `llm check`.")]
 LearnLLM = Annotated[str, Option("--llm", help=f"{LLM_HELP}; none for recorded choices.")]

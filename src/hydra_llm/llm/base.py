@@ -10,7 +10,7 @@ from hydra_llm.types import Generation, Message
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How texts are drawn. All fields but `n` are part of the cache key."""
+    """How texts are drawn. All fields but `n` and `probabilities` are part of the cache key."""
 
     n: int = 1  # texts per call
     temperature: float = 0.0  # 0 is greedy: all n texts are the same
@@ -19,6 +19,8 @@ class Sampling:
     seed: int | None = None  # text i is drawn with `seed + i` where the engine can
     choices: tuple[str, ...] = ()  # each text is one of these where `identity["constrains"]`
     form: str = ""  # `response_format` as JSON, where the LLM has `takes_form`
+    # ask for `Generation.probabilities` of the choices too, where the LLM can tell them (grey box)
+    probabilities: bool = False
 
 
 class PartlyFailed(LLMError):

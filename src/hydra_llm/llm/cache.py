@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS answers (
 """
 FORMAT = 1  # of a recording
 REFUSED = -1  # index of a refusal for length: a replay without the LLM cuts the prompt alike
+CHOICES = -2  # index of the choices' probabilities; the row is empty where the LLM tells none
 Json = Mapping[str, Any]
 Rows = dict[int, Json]  # a request's texts by index, each with its share of the call's usage
 
@@ -48,7 +49,8 @@ def canonical(value: Any) -> str:
 def request_of(identity: Json, messages: Sequence[Message], sampling: Sampling) -> Json:
     """All that changes the output. A greedy answer has no seed: it depends on none."""
     fields = asdict(sampling) | {"temperature": float(sampling.temperature)}
-    for name in ("n", "form") if not sampling.form else ("n",):  # as in keys of older caches
+    # A call that asked for probabilities answers one that does not; no `form`: as in older caches.
+    for name in ("n", "probabilities", *(() if sampling.form else ("form",))):
         del fields[name]
     if not sampling.temperature > 0:
         fields["seed"] = None
@@ -96,10 +98,14 @@ class CachedLLM:
             rows = {index: row for index, row in stored.items() if 0 <= index < distinct}
             for row in rows.values():  # as cached calls; no money is spent again
                 tokens = row["prompt_tokens"], row["completion_tokens"]
-                told = Usage(0, row["calls"], 0, *(count or 0 for count in tokens))
-                usage += replace(told, seconds=row["seconds"], untold=int(None in tokens))
+                spent = Usage(0, row["calls"], 0, *(count or 0 for count in tokens))
+                usage += replace(spent, seconds=row["seconds"], untold=int(None in tokens))
             self._replayed += usage
             missing = [index for index in range(distinct) if index not in rows]
+            wanted = sampling.probabilities and bool(sampling.choices)
+            shares: Json | None = stored.get(CHOICES) if wanted else None
+            if wanted and shares is None and not missing and not self.replay_only:
+                missing = [0]  # asked once more, for the probabilities alone
             if missing and self.replay_only:
                 if refused := stored.get(REFUSED):
                     self.used[key].add(REFUSED)
@@ -110,6 +116,9 @@ class CachedLLM:
                 run = [index for _, index in numbered]  # neighbours are drawn in one call
                 drawn = replace(sampling, n=len(run), seed=_sample_seed(key, sampling.seed, run[0]))
                 generation, error = await _receive(self.inner.generate(messages, drawn), len(run))
+                if wanted and error is None:
+                    told: Rows = {CHOICES: {"probabilities": dict(generation.probabilities)}}
+                    shares = self.store(key, told, request)[CHOICES]
                 rows |= self.store(key, dict(zip(run, _rows(generation), strict=False)), request)
                 usage += generation.usage
                 if isinstance(error, LLMRefused) and error.fits is not None:
@@ -118,8 +127,12 @@ class CachedLLM:
                 if error:
                     raise error
         self.used[key].update(range(distinct))
+        probabilities: Mapping[str, float] = {}
+        if shares is not None:
+            self.used[key].add(CHOICES)
+            probabilities = shares["probabilities"]
         texts = tuple(rows[index]["text"] for index in range(distinct))
-        return Generation(texts * (sampling.n // distinct), usage)
+        return Generation(texts * (sampling.n // distinct), usage, probabilities=probabilities)
 
     def stored(self, key: str) -> Rows:
         """The stored rows of a request by index, its refusal among them."""
@@ -163,7 +176,7 @@ async def _receive(call: Awaitable[Generation], count: int) -> tuple[Generation,
         return getattr(error, "partial", Generation(())), error
     if (received := len(generation.texts)) < count:
         return generation, PartlyFailed(f"the LLM gave {received} of {count} texts", generation)
-    return Generation(generation.texts[:count], generation.usage), None
+    return replace(generation, texts=generation.texts[:count], ends=()), None
 
 
 def _rows(generation: Generation) -> list[Json]:

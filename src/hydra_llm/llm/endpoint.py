@@ -20,6 +20,8 @@ from hydra_llm.llm.wire import error_in
 OPENAI_URL = "https://api.openai.com/v1"
 SPEC = re.compile(r"(.+?)(?:@((?i:https?)://.+))?")
 MEANT_AS_URL = re.compile(r"@[^@/]*://|@[\w.-]+:\d+(?:/|$)")
+LOGPROBS = frozenset({"logprobs", "top_logprobs"})
+OPTIONAL = frozenset({"temperature", "seed"}) | LOGPROBS  # parameters that an endpoint may lack
 CAPABILITY_SECONDS = 600.0  # what an endpoint refuses in a bad hour is tried again
 NAMES_N = re.compile(
     r"""['"`]n['"`]|\bn\b\s*(?:=|>|<|!|must|is|should|has|cannot|parameter|other)"""
@@ -185,7 +187,7 @@ class Capabilities:
     """What a model takes, as far as its answers have shown."""
 
     native_n: bool = True  # several texts in one request
-    refused: frozenset[str] = frozenset()  # parameters that it does not know: temperature, seed
+    refused: frozenset[str] = frozenset()  # parameters that it does not know, of `OPTIONAL`
     limit_name: str = "max_tokens"  # newer models want max_completion_tokens
 
     def applied(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +202,9 @@ class Capabilities:
         """What is known after a refusal of `sent`: the same where it names no parameter of it."""
         if "max_tokens" in sent and refusal.names("max_tokens"):
             return replace(self, limit_name="max_completion_tokens")
-        if named := {name for name in {"temperature", "seed"} & sent.keys() if refusal.names(name)}:
+        if named := {name for name in OPTIONAL & sent.keys() if refusal.names(name)}:
+            if named & LOGPROBS:  # one is of no use without the other
+                named |= LOGPROBS
             return replace(self, refused=self.refused | named)
         if "n" in sent and (refusal.param == "n" or NAMES_N.search(refusal.message)):
             return replace(self, native_n=False)

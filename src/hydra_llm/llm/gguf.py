@@ -28,6 +28,7 @@ from hydra_llm.config import Settings
 from hydra_llm.data_wheels import data_file
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.extras import require
+from hydra_llm.llm import first_token
 from hydra_llm.llm.base import Sampling
 from hydra_llm.text import fold
 from hydra_llm.types import Generation, Message, Usage
@@ -35,6 +36,7 @@ from hydra_llm.types import Generation, Message, Usage
 ROLES = ("system", "user", "assistant")
 CONTEXT = 2048  # default context window of one conversation, in tokens
 SLOTS = 8  # samples side by side: 7 samples of a 1.5B model take 3.9 s in 8 slots, 4.8 s in one
+TOLD = 100  # likely first tokens that the engine tells, where probabilities are wanted
 SAMPLER = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}  # small models write noise without them
 STREAM = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 REFUSED = (400, 401, 403, 404, 501)
@@ -113,17 +115,19 @@ class GgufLLM:
             pool = 2 * self.engine.context - prompt_tokens
             at_once = max(1, min(SLOTS, pool // body["max_tokens"]))
             distinct = sampling.n if sampling.temperature > 0 else 1
-            whole = Generation(())
+            whole, shares = Generation(()), dict[str, float]()
             while (count := len(whole.texts)) < distinct and not cancelled.is_set():
                 drawn = {"n": min(at_once, distinct - count)}
                 if sampling.seed is not None:  # 2**32 - 1 means "at random"
                     drawn["seed"] = (sampling.seed + count) % (2**32 - 1)
-                part = self.engine.chat(body | drawn, cancelled, None if count else on_token)
+                first = None if count else on_token
+                part = self.engine.chat(body | drawn, cancelled, first, sampling.choices)
+                shares = shares or dict(part.probabilities)
                 texts, ends = whole.texts + part.texts, whole.ends + part.ends
                 whole = Generation(texts, whole.usage + part.usage, ends)
             usage = whole.usage + Usage(seconds=time.perf_counter() - started)
         copies = sampling.n // distinct
-        return Generation(whole.texts * copies, usage, whole.ends * copies)
+        return Generation(whole.texts * copies, usage, whole.ends * copies, shares)
 
     def _body(self, messages: Sequence[Message], sampling: Sampling) -> tuple[dict[str, Any], int]:
         """The request, with `max_tokens` cut to the room that is left, and the prompt's tokens."""
@@ -135,6 +139,8 @@ class GgufLLM:
             longest = max(len(choice.encode()) for choice in sampling.choices)  # ≥ its tokens
             most = needed = max(most, longest + 1)
             body["grammar"] = grammar(sampling.choices)
+            if sampling.probabilities:
+                body |= {"logprobs": True, "top_logprobs": TOLD}
         path = "/v1/chat/completions/input_tokens"
         tokens: int = self.engine.post(path, {"messages": safe})["input_tokens"]
         if context - tokens < needed:
@@ -186,19 +192,26 @@ class Engine:
         _raise_error(answer)
         return answer
 
-    def chat(self, body: Mapping[str, Any], cancelled: Event, on_token: OnToken) -> Generation:
-        """The `n` texts of one request."""
+    def chat(
+        self,
+        body: Mapping[str, Any],
+        cancelled: Event,
+        on_token: OnToken,
+        choices: Sequence[str] = (),
+    ) -> Generation:
+        """The `n` texts of one request, and the probabilities of `choices` if the body asks."""
         texts, ends = [""] * body["n"], ["stop"] * body["n"]
-        usage, errors = Usage(calls=1), []
+        usage, errors, told = Usage(calls=1), [], list[tuple[str, float]]()
 
         def read(chunk: Mapping[str, Any]) -> bool:
-            nonlocal usage
+            nonlocal usage, told
             if "error" in chunk:
                 errors.append(chunk)
             for choice in chunk.get("choices", ()):
                 index, piece = choice["index"], choice["delta"].get("content") or ""
                 texts[index] += piece
                 ends[index] = choice.get("finish_reason") or ends[index]
+                told = told or first_token.told_tokens(choice)
                 if on_token is not None and piece and index == 0:
                     on_token(piece)
             if used := chunk.get("usage"):  # one per sample, each with the whole prompt
@@ -209,7 +222,8 @@ class Engine:
         self._server.handle_chat_completions({**body, **STREAM}, read)
         if errors:
             _raise_error(errors[0])
-        return Generation(tuple(texts), usage, tuple(ends))
+        shares = first_token.probabilities(told, choices) if told else {}
+        return Generation(tuple(texts), usage, tuple(ends), shares)
 
     def safe(self, message: Message) -> dict[str, str]:
         """The message with a space in each control token, such as `< |im_end|>`: it stays text.

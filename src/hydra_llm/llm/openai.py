@@ -21,6 +21,7 @@ import openai
 from hydra_llm.config import Settings
 from hydra_llm.environment import http_client_faults
 from hydra_llm.errors import LLMError, LLMRefused
+from hydra_llm.llm import first_token
 from hydra_llm.llm.base import PartlyFailed, Sampling
 from hydra_llm.llm.endpoint import (
     SHORT,
@@ -74,8 +75,9 @@ class OpenAILLM:
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         """Return n texts, in one request where the endpoint can; each missing one by a request of
-        its own, all at once, with a seed of its own. Ignores `choices`. Raises LLMRefused for a
-        wrong key, model or request or too long a prompt, else as the interface says.
+        its own, all at once, with a seed of its own. Of `choices` it tells probabilities alone, by
+        `logprobs`. Raises LLMRefused for a wrong key, model or request or too long a prompt, else
+        as the interface says.
         """
         # JSON in UTF-8 cannot hold half of a surrogate pair.
         repaired = [{name: repair(text) for name, text in message.items()} for message in messages]
@@ -83,7 +85,11 @@ class OpenAILLM:
         seed = {} if sampling.seed is None else {"seed": sampling.seed}
         limits = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
         body = {"messages": repaired, **limits, **stop, **seed}
-        first = await self._send(body | ({"n": sampling.n} if sampling.n > 1 else {}))
+        told = (
+            {"logprobs": True, "top_logprobs": first_token.MOST} if sampling.probabilities else {}
+        )
+        several = {"n": sampling.n} if sampling.n > 1 else {}
+        first = await self._send(body | told | several, sampling.choices if told else ())
         missing = range(len(first.texts), sampling.n)
         singles, failures = dict[int, Generation](), list[LLMError]()
 
@@ -103,13 +109,15 @@ class OpenAILLM:
         if failures:
             failed = Usage(calls=len(failures), failed=len(failures))
             raise PartlyFailed(str(failures[0]), Generation(texts, usage + failed))
-        return Generation(texts, usage)
+        return Generation(texts, usage, probabilities=first.probabilities)
 
     async def aclose(self) -> None:
         await self._client.close()
 
-    async def _send(self, body: Mapping[str, Any]) -> Generation:
-        """One request; another one where the endpoint names a parameter that it does not take."""
+    async def _send(self, body: Mapping[str, Any], choices: Sequence[str] = ()) -> Generation:
+        """One request; another one where the endpoint names a parameter that it does not take. With
+        `choices`, their probabilities too, where it tells them.
+        """
         known = self.capabilities
         sent = known.applied(body)
         loop = anyio.lowlevel.current_token()
@@ -126,7 +134,7 @@ class OpenAILLM:
             refusal = Refusal(status, told.message, told.code, told.param)
             refused = refusal.status in REFUSED
             if refused and self._capabilities.learn(self.model, known.after(refusal, sent)):
-                return await self._send(body)
+                return await self._send(body, choices)
             line = self._line(f"HTTP {refusal.status}: {refusal.message}")
             if refused:
                 raise LLMRefused(line, fits=refusal.fits(error.body)) from None
@@ -137,7 +145,7 @@ class OpenAILLM:
             raise LLMError(self._line(f"no connection: {error.__cause__ or error}")) from None
         except (openai.OpenAIError, ValueError) as error:
             raise LLMError(self._line(f"an answer that cannot be read: {error}")) from None
-        generation = self._read(json_of(answer.http_response.content))
+        generation = self._read(json_of(answer.http_response.content), choices)
         if len(generation.texts) < sent.get("n", 1):
             self._capabilities.learn(self.model, replace(self.capabilities, native_n=False))
         return generation
@@ -150,14 +158,16 @@ class OpenAILLM:
         with http_client_faults():
             return openai.DefaultAsyncHttpxClient(timeout=self.timeout, **options)
 
-    def _read(self, answer: Mapping[str, Any]) -> Generation:
+    def _read(self, answer: Mapping[str, Any], wanted: Sequence[str]) -> Generation:
         """The texts of an answer in which `failure` found nothing wrong."""
         choices = sorted(answer["choices"], key=place_of)
         # A key as short as a word, such as "none", may be a label.
         redact = str if 0 < len(self._endpoint.key) < SHORT else self._endpoint.redact
         texts = tuple(redact(answer_of(choice["message"])) for choice in choices)
         tokens = tokens_of(answer.get("usage"))
-        return Generation(texts, Usage(1, 0, 0, *(tokens or (0, 0)), untold=int(tokens is None)))
+        usage = Usage(1, 0, 0, *(tokens or (0, 0)), untold=int(tokens is None))
+        shares = first_token.probabilities(first_token.told_tokens(choices[0]), wanted)
+        return Generation(texts, usage, probabilities=shares)
 
     def _line(self, text: str) -> str:
         """An error's one line: where, and what, without the key."""

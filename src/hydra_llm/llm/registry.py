@@ -20,6 +20,7 @@ LLMS: Registry[Callable[[str, Settings], ChatLLM]] = Registry(
     {
         "openai": "hydra_llm.llm.openai:from_spec",
         "gguf": "hydra_llm.llm.gguf:from_path",
+        "openvino": "hydra_llm.llm.openvino:from_path",
         "smollm2": "hydra_llm.llm.gguf:smollm2",
         "none": "hydra_llm.llm.none:from_spec",
         "fake": "hydra_llm.llm.fake:from_spec",
@@ -54,7 +55,7 @@ def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     known = LLMS.names()
     if name not in known:
         installed = "".join(f", {other}:..." for other in known if other not in LLMS.builtin)
-        builtin = "openai:MODEL[@URL], gguf:PATH, smollm2, replay:RECORDING"
+        builtin = "openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2, replay:RECORDING"
         fakes = "fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
         forms = f"take one of {builtin}, {fakes}{installed}"
         raise SettingsError(LLMS.unknown(without_userinfo(spec), forms))

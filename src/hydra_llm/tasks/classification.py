@@ -18,6 +18,7 @@ from hydra_llm.text import UNSPACED, caseless, fold, marks
 from hydra_llm.types import Candidate, Record
 
 BANDWIDTHS = (0.05, 0.15, 0.5)  # τ of exp(cos / τ): from the nearest record to nearly all alike
+LEAST_PROBABILITY = 1e-3  # added to those that the LLM tells, so that none rules a label out
 PSEUDO_COUNT = 2.0  # how many records the training users' label shares count for
 
 
@@ -109,7 +110,10 @@ class LabelKind(base.TaskKind):
         for i, candidate in zip(places, candidates, strict=True):
             if i is not None:
                 votes[i], greedy[i] = candidate.votes, float(candidate.greedy)
-        if total := votes.sum():
+        if (told := self._told(candidates)) is not None:
+            columns += [np.log(told + LEAST_PROBABILITY) + np.log(len(told)), greedy]
+            columns += self.closeness(told, float(told.sum()))
+        elif total := votes.sum():
             logs = np.log((votes + 0.5) / (total + 0.5 * len(votes)) * len(votes))
             columns += [logs, greedy, *self.closeness(votes, total)]
         else:  # zeros without any sample
@@ -117,6 +121,13 @@ class LabelKind(base.TaskKind):
         table = np.stack(columns, 1)
         worst = table.min(0)
         return np.stack([worst if i is None else table[i] for i in places])
+
+    def _told(self, candidates: Sequence[Candidate]) -> Floats | None:
+        """[L] the LLM's own probabilities of the labels; None where it told none."""
+        told = {c.answer: c.llm_probability for c in candidates if c.llm_probability is not None}
+        if not told:
+            return None
+        return np.array([told.get(label, 0.0) for label in self.task.labels])
 
     def record_features(self, context: base.FeatureContext, records: Sequence[Record]) -> Floats:
         """How likely each record's own answer is the right one, by the user's similar records."""

@@ -1,0 +1,228 @@
+"""Embedded models by OpenVINO GenAI, from the same GGUF files, or folders of OpenVINO models: on
+processors without a GPU it reads prompts about twice as fast as llama.cpp (benchmarks/engines.py).
+
+A prompt's memory is kept (prefix caching): samples of a prompt, scores of its choices and prompts
+that begin alike are read once.
+"""
+
+import hashlib
+import math
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from anyio import to_thread
+
+from hydra_llm.config import Settings
+from hydra_llm.errors import LLMError, LLMRefused, SettingsError
+from hydra_llm.extras import require
+from hydra_llm.llm.base import Sampling
+from hydra_llm.types import Generation, Message, Usage
+
+ROLES = ("system", "user", "assistant")
+CONTEXT = 2048  # default context window of one conversation, in tokens
+CACHE_GIB = 1  # memory for prompts
+SAMPLER = {"top_k": 40, "top_p": 0.95}  # small models write noise without them
+CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>")
+
+
+class OpenVinoLLM:
+    """An embedded model; `context` limits a prompt and its answer, in tokens. Calls queue.
+
+    With `choices` each one's probability is computed, and texts are drawn from these: the answer at
+    temperature 0 is the most probable choice. Other texts come from the engine's own sampler.
+    """
+
+    parallel = 1  # calls at once
+
+    def __init__(
+        self, path: Path | str, *, context: int = CONTEXT, model_name: str = "", threads: int = 0
+    ):
+        self.path, self.window, self.threads = Path(path), context, threads
+        self.model = model_name or self.path.stem
+        if not self.path.exists():
+            fix = "give the path of a .gguf file or of a folder with an OpenVINO model"
+            raise SettingsError(f"openvino:{self.path}: is not there: {fix}")
+        require("openvino", "an OpenVINO model")
+        self._one_at_a_time = Lock()
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        file = self.path if self.path.is_file() else self.path / "openvino_model.bin"
+        try:
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+            raise SettingsError(f"openvino:{self.path}: {problem}") from None
+        model = {"kind": "openvino", "model": self.model, "sha256": digest}
+        engine = {"engine": f"openvino-genai {version('openvino-genai')}", "sampler": SAMPLER}
+        return {**model, **engine, "constrains": True, "context": self.window}
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        """Return n texts. Raises LLMError: `LLMRefused` where the prompt is too long or a role is
+        unknown.
+        """
+        return await to_thread.run_sync(self._answer, messages, sampling)
+
+    async def aclose(self) -> None:
+        def close() -> None:
+            with self._one_at_a_time:
+                vars(self).pop("engine", None)
+
+        await to_thread.run_sync(close)
+
+    @cached_property
+    def engine(self) -> "Engine":
+        """The engine, started at the first call."""
+        return Engine(self.path, self.threads)
+
+    def _answer(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+        with self._one_at_a_time:
+            started, engine = time.perf_counter(), self.engine
+            prompt, tokens = engine.prompt(messages)
+            room = self.window - tokens
+            needed = min(sampling.max_tokens, self.window // 4)
+            if sampling.choices:
+                needed = max(len(choice.encode()) for choice in sampling.choices) + 1
+            if room < needed:
+                sizes = f"{tokens} tokens, the context {self.window}, the answer needs {needed}"
+                line = f"the prompt has {sizes}: shorten it (max_prompt_tokens)"
+                fits = max(0, self.window - needed) / tokens
+                raise LLMRefused(f"{self.model}: {line}", fits=fits)
+            if sampling.choices:
+                texts, probabilities = engine.choose(prompt, sampling)
+                written = len(texts)
+            else:
+                limit = min(sampling.max_tokens, room)
+                texts, written = engine.write(prompt, sampling, limit)
+                probabilities = {}
+            seconds = time.perf_counter() - started
+            usage = Usage(1, 0, 0, tokens, written, seconds=seconds)
+        return Generation(texts, usage, probabilities=probabilities)
+
+
+class Engine:
+    """A started pipeline of OpenVINO GenAI; not for several threads at once."""
+
+    def __init__(self, path: Path, threads: int):
+        import openvino_genai
+
+        self._genai = openvino_genai
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = True
+        scheduler.cache_size = CACHE_GIB
+        scheduler.max_num_batched_tokens = 1024
+        # The default may be bfloat16, whose steps are too coarse for probabilities.
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        try:
+            pipeline = openvino_genai.ContinuousBatchingPipeline
+            self._pipeline = pipeline(str(path), scheduler, "CPU", options)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1]
+            raise LLMRefused(f"{path}: OpenVINO cannot load this model ({first})") from None
+        self._tokenizer = self._pipeline.get_tokenizer()
+        self._scored: tuple[str, tuple[str, ...], list[float]] = ("", (), [])  # the latest choices
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[str, int]:
+        """The conversation in the model's template, and its length in tokens. Control tokens in a
+        text stay text. Raises LLMRefused for an unknown role.
+        """
+        for message in messages:
+            if message["role"] not in ROLES:
+                roles = ", ".join(ROLES)
+                raise LLMRefused(f"unknown role '{message['role']}' in a message: take {roles}")
+        safe = [{"role": m["role"], "content": _without_controls(m["content"])} for m in messages]
+        text = self._tokenizer.apply_chat_template(safe, add_generation_prompt=True)
+        return text, int(self._tokenizer.encode(text).input_ids.shape[-1])
+
+    def write(self, prompt: str, sampling: Sampling, limit: int) -> tuple[tuple[str, ...], int]:
+        """n texts of the engine's own sampler and their tokens; greedy ones are equal."""
+        config = self._config(max_new_tokens=limit, stop_strings=set(sampling.stop))
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "num_return_sequences": sampling.n, **SAMPLER}
+            seed = {} if sampling.seed is None else {"rng_seed": sampling.seed}
+            _set(config, temperature=sampling.temperature, **drawn, **seed)
+        (result,) = self._generated([prompt], [config])
+        texts = tuple(result.m_generation_ids)
+        written = sum(int(self._tokenizer.encode(t).input_ids.shape[-1]) for t in texts)
+        copies = sampling.n // len(texts)
+        return texts * copies, written
+
+    def choose(
+        self, prompt: str, sampling: Sampling
+    ) -> tuple[tuple[str, ...], Mapping[str, float]]:
+        """n of the choices, and the probability of each, given that one of them is the answer."""
+        choices, logs = sampling.choices, self._log_probabilities(prompt, sampling.choices)
+        shares = _softmax(logs)
+        probabilities = dict(zip(choices, shares, strict=True))
+        if sampling.temperature <= 0:
+            best = max(choices, key=probabilities.__getitem__)
+            return (best,) * sampling.n, probabilities
+        heated = _softmax([log / sampling.temperature for log in logs])
+        draw = random.Random(sampling.seed)
+        return tuple(draw.choices(choices, heated, k=sampling.n)), probabilities
+
+    def _log_probabilities(self, prompt: str, choices: tuple[str, ...]) -> list[float]:
+        if self._scored[:2] != (prompt, choices):
+            self._generated([prompt], [self._config(max_new_tokens=1)])  # it is read once
+            configs = [self._exactly(choice) for choice in choices]
+            results = self._generated([prompt] * len(choices), configs)
+            self._scored = (prompt, choices, [float(result.m_scores[0]) for result in results])
+        return self._scored[2]
+
+    def _exactly(self, choice: str) -> Any:
+        """Writes nothing but the choice, with its log-probability."""
+        form = self._genai.StructuredOutputConfig(regex=_pattern(choice))
+        most = len(choice.encode()) + 1
+        return self._config(max_new_tokens=most, logprobs=1, structured_output_config=form)
+
+    def _config(self, **values: Any) -> Any:
+        config = self._genai.GenerationConfig()
+        _set(config, apply_chat_template=False, do_sample=False, **values)
+        return config
+
+    def _generated(self, prompts: Sequence[str], configs: Sequence[Any]) -> list[Any]:
+        try:
+            return list(self._pipeline.generate(list(prompts), list(configs)))
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1]
+            raise LLMError(f"the embedded engine failed: {first}") from None
+
+
+def _set(config: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def _pattern(text: str) -> str:
+    """A regular expression that only the text fits; blanks and letters stay as they are."""
+    return re.sub(r"([^\w\s])", r"\\\1", text)
+
+
+def _softmax(logs: Sequence[float]) -> list[float]:
+    top = max(logs)
+    weights = [math.exp(log - top) for log in logs]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _without_controls(text: str) -> str:
+    """The text with a space in each control token, such as `< |im_end|>`."""
+    repaired = text.encode("utf-8", "replace").decode()
+    return CONTROL.sub(lambda found: f"{found[0][0]} {found[0][1:]}", repaired)
+
+
+def from_path(rest: str, settings: Settings) -> OpenVinoLLM:
+    """`openvino:PATH`, or with `,threads=N` behind it."""
+    path, _, option = rest.partition(",threads=")
+    if not path or (option and not option.isdecimal()):
+        raise SettingsError("openvino: needs the path of a model: openvino:PATH[,threads=N]")
+    return OpenVinoLLM(Path(path).expanduser(), threads=int(option or 0))

@@ -1,0 +1,141 @@
+"""Probabilities of choices from first tokens: by hand, and as endpoints tell or refuse them."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hydra_llm.llm.base import Sampling
+from hydra_llm.llm.cache import CachedLLM, open_recording, write_recording
+from hydra_llm.llm.first_token import probabilities, told_tokens
+from hydra_llm.llm.openai import OpenAILLM
+from hydra_llm.types import Generation, Usage
+
+MESSAGES = [{"role": "user", "content": "Agree or disagree?"}]
+CHOICES = ("agree", "disagree")
+ASKED = Sampling(choices=CHOICES, probabilities=True)
+
+
+def told(*tokens: tuple[str, float]) -> dict[str, Any]:
+    top = [{"token": token, "logprob": math.log(share)} for token, share in tokens]
+    return {"content": [{"token": "x", "logprob": 0.0, "top_logprobs": top}]}
+
+
+def test_tokens_count_for_the_choices_that_they_begin() -> None:
+    tokens = [("Agree", 0.5), (" dis", 0.2), ("ag", 0.1), ("The", 0.2)]
+    logs = [(token, math.log(share)) for token, share in tokens]
+    assert probabilities(logs, CHOICES) == pytest.approx({"agree": 0.75, "disagree": 0.25})
+
+
+def test_a_token_of_several_choices_is_shared_but_a_whole_choice_is_itself() -> None:
+    logs = [("3", math.log(0.6)), ("s", math.log(0.4))]
+    shares = probabilities(logs, ("3", "3.5", "style", "sports"))
+    # 3.5 has no token of its own: half of the least share
+    assert shares == pytest.approx({"3": 0.5, "3.5": 0.2 / 1.2, "style": 1 / 6, "sports": 1 / 6})
+
+
+def test_a_choice_that_was_cut_off_is_less_likely_than_any_told_one() -> None:
+    shares = probabilities([("agree", math.log(0.9)), ("I", math.log(0.02))], CHOICES)
+    assert shares["disagree"] == pytest.approx(0.01 / 0.91)
+
+
+def test_nothing_is_known_where_no_token_begins_a_choice() -> None:
+    assert probabilities([("The", -0.1), (" ", -3.0)], CHOICES) == {}
+    assert probabilities([], CHOICES) == {}
+
+
+@given(st.lists(st.tuples(st.text("adi日 s", max_size=3), st.floats(-20, 0)), max_size=8))
+def test_they_are_a_distribution_or_nothing(tokens: list[tuple[str, float]]) -> None:
+    shares = probabilities(tokens, ("agree", "disagree", "日本", "a"))
+    assert not shares or sum(shares.values()) == pytest.approx(1)
+    assert all(share > 0 for share in shares.values())
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"logprobs": None}, {"logprobs": {"content": []}}, {"logprobs": {"content": [{}]}}],
+)
+def test_an_answer_without_logprobs_tells_none(choice: dict[str, Any]) -> None:
+    assert told_tokens(choice) == []
+
+
+@pytest.mark.anyio
+async def test_an_endpoint_that_tells_logprobs(serve: Any, wire: Any) -> None:
+    def answer(body: dict[str, Any], count: int) -> Any:
+        status, headers, content = wire.completion("agree")
+        told_json = told(("agree", 0.6), ("dis", 0.3))
+        text = content.decode().replace(
+            '"index": 0', f'"index": 0, "logprobs": {json.dumps(told_json)}'
+        )
+        return status, headers, text.encode()
+
+    endpoint = serve(answer)
+    llm = OpenAILLM("m", base_url=endpoint.url, retries=0)
+    generation = await llm.generate(MESSAGES, ASKED)
+    assert generation.probabilities == pytest.approx({"agree": 2 / 3, "disagree": 1 / 3})
+    assert endpoint.bodies[0]["logprobs"] is True
+    assert endpoint.bodies[0]["top_logprobs"] == 20
+
+
+@pytest.mark.anyio
+async def test_an_endpoint_that_refuses_logprobs_is_asked_without(serve: Any, wire: Any) -> None:
+    def answer(body: dict[str, Any], count: int) -> Any:
+        if "logprobs" in body:
+            return wire.refusal(400, "Unsupported parameter: 'logprobs'", param="logprobs")
+        return wire.completion("agree")
+
+    endpoint = serve(answer)
+    llm = OpenAILLM("m", base_url=endpoint.url, retries=0)
+    for _ in range(2):
+        generation = await llm.generate(MESSAGES, ASKED)
+        assert (generation.texts, generation.probabilities) == (("agree",), {})
+    assert ["logprobs" in body for body in endpoint.bodies] == [True, False, False]
+    assert not any("top_logprobs" in body for body in endpoint.bodies[1:])
+
+
+class Telling:
+    """A fake that tells probabilities, and counts its calls."""
+
+    identity: Mapping[str, Any] = {"kind": "fake", "model": "fake:telling", "constrains": True}
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def generate(self, messages: Any, sampling: Sampling) -> Any:
+        self.calls += 1
+        shares = {"agree": 0.7, "disagree": 0.3} if sampling.probabilities else {}
+        return Generation(("agree",) * sampling.n, Usage(calls=1), probabilities=shares)
+
+    async def aclose(self) -> None: ...
+
+
+@pytest.mark.anyio
+async def test_the_cache_and_a_recording_keep_them(tmp_path: Path) -> None:
+    inner = Telling()
+    llm = CachedLLM(inner, tmp_path / "llm.sqlite")
+    plain = await llm.generate(MESSAGES, Sampling(choices=CHOICES))
+    assert plain.probabilities == {}
+    for _ in range(2):
+        told_ones = await llm.generate(MESSAGES, ASKED)
+        assert told_ones.probabilities == {"agree": 0.7, "disagree": 0.3}
+    assert (inner.calls, told_ones.texts) == (2, plain.texts)
+    # what was asked with them answers what is asked without
+    assert (await llm.generate(MESSAGES, Sampling(choices=CHOICES))).texts == ("agree",)
+    assert inner.calls == 2
+    write_recording(tmp_path / "r.jsonl.gz", llm)
+    replayed = await open_recording(tmp_path / "r.jsonl.gz").generate(MESSAGES, ASKED)
+    assert replayed.probabilities == {"agree": 0.7, "disagree": 0.3}
+
+
+@pytest.mark.anyio
+async def test_a_recording_without_them_is_replayed_without(tmp_path: Path) -> None:
+    llm = CachedLLM(Telling(), tmp_path / "llm.sqlite")
+    await llm.generate(MESSAGES, Sampling(choices=CHOICES))
+    write_recording(tmp_path / "r.jsonl.gz", llm)
+    replayed = await open_recording(tmp_path / "r.jsonl.gz").generate(MESSAGES, ASKED)
+    assert (replayed.texts, replayed.probabilities) == (("agree",), {})
