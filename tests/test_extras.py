@@ -69,6 +69,7 @@ COMMANDS = {
     ],
     "openai": [["llm", "check", "openai:m@http://127.0.0.1:1/v1"]],
     "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
+    "openvino": [["llm", "check", "openvino:model.gguf"]],
     "bench": [
         ["bench", "run", "data", "--llm", "fake:echo", "--out", "run", "--methods", "rag@1"],
         ["bench", "show", "run"],

@@ -32,14 +32,14 @@ def test_tokens_count_for_the_choices_that_they_begin() -> None:
     assert probabilities(logs, CHOICES) == pytest.approx({"agree": 0.75, "disagree": 0.25})
 
 
-def test_a_token_of_several_choices_is_shared_but_a_whole_choice_is_itself() -> None:
+def test_a_token_of_several_choices_is_shared() -> None:
     logs = [("3", math.log(0.6)), ("s", math.log(0.4))]
     shares = probabilities(logs, ("3", "3.5", "style", "sports"))
     # 3.5 has no token of its own: half of the least share
     assert shares == pytest.approx({"3": 0.5, "3.5": 0.2 / 1.2, "style": 1 / 6, "sports": 1 / 6})
 
 
-def test_a_choice_that_was_cut_off_is_less_likely_than_any_told_one() -> None:
+def test_a_choice_that_was_cut_off_is_unlikely() -> None:
     shares = probabilities([("agree", math.log(0.9)), ("I", math.log(0.02))], CHOICES)
     assert shares["disagree"] == pytest.approx(0.01 / 0.91)
 

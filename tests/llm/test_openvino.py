@@ -85,7 +85,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model.gguf"
 
 
-async def test_choices_get_their_probabilities_and_greedy_is_the_most_probable(model: Path) -> None:
+async def test_choices_get_their_probabilities(model: Path) -> None:
     llm = OpenVinoLLM(model)
     greedy = await llm.generate(MESSAGES, Sampling(choices=CHOICES, probabilities=True))
     assert greedy.texts == ("green (dark) & blue",)
