@@ -94,24 +94,16 @@ class CachedLLM:
         request = request_of(self.identity, messages, sampling)
         key, distinct = key_of(request), sampling.n if sampling.temperature > 0 else 1
         async with self._locks.setdefault(key, anyio.Lock()):  # a second call finds the answers
-            stored, usage = self.stored(key), Usage()
+            stored = self.stored(key)
             rows = {index: row for index, row in stored.items() if 0 <= index < distinct}
-            for row in rows.values():  # as cached calls; no money is spent again
-                tokens = row["prompt_tokens"], row["completion_tokens"]
-                spent = Usage(0, row["calls"], 0, *(count or 0 for count in tokens))
-                usage += replace(spent, seconds=row["seconds"], untold=int(None in tokens))
-            self._replayed += usage
+            self._replayed += (usage := _usage_of(rows))
             missing = [index for index in range(distinct) if index not in rows]
             wanted = sampling.probabilities and bool(sampling.choices)
             shares: Json | None = stored.get(CHOICES) if wanted else None
             if wanted and shares is None and not missing and not self.replay_only:
                 missing = [0]  # asked once more, for the probabilities alone
             if missing and self.replay_only:
-                if refused := stored.get(REFUSED):
-                    self.used[key].add(REFUSED)
-                    raise LLMRefused(refused["refused"], fits=refused["fits"])
-                lacks = f"no kept answer for request {key}, candidate {missing[0]}"
-                raise LLMError(f"{self.name}: {lacks}, and nothing may be asked")
+                raise self._not_kept(key, stored, missing[0])
             for _, numbered in groupby(enumerate(missing), lambda item: item[1] - item[0]):
                 run = [index for _, index in numbered]  # neighbours are drawn in one call
                 drawn = replace(sampling, n=len(run), seed=_sample_seed(key, sampling.seed, run[0]))
@@ -133,6 +125,14 @@ class CachedLLM:
             probabilities = shares["probabilities"]
         texts = tuple(rows[index]["text"] for index in range(distinct))
         return Generation(texts * (sampling.n // distinct), usage, probabilities=probabilities)
+
+    def _not_kept(self, key: str, stored: Rows, index: int) -> LLMError:
+        """The error of a replay that lacks a text; the refusal where that was kept."""
+        if refused := stored.get(REFUSED):
+            self.used[key].add(REFUSED)
+            return LLMRefused(refused["refused"], fits=refused["fits"])
+        lacks = f"no kept answer for request {key}, candidate {index}"
+        return LLMError(f"{self.name}: {lacks}, and nothing may be asked")
 
     def stored(self, key: str) -> Rows:
         """The stored rows of a request by index, its refusal among them."""
@@ -159,6 +159,16 @@ class CachedLLM:
     async def aclose(self) -> None:
         self.file.close()
         await self.inner.aclose()
+
+
+def _usage_of(rows: Rows) -> Usage:
+    """Of kept texts, as cached calls: no money is spent again."""
+    usage = Usage()
+    for row in rows.values():
+        tokens = row["prompt_tokens"], row["completion_tokens"]
+        spent = Usage(0, row["calls"], 0, *(count or 0 for count in tokens))
+        usage += replace(spent, seconds=row["seconds"], untold=int(None in tokens))
+    return usage
 
 
 def _sample_seed(key: str, seed: int | None, first: int) -> int | None:
