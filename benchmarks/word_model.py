@@ -23,11 +23,11 @@ from measure import finish, options
 
 from hydra_llm.bench.method import Parts
 from hydra_llm.bench.methods import rag
-from hydra_llm.bundle import Bundle
 from hydra_llm.cli.options import GivenSettings
-from hydra_llm.config import load_settings
+from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import load
+from hydra_llm.history import in_order
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.registry import open_llm
@@ -64,29 +64,33 @@ def main() -> None:
     settings = load_settings(**GivenSettings(set_=args.set).given(seed=args.seed))
     data = load(args.data)
     llm = open_llm(args.llm, settings)
-    bundle, queries = learned(args, data, llm, settings)
-    parts = Parts(bundle, llm, bundle.settings, bundle.records)
+    parts, queries = learned(args, data, llm, settings)
     cases = run_sync(lambda: all_cases(parts, queries))
     report(args, cases)
 
 
 def learned(
-    args: argparse.Namespace, data: DataSet, llm: ChatLLM, settings: Any
-) -> tuple[Bundle, list[Query]]:
-    """A bundle with heads and a word model, and the queries."""
-    bundle = learn(data, llm, settings).bundle
+    args: argparse.Namespace, data: DataSet, llm: ChatLLM, settings: Settings
+) -> tuple[Parts, list[Query]]:
+    """An adapter with a word model, new users' reranker heads, and the queries. The reranker is
+    learned without a word model, as that of older recordings was: the prompts are theirs.
+    """
+    plain = learn(data, llm, settings.model_copy(update={"word_model": False})).bundle
+    reranker = {"reranker": plain.scorers["reranker"]} if plain.reranker else {}
+    new = data.users("test")[: args.new]
+    first = fit(data, replace(plain, scorers=reranker), llm, users=new).bundle
     models = learn_word_model({user: data.history(user) for user in data.users("train")})
     assert models is not None
-    words_of = {"word_model": models.model, "word_models": models.without}
+    first = replace(first, word_model=models.model, word_models=models.without)
+    bundle = learn(data, llm, settings, first=first).bundle
+    users = bundle.trained_on[: settings.labelled_users] if args.histories else new
+    records = {user: in_order(data.answered(user)) for user in users}
+    parts = Parts(bundle, llm, bundle.settings, records)
     if args.histories:
         most = settings.queries_per_user
-        users = bundle.trained_on[: settings.labelled_users]
-        own = (training_queries(data.task, bundle.records[user], most) for user in users)
-        return replace(bundle, **words_of), [query for queries in own for query in queries]
-    users = data.users("test")[: args.new]
-    fitted = fit(data, bundle, llm, users=users).bundle
-    queries = [query for user in users for query in data.queries(user)[: args.limit]]
-    return replace(fitted, **words_of), queries
+        own = (training_queries(data.task, records[user], most) for user in users)
+        return parts, [query for queries in own for query in queries]
+    return parts, [query for user in users for query in data.queries(user)[: args.limit]]
 
 
 async def all_cases(parts: Parts, queries: Sequence[Query]) -> list[Case]:
