@@ -382,3 +382,27 @@ def test_side_weights_are_drawn_to_their_prior() -> None:
     scorer.side_prior = torch.zeros(2)
     fit_base(scorer, table, 1e6, 1e-4)
     assert learned.tolist() == pytest.approx(scorer.side_weight.tolist(), abs=1e-2)  # labels win
+
+
+def test_a_prior_needs_clear_evidence_against_it() -> None:
+    table, _ = simulate(users=10, groups=3)
+    draw = torch.Generator().manual_seed(1)
+    side = torch.randn(*table.groups.mask.shape, 1, generator=draw)
+    target = (2 * side[..., 0]).masked_fill(~table.groups.mask, -torch.inf).softmax(-1)
+    groups = replace(table.groups, side_features=side, target=target)  # pairs tell nothing
+    told, strengths = (
+        replace(table, groups=groups),
+        Strengths((1.0, 30.0, 3000.0), (1.0, 100.0), (10.0,)),
+    )
+    scorer = cross_scorer("linear", told, evidence=("one",))
+    scorer.side_prior = torch.tensor([1.0])
+    report, _ = fit_scorer(scorer, told, strengths=strengths)
+    assert (report.ridge, report.evidence_ridge) == (3000.0, 1.0)  # but the weight is learned
+    assert (
+        1.5 < float(scorer.side_weight.detach() / scorer.side_scale) < 2
+    )  # between prior and truth
+    telling, _ = simulate(users=10, groups=12, differ=0.1, shared=3.0)
+    side = torch.randn(*telling.groups.mask.shape, 1, generator=draw)
+    telling = replace(telling, groups=replace(telling.groups, side_features=side))
+    report, _ = fit_scorer(scorer, telling, strengths=strengths)
+    assert report.ridge < 3000

@@ -77,9 +77,14 @@ def evaluate_held_out(scorer: Scorer, held_out: Sequence[HeldOut], report: FitRe
     report.loss_user = mean_loss(lambda part: part.own)
 
 
+def group_losses(scorer: Scorer, data: TrainingSet, scores: Tensor) -> Tensor:
+    """[G] the loss of scores [G, C]."""
+    return losses(scores, data.target, data.groups.mask, scorer.loss)
+
+
 def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
     """The loss of scores [G, C], summed over groups."""
-    return float(losses(scores, data.target, data.groups.mask, scorer.loss).sum())
+    return float(group_losses(scorer, data, scores).sum())
 
 
 @torch.no_grad()

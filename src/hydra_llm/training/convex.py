@@ -35,6 +35,7 @@ from hydra_llm.training.calibration import (
     HeldOut,
     calibrate,
     evaluate_held_out,
+    group_losses,
     summed_loss,
 )
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users, folds
@@ -130,6 +131,12 @@ def _folds_of(data: TrainingSet, parts: Sequence[list[str]]) -> list[_Fold]:
     return [fold for fold in parted if len(fold.train)]
 
 
+def _alike(losses: Tensor, least: Tensor) -> bool:
+    """Whether the mean of a group's losses [G] is within a standard error of the least one's."""
+    more = losses - least
+    return bool(more.mean() <= more.std(correction=0) / len(more) ** 0.5)
+
+
 class _Steps:
     """Reports how many bases were fitted: for each fold, one for each pair of ridges, then four (to
     choose the precision, to tune and to calibrate twice); the last one at the end.
@@ -222,16 +229,33 @@ class _Base(NamedTuple):
             self.choose_precision(tried)
 
     def choose_ridges(self, tried: Strengths) -> None:
-        """The ridges of the base, by the loss of users whom it has not seen."""
+        """The ridges of the base, by the loss of users whom it has not seen. Where side weights
+        have a prior, features of pairs must speak clearly for themselves: the strongest ridge of
+        which the mean loss is within a standard error of the least (Breiman et al. 1984, 3.4.3).
+        """
         scorer, plain, report = self.scorer, self.plain, self.report
-        by_ridges = dict.fromkeys(product(tried.ridges, _side_ridges(plain, tried)), 0.0)
-        for ridges, (train, part) in product(by_ridges, self.folds):
-            fit_base(scorer, train, *ridges)
-            self.steps.step()
-            unseen = plain.of(part)
-            with torch.no_grad():
-                by_ridges[ridges] += summed_loss(scorer, unseen, scorer.core(unseen.groups))
-        report.ridge, report.evidence_ridge = min(by_ridges, key=lambda pair: by_ridges[pair])
+        by_ridges: dict[tuple[float, float], list[Tensor]] = {}  # the groups' losses, by fold
+        for ridges in product(tried.ridges, _side_ridges(plain, tried)):
+            rows = []
+            for train, part in self.folds:
+                fit_base(scorer, train, *ridges)
+                self.steps.step()
+                unseen = plain.of(part)
+                with torch.no_grad():
+                    scores = scorer.core(unseen.groups)
+                rows.append(group_losses(scorer, unseen, scores))
+            by_ridges[ridges] = rows
+
+        def total(pair: tuple[float, float]) -> float:
+            return sum(float(losses.sum()) for losses in by_ridges[pair])
+
+        chosen = min(by_ridges, key=total)
+        if scorer.side_prior.any():
+            pairs = sorted(by_ridges, key=total, reverse=True)
+            best = {pair[0]: pair for pair in pairs}.values()  # of each ridge on pairs
+            least = torch.cat(by_ridges[chosen])
+            chosen = max(pair for pair in best if _alike(torch.cat(by_ridges[pair]), least))
+        report.ridge, report.evidence_ridge = chosen
 
     def choose_basis(self, tried: Strengths) -> None:
         """The ridge and the number of steps of the learned prior, by held-out users' later groups
