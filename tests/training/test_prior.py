@@ -12,6 +12,7 @@ from hydra_llm.model.heads import make_head
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Groups, LabelBilinear, make_interaction, places_among
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.training.calibration import expected_calibration_error
 from hydra_llm.training.convex import Strengths, fit_base, fit_heads, fit_scorer, shared_precision
 from hydra_llm.training.dataset import TrainingSet
 from hydra_llm.training.prior import Ridges, learn_basis, posterior
@@ -203,3 +204,11 @@ def test_padding_and_groups_without_target_count_nothing() -> None:
         *_, basis = learn_basis(scorer, own, ridges, rank=1, steps=1)
         found.append(basis.T @ basis)
     torch.testing.assert_close(found[0], found[1], atol=0.05, rtol=0.05)
+
+
+def test_calibration_error_is_what_bins_say() -> None:
+    shares = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.65, 0.35], [0.65, 0.35]])
+    target = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    # half right at 0.95, all right at 0.65
+    expected = 0.5 * 0.45 + 0.5 * 0.35
+    assert expected_calibration_error(shares, target) == pytest.approx(expected)

@@ -45,13 +45,15 @@ class FitReport:
     gain_first: float = NAN  # mean gain of their first candidates: first retrieved, greedy, label
     gain_pick: float = NAN  # of those that the users' own heads score highest
     gain_best: float = NAN  # of the best there are: no scorer can do more
+    calibration_error: float = NAN  # expected (ECE), of the probability of the calibrated picks
     scale: float = 1.0
     vote_weight: dict[str, float] = field(default_factory=dict)
 
     def to_json(self, *, convex: bool = True) -> dict[str, Any]:
         """Everything; the strengths only where they were used."""
         unused = set() if convex else {"ridge", "evidence_ridge", "precision"}
-        unused |= set() if self.prior else {"prior", "prior_ridge", "prior_steps"}
+        of_prior = {"prior", "prior_ridge", "prior_steps", "calibration_error"}
+        unused |= set() if self.prior else of_prior
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
@@ -107,6 +109,9 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
     informative = (mix.target.sum(-1) > 0).sum().clamp_min(1)
     scores = scorer.scale * mix.scores + mix.x[..., 1:] @ v[1:]
     total = losses(scores, mix.target, mix.mask, mix.loss).sum()
+    report.calibration_error = expected_calibration_error(
+        scores.masked_fill(~mix.mask, -1e30).softmax(-1), mix.target
+    )
     report.loss_calibrated, report.scale = float(total / informative), float(scorer.scale)
     for column, weight in zip(mix.columns, v[1:].tolist(), strict=True):
         report.vote_weight[scorer.side_names[column]] = round(weight, 4)
@@ -118,6 +123,16 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
         places = [mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)]
         worth.append(gains.gather(1, torch.stack(places, 1)))
     report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
+
+
+def expected_calibration_error(shares: Tensor, target: Tensor, bins: int = 10) -> float:
+    """The mean distance between the probability of the pick and how often it is right, in bins of
+    equal width of the probability (Naeini et al. 2015); shares and target [G, C].
+    """
+    top, pick = shares.max(-1)
+    gap = top - target.gather(1, pick[:, None])[:, 0]
+    place = (top * bins).long().clamp_max(bins - 1)
+    return float(torch.zeros(bins).index_add_(0, place, gap).abs().sum() / max(1, len(top)))
 
 
 class _Mix(NamedTuple):
