@@ -84,7 +84,7 @@ def learned(
     first = replace(first, word_model=models.model, word_models=models.without)
     bundle = learn(data, llm, settings, first=first).bundle
     users = bundle.trained_on[: settings.labelled_users] if args.histories else new
-    records = {user: in_order(data.answered(user)) for user in users}
+    records = {user: in_order(data.history(user)) for user in users}
     parts = Parts(bundle, llm, bundle.settings, records)
     if args.histories:
         most = settings.queries_per_user
