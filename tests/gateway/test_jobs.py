@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio.lowlevel
@@ -36,7 +37,12 @@ def deployment(
     opened = open_deployment(
         store, TimedReads(5.0), bundles["titles"], ServeSettings(), load_settings()
     )
-    yield opened
+    bundle = opened.bundle
+    assert bundle is not None
+    assert bundle.learned_with is not None
+    assert bundle.word_model, "by histories alone a fit asks nothing"
+    asking = bundle.learned_with.model_copy(update={"fit_labels": "llm"})
+    yield replace(opened, bundle=replace(bundle, learned_with=asking))
     opened.batcher.close()
 
 
