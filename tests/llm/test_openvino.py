@@ -4,6 +4,7 @@ out of it. With HYDRA_TEST_OPENVINO=PATH of a model, the contract is checked on 
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -57,17 +58,12 @@ class Pipeline:
             count = getattr(config, "num_return_sequences", 1)
             texts, score = [f"text {getattr(config, 'rng_seed', '')}"] * count, 0.0
             if form is not None:
-                (text,) = [choice for choice in SHARES if pattern_fits(form.regex, choice)]
+                fits = [choice for choice in SHARES if re.fullmatch(form.regex, choice)]
+                text = max(fits, key=SHARES.__getitem__)
                 texts, score = [text], math.log(SHARES[text])
             scores = [score] * len(texts)
             results.append(SimpleNamespace(m_generation_ids=texts, m_scores=scores))
         return results
-
-
-def pattern_fits(pattern: str, text: str) -> bool:
-    import re
-
-    return re.fullmatch(pattern, text) is not None
 
 
 @pytest.fixture
@@ -100,6 +96,12 @@ async def test_choices_get_their_probabilities(model: Path) -> None:
     assert share == pytest.approx(heated["blue"] / sum(heated.values()), abs=0.06)
     again = await llm.generate(MESSAGES, Sampling(n=400, temperature=0.5, seed=1, choices=CHOICES))
     assert again.texts == drawn.texts
+
+
+async def test_a_greedy_choice_alone_is_one_request(model: Path) -> None:
+    generation = await OpenVinoLLM(model).generate(MESSAGES, Sampling(n=2, choices=CHOICES))
+    assert generation.texts == ("green (dark) & blue",) * 2
+    assert (len(Pipeline.calls), generation.probabilities) == (1, {})
 
 
 async def test_texts_by_seed_and_limits(model: Path) -> None:

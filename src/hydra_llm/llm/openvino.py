@@ -159,7 +159,13 @@ class Engine:
     def choose(
         self, prompt: str, sampling: Sampling
     ) -> tuple[tuple[str, ...], Mapping[str, float]]:
-        """n of the choices, and the probability of each, given that one of them is the answer."""
+        """n of the choices, and the probability of each, given that one of them is the answer; a
+        greedy one, whose probability nobody wants, is written under a grammar of all.
+        """
+        if sampling.temperature <= 0 and not sampling.probabilities:
+            (result,) = self._generated([prompt], [self._exactly(*sampling.choices)])
+            if (text := result.m_generation_ids[0]) in sampling.choices:
+                return (text,) * sampling.n, {}
         choices, logs = sampling.choices, self._log_probabilities(prompt, sampling.choices)
         shares = _softmax(logs)
         probabilities = dict(zip(choices, shares, strict=True))
@@ -178,10 +184,10 @@ class Engine:
             self._scored = (prompt, choices, [float(result.m_scores[0]) for result in results])
         return self._scored[2]
 
-    def _exactly(self, choice: str) -> Any:
-        """Writes nothing but the choice, with its log-probability."""
-        form = self._genai.StructuredOutputConfig(regex=_pattern(choice))
-        most = len(choice.encode()) + 1
+    def _exactly(self, *choices: str) -> Any:
+        """Writes nothing but one of the choices, with its log-probability."""
+        form = self._genai.StructuredOutputConfig(regex=f"({'|'.join(map(_pattern, choices))})")
+        most = max(len(choice.encode()) for choice in choices) + 1
         return self._config(max_new_tokens=most, logprobs=1, structured_output_config=form)
 
     def _config(self, **values: Any) -> Any:
