@@ -148,6 +148,8 @@ class Selection(Group):
     """sampled: the LLM's samples; labels: every label, with vote shares (tasks with labels)."""
     label_probabilities: bool = False
     """Grey box: the LLM's own probabilities of the labels, from one call, in place of samples."""
+    ask: Literal["auto", "always"] = "auto"
+    """auto: the LLM is not asked where its votes have no weight in the adapter's score; always."""
     select: Literal["auto", "best", "expected-gain"] = "auto"
     """best: highest score, as published; expected-gain: highest mean gain by softmax of scores.
     auto: best for free texts with a word model, whose scores estimate gains; else expected-gain.

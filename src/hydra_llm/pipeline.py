@@ -33,6 +33,7 @@ Result = Generation | LLMError
 Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
 Records = Mapping[str, Sequence[Record]]  # user → records
 Question = Query | Context | str
+NOT_ASKED = "the LLM is not asked: its votes have no weight in the adapter's score"
 MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
 CUT_MARGIN = 0.9  # per cut, of what should fit: estimated tokens are not the LLM's
 
@@ -261,6 +262,10 @@ class UserPipeline(Pipeline):
             retrieved = self.retrieve(context)
         with _timed(seconds, "rerank"):
             ranked, refused = self.admitted(context, retrieved)
+        if not (refused or self.selector.needs_llm or self.settings.ask == "always"):
+            candidates, notes = tuple(all_labels(self.task, [])), (*context.notes, NOT_ASKED)
+            shown = tuple(retrieved), tuple(ranked)
+            return Proposal(context.query, *shown, (), candidates, seconds=seconds, notes=notes)
         with _timed(seconds, "prompt"):
             prompt = self.render(context.query, ranked[: self.settings.k])
         with _timed(seconds, "llm"):

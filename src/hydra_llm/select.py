@@ -46,6 +46,11 @@ class Selector(Protocol):
         """The candidates, scored where there is a scorer, and the pick."""
         ...
 
+    @property
+    def needs_llm(self) -> bool:
+        """Whether the pick may depend on what the LLM says; if not, it need not be asked."""
+        return True
+
     def pairs(self, context: Context, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
         """What `choose` will have encoded as pairs of texts; by default nothing."""
         return []
@@ -70,6 +75,13 @@ class LearnedSelector(Selector):
         if self.how == "auto":
             by_words = set(self.task.strategy.word_columns) & set(scorer.side_names)
             self.how = "best" if by_words else "expected-gain"
+
+    @property
+    def needs_llm(self) -> bool:
+        """False where every label is a candidate and the LLM's votes have no weight in a score."""
+        settings, hears = self.settings, self.scorer.hears_llm and self.settings.vote_share
+        of_all = bool(self.task.labels) and settings.candidates == "labels"
+        return hears or not of_all or settings.abstention_threshold > 0
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]

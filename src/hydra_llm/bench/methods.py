@@ -166,7 +166,8 @@ def among_samples(group: str, **fields: Any) -> Callable[[Pick], Method]:
     def make(pick: Pick) -> Method:
         @wraps(pick)
         def build(parts: Parts) -> Answerer:
-            return replace(parts.personalizer(rerank=True), selector=Picking(parts, pick))
+            sampled = parts.with_settings(label_probabilities=False)
+            return replace(sampled.personalizer(rerank=True), selector=Picking(parts, pick))
 
         return method(group, takes=("b",), uses=("reranker",), **fields)(build)
 

@@ -62,6 +62,13 @@ class Scorer(nn.Module):
         """[G, C, E] the side features by mean and deviation of the training set."""
         return (groups.side_features - self.side_mean) / self.side_scale
 
+    @property
+    def hears_llm(self) -> bool:
+        """Whether a column of the LLM's samples or probabilities has a weight."""
+        columns = [i for i, name in enumerate(self.side_names) if name.startswith("llm_")]
+        weights = self.side_weight.abs() + self.vote_weight.abs()
+        return bool((weights[columns] > 0).any())
+
     def side_score(self, groups: Groups) -> Tensor:
         """[G, C] the score of the side features alone."""
         return self.standardised(groups) @ self.side_weight
