@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from hydra_llm import __version__
 from hydra_llm.bench.experiment import run_methods
-from hydra_llm.bench.method import METHODS, Parts, find_methods
+from hydra_llm.bench.method import METHODS, OF_CHOICES, Parts, base_name, find_methods
 from hydra_llm.bench.report.tables import results_table
 from hydra_llm.bench.results import MethodResult, tabulate
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -389,7 +389,9 @@ def test_an_unknown_method_is_named() -> None:
 
 def test_all_is_every_method_at_each_k_and_b() -> None:
     names = [method.name for method in find_methods(["all"], records=(1, 4), budget=(2,))]
-    assert {name.partition("@")[0] for name in names} == set(METHODS.names())
+    assert {base_name(name) for name in names} == set(METHODS.names()) - set(OF_CHOICES)
+    picks = [method.name for method in find_methods(["all"], choices=True)]
+    assert {base_name(name) for name in picks} > set(OF_CHOICES)
     assert [name for name in names if name.startswith(("rag@", "hydra@", "mbr"))] == [
         "rag@1",
         "rag@4",

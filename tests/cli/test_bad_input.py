@@ -286,7 +286,9 @@ def test_training_users_with_one_record_or_none(hydra: Hydra, tmp_path: Path, co
         # a single record has no earlier ones to retrieve
         assert (result.code, result.json["llm_calls"]) == (0, 0)
         assert result.lines == [
-            "no reranker was learned: no retrieved record changed what the LLM's answer was worth"
+            "no reranker was learned: no retrieved record changed what the LLM's answer was worth",
+            "the prior of the adapter's heads is isotropic (2 users are too few to learn how users "
+            "differ)",
         ]
         judged = hydra("data", "check", data, "--json").json["verdicts"]
         assert result.doubts == [

@@ -18,6 +18,8 @@ from hydra_llm.gateway.auth import make_key
 from hydra_llm.gateway.profile import WIDTH, describe, in_words, leanings
 from hydra_llm.gateway.schemas import RecordIn
 from hydra_llm.gateway.user_cache import texts_of
+from hydra_llm.model.heads.linear import LinearHead
+from hydra_llm.model.interactions import LabelBilinear
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback, StoredHead
 from hydra_llm.types import Query, Record
@@ -111,11 +113,16 @@ def test_what_a_head_raises_is_what_it_was_taught(store: Store, bundles: dict[st
 
 
 def head_for_label(bundle: Bundle, place: int) -> bytes:
-    """Numbers of a head that adds to one label's constant."""
+    """Numbers of a head that raises one label by the constants of the labels' coding."""
     adapter = bundle.adapter
     assert adapter is not None
+    assert isinstance(adapter.head, LinearHead)
+    assert isinstance(adapter.interaction, LabelBilinear)
+    coding = adapter.interaction.coding
+    row = np.eye(len(TAGS.labels))[place] if coding is None else coding[place].numpy()
     numbers = np.zeros(adapter.head.numbers_per_user or 0, dtype="<f4")
-    numbers[(place + 1) * adapter.interaction.size // len(TAGS.labels) - 1] = 5.0
+    own = numbers[adapter.head.learned : adapter.head.coordinates].reshape(len(row), -1)
+    own[:, -1] = 5.0 * row / np.linalg.norm(row)  # each column's constant is its last number
     return numbers.tobytes()
 
 
@@ -178,7 +185,9 @@ async def test_a_user_is_shown_with_what_was_learned(
     assert shown["counts"]["requests"] == 1
     assert sum(item["times"] for item in shown["most_used"]) == 2
     assert set(shown["learned"]) == {"adapter", "reranker"}
-    assert shown["learned"]["adapter"]["records"] == 20
+    assert shown["learned"]["reranker"]["records"] > 0
+    # The word model reads records of texts: a user's adapter head learns from feedback alone.
+    assert shown["learned"]["adapter"]["records"] == (20 if kind == TAGS.name else 0)
     assert shown["text"].startswith("ada\n  20 records; 1 answered request")
     favourite = max(tastes("ada").values(), key=[r.output for r in records_of("ada")].count)
     if kind == TAGS.name:
