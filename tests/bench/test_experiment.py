@@ -152,20 +152,25 @@ def test_methods_of_equally_many_records_ask_one_after_the_other(tmp_path: Path)
     assert outcome.samples[0].method == "hydra@2,3"
 
 
-@pytest.mark.parametrize("task", [TAGS, TITLES], ids=lambda task: task.name)
-def test_an_estimate_counts_the_calls_of_the_run(task: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [(TAGS, "history"), (TITLES, "history"), (TITLES, "llm")],
+    ids=["tags", "titles", "titles-llm"],
+)
+def test_an_estimate_counts_the_calls_of_the_run(task: Task, labels: str, tmp_path: Path) -> None:
     """Exactly, where no reranker puts records in an order that nobody can know before; else never
-    less.
+    less. New users cost calls where the word model does not take the place of the LLM's labels.
     """
     llm = RuleLLM(random_answer)
     plain = experiment(
         task, tmp_path, "zero-shot,rag@1,rag@2,recent@2,pag@1,self-consistency@3", llm
     )
+    plain = replace(plain, settings=plain.settings.model_copy(update={"fit_labels": labels}))
     result = estimate_cost(plain)
     made = len(llm.calls)
     assert 0 < result.sampled <= 5
     assert {stage.stage.split()[0] for stage in result.stages} == {"label", "answer"} | (
-        {"fit"} if task is TITLES else set()
+        {"fit"} if labels == "llm" else set()
     )
     run_experiment(plain)
     spent = len(
