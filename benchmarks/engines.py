@@ -1,0 +1,99 @@
+"""How fast embedded engines read prompts and write samples, side by side.
+
+    python benchmarks/engines.py DATA gguf:MODEL openvino:MODEL[,threads=1] [--sets opinion]
+
+DATA is the folder of the data sets. Prompts hold 4 records of new users, one a user. After a
+warm-up each engine gets the same prompts, one call after the other: the answer at temperature 0,
+then 8 samples at 0.5 of the same prompt. Medians over the prompts with the least and the greatest,
+and the ratio of medians to the first engine.
+"""
+
+import argparse
+import json
+import time
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hydra_llm.config import Settings
+from hydra_llm.datasets.native import load
+from hydra_llm.history import before
+from hydra_llm.llm.base import ChatLLM, Sampling
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.registry import bare_llm
+from hydra_llm.pipeline import Pipeline
+from hydra_llm.retrieve import make_retriever
+from hydra_llm.types import Message
+
+SETS = "opinion,movie_rating,news_headline"
+
+
+def prompts_of(folder: Path, count: int) -> tuple[list[tuple[Message, ...]], tuple[str, ...]]:
+    """Prompts with 4 records, one for each of the first new users, and the task's labels."""
+    data = load(folder)
+    pipeline, found = Pipeline(data.task, make_retriever("bm25")), list[tuple[Message, ...]]()
+    for user in data.users("test")[: count + 1]:
+        query = data.queries(user)[0]
+        context = pipeline.context(query, before(data.history(user), query))
+        found.append(pipeline.render(query, pipeline.retrieve(context)[:4]).messages)
+    return found, data.task.labels
+
+
+async def measured(llm: ChatLLM, sets: dict[str, Any]) -> dict[str, Any]:
+    """Of each set seconds and prompt tokens; the first prompt of a set is the warm-up."""
+    rows: dict[str, Any] = {}
+    async with aclosing(llm):
+        for name, (prompts, labels) in sets.items():
+            most = 4 if labels else 32
+            greedy = Sampling(max_tokens=most, choices=labels)
+            drawn = Sampling(n=8, temperature=0.5, max_tokens=most, choices=labels, seed=0)
+            times: dict[str, list[float]] = {"greedy": [], "samples": []}
+            tokens = []
+            for prompt in prompts:
+                for stage, sampling in (("greedy", greedy), ("samples", drawn)):
+                    start = time.perf_counter()
+                    answer = await llm.generate(prompt, sampling)
+                    times[stage].append(time.perf_counter() - start)
+                tokens.append(answer.usage.prompt_tokens)
+            rows[name] = {"tokens": median(tokens[1:])}
+            for stage, seconds in times.items():
+                own = sorted(seconds[1:])
+                rows[name][stage] = [round(x, 2) for x in (median(own), own[0], own[-1])]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("engines", nargs="+")
+    parser.add_argument("--sets", default=SETS)
+    parser.add_argument("--prompts", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    sets = {name: prompts_of(args.data / name, args.prompts) for name in args.sets.split(",")}
+    results = {
+        spec: run_sync(partial(measured, bare_llm(spec, Settings()), sets)) for spec in args.engines
+    }
+    if args.json:
+        print(json.dumps(results, indent=1))
+        return
+    first = results[args.engines[0]]
+    for name in sets:
+        for spec, rows in results.items():
+            row = rows[name]
+            parts = []
+            for stage in ("greedy", "samples"):
+                middle, least, most = row[stage]
+                ratio = first[name][stage][0] / middle
+                parts.append(
+                    f"{stage} {middle:.2f} s ({least:.2f} to {most:.2f}, {ratio:.1f} times)"
+                )
+            print(f"{name} ({row['tokens']:.0f} tokens) {spec}: {', '.join(parts)}")
+
+
+if __name__ == "__main__":
+    main()
