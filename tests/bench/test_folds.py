@@ -235,7 +235,8 @@ def test_costs_of_folds_count_each_label_once(tmp_path: Path) -> None:
     """Two queries and one record of each of six users; as new users, three records of each."""
     data, llm = data_of(TITLES), RuleLLM(random_answer)
     methods = "rag@2,hydra@2,3,mismatched@2,3"
-    run = experiment(data, tmp_path, llm, methods, settings={"rerank": "never"}, limit=2)
+    settings = {"rerank": "never", "fit_labels": "llm"}
+    run = experiment(data, tmp_path, llm, methods, settings=settings, limit=2)
     outcome = run_experiment(run)
     outcome.log.finish([], outcome.learning)
     opened = open_run(tmp_path / "run")

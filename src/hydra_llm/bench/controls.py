@@ -127,7 +127,9 @@ def item_means(inputs: Sequence[str], values: Floats) -> Fitted:
     counts = np.bincount(item)
     known = overall + sums / (counts + ratio)[:, None]
     means = dict(zip(unique.tolist(), known, strict=True))
-    without = (sums[item] - (values - overall)) / (counts[item] - 1 + ratio)[:, None]
+    others = np.broadcast_to((counts[item] - 1 + ratio)[:, None], values.shape)
+    without = np.zeros_like(values)  # of an input that was answered once
+    np.divide(sums[item] - (values - overall), others, out=without, where=others > 0)
     return lambda texts: np.array(
         [means.get(text, overall) for text in texts]
     ), values - overall - without
