@@ -83,6 +83,11 @@ def test_a_record_is_no_part_of_the_mean_that_predicts_it() -> None:
     assert base(["x", "new"])[:, 0] == pytest.approx([mean + (2 - 3 * mean) / (3 + ratio), mean])
     third = mean + (2 - 2 * mean) / (2 + ratio)
     assert residuals[2, 0] == pytest.approx(0 - third)
+    # All that was answered twice agrees: nothing varies within, and "z" has no other record.
+    values = np.array([[1.0], [1.0], [0.0], [0.0], [3.0]])
+    base, residuals = item_means(["x", "x", "y", "y", "z"], values)
+    assert residuals[:, 0] == pytest.approx([0, 0, 0, 0, 2])  # by the mean of all, 1
+    assert base(["x", "z", "new"])[:, 0] == pytest.approx([1, 3, 1])
 
 
 def test_the_ridge_is_judged_by_users_it_has_not_seen() -> None:
