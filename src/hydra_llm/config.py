@@ -148,8 +148,6 @@ class Selection(Group):
     """sampled: the LLM's samples; labels: every label, with vote shares (tasks with labels)."""
     label_probabilities: bool = False
     """Grey box: the LLM's own probabilities of the labels, from one call, in place of samples."""
-    ask: Literal["auto", "always"] = "auto"
-    """auto: the LLM is not asked where its votes have no weight in the adapter's score; always."""
     select: Literal["auto", "best", "expected-gain"] = "auto"
     """best: highest score, as published; expected-gain: highest mean gain by softmax of scores.
     auto: best for free texts with a word model, whose scores estimate gains; else expected-gain.
@@ -213,6 +211,8 @@ class Research(Group):
     """Weight decay of SGD training."""
     vote_share: bool = True
     """Use the LLM's vote share in the adapter's score (tasks with labels)."""
+    ask: Literal["auto", "always"] = "auto"
+    """auto: the LLM is not asked where its votes have no weight in the adapter's score; always."""
     fit_seed: int | None = Field(default=None, ge=0)
     """Seed of folds and training; None is `seed`. Bundles differing in it alone share labels."""
 
@@ -315,7 +315,7 @@ PRESETS = {"default": {}, "paper": PAPER}
 LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "constrain"}
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
-CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share"}
+CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Settings that are fixed when a bundle is learned: features, scorers, heads and their training.

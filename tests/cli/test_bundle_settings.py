@@ -87,7 +87,8 @@ def test_precedence_is_flag_preset_environment_file_bundle(
     hydra: Hydra, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def votes(*more: object) -> int:
-        result = hydra("ask", "--bundle", bundle, "--llm", LABELS, "--user", "two", *more, "rain")
+        asked = ["--llm", LABELS, "--set", "ask=always"]  # also where votes have no weight
+        result = hydra("ask", "--bundle", bundle, *asked, "--user", "two", *more, "rain")
         return sum(candidate["votes"] for candidate in result["candidates"])
 
     Path("own.toml").write_text("llm.samples = 3")
