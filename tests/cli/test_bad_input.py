@@ -103,7 +103,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     cache = sets(f"llm.cache={folder / 'cache'}")
-    settings = load_settings(**{"llm.cache": folder / "cache", "llm.constrain": True}, **SMALL_RUN)
+    # What is told of the LLM's answers is tested, whatever weight its votes have.
+    chosen = {"llm.cache": folder / "cache", "llm.constrain": True, "ask": "always"}
+    settings = load_settings(**chosen, **SMALL_RUN)
     learn(data, LABELS[1], settings, out=folder / "b", strengths=ONE_STRENGTH)
     assert run(["fit", str(data), *LABELS, "--bundle", str(folder / "b"), *cache]) == 0
     return folder / "b"
@@ -680,7 +682,7 @@ def test_a_full_disk_disables_only_the_cache(
         endpoint.llm,
         "--user",
         "new",
-        *sets(f"llm.cache={tmp_path / 'cache'}", "llm.samples=8", "ask=always"),
+        *sets(f"llm.cache={tmp_path / 'cache'}", "llm.samples=8"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(limit), *command, "rain " * 900],

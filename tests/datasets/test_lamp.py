@@ -435,6 +435,7 @@ def test_a_benchmark_runs_on_the_official_layout(
             "samples=3",
             "queries_per_user=1",
             "max_length=32",
+            "ask=always",  # whatever weight the votes have
         )
     ]
     given = [

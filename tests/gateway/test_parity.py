@@ -74,6 +74,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         records = [record for user in users for record in history(task, user, 12)]
         data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
         settings = {**LEARNED, "temperature": 0.7, "rerank": "always", "max_prompt_tokens": 700}
+        settings["ask"] = "always"  # as the gateway, which has to return a completion
         out[kind] = tmp_path_factory.mktemp("parity") / kind
         of_kind = Settings(width=16, **settings)
         learn(data, RuleLLM(rule), of_kind, out=out[kind], strengths=ONE_STRENGTH)
@@ -176,6 +177,23 @@ async def ask(world: World, messages: list[dict[str, Any]], **more: Any) -> dict
 
 def sampling_of(body: Mapping[str, Any]) -> tuple[int, float, int]:
     return body.get("n", 1), body["temperature"], body["max_tokens"]
+
+
+async def test_an_llm_that_is_not_heard_changes_no_pick(learned: dict[str, Path]) -> None:
+    """Of the ratings, whose votes have no weight in this bundle."""
+    task = TASKS["rating"]
+    bundle = Bundle.load(learned["rating"])
+    assert bundle.adapter is not None
+    assert not bundle.adapter.hears_llm
+    pipeline = library(learned["rating"], task, REPLIES["rating"], some_heads(bundle))
+    asked, calls = await answered(pipeline)
+    auto = pipeline.settings.model_copy(update={"ask": "auto"})
+    silent, after = await answered(replace(pipeline, settings=auto))
+    assert len(calls) == len(after) == 2, "there is no further call"
+    assert silent.text == asked.text
+    scores = {candidate.answer: candidate.score for candidate in asked.candidates}
+    assert {candidate.answer: candidate.score for candidate in silent.candidates} == scores
+    assert "the LLM is not asked: its votes have no weight" in silent.proposal.notes[-1]
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
