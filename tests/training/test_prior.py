@@ -126,12 +126,18 @@ def test_a_learned_prior_helps_users_who_differ_and_is_kept() -> None:
     assert bool((covariance.diagonal() > 0).all())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_users_who_do_not_differ_lose_nothing_by_heads(seed: int) -> None:
-    data = simulated(users=40, records=8, spread=0.0, seed=seed)
+def test_users_who_do_not_differ_share_one_head() -> None:
     few = Strengths(ridges=(10.0,), side_ridges=(1.0,), precisions=(3.0, 30.0), bases=(30.0,))
-    report, _ = fit_scorer(scorer_for(data), data, rank=2, strengths=few)
-    assert report.loss_user <= 1.01 * report.loss_shared
+    shared = 0
+    for seed in range(4):
+        data = simulated(users=40, records=8, spread=0.0, seed=seed)
+        report, heads = fit_scorer(scorer_for(data), data, rank=2, strengths=few)
+        assert report.loss_user <= 1.01 * report.loss_shared
+        shared += report.prior.startswith("none")
+        if report.prior.startswith("none"):
+            assert all(np.abs(head.numbers).max() < 1e-3 for head in heads.values())
+    # by chance one in six is better by more than a standard error
+    assert shared >= 3
 
 
 def test_too_few_users_have_no_learned_prior() -> None:

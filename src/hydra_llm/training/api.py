@@ -373,7 +373,7 @@ class _Work:
         bundle = train_scorer(learned.bundle, data, tune, checkpoint, self.progress, self.strengths)
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         prior = bundle.report[data.name].get("prior", "")
-        if prior.startswith("isotropic"):
+        if prior and prior != "learned":
             learned.notes.append(f"the prior of the {data.name}'s heads is {prior}")
         if data.name == RERANKER:
             if not asks_of_records(bundle.settings):

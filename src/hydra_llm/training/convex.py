@@ -36,7 +36,6 @@ from hydra_llm.training.calibration import (
     calibrate,
     evaluate_held_out,
     group_losses,
-    summed_loss,
 )
 from hydra_llm.training.dataset import Split, TrainingSet, chunks_of_users, folds
 from hydra_llm.training.prior import Ridges, State, learn_basis
@@ -108,6 +107,8 @@ def fit_scorer(
 def _why_isotropic(report: FitReport) -> str:
     if math.isnan(report.prior_ridge):
         return f"isotropic ({report.users} users are too few to learn how users differ)"
+    if report.precision == SHARED_ONLY:
+        return "none (held-out users' own heads were no better than the shared one)"
     return "isotropic (a learned one was no better for held-out users)"
 
 
@@ -271,15 +272,19 @@ class _Base(NamedTuple):
                     assert isinstance(head, LinearHead | LowRankHead)
                     probe = LowRankHead.on(head, basis)
                     for early, late in splits:
-                        totals[ridge, step] += self.loss_of(probe, 1.0, early, late, part)
+                        losses = self.losses_of(probe, 1.0, early, late, part)
+                        totals[ridge, step] += float(losses.sum())
         if totals:
             best = min(totals, key=lambda pair: totals[pair])
             self.report.prior_ridge, self.report.prior_steps = best
 
     def choose_precision(self, tried: Strengths) -> None:
-        """The precision of the numbers that have no learned prior, and whether there is one."""
+        """The precision of the numbers that have no learned prior, and whether there is one. Beside
+        a learned prior the shared head stands: it answers for all unless users' own heads are
+        better by more than a standard error.
+        """
         learned = self.report.prior_steps
-        totals: dict[tuple[int, float], float] = defaultdict(float)
+        tried_ones: dict[tuple[int, float], list[Tensor]] = defaultdict(list)  # groups' losses
         for (train, part), steps in product(self.folds, sorted({0, learned})):
             self.report.prior_steps = steps
             self.fit(train) if steps else self.fit_shared(train)
@@ -290,26 +295,30 @@ class _Base(NamedTuple):
                 probe, precisions = self.scorer.head, (1.0,)  # the basis has the scale
             for early, late in self.plain.of(part).prequential_splits():
                 for precision in precisions:
-                    loss = self.loss_of(probe, precision, early, late, part)
-                    totals[steps, precision] += loss
-        best = min(totals, key=lambda pair: totals[pair])
+                    losses = self.losses_of(probe, precision, early, late, part)
+                    tried_ones[steps, precision].append(losses)
+        rows = {pair: torch.cat(losses) for pair, losses in tried_ones.items()}
+        best = min(rows, key=lambda pair: float(rows[pair].sum()))
+        shared = rows.get((0, SHARED_ONLY))
+        if shared is not None and len(shared) and _alike(shared, rows[best]):
+            best = 0, SHARED_ONLY
         self.report.prior_steps, self.report.precision = best
 
-    def loss_of(
+    def losses_of(
         self,
         kind: HeadKind,
         precision: float,
         early: TrainingSet,
         late: TrainingSet,
         part: list[str],
-    ) -> float:
-        """The summed loss of later groups with heads of this kind of the earlier ones."""
+    ) -> Tensor:
+        """[G] the losses of later groups with heads of this kind of the earlier ones."""
         scorer = self.scorer
         heads = fit_heads(scorer, early, part, kind=kind, precision=precision)
         with torch.no_grad():
             x, side = scorer.interaction(late.groups), scorer.side_score(late.groups)
             own = kind.score(scorer.interaction, x, heads_for(late, heads))
-            return summed_loss(scorer, late, own + side)
+            return group_losses(scorer, late, own + side)
 
 
 def held_out_scores(
