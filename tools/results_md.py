@@ -101,8 +101,14 @@ def method_table(report: dict[str, Any]) -> str:
     return "\n".join([head, "|---|---|---|---|---|", *lines])
 
 
+def prompts_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of prompt-based methods; a run on recorded choices has none, and no table here."""
+    rows: list[dict[str, Any]] = report["methods"]
+    return [row for row in rows if row["group"] == "prompt" and row["method"] != HONEST]
+
+
 def main_rows(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    prompts = [row for row in rows.values() if row["group"] == "prompt" and row["method"] != HONEST]
+    prompts = prompts_of({"methods": list(rows.values())})
     sign = -1 if first in ("mae", "rmse") else 1
     best = max(prompts, key=lambda row: sign * row["metrics"][first][0])["method"]
     if HONEST in rows:
@@ -259,10 +265,11 @@ TABLES = {
 
 def all_tables() -> dict[str, str]:
     """Every table by its marker."""
-    tables = {
-        file.parent.name: method_table(json.loads(file.read_text(encoding="utf-8")))
+    reports = {
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(RESULTS.glob("*/report.json"))
     }
+    tables = {name: method_table(own) for name, own in reports.items() if prompts_of(own)}
     for name, to_table in TABLES.items():
         if (file := RESULTS / f"{name}.json").exists():
             tables[name] = to_table(json.loads(file.read_text(encoding="utf-8")))
