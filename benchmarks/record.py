@@ -1,0 +1,78 @@
+"""Record the LLM's answers that a run by folds needs, before anything is learned.
+
+    python benchmarks/record.py DATA/news_category --llm openvino:MODEL,threads=1
+        --record benchmarks/results/news_category_285/recording.jsonl.gz [--users 100 --limit 3]
+
+The users are those whom `bench run --folds` evaluates. Asked are the prompts without records, with
+one (retrieved, random) and with four (retrieved, latest), at temperature 0, and HYDRA's 8 samples
+with the four retrieved ones; of tasks with labels also the label's probabilities without records
+and with four retrieved ones. Answers that the recording has are not asked again. The file is
+written every 20 queries, so that a stopped recording continues.
+
+The run that uses it needs `--set rerank=never --set retrieved=5 --set samples=8`, for labels
+`max_tokens=4 constrain=true label_probabilities=true`, for texts `max_tokens=32`.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from hydra_llm.bench.experiment import chosen_queries, run_methods
+from hydra_llm.bench.folds import evaluated_users
+from hydra_llm.bench.method import Parts, find_methods
+from hydra_llm.config import Settings
+from hydra_llm.datasets.native import load
+from hydra_llm.llm.cache import merge_recording, write_recording
+from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.registry import open_llm
+from hydra_llm.training.api import blank_bundle
+
+TOLD = ("zero-shot", "rag@4")  # with probabilities of labels
+PLAIN = ("rag@1", "icl-random@1", "recent@4", "self-consistency@8")
+EVERY = 20  # queries after which the file is written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--llm", required=True)
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--users", type=int)
+    parser.add_argument("--limit", type=int)
+    args = parser.parse_args()
+    data = load(args.data)
+    labels = bool(data.task.labels)
+    most = {"max_tokens": 4 if labels else 32, "constrain": labels}
+    settings = Settings(retrieved=5, samples=8, rerank="never", concurrency=1, **most)
+    told = settings.model_copy(update={"label_probabilities": labels})
+    llm = open_llm(args.llm, settings)
+    if args.record.exists():
+        merge_recording(args.record, llm)
+    users = evaluated_users(data, args.users)
+    queries = chosen_queries(data, users, args.limit)
+    records = {user: data.history(user) for user in users}
+    bundle = blank_bundle(data.task, llm, settings, records)
+    kinds = ((TOLD, told), (PLAIN, settings))
+    methods = [(find_methods(names, data.task.kind), own) for names, own in kinds]
+    start = time.monotonic()
+    try:
+        for number, query in enumerate(queries, 1):
+            for chosen, own in methods:
+                parts = Parts(bundle, llm, own, records)
+                samples = run_sync(partial(run_methods, chosen, parts, [query]))
+                if failed := [sample.error for sample in samples if sample.error]:
+                    print(f"query {query.id}: {failed[0]}", file=sys.stderr)
+            left = (time.monotonic() - start) / number * (len(queries) - number) / 60
+            print(f"{number} of {len(queries)} queries, {left:.0f} min left", flush=True)
+            if number % EVERY == 0:
+                write_recording(args.record, llm)
+    finally:
+        write_recording(args.record, llm)
+
+
+if __name__ == "__main__":
+    main()
