@@ -72,14 +72,16 @@ def answers(folder: Path) -> list[tuple[Any, ...]]:
 )
 def test_ctrl_c_in_any_stage_can_be_continued(tmp_path: Path, before: str) -> None:
     save(users_data(TITLES), tmp_path / "data")
-    asked = command(tmp_path, "run", "--methods", "rag@1,hydra@1,3", "--seeds", "0,1")
+    # the LLM labels records too, so that each stage is there
+    options = ("--methods", "rag@1,hydra@1,3", "--seeds", "0,1", "--set", "reranker_check=llm")
+    asked = command(tmp_path, "run", *options)
     script = INTERRUPTED.format(tests=str(Path(__file__).parents[2]), before=before)
     stopped = subprocess.run([sys.executable, "-c", script, *asked], capture_output=True, text=True)
     assert (stopped.returncode, stopped.stdout) == (130, ""), stopped.stderr
     assert stopped.stderr.splitlines()[-1] == "hydra-llm: stopped; the same command continues"
     assert "Traceback" not in stopped.stderr
     assert run(asked) == 0
-    assert run(command(tmp_path, "whole", "--methods", "rag@1,hydra@1,3", "--seeds", "0,1")) == 0
+    assert run(command(tmp_path, "whole", *options)) == 0
     assert answers(tmp_path / "run") == answers(tmp_path / "whole")
 
 
