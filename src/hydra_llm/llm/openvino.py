@@ -1,5 +1,5 @@
 """Embedded models by OpenVINO GenAI, from the same GGUF files, or folders of OpenVINO models: on
-processors without a GPU it reads prompts about twice as fast as llama.cpp (benchmarks/engines.py).
+processors without a GPU it reads prompts 1.5 to 2 times as fast as llama.cpp (docs/lab.md).
 
 A prompt's memory is kept (prefix caching): samples of a prompt, scores of its choices and prompts
 that begin alike are read once.
