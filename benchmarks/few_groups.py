@@ -37,7 +37,7 @@ from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.select import select
 from hydra_llm.training.api import fit, learn
-from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
+from hydra_llm.training.convex import fit_heads, heads_for
 from hydra_llm.training.dataset import (
     LabelledGroup,
     TrainingSet,
@@ -46,12 +46,13 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.labelling import adapter_groups, training_queries
+from hydra_llm.training.strengths import fit_scorer
 from hydra_llm.types import Candidate
 
 Row = tuple[float, float]
 """Cross-entropy and gain of the pick, for one group."""
 HEADS = ("shared head", "own head")
-BEFORE = {"hydra_llm.training.convex.TINY_SET": 0, "hydra_llm.training.dataset.FEW_GROUPS": 0}
+BEFORE = {"hydra_llm.training.strengths.TINY_SET": 0, "hydra_llm.training.dataset.FEW_GROUPS": 0}
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ from hydra_llm.history import in_order
 from hydra_llm.llm.registry import open_llm
 from hydra_llm.select import all_labels, select
 from hydra_llm.training import train_scorer as training
-from hydra_llm.training.api import ADAPTER, blank_bundle
+from hydra_llm.training.api import blank_bundle
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.labelling import weak_adapter_groups
+from hydra_llm.training.work import ADAPTER
 
 SETS = ("opinion", "movie_rating", "news_category")
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -37,7 +37,7 @@ from hydra_llm.model.heads import make_head
 from hydra_llm.model.interactions import Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.api import blank_bundle
-from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
+from hydra_llm.training.convex import fit_heads, heads_for
 from hydra_llm.training.dataset import (
     LabelledGroup,
     TrainingSet,
@@ -47,6 +47,7 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.labelling import reranker_groups, training_queries, weak_reranker_groups
+from hydra_llm.training.strengths import fit_scorer
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 a bundle: the choice is most of what learning a small bundle costs.
 """
 
-from hydra_llm.training.convex import Strengths
+from hydra_llm.training.strengths import Strengths
 
 ONE_STRENGTH = Strengths(ridges=(10.0,), side_ridges=(1.0,), precisions=(3.0,))

@@ -1,5 +1,5 @@
-"""What holds for the whole repository: short names of tests, short functions with few parameters,
-and no reference to a document that is not in it.
+"""What holds for the whole repository: short files, short functions with few parameters, short
+names of tests, and no reference to a document that is not in it.
 """
 
 import ast
@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MAX_NAME = 60
 MAX_FUNCTION = 40
+MAX_FILE = 400
 MAX_PARAMETERS = 8
 MAX_SOURCE = 27_000  # lines
 
@@ -59,6 +60,11 @@ def test_functions_outside_the_cli_are_short() -> None:
 
 def test_the_source_does_not_grow() -> None:
     assert sum(len(file.read_text("utf-8").splitlines()) for file in source_files()) <= MAX_SOURCE
+
+
+def test_source_files_are_short() -> None:
+    lines = {file: len(file.read_text("utf-8").splitlines()) for file in source_files()}
+    assert not {str(file): count for file, count in lines.items() if count > MAX_FILE}
 
 
 def test_functions_outside_the_cli_take_few_parameters() -> None:

@@ -25,6 +25,7 @@ MODULES = (
     "pipeline",
     "bundle",
     "training.api",
+    "training.learned",
     "datasets.native",
     "datasets.dataset",
     "datasets.tabular",

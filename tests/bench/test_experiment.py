@@ -605,7 +605,7 @@ def test_a_kill_in_any_stage_loses_only_the_call_in_flight(tmp_path: Path) -> No
         again = (folder / "calls").read_text().splitlines()
         assert len(again) - len(whole) <= one_call(again[fatal - 1 :], again[: fatal - 1])
     for before in (
-        "hydra_llm.training.api.train_scorer 2",
+        "hydra_llm.training.work.train_scorer 2",
         "hydra_llm.model.persistence._write_new 1",
         "hydra_llm.bundle:Bundle.save 2",
         "hydra_llm.bench.runlog:RunLog.add 5",

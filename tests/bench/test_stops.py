@@ -62,8 +62,8 @@ def answers(folder: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     "before",
     [
-        "hydra_llm.training.api.reranker_groups 1",
-        "hydra_llm.training.api.train_scorer 1",
+        "hydra_llm.training.work.reranker_groups 1",
+        "hydra_llm.training.work.train_scorer 1",
         "hydra_llm.model.persistence._write_new 1",
         "hydra_llm.bundle:Bundle.save 2",
         "hydra_llm.bench.runlog:RunLog.add 5",

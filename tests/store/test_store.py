@@ -503,7 +503,7 @@ def test_scrub_says_that_a_transaction_still_reads_deleted_rows(
 ) -> None:
     if store.on_sqlite:
         pytest.skip("of PostgreSQL alone: SQLite overwrites what it deletes")
-    monkeypatch.setattr("hydra_llm.store.store.SCRUBS", 1)
+    monkeypatch.setattr("hydra_llm.store.upkeep.SCRUBS", 1)
     fill(store, "ada", "marmalade")
     with store.reading() as reader:
         reader.scalar(sa.text("SELECT 1"))  # VACUUM would wait for a reader of its tables

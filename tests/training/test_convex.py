@@ -19,8 +19,9 @@ from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Loss, Scorer
 from hydra_llm.training.calibration import FitReport
-from hydra_llm.training.convex import Strengths, fit_base, fit_heads, fit_scorer
+from hydra_llm.training.convex import fit_base, fit_heads
 from hydra_llm.training.dataset import TrainingSet
+from hydra_llm.training.strengths import Strengths, fit_scorer
 from tests.marks import slow_except
 
 HEADS = slow_except(["linear", "lowrank", "kernel"], "linear")

@@ -16,8 +16,9 @@ from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import FEEDBACK_WINDOW, Loss, Scorer
-from hydra_llm.training.convex import Strengths, fit_heads, fit_scorer, heads_for
+from hydra_llm.training.convex import fit_heads, heads_for
 from hydra_llm.training.dataset import TrainingSet
+from hydra_llm.training.strengths import Strengths, fit_scorer
 
 _spec = importlib.util.spec_from_file_location(
     "simulated", Path(__file__).with_name("simulated.py")

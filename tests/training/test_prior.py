@@ -13,9 +13,10 @@ from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Groups, LabelBilinear, make_interaction, places_among
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.training.calibration import expected_calibration_error
-from hydra_llm.training.convex import Strengths, fit_base, fit_heads, fit_scorer, shared_precision
+from hydra_llm.training.convex import fit_base, fit_heads, shared_precision
 from hydra_llm.training.dataset import TrainingSet
 from hydra_llm.training.prior import Ridges, learn_basis, posterior
+from hydra_llm.training.strengths import Strengths, fit_scorer
 
 WIDTH, LABELS = 6, 3
 

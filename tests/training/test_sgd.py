@@ -23,9 +23,10 @@ from hydra_llm.model.heads import Head, SGDConfig, make_head
 from hydra_llm.model.interactions import Cross, Groups, Tower
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
-from hydra_llm.training.convex import fit_heads, fit_scorer, heads_for
+from hydra_llm.training.convex import fit_heads, heads_for
 from hydra_llm.training.dataset import LabelledGroup, TrainingSet, make_training_set
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, train_jointly
+from hydra_llm.training.strengths import fit_scorer
 
 _spec = importlib.util.spec_from_file_location(
     "simulated", Path(__file__).with_name("simulated.py")

@@ -16,7 +16,7 @@ from hydra_llm.llm.registry import bare_llm, open_llm, wrap
 from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
-    from hydra_llm.training.api import Learned
+    from hydra_llm.training.learned import Learned
 
 SHOWN_FAILURES = 5
 

@@ -30,7 +30,7 @@ from hydra_llm.types import Record
 
 if TYPE_CHECKING:
     from hydra_llm.bundle import Bundle
-    from hydra_llm.training.api import Learned
+    from hydra_llm.training.learned import Learned
 
 IDLE_SECONDS = 1.0
 TRIES = 5

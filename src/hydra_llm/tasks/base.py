@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_llm.errors import DataError, did_you_mean
+from hydra_llm.errors import DataError
 from hydra_llm.plugins import Registry
+from hydra_llm.tasks.fields import Fields
 from hydra_llm.text import without_reasoning
 from hydra_llm.types import Candidate, Record
 from hydra_llm.word_counts import UserWords
@@ -97,7 +98,7 @@ class Task:
         """Read and check a task.json. Raises DataError, which names the field at fault."""
         if not isinstance(data, Mapping):
             raise DataError("must hold one JSON object", file=file)
-        fields = _Fields(data, file)
+        fields = Fields(data, file)
         name, kind = fields.text("name"), fields.text("kind")
         fields.check_known("kind", [kind], KINDS.names(), f", {KINDS.hint}")
         if "{input}" not in (prompt := fields.text("prompt")):
@@ -384,42 +385,3 @@ KINDS: Registry[type[TaskKind]] = Registry(
     kind="kind",
     needs=("metrics", "parse", "gain", "prompt_words"),
 )
-
-
-class _Fields(NamedTuple):
-    """Checked access to the fields of a task.json."""
-
-    data: Mapping[str, Any]
-    file: str
-
-    def fault(self, name: str, message: str) -> DataError:
-        return DataError(message, file=self.file, field=name)
-
-    def text(self, name: str) -> str:
-        if name not in self.data:
-            raise self.fault(name, "is missing")
-        value = self.data[name]
-        if not isinstance(value, str) or not value.strip():
-            raise self.fault(name, "must be a text that is not empty")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        values = self.data.get(name) or ()
-        if not isinstance(values, list | tuple):
-            raise self.fault(name, "must be a list of texts")
-        seen = set[str]()
-        for value in values:
-            if not isinstance(value, str) or not value or value != value.strip():
-                raise self.fault(name, f"{value!r} is not a text without blanks around it")
-            if value in seen:
-                raise self.fault(name, f"'{value}' stands twice")
-            seen.add(value)
-        return tuple(values)
-
-    def check_known(
-        self, name: str, values: Sequence[str], known: Sequence[str], where: str
-    ) -> None:
-        for value in values:
-            if value not in known:
-                near = did_you_mean(str(value), known)
-                raise self.fault(name, f"'{value}' is not one of {', '.join(known)}{near}{where}")

@@ -17,7 +17,7 @@ from hydra_llm.model.scorer import Scorer
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.classification import LabelKind
-from hydra_llm.training.convex import Strengths, UserHeads, fit_heads, fit_scorer
+from hydra_llm.training.convex import UserHeads, fit_heads
 from hydra_llm.training.dataset import (
     LabelledGroup,
     TrainingSet,
@@ -26,6 +26,7 @@ from hydra_llm.training.dataset import (
     make_training_set,
 )
 from hydra_llm.training.sgd import TextSource, fit_unseen, held_out_users, seeded, train_jointly
+from hydra_llm.training.strengths import Strengths, fit_scorer
 
 OWN_RANK = 64  # principal directions of which a user has numbers of their own
 GROUPS_OF_FULL_WIDTH = 1000  # for each column of codes, that features have full width

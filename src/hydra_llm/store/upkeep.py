@@ -1,0 +1,84 @@
+"""Keeping the database sound: checks, counts, deleting what is old, erasing deleted bytes."""
+
+import time
+import warnings
+
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from hydra_llm.errors import StoreError
+from hydra_llm.store import schema
+from hydra_llm.store.database import Database, insert_new
+
+SCRUBS = 5
+SCRUB_PAUSE = 0.2  # seconds: a connection that is being made holds a snapshot for a moment
+
+
+class Upkeep(Database):
+    """What an administrator does with the database as a whole."""
+
+    def check_write(self) -> None:
+        """Write a row to the disk; StoreError if that fails."""
+        table, row = schema.serving, {"name": "written", "value": str(time.time())}
+        with self.writing() as connection:
+            insert_new(connection, table, row)
+            connection.execute(sa.update(table).where(table.c.name == row["name"]).values(row))
+
+    def prune(self, before: float) -> tuple[int, int]:
+        """Delete requests answered and jobs ended before a time; returns how many of each."""
+        requests, jobs = schema.requests, schema.jobs
+        answered = sa.delete(requests).where(requests.c.created < before)
+        ended = jobs.c.state.in_(["done", "failed"]) & (jobs.c.updated < before)
+        with self.writing() as connection:
+            deleted = connection.execute(answered).rowcount
+            return deleted, connection.execute(sa.delete(jobs).where(ended)).rowcount
+
+    def scrub(self) -> None:
+        """Rewrite the files without deleted bytes; StoreError if others still read them."""
+        if not self.on_sqlite:
+            self._scrub_postgresql()
+            return
+        self.run_outside_transaction("VACUUM")
+        if not self.truncate_log():
+            raise StoreError("the log is in use, and still holds pages as they were: try again")
+
+    def _scrub_postgresql(self) -> None:
+        # PostgreSQL keeps deleted rows that an older snapshot may read, be it of a connection that
+        # is just being made. The statistics hold texts too.
+        ours = {"pg_statistic", *schema.metadata.tables}
+        for _ in range(SCRUBS):
+            kept = self._rows_kept_by_vacuum()
+            if not any(kept.get(table) for table in ours):
+                return
+            time.sleep(SCRUB_PAUSE)
+        raise StoreError("an open transaction may still read deleted rows: end it, then try again")
+
+    def truncate_log(self) -> bool:
+        """Write back and empty SQLite's log, which holds deleted pages; False if it was in use."""
+        checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
+        return not self.on_sqlite or bool(self.run_outside_transaction(checkpoint) == 0)
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each table."""
+        with self.reading() as connection:
+            return {
+                table.name: connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+                for table in schema.metadata.sorted_tables
+            }
+
+    def check(self) -> list[str]:
+        """A line for each fault: a damaged file, tables unlike the schema, rows without a user."""
+        with self.reading() as connection:
+            with warnings.catch_warnings(action="ignore"):  # SQLite's indexes of expressions
+                changes = compare_metadata(MigrationContext.configure(connection), schema.metadata)
+            faults = [f"unlike the schema: {' '.join(map(str, change))}" for change in changes]
+            if self.on_sqlite:
+                lines = connection.scalars(sa.text("PRAGMA integrity_check"))
+                faults += [f"damaged: {line}" for line in lines if line != "ok"]
+            for table in schema.OF_USERS:
+                orphan = table.c.user.not_in(sa.select(schema.users.c.key))
+                rows = sa.select(sa.func.count()).select_from(table).where(orphan)
+                if count := connection.scalar(rows):
+                    faults.append(f"{table.name}: {count} rows of users who are not there")
+        return faults

@@ -1,0 +1,36 @@
+"""What learning or fitting gives back: the bundle, and what was done for it."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hydra_llm.bundle import Bundle
+from hydra_llm.types import StageCost, Usage
+
+
+@dataclass
+class Learned:
+    """What learning or fitting did, beside the bundle."""
+
+    bundle: Bundle
+    users: tuple[str, ...]
+    failures: list[str] = field(default_factory=list)  # one line each; the call's pair is left out
+    notes: list[str] = field(default_factory=list)  # a line for each thing left out or changed
+    stages: dict[str, StageCost] = field(default_factory=dict)
+
+    @property
+    def usage(self) -> Usage:
+        """Of all stages."""
+        return sum((cost.usage for cost in self.stages.values()), Usage())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage."""
+        return {stage: cost.seconds for stage, cost in self.stages.items()}
+
+    def stages_json(self) -> dict[str, dict[str, float | None]]:
+        """The stages as JSON values."""
+        return {stage: cost.to_json() for stage, cost in self.stages.items()}
+
+    def report(self, **entries: Any) -> None:
+        """Add entries to the bundle's report."""
+        self.bundle = replace(self.bundle, report={**self.bundle.report, **entries})

@@ -1,0 +1,323 @@
+"""The shared base and the heads, at strengths of regularisation that held-out users choose.
+
+    base       shared head and weights of side features (convex.py)
+    heads      δ of all users at once under the Gaussian prior (convex.py)
+    prior      learned from the users' records (prior.py), or isotropic
+    strengths  ridges, the kind of prior and its precision, chosen by the loss on the later groups
+               of users whom the base has not seen and whose heads were fitted on their earlier ones
+    calibrate  β and the weight of the LLM's votes, on the same held-out scores
+
+Nothing but the scorer that is being learned is changed. Knows no texts and no LLM.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydra_llm.llm.concurrency import Progress
+from hydra_llm.model.heads import HeadKind, HeadProblem
+from hydra_llm.model.heads.linear import LinearHead
+from hydra_llm.model.heads.lowrank import LowRankHead
+from hydra_llm.model.scorer import Scorer
+from hydra_llm.training.calibration import (
+    FitReport,
+    HeldOut,
+    calibrate,
+    evaluate_held_out,
+    group_losses,
+)
+from hydra_llm.training.convex import (
+    UserHeads,
+    fit_base,
+    fit_heads,
+    head_problems,
+    heads_for,
+    held_out_scores,
+    measure_posterior,
+    shared_precision,
+)
+from hydra_llm.training.dataset import Split, TrainingSet, folds
+from hydra_llm.training.prior import Ridges, State, learn_basis
+
+LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
+FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
+# up to so many groups there are more folds: a base without a third of them would be far from the
+# one that is deployed
+TINY_SET, TINY_FOLDS = 300, 10
+SHARED_ONLY = 1e6  # a precision at which a user's numbers stay 0
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """The strengths of regularisation that are tried."""
+
+    ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 300.0, 3000.0)
+    side_ridges: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+    precisions: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+    bases: tuple[float, ...] = (10.0, 30.0, 100.0)  # ridges on the basis of a learned prior
+    steps: int = 4  # of its learning, at most
+
+
+def fit_scorer(
+    scorer: Scorer,
+    data: TrainingSet,
+    *,
+    seed: int = 0,
+    unseen: Sequence[str] = (),
+    strengths: Strengths = Strengths(),
+    rank: int = 0,
+    done: Progress | None = None,
+) -> tuple[FitReport, UserHeads]:
+    """Choose the strengths, fit base and heads of every user, calibrate, on a prepared interaction.
+
+    `unseen` are the users from whom a trained interaction has not learned: only they show what
+    helps a new user. Without them the users take turns in folds, which is fair where the
+    interaction has seen no labels. Where only some groups are voted, base and heads learn from the
+    others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, in so
+    many dimensions, unless an isotropic one is better for held-out users.
+    """
+    partly = 0 < int(data.voted.sum()) < len(data)
+    plain = data.take((~data.voted).nonzero()[:, 0]) if partly else data
+    names = plain.names()
+    report = FitReport(users=len(names), groups=len(plain))
+    used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
+    rank = rank if scorer.head.learns_prior and scorer.loss == "listwise" else 0
+    fits = len(strengths.ridges) * len(_side_ridges(plain, strengths)) + 4
+    fits += len(strengths.bases) if rank else 0
+    base = _Base(scorer, plain, used, report, _Steps(fits * len(used) + 1, done), rank, {})
+    if base.folds:
+        base.choose_strengths(strengths)
+    if rank:
+        report.prior = "learned" if report.prior_steps else _why_isotropic(report)
+    scorer.prior_precision = torch.tensor(report.precision)
+    scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
+    if base.folds:
+        evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
+        calibrate(scorer, base.held_out(data, TrainingSet.calibration_splits), report)
+    base.fit(plain)
+    base.steps.finish()
+    measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))
+    return report, heads
+
+
+def _why_isotropic(report: FitReport) -> str:
+    if math.isnan(report.prior_ridge):
+        return f"isotropic ({report.users} users are too few to learn how users differ)"
+    if report.precision == SHARED_ONLY:
+        return "none (held-out users' own heads were no better than the shared one)"
+    return "isotropic (a learned one was no better for held-out users)"
+
+
+class _Fold(NamedTuple):
+    train: TrainingSet  # of the users from whom the base is learned
+    held_out: list[str]  # the names of others, who evaluate it
+
+
+def _side_ridges(data: TrainingSet, tried: Strengths) -> tuple[float, ...]:
+    return tried.side_ridges if len(data) <= LARGE_SET else tried.side_ridges[:1]
+
+
+def _parts(data: TrainingSet, seed: int) -> list[list[str]]:
+    names, count = data.names(), FOLDS if len(data) > TINY_SET else TINY_FOLDS
+    return folds(names, count, seed) if len(names) > 1 else []
+
+
+def _folds_of(data: TrainingSet, parts: Sequence[list[str]]) -> list[_Fold]:
+    names = set(data.names())
+    parted = [_Fold(data.of(sorted(names - set(part))), part) for part in parts]
+    return [fold for fold in parted if len(fold.train)]
+
+
+def _alike(losses: Tensor, least: Tensor) -> bool:
+    """Whether the mean of a group's losses [G] is within a standard error of the least one's."""
+    more = losses - least
+    return bool(more.mean() <= more.std(correction=0) / len(more) ** 0.5)
+
+
+class _Steps:
+    """Reports how many bases were fitted: for each fold, one for each pair of ridges, then four (to
+    choose the precision, to tune and to calibrate twice); the last one at the end.
+    """
+
+    def __init__(self, count: int, done: Progress | None):
+        self.steps, self.total, self.done = 0, count, done
+
+    def step(self) -> None:
+        self.steps = min(self.steps + 1, self.total - 1)  # not every head is tuned
+        if self.done is not None:
+            self.done(self.steps, self.total)
+
+    def finish(self) -> None:
+        if self.done is not None:
+            self.done(self.total, self.total)
+
+
+class _Base(NamedTuple):
+    """The base of the strengths in the report, fitted on one set of users after the other."""
+
+    scorer: Scorer
+    plain: TrainingSet
+    folds: list[_Fold]
+    report: FitReport
+    steps: _Steps
+    rank: int  # of the learned prior; 0 if none is tried
+    known: dict[tuple[int, float, int], State]  # by training set, ridge and step of the prior
+
+    def fit(self, train: TrainingSet) -> None:
+        """The base of these users, and what a kind of head shares beside it."""
+        self.fit_shared(train)
+        if self.report.prior_steps:
+            for _ in self.bases(train, self.report.prior_ridge, self.report.prior_steps):
+                pass
+        else:
+            self.scorer.head.learn_shared(head_problems(self.scorer, train, train.names()))
+
+    def fit_shared(self, train: TrainingSet) -> None:
+        """The base alone, by the strengths in the report."""
+        place = (id(train), 0.0, 0)
+        if place in self.known:
+            self.known[place].restore(self.scorer)
+        else:
+            if isinstance(self.scorer.head, LinearHead | LowRankHead):
+                self.scorer.head.set_basis(None)
+            fit_base(self.scorer, train, self.report.ridge, self.report.evidence_ridge)
+            if self.rank:
+                self.known[place] = State.of(self.scorer)
+        self.steps.step()
+
+    def bases(self, train: TrainingSet, ridge: float, steps: int) -> Iterator[Tensor]:
+        """The basis after each step of learning the prior, from the fitted base; where the last one
+        is known, that alone.
+        """
+        if (last := self.known.get((id(train), ridge, steps))) is not None:
+            last.restore(self.scorer)
+            assert last.basis is not None
+            yield last.basis
+            return
+        shared = shared_precision(self.scorer.interaction, self.report.ridge)
+        ridges = Ridges(shared, self.report.evidence_ridge, ridge)
+        learning = learn_basis(self.scorer, train, ridges, rank=self.rank, steps=steps)
+        for step, basis in enumerate(learning, 1):
+            self.known[id(train), ridge, step] = State.of(self.scorer)
+            yield basis
+
+    def problems_of(self, fold: _Fold) -> Iterator[HeadProblem]:
+        """Each held-out user's problem under the base of the others."""
+        self.fit_shared(fold.train)
+        for user in fold.held_out:
+            yield from head_problems(self.scorer, self.plain.of([user]), [user])
+
+    def held_out(
+        self, data: TrainingSet, split: Callable[[TrainingSet], list[Split]]
+    ) -> list[HeldOut]:
+        """Each fold's later groups, with heads of the earlier ones."""
+        parts = []
+        for fold in self.folds:
+            self.fit(fold.train)
+            parts += held_out_scores(self.scorer, split(data.of(fold.held_out)), fold.held_out)
+        return parts
+
+    def choose_strengths(self, tried: Strengths) -> None:
+        """The ridges, then the learned prior, then the precision."""
+        self.choose_ridges(tried)
+        if self.rank:
+            self.choose_basis(tried)
+        if self.scorer.head.has_precision:
+            self.choose_precision(tried)
+
+    def choose_ridges(self, tried: Strengths) -> None:
+        """The ridges of the base, by the loss of users whom it has not seen. Where side weights
+        have a prior, features of pairs must speak clearly for themselves: the strongest ridge of
+        which the mean loss is within a standard error of the least (Breiman et al. 1984, 3.4.3).
+        """
+        scorer, plain, report = self.scorer, self.plain, self.report
+        by_ridges: dict[tuple[float, float], list[Tensor]] = {}  # the groups' losses, by fold
+        for ridges in product(tried.ridges, _side_ridges(plain, tried)):
+            rows = []
+            for train, part in self.folds:
+                fit_base(scorer, train, *ridges)
+                self.steps.step()
+                unseen = plain.of(part)
+                with torch.no_grad():
+                    scores = scorer.core(unseen.groups)
+                rows.append(group_losses(scorer, unseen, scores))
+            by_ridges[ridges] = rows
+
+        def total(pair: tuple[float, float]) -> float:
+            return sum(float(losses.sum()) for losses in by_ridges[pair])
+
+        chosen = min(by_ridges, key=total)
+        if scorer.side_prior.any():
+            pairs = sorted(by_ridges, key=total, reverse=True)
+            best = {pair[0]: pair for pair in pairs}.values()  # of each ridge on pairs
+            least = torch.cat(by_ridges[chosen])
+            chosen = max(pair for pair in best if _alike(torch.cat(by_ridges[pair]), least))
+        report.ridge, report.evidence_ridge = chosen
+
+    def choose_basis(self, tried: Strengths) -> None:
+        """The ridge and the number of steps of the learned prior, by held-out users' later groups
+        with heads on the basis of their earlier ones.
+        """
+        totals: dict[tuple[float, int], float] = defaultdict(float)
+        for train, part in self.folds:
+            splits = self.plain.of(part).prequential_splits()
+            for ridge in tried.bases:
+                self.fit_shared(train)
+                for step, basis in enumerate(self.bases(train, ridge, tried.steps), 1):
+                    head = self.scorer.head
+                    assert isinstance(head, LinearHead | LowRankHead)
+                    probe = LowRankHead.on(head, basis)
+                    for early, late in splits:
+                        losses = self.losses_of(probe, 1.0, early, late, part)
+                        totals[ridge, step] += float(losses.sum())
+        if totals:
+            best = min(totals, key=lambda pair: totals[pair])
+            self.report.prior_ridge, self.report.prior_steps = best
+
+    def choose_precision(self, tried: Strengths) -> None:
+        """The precision of the numbers that have no learned prior, and whether there is one. Beside
+        a learned prior the shared head stands: it answers for all unless users' own heads are
+        better by more than a standard error.
+        """
+        learned = self.report.prior_steps
+        tried_ones: dict[tuple[int, float], list[Tensor]] = defaultdict(list)  # groups' losses
+        for (train, part), steps in product(self.folds, sorted({0, learned})):
+            self.report.prior_steps = steps
+            self.fit(train) if steps else self.fit_shared(train)
+            probe, precisions = self.scorer.head.precision_probe(), tried.precisions
+            if self.rank:
+                precisions = (*precisions, SHARED_ONLY)
+            if steps and isinstance(self.scorer.head, LowRankHead):
+                probe, precisions = self.scorer.head, (1.0,)  # the basis has the scale
+            for early, late in self.plain.of(part).prequential_splits():
+                for precision in precisions:
+                    losses = self.losses_of(probe, precision, early, late, part)
+                    tried_ones[steps, precision].append(losses)
+        rows = {pair: torch.cat(losses) for pair, losses in tried_ones.items()}
+        best = min(rows, key=lambda pair: float(rows[pair].sum()))
+        shared = rows.get((0, SHARED_ONLY))
+        if shared is not None and len(shared) and _alike(shared, rows[best]):
+            best = 0, SHARED_ONLY
+        self.report.prior_steps, self.report.precision = best
+
+    def losses_of(
+        self,
+        kind: HeadKind,
+        precision: float,
+        early: TrainingSet,
+        late: TrainingSet,
+        part: list[str],
+    ) -> Tensor:
+        """[G] the losses of later groups with heads of this kind of the earlier ones."""
+        scorer = self.scorer
+        heads = fit_heads(scorer, early, part, kind=kind, precision=precision)
+        with torch.no_grad():
+            x, side = scorer.interaction(late.groups), scorer.side_score(late.groups)
+            own = kind.score(scorer.interaction, x, heads_for(late, heads))
+            return group_losses(scorer, late, own + side)
