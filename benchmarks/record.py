@@ -2,12 +2,13 @@
 
     python benchmarks/record.py DATA/news_category --llm openvino:MODEL,threads=1
         --record benchmarks/results/news_category_285/recording.jsonl.gz [--users 100 --limit 3]
+        [--prompts zero-shot,rag@1,rag@4]
 
 The users are those whom `bench run --folds` evaluates. Asked are the prompts without records, with
-one (retrieved, random) and with four (retrieved, latest), at temperature 0, and HYDRA's 8 samples
-with the four retrieved ones; of tasks with labels also the label's probabilities without records
-and with four retrieved ones. Answers that the recording has are not asked again. The file is
-written every 20 queries, so that a stopped recording continues.
+one (retrieved, random) and with four (retrieved, latest), or those of `--prompts`, at temperature
+0, and HYDRA's 8 samples with the four retrieved ones; of tasks with labels also the label's
+probabilities without records and with four retrieved ones. Answers that the recording has are not
+asked again. The file is written every 20 queries, so that a stopped recording continues.
 
 The run that uses it needs `--set rerank=never --set retrieved=5 --set samples=8`, for labels
 `max_tokens=4 constrain=true label_probabilities=true`, for texts `max_tokens=32`.
@@ -30,7 +31,8 @@ from hydra_llm.llm.registry import open_llm
 from hydra_llm.training.api import blank_bundle
 
 TOLD = ("zero-shot", "rag@4")  # with probabilities of labels
-PLAIN = ("rag@1", "icl-random@1", "recent@4", "self-consistency@8")
+PROMPTS = (*TOLD, "rag@1", "icl-random@1", "recent@4")
+SAMPLES = "self-consistency@8"
 EVERY = 20  # queries after which the file is written
 
 
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--users", type=int)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--prompts", default=",".join(PROMPTS))
     args = parser.parse_args()
     data = load(args.data)
     labels = bool(data.task.labels)
@@ -56,7 +59,9 @@ def main() -> None:
     queries = chosen_queries(data, users, args.limit)
     records = {user: data.history(user) for user in users}
     bundle = blank_bundle(data.task, llm, settings, records)
-    kinds = ((TOLD, told), (PLAIN, settings))
+    prompts = args.prompts.split(",")
+    plain = [*(name for name in prompts if name not in TOLD), SAMPLES]
+    kinds = (([name for name in prompts if name in TOLD], told), (plain, settings))
     methods = [(find_methods(names, data.task.kind), own) for names, own in kinds]
     start = time.monotonic()
     try:
