@@ -79,9 +79,8 @@ class LearnedSelector(Selector):
     @property
     def needs_llm(self) -> bool:
         """False where every label is a candidate and the LLM's votes have no weight in a score."""
-        settings, hears = self.settings, self.scorer.hears_llm and self.settings.vote_share
-        of_all = bool(self.task.labels) and settings.candidates == "labels"
-        return hears or not of_all or settings.abstention_threshold > 0
+        hears = self.scorer.hears_llm and self.settings.vote_share
+        return hears or not needs_votes_only(self.task, self.settings)
 
     def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
         places = [i for i, candidate in enumerate(candidates) if candidate.answer is not None]
@@ -142,6 +141,12 @@ class LearnedSelector(Selector):
         offered = all_labels(self.task, readable) if by_label else readable
         row_of = {candidate.answer: row for row, candidate in enumerate(offered)}
         return self.groups(context, offered), [row_of[c.answer] for c in readable]
+
+
+def needs_votes_only(task: Task, settings: Settings) -> bool:
+    """Whether an adapter needs no LLM but for votes: every label is a candidate anyway."""
+    of_all = bool(task.labels) and settings.candidates == "labels"
+    return of_all and settings.abstention_threshold == 0
 
 
 def select(

@@ -75,13 +75,13 @@ def _rated(parts: Parts, rate: Rate, *, shares: bool = False) -> Answerer:
     return replace(parts.personalizer(), selector=Rated(rate, shares))
 
 
-@method("control", uses=(), only_choices=True)
+@method("control", uses=(), only_choices=True, asks="never")
 def first(parts: Parts) -> Answerer:
     """Of recorded choices: the candidate that was shown first."""
     return _rated(parts, lambda candidates: [-float(place) for place in range(len(candidates))])
 
 
-@method("control", uses=(), only_choices=True)
+@method("control", uses=(), only_choices=True, asks="never")
 def longest(parts: Parts) -> Answerer:
     """Of recorded choices: the candidate of most words."""
     return _rated(parts, lambda candidates: [float(length(own.text)) for own in candidates])
@@ -92,14 +92,14 @@ def by_lot(parts: Parts) -> Answerer:
     return _rated(parts, lambda candidates: [0.0] * len(candidates), shares=True)
 
 
-@method("control", uses=("adapter",), requires=("adapter",), only_choices=True)
+@method("control", uses=("adapter",), requires=("adapter",), only_choices=True, asks="never")
 def no_history(parts: Parts) -> Answerer:
     """Of recorded choices: hydra with the shared head and no earlier choice of the user."""
     nobody = replace(parts, bundle=parts.bundle.without_heads(), records={})
     return nobody.personalizer(adapt=True)
 
 
-@method("control", uses=("adapter",), requires=("adapter",), only_choices=True)
+@method("control", uses=("adapter",), requires=("adapter",), only_choices=True, asks="never")
 def shuffled_heads(parts: Parts) -> Answerer:
     """Of recorded choices: hydra with another user's head for each user."""
     heads = parts.bundle.heads.get("adapter", {})

@@ -51,13 +51,15 @@ def _mismatched_choice(parts: Parts) -> Answerer:
     return Mismatched(parts.personalizer(adapt=True), parts.partners)
 
 
-@method("control", takes=("k", "b"), source="docs/benchmark.md", picks=_mismatched_choice)
+@method(
+    "control", takes=("k", "b"), source="docs/benchmark.md", picks=_mismatched_choice, asks="votes"
+)
 def mismatched(parts: Parts) -> Answerer:
     """Hydra with another user's history and heads."""
     return Mismatched(parts.personalizer(rerank=True, adapt=True), parts.partners)
 
 
-@method("control", labels_only=True, uses=("adapter",), requires=("adapter",))
+@method("control", labels_only=True, uses=("adapter",), requires=("adapter",), asks="never")
 def scorer_mismatched(parts: Parts) -> Answerer:
     """Scorer-only with another user's history and heads, no LLM."""
     return Mismatched(ScorerOnly(parts.personalizer(adapt=True)), parts.partners)
@@ -170,7 +172,7 @@ def _offset(
         ratio = variance_ratio(residuals, [record.user for record in known])
         return WithoutLLM(parts.personalizer(), UserOffset(targets, base, ratio).answer)
 
-    return Method(name, what, "control", build, labels_only=True, uses=())
+    return Method(name, what, "control", build, labels_only=True, uses=(), asks="never")
 
 
 def _by_vector(parts: Parts, known: Sequence[Record], values: Floats) -> Fitted:

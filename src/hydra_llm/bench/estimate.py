@@ -208,6 +208,8 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     for place, method in enumerate(methods):
         experiment.progress("plan", place, len(methods))
         llm.stage = f"answer {method.name}"
+        if is_none(experiment.llm) and method.uses:
+            continue  # what has been learned by then asks nobody
         await map_calls(method.build(parts).aanswer, queries, limit=settings.concurrency)
     # without learning, all texts have been encoded by now
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)

@@ -7,7 +7,7 @@ own as a `Method` in the entry-point group `hydra_llm.methods`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import Registry
-from hydra_llm.tasks.base import KINDS
+from hydra_llm.select import needs_votes_only
+from hydra_llm.tasks.base import KINDS, Task
 from hydra_llm.training.labelling import Asked
 from hydra_llm.types import Answer, Query, Record, StageCost
 
@@ -97,6 +98,7 @@ class Method:
     requires: tuple[str, ...] = ()  # learned parts without which it is left out of the run
     picks: Build | None = None  # in place of `build` for recorded choices, which ask no LLM
     only_choices: bool = False  # it answers recorded choices only, by `build`
+    asks: Literal["always", "votes", "never"] = "always"  # an LLM; for an adapter's votes
     per_sample: bool = False  # it answers once per sample, with the sample's index as the seed
     given: Mapping[str, int] = field(default_factory=dict)  # its parameters, if the name has any
 
@@ -106,6 +108,16 @@ class Method:
             return True
         return self.labels_only == KINDS.load(kind).closed
 
+    def asks_llm(self, task: Task, settings: Settings, bundle: Bundle | None = None) -> bool:
+        """Whether it asks an LLM; without a bundle one is learned that hears no LLM."""
+        if self.asks != "votes":
+            return self.asks == "always"
+        if settings.ask == "always" or settings.gate == "always":
+            return True  # what the gate refuses is asked without records
+        adapter = None if bundle is None else bundle.adapter
+        hears = bundle is not None and (adapter is None or adapter.hears_llm)
+        return (hears and settings.vote_share) or not needs_votes_only(task, settings)
+
     def on_choices(self) -> "Method | None":
         """The method as it answers recorded choices; None if it cannot."""
         if self.only_choices:
@@ -114,7 +126,7 @@ class Method:
             return None
         uses = tuple(part for part in self.uses if part == "adapter")
         plain = replace(self, build=self.picks, uses=uses, requires=uses)
-        return replace(plain, takes=(), per_sample=False)
+        return replace(plain, takes=(), per_sample=False, asks="never")
 
     def instances(self, seeds: Sequence[Parts]) -> Sequence[Parts]:
         """The parts for each answer that it gives to a query; `seeds` has one entry per seed."""
@@ -237,6 +249,19 @@ def find_methods(
             fault = f"answers {able} tasks only, this one is {kind}"
             raise SettingsError(f"method '{method.name}' {fault}")
     return list({method.name: method for method in methods}.values())
+
+
+def check_without_llm(
+    methods: Sequence[Method], task: Task, settings: Settings, bundle: Bundle | None
+) -> None:
+    """SettingsError: one of the methods asks an LLM."""
+    asking = [method for method in methods if method.asks_llm(task, settings, bundle)]
+    if asking:
+        every = (m for m in map(load_method, METHODS.names()) if not m.only_choices)
+        others = (method for method in every if method.answers(task.kind))
+        able = [m.name for m in others if not m.asks_llm(task, settings, bundle)]
+        fix = f"give one of --llm SPEC and --replay FILE, or take only {', '.join(able)}"
+        raise SettingsError(f"method '{asking[0].name}' asks an LLM: {fix}")
 
 
 def _on_choices(method: Method) -> Method:

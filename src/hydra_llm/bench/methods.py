@@ -104,7 +104,14 @@ def hydra_reranker(parts: Parts) -> Answerer:
     return parts.with_settings(rerank="always").personalizer(rerank=True, **GREEDY)
 
 
-@method("hydra", takes=("b",), source="HYDRA 4.2", uses=("adapter",), requires=("adapter",))
+@method(
+    "hydra",
+    takes=("b",),
+    source="HYDRA 4.2",
+    uses=("adapter",),
+    requires=("adapter",),
+    asks="votes",
+)
 def hydra_adapter(parts: Parts) -> Answerer:
     """Answers without records, the adapter picks."""
     return replace(parts.personalizer(adapt=True, k=0), retriever=Nothing())
@@ -128,13 +135,13 @@ def _adapted_alike(parts: Parts) -> Answerer:
     return _adapted(replace(parts, bundle=parts.bundle.without_heads()))
 
 
-@method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md", picks=_adapted)
+@method("hydra", takes=("k", "b"), source="HYDRA 4.2; docs/method.md", picks=_adapted, asks="votes")
 def hydra(parts: Parts) -> Answerer:
     """Reranker and adapter with this project's selection."""
     return parts.personalizer(rerank=True, adapt=True)
 
 
-@method("control", takes=("k", "b"), source="docs/method.md", picks=_adapted_alike)
+@method("control", takes=("k", "b"), source="docs/method.md", picks=_adapted_alike, asks="votes")
 def hydra_shared(parts: Parts) -> Answerer:
     """Hydra with the shared heads for everybody."""
     return replace(parts, bundle=parts.bundle.without_heads()).personalizer(rerank=True, adapt=True)
@@ -227,7 +234,7 @@ class WithoutLLM:
         return Answer(text, proposal, candidates, 0)
 
 
-@method("control", uses=())
+@method("control", uses=(), asks="never")
 def user_majority(parts: Parts) -> Answerer:
     """The user's own median or majority, no LLM."""
     typical = parts.bundle.task.strategy.typical
@@ -235,7 +242,7 @@ def user_majority(parts: Parts) -> Answerer:
     return WithoutLLM(own, lambda _, visible: typical([record.output for record in visible]))
 
 
-@method("control", uses=())
+@method("control", uses=(), asks="never")
 def copy_nearest(parts: Parts) -> Answerer:
     """1-NN: the answer of the user's most similar record, no LLM."""
     nearest = make_retriever("dense", embed=parts.bundle.features.texts)
@@ -259,7 +266,7 @@ class ScorerOnly:
         return self.personalizer.decide(self.personalizer.context_of(query), proposal)
 
 
-@method("control", labels_only=True, uses=("adapter",), requires=("adapter",))
+@method("control", labels_only=True, uses=("adapter",), requires=("adapter",), asks="never")
 def scorer_only(parts: Parts) -> Answerer:
     """All labels by the adapter, no LLM."""
     return ScorerOnly(parts.personalizer(adapt=True))

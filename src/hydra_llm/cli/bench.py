@@ -78,11 +78,12 @@ def run(
 ) -> None:
     """Answer new users' queries (of each, the first `--limit`) by each method; print the table.
 
-    Without `--bundle`, first learn from the training users and fit the new users' heads.
+    Without `--bundle`, first learn from the training users and fit the new users' heads. Methods
+    that ask no LLM need no `--llm`.
     """
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
-    from hydra_llm.bench.method import find_methods, per_sample, split_names
+    from hydra_llm.bench.method import check_without_llm, find_methods, per_sample, split_names
     from hydra_llm.bench.report.summary import compared_words
     from hydra_llm.bench.report.tables import results_table
     from hydra_llm.bench.results import tabulate
@@ -100,10 +101,10 @@ def run(
     learned, settings = options.open_bundle(bundle) if bundle else (None, options.settings())
     dataset = _load(data, settings, base_url, learned)
     choices = dataset.asks_choices(prefer=spec == NONE)
-    if spec == NONE and not choices:
-        source.spec()
     dataset = dataset.asking(choices=choices)
     task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
+    if spec == NONE:
+        check_without_llm(chosen, task, settings, learned)
     with source.opened(spec, settings) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
         plan = replace(plan, bundle=learned, folds=folds)
