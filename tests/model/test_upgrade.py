@@ -1,7 +1,11 @@
-"""Bundles of format 1: written by the code before users became values, with the scores it gave."""
+"""Bundles of format 1, written by the code before users became values, and of format 2, by the code
+before word model and learned prior, with the scores that these gave.
+"""
 
+import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,12 @@ from hydra_llm.model.interactions import Groups
 from hydra_llm.model.persistence import FORMAT
 from hydra_llm.model.scorer import Scorer
 from hydra_llm.model.upgrade import reranker_helps
+from hydra_llm.training.word_model import learn_word_model
+from tests.model.test_word_model import histories
 
 DATA = Path(__file__).with_name("data")
 NAMES = ("tags-linear", "stars-lowrank", "tags-kernel", "titles-mlp")
+NAMES += ("format-2/tags-linear", "format-2/stars-lowrank")  # the first two, saved again
 USERS = ("train0", "new0", "new1", "nobody")
 
 
@@ -44,7 +51,7 @@ def scores_of(bundle: Bundle, name: str) -> np.ndarray:
 
 
 def expected_of(name: str) -> dict[str, Any]:
-    expected: dict[str, Any] = json.loads((DATA / name / "expected.json").read_text())
+    expected: dict[str, Any] = json.loads((DATA / Path(name).name / "expected.json").read_text())
     return expected
 
 
@@ -92,7 +99,7 @@ def test_forgotten_users_are_not_users(tmp_path: Path) -> None:
 def test_an_upgraded_bundle_is_written_in_the_present_format(name: str, tmp_path: Path) -> None:
     old = Bundle.load(DATA / name, cache=tmp_path)
     folder = old.save(tmp_path / "bundle")
-    assert json.loads((folder / "config.json").read_text())["format"] == FORMAT == 2
+    assert json.loads((folder / "config.json").read_text())["format"] == FORMAT == 3
     new = Bundle.load(folder, cache=tmp_path)
     assert new.use_reranker == old.use_reranker
     for scorer in old.scorers:
@@ -100,6 +107,31 @@ def test_an_upgraded_bundle_is_written_in_the_present_format(name: str, tmp_path
         for user, head in old.heads[scorer].items():
             again = new.heads[scorer][user]
             assert (again.records, again.until) == (head.records, head.until)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_say_how_an_old_bundle_was_learned(name: str, tmp_path: Path) -> None:
+    settings = Bundle.load(DATA / name, cache=tmp_path).settings
+    assert (settings.word_model, settings.fit_labels) == (False, "llm")
+    assert (settings.head_prior, settings.select) == ("isotropic", "expected-gain")
+
+
+def test_a_word_model_under_the_former_number_is_read(tmp_path: Path) -> None:
+    models = learn_word_model(histories())
+    assert models is not None
+    old = Bundle.load(DATA / "titles-mlp", cache=tmp_path)
+    settings = old.settings.model_copy(update={"word_model": True, "fit_labels": "history"})
+    new = replace(old, settings=settings, word_model=models.model)
+    folder = new.save(tmp_path / "bundle")
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
+    config = {**config, "format": 2}
+    sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    (folder / "config.json").write_text(json.dumps({**config, "sha256": sha256}))
+    again = Bundle.load(folder, cache=tmp_path)
+    assert again.settings.stored() == new.settings.stored()
+    assert again.word_model is not None
+    assert again.word_model.population == models.model.population
 
 
 def test_the_reranker_is_used_unless_it_was_worth_less() -> None:

@@ -1,11 +1,14 @@
 """Bundles of older formats as the present one.
 
 Format 1 kept users' heads as rows of the scorer's tensors, some of them of users who were
-forgotten. It lacked whether the reranker is used, and until when a head has learned.
+forgotten. It lacked whether the reranker is used, and until when a head has learned. Format 2 had
+neither word model nor recorded choices, and no learned prior with effects of known texts; later
+releases wrote these under the same number, so that 2 may have them.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +23,22 @@ from hydra_llm.model.persistence import BundleFiles
 # prefixes of tensors' names in format 1 (regular expressions), and now
 RENAMED = {r"combiner\.": "interaction.", "evidence_": "side_", r"curvature\.": "posterior."}
 RENAMED |= {r"bank\.": "head."}
+LEARNED_WITH = {"word_model": False, "fit_labels": "llm"}
+LEARNED_WITH |= {"head_prior": "isotropic", "reranker_check": "llm"}
+"""How bundles were learned whose settings do not say."""
 FORGOTTEN = "\0forgotten-"  # prefix of the name in the row of a forgotten user
 
 
 def upgraded(files: BundleFiles) -> BundleFiles:
     """The files in the present format; KeyError, TypeError or ValueError if they are broken."""
-    if files.config["format"] >= 2:
+    if files.config["format"] >= 3:
         return files
+    settings = {**LEARNED_WITH, **files.config["settings"]}
+    files = replace(files, config={**files.config, "settings": settings})
+    return files if files.config["format"] == 2 else _of_format_1(files)
+
+
+def _of_format_1(files: BundleFiles) -> BundleFiles:
     config: dict[str, Any] = {**files.config, "scorers": {}}
     tensors: dict[str, Tensor] = {}
     for name, old in files.config["scorers"].items():
