@@ -121,7 +121,7 @@ def test_a_word_model_under_the_former_number_is_read(tmp_path: Path) -> None:
     assert models is not None
     old = Bundle.load(DATA / "titles-mlp", cache=tmp_path)
     settings = old.settings.model_copy(update={"word_model": True, "fit_labels": "history"})
-    new = replace(old, settings=settings, word_model=models.model)
+    new = replace(old, settings=settings, learned_with=None, word_model=models.model)
     folder = new.save(tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
     del config["sha256"]
