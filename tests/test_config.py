@@ -125,7 +125,8 @@ def another(name: str) -> str | int | float:
     if isinstance(default, bool):
         return str(not default).lower()
     if isinstance(default, str):
-        return {"head": "kernel", "retriever": "hybrid"}.get(name, "x")
+        known = {"head": "kernel", "retriever": "hybrid", "candidate_prompts": "zero-shot"}
+        return known.get(name, "x")
     return 0.25 if isinstance(default, float) else "100"
 
 

@@ -35,7 +35,7 @@ from hydra_llm.model.upgrade import tensors_of, upgraded
 from hydra_llm.model.word_model import WordModel
 from hydra_llm.pipeline import Heads, Pipeline, Records, UserPipeline
 from hydra_llm.rerank import KeepOrder, LearnedReranker, Reranker
-from hydra_llm.retrieve import make_retriever
+from hydra_llm.retrieve import make_retriever, prompt_records
 from hydra_llm.select import FirstCandidate, LearnedSelector, Selector
 from hydra_llm.side_features import Featurizer
 from hydra_llm.tasks.base import CohortStats, Task
@@ -126,10 +126,13 @@ class Bundle:
             reranker = LearnedReranker(self.reranker, featurizer, with_answer=chosen.record_answer)
         if adapt and self.adapter:
             selector = LearnedSelector(self.adapter, featurizer, chosen)
-        retriever = make_retriever(chosen.retriever, embed=self.features.texts, seed=chosen.seed)
-        gate: Gate = LearnedGate(self.gate, self.features.texts) if self.gate else LexicalGate()
+        embed, seed = self.features.texts, chosen.seed
+        retriever = make_retriever(chosen.retriever, embed=embed, seed=seed)
+        gate: Gate = LearnedGate(self.gate, embed) if self.gate else LexicalGate()
+        others = "" if self.task.labels else chosen.candidate_prompts
+        beside = prompt_records(others, retriever, embed=embed, seed=seed)
         vectorize = featurizer.vectorize
-        return Pipeline(self.task, retriever, chosen, reranker, selector, gate, vectorize)
+        return Pipeline(self.task, retriever, chosen, reranker, selector, gate, beside, vectorize)
 
     def personalizer(
         self,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hydra_llm import environment as env
 from hydra_llm.errors import SettingsError, did_you_mean
-from hydra_llm.plugins import HEADS, RETRIEVERS, Registry
+from hydra_llm.plugins import HEADS, RETRIEVERS, Registry, read_prompts
 
 SETTINGS_FILE = "hydra-llm.toml"
 SERVE_TABLE = "serve"  # the gateway's table in that file (gateway/settings.py)
@@ -163,6 +163,8 @@ class Research(Group):
     """Records as a list (block) or as chat turns (turns); auto: turns with labels, else block."""
     greedy_first: bool = True
     """Candidate 0 is the greedy (temperature 0) answer."""
+    candidate_prompts: str = ""
+    """Free texts: other prompts, as zero-shot,recent@4, each asked once in place of a sample."""
     parsing: Literal["lenient", "strict"] = "lenient"
     """strict: parse answers as LaMP does; lenient: also find the answer within a sentence."""
     pooling: Literal["mean", "cls"] = "mean"
@@ -215,6 +217,12 @@ class Research(Group):
     """auto: the LLM is not asked where its votes have no weight in the adapter's score; always."""
     fit_seed: int | None = Field(default=None, ge=0)
     """Seed of folds and training; None is `seed`. Bundles differing in it alone share labels."""
+
+    @field_validator("candidate_prompts")
+    @classmethod
+    def _known_prompts(cls, names: str) -> str:
+        read_prompts(names)
+        return names
 
 
 @dataclass(frozen=True)
@@ -316,6 +324,7 @@ LOCAL = frozenset(LLM.model_fields) - {"max_tokens", "samples", "temperature", "
 """Settings that a bundle does not carry: they belong to the machine and the run."""
 
 CHANGEABLE = {"prompt_style", "greedy_first", "parsing", "rerank", "vote_share", "ask"}
+CHANGEABLE |= {"candidate_prompts"}
 _LEARNED = {"users", "labelled_users", *Model.model_fields, *Research.model_fields}
 FIXED = frozenset(_LEARNED - CHANGEABLE)
 """Settings that are fixed when a bundle is learned: features, scorers, heads and their training.

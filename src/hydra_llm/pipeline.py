@@ -11,19 +11,17 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Self
 
-import anyio
-
 from hydra_llm.config import Settings
 from hydra_llm.context import Context, Vectorize
 from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, UserFault
 from hydra_llm.gate import NOT_RELEVANT, OFF_TASK, Gate, OpenGate
 from hydra_llm.history import before
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
-from hydra_llm.llm.concurrency import run_sync
+from hydra_llm.llm.concurrency import gathered, run_sync
 from hydra_llm.model.head import Head, usable_head
 from hydra_llm.prompt import Prompt, render
 from hydra_llm.rerank import KeepOrder, Reranker
-from hydra_llm.retrieve import Retriever
+from hydra_llm.retrieve import PromptRecords, Retriever
 from hydra_llm.select import FirstCandidate, Selection, Selector, all_labels, offered_candidates
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import repair, text_fault, without_reasoning
@@ -58,6 +56,7 @@ class Pipeline:
     reranker: Reranker = field(default_factory=KeepOrder)
     selector: Selector = field(default_factory=FirstCandidate)
     gate: Gate = field(default_factory=OpenGate)
+    beside: tuple[PromptRecords, ...] = ()  # of other prompts, whose greedy answers are candidates
     vectorize: Vectorize | None = None  # makes a context's vectors, where a stage is learned
     profile: str = ""  # what is known of the user, for the system message
 
@@ -126,13 +125,60 @@ class Pipeline:
             conversation=conversation,
         )
 
-    async def sample(self, llm: ChatLLM, prompt: Prompt) -> Sampled:
-        """Ask the LLM; a prompt that it finds too long is shortened for all samples alike. LLMError
-        if it gave no answer at all.
+    def shown_beside(self, context: Context, *, in_task_words: bool = True) -> list[list[Ranked]]:
+        """The records of each other prompt; none where the LLM is asked for one answer."""
+        settings, gate = self.settings, self._gate(in_task_words)
+        others = self.beside if settings.samples > 1 else ()
+        seen, most = (context.query, context.visible), settings.retrieved
+        found = [(own.k, own.retriever.retrieve(*seen, max(most, own.k))) for own in others]
+        return [gate.relevant(context, records)[:k] for k, records in found]
+
+    def render_all(
+        self, query: Query, shown: Sequence[Sequence[Ranked]], **how: Any
+    ) -> list[Prompt]:
+        """`render` with each of these records; of equal prompts the first alone."""
+        distinct: dict[str, Prompt] = {}
+        for records in shown:
+            prompt = self.render(query, records, **how)
+            distinct.setdefault(str(prompt.messages), prompt)
+        return list(distinct.values())
+
+    async def sample(self, llm: ChatLLM, prompt: Prompt, beside: Sequence[Prompt] = ()) -> Sampled:
+        """Ask the LLM; the prompts `beside` at temperature 0, each in place of a sample. A prompt
+        that it finds too long is shortened for all its samples alike. LLMError if it gave no answer
+        at all.
         """
+        greedy = self._greedy_calls
+        others = beside[: self.settings.samples - 1]
+        more = self.settings.samples - greedy - len(others)
+        counts = [(greedy, 0.0), (more, self.settings.temperature)]
+        asks = [partial(self._ask, llm, prompt, counts)]
+        asks += [partial(self._ask, llm, other, [(1, 0.0)]) for other in others]
+        (sent, first, spent), *rest = await gathered(asks)
+        results = first[:greedy] + [result for _, own, _ in rest for result in own]
+        at_zero = sum(len(own.texts) for own in results if isinstance(own, Generation))
+        results += first[greedy:]
+        errors = [result for result in results if isinstance(result, LLMError)]
+        fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
+        if fatal or len(errors) == len(results):
+            raise (fatal or errors)[0]
+        answered = [result for result in results if isinstance(result, Generation)]
+        texts = [answer_text(text) for result in answered for text in result.texts]
+        if not texts:
+            raise LLMError("the LLM gave no text")
+        told = getattr(results[0], "probabilities", {})
+        candidates, unread = self.read(texts, at_zero, told)
+        failures = [f"a call failed: {error}" for error in errors]
+        usage = sum((own for _, _, own in rest), spent)
+        return Sampled(sent, candidates, usage, (*failures, *unread))
+
+    async def _ask(
+        self, llm: ChatLLM, prompt: Prompt, counts: Sequence[tuple[int, float]]
+    ) -> tuple[Prompt, list[Result], Usage]:
+        """The prompt as sent last, the result of each call, and what all of them cost."""
         spent = Usage()
         for cut in range(1, MAX_CUTS + 2):
-            results = await self._generate(llm, prompt)
+            results = await self._generate(llm, prompt, counts)
             spent += sum(map(_usage, results), Usage())
             refused = [result for result in results if isinstance(result, LLMRefused)]
             shares = [error.fits for error in refused if error.fits is not None]
@@ -143,19 +189,7 @@ class Pipeline:
             if shorter is None:
                 break
             prompt = shorter
-        errors = [result for result in results if isinstance(result, LLMError)]
-        fatal = [error for error in errors if isinstance(error, BudgetExceeded | LLMRefused)]
-        if fatal or len(errors) == len(results):
-            raise (fatal or errors)[0]
-        answered = [result for result in results if isinstance(result, Generation)]
-        texts = [answer_text(text) for result in answered for text in result.texts]
-        if not texts:
-            raise LLMError("the LLM gave no text")
-        first = results[0]
-        greedy = len(first.texts) if self._greedy_calls and isinstance(first, Generation) else 0
-        candidates, unread = self.read(texts, greedy, getattr(first, "probabilities", {}))
-        failures = [f"a call failed: {error}" for error in errors]
-        return Sampled(prompt, candidates, spent, (*failures, *unread))
+        return prompt, results, spent
 
     def read(
         self, texts: Sequence[str], greedy: int, probabilities: Mapping[str, float] | None = None
@@ -202,27 +236,26 @@ class Pipeline:
         first = self.settings.greedy_first or self.settings.samples == 1
         return 1 if first or self._reads_probabilities else 0
 
-    async def _generate(self, llm: ChatLLM, prompt: Prompt) -> list[Result]:
-        """The greedy call and the one for samples, at the same time; a failed one is its error."""
-        settings, greedy = self.settings, self._greedy_calls
+    async def _generate(
+        self, llm: ChatLLM, prompt: Prompt, counts: Sequence[tuple[int, float]]
+    ) -> list[Result]:
+        """A call for each number of texts and temperature, at the same time; a failed one is its
+        error.
+        """
+        settings = self.settings
         choices = self.task.labels if settings.constrain or self._reads_probabilities else ()
         shared = Sampling(max_tokens=settings.max_tokens, seed=settings.seed, choices=choices)
-        counts = [(greedy, 0.0), (settings.samples - greedy, settings.temperature)]
         if self._reads_probabilities:
             shared, counts = replace(shared, probabilities=True), [(1, 0.0)]
-        calls = [replace(shared, n=n, temperature=heat) for n, heat in counts if n > 0]
-        results: list[Result] = [LLMError("not asked")] * len(calls)
 
-        async def call(slot: int, sampling: Sampling) -> None:
+        async def call(sampling: Sampling) -> Result:
             try:
-                results[slot] = await llm.generate(prompt.messages, sampling)
+                return await llm.generate(prompt.messages, sampling)
             except LLMError as error:
-                results[slot] = error
+                return error
 
-        async with anyio.create_task_group() as group:
-            for slot, sampling in enumerate(calls):
-                group.start_soon(call, slot, sampling)
-        return results
+        calls = [replace(shared, n=n, temperature=heat) for n, heat in counts if n > 0]
+        return await gathered([partial(call, sampling) for sampling in calls])
 
 
 @dataclass(frozen=True)
@@ -267,10 +300,11 @@ class UserPipeline(Pipeline):
             shown = tuple(retrieved), tuple(ranked)
             return Proposal(context.query, *shown, (), candidates, seconds=seconds, notes=notes)
         with _timed(seconds, "prompt"):
-            prompt = self.render(context.query, ranked[: self.settings.k])
+            others = () if refused else self.shown_beside(context)
+            prompt, *beside = self.render_all(context.query, [ranked[: self.settings.k], *others])
         with _timed(seconds, "llm"):
             plain = self._without_samples() if refused else self
-            sampled = await plain.sample(self.llm, prompt)
+            sampled = await plain.sample(self.llm, prompt, beside)
         return Proposal(
             query=context.query,
             retrieved=tuple(retrieved),

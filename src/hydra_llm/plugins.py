@@ -97,6 +97,31 @@ RETRIEVERS: Registry[Any] = Registry(
 """Called as `factory(embed=..., seed=..., text=...)`; one whose `needs_encoder` is true gets an
 encoder in the gateway too. Here for settings that load no part.
 """
+PROMPTS: Mapping[str, str] = {
+    "zero-shot": "nothing",
+    "icl-random": "random",
+    "recent": "recent",
+    "rag": "",
+    "rag-dense": "dense",
+}
+"""Prompts by the names of the benchmark's methods: the retriever of their records, of `rag` that of
+the settings. All but `zero-shot` carry the number of records, as `rag@4`. Likewise for settings.
+"""
+
+
+def read_prompts(names: str) -> list[tuple[str, int]]:
+    """`zero-shot,rag@1` as retrievers and numbers of records; ValueError says how to write it."""
+    found = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        plain, _, count = name.partition("@")
+        numbered = count.isdecimal() and int(count) > 0
+        if plain not in PROMPTS or not (numbered if plain != "zero-shot" else name == plain):
+            known = ", ".join(own + "@K" * (own != "zero-shot") for own in PROMPTS)
+            raise ValueError(f"unknown prompt '{name}': take some of {known}")
+        found.append((PROMPTS[plain], int(count or 0)))
+    return found
+
+
 HEADS: Registry[Any] = Registry(
     "hydra_llm.heads",
     {

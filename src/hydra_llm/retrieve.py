@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from random import Random as Generator
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import in_order
-from hydra_llm.plugins import RETRIEVERS
+from hydra_llm.plugins import RETRIEVERS, read_prompts
 from hydra_llm.text import search_words
 from hydra_llm.types import Query, Ranked, Record
 
@@ -58,6 +58,25 @@ def make_retriever(
     if not hasattr(retriever, "retrieve"):
         raise SettingsError(f"the retriever '{name}' has no 'retrieve'")
     return retriever
+
+
+class PromptRecords(NamedTuple):
+    """Which records a prompt shows."""
+
+    retriever: Retriever
+    k: int
+
+
+def prompt_records(
+    names: str, own: Retriever, *, embed: Embed | None = None, seed: int = 0
+) -> tuple[PromptRecords, ...]:
+    """Of prompts by the names of the benchmark's methods (`plugins.PROMPTS`), such as
+    `zero-shot,recent@4`; `own` is the retriever of `rag`.
+    """
+    return tuple(
+        PromptRecords(make_retriever(name, embed=embed, seed=seed) if name else own, k)
+        for name, k in read_prompts(names)
+    )
 
 
 def needs_encoder(name: str) -> bool:

@@ -177,6 +177,7 @@ def test_a_run_says_what_it_was(opened: report.Run) -> None:
         "temperature": 0.0,
         "queries_per_user": 3,
         "asked_users": None,
+        "candidate_prompts": "",
     }
     limited = replace(opened, manifest={**opened.manifest, "settings": settings})
     assert (
@@ -184,6 +185,9 @@ def test_a_run_says_what_it_was(opened: report.Run) -> None:
         == "M = 5 records to rerank, 8 samples, temperature 0.0, at most 3 labelled queries a"
         " training user"
     )
+    several = {"samples": 8, "candidate_prompts": "zero-shot,rag@1"}
+    one = replace(opened, manifest={**opened.manifest, "settings": several})
+    assert run_summary(one)["limits"] == "8 samples, one of them each by zero-shot,rag@1"
     lenient = replace(
         opened, manifest={**opened.manifest, "settings": {"parsing": "lenient", "retrieved": 5}}
     )

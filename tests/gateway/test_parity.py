@@ -244,6 +244,46 @@ async def read_stream(world: World, body: dict[str, Any]) -> tuple[dict[str, Any
     return next(c["personalization"] for c in chunks if "personalization" in c), text
 
 
+async def test_candidates_of_several_prompts_are_the_librarys(
+    store: Store, learned: dict[str, Path], tmp_path: Path
+) -> None:
+    task, names = TASKS["text"], "zero-shot,recent@1,rag-dense@2"
+    bundle = Bundle.load(learned["text"])
+    chosen = bundle.settings.model_copy(update={"candidate_prompts": names, "samples": 6})
+    replace(bundle, settings=chosen, learned_with=chosen).save(tmp_path / "several")
+
+    def said(messages: Sequence[Message]) -> str:
+        return f"after {messages[-1]['content'].count('This person wrote')} records"
+
+    class ByPrompt(Scripted):
+        async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
+            self.calls.append((messages, sampling))
+            texts = [said(messages)] if sampling.temperature == 0 else self.replies[: sampling.n]
+            return Generation(tuple(texts), Usage(calls=1))
+
+    replies = ["the odd storm", "after 3 records"]
+    pipeline = library(tmp_path / "several", task, replies)
+    answer, calls = await answered(replace(pipeline, llm=ByPrompt(replies)))
+    add_user(store, task)
+    async with running(store, tmp_path / "several") as world:
+        world.upstream.rule = lambda body, i: replies[i] if "n" in body else said(body["messages"])
+        options = {"temperature": 0, "max_tokens": 48, "personalization": {"explain": True}}
+        details = (await ask(world, question_of(task), **options))["personalization"]
+        bodies = world.upstream.bodies
+    assert len(bodies) == len(calls) == 5
+    asked = [
+        (list(messages), sampling_of(body)) for body in bodies for messages in [body["messages"]]
+    ]
+    of_library = [
+        (list(messages), (own.n, own.temperature, own.max_tokens)) for messages, own in calls
+    ]
+    assert sorted(asked, key=str) == sorted(of_library, key=str)
+    assert [own.votes for own in answer.candidates if own.answer == "after 3 records"] == [2]
+    assert sum(own.greedy for own in answer.candidates) == 4
+    scores = {own.text: own.score for own in answer.candidates}
+    assert dict(zip(details["texts"], details["scores"], strict=True)) == scores
+
+
 @pytest.mark.parametrize(("temperature", "greedy"), [(None, False), (0.3, False), (0, True)])
 async def test_an_answer_is_greedy_at_temperature_0_only(
     store: Store, learned: dict[str, Path], temperature: float | None, greedy: bool

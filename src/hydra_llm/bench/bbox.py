@@ -166,7 +166,7 @@ class BBoxAdapter:
         self.bundle, self.seed = parts.bundle, parts.seed
         records = {**parts.bundle.records, **parts.records}
         proposing = parts.personalizer(rerank=True, candidates="sampled")
-        self.pipeline = replace(proposing, records=records)
+        self.pipeline = replace(proposing, records=records, beside=())
         self.asked = parts.asked
         self._kept: dict[Hashable, Energy | LLMError] = {}
         self._locks: defaultdict[Hashable, anyio.Lock] = defaultdict(anyio.Lock)

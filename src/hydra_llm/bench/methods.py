@@ -19,6 +19,7 @@ from hydra_llm.bench.method import Answerer, Method, Parts, method
 from hydra_llm.context import Context
 from hydra_llm.llm.base import Sampling
 from hydra_llm.pipeline import UserPipeline, answer_text
+from hydra_llm.plugins import PROMPTS
 from hydra_llm.retrieve import Nothing, make_retriever
 from hydra_llm.select import Selection, Selector, all_labels, first_best, select
 from hydra_llm.side_features import Featurizer
@@ -41,18 +42,18 @@ def rag(parts: Parts) -> Answerer:
     return parts.personalizer(**GREEDY)
 
 
-def _rag_with(retriever: str, name: str, what: str, source: str) -> Method:
+def _rag_with(name: str, what: str, source: str) -> Method:
     def build(parts: Parts) -> Answerer:
         embed, seed = parts.bundle.features.texts, parts.settings.seed
-        chosen = make_retriever(retriever, embed=embed, seed=seed)
+        chosen = make_retriever(PROMPTS[name], embed=embed, seed=seed)
         return replace(parts.personalizer(**GREEDY), retriever=chosen)
 
     return Method(name, what, "prompt", build, takes=("k",), source=source, uses=())
 
 
-icl_random = _rag_with("random", "icl-random", "K random records in the prompt", "HYDRA 4.1")
-recent = _rag_with("recent", "recent", "The k latest records in the prompt", "LaMP")
-rag_dense = _rag_with("dense", "rag-dense", "The k nearest records by the encoder", "LaMP")
+icl_random = _rag_with("icl-random", "K random records in the prompt", "HYDRA 4.1")
+recent = _rag_with("recent", "The k latest records in the prompt", "LaMP")
+rag_dense = _rag_with("rag-dense", "The k nearest records by the encoder", "LaMP")
 
 
 @method("prompt", takes=("k",), source="Richardson et al. 2023; HYDRA 4.1", uses=())
@@ -114,7 +115,7 @@ def hydra_reranker(parts: Parts) -> Answerer:
 )
 def hydra_adapter(parts: Parts) -> Answerer:
     """Answers without records, the adapter picks."""
-    return replace(parts.personalizer(adapt=True, k=0), retriever=Nothing())
+    return replace(parts.personalizer(adapt=True, k=0), retriever=Nothing(), beside=())
 
 
 @method("hydra", takes=("k", "b"), source="HYDRA 4.2", requires=("reranker", "adapter"))
@@ -122,7 +123,7 @@ def hydra_published(parts: Parts) -> Answerer:
     """Reranker and adapter: sampled candidates at temperature 1, best score."""
     sampled = {"candidates": "sampled", "select": "best", "temperature": 1.0, "greedy_first": False}
     always = parts.with_settings(rerank="always")  # even if `hydra` keeps the retriever's order
-    return always.personalizer(rerank=True, adapt=True, **sampled)
+    return replace(always.personalizer(rerank=True, adapt=True, **sampled), beside=())
 
 
 def _adapted(parts: Parts) -> Answerer:

@@ -112,7 +112,8 @@ class Deployment:
     def drop(self, user: str) -> None:
         """Drop a user from memory, and every index, as none says whose it is (scoring thread)."""
         self.users.drop(user)
-        for part in (self.pipeline.retriever, self.words, self.pipeline.gate):
+        others = (own.retriever for own in self.pipeline.beside)
+        for part in (self.pipeline.retriever, *others, self.words, self.pipeline.gate):
             if isinstance(part, Forgetful):
                 part.forget()
 
@@ -166,7 +167,8 @@ def open_deployment(
     features.keep = False  # only prefetching writes features to disk: those of users' records
     pairs = features.pairs if chosen.features == "cross" else None
     dense = needs_encoder(chosen.retriever)
-    encoded = features if dense or chosen.features == "tower" else None
+    vectors = dense or chosen.features == "tower" or "dense" in chosen.candidate_prompts
+    encoded = features if vectors else None
     users = UserCache(store, bundle, size, encoded)
     batcher = MicroBatcher(features.texts, queue, pairs)
     return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle, features, dense)

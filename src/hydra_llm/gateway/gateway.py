@@ -58,6 +58,7 @@ class RoutedRequest:
     reason: str | None = None  # why it is not personal; None where it is
     id: str = field(default_factory=lambda: f"req_{token_hex(12)}")
     seconds: dict[str, float] = field(default_factory=dict)
+    beside: Sequence[Any] = ()  # messages of other prompts, each asked in place of a sample
     candidates: int = 1  # how many to ask for; more only with an adapter and an encoded history
 
     @property
@@ -160,12 +161,12 @@ class Gateway:
         """The request with records in its messages."""
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
-        settings = deployment.pipeline.settings
-        question, form = _question(routed), form_of(plain)
-        search = await self._search(deployment, user, question, options)
-        prompt = deployment.pipeline.render(
+        settings, form = deployment.pipeline.settings, form_of(plain)
+        search = await self._search(deployment, user, _question(routed), options)
+        shown = search.ranked[: settings.k if options.k is None else options.k]
+        prompt, *beside = deployment.pipeline.render_all(
             search.context.query,
-            search.ranked[: settings.k if options.k is None else options.k],
+            [shown, *search.beside],
             conversation=plain["messages"],
             window=getattr(self.upstream, "room", None),
             style=None if form == "text" else "system",
@@ -177,6 +178,7 @@ class Gateway:
         return PersonalRequest(
             asked=routed.asked,
             body={**plain, "messages": list(prompt.messages)},
+            beside=[list(own.messages) for own in beside],
             plain=plain,
             deployment=deployment,
             seconds={**search.seconds, "prepare": time.perf_counter() - started},
@@ -239,6 +241,7 @@ class Gateway:
                 request.candidates,
                 temperature,
                 request.sample_if if isinstance(request, PersonalRequest) else None,
+                beside=request.beside,
             )
         except UpstreamError as error:
             return await self.answer(self.without_records(request, error))

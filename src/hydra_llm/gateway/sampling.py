@@ -1,7 +1,7 @@
 """Several candidates for one request: the caller's own call and samples, until a deadline."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hydra_llm.gateway.telemetry import Telemetry
@@ -25,20 +25,21 @@ class CandidateSampler:
         count: int,
         temperature: float,
         sample_if: Callable[[Body], bool] | None = None,
+        beside: Sequence[Any] = (),
     ) -> tuple[list[Body], int]:
-        """Completions with the caller's own choices first and samples, `count` together, and how
-        many of the first choices are of temperature 0; `UpstreamError` if none came in time. A
-        `count` of 1 is the caller's own request alone, whatever its `n`.
+        """Completions with the caller's own choices first, an answer to each of the messages
+        `beside` at temperature 0, and samples, `count` together; and how many of the first choices
+        are of temperature 0. A `count` of 1 is the caller's own request alone, whatever its `n`.
 
         `temperature` is the samples', unless the caller's own is higher. Their seed is the caller's
-        plus 1: at the same seed and temperature they would repeat the caller's answer. Where
-        `sample_if` is given they are drawn after the caller's own answer, if it is true of that.
+        plus 1, not to repeat the caller's answer. Where `sample_if` is given they are drawn after
+        the caller's own answer, if it is true of that. `UpstreamError` if none came in time.
         """
         if count == 1:  # the caller's own request has no deadline
             bare = {**without(body, "stream_options"), "stream": False}
             return [await upstream.complete(bare)], 0
         own = int(body.get("n") or 1)
-        bodies = self._bodies(body, count - own, temperature)
+        bodies = self._bodies(body, count - own, temperature, beside)
         if sample_if is None:
             results = await self._complete(upstream, bodies, own)
         else:
@@ -46,34 +47,41 @@ class CandidateSampler:
             bodies = bodies if sample_if(results[0]) else bodies[:1]
             results += await self._complete(upstream, bodies[1:], own=0)
         learn_samples(self._capabilities, bodies[-1], results)
-        completions, greedy = [], 0
+        completions, greedy, ahead = [], 0, True
         for sent, result in zip(bodies, results, strict=True):
             if isinstance(result, UpstreamError):
                 self._telemetry.failed("candidates", result)
                 continue
             completions.append(result)
-            if sent.get("temperature") == 0:  # endpoints sample where none is given
-                greedy += len(result["choices"])
+            ahead = ahead and sent.get("temperature") == 0  # endpoints sample where none is given
+            greedy += len(result["choices"]) * ahead
         if not completions:
             raise results[0]
         return completions, greedy
 
-    def _bodies(self, body: Body, samples: int, temperature: float) -> list[Body]:
-        """The caller's own request, and those for the samples."""
+    def _bodies(
+        self, body: Body, more: int, temperature: float, beside: Sequence[Any]
+    ) -> list[Body]:
+        """The caller's own request, those with other messages, and those for the samples: `more`
+        answers beside the caller's own.
+        """
         first = without(body, "stream", "stream_options")
-        if samples < 1:
+        if more < 1:
             return [first]
-        known = self._capabilities.of(str(body.get("model")))
-        more = dict(first)
+        known, single = self._capabilities.of(str(body.get("model"))), without(first, "n")
+        warms = "temperature" not in known.refused
+        cold = {"temperature": 0} if warms else {}
+        others = [{**single, "messages": messages, **cold} for messages in beside[:more]]
+        samples, drawn = more - len(others), dict(single)
         if isinstance(first.get("seed"), int):
-            more["seed"] = first["seed"] + 1
-        if "temperature" not in known.refused:
-            more["temperature"] = max(float(first.get("temperature") or 0.0), temperature)
-        if known.native_n:
-            return [first, {**more, "n": samples}]
-        seed, single = more.get("seed"), without(more, "n")
+            drawn["seed"] = first["seed"] + 1
+        if warms:
+            drawn["temperature"] = max(float(first.get("temperature") or 0.0), temperature)
+        if known.native_n and samples > 0:
+            return [first, *others, {**drawn, "n": samples}]
+        seed = drawn.get("seed")
         seeds = [{"seed": seed + i} if isinstance(seed, int) else {} for i in range(samples)]
-        return [first, *({**single, **own} for own in seeds)]
+        return [first, *others, *({**drawn, **own} for own in seeds)]
 
     async def _complete(self, upstream: Upstream, bodies: list[Body], own: int) -> list[Any]:
         """Completions or `UpstreamError`s in the bodies' order, as of the deadline."""

@@ -39,6 +39,8 @@ class RecordSearch:
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # by stage
     warm: bool = field(default=False, init=False)
     """Whether the user's history is encoded; else the retriever's order is kept."""
+    beside: list[list[Ranked]] = field(default_factory=list, init=False)
+    """The records of each prompt that is asked beside the first; none before `warm`."""
     reason: str = field(default="", init=False)  # why no record may be used; empty if some may
 
     @cached_property
@@ -66,10 +68,11 @@ class RecordSearch:
     def run(self) -> None:
         """Rank the records that pass the gate."""
         pipeline, visible = self.deployment.pipeline, self.context.visible
+        words = self.in_task_words
         if not self.gated:
             pipeline = replace(pipeline, gate=OpenGate())
         self.warm = bool(visible) and self.deployment.users.is_warm(self.user, visible)
-        if visible and not pipeline.belongs(self.context, in_task_words=self.in_task_words):
+        if visible and not pipeline.belongs(self.context, in_task_words=words):
             self.reason, self.ranked = OFF_TASK, []
             return
         retrieved, started = self.ranked, time.perf_counter()
@@ -80,9 +83,11 @@ class RecordSearch:
                 self.telemetry.failed("reranker", error)
         # What is not encoded yet is not waited for: then the question alone was judged.
         if self.warm or not pipeline.gate.reads_vectors:
-            found, words = self.ranked, self.in_task_words
+            found = self.ranked
             self.ranked = pipeline.relevant(self.context, found, in_task_words=words)
             self.reason = NOT_RELEVANT if found and not self.ranked else ""
+        if self.warm:
+            self.beside = pipeline.shown_beside(self.context, in_task_words=words)
         self.seconds["rerank"] = time.perf_counter() - started
         self.context = self.context.without_vectors()  # it waits while others are answered
 

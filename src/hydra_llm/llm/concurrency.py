@@ -52,6 +52,19 @@ async def map_calls(
     return [results[index] for index in range(len(items))]
 
 
+async def gathered(functions: Sequence[Callable[[], Awaitable[R]]]) -> list[R]:
+    """Results of these at the same time, in their order."""
+    results: dict[int, R] = {}
+
+    async def one(index: int) -> None:
+        results[index] = await functions[index]()
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(functions)):
+            group.start_soon(one, index)
+    return [results[index] for index in range(len(functions))]
+
+
 def run_sync(function: Callable[[], Awaitable[R]]) -> R:
     """Run an async function from sync code; where a loop runs (a notebook), in another thread."""
     try:

@@ -14,6 +14,7 @@ from hydra_llm.types import Usage
 LIMITS = {
     "retrieved": "M = {} records to rerank",
     "samples": "{} samples",
+    "candidate_prompts": "one of them each by {}",
     "temperature": "temperature {}",
     "queries_per_user": "at most {} labelled queries a training user",
     "asked_users": "the LLM was asked about {} training users",
@@ -28,7 +29,7 @@ def run_summary(run: Run) -> dict[str, str]:
     manifest, task, seeds = run.manifest, run.task, run.seeds
     llm, settings = manifest.get("llm", {}), manifest.get("settings", {})
     weights = {seed: digest for seed, digest in manifest.get("weights", {}).items() if digest}
-    limits = {name: settings[name] for name in LIMITS if settings.get(name) is not None}
+    limits = {name: settings[name] for name in LIMITS if settings.get(name) not in (None, "")}
     summary = {
         "LLM": ", ".join(str(llm[key]) for key in ("model", "kind", "engine") if llm.get(key)),
         "users": manifest.get("users"),
