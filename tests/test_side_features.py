@@ -13,6 +13,7 @@ from hydra_llm.side_features import Featurizer, fit_stats
 from hydra_llm.tasks.base import CohortStats, Task
 from hydra_llm.tasks.classification import BANDWIDTHS, PSEUDO_COUNT
 from hydra_llm.tasks.generation import overlap
+from hydra_llm.text import words
 from hydra_llm.types import Candidate, Query, Ranked, Record
 from hydra_llm.word_counts import UserWords
 
@@ -246,3 +247,32 @@ def test_expected_rouge_by_the_word_model() -> None:
     assert table[:, -1] == pytest.approx([1.5 * 0.5 / (2 + 0.5), 0])
     tags = Featurizer(TAGS, Hashed(), CohortStats(), model)  # type: ignore[arg-type]
     assert tags.adapter_names == maker(TAGS).adapter_names
+
+
+class Characters:
+    """A word model that was asked for some words: of them the answer has those of `likely`."""
+
+    def __init__(self, likely: str):
+        self.likely, self.asked = likely, set[str]()
+
+    def probabilities(self, asked: Sequence[str], text: str, own: UserWords) -> np.ndarray:
+        self.asked.update(asked)
+        return np.array([float(word in self.likely) for word in asked])
+
+
+@pytest.mark.parametrize(
+    ("likely", "texts", "shared"),
+    [("月亮", ("月亮升起", "太阳落山"), (2, 0)), ("ฝน", ("ฝนตก", "แดดออก"), (2, 0))],
+)
+def test_words_without_blanks_are_asked_one_by_one(
+    likely: str, texts: tuple[str, str], shared: tuple[int, int]
+) -> None:
+    model = Characters(likely)
+    own = Featurizer(TITLES, Hashed(), CohortStats(words=4), model)  # type: ignore[arg-type]
+    candidates = [Candidate(text, text) for text in texts]
+    column = own.adapter(QUERY, candidates, own.vectorize([]))[:, -1]
+    lengths = [len(words(text)) for text in texts]
+    assert min(lengths) > 1
+    assert model.asked == {word for text in texts for word in words(text)}
+    expected = [1.5 * n / (size + 2) for n, size in zip(shared, lengths, strict=True)]
+    assert column == pytest.approx(expected)

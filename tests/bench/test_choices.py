@@ -4,22 +4,28 @@ needs no LLM and is repeated to the digit.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hydra_llm.bench import experiment
 from hydra_llm.bench.choices import by_earlier, earlier, figures, shuffled
 from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.report.findings import findings
 from hydra_llm.bench.report.tables import make_report, open_run
 from hydra_llm.bench.results import scored, tabulate
 from hydra_llm.bench.runlog import Sample
+from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
+from hydra_llm.datasets.native import load
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import as_query
 from hydra_llm.model.head import Head
+from hydra_llm.training.api import learn
 from hydra_llm.types import Answer, Candidate, Proposal, Query
+from tests.learning import ONE_STRENGTH
 from tests.made_choices import TASK, choices_of, write_choices
 
 replay = pytest.importorskip("replay", reason="the source package carries no benchmarks")
@@ -144,6 +150,58 @@ def test_a_run_on_choices_needs_no_llm_and_is_repeated(
     assert commands == {"data": "next", "bench run": [], "against": "random"}
     published, again = replay.replay_run("next", tmp_path, tmp_path / "again")
     assert replay.differing(published, again)[0] == []
+
+
+def write_log(file: Path, users: int, each: int) -> None:
+    """A log of choices as JSON lines: every other user takes the longest, the others the shortest;
+    what is taken begins with a word of the input.
+    """
+    rows = []
+    for number in range(users):
+        for choice in choices_of(f"user{number}", each, long=number % 2 == 0):
+            word = choice.input.split()[0]
+            texts = [
+                f"{word} {text}" if place == choice.chosen else text
+                for place, text in enumerate(choice.candidates)
+            ]
+            row = {"user": choice.user, "input": choice.input, "chosen": choice.chosen}
+            rows.append({**row, "time": choice.time, "candidates": texts})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_minilm")
+def test_a_log_is_imported_and_run_by_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every user is new once; the word model reads choices as it reads records."""
+    monkeypatch.setattr(experiment, "learn", partial(learn, strengths=ONE_STRENGTH))
+    write_log(tmp_path / "log.jsonl", users=9, each=12)
+    data, out = tmp_path / "data", tmp_path / "run"
+    place = ["--out", str(data), "--choices", "--prompt", "Go on: {input}"]
+    assert run(["data", "import", str(tmp_path / "log.jsonl"), *place]) == 0
+    command = ["bench", "run", str(data), "--folds", "3", "--set", f"cache={tmp_path / 'cache'}"]
+    command += ["--methods", "hydra,hydra-shared,no-history,mismatched,shuffled-heads,longest"]
+    capsys.readouterr()
+    assert run([*command, "--out", str(out), "--json"]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    queries = sum(1 for _ in load(data).stream_queries())
+    assert {row["queries"] for row in rows.values()} == {queries}
+    assert all(row["calls"] == row["failed"] == 0 for row in rows.values())
+    accuracy = {name: row["metrics"]["choice_accuracy"][0] for name, row in rows.items()}
+    assert accuracy["hydra"] > 0.8 > accuracy["longest"]
+    bundles = [Bundle.load(out / f"bundle-{fold}") for fold in (1, 2, 3)]
+    new = [set(bundle.records) - set(bundle.trained_on) for bundle in bundles]
+    assert sorted(user for own in new for user in own) == sorted(load(data).users())
+    for bundle, own in zip(bundles, new, strict=True):
+        assert bundle.word_model is not None
+        assert "expected_rouge" in bundle.scorers["adapter"].side_names
+        assert bundle.population.choices == sum(len(bundle.records[u]) for u in bundle.trained_on)
+        known = {record.id for user in own for record in bundle.records[user]}
+        assert not known & {query.id for user in own for query in load(data).queries(user)}
+    lines = (out / "samples.jsonl").read_text()
+    assert run([*command, "--out", str(out)]) == 0
+    assert (out / "samples.jsonl").read_text() == lines
 
 
 def test_other_data_still_ask_for_an_llm(

@@ -148,6 +148,8 @@ def test_too_few_users_have_no_learned_prior() -> None:
     assert list(learn_basis(scorer, data, ridges, rank=2, steps=2)) == []
     report, heads = fit_scorer(scorer, data, rank=2)
     assert report.prior_steps == 0
+    assert report.prior == "isotropic (1 users are too few to learn how users differ)"
+    assert report.to_json(convex=True)["prior"] == report.prior
     assert len(heads) == 1
 
 
