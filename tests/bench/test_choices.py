@@ -19,12 +19,14 @@ from hydra_llm.bench.results import scored, tabulate
 from hydra_llm.bench.runlog import Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
-from hydra_llm.datasets.native import load
+from hydra_llm.datasets.dataset import DataSet
+from hydra_llm.datasets.native import load, save
 from hydra_llm.errors import SettingsError
 from hydra_llm.history import as_query
 from hydra_llm.model.head import Head
+from hydra_llm.tasks.base import CHOICE_METRICS, Task
 from hydra_llm.training.api import learn
-from hydra_llm.types import Answer, Candidate, Proposal, Query
+from hydra_llm.types import Answer, Candidate, Choice, Proposal, Query
 from tests.learning import ONE_STRENGTH
 from tests.made_choices import TASK, choices_of, write_choices
 
@@ -202,6 +204,39 @@ def test_a_log_is_imported_and_run_by_folds(
     lines = (out / "samples.jsonl").read_text()
     assert run([*command, "--out", str(out)]) == 0
     assert (out / "samples.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_minilm")
+def test_choices_among_labels_run_by_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pick is one of the labels that were offered; training users' choices need no LLM."""
+    monkeypatch.setattr(experiment, "learn", partial(learn, strengths=ONE_STRENGTH))
+    labels = ("calm", "loud", "odd")
+    task = Task("tags", "classification", "Which? {input}", labels, tuple(CHOICE_METRICS))
+    records, queries = list[Choice](), list[Query]()
+    for user in (f"u{number}" for number in range(4)):
+        for place in range(6):
+            own, text = labels[place % 2], ("quiet night", "busy street")[place % 2]
+            shown = ("odd", own) if place % 3 else (own, "odd")
+            fields = (user, f"{user}-{place}", f"{text} {place}", own, str(2000 + place))
+            if place < 4:
+                taken = {"candidates": shown, "chosen": shown.index(own)}
+                records.append(Choice(*fields, position=place, **taken))  # type: ignore[arg-type]
+            else:
+                queries.append(Query(*fields, offered=shown))
+    splits = {f"u{number}": "train" for number in range(4)}
+    save(DataSet.from_records(task, splits, records, queries), tmp_path / "data")  # type: ignore[arg-type]
+    command = ["bench", "run", str(tmp_path / "data"), "--folds", "2", "--json"]
+    command += ["--methods", "hydra,random", "--out", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert run([*command, "--set", f"cache={tmp_path / 'cache'}"]) == 0
+    hydra, lot = json.loads(capsys.readouterr().out)
+    assert hydra["queries"] == lot["queries"] == 8
+    assert hydra["failed"] == hydra["calls"] == 0
+    assert hydra["metrics"]["choice_accuracy"][0] == 1
+    assert lot["metrics"]["choice_accuracy"][0] == 0.5
 
 
 def test_other_data_still_ask_for_an_llm(
