@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -52,7 +53,11 @@ from hydra_llm.types import Candidate
 Row = tuple[float, float]
 """Cross-entropy and gain of the pick, for one group."""
 HEADS = ("shared head", "own head")
-BEFORE = {"hydra_llm.training.strengths.TINY_SET": 0, "hydra_llm.training.dataset.FEW_GROUPS": 0}
+BEFORE: dict[str, Any] = {
+    "hydra_llm.training.strengths.TINY_SET": 0,
+    "hydra_llm.training.dataset.TrainingSet.block_splits": TrainingSet.prequential_splits,
+    "hydra_llm.training.dataset.FEW_GROUPS": 0,
+}
 
 
 def main() -> None:
@@ -115,7 +120,7 @@ def evaluate(
     bundle: Bundle,
     train_groups: Sequence[LabelledGroup],
     eval_groups: Sequence[LabelledGroup],
-    constants: dict[str, int],
+    constants: dict[str, Any],
     seed: int,
 ) -> dict[str, list[Row]]:
     """The evaluation groups by a base fitted on the training groups: with the shared head, with

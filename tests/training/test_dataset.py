@@ -219,6 +219,27 @@ def test_each_of_few_groups_is_predicted_once_from_earlier(
 
 @settings(max_examples=100, deadline=None)
 @given(tables)
+def test_in_blocks_every_group_is_predicted_once_from_all_earlier(
+    rows: list[tuple[str, int, bool]],
+) -> None:
+    table = table_of(rows)
+    cuts = table.block_splits()
+    assert sum(len(late) for _, late in cuts) == len(table)
+    for early, late in cuts:
+        for user in late.names():
+            mine, theirs = early.of([user]).positions, late.of([user]).positions
+            assert len(theirs) <= max(2, len(mine)), "heads know at least as much as is asked"
+            assert (
+                torch.cat([mine, theirs]).tolist()
+                == (table.of([user]).positions.tolist()[: len(mine) + len(theirs)])
+            )
+    if max(map(len, table.index.values())) <= FEW_GROUPS:
+        single = table.prequential_splits()
+        assert [late.users for _, late in cuts] == [late.users for _, late in single]
+
+
+@settings(max_examples=100, deadline=None)
+@given(tables)
 def test_before_the_votes_nothing_from_after_them(rows: list[tuple[str, int, bool]]) -> None:
     table = table_of(rows)
     if len({voted for *_, voted in rows}) == 1:

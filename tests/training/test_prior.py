@@ -12,7 +12,8 @@ from hydra_llm.model.heads import make_head
 from hydra_llm.model.heads.linear import LinearHead
 from hydra_llm.model.interactions import Groups, LabelBilinear, make_interaction, places_among
 from hydra_llm.model.scorer import Scorer
-from hydra_llm.training.calibration import expected_calibration_error
+from hydra_llm.training import strengths
+from hydra_llm.training.calibration import HeldOut, expected_calibration_error
 from hydra_llm.training.convex import fit_base, fit_heads, shared_precision
 from hydra_llm.training.dataset import TrainingSet
 from hydra_llm.training.prior import Ridges, learn_basis, posterior
@@ -139,6 +140,29 @@ def test_users_who_do_not_differ_share_one_head() -> None:
             assert all(np.abs(head.numbers).max() < 1e-3 for head in heads.values())
     # by chance one in six is better by more than a standard error
     assert shared >= 3
+
+
+def test_a_small_sets_calibration_counts_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[HeldOut] = []
+    monkeypatch.setattr(strengths, "calibrate", lambda scorer, parts, report: seen.extend(parts))
+    few = Strengths(ridges=(10.0,), side_ridges=(1.0,), precisions=(3.0,), bases=(30.0,), steps=1)
+    data = simulated(users=40, records=9, spread=1.0)
+    for large, each in ((2000, 9), (0, 3)):
+        monkeypatch.setattr(strengths, "LARGE_SET", large)
+        seen.clear()
+        fit_scorer(scorer_for(data), data, rank=2, strengths=few)
+        users = [user for part in seen for user in part.late.users]
+        assert sorted(users) == sorted(user for user in data.names() for _ in range(each))
+
+
+def test_repeating_each_users_groups_makes_no_difference_surer() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(30, generator=draw)
+    users = [f"u{i}" for i in range(30)]
+    error = strengths.error_by_users(values, users)
+    assert float(error) == pytest.approx(float(values.std(correction=0)) / 30**0.5, rel=1e-5)
+    again = strengths.error_by_users(values.repeat(4), users * 4)
+    assert float(again) == pytest.approx(float(error), rel=1e-5)
 
 
 def test_too_few_users_have_no_learned_prior() -> None:

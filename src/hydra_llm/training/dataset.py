@@ -107,11 +107,34 @@ class TrainingSet:
             splits.append((self.take(early), self.take(late)))
         return splits
 
-    def calibration_splits(self) -> list[Split]:
-        """The groups before each user's first voted one, and the voted groups;
-        `prequential_splits` where all or none are voted.
+    def block_splits(self) -> list[Split]:
+        """Blocks of the users' groups with those before them: the first two, then up to as many as
+        there are before, so that every group counts; each alone where no user has more than
+        `FEW_GROUPS`.
         """
-        if bool(self.voted.all()) or not bool(self.voted.any()):
+        own = list(self.index.values())
+        most = max(map(len, own), default=0)
+        if most <= FEW_GROUPS:
+            return self.prequential_splits()
+        splits, start = [], 0
+        while start < most:
+            end = max(2, 2 * start)
+            early = [i for index in own for i in index[:start]]
+            late = [i for index in own for i in index[start:end]]
+            splits.append((self.take(early), self.take(late)))
+            start = end
+        return splits
+
+    @property
+    def partly_voted(self) -> bool:
+        """Whether the LLM's calls made some of the groups, but not all."""
+        return 0 < int(self.voted.sum()) < len(self)
+
+    def calibration_splits(self) -> list[Split]:
+        """The groups before each user's first voted one, and the voted groups, of a set that is
+        partly voted; else `prequential_splits`.
+        """
+        if not self.partly_voted:
             return self.prequential_splits()
         places = torch.where(self.voted, self.positions, torch.iinfo(torch.long).max)
         before: list[int] = []

@@ -3,8 +3,8 @@
     base       shared head and weights of side features (convex.py)
     heads      δ of all users at once under the Gaussian prior (convex.py)
     prior      learned from the users' records (prior.py), or isotropic
-    strengths  ridges, the kind of prior and its precision, chosen by the loss on the later groups
-               of users whom the base has not seen and whose heads were fitted on their earlier ones
+    strengths  ridges, the kind of prior and its precision, chosen by the loss on later groups of
+               users whom the base has not seen and whose heads were fitted on their earlier ones
     calibrate  β and the weight of the LLM's votes, on the same held-out scores
 
 Nothing but the scorer that is being learned is changed. Knows no texts and no LLM.
@@ -45,7 +45,9 @@ from hydra_llm.training.convex import (
 from hydra_llm.training.dataset import Split, TrainingSet, folds
 from hydra_llm.training.prior import Ridges, State, learn_basis
 
-LARGE_SET = 2000  # groups above which a handful of side weights need no choice of ridge
+# groups above which a handful of side weights need no choice of ridge, and each user's last groups
+# are enough to calibrate by; in a smaller set of labels every group counts, in blocks
+LARGE_SET = 2000
 FOLDS = 3  # parts of the users who take turns as those whom the base has not seen
 # up to so many groups there are more folds: a base without a third of them would be far from the
 # one that is deployed
@@ -62,6 +64,7 @@ class Strengths:
     precisions: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
     bases: tuple[float, ...] = (10.0, 30.0, 100.0)  # ridges on the basis of a learned prior
     steps: int = 4  # of its learning, at most
+    margin: float = 1.0  # standard errors by which own heads must beat the shared one
 
 
 def fit_scorer(
@@ -82,8 +85,7 @@ def fit_scorer(
     others, and the voted ones only calibrate. With a `rank` the prior of heads is learned, in so
     many dimensions, unless an isotropic one is better for held-out users.
     """
-    partly = 0 < int(data.voted.sum()) < len(data)
-    plain = data.take((~data.voted).nonzero()[:, 0]) if partly else data
+    plain = data.take((~data.voted).nonzero()[:, 0]) if data.partly_voted else data
     names = plain.names()
     report = FitReport(users=len(names), groups=len(plain))
     used = _folds_of(plain, [list(unseen)] if unseen else _parts(plain, seed))
@@ -99,7 +101,9 @@ def fit_scorer(
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
         evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
-        calibrate(scorer, base.held_out(data, TrainingSet.calibration_splits), report)
+        every = rank > 0 and len(plain) <= LARGE_SET and not data.partly_voted
+        splits = TrainingSet.block_splits if every else TrainingSet.calibration_splits
+        calibrate(scorer, base.held_out(data, splits), report)
     base.fit(plain)
     base.steps.finish()
     measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))
@@ -138,6 +142,14 @@ def _alike(losses: Tensor, least: Tensor) -> bool:
     """Whether the mean of a group's losses [G] is within a standard error of the least one's."""
     more = losses - least
     return bool(more.mean() <= more.std(correction=0) / len(more) ** 0.5)
+
+
+def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
+    """The standard error of the mean of groups' values [G], where those of a user are alike."""
+    number = {user: place for place, user in enumerate(dict.fromkeys(users))}
+    owner = torch.tensor([number[user] for user in users])
+    sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
+    return sums.square().sum().sqrt() / len(values)
 
 
 class _Steps:
@@ -283,27 +295,31 @@ class _Base(NamedTuple):
     def choose_precision(self, tried: Strengths) -> None:
         """The precision of the numbers that have no learned prior, and whether there is one. Beside
         a learned prior the shared head stands: it answers for all unless users' own heads are
-        better by more than a standard error.
+        better by more than a standard error over held-out users.
         """
         learned = self.report.prior_steps
         tried_ones: dict[tuple[int, float], list[Tensor]] = defaultdict(list)  # groups' losses
+        owners: dict[int, list[str]] = defaultdict(list)
         for (train, part), steps in product(self.folds, sorted({0, learned})):
             self.report.prior_steps = steps
             self.fit(train) if steps else self.fit_shared(train)
             probe, precisions = self.scorer.head.precision_probe(), tried.precisions
             if self.rank:
-                precisions = (*precisions, SHARED_ONLY)
+                precisions = tuple(dict.fromkeys((*precisions, SHARED_ONLY)))
             if steps and isinstance(self.scorer.head, LowRankHead):
                 probe, precisions = self.scorer.head, (1.0,)  # the basis has the scale
             for early, late in self.plain.of(part).prequential_splits():
+                owners[steps] += late.users
                 for precision in precisions:
                     losses = self.losses_of(probe, precision, early, late, part)
                     tried_ones[steps, precision].append(losses)
         rows = {pair: torch.cat(losses) for pair, losses in tried_ones.items()}
         best = min(rows, key=lambda pair: float(rows[pair].sum()))
         shared = rows.get((0, SHARED_ONLY))
-        if shared is not None and len(shared) and _alike(shared, rows[best]):
-            best = 0, SHARED_ONLY
+        if shared is not None and len(shared):
+            more = shared - rows[best]
+            if more.mean() <= tried.margin * error_by_users(more, owners[0]):
+                best = 0, SHARED_ONLY
         self.report.prior_steps, self.report.precision = best
 
     def losses_of(
