@@ -127,7 +127,7 @@ def _answered(bundle: Bundle, part: Evaluated) -> Answers:
 
 def _strengths(way: str, report: Mapping[str, Any]) -> Strengths | None:
     """With the ridges that were chosen; None where the scorer as learned is that way already."""
-    refused = report["precision"] == SHARED_ONLY
+    refused = report["precision"] == SHARED_ONLY and not report["prior_steps"]
     if way == "scorer" or refused == (way == "shared"):
         return None
     ridges = {"ridges": (report["ridge"],), "side_ridges": (report["evidence_ridge"],)}

@@ -142,7 +142,7 @@ def test_users_who_do_not_differ_share_one_head() -> None:
     assert shared >= 3
 
 
-def test_a_small_sets_calibration_counts_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_set_is_calibrated_by_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[HeldOut] = []
     monkeypatch.setattr(strengths, "calibrate", lambda scorer, parts, report: seen.extend(parts))
     few = Strengths(ridges=(10.0,), side_ridges=(1.0,), precisions=(3.0,), bases=(30.0,), steps=1)
@@ -155,7 +155,7 @@ def test_a_small_sets_calibration_counts_every_group(monkeypatch: pytest.MonkeyP
         assert sorted(users) == sorted(user for user in data.names() for _ in range(each))
 
 
-def test_repeating_each_users_groups_makes_no_difference_surer() -> None:
+def test_repeating_users_groups_makes_nothing_surer() -> None:
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(30, generator=draw)
     users = [f"u{i}" for i in range(30)]
