@@ -219,9 +219,7 @@ def test_each_of_few_groups_is_predicted_once_from_earlier(
 
 @settings(max_examples=100, deadline=None)
 @given(tables)
-def test_in_blocks_every_group_is_predicted_once(
-    rows: list[tuple[str, int, bool]],
-) -> None:
+def test_in_blocks_every_group_is_predicted_once(rows: list[tuple[str, int, bool]]) -> None:
     table = table_of(rows)
     cuts = table.block_splits()
     assert sum(len(late) for _, late in cuts) == len(table)
