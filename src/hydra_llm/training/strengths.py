@@ -101,9 +101,7 @@ def fit_scorer(
     scorer.head.tune(map(base.problems_of, base.folds), len(base.folds))
     if base.folds:
         evaluate_held_out(scorer, base.held_out(plain, TrainingSet.prequential_splits), report)
-        every = rank > 0 and len(plain) <= LARGE_SET and not data.partly_voted
-        splits = TrainingSet.block_splits if every else TrainingSet.calibration_splits
-        calibrate(scorer, base.held_out(data, splits), report)
+        calibrate(scorer, base.held_out(data, base.calibration_splits), report)
     base.fit(plain)
     base.steps.finish()
     measure_posterior(scorer, plain, heads := fit_heads(scorer, plain, names))
@@ -147,7 +145,7 @@ def _alike(losses: Tensor, least: Tensor) -> bool:
 def error_by_users(values: Tensor, users: Sequence[str]) -> Tensor:
     """The standard error of the mean of groups' values [G], where those of a user are alike."""
     number = {user: place for place, user in enumerate(dict.fromkeys(users))}
-    owner = torch.tensor([number[user] for user in users])
+    owner = torch.tensor([number[user] for user in users], dtype=torch.long)
     sums = torch.zeros(len(number)).index_add_(0, owner, values - values.mean())
     return sums.square().sum().sqrt() / len(values)
 
@@ -224,6 +222,11 @@ class _Base(NamedTuple):
         self.fit_shared(fold.train)
         for user in fold.held_out:
             yield from head_problems(self.scorer, self.plain.of([user]), [user])
+
+    def calibration_splits(self, data: TrainingSet) -> list[Split]:
+        """What held-out users' groups calibrate by; see `LARGE_SET`."""
+        every = self.rank > 0 and len(self.plain) <= LARGE_SET and not data.partly_voted
+        return data.block_splits() if every else data.calibration_splits()
 
     def held_out(
         self, data: TrainingSet, split: Callable[[TrainingSet], list[Split]]
@@ -316,10 +319,9 @@ class _Base(NamedTuple):
         rows = {pair: torch.cat(losses) for pair, losses in tried_ones.items()}
         best = min(rows, key=lambda pair: float(rows[pair].sum()))
         shared = rows.get((0, SHARED_ONLY))
-        if shared is not None and len(shared):
-            more = shared - rows[best]
-            if more.mean() <= tried.margin * error_by_users(more, owners[0]):
-                best = 0, SHARED_ONLY
+        more = None if shared is None else shared - rows[best]
+        if more is not None and more.mean() <= tried.margin * error_by_users(more, owners[0]):
+            best = 0, SHARED_ONLY
         self.report.prior_steps, self.report.precision = best
 
     def losses_of(
