@@ -209,7 +209,7 @@ def by_words(case: Case, answers: Sequence[str]) -> str:
 
 
 def by_prior(case: Case, answers: Sequence[str]) -> str:
-    """Weights 0.5 and 0.1, as `gain_columns` of the task."""
+    """Weights 0.5 and 0.1, the prior of version 2026-11-30."""
     kept = distinct(answers)
     agreement = (case.task.gain_matrix(kept).sum(1) - 1) / max(1, len(kept) - 1)
     expected = np.array([case.expected[own][0] for own in kept])

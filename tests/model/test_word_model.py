@@ -1,11 +1,13 @@
 """The word model: counts of words, boosted trees as arrays, and P(word of the answer)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from hydra_llm.model.word_model import FEATURES, Forest, WordModel, word_features
-from hydra_llm.training.word_model import as_forest, learn_word_model
+from hydra_llm.training.word_model import _Rows, _skill, as_forest, learn_word_model
 from hydra_llm.types import Record
 from hydra_llm.word_counts import OwnWords, PopulationWords, UserWords, text_profile
 
@@ -67,6 +69,43 @@ def test_own_model_has_not_seen_the_user() -> None:
     assert "quaint" not in models.without["u0"].population.counts  # one other user has it
 
 
+def test_skill_is_that_of_held_out_users() -> None:
+    models = learn_word_model(histories())
+    assert models is not None
+    assert 0.5 < models.model.skill <= 1  # they keep the same words
+    draw = np.random.default_rng(0)
+    by_lot = {
+        user: [replace(own, output=str(draw.choice(own.input.split()))) for own in records]
+        for user, records in histories().items()
+    }
+    models = learn_word_model(by_lot)
+    assert models is not None
+    assert models.model.skill < 0.1
+
+
+def test_skill_of_known_shares() -> None:
+    features = np.zeros((5, len(FEATURES)))
+    features[:4, FEATURES.index("inside")] = 1  # the last is no word of the input
+    record = np.array([0, 0, 1, 1, 1])
+    rows = _Rows(features, np.array([True, False, True, True, True]), record)
+    assert _skill([rows], [Forest.constant(0.3)]) == 0  # one share for all tells nothing
+    own = FEATURES.index("length")
+    features[0, own] = 1
+    forest = Forest(
+        feature=np.array([own, 0, 0]),
+        threshold=np.array([0.5, np.inf, np.inf]),
+        left=np.array([1, 1, 2]),
+        right=np.array([2, 1, 2]),
+        value=np.array([0.0, -9.0, 9.0]),
+        roots=np.array([0]),
+        depth=1,
+        baseline=0.0,
+    )
+    assert _skill([rows], [forest]) == pytest.approx(1, abs=1e-3)
+    features[:2, own] = [0, 1]
+    assert _skill([rows], [forest]) == pytest.approx(-3, abs=1e-2)  # upside down
+
+
 def test_restored_from_arrays() -> None:
     models = learn_word_model(histories())
     assert models is not None
@@ -78,6 +117,11 @@ def test_restored_from_arrays() -> None:
         again.probabilities(asked, text, UserWords())
         == model.probabilities(asked, text, UserWords())
     ).all()
+    assert again.skill == model.skill
+    older = {name: value for name, value in model.config().items() if name != "skill"}
+    unmeasured = WordModel.restore(older, model.arrays())
+    assert unmeasured is not None
+    assert unmeasured.skill == 0
     assert WordModel.restore(None, {}) is None
     with pytest.raises(ValueError, match="other features"):
         WordModel.restore({**model.config(), "features": ["count"]}, model.arrays())

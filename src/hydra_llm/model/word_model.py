@@ -134,6 +134,10 @@ class WordModel:
 
     population: PopulationWords
     forest: Forest
+    skill: float = 0.0
+    """Of the words of held-out users' inputs, the share of the variance within a record that it
+    explains; 0 where it was not measured (bundles of older versions).
+    """
 
     def probabilities(self, asked: Sequence[str], text: str, own: UserWords) -> Floats:
         """[W] how likely the user's answer to the text has each word."""
@@ -149,7 +153,7 @@ class WordModel:
         """What is no array."""
         totals = {name: getattr(self.population, name) for name in TOTALS}
         forest = {"depth": self.forest.depth, "baseline": self.forest.baseline}
-        return {"features": list(FEATURES), **totals, **forest}
+        return {"features": list(FEATURES), "skill": self.skill, **totals, **forest}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every array under a name; the words are UTF-8, a line each."""
@@ -175,4 +179,5 @@ class WordModel:
         counts = dict(zip(vocabulary, rows, strict=True))
         population = PopulationWords(counts, **{name: config[name] for name in TOTALS})
         trees = {name: arrays[name] for name in TENSORS}
-        return cls(population, Forest(**trees, depth=config["depth"], baseline=config["baseline"]))
+        forest = Forest(**trees, depth=config["depth"], baseline=config["baseline"])
+        return cls(population, forest, config.get("skill", 0.0))

@@ -334,9 +334,9 @@ class TaskKind(ABC):
         """[C, E]; for tasks with labels a candidate without an answer gets each column's lowest."""
 
     word_columns: ClassVar[tuple[str, ...]] = ()  # [E] names of a word model's columns, if any
-    gain_columns: ClassVar[Mapping[str, float]] = {}
-    """Where there is a word model: columns that estimate the gain, and how far each is believed
-    before there are labels: the weight's prior mean, in units of gain.
+    gain_columns: ClassVar[tuple[str, ...]] = ()
+    """Those of them that estimate the gain, and are believed before there are labels: the better
+    the word model, the more (`training.train_scorer.belief`).
     """
 
     def word_features(self, context: FeatureContext, candidates: Sequence[Candidate]) -> Floats:

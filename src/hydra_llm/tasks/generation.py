@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
 
@@ -117,7 +116,7 @@ class Generation(base.TaskKind):
         return np.stack(columns, 1).astype(np.float64)
 
     word_columns = ("expected_rouge",)
-    gain_columns: ClassVar[Mapping[str, float]] = {"expected_rouge": 0.5, "llm_agreement": 0.1}
+    gain_columns = ("expected_rouge",)
 
     def word_features(
         self, context: base.FeatureContext, candidates: Sequence[Candidate]

@@ -1,5 +1,6 @@
 """One scorer from its labelled data: features, joint training of what is not convex, heads."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +15,10 @@ from hydra_llm.llm.concurrency import Progress, StageProgress
 from hydra_llm.model.heads import Head, SGDConfig, latest_time, make_head
 from hydra_llm.model.interactions import Cross, Interaction, LabelBilinear, Tower
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.model.word_model import WordModel
 from hydra_llm.plugins import HEADS
 from hydra_llm.side_features import Featurizer, fit_stats
+from hydra_llm.tasks.base import Task
 from hydra_llm.tasks.classification import LabelKind
 from hydra_llm.training.convex import UserHeads, fit_heads
 from hydra_llm.training.dataset import (
@@ -30,6 +33,9 @@ from hydra_llm.training.strengths import Strengths, fit_scorer
 
 OWN_RANK = 64  # principal directions of which a user has numbers of their own
 GROUPS_OF_FULL_WIDTH = 1000  # for each column of codes, that features have full width
+# how far an estimate of the gain is believed before there are labels: its weight, in units of gain,
+# by the square root of the word model's skill (chosen on training users of two tasks: docs/lab.md)
+BELIEF = 1.5
 LEAST_USERS, MOST_TEXTS = 3, 4000  # a text that so many users have answered has its own effect
 
 
@@ -99,10 +105,23 @@ def _blank_scorer(bundle: Bundle, data: LabelledData, groups: Sequence[LabelledG
     scorer.gain_spread = torch.tensor(gain_spread(groups))
     if data.rule == "graded" and scorer.loss == "listwise" and bundle.word_model:
         # Targets are gains over their spread: so are scores that estimate them.
-        shares = bundle.task.strategy.gain_columns
-        believed = torch.tensor([shares.get(name, 0.0) for name in data.side_names])
+        believed = side_prior(bundle.task, bundle.word_model, data.side_names)
         scorer.side_prior = believed / scorer.gain_spread
     return scorer
+
+
+def side_prior(task: Task, model: WordModel, side_names: Sequence[str]) -> torch.Tensor:
+    """[E] the prior means of the weights of side features, in units of gain."""
+    estimates = task.strategy.gain_columns
+    return belief(model.skill) * torch.tensor([float(name in estimates) for name in side_names])
+
+
+def belief(skill: float) -> float:
+    """The prior mean of the weight of an estimate of the gain, 0 to 1, by the word model's skill.
+    Calibrated shares of words would deserve 1 among words by lot; candidates are of an LLM, which
+    knows part of what the model knows.
+    """
+    return min(1.0, BELIEF * math.sqrt(max(0.0, skill)))
 
 
 def _joint_phase(

@@ -49,6 +49,7 @@ class _Rows:
 
     features: Floats  # [R, F]
     target: np.ndarray  # [R] whether the answer has it
+    record: np.ndarray  # [R] which of the records it is a word of
 
 
 def learn_word_model(histories: Histories, seed: int = 0) -> WordModels | None:
@@ -74,7 +75,29 @@ def learn_word_model(histories: Histories, seed: int = 0) -> WordModels | None:
         for user in part
     }
     population = PopulationWords.of(ordered.values())
-    return WordModels(WordModel(population, _forest(rows, seed)), without)
+    skill = _skill(rows, forests)
+    return WordModels(WordModel(population, _forest(rows, seed), skill), without)
+
+
+def _skill(parts: Sequence[_Rows], forests: Sequence[Forest]) -> float:
+    """Of the words of an input, how much of the variance within a record the model of other users
+    explains, at most 1 (a Brier skill score); below 0 it is worse than one share for all.
+    """
+    inside, missed, spread = FEATURES.index("inside"), 0.0, 0.0
+    for place, part in enumerate(parts):
+        words_of_input = part.features[:, inside] > 0
+        shares = 1 / (1 + np.exp(-forests[place % 2].logits(part.features[words_of_input])))
+        record, target = part.record[words_of_input], part.target[words_of_input].astype(float)
+        missed += _within(record, target - shares)
+        spread += _within(record, target)
+    return 1 - missed / spread if spread > 0 else 0.0
+
+
+def _within(record: np.ndarray, values: Floats) -> float:
+    """The sum of squares of values [R] around the means of their records."""
+    count = np.maximum(np.bincount(record), 1)
+    means = np.bincount(record, values, minlength=len(count)) / count
+    return float(np.square(values - means[record]).sum())
 
 
 class _Sampler:
@@ -87,6 +110,7 @@ class _Sampler:
 
     def rows(self, users: Sequence[str], population: PopulationWords) -> _Rows:
         features, target = [np.zeros((0, len(FEATURES)))], [np.zeros(0, dtype=bool)]
+        sizes: list[int] = []
         common = population.common(COMMON)
         for user in users:
             for record, own, earlier in self._drawn(user):
@@ -94,7 +118,9 @@ class _Sampler:
                 out = set(words(record.output))
                 features.append(word_features(asked, record.input, population, own))
                 target.append(np.array([word in out for word in asked], dtype=bool))
-        return _Rows(np.concatenate(features), np.concatenate(target))
+                sizes.append(len(asked))
+        places = np.repeat(np.arange(len(sizes)), sizes)
+        return _Rows(np.concatenate(features), np.concatenate(target), places)
 
     def _drawn(self, user: str) -> Iterator[tuple[Record, UserWords, Sequence[Record]]]:
         """Some of a user's records, with the earlier ones and their counts as of then."""
