@@ -6,11 +6,12 @@
 For the labelled queries of training users, by which choices are made, and for new users' queries:
 the prompt's greedy answer and samples, or greedy answers of other prompts in place of some samples.
 Printed are the mean gain of an answer, the expected best of 1, 2, 4 and 8 answers, and the gain of
-three picks: by expected ROUGE of the word model, by that with agreement as the adapter's prior has
-it, and by minimum Bayes risk; each with its difference from samples alone (95 % bootstrap intervals
-over users). Then picks by the expected gain less so many of its deviations, over word models or by
-the words' probabilities. Of training users the other prompts are those with one retrieved record
-alone, which a run with `reranker_check=llm` asked. Queries that lack an answer are left out.
+three picks: by expected ROUGE of the word model, by that with agreement (0.5 and 0.1, once the
+adapter's prior), and by minimum Bayes risk; each with its difference from samples alone (95 %
+bootstrap intervals over users). Then picks by the expected gain less so many of its deviations,
+over word models or by the words' probabilities. Of training users the other prompts are those with
+one retrieved record alone, which a run with `reranker_check=llm` asked. Queries that lack an answer
+are left out.
 """
 
 import argparse
