@@ -17,6 +17,7 @@ are left out.
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def main() -> None:
     featurizers = [Featurizer(*known, own.model, own.without) for own in models if own]
     found = {}
     for whose, queries in asked(args, data, parts).items():
-        everything = run_sync(lambda: collected(parts, featurizers, queries, llm))  # noqa: B023
+        everything = run_sync(partial(collected, parts, featurizers, queries, llm))
         needed = {name for mixture in MIXTURES[whose] for name in mixture}
         cases = [case for case in everything if needed <= case.greedy.keys()]
         found[whose] = {"queries": len(cases), "left_out": len(queries) - len(cases)}
