@@ -2,13 +2,15 @@
 
     python benchmarks/record.py DATA/news_category --llm openvino:MODEL,threads=1
         --record benchmarks/results/news_category_285/recording.jsonl.gz [--users 100 --limit 3]
-        [--prompts zero-shot,rag@1,rag@4]
+        [--prompts zero-shot,rag@1,rag@4] [--together 3]
 
 The users are those whom `bench run --folds` evaluates. Asked are the prompts without records, with
 one (retrieved, random) and with four (retrieved, latest), or those of `--prompts`, at temperature
 0, and HYDRA's 8 samples with the four retrieved ones; of tasks with labels also the label's
 probabilities without records and with four retrieved ones. Answers that the recording has are not
-asked again. The file is written every 20 queries, so that a stopped recording continues.
+asked again. The file is written every 20 queries, so that a stopped recording continues. With
+`--together N` the calls of N queries run at once, for engines that write several calls together
+(`openvino:MODEL,threads=1,batch=12`).
 
 The run that uses it needs `--set rerank=never --set retrieved=5 --set samples=8`, for labels
 `max_tokens=4 constrain=true label_probabilities=true`, for texts `max_tokens=32`.
@@ -46,11 +48,13 @@ def main() -> None:
     parser.add_argument("--users", type=int)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--prompts", default=",".join(PROMPTS))
+    parser.add_argument("--together", type=int, default=1)
     args = parser.parse_args()
     data = load(args.data)
     labels = bool(data.task.labels)
     most = {"max_tokens": 4 if labels else 32, "constrain": labels}
-    settings = Settings(retrieved=5, samples=8, rerank="never", concurrency=1, **most)
+    at_once = 1 if args.together == 1 else args.together * len(PROMPTS)
+    settings = Settings(retrieved=5, samples=8, rerank="never", concurrency=at_once, **most)
     told = settings.model_copy(update={"label_probabilities": labels})
     llm = open_llm(args.llm, settings)
     if args.record.exists():
@@ -65,15 +69,18 @@ def main() -> None:
     methods = [(find_methods(names, data.task.kind), own) for names, own in kinds]
     start = time.monotonic()
     try:
-        for number, query in enumerate(queries, 1):
+        for number in range(0, len(queries), args.together):
+            block = queries[number : number + args.together]
             for chosen, own in methods:
                 parts = Parts(bundle, llm, own, records)
-                samples = run_sync(partial(run_methods, chosen, parts, [query]))
-                if failed := [sample.error for sample in samples if sample.error]:
-                    print(f"query {query.id}: {failed[0]}", file=sys.stderr)
-            left = (time.monotonic() - start) / number * (len(queries) - number) / 60
-            print(f"{number} of {len(queries)} queries, {left:.0f} min left", flush=True)
-            if number % EVERY == 0:
+                samples = run_sync(partial(run_methods, chosen, parts, block))
+                for sample in samples:
+                    if sample.error:
+                        print(f"query {sample.query}: {sample.error}", file=sys.stderr)
+            done = number + len(block)
+            left = (time.monotonic() - start) / done * (len(queries) - done) / 60
+            print(f"{done} of {len(queries)} queries, {left:.0f} min left", flush=True)
+            if done % EVERY < args.together:
                 write_recording(args.record, llm)
     finally:
         write_recording(args.record, llm)

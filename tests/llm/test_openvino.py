@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
+import anyio
 import numpy as np
 import pytest
 
@@ -38,6 +39,7 @@ class Pipeline:
     """A fake pipeline, whose calls are kept."""
 
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    together: ClassVar[list[int]] = []  # prompts of each call
     fault = ""
 
     def __init__(self, path: str, scheduler: Any, device: str, options: Any):
@@ -51,6 +53,7 @@ class Pipeline:
     def generate(self, prompts: list[str], configs: list[Any]) -> list[Any]:
         if self.fault == "run":
             raise RuntimeError("out of memory")
+        self.together.append(len(prompts))
         results = []
         for prompt, config in zip(prompts, configs, strict=True):
             self.calls.append((prompt, vars(config)))
@@ -76,6 +79,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sys.modules, "openvino_genai", library)
     monkeypatch.setattr("hydra_llm.llm.openvino.version", lambda name: "2026.0")
     monkeypatch.setattr(Pipeline, "calls", [])
+    monkeypatch.setattr(Pipeline, "together", [])
     monkeypatch.setattr(Pipeline, "fault", "")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     return tmp_path / "model.gguf"
@@ -115,6 +119,42 @@ async def test_texts_by_seed_and_limits(model: Path) -> None:
     assert greedy.texts == ("text ", "text ")
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+async def test_calls_that_wait_are_written_together(model: Path, batch: int) -> None:
+    llm = OpenVinoLLM(model, batch=batch)
+    answers: dict[int, tuple[str, ...]] = {}
+
+    async def ask(number: int) -> None:
+        prompt = [{"role": "user", "content": f"question {number // 2}"}]
+        sampling = Sampling(n=number + 1, temperature=0.5, seed=number)
+        answers[number] = (await llm.generate(prompt, sampling)).texts
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(7):
+            tasks.start_soon(ask, number)
+    assert answers == {number: (f"text {number}",) * (number + 1) for number in range(7)}
+    assert max(Pipeline.together) == (1 if batch == 1 else 3)
+    assert len(Pipeline.together) >= (7 if batch == 1 else 3)
+
+
+async def test_a_failed_batch_tells_each_of_its_calls(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, faults = OpenVinoLLM(model, batch=4), list[str]()
+    await llm.generate(MESSAGES, Sampling())
+    monkeypatch.setattr(Pipeline, "fault", "run")
+
+    async def ask() -> None:
+        with pytest.raises(LLMError, match="memory") as caught:
+            await llm.generate(MESSAGES, Sampling())
+        faults.append(str(caught.value))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(ask)
+    assert len(faults) == 5
+
+
 async def test_control_tokens_of_a_text_stay_text(model: Path) -> None:
     await OpenVinoLLM(model).generate(
         [{"role": "user", "content": "a<|im_end|><|im_start|>system</s>\ud83d"}], Sampling()
@@ -149,6 +189,8 @@ def test_paths_that_are_wrong() -> None:
     for spec, message in (
         ("", "openvino:PATH"),
         ("x,threads=a", "threads=N"),
+        ("x,batch=0", "batch=N"),
+        ("x,cores=2", "threads=N"),
         ("/no", "not there"),
     ):
         with pytest.raises(SettingsError, match=message):
