@@ -275,7 +275,8 @@ def test_score_uncertainty_is_that_of_posterior_head_samples() -> None:
         left = len(task.labels) if by_label else 1
         right = scorer.interaction.size // left
         scorer.posterior = LaplacePosterior.of(torch.eye(left), torch.eye(right))
-        scorer.prior_precision, scorer.scale = torch.tensor(2.0), torch.tensor(1.5)
+        scorer.prior_precision = torch.tensor(2.0)
+        scorer.scale = scorer.scale_alone = torch.tensor(1.5)
         groups = chooser.groups(seen(chooser), texts("calm", "loud", "odd"))
         heads = (
             torch.randn(20_000, scorer.interaction.size, generator=torch.Generator().manual_seed(0))

@@ -98,7 +98,7 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_the_config_lists_every_content_file_with_hash_and_size(tmp_path: Path) -> None:
     write_bundle(tmp_path, some_files())
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["format"], config["hydra_llm"]) == (3, module.__version__)
+    assert (config["format"], config["hydra_llm"]) == (module.FORMAT, module.__version__)
     files = {path.name: path.read_bytes() for path in content_of(tmp_path).iterdir()}
     assert config["files"] == {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -282,7 +282,7 @@ def test_every_flipped_bit_of_the_config_is_noticed(tmp_path: Path) -> None:
         ("\ufeff\x00", "not JSON"),
         ("[1]", "no bundle of hydra-llm"),
         ('{"model_type": "bert"}', "no bundle of hydra-llm"),
-        ('{"format": 4, "hydra_llm": "9.1"}', r"made by a newer hydra-llm \(9.1\); upgrade"),
+        ('{"format": 5, "hydra_llm": "9.1"}', r"made by a newer hydra-llm \(9.1\); upgrade"),
         ('{"format": 1, "hydra_llm": "0.1"}', "sha256"),
     ],
 )

@@ -47,7 +47,7 @@ def scorer_of(head: str = "linear", features: str = "tower", loss: Loss = "listw
     own = (scorer.side_weight, scorer.side_mean, scorer.vote_weight)
     for value in [*scorer.head.parameters(), *scorer.head.buffers(), *own]:
         value.data.copy_(torch.randn(value.shape))
-    scorer.scale = torch.tensor(1.7)
+    scorer.scale, scorer.scale_alone = torch.tensor(1.7), torch.tensor(0.6)
     return scorer.eval()
 
 
@@ -130,6 +130,7 @@ def test_no_head_is_the_shared_head() -> None:
 
 def test_the_score_is_its_formula() -> None:
     scorer, groups = scorer_of("linear", "cross"), random_groups()
+    groups.side_features[4:, :, 1] = 0.0  # nobody asked the LLM
     at = {name: value.double() for name, value in scorer.tensors().items()}
     heads = heads_of(scorer)
     own = [heads.get(user) for user in [*NAMES, "?", "ann"]]
@@ -143,7 +144,7 @@ def test_the_score_is_its_formula() -> None:
             phi = (groups.right[g, c].double() - at["interaction.mean"]) * at["interaction.scale"]
             known = groups.side_features[g, c].double()
             core = phi @ v + b + ((known - at["side_mean"]) / at["side_scale"]) @ at["side_weight"]
-            expected = 1.7 * core + known @ at["vote_weight"]
+            expected = (1.7 if g < 4 else 0.6) * core + known @ at["vote_weight"]
             assert (
                 float(scores[g, c]) == pytest.approx(float(expected), abs=1e-4)
                 if groups.mask[g, c]

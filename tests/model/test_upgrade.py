@@ -99,7 +99,7 @@ def test_forgotten_users_are_not_users(tmp_path: Path) -> None:
 def test_an_upgraded_bundle_is_written_in_the_present_format(name: str, tmp_path: Path) -> None:
     old = Bundle.load(DATA / name, cache=tmp_path)
     folder = old.save(tmp_path / "bundle")
-    assert json.loads((folder / "config.json").read_text())["format"] == FORMAT == 3
+    assert json.loads((folder / "config.json").read_text())["format"] == FORMAT == 4
     new = Bundle.load(folder, cache=tmp_path)
     assert new.use_reranker == old.use_reranker
     for scorer in old.scorers:

@@ -18,7 +18,7 @@ from hydra_llm.model.heads import Head, make_head
 from hydra_llm.model.interactions import Groups, LabelBilinear
 from hydra_llm.model.newton import losses
 from hydra_llm.model.scorer import Loss, Scorer
-from hydra_llm.training.calibration import FitReport
+from hydra_llm.training.calibration import FitReport, HeldOut, calibrate
 from hydra_llm.training.convex import fit_base, fit_heads
 from hydra_llm.training.dataset import TrainingSet
 from hydra_llm.training.strengths import Strengths, fit_scorer
@@ -174,7 +174,7 @@ def test_scores_may_be_read_as_chances(head: str, rank: int) -> None:
 
     calibrated = error()
     assert calibrated < 0.035
-    scorer.scale = scorer.scale * 2
+    scorer.scale_alone = scorer.scale_alone * 2
     assert error() > calibrated + 0.03
 
 
@@ -347,6 +347,8 @@ def test_votes_count_only_where_they_help_held_out_users(informative: bool) -> N
         helped = report.loss_with_votes < report.loss_without_votes
         assert (weight != 0) == helped == bool(report.vote_weight)
         assert informative or weight <= 0.5
+        if not helped:  # one β, with and without votes
+            assert float(scorer.scale_alone) == pytest.approx(float(scorer.scale), abs=1e-5)
         counted.append(weight > 0.5 if informative else weight != 0)
     assert all(counted) if informative else sum(counted) <= 2
 
@@ -407,3 +409,25 @@ def test_a_prior_needs_clear_evidence_against_it() -> None:
     telling = replace(telling, groups=replace(telling.groups, side_features=side))
     report, _ = fit_scorer(scorer, telling, strengths=strengths)
     assert report.ridge < 3000
+
+
+def test_scores_without_votes_have_a_calibration_of_their_own() -> None:
+    """Beside votes that know part of what the scores know, the scores count for less."""
+    draw = torch.Generator().manual_seed(1)
+    truth, width = torch.randn(4000, 4, generator=draw), simulated.WIDTH
+    scores = truth + 0.5 * torch.randn(4000, 4, generator=draw)
+    wanted = (3 * truth).softmax(-1).multinomial(1, generator=draw)[:, 0]
+    target = torch.nn.functional.one_hot(wanted, 4).float()
+    votes = truth[..., None] + 0.5 * torch.randn(4000, 4, 1, generator=draw)
+    mask = torch.ones(4000, 4, dtype=torch.bool)
+    right = torch.randn(4000, 4, width, generator=draw)
+    groups = Groups(torch.zeros(4000, width), right, votes, mask, target)
+    users, voted = tuple(f"u{row % 20}" for row in range(4000)), torch.ones(4000, dtype=torch.bool)
+    table = TrainingSet(groups, users, torch.arange(4000), voted, target)
+    scorer = cross_scorer("linear", table, evidence=("llm_votes",))
+    calibrate(scorer, [HeldOut(table, scores, scores)], FitReport())
+    for given in (groups, replace(groups, side_features=torch.zeros_like(votes))):
+        shares = scorer.shares(scorer.calibrated(scores, given))
+        hits = target.gather(1, shares.argmax(-1, keepdim=True))[:, 0]
+        assert float(shares.max(-1).values.mean()) == pytest.approx(float(hits.mean()), abs=0.03)
+    assert 0.2 < float(scorer.scale) < 0.8 * float(scorer.scale_alone)

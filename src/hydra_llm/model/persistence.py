@@ -35,7 +35,7 @@ from hydra_llm.errors import BundleError
 from hydra_llm.model.encoder import Encoder, open_encoder
 from hydra_llm.types import ALWAYS, Choice, Record
 
-FORMAT = 3
+FORMAT = 4
 CONFIG, CARD, ENCODER, LOCK = "config.json", "README.md", "encoder", ".lock"
 WEIGHTS, HISTORY = "weights.safetensors", "history.jsonl.gz"
 CONTENT = re.compile(r"content-[0-9a-f]{8}")

@@ -30,6 +30,7 @@ class Scorer(nn.Module):
     side_mean: Tensor
     side_scale: Tensor
     scale: Tensor
+    scale_alone: Tensor
     gain_spread: Tensor
     vote_weight: Tensor
     prior_precision: Tensor
@@ -51,7 +52,8 @@ class Scorer(nn.Module):
         self.side_weight = nn.Parameter(torch.zeros(count))
         self.register_buffer("side_mean", torch.zeros(count))
         self.register_buffer("side_scale", torch.ones(count))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))  # β
+        self.register_buffer("scale_alone", torch.ones(()))  # β of groups without votes
         self.register_buffer("gain_spread", torch.ones(()))  # of gains within a training group
         self.register_buffer("vote_weight", torch.zeros(count))
         # the mean of the prior of the side weights, by plain units of the columns; used in learning
@@ -65,9 +67,13 @@ class Scorer(nn.Module):
     @property
     def hears_llm(self) -> bool:
         """Whether a column of the LLM's samples or probabilities has a weight."""
-        columns = [i for i, name in enumerate(self.side_names) if name.startswith("llm_")]
         weights = self.side_weight.abs() + self.vote_weight.abs()
-        return bool((weights[columns] > 0).any())
+        return bool((weights[self.llm_columns] > 0).any())
+
+    @property
+    def llm_columns(self) -> list[int]:
+        """The side features that the LLM's samples or probabilities fill; else they are 0."""
+        return [i for i, name in enumerate(self.side_names) if name.startswith("llm_")]
 
     def side_score(self, groups: Groups) -> Tensor:
         """[G, C] the score of the side features alone."""
@@ -82,8 +88,13 @@ class Scorer(nn.Module):
 
     def calibrated(self, core: Tensor, groups: Groups) -> Tensor:
         """[G, C] core scores with β and the votes; −inf where there is no candidate."""
-        scores = self.scale * core + groups.side_features @ self.vote_weight
+        scores = self._scales(groups) * core + groups.side_features @ self.vote_weight
         return scores.masked_fill(~groups.mask, -torch.inf)
+
+    def _scales(self, groups: Groups) -> Tensor:
+        """[G, 1] β, which is another one where the LLM's votes do not add to the score."""
+        voted = groups.side_features[..., self.llm_columns].abs().sum((-2, -1)) > 0
+        return torch.where(voted, self.scale, self.scale_alone)[:, None]
 
     @torch.inference_mode()
     def score(self, groups: Groups, heads: GroupHeads) -> Tensor:
@@ -108,7 +119,7 @@ class Scorer(nn.Module):
         prior = self.head.precisions(float(self.prior_precision))
         precision = prior + records * self.posterior.values
         covariance = self.head.covariance(self.interaction, x, self.posterior, precision)
-        return None if covariance is None else self.scale.square() * covariance
+        return None if covariance is None else self._scales(groups).square() * covariance
 
     # ---- learning heads
 
@@ -174,5 +185,6 @@ class Scorer(nn.Module):
         if isinstance(head, LinearHead) and "head.basis" in tensors:
             head.set_basis(torch.zeros_like(tensors["head.basis"]))
         shared = {name: value for name, value in tensors.items() if not name.startswith("heads.")}
+        shared.setdefault("scale_alone", shared["scale"])  # until format 3 there was one β
         scorer.load_state_dict(shared)
         return scorer.eval()

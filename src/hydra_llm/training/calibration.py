@@ -92,8 +92,9 @@ def summed_loss(scorer: Scorer, data: TrainingSet, scores: Tensor) -> float:
 @torch.no_grad()
 def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) -> None:
     """Fit β and the weights of the LLM's columns on held-out scores, regularised towards β = 1 and
-    no weight. Votes that raise the loss of users whom their weight was not fitted on get weight 0.
-    The report's gains are those of the calibrated scores.
+    no weight; and the β of groups that the LLM was not asked about. Votes that raise the loss of
+    users whom their weight was not fitted on get weight 0. The report's gains are those of the
+    calibrated scores.
     """
     if not held_out:
         return
@@ -104,6 +105,7 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
         mix = mix.without_votes()
     v = mix.fit()
     scorer.scale = (1 + v[0]).clamp_min(LEAST_SCALE)
+    scorer.scale_alone = (1 + mix.without_votes().fit()[0]).clamp_min(LEAST_SCALE)
     scorer.vote_weight = torch.zeros_like(scorer.vote_weight)
     scorer.vote_weight[mix.columns] = v[1:]
     informative = (mix.target.sum(-1) > 0).sum().clamp_min(1)
@@ -151,7 +153,7 @@ class _Mix(NamedTuple):
         side = torch.cat([part.late.groups.side_features for part in held_out])
         mask = torch.cat([part.late.groups.mask for part in held_out])
         target = torch.cat([part.late.target for part in held_out])
-        columns = [i for i, name in enumerate(scorer.side_names) if name.startswith("llm_")]
+        columns = scorer.llm_columns
         weighed = float(scorer.side_weight[columns].abs().sum()) > 0  # by the base already
         if weighed or not any(bool(part.late.voted.any()) for part in held_out):
             columns = []
