@@ -199,6 +199,8 @@ class Research(Group):
     """Labelled of training users: latest records, known queries, or queries first, then records."""
     label_order: Literal["auto", "reranker", "retriever"] = "auto"
     """Order of records in prompts of labelled candidates; auto: retriever's in runs with folds."""
+    choose: Literal["given", "auto"] = "given"
+    """auto: k, temperature and number of samples by training users' queries; given: as set."""
     label_rule: Literal["above-mean", "graded", "gold-positive"] = "graded"
     """Positives: above-mean gain, graded by gain, or gold-positive: the gold answer is added."""
     record_answer: bool = True
@@ -310,13 +312,11 @@ class Settings(Research, Selection, Training, Model, LLM, Retrieval):
 # The authors' settings (HYDRA, arXiv 2406.02888, appendix on implementation details).
 PAPER: dict[str, Any] = {"encoder": "allenai/longformer-base-4096", "max_length": 4096}
 PAPER |= {"pooling": "cls", "features": "cross", "tune_encoder": True}
-PAPER |= {"head": "mlp", "prior": "random", "users": 100}
-PAPER |= {"word_model": False}
+PAPER |= {"head": "mlp", "prior": "random", "users": 100, "word_model": False}
 PAPER |= {"loss": "binary", "lr": 2e-5, "batch": 64, "epochs": 2, "weight_decay": 0.01}
 PAPER |= {"label_rule": "above-mean", "reranker_labels": "llm", "record_answer": False}
-PAPER |= {"retrieved": 10, "k": 1, "rerank": "always"}
+PAPER |= {"retrieved": 10, "k": 1, "rerank": "always", "candidates": "sampled", "select": "best"}
 PAPER |= {"samples": 8, "greedy_first": False, "temperature": 1.0}
-PAPER |= {"candidates": "sampled", "select": "best"}
 
 PRESETS = {"default": {}, "paper": PAPER}
 

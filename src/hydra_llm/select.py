@@ -63,6 +63,39 @@ class FirstCandidate(Selector):
         return Selection(list(candidates), 0)
 
 
+class ByVotes(Selector):
+    """The answer with most of the LLM's votes (`best`: self-consistency, Wang et al. 2023), or with
+    the greatest gain if a vote drawn by lot is right (`expected-gain`: minimum Bayes risk).
+    """
+
+    def __init__(self, task: Task, how: str):
+        self.task, self.how = task, how
+
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        return Selection(list(candidates), self.pick(candidates))
+
+    def pick(self, candidates: Sequence[Candidate]) -> int:
+        """The index of the pick; what cannot be read has no vote."""
+        places = [i for i, own in enumerate(candidates) if own.answer is not None and own.votes]
+        if not places:
+            return 0
+        readable = [candidates[i] for i in places]
+        votes = np.array([float(candidate.votes) for candidate in readable])
+        return places[select(self.task, readable, votes, votes / votes.sum(), self.how)]
+
+
+class ByWords(Selector):
+    """The candidate with the greatest expected ROUGE by the word model."""
+
+    def __init__(self, featurizer: Featurizer):
+        self.featurizer = featurizer
+
+    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
+        columns = self.featurizer.adapter(context.query, candidates, context.vectors)
+        values = columns[:, self.featurizer.adapter_names.index("expected_rouge")]
+        return Selection(list(candidates), first_best(values))
+
+
 class LearnedSelector(Selector):
     """Picks by the user's factorized scorer. Without `vote_share`, labels are scored as if the LLM
     had not been sampled. Candidate 0 is kept unless the pick's expected-gain margin exceeds

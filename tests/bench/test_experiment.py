@@ -22,6 +22,7 @@ from hydra_llm.bench.estimate import estimate_cost, estimate_rows
 from hydra_llm.bench.experiment import Experiment, run_experiment
 from hydra_llm.bench.method import find_methods, split_names
 from hydra_llm.bench.results import tabulate
+from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import load_settings
 from hydra_llm.datasets.dataset import DataSet
@@ -121,6 +122,44 @@ def test_more_seeds_need_no_more_calls(task: Task, tmp_path: Path) -> None:
     assert [row.to_json() for row in tabulate(task, again.samples)] == [
         row.to_json() for row in tabulate(task, outcome.samples)
     ]
+
+
+def test_new_users_are_asked_with_what_training_users_choose(tmp_path: Path) -> None:
+    """The LLM is right where it sees one record; k is 2, unless a method names another one."""
+    data = users_data(TAGS)
+    known = {record.input: record.output for user in data.users() for record in data.answered(user)}
+    shown = list[int]()
+
+    def rule(messages: Sequence[Message], index: int, rng: random.Random) -> str:
+        shown.append(sum(message["role"] == "assistant" for message in messages))
+        answer = next(own for text, own in known.items() if text in messages[-1]["content"])
+        return answer if shown[-1] == 1 else next(tag for tag in TAGS.labels if tag != answer)
+
+    llm = RuleLLM(rule)
+    one = experiment(TAGS, tmp_path, "hydra,hydra@2,3", llm, seeds=(0, 1))
+    more = {"choose": "auto", "ask": "always", "rerank": "never", "gate": "off"}
+    one = replace(one, settings=one.settings.model_copy(update=more))
+    cost = {stage.stage: stage.calls for stage in estimate_cost(one).stages}
+    outcome = run_experiment(one)
+    for seed in (0, 1):
+        learned = Bundle.load(tmp_path / "run" / f"bundle-{seed}")
+        assert (learned.settings.k, learned.settings.choose) == (1, "auto")
+        assert learned.report["chosen"]["k"] == 1
+    tried = outcome.learning[0]["chosen"]["tried"]
+    assert [entry["k"] for entry in tried][:4] == [2, 0, 1, 4]
+    gains = [entry["gain"] for entry in tried]  # other records have the same input
+    assert gains[2] > 0.5 > max(gains[0], gains[1], gains[3])
+    assert outcome.learning[0]["stages"]["choose sampling"]["calls"] >= cost["choose sampling"] > 0
+    assert "choose sampling" not in outcome.learning[1]["stages"]
+    tokens = {
+        method: sum(s.tokens or 0 for s in outcome.samples if s.method == method)
+        for method in ("hydra", "hydra@2,3")
+    }
+    assert tokens["hydra"] < tokens["hydra@2,3"]
+    asked = len(llm.calls)
+    again = run_experiment(one)
+    assert len(llm.calls) == asked
+    assert [s.answer for s in again.samples] == [s.answer for s in outcome.samples]
 
 
 def test_methods_of_equally_many_records_ask_one_after_the_other(tmp_path: Path) -> None:

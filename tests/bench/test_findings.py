@@ -249,6 +249,17 @@ def test_costs_are_per_query_and_per_learning_stage(tmp_path: Path) -> None:
     assert (fit["stage"], fit["users"], fit["s per user"]) == ("fit adapter, new users", 20, 0.025)
 
 
+def test_what_training_users_chose_is_said(tmp_path: Path) -> None:
+    one, other = ({"k": k, "temperature": 0.5, "samples": 8} for k in (1, 4))
+    folds = [{**LEARNED, "chosen": chosen} for chosen in (one, other, one)]
+    said = [line for line in findings(make_report(made(tmp_path, folds))) if "choose" in line]
+    assert said == [
+        "By training users' queries in 2 of 3 bundles: k 1, T 0.5, b 8 (choose = auto).",
+        "By training users' queries in 1 of 3 bundles: k 4, T 0.5, b 8 (choose = auto).",
+    ]
+    assert not any("choose" in line for line in findings(make_report(made(tmp_path, [LEARNED]))))
+
+
 def test_stages_shared_by_seeds_are_listed_once(tmp_path: Path) -> None:
     rows = learning_rows(make_report(made(tmp_path, [LEARNED, {**LEARNED, "seed": 1}])))
     assert [(row["seed"], row["stage"]) for row in rows] == [

@@ -27,6 +27,7 @@ from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.rerank import Reranker, record_text
 from hydra_llm.training import labelling
 from hydra_llm.training.api import blank_bundle
+from hydra_llm.training.choosing import choose_sampling, judged, some_of_each
 from hydra_llm.training.labelling import Asked
 from hydra_llm.types import Generation, Message, Query, Ranked, Usage
 
@@ -196,13 +197,14 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         reranks = settings.retrieved > 0 and settings.rerank != "never"
         for stage, asked, needed in (
             ("label records", labelled, reranks and labelling.asks_of_records(settings)),
+            ("choose sampling", labelled, settings.choose == "auto"),
             ("label candidates", labelled, True),
             ("fit records", latest, reranks and settings.reranker_labels == "llm"),
             ("fit candidates", latest, labelling.asks_in_fit(data.task, settings)),
         ):
             llm.stage = stage
             if needed:
-                await _label(parts, asked, candidates=stage.endswith("candidates"))
+                await _label(parts, asked, stage)
     fitted = [user for user in new if user in bundle.records]
     queries = chosen_queries(data, fitted, experiment.limit)
     for place, method in enumerate(methods):
@@ -215,8 +217,13 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
 
 
-async def _label(parts: Parts, asked: Asked, *, candidates: bool) -> None:
-    """Let the LLM label records, or candidates, of these queries."""
+async def _label(parts: Parts, asked: Asked, stage: str) -> None:
+    """Let the LLM label records, or candidates, of these queries, or try settings on them."""
+    if stage == "choose sampling":
+        plain = replace(parts.personalizer(), records=asked.records)
+        await choose_sampling(judged(plain, parts.bundle), some_of_each(asked.all))
+        return
+    candidates = stage.endswith("candidates")
     rerank = candidates and parts.settings.label_order != "retriever"
     collect = labelling.adapter_groups if candidates else labelling.reranker_groups
     await collect(replace(parts.personalizer(rerank=rerank), records=asked.records), asked.all)

@@ -23,6 +23,7 @@ from hydra_llm.history import in_order
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress, map_calls, run_sync
 from hydra_llm.training.api import blank_bundle, fit, learn
+from hydra_llm.training.choosing import chosen_over
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
 from hydra_llm.types import Query, Record
@@ -162,10 +163,18 @@ def _case(turn: Experiment, bundles: Mapping[int, Bundle]) -> tuple[list[Parts],
     own = {user: turn.data.history(user) for user in turn.new_users if user in first.records}
     queries = chosen_queries(turn.data, list(own), turn.limit)
     parts = [
-        turn.parts(Parts(bundle, turn.llm, turn.settings, {**bundle.records, **own}, seed))
+        turn.parts(
+            Parts(bundle, turn.llm, _settings(turn, bundle), {**bundle.records, **own}, seed)
+        )
         for seed, bundle in bundles.items()
     ]
     return parts, queries
+
+
+def _settings(turn: Experiment, bundle: Bundle) -> Settings:
+    """The run's, with what learning has chosen by training users."""
+    by_users = turn.bundle is None and turn.settings.choose == "auto"
+    return chosen_over(turn.settings, bundle.settings) if by_users else turn.settings
 
 
 def _say_shared(experiment: Experiment, cases: Sequence[tuple[list[Parts], list[Query]]]) -> None:

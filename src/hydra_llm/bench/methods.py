@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import Any
 
 import anyio
-import numpy as np
 
 from hydra_llm.bench.bbox import BBoxAdapter
 from hydra_llm.bench.choices import by_lot
@@ -21,8 +20,7 @@ from hydra_llm.llm.base import Sampling
 from hydra_llm.pipeline import UserPipeline, answer_text
 from hydra_llm.plugins import PROMPTS
 from hydra_llm.retrieve import Nothing, make_retriever
-from hydra_llm.select import Selection, Selector, all_labels, first_best, select
-from hydra_llm.side_features import Featurizer
+from hydra_llm.select import ByVotes, ByWords, Selection, Selector, all_labels
 from hydra_llm.text import fold
 from hydra_llm.types import Answer, Candidate, Message, Proposal, Query, Record, Usage
 
@@ -182,26 +180,16 @@ def among_samples(group: str, **fields: Any) -> Callable[[Pick], Method]:
     return make
 
 
-def _by_votes(parts: Parts, candidates: Sequence[Candidate], how: str) -> int:
-    """The pick by vote shares; what cannot be read has none."""
-    places = [i for i, c in enumerate(candidates) if c.answer is not None and c.votes]
-    if not places:
-        return 0
-    readable = [candidates[i] for i in places]
-    votes = np.array([float(candidate.votes) for candidate in readable])
-    return places[select(parts.bundle.task, readable, votes, votes / votes.sum(), how)]
-
-
 @among_samples("sampling", source="Wang et al. 2023")
 def self_consistency(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """The most frequent answer among hydra's samples."""
-    return _by_votes(parts, candidates, "best")
+    return ByVotes(parts.bundle.task, "best").pick(candidates)
 
 
 @among_samples("sampling", source="Kumar and Byrne 2004")
 def mbr(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
     """Minimum Bayes risk: the sample that is closest to the others."""
-    return _by_votes(parts, candidates, "expected-gain")
+    return ByVotes(parts.bundle.task, "expected-gain").pick(candidates)
 
 
 @among_samples("bound", per_sample=True, picks=by_lot)
@@ -271,18 +259,6 @@ class ScorerOnly:
 def scorer_only(parts: Parts) -> Answerer:
     """All labels by the adapter, no LLM."""
     return ScorerOnly(parts.personalizer(adapt=True))
-
-
-@dataclass(frozen=True)
-class ByWords(Selector):
-    """Picks the greatest expected ROUGE by the word model."""
-
-    featurizer: Featurizer
-
-    def choose(self, context: Context, candidates: Sequence[Candidate]) -> Selection:
-        columns = self.featurizer.adapter(context.query, candidates, context.vectors)
-        values = columns[:, self.featurizer.adapter_names.index("expected_rouge")]
-        return Selection(list(candidates), first_best(values))
 
 
 @method(

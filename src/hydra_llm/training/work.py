@@ -21,6 +21,7 @@ from hydra_llm.model.upgrade import reranker_helps
 from hydra_llm.pipeline import UserPipeline
 from hydra_llm.rerank import record_text
 from hydra_llm.side_features import Featurizer
+from hydra_llm.training.choosing import choose_sampling, chosen_over, judged, some_of_each
 from hydra_llm.training.dataset import LabelledGroup
 from hydra_llm.training.gate import fit_gate
 from hydra_llm.training.labelling import (
@@ -45,7 +46,7 @@ from hydra_llm.types import StageCost
 T = TypeVar("T")
 RERANKER, ADAPTER = "reranker", "adapter"
 STAGES = {RERANKER: "label records", ADAPTER: "label candidates"}
-WORD_STAGE = "fit word model"
+WORD_STAGE, CHOICE_STAGE = "fit word model", "choose sampling"
 SKIPPED = {  # why none is learned where all gains are equal
     RERANKER: "no retrieved record changed what the LLM's answer was worth",
     ADAPTER: "no two candidates of a query differed in what they were worth",
@@ -87,11 +88,32 @@ class Work:
         elif settings.retrieved > 0 and settings.rerank != "never":
             ranking = await self.labelled_data(RERANKER)
             self.train(ranking, tune=settings.tune_encoder)
+        await self.choose(first)
         picking = await self.labelled_data(ADAPTER)
         self.train(picking, tune=settings.tune_encoder)
         if settings.tune_encoder and picking is not None:
             self.train(ranking)  # the encoder has moved under the reranker
         self.fit_gate()
+
+    async def choose(self, first: Bundle | None) -> None:
+        """k, temperature and number of samples, by training users or as those of `first`."""
+        learned, bundle, asked = self.learned, self.learned.bundle, self.asked
+        if bundle.settings.choose != "auto" or is_none(self.llm) or asked is None:
+            return
+        if first is not None:
+            settings = chosen_over(bundle.settings, first.settings)
+            learned.bundle = replace(bundle, settings=settings, learned_with=settings)
+            learned.report(chosen=first.report.get("chosen", {}))
+            return
+        queries = some_of_each(asked.all)
+        plain = judged(replace(self.plain(ADAPTER), records=asked.records), bundle)
+        choice = await choose_sampling(plain, queries, partial(self.progress, CHOICE_STAGE))
+        settings = choice.settings
+        learned.bundle = replace(bundle, settings=settings, learned_with=settings)
+        learned.report(chosen=choice.to_json())
+        users = len({query.user for query in queries})
+        learned.stages[CHOICE_STAGE] = StageCost(users, choice.usage.seconds, choice.usage)
+        learned.notes.append(f"chosen by training users: {choice}")
 
     def fit_words(self, first: Bundle | None) -> None:
         """Learn the word model of free texts, or take that of `first`."""

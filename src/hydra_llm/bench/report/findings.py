@@ -3,6 +3,7 @@ holds its figures. Knows no LLM.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -34,6 +35,7 @@ def _findings(report: Report) -> tuple[str, ...]:
         if base_name(row.method) == "hydra":
             sentences += [*_comparisons(report, row.method), *_picks(report, row)]
             sentences += by_earlier(report.run.by_method, row.method)
+    sentences += _chosen(report.run.learning)
     for learned in report.run.learning[:1]:  # the first seed
         sentences += _learning("reranker", "records", learned.get("reranker") or {})
         sentences += _learning("adapter", "candidates", learned.get("adapter") or {})
@@ -172,6 +174,15 @@ def _equal_mass(report: Report) -> Iterator[str]:
             "Expected calibration error in bins of equally many answers (mean probability for the"
             f" share that is right): {', '.join(cells)}."
         )
+
+
+def _chosen(learning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What training users chose, and of how many folds and seeds."""
+    chosen = [entry["chosen"] for entry in learning if entry.get("chosen")]
+    values = [f"k {own['k']}, T {own['temperature']}, b {own['samples']}" for own in chosen]
+    for value, count in Counter(values).most_common():
+        where = f" in {count} of {len(values)} bundles" if count < len(values) else ""
+        yield f"By training users' queries{where}: {value} (choose = auto)."
 
 
 def _learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]:
