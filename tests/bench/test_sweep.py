@@ -281,7 +281,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def call(folder: Path, *more: object, llm: str = "fake:rule=labels") -> int:
-    options = ["--llm", llm, "--out", folder / "out", "--set", f"cache={folder / 'cache'}", *more]
+    options = ["--out", folder / "out", "--set", f"cache={folder / 'cache'}", *more]
+    options += ["--llm", llm] if llm else []
     return run(
         [str(part) for part in ("bench", "sweep", folder / "s.toml", folder / "data", *options)]
     )
@@ -297,6 +298,19 @@ def figures(result: Mapping[str, Any]) -> list[Any]:
         for point in result["points"]
         for each in point["methods"]
     ]
+
+
+@pytest.mark.slow
+def test_methods_that_ask_no_llm_need_none(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(folder, SWEEP.replace('"hydra", "user-majority"', '"scorer-only", "user-majority"'))
+    assert call(folder, llm="") == 0
+    capsys.readouterr()
+    assert {method for _, _, method, _ in figures(read(folder))} == {"scorer-only", "user-majority"}
+    written(folder, SWEEP.replace('"hydra", "user-majority"', '"rag", "user-majority"'))
+    assert call(folder, llm="") == 2
+    assert capsys.readouterr().err.count("method 'rag' asks an LLM: give one of --llm SPEC") == 1
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hydra_llm.bench.experiment import Experiment, Say, learned_bundles, run_experiment
-from hydra_llm.bench.method import BUDGET, RECORDS, find_methods
+from hydra_llm.bench.method import BUDGET, RECORDS, Method, check_without_llm, find_methods
 from hydra_llm.bench.results import compare, tabulate
 from hydra_llm.bench.runlog import Sample, by_method
 from hydra_llm.config import Group, Settings
@@ -36,6 +36,7 @@ from hydra_llm.history import precedes
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.meter import Prices
+from hydra_llm.llm.none import NONE
 from hydra_llm.training.train_scorer import silent
 
 
@@ -145,6 +146,7 @@ class SweepContext:
     out: Path
     settings: Callable[[Mapping[str, Any]], Settings]  # a point's own settings → all of them
     open_llm: Callable[[str | None], AbstractContextManager[CachedLLM]]  # None: the command's
+    llm: str = ""  # the spec of the command's
     users: int | None = None  # in place of the sweep's
     limit: int | None = None  # in place of the sweep's
     progress: StageProgress = silent
@@ -155,6 +157,7 @@ def run_sweep(sweep: Sweep, context: SweepContext) -> dict[str, Any]:
     """Run every point; an error of a point is reported, and raised only if all points fail. Returns
     the content of `sweep.json`: no text of the data, and no path.
     """
+    _check_llms(sweep, context)
     answered: dict[str, list[Sample]] = {}
     faults: dict[str, HydraError] = {}
     with ExitStack() as stack:
@@ -190,17 +193,29 @@ def run_sweep(sweep: Sweep, context: SweepContext) -> dict[str, Any]:
     }
 
 
+def _check_llms(sweep: Sweep, context: SweepContext) -> None:
+    """SettingsError: a point without an LLM has a method that asks one."""
+    for point in sweep.points:
+        if (point.llm or context.llm) == NONE:
+            methods = _methods(sweep, point, context.data)
+            settings = context.settings(point.settings)
+            check_without_llm(methods, context.data.task, settings, None)
+
+
+def _methods(sweep: Sweep, point: SweepPoint, data: DataSet) -> list[Method]:
+    names, run, choices = point.methods or sweep.methods, sweep.run, data.asks_choices(prefer=False)
+    return find_methods(names, data.task.kind, records=run.k, budget=run.b, choices=choices)
+
+
 def _run_point(
     sweep: Sweep, point: SweepPoint, context: SweepContext, llm: CachedLLM
 ) -> list[Sample]:
     run, data = sweep.run, with_history(context.data, point.history)
-    names, kind = point.methods or sweep.methods, data.task.kind
-    methods = find_methods(names, kind, records=run.k, budget=run.b)
     experiment = Experiment(
         data,
         llm,
         context.settings(point.settings),
-        methods,
+        _methods(sweep, point, data),
         context.out / point.slug,
         users=context.users or run.users,
         limit=context.limit or run.limit,

@@ -265,14 +265,14 @@ def sweep(
     """Run the methods of a sweep file at each of its points, print and draw the results.
 
     Precedence of settings: point > `--set` > sweep file. `--record` records only the LLM of
-    `--llm`, not those of points.
+    `--llm`, not those of points. Methods that ask no LLM need no `--llm`.
     """
     if plot is not None:
         require("report", "a report")
     from hydra_llm.bench.report import sweeps
     from hydra_llm.bench.sweep import SweepContext, load_sweep, run_sweep
 
-    main, chosen, flags = source.spec(), load_sweep(file), options.given()
+    main, chosen, flags = source.spec(NONE), load_sweep(file), options.given()
     varied = {name for point in chosen.points for name in NAMES.flat(point.settings)}
     for name in sorted(flags.keys() & varied):
         console.say(f"{name} is set by points of the sweep: --set counts only for the others")
@@ -286,8 +286,11 @@ def sweep(
         return recorded.opened(spec or main, settings({}))
 
     dataset = _load(data, settings({}))
+    dataset = dataset.asking(choices=dataset.asks_choices(prefer=main == NONE))
     with console.progress() as report:
-        context = SweepContext(dataset, out, settings, opened, users, limit, report, console.say)
+        where = SweepContext(dataset, out, settings, opened, main)
+        plan = replace(where, users=users, limit=limit)
+        context = replace(plan, progress=report, say=console.say)
         result = run_sweep(chosen, context)
     console.say(f"wrote {sweeps.write_sweep(result, out)}")
     try:
