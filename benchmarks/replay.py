@@ -1,27 +1,29 @@
 """Check the committed results without the LLM: train, fit and run again on the recorded answers,
 and compare every figure.
 
-    python benchmarks/replay.py DATA [--only NAME]
+    python benchmarks/replay.py DATA [--only NAME] [--jobs N]
 
 DATA is the folder of the data sets (`DATA/movie_rating`, ...), which are not part of this
 repository. In each folder of `benchmarks/results`, `commands.json` names the data set and the
 options, and `recording.jsonl.gz` has the LLM's answers, unless the data are recorded choices, which
 ask none. Everything in `report.json` must be reproduced to three decimals: metrics and intervals of
-every method and seed, paired differences,
-improvements over the best prompts, findings, and results and costs of training; only seconds may
-differ. The same holds for `overall.json` (the results over all tasks) and for
-`reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the same recordings. Exits
-with 1 and names the differences if there are any.
+every method and seed, paired differences, improvements over the best prompts, findings, and results
+and costs of training; only seconds may differ. The same holds for `overall.json` (the results over
+the tasks that have a run by folds) and for `reranker_labels.json`, which
+`benchmarks/reranker_labels.py` measures on the same recordings. Exits with 1 and names the
+differences if there are any.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,34 +58,53 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", help="one folder of benchmarks/results")
+    parser.add_argument("--work", type=Path, help="where the repeated runs stay; default: nowhere")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once")
     args = parser.parse_args()
-    names = (
-        [args.only]
-        if args.only
-        else sorted(path.parent.name for path in RESULTS.glob("*/commands.json"))
-    )
-    if not names:
-        sys.exit(f"{RESULTS}: no results to repeat")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: Path(folder) / name for name in names}
-        jobs: dict[str, Job] = {
-            name: partial(replay_run, name, args.data, out) for name, out in runs.items()
-        }
-        if not args.only:
-            jobs[OVERALL] = lambda: (
-                read(OVERALL),
-                overall([out / "run" for name, out in runs.items() if asks_prompts(name)]),
+        work = args.work or Path(folder)
+        if args.only:
+            sys.exit(
+                not compare(args.only, lambda: replay_run(args.only, args.data, work / args.only))
             )
-            if (RESULTS / LABELS).exists():
-                jobs[LABELS] = partial(replay_labels, args.data)
-        identical = [compare(name, job) for name, job in jobs.items()]
+        names = sorted(path.parent.name for path in RESULTS.glob("*/commands.json"))
+        if not names:
+            sys.exit(f"{RESULTS}: no results to repeat")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            apart = partial(in_a_process, data=args.data, work=work)
+            identical = list(pool.map(apart, sorted(names, key=seconds_of, reverse=True)))
+        runs = [work / name / "run" for name in names if counts_overall(name)]
+        identical.append(compare(OVERALL, lambda: (read(OVERALL), overall(runs))))
+        if (RESULTS / LABELS).exists():
+            identical.append(compare(LABELS, partial(replay_labels, args.data)))
     print(f"{len(names)} results in {(time.perf_counter() - start) / 60:.1f} minutes")
     sys.exit(not all(identical))
 
 
+def in_a_process(name: str, *, data: Path, work: Path) -> bool:
+    """Repeat one result in a process of its own, which uses one core; whether it is the same."""
+    command = [sys.executable, __file__, str(data), "--only", name, "--work", str(work)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    print(ended.stdout if ended.stdout else f"{name}: {ended.stderr[-2000:]}", end="", flush=True)
+    return ended.returncode == 0
+
+
+def seconds_of(name: str) -> float:
+    """How long learning took when it was published: long ones begin first."""
+    learning = read(f"{name}/report.json").get("learning", [])
+    stages = [stage for entry in learning for stage in entry.get("stages", {}).items()]
+    return sum(own["seconds"] for stage, own in stages if not stage.startswith("label"))
+
+
+def counts_overall(name: str) -> bool:
+    """Whether a result is one of those over which improvements are averaged: runs by folds."""
+    return asks_prompts(name) and "--folds" in read(f"{name}/commands.json")["bench run"]
+
+
 def asks_prompts(name: str) -> bool:
-    """Whether a result is one of those whose improvements over the best prompts are averaged."""
+    """Whether a result has prompts to compare with."""
     return "against" not in read(f"{name}/commands.json")
 
 
