@@ -2,8 +2,8 @@
 
     python benchmarks/overview_plot.py [--out docs/images/overview.svg]
 
-A point is the mean relative improvement over the best prompt of each metric, over four data sets;
-the bar is its 95 % interval over users. Needs the extra `report`.
+A point is the mean relative improvement over the best prompt of each metric, over the data sets that
+have a run by folds; the bar is its 95 % interval over users. Needs the extra `report`.
 """
 
 import argparse
