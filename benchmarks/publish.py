@@ -53,8 +53,9 @@ def main() -> None:
     target = RESULTS / args.name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.run / "manifest.json", target / "manifest.json")
-    if args.recording:
-        shutil.copyfile(args.recording, target / "recording.jsonl.gz")
+    kept = target / "recording.jsonl.gz"
+    if args.recording and not (kept.exists() and args.recording.samefile(kept)):
+        shutil.copyfile(args.recording, kept)
     (target / "report.json").write_text(
         json.dumps(report(args.run, args.against), indent=1) + "\n", encoding="utf-8"
     )
