@@ -35,7 +35,7 @@ class Particular:
     wrong_first: int = 0
     fails: str = "no text has this"
     asked: list[Sampling] = field(default_factory=list)
-    identity = {"kind": "particular"}  # noqa: RUF012
+    identity: dict[str, str] = field(default_factory=lambda: {"kind": "particular"})
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         self.asked.append(sampling)
