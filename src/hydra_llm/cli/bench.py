@@ -288,9 +288,9 @@ def sweep(
     dataset = _load(data, settings({}))
     dataset = dataset.asking(choices=dataset.asks_choices(prefer=main == NONE))
     with console.progress() as report:
-        where = SweepContext(dataset, out, settings, opened, main)
-        plan = replace(where, users=users, limit=limit)
-        context = replace(plan, progress=report, say=console.say)
+        context = SweepContext(
+            dataset, out, settings, opened, main, users, limit, report, console.say
+        )
         result = run_sweep(chosen, context)
     console.say(f"wrote {sweeps.write_sweep(result, out)}")
     try:

@@ -2,8 +2,8 @@
 processors without a GPU it reads prompts 1.5 to 2 times as fast as llama.cpp (docs/lab.md).
 
 A prompt's memory is kept (prefix caching): samples of a prompt, scores of its choices and prompts
-that begin alike are read once. With `batch=N` up to N calls are written together, which halves the
-time of texts (docs/lab.md); samples then depend on the calls that were written beside them.
+that begin alike are read once. With `batch=N` up to N calls are written together, which took
+a third off the time of texts (docs/lab.md); samples then depend on the calls written beside them.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ class OpenVinoLLM:
                 started = time.perf_counter()
                 try:
                     written = self.engine.write(taken)
-                except LLMError as error:
+                except Exception as error:  # whatever it is, nobody waits for ever
                     for other in taken:
                         other.texts.set_exception(error)
                     continue
