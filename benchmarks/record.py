@@ -2,7 +2,7 @@
 
     python benchmarks/record.py DATA/news_category --llm openvino:MODEL,threads=1
         --record benchmarks/results/news_category_285/recording.jsonl.gz [--users 100 --limit 3]
-        [--prompts zero-shot,rag@1,rag@4] [--together 3]
+        [--prompts zero-shot,rag@1,rag@4] [--together 3] [--backwards] [--also FILE ...]
 
 The users are those whom `bench run --folds` evaluates. Asked are the prompts without records, with
 one (retrieved, random) and with four (retrieved, latest), or those of `--prompts`, at temperature
@@ -10,7 +10,8 @@ one (retrieved, random) and with four (retrieved, latest), or those of `--prompt
 probabilities without records and with four retrieved ones. Answers that the recording has are not
 asked again. The file is written every 20 queries, so that a stopped recording continues. With
 `--together N` the calls of N queries run at once, for engines that write several calls together
-(`openvino:MODEL,threads=1,batch=12`).
+(`openvino:MODEL,threads=1,batch=12`). Two processes share the work when one of them goes
+`--backwards` with a file of its own; `--also` then reads that file into the other.
 
 The run that uses it needs `--set rerank=never --set retrieved=5 --set samples=8`, for labels
 `max_tokens=4 constrain=true label_probabilities=true`, for texts `max_tokens=32`.
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--prompts", default=",".join(PROMPTS))
     parser.add_argument("--together", type=int, default=1)
+    parser.add_argument("--backwards", action="store_true", help="from the last query to the first")
+    parser.add_argument("--also", type=Path, action="append", default=[])
     args = parser.parse_args()
     data = load(args.data)
     labels = bool(data.task.labels)
@@ -57,10 +60,11 @@ def main() -> None:
     settings = Settings(retrieved=5, samples=8, rerank="never", concurrency=at_once, **most)
     told = settings.model_copy(update={"label_probabilities": labels})
     llm = open_llm(args.llm, settings)
-    if args.record.exists():
-        merge_recording(args.record, llm)
+    for recording in (args.record, *args.also):
+        if recording.exists() or recording in args.also:
+            merge_recording(recording, llm)
     users = evaluated_users(data, args.users)
-    queries = chosen_queries(data, users, args.limit)
+    queries = chosen_queries(data, users, args.limit)[:: -1 if args.backwards else 1]
     records = {user: data.history(user) for user in users}
     bundle = blank_bundle(data.task, llm, settings, records)
     prompts = args.prompts.split(",")

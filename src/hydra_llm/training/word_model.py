@@ -20,7 +20,7 @@ from hydra_llm.types import Record
 from hydra_llm.word_counts import PopulationWords, UserWords
 
 FOLDS = 4  # of users
-RECORDS, USER_RECORDS = 1500, 40  # at most so many are rows, in all and of one user
+RECORDS, USER_RECORDS = 5000, 150  # at most so many are rows, in all and of one user
 OTHERS, OWN, COMMON, FREQUENT = 8, 4, 40, 20  # other outputs, and words, beside the input's
 LEAST_POSITIVE = 50  # rows; with fewer no model is learned
 TOO_FEW = "the training users' records hold too few words"
