@@ -10,7 +10,8 @@ recorded choices asks no LLM and has no recording.
 
 Writes benchmarks/results/NAME: the manifest, `report.json` (the output of `bench show --against
 METHOD --json`), `report.md`, plots, the recording, and the commands with which
-`benchmarks/replay.py` repeats the run. `samples.jsonl` is left out, as it quotes the data. With
+`benchmarks/replay.py` repeats the run. A recording that is another result's is named there and not
+copied. `samples.jsonl` is left out, as it quotes the data. With
 `--beside` (the runs of the other results) also writes benchmarks/results/overall.json: the results
 over all tasks.
 """
@@ -30,6 +31,7 @@ from hydra_llm.cli.main import run
 RESULTS = Path(__file__).with_name("results")
 BASELINE = "rag@4"
 OVERALL = "overall.json"
+RECORDING = "recording.jsonl.gz"
 PLOTS = ("score-", "cost-calls", "users")
 """Prefixes of the plots that are committed."""
 
@@ -53,9 +55,7 @@ def main() -> None:
     target = RESULTS / args.name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.run / "manifest.json", target / "manifest.json")
-    kept = target / "recording.jsonl.gz"
-    if args.recording and not (kept.exists() and args.recording.samefile(kept)):
-        shutil.copyfile(args.recording, kept)
+    shared = args.recording and keep_recording(args.recording, args.name)
     (target / "report.json").write_text(
         json.dumps(report(args.run, args.against), indent=1) + "\n", encoding="utf-8"
     )
@@ -63,6 +63,8 @@ def main() -> None:
     commands = {"data": args.data, **learned, "bench run": args.arguments}
     if args.against != BASELINE:
         commands["against"] = args.against
+    if shared:
+        commands["recording"] = shared
     (target / "commands.json").write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
     plots = target / "plots"
     show_options = [
@@ -82,6 +84,15 @@ def main() -> None:
             json.dumps(overall([args.run, *args.beside]), indent=1) + "\n", encoding="utf-8"
         )
     raise SystemExit(code)
+
+
+def keep_recording(recording: Path, name: str) -> str:
+    """Copy a recording to the results of that name, unless it is another result's: its name."""
+    source = recording.resolve()
+    if source.parent.parent == RESULTS.resolve():
+        return "" if source.parent.name == name else source.parent.name
+    shutil.copyfile(source, RESULTS / name / RECORDING)
+    return ""
 
 
 def report(folder: Path, against: str = BASELINE) -> dict[str, Any]:

@@ -5,13 +5,13 @@ and compare every figure.
 
 DATA is the folder of the data sets (`DATA/movie_rating`, ...), which are not part of this
 repository. In each folder of `benchmarks/results`, `commands.json` names the data set and the
-options, and `recording.jsonl.gz` has the LLM's answers, unless the data are recorded choices, which
-ask none. Everything in `report.json` must be reproduced to three decimals: metrics and intervals of
-every method and seed, paired differences, improvements over the best prompts, findings, and results
-and costs of training; only seconds may differ. The same holds for `overall.json` (the results over
-the tasks that have a run by folds) and for `reranker_labels.json`, which
-`benchmarks/reranker_labels.py` measures on the same recordings. Exits with 1 and names the
-differences if there are any.
+options, and `recording.jsonl.gz` has the LLM's answers. A run whose `commands.json` names another
+result's recording uses that one; a run without a recording asks no LLM. Everything in `report.json`
+must be reproduced to three decimals: metrics and intervals of every method and seed, paired
+differences, improvements over the best prompts, findings, and results and costs of training; only
+seconds may differ. The same holds for `overall.json` (the results over the tasks that have a run by
+folds) and for `reranker_labels.json`, which `benchmarks/reranker_labels.py` measures on the same
+recordings. Exits with 1 and names the differences if there are any.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publish import BASELINE, OVERALL, overall, report
+from publish import BASELINE, OVERALL, RECORDING, overall, report
 
 from hydra_llm.cli.main import run
 
@@ -99,8 +99,11 @@ def seconds_of(name: str) -> float:
 
 
 def counts_overall(name: str) -> bool:
-    """Whether a result is one of those over which improvements are averaged: runs by folds."""
-    return asks_prompts(name) and "--folds" in read(f"{name}/commands.json")["bench run"]
+    """Whether a result is one of those over which improvements are averaged: runs by folds with a
+    recording of their own.
+    """
+    commands = read(f"{name}/commands.json")
+    return asks_prompts(name) and "--folds" in commands["bench run"] and "recording" not in commands
 
 
 def asks_prompts(name: str) -> bool:
@@ -145,7 +148,8 @@ def replay_run(name: str, data: Path, out: Path) -> tuple[Any, Any]:
     trains its own bundle.
     """
     commands = read(f"{name}/commands.json")
-    folder, recording = data / commands.get("data", name), RESULTS / name / "recording.jsonl.gz"
+    folder = data / commands.get("data", name)
+    recording = RESULTS / commands.get("recording", name) / RECORDING
     llm = ["--llm", f"replay:{recording}"] if recording.exists() else []
     against = commands.get("against", BASELINE)
     bundle = str(out / "bundle")
@@ -179,10 +183,7 @@ def replay_labels(data: Path) -> tuple[Any, Any]:
 
 def labels(data: Path, name: str, arguments: list[str]) -> dict[str, Any]:
     """The output of `reranker_labels.py` on a recording, without options and machine."""
-    script, llm = (
-        RESULTS.with_name("reranker_labels.py"),
-        f"replay:{RESULTS / name / 'recording.jsonl.gz'}",
-    )
+    script, llm = (RESULTS.with_name("reranker_labels.py"), f"replay:{RESULTS / name / RECORDING}")
     command = [sys.executable, str(script), str(data), "--llm", llm, *arguments, "--json"]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {key: result[key] for key in ("rows", "queries", "correlation")}

@@ -107,11 +107,17 @@ def test_replay_repeats_a_run_and_finds_changed_figures(
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         publish.main()
+    kept = tmp_path / "results" / "tags_60" / "recording.jsonl.gz"
+    command[2], command[6] = "tags_again", str(kept)  # which uses the first one's recording
+    with pytest.raises(SystemExit, match="0"):
+        publish.main()
+    assert not (tmp_path / "results" / "tags_again" / kept.name).exists()
+    assert not replay.counts_overall("tags_again")
     capsys.readouterr()
 
-    def repeated() -> tuple[int, str]:
-        monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "another"))
-        monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path / "data"), "--only", "tags_60"])
+    def repeated(name: str = "tags_60") -> tuple[int, str]:
+        monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / name))
+        monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path / "data"), "--only", name])
         with pytest.raises(SystemExit) as ended:
             replay.main()
         return int(ended.value.code or 0), capsys.readouterr().out
@@ -119,6 +125,9 @@ def test_replay_repeats_a_run_and_finds_changed_figures(
     code, message = repeated()
     assert code == 0, message
     assert "tags_60: the same in " in message
+    code, message = repeated("tags_again")
+    assert code == 0, message
+    assert "tags_again: the same in " in message
     file = tmp_path / "results" / "tags_60" / "report.json"
     report = json.loads(file.read_text())
     report["methods"][1]["metrics"]["accuracy"][0] += 0.001
