@@ -4,6 +4,8 @@ benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAM
     python tools/results_md.py [--check]
 
     NAME                           main rows of benchmarks/results/NAME/report.json
+    controls                       the paired differences in the reports of the runs by folds
+    grey_box                       the runs whose names end in `_strict`, beside the others
     overall, growth, few_groups, install,
     reranker_labels, gateway_tower,
     gateway_cross                  benchmarks/results/NAME.json
@@ -83,6 +85,24 @@ OVERALL = (
     "copy-nearest",
 )
 """Methods in the table over all tasks; the best prompt-based one is added."""
+HYDRA = "hydra@4,8"
+STRICT = "_strict"  # ends the name of a result with samples in place of the labels' probabilities
+CONTROLS = {
+    "best prompt (chosen on training users)": "the best prompt, chosen on training users",
+    "rag@4": "rag@4",
+    "self-consistency@8": "self-consistency@8",
+    "mbr@8": "mbr@8",
+    "expected-rouge@4,8": "expected ROUGE alone",
+    "user-majority": "the user's typical answer",
+    "copy-nearest": "1-NN (nearest record)",
+    "mismatched@4,8": "another user's history and head",
+    "scorer-mismatched": "the same, scorer without LLM",
+    "user-offset": "shared model and one number a user",
+    "item-offset": "mean answer to the input and one number a user",
+    "hydra-shared@4,8": "shared heads",
+    "scorer-only": "scorer without LLM",
+}
+"""Method → its name in the table of HYDRA's differences."""
 HONEST, BEST = "best prompt (chosen on training users)", " (the best prompt)"
 PROMPTS = ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
 
@@ -108,6 +128,10 @@ def prompts_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of prompt-based methods; a run on recorded choices has none, and no table here."""
     rows: list[dict[str, Any]] = report["methods"]
     return [row for row in rows if row["group"] == "prompt" and row["method"] != HONEST]
+
+
+def methods_of(report: dict[str, Any]) -> set[str]:
+    return {row["method"] for row in report["methods"]}
 
 
 def main_rows(rows: dict[str, Any], first: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -162,6 +186,54 @@ def overall_table(changes: dict[str, Any]) -> str:
         shares = [percent(changes[name][metrics]) for metrics in columns]
         lines.append(f"| {' | '.join([title, *shares])} |")
     return "\n".join(lines)
+
+
+def controls_table(reports: dict[str, dict[str, Any]]) -> str:
+    """HYDRA minus each control in each set's first metric, so that more is better; the controls
+    above which it is by the interval are bold.
+    """
+    found = {name: own["differences"][HYDRA] for name, own in reports.items()}
+    lines = [f"| {HYDRA} minus | {' | '.join(map(set_of, found))} |", "|---|" + "---|" * len(found)]
+    for method, title in CONTROLS.items():
+        signs = [-1 if "mae" in own["methods"][0]["metrics"] else 1 for own in reports.values()]
+        pairs = zip(found.values(), signs, strict=True)
+        cells = [better(own[method], sign) if method in own else "" for own, sign in pairs]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grey_box_table(reports: dict[str, dict[str, Any]], strict: dict[str, dict[str, Any]]) -> str:
+    """HYDRA with 8 samples beside one call's probabilities of the labels: quality and calls."""
+    lines = [
+        "| set | metrics | 8 samples | calls | probabilities of the labels | calls |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, own in strict.items():
+        pair = [
+            next(row for row in report["methods"] if row["method"] == HYDRA)
+            for report in (own, reports[name.removesuffix(STRICT)])
+        ]
+        names = list(pair[0]["metrics"])[:2]
+        cells = [set_of(name.removesuffix(STRICT)), ", ".join(METRICS.get(n, n) for n in names)]
+        for row in pair:
+            values = [number(row["metrics"][metric][0]) for metric in names]
+            cells += [", ".join(values), f"{row['calls']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def better(change: dict[str, float], sign: int) -> str:
+    """A difference of which more is better."""
+    low, high = sorted((sign * change["low"], sign * change["high"]))
+    text = interval(
+        {"difference": sign * change["difference"], "low": low, "high": high}, "difference"
+    )
+    return f"**{text}**" if low > 0 else text
+
+
+def set_of(name: str) -> str:
+    """The data set of a result: `movie_rating` of `movie_rating_300`."""
+    return name.rpartition("_")[0].replace("_", " ")
 
 
 def percent(shares: list[float]) -> str:
@@ -275,7 +347,11 @@ def all_tables() -> dict[str, str]:
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(RESULTS.glob("*/report.json"))
     }
+    strict = {name: reports.pop(name) for name in list(reports) if name.endswith(STRICT)}
     tables = {name: method_table(own) for name, own in reports.items() if prompts_of(own)}
+    by_folds = {name: own for name, own in reports.items() if HONEST in methods_of(own)}
+    tables["controls"] = controls_table(by_folds)
+    tables["grey_box"] = grey_box_table(reports, strict)
     for name, to_table in TABLES.items():
         if (file := RESULTS / f"{name}.json").exists():
             tables[name] = to_table(json.loads(file.read_text(encoding="utf-8")))

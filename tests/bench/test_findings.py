@@ -312,6 +312,8 @@ def test_the_command_prints_costs_and_findings(
     assert run(["bench", "show", str(tmp_path / "run"), "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["runs"]
     assert (len(shown["findings"]), shown["learning"][0]["users"]) == (11, 10)
+    change = shown["differences"]["hydra@4,8"]["rag@4"]
+    assert f"than rag@4 ({change['difference']:+.3f} [{change['low']:+.3f}" in shown["findings"][0]
     text = markdown([make_report(open_run(tmp_path / "run"), "rag@4")])
     assert "LaMP-style, shaped like LaMP-2" in text
     assert "### What it says\n\n- hydra@4,8 is better" in text

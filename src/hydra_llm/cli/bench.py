@@ -194,9 +194,8 @@ def show(
     as_json: opt.AsJson = False,
 ) -> None:
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
-    from hydra_llm.bench.report import sweeps, tables
+    from hydra_llm.bench.report import findings, sweeps, tables
     from hydra_llm.bench.report.cells import share_json
-    from hydra_llm.bench.report.findings import findings
     from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
 
     results = [sweeps.open_sweep(file) for file in map(sweeps.sweep_file, runs) if file]
@@ -206,8 +205,7 @@ def show(
     over_tasks = tables.overall(reports)
     files.write(reports, results)
     if as_json:
-        more = [{"findings": findings(r), "learning": list(r.run.learning)} for r in reports]
-        rows = [tables.to_json(r) | own for r, own in zip(reports, more, strict=True)]
+        rows = [tables.to_json(report) | findings.to_json(report) for report in reports]
         shares = {
             method: {what: share_json(share) for what, share in of_method.items()}
             for method, of_method in over_tasks.items()
@@ -229,7 +227,7 @@ def show(
             show_table(cost_rows(report), "What a query costs")
             if learning := learning_rows(report):
                 show_table(learning, "What learning cost")
-        for sentence in findings(report):
+        for sentence in findings.findings(report):
             print_text(f"- {sentence}", indent="  ", wide=wide)
     if over_tasks:
         show_table(tables.overall_rows(over_tasks), tables.OVERALL)

@@ -16,7 +16,17 @@ from hydra_llm.bench.report.cells import signed
 from hydra_llm.bench.report.tables import Report, Run, TableRow
 from hydra_llm.bench.results import compare
 from hydra_llm.bench.runlog import Sample
-from hydra_llm.bench.stats import MIN_USERS
+from hydra_llm.bench.stats import MIN_USERS, Paired
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The sentences, HYDRA's differences from all other methods, and what was learned."""
+    of_hydra = {
+        name: {other: change._asdict() for other, change in own.items()}
+        for name, own in differences(report).items()
+    }
+    learning = list(report.run.learning)
+    return {"findings": findings(report), "differences": of_hydra, "learning": learning}
 
 
 def findings(report: Report) -> list[str]:
@@ -32,7 +42,7 @@ def _findings(report: Report) -> tuple[str, ...]:
         needs = f"at least {MIN_USERS} users are needed for intervals and p-values"
         sentences.append(f"Nothing can be said about differences: {users} answered, {needs}.")
     for row in report.rows:
-        if base_name(row.method) == "hydra":
+        if _is_hydra(row.method):
             sentences += [*_comparisons(report, row.method), *_picks(report, row)]
             sentences += by_earlier(report.run.by_method, row.method)
     sentences += _chosen(report.run.learning)
@@ -45,27 +55,41 @@ def _findings(report: Report) -> tuple[str, ...]:
     return tuple(sentences)
 
 
+@lru_cache(maxsize=64)
+def differences(report: Report) -> dict[str, dict[str, Paired]]:
+    """Variant of HYDRA → other method → their paired difference in the first metric."""
+    run, metric = report.run, report.metrics[0]
+    found: dict[str, dict[str, Paired]] = {}
+    others = [row.method for row in report.rows if row.group != "bound"]
+    for name in filter(_is_hydra, others):
+        for other in others:
+            if not _is_hydra(other):
+                change = compare(run.task, run.of(name), report.answers[other]).metrics[metric]
+                if change.users >= MIN_USERS and not math.isnan(change.difference):
+                    found.setdefault(name, {})[other] = change
+    return found
+
+
+def _is_hydra(method: str) -> bool:
+    return base_name(method) == "hydra"
+
+
 def _comparisons(report: Report, name: str) -> Iterator[str]:
     """Paired differences in the first metric: significantly better, worse, and neither."""
-    run, metric = report.run, report.metrics[0]
+    metric = report.metrics[0]
     better, worse, neither, behind = [], [], [], []
     sign = report.sign(metric)
-    for row in report.rows:
-        if row.group == "bound" or base_name(row.method) == "hydra":
-            continue
-        change = compare(run.task, run.of(name), report.answers[row.method]).metrics[metric]
-        if change.users < MIN_USERS:
-            continue
+    for other, change in differences(report).get(name, {}).items():
         low, high = sorted((sign * change.low, sign * change.high))
-        rival = f"{row.method} ({signed(change)})"
+        rival = f"{other} ({signed(change)})"
         if low > 0:
             better.append(rival)
         elif high < 0:
             worse.append(rival)
-        elif not math.isnan(change.difference):
+        else:
             neither.append(rival)
             if sign * change.difference <= 0:
-                behind.append(row.method)
+                behind.append(other)
     if better:
         yield f"{name} is better in {metric} than {', '.join(better)}."
     if worse:
