@@ -42,9 +42,12 @@ class Mismatched:
             raise LLMError(
                 "no other user is evaluated with this one: take more users, or less folds"
             )
-        other = self.partners[query.user]
-        asked = replace(query, user=other, time="", span=ALWAYS, position=2**62)
-        return await self.inner.aanswer(asked)
+        return await self.inner.aanswer(as_another(query, self.partners[query.user]))
+
+
+def as_another(query: Query, user: str) -> Query:
+    """The query as if that user had asked it, after all of this user's records."""
+    return replace(query, user=user, time="", span=ALWAYS, position=2**62)
 
 
 def _mismatched_choice(parts: Parts) -> Answerer:
