@@ -84,7 +84,7 @@ def main() -> None:
     if args.mismatched:
         prompts, plain = (["rag@4"], []) if labels else ([], [SAMPLES])
     kinds = (([name for name in prompts if name in TOLD], told), (plain, settings))
-    methods = [(find_methods(names, data.task.kind), own) for names, own in kinds]
+    methods = [(find_methods(names, data.task.kind), own) for names, own in kinds if names]
     start = time.monotonic()
     try:
         for number in range(0, len(queries), args.together):
