@@ -5,6 +5,7 @@ benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAM
 
     NAME                           main rows of benchmarks/results/NAME/report.json
     controls                       the paired differences in the reports of the runs by folds
+    full_size                      the runs of `scorer-only` without an LLM
     grey_box                       the runs whose names end in `_strict`, beside the others
     overall, growth, few_groups, install,
     reranker_labels, gateway_tower,
@@ -16,6 +17,7 @@ benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAM
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ OVERALL = (
 )
 """Methods in the table over all tasks; the best prompt-based one is added."""
 HYDRA = "hydra@4,8"
+SCORER = "scorer-only"
 STRICT = "_strict"  # ends the name of a result with samples in place of the labels' probabilities
 CONTROLS = {
     "best prompt (chosen on training users)": "the best prompt, chosen on training users",
@@ -222,6 +225,30 @@ def grey_box_table(reports: dict[str, dict[str, Any]], strict: dict[str, dict[st
     return "\n".join(lines)
 
 
+def full_size_table(reports: dict[str, dict[str, Any]]) -> str:
+    """Every method of the runs without an LLM: both metrics, and the difference from a control."""
+    heads, rules, rows = [], [], defaultdict[str, list[str]](list)
+    for name, own in reports.items():
+        first, second = list(own["methods"][0]["metrics"])[:2]
+        against = next(row["method"] for row in own["methods"] if row["against"] is None)
+        titles = [METRICS.get(metric, metric) for metric in (first, second)]
+        heads += [f"{set_of(name)}: {titles[0]}", titles[1], f"against {against}"]
+        rules += ["---"] * 3
+        by_method = {row["method"]: row for row in own["methods"]}
+        for method in sorted(
+            {row for one in reports.values() for row in methods_of(one)}, key=list(SHOWN).index
+        ):
+            row = by_method.get(method)
+            rows[method] += (
+                method_line("", row, first, second).split(" | ")[1:4] if row else [""] * 3
+            )
+    lines = [f"| method | {' | '.join(heads)} |", f"|---|{'|'.join(rules)}|"]
+    for method, cells in rows.items():
+        title = SHOWN[method].format(typical="typical answer").partition(": ")[2]
+        lines.append(f"| {title} | {' | '.join(cell.strip(' |') for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def better(change: dict[str, float], sign: int) -> str:
     """A difference of which more is better."""
     low, high = sorted((sign * change["low"], sign * change["high"]))
@@ -351,6 +378,12 @@ def all_tables() -> dict[str, str]:
     tables = {name: method_table(own) for name, own in reports.items() if prompts_of(own)}
     by_folds = {name: own for name, own in reports.items() if HONEST in methods_of(own)}
     tables["controls"] = controls_table(by_folds)
+    without_llm = {
+        name: own
+        for name, own in reports.items()
+        if SCORER in methods_of(own) and not prompts_of(own)
+    }
+    tables["full_size"] = full_size_table(without_llm)
     tables["grey_box"] = grey_box_table(reports, strict)
     for name, to_table in TABLES.items():
         if (file := RESULTS / f"{name}.json").exists():
