@@ -87,7 +87,9 @@ def main() -> None:
 
 
 def keep_recording(recording: Path, name: str) -> str:
-    """Copy a recording to the results of that name, unless it is another result's: its name."""
+    """Copy a recording into the result of that name. Where it is another result's, return that
+    result's name and copy nothing.
+    """
     source = recording.resolve()
     if source.parent.parent == RESULTS.resolve():
         return "" if source.parent.name == name else source.parent.name

@@ -72,17 +72,15 @@ def main() -> None:
         if recording.exists() or recording in args.also:
             merge_recording(recording, llm)
     users = evaluated_users(data, args.users)
-    if args.mismatched:
-        queries = as_others_ask(data, settings, args)
-    else:
-        queries = chosen_queries(data, users, args.limit)
-    queries = queries[:: -1 if args.backwards else 1]
     records = {user: data.history(user) for user in users}
     bundle = blank_bundle(data.task, llm, settings, records)
-    prompts = args.prompts.split(",")
-    plain = [*(name for name in prompts if name not in TOLD), SAMPLES]
     if args.mismatched:
+        queries = as_others_ask(data, settings, args)
         prompts, plain = (["rag@4"], []) if labels else ([], [SAMPLES])
+    else:
+        queries, prompts = chosen_queries(data, users, args.limit), args.prompts.split(",")
+        plain = [*(name for name in prompts if name not in TOLD), SAMPLES]
+    queries = queries[:: -1 if args.backwards else 1]
     kinds = (([name for name in prompts if name in TOLD], told), (plain, settings))
     methods = [(find_methods(names, data.task.kind), own) for names, own in kinds if names]
     start = time.monotonic()

@@ -44,7 +44,8 @@ MEASURED = re.compile(
 repetitions, and the gate, on which no other figure depends, is newer than the results.
 """
 NEWER = re.compile(
-    r"(users_tested|calibration|differences)(\..*)?|comparisons|best_prompts|methods\..*\.holm|findings\.\d+"
+    r"(users_tested|calibration|differences)(\..*)?|comparisons|best_prompts"
+    r"|methods\..*\.holm|findings\.\d+"
 )
 """Paths of values that reports have only had since the results were published: if they are not in
 the published report, they are not compared.

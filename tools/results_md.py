@@ -90,22 +90,12 @@ OVERALL = (
 HYDRA = "hydra@4,8"
 SCORER = "scorer-only"
 STRICT = "_strict"  # ends the name of a result with samples in place of the labels' probabilities
-CONTROLS = {
-    "best prompt (chosen on training users)": "the best prompt, chosen on training users",
-    "rag@4": "rag@4",
-    "self-consistency@8": "self-consistency@8",
-    "mbr@8": "mbr@8",
-    "expected-rouge@4,8": "expected ROUGE alone",
-    "user-majority": "the user's typical answer",
-    "copy-nearest": "1-NN (nearest record)",
-    "mismatched@4,8": "another user's history and head",
-    "scorer-mismatched": "the same, scorer without LLM",
-    "user-offset": "shared model and one number a user",
-    "item-offset": "mean answer to the input and one number a user",
-    "hydra-shared@4,8": "shared heads",
-    "scorer-only": "scorer without LLM",
-}
-"""Method → its name in the table of HYDRA's differences."""
+CONTROLS = (
+    *("rag@4", "self-consistency@8", "mbr@8", "expected-rouge@4,8", "user-majority"),
+    *("copy-nearest", "mismatched@4,8", "scorer-mismatched", "user-offset", "item-offset"),
+    *("hydra-shared@4,8", "scorer-only"),
+)
+"""Methods in the table of HYDRA's differences; the best prompt stands first."""
 HONEST, BEST = "best prompt (chosen on training users)", " (the best prompt)"
 PROMPTS = ("zero-shot", "icl-random", "recent", "rag", "rag-dense", "pag")
 
@@ -184,8 +174,7 @@ def overall_table(changes: dict[str, Any]) -> str:
     }
     lines = [f"| method | {' | '.join(columns.values())} |", "|---|---|---|---|"]
     for name in sorted(names, key=lambda name: -changes[name]["without BLEU"][0]):
-        title = SHOWN.get(name, name).removeprefix("baseline: ")
-        title = title.format(typical="typical answer") + (BEST if name in prompts else "")
+        title = short(name) + (BEST if name in prompts else "")
         shares = [percent(changes[name][metrics]) for metrics in columns]
         lines.append(f"| {' | '.join([title, *shares])} |")
     return "\n".join(lines)
@@ -197,12 +186,18 @@ def controls_table(reports: dict[str, dict[str, Any]]) -> str:
     """
     found = {name: own["differences"][HYDRA] for name, own in reports.items()}
     lines = [f"| {HYDRA} minus | {' | '.join(map(set_of, found))} |", "|---|" + "---|" * len(found)]
-    for method, title in CONTROLS.items():
+    for method in (HONEST, *CONTROLS):
         signs = [-1 if "mae" in own["methods"][0]["metrics"] else 1 for own in reports.values()]
         pairs = zip(found.values(), signs, strict=True)
         cells = [better(own[method], sign) if method in own else "" for own, sign in pairs]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append(f"| {short(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def short(method: str) -> str:
+    """A method's name without its part of the table."""
+    title = SHOWN.get(method, method).format(typical="typical answer")
+    return title.removeprefix("baseline: ").removeprefix("control: ")
 
 
 def grey_box_table(reports: dict[str, dict[str, Any]], strict: dict[str, dict[str, Any]]) -> str:
@@ -228,6 +223,7 @@ def grey_box_table(reports: dict[str, dict[str, Any]], strict: dict[str, dict[st
 def full_size_table(reports: dict[str, dict[str, Any]]) -> str:
     """Every method of the runs without an LLM: both metrics, and the difference from a control."""
     heads, rules, rows = [], [], defaultdict[str, list[str]](list)
+    known = {method for own in reports.values() for method in methods_of(own)}
     for name, own in reports.items():
         first, second = list(own["methods"][0]["metrics"])[:2]
         against = next(row["method"] for row in own["methods"] if row["against"] is None)
@@ -235,17 +231,13 @@ def full_size_table(reports: dict[str, dict[str, Any]]) -> str:
         heads += [f"{set_of(name)}: {titles[0]}", titles[1], f"against {against}"]
         rules += ["---"] * 3
         by_method = {row["method"]: row for row in own["methods"]}
-        for method in sorted(
-            {row for one in reports.values() for row in methods_of(one)}, key=list(SHOWN).index
-        ):
+        for method in filter(known.__contains__, SHOWN):
             row = by_method.get(method)
-            rows[method] += (
-                method_line("", row, first, second).split(" | ")[1:4] if row else [""] * 3
-            )
+            cells = method_line("", row, first, second).split(" | ")[1:4] if row else [""] * 3
+            rows[method] += cells
     lines = [f"| method | {' | '.join(heads)} |", f"|---|{'|'.join(rules)}|"]
     for method, cells in rows.items():
-        title = SHOWN[method].format(typical="typical answer").partition(": ")[2]
-        lines.append(f"| {title} | {' | '.join(cell.strip(' |') for cell in cells)} |")
+        lines.append(f"| {short(method)} | {' | '.join(cell.strip(' |') for cell in cells)} |")
     return "\n".join(lines)
 
 
