@@ -29,7 +29,7 @@ from hydra_llm.store.backup import backup, open_backup, restore
 from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead
+from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead, StoredResponse
 from hydra_llm.types import UNREADABLE, Query, Record
 from tests.waiting import until
 
@@ -316,6 +316,34 @@ def test_a_request_of_a_deleted_user_is_not_kept(store: Store) -> None:
         assert store.request("r1") is None
 
 
+def test_responses_are_kept_by_user_and_form_conversations(store: Store) -> None:
+    def response(id: str, previous: str | None = None, user: str = "ada") -> StoredResponse:
+        return StoredResponse(id, user, float(len(id)), previous, {"said": id})
+
+    turns = [response("1"), response("22", "1"), response("333", "22")]
+    for turn in turns:
+        assert store.add_response(turn, version=None), "the user is created"
+    assert store.add_response(response("b", "22", "bob"), version=None)
+    assert store.users() == ["ada", "bob"]
+    assert store.response("22") == turns[1]
+    assert store.conversation("ada", "333") == turns
+    assert store.conversation("ada", "22") == turns[:2]
+    assert store.conversation("bob", "333") == []
+    assert store.conversation("bob", "b") == [response("b", "22", "bob")], "none of another user"
+    assert store.responses("ada", ["333", "b", "1", "x"]) == {"1": turns[0], "333": turns[2]}
+    assert not store.delete_response("bob", "22", request="")
+    assert store.prune(1.5) == (2, 0)
+    assert store.conversation("ada", "333") == turns[1:], "the first names one that is gone"
+    assert store.delete_response("ada", "333", request="")
+    assert store.response("333") is None
+    version = store.state("ada").version
+    store.delete_user("ada")
+    assert store.response("22") is None
+    assert not store.add_response(response("4444"), version=version)
+    store.add_records("ada", [record("a")])
+    assert not store.add_response(response("4444"), version=version), "not the same user"
+
+
 def test_requests_are_kept_found_and_forgotten(store: Store) -> None:
     store.add_records("ada", [record("a")])
     store.add_request(request("r1", candidates=["x", "y"]))
@@ -451,6 +479,8 @@ def fill(store: Store, name: str, secret: str) -> None:
         )
         user.put_feedback(StoredFeedback(f"request-{name}", 1.0, {"said": {"edited": secret}}))
     store.add_request(request(f"request-{name}", user=name, text=secret))
+    response = StoredResponse(f"response-{name}", name, 1.0, None, {"said": secret})
+    store.add_response(response, version=None)
     store.add_job(f"job-{name}", name, "fit")
     store.update_job(f"job-{name}", 0, 0, state="failed", error=secret)
     store.add_key(Key(f"key-{name}", f"hash-{name}", secret, False, (name,), 1.0, None))
@@ -463,7 +493,7 @@ def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
     assert exported is not None
     assert deleted == {
         name: len(exported[name])
-        for name in ("feedback", "requests", "jobs", "heads", "records", "keys")
+        for name in ("feedback", "requests", "responses", "jobs", "heads", "records", "keys")
     }
     assert deleted["records"] == 50
     assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys"}

@@ -12,7 +12,7 @@ from sqlalchemy.sql import visitors
 from hydra_llm.store import schema
 from hydra_llm.store.change import UserChange
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Key, Request, StoredFeedback, StoredHead
+from hydra_llm.store.values import Key, Request, StoredFeedback, StoredHead, StoredResponse
 from hydra_llm.types import Record
 
 OF_TENANTS = {*schema.OF_USERS, schema.users}
@@ -20,6 +20,7 @@ ABOUT_ALL = {
     "users": "for learning, which an operator starts",
     "user_counts": "a page of users; the caller's own where `names` are given",
     "request": "by an id that nobody can guess; the caller is checked against its user",
+    "response": "by an id that nobody can guess; the caller is checked against its user",
     "texts_in_use": "features are shared, and deleted only if nobody has the text",
     "claim_job": "the jobs of all users wait in one queue",
     "update_job": "the worker has claimed it",
@@ -76,6 +77,12 @@ OF_ONE_USER: dict[str, Callable[[Store], object]] = {
         store, lambda ada: ada.put_heads("bundle", {"adapter": StoredHead(1, 0.0, b"1234")})
     ),
     "put_feedback": lambda store: changed(store, lambda ada: ada.put_feedback(FEEDBACK)),
+    "add_response": lambda store: store.add_response(
+        StoredResponse("a", "ada", 1.0, None, {}), version=None
+    ),
+    "responses": lambda store: store.responses("ada", ["b"]),
+    "conversation": lambda store: store.conversation("ada", "b"),
+    "delete_response": lambda store: store.delete_response("ada", "b", request="r"),
     "mark_learned": lambda store: changed(store, lambda ada: ada.mark_learned(["r"])),
 }
 
@@ -98,6 +105,7 @@ def test_each_statement_names_the_user(tmp_path: Path, method: str) -> None:
         store.add_records(user, [Record(user, id, "tea", "green") for id in ids])
         store.add_key(Key(f"key-{user}", user, "", False, (user,), 1.0, None))
     store.add_request(Request("r", "bob", 1.0, "", "q", {}))
+    store.add_response(StoredResponse("b", "bob", 1.0, None, {}), version=None)
     with store.change("bob") as bob:
         bob.put_feedback(StoredFeedback("of bob", 1.0, {"said": {}}))
     seen: list[Any] = []

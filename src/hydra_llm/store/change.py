@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
-from hydra_llm.store.database import in_parts
+from hydra_llm.store.database import in_parts, insert_new
 from hydra_llm.store.values import Added, StoredFeedback, StoredHead
 from hydra_llm.types import Record
 
@@ -141,6 +141,18 @@ def locked_user(connection: Connection, name: str) -> Any:
     """The user's row, which no one else changes until the transaction ends; None if unknown."""
     rows = sa.select(schema.users.c.key, schema.users.c.version).where(schema.users.c.name == name)
     return connection.execute(rows.with_for_update()).one_or_none()
+
+
+def known_or_new(connection: Connection, name: str) -> Any:
+    """As `locked_user`; an unknown user is created."""
+    users = schema.users
+    user = locked_user(connection, name)
+    if user is None:
+        insert_new(connection, users, {"name": name, "version": 0, "created": time.time()})
+        new = sa.update(users).where(users.c.name == name, users.c.version == 0)
+        connection.execute(new.values(version=users.c.key * schema.VERSIONS_PER_KEY))
+        user = locked_user(connection, name)
+    return user
 
 
 def check_version(user: Any, version: int | None) -> None:

@@ -24,6 +24,11 @@ Key = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only 
 Short, Name, Number, Time = sa.String(16), sa.String(64), sa.BigInteger, sa.Double
 
 
+def key_of(version: int) -> int:
+    """The key of the user who has, or had, this version."""
+    return version // VERSIONS_PER_KEY
+
+
 def _table(name: str, primary: str | None = None, /, *parts: Any, **required: Any) -> sa.Table:
     columns = [
         Column(column, kind, nullable=False, primary_key=column == primary)
@@ -69,6 +74,11 @@ _row = {"request": Name, "created": Time, "content": JSON}
 feedback = _of_users("feedback", "request", **_row, folded=Boolean)
 """`folded`: a head that was fitted since has learned it."""
 
+responses = _of_users("responses", "id", id=Name, created=Time, content=JSON)
+responses.append_column(Column("previous", Name))
+"""`previous`: the response before it in a conversation, which may be gone; NULL: there was none."""
+Index("ix_responses_created", responses.c.created)
+
 keys = _table("keys", "id", id=Short, hash=Name, label=Text, admin=Boolean, created=Time)
 keys.append_column(Column("bound", Boolean, nullable=False, server_default=sa.false()))
 """`bound`: made for one user, so that a request need not name any. A key made for several stays
@@ -89,5 +99,5 @@ Index("ix_jobs_state", jobs.c.state)
 serving = _table("serving", "name", name=Short, value=Text)
 """What all servers of this store share, such as the bundle in use."""
 
-OF_USERS = (feedback, requests, jobs, heads, records)
+OF_USERS = (feedback, requests, responses, jobs, heads, records)
 """Tables with a column `user`, in an order in which rows may be deleted."""

@@ -19,9 +19,9 @@ from sqlalchemy.engine import URL
 
 from hydra_llm.history import in_order, parse_time
 from hydra_llm.store import migrate, schema
-from hydra_llm.store.change import UserChange, check_version, locked_user
+from hydra_llm.store.change import UserChange, check_version, known_or_new, locked_user
 from hydra_llm.store.database import in_parts, insert_new, one_line_errors
-from hydra_llm.store.upkeep import Upkeep
+from hydra_llm.store.responses import Responses
 from hydra_llm.store.values import (
     Added,
     Job,
@@ -35,7 +35,7 @@ from hydra_llm.store.values import (
 from hydra_llm.types import ARROW, UNREADABLE, Record, Span, as_one_text
 
 
-class Store(Upkeep):
+class Store(Responses):
     """All that the gateway keeps. Any number of threads and processes may use one database."""
 
     def __init__(self, url: str | URL, *, timeout: float = 30.0, create: bool = True):
@@ -108,12 +108,7 @@ class Store(Upkeep):
         """
         users = schema.users
         with self.writing() as connection:
-            user = locked_user(connection, name)
-            if user is None and create:
-                insert_new(connection, users, {"name": name, "version": 0, "created": time.time()})
-                new = sa.update(users).where(users.c.name == name, users.c.version == 0)
-                connection.execute(new.values(version=users.c.key * schema.VERSIONS_PER_KEY))
-                user = locked_user(connection, name)
+            user = (known_or_new if create else locked_user)(connection, name)
             change = UserChange(connection, user, name)
             check_version(user, version)
             yield change
@@ -174,8 +169,7 @@ class Store(Upkeep):
         users = schema.users.c
         key = sa.select(users.key).where(users.name == request.user)
         if version is not None:
-            per_key = schema.VERSIONS_PER_KEY
-            key = key.where(users.version // per_key == version // per_key)
+            key = key.where(users.version // schema.VERSIONS_PER_KEY == schema.key_of(version))
         with self.writing() as connection:
             user = connection.scalar(key.with_for_update(read=True))
             if user is not None:

@@ -26,13 +26,16 @@ class Upkeep(Database):
             connection.execute(sa.update(table).where(table.c.name == row["name"]).values(row))
 
     def prune(self, before: float) -> tuple[int, int]:
-        """Delete requests answered and jobs ended before a time; returns how many of each."""
-        requests, jobs = schema.requests, schema.jobs
-        answered = sa.delete(requests).where(requests.c.created < before)
+        """Delete what was answered (requests, responses) and jobs ended before a time; returns how
+        many answers and jobs.
+        """
+        jobs, answered = schema.jobs, 0
         ended = jobs.c.state.in_(["done", "failed"]) & (jobs.c.updated < before)
         with self.writing() as connection:
-            deleted = connection.execute(answered).rowcount
-            return deleted, connection.execute(sa.delete(jobs).where(ended)).rowcount
+            for table in (schema.requests, schema.responses):
+                old = sa.delete(table).where(table.c.created < before)
+                answered += connection.execute(old).rowcount
+            return answered, connection.execute(sa.delete(jobs).where(ended)).rowcount
 
     def scrub(self) -> None:
         """Rewrite the files without deleted bytes; StoreError if others still read them."""

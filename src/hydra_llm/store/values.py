@@ -57,6 +57,17 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response of the Responses API, with what was asked."""
+
+    id: str
+    user: str
+    created: float
+    previous: str | None  # the id of the response before it in the conversation
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFeedback:
     """Feedback on one answered request."""
 
