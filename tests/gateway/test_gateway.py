@@ -303,7 +303,7 @@ async def test_a_stream_begins_before_a_slow_upstream_and_stays_alive(
     store: Store, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The role before anything was answered, comments while nothing is, then the pick."""
-    monkeypatch.setattr("hydra_llm.gateway.openai_routes.KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("hydra_llm.gateway.chat.KEEP_ALIVE_SECONDS", 0.05)
     store.add_records("ada", records_of("ada"))
     async with running(store, bundles["tags"], candidates=3) as world:
         go, complete = asyncio.Event(), world.upstream.complete

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import (
     AfterValidator,
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationError,
 )
 from pydantic_core import PydanticCustomError
 
@@ -109,24 +111,72 @@ class Message(BaseModel):
     content: Annotated[Any, AfterValidator(_content)] = None
 
 
-class ChatRequest(BaseModel):
-    """A request for a chat completion; unknown fields go to the upstream."""
+class AnyRequest(BaseModel):
+    """What the gateway knows of a request in any protocol; unknown fields are allowed."""
 
     model_config = ConfigDict(extra="allow")
 
-    # What OpenAI's endpoint refuses is refused here, whatever the upstream takes.
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
     user: str | int | None = None
     safety_identifier: str | int | None = None
     metadata: Any = None  # in the forms that identity.py knows
     personalization: PersonalizationOptions | None = None
+
+
+class ChatRequest(AnyRequest):
+    """A request for a chat completion; unknown fields go to the upstream."""
+
+    # What OpenAI's endpoint refuses is refused here, whatever the upstream takes.
+    messages: Annotated[list[Message], Field(min_length=1)]
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream_options: dict[str, Any] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+
+
+class ResponseRequest(AnyRequest):
+    """A request for a response; unknown fields go to the upstream."""
+
+    input: str | list[dict[str, Any]] = ""
+    instructions: str | None = None
+    previous_response_id: Id | None = None
+    store: bool | None = None  # None is true
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[str] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class MessageRequest(AnyRequest):
+    """A request in the form of Anthropic's Messages API; unknown fields are left out."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    stop_sequences: list[str] | None = None
+    output_config: dict[str, Any] | None = None
+
+
+class TextRequest(AnyRequest):
+    """A request for a text's completion, or embeddings; unknown fields go to the upstream."""
+
+    prompt: Any = None
+    input: Any = None
+
+
+def chat_request(body: Mapping[str, Any]) -> ChatRequest:
+    """A chat request that was made of another protocol's. Raises `RequestValidationError`."""
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(), body=body) from None
 
 
 class RecordIn(_Strict):

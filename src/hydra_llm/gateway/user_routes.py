@@ -3,6 +3,7 @@ only use the store are no coroutines: FastAPI runs them in threads.
 """
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +20,7 @@ from hydra_llm.errors import HydraError, StoreError, UserFault
 from hydra_llm.gateway import user_data
 from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
-from hydra_llm.gateway.gateway import COMPLETION_ID, Gateway
+from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.profile import describe, in_words, leanings
 from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, RecordsIn, id_fault
 from hydra_llm.gateway.telemetry import log
@@ -35,6 +36,7 @@ LOG_IN_USE = (
     "somebody reads SQLite's log, which still holds pages as they were: it is emptied within"
     " minutes of that reader's end"
 )
+ANSWER_ID = re.compile(r"^(?:chatcmpl-|resp_|msg_)")  # what stands before the request's id
 router = APIRouter(prefix="/v1", tags=["users"])
 
 
@@ -116,7 +118,7 @@ async def feedback(sent: FeedbackIn, http: Request) -> dict[str, Any]:
     answer the last one stands.
     """
     kind, gateway, caller = sent.kind(), http.app.state.gateway, http.state.caller
-    id = sent.request_id.removeprefix(COMPLETION_ID)
+    id = ANSWER_ID.sub("", sent.request_id)
     request = await run_sync(gateway.store.request, id)
     if request is None or not (caller.admin or request.user in caller.users):
         message = "no such request: its answer was not personal, or it is too long ago"
