@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hydra_llm.gateway.app import make_app
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.embedded import EmbeddedUpstream
 from hydra_llm.gateway.settings import ServeSettings
-from hydra_llm.gateway.upstream import UpstreamError
+from hydra_llm.gateway.upstream import Head, Passed, UpstreamError
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.store.store import Store
@@ -143,6 +143,10 @@ class Scripted:
     """For each call in turn; None, or none left, is no fault."""
     most: int = 64
     """Choices that it gives at once."""
+    passed: list[Passed] = field(default_factory=list)
+    """Requests that were passed on."""
+    pieces: Sequence[bytes] = (b'{"object": ', b'"passed"}')
+    """How it answers them."""
 
     async def complete(self, body: Mapping[str, Any]) -> Any:
         self.bodies.append(dict(body))
@@ -181,6 +185,18 @@ class Scripted:
             raise UpstreamError(404, f"no model {id}")
         model = {"id": "m", "object": "model", "created": 1, "owned_by": "tests"}
         return model if id else {"object": "list", "data": [model]}
+
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]:
+        content = sent.content
+        if not isinstance(content, bytes):
+            content = b"".join([piece async for piece in content])
+        self.passed.append(replace(sent, content=content))
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in self.pieces:
+                yield piece
+
+        return Head(200, {"content-type": "application/json"}), pieces()
 
     async def aclose(self) -> None:
         pass

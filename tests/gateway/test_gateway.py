@@ -649,6 +649,30 @@ ENDPOINTS = [
     ("GET", "/v1/users/{user}/jobs/job-{user}", None),
     ("GET", "/v1/users/{user}/export", None),
     ("DELETE", "/v1/users/{user}", None),
+    ("POST", "/v1/responses", {"model": "m", "input": "x", "user": "{user}"}),
+    ("GET", "/v1/responses/resp_{user}", None),
+    ("GET", "/v1/responses/resp_{user}/input_items", None),
+    ("DELETE", "/v1/responses/resp_{user}", None),
+    (
+        "POST",
+        "/v1/messages",
+        {
+            "model": "m",
+            "max_tokens": 9,
+            "messages": [{"role": "user", "content": "x"}],
+            "metadata": {"user_id": "{user}"},
+        },
+    ),
+    (
+        "POST",
+        "/v1/messages/count_tokens",
+        {"model": "m", "messages": [{"role": "user", "content": "x"}], "user": "{user}"},
+    ),
+    ("POST", "/v1/completions", {"model": "m", "prompt": "x", "user": "{user}"}),
+    ("POST", "/v1/embeddings", {"model": "m", "input": "x", "user": "{user}"}),
+    ("GET", "/v1/other", None),
+    ("DELETE", "/v1/other", None),
+    *[(method, "/v1/other", {"user": "{user}"}) for method in ("POST", "PUT", "PATCH")],
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/m", None),
 ]
@@ -658,7 +682,7 @@ ENDPOINTS = [
 async def test_no_key_reaches_another_user(
     either: Store, bundles: dict[str, Path], method: str, path: str, body: dict[str, Any] | None
 ) -> None:
-    from hydra_llm.store.values import Request
+    from hydra_llm.store.values import Request, StoredResponse
 
     for user in ("ada", "bob"):
         either.add_records(user, records_of(user))
@@ -669,6 +693,9 @@ async def test_no_key_reaches_another_user(
             "visible": 1,
         }
         either.add_request(Request(f"req_{user}", user, time.time(), "", "q", content))
+        kept = {"input": [], "response": {"output": []}}
+        response = StoredResponse(f"resp_{user}", user, time.time(), None, kept)
+        either.add_response(response, version=None)
     keys = {
         "admin": make_key(either, admin=True)[1],
         "ada": make_key(either, users=["ada"])[1],
@@ -685,7 +712,10 @@ async def test_no_key_reaches_another_user(
     def filled(user: str) -> tuple[str, Any]:
         return path.replace("{user}", user), json.loads(json.dumps(body).replace("{user}", user))
 
-    async with running(either, bundles["tags"], candidates=2) as world:
+    of_one_answer = path.startswith(("/v1/feedback", "/v1/responses/"))
+    names_user = body is not None and "/users/" not in path and not of_one_answer
+    of_nobody = body is None and path in ("/v1/models", "/v1/models/m", "/v1/other", "/v1/users")
+    async with running(either, bundles["tags"], candidates=2, passthrough="all") as world:
         for name, key in keys.items():
             headers = {"authorization": f"Bearer {key}"} if key else {}
             where, sent = filled("bob")
@@ -697,10 +727,8 @@ async def test_no_key_reaches_another_user(
                 assert answer.status_code < 300, answer.text
                 either.add_records("bob", records_of("bob"))
                 continue
-            wanted = (404 if "feedback" in path else 403) if name in ("ada", "two") else 401
-            if (name == "ada" and path.endswith("completions")) or (
-                name in ("ada", "two") and ("models" in path or path == "/v1/users")
-            ):
+            wanted = (404 if of_one_answer else 403) if name in ("ada", "two") else 401
+            if (name == "ada" and names_user) or (name in ("ada", "two") and of_nobody):
                 # as ada: the key's only user overrides the request's; models belong to no user,
                 # and the list has the key's own users
                 wanted = 200
@@ -1423,7 +1451,12 @@ async def test_every_endpoint_is_in_the_access_tests(store: Store) -> None:
         for method in ways
     }
     tested = {
-        (method, re.sub(r"(users|records|jobs|models)/[^/]+", r"\1/*", path))
+        (
+            method,
+            re.sub(r"(users|records|jobs|models|responses)/[^/]+", r"\1/*", path).replace(
+                "other", "*"
+            ),
+        )
         for method, path, _ in ENDPOINTS
     }
     assert {

@@ -134,7 +134,7 @@ async def test_head_is_get_without_content(store: Store, path: str) -> None:
         assert answers[0].status_code == answers[1].status_code == 200
         assert answers[0].headers["content-length"] == answers[1].headers["content-length"]
         assert answers[1].content == b""
-        assert (await world.http.head("/v1/nothing")).status_code == 404
+        assert (await world.http.head("/nothing")).status_code == 404
 
 
 async def test_the_admin_key_of_the_environment(

@@ -377,7 +377,7 @@ def test_a_request_becomes_a_chat_request() -> None:
         "reasoning_effort": "low",
         "verbosity": "low",
         "response_format": {"type": "json_object"},
-        "max_completion_tokens": 9,
+        "max_tokens": 9,
         "logprobs": True,
         "messages": [
             {"role": "system", "content": "a"},

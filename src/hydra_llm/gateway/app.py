@@ -15,7 +15,14 @@ from starlette.middleware.cors import CORSMiddleware
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
-from hydra_llm.gateway import health, openai_routes, response_routes, user_routes
+from hydra_llm.gateway import (
+    forward,
+    health,
+    message_routes,
+    openai_routes,
+    response_routes,
+    user_routes,
+)
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
@@ -24,6 +31,7 @@ from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.store_training import Worker
 from hydra_llm.gateway.telemetry import Telemetry, log
+from hydra_llm.gateway.texts import Embedder
 from hydra_llm.gateway.upstream import Upstream
 from hydra_llm.gateway.user_cache import TimedReads
 from hydra_llm.llm.base import ChatLLM
@@ -59,11 +67,20 @@ def make_app(
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm)
-    for routes in (openai_routes, response_routes, user_routes, health):
-        app.include_router(routes.router)
+    app.state.embedder = Embedder()
+    routes = (openai_routes, response_routes, message_routes, user_routes, health)
+    for module in (*routes, forward):  # the last one takes what is left
+        app.include_router(module.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
-    app.add_middleware(AccessMiddleware, gateway=gateway, access=access or Access())
+    _add_middleware(app, gateway, access or Access())
+    return app
+
+
+def _add_middleware(app: FastAPI, gateway: Gateway, access: Access) -> None:
+    """From the innermost to the outermost."""
+    settings = gateway.settings
+    app.add_middleware(AccessMiddleware, gateway=gateway, access=access)
     if settings.cors_origins:  # outside of it: a preflight has no key
         app.add_middleware(
             CORSMiddleware,
@@ -73,7 +90,6 @@ def make_app(
             expose_headers=["x-hydra-personalized", "x-hydra-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog, telemetry=gateway.telemetry)
-    return app
 
 
 @asynccontextmanager

@@ -14,10 +14,11 @@ from hydra_llm.gateway.chunks import DONE, chunks_of, event, role_chunk
 from hydra_llm.gateway.gateway import Gateway, RoutedRequest
 from hydra_llm.gateway.identity import NamedUser, named_user
 from hydra_llm.gateway.middleware import ClientGone
-from hydra_llm.gateway.schemas import ChatRequest, Json
+from hydra_llm.gateway.schemas import ChatRequest, Json, chat_request
 from hydra_llm.gateway.telemetry import Span, chat_span, note
 from hydra_llm.gateway.upstream import Body, UpstreamError
 
+LIMIT = "max_tokens"
 KEEP_ALIVE_SECONDS = 5.0
 KEEP_ALIVE = b": still working\n\n"  # a comment: parsers skip it, proxies see it
 
@@ -81,6 +82,21 @@ async def answer_chat(
         if user.unread:
             response.headers["x-hydra-personalized"] += f"; field={user.unread}"
         return response
+
+
+async def answer_translated(
+    http: Request, chat: dict[str, Any], user: NamedUser, wire: Wire
+) -> Response:
+    """Answer a chat request that was made of another protocol's."""
+    name = getattr(http.app.state.gateway.upstream, "limit_name", LIMIT)
+    if LIMIT in chat:
+        chat[name] = chat.pop(LIMIT)
+    return await answer_chat(http, chat_request(chat), chat, user, wire)
+
+
+def answer_id(prefix: str, routed: RoutedRequest) -> str:
+    """The id of an answer. That of a personal one has the request's id, which feedback may name."""
+    return prefix + (routed.id if routed.reason is None else routed.id.removeprefix("req_"))
 
 
 async def while_connected(http: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -150,7 +150,7 @@ def open_deployment(
     size, queue = settings.users_in_memory, settings.scoring_queue
     if folder is None:
         chosen = here.model_copy(update=WITHOUT_BUNDLE | overrides)
-        cache = _encoder(chosen) if needs_encoder(chosen.retriever) else None
+        cache = open_features(chosen) if needs_encoder(chosen.retriever) else None
         embed = cache.texts if cache else None
         retriever = make_retriever(chosen.retriever, embed=embed, seed=chosen.seed)
         pipeline = Pipeline(ANY_TASK, retriever, chosen, gate=LexicalGate(embed))
@@ -174,9 +174,11 @@ def open_deployment(
     return Deployment(store, reads, bundle.pipeline(), users, batcher, bundle, features, dense)
 
 
-def _encoder(settings: Settings) -> FeatureCache:
-    """The features of a retriever without a bundle."""
-    require("learn", f"the retriever '{settings.retriever}'")
+def open_features(settings: Settings, what: str = "") -> FeatureCache:
+    """The encoder of the settings, for a retriever or `what` without a bundle. `MissingExtra`
+    without the extra `learn`.
+    """
+    require("learn", what or f"the retriever '{settings.retriever}'")
     from hydra_llm.model.encoder import open_encoder
 
     pooling, length = settings.pooling, settings.max_length

@@ -13,7 +13,7 @@ from hydra_llm.gateway.chunks import DONE, chunk_head, chunks_of, delta, event, 
 from hydra_llm.gateway.structured import FORMS, form_fault
 from hydra_llm.gateway.telemetry import note_usage
 from hydra_llm.gateway.turns import FairTurns, asking
-from hydra_llm.gateway.upstream import Body, HttpUpstream, Upstream, UpstreamError
+from hydra_llm.gateway.upstream import Body, Head, HttpUpstream, Passed, Upstream, UpstreamError
 from hydra_llm.llm.base import ChatLLM, Sampling
 from hydra_llm.llm.endpoint import Endpoint, endpoint_of
 from hydra_llm.llm.wire import text_of
@@ -100,6 +100,9 @@ class EmbeddedUpstream:
             return {"object": "list", "data": [model]}
         self._check_model(id)
         return model
+
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]:
+        raise UpstreamError(404, "this model has no such endpoint", code="unknown_url")
 
     async def aclose(self) -> None:
         await self._llm.aclose()

@@ -52,6 +52,19 @@ def hide_user(body: Mapping[str, Any], salt: str, fields: Iterable[str]) -> dict
     return dict(hidden)
 
 
+def hide_user_in_form(body: bytes, boundary: str, salt: str, fields: Iterable[str]) -> bytes:
+    """A body of multipart/form-data with pseudonyms where it names the user."""
+    names = {re.sub(r"\.([^.]+)", r"[\1]", path) for path in fields}  # metadata[user_id]
+    named = "|".join(re.escape(name) for name in names)
+    head = rf'\r\ncontent-disposition:[^\r\n]*; *name="?(?:{named})"? *\r\n(?:[^\r\n]+\r\n)*\r\n'
+    field = f"(?is)({head})(.*?)(?=\r\n--{re.escape(boundary)})".encode()
+
+    def hidden(match: re.Match[bytes]) -> bytes:
+        return match[1] + pseudonym(salt, match[2].decode("utf-8", "replace")).encode()
+
+    return re.sub(field, hidden, body)
+
+
 def _header(headers: Headers, name: str) -> str:
     values = {value for key, value in headers if key.lower() == name.encode()}
     if len(values) > 1:

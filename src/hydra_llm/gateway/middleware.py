@@ -14,17 +14,22 @@ from urllib.parse import quote, unquote, urlsplit
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydra_llm.errors import HydraError, StoreError
 from hydra_llm.gateway.auth import UNVERIFIED, WITHOUT_KEYS, Access, Caller, caller_of
 from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
+from hydra_llm.gateway.messages import error_body
 from hydra_llm.gateway.schemas import ApiError, Json
 from hydra_llm.gateway.telemetry import log
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
-UPSTREAM_PATHS = ("/v1/chat/completions", "/v1/models")
+UPSTREAM_PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages"),
+    *("/v1/models", "/v1/responses"),
+)
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
@@ -67,6 +72,8 @@ class AccessMiddleware:
             if not scope["path"].startswith(OPEN_PATHS):
                 await self._authorize(scope)
             await self._app(scope, self._limited(scope, receive), watched)
+        except ConnectionCut:
+            raise
         except ClientGone:
             return  # nobody reads an answer; the log has status 499
         except Exception as error:
@@ -75,7 +82,7 @@ class AccessMiddleware:
             if started:
                 _log_bug(error)
                 raise ConnectionCut from None
-            response = await error_response(None, error)
+            response = await error_response(Request(scope), error)
             await response(scope, receive, send)
         finally:
             state["route"] = getattr(scope.get("route"), "path", "unknown")
@@ -86,7 +93,9 @@ class AccessMiddleware:
             unquote(scope["query_string"].decode(), errors="strict")
         except UnicodeDecodeError:
             raise ApiError(400, "the query is not UTF-8", code="invalid_request") from None
-        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        key = headers.get(b"x-api-key")  # as Anthropic's clients send it
+        authorization = headers.get(b"authorization") or (f"Bearer {key}" if key else "")
         digest = hashlib.sha256(authorization.encode()).digest()
         find = partial(self._find, authorization)
         try:
@@ -167,32 +176,38 @@ class RateLimiter:
             raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 
-async def error_response(_: object, error: Exception) -> Json:
-    """An error as the caller sees it, in OpenAI's shape."""
+async def error_response(request: Request, error: Exception) -> Json:
+    """An error as the caller sees it, in OpenAI's shape, or in Anthropic's where that is asked."""
+    answer = _answer(error)
+    is_anthropic = request.scope["path"].startswith("/v1/messages")
+    body = error_body(answer.status, answer.body) if is_anthropic else answer.body
+    return Json(body, answer.status, headers=answer.headers)
+
+
+def _answer(error: Exception) -> ApiError:
     match error:
         case ApiError():
-            answer = error
+            return error
         case RequestValidationError():
             place, message = _body_fault(error)
-            answer = ApiError(400, message, param=place or None, code="invalid_request")
+            return ApiError(400, message, param=place or None, code="invalid_request")
         case HTTPException(status_code=400):  # FastAPI could not decode the body
             message = "the body cannot be read: it must be JSON in UTF-8"
-            answer = ApiError(400, message, code="invalid_request")
+            return ApiError(400, message, code="invalid_request")
         case HTTPException():
-            answer = ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, str(error.detail))
         case Overloaded():
             message = "more waits here than this machine can do: try again"
-            answer = ApiError(503, message, code="overloaded")
+            return ApiError(503, message, code="overloaded")
         case StoreError():
             # A database's own error says why (a full disk), and no value; others may name a user.
             why = error if type(error) is StoreError else type(error).__name__
             log.error("the store failed: %s", why)
             message = "the store does not answer: nothing was changed, try again"
-            answer = ApiError(503, message, code="store_unavailable")
+            return ApiError(503, message, code="store_unavailable")
         case _:
             _log_bug(error)
-            answer = ApiError(500, "something went wrong here", code="internal_error")
-    return Json(answer.body, answer.status, headers=answer.headers)
+            return ApiError(500, "something went wrong here", code="internal_error")
 
 
 def _body_fault(error: RequestValidationError) -> tuple[str, str]:

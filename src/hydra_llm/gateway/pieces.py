@@ -80,7 +80,8 @@ class ChunkReader:
 
     def _call(self, call: Body) -> Piece:
         place, given = call.get("index"), call.get("function")
-        place, function = place if isinstance(place, int) else 0, given or {}
+        place = place if isinstance(place, int) else 0
+        function: Body = given if isinstance(given, Mapping) else {}
         known, id = self._calls.get(place), str(call.get("id") or "")
         if known is None or id not in ("", known[0]):  # some endpoints give every call index 0
             known = (id or f"call_{token_hex(12)}", str(function.get("name") or ""))

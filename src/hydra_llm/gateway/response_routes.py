@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -15,15 +15,15 @@ from fastapi import APIRouter, Query, Request, Response
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.auth import Caller
-from hydra_llm.gateway.chat import answer_chat, user_of
+from hydra_llm.gateway.chat import answer_id, answer_translated, user_of
 from hydra_llm.gateway.gateway import Gateway, RoutedRequest
 from hydra_llm.gateway.pieces import chunks_in
 from hydra_llm.gateway.responses import PREFIX, Item, ResponseWriter, to_chat
-from hydra_llm.gateway.schemas import ApiError, Id, Json, ResponseRequest, chat_request
+from hydra_llm.gateway.schemas import ApiError, Id, Json, ResponseRequest
 from hydra_llm.gateway.upstream import Body
 from hydra_llm.store.values import StoredResponse
 
-ITEM = re.compile(r"(?:msg|rs|fc)_(.+)_(\d+)")  # the id of an item of an output, as written here
+ITEM = re.compile(r"(?:msg|rs|fc)_(\w{1,40})_(\d{1,6})", re.ASCII)  # the id of an item of an output
 PER_USER = "responses are kept per user: name the user, for instance in the header x-hydra-user"
 
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"])
@@ -38,7 +38,7 @@ async def create_response(request: ResponseRequest, http: Request) -> Response:
     kept = _Conversation(gateway, body, user.id)
     await kept.read(request)
     chat = to_chat(body, [*kept.earlier, *kept.items])
-    return await answer_chat(http, chat_request(chat), chat, user, kept)
+    return await answer_translated(http, chat, user, kept)
 
 
 @router.get("/{id}", response_model=None)
@@ -91,16 +91,21 @@ class _Conversation:
     gateway: Gateway
     asked: Body
     user: str | None
+    previous: str | None = None
+    earlier: list[Item] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)  # of this request
+    keeps: bool = False
+    version: int | None = None  # the user's before the upstream is asked; None: unknown
 
     async def read(self, request: ResponseRequest) -> None:
         """Find what the request refers to. `ApiError` 404: a response or item is not kept."""
-        self.version = None
         self.previous = request.previous_response_id
         self.keeps = request.store is not False and self.user is not None
-        self.earlier = await self._earlier(self.previous) if self.previous else []
+        if self.previous is not None:
+            self.earlier = await self._earlier(self.previous)
         text = {"type": "input_text", "text": request.input}
-        message = {"type": "message", "role": "user", "content": [text]}
-        items = [message] if isinstance(request.input, str) else request.input
+        message: Item = {"type": "message", "role": "user", "content": [text]}
+        items = [message] if isinstance(request.input, str) else request.input or []
         if not items and not self.earlier:
             raise ApiError(400, "input: give at least one item", param="input")
         self.items = await self._resolved(items)
@@ -137,8 +142,7 @@ class _Conversation:
         yield writer.last()
 
     def _writer(self, routed: RoutedRequest) -> ResponseWriter:
-        id = routed.id if routed.reason is None else routed.id.removeprefix("req_")
-        return ResponseWriter(PREFIX + id, self.asked)
+        return ResponseWriter(answer_id(PREFIX, routed), self.asked)
 
     async def _earlier(self, previous: str) -> list[Item]:
         """The items of a response and those before it."""

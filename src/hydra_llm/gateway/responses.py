@@ -19,13 +19,12 @@ OWN = (
     *("include", "truncation", "max_tool_calls", "context_management", "n"),
 )
 REFUSED = ("conversation", "prompt", "background")
-ECHOED = {
+ECHOED: Body = {
     "instructions": None,
     "max_output_tokens": None,
     "previous_response_id": None,
     "temperature": None,
     "top_p": None,
-    "user": None,
     "parallel_tool_calls": True,
     "tool_choice": "auto",
     "tools": [],
@@ -56,10 +55,10 @@ def to_chat(body: Body, items: Sequence[Body]) -> dict[str, Any]:
     chat["messages"] = first + messages_of(items)
     tools, choice = _tools(body.get("tools") or ()), body.get("tool_choice")
     match choice:
-        case {"type": "allowed_tools", "tools": list(allowed)}:
+        case {"type": "allowed_tools", "tools": list(allowed), "mode": mode}:
             names = [tool.get("name") for tool in allowed if isinstance(tool, Mapping)]
             tools = [tool for tool in tools if tool["function"]["name"] in names]
-            choice = choice.get("mode")
+            choice = mode
     if tools:
         chat |= {"tools": tools} | ({"tool_choice": _choice(choice)} if choice else {})
     else:
@@ -69,7 +68,7 @@ def to_chat(body: Body, items: Sequence[Body]) -> dict[str, Any]:
         "response_format": response_format(text.get("format")),
         "verbosity": text.get("verbosity"),
         "reasoning_effort": reasoning.get("effort"),
-        "max_completion_tokens": body.get("max_output_tokens"),
+        "max_tokens": body.get("max_output_tokens"),
         "top_logprobs": body.get("top_logprobs"),
         "logprobs": bool(body.get("top_logprobs") or LOGPROBS in (body.get("include") or ())),
         "stream_options": {"include_usage": True} if body.get("stream") else None,
@@ -231,11 +230,16 @@ class ResponseWriter:
 
     def __init__(self, id: str, asked: Body):
         given = {name: asked[name] for name in ECHOED if asked.get(name) is not None}
-        state = {"status": "in_progress", "error": None, "incomplete_details": None, "output": []}
-        head = {"id": id, "object": "response", "created_at": int(time.time()), "usage": None}
+        state: Item = {
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            "output": [],
+        }
+        head: Item = {"id": id, "object": "response", "created_at": int(time.time()), "usage": None}
         fixed: Item = {"background": False, "truncation": "disabled", "store": False}
         fixed["model"] = asked["model"]
-        self.response: Item = head | state | ECHOED | given | fixed
+        self.response: Item = {**head, **state, **ECHOED, **given, **fixed}
         self._output: list[Item] = self.response["output"]
         self._reader = ChunkReader()
         self._last: Piece | None = None  # of the item that is open

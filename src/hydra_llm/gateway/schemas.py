@@ -139,7 +139,7 @@ class ChatRequest(AnyRequest):
 class ResponseRequest(AnyRequest):
     """A request for a response; unknown fields go to the upstream."""
 
-    input: str | list[dict[str, Any]] = ""
+    input: str | list[dict[str, Any]] | None = None
     instructions: str | None = None
     previous_response_id: Id | None = None
     store: bool | None = None  # None is true
@@ -152,16 +152,21 @@ class ResponseRequest(AnyRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-class MessageRequest(AnyRequest):
+class PromptRequest(AnyRequest):
     """A request in the form of Anthropic's Messages API; unknown fields are left out."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     stop_sequences: list[str] | None = None
     output_config: dict[str, Any] | None = None
+
+
+class MessageRequest(PromptRequest):
+    """A request for a message of Anthropic's API."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
 
 
 class TextRequest(AnyRequest):

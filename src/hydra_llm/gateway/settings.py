@@ -83,9 +83,12 @@ class ServeSettings(config.Group):
     cors_origins: tuple[str, ...] = ()
     """Origins of browser applications, separated by commas, as https://app.example; * is any."""
 
+    passthrough: Literal["admin", "all", "off"] = "admin"
+    """Whose requests to other paths of /v1 are passed on; the upstream's key opens them."""
+
     # ---- retention
     retention_days: float = Field(default=30.0, ge=0)
-    """Days that answered requests are kept for feedback."""
+    """Days that answered requests are kept for feedback, and responses for conversations."""
 
     # ---- limits
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)

@@ -6,13 +6,14 @@ the retries, except of a request on a kept connection that the endpoint was clos
 """
 
 import json
+import string
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import Any, Protocol
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote_plus, urlsplit
 
 import httpx2
 
@@ -34,6 +35,8 @@ CUT = (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError)
 RATE_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests")
 PASSED_HEADERS = ("retry-after", "retry-after-ms", "x-request-id", *RATE_HEADERS, "x-should-retry")
 """Headers of an upstream's error that the caller's SDK acts on."""
+FORWARDED = ("content-type", "content-disposition", "content-language", *PASSED_HEADERS)
+"""Headers of a passed request's response."""
 BLANK = b" \t\r\n\xef\xbb\xbf"  # what may stand before an answer
 NO_STREAM = (b"{", b"[", b"<")  # how an answer begins that is JSON or a web page
 LONGEST = 2000  # characters of an error that are told
@@ -70,6 +73,25 @@ class UpstreamError(ApiError):
         return cls(status, {"error": {**told, "message": message}}, passed)
 
 
+@dataclass(frozen=True)
+class Passed:
+    """A request that is passed on as it is, to a path below the endpoint's URL."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    content: bytes | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the response to a passed request begins."""
+
+    status: int
+    headers: Mapping[str, str]
+
+
 class Upstream(Protocol):
     """What the gateway asks; every method raises `UpstreamError` where the upstream fails."""
 
@@ -78,6 +100,8 @@ class Upstream(Protocol):
     def stream(self, body: Body) -> AsyncIterator[bytes]: ...  # events, as they come
 
     async def models(self, id: str | None = None) -> Any: ...  # the list, or one of them
+
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]: ...
 
     async def aclose(self) -> None: ...
 
@@ -91,6 +115,10 @@ class HttpUpstream:
         url = endpoint.url.rstrip("/") + "/"
         options: dict[str, Any] = {"base_url": url, "headers": key, "limits": LIMITS}
         options["params"] = endpoint.query or None  # of every request, behind its path
+        host = f".{urlsplit(url).hostname}"
+        is_openai = host.endswith((".openai.com", ".openai.azure.com"))
+        self.limit_name = "max_completion_tokens" if is_openai else "max_tokens"
+        """The field that limits an answer: new models of OpenAI refuse the one that others know."""
         with http_client_faults():
             self._client = httpx2.AsyncClient(timeout=timeout, transport=transport, **options)
 
@@ -100,7 +128,7 @@ class HttpUpstream:
 
     async def stream(self, body: Body) -> AsyncIterator[bytes]:
         """Whole events, as they come. An error among them is raised."""
-        async with self._answering("chat/completions", body) as response:
+        async with self._answering("POST", "chat/completions", json.dumps(body)) as response:
             reader, said, ended, start = EventReader(), False, False, b""
             try:
                 async for piece in response.aiter_bytes():
@@ -142,20 +170,58 @@ class HttpUpstream:
             raise UpstreamError(404, "no such model", code="model_not_found")
         return await self._send(f"models/{quote(id, safe='/')}", needs="")
 
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]:
+        stack = AsyncExitStack()
+        query = self._query(sent.query)
+        answering = self._answering(
+            sent.method, f"/{sent.path}", sent.content, headers=sent.headers, query=query
+        )
+        response = await stack.enter_async_context(answering)
+        told = {name: response.headers[name] for name in FORWARDED if name in response.headers}
+        head = Head(response.status_code, {name: self.endpoint.redact(told[name]) for name in told})
+
+        async def pieces() -> AsyncIterator[bytes]:
+            async with stack:
+                yield b""
+                async for piece in response.aiter_bytes():
+                    yield piece
+
+        body = pieces()
+        await anext(body)  # begun, so that the connection is closed with it
+        return head, body
+
+    def _query(self, asked: str) -> str:
+        """A request's own query; where it has a parameter of the endpoint's, that one stands."""
+        own = {name for name, _ in parse_qsl(self.endpoint.query, keep_blank_values=True)}
+        parts = (part for part in asked.split("&") if unquote_plus(part.split("=")[0]) not in own)
+        whole = "&".join(filter(None, (self.endpoint.query, *parts)))
+        return quote(whole, safe=string.punctuation)
+
     async def aclose(self) -> None:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def _answering(self, path: str, body: Body | None) -> AsyncIterator[httpx2.Response]:
+    async def _answering(
+        self,
+        method: str,
+        path: str,
+        content: Any = None,
+        *,
+        headers: Mapping[str, str] = AS_JSON,
+        query: str = "",
+    ) -> AsyncIterator[httpx2.Response]:
         """A response that has begun. A request whose connection ends before that is sent once more:
         the endpoint may have closed an idle connection while the request was on its way.
         """
-        method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
         try:
-            request = self._client.build_request(method, path, content=content, headers=AS_JSON)
+            request = self._client.build_request(method, path, content=content, headers=headers)
+            if query:
+                request.url = request.url.copy_with(query=query.encode())
             try:
                 response = await self._client.send(request, stream=True)
             except CUT:
+                if not isinstance(content, str | bytes | None):
+                    raise  # what was streamed is gone
                 response = await self._client.send(request, stream=True)
             try:
                 note(upstream=response.status_code)
@@ -173,7 +239,8 @@ class HttpUpstream:
             raise UpstreamError(502, message) from None
 
     async def _send(self, path: str, body: Body | None = None, needs: str = "choices") -> Any:
-        async with self._answering(path, body) as response:
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
+        async with self._answering(method, path, content) as response:
             return self._read(response, await response.aread(), needs)
 
     def _read(self, response: httpx2.Response, content: bytes, needs: str = "choices") -> Any:
