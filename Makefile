@@ -50,7 +50,7 @@ docs: $(READY) ## Write commands.md, settings.md and api.md in docs/ anew from t
 	@$(BIN)/python tools/api_md.py
 	@$(BIN)/python tools/results_md.py
 
-clients: $(READY) ## Run the code of docs/clients.md with thirteen clients (once: 550 MB into .clients)
+clients: $(READY) ## Run the code of docs/clients.md with seventeen clients (once: 550 MB into .clients)
 	@$(BIN)/python tools/try_clients.py
 
 walk: $(READY) ## The example from a CSV file to served answers, with a fake LLM

@@ -34,13 +34,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "clients.json"
 PINS = Path(__file__).with_name("clients.txt")
 CACHE = ROOT / ".clients"
 JAVASCRIPT = {"openai": "6.49.0", "ai": "6.0.326", "@ai-sdk/openai-compatible": "2.0.92"}
-JAVASCRIPT |= {"zod": "4.6.7"}
+JAVASCRIPT |= {"@ai-sdk/openai": "3.0.141", "zod": "4.6.7"}
 FEATURES = ("user", "seen", "feedback", "stream", "tools", "schema")
 ADDRESS = "http://127.0.0.1:8000"  # of the gateway, as the page writes it
 MARK = "harvest-7"  # in the user's records, in no question
 WORD = "Monday"  # in the page's questions; a client's other calls are its own affair
 DAYS = ("Tuesday", "Wednesday", "Thursday", "Friday", "Sunday")
-SECONDS = 240  # that a block may take
+SECONDS = 900  # that a block, or the gateway's start, may take on a busy machine
 QUIET = {
     "OPENAI_AGENTS_DISABLE_TRACING": "1",
     "MEM0_TELEMETRY": "False",
@@ -63,7 +63,7 @@ def sections(page: str) -> list[Client]:
     """The page's sections that have code."""
     parts = re.split(r"^## (.+)$", page, flags=re.M)[1:]
     found = [
-        Client(name, re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S))
+        Client(name, re.findall(r"^```(?!text)(\w+)\n(.*?)^```$", text, flags=re.M | re.S))
         for name, text in zip(parts[::2], parts[1::2], strict=True)
     ]
     return [client for client in found if client.blocks]
@@ -143,7 +143,7 @@ def gateway(upstream: Upstream, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + SECONDS
     while process.poll() is None and time.monotonic() < end:
         try:
             httpx2.get(url, timeout=1)
@@ -163,7 +163,8 @@ def run_client(client: Client, user: str, base: str, fake: str, upstream: Upstre
         for day in DAYS
     ]
     url = f"{base}/v1/users/{user}"
-    httpx2.post(f"{url}/records", json={"records": records}).raise_for_status()
+    http = httpx2.Client(timeout=SECONDS)
+    http.post(f"{url}/records", json={"records": records}).raise_for_status()
     upstream.asked.clear()
     printed = ""
     for language, code in client.blocks:
@@ -173,7 +174,7 @@ def run_client(client: Client, user: str, base: str, fake: str, upstream: Upstre
     asked = [body for body in upstream.asked if WORD in json.dumps(body["messages"])]
     client.shown["user"] = any(map(is_personal, asked))
     client.shown["seen"] = bool(re.search(r"personal:.*\btrue\b", printed, re.I))
-    client.shown["feedback"] = bool(httpx2.get(f"{url}/export").json()["feedback"])
+    client.shown["feedback"] = bool(http.get(f"{url}/export").json()["feedback"])
     for feature, name in (("stream", "stream"), ("tools", "tools"), ("schema", "response_format")):
         if own := [body for body in asked if body.get(name)]:
             client.shown[feature] = any(map(is_personal, own))
@@ -230,12 +231,14 @@ def versions_of(clients: list[Client]) -> dict[str, str]:
     """The clients' versions, by section."""
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", PINS.read_text(encoding="utf-8"), flags=re.M))
     names = {"openai (Python)": "openai", "LangChain": "langchain-openai", "mem0": "mem0ai"}
+    names |= {"openai (Responses)": "openai", "openai-agents (Responses)": "openai-agents"}
     names |= {"LlamaIndex": "llama-index-llms-openai-like", "pydantic-ai": "pydantic-ai-slim"}
     own = {
         client.name: pinned.get(names.get(client.name, client.name.lower()), "")
         for client in clients
     }
-    return own | {"openai (Node)": JAVASCRIPT["openai"], "Vercel AI SDK": JAVASCRIPT["ai"]}
+    own |= {"openai (Node)": JAVASCRIPT["openai"], "Vercel AI SDK": JAVASCRIPT["ai"]}
+    return own | {"Vercel AI SDK (Responses)": JAVASCRIPT["ai"]}
 
 
 def lost(clients: list[Client]) -> list[str]:
@@ -251,7 +254,14 @@ def lost(clients: list[Client]) -> list[str]:
     ]
 
 
-def write(clients: list[Client], versions: dict[str, str]) -> None:
+def write(clients: list[Client]) -> None:
+    """Write what was shown; a client that was not run keeps what is committed."""
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["clients"]
+    shown = before | {client.name: client.shown for client in clients}
+    clients = [c for c in sections(PAGE.read_text(encoding="utf-8")) if c.name in shown]
+    for client in clients:
+        client.shown = shown[client.name]
+    versions = versions_of(clients)
     content = {client.name: client.shown for client in clients}
     text = json.dumps({"versions": versions, "clients": content}, indent=1, ensure_ascii=False)
     RESULTS.write_text(text + "\n", encoding="utf-8")
@@ -266,13 +276,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="write the table")
-    parser.add_argument("--only", default="", help="only clients whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="only clients whose name contains one of these, with commas"
+    )
     args = parser.parse_args()
     has_node = install()
     clients = [
         client
         for client in sections(PAGE.read_text(encoding="utf-8"))
-        if args.only in client.name and (has_node or client.blocks[0][0] != "js")
+        if any(part in client.name for part in args.only.split(","))
+        and (has_node or client.blocks[0][0] != "js")
     ]
     upstream = Upstream()
     with tempfile.TemporaryDirectory() as folder, gateway(upstream, Path(folder)) as (base, fake):
@@ -284,7 +297,7 @@ def main() -> int:
     versions = versions_of(clients)
     print(table(clients, versions))
     if args.write:
-        write(clients, versions)
+        write(clients)
     missing = lost(clients)
     for line in missing:
         print(f"lost: {line}", file=sys.stderr)

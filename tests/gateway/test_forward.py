@@ -1,5 +1,6 @@
 """What is passed on to the upstream: other paths of /v1, completions of texts, embeddings."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -119,9 +120,10 @@ async def raw_get(world: World, raw: bytes) -> int:
     from urllib.parse import unquote
 
     status: list[int] = []
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
 
     async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return messages.pop() if messages else await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
