@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hydra_llm.gateway.app import make_app
 from hydra_llm.store.store import Store
+from tests.waiting import FOREVER
 
 from .conftest import Scripted, records_of
 
@@ -95,9 +96,8 @@ def test_no_request_is_answered_with_a_500(served: str) -> None:
     ],
 )
 def test_malformed_bodies(served: str, body: bytes, status: int) -> None:
-    answer = httpx2.post(
-        f"{served}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-    )
+    url, headers = f"{served}/v1/chat/completions", {"content-type": "application/json"}
+    answer = httpx2.post(url, content=body, headers=headers, timeout=FOREVER)
     assert answer.status_code == status, answer.text
     if status >= 400:
         assert answer.json()["error"]["type"] == "invalid_request_error"
