@@ -161,6 +161,7 @@ class ReportFiles:
     html: Annotated[Path | None, Option(help="Write an offline page to this file.")] = None
     answers: Annotated[bool, Option(help="Quote sampled answers in the HTML page.")] = True
     plots: Annotated[Path | None, Option(help="Write the plots (SVG) to this folder.")] = None
+    slides: Annotated[Path | None, Option(help="Write figures for a talk (SVG, PNG) there.")] = None
 
     def write(self, reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> None:
         """Write the files whose options are given."""
@@ -179,6 +180,11 @@ class ReportFiles:
             for number, report in enumerate(reports, 1):
                 below = f"{number}-{report.run.folder.name}" if len(reports) > 1 else ""
                 console.say(f"wrote {write(report, self.plots / below)}")
+        if self.slides is not None:
+            from hydra_llm.bench.report import slides
+
+            for file in slides.write(reports, self.slides):
+                console.say(f"wrote {file}")
 
 
 @app.command()
