@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra_llm.bench.choices import earlier, figures
+from hydra_llm.bench.details import details_of
 from hydra_llm.bench.folds import deal
 from hydra_llm.bench.method import Answerer, Learner, Method, Parts, partners
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -26,7 +27,7 @@ from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.choosing import chosen_over
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.types import Query, Record
+from hydra_llm.types import Answer, Query, Record
 
 P = TypeVar("P", bound=Parts)
 Say = Callable[[str], None]
@@ -225,10 +226,11 @@ async def run_methods(
 
     async def one(case: tuple[Sample, Query]) -> None:
         blank, query = case
-        sample = await _sample(blank, query, answerers[blank.method, blank.seed], faults)
+        answerer = answerers[blank.method, blank.seed]
+        sample, answer = await _sample(blank, query, answerer, faults)
         done[sample.key] = sample
         if log is not None:
-            log.add(sample)
+            log.add(sample, details_of(query, answer))
 
     report = None if progress is None else partial(progress, "answer")
     await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
@@ -251,7 +253,7 @@ def _records_shown(instance: tuple[Method, Parts]) -> int:
 
 async def _sample(
     blank: Sample, query: Query, answerer: Answerer, faults: list[LLMError]
-) -> Sample:
+) -> tuple[Sample, Answer | None]:
     """The sample of a query with its answer or error; `faults` collects the errors."""
     try:
         answer = await answerer.aanswer(query)
@@ -259,11 +261,11 @@ async def _sample(
         raise
     except LLMError as error:
         faults.append(error)
-        return replace(blank, error=str(error))
+        return replace(blank, error=str(error)), None
     spent = answerer.pop_spent() if isinstance(answerer, Learner) else {}
     usage, pick = answer.usage, answer.candidates[answer.chosen]
     votes = [candidate.votes for candidate in answer.candidates]
-    return replace(
+    sample = replace(
         blank,
         answer=pick.answer,
         calls=usage.calls + usage.cached,
@@ -277,6 +279,7 @@ async def _sample(
         agreement=max(votes) / sum(votes) if sum(votes) > 1 else None,
         learned={user: cost.to_json() for user, cost in spent.items()},
     )
+    return sample, answer
 
 
 def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:

@@ -1,5 +1,5 @@
-"""A run's folder: manifest, one line per sample, results. Only whole lines count, so that a killed
-run loses at most one line. Knows no methods and no LLM.
+"""A run's folder: manifest, one line per sample, their details (`details.py`), results. Only whole
+lines count, so that a killed run loses at most one. Knows no methods and no LLM.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_llm import __version__
+from hydra_llm.bench.details import Details, DetailsLog
 from hydra_llm.errors import SettingsError
 from hydra_llm.types import Usage
 
@@ -108,6 +109,7 @@ class RunLog:
                     file.truncate(whole)
             # failed samples are tried again
             self.samples |= {sample.key: sample for sample in samples if not sample.error}
+        self._details = DetailsLog(folder)
 
     def complete(self, late: Mapping[str, Any]) -> None:
         """Add what the run has learned; SettingsError if it learned something else before."""
@@ -137,7 +139,10 @@ class RunLog:
             fault = f"cannot be read ({error}): take another --out"
             raise SettingsError(f"{self._manifest} {fault}") from None
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, details: Details | None = None) -> None:
+        """Append a sample, and before it how its answer came about."""
+        if details is not None:
+            self._details.add(sample.key, details)
         self.samples[sample.key] = sample
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
