@@ -241,6 +241,27 @@ def show(
         show_table(sweeps.sweep_rows(result), result["question"])
 
 
+@app.command()
+def view(
+    runs: Annotated[list[Path], Argument(help="Folder of a run, or of two to compare.")],
+    out: Annotated[Path, Option(help="The page.")] = Path("view.html"),
+    methods: Annotated[str, Option(help="Of these only, as rag@4,hydra@4,8.")] = "",
+    limit: opt.Limit = None,
+) -> None:
+    """Write a page to look through the samples of runs; it needs no server and no network.
+
+    It shows prompts, candidates, scores and gold, of the first `--limit` queries. It quotes the
+    data.
+    """
+    from hydra_llm.bench.method import split_names
+    from hydra_llm.bench.report import tables, viewer
+
+    opened = [tables.open_run(folder) for folder in runs]
+    text = viewer.page(opened, split_names(methods), limit)
+    size = f"{len(text) / 1e6:.1f} MB"
+    _write(out, text, f" ({size}): it quotes the data, do not commit or publish it")
+
+
 def _write(file: Path, text: str, note: str = "") -> None:
     """Write a report, creating its folder, and say so."""
     try:
