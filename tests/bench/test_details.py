@@ -37,7 +37,7 @@ def test_details_are_read_as_written(
     assert read_details(folder) == {KEY: details, ("rag", "u", "q", 1): details}
 
 
-def test_texts_that_look_like_references_and_halves_of_surrogates(tmp_path: Path) -> None:
+def test_texts_that_look_like_references_or_are_no_utf8(tmp_path: Path) -> None:
     details = {
         "input": "#0123456789abcdef",
         "messages": [{"role": "user", "content": "\ud800" * 30}],

@@ -211,11 +211,10 @@ async def run_methods(
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
     instances = [(method, own) for method in methods for own in method.instances(seeds)]
-    fold = seeds[0].fold
     answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
     order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
-    blanks = {q: _blank(q, fold, seeds[0].records.get(q.user, ())) for q in queries}
+    blanks = {q: _blank(q, seeds[0].fold, seeds[0].records.get(q.user, ())) for q in queries}
     todo = [
         (replace(blanks[query], method=name, seed=seed), query)
         for query in queries
@@ -226,8 +225,8 @@ async def run_methods(
 
     async def one(case: tuple[Sample, Query]) -> None:
         blank, query = case
-        answerer = answerers[blank.method, blank.seed]
-        sample, answer = await _sample(blank, query, answerer, faults)
+        own = answerers[blank.method, blank.seed]
+        sample, answer = await _sample(blank, query, own, faults)
         done[sample.key] = sample
         if log is not None:
             log.add(sample, details_of(query, answer))

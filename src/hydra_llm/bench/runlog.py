@@ -182,17 +182,29 @@ def write_json(file: Path, content: Any) -> None:
     temporary.replace(file)
 
 
-def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
-    """Write each method's answers as LaMP's evaluation reads them, to `lamp/METHOD.json`: the first
-    seed's, empty if failed or unparsable. `like`: the LaMP task; LaMP-2N and -2M are both LaMP_2.
+def query_ids(samples: Iterable[Sample]) -> dict[tuple[str, str], str]:
+    """User and query → the query's id, after its user's where several users have a query of it."""
+    queries = {(sample.user, sample.query) for sample in samples}
+    shared = len({query for _, query in queries}) < len(queries)
+    return {(user, query): f"{user}/{query}" if shared else query for user, query in queries}
+
+
+def lamp_answers(like: str, own: Sequence[Sample]) -> dict[str, Any]:
+    """One method's answers as LaMP's evaluation reads them: the first seed's, empty if failed or
+    unparsable. `like`: the LaMP task; LaMP-2N and -2M are both LaMP_2.
     """
+    ids = query_ids(own)
+    first = [sample for sample in own if sample.seed == own[0].seed]
+    golds = [{"id": ids[s.user, s.query], "output": s.answer or ""} for s in first]
+    return {"task": like.replace("-", "_")[:6], "golds": golds}
+
+
+def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
+    """Write each method's answers as `lamp_answers`, to `lamp/METHOD.json`."""
     out = folder / "lamp"
     out.mkdir(exist_ok=True)
     for method, own in by_method(samples).items():
-        first = [sample for sample in own if sample.seed == own[0].seed]
-        golds = [{"id": sample.query, "output": sample.answer or ""} for sample in first]
-        content = {"task": like.replace("-", "_")[:6], "golds": golds}
-        text = json.dumps(content, ensure_ascii=False)
+        text = json.dumps(lamp_answers(like, own), ensure_ascii=False)
         (out / f"{method}.json").write_text(text, encoding="utf-8")
     return out
 

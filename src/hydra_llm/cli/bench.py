@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 DATA_HELP = "A native folder, LaMP's files, or lamp-1, -2n, -2m, -3, -4, -5, -7 (downloaded)."
 Data = Annotated[str, Argument(help=DATA_HELP)]
 Users = Annotated[int | None, Option(min=1, help="Max number of new users.")]
+Format = Literal["inspect", "lamp"]
 Price = Annotated[float, Option(min=0, help="Price per million tokens.")]
 
 
@@ -260,6 +261,21 @@ def view(
     text = viewer.page(opened, split_names(methods), limit)
     size = f"{len(text) / 1e6:.1f} MB"
     _write(out, text, f" ({size}): it quotes the data, do not commit or publish it")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run.")],
+    to: Annotated[Format, Option(help="The format: inspect_ai's eval logs, or LaMP's answers.")],
+    out: Annotated[Path | None, Option(help="Folder of the files; default: below RUN.")] = None,
+) -> None:
+    """Write a run as others read it, a file per method; it quotes the data."""
+    from hydra_llm.bench.export import write_inspect, write_lamp
+    from hydra_llm.bench.report import tables
+
+    write = {"inspect": write_inspect, "lamp": write_lamp}[to]
+    files = write(tables.open_run(folder), out or folder / to)
+    console.say(f"wrote {len(files)} files to {files[0].parent}")
 
 
 def _write(file: Path, text: str, note: str = "") -> None:

@@ -60,13 +60,7 @@ def _content(
     runs: Sequence[Run], methods: Sequence[str], limit: int | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The index, and a block for each query, by its place in the index."""
-    queries: dict[tuple[str, str], list[tuple[int, Sample]]] = {}
-    for number, run in enumerate(runs):
-        for method in filter(run.by_method.__contains__, methods):
-            for sample in run.of(method):
-                queries.setdefault((sample.user, sample.query), []).append((number, sample))
-    if limit is not None:
-        queries = {key: queries[key] for key in list(queries)[:limit]}
+    queries = _by_query(runs, methods, limit)
     users = list(dict.fromkeys(user for user, _ in queries))
     places = {name: place for place, name in enumerate(users)}
     details = [read_details(run.folder) for run in runs]
@@ -87,9 +81,8 @@ def _content(
         texts = _Texts()
         block = {"input": input, "time": asked.get("time", ""), "gold": gold, "samples": seen}
         blocks.append({**shortened(block, texts.refer), "texts": texts.all})
-    names = _names(runs)
     index = {
-        "runs": [{"name": name} for name in names],
+        "runs": [{"name": name} for name in _names(runs)],
         "methods": methods,
         "users": users,
         "queries": listed,
@@ -97,6 +90,18 @@ def _content(
         "first": _first(runs, methods),
     }
     return shortened(index, lambda text: text), blocks
+
+
+def _by_query(
+    runs: Sequence[Run], methods: Sequence[str], limit: int | None
+) -> dict[tuple[str, str], list[tuple[int, Sample]]]:
+    """User and query → its samples, each with the number of its run."""
+    queries: dict[tuple[str, str], list[tuple[int, Sample]]] = {}
+    for number, run in enumerate(runs):
+        for method in filter(run.by_method.__contains__, methods):
+            for sample in run.of(method):
+                queries.setdefault((sample.user, sample.query), []).append((number, sample))
+    return {key: queries[key] for key in list(queries)[:limit]}
 
 
 def _sample(run: Run, sample: Sample, details: Mapping[Key, Details]) -> dict[str, Any]:
