@@ -1,7 +1,7 @@
 """A method of one's own beside the built-in ones: of each answer, the user's most similar record.
 
-    hydra-llm data import examples/agents/labels.csv --out my-data
-    python examples/my_method.py bench run my-data --llm smollm2 --out run --methods rag@4,distinct@4
+    hydra-llm data import examples/agents/labels.csv --out data
+    python examples/my_method.py bench run data --llm smollm2 --out run --methods rag@4,distinct@4
     python examples/my_method.py bench show run
 
 The script is `hydra-llm` with one method more. A package registers its methods as entry points
