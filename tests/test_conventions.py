@@ -87,3 +87,10 @@ def test_no_file_refers_to_a_document_outside() -> None:
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         references += [f"{name}: {match[0]}" for match in re.finditer(r"\b(DESIGN|STYLE)\b", text)]
     assert not references
+
+
+def test_no_file_of_a_run_that_quotes_data_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [Path(name).name for name in listed.stdout.split("\0") if name]
+    assert names
+    assert not {"samples.jsonl", "details.jsonl", "view.html"} & set(names)

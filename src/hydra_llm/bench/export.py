@@ -126,7 +126,7 @@ def _sample(run: Run, sample: Sample, details: Details, ids: Ids) -> Json:
     """Inspect_ai's `EvalSample`; a failed call is an error, and has no score."""
     messages = [dict(message) for message in details.get("messages", ())]
     candidates = details.get("candidates", ())
-    given = {
+    given: Json = {
         "id": ids[sample.user, sample.query],
         "epoch": sample.seed + 1,
         "input": details.get("input", ""),
