@@ -65,7 +65,8 @@ def test_title_without_hydra_counts_methods(tmp_path: Path) -> None:
 
 def test_few_users_have_no_finding(tmp_path: Path) -> None:
     run = opened(tmp_path / "run", {"rag@4": "5", "hydra@4,8": "3"}, users=3)
-    assert title(run) == "3 users are too few to say which method is better in MAE (5 are needed)"
+    few = "the run has 3 of the 5 users that are needed for intervals"
+    assert title(run) == f"No finding in MAE: {few}"
 
 
 def test_forest_has_the_figures_of_the_table_the_best_first(tmp_path: Path) -> None:

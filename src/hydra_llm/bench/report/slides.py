@@ -93,8 +93,8 @@ def difference_title(report: Report, effects: Sequence[Effect], metric: str) -> 
     sign, base, name = report.sign(metric), report.baseline, title(metric)
     users = len({sample.user for sample in report.run.samples})
     if all(math.isnan(effect.low) for effect in effects):
-        few = f"{users} users are too few to say which method is better in {name}"
-        return f"{few} ({MIN_USERS} are needed)"
+        needed = f"{users} of the {MIN_USERS} users that are needed"
+        return f"No finding in {name}: the run has {needed} for intervals"
     own = _subject(report, effects)
     if own is None:
         better = sum(effect.separated and sign * effect.value > 0 for effect in effects)
