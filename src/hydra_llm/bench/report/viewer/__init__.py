@@ -160,7 +160,7 @@ def _begin(text: str) -> str:
 def _json(value: Any) -> str:
     """JSON in which no text can end or begin an element of the page."""
     text = json.dumps(value, separators=(",", ":"))
-    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+    escapes: dict[str, str | int | None] = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
     return text.translate(str.maketrans(escapes))
 
 
