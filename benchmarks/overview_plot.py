@@ -29,7 +29,7 @@ METHODS = {
 """Method → its name in the figure, in the order of the rows."""
 HYDRA_NAME = METHODS["hydra@4,8"]
 HONEST = "best prompt (chosen on training users)"
-STRICT = "_strict"  # ends the name of a run with samples in place of the labels' probabilities
+VARIANTS = ("_strict", "_part")  # end the names of runs that stand beside another of the same set
 SETS = {
     "opinion": "opinions (agree or disagree)",
     "movie_rating": "movie ratings (1 to 5)",
@@ -47,7 +47,7 @@ def by_set() -> dict[str, list[float]]:
     found = {}
     for file in RESULTS.glob("*/report.json"):
         rows = {row["method"]: row for row in json.loads(file.read_text("utf-8"))["methods"]}
-        if HONEST in rows and not file.parent.name.endswith(STRICT):
+        if HONEST in rows and not file.parent.name.endswith(VARIANTS):
             name = SETS[file.parent.name.rpartition("_")[0]]
             found[name] = rows["hydra@4,8"]["over_prompts_without_bleu"]
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))

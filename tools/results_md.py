@@ -23,6 +23,7 @@ from typing import Any
 
 from run_tables import (
     HONEST,
+    PART,
     SCORER,
     STRICT,
     controls_table,
@@ -158,6 +159,7 @@ def all_tables() -> dict[str, str]:
     reports = {
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(RESULTS.glob("*/report.json"))
+        if not file.parent.name.endswith(PART)
     }
     strict = {name: reports.pop(name) for name in list(reports) if name.endswith(STRICT)}
     tables = {name: method_table(own) for name, own in reports.items() if prompts_of(own)}

@@ -62,6 +62,7 @@ OVERALL = (
 HYDRA = "hydra@4,8"
 SCORER = "scorer-only"
 STRICT = "_strict"  # ends the name of a result with samples in place of the labels' probabilities
+PART = "_part"  # ends the name of a run on some of another one's queries; it has no table of its own
 CONTROLS = (
     *("rag@4", "self-consistency@8", "mbr@8", "expected-rouge@4,8", "user-majority"),
     *("copy-nearest", "mismatched@4,8", "scorer-mismatched", "user-offset", "item-offset"),
