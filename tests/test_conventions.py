@@ -13,7 +13,7 @@ MAX_NAME = 60
 MAX_FUNCTION = 40
 MAX_FILE = 400
 MAX_PARAMETERS = 8
-MAX_SOURCE = 29_100  # lines; raised by hand, with a feature that is worth it
+MAX_SOURCE = 30_900  # lines; raised by hand, with a feature that is worth it
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -87,3 +87,10 @@ def test_no_file_refers_to_a_document_outside() -> None:
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         references += [f"{name}: {match[0]}" for match in re.finditer(r"\b(DESIGN|STYLE)\b", text)]
     assert not references
+
+
+def test_no_file_of_a_run_that_quotes_data_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [Path(name).name for name in listed.stdout.split("\0") if name]
+    assert names
+    assert not {"samples.jsonl", "details.jsonl", "view.html"} & set(names)

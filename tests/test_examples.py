@@ -10,6 +10,9 @@ from types import ModuleType
 import pytest
 
 from hydra_llm import alearn
+from hydra_llm.bench.details import read_details
+from hydra_llm.bench.method import METHODS
+from hydra_llm.cli.main import run
 from hydra_llm.datasets.tabular import read_table
 from tests.learning import ONE_STRENGTH
 
@@ -63,3 +66,28 @@ def test_the_notebook_runs(
     out = capsys.readouterr().out
     right, of = map(int, re.findall(r"(\d+) of (\d+) answers", out)[0])
     assert right > 1.5 * of / 4
+
+
+def test_a_method_of_ones_own_stands_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(METHODS, "added", {})
+    monkeypatch.setenv("HYDRA_CACHE", str(tmp_path / "cache"))
+    module("my_method")
+    data, out = str(tmp_path / "data"), tmp_path / "run"
+    assert run(["data", "import", str(EXAMPLES / "agents" / "labels.csv"), "--out", data]) == 0
+    methods = ["--methods", "rag@4,distinct@4", "--limit", "1"]
+    assert run(["bench", "run", data, "--llm", "fake:echo", "--out", str(out), *methods]) == 0
+    details = read_details(out).items()
+    shown = [own["records"][: own["shown"]] for key, own in details if key[0] == "distinct@4"]
+    assert len(shown) == len({key[1:] for key, _ in details}) > 5
+    for records in shown:
+        answers = [record["output"] for record in records]
+        assert len(set(answers)) == len(answers) > 1
+    capsys.readouterr()
+    assert run(["bench", "show", str(out), "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["runs"]
+    groups = {row["method"]: row["group"] for row in report["methods"]}
+    assert groups == {"rag@4": "prompt", "distinct@4": "prompt"}
+    assert run(["bench", "methods"]) == 0
+    assert "K records with distinct answers" in capsys.readouterr().out

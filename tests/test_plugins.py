@@ -46,6 +46,16 @@ def test_built_in_and_installed_names_load_alike(installed: None) -> None:
     assert KINDS.load("zip") is zipfile.ZipFile
 
 
+def test_an_added_plugin_loads_and_its_name_is_its_own(installed: None) -> None:
+    kinds: Registry[object] = Registry(GROUP, {"zip": "zipfile:ZipFile"})
+    kinds.add("own", 7)
+    assert kinds.names() == ["zip", "broken", "good", "own"]
+    assert kinds.load("own") == 7
+    for taken in ("zip", "good", "own"):
+        with pytest.raises(SettingsError, match=f"the task kind '{taken}' is taken in the group"):
+            kinds.add(taken, 8)
+
+
 def test_an_unknown_name_is_one_line_with_names_and_group(installed: None) -> None:
     with pytest.raises(SettingsError) as caught:
         KINDS.load("other")

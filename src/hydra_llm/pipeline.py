@@ -314,6 +314,7 @@ class UserPipeline(Pipeline):
             usage=sampled.usage,
             seconds=seconds,
             notes=(*context.notes, *refused, *sampled.prompt.notes, *sampled.notes),
+            shown=len(sampled.prompt.records),
         )
 
     def admitted(

@@ -26,16 +26,30 @@ class Registry(Generic[T]):
         self.kind = kind or group.rpartition(".")[2].removesuffix("s").replace("_", " ")
         self.builtin = {name: EntryPoint(name, path, group) for name, path in builtin.items()}
         self.hint = f"or install the package that registers it in the entry-point group {group}"
+        self.added: dict[str, T] = {}  # by `add`
+
+    def add(self, name: str, plugin: T) -> None:
+        """Register an object for this process, as a script does that has no package. SettingsError:
+        the name is taken.
+        """
+        if name in self.names():
+            fault = f"is taken in the group {self.group}: take another name"
+            raise SettingsError(f"the {self.kind} '{name}' {fault}")
+        self.added[name] = plugin
 
     def names(self) -> list[str]:
-        """The built-in names in the order of registration, then the installed ones by name."""
+        """The built-in names in the order of registration, then the installed ones by name, then
+        those that were added.
+        """
         installed = {point.name for point in entry_points(group=self.group)}
-        return [*self.builtin, *sorted(installed - self.builtin.keys())]
+        return [*self.builtin, *sorted(installed - self.builtin.keys()), *self.added]
 
     def load(self, name: str) -> T:
         """Import the object that is registered under `name`. Raises SettingsError: it is unknown,
         registered twice, not importable, something else, or names itself otherwise.
         """
+        if name in self.added:
+            return self.added[name]
         point = self._registered(name)
         place = f"the {self.kind} '{name}'" + (f" of {point.dist.name}" if point.dist else "")
         try:

@@ -158,6 +158,7 @@ class Proposal:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds per stage: retrieve, rerank, prompt, llm, adapt."""
     notes: tuple[str, ...] = ()  # one line for each thing that was cut, dropped or failed
+    shown: int = 0  # how many of `records` are in the prompt, the first ones
 
 
 @dataclass(frozen=True, slots=True)

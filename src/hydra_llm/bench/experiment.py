@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra_llm.bench.choices import earlier, figures
+from hydra_llm.bench.details import details_of
 from hydra_llm.bench.folds import deal
 from hydra_llm.bench.method import Answerer, Learner, Method, Parts, partners
 from hydra_llm.bench.runlog import RunLog, Sample
@@ -26,7 +27,7 @@ from hydra_llm.training.api import blank_bundle, fit, learn
 from hydra_llm.training.choosing import chosen_over
 from hydra_llm.training.labelling import Asked, asked_about, known_queries
 from hydra_llm.training.train_scorer import silent
-from hydra_llm.types import Query, Record
+from hydra_llm.types import Answer, Query, Record
 
 P = TypeVar("P", bound=Parts)
 Say = Callable[[str], None]
@@ -210,11 +211,10 @@ async def run_methods(
     """
     seeds = [parts] if isinstance(parts, Parts) else list(parts)
     instances = [(method, own) for method in methods for own in method.instances(seeds)]
-    fold = seeds[0].fold
     answerers = {(method.name, own.seed): method.build(own) for method, own in instances}
     order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
-    blanks = {q: _blank(q, fold, seeds[0].records.get(q.user, ())) for q in queries}
+    blanks = {q: _blank(q, seeds[0].fold, seeds[0].records.get(q.user, ())) for q in queries}
     todo = [
         (replace(blanks[query], method=name, seed=seed), query)
         for query in queries
@@ -225,10 +225,11 @@ async def run_methods(
 
     async def one(case: tuple[Sample, Query]) -> None:
         blank, query = case
-        sample = await _sample(blank, query, answerers[blank.method, blank.seed], faults)
+        own = answerers[blank.method, blank.seed]
+        sample, answer = await _sample(blank, query, own, faults)
         done[sample.key] = sample
         if log is not None:
-            log.add(sample)
+            log.add(sample, details_of(query, answer))
 
     report = None if progress is None else partial(progress, "answer")
     await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
@@ -251,7 +252,7 @@ def _records_shown(instance: tuple[Method, Parts]) -> int:
 
 async def _sample(
     blank: Sample, query: Query, answerer: Answerer, faults: list[LLMError]
-) -> Sample:
+) -> tuple[Sample, Answer | None]:
     """The sample of a query with its answer or error; `faults` collects the errors."""
     try:
         answer = await answerer.aanswer(query)
@@ -259,11 +260,11 @@ async def _sample(
         raise
     except LLMError as error:
         faults.append(error)
-        return replace(blank, error=str(error))
+        return replace(blank, error=str(error)), None
     spent = answerer.pop_spent() if isinstance(answerer, Learner) else {}
     usage, pick = answer.usage, answer.candidates[answer.chosen]
     votes = [candidate.votes for candidate in answer.candidates]
-    return replace(
+    sample = replace(
         blank,
         answer=pick.answer,
         calls=usage.calls + usage.cached,
@@ -277,6 +278,7 @@ async def _sample(
         agreement=max(votes) / sum(votes) if sum(votes) > 1 else None,
         learned={user: cost.to_json() for user, cost in spent.items()},
     )
+    return sample, answer
 
 
 def usable_methods(methods: Sequence[Method], bundles: Sequence[Bundle], say: Say) -> list[Method]:

@@ -1,5 +1,5 @@
-"""A run's folder: manifest, one line per sample, results. Only whole lines count, so that a killed
-run loses at most one line. Knows no methods and no LLM.
+"""A run's folder: manifest, one line per sample, their details (`details.py`), results. Only whole
+lines count, so that a killed run loses at most one. Knows no methods and no LLM.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_llm import __version__
+from hydra_llm.bench.details import Details, DetailsLog
 from hydra_llm.errors import SettingsError
 from hydra_llm.types import Usage
 
@@ -108,6 +109,7 @@ class RunLog:
                     file.truncate(whole)
             # failed samples are tried again
             self.samples |= {sample.key: sample for sample in samples if not sample.error}
+        self._details = DetailsLog(folder)
 
     def complete(self, late: Mapping[str, Any]) -> None:
         """Add what the run has learned; SettingsError if it learned something else before."""
@@ -137,7 +139,10 @@ class RunLog:
             fault = f"cannot be read ({error}): take another --out"
             raise SettingsError(f"{self._manifest} {fault}") from None
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, details: Details | None = None) -> None:
+        """Append a sample, and before it how its answer came about."""
+        if details is not None:
+            self._details.add(sample.key, details)
         self.samples[sample.key] = sample
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
@@ -177,17 +182,29 @@ def write_json(file: Path, content: Any) -> None:
     temporary.replace(file)
 
 
-def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
-    """Write each method's answers as LaMP's evaluation reads them, to `lamp/METHOD.json`: the first
-    seed's, empty if failed or unparsable. `like`: the LaMP task; LaMP-2N and -2M are both LaMP_2.
+def query_ids(samples: Iterable[Sample]) -> dict[tuple[str, str], str]:
+    """User and query → the query's id, after its user's where several users have a query of it."""
+    queries = {(sample.user, sample.query) for sample in samples}
+    shared = len({query for _, query in queries}) < len(queries)
+    return {(user, query): f"{user}/{query}" if shared else query for user, query in queries}
+
+
+def lamp_answers(like: str, own: Sequence[Sample]) -> dict[str, Any]:
+    """One method's answers as LaMP's evaluation reads them: the first seed's, empty if failed or
+    unparsable. `like`: the LaMP task; LaMP-2N and -2M are both LaMP_2.
     """
+    ids = query_ids(own)
+    first = [sample for sample in own if sample.seed == own[0].seed]
+    golds = [{"id": ids[s.user, s.query], "output": s.answer or ""} for s in first]
+    return {"task": like.replace("-", "_")[:6], "golds": golds}
+
+
+def export_lamp(folder: Path, like: str, samples: Sequence[Sample]) -> Path:
+    """Write each method's answers as `lamp_answers`, to `lamp/METHOD.json`."""
     out = folder / "lamp"
     out.mkdir(exist_ok=True)
     for method, own in by_method(samples).items():
-        first = [sample for sample in own if sample.seed == own[0].seed]
-        golds = [{"id": sample.query, "output": sample.answer or ""} for sample in first]
-        content = {"task": like.replace("-", "_")[:6], "golds": golds}
-        text = json.dumps(content, ensure_ascii=False)
+        text = json.dumps(lamp_answers(like, own), ensure_ascii=False)
         (out / f"{method}.json").write_text(text, encoding="utf-8")
     return out
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 DATA_HELP = "A native folder, LaMP's files, or lamp-1, -2n, -2m, -3, -4, -5, -7 (downloaded)."
 Data = Annotated[str, Argument(help=DATA_HELP)]
 Users = Annotated[int | None, Option(min=1, help="Max number of new users.")]
+Format = Literal["inspect", "lamp"]
 Price = Annotated[float, Option(min=0, help="Price per million tokens.")]
 
 
@@ -161,6 +162,7 @@ class ReportFiles:
     html: Annotated[Path | None, Option(help="Write an offline page to this file.")] = None
     answers: Annotated[bool, Option(help="Quote sampled answers in the HTML page.")] = True
     plots: Annotated[Path | None, Option(help="Write the plots (SVG) to this folder.")] = None
+    slides: Annotated[Path | None, Option(help="Write figures for a talk (SVG, PNG) there.")] = None
 
     def write(self, reports: "list[Report]", sweeps: list[Mapping[str, Any]]) -> None:
         """Write the files whose options are given."""
@@ -179,6 +181,11 @@ class ReportFiles:
             for number, report in enumerate(reports, 1):
                 below = f"{number}-{report.run.folder.name}" if len(reports) > 1 else ""
                 console.say(f"wrote {write(report, self.plots / below)}")
+        if self.slides is not None:
+            from hydra_llm.bench.report import slides
+
+            for file in slides.write(reports, self.slides):
+                console.say(f"wrote {file}")
 
 
 @app.command()
@@ -233,6 +240,42 @@ def show(
         show_table(tables.overall_rows(over_tasks), tables.OVERALL)
     for result in results:
         show_table(sweeps.sweep_rows(result), result["question"])
+
+
+@app.command()
+def view(
+    runs: Annotated[list[Path], Argument(help="Folder of a run, or of two to compare.")],
+    out: Annotated[Path, Option(help="The page.")] = Path("view.html"),
+    methods: Annotated[str, Option(help="Of these only, as rag@4,hydra@4,8.")] = "",
+    limit: opt.Limit = None,
+) -> None:
+    """Write a page to look through the samples of runs; it needs no server and no network.
+
+    It shows prompts, candidates, scores and gold, of the first `--limit` queries. It quotes the
+    data.
+    """
+    from hydra_llm.bench.method import split_names
+    from hydra_llm.bench.report import tables, viewer
+
+    opened = [tables.open_run(folder) for folder in runs]
+    text = viewer.page(opened, split_names(methods), limit)
+    size = f"{len(text) / 1e6:.1f} MB"
+    _write(out, text, f" ({size}): it quotes the data, do not commit or publish it")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run.")],
+    to: Annotated[Format, Option(help="The format: inspect_ai's eval logs, or LaMP's answers.")],
+    out: Annotated[Path | None, Option(help="Folder of the files; default: below RUN.")] = None,
+) -> None:
+    """Write a run as others read it, a file per method; it quotes the data."""
+    from hydra_llm.bench.export import write_inspect, write_lamp
+    from hydra_llm.bench.report import tables
+
+    write = {"inspect": write_inspect, "lamp": write_lamp}[to]
+    files = write(tables.open_run(folder), out or folder / to)
+    console.say(f"wrote {len(files)} files to {files[0].parent}")
 
 
 def _write(file: Path, text: str, note: str = "") -> None:

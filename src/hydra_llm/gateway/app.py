@@ -18,6 +18,7 @@ from hydra_llm.errors import HydraError
 from hydra_llm.gateway import (
     forward,
     health,
+    mcp_routes,
     message_routes,
     openai_routes,
     response_routes,
@@ -68,7 +69,7 @@ def make_app(
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm)
     app.state.embedder = Embedder()
-    routes = (openai_routes, response_routes, message_routes, user_routes, health)
+    routes = (openai_routes, response_routes, message_routes, user_routes, mcp_routes, health)
     for module in (*routes, forward):  # the last one takes what is left
         app.include_router(module.router)
     for kind in ERRORS:

@@ -30,6 +30,7 @@ UPSTREAM_PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages"),
     *("/v1/models", "/v1/responses"),
 )
+MCP_PATH = "/mcp"
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
@@ -111,19 +112,26 @@ class AccessMiddleware:
         except ApiError:
             self._known_callers.pop(digest, None)
             raise
-        if caller in (WITHOUT_KEYS, UNVERIFIED):
-            self._check_origin(scope)
+        keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
+        if keyless or scope["path"] == MCP_PATH:
+            self._check_origin(scope, keyless)
         self._rates.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
 
-    def _check_origin(self, scope: Scope) -> None:
+    def _check_origin(self, scope: Scope, keyless: bool) -> None:
         """Without keys only this machine's programs and pages are served: a foreign page reaches
-        the server too, under a name of its own (DNS rebinding) or by a request across origins.
+        the server too, under a name of its own (DNS rebinding) or by a request across origins. MCP
+        asks for a check of the origin with a key as well.
         """
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         origin, allowed = headers.get(b"origin"), self._gateway.settings.cors_origins
         foreign = origin is not None and not {"*", origin} & {*allowed} and not is_local(origin)
-        if foreign or not is_local(f"http://{headers.get(b'host') or 'localhost'}"):
+        if foreign and not keyless:
+            fix = "add it to the setting cors_origins"
+            raise ApiError(
+                403, f"pages of this origin may not call {MCP_PATH}: {fix}", code="foreign"
+            )
+        if foreign or (keyless and not is_local(f"http://{headers.get(b'host') or 'localhost'}")):
             fix = "create a key (`hydra-llm keys create --admin`), or name the server localhost"
             raise ApiError(403, f"without keys only this machine is served: {fix}", code="foreign")
 
@@ -176,15 +184,19 @@ class RateLimiter:
             raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 
-async def error_response(request: Request, error: Exception) -> Json:
-    """An error as the caller sees it, in OpenAI's shape, or in Anthropic's where that is asked."""
-    answer = _answer(error)
-    is_anthropic = request.scope["path"].startswith("/v1/messages")
-    body = error_body(answer.status, answer.body) if is_anthropic else answer.body
+async def error_response(http: Request, error: Exception) -> Json:
+    """An error as the caller sees it: in OpenAI's shape, to Anthropic's clients in theirs, to those
+    of MCP in that of JSON-RPC.
+    """
+    answer, path = as_api_error(error), http.scope["path"]
+    body = answer.rpc_body if path == MCP_PATH else answer.body
+    if path.startswith("/v1/messages"):
+        body = error_body(answer.status, answer.body)
     return Json(body, answer.status, headers=answer.headers)
 
 
-def _answer(error: Exception) -> ApiError:
+def as_api_error(error: Exception) -> ApiError:
+    """Any error as one that the caller is told; a bug is logged."""
     match error:
         case ApiError():
             return error
@@ -195,7 +207,7 @@ def _answer(error: Exception) -> ApiError:
             message = "the body cannot be read: it must be JSON in UTF-8"
             return ApiError(400, message, code="invalid_request")
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():
             message = "more waits here than this machine can do: try again"
             return ApiError(503, message, code="overloaded")

@@ -42,11 +42,29 @@ LOOKS = {
 SIGNS = {"better": "#009E73", "worse": "#D55E00"}
 BARS = 200  # at most so many users are drawn; of more users evenly spaced ones
 COSTS = {"calls": "LLM calls", "tokens": "tokens", "llm_seconds": "seconds of LLM"}
-AREA = (460, 340)  # width and height of the plot of costs in pixels
-HEIGHT = 13  # of a label in pixels
 SIDES: tuple[tuple[int, Literal["left", "right"]], ...] = ((1, "left"), (-1, "right"))
-UPWARD = sorted((step * HEIGHT / 2 for step in range(-60, 61)), key=abs)
-"""Vertical distances of a label from its point that are tried, the nearest first."""
+
+
+class Size(NamedTuple):
+    """The size of a plot with labels, in pixels."""
+
+    width: int
+    height: int
+    font: int  # of the labels
+    mark: int = 70  # area of a point
+
+    @property
+    def line(self) -> int:
+        """The height of a label."""
+        return self.font + 2
+
+    @property
+    def upward(self) -> list[float]:
+        """Vertical distances of a label from its point that are tried, the nearest first."""
+        return sorted((step * self.line / 2 for step in range(-60, 61)), key=abs)
+
+
+PAGE = Size(460, 340, font=11)
 
 
 def plots(report: Report) -> dict[str, Plot]:
@@ -85,7 +103,7 @@ def score_plot(report: Report, metric: str) -> Plot:
         names = {"method": row.method, "part": GROUPS[row.group]}
         data.append({**names, "value": value, "low": low, "high": high})
     axis = alt.Axis(title=None, domain=False, ticks=False, labelLimit=220, labelPadding=6)
-    base = _chart(data).encode(y=alt.Y("method:N", sort=list(figures), axis=axis))
+    base = chart(data).encode(y=alt.Y("method:N", sort=list(figures), axis=axis))
     title = axis_title(metric, report.sign(metric) > 0)
     look: dict[str, Any] = {"title": title, "scale": alt.Scale(zero=False)}
     x, x_low = alt.X("value:Q", **look), alt.X("low:Q", **look)
@@ -98,12 +116,12 @@ def score_plot(report: Report, metric: str) -> Plot:
         failed.encode(x=alt.value(4)),
     ]
     if report.baseline and not math.isnan(value := figures[report.baseline][0]):
-        dashes = _chart([{"value": value}]).mark_rule(strokeDash=[4, 3], color="#999999")
+        dashes = chart([{"value": value}]).mark_rule(strokeDash=[4, 3], color="#999999")
         layers.insert(0, dashes.encode(x="value:Q"))
     return _styled(alt.layer(*layers).properties(width=340, height=alt.Step(19)))
 
 
-def cost_plot(report: Report, measure: str) -> Plot | None:
+def cost_plot(report: Report, measure: str, size: Size = PAGE) -> Plot | None:
     """The first metric against the cost on a root scale; None if nothing costs anything."""
     metric = report.metrics[0]
     rows = [row for row in report.by_group if not math.isnan(row.result.metrics[metric][0])]
@@ -113,37 +131,42 @@ def cost_plot(report: Report, measure: str) -> Plot | None:
     values = [row.result.metrics[metric][0] for row in rows]
     room = 0.08 * (max(values) - min(values)) or 0.05
     most, low, high = 1.1 * max(costs), min(values) - room, max(values) + room
-    data = _labelled(list(zip(rows, costs, values, strict=True)), most, low, high)
+    data = _labelled(list(zip(rows, costs, values, strict=True)), most, low, high, size)
     x_scale = alt.Scale(type="sqrt", domain=[0, most], nice=False)
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     x_title, ticks = f"{COSTS[measure]} a query (root scale)", alt.Axis(tickCount=6)
     x = alt.X("cost:Q", title=x_title, axis=ticks, scale=x_scale)
     y = alt.Y("value:Q", title=axis_title(metric, report.sign(metric) > 0), scale=y_scale)
-    base, (colour, shape) = _chart(data), _looks_of_groups(rows)
+    base, (colour, shape) = chart(data), _looks_of_groups(rows)
     leader = base.transform_filter("datum.moved").mark_rule(color="#999999", strokeWidth=0.7)
     leaders = leader.encode(x=x, y=y, x2="at:Q", y2="height:Q")
-    marks = base.mark_point(size=70, **MARK).encode(x=x, y=y, color=colour, shape=shape)
+    marks = base.mark_point(size=size.mark, **MARK).encode(x=x, y=y, color=colour, shape=shape)
     names = base.encode(x="at:Q", y="height:Q", text="method:N")
     sides = [
-        names.transform_filter(f"datum.side == '{side}'").mark_text(align=side, fontSize=11)
+        names.transform_filter(f"datum.side == '{side}'").mark_text(align=side, fontSize=size.font)
         for _, side in SIDES
     ]
-    chart = alt.layer(leaders, marks, *sides).properties(width=AREA[0], height=AREA[1])
-    return _styled(chart)
+    drawn = alt.layer(leaders, marks, *sides).properties(width=size.width, height=size.height)
+    return _styled(drawn)
 
 
 def _labelled(
-    points: Sequence[tuple[TableRow, float, float]], most: float, low: float, high: float
+    points: Sequence[tuple[TableRow, float, float]],
+    most: float,
+    low: float,
+    high: float,
+    size: Size,
 ) -> list[dict[str, Any]]:
     """Methods, costs and values as rows of a chart, each with its label's place; the axes end at
     the cost `most` and the values `low` and `high`.
     """
-    (width, height), rows = AREA, []
+    width, height, rows = size.width, size.height, []
     pixels = [
         (width * math.sqrt(cost / most), height * (high - value) / (high - low))
         for _, cost, value in points
     ]
-    labels = label_places(pixels, [6.2 * len(row.method) for row, *_ in points])
+    widths = [0.565 * size.font * len(row.method) for row, *_ in points]
+    labels = label_places(pixels, widths, size)
     for (row, cost, value), label in zip(points, labels, strict=True):
         at, up = most * (label.x / width) ** 2, high - (high - low) * label.y / height
         place = {"side": label.side, "moved": label.moved, "at": at, "height": up}
@@ -160,29 +183,36 @@ class Label(NamedTuple):
     width: float
     side: Literal["left", "right"]
     moved: bool = False  # above or below its point's height
+    line: int = PAGE.line  # its height
 
     @property
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right and bottom."""
         left = self.x if self.side == "left" else self.x - self.width
-        return left, self.y - HEIGHT / 2, left + self.width, self.y + HEIGHT / 2
+        return left, self.y - self.line / 2, left + self.width, self.y + self.line / 2
 
 
-def label_places(points: Sequence[tuple[float, float]], widths: Sequence[float]) -> list[Label]:
+def label_places(
+    points: Sequence[tuple[float, float]], widths: Sequence[float], size: Size = PAGE
+) -> list[Label]:
     """Each point's label beside it, or at the nearest height where it covers no point or label."""
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    radius = round(0.6 * math.sqrt(size.mark))
+    taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
 
     def free(label: Label) -> bool:
         left, top, right, bottom = label.box
-        inside = left >= 0 and top >= 0 and right <= AREA[0] and bottom <= AREA[1]
+        inside = left >= 0 and top >= 0 and right <= size.width and bottom <= size.height
         return inside and not any(
             left < t[2] and t[0] < right and top < t[3] and t[1] < bottom for t in taken
         )
 
     labels = []
     for (x, y), width in zip(points, widths, strict=True):
-        places = [(up, sign, side) for up in UPWARD for sign, side in SIDES]
-        tries = [Label(x + 9 * sign, y + up, width, side, up != 0) for up, sign, side in places]
+        places = [(up, sign, side) for up in size.upward for sign, side in SIDES]
+        tries = [
+            Label(x + (radius + 4) * sign, y + up, width, side, up != 0, size.line)
+            for up, sign, side in places
+        ]
         labels.append(next(filter(free, tries), tries[0]))
         taken.append(labels[-1].box)
     return labels
@@ -209,7 +239,7 @@ def users_plot(report: Report) -> Plot | None:
     x = alt.X("place:O", axis=None, scale=alt.Scale(padding=0.15))
     y = alt.Y("difference:Q", title=None, axis=alt.Axis(tickCount=4, gridColor=zero))
     colour = alt.Color("sign:N", title=None, scale=signs, legend=None)
-    bars = _chart(rows).mark_bar().encode(x=x, y=y, color=colour)
+    bars = chart(rows).mark_bar().encode(x=x, y=y, color=colour)
     lines: dict[str, Any] = {"labelExpr": "split(datum.value, '|')", "labelLineHeight": 13}
     header = alt.Header(title=None, labelAnchor="start", labelFontSize=11, **lines)
     panels = list(dict.fromkeys(row["panel"] for row in rows))
@@ -248,7 +278,7 @@ def curve(data: Sequence[Point], x: str, y: str, heading: str = "", log: bool = 
         ticks = alt.Axis(values=sorted({float(point.x) for point in data}))
         x_axis = alt.X("x:Q", title=x, axis=ticks, scale=x_scale)
     rows = [point._asdict() for point in data if not math.isnan(point.value)]
-    base, scale = _chart(rows).encode(x=x_axis, color=colour), alt.Scale(zero=False)
+    base, scale = chart(rows).encode(x=x_axis, color=colour), alt.Scale(zero=False)
     value, low = alt.Y("value:Q", title=y, scale=scale), alt.Y("low:Q", title=y, scale=scale)
     interval = base.transform_filter("isValid(datum.low)").encode(y=low, y2="high:Q")
     layers = alt.layer(
@@ -271,7 +301,7 @@ def svg(plot: Plot) -> str:
     return text.getvalue()
 
 
-def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
+def chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
     """A chart that holds its rows; NaN is null."""
     values = [{name: None if v != v else v for name, v in row.items()} for row in rows]
     return alt.Chart(alt.InlineData(values=values))
