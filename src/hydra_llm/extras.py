@@ -20,6 +20,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "uvicorn",
     ),
     "openai": ("openai",),
+    "mcp": ("mcp",),
     "embedded": ("xllamacpp",),
     "openvino": ("openvino_genai",),
     "learn": ("torch", "transformers", "safetensors", "sklearn", "huggingface_hub"),

@@ -237,6 +237,7 @@ async def running(
     bundle: Path | None = None,
     *,
     on_loopback: bool = True,
+    admin_key: str = "",
     warm: bool = True,
     **settings: Any,
 ) -> AsyncIterator[World]:
@@ -251,7 +252,7 @@ async def running(
         ServeSettings(**settings),
         bundle=bundle,
         llm=RuleLLM(anything),
-        access=Access(on_loopback),
+        access=Access(on_loopback, admin_key),
     )
     deployment = app.state.gateway.deployment
     if warm and deployment.bundle is not None:

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "init": ("hydra_llm.cli.init:init", "Write an example of the settings file."),
     "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
     "users": ("hydra_llm.cli.users:app", "List, show, import, export and delete users."),
+    "mcp": ("hydra_llm.cli.mcp:mcp", "Give an assistant a gateway's tools, over stdio (MCP)."),
     "keys": ("hydra_llm.cli.store:keys", "Create, list and revoke the gateway's API keys."),
     "bundles": ("hydra_llm.cli.store:bundles", "Set or show the bundle of running servers."),
     "store": ("hydra_llm.cli.store:maintenance", "Maintain the gateway's database."),

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from hydra_llm import __version__
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.errors import HydraError
-from hydra_llm.gateway import health, openai_routes, user_routes
+from hydra_llm.gateway import health, mcp_routes, openai_routes, user_routes
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
@@ -59,8 +59,8 @@ def make_app(
     app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm)
-    for router in (openai_routes.router, user_routes.router, health.router):
-        app.include_router(router)
+    for part in (openai_routes, user_routes, mcp_routes, health):
+        app.include_router(part.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, error_response)
     app.add_middleware(AccessMiddleware, gateway=gateway, access=access or Access())

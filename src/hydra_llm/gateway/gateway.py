@@ -43,7 +43,7 @@ COMPLETION_ID = "chatcmpl-"
 RECORDS_REFUSED = (400, 413, 422)  # statuses of an upstream that may not take the records
 
 
-class _NotPersonal(Exception):
+class NotPersonal(Exception):
     """A request is passed through, for the reason in the message."""
 
 
@@ -152,9 +152,9 @@ class Gateway:
         routed = RoutedRequest(request, body=plain, plain=plain, deployment=self.deployment)
         try:
             if user is None:
-                raise _NotPersonal("no-user")
+                raise NotPersonal("no-user")
             return await self._personalized(routed, user)
-        except _NotPersonal as reason:
+        except NotPersonal as reason:
             return routed.passed_through(str(reason))
 
     async def _personalized(self, routed: RoutedRequest, user: str) -> PersonalRequest:
@@ -162,7 +162,7 @@ class Gateway:
         started = time.perf_counter()
         options, plain, deployment = routed.options, routed.plain, routed.deployment
         settings, form = deployment.pipeline.settings, form_of(plain)
-        search = await self._search(deployment, user, _question(routed), options)
+        search = await self.search(deployment, user, _question(routed), options)
         shown = search.ranked[: settings.k if options.k is None else options.k]
         prompt, *beside = deployment.pipeline.render_all(
             search.context.query,
@@ -190,17 +190,17 @@ class Gateway:
             words=words if prompt.records and style != "turns" else None,
         )
 
-    async def _search(
+    async def search(
         self, deployment: Deployment, name: str, question: str, options: PersonalizationOptions
     ) -> RecordSearch:
-        """The user's records for a question. Whatever fails must not cost the caller an answer."""
+        """The user's records for a question; NotPersonal names the reason why there are none."""
         try:
             user = await self.reads.read(partial(deployment.users.current, name))
         except Exception as error:
             self.telemetry.failed("store", error)
-            raise _NotPersonal("store-failure") from None
+            raise NotPersonal("store-failure") from None
         if user is None:
-            raise _NotPersonal("unknown-user")
+            raise NotPersonal("unknown-user")
         # Scorers and records know the text within the task's instruction.
         within = deployment.pipeline.task.input_of(question)
         # One character more than a record may have: feedback on a longer one makes no record.
@@ -219,13 +219,13 @@ class Gateway:
         except Exception as error:
             busy = isinstance(error, Overloaded)
             self.telemetry.failed("scoring" if busy else "retriever", error)
-            raise _NotPersonal("overloaded" if busy else "scoring-failure") from None
+            raise NotPersonal("overloaded" if busy else "scoring-failure") from None
         if not search.context.visible:
-            raise _NotPersonal("no-history")
+            raise NotPersonal("no-history")
         if not search.warm:
             deployment.prefetch(name)
         if search.reason:
-            raise _NotPersonal(search.reason)
+            raise NotPersonal(search.reason)
         return search
 
     # ---- the upstream
@@ -370,11 +370,11 @@ class Gateway:
 def _question(routed: RoutedRequest) -> str:
     """The question of a request that may be personal."""
     if not routed.options.enabled:
-        raise _NotPersonal("disabled")
+        raise NotPersonal("disabled")
     messages = routed.plain["messages"]
     question = question_of(messages)
     if not question.strip():
-        raise _NotPersonal("no-question")
+        raise NotPersonal("no-question")
     return repair(question)
 
 

@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydra_llm.errors import HydraError, StoreError
@@ -25,6 +26,7 @@ from hydra_llm.gateway.telemetry import log
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
 UPSTREAM_PATHS = ("/v1/chat/completions", "/v1/models")
+MCP_PATH = "/mcp"
 KNOWN_SECONDS = 300.0  # how long a caller is known while the store is down
 KNOWN_CALLERS, LIMITED_KEYS = 10_000, 100_000  # cache sizes; the oldest go first
 ERRORS = (ApiError, HydraError, RequestValidationError, HTTPException)
@@ -75,7 +77,7 @@ class AccessMiddleware:
             if started:
                 _log_bug(error)
                 raise ConnectionCut from None
-            response = await error_response(None, error)
+            response = await error_response(Request(scope), error)
             await response(scope, receive, send)
         finally:
             state["route"] = getattr(scope.get("route"), "path", "unknown")
@@ -102,19 +104,26 @@ class AccessMiddleware:
         except ApiError:
             self._known_callers.pop(digest, None)
             raise
-        if caller in (WITHOUT_KEYS, UNVERIFIED):
-            self._check_origin(scope)
+        keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
+        if keyless or scope["path"] == MCP_PATH:
+            self._check_origin(scope, keyless)
         self._rates.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
 
-    def _check_origin(self, scope: Scope) -> None:
+    def _check_origin(self, scope: Scope, keyless: bool) -> None:
         """Without keys only this machine's programs and pages are served: a foreign page reaches
-        the server too, under a name of its own (DNS rebinding) or by a request across origins.
+        the server too, under a name of its own (DNS rebinding) or by a request across origins. MCP
+        asks for a check of the origin with a key as well.
         """
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         origin, allowed = headers.get(b"origin"), self._gateway.settings.cors_origins
         foreign = origin is not None and not {"*", origin} & {*allowed} and not is_local(origin)
-        if foreign or not is_local(f"http://{headers.get(b'host') or 'localhost'}"):
+        if foreign and not keyless:
+            fix = "add it to the setting cors_origins"
+            raise ApiError(
+                403, f"pages of this origin may not call {MCP_PATH}: {fix}", code="foreign"
+            )
+        if foreign or (keyless and not is_local(f"http://{headers.get(b'host') or 'localhost'}")):
             fix = "create a key (`hydra-llm keys create --admin`), or name the server localhost"
             raise ApiError(403, f"without keys only this machine is served: {fix}", code="foreign")
 
@@ -167,32 +176,38 @@ class RateLimiter:
             raise ApiError(429, message, code="rate_limit_exceeded", headers=wait)
 
 
-async def error_response(_: object, error: Exception) -> Json:
-    """An error as the caller sees it, in OpenAI's shape."""
+async def error_response(http: Request, error: Exception) -> Json:
+    """An error as the caller sees it, in OpenAI's shape; to a client of MCP in that of JSON-RPC."""
+    answer = as_api_error(error)
+    body = answer.rpc_body if http.scope["path"] == MCP_PATH else answer.body
+    return Json(body, answer.status, headers=answer.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any error as one that the caller is told; a bug is logged."""
     match error:
         case ApiError():
-            answer = error
+            return error
         case RequestValidationError():
             place, message = _body_fault(error)
-            answer = ApiError(400, message, param=place or None, code="invalid_request")
+            return ApiError(400, message, param=place or None, code="invalid_request")
         case HTTPException(status_code=400):  # FastAPI could not decode the body
             message = "the body cannot be read: it must be JSON in UTF-8"
-            answer = ApiError(400, message, code="invalid_request")
+            return ApiError(400, message, code="invalid_request")
         case HTTPException():
-            answer = ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():
             message = "more waits here than this machine can do: try again"
-            answer = ApiError(503, message, code="overloaded")
+            return ApiError(503, message, code="overloaded")
         case StoreError():
             # A database's own error says why (a full disk), and no value; others may name a user.
             why = error if type(error) is StoreError else type(error).__name__
             log.error("the store failed: %s", why)
             message = "the store does not answer: nothing was changed, try again"
-            answer = ApiError(503, message, code="store_unavailable")
+            return ApiError(503, message, code="store_unavailable")
         case _:
             _log_bug(error)
-            answer = ApiError(500, "something went wrong here", code="internal_error")
-    return Json(answer.body, answer.status, headers=answer.headers)
+            return ApiError(500, "something went wrong here", code="internal_error")
 
 
 def _body_fault(error: RequestValidationError) -> tuple[str, str]:

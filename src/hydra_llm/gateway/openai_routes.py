@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -31,7 +31,7 @@ async def chat(request: ChatRequest, http: Request) -> Response:
     gateway: Gateway = http.app.state.gateway
     body = json.loads(await http.body())
     caller: Caller = http.state.caller
-    user = _user(caller, http, body)
+    user = user_of(http, body)
     with chat_span(request.model) as span:
 
         async def answered() -> Response:
@@ -86,10 +86,11 @@ async def model(id: str, http: Request) -> Any:
     return Json(await http.app.state.gateway.upstream.models(id))
 
 
-def _user(caller: Caller, http: Request, body: dict[str, Any]) -> NamedUser:
+def user_of(http: Request, body: Mapping[str, Any]) -> NamedUser:
     """The user for whom a request is: the key's only one, or the one that it names. `ApiError` 403
     if this caller may not speak for the user.
     """
+    caller: Caller = http.state.caller
     if caller is UNVERIFIED or caller.bound is not None:
         return NamedUser(caller.bound)
     user = named_user(http.scope["headers"], body, http.app.state.gateway.settings)

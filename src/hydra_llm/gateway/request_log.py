@@ -17,7 +17,10 @@ from hydra_llm.gateway.telemetry import Telemetry, noting
 
 requests = logging.getLogger("hydra_llm.gateway.requests")
 CLIENT_GONE = 499  # the status of a request whose client hung up, as nginx has it
-FIELDS = ("reason", "candidates", "prompt_tokens", "completion_tokens", "upstream", "seconds")
+FIELDS = (
+    *("tool", "tool_error", "reason", "candidates"),
+    *("prompt_tokens", "completion_tokens", "upstream", "seconds"),
+)
 
 
 class RequestLog:
@@ -100,7 +103,7 @@ def logging_to_stderr(style: str) -> Iterator[None]:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(style == "json"))
-    loggers = [logging.getLogger(name) for name in ("hydra_llm", "uvicorn")]
+    loggers = [logging.getLogger(name) for name in ("hydra_llm", "mcp", "uvicorn")]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     raises, level = logging.raiseExceptions, requests.level
     for logger in loggers:

@@ -59,6 +59,7 @@ ERROR_TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+RPC_ERROR = -32000  # JSON-RPC's code for an error of the server's own
 
 
 class ApiError(Exception):
@@ -75,7 +76,14 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status, self.headers, kind = status, headers, ERROR_TYPES.get(status, "api_error")
+        self.code = code
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @property
+    def rpc_body(self) -> dict[str, Any]:
+        """The error as JSON-RPC has it, where no single request can be answered."""
+        error = {"code": RPC_ERROR, "message": str(self), "data": self.body["error"]}
+        return {"jsonrpc": "2.0", "id": None, "error": error}
 
 
 class _Strict(BaseModel):
@@ -142,6 +150,13 @@ class RecordsIn(_Strict):
     """Records to add."""
 
     records: Annotated[list[RecordIn], Field(min_length=1)]
+
+
+class SearchIn(_Strict):
+    """A search among a user's records."""
+
+    query: Annotated[str, Field(min_length=1, description="A question, or words of it.")]
+    limit: Annotated[int, Field(ge=1, le=64, description="Max records.")] = 10
 
 
 class FeedbackIn(_Strict):

@@ -5,6 +5,7 @@ only use the store are no coroutines: FastAPI runs them in threads.
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
 from typing import Annotated, Any
@@ -19,16 +20,27 @@ from hydra_llm.errors import HydraError, StoreError, UserFault
 from hydra_llm.gateway import user_data
 from hydra_llm.gateway.auth import Caller, pseudonym
 from hydra_llm.gateway.feedback import take_feedback
-from hydra_llm.gateway.gateway import COMPLETION_ID, Gateway
+from hydra_llm.gateway.gateway import COMPLETION_ID, Gateway, NotPersonal
 from hydra_llm.gateway.profile import describe, in_words, leanings
-from hydra_llm.gateway.schemas import ApiError, FeedbackIn, Id, RecordIn, RecordsIn, id_fault
+from hydra_llm.gateway.schemas import (
+    ApiError,
+    FeedbackIn,
+    Id,
+    Json,
+    PersonalizationOptions,
+    RecordIn,
+    RecordsIn,
+    SearchIn,
+    id_fault,
+)
 from hydra_llm.gateway.telemetry import log
 from hydra_llm.gateway.user_cache import texts_of
 from hydra_llm.history import parse_time
 from hydra_llm.store.change import FEEDBACK_ID, StaleVersion
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Added, Job
-from hydra_llm.text import text_fault
+from hydra_llm.store.values import Request as AnsweredRequest
+from hydra_llm.text import repair, text_fault
 from hydra_llm.types import Record
 
 LOG_IN_USE = (
@@ -81,13 +93,47 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
 @router.get("/users/{user}/records")
 def get_records(user: User, http: Request) -> Response:
     """All records of a user, oldest first."""
+    data = {"object": "list", "data": listed_records(user, http)}
+    return Response(json.dumps(data, ensure_ascii=False), media_type="application/json")
+
+
+def listed_records(user: str, http: Request) -> list[dict[str, str]]:
+    """A user's records as replies show them, oldest first; `ApiError` 404 for an unknown user."""
     version, records = _gateway(http, user).store.records(user)
     if version is None:
         raise _no_such_user()
-    names = ("id", "input", "output", "time")
-    data = [{name: getattr(record, name) for name in names} for record in records]
-    content = json.dumps({"object": "list", "data": data}, ensure_ascii=False)
-    return Response(content, media_type="application/json")
+    return list(map(_shown, records))
+
+
+@router.post("/users/{user}/search")
+async def search(user: User, sent: SearchIn, http: Request) -> dict[str, Any]:
+    """The records that fit a question best, in the order in which its answer would use them."""
+    gateway, records = _gateway(http, user), list[Record]()
+    options = PersonalizationOptions(k=sent.limit, gate=False)
+    try:
+        found = await gateway.search(gateway.deployment, user, repair(sent.query), options)
+        records = [item.record for item in found.ranked[: sent.limit]]
+    except NotPersonal as error:
+        reason = str(error)
+        if reason == "unknown-user":
+            raise _no_such_user() from None
+        if reason != "no-history":
+            raise ApiError(503, f"the search failed: {reason}", code=reason) from None
+    return {"object": "list", "data": list(map(_shown, records))}
+
+
+@router.get("/users/{user}/requests")
+def list_requests(
+    user: User, http: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+) -> Response:
+    """The latest answered requests, newest first: the id for feedback, the question, and the
+    candidates, best first.
+    """
+    store = _gateway(http, user).store
+    if store.state(user).version is None:
+        raise _no_such_user()
+    data = [_answered(request) for request in store.latest_requests(user, limit)]
+    return Json({"object": "list", "data": data})
 
 
 @router.delete("/users/{user}/records/{id:path}")
@@ -268,6 +314,16 @@ def _record(user: str, place: str, sent: RecordIn, max_text: int) -> Record:
     except ValueError as error:
         raise ApiError(400, f"{place}.time: {error}", param=f"{place}.time") from None
     return Record(user, sent.id, sent.input, sent.output, sent.time, span)
+
+
+def _shown(record: Record) -> dict[str, str]:
+    return {name: getattr(record, name) for name in ("id", "input", "output", "time")}
+
+
+def _answered(request: AnsweredRequest) -> dict[str, Any]:
+    time = datetime.fromtimestamp(request.created, UTC).isoformat(timespec="seconds")
+    texts = [candidate["said"] for candidate in request.content["candidates"]]
+    return {"id": request.id, "time": time, "question": request.question, "candidates": texts}
 
 
 def _job_json(job: Job) -> dict[str, Any]:

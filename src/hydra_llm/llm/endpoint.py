@@ -64,7 +64,7 @@ class Endpoint:
         """
         where = "the URL of the LLM" if url else "OPENAI_BASE_URL"
         url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        if not _is_url(url):
+        if not is_url(url):
             fix = "it begins with http:// or https://, names a host, and holds no blanks"
             raise SettingsError(f"{where} is no URL of an endpoint: {fix}")
         parts = urlsplit(url)
@@ -107,14 +107,15 @@ def endpoint_of(rest: str) -> tuple[str, str | None]:
     Raises SettingsError: no model, or an invalid URL, which would else be taken for part of it.
     """
     match = SPEC.fullmatch(rest)
-    valid = _is_url((match and match[2]) or OPENAI_URL)
+    valid = is_url((match and match[2]) or OPENAI_URL)
     if match is None or MEANT_AS_URL.search(match[1]) or not valid:
         forms = "openai:MODEL, or openai:MODEL@URL (http:// or https://) for another endpoint"
         raise SettingsError(f"openai:{without_userinfo(rest)} names no model and endpoint: {forms}")
     return match[1], match[2]
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether a text is the URL of an endpoint."""
     try:
         url = urlsplit(text)
         named = bool(url.hostname) and url.port != 0

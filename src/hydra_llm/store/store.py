@@ -187,6 +187,12 @@ class Store(Upkeep):
         rows = self.rows(_with_names(schema.requests, Request).where(schema.requests.c.id == id))
         return Request(*rows[0]) if rows else None
 
+    def latest_requests(self, name: str, count: int) -> list[Request]:
+        """The user's latest answered requests, newest first."""
+        rows = _with_names(schema.requests, Request).where(schema.users.c.name == name)
+        newest = rows.order_by(schema.requests.c.created.desc(), schema.requests.c.id)
+        return [Request(*row) for row in self.rows(newest.limit(count))]
+
     def unlearned_feedback(
         self,
         name: str,
