@@ -68,6 +68,7 @@ COMMANDS = {
         ["store", "backup", "--store", "sqlite:///s.db", "copy.db"],
     ],
     "openai": [["llm", "check", "openai:m@http://127.0.0.1:1/v1"]],
+    "mcp": [["mcp"]],
     "embedded": [["llm", "check", "gguf:model.gguf"], ["llm", "check", "smollm2"]],
     "openvino": [["llm", "check", "openvino:model.gguf"]],
     "bench": [

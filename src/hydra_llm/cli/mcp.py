@@ -65,8 +65,8 @@ async def _serve(address: str, headers: dict[str, str]) -> None:
 
     from hydra_llm import __version__
 
-    encoded = {name: value.encode() for name, value in headers.items()}
     with http_client_faults():
+        encoded = httpx2.Headers(headers, encoding="utf-8")  # a user's id may be any text
         http = httpx2.AsyncClient(headers=encoded, timeout=SECONDS)
     async with http:
         relay = _Relay(address, http)

@@ -112,8 +112,7 @@ async def list_answers(user: str, given: AnswersIn, http: Request) -> Result:
     """List the latest answers that were personalized for the user, newest first, each with the `id`
     that give_feedback takes and its candidates, the one that was shown first.
     """
-    listed = await run_sync(user_routes.list_requests, user, http, given.limit)
-    return {"answers": json.loads(listed.body)["data"]}
+    return {"answers": await run_sync(user_routes.answered_requests, user, http, given.limit)}
 
 
 async def give_feedback(user: str, given: FeedbackIn, http: Request) -> Result:

@@ -129,11 +129,15 @@ def list_requests(
     """The latest answered requests, newest first: the id for feedback, the question, and the
     candidates, best first.
     """
+    return Json({"object": "list", "data": answered_requests(user, http, limit)})
+
+
+def answered_requests(user: str, http: Request, limit: int) -> list[dict[str, Any]]:
+    """A user's latest requests as replies show them; `ApiError` 404 for an unknown user."""
     store = _gateway(http, user).store
     if store.state(user).version is None:
         raise _no_such_user()
-    data = [_answered(request) for request in store.latest_requests(user, limit)]
-    return Json({"object": "list", "data": data})
+    return [_answered(request) for request in store.latest_requests(user, limit)]
 
 
 @router.delete("/users/{user}/records/{id:path}")
