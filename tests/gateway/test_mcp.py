@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -216,7 +217,7 @@ def fill(store: Store) -> dict[str, str]:
         texts = {"said": mark, "text": mark, "answer": mark, "votes": 1, "greedy": True}
         content = {"candidates": [{**texts, "score": None}], "repeats": [], "visible": 2}
         content["records"] = ["shared"]
-        store.add_request(Request(f"req_{user}", user, 1.0, "", f"{mark}?", content))
+        store.add_request(Request(f"req_{user}", user, time.time(), "", f"{mark}?", content))
     keys = {name: make_key(store, users=users)[1] for name, users in USERS.items()}
     keys["admin's"] = make_key(store, admin=True)[1]
     revoked, keys["revoked"] = make_key(store, users=["ada"])
