@@ -19,7 +19,7 @@ from hydra_llm.gateway import health, mcp_routes, openai_routes, user_routes
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
-from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, error_response
+from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.store_training import Worker
@@ -73,6 +73,7 @@ def make_app(
             expose_headers=["x-hydra-personalized", "x-hydra-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog, telemetry=gateway.telemetry)
+    app.add_middleware(RootPath, path=settings.root_path)
     return app
 
 

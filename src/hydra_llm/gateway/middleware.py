@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
+from starlette._utils import get_route_path  # the router's own: keys are checked for what it sees
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,11 +63,11 @@ class AccessMiddleware:
             await send(message)
 
         state = scope.setdefault("state", {})
-        if scope["path"].startswith("/v1/users/") and (raw := scope.get("raw_path")):
+        if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
             # As sent: a decoded `%2F` would split an id (user_routes decodes).
             scope = {**scope, "path": quote(raw, safe=string.printable)}
         try:
-            if not scope["path"].startswith(OPEN_PATHS):
+            if not get_route_path(scope).startswith(OPEN_PATHS):
                 await self._authorize(scope)
             await self._app(scope, self._limited(scope, receive), watched)
         except ClientGone:
@@ -99,7 +100,7 @@ class AccessMiddleware:
                 raise
             self._telemetry.failed("keys", error)
             caller = UNVERIFIED if known is WITHOUT_KEYS else known
-            if caller is UNVERIFIED and not scope["path"].startswith(UPSTREAM_PATHS):
+            if caller is UNVERIFIED and not get_route_path(scope).startswith(UPSTREAM_PATHS):
                 raise StoreError("it is unknown whether a key is needed by now") from None
         except ApiError:
             self._known_callers.pop(digest, None)
@@ -143,6 +144,18 @@ class AccessMiddleware:
             return message
 
         return counted
+
+
+class RootPath:
+    """Names the prefix of paths that a proxy may have removed: routes match with it and without."""
+
+    def __init__(self, app: ASGIApp, *, path: str):
+        self._app, self._path = app, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._path and scope["type"] == "http":
+            scope = {**scope, "root_path": self._path}
+        await self._app(scope, receive, send)
 
 
 def is_local(url: str) -> bool:
