@@ -24,7 +24,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "default": {},
     "all": {
         "image": {"tag": "full"},
-        "settings": {"workers": 2, "root_path": "/llm", "proxies": "10.0.0.0/8"},
+        "settings": {"workers": 2, "root_path": "/llm", "proxy": "10.0.0.0/8"},
         "bundle": {"existingClaim": "bundles", "path": "my-bundle"},
         "ingress": {"enabled": True, "className": "nginx", "tlsSecret": "tls"},
         "imagePullSecrets": [{"name": "registry"}],

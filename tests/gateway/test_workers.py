@@ -91,24 +91,23 @@ def test_workers_are_one_server_of_one_store(url: str) -> None:
 
 
 @slow
-def test_workers_share_the_jobs(tmp_path: Path, bundles: dict[str, Path]) -> None:
-    """Every fit ends, in whichever worker claims it, and any worker tells how it stands."""
-    where = [*fake(tmp_path), "--bundle", str(bundles["tags"]), "--workers", "2"]
-    with served(*where, "--llm", "fake:rule=labels") as (_, at, _):
-        users = [f"u{number}" for number in range(4)]
-        for user in users:
-            sent = [{"id": r.id, "input": r.input, "output": r.output} for r in records_of(user)]
-            records = {"records": sent}
-            httpx2.post(f"{at}/v1/users/{user}/records", json=records, timeout=FOREVER)
-        fits = [f"{at}/v1/users/{user}/fit" for user in users]
-        jobs = [httpx2.post(fit, timeout=FOREVER).json()["id"] for fit in fits]
-        urls = [f"{at}/v1/users/{u}/jobs/{job}" for u, job in zip(users, jobs, strict=True)]
+def test_workers_share_the_jobs(url: str) -> None:
+    """Each waiting job is run once, by whichever worker claims it."""
+    with served("--llm", "fake:echo", "--store", url, "--workers", "3") as (process, _, _):
+        store = Store(url)
+        for number in range(12):
+            store.add_records(f"u{number}", records_of(f"u{number}", 1))
+            assert store.add_job(f"job{number}", f"u{number}", "fit")
 
-        def states() -> set[str]:
-            return {httpx2.get(url, timeout=FOREVER).json()["state"] for url in urls}
+        def ended() -> list[str]:
+            jobs = [store.job(f"u{number}", f"job{number}") for number in range(12)]
+            return [job.error for job in jobs if job and job.state == "failed"]
 
-        until(lambda: not states() & {"waiting", "running"})
-        assert states() == {"done"}
+        until(lambda: len(ended()) == 12)
+        assert set(ended()) == {"there is no bundle: nothing to fit"}
+        store.close()
+    assert process.stderr is not None
+    assert process.stderr.read().decode().count("jobs: a fit failed") == 12
 
 
 @slow
@@ -249,7 +248,7 @@ def test_nobody_is_believed_without_a_proxy(
     assert not config.proxy_headers
 
 
-@pytest.mark.parametrize("bad", ["proxies=*", "proxies=10.0.0.1/8", "root_path=llm", "workers=0"])
+@pytest.mark.parametrize("bad", ["proxy=*", "proxy=10.0.0.1/8", "root_path=llm", "workers=0"])
 def test_bad_settings_of_a_deployment_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
 ) -> None:

@@ -49,7 +49,7 @@ def serve(
     from hydra_llm.gateway.server import Service, Workers, check_tls, run_app
     from hydra_llm.gateway.settings import load_serve_settings
 
-    flags = {"workers": workers, "tls_cert": tls_cert, "tls_key": tls_key, "proxies": proxy}
+    flags = {"workers": workers, "tls_cert": tls_cert, "tls_key": tls_key, "proxy": proxy}
     flags |= {"root_path": root_path, "log": log}
     given = {name: value for name, value in flags.items() if value is not None}
     settings = load_serve_settings(options.config, **dict(options.pairs()) | given)
@@ -58,13 +58,13 @@ def serve(
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     name = f"[{host}]" if ":" in host else host
     # Whoever reaches a proxy reaches the server behind it.
-    local = is_local(f"http://{name}") and not settings.proxies
+    local = is_local(f"http://{name}") and not settings.proxy
     here = load_settings(file=options.config)
     service = Service(llm, store, settings, bundle, here, Access(local, admin_key))
     service.open_llm()  # before a store is made: there may be none
     _check_before_creation(store, bundle)
     with opt.open_store(store, settings.store_timeout, create=True) as opened:
-        place = f"--proxy {','.join(settings.proxies)}" if settings.proxies else f"--host {host}"
+        place = f"--proxy {','.join(settings.proxy)}" if settings.proxy else f"--host {host}"
         _check_keys(opened, place, local, admin_key)
         _check_bundle(opened, bundle)
         scheme = "https" if settings.tls_cert else "http"

@@ -96,8 +96,8 @@ def _config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=drain,
-        proxy_headers=bool(settings.proxies),  # by default uvicorn trusts all of loopback
-        forwarded_allow_ips=list(settings.proxies),
+        proxy_headers=bool(settings.proxy),  # by default uvicorn trusts all of loopback
+        forwarded_allow_ips=list(settings.proxy),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )

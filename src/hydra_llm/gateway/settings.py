@@ -85,7 +85,7 @@ class ServeSettings(config.Group):
     """PEM file of the certificate and its chain; then the server speaks HTTPS."""
     tls_key: Path | None = None
     """PEM file of the certificate's key, without a password; None: it is in `tls_cert`."""
-    proxies: tuple[str, ...] = ()
+    proxy: tuple[str, ...] = ()
     """Addresses or networks of reverse proxies, whose X-Forwarded-For and -Proto alone count."""
     root_path: str = ""
     """Prefix of the paths behind a reverse proxy, as /llm, whether the proxy removes it or not."""
@@ -118,7 +118,7 @@ class ServeSettings(config.Group):
     scoring_queue: int = Field(default=256, ge=1)
     """Max requests that wait for scoring; further ones are answered without it."""
 
-    @field_validator("user_headers", "user_fields", "cors_origins", "proxies", mode="before")
+    @field_validator("user_headers", "user_fields", "cors_origins", "proxy", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Flags and variables hold a list as a text with commas."""
@@ -141,7 +141,7 @@ class ServeSettings(config.Group):
                 )
         return origins
 
-    @field_validator("proxies")
+    @field_validator("proxy")
     @classmethod
     def _addresses(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
         for proxy in proxies:
