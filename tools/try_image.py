@@ -7,8 +7,8 @@ RUN steps run in it by chroot, COPY steps copy, each stage from the one that it 
 image's user starts `hydra-llm serve` with the root file system read-only, as compose.yaml does but
 on SQLite and with a fake LLM, and the server is asked. pip's configuration of this machine applies.
 
-Needs root and debootstrap on Linux; where they are missing it says so and ends with 0 (1 with
-`--required`). Exit code 1 if a step or an answer fails.
+Needs root, debootstrap and Debian's packages; where they are missing it says so and ends with 0 (1
+with `--required`). Exit code 1 if a step or an answer fails.
 """
 
 import argparse
@@ -37,6 +37,10 @@ BASES = {"debian:bookworm-slim": "bookworm"}  # image → what debootstrap calls
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CERTIFICATES = Path("run/build-certificates.pem")  # in the root: this machine's, for pip
 KEY = "an-admin-key-for-this-test"
+
+
+class NoBase(Exception):
+    """The base image's root cannot be had here."""
 
 
 @dataclass
@@ -106,7 +110,7 @@ class Builder:
             bootstrap = ["debootstrap", "--variant=minbase", BASES[image], str(self._base)]
             done = subprocess.run(bootstrap, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"debootstrap: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+                raise NoBase(f"debootstrap: {(done.stdout + done.stderr).strip()[-500:]}")
         return self._base
 
     def _step(self, image: Image, word: str, text: str) -> None:
@@ -253,19 +257,26 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--required", action="store_true")
     given = parser.parse_args()
-    if reason := lacking():
-        print(f"the image is not tried: {reason}", file=sys.stderr)
+    try:
+        if reason := lacking():
+            raise NoBase(reason)
+        try_image(given.target, given.base)
+    except NoBase as error:
+        print(f"the image is not tried: {error}", file=sys.stderr)
         sys.exit(int(given.required))
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"failed: {error}")
+
+
+def try_image(target: str, base: Path | None) -> None:
+    """Build a target and ask its server."""
     with tempfile.TemporaryDirectory(prefix="hydra-llm-image-") as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        try:
-            image = Builder(folder, given.base or folder / "base").build(given.target)
-            size = subprocess.check_output(["du", "-sm", image.root], text=True).split()[0]
-            print(f"{given.target}: {size} MB", flush=True)
-            try_server(image, folder / "data")
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            sys.exit(f"failed: {error}")
+        image = Builder(folder, base or folder / "base").build(target)
+        size = subprocess.check_output(["du", "-sm", image.root], text=True).split()[0]
+        print(f"{target}: {size} MB", flush=True)
+        try_server(image, folder / "data")
 
 
 if __name__ == "__main__":
