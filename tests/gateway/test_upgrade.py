@@ -25,7 +25,7 @@ from .test_processes import served
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-CLIENTS = 3
+CLIENTS, PAUSE = 3, 0.05
 
 
 def git(*arguments: str) -> bytes:
@@ -49,10 +49,11 @@ def before(tmp_path: Path) -> Path:
 
 
 class Load:
-    """Clients that ask the servers of a list in turns, as a balancer would, and note statuses."""
+    """Clients that ask the servers of a list in turns, as a balancer would, and count answers."""
 
     def __init__(self, *servers: str):
-        self.servers, self.statuses = servers, Counter[tuple[str, object]]()
+        self._servers, self.counts = servers, Counter[tuple[str, object]]()
+        self._asking: dict[int, str] = {}  # client → the server that it asks
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(CLIENTS)]
 
@@ -67,35 +68,42 @@ class Load:
             thread.join()
 
     def _ask(self, client: int) -> None:
-        for turn in itertools.count(client):
-            if self._ended.is_set():
-                return
-            server = self.servers[turn % len(self.servers)]
-            user = f"u{turn % 5}"
-            record = {"id": str(turn % 50), "input": "wine", "output": f"dry {turn}"}
-            message = {"role": "user", "content": f"wine number {turn}"}
-            body = {"model": "fake:echo", "user": user, "messages": [message]}
-            records = self._post(f"{server}/v1/users/{user}/records", {"records": [record]})
-            answer = self._post(f"{server}/v1/chat/completions", body)
-            how = answer and answer.headers["x-hydra-personalized"]
-            with self._lock:
-                self.statuses[server, records and records.status_code] += 1
-                self.statuses[server, how] += 1
+        once = httpx2.Limits(max_keepalive_connections=0)  # each request may go elsewhere
+        with httpx2.Client(timeout=FOREVER, limits=once) as http:
+            for turn in itertools.count(client):
+                with self._lock:
+                    server = self._servers[turn % len(self._servers)]
+                    self._asking[client] = server
+                try:
+                    answers = self._turn(http, server, turn)
+                except httpx2.TransportError as error:
+                    answers = [type(error).__name__]
+                with self._lock:
+                    self.counts.update((server, answer) for answer in answers)
+                if self._ended.wait(PAUSE):
+                    return
 
-    def _post(self, url: str, body: object) -> httpx2.Response | None:
-        try:
-            return httpx2.post(url, json=body, timeout=FOREVER)
-        except httpx2.TransportError as error:
-            with self._lock:
-                self.statuses[url, type(error).__name__] += 1
-            return None
+    def _turn(self, http: httpx2.Client, server: str, turn: int) -> list[object]:
+        user = f"u{turn % 5}"
+        record = {"id": str(turn % 50), "input": "wine", "output": f"dry {turn}"}
+        message = {"role": "user", "content": f"wine number {turn}"}
+        body = {"model": "fake:echo", "user": user, "messages": [message]}
+        records = http.post(f"{server}/v1/users/{user}/records", json={"records": [record]})
+        answer = http.post(f"{server}/v1/chat/completions", json=body)
+        return [records.status_code, answer.headers["x-hydra-personalized"]]
+
+    def turn_to(self, *servers: str) -> None:
+        """Ask these from now on, and wait until no request is under way to another."""
+        with self._lock:
+            self._servers = servers
+        until(lambda: set(self._asking.values()) <= set(servers))
 
     def asked(self, server: str) -> None:
         """Wait until a server has answered some more."""
 
         def count() -> int:
             with self._lock:
-                return sum(n for (at, _), n in self.statuses.items() if at == server)
+                return sum(n for (at, _), n in self.counts.items() if at == server)
 
         goal = count() + 4 * CLIENTS
         until(lambda: count() >= goal)
@@ -148,14 +156,14 @@ def test_no_request_fails_across_a_migration(
             assert version_of(database.engine) == LATEST
             load.asked(old)
             with served(*where) as (_, new, _):
-                load.servers = (old, new)
+                load.turn_to(old, new)
                 load.asked(old)
                 load.asked(new)
-                load.servers = (new,)  # what is asked already is answered by the old one
+                load.turn_to(new)
                 old_process.terminate()
                 assert old_process.wait(FOREVER) == 0
                 load.asked(new)
                 load.__exit__()
     database.close()
     expected = {(server, what) for server in (old, new) for what in (200, "true")}
-    assert set(load.statuses) == expected
+    assert set(load.counts) == expected

@@ -55,8 +55,7 @@ def make_app(
     deployment = open_deployment(store, reads, folder, settings, here or load_settings())
     gateway = Gateway(store, reads, upstream, settings, deployment, Telemetry(), active)
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
-    # Its /docs loads nothing from elsewhere.
-    app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
+    app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)  # /docs from here alone
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm)
     for part in (openai_routes, user_routes, mcp_routes, health):
