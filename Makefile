@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast check format docs install clients walk bench bench-replay audit clean help
+.PHONY: demo test test-fast check format docs install deploy image clients walk bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -49,6 +49,17 @@ docs: $(READY) ## Write commands.md, settings.md and api.md in docs/ anew from t
 	@$(BIN)/python tools/settings_md.py
 	@$(BIN)/python tools/api_md.py
 	@$(BIN)/python tools/results_md.py
+
+deploy: .deploy/.ready ## Check the files of deploy/, each by the program that reads it (once: 130 MB into .deploy)
+	@.deploy/bin/python tools/check_deploy.py
+
+.deploy/.ready: tools/deploy.txt
+	@$(PYTHON) -m venv .deploy
+	@.deploy/bin/python -m pip install --quiet --requirement tools/deploy.txt
+	@touch $@
+
+image: ## Replay the image's steps in a bare Debian root and ask the server in it (root and debootstrap)
+	@$(PYTHON) tools/try_image.py
 
 clients: $(READY) ## Run the code of docs/clients.md with seventeen clients (once: 550 MB into .clients)
 	@$(BIN)/python tools/try_clients.py

@@ -17,6 +17,8 @@ OWN = ("HYDRA_", "OPENAI_")
 SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+SECRETS = ("HYDRA_ADMIN_KEY", "OPENAI_API_KEY", "PGPASSWORD")
+"""Variables that NAME_FILE gives too: containers mount secrets as files."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,23 @@ def clean_variables() -> None:
                 os.environ[name] = kept[name.upper()]
             else:
                 del os.environ[name]
+
+
+def read_secret_files() -> None:
+    """Set each of SECRETS whose NAME_FILE names a file. Raises SettingsError: it cannot be read, or
+    the variable itself is set too.
+    """
+    for name in SECRETS:
+        file = os.environ.pop(f"{name}_FILE", "").strip()
+        if not file:
+            continue
+        if os.environ.get(name, "").strip():
+            raise SettingsError(f"{name} and {name}_FILE are both set: unset one of them")
+        try:
+            os.environ[name] = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise SettingsError(f"{name}_FILE {file}: {why}") from None
 
 
 def expanded(path: Path) -> Path:

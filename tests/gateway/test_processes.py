@@ -160,7 +160,10 @@ def test_a_change_on_one_server_is_seen_by_the_other_at_once(url: str) -> None:
         assert httpx2.get(f"{other}/v1/users/ada/records", timeout=FOREVER).status_code == 404
 
 
-async def test_a_stopping_server_finishes_the_requests_in_flight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "3"])
+async def test_a_stopping_server_finishes_the_requests_in_flight(
+    tmp_path: Path, workers: str
+) -> None:
     """Answers, and a stream; new connections are refused at once."""
     arrived, release = 0, asyncio.Event()
 
@@ -177,11 +180,8 @@ async def test_a_stopping_server_finishes_the_requests_in_flight(tmp_path: Path)
     body = {"model": "m", "messages": MESSAGES}
     async with upstream_of(streamed, slow) as upstream:
         spec = f"openai:m@{str(upstream._client.base_url).rstrip('/')}"
-        with served("--llm", spec, "--store", f"sqlite:///{tmp_path / 's.db'}") as (
-            process,
-            url,
-            _,
-        ):
+        where = ["--llm", spec, "--store", f"sqlite:///{tmp_path / 's.db'}", "--workers", workers]
+        with served(*where) as (process, url, _):
             async with (
                 httpx2.AsyncClient(base_url=url, timeout=FOREVER) as http,
                 http.stream(

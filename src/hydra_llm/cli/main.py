@@ -19,7 +19,12 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 from hydra_llm import __version__
-from hydra_llm.environment import clean_variables, expanded, open_standard_streams
+from hydra_llm.environment import (
+    clean_variables,
+    expanded,
+    open_standard_streams,
+    read_secret_files,
+)
 from hydra_llm.errors import HydraError, UserFault
 from hydra_llm.extras import one_line_imports
 
@@ -131,6 +136,7 @@ def root(version: Annotated[bool, VERSION] = False) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. An error is one line, a bug its traceback."""
     try:
+        read_secret_files()
         clean_variables()
         words = list(arguments) or ["--help"]
         with one_line_imports(f"`{NAME} {words[0]}`"):

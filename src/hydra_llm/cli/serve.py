@@ -1,12 +1,9 @@
 """`hydra-llm serve`: the gateway."""
 
-import contextlib
 import json
-import math
-import signal
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,14 +15,9 @@ from hydra_llm.config import load_settings
 from hydra_llm.errors import SettingsError, StoreError
 from hydra_llm.extras import installed
 from hydra_llm.llm.endpoint import without_userinfo
-from hydra_llm.llm.registry import bare_llm
 
 if TYPE_CHECKING:
-    from hydra_llm.gateway.gateway import Gateway
     from hydra_llm.store.store import Store
-
-KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep a connection: the server must not close one while a request arrives."""
 
 
 @opt.with_option_sets
@@ -36,65 +28,65 @@ def serve(
     store: opt.StoreURL = opt.DEFAULT_STORE,
     host: Annotated[str, Option(help="Address; beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    workers: Annotated[int | None, Option(help="Worker processes on the one port.")] = None,
+    tls_cert: Annotated[Path | None, Option(help="PEM certificate with its chain: HTTPS.")] = None,
+    tls_key: Annotated[Path | None, Option(help="PEM key of --tls-cert.")] = None,
+    proxy: Annotated[
+        str | None, Option(metavar="IP,...", help="Reverse proxies whose X-Forwarded-* count.")
+    ] = None,
+    root_path: Annotated[
+        str | None, Option(help="Prefix of paths behind a proxy, as /llm.")
+    ] = None,
     log: Annotated[str | None, Option(help="Lines on stderr: text, json or off.")] = None,
 ) -> None:
     """Serve an OpenAI-compatible, personalizing endpoint. `--set` takes the gateway's settings.
 
     HYDRA_ADMIN_KEY is a key for all users; else `hydra-llm keys create` makes keys.
     """
-    import uvicorn
-
-    from hydra_llm.gateway.app import make_app
     from hydra_llm.gateway.auth import Access, admin_key_given
-    from hydra_llm.gateway.embedded import open_upstream
     from hydra_llm.gateway.middleware import is_local
     from hydra_llm.gateway.request_log import logging_to_stderr
+    from hydra_llm.gateway.server import Service, Workers, check_tls, run_app
     from hydra_llm.gateway.settings import load_serve_settings
 
-    flags = dict(options.pairs()) | ({"log": log} if log else {})
-    settings = load_serve_settings(options.config, **flags)
+    flags = {"workers": workers, "tls_cert": tls_cert, "tls_key": tls_key, "proxy": proxy}
+    flags |= {"root_path": root_path, "log": log}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = load_serve_settings(options.config, **dict(options.pairs()) | given)
+    check_tls(settings)
     admin_key = admin_key_given()
-    here = load_settings(file=options.config)
     listening = bound(host, port)  # before anything is loaded: the port may be taken
     name = f"[{host}]" if ":" in host else host
-    local = is_local(f"http://{name}")
-    # An endpoint is asked without the SDK; learning alone needs it, whose extra brings it.
-    plain = llm.startswith("openai:") and find_spec("openai") is None
-    model = None if plain else bare_llm(llm, here)
-    upstream = open_upstream(llm, model, timeout=settings.upstream_timeout)
+    # Whoever reaches a proxy reaches the server behind it.
+    local = is_local(f"http://{name}") and not settings.proxy
+    here = load_settings(file=options.config)
+    service = Service(llm, store, settings, bundle, here, Access(local, admin_key))
+    service.open_llm()  # before a store is made: there may be none
     _check_before_creation(store, bundle)
     with opt.open_store(store, settings.store_timeout, create=True) as opened:
-        _check_keys(opened, host, local, admin_key)
+        place = f"--proxy {','.join(settings.proxy)}" if settings.proxy else f"--host {host}"
+        _check_keys(opened, place, local, admin_key)
         _check_bundle(opened, bundle)
-        access = Access(local, admin_key)
-        app = make_app(opened, upstream, settings, bundle, llm=model, here=here, access=access)
-        config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)
-        config.timeout_keep_alive = KEEP_ALIVE_SECONDS
-        if settings.drain is not None:
-            config.timeout_graceful_shutdown = math.ceil(settings.drain)  # whole seconds
-        server = uvicorn.Server(config)
-        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # which nohup sets
-            # The terminal is gone: requests in flight end, as with SIGTERM.
-            signal.signal(hangup, lambda *_: server.handle_exit(signal.SIGTERM, None))
-        address = f"http://{name}:{listening.getsockname()[1]}/v1"
-        _say_what_runs(address, app.state.gateway, opened.name, without_userinfo(llm))
-        # uvicorn raises the signal again after the requests in flight have ended.
-        with contextlib.suppress(KeyboardInterrupt), logging_to_stderr(settings.log):
-            server.run([listening])
+        scheme = "https" if settings.tls_cert else "http"
+        address = f"{scheme}://{name}:{listening.getsockname()[1]}{settings.root_path}/v1"
+
+        def started(serves: Mapping[str, str]) -> None:
+            told = {**serves, "store": opened.name, "upstream": without_userinfo(llm)}
+            _say_what_runs(address, told, as_json=settings.log == "json")
+
+        with logging_to_stderr(settings.log):
+            if settings.workers == 1:
+                run_app(service.app(opened), listening, started)
+            else:
+                opened.close()  # each worker has connections of its own
+                Workers(service, listening).run(started)
         console.say("stopped; requests in flight have ended")
 
 
-def _say_what_runs(address: str, gateway: "Gateway", store: str, llm: str) -> None:
+def _say_what_runs(address: str, serves: Mapping[str, str], *, as_json: bool) -> None:
     """One line at the start."""
-    parts = {
-        "bundle": gateway.deployment.id[:12] or "none (records alone)",
-        "gate": gateway.deployment.gate,
-        "store": store,
-        "upstream": llm,
-        "extras": ", ".join(installed()) or "none",
-    }
-    if gateway.settings.log == "json":
+    parts = {**serves, "extras": ", ".join(installed()) or "none"}
+    if as_json:
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         console.say(json.dumps({"time": moment, "message": "serving", "address": address, **parts}))
     else:
@@ -102,7 +94,7 @@ def _say_what_runs(address: str, gateway: "Gateway", store: str, llm: str) -> No
         console.say(f"serving on {address}; {told}")
 
 
-def _check_keys(store: "Store", host: str, local: bool, admin_key: str) -> None:
+def _check_keys(store: "Store", place: str, local: bool, admin_key: str) -> None:
     """Without a key only this machine is served; the first start elsewhere makes one."""
     from hydra_llm.gateway.auth import make_key
 
@@ -117,7 +109,7 @@ def _check_keys(store: "Store", host: str, local: bool, admin_key: str) -> None:
         console.say(f"admin key, which is not shown again: {secret}")
     else:
         fix = f"run {create}, or set HYDRA_ADMIN_KEY"
-        raise SettingsError(f"--host {host}: anyone could connect without a key: {fix}")
+        raise SettingsError(f"{place}: anyone could connect without a key: {fix}")
 
 
 def _check_before_creation(store: str, bundle: Path | None) -> None:

@@ -103,11 +103,11 @@ def show(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 @maintenance.command()
 def migrate(store: StoreURL = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """Migrate the tables to this version, or create them. Stop the servers and back up first."""
+    """Migrate the tables to this version, or create them. Back up first; servers may run."""
     from hydra_llm.store.database import Database, one_line_errors
     from hydra_llm.store.migrate import LATEST, upgrade, version_of
 
-    database = Database(store)
+    database = Database(store, timeout=3600.0)  # an index of many rows takes long
     database.check_file(create=True)
     with one_line_errors(database.url):
         before = version_of(database.engine)

@@ -27,7 +27,7 @@ from hydra_llm.gateway import (
 from hydra_llm.gateway.auth import Access
 from hydra_llm.gateway.deployment import folder_of, open_deployment
 from hydra_llm.gateway.gateway import Gateway
-from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, error_response
+from hydra_llm.gateway.middleware import ERRORS, AccessMiddleware, RootPath, error_response
 from hydra_llm.gateway.request_log import RequestLog
 from hydra_llm.gateway.settings import ServeSettings
 from hydra_llm.gateway.store_training import Worker
@@ -64,8 +64,7 @@ def make_app(
     deployment = open_deployment(store, reads, folder, settings, here or load_settings())
     gateway = Gateway(store, reads, upstream, settings, deployment, Telemetry(), active)
     about = {"title": "hydra-llm", "version": __version__, "static_url": "/docs/static"}
-    # Its /docs loads nothing from elsewhere.
-    app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)
+    app = FastAPIOffline(**about, lifespan=_lifespan, redoc_url=None)  # /docs from here alone
     app.state.gateway, app.state.readiness = gateway, health.Readiness(gateway)
     app.state.worker = Worker(store, lambda: gateway.deployment, llm)
     app.state.embedder = Embedder()
@@ -91,6 +90,7 @@ def _add_middleware(app: FastAPI, gateway: Gateway, access: Access) -> None:
             expose_headers=["x-hydra-personalized", "x-hydra-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog, telemetry=gateway.telemetry)
+    app.add_middleware(RootPath, path=settings.root_path)
 
 
 @asynccontextmanager

@@ -66,7 +66,8 @@ async def pass_on(http: Request, path: str) -> Response:
 def _path(http: Request) -> str:
     """The path below /v1/ as it was sent; '' if it may lead to another place."""
     raw = http.scope.get("raw_path") or quote(http.scope["path"]).encode()
-    parts = raw.decode("latin-1").removeprefix("/v1/").split("/")
+    below = raw.decode("latin-1").removeprefix(http.scope.get("root_path", ""))
+    parts = below.removeprefix("/v1/").split("/")
     return "/".join(parts) if all(PART.fullmatch(p) and p.strip(".") for p in parts) else ""
 
 

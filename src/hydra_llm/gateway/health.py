@@ -6,7 +6,6 @@ import time
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
-from prometheus_client import generate_latest
 
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.gateway import Gateway
@@ -72,5 +71,5 @@ async def readiness(http: Request, response: Response) -> dict[str, str]:
 @router.get("/metrics", response_class=Response)
 async def metrics(http: Request) -> Response:
     """Figures for Prometheus."""
-    figures = generate_latest(http.app.state.gateway.telemetry.registry)
+    figures = await run_sync(http.app.state.gateway.telemetry.figures)
     return Response(figures, media_type="text/plain; version=0.0.4")

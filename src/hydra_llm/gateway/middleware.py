@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from cachetools import LRUCache, TTLCache
 from fastapi.exceptions import RequestValidationError
+from starlette._utils import get_route_path  # the router's own: keys are checked for what it sees
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,11 +67,11 @@ class AccessMiddleware:
             await send(message)
 
         state = scope.setdefault("state", {})
-        if scope["path"].startswith("/v1/users/") and (raw := scope.get("raw_path")):
+        if get_route_path(scope).startswith("/v1/users/") and (raw := scope.get("raw_path")):
             # As sent: a decoded `%2F` would split an id (user_routes decodes).
             scope = {**scope, "path": quote(raw, safe=string.printable)}
         try:
-            if not scope["path"].startswith(OPEN_PATHS):
+            if not get_route_path(scope).startswith(OPEN_PATHS):
                 await self._authorize(scope)
             await self._app(scope, self._limited(scope, receive), watched)
         except ConnectionCut:
@@ -107,13 +108,13 @@ class AccessMiddleware:
                 raise
             self._telemetry.failed("keys", error)
             caller = UNVERIFIED if known is WITHOUT_KEYS else known
-            if caller is UNVERIFIED and not scope["path"].startswith(UPSTREAM_PATHS):
+            if caller is UNVERIFIED and not get_route_path(scope).startswith(UPSTREAM_PATHS):
                 raise StoreError("it is unknown whether a key is needed by now") from None
         except ApiError:
             self._known_callers.pop(digest, None)
             raise
         keyless = caller in (WITHOUT_KEYS, UNVERIFIED)
-        if keyless or scope["path"] == MCP_PATH:
+        if keyless or get_route_path(scope) == MCP_PATH:
             self._check_origin(scope, keyless)
         self._rates.check(caller.key)
         scope.setdefault("state", {})["caller"] = caller
@@ -153,6 +154,18 @@ class AccessMiddleware:
         return counted
 
 
+class RootPath:
+    """Names the prefix of paths that a proxy may have removed: routes match with it and without."""
+
+    def __init__(self, app: ASGIApp, *, path: str):
+        self._app, self._path = app, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._path and scope["type"] == "http":
+            scope = {**scope, "root_path": self._path}
+        await self._app(scope, receive, send)
+
+
 def is_local(url: str) -> bool:
     """Whether a URL's host is this machine by its name: localhost, or a loopback address."""
     with suppress(ValueError):
@@ -188,7 +201,7 @@ async def error_response(http: Request, error: Exception) -> Json:
     """An error as the caller sees it: in OpenAI's shape, to Anthropic's clients in theirs, to those
     of MCP in that of JSON-RPC.
     """
-    answer, path = as_api_error(error), http.scope["path"]
+    answer, path = as_api_error(error), get_route_path(http.scope)
     body = answer.rpc_body if path == MCP_PATH else answer.body
     if path.startswith("/v1/messages"):
         body = error_body(answer.status, answer.body)

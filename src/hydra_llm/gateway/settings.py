@@ -1,5 +1,6 @@
 """The gateway's settings: flag > environment (`HYDRA_SERVE_...`) > `[serve]` table > default."""
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,16 @@ class ServeSettings(config.Group):
     """Fields of a request's body that name the user, after the headers; dots lead into objects."""
 
     # ---- operation
+    workers: int = Field(default=1, ge=1, le=64)
+    """Worker processes on one socket, each with the bundle (and an embedded LLM) in memory."""
+    tls_cert: Path | None = None
+    """PEM file of the certificate and its chain; then the server speaks HTTPS."""
+    tls_key: Path | None = None
+    """PEM file of the certificate's key, without a password; None: it is in `tls_cert`."""
+    proxy: tuple[str, ...] = ()
+    """Addresses or networks of reverse proxies, whose X-Forwarded-For and -Proto alone count."""
+    root_path: str = ""
+    """Prefix of the paths behind a reverse proxy, as /llm, whether the proxy removes it or not."""
     log: Literal["text", "json", "off"] = "text"
     """A line on stderr per request; off: failures only."""
     cors_origins: tuple[str, ...] = ()
@@ -110,7 +121,7 @@ class ServeSettings(config.Group):
     scoring_queue: int = Field(default=256, ge=1)
     """Max requests that wait for scoring; further ones are answered without it."""
 
-    @field_validator("user_headers", "user_fields", "cors_origins", mode="before")
+    @field_validator("user_headers", "user_fields", "cors_origins", "proxy", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Flags and variables hold a list as a text with commas."""
@@ -132,6 +143,25 @@ class ServeSettings(config.Group):
                     f"write an origin as https://app.example, without path: '{origin}'"
                 )
         return origins
+
+    @field_validator("proxy")
+    @classmethod
+    def _addresses(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                form = "write a proxy as an address or a network, 10.0.0.7 or 10.0.0.0/8"
+                raise ValueError(f"{form}: '{proxy}'") from None
+        return proxies
+
+    @field_validator("root_path")
+    @classmethod
+    def _prefix(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and not re.fullmatch(r"(/[\w.~-]+)+", path, re.ASCII):
+            raise ValueError(f"write a prefix of paths as /llm: '{path}'")
+        return path
 
     @field_validator("user_headers")
     @classmethod

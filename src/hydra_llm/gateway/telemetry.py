@@ -1,6 +1,7 @@
 """Prometheus counters, one log line for a failure, GenAI spans. Never a user's id, never a text."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,12 +10,15 @@ from functools import partial
 from typing import Any
 
 from opentelemetry import trace
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from hydra_llm.llm.wire import tokens_of
 
 log = logging.getLogger("hydra_llm.gateway")
 tracer = trace.get_tracer("hydra_llm")
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable of prometheus_client: the folder in which the processes of one server count."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 noting: ContextVar[dict[str, Any] | None] = ContextVar("noting", default=None)
@@ -51,7 +55,16 @@ class Telemetry:
         self._abstained = counter("hydra_abstained", about)
         stages = partial(Histogram, buckets=SECONDS, registry=self.registry)
         self._stages = stages("hydra_stage_seconds", "Seconds by stage", ["stage"])
-        self.in_flight = Gauge("hydra_in_flight", "Requests in flight", registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
+        self.in_flight = gauge("hydra_in_flight", "Requests in flight")
+
+    def figures(self) -> bytes:
+        """For Prometheus; of all workers of this server."""
+        if METRICS_FOLDER not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)
+        return generate_latest(together)
 
     def answered(
         self, reason: str | None, seconds: Mapping[str, float], abstained: bool = False

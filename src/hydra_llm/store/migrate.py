@@ -1,5 +1,6 @@
 """Tables of an older version → tables of this one, by Alembic. Knows no rows."""
 
+import time
 from pathlib import Path
 
 from alembic import command
@@ -7,6 +8,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
+from sqlalchemy.exc import OperationalError
 
 from hydra_llm.errors import StoreError
 from hydra_llm.store import schema
@@ -15,6 +17,13 @@ from hydra_llm.store.urls import shown
 FOLDER = Path(__file__).parent / "migrations"
 SCRIPTS = ScriptDirectory(str(FOLDER))
 LATEST = str(SCRIPTS.get_current_head())  # the version that this program needs
+
+LOCK_MILLISECONDS = 500
+"""How long a migration waits for a table, below PostgreSQL's `deadlock_timeout` (1 s by default):
+in a deadlock with a server it is the migration that gives way.
+"""
+LOCK_TRIES, LOCK_PAUSE = 240, 0.5  # some minutes in all; seconds
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 def prepare(engine: Engine, *, create: bool = True) -> bool:
@@ -34,10 +43,25 @@ def prepare(engine: Engine, *, create: bool = True) -> bool:
 
 
 def upgrade(engine: Engine, version: str = "head") -> None:
-    """Bring the tables to a version in one transaction; a second process then has nothing to do."""
+    """Bring the tables to a version in one transaction; a second process then has nothing to do.
+    Servers may run: none waits behind a migration that waits for a table.
+    """
+    for _ in range(LOCK_TRIES):
+        try:
+            return _upgrade(engine, version)
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", "") != LOCK_NOT_AVAILABLE:
+                raise
+        time.sleep(LOCK_PAUSE)
+    fix = "end what holds them, then try again"
+    raise StoreError(f"store {shown(engine.url)}: its tables are locked all the time: {fix}")
+
+
+def _upgrade(engine: Engine, version: str) -> None:
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4899264)")
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
         config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
         command.upgrade(config, version)
