@@ -214,7 +214,11 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
         yield from leaves(own, (*path, name))
 
 
-OF_SETTINGS = {"serve log": "setting serve.log"}  # an option that sets the setting of its name
+# options that set the setting of their name
+OF_SETTINGS = {
+    f"serve {name}": f"setting serve.{name}"
+    for name in ("log", "workers", "tls_cert", "tls_key", "proxy", "root_path")
+}
 
 
 def test_no_environment_variable_has_two_meanings() -> None:

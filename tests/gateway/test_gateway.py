@@ -190,7 +190,7 @@ async def test_the_official_sdk(either: Store) -> None:
             )
         assert limited.value.response.headers["retry-after"] == "7"
         with pytest.raises(openai.NotFoundError):
-            await client.get("/nowhere", cast_to=object)
+            await client.get("/feedback", cast_to=object)  # of the gateway: not passed on
 
 
 # ---- with a bundle
@@ -649,6 +649,8 @@ ENDPOINTS = [
     ("GET", "/v1/users/{user}/jobs/job-{user}", None),
     ("GET", "/v1/users/{user}/export", None),
     ("DELETE", "/v1/users/{user}", None),
+    ("POST", "/v1/users/{user}/search", {"query": "a"}),
+    ("GET", "/v1/users/{user}/requests", None),
     ("POST", "/v1/responses", {"model": "m", "input": "x", "user": "{user}"}),
     ("GET", "/v1/responses/resp_{user}", None),
     ("GET", "/v1/responses/resp_{user}/input_items", None),

@@ -63,6 +63,7 @@ OF_ONE_USER: dict[str, Callable[[Store], object]] = {
     "delete_user": lambda store: store.delete_user("ada"),
     "export_user": lambda store: store.export_user("ada"),
     "add_request": lambda store: store.add_request(Request("r", "ada", 1.0, "", "q", {})),
+    "latest_requests": lambda store: store.latest_requests("ada", 3),
     "unlearned_feedback": lambda store: store.unlearned_feedback("ada", 3, bundle="bundle"),
     "add_job": lambda store: store.add_job("job", "ada", "fit"),
     "job": lambda store: store.job("ada", "job"),

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any
@@ -101,7 +101,7 @@ class EmbeddedUpstream:
         self._check_model(id)
         return model
 
-    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]:
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncGenerator[bytes]]:
         raise UpstreamError(404, "this model has no such endpoint", code="unknown_url")
 
     async def aclose(self) -> None:

@@ -5,6 +5,7 @@ no other module answers. The user is hidden in JSON and in forms. Bodies are str
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
@@ -111,10 +112,12 @@ async def _answered(gateway: Gateway, sent: Passed) -> Response:
     async def pieces() -> AsyncIterator[bytes]:
         size = 0
         try:
-            async for piece in body:
-                if (size := size + len(piece)) > most:
-                    raise UpstreamError(502, f"the upstream's answer has more than {most} bytes")
-                yield piece
+            async with aclosing(body):  # of one that is cut, the connection ends too
+                async for piece in body:
+                    if (size := size + len(piece)) > most:
+                        fault = f"the upstream's answer has more than {most} bytes"
+                        raise UpstreamError(502, fault)
+                    yield piece
         except UpstreamError as error:
             gateway.telemetry.failed("upstream", error)
             raise ConnectionCut from None

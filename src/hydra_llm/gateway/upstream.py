@@ -8,7 +8,7 @@ the retries, except of a request on a kept connection that the endpoint was clos
 import json
 import string
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from secrets import token_hex
@@ -101,7 +101,7 @@ class Upstream(Protocol):
 
     async def models(self, id: str | None = None) -> Any: ...  # the list, or one of them
 
-    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]: ...
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncGenerator[bytes]]: ...
 
     async def aclose(self) -> None: ...
 
@@ -170,7 +170,7 @@ class HttpUpstream:
             raise UpstreamError(404, "no such model", code="model_not_found")
         return await self._send(f"models/{quote(id, safe='/')}", needs="")
 
-    async def forward(self, sent: Passed) -> tuple[Head, AsyncIterator[bytes]]:
+    async def forward(self, sent: Passed) -> tuple[Head, AsyncGenerator[bytes]]:
         stack = AsyncExitStack()
         query = self._query(sent.query)
         answering = self._answering(
@@ -180,7 +180,7 @@ class HttpUpstream:
         told = {name: response.headers[name] for name in FORWARDED if name in response.headers}
         head = Head(response.status_code, {name: self.endpoint.redact(told[name]) for name in told})
 
-        async def pieces() -> AsyncIterator[bytes]:
+        async def pieces() -> AsyncGenerator[bytes]:
             async with stack:
                 yield b""
                 async for piece in response.aiter_bytes():

@@ -328,7 +328,7 @@ def _shown(record: Record) -> dict[str, str]:
 
 def _answered(request: AnsweredRequest) -> dict[str, Any]:
     time = datetime.fromtimestamp(request.created, UTC).isoformat(timespec="seconds")
-    texts = [candidate["said"] for candidate in request.content["candidates"]]
+    texts = [own.get("said", own["text"]) for own in request.content["candidates"]]
     return {"id": request.id, "time": time, "question": request.question, "candidates": texts}
 
 
