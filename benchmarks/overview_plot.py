@@ -29,7 +29,11 @@ METHODS = {
 """Method → its name in the figure, in the order of the rows."""
 HYDRA_NAME = METHODS["hydra@4,8"]
 HONEST = "best prompt (chosen on training users)"
-VARIANTS = ("_strict", "_part")  # end the names of runs that stand beside another of the same set
+VARIANTS = (
+    "_strict",
+    "_one_call",
+    "_part",
+)  # end the names of runs that stand beside another of the same set
 SETS = {
     "opinion": "opinions (agree or disagree)",
     "movie_rating": "movie ratings (1 to 5)",

@@ -7,7 +7,8 @@ benchmarks/results/README.md, between the markers `<!-- NAME -->` and `<!-- /NAM
     sets                           HYDRA and its baseline in every run but those of `_60`
     controls                       the paired differences in the reports of the runs by folds
     full_size                      the runs of `scorer-only` without an LLM
-    grey_box                       the runs whose names end in `_strict`, beside the others
+    grey_box, one_call             the runs whose names end in `_strict` and `_one_call`, beside the
+                                   others
     overall, growth, few_groups, install,
     reranker_labels, gateway_tower,
     gateway_cross                  benchmarks/results/NAME.json
@@ -23,6 +24,7 @@ from typing import Any
 
 from run_tables import (
     HONEST,
+    ONE_CALL,
     PART,
     SCORER,
     STRICT,
@@ -33,6 +35,7 @@ from run_tables import (
     method_table,
     methods_of,
     number,
+    one_call_table,
     overall_table,
     prompts_of,
     sets_table,
@@ -163,6 +166,7 @@ def all_tables() -> dict[str, str]:
         if not file.parent.name.endswith(PART)
     }
     strict = {name: reports.pop(name) for name in list(reports) if name.endswith(STRICT)}
+    single = {name: reports.pop(name) for name in list(reports) if name.endswith(ONE_CALL)}
     tables = {name: method_table(own) for name, own in reports.items() if prompts_of(own)}
     by_folds = {name: own for name, own in reports.items() if HONEST in methods_of(own)}
     tables["controls"] = controls_table(by_folds)
@@ -175,6 +179,7 @@ def all_tables() -> dict[str, str]:
     tables["sets"] = sets_table(by_folds | without_llm | choices)
     tables["full_size"] = full_size_table(without_llm)
     tables["grey_box"] = grey_box_table(reports, strict)
+    tables["one_call"] = one_call_table(reports, single)
     for name, to_table in TABLES.items():
         if (file := RESULTS / f"{name}.json").exists():
             tables[name] = to_table(json.loads(file.read_text(encoding="utf-8")))

@@ -62,9 +62,8 @@ OVERALL = (
 HYDRA = "hydra@4,8"
 SCORER = "scorer-only"
 STRICT = "_strict"  # ends the name of a result with samples in place of the labels' probabilities
-PART = (
-    "_part"  # ends the name of a run on some of another one's queries; it has no table of its own
-)
+ONE_CALL = "_one_call"  # that of a run whose candidates are samples of one call
+PART = "_part"  # that of a run on some of another one's queries, which has no table
 CONTROLS = (
     *("rag@4", "self-consistency@8", "mbr@8", "expected-rouge@4,8", "user-majority"),
     *("copy-nearest", "mismatched@4,8", "scorer-mismatched", "user-offset", "item-offset"),
@@ -215,22 +214,37 @@ def short(method: str) -> str:
 
 def grey_box_table(reports: dict[str, dict[str, Any]], strict: dict[str, dict[str, Any]]) -> str:
     """HYDRA with 8 samples beside one call's probabilities of the labels: quality and calls."""
-    lines = [
-        "| set | metrics | 8 samples | calls | probabilities of the labels | calls |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, own in strict.items():
-        pair = [
-            next(row for row in report["methods"] if row["method"] == HYDRA)
-            for report in (own, reports[name.removesuffix(STRICT)])
-        ]
-        names = list(pair[0]["metrics"])[:2]
-        cells = [set_of(name.removesuffix(STRICT)), ", ".join(METRICS.get(n, n) for n in names)]
-        for row in pair:
-            values = [number(row["metrics"][metric][0]) for metric in names]
-            cells += [", ".join(values), f"{row['calls']:.1f}"]
+    runs = [(own, reports[name.removesuffix(STRICT)]) for name, own in strict.items()]
+    return beside_table(("8 samples", "probabilities of the labels"), list(strict), runs)
+
+
+def one_call_table(reports: dict[str, dict[str, Any]], single: dict[str, dict[str, Any]]) -> str:
+    """HYDRA with a greedy answer and 7 samples beside 7 samples of one call."""
+    runs = [(reports[name.removesuffix(ONE_CALL)], own) for name, own in single.items()]
+    return beside_table(("greedy answer, 7 samples", "7 samples"), list(single), runs)
+
+
+Pair = tuple[dict[str, Any], dict[str, Any]]
+
+
+def beside_table(titles: tuple[str, str], names: list[str], runs: list[Pair]) -> str:
+    """HYDRA in two runs of each set: two metrics, calls, and the share above the best prompt."""
+    heads = [f"{title} | calls | over the best prompt" for title in titles]
+    lines = [f"| set | metrics | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|---|"]
+    for name, pair in zip(names, runs, strict=True):
+        rows = [next(row for row in own["methods"] if is_hydra(row["method"])) for own in pair]
+        metrics = list(rows[0]["metrics"])[:2]
+        cells = [set_of(name), ", ".join(METRICS.get(metric, metric) for metric in metrics)]
+        for row in rows:
+            values = [number(row["metrics"][metric][0]) for metric in metrics]
+            above = percent(row["over_prompts_without_bleu"])
+            cells += [", ".join(values), f"{row['calls']:.1f}", above]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def is_hydra(method: str) -> bool:
+    return method.startswith("hydra@4,")
 
 
 def full_size_table(reports: dict[str, dict[str, Any]]) -> str:
@@ -265,7 +279,7 @@ def better(change: dict[str, float], sign: int) -> str:
 
 def set_of(name: str) -> str:
     """The data set of a result: `movie_rating` of `movie_rating_300`."""
-    return re.sub(r"_\d+$", "", name).replace("_", " ")
+    return re.sub(rf"_\d+({STRICT}|{ONE_CALL})?$", "", name).replace("_", " ")
 
 
 def percent(shares: list[float]) -> str:
