@@ -55,6 +55,7 @@ OVERALL = (
     "bbox-adapter@8",
     "mbr@8",
     "self-consistency@8",
+    "zero-shot",
     "user-majority",
     "copy-nearest",
 )
@@ -140,7 +141,7 @@ def overall_table(changes: dict[str, Any]) -> str:
     """Mean relative change over the best prompts and over tasks, best method first."""
     prompts = [name for name in changes if name.partition("@")[0] in PROMPTS]
     top = max(prompts, key=lambda name: changes[name]["without BLEU"][0])
-    names = [*(name for name in OVERALL if name in changes), top]
+    names = dict.fromkeys([*(name for name in OVERALL if name in changes), top])
     columns = {
         "without BLEU": "over the best prompt, chosen on training users",
         "all metrics": "with BLEU",
@@ -148,7 +149,7 @@ def overall_table(changes: dict[str, Any]) -> str:
     }
     lines = [f"| method | {' | '.join(columns.values())} |", "|---|---|---|---|"]
     for name in sorted(names, key=lambda name: -changes[name]["without BLEU"][0]):
-        title = short(name) + (BEST if name in prompts else "")
+        title = short(name) + (BEST if name == top else "")
         shares = [percent(changes[name][metrics]) for metrics in columns]
         lines.append(f"| {' | '.join([title, *shares])} |")
     return "\n".join(lines)
