@@ -86,9 +86,12 @@ def anything(messages: Sequence[Message], index: int, rng: random.Random) -> str
     return rng.choice(TAGS.labels)
 
 
-def learn_bundle(task: Task, folder: Path) -> None:
+def learn_bundle(task: Task, folder: Path, outputs: Mapping[str, str] | None = None) -> None:
+    """Learn from eight users; `outputs`: what stands for each label."""
     users = [f"train{i}" for i in range(8)]
     records = [record for user in users for record in records_of(user)]
+    if outputs:
+        records = [replace(record, output=outputs[record.output]) for record in records]
     data = DataSet.from_records(task, dict.fromkeys(users, "train"), records, [])
     settings = Settings(samples=3, retrieved=4, k=2, queries_per_user=2, max_length=32, width=16)
     learn(data, RuleLLM(anything), settings, out=folder, strengths=ONE_STRENGTH)

@@ -1,6 +1,7 @@
 """Feedback on choices that are equal, and on requests that an earlier version kept."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,24 @@ from hydra_llm.bundle import Bundle
 from hydra_llm.gateway.feedback import FITTED, heads_after, with_choices
 from hydra_llm.store.store import Store
 from hydra_llm.store.values import Request, StoredFeedback
+from hydra_llm.tasks.base import Task
 from hydra_llm.training.labelling import choice_groups
 from hydra_llm.types import Choice
 
-from .conftest import World, records_of, running
+from .conftest import World, learn_bundle, records_of, running
 
 pytestmark = pytest.mark.anyio
 
 QUESTION = "the battle for the bridge in winter"
+SCORES = {"calm": "1", "loud": "3", "odd": "5"}
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    """A bundle for ratings by the same users."""
+    task = Task("scores", "rating", "{input}", ("1", "2", "3", "4", "5"))
+    learn_bundle(task, tmp_path / "numbers", SCORES)
+    return tmp_path / "numbers"
 
 
 async def choose(world: World, request: str, index: int) -> tuple[int, Any]:
@@ -128,3 +139,23 @@ async def test_a_chosen_answer_is_an_imported_choice(
     assert rows[:, ~np.array(votes)] == pytest.approx(
         group.side_features[:, ~np.array(votes)], abs=1e-6
     )
+
+
+async def test_an_answer_that_is_no_number_is_kept_unlearned(store: Store, numbers: Path) -> None:
+    store.add_records("ada", [replace(r, output=SCORES[r.output]) for r in records_of("ada")])
+    says = ["3", "no idea", "5"]
+    async with running(store, numbers, candidates=3) as world:
+        world.upstream.rule = lambda body, index: says[index % 3]
+        told = []
+        for given in ("chosen", "no idea", "9", "4"):
+            reply = (await world.ask(QUESTION, n=3)).json()
+            texts = [choice["message"]["content"] for choice in reply["choices"]]
+            said = {"edited": given} if given != "chosen" else {"chosen": texts.index("no idea")}
+            request = reply["personalization"]["request_id"]
+            answer = await world.http.post("/v1/feedback", json={"request_id": request, **said})
+            assert answer.status_code == 200, answer.text
+            told.append(answer.json())
+        assert [own["head_moved"] for own in told] == [False, False, False, True]
+        kept = {record.id: record.output for record in store.records("ada")[1]}
+        assert [kept[own["record"]] for own in told] == ["no idea", "no idea", "9", "4"]
+        assert (await world.ask(QUESTION)).status_code == 200, "the records are left out"

@@ -203,7 +203,8 @@ class _Feedback:
             return _stored(choice_group(bundle.featurizer, self.choice, visible, readable))
         offered = all_labels(task, readable) if task.labels else readable
         if self.wanted is not None:
-            gold = task.parse(self.wanted) or self.wanted
+            if (gold := task.parse(self.wanted)) is None:
+                return None  # as a record that this task cannot read: kept, but nothing is learned
             gains = [task.gain(candidate.answer, gold) for candidate in offered]
         else:  # the rating is that of the first candidate, which the user got
             rating = self.value if self.kind == "rating" else 0.0
