@@ -35,13 +35,38 @@ def test_tokens_count_for_the_choices_that_they_begin() -> None:
 def test_a_token_of_several_choices_is_shared() -> None:
     logs = [("3", math.log(0.6)), ("s", math.log(0.4))]
     shares = probabilities(logs, ("3", "3.5", "style", "sports"))
-    # 3.5 has no token of its own: half of the least share
-    assert shares == pytest.approx({"3": 0.5, "3.5": 0.2 / 1.2, "style": 1 / 6, "sports": 1 / 6})
+    # 3.5 has no token of its own, and nothing is left for it
+    assert shares == pytest.approx({"3": 0.6, "3.5": 0, "style": 0.2, "sports": 0.2}, abs=1e-8)
+    assert shares["3.5"] > 0
 
 
 def test_a_choice_that_was_cut_off_is_unlikely() -> None:
     shares = probabilities([("agree", math.log(0.9)), ("I", math.log(0.02))], CHOICES)
     assert shares["disagree"] == pytest.approx(0.01 / 0.91)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_choices_without_a_token_share_what_is_left(count: int) -> None:
+    others = [f"no{i}" for i in range(count)]
+    shares = probabilities([("yes", math.log(0.82))], ("yes", *others))
+    assert shares == pytest.approx({"yes": 0.82} | dict.fromkeys(others, 0.18 / count))
+
+
+def test_an_answer_that_begins_with_other_words_tells_none() -> None:
+    """Of "The answer is yes" the small share of `no` says nothing about the label."""
+    tokens = [("The", -0.05), ("no", -4.0)]
+    assert probabilities(tokens, ("yes", "no")) == {}
+    # where a grammar allows labels alone, it does
+    assert probabilities(tokens, ("yes", "no"), enough=0.0)["no"] > 0.5
+
+
+@pytest.mark.parametrize(
+    "wrong", [math.nan, math.inf, -math.inf, 900, 10**400, -(10**400), None, "-0.1", [], {}]
+)
+def test_what_is_no_log_probability_is_not_told(wrong: object) -> None:
+    tokens = [{"token": "disagree", "logprob": wrong}, {"token": "agree", "logprob": -0.2}]
+    choice = {"logprobs": {"content": [{"top_logprobs": [*tokens, None, {"logprob": -1.0}]}]}}
+    assert told_tokens(choice) == [("agree", -0.2)]
 
 
 def test_nothing_is_known_where_no_token_begins_a_choice() -> None:

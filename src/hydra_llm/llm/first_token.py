@@ -3,7 +3,8 @@
     P(choice) ∝ Σ P(token) over the likely first tokens that the choice begins with
 
 A token that several choices begin with counts for each in equal parts, unless it is one of them. A
-choice that no token stands for gets half of the least probable token's share: it may be that much.
+choice that no token stands for gets half of the least probable token's share: it may be that much,
+but all of them together no more than the tokens leave.
 """
 
 import math
@@ -11,32 +12,52 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST = 20  # tokens that OpenAI tells at most
+ENOUGH = 0.5  # with less the answer probably begins with other words, and its label comes later
+LEAST = 1e-9  # of a choice for which the tokens leave nothing: rounding may be all that is missing
 
 
 def probabilities(
-    tokens: Sequence[tuple[str, float]], choices: Sequence[str]
+    tokens: Sequence[tuple[str, float]], choices: Sequence[str], *, enough: float = ENOUGH
 ) -> Mapping[str, float]:
-    """Of each choice, from (token, log-probability); empty where no token begins one."""
+    """Of each choice, from (token, log-probability); empty where the tokens that begin one have
+    less than `enough` of the probability together, or none.
+    """
     shares = dict.fromkeys(choices, 0.0)
     for token, log in tokens:
         begun = _begun(token, choices)
         for choice in begun:
             shares[choice] += math.exp(log) / len(begun)
-    if not any(shares.values()):
+    if (mass := sum(shares.values())) <= 0 or mass < enough:
         return {}
-    least = math.exp(min(log for _, log in tokens)) / 2
-    filled = {choice: share or least for choice, share in shares.items()}
+    told = [math.exp(log) for _, log in tokens]
+    untold = sum(not share for share in shares.values())
+    most = max(1 - sum(told), 0.0) / max(untold, 1)
+    rest = max(min(min(told) / 2, most), LEAST)
+    filled = {choice: share or rest for choice, share in shares.items()}
     total = sum(filled.values())
     return {choice: share / total for choice, share in filled.items()}
 
 
 def told_tokens(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The likely first tokens in one choice of an answer, as OpenAI's format has them."""
+    """The likely first tokens in one choice of an answer, as OpenAI's format has them; without
+    those whose value is no logarithm of a probability.
+    """
     try:
-        tokens = choice["logprobs"]["content"][0]["top_logprobs"]
-        return [(str(token["token"]), float(token["logprob"])) for token in tokens]
-    except (KeyError, IndexError, TypeError, ValueError):
+        tokens = [*choice["logprobs"]["content"][0]["top_logprobs"]]
+    except (KeyError, IndexError, TypeError):
         return []
+    read = [token for token in tokens if isinstance(token, Mapping) and "token" in token]
+    pairs = [(str(token["token"]), _log(token.get("logprob"))) for token in read]
+    return [(token, log) for token, log in pairs if log is not None]
+
+
+def _log(value: object) -> float | None:
+    """A value that is a finite number of at most 0; None for all else."""
+    try:
+        log = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return log if math.isfinite(log) and log <= 0 else None
 
 
 def _begun(token: str, choices: Sequence[str]) -> list[str]:

@@ -222,7 +222,8 @@ class Engine:
         self._server.handle_chat_completions({**body, **STREAM}, read)
         if errors:
             _raise_error(errors[0])
-        shares = first_token.probabilities(told, choices) if told else {}
+        # The grammar lets nothing but choices through, however likely other tokens are.
+        shares = first_token.probabilities(told, choices, enough=0.0) if told else {}
         return Generation(tuple(texts), usage, tuple(ends), shares)
 
     def safe(self, message: Message) -> dict[str, str]:
