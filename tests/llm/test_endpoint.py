@@ -63,6 +63,27 @@ def test_a_refusal_teaches_the_parameter_that_it_names(message: str, known: Capa
     assert known.after(refusal, known.applied(SENT)) == known
 
 
+@pytest.mark.parametrize(
+    ("message", "param", "known"),
+    [
+        ("Invalid value: must be less than or equal to 5.", "top_logprobs", 5),
+        ("Requested sample logprobs of 20, which is greater than max allowed: 5", "", 5),
+        ("gpt-4 does not support 20 top_logprobs: a value from 0 to 5", "", 5),
+        ("Requested sample logprobs of 20, which is greater than max allowed: 0", "", None),
+        ("'logprobs' is not supported with gpt-5", "logprobs", None),
+        ("You are not allowed to request logprobs from this model", "", None),
+    ],
+)
+def test_a_limit_of_logprobs_is_kept_to(message: str, param: str, known: int | None) -> None:
+    body = {"logprobs": True, "top_logprobs": 20}
+    refusal = Refusal(400, message, param=param)
+    learned = Capabilities().after(refusal, body)
+    sent = {} if known is None else {"logprobs": True, "top_logprobs": known}
+    assert learned.applied(body) == sent
+    assert learned.applied({"top_logprobs": 1}) == ({"top_logprobs": 1} if sent else {})
+    assert Capabilities().after(Refusal(400, "at most 5 messages"), body) == Capabilities()
+
+
 def test_a_body_is_sent_as_the_model_takes_it() -> None:
     assert Capabilities().applied(SENT) == SENT
     known = Capabilities(False, frozenset({"temperature"}), "max_completion_tokens")

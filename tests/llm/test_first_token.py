@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +122,26 @@ async def test_an_endpoint_that_refuses_logprobs_is_asked_without(serve: Any, wi
         assert (generation.texts, generation.probabilities) == (("agree",), {})
     assert ["logprobs" in body for body in endpoint.bodies] == [True, False, False]
     assert not any("top_logprobs" in body for body in endpoint.bodies[1:])
+
+
+@pytest.mark.anyio
+async def test_an_endpoint_that_tells_fewer_tokens_is_asked_for_them(serve: Any, wire: Any) -> None:
+    """Calls at the same time learn the limit each, and none fails."""
+
+    def answer(body: dict[str, Any], count: int) -> Any:
+        if body["top_logprobs"] > 5:
+            return wire.refusal(400, "must be less than or equal to 5", param="top_logprobs")
+        return wire.completion("agree")
+
+    endpoint = serve(answer)
+    llm = OpenAILLM("m", base_url=endpoint.url, retries=0)
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(llm.generate, MESSAGES, ASKED)
+    assert (await llm.generate(MESSAGES, ASKED)).texts == ("agree",)
+    limits = [body["top_logprobs"] for body in endpoint.bodies]
+    assert limits.count(5) == 5, "each call once, and the last without a refusal"
+    assert limits[-1] == 5
 
 
 class Telling:

@@ -29,7 +29,9 @@ NAMES_N = re.compile(
 )
 UNSUPPORTED = re.compile(
     r"(?i)unsupported|not supported|does not support|unrecognized|unknown|not permitted|deprecated"
+    r"|not allowed to request"
 )
+COUNT = re.compile(r"(?<![\w.-])\d{1,4}(?![\w-]|\.\d)")  # not in a name such as gpt-4
 # A prompt longer than the context window, as OpenAI, vLLM, llama.cpp and proxies say it, and the
 # numbers of tokens in such a message; the largest of LENGTH is the length of the request.
 TOO_LONG = re.compile(
@@ -170,6 +172,13 @@ class Refusal:
         named = self.param == parameter or re.search(rf"\b{parameter}\b", self.message)
         return bool(named and UNSUPPORTED.search(f"{self.code} {self.message}"))
 
+    def most_logprobs(self, sent: int) -> int | None:
+        """The largest number below `sent` that it names, if it is about logprobs."""
+        if "logprobs" not in f"{self.param} {self.message}":
+            return None
+        counts = map(int, COUNT.findall(self.message))
+        return max((count for count in counts if count < sent), default=None)
+
     def fits(self, details: object = "") -> float | None:
         """Of a prompt that was too long the share that would fit, by numbers in the texts."""
         text = f"{self.code} {self.message} {details}"
@@ -190,6 +199,7 @@ class Capabilities:
     native_n: bool = True  # several texts in one request
     refused: frozenset[str] = frozenset()  # parameters that it does not know, of `OPTIONAL`
     limit_name: str = "max_tokens"  # newer models want max_completion_tokens
+    top_logprobs: int | None = None  # tokens that it tells at most, where it has named a limit
 
     def applied(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A request's body with what the model takes."""
@@ -197,14 +207,19 @@ class Capabilities:
         sent = {name: value for name, value in body.items() if name not in left_out}
         if "max_tokens" in sent:
             sent[self.limit_name] = sent.pop("max_tokens")
+        if self.top_logprobs is not None and sent.get("top_logprobs"):
+            sent["top_logprobs"] = min(sent["top_logprobs"], self.top_logprobs)
         return sent
 
     def after(self, refusal: Refusal, sent: Mapping[str, Any]) -> "Capabilities":
         """What is known after a refusal of `sent`: the same where it names no parameter of it."""
         if "max_tokens" in sent and refusal.names("max_tokens"):
             return replace(self, limit_name="max_completion_tokens")
-        if named := {name for name in OPTIONAL & sent.keys() if refusal.names(name)}:
-            if named & LOGPROBS:  # one is of no use without the other
+        if most := refusal.most_logprobs(sent.get("top_logprobs") or 0):
+            return replace(self, top_logprobs=most)
+        named = {name for name in OPTIONAL & sent.keys() if refusal.names(name)}
+        if named or most == 0:
+            if named & LOGPROBS or most == 0:  # one is of no use without the other
                 named |= LOGPROBS
             return replace(self, refused=self.refused | named)
         if "n" in sent and (refusal.param == "n" or NAMES_N.search(refusal.message)):

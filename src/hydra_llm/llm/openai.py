@@ -133,7 +133,9 @@ class OpenAILLM:
             told = failure(status, content) or WireError(str(error.message))
             refusal = Refusal(status, told.message, told.code, told.param)
             refused = refusal.status in REFUSED
-            if refused and self._capabilities.learn(self.model, known.after(refusal, sent)):
+            # A call at the same time may have learned the same: what counts is what this one sent.
+            if refused and (after := known.after(refusal, sent)) != known:
+                self._capabilities.learn(self.model, after)
                 return await self._send(body, choices)
             line = self._line(f"HTTP {refusal.status}: {refusal.message}")
             if refused:
