@@ -17,7 +17,7 @@ from hydra_llm.errors import BudgetExceeded, LLMError, LLMRefused, UnknownUser, 
 from hydra_llm.llm.base import Sampling
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.fake import FailingLLM, RuleLLM
-from hydra_llm.pipeline import Pipeline, UserPipeline
+from hydra_llm.pipeline import UNTOLD, Pipeline, UserPipeline
 from hydra_llm.retrieve import BM25
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Candidate, Generation, Message, Query, Record, Usage
@@ -415,6 +415,15 @@ async def test_label_probabilities_take_the_place_of_samples() -> None:
     told = {own.answer: own.llm_probability for own in proposal.candidates}
     assert told == {"odd": 0.75, "calm": None, "loud": None}
     assert proposal.candidates[0].greedy
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("kind", "count"), [("labels", 1), ("sampled", 0)])
+async def test_probabilities_that_are_not_told_are_noted(kind: str, count: int) -> None:
+    """Once, where they would have been used: one vote is all that is left."""
+    pipeline = door(Temperatures("odd", []), candidates=kind, label_probabilities=True)
+    notes = (await pipeline.apropose("rain", user="u")).notes
+    assert [UNTOLD in note for note in notes] == [True] * count
 
 
 @pytest.mark.anyio

@@ -32,6 +32,7 @@ Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → u
 Records = Mapping[str, Sequence[Record]]  # user → records
 Question = Query | Context | str
 NOT_ASKED = "the LLM is not asked: its votes have no weight in the adapter's score"
+UNTOLD = "the LLM told no probabilities of labels, one vote counts: set label_probabilities=false"
 MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
 CUT_MARGIN = 0.9  # per cut, of what should fit: estimated tokens are not the LLM's
 
@@ -169,6 +170,9 @@ class Pipeline:
         told = getattr(results[0], "probabilities", {})
         candidates, unread = self.read(texts, at_zero, told)
         failures = [f"a call failed: {error}" for error in errors]
+        wanted = self._reads_probabilities and self.settings.candidates == "labels"
+        if wanted and not told and isinstance(results[0], Generation):
+            failures.append(UNTOLD)
         usage = sum((own for _, _, own in rest), spent)
         return Sampled(sent, candidates, usage, (*failures, *unread))
 
