@@ -206,6 +206,78 @@ def test_a_broken_line_of_a_table_is_named(
     assert "\n" not in str(fault.value)
 
 
+HEAD = "user,input,candidate_1,candidate_2,candidate_3,chosen\n"
+OBJECT = '{"user": "ada", "input": "x", "candidates": ["3 stars", "2", "1", "0"], "chosen": %s}\n'
+NULL = '{"user": "ada", "input": "x", "candidate_1": null, "candidate_2": "two",%s "chosen": 1}\n'
+LIST = '{"user": "ada", "input": "x", "candidates": ["A", "B"], "%s": "C", "chosen": 1}\n'
+
+
+def taken_in(file: Path, content: str) -> str:
+    """The text that was taken in the file's only choice."""
+    file.write_text(content)
+    (record,) = read_table(file, CHOICES).stream_history()
+    return record.output
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "message"),
+    [
+        (HEAD + "ada,x,,two,three,1\n", "chosen", "place 1 can be counted in two ways"),
+        (HEAD + "ada,x,one, ,three,1\n", "chosen", "a column is empty before the last"),
+        (NULL % ' "candidate_3": "three",', "chosen", "a column is empty before the last"),
+        (NULL.replace('"candidate_1": null, ', "") % ' "candidate_3": "t",', "chosen", "a gap"),
+        (HEAD.replace("e_1", "e_4") + "ada,x,A,B,C,1\n", "chosen", "a gap or no order"),
+        (HEAD + "ada,x,2,0,1,2\n", "chosen", "'2' is a candidate, and the place of another one"),
+        (
+            OBJECT.replace('"3 stars", "2"', "3, 2").replace('"1", "0"', "1, 0") % 2,
+            "chosen",
+            '"chosen": "2" is a text, 2 a place',
+        ),
+        (OBJECT % '"3"', "chosen", "its place from 0 to 3 without quotes"),
+        (OBJECT % 4, "chosen", "'4' is none of the 4 candidates"),
+        (LIST % "candidate", "candidates", "'candidates' and 'candidate' look like candidates all"),
+        (LIST % "candidate_1", "candidates", "'candidates' and 'candidate_1' look like"),
+        (
+            HEAD.replace("input", "input,candidate") + "ada,x,Bob,A,B,C,1\n",
+            "candidates",
+            "'candidate' and 'candidate_1' look like candidates all: rename what is none",
+        ),
+    ],
+)
+def test_no_choice_is_read_in_one_of_two_ways(
+    tmp_path: Path, content: str, field: str, message: str
+) -> None:
+    with pytest.raises(DataError) as fault:
+        taken_in(tmp_path / "log", content)
+    assert f": field '{field}': " in str(fault.value)
+    assert message in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        (HEAD + "ada,x,,two,three,three\n", "three"),
+        (HEAD + "ada,x,one,two,,1\n", "two"),
+        (HEAD + "ada,x,0,1,5,1\n", "1"),  # both readings are one
+        (HEAD + "ada,x,1,3,5,3\n", "3"),  # no place
+        (OBJECT % '"2"', "2"),
+        (OBJECT % 2, "1"),
+        (OBJECT % 2.0, "1"),
+        (OBJECT % '"3 stars"', "3 stars"),
+    ],
+)
+def test_a_choice_that_has_one_reading_is_taken(tmp_path: Path, content: str, taken: str) -> None:
+    assert taken_in(tmp_path / "log", content) == taken
+
+
+def test_a_named_column_holds_no_candidate(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text("user,candidate,candidate_1,candidate_2,chosen\nada,Bob,A,B,1\n")
+    (record,) = read_table(file, type(CHOICES)(input="candidate")).history("ada")
+    assert (record.input, offered(record)) == ("Bob", ("A", "B"))
+
+
 def test_each_broken_choice_is_one_line_of_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

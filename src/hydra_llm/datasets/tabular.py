@@ -48,7 +48,8 @@ class Columns:
 class ChoiceColumns(Columns):
     """As `Columns`, of recorded choices. The candidates are a JSON list in the column `candidates`,
     or one in each column of that name, or of `candidate1`, `candidate_2` and so on; `output` names
-    the column of the place, from 0, or of the text of the one that was taken.
+    the column of the place, from 0, or of the text of the one that was taken; in JSONL a number is
+    a place and a text a text.
     """
 
     output: str = "chosen"
@@ -70,7 +71,7 @@ def read_table(
 ) -> DataSet:
     """A data set of a user's own file; `notes` say what was guessed. With `CHOICES`, or other
     columns of its class, each line is a recorded choice. DataError names file, line and field of
-    what is broken.
+    what is broken, or could be read in two ways.
     """
     file = Path(file)
     rows = list(_rows(file, columns))
@@ -131,7 +132,7 @@ def _ordered(rows: list[Row]) -> list[Row]:
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:
     """The entries of a file; one whose id its user has already is an error."""
     seen = set[tuple[str, str]]()
-    for place, data in _cells(read_lines(file, dataset.stop), columns):
+    for place, data, typed in _cells(read_lines(file, dataset.stop), columns):
         entry: dict[str, Any] = {"time": "", "id": ""}
         for name, column in place.names.items():
             value = number_as_text(data[column])
@@ -140,7 +141,7 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
             elif value is not None or name not in entry:
                 raise place.error("is missing, or neither a text nor a number", name)
         if isinstance(columns, ChoiceColumns):
-            entry |= _chosen(place, data, entry["output"].strip())
+            entry |= _chosen(place, data, entry["output"].strip(), typed=typed)
         user, id = entry["user"], entry["id"] or f"line{place.line}"
         if (user, id) in seen:  # checked here, or one could be history and the other a query
             raise place.error(f"user '{user}' has the id '{id}' twice", "id")
@@ -148,41 +149,79 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
         yield place, {**entry, "id": id}
 
 
-def _chosen(place: Place, data: Mapping[str, Any], said: str) -> dict[str, Any]:
-    """The candidates of a line and the text of the one that was taken."""
-    cells = [value for field, value in data.items() if _CANDIDATE.fullmatch(_plain(field))]
-    if not cells:
+def _chosen(place: Place, data: Mapping[str, Any], said: str, *, typed: bool) -> dict[str, Any]:
+    """The candidates of a line and the text of the one that was taken. In a file with `typed`
+    values a text is a candidate's, and a number a place unless the candidates are numbers too.
+    """
+    raw, gap = _candidates(place, data)
+    candidates = [number_as_text(own) for own in raw] if isinstance(raw, list) else raw
+    if fault := candidates_fault(candidates):
+        raise place.error(fault, "candidates")
+    texts = [text.strip() for text in candidates]
+    is_text = typed and isinstance(data[place.names["output"]], str)
+    is_place = typed and not is_text and all(isinstance(own, str) for own in raw)
+    as_text = texts.index(said) if said in texts and not is_place else -1
+    as_place = int(said) if said.isdecimal() and len(said) < 10 and not is_text else -1
+    as_place = as_place if as_place < len(texts) else -1
+    fault = ""
+    if as_text < 0 and as_place < 0:
+        ways = f"write its text{' in quotes' * typed}, or its place from 0 to {len(texts) - 1}"
+        ways += " without quotes" * typed
+        fault = f"'{said[:60]}' is none of the {len(texts)} candidates: {ways}"
+    elif min(as_text, as_place) >= 0 and as_text != as_place:
+        other = texts[as_place][:60]
+        fault = f"'{said}' is a candidate, and the place of another one, '{other}': write JSONL,"
+        fault += f' with the texts in quotes; "chosen": "{said}" is a text, {said} a place'
+    elif as_place >= 0 and gap:
+        fault = f"place {said} can be counted in two ways, {gap}: write the candidate's text"
+    if fault:
+        raise place.error(fault, "output")
+    return {"candidates": candidates, "output": candidates[max(as_text, as_place)]}
+
+
+def _candidates(place: Place, data: Mapping[str, Any]) -> tuple[Any, str]:
+    """A line's candidates; and why a place among their columns is not sure, empty if it is."""
+    found = {field: _CANDIDATE.fullmatch(_plain(field)) for field in data}
+    of_ours = set(place.names.values())
+    fields = {field: own for field, own in found.items() if own and field not in of_ours}
+    if not fields:
         there = ", ".join(f"'{field}'" for field in data)[:200]
         raise place.error(f"is missing: there is {there}", "candidates")
-    candidates = cells[0]
-    if len(cells) > 1:
-        candidates = [cell for cell in cells if cell not in (None, "")]
-    elif isinstance(candidates, str):
+    forms = dict[tuple[str, bool], str]()
+    for field, own in fields.items():
+        forms.setdefault((own[1], bool(own[2])), field.partition("#")[0])
+    if len(forms) > 1:
+        both = " and ".join(f"'{field}'" for field in forms.values())
+        raise place.error(f"{both} look like candidates all: rename what is none", "candidates")
+    if len(fields) > 1:
+        empty = [field for field in fields if data[field] is None or not str(data[field]).strip()]
+        filled = [field for field in fields if field not in empty]
+        numbers = [int(fields[field][2] or at) for at, field in enumerate(filled)]
+        first = min([1, *numbers])  # the columns count from 0 or 1
+        if [*fields][: len(filled)] != filled:
+            gap = "as a column is empty before the last candidate"
+        else:
+            in_order = numbers == [*range(first, first + len(numbers))]
+            gap = "" if in_order else "as the columns' numbers have a gap or no order"
+        return [data[field] for field in filled], gap
+    (candidates,) = (data[field] for field in fields)
+    if isinstance(candidates, str):
         try:
             candidates = json.loads(candidates)
         except (ValueError, RecursionError) as error:
             raise place.error(f"must be a JSON list of texts: {error}", "candidates") from None
-    if isinstance(candidates, list):
-        candidates = [number_as_text(own) for own in candidates]
-    if fault := candidates_fault(candidates):
-        raise place.error(fault, "candidates")
-    texts = [text.strip() for text in candidates]
-    chosen = int(said) if said.isdecimal() and len(said) < 10 else -1
-    if chosen >= len(texts) or chosen < 0:
-        if said not in texts:
-            fault = f"'{said[:60]}' is none of the {len(texts)} candidates: write its text, or"
-            raise place.error(f"{fault} its place from 0 to {len(texts) - 1}", "output")
-        chosen = texts.index(said)
-    return {"candidates": candidates, "output": candidates[chosen]}
+    return candidates, ""
 
 
-_CANDIDATE = re.compile(r"candidates?_?\d*(#\d+)?")
+_CANDIDATE = re.compile(r"(candidates?)_?(\d*)(#\d+)?")
 
 
-def _distinct(fields: list[str]) -> list[str]:
+def _distinct(fields: list[str], columns: Columns) -> list[str]:
     """A header in which columns of candidates that have one name are told apart."""
-    candidates = [_CANDIDATE.fullmatch(_plain(field)) for field in fields]
-    return [f"{field}#{at}" if candidates[at] else field for at, field in enumerate(fields)]
+    ours = set(map(_plain, asdict(columns).values()))
+    plain = [_plain(field) for field in fields]
+    own = [bool(_CANDIDATE.fullmatch(name)) and name not in ours for name in plain]
+    return [f"{field}#{at}" if own[at] else field for at, field in enumerate(fields)]
 
 
 def _named(place: Place, fields: Sequence[str], columns: Columns) -> Place:
@@ -233,8 +272,10 @@ def _delimiter(header: str, columns: Columns) -> str:
 
 def _cells(
     lines: Iterator[tuple[Place, str]], columns: Columns
-) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    """The fields of each line, or of each row of a CSV file; the first line tells the format."""
+) -> Iterator[tuple[Place, Mapping[str, Any], bool]]:
+    """The fields of each line, or of each row of a CSV file, and whether the values have JSON's
+    types; the first line tells the format.
+    """
     filled = dropwhile(lambda line: not line[1].strip(), lines)
     place, header = next(filled, (Place(), ""))
     lines = chain([(place, header)], filled)
@@ -245,7 +286,7 @@ def _cells(
             for here, line in lines:
                 if line.strip():
                     data = parse_object(line, here)
-                    yield _named(here, list(data), columns), data
+                    yield _named(here, list(data), columns), data, True
             return
     csv.field_size_limit(2**31 - 1)
     named = re.fullmatch(r"sep=(.)\s*", header)  # as spreadsheets write it
@@ -257,7 +298,7 @@ def _cells(
     skipped = (place.line or 1) - (0 if named else 1)
     try:
         fields = next(reader, [])
-        fields = _distinct(fields) if isinstance(columns, ChoiceColumns) else fields
+        fields = _distinct(fields, columns) if isinstance(columns, ChoiceColumns) else fields
         place = _named(place, fields, columns) if fields else place
         for row in reader:
             if len(row) < 2 and not "".join(row).strip():
@@ -265,7 +306,7 @@ def _cells(
             here = replace(place, line=reader.line_num + skipped)
             if len(row) != len(fields):
                 raise here.error(f"the header names {len(fields)} fields, the line has {len(row)}")
-            yield here, dict(zip(fields, row, strict=True))
+            yield here, dict(zip(fields, row, strict=True)), False
     except csv.Error as error:
         here = replace(place, line=reader.line_num + skipped)
         cause = "line ends of CR alone: save it with LF" if "new-line" in str(error) else error
