@@ -278,6 +278,30 @@ def test_a_named_column_holds_no_candidate(tmp_path: Path) -> None:
     assert (record.input, offered(record)) == ("Bob", ("A", "B"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "candidates"),
+    [
+        ("rating", ["4", "5"], ["5.0", "5", "4"]),
+        ("classification", ["b", "\u00e9"], ["e\u0301", "\u00e9", "b"]),
+    ],
+)
+def test_candidates_that_are_one_label_are_named(
+    tmp_path: Path, kind: str, labels: list[str], candidates: list[str]
+) -> None:
+    fault = f"field 'candidates': candidates 0 and 1 are equal, '{labels[1]}': keep one of them"
+    folder = folder_of(tmp_path, [line(0, candidates=candidates)], kind=kind, labels=labels)
+    with pytest.raises(DataError, match=fault):
+        load(folder)
+    rows = [
+        {"user": "ada", "input": str(at), "candidates": own, "chosen": 1}
+        for at, own in enumerate([candidates[1:], candidates[1:], candidates])
+    ]
+    file = tmp_path / "log.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=f"log.jsonl:3: {fault}"):
+        read_table(file, CHOICES, kind=kind)
+
+
 def test_each_broken_choice_is_one_line_of_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from hydra_llm.datasets.dataset import FIELDS, DataSet, Part, Place, fields_of
+from hydra_llm.datasets.dataset import FIELDS, DataSet, Part, Place, equals_fault, fields_of
 from hydra_llm.text import text_fault
 from hydra_llm.types import Query, Record
 
@@ -44,13 +44,10 @@ def candidates_fault(candidates: Any) -> str:
         return "must be a list of texts"
     if len(candidates) < 2:
         return f"a choice has two candidates or more, this one has {len(candidates)}"
-    first: dict[str, int] = {}
     for place, text in enumerate(candidates):
         if fault := text_fault(text):
             return f"candidate {place} {fault}"
-        if (other := first.setdefault(text.strip(), place)) != place:
-            return f"candidates {other} and {place} are equal: keep one of them"
-    return ""
+    return equals_fault(candidates)
 
 
 class ChoiceReader:

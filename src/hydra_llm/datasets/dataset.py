@@ -177,6 +177,15 @@ def offered(entry: Record | Query) -> tuple[str, ...]:
     return entry.candidates if isinstance(entry, Choice) else ()
 
 
+def equals_fault(candidates: Sequence[str]) -> str:
+    """Which candidates are one text; empty if all are different."""
+    first: dict[str, int] = {}
+    for at, text in enumerate(candidates):
+        if (other := first.setdefault(text.strip(), at)) != at:
+            return f"candidates {other} and {at} are equal, '{text.strip()[:40]}': keep one of them"
+    return ""
+
+
 def fields_of(entry: Record | Query) -> dict[str, Any]:
     """An entry's `FIELDS`; a query's output is its gold answer. Of a choice also `candidates`."""
     output = entry.output if isinstance(entry, Record) else entry.gold or ""
@@ -221,6 +230,8 @@ class Builder:
             faults.append(("output", f"'{output[:60]}' is not one of the task's labels"))
         if strange := [c for c in entry.get("candidates", ()) if not self.task.is_answer(c)]:
             faults.append(("candidates", f"'{strange[0][:60]}' is not one of the task's labels"))
+        elif fault := equals_fault(entry.get("candidates", ())):  # as tidy labels, if not before
+            faults.append(("candidates", fault))
         for name, message in faults:
             place.fault(message, name)
         if not faults:
