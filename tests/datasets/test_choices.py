@@ -278,6 +278,40 @@ def test_a_named_column_holds_no_candidate(tmp_path: Path) -> None:
     assert (record.input, offered(record)) == ("Bob", ("A", "B"))
 
 
+def rows_in(file: Path, *candidates: list[str]) -> Path:
+    """A file with a choice of each list, whose first candidate was taken."""
+    rows = [
+        {"user": "ada", "input": str(at), "candidates": own, "chosen": 0}
+        for at, own in enumerate(candidates)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "candidates", "labels"),
+    [
+        ("classification", (["no", "yes"], ["yes", " maybe"]), ("maybe", "no", "yes")),
+        ("rating", (["3", "5.0"], ["2", "3"]), ("2", "3", "4", "5")),
+        ("generation", (["no", "yes"], ["yes", "maybe"]), ()),
+    ],
+)
+def test_a_label_that_was_only_offered_is_one(
+    tmp_path: Path, kind: str, candidates: tuple[list[str], ...], labels: tuple[str, ...]
+) -> None:
+    dataset = read_table(rows_in(tmp_path / "log.jsonl", *candidates), CHOICES, kind=kind)
+    assert tuple(dataset.task.labels) == labels
+    save(dataset, tmp_path / "saved")
+    assert find_problems(tmp_path / "saved") == (dataset, [])
+
+
+def test_a_candidate_that_is_no_rating_is_named(tmp_path: Path) -> None:
+    file = rows_in(tmp_path / "log.jsonl", ["3", "4"], ["4", "good"])
+    fault = "log.jsonl:2: field 'candidates': 'good' is no number, and this is a rating"
+    with pytest.raises(DataError, match=fault):
+        read_table(file, CHOICES, kind="rating")
+
+
 @pytest.mark.parametrize(
     ("kind", "labels", "candidates"),
     [
@@ -292,12 +326,7 @@ def test_candidates_that_are_one_label_are_named(
     folder = folder_of(tmp_path, [line(0, candidates=candidates)], kind=kind, labels=labels)
     with pytest.raises(DataError, match=fault):
         load(folder)
-    rows = [
-        {"user": "ada", "input": str(at), "candidates": own, "chosen": 1}
-        for at, own in enumerate([candidates[1:], candidates[1:], candidates])
-    ]
-    file = tmp_path / "log.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = rows_in(tmp_path / "log.jsonl", candidates[1:], candidates[:0:-1], candidates)
     with pytest.raises(DataError, match=f"log.jsonl:3: {fault}"):
         read_table(file, CHOICES, kind=kind)
 

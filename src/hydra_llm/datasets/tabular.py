@@ -273,9 +273,7 @@ def _delimiter(header: str, columns: Columns) -> str:
 def _cells(
     lines: Iterator[tuple[Place, str]], columns: Columns
 ) -> Iterator[tuple[Place, Mapping[str, Any], bool]]:
-    """The fields of each line, or of each row of a CSV file, and whether the values have JSON's
-    types; the first line tells the format.
-    """
+    """The fields of each line or CSV row; and whether it is JSON, which the first line tells."""
     filled = dropwhile(lambda line: not line[1].strip(), lines)
     place, header = next(filled, (Place(), ""))
     lines = chain([(place, header)], filled)
@@ -314,18 +312,21 @@ def _cells(
 
 
 def _tidy(rows: list[Row], kind: str | None) -> tuple[str, list[str]]:
-    """The kind and the labels. Labels and ratings are normalized in place: white space is stripped,
-    `4.0` becomes `4`. Raises the first output that the kind cannot read.
+    """The kind and the labels, of all that was answered or offered. Labels and ratings are
+    normalized in place: white space is stripped, `4.0` becomes `4`. Raises the first text that the
+    kind cannot read.
     """
     outputs = {entry["output"].strip() for _, entry in rows} - {""}
     chosen = kind or guess_kind(outputs, len(rows))
     of_kind = KINDS.load(chosen)
     for place, entry in rows:
-        output = entry["output"].strip()
-        if output and (fault := of_kind.output_fault(output)):
-            raise place.error(fault, "output")
+        shown = [("candidates", text.strip()) for text in entry.get("candidates", ())]
+        for name, text in [("output", entry["output"].strip()), *shown]:
+            if text and (fault := of_kind.output_fault(text)):
+                raise place.error(fault, name)
+        outputs |= {text for _, text in shown}
         if of_kind.closed:
-            entry["output"] = of_kind.tidy(output)
+            entry["output"] = of_kind.tidy(entry["output"].strip())
     return chosen, of_kind.labels_of({of_kind.tidy(output) for output in outputs})
 
 
