@@ -50,6 +50,15 @@ def test_without_another_user_mismatched_fails() -> None:
     assert not second.error
 
 
+@pytest.mark.parametrize("name", ["mismatched@2,4", "bbox-adapter"])
+def test_what_asks_nobody_leaves_the_run_alone(name: str) -> None:
+    """Nobody has a partner, and no user is trained on: the endpoint is not to blame."""
+    alone = replace(with_other(RuleLLM(loud)), partners={})
+    samples = answers(name, alone, [QUERY])
+    assert [sample.answer for sample in samples] == [None] * len(samples)
+    assert all("no other user" in s.error or "nothing to learn" in s.error for s in samples)
+
+
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3))
 def test_partners_form_a_circle(having: int, bare: int, seed: int) -> None:
     users = [f"u{i}" for i in range(having + bare)]

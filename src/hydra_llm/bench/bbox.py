@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hydra_llm.bench.method import Parts
+from hydra_llm.bench.method import NotAsked, Parts
 from hydra_llm.bundle import Bundle
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
@@ -210,7 +210,7 @@ class BBoxAdapter:
         asked = self._asked(records) if self.asked is None else self.asked
         if not asked.all:
             reason = "it asks the LLM about training users' records, see `labelled_users`"
-            raise LLMError(f"{nothing}: {reason}")
+            raise NotAsked(f"{nothing}: {reason}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             by_label = reads_labels(self.bundle.task, self.bundle.settings)

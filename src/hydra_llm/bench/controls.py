@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hydra_llm.bench.method import Answerer, Method, Parts, method
+from hydra_llm.bench.method import Answerer, Method, NotAsked, Parts, method
 from hydra_llm.bench.methods import ScorerOnly, WithoutLLM
-from hydra_llm.errors import LLMError
 from hydra_llm.select import first_best
 from hydra_llm.tasks.base import Floats, Task
 from hydra_llm.tasks.rating import Rating, number_of
@@ -39,8 +38,8 @@ class Mismatched:
 
     async def aanswer(self, query: Query) -> Answer:
         if query.user not in self.partners:
-            raise LLMError(
-                "no other user is evaluated with this one: take more users, or less folds"
+            raise NotAsked(
+                "no other user is evaluated with this one: take more users, or fewer folds"
             )
         return await self.inner.aanswer(as_another(query, self.partners[query.user]))
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hydra_llm.bench.choices import earlier, figures
 from hydra_llm.bench.details import details_of
 from hydra_llm.bench.folds import deal
-from hydra_llm.bench.method import Answerer, Learner, Method, Parts, partners
+from hydra_llm.bench.method import Answerer, Learner, Method, NotAsked, Parts, partners
 from hydra_llm.bench.runlog import RunLog, Sample
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
@@ -253,13 +253,14 @@ def _records_shown(instance: tuple[Method, Parts]) -> int:
 async def _sample(
     blank: Sample, query: Query, answerer: Answerer, faults: list[LLMError]
 ) -> tuple[Sample, Answer | None]:
-    """The sample of a query with its answer or error; `faults` collects the errors."""
+    """The sample of a query with its answer or error; `faults` collects those of calls."""
     try:
         answer = await answerer.aanswer(query)
     except BudgetExceeded:
         raise
     except LLMError as error:
-        faults.append(error)
+        if not isinstance(error, NotAsked):
+            faults.append(error)
         return replace(blank, error=str(error)), None
     spent = answerer.pop_spent() if isinstance(answerer, Learner) else {}
     usage, pick = answer.usage, answer.candidates[answer.chosen]

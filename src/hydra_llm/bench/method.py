@@ -13,7 +13,7 @@ import numpy as np
 
 from hydra_llm.bundle import Bundle
 from hydra_llm.config import Settings
-from hydra_llm.errors import SettingsError
+from hydra_llm.errors import LLMError, SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.pipeline import Records, UserPipeline
 from hydra_llm.plugins import Registry
@@ -23,11 +23,15 @@ from hydra_llm.training.labelling import Asked
 from hydra_llm.types import Answer, Query, Record, StageCost
 
 
+class NotAsked(LLMError):
+    """A method cannot answer a query, and asked no LLM: this says nothing of an endpoint."""
+
+
 class Answerer(Protocol):
     """A method when it runs."""
 
     async def aanswer(self, query: Query) -> Answer:
-        """Raises LLMError if the LLM gave no answer."""
+        """Raises LLMError if the LLM gave no answer, NotAsked if it was not asked for one."""
         ...
 
 
