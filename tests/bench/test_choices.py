@@ -4,6 +4,7 @@ needs no LLM and is repeated to the digit.
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from hydra_llm.bench import experiment
 from hydra_llm.bench.choices import by_earlier, earlier, figures, shuffled
 from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.report.findings import findings
-from hydra_llm.bench.report.tables import make_report, open_run
-from hydra_llm.bench.results import scored, tabulate
-from hydra_llm.bench.runlog import Sample
+from hydra_llm.bench.report.sweeps import sweep_rows
+from hydra_llm.bench.report.tables import comparison_rows, make_report, open_run, results_table
+from hydra_llm.bench.results import compare, scored, tabulate
+from hydra_llm.bench.runlog import Sample, as_read
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.datasets.dataset import DataSet
@@ -85,6 +87,32 @@ def test_metrics_are_means_and_absent_without_probabilities() -> None:
     assert scored(TASK, [*samples, failed])["mrr"].value == 0.75
     (row,) = tabulate(TASK, samples)
     assert row.to_json()["metrics"]["log_loss"] == [None, None, None]
+
+
+def test_what_has_no_log_loss_has_not_failed() -> None:
+    """A method without probabilities, with and without a failed call, and one without answers."""
+    known = {"earlier": 3.0, "choice_accuracy": 1.0, "mrr": 1.0}
+
+    def made(method: str, failed: int, **more: float) -> list[Sample]:
+        every = [Sample(method, f"u{i}", "q", "b", "b", choice=known | more) for i in range(6)]
+        dead = [replace(s, answer=None, choice={}, error="no") for s in every[:failed]]
+        return [*dead, *every[failed:]]
+
+    base = made("hydra", 0, log_loss=0.5)
+    others = {f"first {n}": made(f"first {n}", n) for n in (0, 1, 6)}
+    table = results_table(tabulate(TASK, [s for own in others.values() for s in own]))
+    assert [row["log-loss"] for row in table] == ["none", "none", "failed"]
+    against = {name: compare(TASK, own, base) for name, own in others.items()}
+    rows = comparison_rows(against)
+    assert [row["log_loss"] for row in rows] == ["none", "none", "failed"]
+    assert [row["choice_accuracy"][:6] for row in rows] == ["+0.000", "+0.000", "failed"]
+    assert [row["worst tenth"] for row in rows] == ["+0.000", "+0.000", ""]
+    reports = [row.to_json() for row in tabulate(TASK, others["first 1"])]
+    methods = [{**reports[0], "against": against["first 1"].to_json()}]
+    point = {"x": 1, "methods": methods}
+    result = as_read({"x": "users", "metric": "log_loss", "points": [point]})
+    (row,) = sweep_rows(result)
+    assert (row["log_loss"], row["log_loss minus first point's"]) == ("none", "none")
 
 
 def test_earlier_choices_are_counted() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_llm.bench.report.cells import axis_title, cell, difference
+from hydra_llm.bench.report.cells import any_answer, axis_title, cell, difference
 from hydra_llm.bench.runlog import as_read, write_json
 from hydra_llm.bench.stats import Paired
 from hydra_llm.errors import SettingsError
@@ -47,12 +47,16 @@ def sweep_rows(result: SweepResult) -> list[dict[str, Any]]:
         if against is not None:
             own = against["metrics"][metric]
             value, low, high, p = _numbers([own[n] for n in ("difference", "low", "high", "p")])
-            change = difference(Paired(value, low, high, p, own["samples"], own["users"]))
+            users = against["wins"] + against["ties"] + against["losses"]
+            paired = Paired(value, low, high, p, own["samples"], own["users"])
+            change = difference(paired, answered=users > 0)
+        metrics = {name: _numbers(figures) for name, figures in of_method["metrics"].items()}
+        answered = any_answer(of_method["failed"], metrics)
         row = {
             result["x"]: point["x"],
             **({"series": point.get("series", "")} if series else {}),
             "method": of_method["method"],
-            **{name: cell(*_numbers(figures)) for name, figures in of_method["metrics"].items()},
+            **{name: _cell(figures, answered) for name, figures in metrics.items()},
             f"{metric} minus first point's": change,
             "queries": of_method["queries"],
             "LLM calls": round(of_method["calls"], 1),
@@ -60,6 +64,11 @@ def sweep_rows(result: SweepResult) -> list[dict[str, Any]]:
         }
         rows.append(row)
     return rows
+
+
+def _cell(figures: Sequence[float], answered: bool) -> str:
+    value, low, high = figures
+    return cell(value, low, high, answered=answered)
 
 
 def sweep_svg(result: SweepResult) -> str:

@@ -325,11 +325,11 @@ def comparison_rows(
         users, needed = own.wins + own.ties + own.losses, next(iter(own.needed.values()), None)
         row = {
             "method": method,
-            **{name: difference(change) for name, change in own.metrics.items()},
+            **{name: difference(change, users > 0) for name, change in own.metrics.items()},
             **({} if corrected is None else {"p (Holm)": _holm_cell(corrected[method])}),
             "users better, same, worse": f"{own.wins}, {own.ties}, {own.losses}",
             "worse": f"{own.losses / users:.0%}" if users else "",
-            "worst tenth": f"{own.worst_tenth:+.3f}",
+            "worst tenth": f"{own.worst_tenth:+.3f}" if users else "",
             "queries needed": "" if needed is None else needed,
         }
         rows.append(row)
