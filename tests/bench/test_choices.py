@@ -131,6 +131,18 @@ def test_findings_by_the_number_of_earlier_choices() -> None:
     assert "after 6 to 7 hydra 1.000 (2 choices)" in sentence
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_rival_without_answers_has_failed() -> None:
+    own = [
+        Sample("hydra", "u", str(i), "b", "b", choice={"earlier": i, "choice_accuracy": 1.0})
+        for i in range(8)
+    ]
+    dead = [replace(s, method="mismatched", choice={"earlier": 0.0}, error="no") for s in own]
+    (sentence,) = by_earlier({"hydra": own, "mismatched": dead}, "hydra")
+    assert sentence.count("hydra 1.000, mismatched failed (2 choices)") == 4
+    assert "nan" not in sentence
+
+
 def test_shuffled_heads_are_those_of_others_with_the_own_age() -> None:
     heads = {f"u{i}": Head(np.array([float(i)]), records=i, until=float(i)) for i in range(5)}
     other = shuffled(heads, 0)

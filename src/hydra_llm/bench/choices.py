@@ -135,19 +135,20 @@ def by_earlier(samples: Mapping[str, Sequence[Sample]], name: str) -> Iterator[s
         inside = counts[np.searchsorted(cuts, counts, side="left") == part]
         if len(inside):
             low, high = int(inside.min()), int(inside.max())
-            means = (f"{other} {_accuracy(samples[other], low, high):.3f}" for other in rivals)
+            found = ((other, _accuracy(samples[other], low, high)) for other in rivals)
+            means = (
+                f"{other} {'failed' if mean is None else format(mean, '.3f')}"
+                for other, mean in found
+            )
             parts.append(f"after {low} to {high} {', '.join(means)} ({len(inside)} choices)")
     yield f"Accuracy by the number of the user's earlier choices: {'; '.join(parts)}."
 
 
-def _accuracy(samples: Sequence[Sample], low: int, high: int) -> float:
-    """The mean over the samples with so many earlier choices."""
-    return float(
-        np.mean(
-            [
-                sample.choice["choice_accuracy"]
-                for sample in samples
-                if sample.choice and not sample.error and low <= sample.choice["earlier"] <= high
-            ]
-        )
-    )
+def _accuracy(samples: Sequence[Sample], low: int, high: int) -> float | None:
+    """The mean over the samples with so many earlier choices; None if all of them failed."""
+    known = [
+        sample.choice["choice_accuracy"]
+        for sample in samples
+        if sample.choice and not sample.error and low <= sample.choice["earlier"] <= high
+    ]
+    return float(np.mean(known)) if known else None
