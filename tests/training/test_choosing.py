@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hydra_llm.bench.report.findings import _chosen
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError
 from hydra_llm.llm.base import Sampling
@@ -119,6 +120,19 @@ def test_a_failed_call_leaves_out_its_query() -> None:
     choice = chosen(Particular(1, 0.5, fails="input of bob"))
     assert (choice.queries, choice.settings.k) == (10, 1)
     assert choice.usage.failed == 2 * len(choice.tried[:-2]) + 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("asked", "why"), [(0, "no query of theirs asks the LLM"), (12, "every call failed")]
+)
+def test_with_nothing_to_choose_by_settings_stay(asked: int, why: str) -> None:
+    plain = pipeline(Particular(1, 0.5, fails="input"))
+    choice = run_sync(lambda: choose_sampling(plain, queries()[:asked]))
+    assert choice.settings == plain.settings
+    assert str(choice) == f"nothing, as {why}: the settings stay as given"
+    assert all(tried["gain"] is None for tried in choice.to_json()["tried"])
+    assert not list(_chosen([{"chosen": choice.to_json()}]))
 
 
 def test_progress_reaches_its_total() -> None:

@@ -42,6 +42,9 @@ class Choice:
     usage: Usage = Usage()
 
     def __str__(self) -> str:
+        if not self.queries:
+            why = "every call failed" if self.usage.failed else "no query of theirs asks the LLM"
+            return f"nothing, as {why}: the settings stay as given"
         values = (f"{name} {getattr(self.settings, name)}" for name in CHOSEN)
         return f"{', '.join(values)} (on {self.queries} queries)"
 
@@ -76,6 +79,8 @@ async def choose_sampling(
     plain: UserPipeline, queries: Sequence[Query], progress: Progress | None = None
 ) -> Choice:
     """Try settings on these queries, whose picks are those of `plain`."""
+    if not queries:
+        return Choice(plain.settings)
     trial = _Trial(plain, [plain.context_of(query) for query in queries], Choice(plain.settings))
     given = plain.settings
     others: dict[str, tuple[float, ...]] = {"k": RECORDS}
@@ -133,9 +138,10 @@ class _Trial:
         for row, (context, proposal) in enumerate(zip(self.contexts, proposals, strict=True)):
             if isinstance(proposal, Proposal):
                 worth[row] = self._gain(context, proposal.candidates, settings.samples)
-        self.choice.queries = int((~np.isnan(worth)).sum())
+        known = int((~np.isnan(worth)).sum())
+        self.choice.queries = max(self.choice.queries, known)
         tried = {name: getattr(settings, name) for name in CHOSEN}
-        self.choice.tried.append({**tried, "gain": float(np.nanmean(worth))})
+        self.choice.tried.append({**tried, "gain": float(np.nanmean(worth)) if known else None})
         return worth
 
     def _gain(self, context: Context, candidates: Sequence[Candidate], samples: int) -> float:

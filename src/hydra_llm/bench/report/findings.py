@@ -202,7 +202,8 @@ def _equal_mass(report: Report) -> Iterator[str]:
 
 def _chosen(learning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What training users chose, and of how many folds and seeds."""
-    chosen = [entry["chosen"] for entry in learning if entry.get("chosen")]
+    every = [entry["chosen"] for entry in learning if entry.get("chosen")]
+    chosen = [own for own in every if own.get("queries") != 0]  # by none: nothing was chosen
     values = [f"k {own['k']}, T {own['temperature']}, b {own['samples']}" for own in chosen]
     for value, count in Counter(values).most_common():
         where = f" in {count} of {len(values)} bundles" if count < len(values) else ""
