@@ -128,6 +128,27 @@ def test_retrieval_reads_latin_as_lamp_does(text: str) -> None:
     assert length(text) == len(text.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("བོད་ཀྱི་སྐད་ཡིག", 4),
+        ("བོད་ཀྱི། སྐད་ཡིག།", 4),
+        ("ሰላም፡ዓለም።", 2),
+        ("你好，世界", 4),
+        ("“你好”……", 2),
+        ("私はiPhone１２が好き。", 6),
+        ("ភាសា។", 2),
+        ("don't 今 — well-known", 3),  # what stands between blanks is one word, as in Latin
+        ("кто-то — там", 3),
+        ("...", 1),
+    ],
+)
+def test_length_counts_the_words_of_any_script(text: str, count: int) -> None:
+    assert length(text) == count
+    if not any(sign in text for sign in "-."):
+        assert length(text) == len(words(text))
+
+
 def test_retrieval_has_pairs_of_characters_without_blanks() -> None:
     assert search_words("我喜欢iPhone，Not") == ["我", "喜", "欢", "我喜", "喜欢", "iPhone", "Not"]
     assert search_words("うちの猫") == ["猫", "うち", "ちの", "の猫"]

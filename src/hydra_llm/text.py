@@ -21,6 +21,7 @@ _PUNCTUATION = re.compile(
 _HAN = re.compile(
     "[\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
+_BLANKS = re.compile("[\u0f01-\u0f14\u1361-\u1368]")  # marks between Tibetan, Ethiopic words
 _EMOJI = "\u2600-\u27bf\U0001f000-\U0001faff"
 _ASCII_WORD = re.compile("[a-z0-9]+")
 # All but Latin, of which retrieval reads words as LaMP does, between blanks; Greek letters alone
@@ -106,8 +107,14 @@ def spaced(text: str) -> str:
 
 
 def length(text: str) -> int:
-    """The number of words; of a script without blanks, of characters."""
-    return len(spaced(text).split())
+    """The number of words: between blanks, or Tibetan and Ethiopic marks in their place; in a text
+    with a script without blanks, of its characters and other words, without punctuation.
+    """
+    if text.isascii():
+        return len(text.split())
+    _, character, word = _patterns()
+    pieces = spaced(_BLANKS.sub(" ", text)).split()
+    return len([*filter(word.search, pieces)] if character.search(text) else pieces)
 
 
 @cache
