@@ -13,7 +13,7 @@ import pytest
 from hydra_llm.bench.experiment import Experiment, learned_bundle
 from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.runlog import read_run
-from hydra_llm.bench.sweep import Sweep, SweepPoint, load_sweep, with_history
+from hydra_llm.bench.sweep import Sweep, SweepPoint, load_sweep
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
@@ -175,9 +175,9 @@ def settings_of(result: Sweep, point: SweepPoint) -> dict[str, Any]:
 
 def test_with_history_keeps_the_latest_visible_records() -> None:
     data = made_up()
-    assert with_history(data, "all") is data
+    assert data.with_history("all") is data
     for count in range(11):
-        cut = with_history(data, count)
+        cut = data.with_history(count)
         for user in cut.users("test"):
             assert [record.id for record in cut.history(user)] == [f"r{i}" for i in range(8)][
                 max(0, 8 - count) :
@@ -188,7 +188,7 @@ def test_with_history_keeps_the_latest_visible_records() -> None:
                     user
                 )  # nothing is later than the query
         assert all(cut.history(user) == data.history(user) for user in cut.users("train"))
-    assert len({with_history(data, count).digest for count in range(9)} | {data.digest}) == 10
+    assert len({data.with_history(count).digest for count in range(9)} | {data.digest}) == 10
 
 
 # ---- heads
@@ -411,7 +411,7 @@ def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert [len(bundle.records["n0"]) for bundle in bundles[:2]] == [0, 4]
     alone = experiment(folder / "alone")  # as a run without a study learns it
     own = learned_bundle(
-        replace(alone, data=with_history(alone.data, 4)), alone.settings, folder / "alone" / "b"
+        replace(alone, data=alone.data.with_history(4)), alone.settings, folder / "alone" / "b"
     )
     assert own.weights == bundles[1].weights
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hydra_llm.bench.choices import earlier, figures
 from hydra_llm.bench.details import details_of
@@ -47,6 +47,8 @@ class Experiment:
     seeds: tuple[int, ...] = ()  # of the learned parts; the settings' own if empty
     folds: int | None = None  # users take turns as new users; None: the split decides
     fold: int | None = None  # which turn this is; `turns` makes one experiment of each
+    choices: bool | None = None  # of data with both: ask recorded choices, or what the LLM answers
+    history: int | Literal["all"] = "all"  # of each new user, see `DataSet.with_history`
     fit: bool = True  # without it the shared heads answer for new users, with their records
     bundle: Bundle | None = None  # used as it is; None: bundles are learned
     progress: StageProgress = silent
@@ -62,14 +64,18 @@ class Experiment:
         return self.bundle is None and any(method.uses for method in self.methods)
 
     def turns(self) -> "list[Experiment]":
-        """One experiment for each fold, whose users alone are new in its data; or this one."""
+        """One experiment for each fold, whose users alone are new in its data; or one for all. Who
+        is new decides what becomes of queries that are not asked, and whose history is cut.
+        """
         if self.folds is None:
-            return [self]
-        dealt = deal(self.data, self.settings, self.folds, users=self.users, limit=self.limit)
+            asked = self.data if self.choices is None else self.data.asking(choices=self.choices)
+            return [replace(self, data=asked.with_history(self.history))]
+        options: Any = {"users": self.users, "limit": self.limit, "choices": self.choices}
+        dealt = deal(self.data, self.settings, self.folds, **options)
         return [
             replace(
                 self,
-                data=fold.data,
+                data=fold.data.with_history(self.history),
                 settings=fold.settings,
                 users=None,
                 fold=fold.number,
@@ -350,14 +356,15 @@ def _manifest(experiment: Experiment, turns: Sequence[Experiment]) -> dict[str, 
     if not queries:
         fix = "users.jsonl needs users with split 'test'"
         raise DataError(f"no new user has a query whose answer is known: {fix}")
+    cut = {} if experiment.history == "all" else {"history": experiment.history}
     return {
-        "data": data.digest,
+        "data": (data if experiment.folds else turns[0].data).digest,
         "task": data.task.to_json(),
         "llm": dict(experiment.llm.identity),
         "seeds": list(experiment.seeds),
         "chosen": _counts(queries),
         "settings": experiment.settings.stored(),
-        **({"folds": list(map(_counts, of_turns))} if experiment.folds else {}),
+        **({"folds": list(map(_counts, of_turns)), **cut} if experiment.folds else {}),
         **({} if experiment.fit else {"fit": False}),
         **({"weights": {"0": given.weights}} if given else {"learns": experiment.learns}),
     }

@@ -102,13 +102,12 @@ def run(
     learned, settings = options.open_bundle(bundle) if bundle else (None, options.settings())
     dataset = _load(data, settings, base_url, learned)
     choices = dataset.asks_choices(prefer=spec == NONE)
-    dataset = dataset.asking(choices=choices)
     task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
     if spec == NONE:
         check_without_llm(chosen, task, settings, learned)
     with source.opened(spec, settings) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
-        plan = replace(plan, bundle=learned, folds=folds)
+        plan = replace(plan, bundle=learned, folds=folds, choices=choices)
         experiment = replace(plan, progress=report, say=console.say)
         result = estimate_cost(experiment) if dry_run else run_experiment(experiment)
     if isinstance(result, CostEstimate):
@@ -327,7 +326,6 @@ def sweep(
         return recorded.opened(spec or main, settings({}))
 
     dataset = _load(data, settings({}))
-    dataset = dataset.asking(choices=dataset.asks_choices(prefer=main == NONE))
     with console.progress() as report:
         context = SweepContext(
             dataset, out, settings, opened, main, users, limit, report, console.say
