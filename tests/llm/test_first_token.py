@@ -33,6 +33,19 @@ def test_tokens_count_for_the_choices_that_they_begin() -> None:
     assert probabilities(logs, CHOICES) == pytest.approx({"agree": 0.75, "disagree": 0.25})
 
 
+@pytest.mark.parametrize("raw", ["▁{}", "Ġ{}", "Ċ{}", "▁▁{}", "{}▁"])
+def test_raw_tokens_begin_a_choice(raw: str) -> None:
+    """As servers tell them that do not decode: of SentencePiece, and of byte-level BPE."""
+    logs = [(raw.format("dis"), math.log(0.6)), (raw.format("Agree"), math.log(0.4))]
+    assert probabilities(logs, CHOICES) == pytest.approx({"agree": 0.4, "disagree": 0.6})
+    assert probabilities([(raw.format(""), -0.1)], CHOICES) == {}
+
+
+def test_a_label_may_begin_with_what_stands_for_a_blank() -> None:
+    logs = [("Ġ", math.log(0.6)), ("im", math.log(0.4))]  # a letter of Maltese
+    assert probabilities(logs, ("Ġimgħa", "imħabba"))["Ġimgħa"] == pytest.approx(0.6)
+
+
 def test_a_token_of_several_choices_is_shared() -> None:
     logs = [("3", math.log(0.6)), ("s", math.log(0.4))]
     shares = probabilities(logs, ("3", "3.5", "style", "sports"))

@@ -13,6 +13,7 @@ from typing import Any
 
 MOST = 20  # tokens that OpenAI tells at most
 ENOUGH = 0.5  # with less the answer probably begins with other words, and its label comes later
+RAW_BLANKS = str.maketrans("▁ĠĊĉč", "     ")  # of SentencePiece, and of byte-level BPE
 LEAST = 1e-9  # of a choice for which the tokens leave nothing: rounding may be all that is missing
 
 
@@ -61,8 +62,14 @@ def _log(value: object) -> float | None:
 
 
 def _begun(token: str, choices: Sequence[str]) -> list[str]:
-    """The choices that a token begins; only those that it is, if there are some."""
-    start = token.strip().casefold()
+    """The choices that a token begins; only those that it is, if there are some. One that begins
+    none as it is may be a raw token, as some servers tell them.
+    """
+    return _begun_by(token, choices) or _begun_by(token.translate(RAW_BLANKS), choices)
+
+
+def _begun_by(text: str, choices: Sequence[str]) -> list[str]:
+    start = text.strip().casefold()
     if not start:
         return []
     whole = [choice for choice in choices if choice.casefold() == start]
