@@ -24,7 +24,7 @@ from hydra_llm.cli.main import run
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
-from hydra_llm.errors import SettingsError
+from hydra_llm.errors import LLMError, SettingsError
 from hydra_llm.history import before
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
@@ -53,7 +53,7 @@ def data_of(task: Task, queries: int = 2) -> DataSet:
 
 
 def experiment(
-    data: DataSet, folder: Path, llm: RuleLLM, methods: str, folds: int = 3, **given: Any
+    data: DataSet, folder: Path, llm: RuleLLM, methods: str, folds: int | None = 3, **given: Any
 ) -> Experiment:
     chosen = {**FEW, **given.pop("settings", {})}
     settings = load_settings(cache=folder / "cache", **chosen)
@@ -254,6 +254,32 @@ def test_a_run_with_folds_is_continued(task: Task, tmp_path: Path) -> None:
     assert [(s.key, s.answer) for s in again.samples] == [
         (s.key, s.answer) for s in outcome.samples
     ]
+
+
+@pytest.mark.slow
+def test_only_failed_calls_are_retried_by_a_repeat(tmp_path: Path) -> None:
+    """A turn of one user has no other one for `mismatched`: it is said, and no repeat helps."""
+
+    class Failing(RuleLLM):
+        async def generate(self, messages: Any, sampling: Any) -> Any:
+            if "u4" in str(messages):
+                raise LLMError("out of order")
+            return await super().generate(messages, sampling)
+
+    data = DataSet.from_records(
+        TAGS,
+        {f"u{i}": "train" for i in range(4)} | {"u4": "test"},
+        [Record(f"u{i}", f"r{r}", f"text {r} of u{i}", "calm") for i in range(5) for r in range(4)],
+        [Query("u4", "q", "what of u4?", "odd"), Query("u4", "p", "what else?", "odd")],
+    )
+    plan = partial(experiment, data, tmp_path, folds=None)
+    methods = "zero-shot,mismatched@1,3"
+    alone = run_experiment(plan(llm=RuleLLM(random_answer), methods=methods))
+    assert alone.failures.startswith("2 of 4 answers failed, the first mismatched@1,3 on u4's q:")
+    assert alone.failures.endswith("fewer folds")
+    both = run_experiment(plan(llm=Failing(random_answer), methods=methods, out=tmp_path / "b"))
+    assert both.failures.startswith("3 of 4 answers failed")
+    assert both.failures.endswith("; the same command retries 1 of them")
 
 
 @pytest.mark.slow

@@ -110,6 +110,18 @@ class Outcome:
     log: RunLog
     samples: list[Sample]
     learning: list[dict[str, Any]]
+    retried: int = 0  # failed samples that the same command may answer: a call failed
+
+    @property
+    def failures(self) -> str:
+        """A line on the samples that failed, and whether a repeat may help; empty if none did."""
+        failed = [sample for sample in self.samples if sample.error]
+        if not failed:
+            return ""
+        first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
+        counts = f"{len(failed)} of {len(self.samples)} answers failed, the first {first}"
+        some = "them" if self.retried == len(failed) else f"{self.retried} of them"
+        return f"{counts}; the same command retries {some}" if self.retried else counts
 
 
 def _of_fold(progress: StageProgress, fold: int, folds: int) -> StageProgress:
@@ -140,15 +152,16 @@ def run_experiment(experiment: Experiment) -> Outcome:
     named = ((_name(turn, seed), b) for turn, own in learned for seed, b in own.items())
     weights = {name: bundle.weights for name, bundle in named}
     log.complete({"weights": weights, "trained_on": trained_on, **_counts(queries)})
-    samples: list[Sample] = []
+    samples, failed = list[Sample](), list[LLMError]()
     for turn, (parts, own) in zip(turns, cases, strict=True):
-        samples += run_sync(partial(run_methods, methods, parts, own, log, turn.progress))
+        answer = partial(run_methods, methods, parts, own, log, turn.progress, failed)
+        samples += run_sync(answer)
     learning = [
         {**({} if turn.fold is None else {"fold": turn.fold}), "seed": seed, **bundle.report}
         for turn, bundles in learned
         for seed, bundle in bundles.items()
     ]
-    return Outcome(log, samples, learning)
+    return Outcome(log, samples, learning, sum(not error.lasting for error in failed))
 
 
 def _learned(turns: Sequence[Experiment]) -> list[tuple[Experiment, dict[int, Bundle]]]:
@@ -208,9 +221,11 @@ async def run_methods(
     queries: Sequence[Query],
     log: RunLog | None = None,
     progress: StageProgress | None = None,
+    failed: list[LLMError] | None = None,
 ) -> list[Sample]:
     """Answer every query by every method, unless the log has the sample; a failed call is a failed
-    sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed.
+    sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed; the
+    errors of calls are added to `failed`.
 
     All methods answer a query before the next one, ordered by the number of records in their
     prompts: an embedded engine then still holds the prompts that they share.
@@ -239,6 +254,8 @@ async def run_methods(
 
     report = None if progress is None else partial(progress, "answer")
     await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
+    if failed is not None:
+        failed += faults
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
     return [done[name, query.user, query.id, seed] for name, seed in answerers for query in queries]

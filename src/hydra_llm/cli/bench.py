@@ -116,10 +116,8 @@ def run(
     if lamp:
         answered = [sample for sample in result.samples if not per_sample(sample.method)]
         console.say(f"wrote {export_lamp(out, task.like or task.name, answered)}")
-    if failed := [sample for sample in result.samples if sample.error]:
-        first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
-        counts = f"{len(failed)} of {len(result.samples)} answers failed"
-        console.say(f"{counts}, the first {first}; the same command retries them")
+    if result.failures:
+        console.say(result.failures)
     if compared := compared_words(task):
         console.say(f"ROUGE and BLEU compare {compared}")
     prices = Prices(settings.price_prompt, settings.price_completion)
