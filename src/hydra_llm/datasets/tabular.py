@@ -95,6 +95,8 @@ def read_table(
         builder.add_user(_ordered(own), query_share)
     missing = [split for split in dataset.SPLITS if split not in splits.values()]
     advice = [f"no {split} user: give another seed or test share" for split in missing]
+    if len(splits) == 1:
+        advice = ["one user alone: a bundle is learned from some users for others, so add more"]
     return builder.build([note, *_doubts(rows, columns), *places.doubts(), *advice])
 
 
