@@ -236,12 +236,8 @@ async def run_methods(
     order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
     blanks = {q: _blank(q, seeds[0].fold, seeds[0].records.get(q.user, ())) for q in queries}
-    todo = [
-        (replace(blanks[query], method=name, seed=seed), query)
-        for query in queries
-        for name, seed in order
-        if (name, query.user, query.id, seed) not in done
-    ]
+    every = ((replace(blanks[q], method=m, seed=s), q) for q in queries for m, s in order)
+    todo = [case for case in every if case[0].key not in done]
     faults: list[LLMError] = []
 
     async def one(case: tuple[Sample, Query]) -> None:
@@ -368,11 +364,8 @@ def learned_bundle(
 def _manifest(experiment: Experiment, turns: Sequence[Experiment]) -> dict[str, Any]:
     """What identifies the run before it begins, so that samples of two runs are not mixed."""
     data, given = experiment.data, experiment.bundle
-    of_turns = [chosen_queries(turn.data, turn.new_users, turn.limit) for turn in turns]
+    of_turns = evaluated_queries(turns)
     queries = [query for own in of_turns for query in own]
-    if not queries:
-        fix = "users.jsonl needs users with split 'test'"
-        raise DataError(f"no new user has a query whose answer is known: {fix}")
     cut = {} if experiment.history == "all" else {"history": experiment.history}
     return {
         "data": (data if experiment.folds else turns[0].data).digest,
@@ -385,6 +378,15 @@ def _manifest(experiment: Experiment, turns: Sequence[Experiment]) -> dict[str, 
         **({} if experiment.fit else {"fit": False}),
         **({"weights": {"0": given.weights}} if given else {"learns": experiment.learns}),
     }
+
+
+def evaluated_queries(turns: Sequence[Experiment]) -> list[list[Query]]:
+    """The queries of each turn. DataError: there is none in any."""
+    of_turns = [chosen_queries(turn.data, turn.new_users, turn.limit) for turn in turns]
+    if not any(of_turns):
+        fix = "users.jsonl needs users with split 'test'"
+        raise DataError(f"no new user has a query whose answer is known: {fix}")
+    return of_turns
 
 
 def _counts(queries: Sequence[Query]) -> dict[str, int]:
