@@ -97,6 +97,15 @@ def test_points_and_grids_are_the_points_of_a_sweep(tmp_path: Path) -> None:
     assert result.points[0].methods == ("zero-shot",)
 
 
+def test_a_points_folder_has_a_name_that_a_file_system_takes() -> None:
+    long = [SweepPoint(x="x" * 3000 + end).slug for end in "ab"]
+    assert long[0] != long[1]
+    assert all(len(slug) < 100 for slug in long)
+    assert SweepPoint(x="größer 小").slug == "größer-小"
+    assert SweepPoint(x="cold_start", series="k=1, T=.5").slug == "cold-start-k-1-t-.5"
+    assert SweepPoint(x="../..").slug == "point"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

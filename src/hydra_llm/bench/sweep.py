@@ -38,6 +38,8 @@ from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import NONE
 from hydra_llm.training.train_scorer import silent
 
+MAX_SLUG = 200  # bytes
+
 
 class SweepPoint(Group):
     """One value of what varies."""
@@ -55,7 +57,10 @@ class SweepPoint(Group):
     @property
     def slug(self) -> str:
         """The name of its folder."""
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self.x} {self.series}".lower()).strip("-.") or "point"
+        name = re.sub(r"(?:[^\w.]|_)+", "-", f"{self.x} {self.series}".lower()).strip("-.")
+        if len(name.encode()) > MAX_SLUG:  # of what a file system takes
+            name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return name or "point"
 
 
 class RunOptions(Group):
