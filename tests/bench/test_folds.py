@@ -53,7 +53,7 @@ def data_of(task: Task, queries: int = 2) -> DataSet:
 
 
 def experiment(
-    data: DataSet, folder: Path, llm: RuleLLM, methods: str, folds: int | None = 3, **given: Any
+    data: DataSet, folder: Path, llm: RuleLLM, methods: str, folds: int = 3, **given: Any
 ) -> Experiment:
     chosen = {**FEW, **given.pop("settings", {})}
     settings = load_settings(cache=folder / "cache", **chosen)
@@ -272,14 +272,18 @@ def test_only_failed_calls_are_retried_by_a_repeat(tmp_path: Path) -> None:
         [Record(f"u{i}", f"r{r}", f"text {r} of u{i}", "calm") for i in range(5) for r in range(4)],
         [Query("u4", "q", "what of u4?", "odd"), Query("u4", "p", "what else?", "odd")],
     )
-    plan = partial(experiment, data, tmp_path, folds=None)
     methods = "zero-shot,mismatched@1,3"
-    alone = run_experiment(plan(llm=RuleLLM(random_answer), methods=methods))
-    assert alone.failures.startswith("2 of 4 answers failed, the first mismatched@1,3 on u4's q:")
-    assert alone.failures.endswith("fewer folds")
-    both = run_experiment(plan(llm=Failing(random_answer), methods=methods, out=tmp_path / "b"))
-    assert both.failures.startswith("3 of 4 answers failed")
-    assert both.failures.endswith("; the same command retries 1 of them")
+
+    def failures(llm: RuleLLM, folder: str) -> str:
+        run = experiment(data, tmp_path / folder, llm, methods)
+        return run_experiment(replace(run, folds=None)).failures
+
+    alone = failures(RuleLLM(random_answer), "alone")
+    assert alone.startswith("2 of 4 answers failed, the first mismatched@1,3 on u4's q:")
+    assert alone.endswith("fewer folds")
+    both = failures(Failing(random_answer), "both")
+    assert both.startswith("3 of 4 answers failed")
+    assert both.endswith("; the same command retries 1 of them")
 
 
 @pytest.mark.slow
