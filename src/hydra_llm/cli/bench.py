@@ -19,6 +19,7 @@ from hydra_llm.extras import require
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import NONE
+from hydra_llm.llm.registry import check_spec
 
 if TYPE_CHECKING:
     from hydra_llm.bench.report.tables import Report
@@ -82,6 +83,8 @@ def run(
     Without `--bundle`, first learn from the training users and fit the new users' heads. Methods
     that ask no LLM need no `--llm`.
     """
+    spec = source.spec(NONE)
+    check_spec(spec)
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import check_without_llm, find_methods, per_sample, split_names
@@ -90,7 +93,6 @@ def run(
     from hydra_llm.bench.results import tabulate
     from hydra_llm.bench.runlog import export_lamp
 
-    spec = source.spec(NONE)
     repeats = whole_numbers("--seeds", seeds, least=0) if seeds else ()
     records, budget = whole_numbers("--k", k), whole_numbers("--b", b)
     find = partial(find_methods, split_names(methods), records=records, budget=budget)
@@ -181,8 +183,10 @@ class ReportFiles:
         if self.slides is not None:
             from hydra_llm.bench.report import slides
 
-            for file in slides.write(reports, self.slides):
+            for file in (files := slides.write(reports, self.slides)):
                 console.say(f"wrote {file}")
+            if not files:
+                console.say("no slide: there is no method to compare with, and no cost")
 
 
 @app.command()
@@ -200,7 +204,7 @@ def show(
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import findings, sweeps, tables
     from hydra_llm.bench.report.cells import share_json
-    from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
+    from hydra_llm.bench.report.summary import cost_rows, family_line, learning_rows, summary_line
 
     results = [sweeps.open_sweep(file) for file in map(sweeps.sweep_file, runs) if file]
     opened = [tables.open_run(folder) for folder in runs if not sweeps.sweep_file(folder)]
@@ -219,19 +223,26 @@ def show(
     show_table = partial(print_table, wide=wide)
     for report in reports:
         measured = report.run
-        title = f"{measured.folder}: {measured.task.name}; * best, ' second best of what is ranked"
+        title = f"{measured.folder}: {measured.task.name}"
+        if report.too_few:
+            print_text(report.too_few, wide=wide)
+        else:
+            title += "; * best, ' second best of what is ranked"
         show_table(tables.method_rows(report), title)
         print_text(summary_line(measured), wide=wide)
         if report.comparisons:
-            title = f"Paired differences from {report.baseline}, 95 % intervals over users"
+            title = f"Paired differences from {report.baseline}"
+            title += "" if report.too_few else ", 95 % intervals over users"
             show_table(tables.comparison_rows(report.comparisons, report.holm), title)
-        if line := tables.family_line(report):
+        if line := family_line(report):
             print_text(line, wide=wide)
         if costs:
             show_table(cost_rows(report), "What a query costs")
             if learning := learning_rows(report):
                 show_table(learning, "What learning cost")
         for sentence in findings.findings(report):
+            if sentence == report.too_few:  # said above
+                continue
             print_text(f"- {sentence}", indent="  ", wide=wide)
     if over_tasks:
         show_table(tables.overall_rows(over_tasks), tables.OVERALL)
