@@ -46,7 +46,7 @@ def test_a_label_may_begin_with_what_stands_for_a_blank() -> None:
     assert probabilities(logs, ("Ġimgħa", "imħabba"))["Ġimgħa"] == pytest.approx(0.6)
 
 
-def test_labels_that_differ_in_case_alone_have_tokens_of_their_own() -> None:
+def test_labels_that_differ_in_case_alone_are_told_apart() -> None:
     logs = [("A", math.log(0.7)), (" a", math.log(0.2)), ("B", math.log(0.1))]
     assert probabilities(logs, ("A", "a", "b")) == pytest.approx({"A": 0.7, "a": 0.2, "b": 0.1})
 
