@@ -53,6 +53,7 @@ async def forward(http: Request) -> Response:
 async def pass_on(http: Request, path: str) -> Response:
     """The upstream's response to a request for a path, with the user hidden."""
     gateway: Gateway = http.app.state.gateway
+    gateway.telemetry.tracing.adopt(http.headers)
     await admit(http, None)  # the key; the user, once the body is read
     headers = {name: value for name in PASSED if (value := http.headers.get(name, "")).isascii()}
     headers = {name: value for name, value in headers.items() if value}

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from hydra_llm.config import Settings
 from hydra_llm.errors import HydraError
 from hydra_llm.gateway.telemetry import Telemetry, note
 from hydra_llm.llm.base import ChatLLM, PartlyFailed, Sampling
-from hydra_llm.llm.prices import Price, PriceList
+from hydra_llm.llm.cache import CachedLLM
+from hydra_llm.llm.meter import Meter
+from hydra_llm.llm.prices import Price, PriceList, load_prices
 from hydra_llm.llm.wire import text_of, tokens_of
 from hydra_llm.prompt import PER_MESSAGE, estimate
 from hydra_llm.store.schema import key_of
@@ -175,6 +178,18 @@ def _length(message: Mapping[str, Any]) -> int:
     others = [message.get("reasoning_content"), calls and json.dumps(calls)]
     texts = [text_of(message), *(text for text in others if isinstance(text, str))]
     return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
+
+def count_learning(store: Store, llm: CachedLLM, settings: Settings) -> None:
+    """Add what learning from a store has asked its LLM: nobody's, of the kind `learn`."""
+    usage = llm.inner.usage if isinstance(llm.inner, Meter) else Usage()
+    if not usage.calls:
+        return
+    model = str(llm.identity.get("model", "llm"))
+    spend = Spend(usage.calls, usage.prompt_tokens, usage.completion_tokens)
+    spend = _priced(spend, load_prices(settings.prices).of(model), 0)
+    day = datetime.now(UTC).date().isoformat()
+    store.add_spend({Spender(day, model=model, kind="learn"): spend})
 
 
 class PaidLLM:

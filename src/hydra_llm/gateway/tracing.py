@@ -123,21 +123,30 @@ class Tracing:
                 _parent.reset(outer)
             span.end()
 
+    def adopt(self, headers: Headers) -> None:
+        """Take the span that a caller's headers name for that around what is done from here on.
+        Without a tracer the headers go on to the upstream.
+        """
+        given = _passed(headers)
+        if self._tracer is None:
+            outgoing.set(given)
+            return
+        from opentelemetry import context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        _parent.set(TraceContextTextMapPropagator().extract(given, context.get_current()))
+
     @contextmanager
     def request(self, model: str, headers: Headers) -> Iterator[Span]:
         """The span of a chat request below that which the caller's headers name; it ends with its
-        block, or with the stream that its block returns. Without a tracer the caller's headers go
-        on to the upstream.
+        block, or with the stream that its block returns.
         """
+        self.adopt(headers)
         if self._tracer is None:
-            outgoing.set(_passed(headers))
             yield Span()
             return
-        from opentelemetry import context, trace
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        from opentelemetry import trace
 
-        given = _passed(headers)
-        _parent.set(TraceContextTextMapPropagator().extract(given, context.get_current()))
         about = {"operation__name": "chat", "request__model": model, "provider__name": "hydra-llm"}
         attributes = {f"gen_ai__{name}": value for name, value in about.items()}
         span = self.start(f"chat {model}", "server", **attributes)
