@@ -164,4 +164,7 @@ async def _flush(gateway: Gateway) -> None:
     """Write what was spent by those who have no limit."""
     while True:
         await asyncio.sleep(FLUSH_SECONDS)
-        await run_sync(gateway.ledger.flush)
+        try:
+            await run_sync(gateway.ledger.flush)
+        except Exception as error:  # the next sums must be written all the same
+            gateway.telemetry.failed("spend", error)

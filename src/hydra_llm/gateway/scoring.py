@@ -73,7 +73,7 @@ class RecordSearch:
         with self.telemetry.tracing.stage("rerank", self.span) as span:
             self._run()
             shown, reason = len(self.ranked), self.reason or "relevant"
-            span.set(hydra__shown=shown, hydra__warm=self.warm, hydra__reason=reason)
+            span.set(hydra__relevant=shown, hydra__warm=self.warm, hydra__reason=reason)
 
     def _run(self) -> None:
         pipeline, visible = self.deployment.pipeline, self.context.visible

@@ -44,6 +44,8 @@ def show_spend(
     caller: Caller = http.state.caller
     names = _columns(by)
     chosen = _own(caller, user)
+    if key and (fault := id_fault(key)):
+        raise ApiError(400, f"key: {fault}", param="key")
     if not caller.admin and (key not in (None, caller.key) or "key" in names):
         raise ApiError(403, "keys are shown to administrators", code="not_allowed", param="key")
     first = since or (datetime.now(UTC).date() - timedelta(days=DAYS - 1)).isoformat()
