@@ -373,7 +373,7 @@ def test_a_store_that_had_keys_stays_closed_without_any(store: Store) -> None:
     assert store.keys() == []
     assert store.has_keys()
     store.add_key(Key("k2", "hash2", "", False, ("bob",), 1.0, None))
-    assert store.delete_user("bob") == {"keys": 1}, "known by a key alone"
+    assert store.delete_user("bob") == {"keys": 1, "spend": 0}, "known by a key alone"
     assert store.delete_user("bob") is None
 
 
