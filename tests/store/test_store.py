@@ -29,7 +29,16 @@ from hydra_llm.store.backup import backup, open_backup, restore
 from hydra_llm.store.change import StaleVersion
 from hydra_llm.store.database import create_engine
 from hydra_llm.store.store import Store
-from hydra_llm.store.values import Added, Key, Request, StoredFeedback, StoredHead, StoredResponse
+from hydra_llm.store.values import (
+    Added,
+    Key,
+    Request,
+    Spend,
+    Spender,
+    StoredFeedback,
+    StoredHead,
+    StoredResponse,
+)
 from hydra_llm.types import UNREADABLE, Query, Record
 from tests.waiting import until
 
@@ -364,7 +373,7 @@ def test_a_store_that_had_keys_stays_closed_without_any(store: Store) -> None:
     assert store.keys() == []
     assert store.has_keys()
     store.add_key(Key("k2", "hash2", "", False, ("bob",), 1.0, None))
-    assert store.delete_user("bob") == {"keys": 1}, "known by a key alone"
+    assert store.delete_user("bob") == {"keys": 1, "spend": 0}, "known by a key alone"
     assert store.delete_user("bob") is None
 
 
@@ -484,6 +493,7 @@ def fill(store: Store, name: str, secret: str) -> None:
     store.add_job(f"job-{name}", name, "fit")
     store.update_job(f"job-{name}", 0, 0, state="failed", error=secret)
     store.add_key(Key(f"key-{name}", f"hash-{name}", secret, False, (name,), 1.0, None))
+    store.add_spend({Spender("2026-11-30", f"key-{name}", name, "m"): Spend(1, 5, 5)})
 
 
 def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
@@ -493,10 +503,10 @@ def test_an_export_holds_all_that_a_deletion_deletes(store: Store) -> None:
     assert exported is not None
     assert deleted == {
         name: len(exported[name])
-        for name in ("feedback", "requests", "responses", "jobs", "heads", "records", "keys")
+        for name in (*(table.name for table in schema.OF_USERS), "keys", "spend")
     }
     assert deleted["records"] == 50
-    assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys"}
+    assert set(deleted) == {table.name for table in schema.OF_USERS} | {"keys", "spend"}
 
 
 def test_deletion_leaves_no_byte_and_changes_nobody_else(store: Store, tmp_path: Path) -> None:
@@ -578,6 +588,10 @@ def test_a_backup_is_a_store_and_fills_an_empty_one(store: Store, tmp_path: Path
     exports = {name: store.export_user(name) for name in store.users()}
     for name in exports:
         store.delete_user(name)
+    with pytest.raises(StoreError, match="is not empty"):  # there is what nobody has spent
+        restore(store, saved)
+    with store.writing() as connection:
+        connection.execute(sa.delete(schema.spend))
     assert restore(store, saved) == counts
     saved.close()
     assert {name: store.export_user(name) for name in store.users()} == exports

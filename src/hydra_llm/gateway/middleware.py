@@ -24,6 +24,7 @@ from hydra_llm.gateway.batching import Overloaded
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.messages import error_body
 from hydra_llm.gateway.schemas import ApiError, Json
+from hydra_llm.gateway.spend import Bill, paying
 from hydra_llm.gateway.telemetry import log
 
 OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")  # need no key
@@ -59,11 +60,14 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        started, bill = False, Bill()
+        paying.set(bill)
 
         async def watched(message: Message) -> None:
             nonlocal started
             started = True
+            if not message.get("more_body", False):
+                await self._settle(bill)
             await send(message)
 
         state = scope.setdefault("state", {})
@@ -73,6 +77,7 @@ class AccessMiddleware:
         try:
             if not get_route_path(scope).startswith(OPEN_PATHS):
                 await self._authorize(scope)
+                bill.key = scope["state"]["caller"].key
             await self._app(scope, self._limited(scope, receive), watched)
         except ConnectionCut:
             raise
@@ -87,7 +92,18 @@ class AccessMiddleware:
             response = await error_response(Request(scope), error)
             await response(scope, receive, send)
         finally:
+            bill.closed = True
+            self._gateway.ledger.take(bill)
             state["route"] = getattr(scope.get("route"), "path", "unknown")
+
+    async def _settle(self, bill: Bill) -> None:
+        """Write what a payer with a limit has spent, before the end of the answer is told: the next
+        request must find it.
+        """
+        if bill.limited and bill.spent:
+            self._gateway.ledger.take(bill)
+            with suppress(StoreError):  # it took too long, and goes on
+                await self._gateway.reads.read(self._gateway.ledger.flush)
 
     async def _authorize(self, scope: Scope) -> None:
         """Find the caller. While the store is down, callers of the last minutes are still known."""
