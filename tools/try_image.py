@@ -29,7 +29,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,18 @@ def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[Proc
             said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
             raise RuntimeError(f"{error}\n{said}") from None
         finally:
-            process.kill()  # and with it all that runs in there
-            process.wait()
+            end(process)
+
+
+def end(process: Process) -> None:
+    """Kill process 1 in there, and with it all others: it is another user's, so that --kill-child
+    has no effect on it.
+    """
+    while process.poll() is None:
+        with suppress(OSError, IndexError):  # it is about to begin, or has just ended
+            os.kill(first_process(process), signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
 
 
 def until(ready: Callable[[], bool], server: Process, what: str) -> None:
