@@ -363,9 +363,10 @@ def main() -> int:
             started = time.monotonic()
             run_client(client, f"ada{place}", base, fake, upstream, log)
             report(client.name, started, client.error)
-        started = time.monotonic()
-        fault = run_example(base) if has_node and not args.only else ""
-        report("examples/typescript", started, fault)
+        fault, started = "", time.monotonic()
+        if has_node and not args.only:
+            fault = run_example(base)
+            report("examples/typescript", started, fault)
     versions = versions_of(clients)
     print(table(clients, versions))
     if args.write:
