@@ -6,8 +6,9 @@ Both versions serve at the same time, without a bundle, in front of the same moc
 requests without a user go at a fixed rate to the mock, the earlier version and this one, in an
 order that is drawn anew for each three, so that load on the machine meets all alike. The added
 latency of a version is the median of its requests in a run minus that of the mock's. Throughput
-(64 in flight) is measured of each version alone, in turn. The ratios are of one run each; the
-committed file has all of them. With this version's own commit as COMMIT they show the noise.
+(64 in flight) is measured of each version alone, in turn. The processor time of a request is that
+of the server's process, which other load on the machine hardly changes. The ratios are of one run
+each; the report has all of them. With this version's own commit as COMMIT they show the noise.
 """
 
 import asyncio
@@ -23,12 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gateway import Ask, chat, client, mock, percentiles, saturate, server
+from gateway import PROCESSES, Ask, chat, client, mock, percentiles, saturate, server
 from measure import Limit, finish, options
 
 ROOT = Path(__file__).parents[1]
 MOST = 1.1
 BEFORE, NOW, DIRECT = "before", "now", "direct"
+RATIOS = ("added_ratio", "rate_ratio", "cpu_ratio")
 Row = dict[str, float]
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, checkout(args.before, Path(name)) as earlier:
         runs = asyncio.run(measure(args, Path(name), {BEFORE: earlier, NOW: ROOT}))
-    ratios = {key: spread([run[key] for run in runs]) for key in ("added_ratio", "rate_ratio")}
+    ratios = {key: spread([run[key] for run in runs]) for key in RATIOS}
     lines = [" ".join(f"{key} {value:.3f}" for key, value in run.items()) for run in runs]
     limits = [
         Limit(
@@ -52,6 +54,7 @@ def main() -> None:
             "requests a second, the same", ratios["rate_ratio"]["median"], 1 / MOST, at_least=True
         ),
     ]
+    limits.append(Limit("processor time, the same", ratios["cpu_ratio"]["median"], MOST))
     finish(args, {"ratios": ratios, "runs": runs}, [*lines, str(ratios)], limits)
 
 
@@ -78,7 +81,7 @@ async def measure(args: Any, folder: Path, versions: dict[str, Path]) -> list[Ro
         await in_turn(asks, args.rate, 3, rng)  # warm up
         runs = []
         for number in range(args.runs):
-            row = await one_run(asks, args, rng, number % 2 == 1)
+            row = await one_run(asks, urls, args, rng, number % 2 == 1)
             print(row, file=sys.stderr, flush=True)
             runs.append(row)
         return runs
@@ -98,15 +101,22 @@ def serving(version: Path, upstream: str, store: Path) -> Iterator[str]:
         yield url
 
 
-async def one_run(asks: dict[str, Ask], args: Any, rng: random.Random, swapped: bool) -> Row:
-    """Added medians in ms and rates of both versions, and their ratios."""
+async def one_run(
+    asks: dict[str, Ask], urls: dict[str, str], args: Any, rng: random.Random, swapped: bool
+) -> Row:
+    """Added medians, processor time of a request (both in ms) and rates of both versions, and
+    their ratios.
+    """
+    begin = {name: cpu_ms(urls[name]) for name in (BEFORE, NOW)}
     times = await in_turn(asks, args.rate, args.seconds, rng)
+    count = args.rate * args.seconds / len(asks)
     direct = times[DIRECT]["p50"]
     row = {f"added_{name}": times[name]["p50"] - direct for name in (BEFORE, NOW)}
+    row |= {f"cpu_{name}": (cpu_ms(urls[name]) - begin[name]) / count for name in begin}
     row |= {f"added_p99_{name}": times[name]["p99"] - direct for name in (BEFORE, NOW)}
     for name in (NOW, BEFORE) if swapped else (BEFORE, NOW):
         row[f"rate_{name}"] = (await saturate(asks[name], args.seconds / 4))["per_s"]
-    for what in ("added", "rate"):
+    for what in ("added", "rate", "cpu"):
         row[f"{what}_ratio"] = row[f"{what}_{NOW}"] / row[f"{what}_{BEFORE}"]
     return row
 
@@ -127,6 +137,12 @@ async def in_turn(
                 tasks[name].append(asyncio.create_task(asks[name](http)))
                 sent += 1
         return {name: percentiles(await asyncio.gather(*own)) for name, own in tasks.items()}
+
+
+def cpu_ms(url: str) -> float:
+    """Milliseconds of processor time that a server's process has used; in steps of 10 ms."""
+    fields = Path(f"/proc/{PROCESSES[url]}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
 
 
 def spread(values: list[float]) -> Row:
