@@ -58,10 +58,10 @@ deploy: .deploy/.ready ## Check the files of deploy/, each by the program that r
 	@.deploy/bin/python -m pip install --quiet --requirement tools/deploy.txt
 	@touch $@
 
-image: ## Replay the image's steps in a bare Debian root and ask the server in it (root and debootstrap)
-	@$(PYTHON) tools/try_image.py
+image: ## Replay the image's steps in a bare Debian root and ask the server in it (root, debootstrap; TARGET=full: with torch)
+	@$(PYTHON) tools/try_image.py --target $(or $(TARGET),slim)
 
-clients: $(READY) ## Run the code of docs/clients.md with seventeen clients (once: 550 MB into .clients)
+clients: $(READY) ## Run the code of docs/clients.md with eighteen clients, and examples/typescript (once: 600 MB into .clients)
 	@$(BIN)/python tools/try_clients.py
 
 walk: $(READY) ## The example from a CSV file to served answers, with a fake LLM

@@ -22,7 +22,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> object:
 def test_the_table_is_the_committed_result(tool) -> None:
     page = tool.PAGE.read_text(encoding="utf-8")
     clients = tool.sections(page)
-    assert len(clients) == 17
+    assert len(clients) == 18
     result = json.loads(tool.RESULTS.read_text(encoding="utf-8"))
     for client in clients:
         client.shown = result["clients"][client.name]

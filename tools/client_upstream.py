@@ -2,7 +2,9 @@
 every client an answer of the form that it asks for, and notes the bodies of the requests.
 """
 
+import base64
 import json
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,9 +104,12 @@ class Upstream:
             raw, more = raw + event.get("body", b""), event.get("more_body", False)
         kind, answer = "application/json", b""
         if scope["path"].endswith("/embeddings"):
-            texts = json.loads(raw)["input"]
+            body = json.loads(raw)
+            texts, vector = body["input"], [0.1] * 1536
+            encoded = base64.b64encode(struct.pack("<1536f", *vector)).decode()
+            own = encoded if body.get("encoding_format") == "base64" else vector
             data = [
-                {"object": "embedding", "index": i, "embedding": [0.1] * 1536}
+                {"object": "embedding", "index": i, "embedding": own}
                 for i in range(1 if isinstance(texts, str) else len(texts))
             ]
             answer = json.dumps(

@@ -1,8 +1,10 @@
 """Run the code of docs/clients.md against a gateway on a fake upstream: `make clients`.
 
 Prints a table of clients and features. `--write` writes it into the page and into
-benchmarks/results/clients.json. Exits with 1 if a tick of that file is lost. The clients are
-installed once, into `.clients` (about 550 MB); JavaScript is skipped where there is no npm.
+benchmarks/results/clients.json; clients that `--only` leaves out keep what is there. Then
+examples/typescript is type-checked and run. Exits with 1 if a tick of that file is lost. The
+clients are installed once, into `.clients` (about 600 MB); JavaScript and TypeScript are skipped
+where there is no npm.
 """
 
 import argparse
@@ -33,9 +35,13 @@ PAGE = ROOT / "docs" / "clients.md"
 RESULTS = ROOT / "benchmarks" / "results" / "clients.json"
 PINS = Path(__file__).with_name("clients.txt")
 CACHE = ROOT / ".clients"
-JAVASCRIPT = {"openai": "6.49.0", "ai": "6.0.326", "@ai-sdk/openai-compatible": "2.0.92"}
-JAVASCRIPT |= {"@ai-sdk/openai": "3.0.141", "zod": "4.6.7"}
-FEATURES = ("user", "seen", "feedback", "stream", "tools", "schema")
+EXAMPLE = ROOT / "examples" / "typescript"
+PACKAGE = json.loads((EXAMPLE / "package.json").read_text(encoding="utf-8"))
+JAVASCRIPT = {**PACKAGE["dependencies"], **PACKAGE["devDependencies"]}
+JAVASCRIPT |= {"openai": "6.49.0", "@ai-sdk/openai-compatible": "2.0.92"}
+SENT = {"stream": "stream", "tools": "tools", "schema": "response_format"}  # by the chat requests
+SERVED = {"responses": "/v1/responses", "embeddings": "/v1/embeddings", "MCP": "/mcp"}
+FEATURES = ("user", "seen", "feedback", *SENT, *SERVED)
 ADDRESS = "http://127.0.0.1:8000"  # of the gateway, as the page writes it
 MARK = "harvest-7"  # in the user's records, in no question
 WORD = "Monday"  # in the page's questions; a client's other calls are its own affair
@@ -130,7 +136,11 @@ def gateway(upstream: Upstream, folder: Path) -> Iterator[tuple[str, str]]:
     with (
         log,
         subprocess.Popen(
-            [*command, "--store", store], cwd=folder, env=environment, stdout=log, stderr=log
+            [*command, "--store", store, "--log", "json"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
         ) as process,
     ):
         try:
@@ -156,7 +166,9 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 # ---- running the code
 
 
-def run_client(client: Client, user: str, base: str, fake: str, upstream: Upstream) -> None:
+def run_client(
+    client: Client, user: str, base: str, fake: str, upstream: Upstream, log: Path
+) -> None:
     """Run a section's code for a user of its own, and note what it has shown."""
     records = [
         {"id": day, "input": f"Which tea for {day}?", "output": f"peppermint of the {MARK}"}
@@ -166,22 +178,43 @@ def run_client(client: Client, user: str, base: str, fake: str, upstream: Upstre
     http = httpx2.Client(timeout=SECONDS)
     http.post(f"{url}/records", json={"records": records}).raise_for_status()
     upstream.asked.clear()
-    printed = ""
+    before, printed = len(log.read_bytes()), ""
     for language, code in client.blocks:
         own = re.sub(r"\bada\b", user, code.replace(ADDRESS, base))
         out, error = run_block(language, own, fake)
         printed, client.error = printed + out, client.error or error
     asked = [body for body in upstream.asked if WORD in json.dumps(body["messages"])]
-    client.shown["user"] = any(map(is_personal, asked))
-    client.shown["seen"] = bool(re.search(r"personal:.*\btrue\b", printed, re.I))
-    client.shown["feedback"] = bool(http.get(f"{url}/export").json()["feedback"])
-    for feature, name in (("stream", "stream"), ("tools", "tools"), ("schema", "response_format")):
+    if asked:
+        client.shown["user"] = any(map(is_personal, asked))
+        client.shown["seen"] = bool(re.search(r"personal:.*\btrue\b", printed, re.I))
+        client.shown["feedback"] = bool(http.get(f"{url}/export").json()["feedback"])
+    else:  # a tool's result has the records
+        client.shown["user"] = MARK in printed
+    for feature, name in SENT.items():
         if own := [body for body in asked if body.get(name)]:
             client.shown[feature] = any(map(is_personal, own))
+    client.shown |= served(log, before)
 
 
 def is_personal(body: dict[str, Any]) -> bool:
     return MARK in json.dumps(body["messages"])
+
+
+def served(log: Path, since: int) -> dict[str, bool]:
+    """Which endpoints of SERVED were asked, by the gateway's log, and whether they have answered:
+    a response that is personal, vectors, the result of a tool.
+    """
+    written = log.read_bytes()[since:].splitlines()
+    lines = [json.loads(line) for line in written if line.startswith(b"{")]
+    routes = {line.get("route") for line in lines}
+    answered = {
+        line["route"]
+        for line in lines
+        if line.get("status") == 200
+        and not (line["route"] == "/v1/responses" and line.get("reason") != "personal")
+        and not (line["route"] == "/mcp" and ("tool" not in line or "tool_error" in line))
+    }
+    return {name: path in answered for name, path in SERVED.items() if path in routes}
 
 
 def run_block(language: str, code: str, fake: str) -> tuple[str, str]:
@@ -216,11 +249,41 @@ def run_block(language: str, code: str, fake: str) -> tuple[str, str]:
     return done.stdout, lines[-1] if done.returncode else ""
 
 
+def run_example(base: str) -> str:
+    """Type-check examples/typescript and run its programs; what went wrong, or ''."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "example"
+        unwanted = shutil.ignore_patterns("node_modules", "build")
+        shutil.copytree(EXAMPLE, folder, ignore=unwanted)
+        (folder / "node_modules").symlink_to(CACHE / "node" / "node_modules")
+        environment = {**os.environ, "HYDRA_URL": f"{base}/v1"}
+        programs = (
+            ["npm", "run", "build"],
+            ["node", "build/fetch.js"],
+            ["node", "build/ai-sdk.js"],
+        )
+        for program in programs:
+            done = subprocess.run(
+                program,
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+            said = done.stdout + done.stderr
+            if done.returncode or (program[0] == "node" and said.count("personal: true") != 2):
+                return f"{' '.join(program)}: {said}"
+    export = httpx2.get(f"{base}/v1/users/ada/export", timeout=SECONDS).json()
+    return "" if len(export["feedback"]) == 3 else f"feedback: {export['feedback']}"
+
+
 # ---- the table
 
 
 def table(clients: list[Client], versions: dict[str, str]) -> str:
-    lines = ["| client | version | " + " | ".join(FEATURES) + " |", "|---|---|" + "---|" * 6]
+    head = "| client | version | " + " | ".join(FEATURES) + " |"
+    lines = [head, "|---|---|" + "---|" * len(FEATURES)]
     for client in clients:
         marks = [{True: "✓", False: "✗"}.get(client.shown.get(name), " ") for name in FEATURES]
         lines.append(f"| {client.name} | {versions.get(client.name, '')} | {' | '.join(marks)} |")
@@ -232,13 +295,17 @@ def versions_of(clients: list[Client]) -> dict[str, str]:
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", PINS.read_text(encoding="utf-8"), flags=re.M))
     names = {"openai (Python)": "openai", "LangChain": "langchain-openai", "mem0": "mem0ai"}
     names |= {"openai (Responses)": "openai", "openai-agents (Responses)": "openai-agents"}
-    names |= {"LlamaIndex": "llama-index-llms-openai-like", "pydantic-ai": "pydantic-ai-slim"}
+    names |= {
+        "MCP (Python SDK)": "mcp",
+        "LlamaIndex": "llama-index-llms-openai-like",
+        "pydantic-ai": "pydantic-ai-slim",
+    }
     own = {
         client.name: pinned.get(names.get(client.name, client.name.lower()), "")
         for client in clients
     }
-    own |= {"openai (Node)": JAVASCRIPT["openai"], "Vercel AI SDK": JAVASCRIPT["ai"]}
-    return own | {"Vercel AI SDK (Responses)": JAVASCRIPT["ai"]}
+    node = {"openai (Node)": "openai", "Vercel AI SDK": "ai", "Vercel AI SDK (Responses)": "ai"}
+    return own | {name: JAVASCRIPT[node[name]] for name in own.keys() & node.keys()}
 
 
 def lost(clients: list[Client]) -> list[str]:
@@ -256,12 +323,14 @@ def lost(clients: list[Client]) -> list[str]:
 
 def write(clients: list[Client]) -> None:
     """Write what was shown; a client that was not run keeps what is committed."""
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["clients"]
-    shown = before | {client.name: client.shown for client in clients}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))
+    shown = before["clients"] | {client.name: client.shown for client in clients}
+    ran = versions_of(clients)
     clients = [c for c in sections(PAGE.read_text(encoding="utf-8")) if c.name in shown]
     for client in clients:
         client.shown = shown[client.name]
-    versions = versions_of(clients)
+    known = before["versions"] | ran
+    versions = {client.name: known[client.name] for client in clients}
     content = {client.name: client.shown for client in clients}
     text = json.dumps({"versions": versions, "clients": content}, indent=1, ensure_ascii=False)
     RESULTS.write_text(text + "\n", encoding="utf-8")
@@ -289,11 +358,15 @@ def main() -> int:
     ]
     upstream = Upstream()
     with tempfile.TemporaryDirectory() as folder, gateway(upstream, Path(folder)) as (base, fake):
+        log = Path(folder) / "gateway.log"
         for place, client in enumerate(clients):
             started = time.monotonic()
-            run_client(client, f"ada{place}", base, fake, upstream)
-            failed = f" FAILED: {client.error}" if client.error else ""
-            print(f"{client.name}: {time.monotonic() - started:.0f} s{failed}", flush=True)
+            run_client(client, f"ada{place}", base, fake, upstream, log)
+            report(client.name, started, client.error)
+        fault, started = "", time.monotonic()
+        if has_node and not args.only:
+            fault = run_example(base)
+            report("examples/typescript", started, fault)
     versions = versions_of(clients)
     print(table(clients, versions))
     if args.write:
@@ -301,7 +374,12 @@ def main() -> int:
     missing = lost(clients)
     for line in missing:
         print(f"lost: {line}", file=sys.stderr)
-    return 1 if missing or any(client.error for client in clients) else 0
+    return 1 if missing or fault or any(client.error for client in clients) else 0
+
+
+def report(name: str, started: float, error: str) -> None:
+    failed = f" FAILED: {error}" if error else ""
+    print(f"{name}: {time.monotonic() - started:.0f} s{failed}", flush=True)
 
 
 if __name__ == "__main__":

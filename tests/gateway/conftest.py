@@ -17,6 +17,7 @@ import httpx2
 import openai
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 from filelock import FileLock
 
 from hydra_llm import learn
@@ -297,6 +298,18 @@ async def running(
         httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http,
     ):
         yield World(app, store, upstream, http)
+
+
+def endpoints(app: FastAPI) -> set[tuple[str, str]]:
+    """Method and pattern of everything that the gateway answers, whether or not the description of
+    its API has it; without the pages of that description.
+    """
+    return {
+        (method, str(route.path_format))
+        for route in iter_route_contexts(app.routes)
+        for method in getattr(route, "methods", None) or ()
+        if not str(route.path_format).startswith(("/docs", "/openapi.json"))
+    }
 
 
 async def streamed(app: Any, body: dict[str, Any]) -> AsyncIterator[str]:

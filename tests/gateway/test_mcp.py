@@ -450,6 +450,31 @@ async def test_no_body_is_answered_with_a_500(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+async def test_a_client_that_leaves_within_its_request_is_no_bug(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="hydra_llm.gateway")
+    scope = {"type": "http", "method": "POST", "path": "/mcp", "raw_path": b"/mcp", "headers": []}
+    scope |= {
+        "query_string": b"",
+        "asgi": {"version": "3.0"},
+        "scheme": "http",
+        "server": ("g", 80),
+    }
+    sent = []
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with running(store) as world:
+        await world.app(scope, receive, send)
+    assert sent == []
+    assert [getattr(record, "request", {}).get("status") for record in caplog.records] == [499]
+
+
 async def test_without_the_extra_the_reply_says_what_to_install(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,18 @@ async def test_a_response_is_read_listed_and_deleted(either: Store) -> None:
                 await call(response.id)
 
 
+async def test_a_response_that_has_ended_is_not_cancelled(either: Store) -> None:
+    async with running(either) as world:
+        client = world.sdk().responses
+        response = await client.create(model="m", input=QUESTION, user="ada")
+        with pytest.raises(openai.BadRequestError, match="this response has ended") as refused:
+            await client.cancel(response.id)
+        assert refused.value.code == "response_not_cancellable"
+        assert (await client.retrieve(response.id)).status == "completed"
+        with pytest.raises(openai.NotFoundError):
+            await client.cancel("resp_none")
+
+
 async def test_only_what_may_be_kept_is_kept(store: Store) -> None:
     store.add_records("ada", records_of("ada"))
     async with running(store) as world:
@@ -447,6 +459,6 @@ async def test_a_key_reads_its_own_users_responses(store: Store) -> None:
         ada, bob = (make_key(store, users=[user])[1] for user in ("ada", "bob"))
         response = await world.sdk(ada).responses.create(model="m", input="x")
         assert (await world.sdk(ada).responses.retrieve(response.id)).id == response.id
-        for call in ("retrieve", "delete"):
+        for call in ("retrieve", "delete", "cancel"):
             with pytest.raises(openai.NotFoundError):
                 await getattr(world.sdk(bob).responses, call)(response.id)

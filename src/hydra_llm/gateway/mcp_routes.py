@@ -15,6 +15,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from hydra_llm import __version__
@@ -23,7 +24,7 @@ from hydra_llm.extras import require
 from hydra_llm.gateway.chat import user_of
 from hydra_llm.gateway.gateway import Gateway
 from hydra_llm.gateway.mcp_tools import INSTRUCTIONS, TOOLS, Result, Tool
-from hydra_llm.gateway.middleware import ERRORS, MCP_PATH, as_api_error
+from hydra_llm.gateway.middleware import ERRORS, MCP_PATH, ClientGone, as_api_error
 from hydra_llm.gateway.schemas import ApiError
 from hydra_llm.gateway.telemetry import note
 
@@ -43,7 +44,10 @@ async def mcp(http: Request) -> Response:
     except MissingExtra as missing:
         raise ApiError(501, str(missing), code="no_mcp") from None
     await run_sync(make_server)  # the SDK takes a second to import
-    return _SdkResponse(await http.body())
+    try:
+        return _SdkResponse(await http.body())
+    except ClientDisconnect:
+        raise ClientGone from None
 
 
 class _SdkResponse(Response):

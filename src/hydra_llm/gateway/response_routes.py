@@ -66,6 +66,15 @@ async def get_input_items(
     return Json({**about, "data": page})
 
 
+@router.post("/{id}/cancel", response_model=None)
+async def cancel_response(id: Id, http: Request) -> Response:
+    """Refused: a response that is kept has ended. One that is being made ends with its request."""
+    await _owned(id, http)
+    message = "this response has ended: only one that runs in the background can be cancelled, "
+    message += "and there are none here. Close the connection to end a request that is under way"
+    raise ApiError(400, message, param="id", code="response_not_cancellable")
+
+
 @router.delete("/{id}", response_model=None)
 async def delete_response(id: Id, http: Request) -> dict[str, Any]:
     """Delete a response, and what was kept for feedback on it."""
