@@ -433,7 +433,7 @@ def test_scores_without_votes_have_a_calibration_of_their_own() -> None:
     assert 0.2 < float(scorer.scale) < 0.8 * float(scorer.scale_alone)
 
 
-def test_of_equal_scores_the_first_candidate_is_reported_as_the_pick() -> None:
+def test_of_equal_scores_the_first_is_the_pick() -> None:
     """As it is picked for an answer: noise of a processor's arithmetic chooses nothing."""
     draw, width = torch.Generator().manual_seed(1), simulated.WIDTH
     noise = 1e-7 * torch.rand(40, 4, generator=draw)
