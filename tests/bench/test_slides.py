@@ -123,9 +123,15 @@ def test_several_data_sets_have_a_slide_together(tmp_path: Path) -> None:
     files = slides.write([tables.make_report(run) for run in runs], tmp_path / "slides")
     names = {file.relative_to(tmp_path / "slides").as_posix() for file in files}
     assert {"1-a/difference-mae.png", "2-b/cost-calls.svg", "overall.svg"} <= names
-    assert "hydra@4,8 against the best prompts: +" in (tmp_path / "slides/overall.svg").read_text(
-        encoding="utf-8"
-    )
+    text = (tmp_path / "slides/overall.svg").read_text(encoding="utf-8")
+    assert "hydra@4,8 is better than the best prompts: +" in text
+    shown = re.findall(r"<text[^>]*>((?:hydra|rag|on )[^<]*)</text>", text)
+    assert [name for name in shown if "prompts" not in name] == [
+        "hydra@4,8",
+        "on stars",
+        "on stars",
+        "rag@4",
+    ]
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

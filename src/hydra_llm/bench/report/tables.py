@@ -271,6 +271,12 @@ def _overall(reports: tuple[Report, ...]) -> dict[str, dict[str, Relative]]:
     return means
 
 
+def improvements(reports: Sequence[Report], method: str) -> dict[str, list[Relative | None]]:
+    """A method's improvement in each run, of which `overall` has the means."""
+    rows = [next(row for row in report.rows if row.method == method) for report in reports]
+    return _shares(rows, [report.honest for report in reports])
+
+
 def _shares(rows: Sequence[TableRow], honest: Sequence[bool]) -> dict[str, list[Relative | None]]:
     """A method's improvements in each run: over the prompts chosen on training users if all runs
     have folds, and over those chosen with hindsight.
