@@ -4,6 +4,7 @@ import base64
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,12 @@ def opened(
 ) -> tables.Run:
     """A run in which each user has one query, of gold 3; method → answers, repeated over users."""
     llm, settings = {"model": "models/m.gguf"}, {"k": 4, "samples": 8}
-    manifest = {"data": data, "task": STARS.to_json(), "llm": llm, "settings": settings}
+    manifest = {
+        "data": data,
+        "task": replace(STARS, name=data).to_json(),
+        "llm": llm,
+        "settings": settings,
+    }
     log = RunLog(folder, manifest)
     for place in range(users):
         for method, given in answers.items():
@@ -128,8 +134,8 @@ def test_several_data_sets_have_a_slide_together(tmp_path: Path) -> None:
     shown = re.findall(r"<text[^>]*>((?:hydra|rag|on )[^<]*)</text>", text)
     assert [name for name in shown if "prompts" not in name] == [
         "hydra@4,8",
-        "on stars",
-        "on stars",
+        "on a",
+        "on b",
         "rag@4",
     ]
 

@@ -171,9 +171,11 @@ def overall_slide(reports: Sequence[Report]) -> Plot | None:
     ]
     own = _subject(reports[0], effects) or max(effects, key=lambda effect: effect.value)
     names = [report.run.task.name for report in reports]
+    rows = [next(row for row in report.rows if row.method == own.method) for report in reports]
+    on_each = improvements(rows, [report.honest for report in reports])[what]
     each = [
         percent(f"on {name}", own.group, over.change, *over.interval())
-        for name, over in zip(names, improvements(reports, own.method)[what], strict=True)
+        for name, over in zip(names, on_each, strict=True)
         if over is not None
     ]
     note = f"{len(reports)} data sets: {', '.join(names)}"

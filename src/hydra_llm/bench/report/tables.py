@@ -264,20 +264,16 @@ def _overall(reports: tuple[Report, ...]) -> dict[str, dict[str, Relative]]:
         rows = [table[method] for table in tables if method in table]
         if len(rows) < len(tables):
             continue
-        shares = _shares(rows, [report.honest for report in reports])
+        shares = improvements(rows, [report.honest for report in reports])
         for what, over in shares.items():
             if len(known := [share for share in over if share]) == len(tables):
                 means.setdefault(method, {})[what] = over_tasks(known)
     return means
 
 
-def improvements(reports: Sequence[Report], method: str) -> dict[str, list[Relative | None]]:
-    """A method's improvement in each run, of which `overall` has the means."""
-    rows = [next(row for row in report.rows if row.method == method) for report in reports]
-    return _shares(rows, [report.honest for report in reports])
-
-
-def _shares(rows: Sequence[TableRow], honest: Sequence[bool]) -> dict[str, list[Relative | None]]:
+def improvements(
+    rows: Sequence[TableRow], honest: Sequence[bool]
+) -> dict[str, list[Relative | None]]:
     """A method's improvements in each run: over the prompts chosen on training users if all runs
     have folds, and over those chosen with hindsight.
     """
