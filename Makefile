@@ -42,7 +42,8 @@ format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-install: $(READY) ## Install the wheel in fresh environments and run README's commands there (--each: EACH=--each)
+install: $(READY) ## Tests from an unpacked sdist; README's commands with the wheel in fresh environments (EACH=--each)
+	@$(BIN)/python tools/try_sdist.py
 	@$(BIN)/python tools/try_install.py $(EACH)
 
 docs: $(READY) ## Write the generated pages and the picture of docs/ anew from code and results

@@ -30,7 +30,11 @@ PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 HOME = "index.md"  # stands for README.md
 LINK = re.compile(r"(?P<start>\]\()(?P<target>[^)\s]+)(?P<end>\))")
 CODE = re.compile(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
-MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MATH = re.compile(r"^( *)```math\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+
+NAMED = re.compile(r"(?<=<code>)[^<\n]{12,}(?=</code>)")
+BREAKS = re.compile(r"([._=,/])(?=\w)")
+NOTHING = re.compile(r"–\s*<div class=\"doc-md-description\">\s*</div>")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -51,7 +55,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if source == "results.md":
         markdown = site_plots.insert(markdown)
     repository = config["extra"]["repository"]
-    text = MATH.sub(lambda block: formula(block[1], source), markdown)
+    text = MATH.sub(lambda block: 2 * block[1] + formula(block[2], source), markdown)
     parts = CODE.split(text)
     parts[::2] = [
         LINK.sub(lambda link: with_target(link, source, repository), part) for part in parts[::2]
@@ -91,6 +95,14 @@ def formula(latex: str, source: str) -> str:
     if "\\" in mathml:
         LOG.warning("%s: a formula is not understood: %s", source, latex)
     return f'<div class="formula" markdown="0">{mathml}</div>'
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """The page's HTML: long names in code may be broken after a mark, and only there; a field of
+    which nothing is said has no dash.
+    """
+    html = NOTHING.sub("", html)
+    return NAMED.sub(lambda code: BREAKS.sub(r"\1<wbr>", code[0]), html)
 
 
 def reference() -> str:

@@ -38,7 +38,7 @@
   function marks(low, high, count) {
     const raw = (high - low) / count;
     const power = 10 ** Math.floor(Math.log10(raw));
-    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= 0.7 * raw);
     const found = [];
     for (let at = Math.ceil(low / step) * step; at <= high + step / 1e6; at += step) {
       found.push(Math.round(at * 1e6) / 1e6);
@@ -91,12 +91,12 @@
   }
 
   /* Where a label stands that meets no other and no point; null: nowhere. */
-  function freePlace(point, text, taken, width, height) {
-    const length = text.length * 6.4, tall = 14;
-    const places = [[9, 4, 0], [-9 - length, 4, 0], [-length / 2, -10, 0], [-length / 2, 20, 0], [9, -9, 0], [9, 17, 0]];
+  function freePlace(point, length, taken, start, width, height) {
+    const tall = 14;
+    const places = [[10, 4], [-10 - length, 4], [-length / 2, -11], [-length / 2, 20], [10, -9], [10, 17]];
     for (const [dx, dy] of places) {
       const box = { left: point.x + dx, right: point.x + dx + length, top: point.y + dy - tall + 3, bottom: point.y + dy + 3 };
-      const inside = box.left >= 0 && box.right <= width && box.top >= 0 && box.bottom <= height;
+      const inside = box.left >= start && box.right <= width && box.top >= 0 && box.bottom <= height;
       const free = taken.every((other) => box.right < other.left || box.left > other.right || box.bottom < other.top || box.top > other.bottom);
       if (inside && free) return { box, x: box.left, y: box.bottom - 3 };
     }
@@ -118,7 +118,7 @@
       make("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, svg, String(value));
     }
     const points = rows.map((row) => ({ row, x: x(row[measure]), y: y(row.score[0]) }));
-    const taken = points.map((point) => ({ left: point.x - 6, right: point.x + 6, top: point.y - 6, bottom: point.y + 6 }));
+    const taken = points.map((point) => ({ left: point.x - 8, right: point.x + 8, top: point.y - 8, bottom: point.y + 8 }));
     const order = ["hydra", "prompt", "sampling", "adapter", "bound", "control"];
     points.sort((a, b) => order.indexOf(a.row.group) - order.indexOf(b.row.group));
     for (const point of points) {
@@ -127,7 +127,8 @@
       make("title", {}, own, `${row.method}: ${score(row.score)}, ${row.calls} calls, ${row.tokens} tokens a query`);
       make("circle", { cx: point.x, cy: point.y, r: 6, class: "full" }, own);
       const text = row.method.replace(" (chosen on training users)", "");
-      const place = freePlace(point, text, taken, width, bottom);
+      const length = text.length * (row.group === "hydra" ? 7.2 : 6.6);
+      const place = freePlace(point, length, taken, left, width, bottom);
       if (place) {
         taken.push(place.box);
         make("text", { x: place.x, y: place.y, class: row.group === "hydra" ? "strong" : "" }, own, text);

@@ -42,10 +42,9 @@ GROUPS = {
 }
 """Group of a method → title of its part of the table, in the table's order."""
 RANKED = ("prompt", "hydra", "adapter", "sampling")  # groups whose best two are marked
-OVERALL = (
-    "Over the best prompts, mean over tasks and metrics, 95 % intervals over users (HYDRA's"
-    " headline figure)"
-)
+OVERALL = "Over the best prompts, mean over tasks and metrics, 95 % intervals over users (HYDRA's"
+OVERALL += " headline figure)"
+Over = Relative | None
 
 
 @dataclass(frozen=True)
@@ -271,11 +270,9 @@ def _overall(reports: tuple[Report, ...]) -> dict[str, dict[str, Relative]]:
     return means
 
 
-def improvements(
-    rows: Sequence[TableRow], honest: Sequence[bool]
-) -> dict[str, list[Relative | None]]:
-    """A method's improvements in each run: over the prompts chosen on training users if all runs
-    have folds, and over those chosen with hindsight.
+def improvements(rows: Sequence[TableRow], honest: Sequence[bool]) -> dict[str, list[Over]]:
+    """A method's in each run: over the prompts chosen on training users if all runs have folds, and
+    over those chosen with hindsight.
     """
     chosen = [(row.over_prompts, row.over_prompts_without_bleu) for row in rows]
     pairs = zip(rows, chosen, honest, strict=True)
