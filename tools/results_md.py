@@ -25,7 +25,6 @@ from typing import Any
 from run_tables import (
     HONEST,
     ONE_CALL,
-    PART,
     SCORER,
     STRICT,
     controls_table,
@@ -163,7 +162,6 @@ def all_tables() -> dict[str, str]:
     reports = {
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(RESULTS.glob("*/report.json"))
-        if not file.parent.name.endswith(PART)
     }
     strict = {name: reports.pop(name) for name in list(reports) if name.endswith(STRICT)}
     single = {name: reports.pop(name) for name in list(reports) if name.endswith(ONE_CALL)}

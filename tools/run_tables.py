@@ -58,13 +58,13 @@ OVERALL = (
     "zero-shot",
     "user-majority",
     "copy-nearest",
+    "mismatched@4,8",
 )
 """Methods in the table over all tasks; the best prompt-based one is added."""
 HYDRA = "hydra@4,8"
 SCORER = "scorer-only"
 STRICT = "_strict"  # ends the name of a result with samples in place of the labels' probabilities
 ONE_CALL = "_one_call"  # that of a run whose candidates are samples of one call
-PART = "_part"  # that of a run on some of another one's queries, which has no table
 CONTROLS = (
     *("rag@4", "self-consistency@8", "mbr@8", "expected-rouge@4,8", "user-majority"),
     *("copy-nearest", "mismatched@4,8", "scorer-mismatched", "user-offset", "item-offset"),
