@@ -1,17 +1,16 @@
-"""Running the code of README and of docs/: the data set, the gateway, the form of a line."""
+"""Running the code of the pages in docs/: the data set, and the gateway."""
 
 import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from readme_code import NAME, README
 
-from hydra_llm.cli.main import load
+from tests.test_readme import _wait_for
 from tests.waiting import FOREVER
 
 PARSED_ONLY = ("demo", "data get", "serve", "bench sweep")
@@ -60,15 +59,6 @@ def entries(first: int, last: int) -> Iterator[dict[str, str]]:
             }
 
 
-def parse(arguments: list[str]) -> None:
-    """Fail where a line names a command or an option that does not exist."""
-    name, rest = arguments[0], arguments[1:]
-    command = load(name)
-    while hasattr(command, "commands"):
-        command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(name, rest)
-
-
 @contextmanager
 def gateway(folder: Path, *options: str) -> Iterator[int]:
     """The port of `hydra-llm serve` with the fake LLM, which runs in the folder."""
@@ -92,14 +82,3 @@ def beside_gateway(kind: str, code: str, folder: Path, port: int) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=FOREVER)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes], seconds: float = FOREVER) -> None:
-    ends = time.monotonic() + seconds
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert server.poll() is None
-        assert time.monotonic() < ends
-        time.sleep(0.1)

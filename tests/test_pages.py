@@ -17,7 +17,8 @@ import pytest
 from readme_code import NAME, README, RUN, Step, lines, offline, steps
 
 from hydra_llm.cli.main import run
-from tests.pages import PARSED_ONLY, beside_gateway, gateway, parse, with_data
+from tests.pages import PARSED_ONLY, beside_gateway, gateway, with_data
+from tests.test_readme import parse
 from tests.waiting import FOREVER
 
 DOCS = README.parent / "docs"

@@ -6,23 +6,62 @@ README names; a line whose command needs the network or a long time (PARSED_ONLY
 order beside `hydra-llm serve` with the fake LLM.
 """
 
+import json
 import re
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme_code import README, blocks, commands, gateway_blocks, offline
+from readme_code import NAME, README, blocks, commands, gateway_blocks, offline
 
-from hydra_llm.cli.main import COMMANDS, run
-from tests.pages import PARSED_ONLY, beside_gateway, gateway, parse, with_data
+from hydra_llm.cli.main import COMMANDS, load, run
 from tests.waiting import FOREVER
+
+PARSED_ONLY = ("demo", "data get", "serve")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where README's lines run."""
-    return with_data(tmp_path_factory.mktemp("readme"))
+    """Where README's lines run: four users who each give one of three labels by their own taste."""
+    place = tmp_path_factory.mktemp("readme")
+    data = place / "my-data"
+    data.mkdir()
+    (place / "benchmarks").symlink_to(README.parent / "benchmarks")
+    task = {
+        "name": "tags",
+        "kind": "classification",
+        "labels": ["dry", "sweet", "sour"],
+        "prompt": "Which taste? {input}",
+    }
+    (data / "task.json").write_text(json.dumps({**task, "metrics": ["accuracy"]}))
+    users = [
+        {"user": f"u{number}", "split": "train" if number < 3 else "test"} for number in range(1, 5)
+    ]
+    for name, rows in (
+        ("users", users),
+        ("history", list(entries(0, 9))),
+        ("queries", list(entries(9, 11))),
+    ):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def entries(first: int, last: int) -> Iterator[dict[str, str]]:
+    for user in range(1, 5):
+        for number in range(first, last):
+            answer = ("dry", "sweet", "sour")[(user + number) % 3]
+            stamp = f"2024-01-{number + 1:02}"
+            yield {
+                "user": f"u{user}",
+                "id": f"{user}-{number}",
+                "time": stamp,
+                "input": f"wine number {number % 3}",
+                "output": answer,
+            }
 
 
 TEXT = README.read_text(encoding="utf-8")
@@ -44,6 +83,15 @@ def test_shell_line(
         assert run(offline(arguments)) == 0, capsys.readouterr().err
 
 
+def parse(arguments: list[str]) -> None:
+    """Fail where a line names a command or an option that does not exist."""
+    name, rest = arguments[0], arguments[1:]
+    command = load(name)
+    while hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(name, rest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python", TEXT))
 def test_python_block(code: str, folder: Path) -> None:
@@ -58,11 +106,45 @@ def test_the_gateways_blocks(folder: Path) -> None:
     """Start, curl, SDK, feedback, deletion."""
     snippets = gateway_blocks(TEXT)
     assert {kind for kind, _ in snippets} == {"bash", "python"}
-    with gateway(folder, "--bundle", "my-bundle") as port:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    serve = [
+        sys.executable,
+        "-m",
+        NAME.replace("-", "_"),
+        "serve",
+        "--llm",
+        "fake:echo",
+        "--bundle",
+        "my-bundle",
+    ]
+    server = subprocess.Popen([*serve, "--port", port], cwd=folder)
+    try:
+        _wait_for(int(port), server)
         for kind, code in snippets:
-            said = beside_gateway(kind, code, folder, port)
-            assert "error" not in said
-            assert ("'head_moved': True" in said) == (kind == "python")
+            script = code.replace("8000", port).replace("gpt-4o-mini", "fake:echo")
+            command = ["bash", "-euc", script] if kind == "bash" else [sys.executable, "-c", script]
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=FOREVER
+            )
+            assert done.returncode == 0, done.stderr
+            assert "error" not in done.stdout
+            assert ("'head_moved': True" in done.stdout) == (kind == "python")
+    finally:
+        server.terminate()
+        assert server.wait(FOREVER) == 0
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes], seconds: float = FOREVER) -> None:
+    ends = time.monotonic() + seconds
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None
+        assert time.monotonic() < ends
+        time.sleep(0.1)
 
 
 def test_readme_opens_with_the_two_commands_and_has_the_table() -> None:
