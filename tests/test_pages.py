@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from readme_code import NAME, README, RUN, Step, lines, offline, steps
 
-from hydra_llm.cli.main import run
+from hydra_llm.cli.main import COMMANDS, run
 from tests.pages import PARSED_ONLY, beside_gateway, gateway, with_data
 from tests.test_readme import parse
 from tests.waiting import FOREVER
@@ -80,6 +80,25 @@ def test_every_how_to_has_code_that_is_run() -> None:
     how_tos = {name for name in PAGES if name.startswith("how-to/")}
     assert len(how_tos) >= 7
     assert how_tos <= set(RUN_HERE)
+
+
+def shown(text: str) -> list[list[str]]:
+    """Lines of `hydra-llm` that a page shows, in blocks that are not run."""
+    own = [line for line in lines(text) if line.startswith(f"{NAME} ")]
+    words = [shlex.split(line, comments=True)[1:] for line in own]
+    return [arguments for arguments in words if arguments[0] in COMMANDS]
+
+
+def test_lines_that_are_shown_name_what_is_there() -> None:
+    found = [
+        arguments
+        for page in PAGES
+        if page not in ("commands.md", "lab.md")
+        for arguments in shown((DOCS / page).read_text(encoding="utf-8"))
+    ]
+    assert len(found) > 30
+    for arguments in found:
+        parse(arguments)
 
 
 def test_steps_of_a_page_are_found_in_order() -> None:
