@@ -2,6 +2,7 @@
 the repository.
 
 - A link to a file outside docs/ goes to the page made of it (PAGES), else to the repository.
+- A block below `<!-- file: NAME -->` has the name as its title.
 - A block of `math` (LaTeX) becomes MathML, which browsers show without a script.
 - The plots of results.md are drawn from benchmarks/results.
 - api.md, which tools/api_md.py writes for readers of the repository, has mkdocstrings' form.
@@ -32,6 +33,7 @@ LINK = re.compile(r"(?P<start>\]\()(?P<target>[^)\s]+)(?P<end>\))")
 CODE = re.compile(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 MATH = re.compile(r"^( *)```math\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
+FILE = re.compile(r"^<!-- file: (\S+) -->\n```(\w+)\n", re.MULTILINE)
 NAMED = re.compile(r"(?<=<code>)[^<\n]{12,}(?=</code>)")
 BREAKS = re.compile(r"([._=,/])(?=\w)")
 NOTHING = re.compile(r"–\s*<div class=\"doc-md-description\">\s*</div>")
@@ -55,7 +57,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if source == "results.md":
         markdown = site_plots.insert(markdown)
     repository = config["extra"]["repository"]
-    text = MATH.sub(lambda block: 2 * block[1] + formula(block[2], source), markdown)
+    text = FILE.sub(r'```\2 title="\1"\n', markdown)
+    text = MATH.sub(lambda block: 2 * block[1] + formula(block[2], source), text)
     parts = CODE.split(text)
     parts[::2] = [
         LINK.sub(lambda link: with_target(link, source, repository), part) for part in parts[::2]

@@ -98,7 +98,10 @@
       const box = { left: point.x + dx, right: point.x + dx + length, top: point.y + dy - tall + 3, bottom: point.y + dy + 3 };
       const inside = box.left >= start && box.right <= width && box.top >= 0 && box.bottom <= height;
       const free = taken.every((other) => box.right < other.left || box.left > other.right || box.bottom < other.top || box.top > other.bottom);
-      if (inside && free) return { box, x: box.left, y: box.bottom - 3 };
+      if (inside && free) {
+        const leftwards = dx + length === -10;
+        return { box, y: box.bottom - 3, x: leftwards ? box.right : box.left, "text-anchor": leftwards ? "end" : "start" };
+      }
     }
     return null;
   }
@@ -130,8 +133,9 @@
       const length = text.length * (row.group === "hydra" ? 7.2 : 6.6);
       const place = freePlace(point, length, taken, left, width, bottom);
       if (place) {
-        taken.push(place.box);
-        make("text", { x: place.x, y: place.y, class: row.group === "hydra" ? "strong" : "" }, own, text);
+        const { box, ...at } = place;
+        taken.push(box);
+        make("text", { ...at, class: row.group === "hydra" ? "strong" : "" }, own, text);
       }
     }
   }
