@@ -431,3 +431,18 @@ def test_scores_without_votes_have_a_calibration_of_their_own() -> None:
         hits = target.gather(1, shares.argmax(-1, keepdim=True))[:, 0]
         assert float(shares.max(-1).values.mean()) == pytest.approx(float(hits.mean()), abs=0.03)
     assert 0.2 < float(scorer.scale) < 0.8 * float(scorer.scale_alone)
+
+
+def test_of_equal_scores_the_first_candidate_is_reported_as_the_pick() -> None:
+    """As it is picked for an answer: noise of a processor's arithmetic chooses nothing."""
+    draw, width = torch.Generator().manual_seed(1), simulated.WIDTH
+    noise = 1e-7 * torch.rand(40, 4, generator=draw)
+    mask, first = torch.ones(40, 4, dtype=torch.bool), torch.zeros(40, 4)
+    first[:, 0] = 1.0
+    left, right = torch.zeros(40, width), torch.zeros(40, 4, width)
+    groups = Groups(left, right, torch.zeros(40, 4, 1), mask, first)
+    users, voted = tuple(f"u{row % 20}" for row in range(40)), torch.ones(40, dtype=torch.bool)
+    table = TrainingSet(groups, users, torch.arange(40), voted, first)
+    scorer, report = cross_scorer("linear", table, evidence=("llm_votes",)), FitReport()
+    calibrate(scorer, [HeldOut(table, noise, noise)], report)
+    assert report.gain_pick == report.gain_first == 1

@@ -13,7 +13,7 @@ from hydra_llm.bench.runlog import Sample
 from hydra_llm.context import Context
 from hydra_llm.history import before
 from hydra_llm.model.head import Head
-from hydra_llm.select import Selection, Selector
+from hydra_llm.select import Selection, Selector, first_best
 from hydra_llm.text import length
 from hydra_llm.types import Answer, Candidate, Choice, Query, Record
 
@@ -68,7 +68,7 @@ class Rated(Selector):
             replace(own, score=float(score), probability=float(p) if self.shares else None)
             for own, score, p in zip(candidates, scores, share / share.sum(), strict=True)
         ]
-        return Selection(rated, int(scores.argmax()))
+        return Selection(rated, first_best(scores))
 
 
 def _rated(parts: Parts, rate: Rate, *, shares: bool = False) -> Answerer:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hydra_llm.model.newton import Loss, Problem, losses, newton_cg
 from hydra_llm.model.scorer import Scorer
+from hydra_llm.select import TIE
 from hydra_llm.training.dataset import TrainingSet
 
 CALIBRATION_RIDGE = 1.0
@@ -122,7 +123,9 @@ def calibrate(scorer: Scorer, held_out: Sequence[HeldOut], report: FitReport) ->
         mask = late.groups.mask
         gains = late.gains.masked_fill(~mask, -1.0)
         scores = scorer.calibrated(own, late.groups)
-        places = [mask.int().argmax(-1), scores.argmax(-1), gains.argmax(-1)]
+        # As answers are picked: of equal scores the first one, on every processor.
+        tops = scores >= scores.max(-1, keepdim=True).values - TIE
+        places = [mask.int().argmax(-1), tops.int().argmax(-1), gains.argmax(-1)]
         worth.append(gains.gather(1, torch.stack(places, 1)))
     report.gain_first, report.gain_pick, report.gain_best = torch.cat(worth).mean(0).tolist()
 
