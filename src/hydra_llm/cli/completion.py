@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 from typer import Argument
-from typer.completion import completion_init, get_completion_script
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
 
 from hydra_llm.cli.main import COMPLETED, NAME
 

@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import typer
-from typer.completion import completion_init
+from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
