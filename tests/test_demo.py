@@ -73,3 +73,4 @@ def test_the_demo_is_offline_and_a_repeat_makes_no_llm_call(
     assert {candidate["answer"] for candidate in example["candidates"]} == set("12345")
     assert example["answer"] == example["candidates"][example["chosen"]]["answer"]
     assert f"The pick: {example['answer']}\n" in table
+    assert "it has the least expected error" in table

@@ -1,22 +1,22 @@
 """README's code is run, in its order and in one folder: `hydra-llm` lines first, then Python.
 
-The folder holds a small data set `my-data`. Lines run with the fake LLM in place of the one that
-README names; a line whose command needs the network or a long time (PARSED_ONLY) is only parsed.
+The data set is that of examples/. Lines run with the fake LLM in place of a hosted one that README
+names, and print what README says; a line whose command needs the network or a long time
+(PARSED_ONLY) is only parsed.
 `<!-- not run: REASON -->` above a block leaves it out. Blocks below `<!-- gateway -->` run in their
 order beside `hydra-llm serve` with the fake LLM.
 """
 
-import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme_code import NAME, README, blocks, commands, gateway_blocks, offline
+from readme_code import NAME, README, answers, blocks, commands, gateway_blocks, offline
 
 from hydra_llm.cli.main import COMMANDS, load, run
 from tests.waiting import FOREVER
@@ -26,42 +26,11 @@ PARSED_ONLY = ("demo", "data get", "serve")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where README's lines run: four users who each give one of three labels by their own taste."""
+    """Where README's lines run."""
     place = tmp_path_factory.mktemp("readme")
-    data = place / "my-data"
-    data.mkdir()
-    (place / "benchmarks").symlink_to(README.parent / "benchmarks")
-    task = {
-        "name": "tags",
-        "kind": "classification",
-        "labels": ["dry", "sweet", "sour"],
-        "prompt": "Which taste? {input}",
-    }
-    (data / "task.json").write_text(json.dumps({**task, "metrics": ["accuracy"]}))
-    users = [
-        {"user": f"u{number}", "split": "train" if number < 3 else "test"} for number in range(1, 5)
-    ]
-    for name, rows in (
-        ("users", users),
-        ("history", list(entries(0, 9))),
-        ("queries", list(entries(9, 11))),
-    ):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("benchmarks", "examples"):
+        (place / name).symlink_to(README.parent / name)
     return place
-
-
-def entries(first: int, last: int) -> Iterator[dict[str, str]]:
-    for user in range(1, 5):
-        for number in range(first, last):
-            answer = ("dry", "sweet", "sour")[(user + number) % 3]
-            stamp = f"2024-01-{number + 1:02}"
-            yield {
-                "user": f"u{user}",
-                "id": f"{user}-{number}",
-                "time": stamp,
-                "input": f"wine number {number % 3}",
-                "output": answer,
-            }
 
 
 TEXT = README.read_text(encoding="utf-8")
@@ -79,8 +48,14 @@ def test_shell_line(
     monkeypatch.setenv("HYDRA_EPOCHS", "2")
     if " ".join(arguments).startswith(PARSED_ONLY):
         parse(arguments)
-    else:
-        assert run(offline(arguments)) == 0, capsys.readouterr().err
+        return
+    assert run(offline(arguments)) == 0, capsys.readouterr().err
+    said = [told for line, told in answers(TEXT).items() if shlex.split(line)[1:] == arguments]
+    assert capsys.readouterr().out.split() == said or not said
+
+
+def test_readme_shows_what_two_users_get() -> None:
+    assert len(set(answers(TEXT).values())) == 2, "they have asked the same"
 
 
 def parse(arguments: list[str]) -> None:
@@ -130,6 +105,8 @@ def test_the_gateways_blocks(folder: Path) -> None:
             )
             assert done.returncode == 0, done.stderr
             assert "error" not in done.stdout
+            told = re.findall("^x-hydra-personalized: .+$", done.stdout, re.MULTILINE)
+            assert told == re.findall("# (x-hydra-personalized: .+)$", code, re.MULTILINE)
             assert ("'head_moved': True" in done.stdout) == (kind == "python")
     finally:
         server.terminate()

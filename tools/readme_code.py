@@ -72,7 +72,16 @@ def commands(text: str) -> list[list[str]]:
 
 
 def offline(arguments: list[str]) -> list[str]:
-    """The same line with the fake LLM."""
+    """The same line with the fake LLM in place of one that needs a key."""
     spec_at = {index + 1 for index, word in enumerate(arguments) if word == "--llm"}
     spec_at |= {2} if arguments[:2] == ["llm", "check"] else set()
+    fakes = {at for at in spec_at if arguments[at : at + 1] and arguments[at].startswith("fake:")}
+    spec_at -= fakes
     return ["fake:echo" if index in spec_at else word for index, word in enumerate(arguments)]
+
+
+def answers(text: str) -> dict[str, str]:
+    """Line of `hydra-llm ask`, without its comment → what README says that it prints."""
+    lines = "\n".join(blocks("sh", text)).splitlines()
+    asked = [line.rpartition("  # ") for line in lines if line.startswith(f"{NAME} ask ")]
+    return {line: answer for line, mark, answer in asked if mark}

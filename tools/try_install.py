@@ -111,15 +111,8 @@ def try_commands(venv: Venv) -> None:
 
 
 def make_data(venv: Venv) -> None:
-    """The data set `my-data` of README's commands, imported from a table."""
-    tastes = ("dry", "sweet", "sour")
-    rows = ["user,input,output,time"]
-    for user in range(1, 7):
-        for n in range(12):
-            stamp = f"2024-01-{n + 1:02}"
-            rows.append(f"u{user},wine number {n % 3},{tastes[(user + n) % 3]},{stamp}")
-    (venv.folder / "here" / "wines.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    venv.run("hydra-llm", "data", "import", "wines.csv", "--out", "my-data")
+    """The table that README's commands import."""
+    shutil.copytree(ROOT / "examples" / "agents", venv.folder / "here" / "examples" / "agents")
 
 
 def try_gateway(venv: Venv) -> None:

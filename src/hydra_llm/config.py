@@ -216,7 +216,7 @@ class Research(Group):
     vote_share: bool = True
     """Use the LLM's vote share in the adapter's score (tasks with labels)."""
     ask: Literal["auto", "always"] = "auto"
-    """auto: the LLM is not asked where its votes have no weight in the adapter's score; always."""
+    """auto: the LLM is not asked where its answers did not help on held-out users; always."""
     fit_seed: int | None = Field(default=None, ge=0)
     """Seed of folds and training; None is `seed`. Bundles differing in it alone share labels."""
 

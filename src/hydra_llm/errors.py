@@ -83,6 +83,8 @@ class StoreError(HydraError):
 class LLMError(HydraError):
     """A call to the LLM that failed after its retries; it is recorded, never scored 0."""
 
+    lasting = False  # whether it fails the same way each time, whatever the endpoint does
+
 
 class LLMRefused(LLMError):
     """A call that will fail again as it is: wrong key, unknown model, malformed or too long.
@@ -95,6 +97,7 @@ class LLMRefused(LLMError):
     def __init__(self, message: str, *, fits: float | None = None):
         super().__init__(message)
         self.fits = fits
+        self.lasting = fits is not None
 
 
 class BudgetExceeded(LLMError):

@@ -31,7 +31,7 @@ Result = Generation | LLMError
 Heads = Mapping[str, Mapping[str, Head]]  # scorer ("reranker", "adapter") → user → head
 Records = Mapping[str, Sequence[Record]]  # user → records
 Question = Query | Context | str
-NOT_ASKED = "the LLM is not asked: its votes have no weight in the adapter's score"
+NOT_ASKED = "the LLM is not asked: its answers did not help the adapter on held-out users"
 UNTOLD = "the LLM told no probabilities of labels, one vote counts: set label_probabilities=false"
 MAX_CUTS = 3  # how often a prompt is shortened because the LLM finds it too long
 CUT_MARGIN = 0.9  # per cut, of what should fit: estimated tokens are not the LLM's

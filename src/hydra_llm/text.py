@@ -45,6 +45,11 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 user`, `2,000 users`."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def text_fault(text: str, may_be_empty: bool = False) -> str:
     """What makes a text unusable, or ''."""
     if not text.strip() and not may_be_empty:

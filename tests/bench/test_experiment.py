@@ -297,6 +297,31 @@ def test_methods_that_learn_nothing_cost_no_label(tmp_path: Path) -> None:
     }
 
 
+def test_an_estimate_leaves_out_what_a_method_cannot_answer(tmp_path: Path) -> None:
+    """One new user has no other one for `mismatched`: the run goes on, and so does its estimate."""
+    asked = experiment(TAGS, tmp_path, "rag@1,mismatched@1,3")
+    alone = replace(asked, data=users_data(TAGS, new=1))
+    stages = {stage.stage: stage.calls for stage in estimate_cost(alone).stages}
+    assert stages["answer rag@1"] > 0
+    assert not stages.get("answer mismatched@1,3")
+    with pytest.raises(DataError, match="no new user has a query"):
+        estimate_cost(replace(asked, data=users_data(TAGS, new=0)))
+
+
+def test_an_estimate_counts_the_calls_for_probabilities_alone(tmp_path: Path) -> None:
+    """Their texts are cached by a strict run, which has not asked for probabilities."""
+    llm = RuleLLM(random_answer, choose=lambda messages, index, rng, labels: rng.choice(labels))
+    given = experiment(TAGS, tmp_path, "rag@1", llm=llm)
+    strict = replace(given, settings=given.settings.model_copy(update={"constrain": True}))
+    run_experiment(strict)
+    assert estimate_cost(strict).total.calls == 0
+    update = {"label_probabilities": True}
+    grey = replace(strict, settings=strict.settings.model_copy(update=update), out=tmp_path / "g")
+    before, counted = len(llm.calls), estimate_cost(grey)
+    run_experiment(grey)
+    assert counted.total.calls == len(llm.calls) - before == 4
+
+
 def test_bench_run_takes_k_b_seeds_and_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -208,6 +208,12 @@ def test_of_few_users_only_that_is_said(tmp_path: Path) -> None:
     cells = str([*method_rows(report), *comparison_rows(report.comparisons)])
     assert "[0" not in cells
     assert " p " not in cells
+    assert "%" not in cells
+    assert not report.marks
+    text = markdown([report])
+    assert text.index(first) < text.index("| part |"), "before any figure"
+    assert text.count(first) == 1
+    assert "second best" not in text
 
 
 def test_calibration_error_against_the_definition() -> None:

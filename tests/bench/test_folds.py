@@ -24,7 +24,8 @@ from hydra_llm.cli.main import run
 from hydra_llm.config import Settings, load_settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.datasets.native import save
-from hydra_llm.errors import SettingsError
+from hydra_llm.errors import LLMError, SettingsError
+from hydra_llm.history import before
 from hydra_llm.llm.fake import RuleLLM
 from hydra_llm.llm.registry import wrap
 from hydra_llm.tasks.base import Task
@@ -32,6 +33,7 @@ from hydra_llm.training.api import learn
 from hydra_llm.types import Query, Record
 from tests.bench.test_experiment import SMALL, TAGS, TITLES, random_answer, users_data
 from tests.learning import ONE_STRENGTH
+from tests.made_choices import choice_data
 
 FEW: dict[str, Any] = {**SMALL, "queries_per_user": 3}
 
@@ -111,6 +113,53 @@ def test_folds_without_users_are_refused(folds: int, users: int | None, fault: s
 def test_too_few_training_users_are_refused() -> None:
     with pytest.raises(SettingsError, match="fold 1 leaves 1 training users .*: take more folds"):
         deal(data_of(TAGS), Settings(users=1), 3, users=None, limit=None)
+
+
+def mixed_data() -> DataSet:
+    """Six users of both splits, each with choices and plain records, and two queries of each."""
+    of_choices = choice_data(users=6, history=3, queries=2)
+    plain = [
+        Record(user, f"p{i}", f"text {i}", "a title", str(i + 1))
+        for user in of_choices.users()
+        for i in range(2)
+    ]
+    asked = [
+        Query(user, f"a{i}", f"new text {i}", "a title", "1700000000")
+        for user in of_choices.users()
+        for i in range(2)
+    ]
+    records = [*plain, *of_choices.stream_history()]
+    queries = [*of_choices.stream_queries(), *asked]
+    return DataSet.from_records(of_choices.task, of_choices.splits, records, queries)
+
+
+@pytest.mark.parametrize("choices", [True, False])
+def test_of_mixed_data_a_turn_decides_who_is_new(choices: bool) -> None:
+    """Whatever the split says: of new users nothing but the history is known, so that their own
+    heads may answer; of all others every answer is.
+    """
+    data = mixed_data()
+    turns = deal(data, Settings(), 3, users=None, limit=None, choices=choices)
+    assert {user for turn in turns for user in turn.data.users("test")} == set(data.users())
+    for turn in turns:
+        for user in turn.data.users():
+            queries, records = turn.data.queries(user), turn.data.history(user)
+            assert [bool(query.offered) for query in queries] == [choices] * 2
+            if user in turn.data.users("test"):
+                assert records == data.history(user)
+                assert all(before(records, query) == records for query in queries)
+            else:
+                others = {q.id for q in data.queries(user)} - {q.id for q in queries}
+                left = {record.id for record in records} - {r.id for r in data.history(user)}
+                assert left == {f"query:{id}" for id in others}
+
+
+def test_new_users_of_a_turn_have_the_history_that_is_asked(tmp_path: Path) -> None:
+    run = experiment(data_of(TAGS), tmp_path, RuleLLM(random_answer), "rag@2", history=3)
+    for turn in run.turns():
+        for user in turn.data.users():
+            count = len(turn.data.history(user))
+            assert count == 3 if user in turn.new_users else count >= 8
 
 
 def changed(data: DataSet, users: set[str]) -> DataSet:
@@ -205,6 +254,36 @@ def test_a_run_with_folds_is_continued(task: Task, tmp_path: Path) -> None:
     assert [(s.key, s.answer) for s in again.samples] == [
         (s.key, s.answer) for s in outcome.samples
     ]
+
+
+@pytest.mark.slow
+def test_only_failed_calls_are_retried_by_a_repeat(tmp_path: Path) -> None:
+    """A turn of one user has no other one for `mismatched`: it is said, and no repeat helps."""
+
+    class Failing(RuleLLM):
+        async def generate(self, messages: Any, sampling: Any) -> Any:
+            if "u4" in str(messages):
+                raise LLMError("out of order")
+            return await super().generate(messages, sampling)
+
+    data = DataSet.from_records(
+        TAGS,
+        {f"u{i}": "train" for i in range(4)} | {"u4": "test"},
+        [Record(f"u{i}", f"r{r}", f"text {r} of u{i}", "calm") for i in range(5) for r in range(4)],
+        [Query("u4", "q", "what of u4?", "odd"), Query("u4", "p", "what else?", "odd")],
+    )
+    methods = "zero-shot,mismatched@1,3"
+
+    def failures(llm: RuleLLM, folder: str) -> str:
+        run = experiment(data, tmp_path / folder, llm, methods)
+        return run_experiment(replace(run, folds=None)).failures
+
+    alone = failures(RuleLLM(random_answer), "alone")
+    assert alone.startswith("2 of 4 answers failed, the first mismatched@1,3 on u4's q:")
+    assert alone.endswith("fewer folds")
+    both = failures(Failing(random_answer), "both")
+    assert both.startswith("3 of 4 answers failed")
+    assert both.endswith("; the same command retries 1 of them")
 
 
 @pytest.mark.slow

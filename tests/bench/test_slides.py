@@ -145,3 +145,49 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "file").write_text("")
     assert run(["bench", "show", str(tmp_path / "run"), "--slides", str(tmp_path / "file")]) == 2
     assert "name a folder for the slides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("users", [1, 2, 4])
+def test_of_few_users_no_slide_has_a_finding(tmp_path: Path, users: int) -> None:
+    run = opened(tmp_path / "run", {"rag@4": "5", "hydra@4,8": "3"}, users=users)
+    drawn = slides.slides(tables.make_report(run, "rag@4"))
+    assert "difference-mae" in drawn
+    assert "cost-calls" in drawn
+    for plot in drawn.values():
+        heading = plot.to_dict()["title"]
+        assert "finding" in " ".join(heading["text"]).lower()
+        below = " ".join(heading["subtitle"])
+        assert f"Nothing can be said about differences: {users} answered" in below
+        assert "95 %" not in below
+
+
+def test_equal_methods_are_not_separated_and_have_no_minus_zero(tmp_path: Path) -> None:
+    answers = {"rag@4": "45", "hydra@4,8": "45", "zero-shot": "45"}
+    run_, folder = opened(tmp_path / "run", answers), tmp_path / "talk"
+    report = tables.make_report(run_, "rag@4")
+    assert title(run_) == "hydra@4,8 is not separated from rag@4 in MAE: +0.000 [+0.000, +0.000]"
+    assert all(file.stat().st_size > 1000 for file in slides.write([report], folder))
+    assert slides.signed(-0.0001) == "+0.000"
+    assert slides.signed(-0.001) == "−0.001"
+
+
+def test_names_of_any_length_leave_room_for_the_figure(tmp_path: Path) -> None:
+    long = "plug-in-" + "x" * 3000
+    run_ = opened(tmp_path / "run", {"rag@4": "5", "hydra@4,8": "3", long: "4"})
+    for base in ("rag@4", long):
+        report = tables.make_report(run_, base)
+        for plot in slides.slides(report).values():
+            heading = plot.to_dict()["title"]
+            assert len(heading["text"]) <= 3
+            assert len(heading["subtitle"]) <= 4
+        files = slides.write([report], tmp_path / "talk")
+        assert all(file.stat().st_size > 1000 for file in files)
+
+
+def test_a_run_without_anything_to_draw_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path / "run", {"user-majority": "3"})
+    talk = str(tmp_path / "talk")
+    assert run(["bench", "show", str(tmp_path / "run"), "--slides", talk]) == 0
+    assert "no slide: " in capsys.readouterr().err

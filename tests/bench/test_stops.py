@@ -122,6 +122,7 @@ def test_a_call_that_a_recording_lacks_is_named_and_not_scored(
     message = next(line for line in output.err.splitlines() if "answers failed" in line)
     assert message.startswith("4 of 8 answers failed, the first rag@1 on u4's q8: ")
     assert "recording" in message
+    assert "retries" not in message  # a replay never asks
     rows = {row["method"]: row for row in json.loads(output.out)}
     assert (rows["zero-shot"]["failed"], rows["rag@1"]["failed"]) == (0, 4)
     assert rows["rag@1"]["metrics"]["accuracy"] == [None, None, None]

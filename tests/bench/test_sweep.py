@@ -13,7 +13,7 @@ import pytest
 from hydra_llm.bench.experiment import Experiment, learned_bundle
 from hydra_llm.bench.method import find_methods
 from hydra_llm.bench.runlog import read_run
-from hydra_llm.bench.sweep import Sweep, SweepPoint, load_sweep, with_history
+from hydra_llm.bench.sweep import Sweep, SweepPoint, load_sweep
 from hydra_llm.bundle import Bundle
 from hydra_llm.cli.main import run
 from hydra_llm.config import Settings
@@ -97,6 +97,15 @@ def test_points_and_grids_are_the_points_of_a_sweep(tmp_path: Path) -> None:
     assert result.points[0].methods == ("zero-shot",)
 
 
+def test_a_points_folder_has_a_name_that_a_file_system_takes() -> None:
+    long = [SweepPoint(x="x" * 3000 + end).slug for end in "ab"]
+    assert long[0] != long[1]
+    assert all(len(slug) < 100 for slug in long)
+    assert SweepPoint(x="größer 小").slug == "größer-小"
+    assert SweepPoint(x="cold_start", series="k=1, T=.5").slug == "cold-start-k-1-t-.5"
+    assert SweepPoint(x="../..").slug == "point"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -175,9 +184,9 @@ def settings_of(result: Sweep, point: SweepPoint) -> dict[str, Any]:
 
 def test_with_history_keeps_the_latest_visible_records() -> None:
     data = made_up()
-    assert with_history(data, "all") is data
+    assert data.with_history("all") is data
     for count in range(11):
-        cut = with_history(data, count)
+        cut = data.with_history(count)
         for user in cut.users("test"):
             assert [record.id for record in cut.history(user)] == [f"r{i}" for i in range(8)][
                 max(0, 8 - count) :
@@ -188,7 +197,7 @@ def test_with_history_keeps_the_latest_visible_records() -> None:
                     user
                 )  # nothing is later than the query
         assert all(cut.history(user) == data.history(user) for user in cut.users("train"))
-    assert len({with_history(data, count).digest for count in range(9)} | {data.digest}) == 10
+    assert len({data.with_history(count).digest for count in range(9)} | {data.digest}) == 10
 
 
 # ---- heads
@@ -411,7 +420,7 @@ def test_points_of_the_same_settings_learn_once(folder: Path) -> None:
     assert [len(bundle.records["n0"]) for bundle in bundles[:2]] == [0, 4]
     alone = experiment(folder / "alone")  # as a run without a study learns it
     own = learned_bundle(
-        replace(alone, data=with_history(alone.data, 4)), alone.settings, folder / "alone" / "b"
+        replace(alone, data=alone.data.with_history(4)), alone.settings, folder / "alone" / "b"
     )
     assert own.weights == bundles[1].weights
 

@@ -1,6 +1,9 @@
 """`hydra-llm llm check`: what it prints, and how it fails."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from hydra_llm.cli.main import run
+from tests.waiting import FOREVER
 
 
 @pytest.fixture
@@ -115,3 +119,29 @@ def test_the_embedded_model_has_native_n_and_constrains(capsys: pytest.CaptureFi
         True,
         True,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "learn data --out b",
+        "fit data --bundle b",
+        "ask text --user u --bundle b",
+        "bench run data --out run",
+    ],
+)
+def test_a_missing_key_is_told_before_anything_large_is_imported(command: str) -> None:
+    code = "import sys; from hydra_llm.cli.main import run; print(run(sys.argv[1:]), *sys.modules)"
+    names = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--llm", "openai:gpt-4o-mini"],
+        env={name: value for name, value in os.environ.items() if name not in names},
+        capture_output=True,
+        text=True,
+        timeout=FOREVER,
+    )
+    assert "needs a key: set OPENAI_API_KEY" in done.stderr
+    code, *modules = done.stdout.split()
+    assert code == "2"
+    assert not {"torch", "transformers", "sklearn"}.intersection(modules)

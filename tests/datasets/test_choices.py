@@ -207,6 +207,26 @@ def test_a_broken_line_of_a_table_is_named(
 
 
 HEAD = "user,input,candidate_1,candidate_2,candidate_3,chosen\n"
+
+
+def test_places_that_count_from_1_are_known_by_the_whole_file(tmp_path: Path) -> None:
+    def read(chosen: list[int]) -> DataSet:
+        file = tmp_path / "log.csv"
+        lines = [f"ada,x{at},one,two,three,{place}\n" for at, place in enumerate(chosen)]
+        file.write_text(HEAD + "".join(lines))
+        return read_table(file, CHOICES)
+
+    with pytest.raises(DataError, match=r":4: .*no line has 0: .*subtract 1 from each") as fault:
+        read([1, 2, 3, 1, 3])
+    assert "'3' is none of the 3 candidates" in str(fault.value)
+    with pytest.raises(DataError, match=r":3: .*'3' is none of the 3 .*from 0 to 2$"):
+        read([1, 3, 0])  # counted from 0, and one of them is wrong
+    note = "no line took the first candidate, place 0: if places are counted from 1, subtract 1"
+    assert any(line.startswith(note) for line in read([1, 2] * 5).notes)
+    assert not any("place 0" in line for line in read([1, 2] * 4).notes)
+    assert not any("place 0" in line for line in read([0, 1, 2] * 4).notes)
+
+
 OBJECT = '{"user": "ada", "input": "x", "candidates": ["3 stars", "2", "1", "0"], "chosen": %s}\n'
 NULL = '{"user": "ada", "input": "x", "candidate_1": null, "candidate_2": "two",%s "chosen": 1}\n'
 LIST = '{"user": "ada", "input": "x", "candidates": ["A", "B"], "%s": "C", "chosen": 1}\n'

@@ -412,3 +412,15 @@ def test_labels_of_one_spelling_are_one_label(tmp_path: Path) -> None:
     assert dataset.task.labels == ("bar", composed)
     again = DataSet.from_records(dataset.task, {"u": "train"}, [Record("u", "1", "x", marks)], [])
     assert again.history("u")[0].output == composed
+
+
+def test_a_file_of_one_line_gets_advice_that_one_user_can_follow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "one.csv"
+    file.write_text("user,input,output\nada,a ticket,refund\n")
+    assert run(["data", "import", str(file), "--out", str(tmp_path / "data")]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"wrote 1 record and 0 queries of 1 user to {tmp_path / 'data'}\n"
+    assert "one user alone: a bundle is learned from some users for others" in output.err
+    assert "another seed" not in output.err

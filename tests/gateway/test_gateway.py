@@ -582,6 +582,35 @@ async def test_records_are_added_listed_and_deleted(either: Store) -> None:
             assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+async def test_records_that_the_bundle_cannot_read_are_told_of(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    """They are kept, for a bundle that can; a task of texts reads any."""
+    label, place = TAGS.labels[0], "/v1/users/ada/records"
+    outputs = [label, label.upper(), "none of them"]
+    sent = [{"id": f"{i}", "input": "a", "output": text} for i, text in enumerate(outputs)]
+    async with running(store, bundles["tags"]) as world:
+        first = (await world.http.post(place, json={"records": sent[:1]})).json()
+        assert first == {"added": 1, "changed": 0, "unchanged": 0}
+        reply = (await world.http.post(place, json={"records": sent})).json()
+        assert (reply["added"], reply["unchanged"], reply["unreadable"]) == (2, 1, 2)
+        assert reply["warning"].startswith("2 of 3 outputs are none of the bundle's labels (")
+        assert label in reply["warning"]
+        assert len((await world.http.get(place)).json()["data"]) == 3
+    async with running(store, bundles["titles"]) as world:
+        reply = (await world.http.post(place, json={"records": sent})).json()
+        assert reply == {"added": 0, "changed": 0, "unchanged": 3}
+
+
+async def test_the_start_says_why_a_bundle_has_no_gate(
+    store: Store, bundles: dict[str, Path]
+) -> None:
+    async with running(store, bundles["tags"], gate="auto") as world:
+        told = world.app.state.gateway.deployment.gate
+        few = r"\d+ distinct training inputs, at least 100 are needed"
+        assert re.fullmatch(rf"auto, by words \(the bundle has none: {few}\)", told)
+
+
 async def test_a_deletion_leaves_nothing_and_changes_no_others_answers(
     store: Store, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

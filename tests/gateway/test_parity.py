@@ -193,7 +193,7 @@ async def test_an_llm_that_is_not_heard_changes_no_pick(learned: dict[str, Path]
     assert silent.text == asked.text
     scores = {candidate.answer: candidate.score for candidate in asked.candidates}
     assert {candidate.answer: candidate.score for candidate in silent.candidates} == scores
-    assert "the LLM is not asked: its votes have no weight" in silent.proposal.notes[-1]
+    assert "the LLM is not asked: its answers did not help" in silent.proposal.notes[-1]
 
 
 @pytest.mark.parametrize("kind", list(TASKS))

@@ -5,6 +5,7 @@ common, and how they end.
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -114,6 +115,26 @@ def test_the_first_start_elsewhere_makes_a_key(tmp_path: Path) -> None:
     assert [json.loads(line)["status"] for line in rest[:2]] == [401, 200]
     assert rest[2:] == ["stopped; requests in flight have ended"]
     assert key not in "".join(rest)
+
+
+def test_an_embedded_model_has_the_name_of_its_spec_too(tmp_path: Path) -> None:
+    """Who starts it knows the spec alone; the start tells the model's own name."""
+    script = tmp_path / "script.json"
+    script.write_text('["one", "two"]')
+    spec = f"fake:script={script}"
+    with served("--llm", spec, "--store", f"sqlite:///{tmp_path}/s.db") as (_, url, lines):
+        told = re.search(r"; upstream (\S+) \(model (\S+)\);", lines[-1])
+        assert told is not None
+        assert told[1] == spec
+        with httpx2.Client(base_url=f"{url}/v1", timeout=FOREVER) as http:
+            body: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
+            for name, text in ((spec, "one"), (told[2], "two")):
+                reply = http.post("/chat/completions", json={**body, "model": name}).json()
+                assert reply["choices"][0]["message"]["content"] == text
+                assert reply["model"] == told[2]
+            wrong = http.post("/chat/completions", json={**body, "model": "gpt-4o-mini"})
+            assert wrong.status_code == 404
+            assert told[2] in wrong.json()["error"]["message"]
 
 
 def test_a_change_on_one_server_is_seen_by_the_other_at_once(url: str) -> None:

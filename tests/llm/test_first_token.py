@@ -33,6 +33,43 @@ def test_tokens_count_for_the_choices_that_they_begin() -> None:
     assert probabilities(logs, CHOICES) == pytest.approx({"agree": 0.75, "disagree": 0.25})
 
 
+@pytest.mark.parametrize("raw", ["▁{}", "Ġ{}", "Ċ{}", "▁▁{}", "{}▁"])
+def test_raw_tokens_begin_a_choice(raw: str) -> None:
+    """As servers tell them that do not decode: of SentencePiece, and of byte-level BPE."""
+    logs = [(raw.format("dis"), math.log(0.6)), (raw.format("Agree"), math.log(0.4))]
+    assert probabilities(logs, CHOICES) == pytest.approx({"agree": 0.4, "disagree": 0.6})
+    assert probabilities([(raw.format(""), -0.1)], CHOICES) == {}
+
+
+def test_a_label_may_begin_with_what_stands_for_a_blank() -> None:
+    logs = [("Ġ", math.log(0.6)), ("im", math.log(0.4))]  # a letter of Maltese
+    assert probabilities(logs, ("Ġimgħa", "imħabba"))["Ġimgħa"] == pytest.approx(0.6)
+
+
+def test_labels_that_differ_in_case_alone_are_told_apart() -> None:
+    logs = [("A", math.log(0.7)), (" a", math.log(0.2)), ("B", math.log(0.1))]
+    assert probabilities(logs, ("A", "a", "b")) == pytest.approx({"A": 0.7, "a": 0.2, "b": 0.1})
+
+
+@pytest.mark.parametrize("said", ["", "\ufffd", "bytes:\\xe6\\x97"])
+def test_a_token_may_be_a_part_of_a_character(said: str) -> None:
+    """As byte-level tokenizers write rare ones; endpoints tell its bytes."""
+    tokens = [
+        {"token": said, "bytes": list("日".encode()[:2]), "logprob": math.log(0.6)},
+        {"token": said, "bytes": list("京".encode()[:2]), "logprob": math.log(0.3)},
+        {"token": "é", "bytes": [0xC3, 0xA9], "logprob": math.log(0.1)},
+    ]
+    told_ = told_tokens({"logprobs": {"content": [{"top_logprobs": tokens}]}})
+    shares = probabilities(told_, ("日本", "京都", "Été"))
+    assert shares == pytest.approx({"日本": 0.6, "京都": 0.3, "Été": 0.1})
+
+
+@pytest.mark.parametrize("wrong", [[300], ["a"], [-1], [], "ab", None, {}])
+def test_bytes_that_are_none_leave_the_text(wrong: object) -> None:
+    token = {"token": "agree", "bytes": wrong, "logprob": -0.2}
+    assert told_tokens({"logprobs": {"content": [{"top_logprobs": [token]}]}}) == [("agree", -0.2)]
+
+
 def test_a_token_of_several_choices_is_shared() -> None:
     logs = [("3", math.log(0.6)), ("s", math.log(0.4))]
     shares = probabilities(logs, ("3", "3.5", "style", "sports"))
@@ -73,6 +110,7 @@ def test_what_is_no_log_probability_is_not_told(wrong: object) -> None:
 def test_nothing_is_known_where_no_token_begins_a_choice() -> None:
     assert probabilities([("The", -0.1), (" ", -3.0)], CHOICES) == {}
     assert probabilities([], CHOICES) == {}
+    assert probabilities([("\ud83d", -0.1)], CHOICES) == {}
 
 
 @given(st.lists(st.tuples(st.text("adi日 s", max_size=3), st.floats(-20, 0)), max_size=8))

@@ -17,7 +17,7 @@ import pytest
 from hydra_llm.config import Settings
 from hydra_llm.errors import LLMError, LLMRefused, SettingsError
 from hydra_llm.llm.base import Sampling
-from hydra_llm.llm.openvino import OpenVinoLLM, from_path
+from hydra_llm.llm.openvino import OpenVinoLLM, _softmax, from_path
 from hydra_llm.testing import check_llm
 
 pytestmark = pytest.mark.anyio
@@ -201,3 +201,8 @@ def test_paths_that_are_wrong() -> None:
 @pytest.mark.skipif("HYDRA_TEST_OPENVINO" not in os.environ, reason="names no model")
 def test_the_contract_on_a_real_model() -> None:
     check_llm(OpenVinoLLM(os.environ["HYDRA_TEST_OPENVINO"]))
+
+
+def test_a_choice_that_the_model_rules_out_has_no_share() -> None:
+    assert _softmax([0.0, -math.inf, math.nan]) == [1.0, 0.0, 0.0]
+    assert _softmax([-math.inf, math.nan]) == [0.5, 0.5]

@@ -7,18 +7,19 @@ learning, is taken to differ from the retriever's: an upper bound.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
 
-from hydra_llm.bench.experiment import Experiment, chosen_queries, usable_methods
-from hydra_llm.bench.method import Parts
+from hydra_llm.bench.experiment import Experiment, chosen_queries, evaluated_queries, usable_methods
+from hydra_llm.bench.method import Answerer, NotAsked, Parts
 from hydra_llm.context import Context
 from hydra_llm.errors import LLMError
 from hydra_llm.history import in_order
 from hydra_llm.llm.base import Sampling
-from hydra_llm.llm.cache import CachedLLM, key_of, request_of
+from hydra_llm.llm.cache import CHOICES, CachedLLM, key_of, request_of
 from hydra_llm.llm.concurrency import map_calls, run_sync
 from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import is_none
@@ -83,11 +84,15 @@ class PendingCall:
 
 
 def estimate_cost(experiment: Experiment) -> CostEstimate:
-    """Go through a run without making its calls, but for a few; LLMError if all of those fail."""
+    """Go through a run without making its calls, but for a few; LLMError if all of those fail,
+    DataError as `evaluated_queries` says.
+    """
     cache, settings = experiment.llm, experiment.settings
     llm = DryRunLLM(cache, cache.identity, experiment.data.task.labels)
-    turns = [run_sync(partial(_go_through, turn, llm)) for turn in experiment.turns()]
-    texts, encoding = max(turns)  # of each fold nearly all texts
+    turns = experiment.turns()
+    evaluated_queries(turns)
+    done = [run_sync(partial(_go_through, turn, llm)) for turn in turns]
+    texts, encoding = max(done)  # of each fold nearly all texts
     calls = list(llm.missing.values())
     sample = calls[:: max(1, len(calls) // SAMPLE)][:SAMPLE]
     measured, usage = run_sync(partial(_measure, cache, sample))
@@ -141,7 +146,10 @@ class DryRunLLM:
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> Generation:
         key = key_of(request_of(self.identity, messages, sampling))
         distinct = sampling.n if sampling.temperature > 0 else 1
-        missing = distinct - sum(0 <= index < distinct for index in self.cache.stored(key))
+        stored = self.cache.stored(key)
+        missing = distinct - sum(0 <= index < distinct for index in stored)
+        if sampling.probabilities and sampling.choices and CHOICES not in stored:
+            missing = max(missing, 1)  # it is asked once more, for the probabilities alone
         if missing and key not in self.missing:
             tokens = sum(estimate(message["content"]) + PER_MESSAGE for message in messages)
             call = PendingCall(self.stage, messages, replace(sampling, n=missing), tokens)
@@ -212,9 +220,15 @@ async def _go_through(experiment: Experiment, llm: DryRunLLM) -> tuple[int, floa
         llm.stage = f"answer {method.name}"
         if is_none(experiment.llm) and method.uses:
             continue  # what has been learned by then asks nobody
-        await map_calls(method.build(parts).aanswer, queries, limit=settings.concurrency)
+        await map_calls(partial(_asked, method.build(parts)), queries, limit=settings.concurrency)
     # without learning, all texts have been encoded by now
     return _encoding(parts, [*training, *new], queries) if experiment.learns else (0, 0.0)
+
+
+async def _asked(answerer: Answerer, query: Query) -> None:
+    """Let a method ask what it will ask; of a query that it cannot answer that is nothing."""
+    with suppress(NotAsked):
+        await answerer.aanswer(query)
 
 
 async def _label(parts: Parts, asked: Asked, stage: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hydra_llm.bench.choices import earlier, figures
 from hydra_llm.bench.details import details_of
@@ -47,6 +47,8 @@ class Experiment:
     seeds: tuple[int, ...] = ()  # of the learned parts; the settings' own if empty
     folds: int | None = None  # users take turns as new users; None: the split decides
     fold: int | None = None  # which turn this is; `turns` makes one experiment of each
+    choices: bool | None = None  # of data with both: ask recorded choices, or what the LLM answers
+    history: int | Literal["all"] = "all"  # of each new user, see `DataSet.with_history`
     fit: bool = True  # without it the shared heads answer for new users, with their records
     bundle: Bundle | None = None  # used as it is; None: bundles are learned
     progress: StageProgress = silent
@@ -62,14 +64,18 @@ class Experiment:
         return self.bundle is None and any(method.uses for method in self.methods)
 
     def turns(self) -> "list[Experiment]":
-        """One experiment for each fold, whose users alone are new in its data; or this one."""
+        """One experiment for each fold, whose users alone are new in its data; or one for all. Who
+        is new decides what becomes of queries that are not asked, and whose history is cut.
+        """
         if self.folds is None:
-            return [self]
-        dealt = deal(self.data, self.settings, self.folds, users=self.users, limit=self.limit)
+            asked = self.data if self.choices is None else self.data.asking(choices=self.choices)
+            return [replace(self, data=asked.with_history(self.history))]
+        options: Any = {"users": self.users, "limit": self.limit, "choices": self.choices}
+        dealt = deal(self.data, self.settings, self.folds, **options)
         return [
             replace(
                 self,
-                data=fold.data,
+                data=fold.data.with_history(self.history),
                 settings=fold.settings,
                 users=None,
                 fold=fold.number,
@@ -104,6 +110,18 @@ class Outcome:
     log: RunLog
     samples: list[Sample]
     learning: list[dict[str, Any]]
+    retried: int = 0  # failed samples that the same command may answer: a call failed
+
+    @property
+    def failures(self) -> str:
+        """A line on the samples that failed, and whether a repeat may help; empty if none did."""
+        failed = [sample for sample in self.samples if sample.error]
+        if not failed:
+            return ""
+        first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
+        counts = f"{len(failed)} of {len(self.samples)} answers failed, the first {first}"
+        some = "them" if self.retried == len(failed) else f"{self.retried} of them"
+        return f"{counts}; the same command retries {some}" if self.retried else counts
 
 
 def _of_fold(progress: StageProgress, fold: int, folds: int) -> StageProgress:
@@ -134,15 +152,16 @@ def run_experiment(experiment: Experiment) -> Outcome:
     named = ((_name(turn, seed), b) for turn, own in learned for seed, b in own.items())
     weights = {name: bundle.weights for name, bundle in named}
     log.complete({"weights": weights, "trained_on": trained_on, **_counts(queries)})
-    samples: list[Sample] = []
+    samples, failed = list[Sample](), list[LLMError]()
     for turn, (parts, own) in zip(turns, cases, strict=True):
-        samples += run_sync(partial(run_methods, methods, parts, own, log, turn.progress))
+        answer = partial(run_methods, methods, parts, own, log, turn.progress, failed)
+        samples += run_sync(answer)
     learning = [
         {**({} if turn.fold is None else {"fold": turn.fold}), "seed": seed, **bundle.report}
         for turn, bundles in learned
         for seed, bundle in bundles.items()
     ]
-    return Outcome(log, samples, learning)
+    return Outcome(log, samples, learning, sum(not error.lasting for error in failed))
 
 
 def _learned(turns: Sequence[Experiment]) -> list[tuple[Experiment, dict[int, Bundle]]]:
@@ -202,9 +221,11 @@ async def run_methods(
     queries: Sequence[Query],
     log: RunLog | None = None,
     progress: StageProgress | None = None,
+    failed: list[LLMError] | None = None,
 ) -> list[Sample]:
     """Answer every query by every method, unless the log has the sample; a failed call is a failed
-    sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed.
+    sample, LLMError only if all fail or the budget is spent. `parts` has one entry per seed; the
+    errors of calls are added to `failed`.
 
     All methods answer a query before the next one, ordered by the number of records in their
     prompts: an embedded engine then still holds the prompts that they share.
@@ -215,12 +236,8 @@ async def run_methods(
     order = [(method.name, own.seed) for method, own in sorted(instances, key=_records_shown)]
     done = {} if log is None else dict(log.samples)
     blanks = {q: _blank(q, seeds[0].fold, seeds[0].records.get(q.user, ())) for q in queries}
-    todo = [
-        (replace(blanks[query], method=name, seed=seed), query)
-        for query in queries
-        for name, seed in order
-        if (name, query.user, query.id, seed) not in done
-    ]
+    every = ((replace(blanks[q], method=m, seed=s), q) for q in queries for m, s in order)
+    todo = [case for case in every if case[0].key not in done]
     faults: list[LLMError] = []
 
     async def one(case: tuple[Sample, Query]) -> None:
@@ -233,6 +250,8 @@ async def run_methods(
 
     report = None if progress is None else partial(progress, "answer")
     await map_calls(one, todo, limit=seeds[0].settings.concurrency, progress=report)
+    if failed is not None:
+        failed += faults
     if faults and not any(sample.calls for sample in done.values()):
         raise faults[0]  # a wrong key or a dead endpoint, which a table would hide
     return [done[name, query.user, query.id, seed] for name, seed in answerers for query in queries]
@@ -345,22 +364,29 @@ def learned_bundle(
 def _manifest(experiment: Experiment, turns: Sequence[Experiment]) -> dict[str, Any]:
     """What identifies the run before it begins, so that samples of two runs are not mixed."""
     data, given = experiment.data, experiment.bundle
-    of_turns = [chosen_queries(turn.data, turn.new_users, turn.limit) for turn in turns]
+    of_turns = evaluated_queries(turns)
     queries = [query for own in of_turns for query in own]
-    if not queries:
-        fix = "users.jsonl needs users with split 'test'"
-        raise DataError(f"no new user has a query whose answer is known: {fix}")
+    cut = {} if experiment.history == "all" else {"history": experiment.history}
     return {
-        "data": data.digest,
+        "data": (data if experiment.folds else turns[0].data).digest,
         "task": data.task.to_json(),
         "llm": dict(experiment.llm.identity),
         "seeds": list(experiment.seeds),
         "chosen": _counts(queries),
         "settings": experiment.settings.stored(),
-        **({"folds": list(map(_counts, of_turns))} if experiment.folds else {}),
+        **({"folds": list(map(_counts, of_turns)), **cut} if experiment.folds else {}),
         **({} if experiment.fit else {"fit": False}),
         **({"weights": {"0": given.weights}} if given else {"learns": experiment.learns}),
     }
+
+
+def evaluated_queries(turns: Sequence[Experiment]) -> list[list[Query]]:
+    """The queries of each turn. DataError: there is none in any."""
+    of_turns = [chosen_queries(turn.data, turn.new_users, turn.limit) for turn in turns]
+    if not any(of_turns):
+        fix = "users.jsonl needs users with split 'test'"
+        raise DataError(f"no new user has a query whose answer is known: {fix}")
+    return of_turns
 
 
 def _counts(queries: Sequence[Query]) -> dict[str, int]:

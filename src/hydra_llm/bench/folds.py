@@ -38,12 +38,20 @@ def evaluated_users(data: DataSet, most: int | None) -> list[str]:
 
 
 def deal(
-    data: DataSet, settings: Settings, count: int, *, users: int | None, limit: int | None
+    data: DataSet,
+    settings: Settings,
+    count: int,
+    *,
+    users: int | None,
+    limit: int | None,
+    choices: bool | None = None,
 ) -> list[Fold]:
-    """The folds of a run, equally many users in each, by the seed of the settings. SettingsError: a
-    fold without users, or one that leaves too few to learn from.
+    """The folds of a run, equally many users in each, by the seed of the settings; of data that mix
+    recorded choices with other queries those that `choices` says are asked. SettingsError: a fold
+    without users, or one that leaves too few to learn from.
     """
-    evaluated = evaluated_users(data, users)
+    asking = data if choices is None else data.asking(choices=choices)
+    evaluated = evaluated_users(asking, users)
     if len(evaluated) < count:
         fix = (
             f"take --folds {len(evaluated)} or fewer" if len(evaluated) > 1 else "leave --folds out"
@@ -60,7 +68,7 @@ def deal(
             raise SettingsError(f"--folds {count}: {left} with records: {fix}")
         new = [user for user in evaluated if user in set(own)]
         order = [*new, *(user for user in (*evaluated, *others) if user not in set(own))]
-        part = _fold_data(data, order, set(new), set(evaluated), limit)
+        part = _fold_data(data, asking, order, set(new), set(evaluated), limit)
         labelled = sum(user in set(evaluated) for user in training)
         dealt.append(Fold(number, part, _fold_settings(data, settings, labelled)))
     return dealt
@@ -79,7 +87,12 @@ def _fold_settings(data: DataSet, settings: Settings, labelled: int) -> Settings
 
 
 def _fold_data(
-    data: DataSet, order: Sequence[str], new: set[str], evaluated: set[str], limit: int | None
+    data: DataSet,
+    asking: DataSet,  # `data` without the queries of the other kind
+    order: Sequence[str],
+    new: set[str],
+    evaluated: set[str],
+    limit: int | None,
 ) -> DataSet:
     """The users in this order, those of the fold as new ones. A training user's queries that are
     never evaluated are records, which give weak labels alone.
@@ -88,10 +101,10 @@ def _fold_data(
     records: dict[str, Sequence[Record]] = {}
     queries: dict[str, Sequence[Query]] = {}
     for user in order:
-        known = known_queries(data, user)
+        known = known_queries(asking, user)
         asked = known[:limit] if user in evaluated else []
         ids = {f"query:{query.id}" for query in asked}
-        queries[user] = data.queries(user) if user in new else asked
+        queries[user] = asking.queries(user) if user in new else asked
         answered = data.history(user) if user in new else data.answered(user)
         records[user] = [record for record in answered if record.id not in ids]
     return DataSet(data.task, splits, records, queries, data.notes)

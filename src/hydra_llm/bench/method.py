@@ -26,6 +26,8 @@ from hydra_llm.types import Answer, Query, Record, StageCost
 class NotAsked(LLMError):
     """A method cannot answer a query, and asked no LLM: this says nothing of an endpoint."""
 
+    lasting = True
+
 
 class Answerer(Protocol):
     """A method when it runs."""

@@ -201,7 +201,7 @@ def random(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
 
 @among_samples("bound")
 def oracle(parts: Parts, query: Query, candidates: Sequence[Candidate]) -> int:
-    """Upper bound: the best of hydra's samples."""
+    """The best of hydra's samples, by the gold answer; other candidates may be better."""
     gain, gold = parts.bundle.task.gain, query.gold or ""
     gains = [gain(c.answer, gold) if c.votes else -1.0 for c in candidates]
     return gains.index(max(gains))

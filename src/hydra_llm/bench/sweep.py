@@ -32,12 +32,13 @@ from hydra_llm.bench.runlog import Sample, by_method
 from hydra_llm.config import Group, Settings
 from hydra_llm.datasets.dataset import DataSet
 from hydra_llm.errors import HydraError, SettingsError
-from hydra_llm.history import precedes
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.concurrency import StageProgress
 from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import NONE
 from hydra_llm.training.train_scorer import silent
+
+MAX_SLUG = 200  # bytes
 
 
 class SweepPoint(Group):
@@ -48,13 +49,18 @@ class SweepPoint(Group):
     settings: dict[str, Any] = Field(default_factory=dict)  # override the common ones and `--set`
     methods: tuple[str, ...] = ()  # in place of the sweep's
     llm: str | None = None  # in place of `--llm`
-    history: NonNegativeInt | Literal["all"] = "all"  # each new user's records, see `with_history`
+    history: NonNegativeInt | Literal["all"] = (
+        "all"  # each new user's records, `DataSet.with_history`
+    )
     fit: bool = True  # without it new users have no heads: the shared ones answer for them
 
     @property
     def slug(self) -> str:
         """The name of its folder."""
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self.x} {self.series}".lower()).strip("-.") or "point"
+        name = re.sub(r"(?:[^\w.]|_)+", "-", f"{self.x} {self.series}".lower()).strip("-.")
+        if len(name.encode()) > MAX_SLUG:  # of what a file system takes
+            name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return name or "point"
 
 
 class RunOptions(Group):
@@ -197,44 +203,52 @@ def _check_llms(sweep: Sweep, context: SweepContext) -> None:
     """SettingsError: a point without an LLM has a method that asks one."""
     for point in sweep.points:
         if (point.llm or context.llm) == NONE:
-            methods = _methods(sweep, point, context.data)
+            methods = _methods(sweep, point, context)
             settings = context.settings(point.settings)
             check_without_llm(methods, context.data.task, settings, None)
 
 
-def _methods(sweep: Sweep, point: SweepPoint, data: DataSet) -> list[Method]:
-    names, run, choices = point.methods or sweep.methods, sweep.run, data.asks_choices(prefer=False)
-    return find_methods(names, data.task.kind, records=run.k, budget=run.b, choices=choices)
+def _methods(sweep: Sweep, point: SweepPoint, context: SweepContext) -> list[Method]:
+    names, run, choices = point.methods or sweep.methods, sweep.run, _asks_choices(context)
+    kind = context.data.task.kind
+    return find_methods(names, kind, records=run.k, budget=run.b, choices=choices)
+
+
+def _asks_choices(context: SweepContext) -> bool:
+    return context.data.asks_choices(prefer=context.llm == NONE)
 
 
 def _run_point(
     sweep: Sweep, point: SweepPoint, context: SweepContext, llm: CachedLLM
 ) -> list[Sample]:
-    run, data = sweep.run, with_history(context.data, point.history)
+    run, data = sweep.run, context.data
     experiment = Experiment(
         data,
         llm,
         context.settings(point.settings),
-        _methods(sweep, point, data),
+        _methods(sweep, point, context),
         context.out / point.slug,
         users=context.users or run.users,
         limit=context.limit or run.limit,
         seeds=run.seeds,
         folds=run.folds,
+        choices=_asks_choices(context),
+        history=point.history,
         fit=point.fit,
         progress=context.progress,
         say=context.say,
     )
     alike = [(other.llm, other.settings) == (point.llm, point.settings) for other in sweep.points]
     if sum(alike) > 1 and run.folds is None:
-        _copy_base(replace(experiment, data=context.data), context.out / "bases")
+        (whole,) = replace(experiment, history="all").turns()
+        _copy_base(whole, experiment.out, context.out / "bases")
     outcome = run_experiment(experiment)
     results = [result.to_json() for result in tabulate(data.task, outcome.samples)]
     outcome.log.finish(results, outcome.learning)
     return outcome.samples
 
 
-def _copy_base(experiment: Experiment, bases: Path) -> None:
+def _copy_base(experiment: Experiment, out: Path, bases: Path) -> None:
     """Points that differ in their new users alone share a base, which is learned once."""
     settings = experiment.settings.stored()
     identity = [experiment.data.digest, dict(experiment.llm.identity), settings, experiment.seeds]
@@ -242,22 +256,10 @@ def _copy_base(experiment: Experiment, bases: Path) -> None:
     base = bases / digest[:12]
     learned_bundles(replace(experiment, out=base, users=0))
     for bundle in base.glob("bundle*"):
-        own, part = experiment.out / bundle.name, experiment.out / f"{bundle.name}.part"
+        own, part = out / bundle.name, out / f"{bundle.name}.part"
         if not own.exists():
             shutil.copytree(bundle, part, dirs_exist_ok=True)
             part.replace(own)  # a kill leaves no half bundle
-
-
-def with_history(data: DataSet, count: int | Literal["all"]) -> DataSet:
-    """New users have only `count` records: the latest that precede all their queries."""
-    if count == "all":
-        return data
-    records = {user: data.history(user) for user in data.users()}
-    queries = {user: data.queries(user) for user in data.users()}
-    for user in data.users("test"):
-        early = [r for r in records[user] if all(precedes(r, query) for query in queries[user])]
-        records[user] = early[max(0, len(early) - count) :]
-    return DataSet(data.task, data.splits, records, queries, data.notes)
 
 
 def _rows(

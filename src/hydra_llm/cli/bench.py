@@ -19,6 +19,7 @@ from hydra_llm.extras import require
 from hydra_llm.llm.cache import CachedLLM
 from hydra_llm.llm.meter import Prices
 from hydra_llm.llm.none import NONE
+from hydra_llm.llm.registry import check_spec
 
 if TYPE_CHECKING:
     from hydra_llm.bench.report.tables import Report
@@ -82,6 +83,8 @@ def run(
     Without `--bundle`, first learn from the training users and fit the new users' heads. Methods
     that ask no LLM need no `--llm`.
     """
+    spec = source.spec(NONE)
+    check_spec(spec)
     from hydra_llm.bench.estimate import CostEstimate, estimate_cost, estimate_rows
     from hydra_llm.bench.experiment import Experiment, run_experiment
     from hydra_llm.bench.method import check_without_llm, find_methods, per_sample, split_names
@@ -90,7 +93,6 @@ def run(
     from hydra_llm.bench.results import tabulate
     from hydra_llm.bench.runlog import export_lamp
 
-    spec = source.spec(NONE)
     repeats = whole_numbers("--seeds", seeds, least=0) if seeds else ()
     records, budget = whole_numbers("--k", k), whole_numbers("--b", b)
     find = partial(find_methods, split_names(methods), records=records, budget=budget)
@@ -102,13 +104,12 @@ def run(
     learned, settings = options.open_bundle(bundle) if bundle else (None, options.settings())
     dataset = _load(data, settings, base_url, learned)
     choices = dataset.asks_choices(prefer=spec == NONE)
-    dataset = dataset.asking(choices=choices)
     task, chosen = dataset.task, find(dataset.task.kind, choices=choices)
     if spec == NONE:
         check_without_llm(chosen, task, settings, learned)
     with source.opened(spec, settings) as model, console.progress() as report:
         plan = Experiment(dataset, model, settings, chosen, out, users, limit, repeats)
-        plan = replace(plan, bundle=learned, folds=folds)
+        plan = replace(plan, bundle=learned, folds=folds, choices=choices)
         experiment = replace(plan, progress=report, say=console.say)
         result = estimate_cost(experiment) if dry_run else run_experiment(experiment)
     if isinstance(result, CostEstimate):
@@ -117,10 +118,8 @@ def run(
     if lamp:
         answered = [sample for sample in result.samples if not per_sample(sample.method)]
         console.say(f"wrote {export_lamp(out, task.like or task.name, answered)}")
-    if failed := [sample for sample in result.samples if sample.error]:
-        first = f"{failed[0].method} on {failed[0].user}'s {failed[0].query}: {failed[0].error}"
-        counts = f"{len(failed)} of {len(result.samples)} answers failed"
-        console.say(f"{counts}, the first {first}; the same command retries them")
+    if result.failures:
+        console.say(result.failures)
     if compared := compared_words(task):
         console.say(f"ROUGE and BLEU compare {compared}")
     prices = Prices(settings.price_prompt, settings.price_completion)
@@ -184,8 +183,10 @@ class ReportFiles:
         if self.slides is not None:
             from hydra_llm.bench.report import slides
 
-            for file in slides.write(reports, self.slides):
+            for file in (files := slides.write(reports, self.slides)):
                 console.say(f"wrote {file}")
+            if not files:
+                console.say("no slide: there is no method to compare with, and no cost")
 
 
 @app.command()
@@ -203,7 +204,7 @@ def show(
     """Print runs: metrics with intervals, paired differences from a baseline, and findings."""
     from hydra_llm.bench.report import findings, sweeps, tables
     from hydra_llm.bench.report.cells import share_json
-    from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
+    from hydra_llm.bench.report.summary import cost_rows, family_line, learning_rows, summary_line
 
     results = [sweeps.open_sweep(file) for file in map(sweeps.sweep_file, runs) if file]
     opened = [tables.open_run(folder) for folder in runs if not sweeps.sweep_file(folder)]
@@ -222,19 +223,26 @@ def show(
     show_table = partial(print_table, wide=wide)
     for report in reports:
         measured = report.run
-        title = f"{measured.folder}: {measured.task.name}; * best, ' second best of what is ranked"
+        title = f"{measured.folder}: {measured.task.name}"
+        if report.too_few:
+            print_text(report.too_few, wide=wide)
+        else:
+            title += "; * best, ' second best of what is ranked"
         show_table(tables.method_rows(report), title)
         print_text(summary_line(measured), wide=wide)
         if report.comparisons:
-            title = f"Paired differences from {report.baseline}, 95 % intervals over users"
+            title = f"Paired differences from {report.baseline}"
+            title += "" if report.too_few else ", 95 % intervals over users"
             show_table(tables.comparison_rows(report.comparisons, report.holm), title)
-        if line := tables.family_line(report):
+        if line := family_line(report):
             print_text(line, wide=wide)
         if costs:
             show_table(cost_rows(report), "What a query costs")
             if learning := learning_rows(report):
                 show_table(learning, "What learning cost")
         for sentence in findings.findings(report):
+            if sentence == report.too_few:  # said above
+                continue
             print_text(f"- {sentence}", indent="  ", wide=wide)
     if over_tasks:
         show_table(tables.overall_rows(over_tasks), tables.OVERALL)
@@ -327,7 +335,6 @@ def sweep(
         return recorded.opened(spec or main, settings({}))
 
     dataset = _load(data, settings({}))
-    dataset = dataset.asking(choices=dataset.asks_choices(prefer=main == NONE))
     with console.progress() as report:
         context = SweepContext(
             dataset, out, settings, opened, main, users, limit, report, console.say

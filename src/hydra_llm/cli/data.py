@@ -15,6 +15,7 @@ from hydra_llm.datasets.tabular import CHOICES, ChoiceColumns, Columns, read_tab
 from hydra_llm.datasets.verdicts import doubts, verdicts
 from hydra_llm.errors import DataError
 from hydra_llm.tasks.base import KINDS
+from hydra_llm.text import counted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 KIND_HELP = f"{', '.join(KINDS.names())}; default: guessed."
@@ -56,7 +57,9 @@ def import_(
     output_field: Annotated[str | None, Option(help=OUTPUT_HELP)] = None,
     time_field: Annotated[str, Option(help="Field of the time; optional by default.")] = "time",
     id_field: Annotated[str, Option(help="Field of the record's id; optional by default.")] = "id",
-    test_share: Annotated[float, Option(min=0, max=1, help="Share of new users.")] = 0.33,
+    test_share: Annotated[
+        float, Option(min=0, max=1, help="Each user's chance to be a new one.")
+    ] = 0.33,
     query_share: Annotated[float, Option(min=0, max=1, help="Latest records as queries.")] = 0.2,
     seed: Annotated[int, Option(help="Seed of the split into training and new users.")] = 0,
     as_json: AsJson = False,
@@ -72,13 +75,15 @@ def import_(
     shares: dict[str, Any] = {"test_share": test_share, "query_share": query_share}
     dataset = read_table(source, columns, **task, **shares, seed=seed)
     save(dataset, out)
+    streams = (dataset.stream_history(), dataset.stream_queries())
+    records, queries = (sum(1 for _ in own) for own in streams)
     summary = {
         "folder": str(out),
         "kind": dataset.task.kind,
         "labels": list(dataset.task.labels),
         "users": {split: len(dataset.users(split)) for split in ("train", "test")},
-        "records": sum(1 for _ in dataset.stream_history()),
-        "queries": sum(1 for _ in dataset.stream_queries()),
+        "records": records,
+        "queries": queries,
         "digest": dataset.digest,
         "notes": list(dataset.notes),
         "verdicts": [asdict(verdict) for verdict in verdicts(dataset)],
@@ -90,8 +95,8 @@ def import_(
         console.say(note)
     for doubt in doubts(dataset):
         console.say(f"data {doubt.severity}: {doubt}")
-    counts = f"{summary['records']} records and {summary['queries']} queries"
-    console.emit(f"wrote {counts} of {len(dataset.users())} users to {out}")
+    entries = f"{counted(records, 'record')} and {counted(queries, 'query', 'queries')}"
+    console.emit(f"wrote {entries} of {counted(len(dataset.users()), 'user')} to {out}")
 
 
 @app.command()

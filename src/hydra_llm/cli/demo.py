@@ -8,6 +8,7 @@ from hydra_llm.cli import console
 from hydra_llm.cli.options import AsJson
 from hydra_llm.cli.table import print_table
 from hydra_llm.extras import require
+from hydra_llm.llm.registry import check_spec
 from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Predict ratings of films, 1 to 5: learn from MovieLens users, then answer for new ones."""
+    check_spec(llm)
     if llm == "smollm2":
         require("demo", "the demo")  # all that it needs at once
     from hydra_llm.bench.report.tables import results_table
@@ -53,6 +55,9 @@ def demo(
     ]
     print_table(candidates, "Candidates")
     print(f"The pick: {example.text}")
+    right = "right" if example.text == query.gold else "wrong"
+    why = "it has the least expected error by these probabilities, whichever is the likeliest"
+    print(f"({right}; {why}. The table counts all {rows[0].queries} answers of each method.)")
 
 
 async def _run(

@@ -12,7 +12,7 @@ from hydra_llm.cli import options as opt
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.concurrency import run_sync
 from hydra_llm.llm.none import NONE
-from hydra_llm.llm.registry import bare_llm, open_llm, wrap
+from hydra_llm.llm.registry import bare_llm, check_spec, open_llm, wrap
 from hydra_llm.types import Answer
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def learn(
     """Learn a bundle from the training users of a data set, or from all users of a store; `--limit`
     takes the first. A stopped command continues where it was. Recorded choices need no `--llm`.
     """
+    check_spec(llm)
     from hydra_llm.training.api import learn as run
 
     settings = options.settings(users=limit, **vars(selection))
@@ -73,6 +74,7 @@ def fit(
     as_json: opt.AsJson = False,
 ) -> None:
     """Fit heads of new users; shared weights stay as they are. `--limit` takes the first users."""
+    check_spec(llm)
     from hydra_llm.datasets.native import load
     from hydra_llm.training.api import fit as run
 
@@ -92,6 +94,7 @@ def _print_learned(learned: "Learned", folder: Path, as_json: bool) -> None:
         console.say(f"left out: {failure}")
     if (more := len(learned.failures) - SHOWN_FAILURES) > 0:
         console.say(f"left out: {more} more")
+    solved = {stage: round(seconds, 4) for stage, seconds in learned.solved.items()}
     summary: dict[str, Any] = {
         "bundle": str(folder),
         "users": len(learned.users),
@@ -99,6 +102,7 @@ def _print_learned(learned: "Learned", folder: Path, as_json: bool) -> None:
         "llm_calls_cached": learned.usage.cached,
         "failed": len(learned.failures),
         "seconds": {stage: round(seconds, 3) for stage, seconds in learned.seconds.items()},
+        **({"seconds_of_the_solver": solved} if solved else {}),
     }
     if as_json:
         summary["report"] = learned.bundle.report
@@ -119,6 +123,7 @@ def ask(
     as_json: opt.AsJson = False,
 ) -> None:
     """Answer one text for one user. `--json` adds records, prompt, candidates, scores and costs."""
+    check_spec(llm)
     loaded, settings = options.open_bundle(bundle, k=k, **vars(selection))
     personalizer = loaded.personalizer(open_llm(llm, settings), settings)
     if limit is not None and user in loaded.records:

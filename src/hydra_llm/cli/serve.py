@@ -61,7 +61,7 @@ def serve(
     local = is_local(f"http://{name}") and not settings.proxy
     here = load_settings(file=options.config)
     service = Service(llm, store, settings, bundle, here, Access(local, admin_key))
-    service.open_llm()  # before a store is made: there may be none
+    upstream, _ = service.open_llm()  # before a store is made: there may be none
     _check_before_creation(store, bundle)
     with opt.open_store(store, settings.store_timeout, create=True) as opened:
         place = f"--proxy {','.join(settings.proxy)}" if settings.proxy else f"--host {host}"
@@ -71,7 +71,9 @@ def serve(
         address = f"{scheme}://{name}:{listening.getsockname()[1]}{settings.root_path}/v1"
 
         def started(serves: Mapping[str, str]) -> None:
-            told = {**serves, "store": opened.name, "upstream": without_userinfo(llm)}
+            model = getattr(upstream, "model", llm)  # of an embedded one, for requests
+            spec = without_userinfo(llm) + f" (model {model})" * (model != llm)
+            told = {**serves, "store": opened.name, "upstream": spec}
             _say_what_runs(address, told, as_json=settings.log == "json")
 
         with logging_to_stderr(settings.log):

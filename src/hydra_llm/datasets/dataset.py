@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hydra_llm.errors import DataError, SettingsError, UnknownUser
-from hydra_llm.history import as_record, in_order, parse_time
+from hydra_llm.history import as_record, in_order, parse_time, precedes
 from hydra_llm.tasks.base import Task
 from hydra_llm.text import text_fault
 from hydra_llm.types import Choice, Query, Record
@@ -132,6 +132,17 @@ class DataSet:
             records[user] = [*self._own(self._records, user), *known]
         same = all(len(kept[user]) == len(self.queries(user)) for user in self.splits)
         return self if same else replace(self, _queries=kept, _records=records)
+
+    def with_history(self, count: int | Literal["all"]) -> "DataSet":
+        """New users have only `count` records: the latest that precede all their queries."""
+        if count == "all":
+            return self
+        records = {user: self.history(user) for user in self.splits}
+        for user in self.users("test"):
+            asked = self.queries(user)
+            early = [r for r in records[user] if all(precedes(r, query) for query in asked)]
+            records[user] = early[max(0, len(early) - count) :]
+        return replace(self, _records=records)
 
     def _own(self, entries: Mapping[str, Sequence[Entry]], user: str) -> Sequence[Entry]:
         if user not in self.splits:

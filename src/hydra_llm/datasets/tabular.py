@@ -28,6 +28,7 @@ from hydra_llm.tasks.rating import plain_number
 from hydra_llm.text import caseless
 from hydra_llm.types import Record
 
+SURE_LINES = 10  # with a place, and none of them 0: a doubt is worth a line
 MAX_LABELS = 50
 MAX_LABEL_LENGTH = 40  # in characters
 MAX_RATING_RANGE = 10  # largest difference between two numbers that still looks like one scale
@@ -73,8 +74,9 @@ def read_table(
     columns of its class, each line is a recorded choice. DataError names file, line and field of
     what is broken, or could be read in two ways.
     """
-    file = Path(file)
-    rows = list(_rows(file, columns))
+    file, places = Path(file), _Places()
+    rows = list(_rows(file, columns, places))
+    places.check()
     if not rows:
         raise DataError("holds no record", file=file)
     task = _task(file, rows, columns, kind, prompt, name)
@@ -93,7 +95,9 @@ def read_table(
         builder.add_user(_ordered(own), query_share)
     missing = [split for split in dataset.SPLITS if split not in splits.values()]
     advice = [f"no {split} user: give another seed or test share" for split in missing]
-    return builder.build([note, *_doubts(rows, columns), *advice])
+    if len(splits) == 1:
+        advice = ["one user alone: a bundle is learned from some users for others, so add more"]
+    return builder.build([note, *_doubts(rows, columns), *places.doubts(), *advice])
 
 
 def _task(
@@ -129,7 +133,34 @@ def _ordered(rows: list[Row]) -> list[Row]:
     return [rows[record.position] for record in in_order(records)]
 
 
-def _rows(file: Path, columns: Columns) -> Iterator[Row]:
+class _Places:
+    """The places of the candidates that were taken: only the whole file tells that they are counted
+    from 1, as no line has 0 and some line the number of its candidates.
+    """
+
+    def __init__(self) -> None:
+        self.seen = set[int]()
+        self.lines = 0  # that name a place
+        self.beyond: tuple[Place, str, DataError] | None = None  # the first line with the number
+
+    def check(self) -> None:
+        """DataError: a place is none of its candidates'."""
+        if self.beyond is None:
+            return
+        place, said, error = self.beyond
+        if 0 in self.seen:
+            raise error
+        fault = f"'{said}' is none of the {said} candidates, and no line has 0: places count from 0"
+        raise place.error(f"{fault}: subtract 1 from each, or write the texts", "output")
+
+    def doubts(self) -> Iterator[str]:
+        """What may be counted from 1, though no line proves it."""
+        if self.lines >= SURE_LINES and 0 not in self.seen:
+            fix = "if places are counted from 1, subtract 1 from each, or write the texts"
+            yield f"no line took the first candidate, place 0: {fix}"
+
+
+def _rows(file: Path, columns: Columns, places: _Places) -> Iterator[Row]:
     """The entries of a file; one whose id its user has already is an error."""
     seen = set[tuple[str, str]]()
     for place, data, typed in _cells(read_lines(file, dataset.stop), columns):
@@ -141,7 +172,7 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
             elif value is not None or name not in entry:
                 raise place.error("is missing, or neither a text nor a number", name)
         if isinstance(columns, ChoiceColumns):
-            entry |= _chosen(place, data, entry["output"].strip(), typed=typed)
+            entry |= _chosen(place, data, entry["output"].strip(), places, typed=typed)
         user, id = entry["user"], entry["id"] or f"line{place.line}"
         if (user, id) in seen:  # checked here, or one could be history and the other a query
             raise place.error(f"user '{user}' has the id '{id}' twice", "id")
@@ -149,7 +180,9 @@ def _rows(file: Path, columns: Columns) -> Iterator[Row]:
         yield place, {**entry, "id": id}
 
 
-def _chosen(place: Place, data: Mapping[str, Any], said: str, *, typed: bool) -> dict[str, Any]:
+def _chosen(
+    place: Place, data: Mapping[str, Any], said: str, places: _Places, *, typed: bool
+) -> dict[str, Any]:
     """The candidates of a line and the text of the one that was taken. In a file with `typed`
     values a text is a candidate's, and a number a place unless the candidates are numbers too.
     """
@@ -162,6 +195,7 @@ def _chosen(place: Place, data: Mapping[str, Any], said: str, *, typed: bool) ->
     is_place = typed and not is_text and all(isinstance(own, str) for own in raw)
     as_text = texts.index(said) if said in texts and not is_place else -1
     as_place = int(said) if said.isdecimal() and len(said) < 10 and not is_text else -1
+    one_more = as_place == len(texts) and as_text < 0
     as_place = as_place if as_place < len(texts) else -1
     fault = ""
     if as_text < 0 and as_place < 0:
@@ -174,8 +208,13 @@ def _chosen(place: Place, data: Mapping[str, Any], said: str, *, typed: bool) ->
         fault += f' with the texts in quotes; "chosen": "{said}" is a text, {said} a place'
     elif as_place >= 0 and gap:
         fault = f"place {said} can be counted in two ways, {gap}: write the candidate's text"
-    if fault:
+    if one_more:
+        places.beyond = places.beyond or (place, said, place.error(fault, "output"))
+    elif fault:
         raise place.error(fault, "output")
+    elif as_text < 0:
+        places.seen.add(as_place)
+        places.lines += 1
     return {"candidates": candidates, "output": candidates[max(as_text, as_place)]}
 
 

@@ -67,7 +67,10 @@ class Deployment:
         mode = self.pipeline.settings.gate
         if mode == "off" or (self.bundle and self.bundle.gate):
             return mode
-        return f"{mode}, by words" + " (the bundle has none: learn it again)" * bool(self.bundle)
+        if self.bundle is None:
+            return f"{mode}, by words"
+        why = self.bundle.report.get("gate", {}).get("skipped", "learn it again")
+        return f"{mode}, by words (the bundle has none: {why})"
 
     def readable(self, records: Sequence[Record]) -> list[Record]:
         """The records that this bundle can read: with labels, those whose answer is one."""

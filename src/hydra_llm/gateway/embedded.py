@@ -32,19 +32,25 @@ def open_upstream(spec: str, bare: ChatLLM | None, *, timeout: float) -> Upstrea
         return HttpUpstream(Endpoint.of(spec, url), timeout=timeout)
     if bare is None:
         raise SettingsError(f"{spec}: is no LLM that can be served")
-    return EmbeddedUpstream(bare)
+    return EmbeddedUpstream(bare, alias=spec)
 
 
 class EmbeddedUpstream:
     """A `ChatLLM` as the upstream. Calls queue where the engine runs one at a time."""
 
-    def __init__(self, llm: ChatLLM, max_tokens: int = 512):
-        self._llm, self._max_tokens = llm, max_tokens
+    def __init__(self, llm: ChatLLM, max_tokens: int = 512, *, alias: str = ""):
+        """`alias`: another name of the model, such as the spec that it was opened by."""
+        self._llm, self._max_tokens, self._alias = llm, max_tokens, alias
         self._model, self._since = str(llm.identity.get("model", "llm")), int(time.time())
         # Tokens of the longest prompt that leaves room for an answer.
         self.room = max(64, int(getattr(llm, "window", 2**20)) - max_tokens)
         # Requests wait for the engine here, not in threads that others need.
         self._turns = FairTurns(int(getattr(llm, "parallel", 64)))
+
+    @property
+    def model(self) -> str:
+        """The model's name in requests and replies."""
+        return self._model
 
     async def complete(self, body: Body) -> Any:
         generation, choices = await self._generate(body), []
@@ -108,7 +114,7 @@ class EmbeddedUpstream:
         await self._llm.aclose()
 
     def _check_model(self, name: object) -> None:
-        if name != self._model:
+        if name not in (self._model, self._alias or self._model):
             message = f"the model '{name}' does not exist: take {self._model}"
             raise UpstreamError(404, message, code="model_not_found")
 

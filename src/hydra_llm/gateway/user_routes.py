@@ -66,8 +66,10 @@ PathId = Annotated[Id, Decoded]
 
 
 @router.post("/users/{user}/records")
-async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, int]:
-    """Add records, and the user with them. Idempotent."""
+async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, Any]:
+    """Add records, and the user with them. Idempotent. `unreadable` counts those that the bundle in
+    use cannot read: they are kept, for another one.
+    """
     gateway = _gateway(http, user)
     settings, most = gateway.settings, gateway.settings.max_records_per_request
     if len(sent.records) > most:
@@ -89,7 +91,22 @@ async def add_records(user: User, sent: RecordsIn, http: Request) -> dict[str, i
         await gateway.deployment.forget(user)
         await _forget_texts(gateway, texts_of(added.replaced))
     gateway.deployment.prefetch(user)
-    return {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
+    counts = {"added": added.added, "changed": added.changed, "unchanged": added.unchanged}
+    return counts | _unreadable(gateway, records)
+
+
+def _unreadable(gateway: Gateway, records: list[Record]) -> dict[str, Any]:
+    """How many of the records no answer will use, and why; nothing if there are none."""
+    count = len(records) - len(gateway.deployment.readable(records))
+    if not count:
+        return {}
+    labels = gateway.deployment.pipeline.task.labels
+    named = ", ".join(labels[:10]) + ", ..." * (len(labels) > 10)
+    why = f"{count} of {len(records)} outputs are none of the bundle's labels ({named})"
+    return {
+        "unreadable": count,
+        "warning": f"{why}: these records are kept, but no answer uses them",
+    }
 
 
 @router.get("/users/{user}/records")

@@ -132,7 +132,9 @@ class CachedLLM:
             self.used[key].add(REFUSED)
             return LLMRefused(refused["refused"], fits=refused["fits"])
         lacks = f"no kept answer for request {key}, candidate {index}"
-        return LLMError(f"{self.name}: {lacks}, and nothing may be asked")
+        error = LLMError(f"{self.name}: {lacks}, and nothing may be asked")
+        error.lasting = True
+        return error
 
     def stored(self, key: str) -> Rows:
         """The stored rows of a request by index, its refusal among them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 MOST = 20  # tokens that OpenAI tells at most
 ENOUGH = 0.5  # with less the answer probably begins with other words, and its label comes later
+RAW_BLANKS = str.maketrans("▁ĠĊĉč", "     ")  # of SentencePiece, and of byte-level BPE
 LEAST = 1e-9  # of a choice for which the tokens leave nothing: rounding may be all that is missing
 
 
@@ -47,8 +48,18 @@ def told_tokens(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
     except (KeyError, IndexError, TypeError):
         return []
     read = [token for token in tokens if isinstance(token, Mapping) and "token" in token]
-    pairs = [(str(token["token"]), _log(token.get("logprob"))) for token in read]
+    pairs = [(_text(token), _log(token.get("logprob"))) for token in read]
     return [(token, log) for token, log in pairs if log is not None]
+
+
+def _text(token: Mapping[str, Any]) -> str:
+    """A token's text; of a part of a character by its `bytes`, which surrogates stand for."""
+    text, raw = str(token["token"]), token.get("bytes")
+    try:
+        told = bytes(raw).decode("utf-8", "surrogateescape") if isinstance(raw, list) else ""
+    except (TypeError, ValueError):
+        told = ""
+    return told or text
 
 
 def _log(value: object) -> float | None:
@@ -61,9 +72,22 @@ def _log(value: object) -> float | None:
 
 
 def _begun(token: str, choices: Sequence[str]) -> list[str]:
-    """The choices that a token begins; only those that it is, if there are some."""
-    start = token.strip().casefold()
+    """The choices that a token begins; only those that it is, if there are some. One that begins
+    none as it is may be a raw token, as some servers tell them.
+    """
+    return _begun_by(token, choices) or _begun_by(token.translate(RAW_BLANKS), choices)
+
+
+def _begun_by(text: str, choices: Sequence[str]) -> list[str]:
+    text = text.strip()
+    if text in choices:  # labels may differ in case alone
+        return [text]
+    try:
+        start = text.casefold().encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold
+        return []
     if not start:
         return []
-    whole = [choice for choice in choices if choice.casefold() == start]
-    return whole or [choice for choice in choices if choice.casefold().startswith(start)]
+    folded = [(choice, choice.casefold().encode("utf-8", "replace")) for choice in choices]
+    whole = [choice for choice, own in folded if own == start]
+    return whole or [choice for choice, own in folded if own.startswith(start)]

@@ -268,8 +268,11 @@ def _pattern(text: str) -> str:
 
 
 def _softmax(logs: Sequence[float]) -> list[float]:
-    top = max(logs)
-    weights = [math.exp(log - top) for log in logs]
+    # A text that the model rules out has −inf, or no number.
+    known = [log if log > -math.inf else -math.inf for log in logs]
+    if (top := max(known)) == -math.inf:
+        return [1 / len(known)] * len(known)
+    weights = [math.exp(log - top) for log in known]
     total = sum(weights)
     return [weight / total for weight in weights]
 

@@ -11,7 +11,7 @@ from hydra_llm.environment import expanded
 from hydra_llm.errors import SettingsError
 from hydra_llm.llm.base import ChatLLM
 from hydra_llm.llm.cache import CachedLLM, open_recording
-from hydra_llm.llm.endpoint import without_userinfo
+from hydra_llm.llm.endpoint import Endpoint, endpoint_of, without_userinfo
 from hydra_llm.llm.meter import Budget, Meter, Prices
 from hydra_llm.plugins import Registry
 
@@ -49,16 +49,31 @@ def wrap(llm: ChatLLM, settings: Settings, path: Path | None = None) -> CachedLL
     return CachedLLM(meter, path or settings.cache / "llm.sqlite")
 
 
+def check_spec(spec: str) -> None:
+    """Raise SettingsError for a spec that is unknown or lacks its key, as opening it does, but
+    before a command imports what takes seconds.
+    """
+    name, _, rest = spec.partition(":")
+    if name != "replay":
+        _check_name(spec)
+    if name == "openai":
+        Endpoint.of(spec, endpoint_of(rest)[1])
+
+
 def bare_llm(spec: str, settings: Settings) -> ChatLLM:
     """The LLM itself, without cache and meter."""
     name, _, rest = spec.partition(":")
+    _check_name(spec)
+    if rest.startswith("~"):  # no shell has seen it behind the colon
+        rest = str(expanded(Path(rest)))
+    return LLMS.load(name)(rest, settings)
+
+
+def _check_name(spec: str) -> None:
     known = LLMS.names()
-    if name not in known:
+    if spec.partition(":")[0] not in known:
         installed = "".join(f", {other}:..." for other in known if other not in LLMS.builtin)
         builtin = "openai:MODEL[@URL], gguf:PATH, openvino:PATH, smollm2, replay:RECORDING"
         fakes = "fake:echo|rule=labels|script=PATH|fail=KIND[,every=N]"
         forms = f"take one of {builtin}, {fakes}{installed}"
         raise SettingsError(LLMS.unknown(without_userinfo(spec), forms))
-    if rest.startswith("~"):  # no shell has seen it behind the colon
-        rest = str(expanded(Path(rest)))
-    return LLMS.load(name)(rest, settings)

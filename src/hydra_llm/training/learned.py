@@ -16,6 +16,10 @@ class Learned:
     failures: list[str] = field(default_factory=list)  # one line each; the call's pair is left out
     notes: list[str] = field(default_factory=list)  # a line for each thing left out or changed
     stages: dict[str, StageCost] = field(default_factory=dict)
+    solved: dict[str, float] = field(default_factory=dict)
+    """Seconds of a stage of fitting that went into the convex problems alone: loading and encoding
+    are left out.
+    """
 
     @property
     def usage(self) -> Usage:

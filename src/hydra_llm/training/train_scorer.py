@@ -200,10 +200,20 @@ def fit_new_heads(
     bundle: Bundle, name: str, groups: Sequence[LabelledGroup], users: Sequence[str]
 ) -> UserHeads:
     """The heads of these users for one scorer of the bundle; the shared one without groups."""
-    scorer = bundle.scorers[name]
-    labelled = training_set(bundle, target_rule(bundle, name), scorer, groups)
-    heads = fit_heads(scorer, labelled, users, sgd=sgd_config(bundle.settings))
-    return with_times(heads, bundle.records)
+    return solve_heads(bundle, name, head_data(bundle, name, groups), users)
+
+
+def head_data(bundle: Bundle, name: str, groups: Sequence[LabelledGroup]) -> TrainingSet:
+    """What heads of new users are fitted on: the groups, encoded."""
+    return training_set(bundle, target_rule(bundle, name), bundle.scorers[name], groups)
+
+
+def solve_heads(
+    bundle: Bundle, name: str, labelled: TrainingSet, users: Sequence[str]
+) -> UserHeads:
+    """The heads of these users on what `head_data` made."""
+    scorer, sgd = bundle.scorers[name], sgd_config(bundle.settings)
+    return with_times(fit_heads(scorer, labelled, users, sgd=sgd), bundle.records)
 
 
 def with_times(heads: UserHeads, records: Mapping[str, Sequence[Any]]) -> UserHeads:

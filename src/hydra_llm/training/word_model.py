@@ -22,7 +22,7 @@ from hydra_llm.word_counts import PopulationWords, UserWords
 FOLDS = 4  # of users
 RECORDS, USER_RECORDS = 5000, 150  # at most so many are rows, in all and of one user
 OTHERS, OWN, COMMON, FREQUENT = 8, 4, 40, 20  # other outputs, and words, beside the input's
-LEAST_POSITIVE = 50  # rows; with fewer no model is learned
+LEAST = 50  # words that an answer has, and that one lacks; with fewer no model is learned
 TOO_FEW = "the training users' records hold too few words"
 TREES: Mapping[str, Any] = {
     "max_iter": 100,
@@ -66,7 +66,8 @@ def learn_word_model(histories: Histories, seed: int = 0) -> WordModels | None:
     rows = [
         sampler.rows(part, population) for part, population in zip(parts, populations, strict=True)
     ]
-    if sum(int(part.target.sum()) for part in rows) < LEAST_POSITIVE:
+    targets = np.concatenate([part.target for part in rows])
+    if min(targets.sum(), (~targets).sum()) < LEAST:  # e.g. a vocabulary of one word
         return None
     forests = [_forest(rows[1 - i :: 2], seed) for i in (0, 1)]  # each for the other folds
     without = {

@@ -39,7 +39,13 @@ from hydra_llm.training.labelling import (
 )
 from hydra_llm.training.learned import Learned
 from hydra_llm.training.strengths import Strengths
-from hydra_llm.training.train_scorer import LabelledData, fit_new_heads, target_rule, train_scorer
+from hydra_llm.training.train_scorer import (
+    LabelledData,
+    head_data,
+    solve_heads,
+    target_rule,
+    train_scorer,
+)
 from hydra_llm.training.word_model import TOO_FEW, WordModels, learn_word_model
 from hydra_llm.types import StageCost
 
@@ -200,7 +206,10 @@ class Work:
         learned.stages[f"fit {data.name}"] = StageCost(len(learned.users), perf_counter() - started)
         prior = bundle.report[data.name].get("prior", "")
         if prior and prior != "learned":
-            learned.notes.append(f"the prior of the {data.name}'s heads is {prior}")
+            none, _, why = prior.partition(" ")
+            shared = f"all users share the {data.name}'s head {why}"
+            other = f"the prior of the {data.name}'s heads is {prior}"
+            learned.notes.append(shared if none == "none" else other)
         if data.name == RERANKER:
             if not asks_of_records(bundle.settings):
                 checked = {**bundle.report[RERANKER], "checked_by": "history"}
@@ -225,7 +234,10 @@ class Work:
                 collected = await self.collect(name, plain, users)
                 groups += collected.groups(bundle.featurizer)
             started = perf_counter()
-            heads = fit_new_heads(bundle, name, groups, users)
+            labelled = head_data(bundle, name, groups)
+            encoded = perf_counter()
+            heads = solve_heads(bundle, name, labelled, users)
+            learned.solved[f"fit {name}"] = perf_counter() - encoded
             own = overlaid(bundle.heads.get(name, {}), heads)
             learned.bundle = replace(bundle, heads={**bundle.heads, name: own})
             learned.stages[f"fit {name}"] = StageCost(len(users), perf_counter() - started)

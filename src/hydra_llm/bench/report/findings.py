@@ -36,11 +36,7 @@ def findings(report: Report) -> list[str]:
 
 @lru_cache(maxsize=64)  # several outputs of one report share them
 def _findings(report: Report) -> tuple[str, ...]:
-    sentences: list[str] = []
-    users = len({sample.user for sample in report.run.samples})
-    if users < MIN_USERS:
-        needs = f"at least {MIN_USERS} users are needed for intervals and p-values"
-        sentences.append(f"Nothing can be said about differences: {users} answered, {needs}.")
+    sentences = [report.too_few] if report.too_few else []
     for row in report.rows:
         if _is_hydra(row.method):
             sentences += [*_comparisons(report, row.method), *_picks(report, row)]
@@ -49,7 +45,7 @@ def _findings(report: Report) -> tuple[str, ...]:
     for learned in report.run.learning[:1]:  # the first seed
         sentences += _learning("reranker", "records", learned.get("reranker") or {})
         sentences += _learning("adapter", "candidates", learned.get("adapter") or {})
-    if users >= MIN_USERS:
+    if not report.too_few:
         sentences += _users_tested(report)
     sentences += _equal_mass(report)
     return tuple(sentences)
@@ -222,7 +218,7 @@ def _learning(name: str, pairs: str, report: Mapping[str, Any]) -> Iterator[str]
         )
     votes = _numbers(report, "loss_with_votes", "loss_without_votes")
     if votes and votes[0] != votes[1]:
-        end = "." if votes[0] < votes[1] else ": they have no weight."
+        end = "." if votes[0] < votes[1] else ": they do not help, and count for nothing."
         yield (
             f"Where the LLM was asked about held-out training users, the {name}'s cross-entropy is"
             f" {votes[1]:.3f} without its votes and {votes[0]:.3f} with them{end}"

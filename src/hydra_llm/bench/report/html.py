@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from hydra_llm.bench.report import tables
 from hydra_llm.bench.report.findings import findings
 from hydra_llm.bench.report.plots import BARS, plots, svg
-from hydra_llm.bench.report.summary import cost_rows, learning_rows, run_summary
+from hydra_llm.bench.report.summary import cost_rows, family_line, learning_rows, run_summary
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows, sweep_svg
 from hydra_llm.bench.runlog import Sample, by_method
 from hydra_llm.extras import require
@@ -75,7 +75,7 @@ def _run(report: tables.Report, answers: bool) -> dict[str, Any]:
         "baseline": report.baseline,
         "findings": findings(report),
         "differences": tables.comparison_rows(report.comparisons, report.holm),
-        "family": tables.family_line(report),
+        "family": family_line(report),
         "costs": cost_rows(report),
         "learning": learning_rows(report),
         "figures": figures,

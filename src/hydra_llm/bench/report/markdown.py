@@ -5,7 +5,7 @@ from typing import Any
 
 from hydra_llm.bench.report import tables
 from hydra_llm.bench.report.findings import findings
-from hydra_llm.bench.report.summary import cost_rows, learning_rows, summary_line
+from hydra_llm.bench.report.summary import cost_rows, family_line, learning_rows, summary_line
 from hydra_llm.bench.report.sweeps import SweepResult, sweep_rows
 
 LIKE = (
@@ -35,14 +35,15 @@ def _run(report: tables.Report) -> str:
         f"## {task.name}, {manifest['llm'].get('model') or 'no LLM'}, {sizes}",
         LIKE.format(task.like) if task.like else "",
         f"{summary_line(report.run)}.",
+        report.too_few,
         _table(tables.method_rows(report)),
-        " ".join([LEGEND, *notes]),
+        "" if report.too_few else " ".join([LEGEND, *notes]),
     ]
-    if sentences := findings(report):
+    if sentences := [line for line in findings(report) if line != report.too_few]:
         parts += ["### What it says", "\n".join(f"- {line}" for line in sentences)]
     comparisons = tables.comparison_rows(report.comparisons, report.holm)
     parts += [f"### Against {report.baseline or 'nothing'}", _table(comparisons)]
-    parts.append(tables.family_line(report))
+    parts.append(family_line(report))
     parts += ["### What a query costs", _table(cost_rows(report))]
     if learning := learning_rows(report):
         parts += ["### What learning cost", _table(learning)]

@@ -29,6 +29,7 @@ WEIGHTS = {400: "Inter-Regular.ttf", 600: "Inter-SemiBold.ttf"}
 WIDTH, HEIGHT = 1280, 720  # of a slide in pixels; PNG has twice as many
 COST = Size(1150, 458, font=16, mark=190)
 TITLE_LENGTH, NOTE_LENGTH = 70, 130  # characters of a line
+NAME_LENGTH = 50  # of a method, task or model in a line
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 ROW = (18, 46)  # least and greatest height of a row in pixels
 
@@ -82,15 +83,16 @@ def difference_slide(report: Report, metric: str) -> Plot | None:
     if not effects:
         return None
     sign = report.sign(metric)
-    axis = f"difference from {report.baseline} in {axis_title(metric, sign > 0)}"
+    axis = f"difference from {short(report.baseline)} in {axis_title(metric, sign > 0)}"
     forest = _forest(_best_first(effects, sign), axis, "+.3f")
-    notes = (_measured(report), "Bars: 95 % intervals over users; filled: the interval excludes 0.")
+    bars = "Bars: 95 % intervals over users; filled: the interval excludes 0."
+    notes = (_measured(report), report.too_few or bars)
     return _slide(forest, difference_title(report, effects, metric), notes)
 
 
 def difference_title(report: Report, effects: Sequence[Effect], metric: str) -> str:
     """What the differences say, in a sentence: of HYDRA, else how many methods are better."""
-    sign, base, name = report.sign(metric), report.baseline, title(metric)
+    sign, base, name = report.sign(metric), short(report.baseline), title(metric)
     users = len({sample.user for sample in report.run.samples})
     if all(math.isnan(effect.low) for effect in effects):
         needed = f"{users} of the {MIN_USERS} users that are needed"
@@ -99,11 +101,11 @@ def difference_title(report: Report, effects: Sequence[Effect], metric: str) -> 
     if own is None:
         better = sum(effect.separated and sign * effect.value > 0 for effect in effects)
         return f"{better} of {len(effects)} methods are better than {base} in {name}"
-    interval = _figures(own, "+.3f")
+    interval, method = _figures(own, "+.3f"), short(own.method)
     if not own.separated:
-        return f"{own.method} is not separated from {base} in {name}: {interval}"
+        return f"{method} is not separated from {base} in {name}: {interval}"
     word = "better" if sign * own.value > 0 else "worse"
-    return f"{own.method} is {word} than {base} in {name}: {interval}"
+    return f"{method} is {word} than {base} in {name}: {interval}"
 
 
 def _subject(report: Report, effects: Sequence[Effect]) -> Effect | None:
@@ -137,15 +139,20 @@ def cost_title(report: Report, measure: str) -> tuple[str, str]:
 
     if not rows:
         return f"No method was scored in {name}", ""
+    if report.too_few:
+        return f"{name} against {COSTS[measure]} a query: no finding", report.too_few
     top = best(rows)
     price = f"{_cost(top, measure):,.3g} {COSTS[measure]} a query"
-    headline = f"{top.method} has the best {name}, {_value(top, metric):.3f}, at {price}"
+    headline = f"{short(top.method)} has the best {name}, {_value(top, metric):.3f}, at {price}"
     cheaper = [row for row in rows if _cost(row, measure) < _cost(top, measure)]
     if not cheaper:
         return headline, "No method is cheaper."
     other = best(cheaper)
     figures = f"{_value(other, metric):.3f} at {_cost(other, measure):,.3g}"
-    return headline, f"The best cheaper one is {other.method}: {figures}. Bounds are not counted."
+    return (
+        headline,
+        f"The best cheaper one is {short(other.method)}: {figures}. Bounds are not counted.",
+    )
 
 
 def _value(row: TableRow, metric: str) -> float:
@@ -174,11 +181,11 @@ def overall_slide(reports: Sequence[Report]) -> Plot | None:
     rows = [next(row for row in report.rows if row.method == own.method) for report in reports]
     on_each = improvements(rows, [report.honest for report in reports])[what]
     each = [
-        percent(f"on {name}", own.group, over.change, *over.interval())
+        percent(f"on {short(name)}", own.group, over.change, *over.interval())
         for name, over in zip(names, on_each, strict=True)
         if over is not None
     ]
-    note = f"{len(reports)} data sets: {', '.join(names)}"
+    note = f"{len(reports)} data sets: {short(', '.join(names), 2 * NOTE_LENGTH)}"
     return means_slide(effects, own, each, (what, note))
 
 
@@ -196,7 +203,7 @@ def means_slide(
     says = "is not separated from"
     if own.separated:
         says = "is better than" if own.value > 0 else "is worse than"
-    headline = f"{own.method} {says} the best prompts: {_figures(own, '+.1f')} %"
+    headline = f"{short(own.method)} {says} the best prompts: {_figures(own, '+.1f')} %"
     axis = f"mean relative improvement over the best prompts, % ({notes[0]})"
     rows = _best_first(effects, 1)
     below = rows.index(own) + 1
@@ -211,7 +218,8 @@ def _measured(report: Report) -> str:
     users = len({sample.user for sample in run.samples})
     queries = len({(sample.user, sample.query) for sample in run.samples})
     model = run.manifest.get("llm", {}).get("model")
-    named = [run.task.name, f"LLM {Path(str(model)).name}" if model else "without an LLM"]
+    llm = f"LLM {short(Path(str(model)).name)}" if model else "without an LLM"
+    named = [short(run.task.name), llm]
     return "; ".join([*named, f"{users} users, {queries} queries"])
 
 
@@ -277,8 +285,15 @@ def _colours(effects: Sequence[Effect]) -> tuple[alt.Color, alt.Stroke]:
 
 
 def signed(value: float, form: str = "+.3f") -> str:
-    """With a minus sign as wide as the plus sign."""
-    return format(value, form).replace("-", "−")
+    """With a minus sign as wide as the plus sign, none before 0."""
+    text = format(value, form)
+    return text.replace("-", "−" if float(text) else "+")
+
+
+def short(name: object, most: int = NAME_LENGTH) -> str:
+    """A name that leaves room for the figure."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _figures(effect: Effect, form: str) -> str:

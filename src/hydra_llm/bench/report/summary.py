@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 from math import isnan
 from typing import Any
 
+from hydra_llm.bench.multiple import ALPHA
+from hydra_llm.bench.report import best_prompt
 from hydra_llm.bench.report.tables import Report, Run
 from hydra_llm.bench.runlog import by_method
+from hydra_llm.bench.stats import title
 from hydra_llm.tasks.base import Task
 from hydra_llm.types import Usage
 
@@ -166,3 +169,20 @@ def _stages(run: Run) -> Iterator[tuple[int | str | None, str, Mapping[str, floa
             sums = {n: sum(v) if len(v) == len(costs) else None for n, v in known.items()}
             users = len({key.partition(":")[2] for key in costs})
             yield seed, f"{method}, new users", {**sums, "users": users}
+
+
+def family_line(report: Report) -> str:
+    """How many comparisons the table makes, and how many of them survive Holm's correction; how the
+    best prompts were chosen.
+    """
+    known = {method: p for method, p in report.holm.items() if not isnan(p)}
+    left = [method for method, p in known.items() if p < ALPHA]
+    names = f" ({', '.join(left)})" if 0 < len(left) <= 3 else ""
+    survive = f"{len(known)} comparisons in {title(report.metrics[0])}, of which {len(left)}{names}"
+    lines = [f"{survive} survive Holm's correction at 5 % (*)."] if known else []
+    if report.honest:
+        chosen = f"'over best prompts' compares with the row '{best_prompt.NAME}'"
+        lines.append(f"{chosen}, 'over hindsight' with the prompts that are best on these queries.")
+    elif any(row.group == "prompt" for row in report.rows):
+        lines.append("The best prompts are chosen with hindsight: --folds chooses on other users.")
+    return " ".join(lines)

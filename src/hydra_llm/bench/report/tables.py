@@ -27,7 +27,7 @@ from hydra_llm.bench.results import (
     tabulate,
 )
 from hydra_llm.bench.runlog import Sample, by_method, read_learning, read_run
-from hydra_llm.bench.stats import Relative, over_tasks, relative, title
+from hydra_llm.bench.stats import MIN_USERS, Relative, over_tasks, relative, title
 from hydra_llm.errors import SettingsError, did_you_mean
 from hydra_llm.llm.meter import FREE, Prices
 from hydra_llm.tasks.base import Task
@@ -147,6 +147,14 @@ class Report:
         return list(self.run.task.metric_specs)
 
     @cached_property
+    def too_few(self) -> str:
+        """Why nothing is said about differences, and no method ranked; empty for users enough."""
+        users = len({sample.user for sample in self.run.samples})
+        needs = f"at least {MIN_USERS} users are needed for intervals and p-values"
+        said = f"Nothing can be said about differences: {users} answered, {needs}."
+        return said if users < MIN_USERS else ""
+
+    @cached_property
     def holm(self) -> dict[str, float]:
         """Method → p-value of its difference in the first metric, corrected by Holm for all of the
         table's; NaN for too few users.
@@ -182,6 +190,7 @@ class Report:
         """(method, metric) → 1 for the best of the ranked groups, 2 for the second best."""
         marks: dict[tuple[str, str], int] = {}
         ranked = [r for r in self.rows if r.group in RANKED and r.method != best_prompt.NAME]
+        ranked = [] if self.too_few else ranked
         for metric in self.metrics:
             sign = self.sign(metric)
             values = {row.method: sign * row.result.metrics[metric][0] for row in ranked}
@@ -248,9 +257,11 @@ def _over_prompts(
 
 def overall(reports: Sequence[Report]) -> dict[str, dict[str, Relative]]:
     """Method → mean relative improvement over the best prompts of all runs, with and without BLEU:
-    the paper's headline figure (9.01 %). Empty for one run, or for runs of one data set.
+    the paper's headline figure (9.01 %). Empty for one run, for runs of one data set, and where a
+    run has too few users.
     """
-    if len({report.run.manifest.get("data") for report in reports}) < max(2, len(reports)):
+    several = len({report.run.manifest.get("data") for report in reports}) >= max(2, len(reports))
+    if not several or any(report.too_few for report in reports):
         return {}
     return _overall(tuple(reports))
 
@@ -303,7 +314,7 @@ def method_rows(
                 name: figure(row.result, figures) + marks[report.marks.get((row.method, name), 0)]
                 for name, figures in row.result.metrics.items()
             },
-            "over best prompts": share(row.over_prompts),
+            "over best prompts": "" if report.too_few else share(row.over_prompts),
             **({"over hindsight": share(row.over_hindsight[0])} if report.honest else {}),
             "queries": row.result.queries,
             "LLM calls": round(row.result.calls, 1),
@@ -327,7 +338,7 @@ def comparison_rows(
             **{name: difference(change, users > 0) for name, change in own.metrics.items()},
             **({} if corrected is None else {"p (Holm)": _holm_cell(corrected[method])}),
             "users better, same, worse": f"{own.wins}, {own.ties}, {own.losses}",
-            "worse": f"{own.losses / users:.0%}" if users else "",
+            "worse": f"{own.losses / users:.0%}" if users >= MIN_USERS else "",
             "worst tenth": f"{own.worst_tenth:+.3f}" if users else "",
             "queries needed": "" if needed is None else needed,
         }
@@ -337,20 +348,6 @@ def comparison_rows(
 
 def _holm_cell(p: float) -> str:
     return "" if math.isnan(p) else f"{p_value(p)}{' *' if p < ALPHA else ''}"
-
-
-def family_line(report: Report) -> str:
-    """How many comparisons the table makes, and how many of them survive Holm's correction; how the
-    best prompts were chosen.
-    """
-    known = {method: p for method, p in report.holm.items() if not math.isnan(p)}
-    left = [method for method, p in known.items() if p < ALPHA]
-    names = f" ({', '.join(left)})" if 0 < len(left) <= 3 else ""
-    survive = f"{len(known)} comparisons in {title(report.metrics[0])}, of which {len(left)}{names}"
-    lines = [f"{survive} survive Holm's correction at 5 % (*)."] if known else []
-    if any(row.group == "prompt" for row in report.rows) and not report.honest:
-        lines.append("The best prompts are chosen with hindsight: --folds chooses on other users.")
-    return " ".join(lines)
 
 
 def to_json(report: Report) -> dict[str, Any]:
