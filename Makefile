@@ -9,7 +9,7 @@ NEW_ENOUGH := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
 
 DATA ?= $(firstword $(wildcard data ../data ../shared/data))
 
-.PHONY: demo test test-fast check format docs install deploy image clients walk bench bench-replay audit clean help
+.PHONY: demo test test-fast check format docs docs-site install deploy image clients walk bench bench-replay audit clean help
 
 help: ## Show these lines
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -35,20 +35,32 @@ check: $(READY) ## Style, types, import direction, README code and command help
 	@$(BIN)/python tools/settings_md.py --check
 	@$(BIN)/python tools/api_md.py --check
 	@$(BIN)/python tools/results_md.py --check
-	@$(BIN)/python -m pytest -q tests/test_readme.py tests/test_conventions.py
+	@$(BIN)/python tools/overview.py --check
+	@$(BIN)/python -m pytest -q tests/test_readme.py tests/test_conventions.py tests/test_links.py
 
 format: $(READY) ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-install: $(READY) ## Install the wheel in fresh environments and run README's commands there (--each: EACH=--each)
+install: $(READY) ## Tests from an unpacked sdist; README's commands with the wheel in fresh environments (EACH=--each)
+	@$(BIN)/python tools/try_sdist.py
 	@$(BIN)/python tools/try_install.py $(EACH)
 
-docs: $(READY) ## Write commands.md, settings.md and api.md in docs/ anew from the code
+docs: $(READY) ## Write the generated pages and the picture of docs/ anew from code and results
 	@$(BIN)/python tools/commands_md.py
 	@$(BIN)/python tools/settings_md.py
 	@$(BIN)/python tools/api_md.py
 	@$(BIN)/python tools/results_md.py
+	@$(BIN)/python tools/overview.py
+
+docs-site: .docs/.ready ## Build the site of docs/ into site/, strictly, and check that it loads nothing from elsewhere
+	@NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --quiet
+	@.docs/bin/python tools/check_site.py
+
+.docs/.ready: tools/docs.txt
+	@$(PYTHON) -m venv .docs
+	@.docs/bin/python -m pip install --quiet --requirement tools/docs.txt
+	@touch $@
 
 deploy: .deploy/.ready ## Check the files of deploy/, each by the program that reads it (once: 130 MB into .deploy)
 	@.deploy/bin/python tools/check_deploy.py
@@ -78,7 +90,7 @@ audit: $(READY) ## Known vulnerabilities of the pinned packages, where the data 
 	@$(BIN)/python tools/audit.py
 
 clean: ## Remove the virtual environment and all caches of tools
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last, so that an interrupted set-up is taken up again. The demo's packages carry data and models only:

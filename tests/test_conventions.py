@@ -22,6 +22,18 @@ def source_files() -> list[Path]:
     return sorted((ROOT / "src").rglob("*.py"))
 
 
+def listed() -> list[str]:
+    """The files of the checkout, or of an unpacked source distribution."""
+    command = ["git", "ls-files", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in done.stdout.split("\0") if name]
+    return names or [
+        file.relative_to(ROOT).as_posix()
+        for file in ROOT.rglob("*")
+        if file.is_file() and not {"__pycache__", ".venv"} & set(file.parts)
+    ]
+
+
 def functions(files: list[Path]) -> Iterator[tuple[str, Function]]:
     """Every function, and where it stands."""
     for file in files:
@@ -78,9 +90,8 @@ def test_functions_outside_the_cli_take_few_parameters() -> None:
 
 def test_no_file_refers_to_a_document_outside() -> None:
     """The design and style notes of the developers are not part of the repository."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     references = []
-    for name in listed.stdout.split("\0"):
+    for name in listed():
         file = ROOT / name
         if name == Path(__file__).relative_to(ROOT).as_posix() or file.suffix in (".gz", ".png"):
             continue
@@ -90,7 +101,6 @@ def test_no_file_refers_to_a_document_outside() -> None:
 
 
 def test_no_file_of_a_run_that_quotes_data_is_committed() -> None:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    names = [Path(name).name for name in listed.stdout.split("\0") if name]
+    names = [Path(name).name for name in listed()]
     assert names
     assert not {"samples.jsonl", "details.jsonl", "view.html"} & set(names)

@@ -1,4 +1,6 @@
-"""The source distribution holds what its tests need; the wheel that is built from it is whole."""
+"""The source distribution holds what its tests need; the wheel that is built from it is whole, and
+its page on PyPI can be read.
+"""
 
 import os
 import re
@@ -6,9 +8,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from links import links
 
 from hydra_llm import __version__
 
@@ -58,3 +62,27 @@ def test_a_release_asks_for_the_tag_of_this_version() -> None:
     )
     assert told.stdout.strip() == __version__
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", __version__)
+
+
+def test_the_package_page_has_absolute_links(tmp_path: Path) -> None:
+    """PyPI shows README without the repository; links are those of the version's tag."""
+    wheel = build("wheel", ROOT, tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(files.read(name).decode("utf-8"))
+    page = metadata.get_payload()
+    assert isinstance(page, str)
+    repository = "https://github.com/hydra-llm/hydra-llm"
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL") or ())
+    assert urls["Homepage"] == repository
+    assert all(url.startswith(repository) for url in urls.values())
+    targets = list(links(page))
+    assert len(targets) > 20
+    assert all(re.match(r"https://|#", target) for target in targets)
+    own = f"{repository}/blob/v{__version__}/"
+    files_named = [target.removeprefix(own) for target in targets if target.startswith(own)]
+    assert len(files_named) > 15
+    assert all((ROOT / file.partition("#")[0]).exists() for file in files_named)
+    raw = f"https://raw.githubusercontent.com/hydra-llm/hydra-llm/v{__version__}"
+    assert f"({raw}/docs/images/overview.svg)" in page
+    assert "<!--" not in page

@@ -20,6 +20,8 @@ Every option can also be given as the environment variable that its help names:
 all commands are `HYDRA_<GROUP>_<SETTING>`, or lines of `hydra-llm.toml`. Precedence: flag,
 `--preset`, environment, file, then the bundle's settings or the default.
 
+A shell completes commands and options after `eval "$(hydra-llm completion bash)"` (or zsh, fish).
+
 Exit codes: 0 done; 1 the LLM failed, or a bug (with its traceback); 2 an error that the user can
 fix, in one line; 130 Ctrl-C.
 """

@@ -1,29 +1,62 @@
-"""The code of README.md, for tests/test_readme.py and tools/try_install.py.
+"""The code of README.md and of the pages in docs/, for tests/test_readme.py, tests/test_pages.py
+and tools/try_install.py.
 
 `<!-- not run: REASON -->` above a block leaves it out. Blocks below `<!-- gateway -->` belong to a
-running gateway.
+running gateway. A block below `<!-- file: NAME -->` is that file.
 """
 
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(
     r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
 )
 GATEWAY = "<!-- gateway -->"
+NOT_RUN = "<!-- not run: "
+FILE = re.compile(r"<!-- file: (\S+) -->$")
+RUN = ("sh", "bash", "python")
+"""The kinds of blocks that are run; others (text, toml, json) are shown."""
 NAME = "hydra-llm"
 
 
 def blocks(kind: str, text: str) -> list[str]:
     """The code blocks of a kind that are to be run, in order."""
-    elsewhere = ("<!-- not run: ", GATEWAY)
+    elsewhere = (NOT_RUN, GATEWAY)
     return [
         block["code"]
         for block in BLOCK.finditer(text)
         if block["kind"] == kind and not block["before"].startswith(elsewhere)
     ]
+
+
+class Step(NamedTuple):
+    """A block of a page that is run, or written to a file."""
+
+    kind: str  # one of RUN, or "file"
+    code: str
+    name: str = ""  # of the file
+    gateway: bool = False
+
+
+def steps(text: str) -> list[Step]:
+    """All that is to be done of a page, in order."""
+    found = []
+    for block in BLOCK.finditer(text):
+        kind, code, before = block["kind"], block["code"], block["before"]
+        if file := FILE.match(before):
+            found.append(Step("file", code, file[1]))
+        elif kind in RUN and not before.startswith(NOT_RUN):
+            found.append(Step(kind, code, gateway=before == GATEWAY))
+    return found
+
+
+def lines(code: str) -> list[str]:
+    """The commands of a shell block, each in one line."""
+    joined = code.replace("\\\n", " ").splitlines()
+    return [line for line in joined if line.strip() and not line.startswith("#")]
 
 
 def gateway_blocks(text: str) -> list[tuple[str, str]]:
@@ -34,8 +67,8 @@ def gateway_blocks(text: str) -> list[tuple[str, str]]:
 
 def commands(text: str) -> list[list[str]]:
     """Every `hydra-llm` line of the shell blocks, split as a shell splits it."""
-    lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{NAME} ")]
+    own = lines("\n".join(blocks("sh", text)))
+    return [shlex.split(line, comments=True)[1:] for line in own if line.startswith(f"{NAME} ")]
 
 
 def offline(arguments: list[str]) -> list[str]:

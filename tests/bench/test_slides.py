@@ -4,6 +4,7 @@ import base64
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,12 @@ def opened(
 ) -> tables.Run:
     """A run in which each user has one query, of gold 3; method → answers, repeated over users."""
     llm, settings = {"model": "models/m.gguf"}, {"k": 4, "samples": 8}
-    manifest = {"data": data, "task": STARS.to_json(), "llm": llm, "settings": settings}
+    manifest = {
+        "data": data,
+        "task": replace(STARS, name=data).to_json(),
+        "llm": llm,
+        "settings": settings,
+    }
     log = RunLog(folder, manifest)
     for place in range(users):
         for method, given in answers.items():
@@ -123,9 +129,15 @@ def test_several_data_sets_have_a_slide_together(tmp_path: Path) -> None:
     files = slides.write([tables.make_report(run) for run in runs], tmp_path / "slides")
     names = {file.relative_to(tmp_path / "slides").as_posix() for file in files}
     assert {"1-a/difference-mae.png", "2-b/cost-calls.svg", "overall.svg"} <= names
-    assert "hydra@4,8 against the best prompts: +" in (tmp_path / "slides/overall.svg").read_text(
-        encoding="utf-8"
-    )
+    text = (tmp_path / "slides/overall.svg").read_text(encoding="utf-8")
+    assert "hydra@4,8 is better than the best prompts: +" in text
+    shown = re.findall(r"<text[^>]*>((?:hydra|rag|on )[^<]*)</text>", text)
+    assert [name for name in shown if "prompts" not in name] == [
+        "hydra@4,8",
+        "on a",
+        "on b",
+        "rag@4",
+    ]
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
@@ -30,6 +31,7 @@ from hydra_llm.extras import one_line_imports
 
 NAME = "hydra-llm"
 STOPPED = 130  # exit code after Ctrl-C
+COMPLETED = "_HYDRA_LLM_COMPLETE"  # typer's variable of a shell that completes
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("hydra_llm.cli.demo:demo", "Personalize a real LLM for real users, offline."),
@@ -39,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bench": ("hydra_llm.cli.bench:app", "Compare methods on the same users and queries."),
     "data": ("hydra_llm.cli.data:app", "Import, check and download data sets."),
     "llm": ("hydra_llm.cli.llm:app", "Check an LLM."),
+    "completion": ("hydra_llm.cli.completion:completion", "Print a shell's completion script."),
     "init": ("hydra_llm.cli.init:init", "Write an example of the settings file."),
     "serve": ("hydra_llm.cli.serve:serve", "Run the personalizing, OpenAI-compatible gateway."),
     "users": ("hydra_llm.cli.users:app", "List, show, import, export and delete users."),
@@ -139,6 +142,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         read_secret_files()
         clean_variables()
+        if COMPLETED in os.environ:  # a shell asks, by what `hydra-llm completion` printed
+            completion_init()
         words = list(arguments) or ["--help"]
         with one_line_imports(f"`{NAME} {words[0]}`"):
             result = get_group(app).main(words, prog_name=NAME, standalone_mode=False)

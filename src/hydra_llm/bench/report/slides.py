@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from hydra_llm.bench.method import base_name
 from hydra_llm.bench.report.cells import axis_title
 from hydra_llm.bench.report.plots import COSTS, INK, LOOKS, Plot, Size, chart, cost_plot, svg
-from hydra_llm.bench.report.tables import GROUPS, Report, TableRow, group_of, overall
+from hydra_llm.bench.report.tables import GROUPS, Report, TableRow, group_of, improvements, overall
 from hydra_llm.bench.stats import MIN_USERS, title
 from hydra_llm.errors import SettingsError
 from hydra_llm.extras import require
@@ -84,7 +84,7 @@ def difference_slide(report: Report, metric: str) -> Plot | None:
         return None
     sign = report.sign(metric)
     axis = f"difference from {short(report.baseline)} in {axis_title(metric, sign > 0)}"
-    forest = _forest(effects, sign, axis, "+.3f")
+    forest = _forest(_best_first(effects, sign), axis, "+.3f")
     bars = "Bars: 95 % intervals over users; filled: the interval excludes 0."
     notes = (_measured(report), report.too_few or bars)
     return _slide(forest, difference_title(report, effects, metric), notes)
@@ -164,22 +164,52 @@ def _cost(row: TableRow, measure: str) -> float:
 
 
 def overall_slide(reports: Sequence[Report]) -> Plot | None:
-    """The mean relative improvements over the best prompts of several data sets; None for one."""
+    """The mean relative improvements over the best prompts of several data sets, of HYDRA on each
+    too; None for one.
+    """
     shares = overall(reports)
     if not shares:
         return None
     what = next(iter(next(iter(shares.values()))))
     effects = [
-        Effect(method, group_of(method), 100 * over.change, *(100 * end for end in over.interval()))
+        percent(method, group_of(method), over.change, *over.interval())
         for method, own in shares.items()
         if (over := own.get(what)) is not None
     ]
     own = _subject(reports[0], effects) or max(effects, key=lambda effect: effect.value)
-    headline = f"{short(own.method)} against the best prompts: {_figures(own, '+.1f')} %"
-    axis = f"mean relative improvement over the best prompts, % ({what})"
-    tasks = short(", ".join(report.run.task.name for report in reports), 2 * NOTE_LENGTH)
-    notes = (f"{len(reports)} data sets: {tasks}", "Bars: 95 % intervals over users.")
-    return _slide(_forest(effects, 1, axis, "+.1f"), headline, notes)
+    names = [report.run.task.name for report in reports]
+    rows = [next(row for row in report.rows if row.method == own.method) for report in reports]
+    on_each = improvements(rows, [report.honest for report in reports])[what]
+    each = [
+        percent(f"on {short(name)}", own.group, over.change, *over.interval())
+        for name, over in zip(names, on_each, strict=True)
+        if over is not None
+    ]
+    note = f"{len(reports)} data sets: {short(', '.join(names), 2 * NOTE_LENGTH)}"
+    return means_slide(effects, own, each, (what, note))
+
+
+def percent(method: str, group: str, value: float, low: float, high: float) -> Effect:
+    """A relative improvement in percent."""
+    return Effect(method, group, 100 * value, 100 * low, 100 * high)
+
+
+def means_slide(
+    effects: Sequence[Effect], own: Effect, each: Sequence[Effect], notes: tuple[str, str]
+) -> Plot:
+    """Methods' means over data sets; below that of `own` stands what it has on each. `notes`: of
+    which metrics, and of what.
+    """
+    says = "is not separated from"
+    if own.separated:
+        says = "is better than" if own.value > 0 else "is worse than"
+    headline = f"{short(own.method)} {says} the best prompts: {_figures(own, '+.1f')} %"
+    axis = f"mean relative improvement over the best prompts, % ({notes[0]})"
+    rows = _best_first(effects, 1)
+    below = rows.index(own) + 1
+    rows[below:below] = _best_first(each, 1)
+    bars = "Bars: 95 % intervals over users; filled: the interval excludes 0."
+    return _slide(_forest(rows, axis, "+.1f"), headline, (notes[1], bars))
 
 
 def _measured(report: Report) -> str:
@@ -193,8 +223,13 @@ def _measured(report: Report) -> str:
     return "; ".join([*named, f"{users} users, {queries} queries"])
 
 
-def _forest(effects: Sequence[Effect], sign: int, axis: str, form: str) -> Plot:
-    """The effects, the best one first; `sign`: 1 if more is better; the figures stand at right."""
+def _best_first(effects: Sequence[Effect], sign: int) -> list[Effect]:
+    """`sign`: 1 if more is better, else -1."""
+    return sorted(effects, key=lambda effect: -sign * effect.value)
+
+
+def _forest(effects: Sequence[Effect], axis: str, form: str) -> Plot:
+    """The effects in this order; the figures stand at right."""
     rows = [
         {
             **effect._asdict(),
@@ -202,7 +237,7 @@ def _forest(effects: Sequence[Effect], sign: int, axis: str, form: str) -> Plot:
             "separated": effect.separated,
             "labels": f"{effect.method}\n{_figures(effect, form)}",  # of the left and right axis
         }
-        for effect in sorted(effects, key=lambda effect: -sign * effect.value)
+        for effect in effects
     ]
     height = min(ROW[1], max(ROW[0], 430 // len(rows)))
     left, right = (_names(side, min(17, height - 2)) for side in SIDES)

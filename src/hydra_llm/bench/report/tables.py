@@ -42,10 +42,9 @@ GROUPS = {
 }
 """Group of a method → title of its part of the table, in the table's order."""
 RANKED = ("prompt", "hydra", "adapter", "sampling")  # groups whose best two are marked
-OVERALL = (
-    "Over the best prompts, mean over tasks and metrics, 95 % intervals over users (HYDRA's"
-    " headline figure)"
-)
+OVERALL = "Over the best prompts, mean over tasks and metrics, 95 % intervals over users (HYDRA's"
+OVERALL += " headline figure)"
+Over = Relative | None
 
 
 @dataclass(frozen=True)
@@ -275,16 +274,16 @@ def _overall(reports: tuple[Report, ...]) -> dict[str, dict[str, Relative]]:
         rows = [table[method] for table in tables if method in table]
         if len(rows) < len(tables):
             continue
-        shares = _shares(rows, [report.honest for report in reports])
+        shares = improvements(rows, [report.honest for report in reports])
         for what, over in shares.items():
             if len(known := [share for share in over if share]) == len(tables):
                 means.setdefault(method, {})[what] = over_tasks(known)
     return means
 
 
-def _shares(rows: Sequence[TableRow], honest: Sequence[bool]) -> dict[str, list[Relative | None]]:
-    """A method's improvements in each run: over the prompts chosen on training users if all runs
-    have folds, and over those chosen with hindsight.
+def improvements(rows: Sequence[TableRow], honest: Sequence[bool]) -> dict[str, list[Over]]:
+    """A method's in each run: over the prompts chosen on training users if all runs have folds, and
+    over those chosen with hindsight.
     """
     chosen = [(row.over_prompts, row.over_prompts_without_bleu) for row in rows]
     pairs = zip(rows, chosen, honest, strict=True)
